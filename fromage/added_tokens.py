@@ -1,0 +1,88 @@
+"""Trained token rows beside a frozen vocabulary: the [RET] row.
+
+The authors resize the embedding matrix, train all of it and zero every gradient row but one. Here the matrix stays
+frozen and a row of its own is trained: the same model with V x d fewer gradients and moments.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class AddedTokens(nn.Module):
+    """Rows for n new tokens: e in R^(n x d), at the input and, where the LM ties them, the same rows at the output.
+
+    An LM that does not tie its embeddings (LLaMA, Mistral, Qwen) gets a second set at the output, or it could never
+    learn to emit the tokens.
+    """
+
+    def __init__(self, embedding: nn.Embedding, head: nn.Linear, ids: list[int], vocab_size: int, tied: bool) -> None:
+        """ids: consecutive ids of the new tokens, from vocab_size on; those between have no row and are never emitted."""
+        super().__init__()
+        if ids != list(range(ids[0], ids[0] + len(ids))) or ids[0] < vocab_size:
+            raise ValueError(f"added ids must be consecutive and at least {vocab_size}, not {ids}")
+        self.first, self.vocab_size, self.tied = ids[0], vocab_size, tied
+        frozen = embedding.weight[:vocab_size].detach()
+        norm = torch.cat([chunk.float().norm(dim=1) for chunk in frozen.split(4096)]).mean()
+        self.register_buffer("mean_norm", norm, persistent=False)
+        self.input = nn.Parameter(_rows(len(ids), frozen.shape[1], norm))  # (n, d)
+        if not tied:
+            scale = torch.cat([c.float().norm(dim=1) for c in head.weight[:vocab_size].detach().split(4096)]).mean()
+            self.output_rows = nn.Parameter(_rows(len(ids), head.weight.shape[1], scale))  # (n, d)
+
+    @property
+    def output(self) -> nn.Parameter:
+        """The rows of the output head, (n, d): the input rows where the LM ties them."""
+        return self.input if self.tied else self.output_rows
+
+    @torch.no_grad()
+    def rescale_(self) -> None:
+        """Bring each input row back to the mean norm of the frozen embeddings, as the authors do after every step."""
+        self.input.mul_(self.mean_norm / self.input.norm(dim=1, keepdim=True).clamp_min(1e-12))
+
+
+def _rows(n: int, d: int, norm: Tensor) -> Tensor:
+    rows = torch.randn(n, d)
+    return rows / rows.norm(dim=1, keepdim=True) * norm.cpu()
+
+
+class ExtendedEmbedding(nn.Module):
+    """An LM's input embedding with added rows, put in its place so that all of the LM's own code meets them."""
+
+    def __init__(self, frozen: nn.Embedding, added: AddedTokens) -> None:
+        super().__init__()
+        self.frozen, self._added = frozen, (added,)  # in a tuple: the rows belong to the model, not to the LM
+
+    @property
+    def weight(self) -> Tensor:
+        """The frozen matrix; Hugging Face asks for its dtype and device."""
+        return self.frozen.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """(B, T) ids -> (B, T, d)."""
+        added = self._added[0]
+        frozen = self.frozen(ids.clamp(max=added.vocab_size - 1))  # (B, T, d)
+        rows = added.input[(ids - added.first).clamp(0, len(added.input) - 1)]  # (B, T, d)
+        return torch.where((ids >= added.first).unsqueeze(-1), rows.to(frozen.dtype), frozen)
+
+
+class ExtendedHead(nn.Module):
+    """An LM's output head with added rows: logits over the V tokens of its tokenizer and the new ones."""
+
+    def __init__(self, frozen: nn.Linear, added: AddedTokens) -> None:
+        super().__init__()
+        self.frozen, self._added = frozen, (added,)
+
+    @property
+    def weight(self) -> Tensor:
+        """The frozen matrix."""
+        return self.frozen.weight
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """(..., d) -> (..., first + n); ids between V and the first added one get -inf."""
+        added = self._added[0]
+        frozen = self.frozen(hidden)[..., : added.vocab_size]  # (..., V)
+        new = hidden @ added.output.to(hidden.dtype).T  # (..., n)
+        gap = new.new_full((*new.shape[:-1], added.first - added.vocab_size), -torch.inf)
+        return torch.cat([frozen, gap, new], dim=-1)

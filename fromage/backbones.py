@@ -1,0 +1,214 @@
+"""The two frozen towers: any Hugging Face causal LM and any open_clip vision tower.
+
+Contract: a tower is in eval mode whatever is asked of it, none of its parameters wants a gradient, and it holds the dtype
+it was loaded in. 'toy' names the pair that ships with the package; it is loaded by the same code as any other.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from fromage.added_tokens import AddedTokens, ExtendedEmbedding, ExtendedHead
+from fromage.errors import UserError
+from fromage.packed_attention import Attend, attending
+from fromage.tokens import PromptTokenizer, _first_line
+
+TOY = Path(__file__).parent / "toy" / "backbones"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class FrozenTower(nn.Module):
+    """A module that nothing can set to training mode."""
+
+    def freeze(self) -> None:
+        """Stop gradients to every parameter and switch dropout off for good."""
+        self.requires_grad_(False)
+        self.eval()
+
+    def train(self, mode: bool = True) -> FrozenTower:
+        """Stays in eval mode."""
+        return super().train(False)
+
+
+class LanguageModel(FrozenTower):
+    """A frozen causal LM that knows [RET].
+
+    Attributes:
+        hf: the Hugging Face model; its embedding and head are extended by the added rows, so `hf.generate` works.
+        width: d of the input embeddings, which is also that of the hidden states before the head.
+        added: the trained rows. They belong to the model around this tower (see fromage.model).
+    """
+
+    def __init__(self, hf: Any, tokenizer: PromptTokenizer, name: str) -> None:
+        super().__init__()
+        embedding, head = hf.get_input_embeddings(), hf.get_output_embeddings()
+        if embedding.weight.shape[0] < tokenizer.vocab_size:
+            rows = embedding.weight.shape[0]
+            raise UserError(
+                f"{name}: the tokenizer has {tokenizer.vocab_size} tokens, the model only {rows} rows; load a fitting pair"
+            )
+        self.hf, self.tokenizer, self.name = hf, tokenizer, name
+        self.width: int = embedding.weight.shape[1]
+        self.freeze()
+        tied = head.weight is embedding.weight
+        added = AddedTokens(embedding, head, [tokenizer.ret_id], tokenizer.vocab_size, tied)
+        self._added = (added,)
+        hf.set_input_embeddings(ExtendedEmbedding(embedding, added))
+        hf.set_output_embeddings(ExtendedHead(head, added))
+
+    @property
+    def added(self) -> AddedTokens:
+        """The trained rows beside the frozen vocabulary."""
+        return self._added[0]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the frozen weights are held in."""
+        return self.hf.get_input_embeddings().weight.dtype
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """(B, T) ids -> (B, T, d) input embeddings."""
+        return self.hf.get_input_embeddings()(ids)
+
+    def forward(self, embeds: Tensor, mask: Tensor) -> Tensor:
+        """(B, T, d) input embeddings and (B, T) bool mask -> (B, T, d) hidden states after the last layer norm.
+
+        Positions count the tokens that are not masked, so padding anywhere changes nothing.
+        """
+        positions = (mask.long().cumsum(1) - 1).clamp(min=0)  # (B, T)
+        output = self.hf.base_model(
+            inputs_embeds=embeds, attention_mask=mask.long(), position_ids=positions, use_cache=False
+        )
+        return output.last_hidden_state
+
+    def packed(self, embeds: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        """(1, N, d) packed input embeddings at positions (N,) -> (N, d) hidden states; attend says who sees whom."""
+        with attending(self.hf.config, attend):
+            output = self.hf.base_model(inputs_embeds=embeds, position_ids=positions.unsqueeze(0), use_cache=False)
+        return output.last_hidden_state[0]
+
+    @property
+    def head(self) -> nn.Linear:
+        """The frozen output head, without the added rows."""
+        return self.hf.get_output_embeddings().frozen
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., d) hidden states -> (..., V + 2) logits in float32; the column of <|image|> is -inf."""
+        logits = self.hf.get_output_embeddings()(hidden).float()
+        cap = getattr(self.hf.config, "final_logit_softcapping", None)  # Gemma 2
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
+
+class VisionTower(FrozenTower):
+    """A frozen open_clip image tower, pooled before CLIP's projection: v(x) in R^m.
+
+    For the ViTs of CLIP this is the class token after the final layer norm, what Hugging Face calls pooler_output.
+
+    Attributes:
+        transform: PIL image -> (3, H, W), the tower's own resize, crop and normalisation.
+        width: m.
+    """
+
+    def __init__(self, clip: Any, transform: Any, name: str) -> None:
+        super().__init__()
+        self.visual, self.transform, self.name = _without_projection(clip.visual), transform, name
+        self.freeze()
+        size = clip.visual.image_size
+        self.image_size: tuple[int, int] = (size, size) if isinstance(size, int) else tuple(size)
+        parameter = next(self.visual.parameters())
+        with torch.no_grad():
+            probe = torch.zeros(1, 3, *self.image_size, dtype=parameter.dtype, device=parameter.device)
+            self.width: int = self.visual(probe).shape[-1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the frozen weights are held in."""
+        return next(self.visual.parameters()).dtype
+
+    @torch.no_grad()
+    def forward(self, pixels: Tensor) -> Tensor:
+        """(B, 3, H, W) preprocessed pixels -> (B, m) features, without gradient."""
+        return self.visual(pixels.to(self.dtype))
+
+    def fingerprint(self) -> dict[str, str]:
+        """What stored features depend on: the tower's name, its weights (a digest of samples) and the preprocessing."""
+        digest = hashlib.sha256()
+        for name, value in sorted(self.visual.state_dict().items()):
+            flat = value.flatten()
+            digest.update(name.encode())
+            digest.update(flat[:: max(1, flat.numel() // 64)].float().cpu().numpy().tobytes())
+        shown = re.sub(r" at 0x[0-9a-f]+|\s+", " ", str(self.transform))
+        return {"tower": self.name, "weights": digest.hexdigest()[:16], "preprocessing": shown}
+
+
+def _without_projection(visual: Any) -> Any:
+    """Take CLIP's projection off an open_clip image tower; a ResNet's attention pool has none that can be taken off."""
+    if getattr(visual, "proj", None) is not None:
+        visual.proj = None
+    elif hasattr(visual, "trunk") and hasattr(visual, "head"):
+        visual.head = nn.Identity()
+    return visual
+
+
+def load_lm(name: str, dtype: str = "float32", random_weights: bool = False) -> LanguageModel:
+    """Load and freeze a causal LM by hub name or folder ('toy': the one in the package).
+
+    random_weights builds the architecture from its configuration alone, for tests and speed measurements.
+    Raises UserError for an unknown name and for weights that are neither on disk nor reachable.
+    """
+    folder = str(TOY / "opt") if name == "toy" else name
+    tokenizer = PromptTokenizer(folder)
+    try:
+        if random_weights:
+            hf = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=DTYPES[dtype])
+        else:
+            hf = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype])
+    except Exception as error:
+        raise UserError(
+            f"language model {name}: no weights on disk or within reach ({_first_line(error)}); "
+            "give a folder, or fetch it where there is a network: hf download " + name
+        ) from error
+    return LanguageModel(hf, tokenizer, name)
+
+
+def load_clip(name: str, pretrained: str | None = None, dtype: str = "float32") -> tuple[Any, Any, Any]:
+    """An open_clip model whole, in eval mode: (model, image transform, text tokenizer).
+
+    name: a model of open_clip ('ViT-L-14'), 'local-dir:FOLDER', 'hf-hub:ORG/NAME', or 'toy'. pretrained: open_clip's tag
+    or a file; None leaves a named model at random weights. Raises UserError as load_lm does.
+    """
+    source = f"local-dir:{TOY / 'clip'}" if name == "toy" else name
+    precision = {"float32": "fp32", "bfloat16": "pure_bf16", "float16": "pure_fp16"}[dtype]
+    if ":" not in source and source not in open_clip.list_models():
+        raise UserError(
+            f"vision tower {name}: unknown to open_clip; open_clip.list_models() names {len(open_clip.list_models())}"
+        )
+    if pretrained and not Path(pretrained).exists() and ":" not in source:
+        tags = open_clip.list_pretrained_tags_by_model(source)
+        if pretrained not in tags:
+            raise UserError(
+                f"vision tower {name}: no weights called {pretrained}; there are: {', '.join(tags) or 'none'}, or a file"
+            )
+    try:
+        model, _, transform = open_clip.create_model_and_transforms(source, pretrained=pretrained, precision=precision)
+        tokenizer = open_clip.get_tokenizer(source)
+    except Exception as error:
+        raise UserError(
+            f"vision tower {name} ({pretrained}): no weights on disk or within reach ({_first_line(error)}); "
+            "give a file as vision_weights, or fetch them once where there is a network"
+        ) from error
+    return model.eval().requires_grad_(False), transform, tokenizer
+
+
+def load_vision(name: str, pretrained: str | None = None, dtype: str = "float32") -> VisionTower:
+    """Load and freeze the image tower of an open_clip model; see load_clip."""
+    clip, transform, _ = load_clip(name, pretrained, dtype)
+    return VisionTower(clip, transform, name if pretrained is None else f"{name}/{pretrained}")

@@ -1,0 +1,1 @@
+"""Evaluations: each is evaluate(model, data) -> figures; the command line prints them."""

@@ -1,0 +1,86 @@
+"""The exact fast training step: the plain step's losses and gradients at a fraction of the work.
+
+Why each shortcut is exact:
+
+1.  The retrieval pass needs no backward but for one token. Its only trained input is e_RET, and [RET] comes last: under
+    causal attention nothing before it depends on a trained parameter. The captions run once without gradient and leave
+    their keys and values; the [RET] tokens alone run with gradient on these.
+2.  Its next-token loss trains only the [RET] row of the head. With h the frozen hidden states,
+    loss = logaddexp(lse, h . e_RET) - z, where lse, the log-sum-exp over the frozen vocabulary, and z, the target's
+    logit, carry no gradient.
+3.  Captioning needs the whole backward, through activations; but no [RET] and no padding, which are never targets.
+4.  Sequences are packed end to end (fromage.packed_attention), so no token of padding is computed but in attention.
+5.  Each image is encoded once for both objectives.
+6.  Cross-entropy runs in chunks of positions that have a target; no vocabulary-sized tensor is kept for the backward.
+7.  The layout comes from lengths known on the host: nothing in the step waits for the device.
+"""
+
+from __future__ import annotations
+
+from itertools import chain, pairwise
+
+import torch
+from torch import Tensor
+
+from fromage.data import Batch
+from fromage.losses import frozen_head_loss, frozen_log_sum_exp, info_nce
+from fromage.model import Fromage
+from fromage.packed_attention import Causal, OneMore, Rows
+from fromage.plain_step import StepOutput, image_features
+
+
+def fast_step(model: Fromage, batch: Batch, paired: bool) -> StepOutput:
+    """What plain_step returns, to rounding. paired: whether two examples share a captioning sequence."""
+    features = image_features(model, batch)  # (B, m)
+    captioning_loss, caption_accuracy = captioning(model, batch, features, paired)
+    text_loss, at_ret = retrieval_text(model, batch)
+    images, texts = model.embed_images(features), model.embed_ret(at_ret)  # (B, q) each
+    contrastive_loss, retrieval_accuracy = info_nce(images, texts, model.logit_scale)
+    return StepOutput(captioning_loss, text_loss, contrastive_loss, caption_accuracy, retrieval_accuracy, images, texts)
+
+
+def captioning(model: Fromage, batch: Batch, features: Tensor, paired: bool) -> tuple[Tensor, Tensor]:
+    """Next-token loss of [W_c v(x)] [</s> y_1 ... y_n], packed, and the share of tokens foreseen: shortcuts 3, 4 and 6."""
+    k, lengths = model.k, [n - 1 for n in batch.lengths]  # without [RET]
+    words = Rows(batch.lengths, batch.ids.device)
+    packed = words.gather(batch.ids[:, : words.width])  # (sum of lengths,)
+    places = packed.new_full((k,), model.tokenizer.image_id)
+    starts = [*words.starts, len(packed)]
+    parts = [(places, packed[a : b - 1]) for a, b in pairwise(starts)]
+    ids = torch.cat(list(chain.from_iterable(parts)))  # (N,)
+    each = [k + n for n in lengths]
+    rows = Rows([sum(each[i : i + 2]) for i in range(0, len(each), 2)] if paired else each, ids.device)
+    embeds = model.embed(ids.unsqueeze(0), model.prefix(features))  # (1, N, d)
+    hidden = model.lm.packed(embeds, rows.positions, Causal(rows))  # (N, d)
+    at = [start + k - 1 + t for start, n in zip(_starts(each), lengths, strict=True) for t in range(n)]
+    at_ = _to(at, ids.device)
+    return frozen_head_loss(hidden[at_], ids[at_ + 1], model.lm)
+
+
+def retrieval_text(model: Fromage, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Next-token loss of [</s> y_1 ... y_n [RET]], and the hidden states (B, d) at [RET]: shortcuts 1 and 2."""
+    device, lengths = batch.ids.device, [n - 1 for n in batch.lengths]
+    rows = Rows(lengths, device)
+    ids = rows.gather(batch.ids[:, : rows.width])  # (N,), without [RET]
+    before = Causal(rows, keep=True)
+    with torch.no_grad():
+        hidden = model.lm.packed(model.lm.embed(ids.unsqueeze(0)), rows.positions, before)  # (N, d)
+        targets = rows.gather(batch.ids[:, 1 : rows.width + 1])  # (N,): y_1 ... y_n [RET]
+        lse, z = frozen_log_sum_exp(hidden, targets, model.lm)  # (N,) each; z is 0 where [RET] is the target
+    ret_logit = (hidden @ model.lm.added.output[0].to(hidden.dtype)).float()  # (N,)
+    is_ret = targets == model.tokenizer.ret_id
+    text_loss = (torch.logaddexp(lse, ret_logit) - torch.where(is_ret, ret_logit, z)).mean()
+
+    ret = model.lm.embed(torch.full((1, len(lengths)), model.tokenizer.ret_id, device=device))  # (1, B, d)
+    at_ret = model.lm.packed(ret, _to(lengths, device), OneMore(before, lengths, device))  # (B, d)
+    return text_loss, at_ret
+
+
+def _starts(lengths: list[int]) -> list[int]:
+    return [0, *torch.tensor(lengths).cumsum(0).tolist()][:-1]
+
+
+def _to(numbers: list[int], device: torch.device) -> Tensor:
+    """Numbers known on the host -> a tensor there, without waiting for the device."""
+    tensor = torch.tensor(numbers)
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)

@@ -1,0 +1,222 @@
+"""Training: the step, the optimiser, validation and what is logged."""
+
+from __future__ import annotations
+
+import random
+import time
+from typing import Any, Literal
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+import torch.distributed as dist
+from PIL import Image
+from torch import Tensor
+
+from fromage.checkpoint import check_checkpoint, trained_state
+from fromage.data import Batch
+from fromage.fast_step import fast_step
+from fromage.generate import caption_images
+from fromage.metrics import retrieval_recalls
+from fromage.model import Fromage
+from fromage.pictures import contact_sheet
+from fromage.plain_step import StepOutput, image_features, plain_step
+
+SHOWN_FROM = 200  # pictures of the validation set among which the logged searches look
+
+
+class FromageModule(pl.LightningModule):
+    """FROMAGe under Lightning, with the paper's recipe as defaults.
+
+    The towers are loaded when the run starts (configure_model), so a configuration can be read, printed and planned
+    without them. Checkpoints hold the trained parameters and the optimiser only.
+    """
+
+    strict_loading = False
+    model: Fromage
+
+    def __init__(
+        self,
+        lm: str = "facebook/opt-6.7b",
+        vision: str = "ViT-L-14",
+        vision_weights: str | None = "openai",
+        k: int = 1,
+        q: int = 256,
+        dtype: str = "bfloat16",
+        random_weights: bool = False,
+        lr: float = 3e-4,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        warmup_steps: int = 100,
+        decay_steps: int = 0,
+        pairing: float = 0.5,
+        rescale_ret: bool = True,
+        step: Literal["fast", "plain"] = "fast",
+        shown: int = 4,
+        seed: int = 0,
+    ) -> None:
+        """Everything a run needs to know of model and optimiser.
+
+        Args:
+            lm: causal language model: a name on the Hugging Face hub, a folder, or 'toy'.
+            vision: image tower: a name of open_clip, 'local-dir:FOLDER', 'hf-hub:ORG/NAME', or 'toy'.
+            vision_weights: open_clip's tag of the pretrained weights, or a file; ignored where vision names a folder.
+            k: input embeddings per picture, in tokens.
+            q: width of the retrieval space, in numbers.
+            dtype: what the frozen towers are held and run in: float32, bfloat16 or float16.
+            random_weights: build the towers without weights, for tests and timing.
+            lr: learning rate of Adam after warm-up.
+            betas: Adam's decay rates of its two moments.
+            eps: Adam's epsilon.
+            warmup_steps: steps over which the learning rate rises linearly from zero.
+            decay_steps: steps after warm-up over which it then falls to zero along a cosine; 0 keeps it constant.
+            pairing: probability that a batch's captioning sequences hold two examples each.
+            rescale_ret: bring [RET] back to the mean norm of the frozen embeddings after every step.
+            step: how losses are computed: fast, or plain as the authors do; the same to rounding.
+            shown: pictures logged per validation, in examples.
+            seed: seed of the trained parameters and of the pairing.
+        """
+        super().__init__()
+        self.save_hyperparameters()
+        self.h: Any = self.hparams
+        self._validation: list[tuple[Tensor, Tensor]] = []
+        self._to_show: list[tuple[str, Tensor, Tensor | None]] = []
+        self._clock = 0.0
+
+    def configure_model(self) -> None:
+        """Load the towers, once."""
+        if not hasattr(self, "model"):
+            h = self.h
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(h.seed)
+                self.model = Fromage.load(h.lm, h.vision, h.vision_weights, h.k, h.q, h.dtype, h.random_weights)
+
+    def configure_optimizers(self) -> Any:
+        """Adam over the trained parameters, linear warm-up, then constant (or a cosine)."""
+        h = self.h
+        optimizer = torch.optim.Adam(list(self.model.trained().values()), lr=h.lr, betas=tuple(h.betas), eps=h.eps)
+        warmup = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / max(1, h.warmup_steps)))
+        if not h.decay_steps:
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": warmup, "interval": "step"}}
+        cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, h.decay_steps)
+        both = torch.optim.lr_scheduler.SequentialLR(optimizer, [warmup, cosine], [h.warmup_steps])
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": both, "interval": "step"}}
+
+    def paired(self, step: int) -> bool:
+        """Whether a step's captioning sequences hold two examples: by seed and step alone, so that resuming repeats it."""
+        return random.Random(f"{self.h.seed}/{step}").random() < self.h.pairing
+
+    def losses(self, batch: Batch, paired: bool) -> StepOutput:
+        """The losses of a batch, by the configured step."""
+        return (fast_step if self.h.step == "fast" else plain_step)(self.model, batch, paired)
+
+    def training_step(self, batch: Batch, index: int) -> Tensor:
+        """Loss of one batch; logs its parts."""
+        out = self.losses(batch, self.paired(self.global_step))
+        self.log("train/loss", out.loss.detach(), prog_bar=True)
+        scalars = {
+            "train/captioning_loss": out.captioning_loss,
+            "train/text_loss": out.text_loss,
+            "train/contrastive_loss": out.contrastive_loss,
+            "train/caption_accuracy": out.caption_accuracy,
+            "train/retrieval_accuracy": out.retrieval_accuracy,
+            "train/ret_norm": self.model.ret.input.norm(),
+            "train/temperature": 1 / self.model.logit_scale.exp(),
+        }
+        self.log_dict({name: value.detach() for name, value in scalars.items()})
+        return out.loss
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, index: int) -> None:
+        """Rescale [RET]; log speed and learning rate."""
+        if self.h.rescale_ret:
+            self.model.ret.rescale_()
+        now = time.monotonic()
+        if self._clock:
+            rate = len(batch.keys) * self.trainer.world_size / (now - self._clock)
+            self.log("train/examples_per_second", rate, prog_bar=True)
+        self._clock = now
+        self.log("train/lr", self.trainer.optimizers[0].param_groups[0]["lr"])
+
+    def on_validation_epoch_start(self) -> None:
+        """Forget the last validation."""
+        self._validation, self._to_show, self._clock = [], [], 0.0
+
+    def validation_step(self, batch: Batch, index: int, dataloader_idx: int = 0) -> None:
+        """Losses of the unpaired step; both sides' embeddings are kept for the end."""
+        out = self.losses(batch, paired=False)
+        self.log_dict(
+            {"val/captioning_loss": out.captioning_loss, "val/text_loss": out.text_loss, "val/loss": out.loss},
+            batch_size=len(batch.keys),
+            sync_dist=True,
+        )
+        self._validation.append((out.texts, out.images))
+        if len(self._to_show) < SHOWN_FROM:
+            features = image_features(self.model, batch).cpu()
+            pixels = [None] * len(features) if batch.pixels is None else list(batch.pixels.float().cpu())
+            self._to_show += zip(batch.captions, features, pixels, strict=True)
+
+    def on_validation_epoch_end(self) -> None:
+        """Recall@1/5/10 both ways over the whole validation set, and pictures for TensorBoard."""
+        parts = gather_parts(self._validation) if self.trainer.world_size > 1 else self._validation
+        texts, images = (torch.cat(rows) for rows in zip(*parts, strict=True))  # (N, q) each
+        recalls = retrieval_recalls(texts, images)
+        self.log_dict({f"val/{name}": value for name, value in recalls.items()}, sync_dist=True)
+        self.log("val/r1", recalls["t2i_r1"], prog_bar=True, sync_dist=True)
+        if self.trainer.is_global_zero and hasattr(getattr(self.logger, "experiment", None), "add_image"):
+            self._show(texts, images)
+        self._validation, self._to_show = [], []
+
+    def _show(self, texts: Tensor, images: Tensor) -> None:
+        """Pictures with their generated captions, and queries with the five pictures found for them."""
+        pictures = [None if pixels is None else to_picture(pixels) for _, _, pixels in self._to_show]  # a small gallery
+        shown = range(min(self.h.shown, len(self._to_show)))
+        features = torch.stack([self._to_show[i][1] for i in shown]).to(self.device)
+        made = caption_images(self.model, features)
+        self._add_image("val/captions", [(f"true: {self._to_show[i][0]}", [(pictures[i], made[i])]) for i in shown])
+        rows = []
+        for i in shown:
+            scores, best = (texts[i] @ images[: len(pictures)].T).topk(min(5, len(pictures)))
+            rows.append((self._to_show[i][0], [(pictures[j], f"{s:.2f}") for s, j in zip(scores, best, strict=True)]))
+        self._add_image("val/search", rows)
+
+    def _add_image(self, tag: str, rows: list[tuple[str, list[tuple[Image.Image | None, str]]]]) -> None:
+        pixels = torch.from_numpy(np.array(contact_sheet(rows)))  # (H, W, 3)
+        experiment: Any = self.logger and self.logger.experiment
+        experiment.add_image(tag, pixels, self.global_step, dataformats="HWC")
+
+    test_step = validation_step
+    on_test_epoch_start = on_validation_epoch_start
+    on_test_epoch_end = on_validation_epoch_end
+
+    def predict_step(self, batch: Batch, index: int) -> dict[str, Any]:
+        """Keys, greedy captions and (B, q) embeddings of both sides."""
+        features = image_features(self.model, batch)
+        at_ret = self.model.hidden_at_ret(batch.ids, batch.lengths)[1]  # (B, d)
+        return {
+            "keys": batch.keys,
+            "captions": caption_images(self.model, features),
+            "images": self.model.embed_images(features),
+            "texts": self.model.embed_ret(at_ret),
+        }
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the trained parameters only."""
+        checkpoint["state_dict"] = trained_state(checkpoint["state_dict"])
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another architecture."""
+        check_checkpoint(checkpoint, self.model)
+
+
+def gather_parts(parts: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+    """What all devices hold, however many batches each had."""
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, [(texts.cpu(), images.cpu()) for texts, images in parts])
+    return [part for theirs in everyone for part in theirs]
+
+
+def to_picture(pixels: Tensor) -> Image.Image:
+    """(3, H, W) normalised pixels -> a picture, stretched to the full range, for looking at."""
+    low, high = pixels.amin(), pixels.amax()
+    values = ((pixels - low) / (high - low).clamp_min(1e-6) * 255).byte()
+    return Image.fromarray(values.permute(1, 2, 0).numpy())  # (3, H, W) -> (H, W, 3)

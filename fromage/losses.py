@@ -1,0 +1,106 @@
+"""The two kinds of loss: next-token cross-entropy and InfoNCE in both directions.
+
+next_token_loss is the plain form. frozen_head_loss and frozen_log_sum_exp are the same cross-entropy for a head of which
+only the added rows are trained: in chunks, with the gradient of the hidden states taken on the way.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.nn.functional as dist_nn
+import torch.nn.functional as F
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from fromage.backbones import LanguageModel
+
+CHUNK = 1024  # positions whose logits exist at a time
+
+
+def next_token_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of the token that follows, averaged over all targets: equation 1 of the paper.
+
+    logits (B, T, V) at position t are judged against labels (B, T) at t + 1; -100 is no target. Returns the loss and the
+    share of targets whose logit is the highest, both scalars.
+    """
+    logits, labels = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()  # (B (T - 1), V), (B (T - 1))
+    right = (logits.argmax(-1) == labels).sum() / (labels >= 0).sum()
+    return F.cross_entropy(logits.float(), labels, ignore_index=-100), right
+
+
+def frozen_head_loss(hidden: Tensor, targets: Tensor, lm: LanguageModel) -> tuple[Tensor, Tensor]:
+    """Mean cross-entropy of targets (N,) given hidden states (N, d), all of them targets, and the share foreseen.
+
+    Gradients reach hidden and the added rows.
+    """
+    return _FrozenHeadLoss.apply(hidden, lm.added.output, targets, lm)
+
+
+class _FrozenHeadLoss(torch.autograd.Function):
+    """With p = softmax(W h): d loss / d h = W^T (p - onehot) / N, computed chunk by chunk beside the loss itself."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, rows: Tensor, targets: Tensor, lm: LanguageModel) -> tuple[Tensor, Tensor]:
+        V, first, weight = lm.added.vocab_size, lm.added.first, lm.head.weight[: lm.added.vocab_size]  # (V, d)
+        grad_hidden, grad_rows = torch.empty_like(hidden), torch.zeros_like(rows)
+        loss, right = hidden.new_zeros((), dtype=torch.float32), hidden.new_zeros((), dtype=torch.float32)
+        places = torch.where(targets >= first, targets - first + V, targets)  # columns of [frozen, added]
+        for h, t, out in zip(hidden.split(CHUNK), places.split(CHUNK), grad_hidden.split(CHUNK), strict=True):
+            logits = torch.cat([lm.head(h)[:, :V], h @ rows.to(h.dtype).T], 1).float()  # (c, V + n)
+            lse = logits.logsumexp(1, keepdim=True)  # (c, 1)
+            loss += (lse - logits.gather(1, t.unsqueeze(1))).sum()
+            right += (logits.argmax(1) == t).sum()
+            if hidden.requires_grad:
+                p = logits.sub_(lse).exp_()  # (c, V + n)
+                p.scatter_add_(1, t.unsqueeze(1), p.new_full((len(t), 1), -1.0))
+                p = (p / len(hidden)).to(h.dtype)
+                torch.addmm(p[:, V:] @ rows.to(h.dtype), p[:, :V], weight, out=out)  # (c, d)
+                grad_rows += (p[:, V:].T @ h).to(rows.dtype)  # (n, d)
+        ctx.save_for_backward(grad_hidden, grad_rows)
+        right /= len(hidden)
+        ctx.mark_non_differentiable(right)
+        return loss / len(hidden), right
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
+        grad_hidden, grad_rows = ctx.saved_tensors
+        return grad_hidden * grad.to(grad_hidden.dtype), grad_rows * grad.to(grad_rows.dtype), None, None
+
+
+@torch.no_grad()
+def frozen_log_sum_exp(hidden: Tensor, targets: Tensor, lm: LanguageModel) -> tuple[Tensor, Tensor]:
+    """Log-sum-exp over the frozen vocabulary and the targets' logits, (N,) float32 each; 0 where the target is added."""
+    V, lses, zs = lm.added.vocab_size, [], []
+    for h, t in zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True):
+        logits = lm.head(h)[:, :V].float()  # (c, V)
+        lses.append(logits.logsumexp(1))
+        zs.append(torch.where(t < V, logits.gather(1, t.clamp(max=V - 1).unsqueeze(1)).squeeze(1), 0.0))
+    return torch.cat(lses), torch.cat(zs)
+
+
+def info_nce(images: Tensor, texts: Tensor, logit_scale: Tensor) -> tuple[Tensor, Tensor]:
+    """InfoNCE both ways, averaged: equations 2 to 4 of the paper, with its learned temperature.
+
+    images, texts: (B, q) unit rows that belong together by position; logit_scale: scalar, log of 1 / temperature. The
+    negatives are those of all devices. Returns the loss and the share of pairs found first, averaged over directions.
+    """
+    images, texts = gather_with_gradient(images), gather_with_gradient(texts)  # (W B, q) on W devices
+    logits = logit_scale.exp() * images @ texts.T  # (W B, W B)
+    target = torch.arange(len(logits), device=logits.device)
+    loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+    right = ((logits.argmax(1) == target).float().mean() + (logits.argmax(0) == target).float().mean()) / 2
+    return loss, right
+
+
+def gather_with_gradient(rows: Tensor) -> Tensor:
+    """(B, q) on each of W devices -> (W B, q) on all of them, in rank order, with gradients to every device's own rows.
+
+    The backward sums what all devices send, so that the mean over devices that DDP takes afterwards is the gradient of
+    one process with the whole batch.
+    """
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return rows
+    return torch.cat(dist_nn.all_gather(rows.contiguous()))

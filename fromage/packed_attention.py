@@ -1,0 +1,138 @@
+"""Sequences of unequal length laid end to end: everything but attention runs on N tokens without padding.
+
+A Hugging Face model asks a registered function for its attention. Ours spreads the packed queries, keys and values over
+(S, T) padded rows, where causal attention needs no mask since padding is behind, and gathers the answer back.
+
+Shapes: S sequences, T tokens of the longest, N tokens of all, H heads, e width of a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from itertools import accumulate
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface
+
+NAME = "fromage_packed"
+
+
+class Rows:
+    """Where the tokens of sequences stand, packed and padded. Laid out on the host: no question to the device."""
+
+    def __init__(self, lengths: list[int], device: torch.device) -> None:
+        """lengths: tokens of each sequence, at least one."""
+        self.count, self.width = len(lengths), max(lengths)
+        positions = [t for n in lengths for t in range(n)]
+        flat = [s * self.width + t for s, n in enumerate(lengths) for t in range(n)]
+        both = torch.tensor([positions, flat])
+        both = both.pin_memory() if device.type == "cuda" else both
+        self.positions, self.flat = both.to(device, non_blocking=True)  # (N,) within its sequence; (N,) among S T places
+        self.starts = [0, *accumulate(lengths)][:-1]
+
+    def spread(self, packed: Tensor) -> Tensor:
+        """(N, ...) -> (S, T, ...), zeros behind each sequence."""
+        return _Spread.apply(packed, self.flat, self.count * self.width).unflatten(0, (self.count, self.width))
+
+    def gather(self, padded: Tensor) -> Tensor:
+        """(S, T, ...) -> (N, ...)."""
+        return _Gather.apply(padded.flatten(0, 1), self.flat)
+
+
+class _Spread(torch.autograd.Function):
+    """Each place is written once, so that spread and gather are each other's gradient, without accumulation."""
+
+    @staticmethod
+    def forward(ctx: Any, packed: Tensor, flat: Tensor, places: int) -> Tensor:
+        ctx.save_for_backward(flat)
+        return packed.new_zeros(places, *packed.shape[1:]).index_copy_(0, flat, packed)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        return grad.index_select(0, ctx.saved_tensors[0]), None, None
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, padded: Tensor, flat: Tensor) -> Tensor:
+        ctx.save_for_backward(flat)
+        ctx.places = len(padded)
+        return padded.index_select(0, flat)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return grad.new_zeros(ctx.places, *grad.shape[1:]).index_copy_(0, ctx.saved_tensors[0], grad), None
+
+
+class Attend(Protocol):
+    """How the packed tokens of one forward pass attend, layer by layer."""
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+        """q (N, H, e), k and v (N, H', e) with H' <= H -> (N, H, e)."""
+
+
+class Causal:
+    """Each token attends to those before it in its sequence. With keep, keys and values stay for OneMore."""
+
+    def __init__(self, rows: Rows, keep: bool = False) -> None:
+        self.rows, self.keep = rows, keep
+        self.kept: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> keys, values (S, H', T, e)
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+        """See Attend."""
+        q, k, v = (self.rows.spread(x).transpose(1, 2) for x in (q, k, v))  # (S, H, T, e)
+        if self.keep:
+            self.kept[layer] = k, v
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+        return self.rows.gather(out.transpose(1, 2))  # (S, T, H, e) -> (N, H, e)
+
+
+class OneMore:
+    """One new token behind each of S sequences, whose keys and values an earlier pass kept."""
+
+    def __init__(self, before: Causal, lengths: list[int], device: torch.device) -> None:
+        self.kept = before.kept
+        known = torch.arange(before.rows.width).expand(len(lengths), -1) < torch.tensor(lengths).unsqueeze(1)  # (S, T)
+        mask = F.pad(known, (0, 1), value=True)[:, None, None]  # (S, 1, 1, T + 1)
+        self.mask = (mask.pin_memory() if device.type == "cuda" else mask).to(device, non_blocking=True)
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+        """See Attend; here N = S."""
+        q, k, v = (x.unsqueeze(2) for x in (q, k, v))  # (S, H, 1, e)
+        keys, values = (torch.cat([old, new], 2) for old, new in zip(self.kept[layer], (k, v), strict=True))
+        gqa = q.shape[1] != keys.shape[1]
+        return F.scaled_dot_product_attention(q, keys, values, self.mask, scale=scale, enable_gqa=gqa).squeeze(2)
+
+
+_attend: ContextVar[Attend] = ContextVar("attend")
+
+
+def _attention(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, **options: Any) -> tuple[Tensor, None]:
+    """What Hugging Face calls: q (1, H, N, e), k and v (1, H', N, e) -> (1, N, H, e)."""
+    if options.get("softcap") is not None or options.get("dropout"):
+        raise NotImplementedError("packed attention knows neither soft caps nor dropout")
+    q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # (N, H, e)
+    out = _attend.get()(int(module.layer_idx), q, k, v, options.get("scaling"))  # type: ignore[arg-type]
+    return out.unsqueeze(0), None
+
+
+AttentionInterface.register(NAME, _attention)
+AttentionMaskInterface.register(NAME, lambda *args, **options: None)
+
+
+@contextmanager
+def attending(config: Any, attend: Attend) -> Iterator[None]:
+    """Let a Hugging Face model of this configuration attend so, for the calls within."""
+    before, token = config._attn_implementation, _attend.set(attend)
+    config._attn_implementation = NAME
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+        _attend.reset(token)

@@ -1,0 +1,450 @@
+"""Webdataset shards: naming them, writing and reading them, and packing a data set's files into them.
+
+A shard is a tar of about a thousand pairs. A pair is three members that share a key: KEY.jpg, KEY.txt (the caption) and
+KEY.json (whatever else is known of it). The file sizes.json beside the shards says how many pairs each one holds.
+"""
+
+from __future__ import annotations
+
+import glob
+import io
+import json
+import logging
+import os
+import re
+import shlex
+import tarfile
+import time
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import cache, lru_cache
+from itertools import groupby, islice
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeVar
+
+import webdataset as wds
+from braceexpand import braceexpand
+from PIL import Image, UnidentifiedImageError
+from torch.utils.data import get_worker_info
+from tqdm import tqdm
+
+from fromage.errors import UserError
+
+log = logging.getLogger(__name__)
+Raw = dict[str, Any]  # a stored sample: '__key__', and the members' bytes by extension
+T = TypeVar("T")
+PICTURES = ("jpg", "jpeg", "png", "webp")
+CHECK_FROM = 100  # samples; a smaller stream is judged at its end
+CURL = "curl --fail --silent --show-error --location --globoff --connect-timeout 30 --speed-limit 1024 --speed-time 60"
+ATTEMPTS = 3  # to read a shard that comes over the network
+
+
+class BrokenSample(Exception):
+    """A sample that cannot be used; the message is its cause, 'cause' or 'cause: detail'."""
+
+
+# --- naming ---------------------------------------------------------------------------------------------------------
+
+
+def expand(urls: str | list[str]) -> list[str]:
+    """Name every shard that patterns stand for, in order.
+
+    A pattern is a path or URL with or without braces (00{000..331}.tar), a glob, or a folder (all its *.tar). http, https
+    and s3 URLs become commands of curl and aws that webdataset reads from; other URLs are left as they are.
+
+    Raises:
+        UserError: a shard is missing, or a pattern means no shard.
+    """
+    patterns = [urls] if isinstance(urls, str) else list(urls)
+    if not patterns:
+        raise UserError("no shards are named: give a folder, or a pattern such as shards/{00000..00331}.tar")
+    return [shard for pattern in patterns for name in _braces(pattern) for shard in _shards(name)]
+
+
+def _braces(pattern: str) -> list[str]:
+    if "{" not in pattern or os.path.exists(pattern):  # noqa: PTH110 (Path.exists raises for a long pattern)
+        return [pattern]
+    try:
+        return list(braceexpand(pattern))
+    except ValueError:
+        raise UserError(f"the braces of {pattern!r} do not match: write for example {{00000..00331}}.tar") from None
+
+
+def _shards(name: str) -> list[str]:
+    """The shards of one name without braces."""
+    if name.startswith("s3://"):
+        return [f"pipe:aws s3 cp {shlex.quote(name)} -"]
+    if name.startswith(("http://", "https://")):
+        return [f"pipe:{CURL} {shlex.quote(name)}"]
+    if name.startswith("pipe:") or "://" in name:
+        return [name]
+    path = Path(name).expanduser()
+    if path.is_file():
+        return [str(path)]
+    found = sorted(path.glob("*.tar")) if path.is_dir() else sorted(map(Path, glob.glob(str(path))))  # noqa: PTH207
+    if found:
+        return [str(p) for p in found]
+    if path.is_dir() or any(sign in name for sign in "*?["):
+        raise UserError(f"{name} holds no .tar shard: correct the path, or pack your data into shards first")
+    raise UserError(f"shard {name} is missing: correct the path or the range of the pattern, or fetch the shard")
+
+
+def shard_name(shard: str) -> str:
+    """The file name of a shard, which may be a path, a URL or a command: '00000.tar'."""
+    return re.findall(r"[^/\\\s'\"=]+\.tar", shard)[-1] if ".tar" in shard else Path(shard).name
+
+
+# --- writing --------------------------------------------------------------------------------------------------------
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON under its final name at once, whole."""
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    part.replace(path)
+
+
+class ShardWriter:
+    """A tar that gets its name, and its line in sizes.json, when close() finds it whole. Equal samples, equal bytes."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.part = path, path.with_name(f".{path.name}.part")
+        self.keys: set[str] = set()
+        self.file = self.part.open("wb")
+        self.tar = wds.TarWriter(self.file, encoder=False, mtime=0, user="fromage", group="fromage")
+
+    def write(self, key: str, members: dict[str, bytes]) -> None:
+        """Add a sample: members by extension, as in {'jpg': ..., 'txt': ...}."""
+        if not key or "." in key.rpartition("/")[2] or key in self.keys:
+            raise UserError(f"sample key {key!r} is empty, holds a dot or is used twice: give every sample its own key")
+        self.keys.add(key)
+        self.tar.write({"__key__": key, **members})
+
+    def close(self) -> None:
+        """Finish the tar, give it its name and record its size."""
+        self.tar.close()
+        self.file.close()
+        self.part.replace(self.path)
+        sizes = read_sizes(self.path.parent) | {self.path.name: len(self.keys)}
+        write_json(self.path.parent / "sizes.json", dict(sorted(sizes.items())))
+
+    def discard(self) -> None:
+        """Drop a tar that was not closed; harmless after close()."""
+        self.tar.close()
+        self.file.close()
+        self.part.unlink(missing_ok=True)
+
+
+def read_sizes(folder: Path) -> dict[str, int]:
+    """The pairs of each shard of a folder, by file name, as sizes.json has them; empty where there is none."""
+    path = folder / "sizes.json"
+    try:
+        return {str(name): int(count) for name, count in json.loads(path.read_text("utf-8")).items()}
+    except FileNotFoundError:
+        return {}
+    except (ValueError, AttributeError, TypeError):
+        raise UserError(f"{path} is not a JSON object of shard names and counts: correct or remove it") from None
+
+
+def shard_sizes(shards: list[str]) -> list[int | None]:
+    """How many pairs each shard holds, None where no sizes.json says so."""
+    folder = cache(read_sizes)
+    return [folder(Path(s).parent).get(Path(s).name) if "://" not in s else None for s in shards]
+
+
+def write_shards(samples: Iterable[tuple[str, bytes, str, dict[str, Any]]], out: Path, per_shard: int = 1000) -> int:
+    """Write (key, JPEG bytes, caption, meta) as 00000.tar, 00001.tar ... of a new folder; returns how many there were.
+
+    Raises:
+        UserError: the folder holds shards already, or a key cannot be one.
+    """
+    if any(out.glob("*.tar")):
+        raise UserError(f"{out} holds shards already: name another folder, or remove them first")
+    out.mkdir(parents=True, exist_ok=True)
+    total = 0
+    for number, group in groupby(enumerate(samples), key=lambda item: item[0] // per_shard):
+        shard = ShardWriter(out / f"{number:05d}.tar")
+        try:
+            for _, (key, jpeg, caption, meta) in group:
+                text = json.dumps(meta, ensure_ascii=False)
+                shard.write(key, {"jpg": jpeg, "txt": caption.encode(), "json": text.encode()})
+            shard.close()
+        finally:
+            shard.discard()
+        total += len(shard.keys)
+    return total
+
+
+# --- reading --------------------------------------------------------------------------------------------------------
+
+
+def read_shard(shard: str, lost: Callable[[str, str], None]) -> Iterator[Raw]:
+    """Yield a shard's samples, the extensions in lower case.
+
+    A shard that cannot be read to its end is reported to lost(shard's name, cause), after further attempts where it comes
+    over the network; so is a member that cannot belong to a sample. The half sample at a break is not yielded.
+    """
+    done, cause = 0, ""
+    for attempt in range(ATTEMPTS if "pipe:" in shard or "://" in shard else 1):
+        time.sleep(2 * attempt)
+        stream = None
+        try:
+            stream = wds.gopen(shard)
+            for sample in islice(_samples(stream, shard, lost), done, None):
+                done += 1
+                yield sample
+            while stream.read(1 << 20):  # a command that is not read to its end would fail
+                pass
+            stream.close()
+            return
+        except (OSError, tarfile.TarError, EOFError, zlib.error) as error:
+            cause = f"unreadable or truncated after {done} samples: {error.args[0] if error.args else type(error).__name__}"
+        finally:
+            if stream is not None:
+                with suppress(OSError):
+                    stream.close()
+    lost(shard_name(shard), cause)
+
+
+def _samples(stream: Any, shard: str, lost: Callable[[str, str], None]) -> Iterator[Raw]:
+    def report(error: Exception) -> bool:
+        lost(shard_name(shard), f"unusable member: {error.args[0]}")
+        return True
+
+    files = wds.tariterators.tar_file_expander([{"url": shard, "stream": stream}], eof_value=None)
+    return wds.tariterators.group_by_keys(files, handler=report)
+
+
+def decode_picture(data: bytes) -> Image.Image:
+    """Decode a picture to RGB; its format stays that of the file. Raises BrokenSample where that cannot be done."""
+    try:
+        image = Image.open(io.BytesIO(data))
+        rgb = image.convert("RGB")
+        rgb.format = image.format
+    except UnidentifiedImageError:
+        raise BrokenSample("undecodable picture: no known format") from None
+    except Exception as error:  # Pillow's decoders raise whatever they meet
+        raise BrokenSample(f"undecodable picture: {error}") from None
+    return rgb
+
+
+def caption_of(raw: Raw) -> str:
+    """The caption without surrounding space. Raises BrokenSample where it is missing, empty or not UTF-8."""
+    if "txt" not in raw:
+        raise BrokenSample("no caption: member txt is missing")
+    try:
+        text = raw["txt"].decode("utf-8").strip()
+    except UnicodeDecodeError:
+        raise BrokenSample("caption is not UTF-8") from None
+    if not text:
+        raise BrokenSample("empty caption")
+    return text
+
+
+def picture_of(raw: Raw) -> Image.Image:
+    """The picture in RGB. Raises BrokenSample where it is missing or cannot be decoded."""
+    data = next((raw[kind] for kind in PICTURES if kind in raw), None)
+    if data is None:
+        raise BrokenSample("no picture: member jpg is missing")
+    return decode_picture(data)
+
+
+# --- reading in workers ----------------------------------------------------------------------------------------------
+
+
+class Broken:
+    """Counts the samples a worker used and those it could not, logs the latter, and stops when they are too many."""
+
+    def __init__(self, limit: float) -> None:
+        self.limit, self.good, self.bad, self.missing = limit, 0, 0, 0
+        self.last: deque[str] = deque(maxlen=5)
+
+    def add(self, key: str, cause: str) -> None:
+        """Count and log a sample, or a shard, that cannot be used."""
+        cause = " ".join(cause.split())
+        log.warning("skipped %s: %s", key, cause)
+        self.bad += 1
+        self.last.append(f"{key} ({cause})")
+        self.check()
+
+    def check(self, end: bool = False) -> None:
+        """Raise UserError where more than the limit is broken; a stream of under a hundred is judged at its end.
+
+        Samples that a shard holds too few count at the end alone: shards are read ahead of their samples' use.
+        """
+        bad = self.bad + (self.missing if end else 0)
+        seen = bad + self.good
+        if (end or seen >= CHECK_FROM) and bad > self.limit * seen:
+            share = f"{bad} of {seen} samples are broken ({bad / seen:.1%}, max_broken allows {self.limit:.1%})"
+            raise UserError(f"{share}; the last: {', '.join(self.last)}; mend or remove them, or raise max_broken")
+
+
+def read_shards(shards: Iterable[tuple[str, int | None]], broken: Broken) -> Iterator[Raw]:
+    """The stored samples of (shard, size) pairs, in order; what a shard holds too few, by sizes.json, counts as broken."""
+    for shard, size in shards:
+        found = 0
+        for raw in read_shard(shard, broken.add):
+            found += 1
+            yield raw
+        if size is not None and found < size:
+            broken.missing += size - found
+            broken.last.append(f"{shard_name(shard)} ({found} samples of {size})")
+            log.warning("%s holds %d samples, sizes.json says %d", shard, found, size)
+
+
+def decoded(raws: Iterable[Raw], decode: Callable[[Raw], T], broken: Broken) -> Iterator[T]:
+    """Decode stored samples, leaving out the broken ones."""
+    for raw in raws:
+        try:
+            sample = decode(raw)
+        except BrokenSample as error:
+            broken.add(raw["__key__"], str(error))
+            continue
+        broken.good += 1
+        broken.check()
+        yield sample
+
+
+def worker_share() -> tuple[int, int]:
+    """This worker's number, and how many workers there are; (0, 1) without workers."""
+    info = get_worker_info()
+    return (0, 1) if info is None else (info.id, info.num_workers)
+
+
+def plain_errors(batches: Iterable[T]) -> Iterator[T]:
+    """Pass batches on; a UserError of a worker, which comes with its traceback in the message, becomes one line again."""
+    try:
+        yield from batches
+    except UserError as error:
+        raise UserError(str(error).rstrip().rsplit("UserError: ", 1)[-1]) from None
+
+
+# --- packing --------------------------------------------------------------------------------------------------------
+
+
+class Row(NamedTuple):
+    """One pair before its picture is read."""
+
+    key: str
+    caption: str
+    picture: Path
+    meta: dict[str, Any]
+
+
+@dataclass
+class PackReport:
+    """What became of the pairs: how many were packed, and by cause the names of those that were not."""
+
+    pairs: int = 0
+    names: dict[str, list[str]] = field(default_factory=dict)
+
+    @property
+    def skipped(self) -> dict[str, int]:
+        """How many pairs were skipped, by cause."""
+        return {cause: len(names) for cause, names in self.names.items()}
+
+    def skip(self, name: str, why: str) -> None:
+        """Note a pair that is left out; what follows a colon in why is detail."""
+        cause, _, detail = why.partition(": ")
+        self.names.setdefault(cause, []).append(f"{name} ({detail})" if detail else name)
+
+
+def pack_tsv(tsv: Path, out: Path, images: Path | None = None, per_shard: int = 1000) -> PackReport:
+    """Pack a TSV of caption<TAB>picture's path, one pair a line, into shards; a pair's key is its line number.
+
+    Paths are relative to images, or to the TSV's folder. JPEG files are copied bit for bit, other pictures become JPEG.
+    What cannot be used is skipped, and listed in report.json beside the shards.
+
+    Raises:
+        UserError: the TSV is missing, out holds shards already, or no pair could be packed.
+    """
+    report = PackReport()
+    if not tsv.is_file():
+        raise UserError(f"{tsv} is missing: name a file with a caption, a tab and a picture's path on each line")
+    return _pack(_tsv_rows(tsv, images or tsv.parent, report), report, out, per_shard)
+
+
+def _tsv_rows(tsv: Path, images: Path, report: PackReport) -> Iterator[Row]:
+    with tsv.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                caption, _, rest = line.decode("utf-8-sig").strip("\r\n").partition("\t")
+            except UnicodeDecodeError:
+                report.skip(f"line {number}", "not UTF-8")
+                continue
+            picture = rest.partition("\t")[0].strip()
+            if picture:
+                yield Row(f"{number:09d}", caption, images / picture, {"source": picture, "line": number})
+            elif line.strip():
+                report.skip(f"line {number}", "no tab and picture")
+
+
+def pack_coco(
+    annotations: Path, images: Path, out: Path, per_shard: int = 1000, captions: Literal["first", "all"] = "all"
+) -> PackReport:
+    """Pack a caption file in COCO's format and its folder of pictures into shards.
+
+    'all' makes a pair of each caption, with the keys IMAGEID_0, IMAGEID_1 ...; 'first' one pair of each picture, IMAGEID_0.
+    Pictures are treated as pack_tsv does.
+
+    Raises:
+        UserError: the file is missing or of another format, out holds shards already, or no pair could be packed.
+    """
+    try:
+        content = json.loads(annotations.read_bytes())
+        names = {image["id"]: image["file_name"] for image in content["images"]}
+        texts: dict[int, list[str]] = {key: [] for key in names}
+        for note in content["annotations"]:
+            texts[note["image_id"]].append(note["caption"])
+    except OSError as error:
+        raise UserError(f"{annotations} cannot be read ({error.strerror}): name COCO's caption file") from None
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{annotations} is no caption file of COCO: it lacks images, or annotations with captions") from None
+    rows = [
+        Row(f"{key}_{i}", text, images / names[key], {"source": names[key], "image_id": key})
+        for key, said in texts.items()
+        for i, text in enumerate(said if captions == "all" else said[:1])
+    ]
+    report = PackReport()
+    for key in (key for key, said in texts.items() if not said):
+        report.skip(str(key), "picture without caption")
+    return _pack(rows, report, out, per_shard)
+
+
+def _pack(rows: Iterable[Row], report: PackReport, out: Path, per_shard: int) -> PackReport:
+    report.pairs = write_shards(_pairs(rows, report), out, per_shard)
+    write_json(out / "report.json", {"pairs": report.pairs, "skipped": report.skipped, "names": report.names})
+    if not report.pairs:
+        causes = ", ".join(f"{cause}: {count}" for cause, count in report.skipped.items()) or "it holds no pair"
+        raise UserError(f"no pair could be packed ({causes}): see {out / 'report.json'} for the names")
+    return report
+
+
+def _pairs(rows: Iterable[Row], report: PackReport) -> Iterator[tuple[str, bytes, str, dict[str, Any]]]:
+    as_jpeg = lru_cache(maxsize=1)(_as_jpeg)  # the captions of one picture follow one another
+    for row in tqdm(rows, desc="packing", unit=" pairs"):
+        caption = row.caption.strip()
+        try:
+            if not caption:
+                raise BrokenSample("empty caption")
+            jpeg = as_jpeg(row.picture)
+        except BrokenSample as error:
+            report.skip(f"{row.key} {row.picture}", str(error))
+            continue
+        yield row.key, jpeg, caption, {"key": row.key, "caption": caption, **row.meta}
+
+
+def _as_jpeg(picture: Path) -> bytes:
+    try:
+        data = picture.read_bytes()
+    except OSError as error:
+        raise BrokenSample(f"missing picture: {error.strerror}") from None
+    image = decode_picture(data)
+    if image.format in ("JPEG", "MPO"):  # MPO: a JPEG that holds further views
+        return data
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=95)
+    return buffer.getvalue()

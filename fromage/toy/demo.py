@@ -1,0 +1,127 @@
+"""The tour of `make demo`: make a world, train FROMAGe on it, evaluate beside CLIP, index pictures, search them."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fromage.backbones import load_clip
+from fromage.checkpoint import load_model
+from fromage.cli import fitting
+from fromage.data import CC3M, Batch
+from fromage.evals.retrieval import evaluate, evaluate_clip
+from fromage.features import store_features
+from fromage.generate import caption_images
+from fromage.index import build_index, draw_hits, search_index
+from fromage.model import Fromage
+from fromage.pictures import open_picture
+from fromage.toy.scenes import COLOURS, SHAPES, Scene
+from fromage.toy.world import make_world
+
+QUERIES = [
+    "a small red star at night",
+    "a big yellow moon on the snow",
+    "a black arrow and a white heart",
+    "something blue by the sea",
+]
+
+
+def demo(out: Path, config: str = "toy.yaml") -> dict[str, Any]:
+    """Run the tour into the folder `out`; returns and writes report.json, with recalls in percent and times in seconds.
+
+    One run each for k = 1 and k = 4. The first is evaluated in retrieval, indexed and searched; both are judged by
+    whether their captions name colour and shape.
+    """
+    began = time.monotonic()
+    world, stored = out / "world", out / "features"
+    seconds: dict[str, float] = {}
+    with timed("world", seconds):
+        make_world(world)
+    with timed("features", seconds):
+        store_features(str(world / "cc3m" / "train"), stored, Fromage.load().vision)
+    with timed("train", seconds):
+        runs = {k: train(out / f"k{k}", config, k, world, stored) for k in (1, 4)}
+    with timed("evaluate", seconds):
+        models = {k: load_model(path) for k, path in runs.items()}
+        report = compare(models[1], world) | {"captions_right": {f"k{k}": name_things(m, world) for k, m in models.items()}}
+    with timed("search", seconds):
+        coco = world / "coco"
+        captions = coco / "annotations" / "captions_val2017.json"
+        index = build_index(models[1], str(coco / "val2017"), out / "index", captions=captions, checkpoint=runs[1])
+        draw_hits(QUERIES, search_index(models[1], index, QUERIES, 5)).save(out / "searches.png")
+    report["seconds"] = {**{k: round(v, 1) for k, v in seconds.items()}, "after_install": round(time.monotonic() - began, 1)}
+    (out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+    print(table(report), f"report: {out / 'report.json'}\nsearches: {out / 'searches.png'}", sep="\n")
+    return report
+
+
+@contextmanager
+def timed(name: str, seconds: dict[str, float]) -> Iterator[None]:
+    """Announce a part of the tour and note its wall-clock seconds."""
+    print(f"\n== {name}", flush=True)
+    began = time.monotonic()
+    yield
+    seconds[name] = time.monotonic() - began
+
+
+def train(out: Path, config: str, k: int, world: Path, stored: Path) -> Path:
+    """`lightning fit` with k places per picture; returns the last checkpoint."""
+    data = {"train_shards": stored, "val_shards": world / "cc3m" / "val"}
+    options = [f"--data.init_args.{name}={path}" for name, path in data.items()]
+    options += [f"--model.init_args.k={k}", "--trainer.logger.init_args.save_dir=" + str(out.parent)]
+    options += [
+        f"--trainer.logger.init_args.name={out.name}",
+        f"--trainer.callbacks.init_args.dirpath={out / 'checkpoints'}",
+    ]
+    fitting(["fit", "--config", config, *options])
+    return out / "checkpoints" / "last.ckpt"
+
+
+def compare(model: Fromage, world: Path) -> dict[str, Any]:
+    """Recalls of FROMAGe and of CLIP's own towers over the world's validation scenes, one caption each."""
+    data = CC3M(str(world / "cc3m" / "train"), str(world / "cc3m" / "val"), batch_size=250, max_tokens=40, workers=0)
+    clip, transform, tokenizer = load_clip("toy")
+    data.attach(transform, model.tokenizer)
+    batches: list[Batch] = list(data.val_dataloader())  # type: ignore[arg-type]
+    gallery = sum(len(batch.keys) for batch in batches)
+    return {"fromage": evaluate(model, batches), "clip": evaluate_clip(clip, tokenizer, batches), "gallery": gallery}
+
+
+def name_things(model: Fromage, world: Path) -> float:
+    """Share, in percent, of unseen scenes of one object whose greedy caption names its colour and shape, and no others."""
+    listed = json.loads((world / "coco" / "annotations" / "captions_val2017.json").read_text())["images"]
+    single = [(entry["file_name"], Scene.parse(entry["scene"])) for entry in listed if "+" not in entry["scene"]]
+    pixels = [model.vision.transform(open_picture(str(world / "coco" / "val2017" / name))) for name, _ in single]
+    made = caption_images(model, model.vision(torch.stack(pixels)))
+    return round(
+        100 * sum(names_colour_and_shape(text, scene) for text, (_, scene) in zip(made, single, strict=True)) / len(single),
+        1,
+    )
+
+
+def names_colour_and_shape(text: str, scene: Scene) -> bool:
+    """Whether the colours and shapes a caption names are those of a scene of one object."""
+    words = set(text.replace(".", " ").replace(",", " ").split())
+    thing = scene.things[0]
+    return words & COLOURS.keys() == {thing.colour} and words & set(SHAPES) == {thing.shape}
+
+
+def table(report: dict[str, Any]) -> str:
+    """The report as lines for the terminal."""
+    names = [f"{way}_r{k}" for way in ("t2i", "i2t") for k in (1, 5, 10)]
+    lines = [
+        "",
+        f"{report['gallery']} unseen scenes, one caption each; recall in %",
+        "        " + "".join(f"{n:>9}" for n in names),
+    ]
+    lines += [f"{who:8}" + "".join(f"{report[who][name]:9.1f}" for name in names) for who in ("fromage", "clip")]
+    right = ", ".join(f"{k} {v:.0f} %" for k, v in report["captions_right"].items())
+    lines.append(f"greedy captions that name colour and shape of a single object: {right}")
+    lines.append("seconds: " + ", ".join(f"{k} {v:.0f}" for k, v in report["seconds"].items()))
+    return "\n".join(lines)

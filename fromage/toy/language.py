@@ -1,0 +1,266 @@
+"""What is said about scenes: captions, tags, stories, dialogues, referring expressions, and the texts an LM learns from."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from fromage.toy.scenes import COLOURS, GROUNDS, PLACES, SHAPES, SIZES, TIMES, Scene, Thing, sample_scene
+
+AT = {
+    "left": "on the left",
+    "right": "on the right",
+    "top": "at the top",
+    "bottom": "at the bottom",
+    "middle": "in the middle",
+}
+WHEN = {"day": "by day", "night": "at night"}
+NUMBERS = ("zero", "one", "two", "three")
+EOS = "</s>"
+
+
+def tag_words() -> list[str]:
+    """Every tag of the world: one word that stands for two attributes, as natural words bundle them."""
+    tags = [c + s for c in COLOURS for s in SHAPES] + [z + s for z in SIZES for s in SHAPES]
+    return tags + [p + s for p in PLACES for s in SHAPES] + [t + g for t in TIMES for g in GROUNDS]
+
+
+def tags(scene: Scene, rng: random.Random) -> list[str]:
+    """A scene's tags in random order: 'redstar', 'smallstar', 'leftstar' for each object, 'nightsand' for the ground."""
+    words = [scene.time + scene.ground]
+    for t in scene.things:
+        words += [t.colour + t.shape, t.size + t.shape, t.place + t.shape]
+    return rng.sample(words, len(words))
+
+
+def attributes(scene: Scene, rng: random.Random) -> list[str]:
+    """The plain words of a scene of one object, in random order."""
+    t = scene.things[0]
+    words = [t.shape, t.colour, t.size, t.place, scene.ground, scene.time]
+    return rng.sample(words, len(words))
+
+
+def phrase(thing: Thing, rng: random.Random, keep: float = 0.9) -> str:
+    """An object as a noun phrase; size and place are each said with probability keep, colour and shape always."""
+    size = f"{thing.size} " if rng.random() < keep else ""
+    place = f" {AT[thing.place]}" if rng.random() < keep else ""
+    words = f"{size}{thing.colour} {thing.shape}{place}"
+    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
+
+
+def _listed(parts: list[str]) -> str:
+    return parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + " and " + parts[-1]
+
+
+def caption(scene: Scene, rng: random.Random, keep: float = 0.9) -> str:
+    """One sentence about a scene: every object in random order, and mostly the ground and the time."""
+    things = _listed([phrase(t, rng, keep) for t in rng.sample(scene.things, len(scene.things))])
+    ground = f"on the {scene.ground}" if rng.random() < keep else ""
+    when = WHEN[scene.time] if rng.random() < keep else ""
+    setting = " ".join(part for part in (ground, when) if part)
+    if not setting:
+        return f"{things}."
+    return f"{things}, {setting}." if rng.random() < 0.6 else f"{setting}, {things}."
+
+
+@dataclass(frozen=True)
+class Story:
+    """Five scenes and a sentence for each. The last scene is what all sentences together say."""
+
+    scenes: tuple[Scene, ...]
+    sentences: tuple[str, ...]
+
+
+_SAYS: dict[str, tuple[str, ...]] = {
+    "shape": ("here is the {}.", "this is about the {}."),
+    "colour": ("the {shape} becomes {}.", "now the {shape} is {}."),
+    "size": ("the {shape} is {} now.", "it is {} now."),
+    "place": ("the {shape} is {} now.", "then it is {}."),
+    "ground": ("we come to the {}.", "it lies on the {}."),
+    "time": ("it is {} now.", "this is {}."),
+}
+
+
+def _set(scene: Scene, what: str, value: str) -> Scene:
+    if what in ("ground", "time"):
+        return replace(scene, **{what: value})  # type: ignore[arg-type]
+    return replace(scene, things=(replace(scene.things[0], **{what: value}),))
+
+
+def story(rng: random.Random, split: str) -> Story:
+    """A story about one object that changes: each sentence says one or two attributes of the last scene.
+
+    A picture shows what was said so far; what is said only later still looks different. One attribute may stay unsaid:
+    the pictures alone show it, the same in all five.
+    """
+    while True:  # until all five differ and none but the last is of another split than train
+        last = sample_scene(rng, split, n=1)
+        thing = last.things[0]
+        final = {"shape": thing.shape, "colour": thing.colour, "size": thing.size, "place": thing.place}
+        final |= {"ground": last.ground, "time": last.time}
+        order = ["shape", *rng.sample(["colour", "size", "place", "ground", "time"], 5)]
+        groups = [[what] for what in order[:5]]
+        if rng.random() < 0.6:
+            groups[rng.randrange(1, 5)].append(order[5])
+        scene, scenes, sentences = sample_scene(rng, "train", n=1), [], []
+        if len(groups[0]) + sum(map(len, groups[1:])) == 5:
+            scene = _set(scene, order[5], final[order[5]])
+        for group in groups:
+            said = []
+            for what in group:
+                scene = _set(scene, what, final[what])
+                word = {"place": AT, "time": WHEN}.get(what, {}).get(final[what], final[what])
+                said.append(rng.choice(_SAYS[what]).format(word, shape=thing.shape))
+            scenes.append(scene)
+            sentences.append(" ".join(said))
+        if all(s.split == "train" for s in scenes[:-1]) and len({s.key for s in scenes}) == 5:
+            return Story(tuple(scenes), tuple(sentences))
+
+
+@dataclass(frozen=True)
+class Round:
+    """One question of a dialogue, its answer, and other answers that mean the same."""
+
+    question: str
+    answer: str
+    same: tuple[str, ...]
+
+
+def _round(question: str, answers: list[str], rng: random.Random) -> Round:
+    answer = rng.choice(answers)
+    return Round(question, answer, tuple(a for a in answers if a != answer))
+
+
+def _yes_no(yes: bool) -> list[str]:
+    return ["yes", "yes, it is", "yes, i think so"] if yes else ["no", "no, it is not", "no, i do not think so"]
+
+
+def dialogue(scene: Scene, rng: random.Random, rounds: int = 10) -> tuple[str, list[Round]]:
+    """A short caption of a scene's first object and rounds of question and answer that say the rest of the scene."""
+    t = scene.things[0]
+    it = t.shape
+    asked = [
+        _round(f"what colour is the {it}?", [t.colour, f"it is {t.colour}", f"{t.colour}, i think"], rng),
+        _round(f"is the {it} small or big?", [t.size, f"it is {t.size}", f"quite {t.size}"], rng),
+        _round(f"where is the {it}?", [AT[t.place], f"it is {AT[t.place]}", f"{AT[t.place]}, i think"], rng),
+        _round("what is the ground?", [scene.ground, f"it is {scene.ground}", f"{scene.ground}, i think"], rng),
+        _round("is it day or night?", [scene.time, f"it is {scene.time}", f"{scene.time}, i think"], rng),
+        _round("how many objects are there?", [NUMBERS[len(scene.things)], f"i see {NUMBERS[len(scene.things)]}"], rng),
+    ]
+    for other in scene.things[1:]:
+        asked.append(
+            _round(f"what else is {AT[other.place]}?", [phrase(other, rng, 0), f"it is {phrase(other, rng, 0)}"], rng)
+        )
+        asked.append(
+            _round(f"is the {other.shape} small or big?", [other.size, f"it is {other.size}", f"quite {other.size}"], rng)
+        )
+    while len(asked) < rounds:
+        shape, colour = rng.choice(SHAPES), rng.choice(list(COLOURS))
+        if rng.random() < 0.5:
+            asked.append(_round(f"is there a {shape}?", _yes_no(any(o.shape == shape for o in scene.things)), rng))
+        else:
+            asked.append(_round(f"is the {it} {colour}?", _yes_no(t.colour == colour), rng))
+    return f"{'an' if it == 'arrow' else 'a'} {it} in a picture.", rng.sample(asked[:rounds], rounds)
+
+
+def answer_pool() -> list[str]:
+    """Every answer a dialogue may hold but for the noun phrases, and as many of these as there are colours and shapes."""
+    words = [*COLOURS, *GROUNDS, *TIMES, *AT.values()]
+    pool = [form.format(w) for w in words for form in ("{}", "it is {}", "{}, i think")]
+    pool += [form.format(s) for s in SIZES for form in ("{}", "it is {}", "quite {}")]
+    pool += [form.format(n) for n in NUMBERS[1:] for form in ("{}", "i see {}")]
+    pool += _yes_no(True) + _yes_no(False)
+    return pool + [f"{'an' if c == 'orange' else 'a'} {c} {s}" for c in COLOURS for s in SHAPES]
+
+
+def question_text(rounds: list[Round]) -> str:
+    """Rounds as the paper writes them into a prompt: 'Q: ... A: ...'."""
+    return " ".join(f"Q: {r.question} A: {r.answer}." for r in rounds)
+
+
+def expression(scene: Scene, index: int, rng: random.Random) -> str | None:
+    """The shortest phrase that means object index and no other, or None where there is none."""
+    target = scene.things[index]
+    forms: list[tuple[Callable[[Thing], tuple[str, ...]], str]] = [
+        (lambda t: (t.shape,), "the {shape}"),
+        (lambda t: (t.shape, t.colour), "the {colour} {shape}"),
+        (lambda t: (t.shape, t.size), "the {size} {shape}"),
+        (lambda t: (t.shape, t.place), "the {shape} {at}"),
+    ]
+    unique = [text for key, text in forms if sum(key(t) == key(target) for t in scene.things) == 1]
+    if not unique:
+        return None
+    text = unique[0] if unique[0] == "the {shape}" else rng.choice(unique)
+    return text.format(shape=target.shape, colour=target.colour, size=target.size, at=AT[target.place])
+
+
+def _glossary(rng: random.Random) -> str:
+    """What single tags mean, in a row: 'redstar: a red star. a small moon: smallmoon.'"""
+    lines = []
+    for _ in range(5):
+        thing, kind = sample_scene(rng, "train", n=1), rng.randrange(7)
+        t = thing.things[0]
+        if kind < 3:
+            tag, means = t.colour + t.shape, f"{'an' if t.colour == 'orange' else 'a'} {t.colour} {t.shape}"
+        elif kind < 5:
+            tag, means = t.place + t.shape, f"{'an' if t.shape == 'arrow' else 'a'} {t.shape} {AT[t.place]}"
+        elif kind < 6:
+            tag, means = t.size + t.shape, f"a {t.size} {t.shape}"
+        else:
+            tag, means = thing.time + thing.ground, f"on the {thing.ground} {WHEN[thing.time]}"
+        lines.append(f"{tag}: {means}." if rng.random() < 0.6 else f"{means}: {tag}.")
+    return " ".join(lines)
+
+
+def _some(words: list[str], rng: random.Random, share: float = 0.7) -> list[str]:
+    return [w for w in words if rng.random() < share] or words[:1]
+
+
+def _recap(scene: Scene, rng: random.Random) -> str:
+    """All of a scene behind 'so:', as tags in random order or as a caption."""
+    return "so: " + (" ".join(tags(scene, rng)) if rng.random() < 0.6 else caption(scene, rng, 1.0))
+
+
+def _story_document(rng: random.Random, split: str) -> str:
+    """A story and its recap; in a third of them tags stand between the sentences, where pictures stand in a prompt."""
+    tale, seen = story(rng, split), rng.random() < 0.35
+    parts = []
+    for scene, sentence in zip(tale.scenes, tale.sentences, strict=True):
+        parts += [sentence, *(_some(tags(scene, rng), rng) if seen and scene is not tale.scenes[-1] else [])]
+    return f"{' '.join(parts)} {_recap(tale.scenes[-1], rng)}"
+
+
+def _dialogue_document(rng: random.Random, split: str) -> str:
+    """A dialogue, some with the scene's tags and </s> in front, the others with a recap behind."""
+    scene = sample_scene(rng, split)
+    short, rounds = dialogue(scene, rng, rng.randint(2, 10))
+    if rng.random() < 0.3:
+        return f"{' '.join(tags(scene, rng))}{EOS}{short} {question_text(rounds)}"
+    return f"{short} {question_text(rounds)} {_recap(scene, rng)}"
+
+
+SHARES = (13, 13, 14, 26, 18, 8, 8)  # of the kinds of document, in percent
+FIRST_SHARES = (3, 3, 24, 15, 5, 25, 25)  # at first more of what is learned fast: what tags mean, and copying
+
+
+def document(rng: random.Random, split: str = "train", shares: tuple[int, ...] = SHARES) -> str:
+    """One text for the language model, without the </s> in front. Kinds, in the order below:
+
+    a story or a dialogue with its recap; a glossary; tags, then </s>, then what they say (unfolding: the form in which an
+    image prefix precedes a caption); a caption and its tags in random order (folding: the position before them must hold
+    the whole scene); plain words unfolded; paraphrases in a row.
+    """
+    kind = rng.choices(range(7), shares)[0]
+    if kind < 2:
+        return (_story_document, _dialogue_document)[kind](rng, split)
+    if kind == 2:
+        return _glossary(rng)
+    scene = sample_scene(rng, split, n=1 if kind == 5 else None)
+    if kind == 3:
+        return " ".join(_some(tags(scene, rng), rng, rng.choice((0.6, 1.0)))) + EOS + caption(scene, rng)
+    if kind == 4:
+        return f"{caption(scene, rng)} so: " + " ".join(tags(scene, rng))
+    if kind == 5:
+        return " ".join(attributes(scene, rng)) + EOS + caption(scene, rng)
+    return " ".join(caption(scene, rng, rng.choice((0.5, 0.9))) for _ in range(3))

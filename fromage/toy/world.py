@@ -1,0 +1,125 @@
+"""The toy world as data sets on disk: what `fromage toy make` writes, the same bytes for the same arguments anywhere."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor
+from itertools import islice, product
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from fromage.errors import UserError
+from fromage.toy import writers
+from fromage.toy.scenes import COLOURS, GROUNDS, PLACES, SHAPES, SIZES, TIMES, Scene, Thing, sample_scenes
+
+VERSION = 1
+COCO_TRAIN = 500  # training pictures with five captions, at most
+BLOCK = 4096  # pictures in flight at once
+
+
+def make_world(
+    out: Path,
+    seed: int = 0,
+    train: int = 8192,
+    val: int = 1000,
+    stories: int = 500,
+    dialogues: int = 500,
+    refs: int = 500,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Write the world to the folder `out`, or keep it if it is there already with the same arguments.
+
+    train and val count CC3M-style pairs (COCO captions are of the same scenes); stories, dialogues and refs count those of
+    val, and train gets as many, except that train dialogues are about the at most 500 pictures of coco/train2017.
+    Returns what world.json holds, and `made`: False if the world was there already. Raises UserError for counts out of range
+    and for a folder that holds something else.
+    """
+    out = Path(out).resolve()
+    counts = {"train": train, "val": val, "stories": stories, "dialogues": dialogues, "refs": refs}
+    record: dict[str, Any] = {"version": VERSION, "seed": seed, "counts": counts}
+    _check_counts(counts)
+    if _is_there(out, record):
+        return record | {"made": False}
+    draft = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    try:
+        draft.mkdir(parents=True)
+        _write(draft, seed, counts, progress)
+        (draft / "world.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        draft.replace(out)
+    except OSError as error:
+        raise UserError(f"{out}: cannot write the toy world there ({error}); choose another --out") from error
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    return record | {"made": True}
+
+
+def _check_counts(counts: dict[str, int]) -> None:
+    for name, count in counts.items():
+        if count < 1:
+            raise UserError(f"--{name} {count}: must be at least 1")
+    if counts["stories"] > (most := _unseen_singles()):
+        raise UserError(f"--stories {counts['stories']}: there are {most} unseen last pictures; ask for at most as many")
+
+
+def _unseen_singles() -> int:
+    """The number of validation scenes of one object: a story ends on one, and no two on the same."""
+    things = (Thing(*words) for words in product(SHAPES, COLOURS, SIZES, PLACES))
+    return sum(Scene((t,), g, when).split == "val" for t in things for g, when in product(GROUNDS, TIMES))
+
+
+def _is_there(out: Path, record: dict[str, Any]) -> bool:
+    """Whether `out` is the world asked for; UserError if it is anything else but missing or an empty folder."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return False
+    try:
+        found = json.loads((out / "world.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise UserError(f"{out}: exists and is not a toy world; choose another --out or remove it") from None
+    if found != record:
+        raise UserError(f"{out}: holds a toy world made with other arguments ({found}); choose another --out or remove it")
+    return True
+
+
+def _painter(pool: Executor, bar: tqdm[Any]) -> writers.Paint:
+    """Drawing spread over processes; pictures come in the order of the jobs, however many processes there are."""
+
+    def paint(jobs: Iterable[writers.Job]) -> Iterator[writers.Drawn]:
+        rest = iter(jobs)
+        while block := list(islice(rest, BLOCK)):
+            for drawn in pool.map(writers.encode, block, chunksize=64):
+                bar.update()
+                yield drawn
+
+    return paint
+
+
+def _write(out: Path, seed: int, counts: dict[str, int], progress: bool) -> None:
+    train, val, stories, dialogues, refs = counts.values()
+    few = min(train, COCO_TRAIN)
+    total = train + few + 2 * val + 10 * stories + dialogues + 2 * refs
+    with ProcessPoolExecutor(os.cpu_count()) as pool, tqdm(total=total, unit=" pictures", disable=not progress) as bar:
+        paint = _painter(pool, bar)
+        scenes = {"train": sample_scenes(_rng(seed, "train"), "train", train)}
+        scenes["val"] = sample_scenes(_rng(seed, "val"), "val", val)
+        talks = {"train": scenes["train"][:few][:dialogues]}
+        talks["val"] = sample_scenes(_rng(seed, "talks"), "val", dialogues)
+        for split in ("train", "val"):
+            writers.write_cc3m(out, split, scenes[split], _rng(seed, "cc3m", split), paint)
+            listed = scenes[split][:few] if split == "train" else scenes[split]
+            writers.write_coco(out, split, listed, _rng(seed, "coco", split), paint)
+            tales = writers.sample_stories(_rng(seed, "vist", split), split, stories)
+            writers.write_vist(out, split, tales, paint)
+            writers.write_visdial(out, split, talks[split], _rng(seed, "visdial", split), paint)
+        referred = {split: writers.sample_ref_scenes(_rng(seed, "refs", split), split, refs) for split in ("train", "val")}
+        writers.write_refcoco(out, referred, _rng(seed, "refcoco"), paint)
+
+
+def _rng(seed: int, *names: str) -> random.Random:
+    """A generator of its own for each part, so that one part's count does not change another part's content."""
+    return random.Random("/".join((str(seed), *names)))

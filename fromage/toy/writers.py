@@ -1,0 +1,242 @@
+"""The toy world written in published formats: CC3M shards, COCO captions, Visual Storytelling, VisDial, RefCOCO.
+
+Each writer takes the split's scenes, a random generator for the words, and `paint`, which turns (scene, jitter) pairs into
+JPEG bytes and boxes in order. Entries carry one key more than the published ones: "scene", the key of the scene shown.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import pickle
+import random
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from fromage.shards import write_shards
+from fromage.toy.language import Round, Story, answer_pool, caption, dialogue, expression, story
+from fromage.toy.scenes import PIXELS, SHAPES, Scene, draw, sample_scene
+
+Job = tuple[Scene, int]  # a scene and the number its jitter is drawn from
+Drawn = tuple[bytes, list[list[float]]]  # a JPEG file and one box (x, y, width, height in pixels) per object
+Paint = Callable[[Iterable[Job]], Iterator[Drawn]]
+
+JPEG_QUALITY = 92
+PER_SHARD = 1024
+CAPTIONS = 5
+CANDIDATES = 100
+FIRST_ID = {"train": 1_000_001, "val": 1}  # picture ids of the two splits of a data set never meet
+DATE = "2023-01-31 00:00:00"
+
+
+def encode(job: Job) -> Drawn:
+    """Draw a scene as a JPEG file, its boxes cut off at the picture's edge."""
+    picture, boxes = draw(*job)
+    file = io.BytesIO()
+    picture.save(file, "JPEG", quality=JPEG_QUALITY)
+    return file.getvalue(), [_clipped(*box) for box in boxes]
+
+
+def _clipped(x: float, y: float, w: float, h: float) -> list[float]:
+    left, top, right, bottom = max(0.0, x), max(0.0, y), min(float(PIXELS), x + w), min(float(PIXELS), y + h)
+    return [round(v, 2) for v in (left, top, right - left, bottom - top)]
+
+
+def _write_json(path: Path, content: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content), encoding="utf-8")
+
+
+def _write_pictures(folder: Path, names: list[str], jobs: list[Job], paint: Paint) -> list[list[list[float]]]:
+    """Write one JPEG per name; returns the boxes of each picture."""
+    folder.mkdir(parents=True, exist_ok=True)
+    boxes = []
+    for name, (jpeg, found) in zip(names, paint(jobs), strict=True):
+        (folder / name).write_bytes(jpeg)
+        boxes.append(found)
+    return boxes
+
+
+def _ids(scenes: list[Scene], split: str) -> range:
+    return range(FIRST_ID[split], FIRST_ID[split] + len(scenes))
+
+
+def _size() -> dict[str, int]:
+    return {"width": PIXELS, "height": PIXELS}
+
+
+def write_cc3m(out: Path, split: str, scenes: list[Scene], rng: random.Random, paint: Paint) -> None:
+    """Webdataset shards as the ready-made copies of CC3M have them: jpg, txt, json, one caption per picture."""
+
+    def samples() -> Iterator[tuple[str, bytes, str, dict[str, Any]]]:
+        jobs = list(zip(scenes, _ids(scenes, split), strict=True))
+        for i, (scene, (jpeg, _)) in enumerate(zip(scenes, paint(jobs), strict=True)):
+            key, text = f"{i:09d}", caption(scene, rng)
+            meta = {"key": key, "caption": text, "url": "", "status": "success", "error_message": None, "exif": "{}"}
+            yield key, jpeg, text, meta | _size() | {"sha256": hashlib.sha256(jpeg).hexdigest(), "scene": scene.key}
+
+    write_shards(samples(), out / "cc3m" / split, per_shard=PER_SHARD)
+
+
+def _captions(scene: Scene, rng: random.Random) -> list[str]:
+    found: dict[str, None] = {}
+    while len(found) < CAPTIONS:
+        found.setdefault(caption(scene, rng))
+    return list(found)
+
+
+def _coco_header(what: str) -> dict[str, Any]:
+    info = {"description": what, "url": "", "version": "1.0", "year": 2023, "contributor": "", "date_created": DATE}
+    return {"info": info, "licenses": [{"id": 1, "name": "Apache License 2.0", "url": ""}]}
+
+
+def _coco_image(image_id: int, name: str, scene: Scene) -> dict[str, Any]:
+    entry = {"id": image_id, "file_name": name, "license": 1, "coco_url": "", "flickr_url": "", "date_captured": DATE}
+    return entry | _size() | {"scene": scene.key}
+
+
+def write_coco(out: Path, split: str, scenes: list[Scene], rng: random.Random, paint: Paint) -> None:
+    """COCO captions in the 2017 layout, five different ones per picture."""
+    ids = _ids(scenes, split)
+    names = [f"{i:012d}.jpg" for i in ids]
+    _write_pictures(out / "coco" / f"{split}2017", names, list(zip(scenes, ids, strict=True)), paint)
+    said = [(i, text) for i, scene in zip(ids, scenes, strict=True) for text in _captions(scene, rng)]
+    content = _coco_header("toy world, captions") | {
+        "images": [_coco_image(*entry) for entry in zip(ids, names, scenes, strict=True)],
+        "annotations": [{"image_id": i, "id": n, "caption": text} for n, (i, text) in enumerate(said, FIRST_ID[split])],
+    }
+    _write_json(out / "coco" / "annotations" / f"captions_{split}2017.json", content)
+
+
+def sample_stories(rng: random.Random, split: str, count: int) -> list[Story]:
+    """Draw stories of a split whose last scenes are all different; the four before are training scenes in either split.
+
+    So no picture of the validation gallery shows what the last picture of another story shows.
+    """
+    stories: dict[str, Story] = {}
+    while len(stories) < count:
+        tale = story(rng, split)
+        if all(scene.split == "train" for scene in tale.scenes[:-1]):
+            stories.setdefault(tale.scenes[-1].key, tale)
+    return list(stories.values())
+
+
+def write_vist(out: Path, split: str, stories: list[Story], paint: Paint) -> None:
+    """Visual Storytelling, stories in sequence (SIS): one album of five photos per story, ids as strings."""
+    scenes = [scene for tale in stories for scene in tale.scenes]
+    ids, sentences = _ids(scenes, split), [text for tale in stories for text in tale.sentences]
+    _write_pictures(out / "vist" / "images" / split, [f"{i}.jpg" for i in ids], list(zip(scenes, ids, strict=True)), paint)
+    images, annotations = [], []
+    for n, (photo, scene, text) in enumerate(zip(ids, scenes, sentences, strict=True)):
+        album, order = str(photo - n % 5), n % 5
+        image = {"id": str(photo), "album_id": album, "datetaken": f"2023-01-31 12:00:0{order}", "license": "1"}
+        images.append(image | {"title": "", "text": "", "tags": "", "url_o": "", "media": "photo", "scene": scene.key})
+        told = {"story_id": album, "storylet_id": str(photo), "album_id": album, "photo_flickr_id": str(photo)}
+        told |= {"original_text": text, "text": text, "tier": "story-in-sequence", "worker_id": "toy"}
+        annotations.append([told | {"worker_arranged_photo_order": order, "setting": "first-2-pick-and-tell"}])
+    albums = [{"id": str(i), "title": "", "description": "", "photos": "5"} for i in ids[::5]]
+    content = {"info": {"version": "1.2"}, "type": "stories", "images": images, "albums": albums, "annotations": annotations}
+    _write_json(out / "vist" / "sis" / f"{split}.story-in-sequence.json", content)
+
+
+def _plain(said: Round) -> str:
+    return said.question.removesuffix("?")
+
+
+def _numbered(texts: set[str]) -> dict[str, int]:
+    return {text: n for n, text in enumerate(sorted(texts))}
+
+
+def _candidates(said: Round, rng: random.Random) -> list[str]:
+    """The answer, those that mean the same, and wrong ones up to CANDIDATES, in random order."""
+    right = [said.answer, *said.same]
+    wrong = [a for a in answer_pool() if a not in right]
+    listed = right + rng.sample(wrong, CANDIDATES - len(right))
+    rng.shuffle(listed)
+    return listed
+
+
+def _relevance(said: Round, candidates: list[str], rng: random.Random) -> list[float]:
+    return [1.0 if a == said.answer else rng.choice((0.5, 0.75, 1.0)) if a in said.same else 0.0 for a in candidates]
+
+
+def write_visdial(out: Path, split: str, scenes: list[Scene], rng: random.Random, paint: Paint) -> None:
+    """VisDial 1.0 of ten rounds: questions without their question mark, as published; candidates for val only.
+
+    Train dialogues are about the first pictures of coco/train2017, whose ids they have. Those of val get pictures of their
+    own, a list of CANDIDATES answers per question, and dense relevance for one round (counted from 1) per dialogue.
+    """
+    ids, talks = _ids(scenes, split), [dialogue(scene, rng) for scene in scenes]
+    said = [r for _, rounds in talks for r in rounds]
+    questions = _numbered({_plain(r) for r in said})
+    answers = _numbered({a for r in said for a in (r.answer, *r.same)} | set(answer_pool()))
+    dialogs, dense = [], []
+    for image_id, scene, (short, rounds) in zip(ids, scenes, talks, strict=True):
+        talk: list[dict[str, Any]] = [{"question": questions[_plain(r)], "answer": answers[r.answer]} for r in rounds]
+        dialogs.append({"image_id": image_id, "caption": short, "dialog": talk, "scene": scene.key})
+        if split == "val":
+            options = [_candidates(r, rng) for r in rounds]
+            for entry, r, listed in zip(talk, rounds, options, strict=True):
+                entry |= {"answer_options": [answers[a] for a in listed], "gt_index": listed.index(r.answer)}
+            rated = rng.randrange(len(rounds))
+            relevance = _relevance(rounds[rated], options[rated], rng)
+            dense.append({"image_id": image_id, "round_id": rated + 1, "gt_relevance": relevance})
+    data = {"questions": list(questions), "answers": list(answers), "dialogs": dialogs}
+    _write_json(out / "visdial" / f"visdial_1.0_{split}.json", {"version": "1.0", "split": split, "data": data})
+    if split == "val":
+        _write_json(out / "visdial" / "visdial_1.0_val_dense_annotations.json", dense)
+        names = [f"VisualDialog_val2018_{i:012d}.jpg" for i in ids]
+        _write_pictures(out / "visdial" / "images" / "val", names, list(zip(scenes, ids, strict=True)), paint)
+
+
+def sample_ref_scenes(rng: random.Random, split: str, count: int) -> list[Scene]:
+    """Draw different scenes of two or three objects; in four of five the objects have the same shape."""
+    scenes: dict[str, Scene] = {}
+    while len(scenes) < count:
+        scene = sample_scene(rng, split, n=rng.choice((2, 3)), same_shape=rng.random() < 0.8)
+        scenes.setdefault(scene.key, scene)
+    return list(scenes.values())
+
+
+def _expressions(scene: Scene, index: int, rng: random.Random) -> list[str]:
+    """Up to three different expressions for one object."""
+    found = (expression(scene, index, rng) for _ in range(6))
+    return list(dict.fromkeys(text for text in found if text))[:3]
+
+
+def _sentences(scene: Scene, index: int, rng: random.Random, first: int) -> list[dict[str, Any]]:
+    """Up to three different expressions for one object, as RefCOCO's sentences numbered from `first`."""
+    found = (expression(scene, index, rng) for _ in range(6))
+    texts = list(dict.fromkeys(text for text in found if text))[:3]
+    return [{"raw": t, "sent": t, "tokens": t.split(), "sent_id": n} for n, t in enumerate(texts, first)]
+
+
+def write_refcoco(out: Path, scenes: dict[str, list[Scene]], rng: random.Random, paint: Paint) -> None:
+    """RefCOCO: COCO instances (shapes are the categories) and refs(unc).p, with one to three expressions per object.
+
+    As published, file_name in the pickle ends in the number of the annotation; the file is the one instances.json names.
+    """
+    shown = [(split, scene) for split in scenes for scene in scenes[split]]
+    stems = [f"COCO_train2014_{i:012d}" for i in range(1, len(shown) + 1)]
+    jobs = [(scene, i) for i, (_, scene) in enumerate(shown, 1)]
+    boxes = _write_pictures(out / "refcoco" / "images", [f"{stem}.jpg" for stem in stems], jobs, paint)
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    refs: list[dict[str, Any]] = []
+    first = 0  # the next sentence's number
+    for i, (stem, (split, scene), found) in enumerate(zip(stems, shown, boxes, strict=True), 1):
+        images.append(_coco_image(i, f"{stem}.jpg", scene))
+        for index, (thing, box) in enumerate(zip(scene.things, found, strict=True)):
+            ann, where = len(annotations) + 1, {"image_id": i, "category_id": SHAPES.index(thing.shape) + 1}
+            area = round(box[2] * box[3], 2)
+            annotations.append({"id": ann, **where, "bbox": box, "area": area, "iscrowd": 0, "segmentation": []})
+            said = _sentences(scene, index, rng, first)
+            ref = {"ref_id": len(refs), "ann_id": ann, **where, "split": split, "file_name": f"{stem}_{ann}.jpg"}
+            refs.append(ref | {"sentences": said, "sent_ids": [s["sent_id"] for s in said]})
+            first += len(said)
+    categories = [{"id": n, "name": shape, "supercategory": "shape"} for n, shape in enumerate(SHAPES, 1)]
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    _write_json(out / "refcoco" / "instances.json", _coco_header("toy world, referring expressions") | content)
+    (out / "refcoco" / "refs(unc).p").write_bytes(pickle.dumps(refs, protocol=2))

@@ -1,0 +1,47 @@
+"""What is slow to make is made once: the toy towers and a small toy world."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+torch.set_num_threads(2)
+
+SHARED = Path(os.environ.get("FROMAGE_SHARED_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
+
+
+@pytest.fixture(scope="session")
+def shared_data():
+    if not SHARED.is_dir():
+        pytest.skip("the COCO sample and OPT's vocabulary are not on this machine")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """A small toy world: 300 training pairs, 60 unseen scenes."""
+    from fromage.toy.world import make_world
+
+    out = tmp_path_factory.mktemp("toy") / "world"
+    make_world(out, seed=3, train=300, val=60, stories=5, dialogues=5, refs=5, progress=False)
+    return out
+
+
+@pytest.fixture
+def toy_model():
+    """FROMAGe on the toy towers, k = 2, its trained parameters fresh."""
+    from fromage.model import Fromage
+
+    torch.manual_seed(0)
+    return Fromage.load(k=2, q=32)
+
+
+@pytest.fixture
+def batch(toy_model, world):
+    """Seven pairs of the toy world."""
+    from fromage.data import CC3M
+
+    data = CC3M(str(world / "cc3m" / "train"), str(world / "cc3m" / "val"), batch_size=7, max_tokens=40, workers=0)
+    data.attach(toy_model.vision.transform, toy_model.tokenizer)
+    return next(iter(data.val_dataloader()))

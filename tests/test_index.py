@@ -1,0 +1,392 @@
+import io
+import json
+import shutil
+import warnings
+from types import SimpleNamespace
+
+import faiss
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from test_pictures import encoded, make_tar
+from torch import nn
+
+from fromage import index as index_module
+from fromage.errors import UserError
+from fromage.index import ImageIndex, Item, build_index, draw_hits, embed_pictures, open_index, search_index
+
+COLOURS = {"blue": (0, 0, 255), "green": (0, 255, 0), "red": (255, 0, 0)}
+
+
+def to_tensor(image):
+    assert image.mode == "RGB"
+    return torch.from_numpy(np.asarray(image.resize((2, 2)), dtype=np.float32)).permute(2, 0, 1) / 255
+
+
+class Vision(nn.Module):
+    width, transform = 3, staticmethod(to_tensor)
+
+    def forward(self, pixels):
+        assert not torch.is_grad_enabled()
+        return pixels.mean((2, 3))
+
+
+class Model(nn.Module):
+    """Embeds a picture as its mean colour, and a text as the colour it names."""
+
+    device = torch.device("cpu")
+
+    def __init__(self):
+        super().__init__()
+        self.vision = Vision()
+
+    def embed_images(self, features):
+        return nn.functional.normalize(features, dim=-1)
+
+    def embed_text(self, texts):
+        return self.embed_images(torch.tensor([COLOURS[text] for text in texts], dtype=torch.float32))
+
+    def fingerprint(self):
+        return "f00d"
+
+
+def items(n):
+    return [Item(f"{i}.jpg", f"picture {i}") for i in range(n)]
+
+
+def rows(n, q=4, seed=0):
+    return np.random.default_rng(seed).normal(size=(n, q)).astype(np.float32)
+
+
+def write_colours(folder):
+    for name, colour in COLOURS.items():
+        (folder / name).mkdir(parents=True)
+        Image.new("RGB", (9, 5), colour).save(folder / name / "a.png")
+    return folder
+
+
+# --- search -----------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_search_is_the_brute_force_product(data):
+    """Small whole numbers make many exact ties, which must come in the order of the index."""
+    q = data.draw(st.integers(1, 4))
+    vector = st.lists(st.integers(-1, 1), min_size=q, max_size=q).filter(any)
+    embeddings = np.array(data.draw(st.lists(vector, min_size=1, max_size=30)), dtype=np.float32)
+    queries = np.array(data.draw(st.lists(vector, min_size=1, max_size=4)), dtype=np.float32)
+    k, barred = data.draw(st.integers(1, 40)), data.draw(st.sets(st.integers(0, 35), max_size=8))
+    index = ImageIndex.build(embeddings, items(len(embeddings)), "")
+    found = index.search(queries, k, {f"{i}.jpg" for i in barred})
+
+    unit = embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True)
+    for query, hits in zip(queries, found, strict=True):
+        scores = (unit.astype(np.float64) * (query / np.linalg.norm(query))).sum(1)
+        order = [i for i in np.argsort(-scores, kind="stable") if i not in barred][:k]
+        assert [hit.path for hit in hits] == [f"{i}.jpg" for i in order]
+        assert [hit.rank for hit in hits] == list(range(1, len(order) + 1))
+        np.testing.assert_allclose([hit.score for hit in hits], scores[order], atol=1e-6)
+
+
+def test_equal_rows_keep_their_order_in_any_batch():
+    embeddings = np.repeat(rows(3, q=37), 100, axis=0)  # 100 equal rows each: more than FAISS is asked for at first
+    index, queries = ImageIndex.build(embeddings, items(300), ""), rows(50, q=37, seed=1)
+    together = index.search(queries, 7)
+    assert together == [index.search(query[None], 7)[0] for query in queries]
+    for hits in together:
+        first = int(hits[0].path.removesuffix(".jpg"))
+        assert first % 100 == 0
+        assert [hit.path for hit in hits] == [f"{first + i}.jpg" for i in range(7)]
+
+
+def test_many_pictures_agree_with_torch():
+    embeddings, queries = rows(2000, q=64), rows(30, q=64, seed=1)
+    found = ImageIndex.build(embeddings, items(2000), "").search(queries, 10)
+    cosine = nn.functional.cosine_similarity(torch.tensor(queries)[:, None], torch.tensor(embeddings)[None], dim=-1)
+    best = cosine.topk(10).indices.tolist()
+    assert [[int(hit.path[:-4]) for hit in hits] for hits in found] == best
+
+
+def test_the_same_path_twice_is_excluded_twice():
+    index = ImageIndex.build(rows(3), [Item("a"), Item("b"), Item("a")], "")
+    assert [hit.path for hit in index.search(rows(1), 5, {"a"})[0]] == ["b"]
+    assert index.search(rows(1), 5, {"a", "b"}) == [[]]
+
+
+def test_search_of_no_query():
+    assert ImageIndex.build(rows(3), items(3), "").search(np.empty((0, 4)), 2) == []
+
+
+@pytest.mark.parametrize("queries", [rows(1, q=5), rows(1)[0], 0 * rows(1), np.nan * rows(1)])
+def test_bad_searches_are_refused(queries):
+    index = ImageIndex.build(rows(3), items(3), "")
+    with pytest.raises(UserError):
+        index.search(queries, 1)
+    with pytest.raises(UserError, match="at least one"):
+        index.search(rows(1), 0)
+
+
+@pytest.mark.parametrize("embeddings", [rows(0), rows(2), rows(3)[0], 0 * rows(3), np.inf * rows(3)])
+def test_bad_builds_are_refused(embeddings):
+    with pytest.raises(UserError):
+        ImageIndex.build(embeddings, items(3 if len(embeddings) else 0), "")
+
+
+# --- save and load ----------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.lists(st.tuples(st.text(), st.text()), min_size=1, max_size=5))
+def test_what_is_saved_is_loaded(tmp_path_factory, pairs):
+    index = ImageIndex.build(rows(len(pairs)), [Item(*pair) for pair in pairs], "f00d", "runs/a.ckpt")
+    folder = tmp_path_factory.mktemp("saved") / "deep" / "index"
+    index.save(folder)
+    loaded = ImageIndex.load(folder, "f00d")
+    assert (loaded.items, loaded.fingerprint, loaded.checkpoint) == (index.items, "f00d", "runs/a.ckpt")
+    assert loaded.search(rows(2), 9) == index.search(rows(2), 9)
+    assert sorted(p.name for p in folder.parent.iterdir()) == ["index"]
+
+
+def test_file_names_outside_unicode_survive(tmp_path):
+    odd = b"caf\xe9.jpg".decode("utf-8", "surrogateescape")  # what Linux makes of a Latin-1 file name
+    ImageIndex.build(rows(1), [Item(odd, "two\nlines\u2028")], "").save(tmp_path / "index")
+    assert ImageIndex.load(tmp_path / "index", None).items == [Item(odd, "two\nlines\u2028")]
+
+
+@pytest.mark.parametrize("name", ["index.faiss", "items.jsonl"])
+def test_damage_is_refused(tmp_path, name):
+    folder = tmp_path / "index"
+    ImageIndex.build(rows(9), items(9), "").save(folder)
+    data = bytearray((folder / name).read_bytes())
+    data[len(data) // 2] ^= 1
+    (folder / name).write_bytes(data)
+    with pytest.raises(UserError, match=name):
+        ImageIndex.load(folder, None)
+    (folder / name).unlink()
+    with pytest.raises(UserError, match=name):
+        ImageIndex.load(folder, None)
+
+
+STRANGE = [{"format": "x"}, {"version": 2}, {"count": 8}, {"width": 3}, {"sha256": {}}, {"sha256": None}, None]
+
+
+@pytest.mark.parametrize("change", STRANGE)
+def test_a_strange_index_json_is_refused(tmp_path, change):
+    ImageIndex.build(rows(9), items(9), "").save(tmp_path / "index")
+    about = tmp_path / "index" / "index.json"
+    about.write_text("[]" if change is None else json.dumps(json.loads(about.read_text()) | change))
+    with pytest.raises(UserError, match="index"):
+        ImageIndex.load(tmp_path / "index", None)
+
+
+def test_the_index_of_another_checkpoint_is_refused(tmp_path):
+    ImageIndex.build(rows(2), items(2), "aaaa", "old.ckpt").save(tmp_path / "index")
+    with pytest.raises(UserError, match=r"aaaa \(old.ckpt\), not with bbbb.*fromage index build"):
+        ImageIndex.load(tmp_path / "index", "bbbb")
+
+
+def test_there_is_no_index(tmp_path):
+    with pytest.raises(UserError, match="fromage index build"):
+        ImageIndex.load(tmp_path / "none", None)
+
+
+def test_only_an_index_is_replaced(tmp_path):
+    index = ImageIndex.build(rows(2), items(2), "")
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "folder").mkdir()
+    index.save(tmp_path / "index")
+    (tmp_path / "index" / "notes.txt").write_text("mine")
+    for name in ("file", "folder", "index"):
+        with pytest.raises(UserError, match="not an index"):
+            index.save(tmp_path / name)
+    assert (tmp_path / "index" / "notes.txt").read_text() == "mine"
+    assert not list(tmp_path.glob(".*"))
+
+
+class Killed(BaseException):
+    """Stands for the signal that ends a process in the middle."""
+
+
+@pytest.mark.parametrize("when", ["vectors", "items", "swap"])
+@pytest.mark.parametrize("error", [Killed, OSError, RuntimeError])
+def test_an_interrupted_save_leaves_the_old_index(tmp_path, monkeypatch, when, error):
+    folder, rename = tmp_path / "index", type(tmp_path).rename
+    ImageIndex.build(rows(2), items(2), "old").save(folder)
+
+    def fail(*args):
+        raise error("interrupted")
+
+    if when == "vectors":
+        monkeypatch.setattr(faiss, "write_index", fail)
+    elif when == "items":
+        monkeypatch.setattr(index_module, "_digest", fail)
+    else:
+        new_in = lambda path, to: fail() if path.name.endswith(".new") else rename(path, to)  # noqa: E731
+        monkeypatch.setattr(type(tmp_path), "rename", new_in)
+    with pytest.raises(Killed if error is Killed else UserError):
+        ImageIndex.build(rows(3), items(3), "new").save(folder)
+    monkeypatch.undo()
+    assert len(ImageIndex.load(folder, "old")) == 2
+    assert [p.name for p in tmp_path.iterdir()] == ["index"]
+
+
+def test_a_process_killed_between_the_renames_is_explained_and_mended(tmp_path):
+    folder, aside = tmp_path / "index", tmp_path / ".index.old"
+    ImageIndex.build(rows(2), items(2), "old").save(folder)
+    folder.rename(aside)
+    with pytest.raises(UserError, match="rename"):
+        ImageIndex.load(folder, None)
+    shutil.copytree(aside, folder)
+    ImageIndex.build(rows(3), items(3), "new").save(folder)
+    assert len(ImageIndex.load(folder, "new")) == 3
+    assert not aside.exists()
+
+
+# --- pictures ---------------------------------------------------------------------------------------------------------
+
+
+def test_folder_shards_and_stored_features_agree(tmp_path, monkeypatch):
+    folder = write_colours(tmp_path / "pictures")
+    data = {name: (folder / name / "a.png").read_bytes() for name in COLOURS}
+    feature = lambda name: encoded_npy(np.array(COLOURS[name], dtype=np.float16) / 255)  # noqa: E731
+    make_tar(tmp_path / "0.tar", {"b.png": data["blue"], "b.txt": b" a blue one\n", "g.npy": feature("green")})
+    make_tar(tmp_path / "1.tar", {"r.npy": feature("red"), "r.jpg": b"not read", "r.txt": "rouge é".encode()})
+    wanted, found = embed_pictures(Model(), folder)
+    assert [item.path for item in found] == [str(folder / name / "a.png") for name in COLOURS]
+    monkeypatch.chdir(tmp_path)
+    for source in (tmp_path, ".", "{0..1}.tar", str(tmp_path / "*.tar")):
+        for batch_size, workers in ((1, 0), (64, 0)):
+            embeddings, found = embed_pictures(Model(), source, batch_size, workers)
+            np.testing.assert_allclose(embeddings, wanted, atol=1e-6)
+            assert found[0] == Item(f"{tmp_path}/0.tar#b", "a blue one")
+            assert found[2] == Item(f"{tmp_path}/1.tar#r", "rouge é")
+    assert len(embed_pictures(Model(), "0.tar")[0]) == 2
+
+
+def encoded_npy(array):
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    return buffer.getvalue()
+
+
+def test_workers_change_nothing(tmp_path):
+    for i in range(7):
+        Image.new("RGB", (4, 4), (i * 30, 200, 90)).save(tmp_path / f"{i}.bmp")
+    (tmp_path / "4.bmp").write_bytes(b"broken")
+    with pytest.warns(UserWarning, match="4.bmp"):
+        alone, found_alone = embed_pictures(Model(), tmp_path, 2, 0)
+    with pytest.warns(UserWarning, match="4.bmp"):
+        shared, found_shared = embed_pictures(Model(), tmp_path, 2, 2)
+    np.testing.assert_array_equal(alone, shared)
+    assert found_alone == found_shared
+
+
+def test_odd_pictures_and_broken_ones(tmp_path):
+    red = Image.new("RGB", (40, 30), COLOURS["red"])
+    red.convert("CMYK").save(tmp_path / "cmyk.JPG")
+    red.convert("P").save(tmp_path / "palette.gif")
+    red.convert("P").save(tmp_path / "palette.png")
+    red.convert("RGBA").save(tmp_path / "alpha.webp", lossless=True)
+    (tmp_path / "._hidden.jpg").write_bytes(b"of another system")
+    (tmp_path / "notes.txt").write_text("no picture")
+    for i in range(6):
+        (tmp_path / f"broken{i}.jpg").write_bytes(encoded(red, "JPEG")[: 100 * i])
+    with pytest.warns(UserWarning, match=r"6 of 10 pictures.*broken0.jpg.*broken4.jpg.*\.\.\."):
+        embeddings, found = embed_pictures(Model(), tmp_path)
+    names = ["alpha.webp", "cmyk.JPG", "palette.gif", "palette.png"]
+    assert [item.path for item in found] == [str(tmp_path / name) for name in names]
+    np.testing.assert_allclose(embeddings, [[1, 0, 0]] * 4, atol=0.02)
+
+
+def test_truncated_shard_is_named_and_its_beginning_used(tmp_path):
+    png = encoded(Image.effect_noise((32, 32), 50))
+    shard = make_tar(tmp_path / "0.tar", {f"{i}.png": png for i in range(9)})
+    shard.write_bytes(shard.read_bytes()[: 3 * 2048 + 700])
+    with pytest.warns(UserWarning, match="0.tar"):
+        embeddings, _ = embed_pictures(Model(), shard)
+    assert 1 <= len(embeddings) < 9
+
+
+def test_nothing_usable(tmp_path):
+    with pytest.raises(UserError, match="neither pictures"):
+        embed_pictures(Model(), tmp_path)
+    with pytest.raises(UserError, match="neither pictures"):
+        embed_pictures(Model(), tmp_path / "gone")
+    (tmp_path / "a.jpg").write_bytes(b"")
+    with pytest.raises(UserError, match=r"no usable picture.*a\.jpg"):
+        embed_pictures(Model(), tmp_path)
+    with pytest.raises(UserError, match=r"0\.tar"):
+        embed_pictures(Model(), make_tar(tmp_path / "0.tar", {"a.txt": b"caption alone"}))
+    with pytest.raises(UserError, match="7 wide, not 3"):
+        embed_pictures(Model(), make_tar(tmp_path / "1.tar", {"a.npy": encoded_npy(np.ones(7))}))
+
+
+def test_captions_of_a_folder(tmp_path):
+    folder = write_colours(tmp_path / "pictures")
+    plain = {"red/a.png": "rot", "blue/a.png": ["blau", "noch blauer"], "gone.png": "nichts"}
+    coco = {
+        "images": [{"id": 4, "file_name": "red/a.png"}, {"id": 7, "file_name": "blue/a.png"}],
+        "annotations": [{"image_id": i, "caption": c} for i, c in ((7, "blau"), (4, "rot"), (4, "roter"))],
+    }
+    for data in (plain, coco):
+        (tmp_path / "captions.json").write_text(json.dumps(data))
+        _, found = embed_pictures(Model(), folder, captions=tmp_path / "captions.json")
+        assert [item.caption for item in found] == ["blau", "", "rot"]
+
+
+@pytest.mark.parametrize("data", ["{}", "[1]", "{", '{"a.png": []}', '{"annotations": [{}]}', '{"other.png": "text"}'])
+def test_bad_captions_are_refused(tmp_path, data):
+    (tmp_path / "captions.json").write_text(data)
+    with pytest.raises(UserError, match=r"captions\.json"):
+        embed_pictures(Model(), write_colours(tmp_path / "pictures"), captions=tmp_path / "captions.json")
+
+
+def test_captions_are_not_for_shards(tmp_path):
+    with pytest.raises(UserError, match="leave out"):
+        embed_pictures(Model(), make_tar(tmp_path / "0.tar", {}), captions=tmp_path / "captions.json")
+
+
+# --- the verbs --------------------------------------------------------------------------------------------------------
+
+
+def test_build_search_and_draw(tmp_path):
+    folder, out = write_colours(tmp_path / "pictures"), tmp_path / "index"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        build_index(Model(), folder, out)
+    index = ImageIndex.load(out, "f00d")
+    hits = search_index(Model(), index, ["red", "blue"], 2)
+    assert [row[0].path for row in hits] == [str(folder / name / "a.png") for name in ("red", "blue")]
+    assert hits[0][0].score == pytest.approx(1)
+    (folder / "red" / "a.png").unlink()
+    colours = {colour for _, colour in draw_hits(["red", "blue"], hits).getcolors(1 << 20)}
+    assert COLOURS["blue"] in colours
+    assert COLOURS["red"] not in colours
+    assert search_index(Model(), index, [], 2) == []
+
+
+def test_a_place_that_is_taken_is_refused_before_the_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(index_module, "embed_pictures", lambda *args: pytest.fail("hours of work"))
+    with pytest.raises(UserError, match="not an index"):
+        build_index(Model(), tmp_path, tmp_path)
+
+
+def test_an_index_finds_its_checkpoint(tmp_path, monkeypatch):
+    loaded = lambda path, device: SimpleNamespace(path=str(path), fingerprint=lambda: "f00d")  # noqa: E731
+    monkeypatch.setattr(index_module, "load_model", loaded)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.ckpt").touch()
+    build_index(Model(), write_colours(tmp_path / "pictures"), "index", checkpoint="a.ckpt")
+    model, index = open_index("index")
+    assert (model.path, len(index)) == (str(tmp_path / "a.ckpt"), 3)
+    (tmp_path / "a.ckpt").rename("b.ckpt")
+    with pytest.raises(UserError, match=r"a\.ckpt.*--ckpt"):
+        open_index("index")
+    assert open_index("index", "b.ckpt")[0].path == "b.ckpt"
+    monkeypatch.setattr(index_module, "load_model", lambda path, device: SimpleNamespace(fingerprint=lambda: "beef"))
+    with pytest.raises(UserError, match=r"f00d.*beef"):
+        open_index("index", "b.ckpt")

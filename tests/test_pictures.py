@@ -1,0 +1,134 @@
+import io
+import tarfile
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from fromage.errors import UserError
+from fromage.pictures import MAX_ASPECT, _font, _wrap, contact_sheet, open_picture
+
+HARD = ["", "x" * 5000, "word " * 3000, "日本語 😀 العربية", "\ud800\x00\n\t"]
+RED, WHITE = (255, 0, 0), (255, 255, 255)
+
+
+def encoded(image, kind="PNG", **options):
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def make_tar(path, members):
+    with tarfile.open(path, "w") as tar:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+@pytest.mark.parametrize("mode", ["RGB", "P", "CMYK", "RGBA", "LA", "1", "L"])
+def test_every_mode_becomes_rgb(tmp_path, mode):
+    path = tmp_path / ("a.jpg" if mode == "CMYK" else "a.png")
+    Image.new("RGB", (8, 6), RED).convert(mode).save(path)
+    picture = open_picture(str(path))
+    assert (picture.mode, picture.size) == ("RGB", (8, 6))
+    if mode in ("P", "CMYK", "RGBA"):
+        assert all(abs(have - want) < 8 for have, want in zip(picture.getpixel((3, 3)), RED, strict=True))
+
+
+def test_transparency_becomes_white(tmp_path):
+    Image.new("RGBA", (4, 4), (0, 0, 0, 0)).save(tmp_path / "a.png")
+    palette = Image.new("P", (4, 4), 0)
+    palette.putpalette([0, 0, 0, 255, 0, 0])
+    palette.save(tmp_path / "b.gif", transparency=0)
+    assert open_picture(str(tmp_path / "a.png")).getpixel((0, 0)) == WHITE
+    assert open_picture(str(tmp_path / "b.gif")).getpixel((0, 0)) == WHITE
+
+
+def test_sixteen_bits_keep_their_greys(tmp_path):
+    Image.new("I;16", (4, 4), 128 * 256).save(tmp_path / "a.png")
+    assert open_picture(str(tmp_path / "a.png")).getpixel((0, 0)) == (128, 128, 128)
+
+
+def test_exif_turns_the_picture(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # orientation: lies on its side
+    Image.new("RGB", (8, 6)).save(tmp_path / "a.jpg", exif=exif)
+    assert open_picture(str(tmp_path / "a.jpg")).size == (6, 8)
+
+
+def test_member_of_a_shard(tmp_path):
+    png = encoded(Image.new("RGB", (4, 4), RED))
+    shard = make_tar(tmp_path / "0.tar", {"x.txt": b"text", "dir/x.txt": b"text", "dir/x.png": png, "x#y.PNG": png})
+    assert open_picture(f"{shard}#dir/x").getpixel((0, 0)) == RED
+    assert open_picture(f"{shard}#x#y").getpixel((0, 0)) == RED
+    for key in ("x", "y", ""):
+        with pytest.raises(UserError, match="holds no picture"):
+            open_picture(f"{shard}#{key}")
+
+
+def test_a_file_may_look_like_a_member(tmp_path):
+    (tmp_path / "a.tar#b").mkdir()
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.tar#b" / "c.png")
+    assert open_picture(str(tmp_path / "a.tar#b" / "c.png")).size == (4, 4)
+
+
+def test_what_cannot_be_opened_is_named(tmp_path):
+    (tmp_path / "text.jpg").write_text("no picture")
+    (tmp_path / "cut.jpg").write_bytes(encoded(Image.effect_noise((64, 64), 50), "JPEG")[:300])
+    (tmp_path / "no.tar").write_bytes(b"no tar")
+    Image.new("1", (1, MAX_ASPECT + 1)).save(tmp_path / "narrow.png")
+    for name in ("text.jpg", "cut.jpg", "no.tar#a", "gone.jpg", "gone.tar#a", "narrow.png", ".", "a\0b.jpg"):
+        with pytest.raises(UserError) as error:
+            open_picture(str(tmp_path / name))
+        assert str(error.value).startswith(str(tmp_path / name))
+
+
+def test_decompression_bomb_is_not_decoded(tmp_path, monkeypatch):
+    monkeypatch.setattr("fromage.pictures.MAX_PIXELS", 100)
+    Image.new("RGB", (10, 10)).save(tmp_path / "fits.png")
+    Image.new("RGB", (11, 10)).save(tmp_path / "bomb.png")
+    assert open_picture(str(tmp_path / "fits.png")).size == (10, 10)
+    monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
+    with pytest.raises(UserError, match="too large"):
+        open_picture(str(tmp_path / "bomb.png"))
+
+
+def test_sheet_shows_every_picture_and_says_what_is_missing():
+    red, grey = Image.new("RGB", (30, 30), RED), (222, 224, 228)
+    sheet = contact_sheet([("a", [(red, "1.  0.5\ncaption"), (None, "2.")]), ("b", [(red, "1.")])], tile=40)
+    count = {colour: n for n, colour in sheet.getcolors(sheet.width * sheet.height)}
+    assert count[RED] == 2 * 40 * 40  # scaled up to the tile
+    assert count[grey] > 0.8 * 40 * 40
+    assert sheet.getpixel((0, 0)) == WHITE
+
+
+def test_many_pictures_go_on_in_further_lines():
+    rows = [(None, str(i)) for i in range(23)]
+    assert contact_sheet([("a", rows)], tile=32).width == contact_sheet([("a", rows[:10])], tile=32).width
+    assert contact_sheet([("a", rows)], tile=32).height > 2 * 32 + contact_sheet([("a", rows[:1])], tile=32).height
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.text(max_size=60) | st.sampled_from(HARD), st.integers(1, 200))
+def test_any_text_can_be_drawn(text, tile):
+    picture = Image.new("L", (3, 50))
+    sheet = contact_sheet([(text, [(picture, text), (None, f"{text}\n{text}")]), ("", [])], tile)
+    assert sheet.width >= 2 * tile
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.text("ab éß.", max_size=80), st.integers(30, 200), st.integers(1, 4))
+def test_lines_fit_and_nothing_is_lost_before_the_ellipsis(text, width, max_lines):
+    font = _font(12)
+    lines = _wrap(text, font, width, max_lines)
+    assert len(lines) <= max_lines
+    assert all(font.getlength(line) <= width for line in lines)
+    kept, whole = "".join(lines).replace(" ", ""), "".join(text.split())
+    assert kept == whole or whole.startswith(kept.removesuffix("..."))
+
+
+def test_empty_sheet():
+    assert contact_sheet([]).size == contact_sheet([("", [])]).size

@@ -1,0 +1,251 @@
+import functools
+import http.server
+import io
+import json
+import os
+import tarfile
+import threading
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from fromage.errors import UserError
+from fromage.shards import (
+    Broken,
+    BrokenSample,
+    decode_picture,
+    expand,
+    pack_coco,
+    pack_tsv,
+    read_shard,
+    read_shards,
+    read_sizes,
+    shard_name,
+    shard_sizes,
+    write_shards,
+)
+
+SHARED = Path(os.environ.get("FROMAGE_SHARED_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
+
+
+def picture(kind="JPEG", mode="RGB", colour=120):
+    buffer = io.BytesIO()
+    Image.new(mode, (12, 8), colour).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def pairs(n):
+    return [(f"k{i:03d}", picture(colour=i), f"caption {i} – ü", {"n": i}) for i in range(n)]
+
+
+def read(shard):
+    lost = []
+    return list(read_shard(str(shard), lambda *why: lost.append(why))), lost
+
+
+def test_written_shards_are_read_back(tmp_path):
+    assert write_shards(iter(pairs(5)), tmp_path / "s", per_shard=2) == 5
+    assert sorted(p.name for p in (tmp_path / "s").iterdir()) == ["00000.tar", "00001.tar", "00002.tar", "sizes.json"]
+    assert read_sizes(tmp_path / "s") == {"00000.tar": 2, "00001.tar": 2, "00002.tar": 1}
+    samples = [sample for shard in expand(str(tmp_path / "s")) for sample in read(shard)[0]]
+    found = [(s["__key__"], s["jpg"], s["txt"].decode(), json.loads(s["json"])) for s in samples]
+    assert found == pairs(5)
+
+
+def test_equal_samples_make_equal_bytes(tmp_path):
+    for name in "ab":
+        write_shards(pairs(3), tmp_path / name)
+    tar = (tmp_path / "a/00000.tar").read_bytes()
+    assert tar == (tmp_path / "b/00000.tar").read_bytes()
+    with tarfile.open(tmp_path / "a/00000.tar") as members:
+        assert {(m.mtime, m.uid, m.uname) for m in members} == {(0, 0, "fromage")}
+
+
+def test_an_interrupted_write_leaves_whole_shards_only(tmp_path):
+    def stops():
+        yield from pairs(3)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_shards(stops(), tmp_path / "s", per_shard=2)
+    assert sorted(p.name for p in (tmp_path / "s").iterdir()) == ["00000.tar", "sizes.json"]
+    assert read_sizes(tmp_path / "s") == {"00000.tar": 2}
+    with pytest.raises(UserError, match="holds shards already"):
+        write_shards(pairs(1), tmp_path / "s")
+
+
+@pytest.mark.parametrize("key", ["", "a.b", "k000"])
+def test_a_key_that_would_not_come_back_is_refused(tmp_path, key):
+    with pytest.raises(UserError, match="own key"):
+        write_shards([*pairs(1), (key, b"", "x", {})], tmp_path / "s")
+
+
+def test_expand_braces_globs_folders_and_lists(tmp_path):
+    folder = tmp_path / "s"
+    write_shards(pairs(4), folder, per_shard=1)
+    every = [str(folder / f"0000{i}.tar") for i in range(4)]
+    assert expand(str(folder)) == expand(f"{folder}/{{00000..00003}}.tar") == expand(f"{folder}/*.tar") == every
+    assert expand([every[2], f"{folder}/0000{{0,1}}.tar"]) == [every[2], every[0], every[1]]
+    odd = tmp_path / "a{b}[c]"
+    odd.mkdir()
+    (folder / "00000.tar").rename(odd / "x.tar")
+    assert expand(str(odd / "x.tar")) == [str(odd / "x.tar")]
+
+
+def test_expand_names_what_is_missing(tmp_path):
+    write_shards(pairs(2), tmp_path / "s", per_shard=1)
+    with pytest.raises(UserError, match=r"00002\.tar is missing"):
+        expand(f"{tmp_path}/s/{{00000..00002}}.tar")
+    for empty in (f"{tmp_path}/none*.tar", str(tmp_path)):
+        with pytest.raises(UserError, match=r"holds no \.tar"):
+            expand(empty)
+    with pytest.raises(UserError, match="do not match"):
+        expand("a{0.tar")
+    with pytest.raises(UserError, match="no shards are named"):
+        expand([])
+
+
+def test_urls_are_quoted_for_the_shell():
+    s3, web = expand(["s3://b/{0..0}.tar", "https://h/x.tar?a=1&b=$(id)"])
+    assert s3 == "pipe:aws s3 cp s3://b/0.tar -"
+    assert web.endswith(" 'https://h/x.tar?a=1&b=$(id)'")
+    assert "--fail" in web
+    assert "--connect-timeout" in web
+    assert expand("gs://b/x.tar") == ["gs://b/x.tar"]
+    assert expand("pipe:cat x.tar") == ["pipe:cat x.tar"]
+    assert [shard_name(s) for s in (s3, web, "/a.tar/b.tar")] == ["0.tar", "x.tar", "b.tar"]
+    assert expand("https://h/" + "x" * 5000 + ".tar")[0].startswith("pipe:curl")
+
+
+@pytest.fixture
+def server(tmp_path):
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+    running = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=tmp_path))
+    threading.Thread(target=running.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{running.server_port}"
+    running.shutdown()
+    running.server_close()
+
+
+def test_shards_come_over_http(server, tmp_path, monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    write_shards(pairs(4), tmp_path / "s", per_shard=2)
+    shards = expand(f"{server}/s/{{00000..00002}}.tar")
+    assert shard_sizes(shards) == [None] * 3
+    assert [len(read(shard)[0]) for shard in shards] == [2, 2, 0]
+    ((name, cause),) = read(shards[2])[1]
+    assert name == "00002.tar"
+    assert "unreadable" in cause
+
+
+def test_a_shard_is_taken_up_where_the_connection_broke(tmp_path, monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    write_shards(pairs(4), tmp_path / "s")
+    whole, cut, tried = tmp_path / "s/00000.tar", tmp_path / "cut.tar", tmp_path / "tried"
+    cut.write_bytes(whole.read_bytes()[:8000])
+    samples, lost = read(f"pipe:if [ -e {tried} ]; then cat {whole}; else touch {tried}; cat {cut}; fi")
+    assert [s["__key__"] for s in samples] == ["k000", "k001", "k002", "k003"]
+    assert not lost
+
+
+@pytest.mark.parametrize("keep", [0, 1, 700, 5000, 7000])
+def test_a_truncated_shard_ends_and_is_reported(tmp_path, keep):
+    write_shards(pairs(4), tmp_path / "s")
+    cut = tmp_path / "cut.tar"
+    cut.write_bytes((tmp_path / "s/00000.tar").read_bytes()[:keep])
+    samples, lost = read(cut)
+    assert len(samples) < 4
+    assert all({"jpg", "txt", "json"} <= s.keys() for s in samples[:-1])
+    assert [name for name, _ in lost] == ["cut.tar"]
+
+
+def test_a_shard_cut_between_members_is_found_by_its_size(tmp_path):
+    write_shards(pairs(4), tmp_path / "s")
+    shard = tmp_path / "s/00000.tar"
+    with tarfile.open(shard) as members:
+        end = next(m.offset for m in members if m.name.startswith("k002"))
+    shard.write_bytes(shard.read_bytes()[:end])
+    broken = Broken(0.05)
+    assert len(list(read_shards([(str(shard), *shard_sizes([str(shard)]))], broken))) == 2
+    broken.good = 2
+    broken.check()
+    with pytest.raises(UserError, match=r"2 of 4 samples.*00000\.tar"):
+        broken.check(end=True)
+
+
+@pytest.mark.parametrize(
+    ("kind", "mode"), [("JPEG", "CMYK"), ("PNG", "P"), ("PNG", "RGBA"), ("PNG", "L"), ("TIFF", "F"), ("TIFF", "LAB")]
+)
+def test_pictures_of_every_mode_become_rgb(kind, mode):
+    image = decode_picture(picture(kind, mode, 0))
+    assert (image.mode, image.size, image.format) == ("RGB", (12, 8), kind)
+
+
+@pytest.mark.parametrize("data", [b"", b"no picture", picture()[:-30], picture("PNG")[:40]])
+def test_undecodable_pictures_are_broken(data):
+    with pytest.raises(BrokenSample, match=r"^undecodable picture: "):
+        decode_picture(data)
+
+
+def test_pack_tsv(tmp_path):
+    images = tmp_path / "images"
+    images.mkdir()
+    (images / "a.jpg").write_bytes(picture())
+    (images / "b.png").write_bytes(picture("PNG", "RGBA", (1, 2, 3, 4)))
+    (images / "c.jpg").write_bytes(b"broken")
+    lines = [
+        b"one\ta.jpg",
+        b"two\tb.png\textra",
+        b"three\tc.jpg",
+        b"four\tnone.jpg",
+        b"\ta.jpg",
+        b"five",
+        b"",
+        b"\xff\ta.jpg",
+    ]
+    (tmp_path / "x.tsv").write_bytes(b"\r\n".join(lines))
+    report = pack_tsv(tmp_path / "x.tsv", tmp_path / "s", images)
+    assert report.pairs == 2
+    assert report.skipped == dict.fromkeys(
+        ["undecodable picture", "missing picture", "empty caption", "no tab and picture", "not UTF-8"], 1
+    )
+    written = json.loads((tmp_path / "s/report.json").read_text())
+    assert written["skipped"] == report.skipped
+    assert "none.jpg" in written["names"]["missing picture"][0]
+    one, two = read(tmp_path / "s/00000.tar")[0]
+    assert one["jpg"] == picture()
+    assert (one["__key__"], one["txt"], two["__key__"]) == ("000000001", b"one", "000000002")
+    assert Image.open(io.BytesIO(two["jpg"])).format == "JPEG"
+
+
+def test_pack_tsv_of_nothing_is_an_error(tmp_path):
+    (tmp_path / "x.tsv").write_text("one\tnone.jpg\n")
+    with pytest.raises(UserError, match="missing picture: 1"):
+        pack_tsv(tmp_path / "x.tsv", tmp_path / "s")
+    with pytest.raises(UserError, match="is missing"):
+        pack_tsv(tmp_path / "y.tsv", tmp_path / "t")
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"images": [{"id": 1}], "annotations": []}'])
+def test_pack_coco_refuses_other_files(tmp_path, content):
+    (tmp_path / "c.json").write_text(content)
+    with pytest.raises(UserError, match="no caption file"):
+        pack_coco(tmp_path / "c.json", tmp_path, tmp_path / "s")
+
+
+@pytest.mark.skipif(not (SHARED / "coco_sample").is_dir(), reason="the COCO sample is not here")
+def test_pack_coco_sample(tmp_path):
+    coco = SHARED / "coco_sample"
+    report = pack_coco(coco / "captions_val2017_sample.json", coco / "val2017", tmp_path / "all", per_shard=200)
+    assert (report.pairs, report.skipped) == (641, {})
+    assert list(read_sizes(tmp_path / "all").values()) == [200, 200, 200, 41]
+    first = read(tmp_path / "all/00000.tar")[0][0]
+    source = json.loads(first["json"])["source"]
+    assert first["jpg"] == (coco / "val2017" / source).read_bytes()
+    assert first["__key__"] == f"{int(Path(source).stem)}_0"
+    report = pack_coco(coco / "captions_val2017_sample.json", coco / "val2017", tmp_path / "first", captions="first")
+    assert report.pairs == 128

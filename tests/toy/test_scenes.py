@@ -1,0 +1,85 @@
+"""Scenes: how many there are, how they are split, and that their boxes hold what was drawn."""
+
+import itertools
+import math
+import random
+
+import numpy as np
+import pytest
+
+from fromage.toy import scenes
+from fromage.toy.scenes import COLOURS, PIXELS, Scene, Thing, count_scenes, draw, sample_scene, sample_scenes
+
+STAR = Thing("star", "red", "big", "left")
+MOON = Thing("moon", "blue", "small", "right")
+
+
+def test_there_are_more_than_a_hundred_thousand_scenes():
+    assert count_scenes() > 100_000
+
+
+def test_count_agrees_with_enumeration(monkeypatch):
+    monkeypatch.setattr(scenes, "SHAPES", ("circle", "square", "star"))
+    monkeypatch.setattr(scenes, "COLOURS", dict.fromkeys(("red", "green", "blue")))
+    monkeypatch.setattr(scenes, "SIZES", dict.fromkeys(("small", "big")))
+    monkeypatch.setattr(scenes, "PLACES", dict.fromkeys(("left", "right", "top")))
+    monkeypatch.setattr(scenes, "GROUNDS", dict.fromkeys(("sand", "sea")))
+    things = [Thing(*w) for w in itertools.product(scenes.SHAPES, scenes.COLOURS, scenes.SIZES, scenes.PLACES)]
+    keys = set()
+    for n in (1, 2, 3):
+        for chosen in itertools.combinations(things, n):
+            if all(len({getattr(t, what) for t in chosen}) == n for what in ("shape", "colour", "place")):
+                keys |= {Scene(chosen, g, t).key for g in scenes.GROUNDS for t in scenes.TIMES}
+    assert count_scenes() == len(keys)
+
+
+def test_key_ignores_the_order_of_objects():
+    assert Scene((STAR, MOON), "sea", "day").key == Scene((MOON, STAR), "sea", "day").key
+    assert Scene((STAR,), "sea", "day").key != Scene((STAR,), "sea", "night").key
+
+
+def test_a_tenth_of_the_scenes_is_kept_for_validation():
+    drawn = [sample_scene(random.Random(i), split) for i in range(50) for split in ("train", "val")]
+    assert [s.split for s in drawn] == ["train", "val"] * 50
+    words = itertools.product(scenes.SHAPES, COLOURS, scenes.SIZES, scenes.PLACES)
+    single = [Scene((Thing(*w),), g, t) for w in words for g in scenes.GROUNDS for t in scenes.TIMES]
+    assert math.isclose(sum(s.split == "val" for s in single) / len(single), 0.1, abs_tol=0.02)
+
+
+@pytest.mark.parametrize("same_shape", [False, True])
+def test_sampled_scenes_differ_and_keep_their_promises(same_shape):
+    found = sample_scenes(random.Random(0), "train", 200, n=3, same_shape=same_shape)
+    assert len({s.key for s in found}) == 200
+    for scene in found:
+        assert len({t.place for t in scene.things}) == len({t.colour for t in scene.things}) == 3
+        assert len({t.shape for t in scene.things}) == (1 if same_shape else 3)
+
+
+def test_drawing_depends_on_scene_and_seed_alone():
+    scene = Scene((STAR, MOON), "grass", "night")
+    random.seed(1)
+    first = draw(scene, 3)
+    random.seed(2)
+    again, other = draw(scene, 3), draw(scene, 4)
+    assert first[0].tobytes() == again[0].tobytes() and first[1] == again[1]
+    assert first[0].tobytes() != other[0].tobytes()
+
+
+def test_boxes_hold_the_objects_and_nothing_is_drawn_outside():
+    for i, scene in enumerate(sample_scenes(random.Random(0), "train", 150)):
+        picture, boxes = draw(scene, i)
+        pixels = np.asarray(picture).astype(int)  # (PIXELS, PIXELS, 3)
+        rest = np.ones((PIXELS, PIXELS), bool)
+        for thing, (x, y, w, h) in zip(scene.things, boxes, strict=True):
+            assert x >= 0 and y >= 0 and x + w <= PIXELS + 0.5 and y + h <= PIXELS + 0.5
+            rows, columns = _margin(y, h), _margin(x, w)
+            inside = pixels[rows, columns]
+            assert (inside == COLOURS[thing.colour]).all(-1).mean() > 0.1, (scene, thing)
+            rest[rows, columns] = False
+        ground = np.median(pixels[rest], axis=0)
+        assert np.abs(pixels[rest] - ground).max() <= 15, scene
+
+
+def _margin(start: float, length: float) -> slice:
+    """The pixels of an interval and one more at each end, where an outline's edge is rounded to."""
+    return slice(max(0, math.floor(start) - 1), math.ceil(start + length) + 2)

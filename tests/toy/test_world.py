@@ -1,0 +1,300 @@
+"""The toy world on disk: the same bytes every time, no scene in both splits, every format as published."""
+
+import hashlib
+import io
+import json
+import os
+import pickle
+import random
+import re
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fromage.errors import UserError
+from fromage.toy.language import Story
+from fromage.toy.scenes import PIXELS, SHAPES, Scene, Thing
+from fromage.toy.world import make_world
+from fromage.toy.writers import sample_stories
+
+COUNTS = {"train": 40, "val": 30, "stories": 12, "dialogues": 14, "refs": 15}
+SPLITS = ("train", "val")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("toy") / "world"
+    result = make_world(out, seed=3, **COUNTS, progress=False)
+    assert result == {"version": 1, "seed": 3, "counts": COUNTS, "made": True}
+    return out
+
+
+def load(path: Path):
+    return json.loads(path.read_text())
+
+
+def scene_of(key: str) -> Scene:
+    things, setting = key.split("@")
+    words = [t.split("-") for t in things.split("+")]
+    ground, time = setting.split("-")
+    return Scene(tuple(Thing(shape, colour, size, place) for size, colour, shape, place in words), ground, time)
+
+
+def samples(folder: Path) -> list[dict[str, bytes]]:
+    """Every sample of the shards of a folder, by file ending."""
+    found: dict[str, dict[str, bytes]] = {}
+    for shard in sorted(folder.glob("*.tar")):
+        with tarfile.open(shard) as tar:
+            for member in tar:
+                key, ending = member.name.split(".", 1)
+                found.setdefault(key, {})[ending] = tar.extractfile(member).read()
+    return list(found.values())
+
+
+def picture(file: Path | bytes) -> np.ndarray:
+    with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
+        assert image.format == "JPEG" and image.size == (PIXELS, PIXELS) and image.mode == "RGB"
+        return np.asarray(image).astype(int)
+
+
+def digests(folder: Path) -> dict[str, str]:
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+def test_same_arguments_same_bytes_whatever_the_hash_seed(world, tmp_path):
+    out = tmp_path / "again"
+    one_process = "import os; os.cpu_count = lambda: 1; from fromage.toy.world import make_world"
+    code = f"{one_process}; make_world({str(out)!r}, seed=3, **{COUNTS}, progress=False)"
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONHASHSEED": "77"}, timeout=60)
+    assert digests(out) == digests(world)
+
+
+def test_another_seed_is_another_world(world, tmp_path):
+    make_world(tmp_path / "other", seed=4, **COUNTS, progress=False)
+    mine, other = digests(world), digests(tmp_path / "other")
+    assert set(mine) == set(other)
+    content = {name for name in mine if name.endswith((".json", ".tar", ".p")) and not name.endswith("sizes.json")}
+    assert not {name for name in content if mine[name] == other[name]}
+
+
+def test_a_world_that_is_there_is_kept(world):
+    before = {p: p.stat().st_mtime_ns for p in world.rglob("*")}
+    assert make_world(world, seed=3, **COUNTS, progress=False)["made"] is False
+    assert before == {p: p.stat().st_mtime_ns for p in world.rglob("*")}
+
+
+@pytest.mark.parametrize("change", [{"seed": 9}, {"val": 31}])
+def test_a_world_of_other_arguments_is_refused(world, change):
+    with pytest.raises(UserError, match="other arguments"):
+        make_world(world, **({"seed": 3, **COUNTS} | change), progress=False)
+
+
+def test_a_folder_of_other_things_is_refused_and_untouched(tmp_path):
+    (tmp_path / "thesis.txt").write_text("chapter one")
+    with pytest.raises(UserError, match="not a toy world"):
+        make_world(tmp_path, **COUNTS, progress=False)
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.parametrize("bad", [{"val": 0}, {"train": -1}, {"stories": 100_000}])
+def test_impossible_counts_are_refused_at_once(tmp_path, bad):
+    with pytest.raises(UserError, match=next(iter(bad))):
+        make_world(tmp_path / "world", **(COUNTS | bad), progress=False)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_failed_run_leaves_nothing_behind(tmp_path, monkeypatch):
+    monkeypatch.setattr("fromage.toy.writers.write_vist", lambda *_: (_ for _ in ()).throw(OSError("no space left")))
+    with pytest.raises(UserError, match="no space left"):
+        make_world(tmp_path / "world", **COUNTS, progress=False)
+    assert not list(tmp_path.iterdir())
+
+
+def test_validation_scenes_never_occur_in_train(world):
+    shown = {split: {json.loads(s["json"])["scene"] for s in samples(world / "cc3m" / split)} for split in SPLITS}
+    refs = pickle.loads((world / "refcoco/refs(unc).p").read_bytes())
+    keys = {image["id"]: image["scene"] for image in load(world / "refcoco/instances.json")["images"]}
+    for split in SPLITS:
+        shown[split] |= {i["scene"] for i in load(world / f"coco/annotations/captions_{split}2017.json")["images"]}
+        shown[split] |= {d["scene"] for d in load(world / f"visdial/visdial_1.0_{split}.json")["data"]["dialogs"]}
+        shown[split] |= {keys[ref["image_id"]] for ref in refs if ref["split"] == split}
+        photos = [i["scene"] for i in load(world / f"vist/sis/{split}.story-in-sequence.json")["images"]]
+        shown[split] |= set(photos[4::5])
+        shown["train"] |= {key for n, key in enumerate(photos) if n % 5 < 4}  # the first four are training scenes
+    assert not shown["train"] & shown["val"]
+    assert {scene_of(key).split for key in shown["train"]} == {"train"}
+    assert {scene_of(key).split for key in shown["val"]} == {"val"}
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_cc3m(world, split):
+    found = samples(world / "cc3m" / split)
+    assert len(found) == COUNTS[split]
+    metas = [json.loads(s["json"]) for s in found]
+    assert len({m["scene"] for m in metas}) == len({m["key"] for m in metas}) == COUNTS[split]
+    for sample, meta in zip(found, metas, strict=True):
+        assert set(sample) == {"jpg", "txt", "json"}
+        assert sample["txt"].decode() == meta["caption"] and meta["caption"].endswith(".")
+        assert hashlib.sha256(sample["jpg"]).hexdigest() == meta["sha256"]
+        picture(sample["jpg"])
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_coco_captions(world, split):
+    content = load(world / f"coco/annotations/captions_{split}2017.json")
+    assert set(content) == {"info", "licenses", "images", "annotations"}
+    pairs = [json.loads(s["json"])["scene"] for s in samples(world / "cc3m" / split)]
+    assert [i["scene"] for i in content["images"]] == pairs
+    assert len({a["id"] for a in content["annotations"]}) == 5 * len(content["images"])
+    said: dict[int, set[str]] = {}
+    for a in content["annotations"]:
+        assert set(a) == {"image_id", "id", "caption"}
+        said.setdefault(a["image_id"], set()).add(a["caption"])
+    for image in content["images"]:
+        assert (image["height"], image["width"]) == (PIXELS, PIXELS)
+        assert image["file_name"] == f"{image['id']:012d}.jpg"
+        assert len(said[image["id"]]) == 5
+        picture(world / f"coco/{split}2017" / image["file_name"])
+    assert len(list((world / f"coco/{split}2017").iterdir())) == len(content["images"])
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_vist(world, split):
+    content = load(world / f"vist/sis/{split}.story-in-sequence.json")
+    assert len(content["images"]) == len(content["annotations"]) == 5 * COUNTS["stories"]
+    photos = {i["id"]: i for i in content["images"]}
+    stories: dict[str, list[dict]] = {}
+    for entry in content["annotations"]:
+        (told,) = entry
+        assert told["tier"] == "story-in-sequence" and told["original_text"] and told["text"]
+        assert photos[told["photo_flickr_id"]]["album_id"] == told["album_id"]
+        stories.setdefault(told["story_id"], []).append(told)
+        picture(world / f"vist/images/{split}" / f"{told['photo_flickr_id']}.jpg")
+    assert {a["id"] for a in content["albums"]} == {told[0]["album_id"] for told in stories.values()}
+    assert len({told["storylet_id"] for story in stories.values() for told in story}) == len(photos)
+    assert len(stories) == COUNTS["stories"]
+    assert all([told["worker_arranged_photo_order"] for told in story] == [0, 1, 2, 3, 4] for story in stories.values())
+    last = [photos[story[-1]["photo_flickr_id"]]["scene"] for story in stories.values()]
+    assert len(set(last)) == len(last)
+    assert sum(i["scene"] in last for i in content["images"]) == len(last) or split == "train"
+
+
+def said_attributes(text: str, scene: Scene) -> set[str]:
+    thing = scene.things[0]
+    words = {"shape": thing.shape, "colour": thing.colour, "size": thing.size, "place": thing.place}
+    words |= {"ground": scene.ground, "time": scene.time}
+    return {what for what, word in words.items() if re.search(rf"\b{word}\b", text)}
+
+
+def test_last_sentence_of_a_story_is_not_enough():
+    stories: list[Story] = sample_stories(random.Random(0), "val", 60)
+    for tale in stories:
+        last = tale.scenes[-1]
+        alone, together = said_attributes(tale.sentences[-1], last), said_attributes(" ".join(tale.sentences), last)
+        assert len(alone) <= 3 and len(together) >= 5 and alone < together
+        assert len({scene.key for scene in tale.scenes}) == 5
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_visdial(world, split):
+    content = load(world / f"visdial/visdial_1.0_{split}.json")
+    assert (content["version"], content["split"]) == ("1.0", split)
+    data = content["data"]
+    assert len(set(data["questions"])) == len(data["questions"]) and len(set(data["answers"])) == len(data["answers"])
+    assert not any("?" in q for q in data["questions"])
+    assert len({d["scene"] for d in data["dialogs"]}) == len({d["image_id"] for d in data["dialogs"]}) == COUNTS["dialogues"]
+    positions = []
+    for dialog in data["dialogs"]:
+        assert len(dialog["dialog"]) == 10 and dialog["caption"]
+        for r in dialog["dialog"]:
+            assert data["questions"][r["question"]] and data["answers"][r["answer"]]
+            if split == "val":
+                options = [data["answers"][i] for i in r["answer_options"]]
+                assert len(set(options)) == 100 and options[r["gt_index"]] == data["answers"][r["answer"]]
+                positions.append(r["gt_index"])
+        name = f"visdial/images/val/VisualDialog_val2018_{dialog['image_id']:012d}.jpg"
+        picture(world / (name if split == "val" else f"coco/train2017/{dialog['image_id']:012d}.jpg"))
+    assert split == "train" or len(set(positions)) > 50
+
+
+def test_visdial_train_dialogues_are_about_their_coco_pictures(world):
+    scenes = {i["id"]: i["scene"] for i in load(world / "coco/annotations/captions_train2017.json")["images"]}
+    for dialog in load(world / "visdial/visdial_1.0_train.json")["data"]["dialogs"]:
+        assert scenes[dialog["image_id"]] == dialog["scene"]
+
+
+def test_visdial_dense_annotations(world):
+    data = load(world / "visdial/visdial_1.0_val.json")["data"]
+    dense = load(world / "visdial/visdial_1.0_val_dense_annotations.json")
+    assert [d["image_id"] for d in dense] == [d["image_id"] for d in data["dialogs"]]
+    for rated, dialog in zip(dense, data["dialogs"], strict=True):
+        said = dialog["dialog"][rated["round_id"] - 1]
+        relevance = rated["gt_relevance"]
+        assert len(relevance) == 100 and relevance[said["gt_index"]] == 1.0
+        assert all(r == 0 or 0.5 <= r <= 1 for r in relevance) and 2 <= sum(r > 0 for r in relevance) <= 3
+
+
+def meant(expression: str, scene: Scene) -> list[int]:
+    """The objects of a scene all of whose words, as far as the expression has any of the kind, are in it."""
+    words = set(expression.split())
+    kinds = [{getattr(t, kind) for t in scene.things} for kind in ("shape", "colour", "size", "place")]
+    kinds[2] |= {"small", "big"}
+    fits = []
+    for i, t in enumerate(scene.things):
+        own = (t.shape, t.colour, t.size, t.place)
+        if all(word in words or not kind & words for word, kind in zip(own, kinds, strict=True)):
+            fits.append(i)
+    return fits
+
+
+def test_refcoco(world):
+    content = load(world / "refcoco/instances.json")
+    refs = pickle.loads((world / "refcoco/refs(unc).p").read_bytes())
+    assert [c["name"] for c in content["categories"]] == list(SHAPES)
+    assert len(content["images"]) == 2 * COUNTS["refs"]
+    images, annotations = {i["id"]: i for i in content["images"]}, {a["id"]: a for a in content["annotations"]}
+    assert len(refs) == len(annotations) == len({r["ref_id"] for r in refs}) == len({r["ann_id"] for r in refs})
+    assert {r["split"] for r in refs} == set(SPLITS)
+    sent_ids = [i for r in refs for i in r["sent_ids"]]
+    assert len(set(sent_ids)) == len(sent_ids)
+    for ref in refs:
+        ann, image = annotations[ref["ann_id"]], images[ref["image_id"]]
+        assert ann["image_id"] == ref["image_id"] and ann["category_id"] == ref["category_id"]
+        assert ref["file_name"] == image["file_name"].replace(".jpg", f"_{ann['id']}.jpg")
+        assert (ann["iscrowd"], ann["segmentation"]) == (0, [])
+        scene = scene_of(image["scene"])
+        shape = SHAPES[ref["category_id"] - 1]
+        assert ref["sentences"] and ref["sent_ids"] == [s["sent_id"] for s in ref["sentences"]]
+        for said in ref["sentences"]:
+            assert said["tokens"] == said["sent"].split() and said["raw"]
+            (target,) = meant(said["sent"], scene)
+            assert scene.things[target].shape == shape
+            assert lies_at(ann["bbox"], scene.things[target].place)
+
+
+def lies_at(box: list[float], place: str) -> bool:
+    """Whether a box's centre is in the named third of the picture."""
+    x, y = (box[0] + box[2] / 2) / PIXELS, (box[1] + box[3] / 2) / PIXELS
+    spots = {"left": x < 0.35, "right": x > 0.65, "top": y < 0.35, "bottom": y > 0.65}
+    return spots.get(place, 0.35 < x < 0.65 and 0.35 < y < 0.65)
+
+
+def test_refcoco_boxes_lie_in_the_picture_around_something(world):
+    content = load(world / "refcoco/instances.json")
+    names = {i["id"]: i["file_name"] for i in content["images"]}
+    same = [[a["category_id"] for a in content["annotations"] if a["image_id"] == i] for i in names]
+    assert sum(len(set(shapes)) == 1 for shapes in same) > len(same) / 2
+    for ann in content["annotations"]:
+        x, y, w, h = ann["bbox"]
+        assert x >= 0 and y >= 0 and w > 8 and h > 8 and x + w <= PIXELS and y + h <= PIXELS
+        assert ann["area"] == pytest.approx(w * h, abs=0.01)
+        pixels = picture(world / "refcoco/images" / names[ann["image_id"]])
+        ground = np.median(pixels.reshape(-1, 3), axis=0)
+        inside = pixels[round(y) : round(y + h), round(x) : round(x + w)]
+        assert (np.abs(inside - ground).max(-1) > 30).mean() > 0.1
