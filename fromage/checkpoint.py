@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,11 +47,16 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     return checkpoint
 
 
+def from_hyperparameters(h: Mapping[str, Any]) -> Fromage:
+    """A fresh model as the hyperparameters of a FromageModule describe it."""
+    names = ("lm", "vision", "vision_weights", "k", "q", "dtype", "random_weights", "seed")
+    return Fromage.load(**{name: h[name] for name in names})
+
+
 def load_model(path: str | Path, device: str = "cpu") -> Fromage:
     """The model of a checkpoint, towers and all, in eval mode."""
     checkpoint = read_checkpoint(path)
-    h = checkpoint["hyper_parameters"]
-    model = Fromage.load(h["lm"], h["vision"], h["vision_weights"], h["k"], h["q"], h["dtype"], h["random_weights"])
+    model = from_hyperparameters(checkpoint["hyper_parameters"])
     check_checkpoint(checkpoint, model)
     state = {name.removeprefix(PREFIX): value for name, value in checkpoint["state_dict"].items()}
     model.load_state_dict(state, strict=False)

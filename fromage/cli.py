@@ -12,6 +12,7 @@ What a user can mend is one line on stderr and exit code 2; --debug shows the tr
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 import warnings
 from collections.abc import Callable
@@ -31,12 +32,24 @@ def config_folder() -> Path:
 
 
 def find_config(name: str) -> str:
-    """A configuration as given, else in lightning_configs/. Raises UserError naming those there are."""
+    """A configuration as given, else in lightning_configs/. Raises UserError where there is none, or it is no YAML."""
     for path in (Path(name), config_folder() / name, config_folder() / f"{name}.yaml"):
         if path.is_file():
+            _check_yaml(path)
             return str(path)
     known = ", ".join(sorted(p.name for p in config_folder().glob("*.yaml")))
     raise UserError(f"configuration {name}: no such file, neither here nor among {known}")
+
+
+def _check_yaml(path: Path) -> None:
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
+        raise UserError(f"configuration {path}: cannot be read ({' '.join(str(error).split())})") from error
+    if not isinstance(content, dict):
+        raise UserError(f"configuration {path}: not a mapping of trainer, model and data; see {config_folder()}")
 
 
 def _with_configs_found(argv: list[str]) -> list[str]:
@@ -54,16 +67,33 @@ def fitting(argv: list[str]) -> None:
     import pytorch_lightning as pl
     from pytorch_lightning.cli import LightningCLI
 
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    LightningCLI(
-        pl.LightningModule,
-        pl.LightningDataModule,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
-        save_config_kwargs={"overwrite": True},
-        seed_everything_default=0,
-        args=_with_configs_found(argv),
+    from fromage.checkpoint import read_checkpoint
+
+    class CLI(LightningCLI):
+        """Looks at the checkpoint before anything is loaded."""
+
+        def before_instantiate_classes(self) -> None:
+            path = self.config[self.subcommand].get("ckpt_path")
+            if path and path not in ("last", "best", "hpc", "registry"):
+                read_checkpoint(path)
+
+    warnings.filterwarnings("ignore", message=".*(does not have many workers|LightningCLI's args parameter|in eval mode).*")
+    logging.getLogger("pytorch_lightning.utilities.rank_zero").addFilter(
+        lambda record: "litlogger" not in record.getMessage()
     )
+    try:
+        CLI(
+            pl.LightningModule,
+            pl.LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            save_config_kwargs={"overwrite": True},
+            seed_everything_default=0,
+            parser_kwargs={name: {"exit_on_error": False} for name in FITTING} | {"exit_on_error": False},
+            args=_with_configs_found(argv),
+        )
+    except argparse.ArgumentError as error:
+        raise UserError(" ".join(str(error).split())[:500] + " (fromage " + argv[0] + " --help)") from error
 
 
 def toy_make(args: argparse.Namespace) -> None:
@@ -82,14 +112,14 @@ def toy_demo(args: argparse.Namespace) -> None:
 
 def shards_tsv(args: argparse.Namespace) -> None:
     """Pack a TSV of caption and picture."""
-    from fromage.shards import pack_tsv
+    from fromage.packing import pack_tsv
 
     print(pack_tsv(args.tsv, args.out, args.images, args.per_shard))
 
 
 def shards_coco(args: argparse.Namespace) -> None:
     """Pack a COCO caption file and its pictures."""
-    from fromage.shards import pack_coco
+    from fromage.packing import pack_coco
 
     print(pack_coco(args.annotations, args.images, args.out, args.per_shard, args.captions))
 

@@ -317,6 +317,12 @@ class CC3M(pl.LightningDataModule):
         """Set what pictures and captions go through, in place of what the trainer's model has."""
         self.transform, self.tokenizer = transform, tokenizer
 
+    def setup(self, stage: str) -> None:
+        """Look for the shards, before the towers are loaded. Raises UserError for those that are not there."""
+        for urls in (self.train_shards if stage == "fit" else None, self.val_shards):
+            if urls is not None:
+                expand(urls)
+
     def train_dataloader(self) -> Loader:
         """Shuffled full batches; see TrainStream. Raises UserError for shards that are not there."""
         shards, (rank, world) = self._shards(self.train_shards), self._rank()

@@ -1,5 +1,9 @@
-"""Errors a user can mend. The command line prints them as one line, without a traceback."""
+"""Errors of what is outside the program: files, options, data."""
 
 
 class UserError(Exception):
-    """Something outside the program is wrong; the message is one line that names the thing and the remedy."""
+    """Something a user can mend, in one line that names the thing and the remedy; the command line prints it alone."""
+
+
+class BrokenSample(Exception):
+    """A sample, or its picture, that cannot be used; the message is 'cause' or 'cause: detail', without a name."""

@@ -21,10 +21,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 from tqdm import tqdm
 
-from fromage.errors import UserError
+from fromage.errors import BrokenSample, UserError
 from fromage.shards import (
     Broken,
-    BrokenSample,
     Raw,
     ShardWriter,
     caption_of,

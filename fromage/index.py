@@ -1,4 +1,4 @@
-"""The image index: embed pictures, build, save, load and search.
+"""The image index: build, save, load and search.
 
 q is the width of the shared retrieval space, N the number of pictures in the index, B that of the queries.
 """
@@ -9,25 +9,22 @@ import hashlib
 import json
 import os
 import shutil
-import warnings
 from collections.abc import Collection, Sequence
 from functools import cached_property
-from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import faiss
 import numpy as np
-import torch
 from PIL import Image
-from torch import Tensor
-from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from fromage.checkpoint import load_model
+from fromage.contact_sheet import contact_sheet
+from fromage.embed_pictures import embed_pictures
 from fromage.errors import UserError
 from fromage.model import Fromage
-from fromage.pictures import Item, Sample, collate, contact_sheet, find_pictures, open_picture
+from fromage.picture_source import Item
+from fromage.pictures import open_picture
 
 FORMAT, VERSION = "fromage-index", 1
 VECTORS, ITEMS, ABOUT = "index.faiss", "items.jsonl", "index.json"
@@ -229,54 +226,6 @@ def _read_about(folder: Path) -> dict[str, Any]:
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-@torch.no_grad()
-def _embed(model: Fromage, tensor: Tensor) -> np.ndarray:
-    """Pixels (B, 3, H, W) or stored features (B, m) -> rows (B, q)."""
-    if tensor.ndim == 2 and tensor.shape[1] != model.vision.width:
-        raise UserError(f"the stored features are {tensor.shape[1]} wide, not {model.vision.width}; use their image tower")
-    features = model.vision(tensor.to(model.device)) if tensor.ndim == 4 else tensor.to(model.device)  # (B, m)
-    return model.embed_images(features).float().cpu().numpy()
-
-
-def embed_pictures(
-    model: Fromage, source: str | Path, batch_size: int = 64, workers: int = 0, captions: str | Path | None = None
-) -> tuple[np.ndarray, list[Item]]:
-    """Embed a folder of pictures or webdataset shards: (N, q) unit rows and their items, in the order of the names.
-
-    Shards may hold stored features (npy) in place of pictures. What is broken is left out with a warning. Raises UserError
-    if nothing is left.
-
-    Args:
-        model: both towers on the device to be used.
-        source: a folder searched to its depth, a .tar, a folder of these, or a pattern as webdataset expands it.
-        batch_size: pictures per step.
-        workers: processes that decode; 0 decodes in this one.
-        captions: for a folder of pictures, a JSON file of {file: caption} or COCO's.
-    """
-    pictures = find_pictures(str(source), model.vision.transform, None if captions is None else Path(captions))
-    loader = DataLoader(pictures, batch_size, num_workers=workers, collate_fn=collate)
-    rows: list[np.ndarray] = []
-    good: list[Sample] = []
-    broken: list[Sample] = []
-    with tqdm(desc="embedding", total=pictures.count, unit=" pictures") as bar:
-        for tensor, samples in chain.from_iterable(loader):
-            (broken if tensor is None else good).extend(samples)
-            if tensor is not None:
-                rows.append(_embed(model, tensor))
-            bar.update(len(samples))
-    _report(broken, len(good), source)
-    order = sorted(range(len(good)), key=lambda i: good[i].order)
-    return np.concatenate(rows)[order], [good[i].item for i in order]
-
-
-def _report(broken: list[Sample], good: int, source: str | Path) -> None:
-    some = "; ".join(sample.problem for sample in broken[:5]) + ("; ..." if len(broken) > 5 else "")
-    if not good:
-        raise UserError(f"{source}: no usable picture is there. {some}")
-    if broken:
-        warnings.warn(f"{source}: {len(broken)} of {good + len(broken)} pictures are left out: {some}", stacklevel=3)
 
 
 def build_index(

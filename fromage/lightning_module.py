@@ -13,13 +13,13 @@ import torch.distributed as dist
 from PIL import Image
 from torch import Tensor
 
-from fromage.checkpoint import check_checkpoint, trained_state
+from fromage.checkpoint import check_checkpoint, from_hyperparameters, trained_state
+from fromage.contact_sheet import contact_sheet
 from fromage.data import Batch
 from fromage.fast_step import fast_step
 from fromage.generate import caption_images
 from fromage.metrics import retrieval_recalls
 from fromage.model import Fromage
-from fromage.pictures import contact_sheet
 from fromage.plain_step import StepOutput, image_features, plain_step
 
 SHOWN_FROM = 200  # pictures of the validation set among which the logged searches look
@@ -86,10 +86,7 @@ class FromageModule(pl.LightningModule):
     def configure_model(self) -> None:
         """Load the towers, once."""
         if not hasattr(self, "model"):
-            h = self.h
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(h.seed)
-                self.model = Fromage.load(h.lm, h.vision, h.vision_weights, h.k, h.q, h.dtype, h.random_weights)
+            self.model = from_hyperparameters(self.h)
 
     def configure_optimizers(self) -> Any:
         """Adam over the trained parameters, linear warm-up, then constant (or a cosine)."""
@@ -181,8 +178,8 @@ class FromageModule(pl.LightningModule):
 
     def _add_image(self, tag: str, rows: list[tuple[str, list[tuple[Image.Image | None, str]]]]) -> None:
         pixels = torch.from_numpy(np.array(contact_sheet(rows)))  # (H, W, 3)
-        experiment: Any = self.logger and self.logger.experiment
-        experiment.add_image(tag, pixels, self.global_step, dataformats="HWC")
+        logger: Any = self.logger
+        logger.experiment.add_image(tag, pixels, self.global_step, dataformats="HWC")
 
     test_step = validation_step
     on_test_epoch_start = on_validation_epoch_start

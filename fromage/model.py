@@ -51,10 +51,16 @@ class Fromage(nn.Module):
         q: int = 256,
         dtype: str = "float32",
         random_weights: bool = False,
+        seed: int = 0,
     ) -> Fromage:
-        """Build from names, the trained parameters fresh; see load_lm and load_vision for what a name may be."""
-        tower = load_vision(vision, None if random_weights else vision_weights, dtype)
-        return cls(load_lm(lm, dtype, random_weights), tower, k, q)
+        """Build from names, the trained parameters fresh; see load_lm and load_vision for what a name may be.
+
+        The same seed gives the same trained parameters, and the same towers where these are random.
+        """
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            tower = load_vision(vision, None if random_weights else vision_weights, dtype)
+            return cls(load_lm(lm, dtype, random_weights), tower, k, q)
 
     @property
     def device(self) -> torch.device:

@@ -1,4 +1,4 @@
-"""Webdataset shards: naming them, writing and reading them, and packing a data set's files into them.
+"""Webdataset shards: naming them, writing and reading them.
 
 A shard is a tar of about a thousand pairs. A pair is three members that share a key: KEY.jpg, KEY.txt (the caption) and
 KEY.json (whatever else is known of it). The file sizes.json beside the shards says how many pairs each one holds.
@@ -7,7 +7,6 @@ KEY.json (whatever else is known of it). The file sizes.json beside the shards s
 from __future__ import annotations
 
 import glob
-import io
 import json
 import logging
 import os
@@ -19,31 +18,25 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
-from functools import cache, lru_cache
+from functools import cache
 from itertools import groupby, islice
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import webdataset as wds
 from braceexpand import braceexpand
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch.utils.data import get_worker_info
-from tqdm import tqdm
 
-from fromage.errors import UserError
+from fromage.errors import BrokenSample, UserError
+from fromage.pictures import SUFFIXES, decode_picture
 
 log = logging.getLogger(__name__)
 Raw = dict[str, Any]  # a stored sample: '__key__', and the members' bytes by extension
 T = TypeVar("T")
-PICTURES = ("jpg", "jpeg", "png", "webp")
 CHECK_FROM = 100  # samples; a smaller stream is judged at its end
 CURL = "curl --fail --silent --show-error --location --globoff --connect-timeout 30 --speed-limit 1024 --speed-time 60"
 ATTEMPTS = 3  # to read a shard that comes over the network
-
-
-class BrokenSample(Exception):
-    """A sample that cannot be used; the message is its cause, 'cause' or 'cause: detail'."""
 
 
 # --- naming ---------------------------------------------------------------------------------------------------------
@@ -218,19 +211,6 @@ def _samples(stream: Any, shard: str, lost: Callable[[str, str], None]) -> Itera
     return wds.tariterators.group_by_keys(files, handler=report)
 
 
-def decode_picture(data: bytes) -> Image.Image:
-    """Decode a picture to RGB; its format stays that of the file. Raises BrokenSample where that cannot be done."""
-    try:
-        image = Image.open(io.BytesIO(data))
-        rgb = image.convert("RGB")
-        rgb.format = image.format
-    except UnidentifiedImageError:
-        raise BrokenSample("undecodable picture: no known format") from None
-    except Exception as error:  # Pillow's decoders raise whatever they meet
-        raise BrokenSample(f"undecodable picture: {error}") from None
-    return rgb
-
-
 def caption_of(raw: Raw) -> str:
     """The caption without surrounding space. Raises BrokenSample where it is missing, empty or not UTF-8."""
     if "txt" not in raw:
@@ -246,7 +226,7 @@ def caption_of(raw: Raw) -> str:
 
 def picture_of(raw: Raw) -> Image.Image:
     """The picture in RGB. Raises BrokenSample where it is missing or cannot be decoded."""
-    data = next((raw[kind] for kind in PICTURES if kind in raw), None)
+    data = next((raw[kind] for kind in SUFFIXES if kind in raw), None)
     if data is None:
         raise BrokenSample("no picture: member jpg is missing")
     return decode_picture(data)
@@ -320,131 +300,3 @@ def plain_errors(batches: Iterable[T]) -> Iterator[T]:
         yield from batches
     except UserError as error:
         raise UserError(str(error).rstrip().rsplit("UserError: ", 1)[-1]) from None
-
-
-# --- packing --------------------------------------------------------------------------------------------------------
-
-
-class Row(NamedTuple):
-    """One pair before its picture is read."""
-
-    key: str
-    caption: str
-    picture: Path
-    meta: dict[str, Any]
-
-
-@dataclass
-class PackReport:
-    """What became of the pairs: how many were packed, and by cause the names of those that were not."""
-
-    pairs: int = 0
-    names: dict[str, list[str]] = field(default_factory=dict)
-
-    @property
-    def skipped(self) -> dict[str, int]:
-        """How many pairs were skipped, by cause."""
-        return {cause: len(names) for cause, names in self.names.items()}
-
-    def skip(self, name: str, why: str) -> None:
-        """Note a pair that is left out; what follows a colon in why is detail."""
-        cause, _, detail = why.partition(": ")
-        self.names.setdefault(cause, []).append(f"{name} ({detail})" if detail else name)
-
-
-def pack_tsv(tsv: Path, out: Path, images: Path | None = None, per_shard: int = 1000) -> PackReport:
-    """Pack a TSV of caption<TAB>picture's path, one pair a line, into shards; a pair's key is its line number.
-
-    Paths are relative to images, or to the TSV's folder. JPEG files are copied bit for bit, other pictures become JPEG.
-    What cannot be used is skipped, and listed in report.json beside the shards.
-
-    Raises:
-        UserError: the TSV is missing, out holds shards already, or no pair could be packed.
-    """
-    report = PackReport()
-    if not tsv.is_file():
-        raise UserError(f"{tsv} is missing: name a file with a caption, a tab and a picture's path on each line")
-    return _pack(_tsv_rows(tsv, images or tsv.parent, report), report, out, per_shard)
-
-
-def _tsv_rows(tsv: Path, images: Path, report: PackReport) -> Iterator[Row]:
-    with tsv.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                caption, _, rest = line.decode("utf-8-sig").strip("\r\n").partition("\t")
-            except UnicodeDecodeError:
-                report.skip(f"line {number}", "not UTF-8")
-                continue
-            picture = rest.partition("\t")[0].strip()
-            if picture:
-                yield Row(f"{number:09d}", caption, images / picture, {"source": picture, "line": number})
-            elif line.strip():
-                report.skip(f"line {number}", "no tab and picture")
-
-
-def pack_coco(
-    annotations: Path, images: Path, out: Path, per_shard: int = 1000, captions: Literal["first", "all"] = "all"
-) -> PackReport:
-    """Pack a caption file in COCO's format and its folder of pictures into shards.
-
-    'all' makes a pair of each caption, with the keys IMAGEID_0, IMAGEID_1 ...; 'first' one pair of each picture, IMAGEID_0.
-    Pictures are treated as pack_tsv does.
-
-    Raises:
-        UserError: the file is missing or of another format, out holds shards already, or no pair could be packed.
-    """
-    try:
-        content = json.loads(annotations.read_bytes())
-        names = {image["id"]: image["file_name"] for image in content["images"]}
-        texts: dict[int, list[str]] = {key: [] for key in names}
-        for note in content["annotations"]:
-            texts[note["image_id"]].append(note["caption"])
-    except OSError as error:
-        raise UserError(f"{annotations} cannot be read ({error.strerror}): name COCO's caption file") from None
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{annotations} is no caption file of COCO: it lacks images, or annotations with captions") from None
-    rows = [
-        Row(f"{key}_{i}", text, images / names[key], {"source": names[key], "image_id": key})
-        for key, said in texts.items()
-        for i, text in enumerate(said if captions == "all" else said[:1])
-    ]
-    report = PackReport()
-    for key in (key for key, said in texts.items() if not said):
-        report.skip(str(key), "picture without caption")
-    return _pack(rows, report, out, per_shard)
-
-
-def _pack(rows: Iterable[Row], report: PackReport, out: Path, per_shard: int) -> PackReport:
-    report.pairs = write_shards(_pairs(rows, report), out, per_shard)
-    write_json(out / "report.json", {"pairs": report.pairs, "skipped": report.skipped, "names": report.names})
-    if not report.pairs:
-        causes = ", ".join(f"{cause}: {count}" for cause, count in report.skipped.items()) or "it holds no pair"
-        raise UserError(f"no pair could be packed ({causes}): see {out / 'report.json'} for the names")
-    return report
-
-
-def _pairs(rows: Iterable[Row], report: PackReport) -> Iterator[tuple[str, bytes, str, dict[str, Any]]]:
-    as_jpeg = lru_cache(maxsize=1)(_as_jpeg)  # the captions of one picture follow one another
-    for row in tqdm(rows, desc="packing", unit=" pairs"):
-        caption = row.caption.strip()
-        try:
-            if not caption:
-                raise BrokenSample("empty caption")
-            jpeg = as_jpeg(row.picture)
-        except BrokenSample as error:
-            report.skip(f"{row.key} {row.picture}", str(error))
-            continue
-        yield row.key, jpeg, caption, {"key": row.key, "caption": caption, **row.meta}
-
-
-def _as_jpeg(picture: Path) -> bytes:
-    try:
-        data = picture.read_bytes()
-    except OSError as error:
-        raise BrokenSample(f"missing picture: {error.strerror}") from None
-    image = decode_picture(data)
-    if image.format in ("JPEG", "MPO"):  # MPO: a JPEG that holds further views
-        return data
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=95)
-    return buffer.getvalue()

@@ -31,8 +31,8 @@ class PromptTokenizer:
             raise UserError(f"no tokenizer at {folder}: {_first_line(error)}") from error
         self.vocab_size = len(self.hf)
         self.hf.add_tokens([IMAGE, RET], special_tokens=True)
-        self.image_id: int = self.hf.convert_tokens_to_ids(IMAGE)
-        self.ret_id: int = self.hf.convert_tokens_to_ids(RET)
+        ids: Any = self.hf.convert_tokens_to_ids([IMAGE, RET])
+        self.image_id, self.ret_id = int(ids[0]), int(ids[1])
         self.bos_id: int | None = self.hf.bos_token_id
         self.eos_id: int | None = self.hf.eos_token_id
         pad = self.hf.pad_token_id if self.hf.pad_token_id is not None else self.eos_id

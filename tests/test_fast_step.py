@@ -30,12 +30,28 @@ def build(kind, k, dtype=torch.float32):
     tokenizer = PromptTokenizer(str(TOY / "opt"))
     rows = tokenizer.vocab_size + 7
     if kind == "tied":
-        config = OPTConfig(vocab_size=rows, hidden_size=32, word_embed_proj_dim=32, ffn_dim=64, num_hidden_layers=2,
-                           num_attention_heads=4, max_position_embeddings=64, init_std=0.3)  # fmt: skip
+        config = OPTConfig(
+            vocab_size=rows,
+            hidden_size=32,
+            word_embed_proj_dim=32,
+            ffn_dim=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=64,
+            init_std=0.3,
+        )
         hf = OPTForCausalLM(config)
     else:
-        config = LlamaConfig(vocab_size=rows, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-                             num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.3)  # fmt: skip
+        config = LlamaConfig(
+            vocab_size=rows,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=64,
+            initializer_range=0.3,
+        )
         hf = LlamaForCausalLM(config)
     return Fromage(LanguageModel(hf.to(dtype), tokenizer, kind), NoTower(), k, q=16)
 

@@ -9,9 +9,9 @@ from PIL import Image
 from torch import nn
 
 from fromage.data import CC3M
-from fromage.errors import UserError
+from fromage.errors import BrokenSample, UserError
 from fromage.features import check_features, from_npy, store_features, to_npy
-from fromage.shards import BrokenSample, expand, read_shard, read_sizes, write_shards
+from fromage.shards import expand, read_shard, read_sizes, write_shards
 
 
 def transform(image):

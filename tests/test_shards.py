@@ -10,14 +10,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from fromage.errors import UserError
+from fromage.errors import BrokenSample, UserError
 from fromage.shards import (
     Broken,
-    BrokenSample,
-    decode_picture,
     expand,
-    pack_coco,
-    pack_tsv,
+    picture_of,
     read_shard,
     read_shards,
     read_sizes,
@@ -181,71 +178,11 @@ def test_a_shard_cut_between_members_is_found_by_its_size(tmp_path):
     ("kind", "mode"), [("JPEG", "CMYK"), ("PNG", "P"), ("PNG", "RGBA"), ("PNG", "L"), ("TIFF", "F"), ("TIFF", "LAB")]
 )
 def test_pictures_of_every_mode_become_rgb(kind, mode):
-    image = decode_picture(picture(kind, mode, 0))
-    assert (image.mode, image.size, image.format) == ("RGB", (12, 8), kind)
+    image = picture_of({"jpg": picture(kind, mode, 0)})
+    assert (image.mode, image.size) == ("RGB", (12, 8))
 
 
 @pytest.mark.parametrize("data", [b"", b"no picture", picture()[:-30], picture("PNG")[:40]])
 def test_undecodable_pictures_are_broken(data):
     with pytest.raises(BrokenSample, match=r"^undecodable picture: "):
-        decode_picture(data)
-
-
-def test_pack_tsv(tmp_path):
-    images = tmp_path / "images"
-    images.mkdir()
-    (images / "a.jpg").write_bytes(picture())
-    (images / "b.png").write_bytes(picture("PNG", "RGBA", (1, 2, 3, 4)))
-    (images / "c.jpg").write_bytes(b"broken")
-    lines = [
-        b"one\ta.jpg",
-        b"two\tb.png\textra",
-        b"three\tc.jpg",
-        b"four\tnone.jpg",
-        b"\ta.jpg",
-        b"five",
-        b"",
-        b"\xff\ta.jpg",
-    ]
-    (tmp_path / "x.tsv").write_bytes(b"\r\n".join(lines))
-    report = pack_tsv(tmp_path / "x.tsv", tmp_path / "s", images)
-    assert report.pairs == 2
-    assert report.skipped == dict.fromkeys(
-        ["undecodable picture", "missing picture", "empty caption", "no tab and picture", "not UTF-8"], 1
-    )
-    written = json.loads((tmp_path / "s/report.json").read_text())
-    assert written["skipped"] == report.skipped
-    assert "none.jpg" in written["names"]["missing picture"][0]
-    one, two = read(tmp_path / "s/00000.tar")[0]
-    assert one["jpg"] == picture()
-    assert (one["__key__"], one["txt"], two["__key__"]) == ("000000001", b"one", "000000002")
-    assert Image.open(io.BytesIO(two["jpg"])).format == "JPEG"
-
-
-def test_pack_tsv_of_nothing_is_an_error(tmp_path):
-    (tmp_path / "x.tsv").write_text("one\tnone.jpg\n")
-    with pytest.raises(UserError, match="missing picture: 1"):
-        pack_tsv(tmp_path / "x.tsv", tmp_path / "s")
-    with pytest.raises(UserError, match="is missing"):
-        pack_tsv(tmp_path / "y.tsv", tmp_path / "t")
-
-
-@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"images": [{"id": 1}], "annotations": []}'])
-def test_pack_coco_refuses_other_files(tmp_path, content):
-    (tmp_path / "c.json").write_text(content)
-    with pytest.raises(UserError, match="no caption file"):
-        pack_coco(tmp_path / "c.json", tmp_path, tmp_path / "s")
-
-
-@pytest.mark.skipif(not (SHARED / "coco_sample").is_dir(), reason="the COCO sample is not here")
-def test_pack_coco_sample(tmp_path):
-    coco = SHARED / "coco_sample"
-    report = pack_coco(coco / "captions_val2017_sample.json", coco / "val2017", tmp_path / "all", per_shard=200)
-    assert (report.pairs, report.skipped) == (641, {})
-    assert list(read_sizes(tmp_path / "all").values()) == [200, 200, 200, 41]
-    first = read(tmp_path / "all/00000.tar")[0][0]
-    source = json.loads(first["json"])["source"]
-    assert first["jpg"] == (coco / "val2017" / source).read_bytes()
-    assert first["__key__"] == f"{int(Path(source).stem)}_0"
-    report = pack_coco(coco / "captions_val2017_sample.json", coco / "val2017", tmp_path / "first", captions="first")
-    assert report.pairs == 128
+        picture_of({"jpg": data})

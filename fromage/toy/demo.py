@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -32,21 +33,26 @@ QUERIES = [
 ]
 
 
-def demo(out: Path, config: str = "toy.yaml") -> dict[str, Any]:
+def demo(out: Path, pairs: int = 8192, scenes: int = 1000, options: Sequence[str] = ()) -> dict[str, Any]:
     """Run the tour into the folder `out`; returns and writes report.json, with recalls in percent and times in seconds.
 
     One run each for k = 1 and k = 4. The first is evaluated in retrieval, indexed and searched; both are judged by
     whether their captions name colour and shape.
+
+    Args:
+        pairs: training pairs of the world.
+        scenes: validation scenes, never seen in training.
+        options: further words for `lightning fit --config toy.yaml`.
     """
     began = time.monotonic()
     world, stored = out / "world", out / "features"
     seconds: dict[str, float] = {}
     with timed("world", seconds):
-        make_world(world)
+        make_world(world, train=pairs, val=scenes)
     with timed("features", seconds):
-        store_features(str(world / "cc3m" / "train"), stored, Fromage.load().vision)
+        store_features(str(world / "cc3m" / "train"), stored, Fromage.load().vision, workers=1)
     with timed("train", seconds):
-        runs = {k: train(out / f"k{k}", config, k, world, stored) for k in (1, 4)}
+        runs = {k: train(out / f"k{k}", k, world, stored, options) for k in (1, 4)}
     with timed("evaluate", seconds):
         models = {k: load_model(path) for k, path in runs.items()}
         report = compare(models[1], world) | {"captions_right": {f"k{k}": name_things(m, world) for k, m in models.items()}}
@@ -70,17 +76,14 @@ def timed(name: str, seconds: dict[str, float]) -> Iterator[None]:
     seconds[name] = time.monotonic() - began
 
 
-def train(out: Path, config: str, k: int, world: Path, stored: Path) -> Path:
-    """`lightning fit` with k places per picture; returns the last checkpoint."""
-    data = {"train_shards": stored, "val_shards": world / "cc3m" / "val"}
-    options = [f"--data.init_args.{name}={path}" for name, path in data.items()]
-    options += [f"--model.init_args.k={k}", "--trainer.logger.init_args.save_dir=" + str(out.parent)]
-    options += [
-        f"--trainer.logger.init_args.name={out.name}",
-        f"--trainer.callbacks.init_args.dirpath={out / 'checkpoints'}",
-    ]
-    fitting(["fit", "--config", config, *options])
-    return out / "checkpoints" / "last.ckpt"
+def train(out: Path, k: int, world: Path, stored: Path, options: Sequence[str]) -> Path:
+    """`lightning fit` with k places per picture, from the start; returns the last checkpoint."""
+    checkpoints = out / "checkpoints"
+    shutil.rmtree(checkpoints, ignore_errors=True)
+    words = [f"--data.train_shards={stored}", f"--data.val_shards={world / 'cc3m' / 'val'}", f"--model.k={k}"]
+    words += [f"--trainer.logger.init_args.save_dir={out.parent}", f"--trainer.logger.init_args.name={out.name}"]
+    fitting(["fit", "--config", "toy.yaml", *words, f"--trainer.callbacks.init_args.dirpath={checkpoints}", *options])
+    return checkpoints / "last.ckpt"
 
 
 def compare(model: Fromage, world: Path) -> dict[str, Any]:

@@ -83,3 +83,9 @@ def test_boxes_hold_the_objects_and_nothing_is_drawn_outside():
 def _margin(start: float, length: float) -> slice:
     """The pixels of an interval and one more at each end, where an outline's edge is rounded to."""
     return slice(max(0, math.floor(start) - 1), math.ceil(start + length) + 2)
+
+
+def test_a_key_parses_back_to_its_scene():
+    rng = random.Random(5)
+    for scene in sample_scenes(rng, "train", 50):
+        assert Scene.parse(scene.key).key == scene.key
