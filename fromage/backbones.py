@@ -7,12 +7,18 @@ it was loaded in. 'toy' names the pair that ships with the package; it is loaded
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
+import socket
+from functools import cache
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlparse
+from urllib.request import getproxies
 
 import open_clip
 import torch
+from huggingface_hub import constants
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -150,12 +156,28 @@ class VisionTower(FrozenTower):
 
 
 def _without_projection(visual: Any) -> Any:
-    """Take CLIP's projection off an open_clip image tower; a ResNet's attention pool has none that can be taken off."""
+    """Take CLIP's projection off an open_clip image tower: a ViT, a ResNet with attention pooling, or one of timm's."""
     if getattr(visual, "proj", None) is not None:
         visual.proj = None
+    elif hasattr(visual, "attnpool"):
+        old = visual.attnpool.c_proj
+        visual.attnpool.c_proj = nn.Linear(old.in_features, old.in_features).to(old.weight)
+        nn.init.eye_(visual.attnpool.c_proj.weight)
+        nn.init.zeros_(visual.attnpool.c_proj.bias)
     elif hasattr(visual, "trunk") and hasattr(visual, "head"):
         visual.head = nn.Identity()
     return visual
+
+
+@cache
+def look_for_hub() -> None:
+    """Without a way to the model hub, look at its cache only: the hub's own retries take minutes to fail."""
+    if constants.HF_HUB_OFFLINE or getproxies():
+        return
+    try:
+        socket.create_connection((urlparse(constants.ENDPOINT).hostname or "", 443), timeout=5).close()
+    except OSError:
+        constants.HF_HUB_OFFLINE = True
 
 
 def load_lm(name: str, dtype: str = "float32", random_weights: bool = False) -> LanguageModel:
@@ -165,6 +187,8 @@ def load_lm(name: str, dtype: str = "float32", random_weights: bool = False) -> 
     Raises UserError for an unknown name and for weights that are neither on disk nor reachable.
     """
     folder = str(TOY / "opt") if name == "toy" else name
+    if not Path(folder).exists():
+        look_for_hub()
     tokenizer = PromptTokenizer(folder)
     try:
         if random_weights:
@@ -197,6 +221,10 @@ def load_clip(name: str, pretrained: str | None = None, dtype: str = "float32") 
             raise UserError(
                 f"vision tower {name}: no weights called {pretrained}; there are: {', '.join(tags) or 'none'}, or a file"
             )
+    if not source.startswith("local-dir:") and (pretrained or ":" in source) and not Path(pretrained or "").is_file():
+        look_for_hub()
+    silent = logging.root.manager.disable
+    logging.disable(logging.ERROR)  # open_clip logs what the error below says, and that random weights are random
     try:
         model, _, transform = open_clip.create_model_and_transforms(source, pretrained=pretrained, precision=precision)
         tokenizer = open_clip.get_tokenizer(source)
@@ -205,6 +233,8 @@ def load_clip(name: str, pretrained: str | None = None, dtype: str = "float32") 
             f"vision tower {name} ({pretrained}): no weights on disk or within reach ({_first_line(error)}); "
             "give a file as vision_weights, or fetch them once where there is a network"
         ) from error
+    finally:
+        logging.disable(silent)
     return model.eval().requires_grad_(False), transform, tokenizer
 
 

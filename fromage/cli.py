@@ -4,6 +4,7 @@
     toy make, toy demo               the synthetic world, and the tour of `make demo`
     shards tsv, shards coco          pairs on disk -> webdataset shards
     features                         shards -> shards with stored image features
+    plan                             what a run will need: parameters, memory, work, time
     index build, search              an image index, and questions to it
 
 What a user can mend is one line on stderr and exit code 2; --debug shows the traceback.
@@ -12,6 +13,7 @@ What a user can mend is one line on stderr and exit code 2; --debug shows the tr
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import sys
 import warnings
@@ -133,6 +135,17 @@ def features(args: argparse.Namespace) -> None:
     print(f"{store_features(args.shards, args.out, vision, args.batch_size, args.keep_pictures)} samples -> {args.out}")
 
 
+def plan(args: argparse.Namespace) -> None:
+    """Count a run's parameters, memory, work and time, without weights."""
+    from fromage.plan import as_json, plan, read_run, report
+
+    options = {name: getattr(args, name) for name in ("batch_size", "max_tokens", "tokens", "step", "dtype", "lm", "vision")}
+    counted = plan(read_run(find_config(args.config), stored_features=args.stored_features, **options))
+    print(report(counted, args.device_tflops, args.share))
+    if args.json:
+        args.json.write_text(json.dumps(as_json(counted, args.device_tflops, args.share), indent=1) + "\n")
+
+
 def index_build(args: argparse.Namespace) -> None:
     """Embed pictures with a checkpoint and save an index of them."""
     from fromage.checkpoint import load_model
@@ -207,6 +220,23 @@ VERBS: dict[tuple[str, ...], tuple[Callable[[argparse.Namespace], None], list[tu
             _option("--batch-size", type=int, default=256, help="pictures per batch"),
             _option("--keep-pictures", action="store_true", help="keep the pictures beside their features"),
             _DEVICE,
+        ],
+    ),
+    ("plan",): (
+        plan,
+        [
+            _option("--config", "-c", required=True, help="configuration, as for fit"),
+            _option("--lm", help="language model, in place of the configuration's"),
+            _option("--vision", help="image tower, likewise"),
+            _option("--dtype", choices=("float32", "bfloat16", "float16"), help="of the towers, likewise"),
+            _option("--step", choices=("fast", "plain"), help="way of training, likewise"),
+            _option("--batch-size", type=int, help="pairs per step and device, likewise"),
+            _option("--max-tokens", type=int, help="tokens of the longest caption, </s> and [RET] included, likewise"),
+            _option("--tokens", type=float, help="tokens of the mean caption, </s> included, [RET] not (13)"),
+            _option("--stored-features", action="store_true", help="train on features from `fromage features`"),
+            _option("--device-tflops", type=float, default=150, help="the device's rate in TFLOP/s; 150: an A6000 in bf16"),
+            _option("--share", type=float, default=0.5, help="share of that rate which training is assumed to reach"),
+            _option("--json", type=Path, help="write all figures into this file"),
         ],
     ),
     ("index", "build"): (

@@ -17,7 +17,7 @@ Why each shortcut is exact:
 
 from __future__ import annotations
 
-from itertools import chain, pairwise
+from itertools import accumulate, chain, pairwise
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ from fromage.data import Batch
 from fromage.losses import frozen_head_loss, frozen_log_sum_exp, info_nce
 from fromage.model import Fromage
 from fromage.packed_attention import Causal, OneMore, Rows
-from fromage.plain_step import StepOutput, image_features
+from fromage.plain_step import StepOutput, image_features, targets_weight
 
 
 def fast_step(model: Fromage, batch: Batch, paired: bool) -> StepOutput:
@@ -36,7 +36,10 @@ def fast_step(model: Fromage, batch: Batch, paired: bool) -> StepOutput:
     text_loss, at_ret = retrieval_text(model, batch)
     images, texts = model.embed_images(features), model.embed_ret(at_ret)  # (B, q) each
     contrastive_loss, retrieval_accuracy = info_nce(images, texts, model.logit_scale)
-    return StepOutput(captioning_loss, text_loss, contrastive_loss, caption_accuracy, retrieval_accuracy, images, texts)
+    weight = targets_weight(batch)
+    return StepOutput(
+        captioning_loss * weight, text_loss * weight, contrastive_loss, caption_accuracy, retrieval_accuracy, images, texts
+    )
 
 
 def captioning(model: Fromage, batch: Batch, features: Tensor, paired: bool) -> tuple[Tensor, Tensor]:
@@ -77,7 +80,7 @@ def retrieval_text(model: Fromage, batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 def _starts(lengths: list[int]) -> list[int]:
-    return [0, *torch.tensor(lengths).cumsum(0).tolist()][:-1]
+    return [0, *accumulate(lengths)][:-1]
 
 
 def _to(numbers: list[int], device: torch.device) -> Tensor:

@@ -95,12 +95,25 @@ def info_nce(images: Tensor, texts: Tensor, logit_scale: Tensor) -> tuple[Tensor
     return loss, right
 
 
+def devices() -> int:
+    """How many devices share a training step; 1 outside of training, where each evaluates alone."""
+    alone = not (dist.is_available() and dist.is_initialized() and torch.is_grad_enabled())
+    return 1 if alone else dist.get_world_size()
+
+
 def gather_with_gradient(rows: Tensor) -> Tensor:
     """(B, q) on each of W devices -> (W B, q) on all of them, in rank order, with gradients to every device's own rows.
 
     The backward sums what all devices send, so that the mean over devices that DDP takes afterwards is the gradient of
     one process with the whole batch.
     """
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-        return rows
-    return torch.cat(dist_nn.all_gather(rows.contiguous()))
+    return rows if devices() == 1 else torch.cat(dist_nn.all_gather(rows.contiguous()))
+
+
+def device_weight(count: int, device: torch.device) -> Tensor:
+    """What a mean over this device's count of targets is to be multiplied by, so that DDP's mean over W devices is the
+    mean over all targets: W count / (sum of counts)."""
+    total = torch.tensor(float(count), device=device)
+    if devices() > 1:
+        dist.all_reduce(total)
+    return count * devices() / total

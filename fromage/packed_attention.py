@@ -94,7 +94,7 @@ class Causal:
 
 
 class OneMore:
-    """One new token behind each of S sequences, whose keys and values an earlier pass kept."""
+    """One new token behind each of S sequences, whose keys and values an earlier pass kept: they are used up."""
 
     def __init__(self, before: Causal, lengths: list[int], device: torch.device) -> None:
         self.kept = before.kept
@@ -105,7 +105,7 @@ class OneMore:
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
         """See Attend; here N = S."""
         q, k, v = (x.unsqueeze(2) for x in (q, k, v))  # (S, H, 1, e)
-        keys, values = (torch.cat([old, new], 2) for old, new in zip(self.kept[layer], (k, v), strict=True))
+        keys, values = (torch.cat([old, new], 2) for old, new in zip(self.kept.pop(layer), (k, v), strict=True))
         gqa = q.shape[1] != keys.shape[1]
         return F.scaled_dot_product_attention(q, keys, values, self.mask, scale=scale, enable_gqa=gqa).squeeze(2)
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fromage.data import Batch
-from fromage.losses import info_nce, next_token_loss
+from fromage.losses import device_weight, info_nce, next_token_loss
 from fromage.model import Fromage
 
 
@@ -43,6 +43,11 @@ class StepOutput:
 def image_features(model: Fromage, batch: Batch) -> Tensor:
     """(B, m): stored ones where the batch has them, else the tower's."""
     return batch.features if batch.features is not None else model.vision(batch.pixels)
+
+
+def targets_weight(batch: Batch) -> Tensor:
+    """device_weight of the next-token losses: both passes have a target for each token of a caption but one."""
+    return device_weight(sum(batch.lengths) - len(batch.lengths), batch.ids.device)
 
 
 def captioning_ids(model: Fromage, batch: Batch, paired: bool) -> tuple[Tensor, Tensor]:
@@ -83,4 +88,7 @@ def plain_step(model: Fromage, batch: Batch, paired: bool) -> StepOutput:
     images = model.embed_images(image_features(model, batch))  # (B, q); the authors encode each image twice
     texts = model.embed_ret(at_ret)  # (B, q)
     contrastive_loss, retrieval_accuracy = info_nce(images, texts, model.logit_scale)
-    return StepOutput(captioning_loss, text_loss, contrastive_loss, caption_accuracy, retrieval_accuracy, images, texts)
+    weight = targets_weight(batch)
+    return StepOutput(
+        captioning_loss * weight, text_loss * weight, contrastive_loss, caption_accuracy, retrieval_accuracy, images, texts
+    )

@@ -28,7 +28,10 @@ class PromptTokenizer:
         try:
             self.hf: Any = AutoTokenizer.from_pretrained(folder)
         except Exception as error:
-            raise UserError(f"no tokenizer at {folder}: {_first_line(error)}") from error
+            raise UserError(
+                f"no tokenizer at {folder} ({_first_line(error)}); give a folder that holds one, "
+                f"or fetch it where there is a network: hf download {folder}"
+            ) from error
         self.vocab_size = len(self.hf)
         self.hf.add_tokens([IMAGE, RET], special_tokens=True)
         ids: Any = self.hf.convert_tokens_to_ids([IMAGE, RET])

@@ -14,7 +14,9 @@ import argparse
 import json
 import math
 import random
+import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +27,7 @@ from tokenizers import ByteLevelBPETokenizer, Tokenizer, decoders, models, pre_t
 from transformers import AutoTokenizer, OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
 
 from fromage.toy.language import EOS, FIRST_SHARES, SHARES, caption, document, story, tag_words, tags
-from fromage.toy.scenes import COLOURS, SHAPES, draw, sample_scene, sample_scenes
+from fromage.toy.scenes import COLOURS, GROUNDS, PLACES, SHAPES, SIZES, TIMES, Scene, draw, sample_scene, sample_scenes
 
 OPT_TOKENIZER = {
     "tokenizer_class": "GPT2Tokenizer",
@@ -53,8 +55,12 @@ def schedule(optimizer: torch.optim.Optimizer, steps: int, warmup: int = 100) ->
 # --- the language model ------------------------------------------------------------------------------------------------
 
 
-def opt_tokenizer(out: Path, rng: random.Random) -> PreTrainedTokenizerFast:
-    """A byte-level BPE with OPT's special tokens at OPT's ids, in which every tag is one token."""
+def opt_tokenizer(out: Path, rng: random.Random, init: Path | None) -> PreTrainedTokenizerFast:
+    """A byte-level BPE with OPT's special tokens at OPT's ids, in which every tag is one token (or an earlier leg's)."""
+    if init:
+        for name in ("vocab.json", "merges.txt", "tokenizer_config.json"):
+            shutil.copyfile(init / name, out / name)
+        return AutoTokenizer.from_pretrained(out)
     texts = [part for _ in range(20000) for part in document(rng).split(EOS)]
     bpe = ByteLevelBPETokenizer()
     bpe.train_from_iterator(texts, vocab_size=1500, min_frequency=20, special_tokens=["<s>", "<pad>", "</s>", "<unk>"])
@@ -93,10 +99,10 @@ def lm_rows(tokenizer: PreTrainedTokenizerFast, rng: random.Random, tokens: int,
 
 @torch.no_grad()
 def probe_lm(model: OPTForCausalLM, tokenizer: PreTrainedTokenizerFast, count: int = 200) -> dict[str, float]:
-    """Skills on validation scenes: share of colour and shape words right when tags are unfolded, for 1 and 2-3 objects,
-    and probability mass on true tags at the one position before them, after a caption and after a story."""
+    """Skills on validation scenes: share of colour, shape and place words right when tags are unfolded, for 1 and 2-3
+    objects, and probability mass on true tags at the one position before them, after a caption and after a story."""
     rng = random.Random(7)
-    words = {tokenizer.encode(" " + w, add_special_tokens=False)[0] for w in (*COLOURS, *SHAPES)}
+    words = {tokenizer.encode(" " + w, add_special_tokens=False)[0] for w in (*COLOURS, *SHAPES, *PLACES)}
     tag_id = {w: tokenizer.encode(" " + w, add_special_tokens=False)[0] for w in tag_words()}
     got: dict[str, list[float]] = {}
     for i in range(count):
@@ -123,20 +129,20 @@ def probe_lm(model: OPTForCausalLM, tokenizer: PreTrainedTokenizerFast, count: i
 def train_lm(args: argparse.Namespace) -> None:
     """Train the tiny OPT; writes config.json, model.safetensors and the tokenizer's files to args.out."""
     rng = random.Random(args.seed)
-    tokenizer = opt_tokenizer(args.out, random.Random(args.seed + 1))
+    tokenizer = opt_tokenizer(args.out, random.Random(args.seed + 1), args.init)
     config = OPTConfig(
         vocab_size=len(tokenizer), hidden_size=args.width, word_embed_proj_dim=args.width, ffn_dim=4 * args.width,
         num_hidden_layers=args.layers, num_attention_heads=args.width // 24, max_position_embeddings=512,
         dropout=0.0, attention_dropout=0.0, layerdrop=0.0,
     )  # fmt: skip
-    model = OPTForCausalLM(config)
+    model = OPTForCausalLM.from_pretrained(args.init, dtype=torch.float32) if args.init else OPTForCausalLM(config)
     decay = [p for p in model.parameters() if p.ndim > 1]
     rest = [p for p in model.parameters() if p.ndim <= 1]
     groups = [{"params": decay, "weight_decay": 0.05}, {"params": rest, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98))
     warm = schedule(optimizer, args.steps)
     began = time.time()
-    for step, (ids, labels) in enumerate(lm_rows(tokenizer, rng, args.tokens, args.steps // 5)):
+    for step, (ids, labels) in enumerate(lm_rows(tokenizer, rng, args.tokens, 0 if args.init else args.steps // 5)):
         if step % 250 == 0 or step == args.steps:
             print(step, f"{time.time() - began:.0f}s", probe_lm(model, tokenizer), flush=True)
             save_lm(model, args.out)
@@ -191,13 +197,14 @@ def clip_tokenizer(out: Path, rng: random.Random) -> int:
     return end + 1
 
 
-def clip_config(vocab_size: int, args: argparse.Namespace) -> dict:
-    """The open_clip configuration, as on the model hub: open_clip_config.json."""
+def clip_config(vocab_size: int) -> dict:
+    """The open_clip configuration, as on the model hub: open_clip_config.json. CLIP's ResNet: a ViT of this size and so
+    few steps never learns shapes."""
     mean, std = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
     return {
         "model_cfg": {
             "embed_dim": 128,
-            "vision_cfg": {"image_size": 64, "layers": args.layers, "width": args.width, "head_width": 32, "patch_size": 8},
+            "vision_cfg": {"image_size": 64, "layers": [1, 1, 1, 1], "width": 24, "head_width": 32, "patch_size": None},
             "text_cfg": {
                 "context_length": 48, "vocab_size": vocab_size, "width": 128, "heads": 4, "layers": 3,
                 "hf_tokenizer_name": "local",
@@ -207,9 +214,28 @@ def clip_config(vocab_size: int, args: argparse.Namespace) -> dict:
     }  # fmt: skip
 
 
-def clip_pictures(count: int, preprocess, rng: random.Random) -> tuple[list, torch.Tensor]:  # noqa: ANN001
-    """Distinct training scenes and their pictures, (N, 3, H, W) in half precision."""
-    scenes = sample_scenes(rng, "train", count)
+def near(scene: Scene, rng: random.Random) -> Scene:
+    """A training scene that differs in one attribute, mostly a shape or a place: what a picture's colours do not tell."""
+    while True:
+        index = rng.randrange(len(scene.things))
+        what = rng.choices(("shape", "place", "colour", "size", "ground", "time"), (4, 4, 1, 2, 1, 1))[0]
+        if what in ("ground", "time"):
+            other = replace(scene, **{what: rng.choice({"ground": list(GROUNDS), "time": list(TIMES)}[what])})
+        else:
+            values = {"shape": SHAPES, "place": list(PLACES), "colour": list(COLOURS), "size": list(SIZES)}[what]
+            taken = {getattr(t, what) for t in scene.things} if what != "size" else set()
+            value = rng.choice([v for v in values if v not in taken])
+            things = list(scene.things)
+            things[index] = replace(things[index], **{what: value})
+            other = replace(scene, things=tuple(things))
+        if other.split == "train" and other.key != scene.key:
+            return other
+
+
+def clip_pictures(groups: int, preprocess, rng: random.Random) -> tuple[list, torch.Tensor]:  # noqa: ANN001
+    """Groups of four training scenes, three a single attribute away from the first, and their pictures (4 N, 3, H, W)."""
+    bases = sample_scenes(rng, "train", groups)
+    scenes = [scene for base in bases for scene in (base, *(near(base, rng) for _ in range(3)))]
     return scenes, torch.stack([preprocess(draw(s, rng.randrange(1000))[0]).half() for s in scenes])
 
 
@@ -224,22 +250,40 @@ def probe_clip(model, tokenizer, preprocess, count: int = 1000) -> float:  # noq
     return 100 * ((text @ image.T).argmax(1) == torch.arange(count)).float().mean().item()
 
 
+def tag_labels(scenes: list[Scene]) -> torch.Tensor:
+    """(B, 158): 1 where a scene has the tag."""
+    place = {word: i for i, word in enumerate(tag_words())}
+    labels = torch.zeros(len(scenes), len(place))
+    for row, scene in zip(labels, scenes, strict=True):
+        row[[place[word] for word in tags(scene, random.Random(0))]] = 1
+    return labels
+
+
 def train_clip(args: argparse.Namespace) -> None:
-    """Train the tiny CLIP; writes open_clip_config.json, open_clip_model.safetensors and the tokenizer to args.out."""
+    """Train the tiny CLIP; writes open_clip_config.json, open_clip_model.safetensors and the tokenizer to args.out.
+
+    Beside InfoNCE, one linear classifier on both towers' embeddings names the scene's tags: weak supervision by words,
+    which makes so short a training see shapes and places. It is dropped afterwards.
+    """
     import open_clip
 
     rng = random.Random(args.seed)
-    config = clip_config(clip_tokenizer(args.out, random.Random(args.seed + 1)), args)
+    config = clip_config(clip_tokenizer(args.out, random.Random(args.seed + 1)))
     (args.out / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
     name = f"local-dir:{args.out}"
     model, _, preprocess = open_clip.create_model_and_transforms(name, load_weights=False)
     tokenizer = open_clip.get_tokenizer(name)
-    scenes, pixels = clip_pictures(args.pictures, preprocess, rng)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.05)
+    scenes, pixels = clip_pictures(args.groups, preprocess, rng)
+    tagger = torch.nn.Linear(128, len(tag_words()))
+    torch.nn.init.constant_(tagger.bias, -3.0)
+    image_side = [*model.visual.parameters(), *tagger.parameters()]
+    text_side = [p for n, p in model.named_parameters() if not n.startswith("visual.")]
+    groups = [{"params": image_side, "lr": 3 * args.lr}, {"params": text_side}]
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98), weight_decay=0.05)
     warm = schedule(optimizer, args.steps)
     began = time.time()
     for step in range(args.steps + 1):
-        if step % 250 == 0 or step == args.steps:
+        if step % 100 == 0 or step == args.steps:
             model.eval()
             print(step, f"{time.time() - began:.0f}s R@1 {probe_clip(model, tokenizer, preprocess):.1f}", flush=True)
             state = {k: v.to(torch.bfloat16).contiguous() for k, v in model.state_dict().items()}
@@ -247,16 +291,14 @@ def train_clip(args: argparse.Namespace) -> None:
             model.train()
         if step == args.steps:
             break
-        picked = rng.sample(range(len(scenes)), args.batch)
+        picked = [4 * group + i for group in rng.sample(range(len(scenes) // 4), args.batch // 4) for i in range(4)]
         text = tokenizer([caption(scenes[i], rng) for i in picked])
-        with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
-            image, words = (
-                model.encode_image(pixels[picked].float(), normalize=True),
-                model.encode_text(text, normalize=True),
-            )
-        logits = model.logit_scale.exp() * image.float() @ words.float().T
-        target = torch.arange(args.batch)
-        loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+        image, words = model.encode_image(pixels[picked].float()), model.encode_text(text)  # (B, 128) each
+        logits = model.logit_scale.exp() * F.normalize(image, dim=-1) @ F.normalize(words, dim=-1).T
+        target, labels = torch.arange(len(logits)), tag_labels([scenes[i] for i in picked])
+        contrast = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+        named = sum(F.binary_cross_entropy_with_logits(tagger(x), labels, reduction="sum") for x in (image, words))
+        loss = contrast + 0.2 * named / len(logits)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -264,7 +306,11 @@ def train_clip(args: argparse.Namespace) -> None:
         optimizer.zero_grad()
         model.logit_scale.data.clamp_(0, math.log(100))
         if step % 50 == 0:
-            print(step, f"{time.time() - began:.0f}s loss {loss.item():.3f}", flush=True)
+            print(
+                step,
+                f"{time.time() - began:.0f}s contrast {contrast.item():.3f} tags {named.item() / len(logits):.2f}",
+                flush=True,
+            )
 
 
 def main() -> None:
@@ -277,8 +323,9 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--lr", type=float, help="peak learning rate (lm 2e-3, clip 1e-3)")
     parser.add_argument("--tokens", type=int, default=4000, help="lm: tokens per batch, padding included")
-    parser.add_argument("--batch", type=int, default=160, help="clip: pairs per batch")
-    parser.add_argument("--pictures", type=int, default=20000, help="clip: distinct training scenes")
+    parser.add_argument("--batch", type=int, default=128, help="clip: pairs per batch")
+    parser.add_argument("--groups", type=int, default=5000, help="clip: training scenes with three near ones each")
+    parser.add_argument("--init", type=Path, help="lm: folder of an earlier leg to go on from")
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True, help="autocast to bfloat16")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)

@@ -8,13 +8,7 @@ from dataclasses import dataclass, replace
 
 from fromage.toy.scenes import COLOURS, GROUNDS, PLACES, SHAPES, SIZES, TIMES, Scene, Thing, sample_scene
 
-AT = {
-    "left": "on the left",
-    "right": "on the right",
-    "top": "at the top",
-    "bottom": "at the bottom",
-    "middle": "in the middle",
-}
+AT = {place: f"at the {place}" for place in PLACES}
 WHEN = {"day": "by day", "night": "at night"}
 NUMBERS = ("zero", "one", "two", "three")
 EOS = "</s>"

@@ -1,0 +1,123 @@
+"""Work and memory of PyTorch calls, counted operation by operation: on real tensors, or on ones without storage."""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+_aten: Any = torch.ops.aten
+FLOP: dict[Any, Callable[..., int]] = {  # two per multiply-add of a matrix product, convolution or attention
+    **flop_registry,
+    _aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[_aten._scaled_dot_product_flash_attention],
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
+        _aten._scaled_dot_product_flash_attention_backward
+    ],
+}
+
+
+@dataclass
+class Pass:
+    """Work in FLOP and memory in bytes of one call.
+
+    Attributes:
+        before: live when it began.
+        peak: the most that was live while it ran.
+        kept: what it keeps for the backward that no earlier call kept, by the class of the module that had it kept.
+    """
+
+    flop: int
+    before: int
+    peak: int
+    kept: dict[str, int]
+
+    @property
+    def transient(self) -> int:
+        """Bytes it needs beyond what it keeps."""
+        return max(0, self.peak - self.before - sum(self.kept.values()))
+
+
+class Meter(TorchDispatchMode):
+    """Counts FLOP and live bytes; tensors held from the start are free."""
+
+    def __init__(self, held: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.flop = self.live = self.peak = 0
+        self.passes: dict[str, Pass] = {}
+        self.storages: dict[int, Any] = {}
+        for tensor in held:
+            self._see(tensor, counted=False)
+        self.held = set(self.storages)  # and what has been kept for a backward
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.prim.device.default:
+            return out
+        if func.overloadpacket in FLOP:
+            self.flop += FLOP[func.overloadpacket](*args, **(kwargs or {}), out_val=out)
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                self._see(tensor)
+        self.peak = max(self.peak, self.live)
+        return out
+
+    def _see(self, tensor: Tensor, counted: bool = True) -> None:
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes() if counted else 0
+        if key in self.storages:
+            return
+
+        def gone(_: Any) -> None:
+            self.live -= size
+            del self.storages[key]
+
+        self.live += size
+        self.storages[key] = weakref.ref(storage, gone)
+
+    def run(self, name: str, call: Callable[[], Any]) -> Any:
+        """Call, and file the counts under a name in passes."""
+        kept = Counter[str]()
+        flop, before, self.peak = self.flop, self.live, self.live
+        with _running_modules() as stack:
+
+            def keep(tensor: Tensor) -> Tensor:
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self.held:
+                    self.held.add(storage._cdata)
+                    kept[stack[-1]] += storage.nbytes()
+                return tensor
+
+            with saved_tensors_hooks(keep, lambda tensor: tensor), self:
+                out = call()
+        self.passes[name] = Pass(self.flop - flop, before, self.peak, dict(kept.most_common()))
+        return out
+
+
+@contextmanager
+def _running_modules() -> Iterator[list[str]]:
+    """The classes of the modules that are running, the innermost last."""
+    stack = ["the rest"]
+
+    def enter(module: nn.Module, args: Any) -> None:
+        stack.append(type(module).__name__)
+
+    def leave(module: nn.Module, args: Any, out: Any) -> None:
+        stack.pop()
+
+    hooks = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave, always_call=True)]
+    try:
+        yield stack
+    finally:
+        for hook in hooks:
+            hook.remove()
