@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from fromage.added_tokens import AddedTokens, ExtendedEmbedding, ExtendedHead
-from fromage.errors import UserError
+from fromage.errors import UserError, first_line
 from fromage.packed_attention import Attend, attending
-from fromage.tokens import PromptTokenizer, _first_line
+from fromage.tokens import PromptTokenizer
 
 TOY = Path(__file__).parent / "toy" / "backbones"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -161,9 +161,10 @@ def _without_projection(visual: Any) -> Any:
         visual.proj = None
     elif hasattr(visual, "attnpool"):
         old = visual.attnpool.c_proj
-        visual.attnpool.c_proj = nn.Linear(old.in_features, old.in_features).to(old.weight)
-        nn.init.eye_(visual.attnpool.c_proj.weight)
-        nn.init.zeros_(visual.attnpool.c_proj.bias)
+        whole = nn.Linear(old.in_features, old.in_features, device=old.weight.device, dtype=old.weight.dtype)
+        nn.init.eye_(whole.weight)
+        nn.init.zeros_(whole.bias)
+        visual.attnpool.c_proj = whole
     elif hasattr(visual, "trunk") and hasattr(visual, "head"):
         visual.head = nn.Identity()
     return visual
@@ -197,7 +198,7 @@ def load_lm(name: str, dtype: str = "float32", random_weights: bool = False) -> 
             hf = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype])
     except Exception as error:
         raise UserError(
-            f"language model {name}: no weights on disk or within reach ({_first_line(error)}); "
+            f"language model {name}: no weights on disk or within reach ({first_line(error)}); "
             "give a folder, or fetch it where there is a network: hf download " + name
         ) from error
     return LanguageModel(hf, tokenizer, name)
@@ -230,7 +231,7 @@ def load_clip(name: str, pretrained: str | None = None, dtype: str = "float32") 
         tokenizer = open_clip.get_tokenizer(source)
     except Exception as error:
         raise UserError(
-            f"vision tower {name} ({pretrained}): no weights on disk or within reach ({_first_line(error)}); "
+            f"vision tower {name} ({pretrained}): no weights on disk or within reach ({first_line(error)}); "
             "give a file as vision_weights, or fetch them once where there is a network"
         ) from error
     finally:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fromage.errors import UserError
+from fromage.errors import UserError, first_line
 from fromage.model import TOWERS, Fromage
 
 PREFIX = "model."
@@ -41,7 +41,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, EOFError, OSError) as error:
-        raise UserError(f"checkpoint {path}: unreadable or not a checkpoint ({str(error).splitlines()[0][:120]})") from error
+        raise UserError(f"checkpoint {path}: unreadable or not a checkpoint ({first_line(error)[:120]})") from error
     if not isinstance(checkpoint, dict) or "hyper_parameters" not in checkpoint:
         raise UserError(f"checkpoint {path}: not written by `lightning fit`")
     return checkpoint

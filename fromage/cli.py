@@ -72,7 +72,10 @@ def fitting(argv: list[str]) -> None:
     from fromage.checkpoint import read_checkpoint
 
     class CLI(LightningCLI):
-        """Looks at the checkpoint before anything is loaded."""
+        """Looks at the checkpoint before anything is loaded, and lets options count, not the checkpoint's own ones."""
+
+        def _parse_ckpt_path(self) -> None:
+            pass
 
         def before_instantiate_classes(self) -> None:
             path = self.config[self.subcommand].get("ckpt_path")

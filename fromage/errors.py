@@ -7,3 +7,8 @@ class UserError(Exception):
 
 class BrokenSample(Exception):
     """A sample, or its picture, that cannot be used; the message is 'cause' or 'cause: detail', without a name."""
+
+
+def first_line(error: BaseException) -> str:
+    """What another library's exception says, in one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -123,10 +123,14 @@ class FromageModule(pl.LightningModule):
         self.log_dict({name: value.detach() for name, value in scalars.items()})
         return out.loss
 
-    def on_train_batch_end(self, outputs: Any, batch: Batch, index: int) -> None:
-        """Rescale [RET]; log speed and learning rate."""
+    def optimizer_step(self, *args: Any, **named: Any) -> None:
+        """A step of Adam, and [RET] back to its norm: before anyone saves a checkpoint of the step."""
+        super().optimizer_step(*args, **named)
         if self.h.rescale_ret:
             self.model.ret.rescale_()
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, index: int) -> None:
+        """Log speed and learning rate."""
         now = time.monotonic()
         if self._clock:
             rate = len(batch.keys) * self.trainer.world_size / (now - self._clock)

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from fromage.errors import UserError
+from fromage.errors import UserError, first_line
 
 IMAGE, RET = "<|image|>", "[RET]"
 
@@ -29,7 +29,7 @@ class PromptTokenizer:
             self.hf: Any = AutoTokenizer.from_pretrained(folder)
         except Exception as error:
             raise UserError(
-                f"no tokenizer at {folder} ({_first_line(error)}); give a folder that holds one, "
+                f"no tokenizer at {folder} ({first_line(error)}); give a folder that holds one, "
                 f"or fetch it where there is a network: hf download {folder}"
             ) from error
         self.vocab_size = len(self.hf)
@@ -57,7 +57,3 @@ class PromptTokenizer:
     def decode(self, ids: list[int]) -> str:
         """The text of ids, special tokens left out."""
         return self.hf.decode([i for i in ids if i < self.vocab_size], skip_special_tokens=True)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

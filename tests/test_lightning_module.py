@@ -90,7 +90,7 @@ def test_learning_rate_warms_up_and_ret_keeps_its_norm(fitted):
 
 
 def test_a_checkpoint_of_another_architecture_is_refused_by_name(fitted, world, tmp_path):
-    with pytest.raises(UserError, match=r"visual_prefix.weight is \(192, 192\), wanted \(768, 192\)"):
+    with pytest.raises(UserError, match=r"visual_prefix.weight is \(192, 768\), wanted \(768, 768\)"):
         run(world, tmp_path, 9, ckpt_path=str(fitted[3] / "last.ckpt"), k=4)
 
 

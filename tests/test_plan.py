@@ -175,7 +175,7 @@ def test_the_verb_prints_the_plan_and_writes_it(tmp_path, capsys):
     file = tmp_path / "plan.json"
     assert main(["plan", "--config", "toy.yaml", "--batch-size", "6", "--tokens", "9", "--json", str(file)]) == 0
     text, figures = capsys.readouterr().out, json.loads(file.read_text())
-    assert "PEAK MEMORY" in text and "an estimate, at 50% of 150 TFLOP/s" in text and "500 steps" in text
+    assert "PEAK MEMORY" in text and "an estimate, at 50% of 150 TFLOP/s" in text and "170 steps" in text
     assert figures["run"]["batch_size"] == 6 and figures["run"]["max_tokens"] == 40
     assert figures["peak_bytes"] == sum(figures["peak"].values())
 

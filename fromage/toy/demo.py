@@ -25,13 +25,6 @@ from fromage.pictures import open_picture
 from fromage.toy.scenes import COLOURS, SHAPES, Scene
 from fromage.toy.world import make_world
 
-QUERIES = [
-    "a small red star at night",
-    "a big yellow moon on the snow",
-    "a black arrow and a white heart",
-    "something blue by the sea",
-]
-
 
 def demo(out: Path, pairs: int = 8192, scenes: int = 1000, options: Sequence[str] = ()) -> dict[str, Any]:
     """Run the tour into the folder `out`; returns and writes report.json, with recalls in percent and times in seconds.
@@ -60,7 +53,8 @@ def demo(out: Path, pairs: int = 8192, scenes: int = 1000, options: Sequence[str
         coco = world / "coco"
         captions = coco / "annotations" / "captions_val2017.json"
         index = build_index(models[1], str(coco / "val2017"), out / "index", captions=captions, checkpoint=runs[1])
-        draw_hits(QUERIES, search_index(models[1], index, QUERIES, 5)).save(out / "searches.png")
+        asked = queries(json.loads(captions.read_text()))
+        draw_hits(asked, search_index(models[1], index, asked, 5)).save(out / "searches.png")
     report["seconds"] = {**{k: round(v, 1) for k, v in seconds.items()}, "after_install": round(time.monotonic() - began, 1)}
     (out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
     print(table(report), f"report: {out / 'report.json'}\nsearches: {out / 'searches.png'}", sep="\n")
@@ -84,6 +78,15 @@ def train(out: Path, k: int, world: Path, stored: Path, options: Sequence[str]) 
     words += [f"--trainer.logger.init_args.save_dir={out.parent}", f"--trainer.logger.init_args.name={out.name}"]
     fitting(["fit", "--config", "toy.yaml", *words, f"--trainer.callbacks.init_args.dirpath={checkpoints}", *options])
     return checkpoints / "last.ckpt"
+
+
+def queries(coco: dict[str, Any]) -> list[str]:
+    """The last captions of the first unseen scenes of one, two and three objects, and of another one."""
+    said = {note["image_id"]: note["caption"] for note in coco["annotations"]}
+    by_count: dict[int, list[str]] = {1: [], 2: [], 3: []}
+    for image in coco["images"]:
+        by_count[len(Scene.parse(image["scene"]).things)].append(said[image["id"]])
+    return [*by_count[1][:2], *by_count[2][:1], *by_count[3][:1]]
 
 
 def compare(model: Fromage, world: Path) -> dict[str, Any]:

@@ -74,6 +74,8 @@ def write_cc3m(out: Path, split: str, scenes: list[Scene], rng: random.Random, p
         jobs = list(zip(scenes, _ids(scenes, split), strict=True))
         for i, (scene, (jpeg, _)) in enumerate(zip(scenes, paint(jobs), strict=True)):
             key, text = f"{i:09d}", caption(scene, rng)
+            if split == "train" and rng.random() < 0.3:  # as people write
+                text = text.removesuffix(".")
             meta = {"key": key, "caption": text, "url": "", "status": "success", "error_message": None, "exif": "{}"}
             yield key, jpeg, text, meta | _size() | {"sha256": hashlib.sha256(jpeg).hexdigest(), "scene": scene.key}
 
