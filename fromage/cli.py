@@ -82,6 +82,7 @@ def fitting(argv: list[str]) -> None:
             if path and path not in ("last", "best", "hpc", "registry"):
                 read_checkpoint(path)
 
+    warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec")
     warnings.filterwarnings("ignore", message=".*(does not have many workers|LightningCLI's args parameter|in eval mode).*")
     logging.getLogger("pytorch_lightning.utilities.rank_zero").addFilter(
         lambda record: "litlogger" not in record.getMessage()

@@ -348,6 +348,9 @@ class CC3M(pl.LightningDataModule):
         stream = ValidationStream(shards, self._decode(), self.val_batch_size, self.max_broken, *self._rank())
         return Loader(stream, self.workers if stream.batches is None else min(self.workers, stream.batches))
 
+    test_dataloader = val_dataloader
+    predict_dataloader = val_dataloader
+
     def _shards(self, urls: str | list[str]) -> list[str]:
         """Expand patterns, and compare stored features with the model's vision tower."""
         shards, model = expand(urls), self._model()

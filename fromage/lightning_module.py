@@ -138,6 +138,11 @@ class FromageModule(pl.LightningModule):
         self._clock = now
         self.log("train/lr", self.trainer.optimizers[0].param_groups[0]["lr"])
 
+    @property
+    def stage(self) -> str:
+        """What figures of an evaluation are called: test or val."""
+        return "test" if self.trainer.testing else "val"
+
     def on_validation_epoch_start(self) -> None:
         """Forget the last validation."""
         self._validation, self._to_show, self._clock = [], [], 0.0
@@ -145,11 +150,9 @@ class FromageModule(pl.LightningModule):
     def validation_step(self, batch: Batch, index: int, dataloader_idx: int = 0) -> None:
         """Losses of the unpaired step; both sides' embeddings are kept for the end."""
         out = self.losses(batch, paired=False)
-        self.log_dict(
-            {"val/captioning_loss": out.captioning_loss, "val/text_loss": out.text_loss, "val/loss": out.loss},
-            batch_size=len(batch.keys),
-            sync_dist=True,
-        )
+        losses = {"captioning_loss": out.captioning_loss, "text_loss": out.text_loss, "loss": out.loss}
+        named = {f"{self.stage}/{name}": value for name, value in losses.items()}
+        self.log_dict(named, batch_size=len(batch.keys), sync_dist=True)
         self._validation.append((out.texts, out.images))
         if len(self._to_show) < SHOWN_FROM:
             features = image_features(self.model, batch).cpu()
@@ -161,8 +164,8 @@ class FromageModule(pl.LightningModule):
         parts = gather_parts(self._validation) if self.trainer.world_size > 1 else self._validation
         texts, images = (torch.cat(rows) for rows in zip(*parts, strict=True))  # (N, q) each
         recalls = retrieval_recalls(texts, images)
-        self.log_dict({f"val/{name}": value for name, value in recalls.items()}, sync_dist=True)
-        self.log("val/r1", recalls["t2i_r1"], prog_bar=True, sync_dist=True)
+        self.log_dict({f"{self.stage}/{name}": value for name, value in recalls.items()}, sync_dist=True)
+        self.log(f"{self.stage}/r1", recalls["t2i_r1"], prog_bar=True, sync_dist=True)
         if self.trainer.is_global_zero and hasattr(getattr(self.logger, "experiment", None), "add_image"):
             self._show(texts, images)
         self._validation, self._to_show = [], []
@@ -173,12 +176,14 @@ class FromageModule(pl.LightningModule):
         shown = range(min(self.h.shown, len(self._to_show)))
         features = torch.stack([self._to_show[i][1] for i in shown]).to(self.device)
         made = caption_images(self.model, features)
-        self._add_image("val/captions", [(f"true: {self._to_show[i][0]}", [(pictures[i], made[i])]) for i in shown])
+        self._add_image(
+            f"{self.stage}/captions", [(f"true: {self._to_show[i][0]}", [(pictures[i], made[i])]) for i in shown]
+        )
         rows = []
         for i in shown:
             scores, best = (texts[i] @ images[: len(pictures)].T).topk(min(5, len(pictures)))
             rows.append((self._to_show[i][0], [(pictures[j], f"{s:.2f}") for s, j in zip(scores, best, strict=True)]))
-        self._add_image("val/search", rows)
+        self._add_image(f"{self.stage}/search", rows)
 
     def _add_image(self, tag: str, rows: list[tuple[str, list[tuple[Image.Image | None, str]]]]) -> None:
         pixels = torch.from_numpy(np.array(contact_sheet(rows)))  # (H, W, 3)

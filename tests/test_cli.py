@@ -74,8 +74,11 @@ def test_fit_index_search_end_to_end(checkpoint, world, tmp_path, capsys):
     assert all(word in out for word in words) and out.count("val2017") == 6 and png.stat().st_size > 1000
 
 
-def test_validate_and_predict_from_a_checkpoint(checkpoint, fast):
-    assert main(["validate", *fast, "--ckpt_path", str(checkpoint)]) == 0
+@pytest.mark.parametrize("verb", ["validate", "test", "predict"])
+def test_lightnings_other_verbs_take_a_checkpoint(verb, checkpoint, fast, capsys):
+    assert main([verb, *fast, "--ckpt_path", str(checkpoint)]) == 0
+    shown = {"validate": "val/t2i_r1", "test": "test/t2i_r1", "predict": ""}[verb]
+    assert shown in capsys.readouterr().out
 
 
 def bad(*words):
@@ -97,6 +100,7 @@ def test_bad_input_gets_one_line_and_a_code(fast, checkpoint, tmp_path):
         (["fit", *fast, "--data.train_shards=/no/such/shards"], "/no/such/shards"),
         (["fit", "--config", "nobody.yaml"], "nobody.yaml"),
         (["fit", "--config", str(torn)], "torn.yaml"),
+        (["fit", *fast, "--model.kk=3"], "kk"),
         (["fit", *fast, "--model.lm=/no/such/model"], "/no/such/model"),
         (["fit", *fast, "--model.vision=ViT-Q-99"], "ViT-Q-99"),
         (["fit", *fast, "--model.k=3", f"--ckpt_path={checkpoint}"], "visual_prefix.weight"),

@@ -1,0 +1,19 @@
+"""Real photographs, real captions and OPT's own vocabulary through packing, features, training, index and search."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+from PIL import Image
+
+SPEC = importlib.util.spec_from_file_location("real_input", Path(__file__).resolve().parents[1] / "tools" / "real_input.py")
+
+
+def test_the_whole_path_on_photographs(shared_data, tmp_path):
+    tool = importlib.util.module_from_spec(SPEC)
+    SPEC.loader.exec_module(tool)
+    recalls = tool.run(shared_data, tmp_path, steps=3)
+    assert set(recalls) == {f"{way}_r{k}" for way in ("t2i", "i2t") for k in (1, 5, 10)}
+    assert json.loads((tmp_path / "shards" / "report.json").read_text())["pairs"] == 641
+    lines = (tmp_path / "index" / "items.jsonl").read_text().splitlines()
+    assert len(lines) == 128 and Image.open(tmp_path / "searches.png").width > 400
