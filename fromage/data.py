@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import random
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate, count, groupby, islice, pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -264,6 +264,16 @@ class Loader(DataLoader):
             self.epoch, self.skip = (self.epoch + 1, 0) if whole else (self.epoch, state["given"])
 
 
+class Plain:
+    """An iterable and nothing more."""
+
+    def __init__(self, batches: Iterable[Batch]) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[Batch]:
+        return iter(self.batches)
+
+
 def _init_worker(_: int) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # else the tokenizer warns of the fork
 
@@ -349,7 +359,10 @@ class CC3M(pl.LightningDataModule):
         return Loader(stream, self.workers if stream.batches is None else min(self.workers, stream.batches))
 
     test_dataloader = val_dataloader
-    predict_dataloader = val_dataloader
+
+    def predict_dataloader(self) -> Plain:
+        """The validation samples; not as a DataLoader, which Lightning would rebuild with a sampler of its own."""
+        return Plain(self.val_dataloader())  # type: ignore[arg-type]
 
     def _shards(self, urls: str | list[str]) -> list[str]:
         """Expand patterns, and compare stored features with the model's vision tower."""
