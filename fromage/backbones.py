@@ -142,7 +142,7 @@ class VisionTower(FrozenTower):
     @torch.no_grad()
     def forward(self, pixels: Tensor) -> Tensor:
         """(B, 3, H, W) preprocessed pixels -> (B, m) features, without gradient."""
-        return self.visual(pixels.to(self.dtype))
+        return self.visual(pixels.to(next(self.visual.parameters())))  # its device and dtype
 
     def fingerprint(self) -> dict[str, str]:
         """What stored features depend on: the tower's name, its weights (a digest of samples) and the preprocessing."""

@@ -17,7 +17,7 @@ Why each shortcut is exact:
 
 from __future__ import annotations
 
-from itertools import accumulate, chain, pairwise
+from itertools import chain, pairwise
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ from torch import Tensor
 from fromage.data import Batch
 from fromage.losses import frozen_head_loss, frozen_log_sum_exp, info_nce
 from fromage.model import Fromage
-from fromage.packed_attention import Causal, OneMore, Rows
+from fromage.packed_attention import Causal, OneMore, Rows, starts, to_device
 from fromage.plain_step import StepOutput, image_features, targets_weight
 
 
@@ -48,16 +48,16 @@ def captioning(model: Fromage, batch: Batch, features: Tensor, paired: bool) -> 
     words = Rows(batch.lengths, batch.ids.device)
     packed = words.gather(batch.ids[:, : words.width])  # (sum of lengths,)
     places = packed.new_full((k,), model.tokenizer.image_id)
-    starts = [*words.starts, len(packed)]
-    parts = [(places, packed[a : b - 1]) for a, b in pairwise(starts)]
+    bounds = pairwise([*words.starts, len(packed)])
+    parts = [(places, packed[a : b - 1]) for a, b in bounds]
     ids = torch.cat(list(chain.from_iterable(parts)))  # (N,)
     each = [k + n for n in lengths]
     rows = Rows([sum(each[i : i + 2]) for i in range(0, len(each), 2)] if paired else each, ids.device)
     embeds = model.embed(ids.unsqueeze(0), model.prefix(features))  # (1, N, d)
     hidden = model.lm.packed(embeds, rows.positions, Causal(rows))  # (N, d)
-    at = [start + k - 1 + t for start, n in zip(_starts(each), lengths, strict=True) for t in range(n)]
-    at_ = _to(at, ids.device)
-    return frozen_head_loss(hidden[at_], ids[at_ + 1], model.lm)
+    at = [start + k - 1 + t for start, n in zip(starts(each), lengths, strict=True) for t in range(n)]
+    before = to_device(at, ids.device)  # the places before each word
+    return frozen_head_loss(hidden.index_select(0, before), ids[before + 1], model.lm)
 
 
 def retrieval_text(model: Fromage, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -75,15 +75,5 @@ def retrieval_text(model: Fromage, batch: Batch) -> tuple[Tensor, Tensor]:
     text_loss = (torch.logaddexp(lse, ret_logit) - torch.where(is_ret, ret_logit, z)).mean()
 
     ret = model.lm.embed(torch.full((1, len(lengths)), model.tokenizer.ret_id, device=device))  # (1, B, d)
-    at_ret = model.lm.packed(ret, _to(lengths, device), OneMore(before, lengths, device))  # (B, d)
+    at_ret = model.lm.packed(ret, to_device(lengths, device), OneMore(before, lengths, device))  # (B, d)
     return text_loss, at_ret
-
-
-def _starts(lengths: list[int]) -> list[int]:
-    return [0, *accumulate(lengths)][:-1]
-
-
-def _to(numbers: list[int], device: torch.device) -> Tensor:
-    """Numbers known on the host -> a tensor there, without waiting for the device."""
-    tensor = torch.tensor(numbers)
-    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)

@@ -23,6 +23,17 @@ from transformers.masking_utils import AttentionMaskInterface
 NAME = "fromage_packed"
 
 
+def starts(lengths: list[int]) -> list[int]:
+    """Where each of some sequences laid end to end begins."""
+    return [0, *accumulate(lengths)][:-1]
+
+
+def to_device(values: Any, device: torch.device) -> Tensor:
+    """Numbers known on the host -> a tensor there, without waiting for the device."""
+    tensor = torch.as_tensor(values)
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+
+
 class Rows:
     """Where the tokens of sequences stand, packed and padded. Laid out on the host: no question to the device."""
 
@@ -31,10 +42,8 @@ class Rows:
         self.count, self.width = len(lengths), max(lengths)
         positions = [t for n in lengths for t in range(n)]
         flat = [s * self.width + t for s, n in enumerate(lengths) for t in range(n)]
-        both = torch.tensor([positions, flat])
-        both = both.pin_memory() if device.type == "cuda" else both
-        self.positions, self.flat = both.to(device, non_blocking=True)  # (N,) within its sequence; (N,) among S T places
-        self.starts = [0, *accumulate(lengths)][:-1]
+        self.positions, self.flat = to_device([positions, flat], device)  # (N,) within its sequence; (N,) among S T places
+        self.starts = starts(lengths)
 
     def spread(self, packed: Tensor) -> Tensor:
         """(N, ...) -> (S, T, ...), zeros behind each sequence."""
@@ -100,7 +109,7 @@ class OneMore:
         self.kept = before.kept
         known = torch.arange(before.rows.width).expand(len(lengths), -1) < torch.tensor(lengths).unsqueeze(1)  # (S, T)
         mask = F.pad(known, (0, 1), value=True)[:, None, None]  # (S, 1, 1, T + 1)
-        self.mask = (mask.pin_memory() if device.type == "cuda" else mask).to(device, non_blocking=True)
+        self.mask = to_device(mask, device)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
         """See Attend; here N = S."""

@@ -42,7 +42,7 @@ class StepOutput:
 
 def image_features(model: Fromage, batch: Batch) -> Tensor:
     """(B, m): stored ones where the batch has them, else the tower's."""
-    return batch.features if batch.features is not None else model.vision(batch.pixels)
+    return batch.features.to(model.device) if batch.features is not None else model.vision(batch.pixels)
 
 
 def targets_weight(batch: Batch) -> Tensor:
