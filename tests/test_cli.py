@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from fromage.cli import config_folder, find_config, main
+from fromage.cli import main
+from fromage.configs import config_folder, find_config
 from fromage.errors import UserError
 
 CONFIGS = sorted(p.name for p in config_folder().glob("*.yaml"))

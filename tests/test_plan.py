@@ -9,7 +9,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, OPTConfig, OPTForCausalLM
 
-from fromage.cli import find_config, main
+from fromage.cli import main
+from fromage.configs import find_config
 from fromage.data import CC3M, Batch
 from fromage.errors import UserError
 from fromage.fast_step import captioning, fast_step

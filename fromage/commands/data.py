@@ -1,0 +1,123 @@
+"""Verbs before and around training: the toy world, shards, stored features, the plan of a run."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from fromage.commands.verb import DEVICE, OUT, Verbs, option
+
+PER_SHARD = option("--per-shard", type=int, default=1000, help="pairs per shard")
+
+
+def toy_make(args: argparse.Namespace) -> None:
+    """Write the toy world."""
+    from fromage.toy.world import make_world
+
+    print(make_world(args.out, args.seed, args.train, args.val))
+
+
+def toy_demo(args: argparse.Namespace) -> None:
+    """Make a world, train on it, evaluate, index and search."""
+    from fromage.toy.demo import demo
+
+    demo(args.out)
+
+
+def shards_tsv(args: argparse.Namespace) -> None:
+    """Pack a TSV of caption and picture."""
+    from fromage.packing import pack_tsv
+
+    print(pack_tsv(args.tsv, args.out, args.images, args.per_shard))
+
+
+def shards_coco(args: argparse.Namespace) -> None:
+    """Pack a COCO caption file and its pictures."""
+    from fromage.packing import pack_coco
+
+    print(pack_coco(args.annotations, args.images, args.out, args.per_shard, args.captions))
+
+
+def features(args: argparse.Namespace) -> None:
+    """Store each picture's pooled features in place of it, or beside it."""
+    from fromage.backbones import load_vision
+    from fromage.features import store_features
+
+    vision = load_vision(args.vision, args.vision_weights, args.dtype).to(args.device)
+    print(f"{store_features(args.shards, args.out, vision, args.batch_size, args.keep_pictures)} samples -> {args.out}")
+
+
+def plan(args: argparse.Namespace) -> None:
+    """Count a run's parameters, memory, work and time, without weights."""
+    from fromage.configs import find_config
+    from fromage.plan import as_json, plan, read_run, report
+
+    options = {name: getattr(args, name) for name in ("batch_size", "max_tokens", "tokens", "step", "dtype", "lm", "vision")}
+    counted = plan(read_run(find_config(args.config), stored_features=args.stored_features, **options))
+    print(report(counted, args.device_tflops, args.share))
+    if args.json:
+        args.json.write_text(json.dumps(as_json(counted, args.device_tflops, args.share), indent=1) + "\n")
+
+
+VERBS: Verbs = {
+    ("toy", "make"): (
+        toy_make,
+        [
+            OUT,
+            option("--seed", type=int, default=0),
+            option("--train", type=int, default=8192, help="training pairs"),
+            option("--val", type=int, default=1000, help="validation pairs, scenes never seen in training"),
+        ],
+    ),
+    ("toy", "demo"): (toy_demo, [option("--out", type=Path, default=Path("runs/demo"), help="run folder")]),
+    ("shards", "tsv"): (
+        shards_tsv,
+        [
+            option("tsv", type=Path, help="lines of caption, tab, picture"),
+            OUT,
+            option("--images", type=Path, help="folder the pictures' paths start from (the TSV's own)"),
+            PER_SHARD,
+        ],
+    ),
+    ("shards", "coco"): (
+        shards_coco,
+        [
+            option("annotations", type=Path, help="COCO caption JSON"),
+            option("--images", type=Path, required=True, help="folder of its pictures"),
+            OUT,
+            option("--captions", choices=("all", "first"), default="all", help="captions used per picture"),
+            PER_SHARD,
+        ],
+    ),
+    ("features",): (
+        features,
+        [
+            option("shards", help="folder, pattern or brace expression of shards"),
+            OUT,
+            option("--vision", default="ViT-L-14", help="image tower, as in a configuration"),
+            option("--vision-weights", default=None, help="its weights, as in a configuration"),
+            option("--dtype", default="float32", choices=("float32", "bfloat16", "float16")),
+            option("--batch-size", type=int, default=256, help="pictures per batch"),
+            option("--keep-pictures", action="store_true", help="keep the pictures beside their features"),
+            DEVICE,
+        ],
+    ),
+    ("plan",): (
+        plan,
+        [
+            option("--config", "-c", required=True, help="configuration, as for fit"),
+            option("--lm", help="language model, in place of the configuration's"),
+            option("--vision", help="image tower, likewise"),
+            option("--dtype", choices=("float32", "bfloat16", "float16"), help="of the towers, likewise"),
+            option("--step", choices=("fast", "plain"), help="way of training, likewise"),
+            option("--batch-size", type=int, help="pairs per step and device, likewise"),
+            option("--max-tokens", type=int, help="tokens of the longest caption, </s> and [RET] included, likewise"),
+            option("--tokens", type=float, help="tokens of the mean caption, </s> included, [RET] not (13)"),
+            option("--stored-features", action="store_true", help="train on features from `fromage features`"),
+            option("--device-tflops", type=float, default=150, help="the device's rate in TFLOP/s; 150: an A6000 in bf16"),
+            option("--share", type=float, default=0.5, help="share of that rate which training is assumed to reach"),
+            option("--json", type=Path, help="write all figures into this file"),
+        ],
+    ),
+}
