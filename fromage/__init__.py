@@ -9,10 +9,11 @@ _PUBLIC = {
     "Fromage": "fromage.model",
     "FromageModule": "fromage.lightning_module",
     "ImageIndex": "fromage.index",
+    "ShardedTowers": "fromage.sharded_towers",
     "UserError": "fromage.errors",
     "load_model": "fromage.checkpoint",
 }
-__all__ = ["CC3M", "Fromage", "FromageModule", "ImageIndex", "UserError", "load_model"]
+__all__ = ["CC3M", "Fromage", "FromageModule", "ImageIndex", "ShardedTowers", "UserError", "load_model"]
 
 
 def __getattr__(name: str) -> Any:

@@ -12,7 +12,7 @@ import re
 import socket
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import urlparse
 from urllib.request import getproxies
 
@@ -20,7 +20,9 @@ import open_clip
 import torch
 from huggingface_hub import constants
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils import is_bitsandbytes_available
 
 from fromage.added_tokens import AddedTokens, ExtendedEmbedding, ExtendedHead
 from fromage.errors import UserError, first_line
@@ -28,6 +30,7 @@ from fromage.packed_attention import Attend, attending
 from fromage.tokens import PromptTokenizer
 
 TOY = Path(__file__).parent / "toy" / "backbones"
+Quantized = Literal["int8", "nf4"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -77,8 +80,13 @@ class LanguageModel(FrozenTower):
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the frozen weights are held in."""
+        """What the frozen weights are held in; of a quantised tower, what it computes in."""
         return self.hf.get_input_embeddings().weight.dtype
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The transformer layers: what is compiled, recomputed or sharded one by one."""
+        return [module for module in self.hf.base_model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
     def embed(self, ids: Tensor) -> Tensor:
         """(B, T) ids -> (B, T, d) input embeddings."""
@@ -181,12 +189,18 @@ def look_for_hub() -> None:
         constants.HF_HUB_OFFLINE = True
 
 
-def load_lm(name: str, dtype: str = "float32", random_weights: bool = False) -> LanguageModel:
+def load_lm(
+    name: str, dtype: str = "float32", random_weights: bool = False, quantize: Quantized | None = None
+) -> LanguageModel:
     """Load and freeze a causal LM by hub name or folder ('toy': the one in the package).
 
-    random_weights builds the architecture from its configuration alone, for tests and speed measurements.
+    random_weights builds the architecture from its configuration alone, for tests and speed measurements. quantize holds the
+    linear layers, but for the head, in int8 (LLM.int8) or in 4 bits (NF4, QLoRA), by bitsandbytes; they compute in dtype.
     Raises UserError for an unknown name and for weights that are neither on disk nor reachable.
     """
+    if quantize and random_weights:
+        raise UserError("quantize needs weights to quantise: leave out random_weights, or quantize")
+    options = {"dtype": DTYPES[dtype]} | ({"quantization_config": _quantization(quantize, dtype)} if quantize else {})
     folder = str(TOY / "opt") if name == "toy" else name
     if not Path(folder).exists():
         look_for_hub()
@@ -195,13 +209,26 @@ def load_lm(name: str, dtype: str = "float32", random_weights: bool = False) -> 
         if random_weights:
             hf = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=DTYPES[dtype])
         else:
-            hf = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype])
+            hf = AutoModelForCausalLM.from_pretrained(folder, **options)
     except Exception as error:
         raise UserError(
             f"language model {name}: no weights on disk or within reach ({first_line(error)}); "
             "give a folder, or fetch it where there is a network: hf download " + name
         ) from error
+    for module in hf.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):  # where bitsandbytes repacks 4-bit weights, gradients do not pass
+            module.support_avx512bf16_for_cpu = False
     return LanguageModel(hf, tokenizer, name)
+
+
+def _quantization(kind: Quantized, dtype: str) -> BitsAndBytesConfig:
+    if not is_bitsandbytes_available():
+        raise UserError(f"quantize {kind} needs bitsandbytes: pip install 'fromage[quant]'")
+    if kind == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=DTYPES[dtype]
+    )
 
 
 def load_clip(name: str, pretrained: str | None = None, dtype: str = "float32") -> tuple[Any, Any, Any]:
@@ -227,7 +254,9 @@ def load_clip(name: str, pretrained: str | None = None, dtype: str = "float32") 
     silent = logging.root.manager.disable
     logging.disable(logging.ERROR)  # open_clip logs what the error below says, and that random weights are random
     try:
-        model, _, transform = open_clip.create_model_and_transforms(source, pretrained=pretrained, precision=precision)
+        model, _, transform = open_clip.create_model_and_transforms(
+            source, pretrained=pretrained, precision=precision, force_quick_gelu=_wants_quick_gelu(source, pretrained)
+        )
         tokenizer = open_clip.get_tokenizer(source)
     except Exception as error:
         raise UserError(
@@ -237,6 +266,11 @@ def load_clip(name: str, pretrained: str | None = None, dtype: str = "float32") 
     finally:
         logging.disable(silent)
     return model.eval().requires_grad_(False), transform, tokenizer
+
+
+def _wants_quick_gelu(name: str, pretrained: str | None) -> bool:
+    """Whether weights were trained with x sigmoid(1.702 x), as OpenAI's were; open_clip would but warn."""
+    return bool((open_clip.get_pretrained_cfg(name, pretrained) or {}).get("quick_gelu")) if pretrained else False
 
 
 def load_vision(name: str, pretrained: str | None = None, dtype: str = "float32") -> VisionTower:

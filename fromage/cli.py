@@ -5,7 +5,11 @@
     shards tsv, shards coco          pairs on disk -> webdataset shards
     features                         shards -> shards with stored image features
     plan                             what a run will need: parameters, memory, work, time
-    index build, search              an image index, and questions to it
+    import, export                   the authors' released files -> a folder of trained parameters, and back
+    index embed, index build         pictures -> embeddings -> an image index
+    index add, remove, merge         change an index
+    index import, index info         the authors' embeddings -> an index; what an index is
+    search                           questions to an index, in words or pictures
 
 What a user can mend is one line on stderr and exit code 2; --debug shows the traceback.
 """
@@ -18,11 +22,11 @@ import sys
 import warnings
 from typing import Any
 
-from fromage.commands import data, search
+from fromage.commands import data, index, search, weights
 from fromage.configs import with_configs_found
 from fromage.errors import UserError
 
-VERBS = {**data.VERBS, **search.VERBS}
+VERBS = {**data.VERBS, **index.VERBS, **search.VERBS, **weights.VERBS}
 FITTING = ("fit", "validate", "test", "predict")
 
 

@@ -51,6 +51,11 @@ class Batch(NamedTuple):
     pixels: Tensor | None  # (B, 3, H, W) float32, preprocessed
     features: Tensor | None  # (B, m) stored pooled features, in the dtype of the tower that made them
 
+    def part(self, start: int, stop: int) -> Batch:
+        """The pairs from start to stop, no further padded than these need."""
+        rows: Any = Batch(*(None if field is None else field[start:stop] for field in self))  # type: ignore[arg-type]
+        return rows._replace(ids=rows.ids[:, : max(rows.lengths)])
+
 
 class Sample(NamedTuple):
     """One row of a batch."""

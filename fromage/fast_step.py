@@ -17,29 +17,53 @@ Why each shortcut is exact:
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import chain, pairwise
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from fromage.data import Batch
-from fromage.losses import frozen_head_loss, frozen_log_sum_exp, info_nce
+from fromage.losses import device_weight, frozen_head_loss, frozen_log_sum_exp, info_nce
 from fromage.model import Fromage
 from fromage.packed_attention import Causal, OneMore, Rows, starts, to_device
-from fromage.plain_step import StepOutput, image_features, targets_weight
+from fromage.plain_step import StepOutput, check_captions, image_features, targets
 
 
-def fast_step(model: Fromage, batch: Batch, paired: bool) -> StepOutput:
-    """What plain_step returns, to rounding. paired: whether two examples share a captioning sequence."""
-    features = image_features(model, batch)  # (B, m)
-    captioning_loss, caption_accuracy = captioning(model, batch, features, paired)
-    text_loss, at_ret = retrieval_text(model, batch)
-    images, texts = model.embed_images(features), model.embed_ret(at_ret)  # (B, q) each
+def fast_step(model: Fromage, batch: Batch, paired: bool, chunk: int = 0) -> StepOutput:
+    """What plain_step returns, to rounding.
+
+    Args:
+        paired: whether two examples share a captioning sequence.
+        chunk: examples whose activations exist at a time; 0 for all. With fewer, the negatives are still those of the whole
+            batch: its embeddings are kept, and the chunks run again one by one in the backward (GradCache: Gao et al.,
+            "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup", 2021).
+    """
+    check_captions(model, batch)
+    size = chunk + chunk % 2 if chunk else len(batch.lengths)  # a pair is not to be parted
+    parts = [batch.part(i, i + size) for i in range(0, len(batch.lengths), size)]
+    features = [image_features(model, part) for part in parts]  # (b, m) each
+    run = again_in_backward if len(parts) > 1 else part_losses
+    done = [run(model, part, v, paired) for part, v in zip(parts, features, strict=True)]
+    sums = [torch.stack(one[:3]) * (targets(part) / targets(batch)) for part, one in zip(parts, done, strict=True)]
+    captioning_loss, text_loss, caption_accuracy = torch.stack(sums).sum(0)
+    images, texts = (torch.cat([one[i] for one in done]) for i in (3, 4))  # (B, q) each
     contrastive_loss, retrieval_accuracy = info_nce(images, texts, model.logit_scale)
-    weight = targets_weight(batch)
+    weight = device_weight(targets(batch), batch.ids.device)
     return StepOutput(
         captioning_loss * weight, text_loss * weight, contrastive_loss, caption_accuracy, retrieval_accuracy, images, texts
     )
+
+
+def part_losses(model: Fromage, batch: Batch, features: Tensor, paired: bool) -> tuple[Tensor, ...]:
+    """Captioning loss, text loss, share of tokens foreseen; and both sides' embeddings, (B, q) each."""
+    captioning_loss, caption_accuracy = captioning(model, batch, features, paired)
+    text_loss, at_ret = retrieval_text(model, batch)
+    return captioning_loss, text_loss, caption_accuracy, model.embed_images(features), model.embed_ret(at_ret)
+
+
+again_in_backward = partial(checkpoint, part_losses, use_reentrant=False, preserve_rng_state=False)
 
 
 def captioning(model: Fromage, batch: Batch, features: Tensor, paired: bool) -> tuple[Tensor, Tensor]:

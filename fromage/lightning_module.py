@@ -13,11 +13,15 @@ import torch.distributed as dist
 from PIL import Image
 from torch import Tensor
 
+from fromage.backbones import Quantized
 from fromage.checkpoint import check_checkpoint, from_hyperparameters, trained_state
 from fromage.contact_sheet import contact_sheet
 from fromage.data import Batch
+from fromage.errors import UserError
 from fromage.fast_step import fast_step
+from fromage.frozen_blocks import checkpoint_blocks, compile_blocks
 from fromage.generate import caption_images
+from fromage.loss_guard import LossGuard
 from fromage.metrics import retrieval_recalls
 from fromage.model import Fromage
 from fromage.plain_step import StepOutput, image_features, plain_step
@@ -52,6 +56,11 @@ class FromageModule(pl.LightningModule):
         pairing: float = 0.5,
         rescale_ret: bool = True,
         step: Literal["fast", "plain"] = "fast",
+        chunk: int = 0,
+        activation_checkpointing: bool = False,
+        compile_blocks: bool = False,
+        quantize: Quantized | None = None,
+        nonfinite: Literal["stop", "skip"] = "stop",
         shown: int = 4,
         seed: int = 0,
     ) -> None:
@@ -73,12 +82,21 @@ class FromageModule(pl.LightningModule):
             pairing: probability that a batch's captioning sequences hold two examples each.
             rescale_ret: bring [RET] back to the mean norm of the frozen embeddings after every step.
             step: how losses are computed: fast, or plain as the authors do; the same to rounding.
+            chunk: examples whose activations exist at a time, for batches beyond the memory, with the negatives of the whole
+                batch (GradCache); 0 for all at once. The fast step's only.
+            activation_checkpointing: keep the language model's layer inputs alone and run each layer again in the backward.
+            compile_blocks: torch.compile for the language model's layers.
+            quantize: hold the language model's layers in int8 or nf4 (4 bits); needs the extra [quant].
+            nonfinite: what to do about a loss or gradient that is NaN or infinite: stop the run, or skip the update.
             shown: pictures logged per validation, in examples.
             seed: seed of the trained parameters and of the pairing.
         """
         super().__init__()
         self.save_hyperparameters()
         self.h: Any = self.hparams
+        if chunk and step == "plain":
+            raise UserError("model.chunk is the fast step's: leave out model.chunk, or choose model.step fast")
+        self.guard = LossGuard(skip=nonfinite == "skip")
         self._validation: list[tuple[Tensor, Tensor]] = []
         self._to_show: list[tuple[str, Tensor, Tensor | None]] = []
         self._clock = 0.0
@@ -87,11 +105,16 @@ class FromageModule(pl.LightningModule):
         """Load the towers, once."""
         if not hasattr(self, "model"):
             self.model = from_hyperparameters(self.h)
+            if self.h.compile_blocks:
+                compile_blocks(self.model.lm)
+            if self.h.activation_checkpointing:
+                checkpoint_blocks(self.model.lm)
 
     def configure_optimizers(self) -> Any:
         """Adam over the trained parameters, linear warm-up, then constant (or a cosine)."""
         h = self.h
-        optimizer = torch.optim.Adam(list(self.model.trained().values()), lr=h.lr, betas=tuple(h.betas), eps=h.eps)
+        trained = list(self.model.trained().values())
+        optimizer = torch.optim.Adam(trained, lr=h.lr, betas=tuple(h.betas), eps=h.eps, fused=True)
         warmup = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / max(1, h.warmup_steps)))
         if not h.decay_steps:
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": warmup, "interval": "step"}}
@@ -105,11 +128,15 @@ class FromageModule(pl.LightningModule):
 
     def losses(self, batch: Batch, paired: bool) -> StepOutput:
         """The losses of a batch, by the configured step."""
-        return (fast_step if self.h.step == "fast" else plain_step)(self.model, batch, paired)
+        if self.h.step == "plain":
+            return plain_step(self.model, batch, paired)
+        return fast_step(self.model, batch, paired, self.h.chunk)
 
     def training_step(self, batch: Batch, index: int) -> Tensor:
         """Loss of one batch; logs its parts."""
+        self.guard.check(self._last_good())
         out = self.losses(batch, self.paired(self.global_step))
+        self.guard.see((out.captioning_loss, out.text_loss, out.contrastive_loss), batch.keys)
         self.log("train/loss", out.loss.detach(), prog_bar=True)
         scalars = {
             "train/captioning_loss": out.captioning_loss,
@@ -122,6 +149,19 @@ class FromageModule(pl.LightningModule):
         }
         self.log_dict({name: value.detach() for name, value in scalars.items()})
         return out.loss
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """No update from what is not finite."""
+        self.guard.before_update(optimizer, self.global_step)
+
+    def _last_good(self) -> str:
+        """The checkpoint to go on from, should this step fail."""
+        saver: Any = self.trainer.checkpoint_callback
+        return (saver and (saver.last_model_path or saver.best_model_path)) or "none yet"
+
+    def on_train_end(self) -> None:
+        """The last losses are looked at too."""
+        self.guard.check(self._last_good(), wait=True)
 
     def optimizer_step(self, *args: Any, **named: Any) -> None:
         """A step of Adam, and [RET] back to its norm: before anyone saves a checkpoint of the step."""

@@ -110,10 +110,11 @@ def gather_with_gradient(rows: Tensor) -> Tensor:
     return rows if devices() == 1 else torch.cat(dist_nn.all_gather(rows.contiguous()))
 
 
-def device_weight(count: int, device: torch.device) -> Tensor:
+def device_weight(count: int, device: torch.device) -> Tensor | float:
     """What a mean over this device's count of targets is to be multiplied by, so that DDP's mean over W devices is the
     mean over all targets: W count / (sum of counts)."""
-    total = torch.tensor(float(count), device=device)
-    if devices() > 1:
-        dist.all_reduce(total)
+    if devices() == 1:
+        return 1.0
+    total = torch.full((), float(count), device=device)
+    dist.all_reduce(total)
     return count * devices() / total

@@ -16,19 +16,28 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub import ModelHubMixin
 from torch import Tensor, nn
 
-from fromage.backbones import LanguageModel, VisionTower, load_lm, load_vision
+from fromage.backbones import LanguageModel, Quantized, VisionTower, load_lm, load_vision
+from fromage.errors import UserError, first_line
 
 TOWERS = ("lm.", "vision.")
 
 
-class Fromage(nn.Module):
-    """The model. Trained parameters are float32 whatever the towers hold; each is applied in the tower's dtype."""
+class Fromage(nn.Module, ModelHubMixin):
+    """The model. Trained parameters are float32 whatever the towers hold; each is applied in the tower's dtype.
+
+    Attributes:
+        settings: the arguments of load it was built with; empty if it was built from modules.
+        stored_dtype: what save_pretrained and push_to_hub round trained parameters to; after loading, what the file holds.
+    """
 
     def __init__(self, lm: LanguageModel, vision: VisionTower, k: int = 1, q: int = 256) -> None:
         """k: input embeddings per picture. q: width of the retrieval space."""
@@ -40,6 +49,8 @@ class Fromage(nn.Module):
         self.ret = lm.added  # e_RET
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         self.tokenizer = lm.tokenizer
+        self.settings: dict[str, Any] = {}
+        self.stored_dtype = "bfloat16"
 
     @classmethod
     def load(
@@ -51,6 +62,7 @@ class Fromage(nn.Module):
         q: int = 256,
         dtype: str = "float32",
         random_weights: bool = False,
+        quantize: Quantized | None = None,
         seed: int = 0,
     ) -> Fromage:
         """Build from names, the trained parameters fresh; see load_lm and load_vision for what a name may be.
@@ -60,7 +72,37 @@ class Fromage(nn.Module):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             tower = load_vision(vision, None if random_weights else vision_weights, dtype)
-            return cls(load_lm(lm, dtype, random_weights), tower, k, q)
+            model = cls(load_lm(lm, dtype, random_weights, quantize), tower, k, q)
+        model.settings = {"lm": lm, "vision": vision, "vision_weights": vision_weights, "k": k, "q": q, "dtype": dtype}
+        model.settings["random_weights"] = random_weights
+        return model
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls, name: str | Path, device: str = "cpu", dtype: str | torch.dtype | None = None, **options: Any
+    ) -> Fromage:
+        """The model of a folder, of a name on the Hugging Face hub or of a Lightning checkpoint, in eval mode.
+
+        dtype: of the towers, in place of the one they were trained under. options: further arguments of load to replace
+        (quantize; lm, vision and vision_weights where the towers lie elsewhere), and revision, token, cache_dir,
+        force_download and local_files_only of the hub. Raises UserError as fromage.checkpoint.load_model does.
+        """
+        from fromage.checkpoint import load_model
+
+        return load_model(name, device, dtype=dtype, **options)
+
+    def save_pretrained(  # type: ignore[override]
+        self, save_directory: str | Path, dtype: str | None = None, config: None = None, model_card_kwargs: None = None
+    ) -> None:
+        """Write the trained parameters as a folder, see fromage.model_folder; push_to_hub uploads what this writes.
+
+        dtype: bfloat16 (11 MB at full size), float16, or float32 (22 MB), which keeps every bit; by default stored_dtype.
+        config and model_card_kwargs are there for push_to_hub: the folder brings its own.
+        """
+        from fromage.checkpoint import describe
+        from fromage.model_folder import write_folder
+
+        write_folder(describe(self, dtype), save_directory)
 
     @property
     def device(self) -> torch.device:
@@ -107,10 +149,24 @@ class Fromage(nn.Module):
             out.append(self.embed_ret(self.hidden_at_ret(ids.to(self.device), lengths)[1]))
         return torch.cat(out) if out else torch.empty(0, self.q, device=self.device)
 
-    def fingerprint(self) -> str:
-        """16 hex digits that change with any trained parameter and with the towers: what an index belongs to."""
+    def push_to_hub(self, repo_id: str, **hub: Any) -> str:
+        """Upload what save_pretrained writes to the Hugging Face hub; options as of ModelHubMixin. Returns an address."""
+        try:
+            return super().push_to_hub(repo_id, **hub)
+        except UserError:
+            raise
+        except Exception as error:
+            raise UserError(
+                f"{repo_id}: not uploaded ({first_line(error)}); name a repository of yours, hf auth login"
+            ) from error
+
+    def fingerprint(self, trained: Mapping[str, Tensor] | None = None) -> str:
+        """16 hex digits that change with any trained parameter and with the towers: what an index belongs to.
+
+        trained: values to count in place of the model's own, such as these rounded to what a file holds.
+        """
         digest = hashlib.sha256(f"{self.lm.name}|{self.vision.fingerprint()}|{self.k}|{self.q}".encode())
-        for name, p in sorted(self.trained().items()):
+        for name, p in sorted((trained or self.trained()).items()):
             digest.update(name.encode() + p.detach().float().cpu().numpy().tobytes())
         return digest.hexdigest()[:16]
 

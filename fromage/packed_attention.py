@@ -119,15 +119,43 @@ class OneMore:
         return F.scaled_dot_product_attention(q, keys, values, self.mask, scale=scale, enable_gqa=gqa).squeeze(2)
 
 
-_attend: ContextVar[Attend] = ContextVar("attend")
+class Branches:
+    """Sequences that go on from one prefix, whose keys and values an earlier pass over it alone kept.
+
+    One attention over prefix and all N tokens: each sees the prefix, and its own sequence up to itself.
+    """
+
+    def __init__(self, prefix: Causal, lengths: list[int], device: torch.device) -> None:
+        self.kept = prefix.kept
+        owner = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))  # (N,)
+        own = (owner[:, None] == owner).tril()  # (N, N)
+        self.mask = to_device(F.pad(own, (prefix.rows.width, 0), value=True), device)  # (N, P + N), P tokens in the prefix
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+        """See Attend."""
+        q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))  # (1, H, N, e)
+        keys, values = (torch.cat([old, new], 2) for old, new in zip(self.kept[layer], (k, v), strict=True))
+        gqa = q.shape[1] != keys.shape[1]
+        out = F.scaled_dot_product_attention(q, keys, values, self.mask, scale=scale, enable_gqa=gqa)
+        return out[0].transpose(0, 1)  # (1, H, N, e) -> (N, H, e)
 
 
+_attend: ContextVar[Attend | None] = ContextVar("attend", default=None)
+
+
+def who_attends() -> Attend | None:
+    """How the tokens attend within `attending`; None outside, where Hugging Face's own attention runs."""
+    return _attend.get()
+
+
+@torch.compiler.disable
 def _attention(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, **options: Any) -> tuple[Tensor, None]:
     """What Hugging Face calls: q (1, H, N, e), k and v (1, H', N, e) -> (1, N, H, e)."""
     if options.get("softcap") is not None or options.get("dropout"):
         raise NotImplementedError("packed attention knows neither soft caps nor dropout")
     q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # (N, H, e)
-    out = _attend.get()(int(module.layer_idx), q, k, v, options.get("scaling"))  # type: ignore[arg-type]
+    attend: Any = who_attends()
+    out = attend(module.layer_idx, q, k, v, options.get("scaling"))
     return out.unsqueeze(0), None
 
 

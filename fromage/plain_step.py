@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fromage.data import Batch
+from fromage.errors import UserError
 from fromage.losses import device_weight, info_nce, next_token_loss
 from fromage.model import Fromage
 
@@ -45,9 +46,16 @@ def image_features(model: Fromage, batch: Batch) -> Tensor:
     return batch.features.to(model.device) if batch.features is not None else model.vision(batch.pixels)
 
 
-def targets_weight(batch: Batch) -> Tensor:
-    """device_weight of the next-token losses: both passes have a target for each token of a caption but one."""
-    return device_weight(sum(batch.lengths) - len(batch.lengths), batch.ids.device)
+def targets(batch: Batch) -> int:
+    """How many targets either pass has: all tokens of the captions but one each."""
+    return sum(batch.lengths) - len(batch.lengths)
+
+
+def check_captions(model: Fromage, batch: Batch) -> None:
+    """Raise UserError for a batch none of whose captions has a word: there is nothing to learn from it."""
+    if max(batch.lengths) <= len(model.tokenizer.start()) + 1:
+        shown = ", ".join(batch.keys[:8]) + (", ..." if len(batch.keys) > 8 else "")
+        raise UserError(f"no caption of this batch has a word (samples {shown}): mend the shards' txt, or raise max_tokens")
 
 
 def captioning_ids(model: Fromage, batch: Batch, paired: bool) -> tuple[Tensor, Tensor]:
@@ -76,6 +84,7 @@ def _within(batch: Batch, behind: int) -> Tensor:
 
 def plain_step(model: Fromage, batch: Batch, paired: bool) -> StepOutput:
     """Losses of one batch, by the two passes above. paired: whether two examples share a captioning sequence."""
+    check_captions(model, batch)
     prefix = model.prefix(image_features(model, batch))  # (B, k, d)
     ids, mask = captioning_ids(model, batch, paired)
     hidden = model.lm(model.embed(ids, prefix), mask)  # (B, k + T, d)
@@ -88,7 +97,7 @@ def plain_step(model: Fromage, batch: Batch, paired: bool) -> StepOutput:
     images = model.embed_images(image_features(model, batch))  # (B, q); the authors encode each image twice
     texts = model.embed_ret(at_ret)  # (B, q)
     contrastive_loss, retrieval_accuracy = info_nce(images, texts, model.logit_scale)
-    weight = targets_weight(batch)
+    weight = device_weight(targets(batch), batch.ids.device)
     return StepOutput(
         captioning_loss * weight, text_loss * weight, contrastive_loss, caption_accuracy, retrieval_accuracy, images, texts
     )

@@ -14,20 +14,23 @@ import logging
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import open_clip
 import torch
 import yaml
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM, OPTConfig
 
-from fromage.backbones import DTYPES, TOY, LanguageModel, VisionTower
+from fromage.backbones import DTYPES, TOY, LanguageModel, Quantized, VisionTower
 from fromage.data import Batch
 from fromage.errors import UserError
-from fromage.fast_step import captioning, retrieval_text
+from fromage.fast_step import captioning, fast_step, retrieval_text
+from fromage.frozen_blocks import checkpoint_blocks
 from fromage.losses import CHUNK, info_nce
 from fromage.meter import Meter, Pass
 from fromage.model import Fromage
@@ -60,6 +63,9 @@ class Run:
     max_steps: int = -1  # -1: unknown
     tokens: float = 13.0  # of the mean caption, </s> included, [RET] not
     stored_features: bool = False
+    chunk: int = 0
+    activation_checkpointing: bool = False
+    quantize: str | None = None
 
 
 @dataclass
@@ -71,6 +77,7 @@ class Plan:
     weights: dict[str, int]  # bytes by part
     batch: int  # bytes
     transient: dict[str, int]  # bytes of large things that no backward needs, within what the passes say
+    dequantized: int  # bytes of the largest frozen weight while it is used, where the language model is quantised
     passes: dict[str, Pass]
 
     @property
@@ -95,6 +102,7 @@ class Plan:
             "batch": self.batch,
             **{f"kept by {name}": n for name, n in kept.items()},
             f"transient in {last}": self.passes[last].peak - sum(kept.values()),
+            **({"a weight, dequantised": self.dequantized} if self.dequantized else {}),
         }
 
     @property
@@ -114,13 +122,16 @@ def read_run(config: str, **options: Any) -> Run:
     for section in (tree.get(name) for name in ("trainer", "model", "data")):
         found |= section.get("init_args", section) if isinstance(section, dict) else {}
     found |= {name: value for name, value in options.items() if value is not None}
-    given = {f.name: (type(getattr(Run, f.name)), found[f.name]) for f in fields(Run) if found.get(f.name) is not None}
+    kinds: dict[str, Any] = {f.name: str if f.default is None else type(f.default) for f in fields(Run)}
+    given = {name: (kind, found[name]) for name, kind in kinds.items() if found.get(name) is not None}
     try:
         run = Run(**{name: kind(value) for name, (kind, value) in given.items()})
     except (TypeError, ValueError) as error:
         raise UserError(f"configuration {config}: {error}") from error
-    if run.dtype not in DTYPES or run.step not in ("fast", "plain"):
-        raise UserError(f"dtype {run.dtype}, step {run.step}: choose of {', '.join(DTYPES)}, and of fast, plain")
+    choices = {"dtype": tuple(DTYPES), "step": ("fast", "plain"), "quantize": (None, *get_args(Quantized))}
+    for name, known in choices.items():
+        if getattr(run, name) not in known:
+            raise UserError(f"{name} {getattr(run, name)}: choose of {', '.join(filter(None, known))}")
     if run.batch_size < 1 or not 1 <= run.tokens <= run.max_tokens - 1:
         raise UserError(
             f"batches of {run.batch_size}, captions of {run.tokens:g} tokens and [RET], the longest {run.max_tokens}: "
@@ -137,6 +148,8 @@ def plan(run: Run) -> Plan:
         visual = _image_tower(run)
         with FakeTensorMode(allow_non_fake_inputs=True):
             model = _model(run, visual)
+            if run.activation_checkpointing:
+                checkpoint_blocks(model.lm)
             batch = _batch(run, model)
         return count(run, model, batch)
     finally:
@@ -150,19 +163,30 @@ def count(run: Run, model: Fromage, batch: Batch) -> Plan:
         part = PARTS[name.partition(".")[0]]
         parameters[part] += p.numel()
         weights[part] += p.nbytes
+    linear = [p for block in model.lm.blocks for p in block.parameters() if p.ndim == 2] if run.quantize else []
+    weights[LM] += sum(_quantized(p, run.quantize) - p.nbytes for p in linear)
     given = [t for t in (batch.ids, batch.pixels, batch.features) if t is not None]
     meter = Meter([*model.parameters(), *model.buffers(), *given])
     transient = {}
-    if run.step == "fast":
+    if run.step == "fast" and not run.chunk:
         _fast(meter, model, batch)
         transient = {
             "keys and values of the text pass": _keys_and_values(model, batch),
             "a chunk of logits": _logits(model, batch),
         }
     else:
-        loss = meter.run("the plain forward", lambda: plain_step(model, batch, paired=False).loss)
+        step = plain_step if run.step == "plain" else partial(fast_step, chunk=run.chunk)
+        loss = meter.run("the forward", lambda: step(model, batch, paired=False).loss)
         meter.run("the backward", loss.backward)
-    return Plan(run, parameters, dict(weights), sum(t.nbytes for t in given), transient, meter.passes)
+    largest = max((p.nbytes for p in linear), default=0)
+    return Plan(run, parameters, dict(weights), sum(t.nbytes for t in given), transient, largest, meter.passes)
+
+
+def _quantized(weight: Tensor, kind: str | None) -> int:
+    """Bytes of a weight as bitsandbytes holds it: int8 with a float32 scale per row, or NF4 with a byte per block of 64 and
+    a float32 scale per 256 blocks (Dettmers et al., "QLoRA", 2023, section 3)."""
+    n = weight.numel()
+    return n + 4 * weight.shape[0] if kind == "int8" else n // 2 + n // 64 + 4 * (n // (64 * 256))
 
 
 def _fast(meter: Meter, model: Fromage, batch: Batch) -> None:
@@ -231,7 +255,7 @@ def lm_config(name: str) -> Any:
 def _model(run: Run, visual: Any) -> Fromage:
     hf = AutoModelForCausalLM.from_config(lm_config(run.lm), dtype=DTYPES[run.dtype])
     rows = len(hf.get_input_embeddings().weight)
-    tokens: Any = SimpleNamespace(vocab_size=rows, image_id=rows, ret_id=rows + 1, pad_id=0)
+    tokens: Any = SimpleNamespace(vocab_size=rows, image_id=rows, ret_id=rows + 1, pad_id=0, start=lambda: [0])
     clip = SimpleNamespace(visual=visual.to_empty(device="cpu"))
     return Fromage(LanguageModel(hf, tokens, run.lm), VisionTower(clip, None, run.vision), run.k, run.q)
 
@@ -257,9 +281,11 @@ def report(plan: Plan, tflops: float, share: float) -> str:
     what = "stored features" if run.stored_features else "pictures"
     kept = {f"{name}: {module}": n for name, p in plan.passes.items() for module, n in p.kept.items() if n >= 2**20}
     within = {f"  of this, {name}": n for name, n in plan.transient.items()}
+    more = f", layers in {run.quantize}" * bool(run.quantize) + ", layers recomputed" * run.activation_checkpointing
+    more += f", {run.chunk} examples at a time" * bool(run.chunk)
     lines = [
-        f"{run.lm} and {run.vision} in {run.dtype}, {run.step} step; {run.batch_size} {what}, captions of {run.tokens:g} "
-        f"tokens and [RET], the longest {run.max_tokens}",
+        f"{run.lm} and {run.vision} in {run.dtype}{more}, {run.step} step; {run.batch_size} {what}, captions of "
+        f"{run.tokens:g} tokens and [RET], the longest {run.max_tokens}",
         _row("\nPARAMETERS", "number", "GiB"),
         *(_row(name, f"{n:,}", plan.weights[name]) for name, n in plan.parameters.items()),
         _row("all", f"{sum(plan.parameters.values()):,}", sum(plan.weights.values())),

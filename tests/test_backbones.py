@@ -74,9 +74,20 @@ def test_vit_l_14_features_are_hugging_faces_pooler_output():
         torch.testing.assert_close(tower(pixels), theirs(pixels).pooler_output, atol=1e-4, rtol=1e-4)
 
 
-def test_openai_weights_bring_quick_gelu():
-    config = open_clip.pretrained.get_pretrained_cfg("ViT-L-14", "openai")
-    assert config["quick_gelu"]
+def test_openai_weights_bring_quick_gelu(monkeypatch):
+    """open_clip itself builds GELU for ViT-B-32 and the tag openai, and only warns."""
+    built = {}
+
+    def create(name, pretrained=None, force_quick_gelu=False, **options):
+        built[pretrained] = open_clip.create_model(name, force_quick_gelu=force_quick_gelu)
+        return built[pretrained], None, None
+
+    monkeypatch.setattr(open_clip, "create_model_and_transforms", create)
+    for weights in ("openai", "laion2b_s34b_b79k"):
+        load_clip("ViT-B-32", weights)
+    kinds = {tag: type(clip.visual.transformer.resblocks[0].mlp.gelu).__name__ for tag, clip in built.items()}
+    assert kinds == {"openai": "QuickGELU", "laion2b_s34b_b79k": "GELU"}
+
 
 
 @pytest.mark.parametrize("kind", ["opt", "llama"])

@@ -1,5 +1,6 @@
 """Two processes with half a batch each against one with the whole batch."""
 
+import faulthandler
 import os
 
 import pytest
@@ -7,18 +8,18 @@ import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from pytorch_lightning.strategies import DDPStrategy
 from test_fast_step import build, make_batch
 
+from fromage.checkpoint import load_model
 from fromage.data import CC3M
 from fromage.fast_step import fast_step
 from fromage.lightning_module import FromageModule
 from fromage.plain_step import plain_step
+from fromage.sharded_towers import ShardedTowers
 
+STRATEGIES = {"ddp": DDPStrategy, "sharded": ShardedTowers}
 LENGTHS = [5, 12, 3, 24, 20, 7, 2, 9]  # the halves have different numbers of tokens
-
-
-def part(batch, start, stop):
-    return batch._replace(ids=batch.ids[start:stop], lengths=batch.lengths[start:stop], features=batch.features[start:stop])
 
 
 def one_of_two(rank, name, store, out):
@@ -26,7 +27,7 @@ def one_of_two(rank, name, store, out):
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     model = build("tied", 1)
     step = {"fast": fast_step, "plain": plain_step}[name]
-    step(model, part(make_batch(model, LENGTHS), 4 * rank, 4 * rank + 4), False).loss.backward()
+    step(model, make_batch(model, LENGTHS).part(4 * rank, 4 * rank + 4), False).loss.backward()
     grads = {n: p.grad for n, p in model.trained().items()}
     for grad in grads.values():  # as DDP does
         dist.all_reduce(grad)
@@ -47,7 +48,8 @@ def test_two_processes_give_the_gradients_of_one_with_the_whole_batch(name, tmp_
         assert error < 1e-5, f"{parameter}: {error:.1e}"
 
 
-def fit(rank, world, store, out):
+def fit(rank, world, store, strategy, out):
+    faulthandler.dump_traceback_later(180, exit=True)  # rather than wait for each other for ever
     torch.set_num_threads(1)
     os.environ.update(
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(store), WORLD_SIZE="2", NODE_RANK="0", LOCAL_RANK=str(rank), RANK=str(rank)
@@ -56,21 +58,53 @@ def fit(rank, world, store, out):
     module = FromageModule(lm="toy", vision="toy", vision_weights=None, dtype="float32", q=16)
     # 40 validation pairs in batches of 16: three batches, so one process has a batch that the other lacks
     data = CC3M(str(world / "train"), str(world / "val"), batch_size=16, max_tokens=40, workers=0)
-    trainer = pl.Trainer(max_steps=2, accelerator="cpu", devices=2, strategy="ddp", logger=False, val_check_interval=2,
-                         check_val_every_n_epoch=None, num_sanity_val_steps=0, enable_progress_bar=False,
-                         enable_checkpointing=False, enable_model_summary=False)  # fmt: skip
+    trainer = pl.Trainer(
+        max_steps=2,
+        accelerator="cpu",
+        devices=2,
+        strategy=STRATEGIES[strategy](),
+        logger=False,
+        val_check_interval=2,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        gradient_clip_val=1.0,
+        enable_progress_bar=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+    )
     trainer.fit(module, data)
+    trainer.save_checkpoint(out / "last.ckpt")
     if rank == 0:
-        torch.save({k: float(v) for k, v in trainer.callback_metrics.items()}, out)
+        torch.save({k: float(v) for k, v in trainer.callback_metrics.items()}, out / "figures.pt")
 
 
-def test_lightning_trains_and_validates_on_two_processes(tmp_path):
+@pytest.fixture(scope="module")
+def two_shards(tmp_path_factory):
     from fromage.toy.world import make_world
 
-    world = tmp_path / "world"
-    make_world(world, seed=1, train=1100, val=40, stories=2, dialogues=2, refs=2, progress=False)  # two shards of training
-    port = 20000 + os.getpid() % 20000
-    mp.spawn(fit, (world / "cc3m", port, tmp_path / "figures.pt"), nprocs=2)
-    figures = torch.load(tmp_path / "figures.pt")
+    world = tmp_path_factory.mktemp("two") / "world"
+    make_world(world, seed=1, train=1100, val=40, stories=2, dialogues=2, refs=2, progress=False)
+    return world / "cc3m"
+
+
+@pytest.fixture(scope="module")
+def fitted(two_shards, tmp_path_factory):
+    """Folders of two runs on two processes."""
+    outs = {}
+    for i, name in enumerate(STRATEGIES):
+        outs[name] = tmp_path_factory.mktemp(name)
+        mp.spawn(fit, (two_shards, 20000 + os.getpid() % 20000 + i, name, outs[name]), nprocs=2)
+    return outs
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_lightning_trains_and_validates_on_two_processes(fitted, strategy):
+    figures = torch.load(fitted[strategy] / "figures.pt")
     hits = figures["val/t2i_r10"] * 40 / 100
     assert hits == pytest.approx(round(hits), abs=1e-3), "recall over all 40 pairs, those of both processes"
+
+
+def test_sharded_towers_train_as_whole_ones_do(fitted):
+    whole, sharded = (load_model(fitted[name] / "last.ckpt").trained() for name in STRATEGIES)
+    for name, value in whole.items():
+        torch.testing.assert_close(sharded[name], value, rtol=1e-4, atol=1e-5)

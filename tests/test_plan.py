@@ -14,6 +14,7 @@ from fromage.configs import find_config
 from fromage.data import CC3M, Batch
 from fromage.errors import UserError
 from fromage.fast_step import captioning, fast_step
+from fromage.frozen_blocks import checkpoint_blocks
 from fromage.lightning_module import FromageModule
 from fromage.plan import LM, OPT, Run, _image_tower, _model, caption_lengths, count, lm_config, plan, read_run
 
@@ -212,3 +213,22 @@ def test_peak_memory_is_that_of_the_device(tmp_path, stored_features):
         fast_step(model, batch, False).loss.backward()
         optimizer.step()
     assert sum(plan(run).peak.values()) == pytest.approx(torch.cuda.max_memory_allocated() - before, rel=0.15)
+
+
+def test_the_paper_configuration_fits_24_gb_with_quantised_layers():
+    whole = plan(read_run(find_config("cc3m.yaml")))
+    for kind, share in (("int8", 1 / 2), ("nf4", 0.26)):
+        small = plan(read_run(find_config("cc3m.yaml"), quantize=kind))
+        assert small.weights[LM] - 0.4e9 == pytest.approx(
+            share * (whole.weights[LM] - 0.4e9), rel=0.05
+        )  # the embedding: 0.4
+        assert sum(small.peak.values()) < 20 * GIB and small.flop == whole.flop
+
+
+def test_recomputing_and_chunks_keep_less_and_do_more(small):
+    whole, again, chunks = plan(small), plan(replace(small, activation_checkpointing=True)), plan(replace(small, chunk=2))
+    for other in (again, chunks):
+        assert sum(other.peak.values()) < sum(whole.peak.values()) and other.flop > whole.flop
+    model, batch = real(small)
+    checkpoint_blocks(model.lm)
+    assert count(small, model, batch).passes["captioning"].peak == again.passes["captioning"].peak

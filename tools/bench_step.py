@@ -5,8 +5,8 @@
 
 The plain side is the authors' computation as it is: both passes padded to 24 tokens, each image encoded twice, the whole
 backward in both. Speed does not depend on the values of the weights. Caption lengths are drawn from those of all 25,014
-captions of COCO val2017 in OPT's vocabulary. Memory is the peak above the weights: of the device allocator on CUDA, of
-the process, sampled, on a CPU.
+captions of COCO val2017 in OPT's vocabulary. Memory is the peak above the weights: of the device allocator on CUDA; on a
+CPU of the tensors alive, counted operation by operation in a run of its own (fromage.meter).
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import argparse
 import json
 import random
 import statistics
-import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,8 +29,12 @@ from transformers import OPTConfig, OPTForCausalLM
 from fromage.backbones import DTYPES, LanguageModel, VisionTower
 from fromage.data import Batch
 from fromage.fast_step import fast_step
+from fromage.frozen_blocks import compile_blocks
+from fromage.meter import Meter
 from fromage.model import Fromage
-from fromage.plain_step import plain_step
+from fromage.plain_step import StepOutput, plain_step
+
+Step = Callable[[Fromage, Batch, bool], StepOutput]
 
 # words of a caption in tokens, without </s> and [RET]: how many of COCO val2017's captions have so many
 LENGTHS = {
@@ -48,7 +52,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 def build(preset: dict[str, Any], device: str) -> Fromage:
     """OPT with its 50,272 rows and an open_clip tower, random weights, on the device from the start."""
     dtype = DTYPES[preset["dtype"]]
-    ids = SimpleNamespace(vocab_size=50265, image_id=50265, ret_id=50266, pad_id=1, bos_id=2, eos_id=2)
+    ids = SimpleNamespace(vocab_size=50265, image_id=50265, ret_id=50266, pad_id=1, bos_id=2, eos_id=2, start=lambda: [2])
     config = OPTConfig(
         vocab_size=50272, hidden_size=preset["width"], word_embed_proj_dim=preset["width"], ffn_dim=4 * preset["width"],
         num_hidden_layers=preset["layers"], num_attention_heads=preset["heads"], dropout=0.0, attention_dropout=0.0,
@@ -77,40 +81,40 @@ def make_batch(model: Fromage, size: int, seed: int, pixels: bool) -> Batch:
     return Batch([], [], ids.to(model.device), lengths, pictures if pixels else None, features)
 
 
-class Peak:
-    """Peak memory in bytes while a call runs, above what was held before it."""
+def compiled(model: Fromage) -> Step:
+    """The fast step with compiled layers, which stay as they are for everybody else."""
+    compile_blocks(model.lm)
+    forwards = {block: block.forward for block in model.lm.blocks}
+    for block in forwards:
+        del block.forward
 
-    def __init__(self, device: torch.device) -> None:
-        self.cuda = device.type == "cuda"
+    def step(model: Fromage, batch: Batch, paired: bool) -> StepOutput:
+        for block, forward in forwards.items():
+            block.forward = forward
+        try:
+            return fast_step(model, batch, paired)
+        finally:
+            for block in forwards:
+                del block.forward
 
-    def of(self, call: Callable[[], None]) -> float:
-        """Run the call; returns its peak."""
-        if self.cuda:
-            torch.cuda.reset_peak_memory_stats()
-            held = torch.cuda.memory_allocated()
-            call()
-            return torch.cuda.max_memory_allocated() - held
-        done, start = threading.Event(), resident()
-        highest = [start]
-
-        def watch() -> None:
-            while not done.wait(0.002):
-                highest[0] = max(highest[0], resident())
-
-        thread = threading.Thread(target=watch)
-        thread.start()
-        call()
-        done.set()
-        thread.join()
-        return highest[0] - start
+    return step
 
 
-def resident() -> int:
-    """Resident memory of this process in bytes."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+def peak_memory(model: Fromage, optimizer: torch.optim.Optimizer, batch: Batch, step: Callable[[], None]) -> int:
+    """Bytes at the moment of most memory in a step, above weights, optimiser and batch."""
+    if model.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_allocated()
+        step()
+        return torch.cuda.max_memory_allocated() - held
+    given = [t for t in (batch.ids, batch.pixels, batch.features) if t is not None]
+    moments = [value for state in optimizer.state.values() for value in state.values()]
+    meter = Meter([*model.parameters(), *model.buffers(), *moments, *given])
+    meter.run("step", step)
+    return meter.passes["step"].peak
 
 
-def one_step(step: Any, model: Fromage, optimizer: torch.optim.Optimizer, batch: Batch, paired: bool) -> None:
+def one_step(step: Step, model: Fromage, optimizer: torch.optim.Optimizer, batch: Batch, paired: bool) -> None:
     """Losses, backward, clipping, Adam: a whole training step."""
     optimizer.zero_grad()
     step(model, batch, paired).loss.backward()
@@ -142,16 +146,22 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=7, help="timed rounds; one of plain, fast and stored each")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--compile", action="store_true", help="time the fast step with compiled layers too")
     args = parser.parse_args()
     torch.manual_seed(0)
     preset = PRESETS[args.preset]
     model = build(preset, args.device)
     optimizer = torch.optim.Adam(list(model.trained().values()), lr=3e-4, betas=(0.9, 0.95))
-    kinds = {"plain": (plain_step, True), "fast": (fast_step, True), "stored features": (fast_step, False)}
+    kinds: dict[str, tuple[Step, bool]] = {
+        "plain": (plain_step, True),
+        "fast": (fast_step, True),
+        "stored features": (fast_step, False),
+    }
+    if args.compile:
+        kinds["fast, compiled"] = (compiled(model), True)
     error = gradient_error(model, make_batch(model, preset["batch"], 0, pixels=False))
     seconds: dict[str, list[float]] = {name: [] for name in kinds}
     peaks: dict[str, float] = dict.fromkeys(kinds, 0.0)
-    peak = Peak(model.device)
     for turn in range(args.rounds + 1):  # the first warms up
         for name, (step, pixels) in kinds.items():
             batch = make_batch(model, preset["batch"], turn, pixels)
@@ -162,7 +172,8 @@ def main() -> None:
     for name, (step, pixels) in kinds.items():
         batch = make_batch(model, preset["batch"], 0, pixels)
         optimizer.zero_grad()
-        peaks[name] = peak.of(lambda step=step, batch=batch: one_step(step, model, optimizer, batch, True))  # type: ignore[misc]
+        run = partial(one_step, step, model, optimizer, batch, paired=True)
+        peaks[name] = peak_memory(model, optimizer, batch, run)
     median = {name: statistics.median(times) for name, times in seconds.items()}
     report = {
         "preset": args.preset,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import fields
 from pathlib import Path
 
 from fromage.commands.verb import DEVICE, OUT, Verbs, option
@@ -51,10 +52,10 @@ def features(args: argparse.Namespace) -> None:
 def plan(args: argparse.Namespace) -> None:
     """Count a run's parameters, memory, work and time, without weights."""
     from fromage.configs import find_config
-    from fromage.plan import as_json, plan, read_run, report
+    from fromage.plan import Run, as_json, plan, read_run, report
 
-    options = {name: getattr(args, name) for name in ("batch_size", "max_tokens", "tokens", "step", "dtype", "lm", "vision")}
-    counted = plan(read_run(find_config(args.config), stored_features=args.stored_features, **options))
+    options = {f.name: getattr(args, f.name) for f in fields(Run) if hasattr(args, f.name)}
+    counted = plan(read_run(find_config(args.config), **options))
     print(report(counted, args.device_tflops, args.share))
     if args.json:
         args.json.write_text(json.dumps(as_json(counted, args.device_tflops, args.share), indent=1) + "\n")
@@ -114,7 +115,10 @@ VERBS: Verbs = {
             option("--batch-size", type=int, help="pairs per step and device, likewise"),
             option("--max-tokens", type=int, help="tokens of the longest caption, </s> and [RET] included, likewise"),
             option("--tokens", type=float, help="tokens of the mean caption, </s> included, [RET] not (13)"),
-            option("--stored-features", action="store_true", help="train on features from `fromage features`"),
+            option("--chunk", type=int, help="examples whose activations exist at a time, likewise"),
+            option("--quantize", choices=("int8", "nf4"), help="of the language model's layers, likewise"),
+            option("--activation-checkpointing", action="store_const", const=True, help="recompute layers, likewise"),
+            option("--stored-features", action="store_const", const=True, help="train on features from `fromage features`"),
             option("--device-tflops", type=float, default=150, help="the device's rate in TFLOP/s; 150: an A6000 in bf16"),
             option("--share", type=float, default=0.5, help="share of that rate which training is assumed to reach"),
             option("--json", type=Path, help="write all figures into this file"),
