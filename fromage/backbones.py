@@ -150,7 +150,8 @@ class VisionTower(FrozenTower):
     @torch.no_grad()
     def forward(self, pixels: Tensor) -> Tensor:
         """(B, 3, H, W) preprocessed pixels -> (B, m) features, without gradient."""
-        return self.visual(pixels.to(next(self.visual.parameters())))  # its device and dtype
+        pixels = pixels.to(next(self.visual.parameters()))  # its device and dtype
+        return self.visual(pixels).contiguous()  # a ViT gives a view that would keep all tokens alive
 
     def fingerprint(self) -> dict[str, str]:
         """What stored features depend on: the tower's name, its weights (a digest of samples) and the preprocessing."""

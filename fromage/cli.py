@@ -10,6 +10,7 @@
     index add, remove, merge         change an index
     index import, index info         the authors' embeddings -> an index; what an index is
     search                           questions to an index, in words or pictures
+    chat, demo, serve                a conversation: in the terminal, in a browser, over HTTP
 
 What a user can mend is one line on stderr and exit code 2; --debug shows the traceback.
 """
@@ -22,11 +23,11 @@ import sys
 import warnings
 from typing import Any
 
-from fromage.commands import data, index, search, weights
+from fromage.commands import data, index, search, talk, weights
 from fromage.configs import with_configs_found
 from fromage.errors import UserError
 
-VERBS = {**data.VERBS, **index.VERBS, **search.VERBS, **weights.VERBS}
+VERBS = {**data.VERBS, **index.VERBS, **search.VERBS, **talk.VERBS, **weights.VERBS}
 FITTING = ("fit", "validate", "test", "predict")
 
 

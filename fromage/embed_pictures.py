@@ -1,30 +1,42 @@
-"""Embedding pictures: N of them, as rows of width q in the shared retrieval space."""
+"""Embedding pictures: N of them become rows of width q in the shared retrieval space, stored part by part."""
 
 from __future__ import annotations
 
+import shutil
 import warnings
-from itertools import chain
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from fromage.embedding_store import DTYPES, EmbeddingStore
 from fromage.errors import UserError
 from fromage.features import check_features
 from fromage.model import Fromage
-from fromage.picture_source import Item, Sample, collate, find_pictures
+from fromage.picture_source import Chunk, PictureSource, Sample, find_pictures, is_shards
+from fromage.shards import expand
 
 
 def embed_pictures(
-    model: Fromage, source: str | Path, batch_size: int = 64, workers: int = 0, captions: str | Path | None = None
-) -> tuple[np.ndarray, list[Item]]:
-    """Embed a folder of pictures or webdataset shards: (N, q) unit rows and their items, in the order of the names.
+    model: Fromage,
+    source: str | Path,
+    out: str | Path,
+    batch_size: int = 64,
+    workers: int = 0,
+    captions: str | Path | None = None,
+    checkpoint: str | Path | None = None,
+    dtype: str = "float32",
+) -> EmbeddingStore:
+    """Embed a folder of pictures or webdataset shards into the folder out: unit rows, in the order of the names.
 
-    Shards may hold stored features (npy) in place of pictures. What is broken is left out with a warning. Raises UserError
-    if nothing is left.
+    A run that was killed is taken up by the next call; what it loses is the parts it was at: a shard, or some thousand
+    files, per worker. Shards may hold stored features (npy) in place of pictures. What is broken is left out with a
+    warning. Raises UserError if nothing is left, and if out holds the embeddings of another model or source.
 
     Args:
         model: both towers on the device to be used.
@@ -32,23 +44,71 @@ def embed_pictures(
         batch_size: pictures per step.
         workers: processes that decode; 0 decodes in this one.
         captions: for a folder of pictures, a JSON file of {file: caption} or COCO's.
+        checkpoint: where the model was loaded from, so that open_index finds it.
+        dtype: of the stored rows, float32 or float16.
     """
+    if dtype not in DTYPES:
+        raise UserError(f"dtype {dtype}: embeddings are stored as {' or '.join(DTYPES)}")
     pictures = find_pictures(str(source), model.vision.transform, None if captions is None else Path(captions))
-    if shards := [part for part in pictures.parts if ".tar" in part]:
-        check_features(shards, model.vision)
-    loader = DataLoader(pictures, batch_size, num_workers=workers, collate_fn=collate)
-    rows: list[np.ndarray] = []
-    good: list[Sample] = []
-    broken: list[Sample] = []
-    with tqdm(desc="embedding", total=pictures.count, unit=" pictures") as bar:
-        for tensor, samples in chain.from_iterable(loader):
-            (broken if tensor is None else good).extend(samples)
-            if tensor is not None:
-                rows.append(_embed(model, tensor))
-            bar.update(len(samples))
-    _report(broken, len(good), source)
-    order = sorted(range(len(good)), key=lambda i: good[i].order)
-    return np.concatenate(rows)[order], [good[i].item for i in order]
+    if is_shards(Path(source)):
+        check_features(expand(str(source)), model.vision)
+    store = EmbeddingStore.begin(
+        out,
+        fingerprint=model.fingerprint(),
+        checkpoint=str(Path(checkpoint).absolute()) if checkpoint else "",
+        source=pictures.digest(),
+        width=model.q,
+        dtype=dtype,
+        parts=len(pictures.parts),
+    )
+    _fill(store, model, pictures, batch_size, workers)
+    _report(store, source)
+    return store
+
+
+def _fill(store: EmbeddingStore, model: Fromage, pictures: PictureSource, batch_size: int, workers: int) -> None:
+    """Embed the parts that are missing."""
+    pictures.todo, pictures.batch_size = store.missing(), batch_size
+    loader = DataLoader(pictures, batch_size=None, num_workers=min(workers, len(pictures.todo)))
+    open_parts: dict[int, _Part] = {}  # those that workers are at
+    done = len(store) + len(store.broken())
+    with tqdm(desc="embedding", total=pictures.count, initial=done, unit=" pictures") as bar:
+        for chunk in loader:
+            part = open_parts.setdefault(chunk.part, _Part())
+            bar.update(part.add(chunk, model))
+            if chunk.last:
+                open_parts.pop(chunk.part).write(store, chunk.part)
+
+
+class _Part:
+    """Rows and samples of a part, as far as they have come."""
+
+    def __init__(self) -> None:
+        self.rows: list[np.ndarray] = []
+        self.good: list[Sample] = []
+        self.broken: list[str] = []
+
+    def add(self, chunk: Chunk, model: Fromage) -> int:
+        """Embed a chunk's pictures; returns how many there were, broken ones too."""
+        for tensor, samples in chunk.groups:
+            if tensor is None:
+                self.broken += [sample.problem for sample in samples]
+            else:
+                self.rows.append(_embed(model, tensor))
+                self.good += samples
+        return sum(len(samples) for _, samples in chunk.groups)
+
+    def write(self, store: EmbeddingStore, number: int) -> None:
+        """Store the part, its rows in the order of the source."""
+        order = sorted(range(len(self.good)), key=lambda i: self.good[i].place)
+        rows = np.concatenate([np.empty((0, store.about["width"]), np.float32), *self.rows])  # (n, q)
+        store.write(number, rows[order], [self.good[i].item for i in order], self.broken)
+
+
+def embed_opened(model: Fromage, pictures: Sequence[Image.Image]) -> np.ndarray:
+    """(N, q) unit rows of RGB pictures."""
+    rows = [_embed(model, model.vision.transform(picture).unsqueeze(0)) for picture in pictures]  # (1, 3, H, W) each
+    return np.concatenate([np.empty((0, model.q), np.float32), *rows])
 
 
 @torch.no_grad()
@@ -60,9 +120,11 @@ def _embed(model: Fromage, tensor: Tensor) -> np.ndarray:
     return model.embed_images(features).float().cpu().numpy()
 
 
-def _report(broken: list[Sample], good: int, source: str | Path) -> None:
-    some = "; ".join(sample.problem for sample in broken[:5]) + ("; ..." if len(broken) > 5 else "")
+def _report(store: EmbeddingStore, source: str | Path) -> None:
+    good, broken = len(store), store.broken()
+    some = "; ".join(broken[:5]) + ("; ..." if len(broken) > 5 else "")
     if not good:
+        shutil.rmtree(store.folder)  # or the next run would find all done
         raise UserError(f"{source}: no usable picture is there. {some}")
     if broken:
         warnings.warn(f"{source}: {len(broken)} of {good + len(broken)} pictures are left out: {some}", stacklevel=3)

@@ -1,32 +1,129 @@
-"""Text from a picture, by Hugging Face's own generate with its key-value cache."""
+"""Generation: interleaved text and pictures go in, and come out."""
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from queue import SimpleQueue
+from threading import Thread
+from typing import TYPE_CHECKING, Any
+
 from torch import Tensor
 
+from fromage.decoding import GREEDY, Decoding, Draft, write
+from fromage.gallery import Gallery, Resolve, Shown
 from fromage.model import Fromage
+from fromage.prompts import START, Prompt, embed_prompts
+
+if TYPE_CHECKING:
+    from fromage.index import ImageIndex
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class Answer:
+    """Text and pictures in the order they came, and the tokens, without the </s> that ended them."""
+
+    parts: list[str | Shown]
+    ids: list[int]
+
+    @classmethod
+    def of(cls, pieces: Iterable[str | Shown], ids: Iterable[int] = ()) -> Answer:
+        """From the pieces of `stream`: neighbouring texts become one."""
+        parts: list[str | Shown] = []
+        for is_text, group in groupby(pieces, lambda piece: isinstance(piece, str)):
+            same: list[Any] = list(group)
+            parts += ["".join(same)] if is_text else same
+        return cls(parts, list(ids))
+
+    @property
+    def text(self) -> str:
+        """The words alone."""
+        texts = (part.strip() for part in self.parts if isinstance(part, str))
+        return " ".join(text for text in texts if text)
+
+    @property
+    def shown(self) -> list[Shown]:
+        """What stands for each [RET]."""
+        return [part for part in self.parts if isinstance(part, Shown)]
+
+
+def generate(
+    model: Fromage,
+    prompts: Sequence[Prompt],
+    decoding: Decoding = GREEDY,
+    index: ImageIndex | None = None,
+    resolve: Resolve | None = None,
+    batch_size: int = 64,
+) -> list[Answer]:
+    """Answer each prompt.
+
+    Args:
+        index: where the pictures are; built with this very model.
+        resolve: fromage.hits.openable, or the like: opens the pictures found. In place of one that is gone the next best
+            is shown, with a note.
+        batch_size: prompts decoded at a time.
+
+    Raises:
+        UserError: a prompt and its answer are longer than the language model's positions, or a picture cannot be had.
+    """
+    answers = []
+    for start in range(0, len(prompts), batch_size):
+        batch = prompts[start : start + batch_size]
+        embedded = embed_prompts(model, batch, decoding.max_new_tokens)
+        pieces: list[list[Any]] = [[] for _ in batch]
+        drafts = [Draft(model, decoding, row.append) for row in pieces]
+        write(model, embedded, decoding, drafts, start)
+        for row, prompt in enumerate(batch):
+            features = embedded.features[embedded.shown[row]]  # (n, m)
+            gallery = Gallery(model, index, resolve, decoding.images_per_ret, prompt, features)
+            answers.append(Answer.of(map(gallery.piece, pieces[row]), drafts[row].ids))
+    return answers
+
+
+def stream(
+    model: Fromage,
+    prompt: Prompt,
+    decoding: Decoding = GREEDY,
+    index: ImageIndex | None = None,
+    resolve: Resolve | None = None,
+) -> Iterator[str | Shown]:
+    """The answer to one prompt, piece by piece as it is decoded; Answer.of puts the pieces together.
+
+    Decoding runs in a thread of its own and goes on while a piece is looked at; closing the iterator stops it.
+    Arguments and errors are those of generate; what is wrong with the prompt is raised at once.
+    """
+    embedded = embed_prompts(model, [prompt], decoding.max_new_tokens)
+    gallery = Gallery(model, index, resolve, decoding.images_per_ret, prompt, embedded.features)
+    pieces: SimpleQueue[Any] = SimpleQueue()
+    draft = Draft(model, decoding, pieces.put)
+
+    def work() -> None:
+        try:
+            write(model, embedded, decoding, [draft])
+            pieces.put(None)
+        except BaseException as error:  # raised where it is awaited
+            pieces.put(error)
+
+    def read() -> Iterator[str | Shown]:
+        thread = Thread(target=work, daemon=True)
+        thread.start()
+        try:
+            while (piece := pieces.get()) is not None:
+                if isinstance(piece, BaseException):
+                    raise piece
+                yield gallery.piece(piece)
+        finally:
+            draft.done = True
+            thread.join()
+
+    return read()
+
+
 def caption_images(model: Fromage, features: Tensor, max_new_tokens: int = 32, batch_size: int = 128) -> list[str]:
     """Greedy captions of (N, m) image features: [W_c v(x)] [</s>] and on, without [RET], up to the end of the sentence.
 
     max_new_tokens: length of a caption at most, in tokens. A caption ends at </s> or a line break.
     """
-    tokenizer, out = model.tokenizer, []
-    start = [tokenizer.image_id] * model.k + tokenizer.start()
-    for chunk in features.split(batch_size):
-        ids = torch.tensor([start] * len(chunk), device=model.device)  # (N, k + 1)
-        embeds = model.embed(ids, model.prefix(chunk))  # (N, k + 1, d)
-        made = model.lm.hf.generate(
-            inputs_embeds=embeds,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            suppress_tokens=[tokenizer.ret_id],
-            pad_token_id=tokenizer.pad_id,
-            eos_token_id=tokenizer.eos_id,
-        )
-        out += [tokenizer.decode(row).split("\n")[0].strip() for row in made.tolist()]
-    return out
+    decoding = Decoding(max_new_tokens, stop="\n", max_images=0)
+    return [answer.text for answer in generate(model, [[row, START] for row in features], decoding, batch_size=batch_size)]

@@ -1,89 +1,94 @@
-"""The image index: build, save, load and search.
+"""The image index: search, save and load; fromage.index_builder makes, extends and merges saved ones.
 
 q is the width of the shared retrieval space, N the number of pictures in the index, B that of the queries.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-import shutil
-from collections.abc import Collection, Sequence
-from functools import cached_property
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO
 
 import faiss
 import numpy as np
-from PIL import Image
+import pyarrow as pa
 
+from fromage.candidates import FLAT, OVERSAMPLE, Candidates
 from fromage.checkpoint import load_model
-from fromage.contact_sheet import contact_sheet
-from fromage.embed_pictures import embed_pictures
 from fromage.errors import UserError
+from fromage.hits import Hit
+from fromage.index_folder import CANDIDATES, ITEMS, VECTORS, check_files, read_about, replacing, seal
+from fromage.item_table import ItemTable, to_batch, write_items
 from fromage.model import Fromage
 from fromage.picture_source import Item
-from fromage.pictures import open_picture
 
-FORMAT, VERSION = "fromage-index", 1
-VECTORS, ITEMS, ABOUT = "index.faiss", "items.jsonl", "index.json"
 NEAR_TIE = 1e-5  # FAISS rounds in float32; scores closer than this are compared again in float64
-
-
-class Hit(NamedTuple):
-    """A picture found. rank starts at 1; score is the cosine with the query."""
-
-    rank: int
-    score: float
-    path: str
-    caption: str
+CHUNK = 1 << 14  # rows
 
 
 class ImageIndex:
-    """An exact index over unit rows, where the inner product is the cosine.
+    """An index over unit rows, where the inner product is the cosine.
 
     Attributes:
-        vectors: FAISS index of the rows (N, q).
+        vectors: the rows (N, q), float32; of a saved index they stay on disk and are mapped into memory.
         items: the pictures, row by row.
         fingerprint: of the model that embedded them; only this model's queries mean anything here.
         checkpoint: path that model was loaded from; '' if not known.
+        candidates: what looks for the nearest in approximate kinds; None in a flat index, which looks at every row.
     """
 
-    def __init__(self, vectors: Any, items: Sequence[Item], fingerprint: str, checkpoint: str = "") -> None:
-        self.vectors, self.items, self.fingerprint, self.checkpoint = vectors, list(items), fingerprint, checkpoint
+    def __init__(
+        self,
+        vectors: np.ndarray,
+        items: ItemTable,
+        fingerprint: str,
+        checkpoint: str = "",
+        candidates: Candidates | None = None,
+    ) -> None:
+        self.vectors, self.items, self.fingerprint, self.checkpoint = vectors, items, fingerprint, checkpoint
+        self.candidates = candidates
 
     @classmethod
-    def build(cls, embeddings: np.ndarray, items: Sequence[Item], fingerprint: str, checkpoint: str = "") -> ImageIndex:
-        """Index (N, q) rows, scaled to unit length here. Raises UserError for no rows, odd numbers or one item too few."""
-        rows = _unit(embeddings, "the index")
+    def build(
+        cls, embeddings: np.ndarray, items: Sequence[Item], fingerprint: str, checkpoint: str = "", kind: str = FLAT
+    ) -> ImageIndex:
+        """Index (N, q) rows, scaled to unit length here. Raises UserError for no rows, odd numbers or one item too few.
+
+        kind: see fromage.candidates.
+        """
+        rows = unit(embeddings, "the index")
         if len(rows) == 0:
             raise UserError("an index needs at least one picture; none was given")
         if len(rows) != len(items):
             raise UserError(f"{len(rows)} embeddings for {len(items)} pictures; give one of each")
-        vectors = faiss.IndexFlatIP(rows.shape[1])
-        vectors.add(rows)
-        return cls(vectors, items, fingerprint, checkpoint)
+        index = cls(rows, ItemTable([to_batch(items)]), fingerprint, checkpoint)
+        index.prepare(kind)
+        return index
+
+    def prepare(self, kind: str, trained: Candidates | None = None) -> None:
+        """Make the index one of a kind; trained: what knows the first rows of it, or none, and is to learn the others."""
+        if kind.lower() != FLAT:
+            self.candidates = trained or Candidates.train(kind, self.vectors)
+            self.candidates.grow(self.vectors)
 
     def __len__(self) -> int:
-        return len(self.items)
+        return len(self.vectors)
 
     @property
     def width(self) -> int:
         """q."""
-        return self.vectors.d
+        return self.vectors.shape[1]
 
-    @cached_property
-    def _positions(self) -> dict[str, list[int]]:
-        positions: dict[str, list[int]] = {}
-        for i, item in enumerate(self.items):
-            positions.setdefault(item.path, []).append(i)
-        return positions
+    @property
+    def kind(self) -> str:
+        """'flat', or FAISS's factory string of the candidates."""
+        return self.candidates.kind if self.candidates else FLAT
 
     def search(self, queries: np.ndarray, k: int, exclude: Collection[str] | None = None) -> list[list[Hit]]:
         """The k pictures nearest to each query (B, q), best first, fewer if there are not as many.
 
-        Equal scores keep the order of the index, and a query's hits do not depend on the others in its batch.
+        Scores are exact in every kind. A flat index finds the true nearest, equal scores in the order of the index,
+        whatever else is in the batch. The other kinds rank the nearest of their candidates.
 
         Args:
             queries: rows of any length but zero.
@@ -92,74 +97,85 @@ class ImageIndex:
         """
         if k < 1:
             raise UserError(f"k is {k}; ask for at least one picture")
-        rows = _unit(queries, "the query")  # (B, q)
+        rows = unit(queries, "the query")  # (B, q)
         if rows.shape[1] != self.width:
             raise UserError(f"queries are {rows.shape[1]} wide, the index {self.width}; use the model that built the index")
-        barred = {i for path in exclude or () for i in self._positions.get(path, ())}
-        wanted = min(k + len(barred), len(self))
-        candidates = self._candidates(rows, wanted)
-        return [self._hits(row, near, barred)[:k] for row, near in zip(rows, candidates, strict=True)]
+        barred = frozenset(exclude or ())
+        if self.candidates is None:
+            return self._exact(rows, k, barred)
+        nearby = self.candidates.near(rows, OVERSAMPLE * max(10, k + len(barred)))
+        found = [self._ranked(row, near, k, barred)[0] for row, near in zip(rows, nearby, strict=True)]
+        return [
+            hits if len(hits) == k else self._exact(row[None], k, barred)[0]  # the candidates ran out
+            for row, hits in zip(rows, found, strict=True)
+        ]
 
-    def _candidates(self, rows: np.ndarray, wanted: int) -> list[np.ndarray]:
-        """For each row, positions among which the true best are: FAISS is asked on until its last score is clearly worse."""
-        fetch = min(wanted + 1, len(self))
-        scores, positions = self.vectors.search(rows, fetch)  # (B, fetch) each
-        found = list(positions)
-        for b, row in enumerate(rows):
-            last, n = scores[b], fetch
-            while n < len(self) and last[-1] > last[wanted - 1] - NEAR_TIE:
-                n = min(2 * n, len(self))
-                (last,), (found[b],) = self.vectors.search(row[None], n)
-        return found
+    def _exact(self, rows: np.ndarray, k: int, barred: frozenset[str]) -> list[list[Hit]]:
+        """The true k nearest: FAISS is asked on until its last score is clearly worse."""
+        first = self._nearest(rows, k + len(barred) + 1)  # (B, n)
+        return [self._settled(row, near, k, barred) for row, near in zip(rows, first, strict=True)]
 
-    def _hits(self, row: np.ndarray, near: np.ndarray, barred: set[int]) -> list[Hit]:
-        vectors = self.vectors.reconstruct_batch(near).astype(np.float64)  # (n, q)
+    def _nearest(self, rows: np.ndarray, n: int) -> np.ndarray:
+        return faiss.knn(rows, self.vectors, min(n, len(self)), metric=faiss.METRIC_INNER_PRODUCT)[1]  # (B, n)
+
+    def _settled(self, row: np.ndarray, near: np.ndarray, k: int, barred: frozenset[str]) -> list[Hit]:
+        hits, worst = self._ranked(row, near, k, barred)
+        while len(near) < len(self) and (len(hits) < k or worst > hits[-1].score - NEAR_TIE):
+            near = self._nearest(row[None], 2 * len(near))[0]
+            hits, worst = self._ranked(row, near, k, barred)
+        return hits
+
+    def _ranked(self, row: np.ndarray, near: np.ndarray, k: int, barred: frozenset[str]) -> tuple[list[Hit], float]:
+        """The best k of the rows at these positions, and the worst score among all of them."""
+        vectors = self.vectors[near].astype(np.float64)  # (n, q)
         scores = (vectors * row).sum(axis=1)  # not a product of matrices: equal rows must give equal sums, wherever they lie
-        order = [i for i in np.lexsort((near, -scores)) if near[i] not in barred]
-        return [Hit(rank, float(scores[i]), *self.items[near[i]]) for rank, i in enumerate(order, start=1)]
+        hits: list[Hit] = []
+        for i in np.lexsort((near, -scores)):
+            item = self.items[near[i]]
+            if item.path not in barred:
+                hits.append(Hit(len(hits) + 1, float(scores[i]), *item))
+            if len(hits) == k:
+                break
+        return hits, scores.min(initial=1)
+
+    def rows(self) -> Iterator[tuple[np.ndarray, pa.RecordBatch]]:
+        """All vectors with their items, in order, some at a time."""
+        start = 0
+        for items in self.items.slices(CHUNK):
+            yield self.vectors[start : start + len(items)], items
+            start += len(items)
 
     def save(self, folder: str | Path) -> None:
         """Write the index as a folder, whole or not at all; an index of ours that is there is replaced at once.
 
         Raises UserError where anything else is in the way.
         """
-        folder = Path(folder).resolve()
-        check_replaceable(folder)
-        new, old = folder.with_name(f".{folder.name}.{os.getpid()}.new"), _aside(folder)
-        shutil.rmtree(new, ignore_errors=True)
-        try:
-            new.mkdir(parents=True)
-            self._write(new)
-            _swap(new, folder, old)
-        except (OSError, RuntimeError) as error:  # FAISS raises the latter when the disk is full
-            raise UserError(f"{folder}: the index cannot be written ({error}); what was there before still is") from error
-        finally:
-            shutil.rmtree(new, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+        with replacing(folder) as new:
+            write_rows(new, self.rows())
+            self.finish(new)
 
-    def _write(self, folder: Path) -> None:
-        faiss.write_index(self.vectors, str(folder / VECTORS))
-        with (folder / ITEMS).open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(item._asdict()) + "\n" for item in self.items)
-        about = {"format": FORMAT, "version": VERSION, "count": len(self), "width": self.width}
-        about |= {"fingerprint": self.fingerprint, "checkpoint": self.checkpoint}
-        about |= {"sha256": {name: _digest(folder / name) for name in (VECTORS, ITEMS)}}
-        (folder / ABOUT).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+    def finish(self, folder: Path) -> None:
+        """Write what belongs beside the vectors and items of a new folder."""
+        candidates = self.candidates
+        if candidates:
+            candidates.write(folder / CANDIDATES)
+        about = {"count": len(self), "width": self.width, "fingerprint": self.fingerprint, "checkpoint": self.checkpoint}
+        about |= {"kind": self.kind, "setting": candidates.setting if candidates else ""}
+        seal(folder, about | {"recall_at_10": candidates.recall if candidates else 1.0})
 
     @classmethod
     def load(cls, folder: str | Path, fingerprint: str | None) -> ImageIndex:
-        """Read a saved index. Raises UserError if it is damaged, or built by another model than fingerprint (None: any)."""
+        """Open a saved index. Raises UserError if it is damaged, or built by another model than fingerprint (None: any)."""
         folder = Path(folder).resolve()
-        about = _read_about(folder)
-        for name, digest in about["sha256"].items():
-            if not (folder / name).is_file() or _digest(folder / name) != digest:
-                raise UserError(f"{folder / name}: is missing or damaged (its digest differs); build the index again")
-        vectors = faiss.read_index(str(folder / VECTORS))
-        with (folder / ITEMS).open(encoding="utf-8") as file:
-            items = [Item(**json.loads(line)) for line in file]
-        if (vectors.ntotal, vectors.d, len(items)) != (about["count"], about["width"], about["count"]):
-            raise UserError(f"{folder}: {ABOUT} tells of another index than is there; build it again")
+        about = read_about(folder)
+        check_files(folder, about)
+        vectors, items = open_rows(folder, about["width"])
+        if len(items) != about["count"] or (about["kind"] == FLAT) == (CANDIDATES in about["files"]):
+            raise UserError(f"{folder}: index.json tells of another index than is there; build it again")
         index = cls(vectors, items, about["fingerprint"], about["checkpoint"])
+        if about["kind"] != FLAT:
+            settings = about["kind"], about["setting"], about["recall_at_10"]
+            index.candidates = Candidates.read(folder / CANDIDATES, *settings)
         if fingerprint is not None:
             index.require(fingerprint, folder)
         return index
@@ -173,87 +189,43 @@ class ImageIndex:
             )
 
 
-def _unit(rows: np.ndarray, whose: str) -> np.ndarray:
+def unit(rows: np.ndarray, whose: str) -> np.ndarray:
+    """(n, q) rows at unit length, float32. Raises UserError for zero rows, infinities and NaN."""
     rows = np.ascontiguousarray(rows, dtype=np.float32)
     if rows.ndim != 2:
         raise UserError(f"embeddings of {whose} have the shape {rows.shape}; expected (rows, width)")
-    lengths = np.linalg.norm(rows, axis=1, keepdims=True)  # (N, 1)
+    lengths = np.linalg.norm(rows, axis=1, keepdims=True)  # (n, 1)
     if not (np.isfinite(lengths).all() and (lengths > 0).all()):
         raise UserError(f"embeddings of {whose} hold zero rows, infinities or NaN; is the checkpoint sound?")
     return rows / lengths
 
 
-def check_replaceable(folder: str | Path) -> None:
-    """Raise UserError unless an index may be saved here: nothing is here yet, or an index and no other file."""
-    folder = Path(folder).resolve()
-    if not folder.exists():
-        return
-    if not folder.is_dir() or {p.name for p in folder.iterdir()} != {VECTORS, ITEMS, ABOUT}:
-        raise UserError(f"{folder}: exists and is not an index (or not only); choose another place or remove it")
-    _read_about(folder)
+def write_rows(folder: Path, rows: Iterable[tuple[np.ndarray, pa.RecordBatch]]) -> None:
+    """Write unit vectors and items, some at a time, into a new folder."""
+
+    def items(file: IO[bytes]) -> Iterator[pa.RecordBatch]:
+        for vectors, batch in rows:
+            file.write(vectors.astype("<f4", copy=False).tobytes())
+            yield batch
+
+    with (folder / VECTORS).open("wb") as file:
+        write_items(folder / ITEMS, items(file))
 
 
-def _aside(folder: Path) -> Path:
-    return folder.with_name(f".{folder.name}.old")
-
-
-def _swap(new: Path, folder: Path, old: Path) -> None:
-    if not folder.exists():
-        new.rename(folder)
-        return
-    shutil.rmtree(old, ignore_errors=True)  # left by a process that was killed here
-    folder.rename(old)
-    try:
-        new.rename(folder)
-    except BaseException:
-        old.rename(folder)
-        raise
-
-
-def _read_about(folder: Path) -> dict[str, Any]:
-    if not folder.exists() and _aside(folder).exists():
-        raise UserError(f"{folder}: saving was interrupted; the former index is whole: rename {_aside(folder)} to {folder}")
-    try:
-        about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
-        known = (about["format"], about["version"]) == (FORMAT, VERSION) and set(about["sha256"]) == {VECTORS, ITEMS}
-        if not known or not {"count", "width", "fingerprint", "checkpoint"} <= about.keys():
-            raise ValueError("of another format or version")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{folder}: is no readable index ({error}); build one with: fromage index build") from error
-    return about
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def build_index(
-    model: Fromage,
-    images: str | Path,
-    out: str | Path,
-    batch_size: int = 64,
-    workers: int = 0,
-    captions: str | Path | None = None,
-    checkpoint: str | Path | None = None,
-) -> ImageIndex:
-    """Embed pictures and save their index as the folder out.
-
-    Args:
-        checkpoint: where the model was loaded from, so that open_index finds it. The others are those of embed_pictures.
-    """
-    check_replaceable(out)  # before the hours of embedding
-    embeddings, items = embed_pictures(model, images, batch_size, workers, captions)
-    where = str(Path(checkpoint).absolute()) if checkpoint else ""
-    index = ImageIndex.build(embeddings, items, model.fingerprint(), where)
-    index.save(out)
-    return index
+def open_rows(folder: Path, width: int) -> tuple[np.ndarray, ItemTable]:
+    """Map what write_rows wrote into memory: (N, width) vectors, and the items. Raises UserError if the two do not fit."""
+    if not (folder / VECTORS).stat().st_size:
+        raise UserError("an index needs at least one picture; none is left")
+    numbers, items = np.memmap(folder / VECTORS, "<f4", "r"), ItemTable.open(folder / ITEMS)
+    if len(numbers) != len(items) * width:
+        raise UserError(f"{folder}: {len(items)} pictures and {len(numbers)} numbers do not fit; build the index again")
+    return numbers.reshape(len(items), width), items
 
 
 def open_index(folder: str | Path, ckpt: str | Path | None = None, device: str = "cpu") -> tuple[Fromage, ImageIndex]:
     """The model an index was built with, and the index. ckpt: where the model is now, if not where it was then."""
     index = ImageIndex.load(folder, None)
-    if not ckpt and not (index.checkpoint and Path(index.checkpoint).is_file()):
+    if not ckpt and not (index.checkpoint and Path(index.checkpoint).exists()):
         raise UserError(f"{folder}: its checkpoint is not at {index.checkpoint or '(not on record)'}; give it with --ckpt")
     model = load_model(ckpt or index.checkpoint, device)
     index.require(model.fingerprint(), folder)
@@ -265,16 +237,3 @@ def search_index(model: Fromage, index: ImageIndex, texts: Sequence[str], k: int
     if not texts:
         return []
     return index.search(model.embed_text(list(texts)).float().cpu().numpy(), k)
-
-
-def draw_hits(texts: Sequence[str], hits: Sequence[Sequence[Hit]]) -> Image.Image:
-    """A contact sheet: under each text its pictures with rank, score and caption. Pictures that are gone are grey."""
-    rows = [[(_open_or_none(hit.path), f"#{hit.rank} {hit.score:.3f}\n{hit.caption}") for hit in row] for row in hits]
-    return contact_sheet(list(zip(texts, rows, strict=True)))
-
-
-def _open_or_none(locator: str) -> Image.Image | None:
-    try:
-        return open_picture(locator)
-    except UserError:
-        return None

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional as dist_nn
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -107,7 +106,21 @@ def gather_with_gradient(rows: Tensor) -> Tensor:
     The backward sums what all devices send, so that the mean over devices that DDP takes afterwards is the gradient of
     one process with the whole batch.
     """
-    return rows if devices() == 1 else torch.cat(dist_nn.all_gather(rows.contiguous()))
+    return rows if devices() == 1 else _Gather.apply(rows)
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        everyone = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
+        dist.all_gather(everyone, rows.contiguous())
+        return torch.cat(everyone)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        grad = grad.contiguous()
+        dist.all_reduce(grad)
+        return grad.chunk(dist.get_world_size())[dist.get_rank()]
 
 
 def device_weight(count: int, device: torch.device) -> Tensor | float:

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset
 
 from fromage.errors import BrokenSample, UserError
 from fromage.features import from_npy
 from fromage.pictures import SUFFIXES, decode_picture, is_picture
-from fromage.shards import expand, read_shard, shard_sizes
+from fromage.shards import expand, read_shard, shard_sizes, worker_share
+
+FILES_PER_PART = 1024  # of a folder; what a kill can cost
 
 
 class Item(NamedTuple):
@@ -27,49 +31,66 @@ class Item(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """A picture of a PictureSource. order: (file or shard, place in it), as workers deliver in turns."""
+    """A picture on its way to the tower. place: among those of its part."""
 
-    order: tuple[int, int]
+    place: int
     item: Item
     tensor: Tensor | None  # pixels (3, H, W), or stored features (m,)
     problem: str = ""  # why there is no tensor
 
 
+class Chunk(NamedTuple):
+    """Some pictures of a part, grouped by the shape of their tensors; last says that the part is at its end."""
+
+    part: int
+    groups: list[tuple[Tensor | None, list[Sample]]]
+    last: bool
+
+
+Part = tuple[str, ...]  # one shard, or some files
 Members = dict[str, bytes]  # suffix -> bytes, of one sample
 Lost = Callable[[str, str], None]  # takes the name of what is lost, and the cause
-Reader = Callable[[str, Lost], Iterator[tuple[str, Members]]]  # file or shard -> (locator, members) of its pictures
+Reader = Callable[[Part, Lost], Iterator[tuple[str, Members]]]  # part -> (locator, members) of its pictures
 
 
-class PictureSource(IterableDataset):
-    """The pictures of files or shards, which are dealt out among the workers. What is broken becomes a Sample too.
+class PictureSource(IterableDataset[Chunk]):
+    """The pictures of files or shards, in parts which are dealt out among the workers. What is broken becomes a Sample too.
 
     Attributes:
-        count: how many there should be; None if unknown.
+        parts: what the pictures come in; todo are the numbers of those that are read.
+        count: how many pictures there should be; None if unknown.
     """
 
     def __init__(
-        self, parts: Sequence[str], read: Reader, transform: Callable[[Image.Image], Tensor], count: int | None
+        self, parts: Sequence[Part], read: Reader, transform: Callable[[Image.Image], Tensor], count: int | None
     ) -> None:
         self.parts, self.read, self.transform, self.count = parts, read, transform, count
+        self.todo, self.batch_size = list(range(len(parts))), 64
 
-    def __iter__(self) -> Iterator[Sample]:
-        worker = get_worker_info()
-        first, step = (worker.id, worker.num_workers) if worker else (0, 1)
-        for number in range(first, len(self.parts), step):
-            yield from self._part(number, self.parts[number])
+    def digest(self) -> str:
+        """Changes with the names of the pictures or shards, and with how they are parted."""
+        return hashlib.sha256(json.dumps(self.parts).encode()).hexdigest()[:16]
 
-    def _part(self, number: int, part: str) -> Iterator[Sample]:
+    def __iter__(self) -> Iterator[Chunk]:
+        worker, workers = worker_share()
+        for number in self.todo[worker::workers]:
+            samples = self._samples(self.parts[number])
+            while batch := list(islice(samples, self.batch_size)):
+                yield Chunk(number, collate(batch), False)
+            yield Chunk(number, [], True)
+
+    def _samples(self, part: Part) -> Iterator[Sample]:
         lost: list[str] = []
         for place, (locator, members) in enumerate(self.read(part, lambda name, cause: lost.append(f"{name}: {cause}"))):
-            yield self._sample((number, place), locator, members)
-        yield from (Sample((number, 0), Item(part), None, problem) for problem in lost)
+            yield self._sample(place, locator, members)
+        yield from (Sample(0, Item(""), None, problem) for problem in lost)
 
-    def _sample(self, order: tuple[int, int], locator: str, members: Members) -> Sample:
+    def _sample(self, place: int, locator: str, members: Members) -> Sample:
         item = Item(locator, members.get("txt", b"").decode("utf-8", "replace").strip())
         try:
-            return Sample(order, item, self._tensor(members))
+            return Sample(place, item, self._tensor(members))
         except BrokenSample as error:
-            return Sample(order, item, None, f"{locator}: {error}")
+            return Sample(place, item, None, f"{locator}: {error}")
 
     def _tensor(self, members: Members) -> Tensor:
         if "npy" in members:
@@ -80,14 +101,18 @@ class PictureSource(IterableDataset):
         return self.transform(decode_picture(members[suffix]))  # (3, H, W)
 
 
-def _read_file(path: str, lost: Lost, captions: dict[str, str]) -> Iterator[tuple[str, Members]]:
-    try:
-        yield path, {Path(path).suffix[1:].lower(): Path(path).read_bytes(), "txt": captions.get(path, "").encode()}
-    except OSError as error:
-        lost(path, f"cannot be read ({error.strerror})")
+def _read_files(part: Part, lost: Lost, captions: dict[str, str]) -> Iterator[tuple[str, Members]]:
+    for path in part:
+        try:
+            data = Path(path).read_bytes()
+        except OSError as error:
+            lost(path, f"cannot be read ({error.strerror})")
+        else:
+            yield path, {Path(path).suffix[1:].lower(): data, "txt": captions.get(path, "").encode("utf-8", "replace")}
 
 
-def _read_shard(shard: str, lost: Lost) -> Iterator[tuple[str, Members]]:
+def _read_shard(part: Part, lost: Lost) -> Iterator[tuple[str, Members]]:
+    (shard,) = part
     where = shard if ":" in shard else Path(shard).absolute()
     for sample in read_shard(shard, lost):
         yield f"{where}#{sample['__key__']}", {k: v for k, v in sample.items() if isinstance(v, bytes)}
@@ -98,12 +123,14 @@ def find_pictures(source: str, transform: Callable[[Image.Image], Tensor], capti
 
     Raises UserError where neither is there, and for captions that cannot be read or name none of the pictures.
     """
-    if _is_shards(Path(source)):
+    if is_shards(Path(source)):
         if captions is not None:
             raise UserError(f"{source}: shards bring their captions along; leave out {captions}")
         shards = expand(source)
         sizes = [size for size in shard_sizes(shards) if size is not None]
-        return PictureSource(shards, _read_shard, transform, sum(sizes) if len(sizes) == len(shards) else None)
+        return PictureSource(
+            [(shard,) for shard in shards], _read_shard, transform, sum(sizes) if len(sizes) == len(shards) else None
+        )
     folder = Path(source).absolute()
     files = [str(path) for path in sorted(folder.rglob("*")) if is_picture(path) and path.is_file()]
     if not files:
@@ -111,10 +138,12 @@ def find_pictures(source: str, transform: Callable[[Image.Image], Tensor], capti
     said = _read_captions(captions, folder) if captions else {}
     if captions and said.keys().isdisjoint(files):
         raise UserError(f"{captions}: names no picture of {source}; names in it must be relative to that folder")
-    return PictureSource(files, partial(_read_file, captions=said), transform, len(files))
+    parts = [tuple(files[start : start + FILES_PER_PART]) for start in range(0, len(files), FILES_PER_PART)]
+    return PictureSource(parts, partial(_read_files, captions=said), transform, len(files))
 
 
-def _is_shards(source: Path) -> bool:
+def is_shards(source: Path) -> bool:
+    """Whether a source means shards: a folder that holds some, or a name with .tar in it."""
     return any(source.glob("*.tar")) if source.is_dir() else ".tar" in str(source)
 
 

@@ -23,10 +23,14 @@ def is_picture(path: Path) -> bool:
 
 
 def open_picture(locator: str) -> Image.Image:
-    """The RGB picture at 'path.jpg', or at 'shard.tar#key': the member key.jpg (.png, ...) within a tar.
+    """The RGB picture at 'path.jpg', at an http(s) URL, or at 'shard.tar#key': the member key.jpg (.png, ...) within a tar.
 
     Raises UserError where there is none, or none that can be decoded.
     """
+    if locator.startswith(("http://", "https://")):
+        from fromage.remote import fetch_picture  # which decodes with this module
+
+        return fetch_picture(locator)
     shard, is_member, key = locator.partition(".tar#")
     try:
         if is_member and not Path(locator).is_file():

@@ -1,15 +1,37 @@
 import io
 import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from test_index import COLOURS, Model, write_colours
 from test_pictures import encoded, make_tar
 
-from fromage.embed_pictures import embed_pictures
+from fromage import embed_pictures as module
+from fromage import picture_source
+from fromage.embedding_store import EmbeddingStore
 from fromage.errors import UserError
+from fromage.item_table import ItemTable
 from fromage.picture_source import Item
+
+
+def rows_and_items(store):
+    batches = list(store.batches())
+    return np.concatenate([rows for rows, _ in batches]), list(ItemTable([items for _, items in batches]))
+
+
+def embed_pictures(model, source, *options, **more):
+    """Embed into a new folder, and read it."""
+    with tempfile.TemporaryDirectory() as folder:
+        return rows_and_items(module.embed_pictures(model, source, folder, *options, **more))
 
 
 def test_folder_shards_and_stored_features_agree(tmp_path, monkeypatch):
@@ -111,3 +133,161 @@ def test_bad_captions_are_refused(tmp_path, data):
 def test_captions_are_not_for_shards(tmp_path):
     with pytest.raises(UserError, match="leave out"):
         embed_pictures(Model(), make_tar(tmp_path / "0.tar", {}), captions=tmp_path / "captions.json")
+
+
+# --- what is stored, and how a run goes on ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pictures(tmp_path, monkeypatch):
+    """Eleven pictures, one of them broken, in parts of two."""
+    monkeypatch.setattr(picture_source, "FILES_PER_PART", 2)
+    (tmp_path / "pictures").mkdir()
+    for i in range(11):
+        Image.new("RGB", (4, 4), (i * 20, 200, 90)).save(tmp_path / "pictures" / f"{i:02}.bmp")
+    (tmp_path / "pictures" / "04.bmp").write_bytes(b"broken")
+    return tmp_path / "pictures"
+
+
+@pytest.mark.filterwarnings("ignore:.*04.bmp")
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_what_is_stored(pictures, tmp_path, dtype):
+    store = module.embed_pictures(Model(), pictures, tmp_path / "out", checkpoint="a.ckpt", dtype=dtype)
+    assert (len(store), store.about["parts"], store.missing()) == (10, 6, [])
+    assert [line.split(":")[0] for line in store.broken()] == [str(pictures / "04.bmp")]
+    table = pq.read_table(tmp_path / "out" / "00001.parquet")
+    assert table.schema.metadata[b"fingerprint"] == b"f00d"
+    assert str(table.schema.field("embedding").type).endswith({"float32": "float>[3]", "float16": "halffloat>[3]"}[dtype])
+    assert table.column("key").to_pylist() == ["02", "03"]
+    assert table.column("path").to_pylist() == [str(pictures / f"{i:02}.bmp") for i in (2, 3)]
+    np.testing.assert_allclose(np.stack(table.column("embedding").to_numpy()), rows_and_items(store)[0][2:4])
+
+
+class Killed(BaseException):
+    """Stands for the signal that ends a process in the middle."""
+
+
+@pytest.mark.filterwarnings("ignore:.*04.bmp")
+@pytest.mark.parametrize("step", [0, 1, 2, 5, 8])
+@pytest.mark.parametrize("where", ["write_table", "model"])
+def test_a_run_that_was_stopped_goes_on(pictures, tmp_path, monkeypatch, step, where):
+    wanted = rows_and_items(module.embed_pictures(Model(), pictures, tmp_path / "whole", 1))
+    calls = []
+
+    def counted(original):
+        def call(*args):
+            calls.append(args)
+            if len(calls) > step:
+                raise Killed
+            return original(*args)
+
+        return call
+
+    def torn(table, path):
+        original(table, path)
+        os.truncate(path, 100)
+
+    original = pq.write_table
+    with monkeypatch.context() as patch:
+        if where == "model":
+            patch.setattr(Model, "embed_images", counted(Model.embed_images))
+        else:
+            patch.setattr("fromage.embedding_store.pq.write_table", counted(original if step % 2 else torn))
+        try:
+            module.embed_pictures(Model(), pictures, tmp_path / "out", 1)
+        except (Killed, UserError):
+            assert len(calls) <= step + 1
+    for path in (tmp_path / "out").glob("*.parquet"):  # what a power cut can leave; the message says to remove it
+        if path.stat().st_size == 100:
+            path.unlink()
+    again = []
+    embed = Model.embed_images
+    monkeypatch.setattr(Model, "embed_images", lambda *args: again.append(1) or embed(*args))
+    rows, items = rows_and_items(module.embed_pictures(Model(), pictures, tmp_path / "out", 1))
+    np.testing.assert_array_equal(rows, wanted[0])
+    assert items == wanted[1]
+    if where == "model" and step == 8:
+        assert len(again) == 10 - 7  # four whole parts, one of them with the broken picture, are not done again
+    assert not list((tmp_path / "out").glob(".*"))
+
+
+RUN = """
+import sys, time
+sys.path[:0] = {path!r}
+from test_index import Model
+from fromage import embed_pictures, picture_source
+picture_source.FILES_PER_PART = 2
+embed = Model.embed_images
+Model.embed_images = lambda *args: time.sleep(0.03) or embed(*args)
+print("ready", flush=True)
+embed_pictures.embed_pictures(Model(), {source!r}, {out!r}, 1, workers=2)
+"""
+
+
+@pytest.mark.filterwarnings("ignore:.*04.bmp")
+def test_a_killed_process_loses_and_doubles_nothing(pictures, tmp_path):
+    wanted = rows_and_items(module.embed_pictures(Model(), pictures, tmp_path / "whole", 1))
+    out, rng = tmp_path / "out", random.Random(0)
+    script = RUN.format(path=sys.path, source=str(pictures), out=str(out))
+    for _ in range(2):
+        process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        process.stdout.readline()
+        time.sleep(rng.uniform(0.05, 0.3))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    rows, items = rows_and_items(module.embed_pictures(Model(), pictures, out, 1))
+    np.testing.assert_array_equal(rows, wanted[0])
+    assert items == wanted[1]
+
+
+@pytest.mark.filterwarnings("ignore:.*04.bmp")
+def test_a_store_of_something_else_is_refused(pictures, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    module.embed_pictures(Model(), pictures, out)
+    with pytest.raises(UserError, match="dtype float32, not float16"):
+        module.embed_pictures(Model(), pictures, out, dtype="float16")
+    with pytest.raises(UserError, match="float32 or float16"):
+        module.embed_pictures(Model(), pictures, out, dtype="int8")
+    with monkeypatch.context() as patch:
+        patch.setattr(Model, "fingerprint", lambda self: "beef")
+        with pytest.raises(UserError, match="fingerprint f00d, not beef"):
+            module.embed_pictures(Model(), pictures, out)
+    (pictures / "99.bmp").write_bytes((pictures / "00.bmp").read_bytes())
+    with pytest.raises(UserError, match="another run"):
+        module.embed_pictures(Model(), pictures, out)
+    with pytest.raises(UserError, match="holds no embeddings"):
+        module.embed_pictures(Model(), pictures, pictures)
+
+
+@pytest.mark.filterwarnings("ignore:.*04.bmp")
+def test_a_store_that_is_not_whole_is_refused(pictures, tmp_path):
+    out = tmp_path / "out"
+    store = module.embed_pictures(Model(), pictures, out)
+    part = out / "00002.parquet"
+    data = part.read_bytes()
+    part.write_bytes(data[: len(data) // 2])
+    with pytest.raises(UserError, match=r"00002\.parquet: is damaged"):
+        list(EmbeddingStore.open(out).batches())
+    part.unlink()
+    with pytest.raises(UserError, match=r"5 of 6 parts.*again to finish"):
+        list(store.batches())
+    other = module.embed_pictures(Model(), pictures, tmp_path / "other")
+    other.about["fingerprint"] = "beef"
+    other.write(2, np.zeros((0, 3), np.float32), [], [])
+    part.write_bytes((tmp_path / "other" / "00002.parquet").read_bytes())
+    with pytest.raises(UserError, match="another model"):
+        list(store.batches())
+    for text in ("[]", "{", '{"format": "fromage-embeddings", "version": 1}'):
+        (out / "embeddings.json").write_text(text)
+        with pytest.raises(UserError, match="holds no embeddings"):
+            EmbeddingStore.open(out)
+
+
+def test_when_nothing_was_usable_the_next_run_begins_anew(tmp_path):
+    (tmp_path / "pictures").mkdir()
+    picture = tmp_path / "pictures" / "a.png"
+    picture.write_bytes(b"broken")
+    with pytest.raises(UserError, match="no usable"):
+        module.embed_pictures(Model(), tmp_path / "pictures", tmp_path / "out")
+    Image.new("RGB", (4, 4), (255, 0, 0)).save(picture)
+    assert len(module.embed_pictures(Model(), tmp_path / "pictures", tmp_path / "out")) == 1

@@ -1,9 +1,7 @@
 import json
 import shutil
-import warnings
 from types import SimpleNamespace
 
-import faiss
 import numpy as np
 import pytest
 import torch
@@ -13,8 +11,10 @@ from PIL import Image
 from torch import nn
 
 from fromage import index as index_module
+from fromage import index_folder
 from fromage.errors import UserError
-from fromage.index import ImageIndex, Item, build_index, draw_hits, open_index, search_index
+from fromage.index import ImageIndex, open_index, search_index
+from fromage.picture_source import Item
 
 COLOURS = {"blue": (0, 0, 255), "green": (0, 255, 0), "red": (255, 0, 0)}
 
@@ -35,7 +35,7 @@ class Vision(nn.Module):
 class Model(nn.Module):
     """Embeds a picture as its mean colour, and a text as the colour it names."""
 
-    device = torch.device("cpu")
+    device, q = torch.device("cpu"), 3
 
     def __init__(self):
         super().__init__()
@@ -155,10 +155,10 @@ def test_file_names_outside_unicode_survive(tmp_path):
     assert ImageIndex.load(tmp_path / "index", None).items == [Item(odd, "two\nlines\u2028")]
 
 
-@pytest.mark.parametrize("name", ["index.faiss", "items.jsonl"])
+@pytest.mark.parametrize("name", ["vectors.f32", "items.arrow", "index.faiss"])
 def test_damage_is_refused(tmp_path, name):
     folder = tmp_path / "index"
-    ImageIndex.build(rows(9), items(9), "").save(folder)
+    ImageIndex.build(rows(9), items(9), "", kind="IVF2,Flat").save(folder)
     data = bytearray((folder / name).read_bytes())
     data[len(data) // 2] ^= 1
     (folder / name).write_bytes(data)
@@ -169,7 +169,17 @@ def test_damage_is_refused(tmp_path, name):
         ImageIndex.load(folder, None)
 
 
-STRANGE = [{"format": "x"}, {"version": 2}, {"count": 8}, {"width": 3}, {"sha256": {}}, {"sha256": None}, None]
+STRANGE = [
+    {"format": "x"},
+    {"version": 1},
+    {"count": 8},
+    {"width": 3},
+    {"kind": "HNSW8"},
+    {"files": {}},
+    {"files": {"vectors.f32": {"bytes": "many"}, "items.arrow": 3}},
+    {"files": None},
+    None,
+]
 
 
 @pytest.mark.parametrize("change", STRANGE)
@@ -209,7 +219,7 @@ class Killed(BaseException):
     """Stands for the signal that ends a process in the middle."""
 
 
-@pytest.mark.parametrize("when", ["vectors", "items", "swap"])
+@pytest.mark.parametrize("when", ["items", "digests", "swap"])
 @pytest.mark.parametrize("error", [Killed, OSError, RuntimeError])
 def test_an_interrupted_save_leaves_the_old_index(tmp_path, monkeypatch, when, error):
     folder, rename = tmp_path / "index", type(tmp_path).rename
@@ -218,10 +228,10 @@ def test_an_interrupted_save_leaves_the_old_index(tmp_path, monkeypatch, when, e
     def fail(*args):
         raise error("interrupted")
 
-    if when == "vectors":
-        monkeypatch.setattr(faiss, "write_index", fail)
-    elif when == "items":
-        monkeypatch.setattr(index_module, "_digest", fail)
+    if when == "items":
+        monkeypatch.setattr(index_module, "write_items", fail)
+    elif when == "digests":
+        monkeypatch.setattr(index_folder, "_digest", fail)
     else:
         new_in = lambda path, to: fail() if path.name.endswith(".new") else rename(path, to)  # noqa: E731
         monkeypatch.setattr(type(tmp_path), "rename", new_in)
@@ -244,29 +254,30 @@ def test_a_process_killed_between_the_renames_is_explained_and_mended(tmp_path):
     assert not aside.exists()
 
 
-# --- the verbs --------------------------------------------------------------------------------------------------------
+def test_a_large_file_that_is_torn_is_noticed_at_once_and_any_damage_by_the_full_check(tmp_path, monkeypatch):
+    monkeypatch.setattr(index_folder, "BLOCK", 64)
+    monkeypatch.setattr(index_folder, "BLOCKS", 4)
+    folder, n = tmp_path / "index", 4000
+    ImageIndex.build(rows(n), items(n), "").save(folder)
+    path, about = folder / "vectors.f32", index_folder.read_about(folder)
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2] + bytes(len(data) - len(data) // 2))  # the second half never reached the disk
+    with pytest.raises(UserError, match="vectors"):
+        ImageIndex.load(folder, None)
+    path.write_bytes(data[:100] + bytes([data[100] ^ 1]) + data[101:])  # between the blocks that are looked at
+    index_folder.check_files(folder, about)
+    with pytest.raises(UserError, match="vectors"):
+        index_folder.check_files(folder, about, full=True)
+    path.write_bytes(data)
+    index_folder.check_files(folder, about, full=True)
 
 
-def test_build_search_and_draw(tmp_path):
-    folder, out = write_colours(tmp_path / "pictures"), tmp_path / "index"
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        build_index(Model(), folder, out)
-    index = ImageIndex.load(out, "f00d")
-    hits = search_index(Model(), index, ["red", "blue"], 2)
-    assert [row[0].path for row in hits] == [str(folder / name / "a.png") for name in ("red", "blue")]
-    assert hits[0][0].score == pytest.approx(1)
-    (folder / "red" / "a.png").unlink()
-    colours = {colour for _, colour in draw_hits(["red", "blue"], hits).getcolors(1 << 20)}
-    assert COLOURS["blue"] in colours
-    assert COLOURS["red"] not in colours
-    assert search_index(Model(), index, [], 2) == []
+def test_a_saved_index_is_not_read_into_memory(tmp_path):
+    ImageIndex.build(rows(9), items(9), "").save(tmp_path / "index")
+    assert isinstance(ImageIndex.load(tmp_path / "index", None).vectors, np.memmap)
 
 
-def test_a_place_that_is_taken_is_refused_before_the_work(tmp_path, monkeypatch):
-    monkeypatch.setattr(index_module, "embed_pictures", lambda *args: pytest.fail("hours of work"))
-    with pytest.raises(UserError, match="not an index"):
-        build_index(Model(), tmp_path, tmp_path)
+# --- with a model -----------------------------------------------------------------------------------------------------
 
 
 def test_an_index_finds_its_checkpoint(tmp_path, monkeypatch):
@@ -274,7 +285,7 @@ def test_an_index_finds_its_checkpoint(tmp_path, monkeypatch):
     monkeypatch.setattr(index_module, "load_model", loaded)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.ckpt").touch()
-    build_index(Model(), write_colours(tmp_path / "pictures"), "index", checkpoint="a.ckpt")
+    ImageIndex.build(rows(3), items(3), "f00d", str(tmp_path / "a.ckpt")).save("index")
     model, index = open_index("index")
     assert (model.path, len(index)) == (str(tmp_path / "a.ckpt"), 3)
     (tmp_path / "a.ckpt").rename("b.ckpt")
@@ -284,3 +295,10 @@ def test_an_index_finds_its_checkpoint(tmp_path, monkeypatch):
     monkeypatch.setattr(index_module, "load_model", lambda path, device: SimpleNamespace(fingerprint=lambda: "beef"))
     with pytest.raises(UserError, match=r"f00d.*beef"):
         open_index("index", "b.ckpt")
+
+
+def test_search_for_texts():
+    colours = np.array(list(COLOURS.values()), dtype=np.float32)
+    index = ImageIndex.build(colours, [Item(name) for name in COLOURS], "f00d")
+    assert [row[0].path for row in search_index(Model(), index, ["red", "blue"], 2)] == ["red", "blue"]
+    assert search_index(Model(), index, [], 2) == []

@@ -19,11 +19,23 @@ from fromage.data import CC3M, Batch
 from fromage.evals.retrieval import evaluate, evaluate_clip
 from fromage.features import store_features
 from fromage.generate import caption_images
-from fromage.index import build_index, draw_hits, search_index
+from fromage.hits import SPARE, draw_hits, openable
+from fromage.index import search_index
+from fromage.index_builder import build_index
 from fromage.model import Fromage
 from fromage.pictures import open_picture
 from fromage.toy.scenes import COLOURS, SHAPES, Scene
 from fromage.toy.world import make_world
+
+CONVERSATION = "index_k4"  # of the model with the better captions
+
+
+def conversation_index(out: Path) -> Path:
+    """The index of a toy model to talk to: of the tour in the folder `out`, which is made first where there is none."""
+    if not (out / CONVERSATION).exists():
+        print(f"no checkpoint is given: making the toy world and a model of it in {out}, two to three minutes", flush=True)
+        demo(out)
+    return out / CONVERSATION
 
 
 def demo(out: Path, pairs: int = 8192, scenes: int = 1000, options: Sequence[str] = ()) -> dict[str, Any]:
@@ -52,9 +64,13 @@ def demo(out: Path, pairs: int = 8192, scenes: int = 1000, options: Sequence[str
     with timed("search", seconds):
         coco = world / "coco"
         captions = coco / "annotations" / "captions_val2017.json"
-        index = build_index(models[1], str(coco / "val2017"), out / "index", captions=captions, checkpoint=runs[1])
+        index, _ = (
+            build_index(models[k], str(coco / "val2017"), out / name, captions=captions, checkpoint=runs[k])
+            for k, name in ((1, "index"), (4, CONVERSATION))
+        )
         asked = queries(json.loads(captions.read_text()))
-        draw_hits(asked, search_index(models[1], index, asked, 5)).save(out / "searches.png")
+        found = [openable(hits, 5)[0] for hits in search_index(models[1], index, asked, 5 + SPARE)]
+        draw_hits(asked, found).save(out / "searches.png")
     report["seconds"] = {**{k: round(v, 1) for k, v in seconds.items()}, "after_install": round(time.monotonic() - began, 1)}
     (out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
     print(table(report), f"report: {out / 'report.json'}\nsearches: {out / 'searches.png'}", sep="\n")

@@ -1,0 +1,96 @@
+"""The authors' embeddings of CC3M: pickles of {'paths': [URL, ...], 'embeddings': N rows of width q}, not normalised.
+
+A pickle can run any program when it is read; here only arrays, lists, texts and numbers are admitted.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from fromage.errors import UserError, first_line
+from fromage.index import unit
+from fromage.item_table import to_batch
+from fromage.picture_source import Item
+
+CHUNK = 1 << 16  # rows
+
+
+def _latin1(text: str, encoding: str) -> bytes:
+    """In place of _codecs.encode, with which pickles of protocol 2 write bytes."""
+    if encoding != "latin1":
+        raise pickle.UnpicklingError(f"asks for the encoding {encoding}")
+    return text.encode("latin1")
+
+
+def _array_of(kind: type, shape: tuple[int, ...], dtype: bytes | str) -> np.ndarray:
+    """In place of numpy's _reconstruct: an empty array, which the pickle then fills."""
+    if kind is not np.ndarray:
+        raise pickle.UnpicklingError(f"asks for an array of the type {kind}")
+    return np.empty(shape, np.dtype(dtype.decode() if isinstance(dtype, bytes) else dtype))
+
+
+def _from_buffer(buffer: bytes, dtype: np.dtype, shape: tuple[int, ...], order: str) -> np.ndarray:
+    """In place of numpy's _frombuffer, with which protocol 5 writes arrays."""
+    return np.frombuffer(buffer, dtype).reshape(shape, order=order)  # type: ignore[call-overload]
+
+
+def _number(dtype: np.dtype, data: bytes) -> Any:
+    """In place of numpy's scalar."""
+    return np.frombuffer(data, dtype, 1)[0]
+
+
+ADMITTED: dict[tuple[str, str], Callable[..., Any]] = {
+    ("numpy", "ndarray"): np.ndarray,
+    ("numpy", "dtype"): np.dtype,
+    ("_codecs", "encode"): _latin1,
+}
+for _core in ("numpy.core", "numpy._core"):  # of NumPy 1 and 2
+    ADMITTED[f"{_core}.multiarray", "_reconstruct"] = _array_of
+    ADMITTED[f"{_core}.multiarray", "scalar"] = _number
+    ADMITTED[f"{_core}.numeric", "_frombuffer"] = _from_buffer
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in ADMITTED:
+            raise pickle.UnpicklingError(f"asks for {module}.{name}, which is no array, list, text or number")
+        return ADMITTED[module, name]
+
+
+def read_embeddings(path: str | Path, width: int) -> tuple[np.ndarray, list[str]]:
+    """(N, q) rows, not normalised, and the pictures' URLs.
+
+    Raises:
+        UserError: the file is no such pickle, asks for anything but arrays, or its rows are not `width` wide.
+    """
+    path = Path(path)
+    try:
+        data = _Unpickler(io.BytesIO(path.read_bytes())).load()
+        urls, rows = data["paths"], data["embeddings"]
+        rows = np.asarray(rows if isinstance(rows, np.ndarray) else [np.ravel(row) for row in rows], dtype=np.float32)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); give the authors' embeddings pickle") from error
+    except Exception as error:  # a broken pickle can raise nearly anything
+        cause = first_line(error) if not isinstance(error, KeyError) else f"has no {error}"
+        raise UserError(f"{path}: is not {{'paths': [...], 'embeddings': array}} ({cause[:200]}); not read") from error
+    if rows.ndim != 2 or rows.shape[1] != width:
+        raise UserError(f"{path}: embeddings of shape {rows.shape}; the model's are (rows, {width}); give its checkpoint")
+    if not isinstance(urls, list) or len(urls) != len(rows) or not all(isinstance(url, str) for url in urls):
+        raise UserError(f"{path}: 'paths' is not a list of {len(rows)} texts, one per embedding; get the file again")
+    return rows, urls
+
+
+def rows_of(paths: Sequence[str | Path], width: int) -> Iterator[tuple[np.ndarray, pa.RecordBatch]]:
+    """The unit rows and items of such pickles, as write_index takes them."""
+    for path in paths:
+        rows, urls = read_embeddings(path, width)
+        for start in range(0, len(rows), CHUNK):
+            items = [Item(url) for url in urls[start : start + CHUNK]]
+            yield unit(rows[start : start + CHUNK], str(path)), to_batch(items)

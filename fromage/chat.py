@@ -1,0 +1,150 @@
+"""A conversation in which either side may send pictures.
+
+    chat = Chat(model, index)
+    answer = chat.say("Which of these is a star?", Path("sky.jpg"))
+    for piece in chat.stream("Show me another one."): ...          # text and pictures as they are decoded
+
+What was said and shown stands in front of every turn: system prompt, examples, the turns so far. When it grows beyond the
+language model's positions the oldest turns are left out, then the examples, each as a whole with its pictures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from fromage.decoding import Decoding
+from fromage.gallery import Resolve, Shown
+from fromage.generate import Answer, stream
+from fromage.hits import openable
+from fromage.model import Fromage
+from fromage.prompts import RET, START, Part, Picture, encode_pictures, max_length, parts_of, prompt_length
+
+if TYPE_CHECKING:
+    from fromage.index import ImageIndex
+
+Parts = Sequence[Part]
+
+
+@dataclass(frozen=True)
+class Style:
+    """What stands around the words of a turn. Texts; stop: where an answer ends."""
+
+    before: str
+    between: str
+    behind: str
+    stop: tuple[str, ...]
+
+
+STYLES = {
+    "dialogue": Style("Q: ", "\nA:", "\n", ("\n",)),  # as the paper prompts
+    "plain": Style("", "", " ", ("\n",)),  # what is said is simply gone on from
+}
+
+
+@dataclass
+class Turn:
+    """What the user said and what came back. parts: both as they stand in later prompts, their pictures as features."""
+
+    said: list[Part]
+    answer: Answer
+    parts: list[Part] = field(repr=False)
+
+
+class Chat:
+    """One conversation. Several may share a model, as long as only one of them decodes at a time.
+
+    Attributes:
+        turns: the conversation so far; `undo` and `reset` shorten it.
+    """
+
+    def __init__(
+        self,
+        model: Fromage,
+        index: ImageIndex | None = None,
+        decoding: Decoding | None = None,
+        style: str = "dialogue",
+        system: Parts = (),
+        examples: Sequence[tuple[Parts, Parts]] = (),
+        resolve: Resolve | None = openable,
+    ) -> None:
+        """Start a conversation.
+
+        Args:
+            index: where pictures are found; None for text alone.
+            decoding: how answers are decoded; it may be exchanged between turns. Its stop texts count beside the style's.
+            style: of STYLES.
+            system: stands at the front, and is never left out.
+            examples: what was said and answered in few-shot examples, in front of the turns.
+            resolve: how found pictures are opened; None leaves them unopened, and [RET] alone in the history.
+        """
+        self.model, self.index, self.decoding, self.resolve = model, index, decoding or Decoding(), resolve
+        self.style, self.turns = STYLES[style], list[Turn]()
+        self.system = self._encoded(system)
+        self.examples = [self._framed(self._encoded(said), self._encoded(answered)) for said, answered in examples]
+
+    def say(self, *parts: Part) -> Answer:
+        """One turn: text, pictures, files and addresses in any order; what came back."""
+        for _ in self.stream(*parts):
+            pass
+        return self.turns[-1].answer
+
+    def stream(self, *parts: Part) -> Iterator[str | Shown]:
+        """The same, piece by piece. A turn that is broken off, by an error or by closing the iterator, leaves no trace.
+
+        Raises:
+            UserError: the turn alone is too long for the language model, or a picture cannot be had.
+        """
+        said = self._encoded(parts)
+        pieces: list[str | Shown] = []
+        for piece in stream(self.model, self.prompt(said), self._decoding(), self.index, self.resolve):
+            pieces.append(piece)
+            yield piece
+        answer = Answer.of(pieces)
+        self.turns.append(Turn(list(parts), answer, self._framed(said, self._answered(answer))))
+
+    def prompt(self, said: Parts) -> list[Part]:
+        """The prompt of a turn: as much of the history as the language model has positions for."""
+        ends: list[Part] = [self.style.before, *said, self.style.between]
+        history = [*self.examples, *(turn.parts for turn in self.turns)]
+        droppable = [*range(len(self.examples), len(history)), *range(len(self.examples))]  # oldest turns, then examples
+        for dropped in range(len(history) + 1):
+            kept = sorted(set(range(len(history))) - set(droppable[:dropped]))
+            parts = _worded([*self.system, *(part for i in kept for part in history[i]), *ends])
+            limit = max_length(self.model)
+            if limit is None or prompt_length(self.model, parts) + self.decoding.max_new_tokens <= limit:
+                break
+        return [*parts, START] if parts and all(isinstance(part, Picture) for part in parts) else parts
+
+    def undo(self) -> None:
+        """Take the last turn back."""
+        del self.turns[-1:]
+
+    def reset(self) -> None:
+        """Forget all turns."""
+        self.turns.clear()
+
+    def _decoding(self) -> Decoding:
+        return replace(self.decoding, stop=(*self.decoding.stop, *self.style.stop))
+
+    def _encoded(self, parts: Parts) -> list[Part]:
+        """The parts, each picture encoded once and for all."""
+        listed = parts_of(list(parts))
+        features = iter(encode_pictures(self.model, [part for part in listed if isinstance(part, Picture)]))
+        return [next(features) if isinstance(part, Picture) else part for part in listed]
+
+    def _answered(self, answer: Answer) -> list[Part]:
+        """An answer as it stands in later prompts: what was shown in the place of its [RET]."""
+        parts: list[Part] = []
+        for part in answer.parts:
+            parts += [part] if isinstance(part, str) else self._encoded(part.pictures) or [RET]
+        return parts
+
+    def _framed(self, said: Parts, answered: Parts) -> list[Part]:
+        return _worded([self.style.before, *said, self.style.between, *answered, self.style.behind])
+
+
+def _worded(parts: Parts) -> list[Part]:
+    """Without empty texts."""
+    return [part for part in parts if not (isinstance(part, str) and not part)]

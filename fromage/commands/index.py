@@ -1,0 +1,138 @@
+"""Verbs of the image index: embed pictures, build an index of the embeddings, change it, look at it."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fromage.commands.verb import DEVICE, OUT, Verbs, option
+from fromage.errors import UserError
+
+if TYPE_CHECKING:
+    from fromage.index import ImageIndex
+
+
+def _tell(index: ImageIndex, where: Path) -> None:
+    recall = f", recall@10 {index.candidates.recall:.3f} against flat" if index.candidates else ""
+    print(f"index of {len(index)} pictures, {index.kind}{recall} -> {where}")
+
+
+def embed(args: argparse.Namespace) -> None:
+    """Embed pictures with a checkpoint; takes up a run that was killed."""
+    from fromage.checkpoint import load_model
+    from fromage.embed_pictures import embed_pictures
+
+    model = load_model(args.ckpt, args.device)
+    how = args.batch_size, args.workers, args.captions, args.ckpt, args.dtype
+    print(f"{len(embed_pictures(model, args.images, args.out, *how))} embeddings -> {args.out}")
+
+
+def build(args: argparse.Namespace) -> None:
+    """Build an index of embeddings, or of pictures at once."""
+    from fromage import index_builder
+    from fromage.checkpoint import load_model
+    from fromage.embedding_store import EmbeddingStore
+
+    if bool(args.embeddings) == bool(args.images and args.ckpt):
+        raise UserError("index build: give either --embeddings, or --images with --ckpt")
+    if args.embeddings:
+        index = index_builder.build(EmbeddingStore.open(args.embeddings), args.out, args.kind)
+    else:
+        how = args.batch_size, args.workers, args.captions, args.ckpt, args.kind
+        index = index_builder.build_index(load_model(args.ckpt, args.device), args.images, args.out, *how)
+    _tell(index, args.out)
+
+
+def add(args: argparse.Namespace) -> None:
+    """Add embeddings to an index; pictures that are there already are left as they are."""
+    from fromage import index_builder
+    from fromage.embedding_store import EmbeddingStore
+
+    _tell(index_builder.add(args.index, EmbeddingStore.open(args.embeddings)), args.index)
+
+
+def remove(args: argparse.Namespace) -> None:
+    """Remove pictures from an index."""
+    from fromage import index_builder
+
+    _tell(index_builder.remove(args.index, args.path), args.index)
+
+
+def merge(args: argparse.Namespace) -> None:
+    """Merge indexes of the same checkpoint; of pictures at the same path the first counts."""
+    from fromage import index_builder
+
+    _tell(index_builder.merge(args.index, args.out, args.kind), args.out)
+
+
+def import_authors(args: argparse.Namespace) -> None:
+    """Build an index of the authors' embeddings pickles, which hold URLs in place of paths."""
+    from fromage.authors_embeddings import rows_of
+    from fromage.checkpoint import load_model
+    from fromage.index_builder import write_index
+
+    model, where = load_model(args.ckpt), str(args.ckpt.absolute())
+    _tell(write_index(args.out, rows_of(args.pickle, model.q), model.q, model.fingerprint(), where, args.kind), args.out)
+
+
+def info(args: argparse.Namespace) -> None:
+    """Print what an index is."""
+    from fromage.index_folder import check_files, read_about
+
+    about = read_about(args.index)
+    check_files(args.index, about, full=args.check)
+    size = sum(file["bytes"] for file in about.pop("files").values())
+    for name, value in {**about, "bytes_per_picture": round(size / about["count"])}.items():
+        print(f"{name:18} {value}")
+    print("every byte is as it was written" if args.check else "sizes and samples of the files are right; --check reads all")
+
+
+CKPT = option("--ckpt", type=Path, required=True, help="checkpoint of `lightning fit`")
+CAPTIONS = option("--captions", type=Path, help="COCO caption JSON, or {file name: caption}, for a folder")
+BATCH_SIZE = option("--batch-size", type=int, default=64, help="pictures per batch")
+WORKERS = option("--workers", type=int, default=0, help="processes that decode pictures")
+KIND = option("--kind", help="flat, or a FAISS factory string such as IVF4096,SQ8 (flat up to a million pictures)")
+INDEX = option("index", type=Path, help="folder of the index")
+EMBEDDINGS = option("--embeddings", type=Path, required=True, help="folder of `fromage index embed`")
+
+VERBS: Verbs = {
+    ("index", "embed"): (
+        embed,
+        [
+            CKPT,
+            option("--images", required=True, help="folder of pictures, or shards"),
+            OUT,
+            CAPTIONS,
+            BATCH_SIZE,
+            WORKERS,
+            option("--dtype", choices=("float32", "float16"), default="float32", help="of the stored embeddings"),
+            DEVICE,
+        ],
+    ),
+    ("index", "build"): (
+        build,
+        [
+            option("--embeddings", type=Path, help="folder of `fromage index embed`"),
+            option("--images", help="folder of pictures, or shards, to embed first"),
+            option("--ckpt", type=Path, help="checkpoint of `lightning fit`, for --images"),
+            OUT,
+            KIND,
+            CAPTIONS,
+            BATCH_SIZE,
+            WORKERS,
+            DEVICE,
+        ],
+    ),
+    ("index", "add"): (add, [INDEX, EMBEDDINGS]),
+    ("index", "remove"): (remove, [INDEX, option("path", nargs="+", help="paths as `fromage search` prints them")]),
+    ("index", "merge"): (merge, [option("index", type=Path, nargs="+", help="folders of indexes"), OUT, KIND]),
+    ("index", "import"): (
+        import_authors,
+        [option("pickle", type=Path, nargs="+", help="{'paths': [...], 'embeddings': array}"), CKPT, OUT, KIND],
+    ),
+    ("index", "info"): (
+        info,
+        [INDEX, option("--check", action="store_true", help="compare the digests of all bytes")],
+    ),
+}

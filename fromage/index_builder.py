@@ -1,0 +1,143 @@
+"""Making saved indexes: from embeddings, and from other indexes by adding, removing and merging.
+
+Each of these streams rows into a new folder, which takes the place of the old one when it is whole. Approximate kinds keep
+what they have learnt, and are measured anew.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from fromage.candidates import Candidates, default_kind
+from fromage.embed_pictures import embed_pictures
+from fromage.embedding_store import EmbeddingStore
+from fromage.errors import UserError
+from fromage.index import ImageIndex, open_rows, unit, write_rows
+from fromage.index_folder import CANDIDATES, check_replaceable, replacing
+from fromage.item_table import keep_mask
+from fromage.model import Fromage
+
+Rows = Iterable[tuple[np.ndarray, pa.RecordBatch]]  # (n, q) vectors and their items, some at a time
+
+
+def write_index(
+    out: str | Path,
+    rows: Rows,
+    width: int,
+    fingerprint: str,
+    checkpoint: str = "",
+    kind: str | None = None,
+    trained: Candidates | None = None,
+) -> ImageIndex:
+    """Write unit rows as an index.
+
+    Args:
+        width: q.
+        fingerprint: of the model that embedded them; checkpoint is where it lies, if that is known.
+        kind: see fromage.candidates; None chooses by the number of rows.
+        trained: an index of the kind, which holds the first of the rows or none.
+    """
+    with replacing(out) as new:
+        write_rows(new, rows)
+        index = ImageIndex(*open_rows(new, width), fingerprint, checkpoint)
+        index.prepare(kind or default_kind(len(index)), trained)
+        index.finish(new)
+    return ImageIndex.load(out, fingerprint)
+
+
+def build(store: EmbeddingStore, out: str | Path, kind: str | None = None) -> ImageIndex:
+    """Index what embed_pictures stored."""
+    check_replaceable(out)
+    about = store.about
+    return write_index(out, _rows(store), about["width"], about["fingerprint"], about["checkpoint"], kind)
+
+
+def build_index(
+    model: Fromage,
+    images: str | Path,
+    out: str | Path,
+    batch_size: int = 64,
+    workers: int = 0,
+    captions: str | Path | None = None,
+    checkpoint: str | Path | None = None,
+    kind: str | None = None,
+) -> ImageIndex:
+    """Embed pictures and save their index as the folder out; what is embedded outlasts a kill, beside out.
+
+    Args:
+        checkpoint: where the model was loaded from, so that open_index finds it.
+        kind: as for write_index. The others are those of embed_pictures.
+    """
+    check_replaceable(out)  # before the hours of embedding
+    out = Path(out).resolve()
+    beside = out.with_name(f".{out.name}.{model.fingerprint()}.embeddings")
+    store = embed_pictures(model, images, beside, batch_size, workers, captions, checkpoint)
+    index = build(store, out, kind)
+    shutil.rmtree(beside)
+    return index
+
+
+def add(folder: str | Path, store: EmbeddingStore) -> ImageIndex:
+    """Put embeddings behind those of an index, which keeps its kind; pictures that are there already stay as they are."""
+    index = ImageIndex.load(folder, None)
+    index.require(store.about["fingerprint"], folder)
+    rows = chain(index.rows(), _without(_rows(store), index.items.paths()))
+    return _rewrite(folder, index, rows, _learnt(folder, index))
+
+
+def remove(folder: str | Path, paths: Sequence[str]) -> ImageIndex:
+    """Take pictures out of an index, every one at these paths. Raises UserError for a path that is not there."""
+    index = ImageIndex.load(folder, None)
+    barred = pa.chunked_array([pa.array([path.encode("utf-8", "surrogateescape") for path in paths], pa.binary())])
+    there = set(index.items.paths().filter(pc.is_in(index.items.paths(), value_set=barred)).to_pylist())
+    if gone := [path for path in barred.to_pylist() if path not in there]:
+        name = gone[0].decode("utf-8", "replace")
+        raise UserError(f"{folder}: has no picture {name}; give paths as `fromage search` prints them")
+    trained = _learnt(folder, index)
+    if trained:
+        trained.index.reset()  # forgets the rows, not the training
+    return _rewrite(folder, index, _without(index.rows(), barred), trained)
+
+
+def merge(folders: Sequence[str | Path], out: str | Path, kind: str | None = None) -> ImageIndex:
+    """Write one index of several. Of pictures at the same path the first counts. kind: the first one's, unless given."""
+    indexes = [ImageIndex.load(folder, None) for folder in folders]
+    first = indexes[0]
+    for index, folder in zip(indexes, folders, strict=True):
+        index.require(first.fingerprint, folder)
+    parts, seen = [first.rows()], first.items.paths()
+    for index in indexes[1:]:
+        parts.append(_without(index.rows(), seen))
+        seen = pa.chunked_array([*seen.chunks, *index.items.paths().chunks], pa.binary())
+    trained = _learnt(folders[0], first) if kind in (None, first.kind) else None
+    return _rewrite(out, first, chain(*parts), trained, kind)
+
+
+def _rewrite(
+    out: str | Path, like: ImageIndex, rows: Rows, trained: Candidates | None, kind: str | None = None
+) -> ImageIndex:
+    return write_index(out, rows, like.width, like.fingerprint, like.checkpoint, kind or like.kind, trained)
+
+
+def _learnt(folder: str | Path, index: ImageIndex) -> Candidates | None:
+    """The candidates of a saved index, in memory, where they can be changed."""
+    old = index.candidates
+    return old and Candidates.read(Path(folder) / CANDIDATES, old.kind, old.setting, old.recall, mapped=False)
+
+
+def _rows(store: EmbeddingStore) -> Rows:
+    return ((unit(rows, str(store.folder)), items) for rows, items in store.batches())
+
+
+def _without(rows: Rows, barred: pa.ChunkedArray) -> Iterator[tuple[np.ndarray, pa.RecordBatch]]:
+    """The rows whose items are at none of the barred paths."""
+    for vectors, items in rows:
+        keep = keep_mask(items, barred)
+        yield vectors[keep], items.filter(pa.array(keep))

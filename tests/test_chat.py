@@ -1,0 +1,128 @@
+"""A conversation: what stands in its prompts, what is cut when it grows, and that turns leave no trace when broken off."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from fromage.chat import Chat
+from fromage.decoding import Decoding
+from fromage.errors import UserError
+from fromage.gallery import Shown
+from fromage.index import ImageIndex
+from fromage.model import Fromage
+from fromage.picture_source import Item
+from fromage.prompts import RET, START, prompt_ids, prompt_length
+
+COLOURS = ("red", "green", "blue", "white", "black", "yellow")
+PICTURES_PLEASE = Decoding(max_new_tokens=6, ret_bias=1e4, max_images=1)
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return Fromage.load(k=2, q=32)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    out = tmp_path_factory.mktemp("pictures")
+    for colour in COLOURS:
+        Image.new("RGB", (64, 64), colour).save(out / f"{colour}.png")
+    return out
+
+
+@pytest.fixture(scope="module")
+def index(model, folder):
+    paths = sorted(folder.glob("*.png"))
+    pixels = torch.stack([model.vision.transform(Image.open(path)) for path in paths])
+    rows = model.embed_images(model.vision(pixels)).detach().numpy()
+    return ImageIndex.build(rows, [Item(str(path)) for path in paths], model.fingerprint())
+
+
+def words(model, chat, said="a star"):
+    return model.tokenizer.hf.decode(prompt_ids(model, chat.prompt([said])))
+
+
+def test_turns_examples_and_system_stand_in_the_prompt_in_their_order(model):
+    chat = Chat(model, system=["be kind."], examples=[(["one"], ["two"])], decoding=Decoding(max_new_tokens=4))
+    answer = chat.say("a ring")
+    want = f"be kind.Q: one\nA:two\nQ: a ring\nA:{''.join(answer.parts)}\nQ: a star\nA:"
+    assert model.tokenizer.decode(prompt_ids(model, chat.prompt(["a star"]))) == model.tokenizer.decode(
+        model.tokenizer.encode(want)
+    )
+    chat.undo()
+    assert "a ring" not in words(model, chat)
+
+
+def test_pictures_come_back_and_stand_in_the_history(model, index, folder):
+    chat = Chat(model, index, PICTURES_PLEASE, style="plain")
+    answer = chat.say("a red star", folder / "red.png")
+    (shown,) = answer.shown
+    assert len(shown.pictures) == 1 and Path(shown.hits[0].path).exists()
+    assert shown.hits[0].path != str(folder / "red.png"), "not the user's own picture"
+    features = [part for part in chat.turns[0].parts if isinstance(part, torch.Tensor)]
+    assert len(features) == 2, "what the user sent and what came back, encoded once"
+    seen = {str(folder / "red.png"), shown.hits[0].path}
+    for _ in range(len(COLOURS) - 2):
+        (shown,) = chat.say("and another one").shown
+        assert shown.hits[0].path not in seen, "no picture twice in a conversation"
+        seen.add(shown.hits[0].path)
+
+
+def test_without_pictures_to_open_the_history_has_ret(model, index):
+    chat = Chat(model, index, PICTURES_PLEASE, style="plain", resolve=None)
+    chat.say("a red star")
+    assert RET in chat.turns[0].parts
+
+
+def test_a_picture_alone_is_put_as_in_training(model, folder):
+    chat = Chat(model, style="plain")
+    (picture,) = chat._encoded([folder / "blue.png"])
+    assert chat.prompt([picture])[1:] == [START]
+
+
+def test_the_oldest_turns_are_left_out_whole_then_the_examples_and_the_rest_never(model, folder):
+    limit = model.lm.hf.config.max_position_embeddings
+    chat = Chat(model, system=["be kind."], examples=[(["an example", folder / "red.png"], ["of an answer"])],
+                decoding=Decoding(max_new_tokens=2))  # fmt: skip
+    picture = folder / "green.png"
+    for _ in range(6):
+        chat.say("a large blue ring on the left at night " * 4, picture)
+    prompt = chat.prompt(["a star"])
+    assert prompt_length(model, prompt) + 2 <= limit
+    pictures = sum(isinstance(part, torch.Tensor) for part in prompt)
+    kept = words(model, chat).count("Q: ") - 2
+    assert pictures == kept + 1, "each turn kept has its picture, and so has the example"
+    longer = chat.prompt(["a star " * ((limit - 20) // 2)])
+    text = model.tokenizer.decode(prompt_ids(model, longer))
+    assert "an example" not in text and text.startswith("be kind.")
+    with pytest.raises(UserError, match="shorten"):
+        chat.say("a star " * limit)
+
+
+def test_a_turn_broken_off_leaves_no_trace(model, index, tmp_path):
+    chat = Chat(model, index, Decoding(max_new_tokens=20))
+    pieces = chat.stream("a star")
+    next(pieces)
+    pieces.close()
+    assert chat.turns == []
+    with pytest.raises(UserError, match="nothing"):
+        chat.say(tmp_path / "nothing.png")
+    assert chat.turns == []
+    assert isinstance(chat.say("a star").text, str) and len(chat.turns) == 1
+
+
+def test_streaming_gives_the_pieces_of_the_answer(model, index):
+    chat, other = (Chat(model, index, PICTURES_PLEASE) for _ in range(2))
+    pieces = list(chat.stream("a star"))
+    answer = other.say("a star")
+    assert any(isinstance(piece, Shown) for piece in pieces)
+    assert "".join(p for p in pieces if isinstance(p, str)) == "".join(p for p in answer.parts if isinstance(p, str))
+
+
+def test_two_conversations_know_nothing_of_each_other(model):
+    one, other = Chat(model, decoding=Decoding(max_new_tokens=3)), Chat(model)
+    one.say("a secret ring")
+    assert "secret" not in words(model, other)

@@ -1,0 +1,45 @@
+import warnings
+
+import pytest
+from PIL import Image
+from test_index import COLOURS, write_colours
+
+from fromage import pictures
+from fromage.errors import UserError
+from fromage.hits import Hit, draw_hits, openable
+
+
+def hits(folder, names):
+    return [Hit(i, 1 - i / 10, str(folder / name / "a.png"), name) for i, name in enumerate(names, 1)]
+
+
+def test_the_next_best_takes_the_place_of_a_picture_that_is_gone(tmp_path):
+    found = hits(write_colours(tmp_path), ["gone", "red", "lost", "blue", "green"])
+    opened, notes = openable(found, 2)
+    assert [hit.caption for hit, _ in opened] == ["red", "blue"]
+    assert [picture.getpixel((0, 0)) for _, picture in opened] == [COLOURS["red"], COLOURS["blue"]]
+    assert [note.split(":")[0] for note in notes] == ["left out #1", "left out #3"] and "gone" in notes[0]
+    assert openable(found, 9)[0][-1][0].caption == "green"
+    assert openable(found, 0) == openable([], 3) == ([], [])
+
+
+def test_a_dead_address_is_a_note(tmp_path, monkeypatch):
+    def fetch(url):
+        raise UserError(f"{url}: answers 404")
+
+    monkeypatch.setattr("fromage.remote.fetch_picture", fetch)
+    dead = Hit(1, 0.9, "https://pictures.example/a.jpg", "")
+    opened, notes = openable([dead, *hits(write_colours(tmp_path), ["red"])], 1)
+    assert opened[0][0].caption == "red" and "404" in notes[0]
+    with pytest.raises(UserError, match="404"):
+        pictures.open_picture(dead.path)
+
+
+def test_hits_are_drawn(tmp_path):
+    found = hits(write_colours(tmp_path), ["red", "blue"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        page = draw_hits(["one", "two"], [openable(found, 1)[0], []])
+    colours = {colour for _, colour in page.getcolors(1 << 20)}
+    assert COLOURS["red"] in colours and COLOURS["blue"] not in colours
+    assert isinstance(page, Image.Image)

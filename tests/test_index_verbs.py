@@ -1,0 +1,69 @@
+"""The index's verbs, one after the other, as a user runs them."""
+
+import pickle
+
+import pytest
+from test_index import COLOURS, Model, rows, write_colours
+
+from fromage.cli import main
+from fromage.index import ImageIndex
+
+
+@pytest.fixture
+def ckpt(tmp_path, monkeypatch):
+    """A checkpoint of the model of three colours."""
+    for module in ("checkpoint", "index"):
+        monkeypatch.setattr(f"fromage.{module}.load_model", lambda path, device="cpu": Model())
+    (tmp_path / "a.ckpt").touch()
+    return str(tmp_path / "a.ckpt")
+
+
+def test_every_stage(ckpt, tmp_path, capsys):
+    pictures, at = write_colours(tmp_path / "pictures"), lambda name: str(tmp_path / name)
+    red, blue = (str(pictures / name / "a.png") for name in ("red", "blue"))
+    some = ["--ckpt", ckpt, "--images", str(pictures)]
+    assert main(["index", "embed", *some, "--out", at("all"), "--dtype", "float16", "--workers", "0"]) == 0
+    assert main(["index", "embed", "--ckpt", ckpt, "--images", str(pictures / "red"), "--out", at("red")]) == 0
+    assert main(["index", "build", "--embeddings", at("red"), "--out", at("index")]) == 0
+    assert main(["index", "add", at("index"), "--embeddings", at("all")]) == 0
+    assert ImageIndex.load(at("index"), "f00d").items[0].path == red
+    assert main(["index", "build", *some, "--out", at("other"), "--kind", "IVF1,Flat"]) == 0
+    assert main(["index", "remove", at("other"), blue]) == 0
+    assert main(["index", "merge", at("other"), at("index"), "--out", at("merged")]) == 0
+    capsys.readouterr()
+    assert main(["index", "info", at("merged"), "--check"]) == 0
+    said = capsys.readouterr().out
+    assert all(word in said for word in ("count              3", "IVF1,Flat", "nprobe=1", "every byte"))
+
+    words = ["blue", "--image", red, "--index", at("merged"), "-k", "2", "--png", at("found.png")]
+    assert main(["search", *words]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "blue" and blue in lines[1] and lines[3] == red and red in lines[4]
+    (pictures / "blue" / "a.png").unlink()
+    assert main(["search", *words]) == 0
+    assert f"left out #1: {blue}" in capsys.readouterr().err
+
+
+def test_the_authors_embeddings(ckpt, tmp_path, capsys):
+    urls = [f"https://pictures.example/{name}.jpg" for name in COLOURS]
+    path = tmp_path / "cc3m_embeddings.pkl"
+    path.write_bytes(pickle.dumps({"paths": urls, "embeddings": rows(3, q=3)}))
+    assert main(["index", "import", str(path), "--ckpt", ckpt, "--out", str(tmp_path / "index")]) == 0
+    assert [item.path for item in ImageIndex.load(tmp_path / "index", "f00d").items] == urls
+
+
+def test_what_is_wrong_is_one_line(ckpt, tmp_path, capsys):
+    out = ["--out", str(tmp_path / "out")]
+    for words, named in (
+        (["index", "build", *out], "--embeddings"),
+        (["index", "build", *out, "--images", "x"], "--ckpt"),
+        (["index", "build", *out, "--images", "x", "--ckpt", ckpt, "--embeddings", "y"], "either"),
+        (["index", "build", *out, "--embeddings", str(tmp_path)], "fromage index embed"),
+        (["index", "merge", str(tmp_path), *out], "no readable index"),
+        (["index", "info", str(tmp_path)], "no readable index"),
+        (["search", "--index", str(tmp_path)], "--image"),
+        (["search", "--index", str(tmp_path), "--image", "gone.jpg"], "gone.jpg"),
+    ):
+        assert main(words) == 2
+        assert named in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,148 @@
+"""Interleaved prompts: what stands where, that a batch gives what single prompts give, and what is refused."""
+
+import pytest
+import torch
+from PIL import Image
+
+from fromage.errors import UserError
+from fromage.prompts import (
+    RET,
+    START,
+    Url,
+    embed_for_retrieval,
+    embed_prompts,
+    encode_pictures,
+    max_length,
+    prompt_ids,
+    prompt_length,
+)
+
+
+@pytest.fixture
+def pictures(world):
+    return sorted((world / "coco" / "val2017").glob("*"))[:4]
+
+
+@pytest.fixture
+def mixed(pictures):
+    """Prompts of every kind, of different lengths."""
+    return [
+        ["a red star", pictures[0], "and", Image.open(pictures[1]), "together"],
+        [pictures[0], pictures[0]],
+        ["a small blue ring on the left of a big green square", RET],
+        [],
+        [pictures[2], START, "a"],
+    ]
+
+
+def test_layout(toy_model, pictures):
+    tokenizer, image = toy_model.tokenizer, [toy_model.tokenizer.image_id] * 2
+    ids = prompt_ids(toy_model, ["a red", pictures[0], " star", RET])
+    assert ids == [*tokenizer.start(), *tokenizer.encode("a red"), *image, *tokenizer.encode(" star"), tokenizer.ret_id]
+    assert prompt_ids(toy_model, [pictures[0], START]) == image + tokenizer.start()
+    assert prompt_ids(toy_model, []) == tokenizer.start()
+    assert prompt_ids(toy_model, "a red") == prompt_ids(toy_model, ["a red"])
+
+
+def test_lengths_are_counted_without_opening_pictures(toy_model, tmp_path):
+    prompt = ["a", tmp_path / "missing.jpg", Url("https://nowhere.invalid/a.jpg"), RET]
+    assert prompt_length(toy_model, prompt) == 1 + len(toy_model.tokenizer.encode("a")) + 2 * 2 + 1
+
+
+def test_text_is_never_a_path_or_a_special_token(toy_model, pictures):
+    ids = prompt_ids(toy_model, [str(pictures[0]), "[RET] <|image|> </s>"])
+    tokenizer = toy_model.tokenizer
+    assert tokenizer.image_id not in ids and tokenizer.ret_id not in ids and ids.count(tokenizer.bos_id) == 1
+
+
+def test_embeddings_are_the_parts_own(toy_model, pictures):
+    features = toy_model.vision(torch.stack([toy_model.vision.transform(Image.open(p)) for p in pictures[:2]]))
+    batch = embed_prompts(toy_model, [[pictures[0], "a", pictures[1]]])
+    words = toy_model.lm.embed(batch.ids)
+    prefix = toy_model.prefix(features)
+    want = torch.cat([words[0, :1], prefix[0], words[0, 3:-2], prefix[1]])
+    torch.testing.assert_close(batch.embeds[0], want)
+    torch.testing.assert_close(batch.features, features)
+    assert batch.shown == [[0, 1]]
+
+
+def test_a_batch_gives_what_single_prompts_give(toy_model, mixed):
+    batch = embed_prompts(toy_model, mixed)
+    hidden = toy_model.lm(batch.embeds, batch.mask)
+    assert batch.mask.sum(1).tolist() == [prompt_length(toy_model, prompt) for prompt in mixed]
+    assert batch.mask[:, -1].all()
+    for row, prompt in zip(hidden, mixed, strict=True):
+        alone = embed_prompts(toy_model, [prompt])
+        assert alone.mask.all()
+        want = toy_model.lm(alone.embeds, alone.mask)[0]
+        logits = toy_model.lm.logits(row[-len(want) :]), toy_model.lm.logits(want)
+        torch.testing.assert_close(*logits, atol=1e-4, rtol=1e-4)
+
+
+def test_each_distinct_picture_runs_once_and_all_in_one_call(toy_model, mixed, monkeypatch):
+    calls = []
+    forward = toy_model.vision.forward
+    monkeypatch.setattr(toy_model.vision, "forward", lambda pixels: calls.append(len(pixels)) or forward(pixels))
+    batch = embed_prompts(toy_model, mixed)
+    assert calls == [3]  # two of them twice
+    assert batch.shown == [[0, 1], [0, 0], [], [], [2]] and len(batch.features) == 3
+
+
+def test_features_stand_for_their_picture(toy_model, pictures):
+    features = encode_pictures(toy_model, pictures[:2])
+    opened = embed_prompts(toy_model, [["a", pictures[0]], [pictures[1], "b"]])
+    stored = embed_prompts(toy_model, [["a", features[0]], [features[1], "b"]])
+    torch.testing.assert_close(stored.embeds, opened.embeds)
+    assert encode_pictures(toy_model, []).shape == (0, toy_model.vision.width)
+
+
+def test_addresses_are_fetched(toy_model, pictures, monkeypatch):
+    import sys
+    from types import SimpleNamespace
+
+    asked = []
+    fake = SimpleNamespace(fetch_picture=lambda url: asked.append(url) or Image.open(pictures[0]))
+    monkeypatch.setitem(sys.modules, "fromage.remote", fake)
+    address = Url("https://example.org/a.jpg")
+    batch = embed_prompts(toy_model, [[address], [Url("https://example.org/a.jpg"), "a"]])
+    assert asked == [address]
+    torch.testing.assert_close(batch.features, encode_pictures(toy_model, [pictures[0]]))
+
+
+def test_retrieval_of_text_is_the_text_path(toy_model):
+    texts = ["a red star.", "a small blue ring on the left and a big green square at the top, on the sea at night.", ""]
+    want = toy_model.embed_text(texts)
+    torch.testing.assert_close(embed_for_retrieval(toy_model, texts), want, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(embed_for_retrieval(toy_model, texts, batch_size=2), want, atol=1e-5, rtol=1e-4)
+    assert embed_for_retrieval(toy_model, []).shape == (0, 32)
+
+
+def test_retrieval_of_mixed_prompts_does_not_depend_on_the_batch(toy_model, mixed):
+    rows = embed_for_retrieval(toy_model, mixed)
+    alone = torch.cat([embed_for_retrieval(toy_model, [prompt]) for prompt in mixed])
+    torch.testing.assert_close(rows, alone, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(rows.norm(dim=1), torch.ones(len(mixed)))
+
+
+def test_the_longest_prompt(toy_model):
+    limit = max_length(toy_model)
+    ids = prompt_length(toy_model, ["star " * 40]) - 1
+    words = "star " * (40 * (limit - 1) // ids)
+    length = prompt_length(toy_model, [words])
+    embed_prompts(toy_model, [[words]], room=limit - length)
+    with pytest.raises(UserError, match=f"{length} tokens and {limit - length + 1} behind it .* {limit} .*shorten"):
+        embed_prompts(toy_model, [["a"], [words]], room=limit - length + 1)
+
+
+def test_what_can_be_no_part(toy_model, tmp_path):
+    with pytest.raises(UserError, match="not int"):
+        embed_prompts(toy_model, [["a", 3]])
+    with pytest.raises(UserError, match=r"missing\.jpg"):
+        embed_prompts(toy_model, [[tmp_path / "missing.jpg"]])
+
+
+def test_an_empty_prompt_needs_a_start_token(toy_model, monkeypatch):
+    monkeypatch.setattr(toy_model.tokenizer, "bos_id", None)
+    with pytest.raises(UserError, match="empty"):
+        embed_prompts(toy_model, [[]])
+    assert embed_prompts(toy_model, [["a"]]).mask.all()

@@ -1,0 +1,136 @@
+"""Time generation and scoring against the authors' way of doing them, interleaved in one run, on random weights.
+
+    python tools/bench_generate.py                                # 12-layer OPT 768 wide
+    python tools/bench_generate.py --preset paper --device cuda   # OPT-6.7B, bfloat16
+
+Generation: 32 tokens behind a prompt of 100 tokens, one picture among them. The authors run prompt and answer again for
+every token, the logits of all places with it; here keys and values are kept. Scoring: 100 answers of 3 to 7 tokens to
+that prompt, one whole pass each against one pass of the prompt that all of them share.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from bench_step import PRESETS, build
+from torch import Tensor
+
+from fromage.generate import Decoding, generate
+from fromage.model import Fromage
+from fromage.prompts import Prompt, embed_prompts, prompt_length
+from fromage.score import score
+
+PROMPT, NEW, CANDIDATES = 100, 32, 100  # tokens, tokens, answers
+
+
+def with_words(model: Fromage) -> Fromage:
+    """Let numbers be the words of the model, whose tokenizer is a stand-in."""
+    tokenizer: Any = model.tokenizer
+    tokenizer.start = lambda: [tokenizer.bos_id]
+    tokenizer.encode = lambda text: [int(word) for word in text.split()]
+    tokenizer.decode = lambda ids: " ".join(map(str, ids))
+    return model
+
+
+def words(rng: random.Random, count: int) -> str:
+    """So many random words."""
+    return " ".join(str(rng.randrange(4, 50000)) for _ in range(count))
+
+
+@torch.no_grad()
+def generate_as_authors(model: Fromage, prompt: Prompt) -> list[int]:
+    """Greedy: the whole sequence again for each token, without [RET]."""
+    embeds, ids = embed_prompts(model, [prompt]).embeds, []
+    for _ in range(NEW):
+        logits = model.lm.hf(inputs_embeds=embeds, use_cache=False).logits  # (1, T, V + 2)
+        logits[..., [model.tokenizer.ret_id, model.tokenizer.eos_id or 0]] = -torch.inf
+        token = logits[:, -1:].argmax(-1)  # (1, 1)
+        embeds = torch.cat([embeds, model.embed(token)], 1)  # (1, T + 1, d)
+        ids.append(int(token))
+    return ids
+
+
+@torch.no_grad()
+def score_one_by_one(model: Fromage, prompt: Prompt, texts: list[str]) -> Tensor:
+    """(C,) log-likelihoods, a whole pass for each."""
+    totals = []
+    embeds = embed_prompts(model, [prompt]).embeds  # (1, T, d)
+    for text in texts:
+        ids = torch.tensor([model.tokenizer.encode(text)], device=model.device)  # (1, n)
+        logits = model.lm.hf(inputs_embeds=torch.cat([embeds, model.embed(ids)], 1), use_cache=False).logits
+        judged = logits[0, -ids.shape[1] - 1 : -1].float().log_softmax(-1)  # (n, V + 2)
+        totals.append(judged.gather(1, ids[0].unsqueeze(1)).sum())
+    return torch.stack(totals)
+
+
+def seconds_of(calls: dict[str, Callable[[], Any]], rounds: int, device: torch.device) -> dict[str, float]:
+    """Median seconds of each call; they take turns, and the first round warms up."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds + 1):
+        for name, call in calls.items():
+            began = time.perf_counter()
+            call()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            times[name].append(time.perf_counter() - began)
+    return {name: statistics.median(taken[1:]) for name, taken in times.items()}
+
+
+def measure(preset: str, device: str, rounds: int) -> dict[str, Any]:
+    """Both comparisons, and whether the two sides agree."""
+    torch.manual_seed(0)
+    model, rng = with_words(build(PRESETS[preset], device)), random.Random(0)
+    picture = torch.randn(model.vision.width, device=device)
+    prompt: Prompt = [words(rng, 49), picture, words(rng, 49)]
+    assert prompt_length(model, prompt) == PROMPT
+    texts = [words(rng, rng.randint(3, 7)) for _ in range(CANDIDATES)]
+    plain = Decoding(NEW, min_tokens=NEW, max_images=0)
+    calls: dict[str, Callable[[], Any]] = {
+        "generate, the whole sequence again": lambda: generate_as_authors(model, prompt),
+        "generate, keys and values kept": lambda: generate(model, [prompt], plain)[0].ids,
+        "score, one by one": lambda: score_one_by_one(model, prompt, texts),
+        "score, prompt shared": lambda: score(model, prompt, texts).total,
+    }
+    slow, fast, one_by_one, shared = (call() for call in calls.values())
+    taken = seconds_of(calls, rounds, model.device)
+    again, kept, each, once = taken.values()
+    return {
+        "preset": preset,
+        "device": torch.cuda.get_device_name() if model.device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads",
+        "speedup_kv_cache": again / kept,
+        "speedup_scoring": each / once,
+        "seconds": taken,
+        "same_tokens": slow == fast,
+        "max_score_error": float((one_by_one - shared).abs().max()),
+    }
+
+
+def main(words: list[str] | None = None) -> None:
+    """Read the command line, measure, print a table and write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=PRESETS, default="cpu")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--rounds", type=int, default=3, help="timed rounds; one of each side")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args(words)
+    report = measure(args.preset, args.device, args.rounds)
+    for name, taken in report["seconds"].items():
+        print(f"{name:36}{taken:10.3f} s")
+    print(
+        f"key-value cache {report['speedup_kv_cache']:.1f} x, scoring {report['speedup_scoring']:.1f} x; {report['device']}"
+    )
+    print(f"same tokens: {report['same_tokens']}; largest difference of scores {report['max_score_error']:.1e} nats")
+    if args.json:
+        args.json.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,154 @@
+"""Time the image index of many pictures against the brute-force product in torch, interleaved in one run.
+
+    python tools/bench_index.py                   # a million embeddings 256 wide, about three minutes on two cores
+    python tools/bench_index.py --rows 3300000    # as many as CC3M's
+
+Embeddings of pictures are not uniform noise: here they are drawn around centres, which are drawn around fewer centres
+themselves, and their spread falls off from dimension to dimension. Queries are new draws from the same. The whole search
+is timed, with its exact ranking and the pictures' names, against the matrix product and topk alone.
+
+How it grows from a million to CC3M's 3.3 million: the brute force with N; the rows that a query looks at, N nprobe / lists,
+with the root of N at the same nprobe, since lists are 4 sqrt(N); building with N sqrt(N); bytes per vector not at all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import faiss
+import numpy as np
+import torch
+
+from fromage.candidates import OVERSAMPLE, lists_kind
+from fromage.index import ImageIndex, unit
+from fromage.index_builder import Rows, write_index
+from fromage.index_folder import CANDIDATES
+from fromage.item_table import to_batch
+from fromage.picture_source import Item
+
+WIDTH, CHUNK, BATCHES = 256, 1 << 16, (1, 256)
+
+
+class Mixture:
+    """Unit rows around centres around centres."""
+
+    def __init__(self, centres: int, seed: int) -> None:
+        self.rng = np.random.default_rng(seed)
+        self.spread = (1 + np.arange(WIDTH, dtype=np.float32)) ** -0.5  # per dimension
+        themes = self.draw(np.zeros((max(1, centres // 50), WIDTH), np.float32), 1.0)
+        self.centres = self.draw(themes[self.rng.integers(len(themes), size=centres)], 0.9)
+
+    def draw(self, around: np.ndarray, distance: float) -> np.ndarray:
+        """(n, q) rows, each drawn around its own of (n, q); distance: of the noise, where rows are 1 long."""
+        noise = self.rng.standard_normal(around.shape, dtype=np.float32) * self.spread
+        rows = around + distance * noise / np.linalg.norm(self.spread)
+        return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+    def rows(self, n: int) -> np.ndarray:
+        """(n, q) rows around the centres."""
+        return self.draw(self.centres[self.rng.integers(len(self.centres), size=n)], 0.9)
+
+
+def batches(rows: np.ndarray) -> Rows:
+    """Rows with names for them, as the index takes them."""
+    for start in range(0, len(rows), CHUNK):
+        part = rows[start : start + CHUNK]
+        yield (
+            unit(part, "the bench"),
+            to_batch([Item(f"https://pictures.example/{start + i}.jpg") for i in range(len(part))]),
+        )
+
+
+def brute(rows: torch.Tensor, queries: np.ndarray, k: int) -> np.ndarray:
+    """(B, k) nearest rows by the whole product."""
+    return (torch.from_numpy(queries) @ rows.T).topk(k).indices.numpy()
+
+
+def timed(call: Callable[[], object]) -> float:
+    """Seconds a call takes."""
+    began = time.perf_counter()
+    call()
+    return time.perf_counter() - began
+
+
+def recall(index: ImageIndex, rows: torch.Tensor, queries: np.ndarray, k: int) -> float:
+    """Share of the true k nearest that are found."""
+    found = [{hit.path for hit in hits} for hits in index.search(queries, k)]
+    truth = np.concatenate([brute(rows, queries[i : i + 64], k) for i in range(0, len(queries), 64)])
+    shares = [
+        len(names & {f"https://pictures.example/{i}.jpg" for i in near}) for names, near in zip(found, truth, strict=True)
+    ]
+    return float(np.mean(shares)) / k
+
+
+def rates(index: ImageIndex, rows: torch.Tensor, mixture: Mixture, rounds: int, k: int) -> dict[str, dict[int, float]]:
+    """Median seconds per query, of both ways at each size of batch, in turns."""
+    ways = {"brute": lambda q: brute(rows, q, k), "index": lambda q: index.search(q, k)}
+    seconds: dict[str, dict[int, list[float]]] = {way: {size: [] for size in BATCHES} for way in ways}
+    for turn in range(rounds + 1):  # the first warms up
+        for size in BATCHES:
+            queries = mixture.rows(size)
+            for way, call in ways.items():
+                took = timed(lambda call=call, queries=queries: call(queries)) / size  # type: ignore[misc]
+                seconds[way][size] += [took] if turn else []
+    return {way: {size: statistics.median(times) for size, times in by.items()} for way, by in seconds.items()}
+
+
+def main() -> None:
+    """Read the command line, build, measure, print a table and write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=1_000_000)
+    parser.add_argument("--kind", help="FAISS factory string; by default what is recommended for so many rows")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=9, help="timed rounds of each way and size of batch")
+    parser.add_argument("--queries", type=int, default=512, help="queries the recall is measured with")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    faiss.omp_set_num_threads(args.threads)
+    mixture = Mixture(max(10, args.rows // 200), args.seed)
+    rows = np.concatenate([mixture.rows(min(CHUNK, args.rows - start)) for start in range(0, args.rows, CHUNK)])
+    k = min(10, args.rows)
+    with tempfile.TemporaryDirectory() as folder:
+        report = measure(rows, mixture, Path(folder) / "index", args, k)
+    print("\n".join(f"{name:28} {value}" for name, value in report.items()))
+    if args.json:
+        args.json.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def measure(rows: np.ndarray, mixture: Mixture, folder: Path, args: argparse.Namespace, k: int) -> dict[str, object]:
+    """All figures, of an index that is built, saved and opened."""
+    kind, tensor, stream = args.kind or lists_kind(len(rows)), torch.from_numpy(rows), batches(rows)
+    build = timed(lambda: write_index(folder, stream, WIDTH, "bench", kind=kind))
+    index = ImageIndex.load(folder, None)
+    opening = statistics.median(timed(lambda: ImageIndex.load(folder, None)) for _ in range(5))
+    seconds = rates(index, tensor, mixture, args.rounds, k)
+    size = {path.name: path.stat().st_size / len(rows) for path in folder.iterdir()}
+    assert index.candidates
+    return {
+        "recall_at_10": round(recall(index, tensor, mixture.rows(args.queries), k), 4),
+        "speedup_batch_1": round(seconds["brute"][1] / seconds["index"][1], 1),
+        "speedup_batch_256": round(seconds["brute"][256] / seconds["index"][256], 1),
+        "bytes_per_vector": round(size[CANDIDATES], 1),  # in memory; the exact rows below stay on disk
+        "bytes_per_vector_on_disk": round(sum(size.values()), 1),
+        "rows": len(rows),
+        "kind": kind,
+        "setting": index.candidates.setting,
+        "oversample": OVERSAMPLE,
+        "recall_at_10_at_build": index.candidates.recall,
+        "build_seconds": round(build, 1),
+        "open_seconds": round(opening, 4),
+        "queries_per_second": {way: {n: round(1 / s, 1) for n, s in by.items()} for way, by in seconds.items()},
+        "threads": args.threads,
+    }
+
+
+if __name__ == "__main__":
+    main()
