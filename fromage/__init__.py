@@ -6,14 +6,19 @@ from typing import Any
 
 _PUBLIC = {
     "CC3M": "fromage.data",
+    "Chat": "fromage.chat",
+    "Decoding": "fromage.decoding",
     "Fromage": "fromage.model",
     "FromageModule": "fromage.lightning_module",
     "ImageIndex": "fromage.index",
+    "RET": "fromage.prompts",
     "ShardedTowers": "fromage.sharded_towers",
+    "Url": "fromage.prompts",
     "UserError": "fromage.errors",
     "load_model": "fromage.checkpoint",
+    "open_index": "fromage.index",
 }
-__all__ = ["CC3M", "Fromage", "FromageModule", "ImageIndex", "ShardedTowers", "UserError", "load_model"]
+__all__ = [*_PUBLIC]
 
 
 def __getattr__(name: str) -> Any:

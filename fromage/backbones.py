@@ -159,7 +159,8 @@ class VisionTower(FrozenTower):
         for name, value in sorted(self.visual.state_dict().items()):
             flat = value.flatten()
             digest.update(name.encode())
-            digest.update(flat[:: max(1, flat.numel() // 64)].float().cpu().numpy().tobytes())
+            some = flat[:: max(1, flat.numel() // 64)].bfloat16()  # whatever dtype the tower is loaded in
+            digest.update(some.float().cpu().numpy().tobytes())
         shown = re.sub(r" at 0x[0-9a-f]+|\s+", " ", str(self.transform))
         return {"tower": self.name, "weights": digest.hexdigest()[:16], "preprocessing": shown}
 

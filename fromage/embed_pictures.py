@@ -55,7 +55,7 @@ def embed_pictures(
     store = EmbeddingStore.begin(
         out,
         fingerprint=model.fingerprint(),
-        checkpoint=str(Path(checkpoint).absolute()) if checkpoint else "",
+        checkpoint=_located(checkpoint),
         source=pictures.digest(),
         width=model.q,
         dtype=dtype,
@@ -128,3 +128,8 @@ def _report(store: EmbeddingStore, source: str | Path) -> None:
         raise UserError(f"{source}: no usable picture is there. {some}")
     if broken:
         warnings.warn(f"{source}: {len(broken)} of {good + len(broken)} pictures are left out: {some}", stacklevel=3)
+
+
+def _located(checkpoint: str | Path | None) -> str:
+    """A checkpoint's place for later: an absolute path, or a name on the hub as it is."""
+    return str(Path(checkpoint).absolute()) if checkpoint and Path(checkpoint).exists() else str(checkpoint or "")

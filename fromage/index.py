@@ -225,7 +225,8 @@ def open_rows(folder: Path, width: int) -> tuple[np.ndarray, ItemTable]:
 def open_index(folder: str | Path, ckpt: str | Path | None = None, device: str = "cpu") -> tuple[Fromage, ImageIndex]:
     """The model an index was built with, and the index. ckpt: where the model is now, if not where it was then."""
     index = ImageIndex.load(folder, None)
-    if not ckpt and not (index.checkpoint and Path(index.checkpoint).exists()):
+    where = Path(index.checkpoint)
+    if not ckpt and (not index.checkpoint or (where.is_absolute() and not where.exists())):  # else a name on the hub
         raise UserError(f"{folder}: its checkpoint is not at {index.checkpoint or '(not on record)'}; give it with --ckpt")
     model = load_model(ckpt or index.checkpoint, device)
     index.require(model.fingerprint(), folder)
