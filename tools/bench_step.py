@@ -45,7 +45,7 @@ MAX_TOKENS = 24
 PRESETS: dict[str, dict[str, Any]] = {
     "cpu": {"width": 768, "layers": 12, "heads": 12, "vision": "ViT-B-32", "batch": 32, "dtype": "float32"},
     "paper": {"width": 4096, "layers": 32, "heads": 32, "vision": "ViT-L-14", "batch": 180, "dtype": "bfloat16"},
-    "tiny": {"width": 64, "layers": 2, "heads": 2, "vision": "ViT-B-32", "batch": 4, "dtype": "float32"},
+    "tiny": {"width": 64, "layers": 2, "heads": 2, "vision": "ViT-S-32", "batch": 4, "dtype": "float32"},
 }
 
 
