@@ -29,17 +29,24 @@ Parts = Sequence[Part]
 
 @dataclass(frozen=True)
 class Style:
-    """What stands around the words of a turn. Texts; stop: where an answer ends."""
+    """What stands around the words of a turn.
+
+    Attributes:
+        stop: where an answer ends.
+        history: whether examples and earlier turns stand in front of a turn.
+    """
 
     before: str
     between: str
     behind: str
-    stop: tuple[str, ...]
+    stop: tuple[str, ...] = ("\n",)
+    history: bool = True
 
 
 STYLES = {
-    "dialogue": Style("Q: ", "\nA:", "\n", ("\n",)),  # as the paper prompts
-    "plain": Style("", "", " ", ("\n",)),  # what is said is simply gone on from
+    "dialogue": Style("Q: ", "\nA:", "\n"),  # as the paper prompts
+    "plain": Style("", "", " "),  # what is said is simply gone on from
+    "alone": Style("", "", "", history=False),  # likewise, and each turn by itself: as captions and pictures in training
 }
 
 
@@ -107,7 +114,7 @@ class Chat:
     def prompt(self, said: Parts) -> list[Part]:
         """The prompt of a turn: as much of the history as the language model has positions for."""
         ends: list[Part] = [self.style.before, *said, self.style.between]
-        history = [*self.examples, *(turn.parts for turn in self.turns)]
+        history = [*self.examples, *(turn.parts for turn in self.turns)] if self.style.history else []
         droppable = [*range(len(self.examples), len(history)), *range(len(self.examples))]  # oldest turns, then examples
         for dropped in range(len(history) + 1):
             kept = sorted(set(range(len(history))) - set(droppable[:dropped]))
@@ -115,7 +122,7 @@ class Chat:
             limit = max_length(self.model)
             if limit is None or prompt_length(self.model, parts) + self.decoding.max_new_tokens <= limit:
                 break
-        return [*parts, START] if parts and all(isinstance(part, Picture) for part in parts) else parts
+        return [*parts, START] if parts and isinstance(parts[-1], Picture) else parts  # as captions stand in training
 
     def undo(self) -> None:
         """Take the last turn back."""

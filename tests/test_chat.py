@@ -126,3 +126,9 @@ def test_two_conversations_know_nothing_of_each_other(model):
     one, other = Chat(model, decoding=Decoding(max_new_tokens=3)), Chat(model)
     one.say("a secret ring")
     assert "secret" not in words(model, other)
+
+
+def test_alone_each_turn_stands_by_itself(model):
+    chat = Chat(model, style="alone", decoding=Decoding(max_new_tokens=3), examples=[(["one"], ["two"])])
+    chat.say("a ring")
+    assert chat.prompt(["a star"]) == ["a star"] and len(chat.turns) == 1

@@ -43,7 +43,7 @@ def _opened(args: argparse.Namespace) -> tuple[Any, Any, str]:
         return load_model(args.ckpt, args.device), None, args.style or "dialogue"
     from fromage.toy.demo import conversation_index
 
-    return *open_index(conversation_index(Path("runs/demo")), None, args.device), args.style or "plain"
+    return *open_index(conversation_index(Path("runs/demo")), None, args.device), args.style or "alone"
 
 
 def _conversation(args: argparse.Namespace) -> Any:
@@ -63,7 +63,7 @@ def _conversation(args: argparse.Namespace) -> Any:
 MODEL: list[Option] = [
     option("--ckpt", help="checkpoint, folder or hub name; without it and --index, the toy world, made on first use"),
     option("--index", type=Path, help="folder of `fromage index build`, where pictures are found"),
-    option("--style", choices=("dialogue", "plain"), help="how turns stand in the prompt (dialogue; toy world: plain)"),
+    option("--style", choices=("dialogue", "plain", "alone"), help="how turns stand in the prompt (dialogue; toy: alone)"),
     DEVICE,
 ]
 ADDRESS: list[Option] = [
