@@ -10,7 +10,7 @@ language model's positions the oldest turns are left out, then the examples, eac
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -97,7 +97,7 @@ class Chat:
             pass
         return self.turns[-1].answer
 
-    def stream(self, *parts: Part) -> Iterator[str | Shown]:
+    def stream(self, *parts: Part) -> Generator[str | Shown, None, None]:
         """The same, piece by piece. A turn that is broken off, by an error or by closing the iterator, leaves no trace.
 
         Raises:

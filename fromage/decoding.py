@@ -80,7 +80,7 @@ class Decoding:
             ("ret_bias", abs(self.ret_bias) < float("inf"), "a finite number"),
             ("authors_ret_scale", abs(self.authors_ret_scale) < float("inf"), "a finite number"),
             ("max_images", self.max_images >= 0, "0 (none) or more"),
-            ("images_per_ret", self.images_per_ret >= 1, "at least 1"),
+            ("images_per_ret", 1 <= self.images_per_ret <= 1000, "between 1 and 1000"),
         ):
             if not good:
                 raise UserError(f"{name} is {getattr(self, name)!r}; it must be {wanted}")

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import base64
+import io
 import os
 import sys
 from collections.abc import Callable, Mapping
 from typing import TextIO
 
 from PIL import Image
-
-from fromage.pictures import to_png
 
 SIDE = 240  # pixels of a drawn picture's longer side, at most
 CHUNK = 4096  # characters of base64 in one escape sequence of kitty's protocol
@@ -23,6 +22,13 @@ def printable(text: str, keep: str = "") -> str:
     Captions and a model's words are a stranger's: an escape sequence in them must not reach the terminal.
     """
     return "".join(c if c.isprintable() or c in keep else " " if c.isspace() else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
+def to_png(picture: Image.Image) -> bytes:
+    """A picture as a PNG file."""
+    file = io.BytesIO()
+    picture.save(file, "PNG")
+    return file.getvalue()
 
 
 def iterm(png: bytes) -> str:

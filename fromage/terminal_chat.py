@@ -16,16 +16,15 @@ from contextlib import closing, suppress
 from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
-from fromage.chat import Chat
+from fromage.chat import Chat, Turn
 from fromage.errors import UserError
 from fromage.gallery import Shown
-from fromage.hits import draw_hits
+from fromage.hits import Opened, draw_hits
 from fromage.model_folder import write_files
-from fromage.pictures import to_png
 from fromage.prompts import Part, Url
-from fromage.terminal import Screen
+from fromage.terminal import Screen, to_png
 
 # A picture begins a word; the punctuation behind one without quotes belongs to the text.
 PICTURE = re.compile(r'(?<![^\s(])@(?:"([^"]+)"|([^\s@]\S*?)(?=[.,;:!?)]*(?:\s|$)))')
@@ -159,9 +158,10 @@ class Session:
         field, kind = SETTINGS[name]
         if words:
             try:
-                self.chat.decoding = replace(self.chat.decoding, **{field: kind(words)})
+                number: dict[str, Any] = {field: kind(words)}
             except ValueError:
                 raise UserError(f"{name} {words}: wants {'a whole' if kind is int else 'a'} number") from None
+            self.chat.decoding = replace(self.chat.decoding, **number)
         self.screen.line(f"({name[1:]} is {getattr(self.chat.decoding, field)})")
 
     def save(self, name: str, words: str) -> None:
@@ -169,14 +169,12 @@ class Session:
         path = Path(words)
         if path.suffix.lower() != ".png":
             raise UserError(f"{name} {words}: name a file that ends in .png")
-        rows = [
-            (_said(turn.said), [pair for shown in turn.answer.shown for pair in zip(shown.hits, shown.pictures, strict=False)])
-            for turn in self.chat.turns
-        ]
-        rows = [(said, found) for said, found in rows if found]
-        if not rows:
+        pages = [(_said(turn.said), opened) for turn in self.chat.turns if (opened := _opened(turn))]
+        if not pages:
             raise UserError(f"{name}: no picture has been shown yet; ask for one, or raise /ret-bias")
-        write_files(path.parent, {path.name: to_png(draw_hits(*zip(*rows, strict=True)))})
+        write_files(
+            path.parent, {path.name: to_png(draw_hits([said for said, _ in pages], [opened for _, opened in pages]))}
+        )
         self.screen.line(f"(drawn: {path})")
 
     def help(self, name: str, words: str) -> None:
@@ -188,6 +186,10 @@ class Session:
     def quit(self, name: str, words: str) -> None:
         """End, as the end of the input does."""
         raise EOFError
+
+
+def _opened(turn: Turn) -> list[Opened]:
+    return [pair for shown in turn.answer.shown for pair in zip(shown.hits, shown.pictures, strict=False)]
 
 
 def _said(parts: list[Part]) -> str:

@@ -49,7 +49,8 @@ def gallery(model, index, prompt=(), count=1, resolve=None):
 def brute_force(model, index, hidden):
     """All paths, nearest first."""
     row = model.embed_ret(hidden.unsqueeze(0)).detach().numpy()[0]
-    return [index.items[i].path for i in np.argsort(-(index.vectors @ row), kind="stable")]
+    scores = (index.vectors.astype(np.float64) * row).sum(1)  # a product of matrices need not give equal rows equal scores
+    return [index.items[i].path for i in np.argsort(-scores, kind="stable")]
 
 
 def test_the_nearest(toy_model, index, hidden):

@@ -26,7 +26,7 @@ def demo(args: argparse.Namespace) -> None:
 
 def serve(args: argparse.Namespace) -> None:
     """Answer programs over HTTP."""
-    from fromage.server import Limits, serve
+    from fromage.serving.app import Limits, serve
 
     model, index, style = _opened(args)
     serve(model, index, style, args.host, args.port, Limits(args.batch_size, args.queue, args.timeout))

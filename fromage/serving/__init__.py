@@ -1,0 +1,1 @@
+"""FROMAGe over HTTP: `app` puts it together."""

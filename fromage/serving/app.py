@@ -1,0 +1,110 @@
+"""FROMAGe over HTTP: conversations and searches for programs.
+
+One thread owns the model (fromage.serving.batching). Searches that wait are answered together, and so are conversations
+with the same decoding; a streamed conversation is one job of that thread, and the others wait meanwhile. Pictures are decoded and
+fetched by other threads, before a request comes into the queue and after it has left it.
+
+    with TestClient(create_app(model, index)) as client:
+        client.post("/search", json={"query": "a red star"}).json()["hits"]
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from typing import Any
+
+from fromage.chat import STYLES
+from fromage.errors import UserError, first_line
+from fromage.index import ImageIndex
+from fromage.model import Fromage
+from fromage.serving.batching import Limits
+
+try:
+    import uvicorn
+    from fastapi import FastAPI, Request, Response
+    from fastapi.exceptions import RequestValidationError
+
+    from fromage.serving.body_limit import BodyLimit
+    from fromage.serving.desk import Desk
+    from fromage.serving.routes import STATUS, router, status_of
+except ImportError as error:
+    raise UserError(f"the server needs {error.name}: pip install 'fromage[serve]'") from error
+
+
+def serve(model: Fromage, index: ImageIndex | None, style: str, host: str, port: int, limits: Limits | None = None) -> None:
+    """Answer requests until SIGTERM or Ctrl-C: then what is being answered still is, and what waits is refused.
+
+    port 0 takes a free one, which is printed. Raises UserError where the address cannot be had.
+    """
+    limits = limits or Limits()
+    try:
+        listening = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except (OSError, OverflowError) as error:
+        raise UserError(f"{host}, port {port}: cannot listen there ({first_line(error)}); give another --port") from error
+    listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # else each reply waits 40 ms for an acknowledgement
+    app = create_app(model, index, style, limits)
+    config = uvicorn.Config(app, timeout_graceful_shutdown=int(limits.timeout) + 1)
+    print(f"http://{host}:{listening.getsockname()[1]}  (what it can do: /docs)", flush=True)
+    with suppress(KeyboardInterrupt):
+        _Server(config, app.state.desk).run([listening])
+
+
+class _Server(uvicorn.Server):
+    """Refuses what waits as soon as it is told to stop; uvicorn would first let all of it be answered."""
+
+    def __init__(self, config: uvicorn.Config, desk: Desk) -> None:
+        super().__init__(config)
+        self.desk = desk
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self.desk.batcher.close()
+        await super().shutdown(sockets)
+
+
+def create_app(
+    model: Fromage, index: ImageIndex | None = None, style: str = "dialogue", limits: Limits | None = None
+) -> FastAPI:
+    """The application; its thread runs between startup and shutdown of its lifespan.
+
+    Args:
+        index: where pictures are found, built with this very model; None for text alone.
+        style: how turns stand in the prompt, of fromage.chat.STYLES.
+    """
+    if style not in STYLES:
+        raise UserError(f"style {style}: there are {', '.join(STYLES)}")
+    desk = Desk(model, index, style, limits or Limits())
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        desk.open()
+        yield
+        desk.batcher.close()
+        await asyncio.to_thread(desk.batcher.join)
+
+    app = FastAPI(title="FROMAGe", description="Text and pictures in, text and pictures out.", lifespan=lifespan)
+    app.state.desk = desk
+    app.include_router(router)
+    app.add_middleware(BodyLimit, seconds=desk.limits.timeout)
+    app.add_exception_handler(RequestValidationError, _malformed)
+    for kind in STATUS:
+        app.add_exception_handler(kind, _refused)
+    return app
+
+
+async def _refused(request: Request, error: Exception) -> Response:
+    status, detail = status_of(error)
+    return _json({"detail": detail}, status, {"Retry-After": "1"} if status in (429, 503) else None)
+
+
+async def _malformed(request: Request, error: Any) -> Response:
+    """Without the input itself, which may be large, and no JSON."""
+    return _json({"detail": [{key: fault[key] for key in ("loc", "msg", "type")} for fault in error.errors()]}, 422)
+
+
+def _json(content: Any, status: int, headers: dict[str, str] | None = None) -> Response:
+    """In ASCII, which holds half surrogate pairs too."""
+    return Response(json.dumps(content), status, headers, "application/json")

@@ -1,0 +1,52 @@
+"""A limit to the size of HTTP requests, and to the time in which they must arrive."""
+
+from __future__ import annotations
+
+import asyncio
+
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+BODY = 32 << 20  # bytes of a request
+
+
+class BodyLimit:
+    """ASGI middleware that reads a request's body before it hands the request on; 413 and 408 where it will not."""
+
+    def __init__(self, app: ASGIApp, seconds: float, size: int = BODY) -> None:
+        """seconds: for the whole body. size: bytes."""
+        self.app, self.size, self.seconds = app, size, seconds
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """As ASGI has it."""
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        try:
+            async with asyncio.timeout(self.seconds):
+                body = await self._read(scope, receive)
+        except (TimeoutError, ValueError) as error:
+            status, detail = (
+                (413, str(error)) if isinstance(error, ValueError) else (408, "the request took too long to arrive")
+            )
+            return await JSONResponse({"detail": detail}, status)(scope, receive, send)
+        rest = iter([body])
+
+        async def replay() -> Message:
+            return next(rest, None) or await receive()
+
+        return await self.app(scope, replay, send)
+
+    async def _read(self, scope: Scope, receive: Receive) -> Message:
+        """The body as one message, or that the client has gone. Raises ValueError if it is, or says it is, too large."""
+        announced = dict(scope["headers"]).get(b"content-length", b"")
+        size, parts = int(announced) if announced.isdigit() else 0, []
+        left = self.size
+        while size <= self.size and left >= 0:
+            message = await receive()
+            if message["type"] != "http.request":
+                return message
+            parts.append(message.get("body", b""))
+            left -= len(parts[-1])
+            if left >= 0 and not message.get("more_body"):
+                return {"type": "http.request", "body": b"".join(parts), "more_body": False}
+        raise ValueError(f"a request may be {self.size >> 20} MiB large; send smaller pictures")

@@ -1,0 +1,174 @@
+"""Between the server's requests and the model: pictures are opened, jobs queued and awaited, answers put into words."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any, TypeVar
+
+from anyio import CapacityLimiter, to_thread
+from PIL import Image
+
+from fromage.errors import BrokenSample, UserError
+from fromage.gallery import Shown
+from fromage.generate import Answer
+from fromage.hits import Hit
+from fromage.index import ImageIndex
+from fromage.model import Fromage
+from fromage.pictures import decode_picture
+from fromage.prompts import RET, Part
+from fromage.remote import fetch_picture
+from fromage.serving.answerer import Answerer, Asked
+from fromage.serving.batching import Batcher, Limits
+from fromage.serving.picture_ids import Gone, PictureIds, jpeg
+from fromage.serving.schema import (
+    Address,
+    ChatReply,
+    ChatRequest,
+    Content,
+    Found,
+    FoundPicture,
+    Message,
+    Picture,
+    SearchReply,
+    SearchRequest,
+    Text,
+    parts,
+)
+
+THREADS = 8  # that decode and fetch pictures
+SIDE = 256  # pixels of a small picture
+T = TypeVar("T")
+
+
+class Desk:
+    """Takes requests and gives replies.
+
+    Raises, in the methods that answer: UserError for what is wrong with a request, Busy and Closed of batching.
+    """
+
+    def __init__(self, model: Fromage, index: ImageIndex | None, style: str, limits: Limits) -> None:
+        self.model, self.index, self.limits = model, index, limits
+        self.answerer, self.ids = Answerer(model, index, style), PictureIds(index)
+
+    def open(self) -> None:
+        """Start the thread that owns the model."""
+        self.batcher, self._threads = Batcher(self.limits), CapacityLimiter(THREADS)
+
+    async def chat(self, request: ChatRequest) -> ChatReply:
+        """The answer to a conversation."""
+        asked = await self._asked(request)
+        group = asked.group() and ("chat", asked.decoding)
+        answer = await asyncio.wrap_future(self.batcher.submit(self.answerer.chat, asked, group))
+        return await self.reply(answer, request.pictures)
+
+    async def pieces(self, request: ChatRequest) -> AsyncIterator[str | Shown]:
+        """The same, piece by piece; decoding stops when the iterator is closed."""
+        asked, loop, wanted = await self._asked(request), asyncio.get_running_loop(), True
+        queue: asyncio.Queue[str | Shown | None] = asyncio.Queue()
+
+        def put(piece: str | Shown | None) -> bool:
+            loop.call_soon_threadsafe(queue.put_nowait, piece)
+            return wanted
+
+        future = self.batcher.submit(self.answerer.stream, (asked, put))
+        future.add_done_callback(lambda _: put(None))
+        try:
+            while (piece := await queue.get()) is not None:
+                yield piece
+            future.result()
+        finally:
+            wanted = False
+            future.cancel()
+
+    async def search(self, request: SearchRequest) -> SearchReply:
+        """The pictures nearest to a query."""
+        self.batcher.admit()
+        asked = Asked([await self.in_thread(self._parts, request.query)], k=request.k)
+        hits = await asyncio.wrap_future(self.batcher.submit(self.answerer.search, asked, "search"))
+        return SearchReply(hits=await self.in_thread(self._found, hits, request.pictures))
+
+    async def reply(self, answer: Answer, pictures: bool) -> ChatReply:
+        """An answer as a message."""
+        content: list[Any] = [await self.part(piece, pictures) for piece in answer.parts]
+        return ChatReply(message=Message(role="assistant", content=content))
+
+    async def part(self, piece: str | Shown, pictures: bool) -> Text | Found:
+        """A piece of an answer."""
+        if isinstance(piece, str):
+            return Text(text=piece)
+        return Found(hits=await self.in_thread(self._found, piece.hits, pictures))
+
+    async def in_thread(self, work: Callable[..., T], *args: Any) -> T:
+        """Do what takes long without the model, beside the requests that come meanwhile."""
+        return await to_thread.run_sync(partial(work, *args), limiter=self._threads)
+
+    async def _asked(self, request: ChatRequest) -> Asked:
+        self.batcher.admit()
+        messages = [message.content for message in request.messages]
+        if request.messages[0].role != "system":
+            messages.insert(0, "")
+        listed = await self.in_thread(lambda: [self._parts(content) for content in messages])
+        return Asked(listed, request.decoding.decoding())
+
+    def _parts(self, content: Content) -> list[Part]:
+        """What a prompt is made of, pictures as the image tower takes them (3, H, W)."""
+        made: list[Part] = []
+        for part in parts(content):
+            if isinstance(part, Text):
+                made.append(part.text)
+            elif isinstance(part, Found):
+                made += [self._pixels(picture) for picture in self._pictures(part.hits) if picture] or [RET]
+            else:
+                made.append(self._pixels(_opened(part)))
+        return made
+
+    def _pixels(self, picture: Image.Image) -> Any:
+        return self.model.vision.transform(picture)
+
+    def _found(self, hits: Sequence[Hit], pictures: bool) -> list[FoundPicture]:
+        """Hits as they are sent, without their paths."""
+        listed = [
+            FoundPicture(
+                id=self.ids.of(hit.path),
+                rank=hit.rank,
+                score=hit.score,
+                caption=_sound(hit.caption),
+                url=_sound(hit.path) if hit.path.startswith(("http://", "https://")) else None,
+            )
+            for hit in hits
+        ]
+        if pictures:
+            for found, picture in zip(listed, self._pictures(listed), strict=True):
+                found.picture = base64.b64encode(jpeg(picture, SIDE)).decode() if picture else None
+        return listed
+
+    def _pictures(self, found: Sequence[FoundPicture]) -> Iterator[Image.Image | None]:
+        """The pictures of the index, None for each that has gone; those on the web are fetched several at a time."""
+        with ThreadPoolExecutor(THREADS) as pool:
+            yield from pool.map(self._picture, [one.id for one in found])
+
+    def _picture(self, name: str) -> Image.Image | None:
+        try:
+            return self.ids.open(name)
+        except Gone:
+            return None
+
+
+def _opened(part: Picture | Address) -> Image.Image:
+    if isinstance(part, Address):
+        return fetch_picture(part.url)
+    try:
+        return decode_picture(base64.b64decode(part.data, validate=True))
+    except ValueError as error:
+        raise UserError(f"a picture's data is not base64 ({error}); encode the file's bytes") from error
+    except BrokenSample as error:
+        raise UserError(f"a picture that was sent: {error}; send JPEG or PNG") from error
+
+
+def _sound(text: str) -> str:
+    """Text that JSON can hold: file names need not be Unicode."""
+    return text.encode("utf-8", "replace").decode()

@@ -1,0 +1,171 @@
+"""The paths of the HTTP server: what each takes, gives and refuses, as its OpenAPI description tells it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncIterator, Coroutine
+from typing import Any, TypeVar
+
+import torch
+from fastapi import APIRouter, HTTPException, Request, Response
+from fastapi.responses import StreamingResponse
+
+from fromage.errors import UserError
+from fromage.gallery import Shown
+from fromage.generate import Answer
+from fromage.serving.batching import Busy, Closed
+from fromage.serving.body_limit import BODY
+from fromage.serving.desk import Desk
+from fromage.serving.picture_ids import jpeg
+from fromage.serving.schema import (
+    ChatReply,
+    ChatRequest,
+    Faults,
+    Health,
+    PictureId,
+    Problem,
+    SearchReply,
+    SearchRequest,
+)
+
+SIDE = 1024  # pixels of a picture that is asked for by its id
+STATUS: dict[type[Exception], tuple[int, str]] = {
+    UserError: (400, ""),
+    Busy: (429, "too many requests wait; try later"),
+    Closed: (503, "the server is shutting down"),
+    MemoryError: (503, "not enough memory; send less at a time"),
+    torch.OutOfMemoryError: (503, "not enough memory; send less at a time"),
+    TimeoutError: (504, "took too long; ask for less, or try later"),
+}
+T = TypeVar("T")
+log = logging.getLogger("uvicorn.error")
+router = APIRouter()
+
+REFUSALS: dict[int | str, dict[str, Any]] = {
+    400: {"model": Problem, "description": "The request is well-formed, but cannot be answered."},
+    408: {"model": Problem, "description": "The request took too long to arrive."},
+    413: {"model": Problem, "description": f"The request is larger than {BODY >> 20} MiB."},
+    422: {"model": Faults, "description": "The request is not of the form described here."},
+    429: {"model": Problem, "description": "Too many requests wait; try later."},
+    503: {"model": Problem, "description": "The server is shutting down, or short of memory."},
+    504: {"model": Problem, "description": "The answer took too long."},
+}
+EVENT = {
+    "type": "object",
+    "required": ["event", "data"],
+    "properties": {
+        "event": {"enum": ["text", "pictures", "done", "error"]},
+        "data": {"type": "string", "contentMediaType": "application/json"},
+    },
+}
+EVENTS = {"text/event-stream": {"schema": EVENT, "example": 'event: text\ndata: {"text": "a red star"}\n\n'}}
+
+
+def status_of(error: Exception) -> tuple[int, str]:
+    """The status of a request that failed so, and why."""
+    for kind, (status, detail) in STATUS.items():
+        if isinstance(error, kind):
+            return status, detail or str(error)
+    return 500, "an error of the server; its log tells more"
+
+
+@router.post(
+    "/chat",
+    response_model=ChatReply,
+    responses={200: {"content": EVENTS, "description": "The answer, or with stream its events"}, **REFUSALS},
+)
+async def chat(body: ChatRequest, request: Request) -> Any:
+    """Answer a conversation, with words and with pictures of the index.
+
+    With `stream`, server-sent events: `text` {"text"} and `pictures` {"hits"} as they are decoded, then `done`, with what
+    is the reply without `stream`; or `error` {"detail"}. To close the connection stops the decoding.
+    """
+    desk: Desk = request.app.state.desk
+    if not body.stream:
+        return await _attended(request, desk.chat(body), desk.limits.timeout)
+    ends = asyncio.get_running_loop().time() + desk.limits.timeout
+    pieces = desk.pieces(body)
+    first = await _attended(request, _next(pieces, ends), desk.limits.timeout)
+    return StreamingResponse(_events(desk, body.pictures, first, pieces, ends), media_type="text/event-stream")
+
+
+@router.post("/search", responses=REFUSALS)
+async def search(body: SearchRequest, request: Request) -> SearchReply:
+    """Find pictures of the index by words, by a picture, or by both."""
+    desk: Desk = request.app.state.desk
+    return await _attended(request, desk.search(body), desk.limits.timeout)
+
+
+@router.get(
+    "/pictures/{name}",
+    response_class=Response,
+    responses={
+        200: {"content": {"image/jpeg": {"schema": {"type": "string", "format": "binary"}}}, "description": "The picture"},
+        404: {"model": Problem, "description": "The index has no such picture, or it has gone."},
+        422: REFUSALS[422],
+    },
+)
+async def picture(name: PictureId, request: Request) -> Response:
+    """A picture of the index, as JPEG of at most 1024 pixels a side."""
+    desk: Desk = request.app.state.desk
+    try:
+        return Response(await desk.in_thread(lambda: jpeg(desk.ids.open(name), SIDE)), media_type="image/jpeg")
+    except UserError as error:
+        raise HTTPException(404, str(error)) from None
+
+
+@router.get("/healthz", responses={503: REFUSALS[503]})
+async def healthz(request: Request) -> Health:
+    """Whether the server takes requests."""
+    desk: Desk = request.app.state.desk
+    if desk.batcher.closed:
+        raise Closed
+    return Health(pictures=len(desk.index or ()), waiting=desk.batcher.waiting)
+
+
+async def _attended(request: Request, work: Coroutine[Any, Any, T], seconds: float) -> T:
+    """The outcome of some work, which is broken off when the time is over or the client has gone."""
+    task, gone = asyncio.create_task(work), asyncio.create_task(_gone(request))
+    try:
+        await asyncio.wait({task, gone}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise TimeoutError  # which nobody reads if the client has gone
+        return task.result()
+    finally:
+        task.cancel()
+        gone.cancel()
+
+
+async def _gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _next(pieces: AsyncIterator[str | Shown], ends: float) -> str | Shown | None:
+    async with asyncio.timeout_at(ends):
+        return await anext(pieces, None)
+
+
+async def _events(
+    desk: Desk, pictures: bool, first: str | Shown | None, pieces: AsyncIterator[str | Shown], ends: float
+) -> AsyncIterator[str]:
+    """An answer as server-sent events, its first piece at hand."""
+    said: list[str | Shown] = []
+    piece = first
+    try:
+        while piece is not None:
+            said.append(piece)
+            part = await desk.part(piece, pictures)
+            yield _event("text" if isinstance(piece, str) else "pictures", part.model_dump_json(exclude={"type"}))
+            piece = await _next(pieces, ends)
+        yield _event("done", (await desk.reply(Answer.of(said), pictures)).model_dump_json())
+    except Exception as error:
+        if not isinstance(error, tuple(STATUS)):
+            log.exception("a stream broke off")
+        yield _event("error", json.dumps({"detail": status_of(error)[1]}))
+
+
+def _event(name: str, data: str) -> str:
+    return f"event: {name}\ndata: {data}\n\n"

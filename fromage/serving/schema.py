@@ -1,0 +1,205 @@
+"""What goes over the wire: the requests and replies of the HTTP server, with the limits they are held to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from fromage.decoding import Decoding
+
+CHARACTERS, PICTURES, URLS, PARTS, MESSAGES = 1 << 15, 32, 4, 64, 64  # of a request
+MOST_TOKENS, MOST_HITS = 512, 50
+RETS, PER_RET = 4, PICTURES // 4  # so that an answer may be sent back
+
+PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGP4z8AAAAMBAQDJ/pLvAAAAAElFTkSuQmCC"  # red
+
+Words = Annotated[str, Field(max_length=CHARACTERS)]
+PictureId = Annotated[str, Field(pattern="^[0-9a-f]{16}$", description="Names a picture of the index.")]
+
+
+class Strict(BaseModel):
+    """A request, or part of one: fields it does not know are refused, and so is a 5 in quotes."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class Text(Strict):
+    """Words. They are text, whatever they look like."""
+
+    type: Literal["text"] = "text"
+    text: Words
+
+
+class Picture(Strict):
+    """A picture that is sent along: JPEG, PNG, WebP, BMP or GIF."""
+
+    type: Literal["picture"]
+    data: Annotated[str, Field(description="The bytes of the file, in base64.", examples=[PIXEL])]
+
+
+class Address(Strict):
+    """A picture on the web, which the server fetches; addresses within a private network are refused."""
+
+    type: Literal["url"]
+    url: Annotated[str, Field(max_length=2048, examples=["https://pictures.example/cat.jpg"])]
+
+
+class FoundPicture(BaseModel):
+    """A picture of the index. A request that sends it back needs the id alone."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
+
+    id: PictureId
+    rank: Annotated[int, Field(ge=1, description="1 is the best.")] = 1
+    score: Annotated[float, Field(description="Cosine with what was searched for.")] = 0.0
+    caption: str = ""
+    url: Annotated[str | None, Field(description="Its address, if the index is one of pictures on the web.")] = None
+    picture: Annotated[
+        str | None, Field(description="A small JPEG of it in base64, if asked for; null too where it has gone.")
+    ] = None
+
+
+class Found(Strict):
+    """What stands in an answer in the place of a [RET]."""
+
+    type: Literal["pictures"] = "pictures"
+    hits: Annotated[list[FoundPicture], Field(max_length=PICTURES)]
+
+
+Part = Annotated[Text | Picture | Address | Found, Field(discriminator="type")]
+Content = Annotated[
+    Words | Annotated[list[Part], Field(max_length=PARTS)],
+    Field(description="Words, or parts in the order in which they are read: words and pictures."),
+]
+
+
+def parts(content: str | Sequence[Any]) -> list[Any]:
+    """Content as a list of parts."""
+    return [Text(text=content)] if isinstance(content, str) else list(content)
+
+
+def check_size(contents: Iterable[str | Sequence[Any]]) -> None:
+    """Raise ValueError for more than a request may hold in all."""
+    listed = [part for content in contents for part in parts(content)]
+    shown = sum(len(part.hits) if isinstance(part, Found) else not isinstance(part, Text) for part in listed)
+    for count, limit, what in (
+        (sum(len(part.text) for part in listed if isinstance(part, Text)), CHARACTERS, "characters"),
+        (shown, PICTURES, "pictures"),
+        (sum(isinstance(part, Address) for part in listed), URLS, "addresses"),
+    ):
+        if count > limit:
+            raise ValueError(f"a request may hold {limit} {what} in all, not {count}")
+
+
+class Message(Strict):
+    """One side's words and pictures. The message of a reply may be sent back as it came."""
+
+    role: Literal["system", "user", "assistant"]
+    content: Content
+
+
+class Options(Strict):
+    """How the answer is decoded. Requests with the same options are answered together."""
+
+    max_new_tokens: Annotated[int, Field(ge=1, le=MOST_TOKENS, description="Length at most, in tokens.")] = 32
+    min_tokens: Annotated[int, Field(ge=0, le=MOST_TOKENS, description="Tokens before its end or a picture.")] = 0
+    temperature: Annotated[float, Field(ge=0, le=10, description="Of sampling; 0 is greedy.")] = 0.0
+    top_p: Annotated[float, Field(gt=0, le=1, description="Sample among the tokens of this probability.")] = 1.0
+    top_k: Annotated[int, Field(ge=0, le=100_000, description="Sample among so many tokens; 0 for all.")] = 0
+    repetition_penalty: Annotated[float, Field(ge=0.1, le=10, description="Divides logits of tokens used; 1: none.")] = 1.0
+    stop: Annotated[
+        list[Annotated[str, Field(min_length=1, max_length=64)]],
+        Field(max_length=8, description="Texts at which the answer ends, besides those of the server's style."),
+    ] = []
+    seed: Annotated[int | None, Field(ge=0, lt=1 << 32, description="Of sampling; the same gives the same.")] = None
+    ret_bias: Annotated[
+        float, Field(ge=-1e4, le=1e4, description="Added to the logit of [RET]: more pictures, or fewer.")
+    ] = 0.0
+    max_images: Annotated[int, Field(ge=0, le=RETS, description="[RET] in an answer at most; 0 for text alone.")] = 1
+    images_per_ret: Annotated[int, Field(ge=1, le=PER_RET, description="Pictures for each [RET].")] = 1
+
+    def decoding(self) -> Decoding:
+        """As the decoder takes them. Raises UserError where two of them do not go together."""
+        return Decoding(**self.model_dump())
+
+
+SAID: list[Any] = [{"role": "user", "content": [{"type": "text", "text": "a red star"}, {"type": "picture", "data": PIXEL}]}]
+
+
+class ChatRequest(Strict):
+    """A conversation so far. The server keeps none: each request brings all that was said.
+
+    A system message may come first; then user and assistant take turns, and the user has the last word.
+    """
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"messages": SAID, "decoding": {"ret_bias": 10}}]})
+
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MESSAGES)]
+    decoding: Options = Options()
+    pictures: Annotated[bool, Field(description="Send the pictures found, not only their ids.")] = False
+    stream: Annotated[bool, Field(description="Send the answer as it is decoded, as server-sent events.")] = False
+
+    @model_validator(mode="after")
+    def _check(self) -> ChatRequest:
+        check_size(message.content for message in self.messages)
+        turns = [message.role for message in self.messages[self.messages[0].role == "system" :]]
+        if turns != ["user", "assistant"] * (len(turns) // 2) + ["user"]:
+            raise ValueError("messages are: system or not, then user and assistant in turn, and a user's at the end")
+        return self
+
+
+class ChatReply(BaseModel):
+    """The answer, ready to be appended to the messages of the next request."""
+
+    message: Message
+
+
+class SearchRequest(Strict):
+    """A search by words, by a picture, or by both, which are then read in their order."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"query": SAID[0]["content"], "k": 3}]})
+
+    query: Content
+    k: Annotated[int, Field(ge=1, le=MOST_HITS, description="Pictures to find; fewer come if the index has fewer.")] = 5
+    pictures: Annotated[bool, Field(description="Send the pictures found, not only their ids.")] = False
+
+    @model_validator(mode="after")
+    def _check(self) -> SearchRequest:
+        check_size([self.query])
+        return self
+
+
+class SearchReply(BaseModel):
+    """The pictures found, best first."""
+
+    hits: list[FoundPicture]
+
+
+class Health(BaseModel):
+    """That the server is well, and how busy it is."""
+
+    status: Literal["ok"] = "ok"
+    pictures: Annotated[int, Field(description="In the index.")]
+    waiting: Annotated[int, Field(description="Requests in the queue.")]
+
+
+class Problem(BaseModel):
+    """Why a request was not answered."""
+
+    detail: str
+
+
+class Fault(BaseModel):
+    """What is wrong with one place of a request."""
+
+    loc: list[str | int]
+    msg: str
+    type: str
+
+
+class Faults(BaseModel):
+    """What is wrong with the form of a request."""
+
+    detail: list[Fault]

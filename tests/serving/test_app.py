@@ -1,0 +1,210 @@
+"""The HTTP server under load and at its end: what waits, what is refused, what is taken back."""
+
+import asyncio
+import importlib
+import json
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from contextlib import contextmanager
+from http.client import HTTPConnection
+from urllib.request import urlopen
+
+import pytest
+import uvicorn
+from httpx import ASGITransport, AsyncClient
+from served import SAY, captions, sent
+
+from fromage.errors import UserError
+from fromage.serving.app import _Server, create_app, serve
+from fromage.serving.batching import Limits
+
+pytest_plugins = ("served",)
+
+
+@contextmanager
+def held(app, monkeypatch, name="search"):
+    """The model's thread held up at its first request, to see what it is given when it goes on."""
+    given, begun, go = [], threading.Event(), threading.Event()
+    work = getattr(app.state.desk.answerer, name)
+
+    def wait(asked):
+        given.append(len(asked))
+        begun.set()
+        assert go.wait(10)
+        return work(asked)
+
+    monkeypatch.setattr(app.state.desk.answerer, name, wait)
+    try:
+        yield given, begun, go
+    finally:
+        go.set()
+
+
+async def until(true):
+    for _ in range(1000):
+        if true():
+            return
+        await asyncio.sleep(0.01)
+    raise AssertionError("it never came")
+
+
+def running(app, case):
+    """Run a coroutine function that is given a client."""
+
+    async def run():
+        async with app.router.lifespan_context(app), AsyncClient(transport=ASGITransport(app), base_url="http://a") as c:
+            await case(c)
+
+    asyncio.run(run())
+
+
+def test_requests_that_come_meanwhile_are_answered_together_as_alone(app, client, monkeypatch, folder):
+    queries = ["a red star", [sent(folder / "red.png")], ["a", sent(folder / "red.png")], "a blue ring", "x"]
+    queries[2][0] = {"type": "text", "text": "a"}
+    alone = [captions(client.post("/search", json={"query": query, "k": 3})) for query in queries]
+
+    async def case(client):
+        with held(app, monkeypatch) as (given, begun, go):
+            tasks = [asyncio.create_task(client.post("/search", json={"query": "first"}))]
+            await until(begun.is_set)
+            tasks += [asyncio.create_task(client.post("/search", json={"query": query, "k": 3})) for query in queries]
+            await until(lambda: app.state.desk.batcher.waiting == len(queries))
+            go.set()
+            replies = await asyncio.gather(*tasks)
+        assert given == [1, 5] and [captions(reply) for reply in replies[1:]] == alone
+
+    running(app, case)
+
+
+def test_beyond_the_queue_it_is_429_and_in_time_504(model, index, monkeypatch):
+    app = create_app(model, index, "plain", Limits(queue=2, timeout=1.0))
+
+    async def case(client):
+        with held(app, monkeypatch) as (_, begun, _):
+            tasks = [asyncio.create_task(client.post("/search", json={"query": "a"}))]
+            await until(begun.is_set)
+            tasks += [asyncio.create_task(client.post("/search", json={"query": "a"})) for _ in range(2)]
+            await until(lambda: app.state.desk.batcher.waiting == 2)
+            for path, body in (("/search", {"query": "a"}), ("/chat", SAY), ("/chat", SAY | {"stream": True})):
+                refused = await client.post(path, json=body)
+                assert refused.status_code == 429 and int(refused.headers["retry-after"]) > 0
+            assert [reply.status_code for reply in await asyncio.gather(*tasks)] == [504] * 3
+            assert app.state.desk.batcher.waiting == 0, "taken back"
+
+    running(app, case)
+
+
+def test_closing_refuses_what_waits_and_answers_what_runs(app, monkeypatch):
+    async def case(client):
+        with held(app, monkeypatch) as (_, begun, go):
+            tasks = [asyncio.create_task(client.post("/search", json={"query": "a"}))]
+            await until(begun.is_set)
+            tasks += [asyncio.create_task(client.post("/chat", json=SAY | {"stream": way})) for way in (False, True)]
+            await until(lambda: app.state.desk.batcher.waiting == 2)
+            app.state.desk.batcher.close()
+            go.set()
+            assert [reply.status_code for reply in await asyncio.gather(*tasks)] == [200, 503, 503]
+        assert (await client.get("/healthz")).status_code == 503
+
+    running(app, case)
+
+
+LONG = {"max_new_tokens": 480, "min_tokens": 480, "max_images": 0}  # seconds of decoding
+
+
+@pytest.fixture
+def address(app):
+    """Host and port of a real server, in a thread."""
+    listening = socket.create_server(("127.0.0.1", 0))
+    server = _Server(uvicorn.Config(app, log_level="error"), app.state.desk)
+    thread = threading.Thread(target=server.run, args=([listening],))
+    thread.start()
+    yield listening.getsockname()
+    server.should_exit = True
+    thread.join()
+
+
+def post(address, path, body):
+    """A request that is sent, and how to read its response."""
+    connection = HTTPConnection(*address, timeout=30)
+    connection.request("POST", path, json.dumps(body), {"content-type": "application/json"})
+    return connection, connection.getresponse
+
+
+def test_closing_a_stream_stops_its_decoding(app, address, monkeypatch):
+    put, over, work = [], threading.Event(), app.state.desk.answerer.stream
+
+    def counted(asked):
+        ((request, send),) = asked
+        done = work([(request, lambda piece: put.append(piece) or send(piece))])
+        over.set()
+        return done
+
+    monkeypatch.setattr(app.state.desk.answerer, "stream", counted)
+    connection, response = post(address, "/chat", SAY | {"stream": True, "decoding": LONG})
+    reply = response()
+    assert reply.readline() == b"event: text\n"
+    reply.close()
+    connection.close()
+    assert over.wait(20) and len(put) < 400
+
+
+def test_who_has_gone_is_not_answered(app, address, monkeypatch):
+    with held(app, monkeypatch) as (given, begun, go):
+        first = post(address, "/search", {"query": "a"})
+        assert begun.wait(10)
+        gone = [post(address, "/search", {"query": "a"})[0], post(address, "/chat", SAY)[0]]
+        gone.append(post(address, "/chat", SAY | {"stream": True})[0])
+        asyncio.run(until(lambda: app.state.desk.batcher.waiting == 3))
+        for connection in gone:
+            connection.close()
+        asyncio.run(until(lambda: app.state.desk.batcher.waiting == 0))
+        go.set()
+        assert first[1]().status == 200 and given == [1]
+
+
+SERVER = """
+from fromage.model import Fromage
+from fromage.serving.app import Limits, serve
+serve(Fromage.load(k=2, q=32), None, "plain", "127.0.0.1", 0, Limits(timeout=60))
+"""
+
+
+def test_sigterm_finishes_what_runs_and_refuses_what_waits():
+    process = subprocess.Popen([sys.executable, "-c", SERVER], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        port = int(process.stdout.readline().split()[0].rpartition(":")[2])
+        address = ("127.0.0.1", port)
+        _, response = post(address, "/chat", SAY | {"stream": True, "decoding": LONG})
+        running = response()  # its first piece is there
+        _, waiting = post(address, "/chat", SAY)
+        asyncio.run(until(lambda: json.load(urlopen(f"http://127.0.0.1:{port}/healthz"))["waiting"]))
+        process.send_signal(signal.SIGTERM)
+        refused = waiting()
+        assert refused.status == 503 and refused.headers["retry-after"]
+        assert running.read().split(b"\n\n")[-2].startswith(b"event: done")
+        assert process.wait(30) in (0, -signal.SIGTERM)
+        assert "Traceback" not in process.stderr.read()
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_an_address_that_cannot_be_had(model):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        for host, port in (taken.getsockname(), ("127.0.0.1", 70_000), ("nowhere.invalid", 0)):
+            with pytest.raises(UserError, match="--port"):
+                serve(model, None, "plain", host, port)
+    with pytest.raises(UserError, match="dialogue, plain"):
+        create_app(model, style="verse")
+
+
+def test_without_its_packages_it_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "fastapi", None)
+    for name in ("app", "routes"):
+        monkeypatch.delitem(sys.modules, f"fromage.serving.{name}")
+    with pytest.raises(UserError, match=r"fastapi: pip install 'fromage\[serve\]'"):
+        importlib.import_module("fromage.serving.app")

@@ -1,0 +1,273 @@
+"""What the HTTP server answers: as the library does, and to no request with a failure."""
+
+import base64
+import io
+import json
+from concurrent.futures import ThreadPoolExecutor
+
+import hypothesis
+import pytest
+import schemathesis
+from fastapi.testclient import TestClient
+from PIL import Image
+from schemathesis.checks import load_all_checks
+from served import SAY, captions, sent
+
+from fromage.chat import Chat
+from fromage.decoding import Decoding
+from fromage.errors import UserError
+from fromage.index import ImageIndex
+from fromage.picture_source import Item
+from fromage.prompts import embed_for_retrieval
+from fromage.serving.app import create_app
+from fromage.serving.picture_ids import picture_id
+
+pytest_plugins = ("served",)
+PICTURES_PLEASE = {"max_new_tokens": 6, "ret_bias": 1e4}
+load_all_checks()
+
+
+def events(reply):
+    assert reply.status_code == 200 and reply.headers["content-type"].startswith("text/event-stream")
+    blocks = [block.splitlines() for block in reply.text.strip().split("\n\n")]
+    return [(name.removeprefix("event: "), json.loads(data.removeprefix("data: "))) for name, data in blocks]
+
+
+def nearest(index, rows, k):
+    return [hit.caption for hit in index.search(rows.numpy(), k)[0]]
+
+
+def test_search_by_words_by_a_picture_and_by_both(client, model, index, folder):
+    picture = Image.open(folder / "blue.png")
+    both = embed_for_retrieval(model, [["a star like", picture, "at night"]])
+    assert captions(client.post("/search", json={"query": "a red star", "k": 6})) == nearest(
+        index, model.embed_text(["a red star"]), 6
+    )
+    assert captions(client.post("/search", json={"query": [sent(folder / "blue.png")], "k": 1})) == ["blue"]
+    query = [{"type": "text", "text": "a star like"}, sent(folder / "blue.png"), {"type": "text", "text": "at night"}]
+    assert captions(client.post("/search", json={"query": query, "k": 6})) == nearest(index, both, 6)
+
+
+def test_pictures_come_when_asked_for_and_no_path_ever(client, folder):
+    reply = client.post("/search", json={"query": [sent(folder / "red.png")], "k": 3, "pictures": True})
+    best = reply.json()["hits"][0]
+    small = Image.open(io.BytesIO(base64.b64decode(best["picture"])))
+    assert small.format == "JPEG" and small.size == (64, 64) and small.getpixel((9, 9))[0] > 250
+    assert str(folder) not in reply.text and "png" not in reply.text and best["url"] is None
+    served = client.get(f"/pictures/{best['id']}")
+    assert served.headers["content-type"] == "image/jpeg" and Image.open(io.BytesIO(served.content)).size == (64, 64)
+    assert client.post("/search", json={"query": "x"}).json()["hits"][0]["picture"] is None
+
+
+@pytest.mark.parametrize("name", ["0" * 16, "0", "..%2F..%2Fetc%2Fpasswd", "../healthz", "%00", "red.png", "F" * 16])
+def test_only_pictures_of_the_index_are_served(client, name):
+    assert client.get(f"/pictures/{name}").status_code in (404, 422) or name == "../healthz"
+
+
+def test_a_conversation_is_answered_as_chat_answers_it(client, model, index, folder):
+    chat = Chat(model, index, Decoding(**PICTURES_PLEASE), "plain", system=["be kind."])
+    messages = [{"role": "system", "content": "be kind."}]
+    for said in (["a red star"], ["another one", folder / "blue.png"], ["and one more"]):
+        content = [{"type": "text", "text": p} if isinstance(p, str) else sent(p) for p in said]
+        messages.append({"role": "user", "content": content})
+        reply = client.post("/chat", json={"messages": messages, "decoding": PICTURES_PLEASE})
+        message, answer = reply.json()["message"], chat.say(*said)
+        want = [p if isinstance(p, str) else [hit.caption for hit in p.hits] for p in answer.parts]
+        got = [p["text"] if p["type"] == "text" else [hit["caption"] for hit in p["hits"]] for p in message["content"]]
+        assert got == want and any(isinstance(part, list) for part in got)
+        messages.append(message)  # as it came
+    assert len({hit["id"] for m in messages[2::2] for p in m["content"] if "hits" in p for hit in p["hits"]}) == 3
+
+
+def test_ids_alone_may_be_sent_back_and_pictures_that_have_gone(model, index, tmp_path):
+    gone = ImageIndex.build(index.vectors[:1], [Item(str(tmp_path / "gone.png"))], model.fingerprint())
+    shown = {"type": "pictures", "hits": [{"id": picture_id(str(tmp_path / "gone.png").encode())}]}
+    said = {"role": "user", "content": "a"}
+    asked = {"messages": [said, {"role": "assistant", "content": [shown]}, said], "decoding": {"max_new_tokens": 2}}
+    with TestClient(create_app(model, gone)) as client:
+        assert client.post("/chat", json=asked).status_code == 200
+        assert client.post("/search", json={"query": "a", "pictures": True}).json()["hits"][0]["picture"] is None
+        refused = client.get(f"/pictures/{shown['hits'][0]['id']}")
+        assert refused.status_code == 404 and str(tmp_path) not in refused.text
+        shown["hits"][0]["id"] = "0" * 16
+        assert client.post("/chat", json=asked).status_code == 400
+
+
+def test_a_stream_is_the_reply_in_pieces(client):
+    asked = SAY | {"decoding": PICTURES_PLEASE | {"min_tokens": 2}, "pictures": True}
+    whole = client.post("/chat", json=asked).json()
+    said = events(client.post("/chat", json=asked | {"stream": True}))
+    assert [name for name, _ in said[-2:]] == ["text", "done"] and said[-1][1] == whole
+    assert "pictures" in [name for name, _ in said] and len(said) > 4
+    text = "".join(data["text"] for name, data in said if name == "text")
+    assert text == "".join(part["text"] for part in whole["message"]["content"] if part["type"] == "text")
+
+
+def test_the_same_seed_gives_the_same(client):
+    def ask(seed):
+        decoding = {"temperature": 1.5, "seed": seed, "max_images": 0}
+        return client.post("/chat", json=SAY | {"decoding": decoding}).text
+
+    with ThreadPoolExecutor(6) as pool:
+        replies = list(pool.map(ask, [1, 2, 1, 2, 1, 2]))
+    assert replies[::2] == [replies[0]] * 3 and replies[1::2] == [replies[1]] * 3 != replies[::2]
+
+
+def test_a_stream_that_fails_says_so(app, client, monkeypatch):
+    def broken(asked):
+        asked[0][1]("a red")
+        raise UserError("the star has set")
+
+    monkeypatch.setattr(app.state.desk.answerer, "stream", broken)
+    said = events(client.post("/chat", json=SAY | {"stream": True}))
+    assert said == [("text", {"text": "a red"}), ("error", {"detail": "the star has set"})]
+    too_long = {"messages": [{"role": "user", "content": "star " * 2000}], "stream": True}
+    monkeypatch.undo()
+    assert client.post("/chat", json=too_long).status_code == 400, "before the first piece it is a status"
+
+
+def bomb():
+    file = io.BytesIO()
+    Image.new("1", (20_000, 20_000)).save(file, "PNG")
+    return {"type": "picture", "data": base64.b64encode(file.getvalue()).decode()}
+
+
+NASTY = [
+    *({"query": [{"type": "picture", "data": data}]} for data in ("%%%", "", "\u00e9", "AAAA", "iVBORw0KGgo=", "\n")),
+    {"query": [bomb()]},
+    *({"query": [{"type": "url", "url": url}]} for url in ("file:///etc/passwd", "http://127.0.0.1/", "http://[", "\x00")),
+    {"query": [{"type": "url", "url": "http://169.254.169.254/latest"}]},
+    {"query": [{"type": "pictures", "hits": [{"id": "../../etc/passwd"}]}]},
+    {"query": "\ud800"},
+    {"query": [{"type": "\udc00"}]},
+    {"query": "a", "\ud800": 1},
+    {"query": "a", "k": 10**400},
+    {"query": "a", "k": float("nan")},
+    {"query": "a", "k": True},
+    {"query": "a", "index": "/etc"},
+    {"query": "star " * 3000},
+    {"query": "x" * 40_000},
+    {"query": [{"type": "text", "text": "x" * 20_000}] * 2},
+    {"query": [{"type": "text", "text": "x"}] * 65},
+    {"query": [{"type": "url", "url": "https://a.org/b.jpg"}] * 5},
+    {"query": None},
+    [],
+    None,
+    "a",
+]
+GOOD = [
+    *({"query": query} for query in ("", [], [{"type": "text", "text": ""}], "[RET] </s> <|image|>", "/etc/passwd", "\x00")),
+    {"query": "\U0001f9c0" * 20, "k": 50},
+    {"query": [{"type": "pictures", "hits": []}]},
+]
+
+
+@pytest.mark.parametrize("body", range(len(NASTY)))
+def test_nasty_searches_are_refused(client, body):
+    content = json.dumps(NASTY[body])
+    reply = client.post("/search", content=content, headers={"content-type": "application/json"})
+    assert reply.status_code in (400, 422), reply.text
+    assert reply.json()["detail"] and len(reply.text) < 2000 and "root:" not in reply.text
+
+
+@pytest.mark.parametrize("body", range(len(GOOD)))
+def test_odd_searches_are_answered(client, body):
+    assert captions(client.post("/search", json=GOOD[body]))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": -1},
+        {"temperature": float("inf")},
+        {"temperature": 1e-300, "top_p": 1e-300},
+        {"max_new_tokens": 10**6},
+        {"min_tokens": 40},
+        {"stop": [""]},
+        {"stop": ["\ud800"]},
+        {"seed": -1},
+        {"seed": 2**32 - 1, "temperature": 10, "repetition_penalty": 0.1},
+        {"ret_bias": 1e4, "max_images": 4, "images_per_ret": 8},
+        {"ret_bias": "NaN"},
+        {"use_cache": False},
+    ],
+)
+def test_odd_decodings(client, options):
+    content = json.dumps(SAY | {"decoding": {"max_new_tokens": 8} | options})
+    status = client.post("/chat", content=content, headers={"content-type": "application/json"}).status_code
+    fine = options.get("temperature") in (1e-300, 10) or "images_per_ret" in options
+    assert status == 200 if fine else status in (400, 422)
+
+
+@pytest.mark.parametrize(
+    "roles", [[], ["assistant"], ["user", "user"], ["user", "system"], ["system"], ["user", "assistant"]]
+)
+def test_messages_take_turns(client, roles):
+    messages = [{"role": role, "content": "a"} for role in roles]
+    assert client.post("/chat", json={"messages": messages}).status_code == 422
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[" * 100_000, b'{"query": 1' + b"0" * 5000 + b"}", b"NaN"])
+def test_what_is_no_json(client, content):
+    assert client.post("/search", content=content, headers={"content-type": "application/json"}).status_code in (400, 422)
+
+
+def test_large_bodies_are_refused_whether_announced_or_not(client):
+    def chunks():
+        for _ in range(40):
+            yield b" " * (1 << 20)
+
+    assert client.post("/search", content=b" " * (33 << 20)).status_code == 413
+    assert client.post("/search", content=chunks()).status_code == 413
+    assert client.post("/search", headers={"content-length": "9" * 30}).status_code == 413
+
+
+def test_without_an_index_there_are_words(model):
+    with TestClient(create_app(model, None, "plain")) as client:
+        assert client.get("/healthz").json() == {"status": "ok", "pictures": 0, "waiting": 0}
+        assert "--index" in client.post("/search", json={"query": "a"}).json()["detail"]
+        reply = client.post("/chat", json=SAY | {"decoding": PICTURES_PLEASE}).json()
+        assert {"type": "pictures", "hits": []} in reply["message"]["content"]
+        assert client.get("/pictures/" + "0" * 16).status_code == 404
+
+
+def test_names_that_are_not_unicode_and_addresses(model, index):
+    items = [Item("/tmp/\udcff.png", "caf\udce9"), Item("https://pictures.example/b.jpg", "b")]
+    odd = ImageIndex.build(index.vectors[:2], items, model.fingerprint())
+    with TestClient(create_app(model, odd)) as client:
+        hits = client.post("/search", json={"query": "a"}).json()["hits"]
+    assert {(hit["caption"], hit["url"]) for hit in hits} == {("caf?", None), ("b", "https://pictures.example/b.jpg")}
+
+
+def test_the_schema_tells_limits_and_examples(app):
+    schema = app.openapi()
+    assert set(schema["paths"]) == {"/chat", "/search", "/pictures/{name}", "/healthz"}
+    shapes = schema["components"]["schemas"]
+    assert shapes["Options"]["properties"]["max_new_tokens"]["maximum"] == 512
+    for name, path in (("SearchRequest", "/search"), ("ChatRequest", "/chat")):
+        example = shapes[name]["examples"][0]
+        with TestClient(app) as client:
+            assert client.post(path, json=example).status_code == 200
+    for path in schema["paths"].values():
+        assert all(operation["summary"] and operation["description"] for operation in path.values())
+
+
+def fuzz(app, method, path, mode):
+    """Requests from the schema, or against it, checked for what it promises."""
+    names = ("not_a_server_error", "status_code_conformance", "content_type_conformance", "response_schema_conformance")
+    checks = schemathesis.checks.CHECKS.get_by_names([*names, "negative_data_rejection"])
+    operation = schemathesis.openapi.from_asgi("/openapi.json", app)[path][method]
+
+    @hypothesis.seed(0)
+    @hypothesis.settings(max_examples=25, deadline=None, database=None, suppress_health_check=list(hypothesis.HealthCheck))
+    @hypothesis.given(case=operation.as_strategy(generation_mode=mode))
+    def run(case):
+        case.call_and_validate(checks=checks)
+
+    run()
+
+
+@pytest.mark.parametrize(("method", "path"), [("POST", "/chat"), ("POST", "/search"), ("GET", "/pictures/{name}")])
+def test_fuzzed_from_its_schema(app, method, path):
+    fuzz(app, method, path, schemathesis.GenerationMode.POSITIVE)
+    fuzz(app, method, path, schemathesis.GenerationMode.NEGATIVE)

@@ -1,0 +1,65 @@
+"""Notebooks: each runs from its first cell to its last, offline and on a small toy model, and is kept without outputs."""
+
+import os
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+nbformat = pytest.importorskip("nbformat")
+nbclient = pytest.importorskip("nbclient")
+pytest.importorskip("ipykernel")
+pytest.importorskip("ipywidgets")
+
+FOLDER = Path(__file__).resolve().parents[1] / "notebooks"
+NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
+NAMES = [path.stem for path in NOTEBOOKS]
+
+
+@pytest.fixture(scope="module")
+def tour(tmp_path_factory):
+    """The tour of `make demo` through a smaller world, with three steps of training."""
+    from fromage.toy import demo as tours
+    from fromage.toy.world import make_world
+
+    small = partial(make_world, stories=20, dialogues=20, refs=1, progress=False)
+    out = tmp_path_factory.mktemp("notebooks") / "demo"
+    few = ["--trainer.max_steps=3", "--trainer.val_check_interval=3", "--trainer.log_every_n_steps=1"]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # beside other work, many threads wait for each other in so small a model
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tours, "make_world", small)
+        tours.demo(out, pairs=100, scenes=30, options=[*few, "--data.batch_size=32", "--trainer.enable_progress_bar=false"])
+    torch.set_num_threads(threads)
+    return out
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=NAMES)
+def test_it_is_kept_clean(path):
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    assert notebook.metadata.kernelspec.name == "python3" and set(notebook.metadata) == {"kernelspec", "language_info"}
+    for cell in notebook.cells:
+        assert cell.source.strip()
+        if cell.cell_type == "code":
+            assert cell.outputs == [] and cell.execution_count is None
+            assert all(len(line) <= 125 for line in cell.source.splitlines())
+            compile(cell.source, path.name, "exec")
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=NAMES)
+def test_it_runs(path, tour, tmp_path, monkeypatch):
+    for name, value in {"FROMAGE_DEMO": tour, "FROMAGE_WORK": tmp_path, "FROMAGE_SAMPLE": 12, "HF_HUB_OFFLINE": 1}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.delenv("FROMAGE_FULL_SIZE", raising=False)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(FOLDER.parent), os.environ.get("PYTHONPATH", "")]))
+    notebook = nbformat.read(path, as_version=4)
+    client = nbclient.NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(FOLDER)}})
+    client.execute()
+    kinds = {kind for cell in notebook.cells for output in cell.get("outputs", []) for kind in output.get("data", {})}
+    assert kinds & {"image/png", "image/svg+xml"}, "a notebook shows something"
+
+
+def test_there_are_notebooks():
+    assert len(NOTEBOOKS) == 4

@@ -1,0 +1,171 @@
+"""Requests per second and latency of the HTTP server under load, beside one request at a time, in turns in one run.
+
+    python tools/bench_serve.py                             # untrained toy towers
+    python tools/bench_serve.py --index runs/demo/index_k4
+
+The server is a process of its own at 127.0.0.1. A request of /search is a sentence; one of /chat is answered with 32
+tokens. In each round a lone client sends its requests one after the other, then several do so at the same time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import socket
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from http.client import HTTPConnection
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import numpy as np
+
+HOST, TOKENS, ROWS = "127.0.0.1", 32, 1000
+WORDS = (
+    ("a small", "a big", "the"),
+    ("red", "green", "blue", "white"),
+    ("star", "ring", "heart"),
+    ("at night", "on the sand", "in snow"),
+)
+PATHS = ("search", "chat")
+
+
+def run_server(port: int, index: str | None, threads: int, batch_size: int) -> None:
+    """What the other process does."""
+    import torch
+
+    from fromage.index import ImageIndex, open_index
+    from fromage.model import Fromage
+    from fromage.picture_source import Item
+    from fromage.serving.app import Limits, serve
+
+    torch.set_num_threads(threads)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # its log
+    os.dup2(sys.stdout.fileno(), sys.stderr.fileno())
+    if index:
+        model, opened = open_index(index)
+    else:
+        model, rows = Fromage.load(), np.random.default_rng(0).standard_normal((ROWS, 256))
+        opened = ImageIndex.build(
+            rows, [Item(f"https://pictures.example/{i}.jpg") for i in range(ROWS)], model.fingerprint()
+        )
+    serve(model, opened, "plain", HOST, port, Limits(batch_size=batch_size))
+
+
+@contextmanager
+def running(*settings: Any) -> Iterator[int]:
+    """The port of a server that is up, for as long as it is needed."""
+    with socket.create_server((HOST, 0)) as free:
+        port = free.getsockname()[1]
+    process = multiprocessing.get_context("spawn").Process(target=run_server, args=(port, *settings), daemon=True)
+    process.start()
+    try:
+        while process.is_alive():
+            with suppress(OSError):
+                connection = HTTPConnection(HOST, port)
+                connection.request("GET", "/healthz")
+                connection.getresponse().read()
+                yield port
+                return
+            time.sleep(0.1)
+        raise SystemExit("the server did not start")
+    finally:
+        process.terminate()
+        process.join()
+
+
+def body(path: str, number: int) -> bytes:
+    """A request; one number, one sentence."""
+    rng = np.random.default_rng(number)
+    said = " ".join(str(rng.choice(words)) for words in WORDS)
+    decoding = {"max_new_tokens": TOKENS, "min_tokens": TOKENS, "max_images": 0}
+    asked = {"messages": [{"role": "user", "content": said}], "decoding": decoding}
+    return json.dumps({"query": said, "k": 5} if path == "search" else asked).encode()
+
+
+def client(port: int, path: str, numbers: range, seconds: list[float]) -> None:
+    """Send requests one after the other, and note how long each takes."""
+    connection = HTTPConnection(HOST, port, timeout=120)
+    for number in numbers:
+        asked, began = body(path, number), time.perf_counter()
+        connection.request("POST", f"/{path}", asked, {"content-type": "application/json"})
+        response = connection.getresponse()
+        reply = response.read()
+        seconds.append(time.perf_counter() - began)
+        if response.status != 200:
+            raise SystemExit(f"/{path} answered {response.status}: {reply[:200]!r}")
+    connection.close()
+
+
+def load(port: int, path: str, clients: int, requests: int) -> tuple[float, list[float]]:
+    """So many clients share so many requests: requests per second, and seconds of each."""
+    seconds: list[float] = []
+    shares = [range(i, requests, clients) for i in range(clients)]
+    threads = [Thread(target=client, args=(port, path, share, seconds)) for share in shares]
+    began = time.perf_counter()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    took = time.perf_counter() - began
+    if len(seconds) != requests:
+        raise SystemExit(f"/{path}: {requests - len(seconds)} of {requests} requests failed")
+    return requests / took, seconds
+
+
+def measure(port: int, clients: int, requests: int, rounds: int) -> dict[str, Any]:
+    """Medians of the rounds; the first one warms up. A lone client sends a quarter of the requests."""
+    sides = {"one": (1, max(1, requests // 4)), "many": (clients, requests)}
+    rates: dict[str, dict[str, list[float]]] = {path: {side: [] for side in sides} for path in PATHS}
+    times: dict[str, dict[str, list[float]]] = {path: {side: [] for side in sides} for path in PATHS}
+    for turn in range(rounds + 1):
+        for path in PATHS:
+            for side, (count, sent) in sides.items():
+                rate, seconds = load(port, path, count, sent if turn else min(sent, 2 * count))
+                if turn:
+                    rates[path][side].append(rate)
+                    times[path][side] += seconds
+    median = {path: {side: statistics.median(rates[path][side]) for side in sides} for path in PATHS}
+    return {
+        **{f"speedup_{path}": round(median[path]["many"] / median[path]["one"], 2) for path in PATHS},
+        "requests_per_second": {path: {side: round(rate, 1) for side, rate in median[path].items()} for path in PATHS},
+        **{f"p{p}": {x: {s: _milliseconds(t, p) for s, t in times[x].items()} for x in PATHS} for p in (50, 99)},
+        "clients": clients,
+    }
+
+
+def _milliseconds(seconds: list[float], percent: int) -> float:
+    return round(1000 * float(np.percentile(seconds, percent)), 1)
+
+
+def main(words: list[str] | None = None) -> None:
+    """Read the command line, measure, print a table and write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--index", help="folder of an index, whose model is served")
+    parser.add_argument("--clients", type=int, default=16)
+    parser.add_argument("--requests", type=int, default=160, help="of all clients together, in a round")
+    parser.add_argument("--rounds", type=int, default=3, help="timed rounds")
+    parser.add_argument("--threads", type=int, default=1, help="of the server's model")
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args(words)
+    with running(args.index, args.threads, args.batch_size) as port:
+        report = measure(port, args.clients, args.requests, args.rounds)
+    print(f"{'':10}{'clients':>10}{'per second':>12}{'p50 ms':>10}{'p99 ms':>10}")
+    for path in PATHS:
+        for side, count in (("one", 1), ("many", args.clients)):
+            figures = (report[key][path][side] for key in ("requests_per_second", "p50", "p99"))
+            print(f"/{path:9}{count:10}" + "{:12.1f}{:10.1f}{:10.1f}".format(*figures))
+    print(f"{args.clients} clients beside one: search {report['speedup_search']} x, chat {report['speedup_chat']} x")
+    if args.json:
+        args.json.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
