@@ -10,6 +10,7 @@
     index add, remove, merge         change an index
     index import, index info         the authors' embeddings -> an index; what an index is
     search                           questions to an index, in words or pictures
+    eval coco, flickr30k, vist, visdial   the tables of the paper; eval few-shot: examples in the prompt
     chat, demo, serve                a conversation: in the terminal, in a browser, over HTTP
 
 What a user can mend is one line on stderr and exit code 2; --debug shows the traceback.
@@ -23,11 +24,11 @@ import sys
 import warnings
 from typing import Any
 
-from fromage.commands import data, index, search, talk, weights
+from fromage.commands import data, evals, index, search, talk, weights
 from fromage.configs import with_configs_found
 from fromage.errors import UserError
 
-VERBS = {**data.VERBS, **index.VERBS, **search.VERBS, **talk.VERBS, **weights.VERBS}
+VERBS = {**data.VERBS, **evals.VERBS, **index.VERBS, **search.VERBS, **talk.VERBS, **weights.VERBS}
 FITTING = ("fit", "validate", "test", "predict")
 
 

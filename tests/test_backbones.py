@@ -89,7 +89,6 @@ def test_openai_weights_bring_quick_gelu(monkeypatch):
     assert kinds == {"openai": "QuickGELU", "laion2b_s34b_b79k": "GELU"}
 
 
-
 @pytest.mark.parametrize("kind", ["opt", "llama"])
 def test_towers_stay_frozen_and_in_eval_mode(kind, tokenizer):
     lm = tiny(kind, tokenizer)

@@ -1,1 +1,1 @@
-"""Evaluations: each is evaluate(model, data) -> figures; the command line prints them."""
+"""Evaluations: each is evaluate(model, data) -> a report, see fromage.evals.report; the command line prints it."""

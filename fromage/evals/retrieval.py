@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from fromage.data import Batch
+from fromage.evals.clip import Clip
 from fromage.metrics import retrieval_recalls
 from fromage.model import Fromage
 from fromage.plain_step import image_features
@@ -26,11 +24,10 @@ def evaluate(model: Fromage, batches: Iterable[Batch]) -> dict[str, float]:
 
 
 @torch.no_grad()
-def evaluate_clip(clip: Any, tokenizer: Any, batches: Iterable[Batch]) -> dict[str, float]:
-    """The same figures for an open_clip model whole (fromage.backbones.load_clip); texts over its limit are cut."""
-    texts, images = [], []
+def evaluate_clip(model: Fromage, batches: Iterable[Batch]) -> dict[str, float]:
+    """The same figures for the frozen CLIP whose image tower the model has; texts over its limit are cut."""
+    clip, texts, images = Clip(model), [], []
     for batch in batches:
-        texts.append(F.normalize(clip.encode_text(tokenizer(batch.captions)).float(), dim=-1))
-        pixels = cast(Tensor, batch.pixels).to(next(clip.visual.parameters()).dtype)
-        images.append(F.normalize(clip.encode_image(pixels).float(), dim=-1))
+        texts.append(clip.embed_text(batch.captions))
+        images.append(clip.embed_features(image_features(model, batch)))
     return retrieval_recalls(torch.cat(texts), torch.cat(images))

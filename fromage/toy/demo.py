@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from fromage.backbones import load_clip
 from fromage.checkpoint import load_model
 from fromage.cli import fitting
 from fromage.data import CC3M, Batch
@@ -108,11 +107,10 @@ def queries(coco: dict[str, Any]) -> list[str]:
 def compare(model: Fromage, world: Path) -> dict[str, Any]:
     """Recalls of FROMAGe and of CLIP's own towers over the world's validation scenes, one caption each."""
     data = CC3M(str(world / "cc3m" / "train"), str(world / "cc3m" / "val"), batch_size=250, max_tokens=40, workers=0)
-    clip, transform, tokenizer = load_clip("toy")
-    data.attach(transform, model.tokenizer)
+    data.attach(model.vision.transform, model.tokenizer)
     batches: list[Batch] = list(data.val_dataloader())  # type: ignore[arg-type]
     gallery = sum(len(batch.keys) for batch in batches)
-    return {"fromage": evaluate(model, batches), "clip": evaluate_clip(clip, tokenizer, batches), "gallery": gallery}
+    return {"fromage": evaluate(model, batches), "clip": evaluate_clip(model, batches), "gallery": gallery}
 
 
 def name_things(model: Fromage, world: Path) -> float:

@@ -20,6 +20,7 @@ from fromage.toy.scenes import COLOURS, GROUNDS, PLACES, SHAPES, SIZES, TIMES, S
 
 VERSION = 1
 COCO_TRAIN = 500  # training pictures with five captions, at most
+FLICKR = 200  # pictures of Flickr30k's test split, at most
 BLOCK = 4096  # pictures in flight at once
 
 
@@ -102,7 +103,7 @@ def _painter(pool: Executor, bar: tqdm[Any]) -> writers.Paint:
 def _write(out: Path, seed: int, counts: dict[str, int], progress: bool) -> None:
     train, val, stories, dialogues, refs = counts.values()
     few = min(train, COCO_TRAIN)
-    total = train + few + 2 * val + 10 * stories + dialogues + 2 * refs
+    total = train + few + 2 * val + min(val, FLICKR) + 10 * stories + dialogues + 2 * refs
     with ProcessPoolExecutor(os.cpu_count()) as pool, tqdm(total=total, unit=" pictures", disable=not progress) as bar:
         paint = _painter(pool, bar)
         scenes = {"train": sample_scenes(_rng(seed, "train"), "train", train)}
@@ -116,6 +117,7 @@ def _write(out: Path, seed: int, counts: dict[str, int], progress: bool) -> None
             tales = writers.sample_stories(_rng(seed, "vist", split), split, stories)
             writers.write_vist(out, split, tales, paint)
             writers.write_visdial(out, split, talks[split], _rng(seed, "visdial", split), paint)
+        writers.write_flickr30k(out, "val", scenes["val"][:FLICKR], _rng(seed, "flickr30k"), paint)
         referred = {split: writers.sample_ref_scenes(_rng(seed, "refs", split), split, refs) for split in ("train", "val")}
         writers.write_refcoco(out, referred, _rng(seed, "refcoco"), paint)
 

@@ -1,4 +1,4 @@
-"""The toy world written in published formats: CC3M shards, COCO captions, Visual Storytelling, VisDial, RefCOCO.
+"""The toy world written in published formats: CC3M shards, COCO captions, Flickr30k, Visual Storytelling, VisDial, RefCOCO.
 
 Each writer takes the split's scenes, a random generator for the words, and `paint`, which turns (scene, jitter) pairs into
 JPEG bytes and boxes in order. Entries carry one key more than the published ones: "scene", the key of the scene shown.
@@ -11,6 +11,7 @@ import io
 import json
 import pickle
 import random
+import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -110,6 +111,23 @@ def write_coco(out: Path, split: str, scenes: list[Scene], rng: random.Random, p
         "annotations": [{"image_id": i, "id": n, "caption": text} for n, (i, text) in enumerate(said, FIRST_ID[split])],
     }
     _write_json(out / "coco" / "annotations" / f"captions_{split}2017.json", content)
+
+
+def write_flickr30k(out: Path, split: str, scenes: list[Scene], rng: random.Random, paint: Paint) -> None:
+    """Flickr30k as in Karpathy's splits: a split's pictures with five captions each, raw and in tokens."""
+    ids = _ids(scenes, split)
+    names = [f"{i}.jpg" for i in ids]
+    _write_pictures(out / "flickr30k" / "flickr30k-images", names, list(zip(scenes, ids, strict=True)), paint)
+    images: list[dict[str, Any]] = []
+    for i, (name, scene) in enumerate(zip(names, scenes, strict=True)):
+        sentids = list(range(CAPTIONS * i, CAPTIONS * (i + 1)))
+        said = [
+            {"tokens": re.findall(r"\w+", text), "raw": text, "imgid": i, "sentid": n}
+            for n, text in zip(sentids, _captions(scene, rng), strict=True)
+        ]
+        image = {"sentids": sentids, "imgid": i, "sentences": said, "split": "test" if split == "val" else split}
+        images.append(image | {"filename": name, "scene": scene.key})
+    _write_json(out / "flickr30k" / "dataset_flickr30k.json", {"images": images, "dataset": "flickr30k"})
 
 
 def sample_stories(rng: random.Random, split: str, count: int) -> list[Story]:

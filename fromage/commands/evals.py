@@ -1,0 +1,131 @@
+"""Verbs of evaluation: the paper's tables, each beside the frozen CLIP and chance."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from fromage.commands.verb import DEVICE, Option, Verbs, option
+
+
+def coco(args: argparse.Namespace) -> None:
+    """Captions and pictures of COCO: recall both ways."""
+    _captions(args, "coco")
+
+
+def flickr30k(args: argparse.Namespace) -> None:
+    """Captions and pictures of Flickr30k: recall both ways."""
+    _captions(args, "flickr30k")
+
+
+def _captions(args: argparse.Namespace, name: Any) -> None:
+    from fromage.evals.caption_sets import read_captions
+    from fromage.evals.coco import evaluate
+
+    data = read_captions(args.annotations, args.images, name, args.split, args.limit)
+    _tell(args, evaluate(_model(args), data, name, _options(args), args.captioning))
+
+
+def vist(args: argparse.Namespace) -> None:
+    """Stories of VIST: which picture is the last one."""
+    from fromage.evals.vist import evaluate, read_stories
+
+    data = read_stories(args.annotations, args.images, args.limit)
+    _tell(args, evaluate(_model(args), data, _options(args)))
+
+
+def visdial(args: argparse.Namespace) -> None:
+    """Dialogues of VisDial: rank answers, and find the picture."""
+    from fromage.evals.dialogues import read_dialogues
+    from fromage.evals.visdial import evaluate
+
+    data = read_dialogues(args.annotations, args.dense, args.images, args.limit)
+    _tell(args, evaluate(_model(args), data, _options(args), args.answers, args.scores))
+
+
+def few_shot(args: argparse.Namespace) -> None:
+    """Learning from examples in the prompt, on the toy world."""
+    from fromage.evals.few_shot import evaluate
+
+    _tell(args, evaluate(_model(args), args.world, args.shots, args.limit))
+
+
+def _model(args: argparse.Namespace) -> Any:
+    from fromage.checkpoint import load_model
+
+    return load_model(args.ckpt, args.device)
+
+
+def _options(args: argparse.Namespace) -> Any:
+    from fromage.evals.encoded import Options
+
+    return Options(args.batch_size, args.workers, args.max_lost, args.clip)
+
+
+def _tell(args: argparse.Namespace, report: dict[str, Any]) -> None:
+    from fromage.evals.report import markdown, table
+    from fromage.shards import write_json
+
+    print(table(report))
+    if report["headline"]:
+        print("\n" + markdown(report))
+    if args.json:
+        write_json(args.json, report)
+
+
+def positive(text: str) -> int:
+    """A whole number from 1 on."""
+    if (value := int(text)) < 1:
+        raise ValueError
+    return value
+
+
+COMMON: list[Option] = [
+    option("--ckpt", required=True, help="checkpoint of `lightning fit`, folder or hub name"),
+    option("--json", type=Path, help="write the report into this file"),
+    option("--limit", type=positive, help="look at the first so many only (pictures, stories, dialogues)"),
+    DEVICE,
+]
+PICTURES: list[Option] = [
+    *COMMON,
+    option("--images", type=Path, required=True, help="folder of the pictures"),
+    option("--batch-size", type=positive, default=64, help="texts or pictures in a pass"),
+    option("--workers", type=int, default=0, help="processes that decode pictures"),
+    option("--max-lost", type=float, default=0.05, help="share of the pictures that may be missing or broken"),
+    option("--no-clip", dest="clip", action="store_false", help="without the baseline"),
+]
+CAPTIONS: list[Option] = [
+    *PICTURES,
+    option("--split", choices=("train", "val", "test"), default="test", help="of Karpathy's splits (test)"),
+    option("--captioning", action="store_true", help="caption the pictures too: BLEU, METEOR, ROUGE-L, CIDEr; wants Java"),
+]
+VERBS: Verbs = {
+    ("eval", "coco"): (
+        coco,
+        [option("annotations", type=Path, help="captions_val2017.json, or dataset_coco.json of Karpathy"), *CAPTIONS],
+    ),
+    ("eval", "flickr30k"): (
+        flickr30k,
+        [option("annotations", type=Path, help="dataset_flickr30k.json of Karpathy"), *CAPTIONS],
+    ),
+    ("eval", "vist"): (vist, [option("annotations", type=Path, help="val.story-in-sequence.json"), *PICTURES]),
+    ("eval", "visdial"): (
+        visdial,
+        [
+            option("annotations", type=Path, help="visdial_1.0_val.json"),
+            option("--dense", type=Path, required=True, help="visdial_1.0_val_dense_annotations.json"),
+            option("--no-answers", dest="answers", action="store_false", help="image from dialogue only"),
+            option("--scores", type=Path, help="folder of answers' scores, by which a run that was killed is taken up"),
+            *PICTURES,
+        ],
+    ),
+    ("eval", "few-shot"): (
+        few_shot,
+        [
+            option("--world", type=Path, required=True, help="folder of `fromage toy make`"),
+            option("--shots", type=int, nargs="+", default=[0, 1, 2, 4], help="examples in front of a question"),
+            *COMMON,
+        ],
+    ),
+}

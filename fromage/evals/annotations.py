@@ -1,0 +1,65 @@
+"""Annotation files as their publishers give them: read, and told apart."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from fromage.errors import UserError
+
+# What a file is, by what its first entries hold; the first that fits counts.
+KINDS: dict[str, Callable[[Any], bool]] = {
+    "captions of COCO": lambda c: "caption" in c["annotations"][0] and "file_name" in c["images"][0],
+    "boxes of COCO": lambda c: "bbox" in c["annotations"][0],
+    "Karpathy's split of COCO": lambda c: c["dataset"] == "coco" and "sentences" in c["images"][0],
+    "Karpathy's split of Flickr30k": lambda c: c["dataset"] == "flickr30k" and "sentences" in c["images"][0],
+    "Karpathy's split of another data set": lambda c: "sentences" in c["images"][0] and bool(c["dataset"]),
+    "stories in sequence of VIST": lambda c: "worker_arranged_photo_order" in c["annotations"][0][0],
+    "descriptions in isolation of VIST": lambda c: "photo_flickr_id" in c["annotations"][0][0],
+    "dialogues of VisDial 1.0 with candidates": lambda c: _is_visdial(c, "1.0") and "gt_index" in _last_round(c),
+    "dialogues of VisDial 1.0 without candidates": lambda c: _is_visdial(c, "1.0"),
+    "dialogues of another version of VisDial": lambda c: "dialogs" in c["data"],
+    "dense annotations of VisDial 1.0": lambda c: "gt_relevance" in c[0],
+}
+
+
+def _is_visdial(content: Any, version: str) -> bool:
+    return content["version"] == version and "questions" in content["data"]
+
+
+def _last_round(content: Any) -> dict[str, Any]:
+    return content["data"]["dialogs"][0]["dialog"][-1]
+
+
+def kind_of(content: Any) -> str:
+    """What the content of an annotation file is; 'of no known kind' else."""
+    for kind, fits in KINDS.items():
+        try:
+            if fits(content):
+                return kind
+        except (KeyError, IndexError, TypeError):
+            continue
+    return "of no known kind"
+
+
+def read_annotations(path: Path, wanted: tuple[str, ...], remedy: str) -> tuple[str, Any]:
+    """The kind of an annotation file and its content.
+
+    remedy: the names of files that would do. Raises UserError unless the file is there, and of one of the kinds wanted.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); name {remedy}") from error
+    except ValueError as error:
+        raise UserError(f"{path}: no JSON, or broken ({error}); name {remedy}") from error
+    if (kind := kind_of(content)) not in wanted:
+        raise UserError(f"{path}: is {kind}, and not {' or '.join(wanted)}; name {remedy}")
+    return kind, content
+
+
+def malformed(path: Path, error: Exception) -> UserError:
+    """For a file whose later entries are not like its first ones."""
+    return UserError(f"{path}: an entry is broken ({error!r}); fetch the file anew")

@@ -1,0 +1,94 @@
+"""Pictures with several captions each: COCO's own files, and Karpathy's splits of COCO and Flickr30k."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from fromage.errors import UserError
+from fromage.evals.annotations import malformed, read_annotations
+
+CAPTIONS = 5  # of a picture, in all the published protocols; COCO has a sixth and seventh for a few
+SPLITS = {"train": ("train", "restval"), "val": ("val",), "test": ("test",)}
+FILES = {"coco": "captions_val2017.json, or dataset_coco.json of Karpathy's splits", "flickr30k": "dataset_flickr30k.json"}
+KINDS = {
+    "coco": ("captions of COCO", "Karpathy's split of COCO"),
+    "flickr30k": ("Karpathy's split of Flickr30k",),
+}
+
+
+@dataclass(frozen=True)
+class CaptionSet:
+    """Pictures and what is said of each; captions[i] belong to pictures[i].
+
+    Attributes:
+        name: where it is from.
+        dropped: what the file holds besides, by cause.
+    """
+
+    name: str
+    pictures: list[Path]
+    captions: list[list[str]]
+    dropped: dict[str, int] = field(default_factory=dict)
+
+
+def read_captions(
+    annotations: Path,
+    images: Path,
+    dataset: Literal["coco", "flickr30k"] = "coco",
+    split: str = "test",
+    limit: int | None = None,
+) -> CaptionSet:
+    """The pictures of a caption file, in its order, with at most five captions each.
+
+    Args:
+        annotations: COCO's captions_*.json, or Karpathy's dataset_coco.json or dataset_flickr30k.json.
+        images: the folder that file names are relative to; for Karpathy's COCO the one that holds val2014, or that itself.
+        split: of Karpathy's files: train (with restval), val or test.
+        limit: pictures at most; None for all.
+
+    Raises:
+        UserError: the file is missing, broken or of another data set, or has no picture in the split.
+    """
+    kind, content = read_annotations(annotations, KINDS[dataset], FILES[dataset])
+    try:
+        name, pairs = _coco(content) if kind == "captions of COCO" else _karpathy(content, split)
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        raise malformed(annotations, error) from error
+    good = [(file, texts) for file, texts in pairs if texts][:limit]
+    if not good:
+        raise UserError(f"{annotations}: holds no picture with a caption in the split {split}; choose another split or file")
+    return CaptionSet(
+        f"{annotations.name}, {name}",
+        [_place(images, file) for file, _ in good],
+        [texts[:CAPTIONS] for _, texts in good],
+        {
+            "pictures without a caption": sum(not texts for _, texts in pairs),
+            "captions beyond the fifth": sum(max(0, len(texts) - CAPTIONS) for _, texts in good),
+        },
+    )
+
+
+def _coco(content: dict[str, Any]) -> tuple[str, list[tuple[str, list[str]]]]:
+    said: dict[int, list[str]] = {image["id"]: [] for image in content["images"]}
+    for note in content["annotations"]:
+        if text := note["caption"].strip():
+            said[note["image_id"]].append(text)
+    return "all pictures", [(image["file_name"], said[image["id"]]) for image in content["images"]]
+
+
+def _karpathy(content: dict[str, Any], split: str) -> tuple[str, list[tuple[str, list[str]]]]:
+    if split not in SPLITS:
+        raise UserError(f"split {split}: there are {', '.join(SPLITS)}")
+    return f"split {split}", [
+        ("/".join(filter(None, (image.get("filepath"), image["filename"]))), [s["raw"].strip() for s in image["sentences"]])
+        for image in content["images"]
+        if image["split"] in SPLITS[split]
+    ]
+
+
+def _place(images: Path, file: str) -> Path:
+    """Below the folder as the file names it; or directly in it, where the folder is that of the year already."""
+    flat = images / Path(file).name
+    return flat if flat.is_file() else images / file

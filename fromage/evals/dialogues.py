@@ -1,0 +1,104 @@
+"""Dialogues about pictures as VisDial 1.0 publishes them, with a hundred candidates for every answer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fromage.errors import UserError
+from fromage.evals.annotations import malformed, read_annotations
+
+CANDIDATES = "dialogues of VisDial 1.0 with candidates", "visdial_1.0_val.json"
+DENSE = "dense annotations of VisDial 1.0", "visdial_1.0_val_dense_annotations.json"
+
+
+@dataclass(frozen=True)
+class Round:
+    """A question, its answer, and the candidates; candidates[right] is the answer."""
+
+    question: str
+    answer: str
+    candidates: list[str]
+    right: int
+
+
+@dataclass(frozen=True)
+class Dialogue:
+    """Rounds about a picture.
+
+    Attributes:
+        rated: the round, from 0, whose candidates people rated.
+        relevance: of each of these candidates, 0 to 1.
+    """
+
+    picture: Path
+    rounds: list[Round]
+    rated: int
+    relevance: list[float]
+
+
+@dataclass(frozen=True)
+class Dialogues:
+    """The dialogues of a file, all of equally many rounds and candidates."""
+
+    name: str
+    dialogues: list[Dialogue]
+
+
+def read_dialogues(annotations: Path, dense: Path, images: Path, limit: int | None = None) -> Dialogues:
+    """VisDial's validation dialogues; pictures are images/VisualDialog_val2018_000000123456.jpg.
+
+    dense: the file of ratings; in it rounds count from 1. limit: dialogues at most; None for all.
+    Raises UserError for files that are missing, broken, of another kind or version, or of different dialogues.
+    """
+    _, content = read_annotations(annotations, (CANDIDATES[0],), CANDIDATES[1])
+    _, ratings = read_annotations(dense, (DENSE[0],), DENSE[1])
+    try:
+        rated = {note["image_id"]: (int(note["round_id"]) - 1, note["gt_relevance"]) for note in ratings}
+        data = content["data"]
+        listed = data["dialogs"][:limit]
+        if lacking := [talk["image_id"] for talk in listed if talk["image_id"] not in rated]:
+            raise UserError(
+                f"{dense}: has no ratings for {len(lacking)} of the dialogues ({lacking[:3]}); take both of one split"
+            )
+        name = f"VisualDialog_{content['split']}2018_{{:012d}}.jpg"
+        dialogues = [
+            Dialogue(images / name.format(talk["image_id"]), _rounds(talk, data), *rated[talk["image_id"]])
+            for talk in listed
+        ]
+        _check(dialogues)
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise malformed(annotations, error) from error
+    return Dialogues(annotations.name, dialogues)
+
+
+def _rounds(talk: dict[str, Any], data: dict[str, list[str]]) -> list[Round]:
+    questions, answers = data["questions"], data["answers"]
+    return [
+        Round(
+            questions[said["question"]] + "?",
+            answers[said["answer"]],
+            [answers[i] for i in said["answer_options"]],
+            said["gt_index"],
+        )
+        for said in talk["dialog"]
+    ]
+
+
+def _check(dialogues: list[Dialogue]) -> None:
+    """Raise ValueError for dialogues of unequal shape, and for ratings or right answers that belong to others."""
+    shapes = {(len(talk.rounds), len(said.candidates)) for talk in dialogues for said in talk.rounds}
+    if len(shapes) != 1:
+        raise ValueError(f"rounds and candidates vary: {sorted(shapes)[:3]}")
+    for talk in dialogues:
+        if any(said.candidates[said.right] != said.answer for said in talk.rounds):
+            raise ValueError(f"gt_index of {talk.picture.name} names another answer")
+        if len(talk.relevance) != len(talk.rounds[talk.rated].candidates) or talk.rated < 0:
+            raise ValueError(f"the ratings of {talk.picture.name} are not of its candidates")
+
+
+def spoken(rounds: Sequence[Round]) -> str:
+    """Rounds on one line: 'Q: ...? A: ... .'"""
+    return " ".join(f"Q: {said.question} A: {said.answer}." for said in rounds)

@@ -1,0 +1,116 @@
+"""What an evaluation encodes: each picture once, in batches, with a bar; what cannot be had is counted and named."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from fromage.errors import BrokenSample, UserError
+from fromage.model import Fromage
+from fromage.pictures import decode_picture
+
+Item = TypeVar("Item")
+NAMED = 20  # of the pictures that cannot be had
+
+
+@dataclass(frozen=True)
+class Options:
+    """How an evaluation runs.
+
+    Attributes:
+        batch_size: texts or pictures in a pass.
+        workers: processes that decode pictures.
+        max_lost: share of the pictures, 0 to 1, that may be missing or broken.
+        clip: whether the frozen CLIP is evaluated as well.
+    """
+
+    batch_size: int = 64
+    workers: int = 0
+    max_lost: float = 0.05
+    clip: bool = True
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Features (n, m) of the pictures that could be had, on the model's device.
+
+    Attributes:
+        row: of each such picture in features.
+        lost: (cause, path) of the others.
+    """
+
+    features: Tensor
+    row: dict[Path, int]
+    lost: list[tuple[str, Path]]
+
+    def of(self, paths: Sequence[Path]) -> Tensor:
+        """(len(paths), m)."""
+        return self.features[[self.row[path] for path in paths]]
+
+    def counts(self) -> dict[str, int]:
+        """How many pictures were lost, by cause."""
+        return {"pictures missing": 0, "pictures broken": 0} | Counter(f"pictures {cause}" for cause, _ in self.lost)
+
+
+class Files(Dataset[Any]):
+    """Pictures as the tower wants them, (3, H, W) each, or why one cannot be had."""
+
+    def __init__(self, paths: list[Path], transform: Callable[[Image.Image], Tensor]) -> None:
+        self.paths, self.transform = paths, transform
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, number: int) -> Tensor | str:
+        try:
+            return self.transform(decode_picture(self.paths[number].read_bytes()))
+        except OSError:
+            return "missing"
+        except BrokenSample:
+            return "broken"
+
+
+@torch.no_grad()
+def encode_files(model: Fromage, paths: Sequence[Path], options: Options) -> Encoded:
+    """Encode each distinct picture once. Raises UserError where more than options.max_lost cannot be had."""
+    distinct = list(dict.fromkeys(paths))
+    check_lost([("missing", path) for path in distinct if not path.is_file()], len(distinct), options.max_lost)
+    files = Files(distinct, model.vision.transform)
+    loader: Any = DataLoader(files, options.batch_size, num_workers=options.workers, collate_fn=list)
+    rows = [torch.empty(0, model.vision.width, device=model.device)]
+    good: list[Path] = []
+    lost: list[tuple[str, Path]] = []
+    for batch in tqdm(loader, desc="encoding pictures", unit="batch", leave=False):
+        start = len(good) + len(lost)
+        some = list(zip(distinct[start : start + len(batch)], batch, strict=True))
+        good += [path for path, pixels in some if isinstance(pixels, Tensor)]
+        lost += [(cause, path) for path, cause in some if isinstance(cause, str)]
+        if pixels := [pixels for _, pixels in some if isinstance(pixels, Tensor)]:
+            rows.append(model.vision(torch.stack(pixels)).float())
+    check_lost(lost, len(distinct), options.max_lost)
+    return Encoded(torch.cat(rows), {path: i for i, path in enumerate(good)}, lost)
+
+
+def check_lost(lost: list[tuple[str, Path]], count: int, max_lost: float) -> None:
+    """Raise UserError where too many of `count` pictures are lost, or all."""
+    if lost and (len(lost) > max_lost * count or len(lost) == count):
+        some = ", ".join(f"{path} ({cause})" for cause, path in lost[:3])
+        raise UserError(
+            f"{len(lost)} of {count} pictures cannot be had, more than {max_lost:.0%}: {some}"
+            f"{', ...' if len(lost) > 3 else ''}; name the right --images, or allow more by --max-lost"
+        )
+
+
+def in_batches(embed: Callable[[Any], Tensor], items: Sequence[Item], size: int, what: str) -> Tensor:
+    """embed over `size` items at a time, its rows one below the other, with a bar."""
+    starts = tqdm(range(0, len(items), size), desc=what, unit="batch", leave=False)
+    return torch.cat([embed(items[start : start + size]) for start in starts])
