@@ -3,6 +3,9 @@
 One thread owns the model (fromage.serving.batching). Searches that wait are answered together, and so are conversations
 with the same decoding; a streamed conversation is one job of that thread, and the others wait meanwhile. Pictures are
 decoded and fetched by other threads, before a request comes into the queue and after it has left it.
+
+    with TestClient(create_app(model, index)) as client:
+        client.post("/search", json={"query": "a red star"}).json()["hits"]
 """
 
 from __future__ import annotations
