@@ -1,0 +1,172 @@
+"""The web demo: talk with a model and search its index, in a browser.
+
+Each visitor has a conversation of their own, kept as its turns, from which the page is drawn anew. The model works for
+one visitor at a time. Nothing of this machine can be read through the page: what is sent is decoded here, what is shown
+is written into a temporary folder, and nothing but this folder is served. It is gone when the demo ends.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import Event
+from typing import TYPE_CHECKING, Any
+
+from fromage.errors import UserError
+from fromage.model import Fromage
+
+try:
+    import gradio as gr
+    from starlette.middleware import Middleware
+except ImportError as error:
+    raise UserError("the web demo needs Gradio; pip install 'fromage[demo]'") from error
+
+from fromage.web_guard import Guard, GuardedBlocks
+from fromage.web_visits import MAX_SENT, Visits, conversation
+
+if TYPE_CHECKING:
+    from fromage.index import ImageIndex
+
+CACHE = "GRADIO_TEMP_DIR"
+UPLOAD = "20mb"  # of one file
+SESSIONS = 200  # conversations kept; beyond it the one that rested longest is forgotten
+QUEUE = 64  # requests that may wait
+KEPT = 24 * 3600  # seconds that pictures stay in the temporary folder
+MODEL: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1}  # the events that use the model
+PLAIN: dict[str, Any] = {"render_markdown": False, "latex_delimiters": [], "show_label": False}  # words as they are
+THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+CSS = """
+.gradio-container {max-width: 1200px !important; margin: 0 auto !important}
+.message-buttons {display: none !important}  /* sharing with strangers */
+.message img {min-width: 128px; object-fit: contain !important}
+.grid-wrap {max-height: none !important}
+.grid-container {grid-template-columns: repeat(auto-fill, minmax(min(220px, 40%), 1fr)) !important}
+.caption-label {white-space: normal !important; display: -webkit-box !important; -webkit-box-orient: vertical;
+  -webkit-line-clamp: 2; padding-bottom: 0 !important; border-bottom: 4px solid transparent !important}
+"""
+ABOUT = """# FROMAGe
+A frozen language model that sees pictures and answers with pictures. Send words, pictures, or both."""
+FINDS = " Where it writes `[RET]`, the answer shows which of the {count:,} pictures of its index is meant."
+NO_INDEX = " It was started without an index of pictures, so it answers in text alone."
+
+
+def launch(model: Fromage, index: ImageIndex | None, style: str, host: str, port: int) -> None:
+    """Serve the demo until Ctrl-C. style: of fromage.chat.STYLES. Raises UserError where the port is taken."""
+    with running(model, index, style, host, port) as address:
+        print(f"the demo is at {address} (Ctrl-C ends it)", flush=True)
+        try:
+            Event().wait()
+        except KeyboardInterrupt:
+            print()
+
+
+@contextmanager
+def running(model: Fromage, index: ImageIndex | None, style: str, host: str, port: int) -> Iterator[str]:
+    """The demo, served in the background; gives its address."""
+    with _cache():
+        blocks = page(Visits(model, index, style))
+        try:
+            yield _serve(blocks, host, port)
+        finally:
+            blocks.close(verbose=False)
+
+
+@contextmanager
+def _cache() -> Iterator[None]:
+    """Gradio's folder for uploads and pictures shown: by default, one for all that runs on the machine, for good."""
+    before = os.environ.get(CACHE)
+    with tempfile.TemporaryDirectory(prefix="fromage-") as folder:
+        os.environ[CACHE] = folder
+        try:
+            yield
+        finally:
+            os.environ.pop(CACHE) if before is None else os.environ.update({CACHE: before})
+
+
+def _serve(blocks: gr.Blocks, host: str, port: int) -> str:
+    try:
+        _, address, _ = blocks.launch(
+            server_name=host,
+            server_port=port,
+            share=False,
+            inbrowser=False,
+            quiet=True,
+            prevent_thread_lock=True,
+            max_file_size=UPLOAD,
+            state_session_capacity=SESSIONS,
+            footer_links=[],
+            run_history=False,
+            enable_monitoring=False,
+            ssr_mode=False,
+            mcp_server=False,
+            theme=THEME,
+            css=CSS,
+            app_kwargs={"middleware": [Middleware(Guard)], "openapi_url": None},
+        )
+    except OSError as error:
+        raise UserError(f"{host}:{port}: cannot listen there; is the port taken? choose another --port") from error
+    return address.rstrip("/")
+
+
+def page(visits: Visits) -> gr.Blocks:
+    """Two tabs: the conversation, and the plain search."""
+    about = ABOUT + (FINDS.format(count=len(visits.index)) if visits.index else NO_INDEX)
+    with GuardedBlocks(title="FROMAGe", analytics_enabled=False, delete_cache=(600, KEPT)) as blocks:
+        gr.Markdown(about)
+        with gr.Tab("Chat"):
+            _chat(visits)
+        with gr.Tab("Search"):
+            _search(visits)
+    return blocks.queue(max_size=QUEUE)
+
+
+def _chat(visits: Visits) -> None:
+    turns = gr.State([])
+    with gr.Row():
+        with gr.Column(scale=3):
+            shown = gr.Chatbot(height="58vh", buttons=[], allow_file_downloads=False, **PLAIN)
+            box = _box(visits, MAX_SENT)
+            with gr.Row():
+                stop, undo, new = (gr.Button(name, size="md", min_width=80) for name in ("Stop", "Undo", "New"))
+        with gr.Column(scale=1):
+            settings = _settings(visits)
+    asked = box.submit(visits.answer, [box, turns, *settings], [box, shown, turns], **MODEL)
+    stop.click(conversation, turns, shown, cancels=asked, queue=False)
+    undo.click(visits.undo, turns, [shown, turns], **MODEL)
+    gr.on([new.click, shown.clear], lambda: ([], []), None, [shown, turns], cancels=asked, queue=False)
+
+
+def _box(visits: Visits, files: int) -> gr.MultimodalTextbox:
+    such_as = f", such as: {visits.index.items[0].caption[:80]}" if visits.index and visits.index.items[0].caption else ""
+    return gr.MultimodalTextbox(
+        show_label=False,
+        placeholder=f"words, a picture, or both{such_as}",
+        file_types=["image"],
+        file_count="multiple" if files > 1 else "single",
+    )
+
+
+def _settings(visits: Visits) -> list[gr.Slider]:
+    """In the order of Visits.answer."""
+    gr.Markdown("### How answers are made")
+    return [
+        gr.Slider(-20, 20, 0, step=0.5, label="[RET] bias", info="higher: more pictures"),
+        gr.Slider(0, 2, 0, step=0.1, label="Temperature", info="0: always the likeliest word"),
+        gr.Slider(1, 8, 1, step=1, label="Pictures for each [RET]"),
+        gr.Slider(1, 128, 32, step=1, label="Length", info="new tokens at most"),
+    ]
+
+
+def _search(visits: Visits) -> None:
+    if visits.index is None:
+        gr.Markdown("There is no index to search: the demo was started without `--index`.")
+        return
+    with gr.Row():
+        with gr.Column(scale=3):
+            box = _box(visits, 1)
+        with gr.Column(scale=1):
+            count = gr.Slider(1, 24, 8, step=1, label="Pictures")
+    found = gr.Gallery(show_label=False, height="auto", buttons=[], interactive=False)
+    box.submit(visits.search, [box, count], found, **MODEL)
