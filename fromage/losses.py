@@ -46,18 +46,23 @@ class _FrozenHeadLoss(torch.autograd.Function):
         V, first, weight = lm.added.vocab_size, lm.added.first, lm.head.weight[: lm.added.vocab_size]  # (V, d)
         grad_hidden, grad_rows = torch.empty_like(hidden), torch.zeros_like(rows)
         loss, right = hidden.new_zeros((), dtype=torch.float32), hidden.new_zeros((), dtype=torch.float32)
-        places = torch.where(targets >= first, targets - first + V, targets)  # columns of [frozen, added]
-        for h, t, out in zip(hidden.split(CHUNK), places.split(CHUNK), grad_hidden.split(CHUNK), strict=True):
-            logits = torch.cat([lm.head(h)[:, :V], h @ rows.to(h.dtype).T], 1).float()  # (c, V + n)
-            lse = logits.logsumexp(1, keepdim=True)  # (c, 1)
-            loss += (lse - logits.gather(1, t.unsqueeze(1))).sum()
-            right += (logits.argmax(1) == t).sum()
+        for h, t, out in zip(hidden.split(CHUNK), targets.split(CHUNK), grad_hidden.split(CHUNK), strict=True):
+            e, z = lm.head(h)[:, :V].float(), (h @ rows.to(h.dtype).T).float()  # (c, V), (c, n): frozen and added logits
+            t, is_added = t.unsqueeze(1), t.unsqueeze(1) >= first  # (c, 1) each
+            of_frozen, of_added = t.clamp(max=V - 1), (t - first).clamp(min=0)  # columns
+            target = torch.where(is_added, z.gather(1, of_added), e.gather(1, of_frozen))  # (c, 1)
+            top = torch.maximum(e.amax(1, keepdim=True), z.amax(1, keepdim=True))  # (c, 1)
+            e, z = e.sub_(top).exp_(), z.sub_(top).exp_()  # few passes over (c, V): they take as long as memory does
+            s = e.sum(1, keepdim=True) + z.sum(1, keepdim=True)  # (c, 1), so that p = e / s
+            loss += (s.log() + top - target).sum()
+            right += (target >= top).sum()
             if hidden.requires_grad:
-                p = logits.sub_(lse).exp_()  # (c, V + n)
-                p.scatter_add_(1, t.unsqueeze(1), p.new_full((len(t), 1), -1.0))
-                p = (p / len(hidden)).to(h.dtype)
-                torch.addmm(p[:, V:] @ rows.to(h.dtype), p[:, :V], weight, out=out)  # (c, d)
-                grad_rows += (p[:, V:].T @ h).to(rows.dtype)  # (n, d)
+                e.scatter_add_(1, of_frozen, -s * ~is_added)
+                z.scatter_add_(1, of_added, -s * is_added)  # now e and z are s (p - onehot)
+                scale = 1 / (s * len(hidden))  # (c, 1)
+                back = torch.addmm(z.to(h.dtype) @ rows.to(h.dtype), e.to(h.dtype), weight)  # (c, d)
+                torch.mul(back, scale, out=out)
+                grad_rows += ((z * scale).to(h.dtype).T @ h).to(rows.dtype)  # (n, d)
         ctx.save_for_backward(grad_hidden, grad_rows)
         right /= len(hidden)
         ctx.mark_non_differentiable(right)
@@ -75,8 +80,9 @@ def frozen_log_sum_exp(hidden: Tensor, targets: Tensor, lm: LanguageModel) -> tu
     V, lses, zs = lm.added.vocab_size, [], []
     for h, t in zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True):
         logits = lm.head(h)[:, :V].float()  # (c, V)
-        lses.append(logits.logsumexp(1))
         zs.append(torch.where(t < V, logits.gather(1, t.clamp(max=V - 1).unsqueeze(1)).squeeze(1), 0.0))
+        top = logits.amax(1, keepdim=True)  # (c, 1)
+        lses.append(logits.sub_(top).exp_().sum(1).log() + top.squeeze(1))
     return torch.cat(lses), torch.cat(zs)
 
 
