@@ -41,8 +41,7 @@ def fast_step(model: Fromage, batch: Batch, paired: bool, chunk: int = 0) -> Ste
             "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup", 2021).
     """
     check_captions(model, batch)
-    size = chunk + chunk % 2 if chunk else len(batch.lengths)  # a pair is not to be parted
-    parts = [batch.part(i, i + size) for i in range(0, len(batch.lengths), size)]
+    parts = chunks(batch, chunk + chunk % 2) if chunk else [batch]  # a pair is not to be parted
     features = [image_features(model, part) for part in parts]  # (b, m) each
     run = again_in_backward if len(parts) > 1 else part_losses
     done = [run(model, part, v, paired) for part, v in zip(parts, features, strict=True)]
@@ -54,6 +53,13 @@ def fast_step(model: Fromage, batch: Batch, paired: bool, chunk: int = 0) -> Ste
     return StepOutput(
         captioning_loss * weight, text_loss * weight, contrastive_loss, caption_accuracy, retrieval_accuracy, images, texts
     )
+
+
+def chunks(batch: Batch, size: int) -> list[Batch]:
+    """Parts of `size` examples; one without a word, on which a language model cannot run, joins the part before."""
+    B = len(batch.lengths)
+    worded = [i for i in range(0, B, size) if targets(batch.part(i, i + size))]
+    return [batch.part(i, j) for i, j in pairwise([0, *worded[1:], B])]
 
 
 def part_losses(model: Fromage, batch: Batch, features: Tensor, paired: bool) -> tuple[Tensor, ...]:

@@ -94,6 +94,8 @@ class FromageModule(pl.LightningModule):
         super().__init__()
         self.save_hyperparameters()
         self.h: Any = self.hparams
+        if chunk < 0:
+            raise UserError(f"model.chunk {chunk}: choose a number of examples, or 0 for all at once")
         if chunk and step == "plain":
             raise UserError("model.chunk is the fast step's: leave out model.chunk, or choose model.step fast")
         self.guard = LossGuard(skip=nonfinite == "skip")

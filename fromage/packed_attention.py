@@ -29,8 +29,8 @@ def starts(lengths: list[int]) -> list[int]:
 
 
 def to_device(values: Any, device: torch.device) -> Tensor:
-    """Numbers known on the host -> a tensor there, without waiting for the device."""
-    tensor = torch.as_tensor(values)
+    """Whole numbers or a tensor, known on the host -> there, without waiting for the device."""
+    tensor = values if isinstance(values, Tensor) else torch.tensor(values, dtype=torch.long)
     return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 

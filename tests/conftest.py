@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 torch.set_num_threads(2)
 
+COLOURS = ("red", "green", "blue", "white", "black", "yellow")
 SHARED = Path(os.environ.get("FROMAGE_SHARED_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 
 
@@ -45,3 +47,38 @@ def batch(toy_model, world):
     data = CC3M(str(world / "cc3m" / "train"), str(world / "cc3m" / "val"), batch_size=7, max_tokens=40, workers=0)
     data.attach(toy_model.vision.transform, toy_model.tokenizer)
     return next(iter(data.val_dataloader()))
+
+
+@pytest.fixture(scope="module")
+def model():
+    """As `toy_model`, for the tests of a file that leave it as it is."""
+    from fromage.model import Fromage
+
+    torch.manual_seed(0)
+    return Fromage.load(k=2, q=32)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Six pictures, each of one colour, named by it."""
+    out = tmp_path_factory.mktemp("my pictures")
+    for colour in COLOURS:
+        Image.new("RGB", (64, 64), colour).save(out / f"{colour}.png")
+    return out
+
+
+@pytest.fixture(scope="module")
+def caption():
+    """The caption of every picture of `index`; without one each has its colour."""
+
+
+@pytest.fixture(scope="module")
+def index(model, folder, caption):
+    """An index of the six pictures of `folder`."""
+    from fromage.embed_pictures import embed_opened
+    from fromage.index import ImageIndex
+    from fromage.picture_source import Item
+
+    paths = [folder / f"{colour}.png" for colour in COLOURS]
+    rows = embed_opened(model, [Image.open(path) for path in paths])
+    return ImageIndex.build(rows, [Item(str(path), caption or path.stem) for path in paths], model.fingerprint())

@@ -4,41 +4,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 
 from fromage.chat import Chat
 from fromage.decoding import Decoding
 from fromage.errors import UserError
 from fromage.gallery import Shown
-from fromage.index import ImageIndex
-from fromage.model import Fromage
-from fromage.picture_source import Item
 from fromage.prompts import RET, START, prompt_ids, prompt_length
 
-COLOURS = ("red", "green", "blue", "white", "black", "yellow")
 PICTURES_PLEASE = Decoding(max_new_tokens=6, ret_bias=1e4, max_images=1)
-
-
-@pytest.fixture(scope="module")
-def model():
-    torch.manual_seed(0)
-    return Fromage.load(k=2, q=32)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    out = tmp_path_factory.mktemp("pictures")
-    for colour in COLOURS:
-        Image.new("RGB", (64, 64), colour).save(out / f"{colour}.png")
-    return out
-
-
-@pytest.fixture(scope="module")
-def index(model, folder):
-    paths = sorted(folder.glob("*.png"))
-    pixels = torch.stack([model.vision.transform(Image.open(path)) for path in paths])
-    rows = model.embed_images(model.vision(pixels)).detach().numpy()
-    return ImageIndex.build(rows, [Item(str(path)) for path in paths], model.fingerprint())
 
 
 def words(model, chat, said="a star"):
@@ -65,7 +38,7 @@ def test_pictures_come_back_and_stand_in_the_history(model, index, folder):
     features = [part for part in chat.turns[0].parts if isinstance(part, torch.Tensor)]
     assert len(features) == 2, "what the user sent and what came back, encoded once"
     seen = {str(folder / "red.png"), shown.hits[0].path}
-    for _ in range(len(COLOURS) - 2):
+    for _ in range(len(index) - 2):
         (shown,) = chat.say("and another one").shown
         assert shown.hits[0].path not in seen, "no picture twice in a conversation"
         seen.add(shown.hits[0].path)

@@ -22,32 +22,41 @@ STRATEGIES = {"ddp": DDPStrategy, "sharded": ShardedTowers}
 LENGTHS = [5, 12, 3, 24, 20, 7, 2, 9]  # the halves have different numbers of tokens
 
 
+def join(rank, store):
+    """Be one of two processes."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+
+
 def leave():
     """End a process of a group: gloo's threads sometimes abort Python's own way out."""
     dist.barrier()
     os._exit(0)
 
 
-def one_of_two(rank, name, store, out):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    model = build("tied", 1)
-    step = {"fast": fast_step, "plain": plain_step}[name]
+def mean_gradients(rank, step, model):
+    """Of both processes, each with its half of the batch."""
     step(model, make_batch(model, LENGTHS).part(4 * rank, 4 * rank + 4), False).loss.backward()
     grads = {n: p.grad for n, p in model.trained().items()}
     for grad in grads.values():  # as DDP does
         dist.all_reduce(grad)
         grad /= 2
+    return grads
+
+
+def one_of_two(rank, step, store, out):
+    join(rank, store)
+    grads = mean_gradients(rank, step, build("tied", 1))
     if rank == 0:
         torch.save(grads, out)
     leave()
 
 
-@pytest.mark.parametrize("name", ["fast", "plain"])
-def test_two_processes_give_the_gradients_of_one_with_the_whole_batch(name, tmp_path):
-    mp.spawn(one_of_two, (name, tmp_path / "store", tmp_path / "grads.pt"), nprocs=2)
+@pytest.mark.parametrize("step", [fast_step, plain_step])
+def test_two_processes_give_the_gradients_of_one_with_the_whole_batch(step, tmp_path):
+    mp.spawn(one_of_two, (step, tmp_path / "store", tmp_path / "grads.pt"), nprocs=2)
     model = build("tied", 1)
-    {"fast": fast_step, "plain": plain_step}[name](model, make_batch(model, LENGTHS), False).loss.backward()
+    step(model, make_batch(model, LENGTHS), False).loss.backward()
     two = torch.load(tmp_path / "grads.pt")
     for parameter, p in model.trained().items():
         error = (two[parameter] - p.grad).norm() / p.grad.norm()

@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
@@ -107,10 +107,12 @@ def test_same_losses_and_gradients(models, kind, k, paired):
     lengths=st.lists(st.integers(1, 24), min_size=1, max_size=9).filter(lambda lengths: max(lengths) > 2),
     paired=st.booleans(),
     which=st.sampled_from([(kind, k) for kind in ("tied", "untied") for k in (1, 4)]),
+    chunk=st.integers(0, 9),
     seed=st.integers(0, 999),
 )
-def test_any_lengths_and_batch_sizes(models, lengths, paired, which, seed):
-    compare(models[which], make_batch(models[which], lengths, seed), paired)
+@example(lengths=[1, 1, 5, 1], paired=False, which=("untied", 1), chunk=2, seed=0)  # a chunk without a word
+def test_any_lengths_batch_sizes_and_chunks(models, lengths, paired, which, chunk, seed):
+    compare(models[which], make_batch(models[which], lengths, seed), paired, partial(fast_step, chunk=chunk))
 
 
 def test_padding_beyond_the_longest_changes_nothing(models):

@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.multiprocessing as mp
-from test_distributed import leave
+from test_distributed import join, leave, mean_gradients
 from test_fast_step import build, make_batch, run
 
 from fromage.fast_step import fast_step
@@ -58,17 +57,12 @@ def test_recomputed_layers_keep_less():
 
 
 def one_of_two(rank, kind, store, out):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    join(rank, store)
     model = build(kind, 1)
     whole = sum(p.numel() for block in model.lm.blocks for p in block.parameters())
     shard_blocks(model.lm, "cpu")
     held = sum(p.to_local().numel() for block in model.lm.blocks for p in block.parameters())
-    fast_step(model, make_batch(model, LENGTHS).part(4 * rank, 4 * rank + 4), False).loss.backward()
-    grads = {n: p.grad for n, p in model.trained().items()}
-    for grad in grads.values():  # as DDP does
-        dist.all_reduce(grad)
-        grad /= 2
+    grads = mean_gradients(rank, fast_step, model)
     if rank == 0:
         torch.save((grads, held / whole), out)
     leave()

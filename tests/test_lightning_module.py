@@ -94,6 +94,13 @@ def test_a_checkpoint_of_another_architecture_is_refused_by_name(fitted, world, 
         run(world, tmp_path, 9, ckpt_path=str(fitted[3] / "last.ckpt"), k=4)
 
 
+def test_chunks_that_cannot_be_are_refused():
+    with pytest.raises(UserError, match="chunk -1"):
+        FromageModule(**TOY, chunk=-1)
+    with pytest.raises(UserError, match="fast"):
+        FromageModule(**TOY, chunk=8, step="plain")
+
+
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"PK\x03\x04torn"])
 def test_an_unreadable_checkpoint_is_named(content, tmp_path):
     path = tmp_path / "torn.ckpt"

@@ -4,32 +4,18 @@ import io
 from datetime import UTC, datetime
 
 import pytest
-import torch
 from PIL import Image
 
 pytest.importorskip("ipywidgets")
 
 from fromage.chat import Chat
 from fromage.decoding import Decoding
-from fromage.index import ImageIndex
-from fromage.model import Fromage
 from fromage.notebook_chat import NotebookChat
-from fromage.picture_source import Item
 
 
 @pytest.fixture(scope="module")
-def model():
-    torch.manual_seed(0)
-    return Fromage.load(k=2, q=32)
-
-
-@pytest.fixture(scope="module")
-def index(model, tmp_path_factory):
-    path = tmp_path_factory.mktemp("pictures") / "red.png"
-    Image.new("RGB", (64, 64), "red").save(path)
-    pixels = model.vision.transform(Image.open(path)).unsqueeze(0)
-    rows = model.embed_images(model.vision(pixels)).detach().numpy()
-    return ImageIndex.build(rows, [Item(str(path), "a <b>red</b> one")], model.fingerprint())
+def caption():
+    return "a <b>red</b> one"
 
 
 def upload(page, content):

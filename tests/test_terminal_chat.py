@@ -9,7 +9,6 @@ import threading
 from pathlib import Path
 
 import pytest
-import torch
 from PIL import Image
 
 from fromage.chat import Chat
@@ -17,9 +16,6 @@ from fromage.decoding import Decoding
 from fromage.gallery import Shown
 from fromage.generate import Answer
 from fromage.hits import Hit
-from fromage.index import ImageIndex
-from fromage.model import Fromage
-from fromage.picture_source import Item
 from fromage.prompts import Url
 from fromage.terminal import CHUNK, Screen, iterm, kitty, printable, protocol
 from fromage.terminal_chat import COMMANDS, parse, talk
@@ -29,26 +25,14 @@ EVIL = "a cat\x1b[31m\x1b]0;title\x07\x9b2J\r\nnot a line of its own\u202e"
 
 
 @pytest.fixture(scope="module")
-def model():
-    torch.manual_seed(0)
-    return Fromage.load(k=2, q=32)
+def folder(folder):
+    (folder / "notes.png").write_text("no picture")
+    return folder
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    out = tmp_path_factory.mktemp("my pictures")
-    for colour in ("red", "green", "blue"):
-        Image.new("RGB", (64, 64), colour).save(out / f"{colour}.png")
-    (out / "notes.png").write_text("no picture")
-    return out
-
-
-@pytest.fixture(scope="module")
-def index(model, folder):
-    paths = [folder / f"{colour}.png" for colour in ("red", "green", "blue")]
-    pixels = torch.stack([model.vision.transform(Image.open(path)) for path in paths])
-    rows = model.embed_images(model.vision(pixels)).detach().numpy()
-    return ImageIndex.build(rows, [Item(str(path), EVIL) for path in paths], model.fingerprint())
+def caption():
+    return EVIL
 
 
 def reading(*lines):
@@ -111,9 +95,11 @@ def test_text_comes_as_the_conversation_itself_gives_it(model, index, folder):
 
 def test_pictures_are_printed_with_rank_score_path_and_caption(model, index, folder):
     chat = Chat(model, index, PICTURES_PLEASE)
-    shown = said(chat, "/pictures 2", f'a star @"{folder / "red.png"}"')
+    shown = said(chat, "/pictures 5", f'a star @"{folder / "red.png"}"')
     hits = chat.turns[0].answer.shown[0].hits
-    assert {Path(hit.path).name for hit in hits} == {"green.png", "blue.png"}, "not the user's own"
+    assert {Path(hit.path) for hit in hits} == set(folder.iterdir()) - {folder / "red.png", folder / "notes.png"}, (
+        "not the user's own"
+    )
     for hit in hits:
         assert f"  {hit.rank:3d}  {hit.score:.3f}  {hit.path}  a cat" in shown.splitlines()[hit.rank]
 

@@ -21,8 +21,6 @@ from fromage.errors import UserError
 from fromage.serving.app import _Server, create_app, serve
 from fromage.serving.batching import Limits
 
-pytest_plugins = ("served",)
-
 
 @contextmanager
 def held(app, monkeypatch, name="search"):

@@ -22,7 +22,6 @@ from fromage.prompts import embed_for_retrieval
 from fromage.serving.app import create_app
 from fromage.serving.picture_ids import picture_id
 
-pytest_plugins = ("served",)
 PICTURES_PLEASE = {"max_new_tokens": 6, "ret_bias": 1e4}
 load_all_checks()
 
