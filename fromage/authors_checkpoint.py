@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fromage.backbones import clip_weights
 from fromage.checkpoint import differences, dtype_name, read_pickle
 from fromage.errors import UserError, first_line
 from fromage.model_folder import Saved, as_json, write_files
@@ -28,7 +29,8 @@ NAMES = {
 THEIRS = {f"{ours}.{part}": f"{theirs}.{part}" for ours, theirs in NAMES.items() for part in ("weight", "bias")}
 THEIRS |= {"ret.input": "ret_input_embeddings.weight", "logit_scale": "model.logit_scale"}
 FROZEN = ("model.lm.", "model.visual_model.", "model.input_embeddings.")  # copies of the towers, where they were left in
-# Hugging Face's CLIPs compute with QuickGELU; in open_clip the name says so, the tag 'openai' alone does not bring it.
+# Hugging Face's CLIPs compute with QuickGELU, as towers of these names do whatever file their weights come from; load_clip
+# builds the plain names so for the tag 'openai' only.
 CLIPS = {
     "openai/clip-vit-base-patch32": "ViT-B-32-quickgelu",
     "openai/clip-vit-base-patch16": "ViT-B-16-quickgelu",
@@ -55,9 +57,10 @@ def read_authors(
     args = _read_args(file.parent / ARGS)
     if vision is None and args["visual_encoder"] not in CLIPS:
         raise UserError(f"{file.parent / ARGS}: unknown image tower {args['visual_encoder']}; name it by --vision")
-    clip = {"vision": vision, "vision_weights": vision_weights}
+    clip: dict[str, Any] = {"vision": vision, "vision_weights": vision_weights}
     if vision is None:
         clip = {"vision": CLIPS[args["visual_encoder"]], "vision_weights": vision_weights or "openai"}
+    clip_weights(clip["vision"], clip["vision_weights"])  # now, not when the folder is loaded
     sizes = {"k": args["n_visual_tokens"], "q": args["shared_emb_dim"]}
     ret = args["retrieval_token_idx"]
     settings = {"lm": lm or args["opt_version"], **clip, **sizes, "dtype": dtype_name(dtype)}
@@ -133,6 +136,10 @@ def write_authors(saved: Saved, folder: str | Path, visual_encoder: str | None =
         raise UserError(
             f"{saved.source}: the head of {saved.settings['lm']} is not tied to its embedding; the authors' format has no "
             "room for the second row of [RET]; export it with --format ours"
+        )
+    if saved.settings.get("pooling", "ret") != "ret":
+        raise UserError(
+            f"{saved.source}: reads texts at their last word, the authors' at [RET]; export it with --format ours"
         )
     args = {"opt_version": saved.settings["lm"], "visual_encoder": visual_encoder or _clip_name(saved.settings)}
     args |= {"n_visual_tokens": saved.settings["k"], "shared_emb_dim": saved.settings["q"], "text_emb_layers": [-1]}

@@ -1,22 +1,22 @@
 """The authors' embeddings of CC3M: pickles of {'paths': [URL, ...], 'embeddings': N rows of width q}, not normalised.
 
-A pickle can run any program when it is read; here only arrays, lists, texts and numbers are admitted.
+A pickle can run any program when it is read, and NumPy trusts what it says of an array's memory; here only lists, texts,
+numbers and arrays of these are admitted, and the arrays are made by us.
 """
 
 from __future__ import annotations
 
-import io
 import pickle
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
 from fromage.errors import UserError, first_line
 from fromage.index import unit
-from fromage.item_table import to_batch
+from fromage.item_table import Embedded, to_batch
 from fromage.picture_source import Item
 
 CHUNK = 1 << 16  # rows
@@ -29,30 +29,49 @@ def _latin1(text: str, encoding: str) -> bytes:
     return text.encode("latin1")
 
 
-def _array_of(kind: type, shape: tuple[int, ...], dtype: bytes | str) -> np.ndarray:
-    """In place of numpy's _reconstruct: an empty array, which the pickle then fills."""
-    if kind is not np.ndarray:
-        raise pickle.UnpicklingError(f"asks for an array of the type {kind}")
-    return np.empty(shape, np.dtype(dtype.decode() if isinstance(dtype, bytes) else dtype))
+class _Dtype:
+    """In place of numpy's dtype: a kind of number, and the order of its bytes; flags and fields are not read."""
+
+    def __init__(self, name: str, *how: object) -> None:
+        if not re.fullmatch("[fiu][1248]", name):
+            raise pickle.UnpicklingError(f"asks for an array of {name}, which are no numbers")
+        self.numpy = np.dtype(name)
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        self.numpy = self.numpy.newbyteorder(state[1])
 
 
-def _from_buffer(buffer: bytes, dtype: np.dtype, shape: tuple[int, ...], order: str) -> np.ndarray:
+class _Array:
+    """In place of numpy's array, which _reconstruct makes empty and the pickle then fills."""
+
+    def __init__(self, *how: object) -> None:
+        pass
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        _, shape, dtype, by_columns, data = state
+        self.values = _from_buffer(data, dtype, shape, "F" if by_columns else "C")
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return self.values
+
+
+def _from_buffer(buffer: bytes, dtype: _Dtype, shape: tuple[int, ...], order: Any) -> np.ndarray:
     """In place of numpy's _frombuffer, with which protocol 5 writes arrays."""
-    return np.frombuffer(buffer, dtype).reshape(shape, order=order)  # type: ignore[call-overload]
+    return np.frombuffer(buffer, dtype.numpy).reshape(shape, order=order)
 
 
-def _number(dtype: np.dtype, data: bytes) -> Any:
+def _number(dtype: _Dtype, data: bytes) -> Any:
     """In place of numpy's scalar."""
-    return np.frombuffer(data, dtype, 1)[0]
+    return np.frombuffer(data, dtype.numpy, 1)[0]
 
 
-ADMITTED: dict[tuple[str, str], Callable[..., Any]] = {
-    ("numpy", "ndarray"): np.ndarray,
-    ("numpy", "dtype"): np.dtype,
+ADMITTED: dict[tuple[str, str], Callable[..., Any] | None] = {
+    ("numpy", "ndarray"): None,  # only named, as what _reconstruct is to make
+    ("numpy", "dtype"): _Dtype,
     ("_codecs", "encode"): _latin1,
 }
 for _core in ("numpy.core", "numpy._core"):  # of NumPy 1 and 2
-    ADMITTED[f"{_core}.multiarray", "_reconstruct"] = _array_of
+    ADMITTED[f"{_core}.multiarray", "_reconstruct"] = _Array
     ADMITTED[f"{_core}.multiarray", "scalar"] = _number
     ADMITTED[f"{_core}.numeric", "_frombuffer"] = _from_buffer
 
@@ -72,9 +91,11 @@ def read_embeddings(path: str | Path, width: int) -> tuple[np.ndarray, list[str]
     """
     path = Path(path)
     try:
-        data = _Unpickler(io.BytesIO(path.read_bytes())).load()
+        with path.open("rb") as file:
+            data = _Unpickler(file).load()
         urls, rows = data["paths"], data["embeddings"]
-        rows = np.asarray(rows if isinstance(rows, np.ndarray) else [np.ravel(row) for row in rows], dtype=np.float32)
+        whole = isinstance(rows, (np.ndarray, _Array))
+        rows = np.asarray(rows if whole else [np.ravel(row) for row in rows], dtype=np.float32)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); give the authors' embeddings pickle") from error
     except Exception as error:  # a broken pickle can raise nearly anything
@@ -87,7 +108,7 @@ def read_embeddings(path: str | Path, width: int) -> tuple[np.ndarray, list[str]
     return rows, urls
 
 
-def rows_of(paths: Sequence[str | Path], width: int) -> Iterator[tuple[np.ndarray, pa.RecordBatch]]:
+def rows_of(paths: Sequence[str | Path], width: int) -> Iterator[Embedded]:
     """The unit rows and items of such pickles, as write_index takes them."""
     for path in paths:
         rows, urls = read_embeddings(path, width)

@@ -233,24 +233,35 @@ def _quantization(kind: Quantized, dtype: str) -> BitsAndBytesConfig:
     )
 
 
-def load_clip(name: str, pretrained: str | None = None, dtype: str = "float32") -> tuple[Any, Any, Any]:
-    """An open_clip model whole, in eval mode: (model, image transform, text tokenizer).
+def clip_weights(name: str, pretrained: str | None) -> str | None:
+    """Which weights load_clip takes: those that are given, or None where the name brings its own.
 
-    name: a model of open_clip ('ViT-L-14'), 'local-dir:FOLDER', 'hf-hub:ORG/NAME', or 'toy'. pretrained: open_clip's tag
-    or a file; None leaves a named model at random weights. Raises UserError as load_lm does.
+    Raises UserError for a name that open_clip does not know, and for one whose weights are missing.
     """
-    source = f"local-dir:{TOY / 'clip'}" if name == "toy" else name
-    precision = {"float32": "fp32", "bfloat16": "pure_bf16", "float16": "pure_fp16"}[dtype]
-    if ":" not in source and source not in open_clip.list_models():
+    if name == "toy" or ":" in name:
+        return None
+    if name not in open_clip.list_models():
         raise UserError(
             f"vision tower {name}: unknown to open_clip; open_clip.list_models() names {len(open_clip.list_models())}"
         )
-    if pretrained and not Path(pretrained).exists() and ":" not in source:
-        tags = open_clip.list_pretrained_tags_by_model(source)
-        if pretrained not in tags:
-            raise UserError(
-                f"vision tower {name}: no weights called {pretrained}; there are: {', '.join(tags) or 'none'}, or a file"
-            )
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    if not pretrained or not (pretrained in tags or Path(pretrained).exists()):
+        wrong = f"no weights called {pretrained}" if pretrained else "comes without weights, name them as vision_weights"
+        raise UserError(f"vision tower {name}: {wrong}; there are: {', '.join(tags) or 'none'}, or a file")
+    return pretrained
+
+
+def load_clip(
+    name: str, pretrained: str | None = None, dtype: str = "float32", random_weights: bool = False
+) -> tuple[Any, Any, Any]:
+    """An open_clip model whole, in eval mode: (model, image transform, text tokenizer).
+
+    name: a model of open_clip ('ViT-L-14'), 'local-dir:FOLDER', 'hf-hub:ORG/NAME', or 'toy'. pretrained: open_clip's tag
+    or a file, which only a model of open_clip needs; random_weights leaves that one without. Raises UserError as load_lm.
+    """
+    pretrained = None if random_weights else clip_weights(name, pretrained)
+    source = f"local-dir:{TOY / 'clip'}" if name == "toy" else name
+    precision = {"float32": "fp32", "bfloat16": "pure_bf16", "float16": "pure_fp16"}[dtype]
     if not source.startswith("local-dir:") and (pretrained or ":" in source) and not Path(pretrained or "").is_file():
         look_for_hub()
     silent = logging.root.manager.disable
@@ -275,7 +286,10 @@ def _wants_quick_gelu(name: str, pretrained: str | None) -> bool:
     return bool((open_clip.get_pretrained_cfg(name, pretrained) or {}).get("quick_gelu")) if pretrained else False
 
 
-def load_vision(name: str, pretrained: str | None = None, dtype: str = "float32") -> VisionTower:
+def load_vision(
+    name: str, pretrained: str | None = None, dtype: str = "float32", random_weights: bool = False
+) -> VisionTower:
     """Load and freeze the image tower of an open_clip model; see load_clip."""
-    clip, transform, _ = load_clip(name, pretrained, dtype)
-    return VisionTower(clip, transform, name if pretrained is None else f"{name}/{pretrained}")
+    clip, transform, _ = load_clip(name, pretrained, dtype, random_weights)
+    weights = None if random_weights else clip_weights(name, pretrained)
+    return VisionTower(clip, transform, f"{name}/{weights}" if weights else name)

@@ -10,8 +10,10 @@ language model's positions the oldest turns are left out, then the examples, eac
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import TYPE_CHECKING
 
 from fromage.decoding import Decoding
@@ -19,7 +21,7 @@ from fromage.gallery import Resolve, Shown
 from fromage.generate import Answer, stream
 from fromage.hits import openable
 from fromage.model import Fromage
-from fromage.prompts import RET, START, Part, Picture, encode_pictures, max_length, parts_of, prompt_length
+from fromage.prompts import RET, START, Part, Picture, encode_pictures, max_length, part_ids, parts_of, prompt_length, worded
 
 if TYPE_CHECKING:
     from fromage.index import ImageIndex
@@ -82,13 +84,13 @@ class Chat:
             index: where pictures are found; None for text alone.
             decoding: how answers are decoded; it may be exchanged between turns. Its stop texts count beside the style's.
             style: of STYLES.
-            system: stands at the front, and is never left out.
+            system: stands at the front as a line or sentence of its own, as the style has it, and is never left out.
             examples: what was said and answered in few-shot examples, in front of the turns.
             resolve: how found pictures are opened; None leaves them unopened, and [RET] alone in the history.
         """
         self.model, self.index, self.decoding, self.resolve = model, index, decoding or Decoding(), resolve
         self.style, self.turns = STYLES[style], list[Turn]()
-        self.system = self._encoded(system)
+        self.system = self._encoded([*system, self.style.behind]) if worded(system) else []
         self.examples = [self._framed(self._encoded(said), self._encoded(answered)) for said, answered in examples]
 
     def say(self, *parts: Part) -> Answer:
@@ -116,12 +118,15 @@ class Chat:
         ends: list[Part] = [self.style.before, *said, self.style.between]
         history = [*self.examples, *(turn.parts for turn in self.turns)] if self.style.history else []
         droppable = [*range(len(self.examples), len(history)), *range(len(self.examples))]  # oldest turns, then examples
-        for dropped in range(len(history) + 1):
-            kept = sorted(set(range(len(history))) - set(droppable[:dropped]))
-            parts = _worded([*self.system, *(part for i in kept for part in history[i]), *ends])
-            limit = max_length(self.model)
-            if limit is None or prompt_length(self.model, parts) + self.decoding.max_new_tokens <= limit:
+        lengths = [sum(len(part_ids(self.model, part)) for part in block) for block in history]
+        room = (max_length(self.model) or math.inf) - self.decoding.max_new_tokens
+        spare = room - prompt_length(self.model, [*self.system, *ends]) - sum(lengths)
+        for i in droppable:
+            if spare >= 0:
                 break
+            spare += lengths[i]
+            history[i] = []
+        parts = worded([*self.system, *chain.from_iterable(history), *ends])
         return [*parts, START] if parts and isinstance(parts[-1], Picture) else parts  # as captions stand in training
 
     def undo(self) -> None:
@@ -149,9 +154,4 @@ class Chat:
         return parts
 
     def _framed(self, said: Parts, answered: Parts) -> list[Part]:
-        return _worded([self.style.before, *said, self.style.between, *answered, self.style.behind])
-
-
-def _worded(parts: Parts) -> list[Part]:
-    """Without empty texts."""
-    return [part for part in parts if not (isinstance(part, str) and not part)]
+        return worded([self.style.before, *said, self.style.between, *answered, self.style.behind])

@@ -22,7 +22,7 @@ def find_config(name: str) -> str:
         if path.is_file():
             _check_yaml(path)
             return str(path)
-    known = ", ".join(sorted(p.name for p in config_folder().glob("*.yaml")))
+    known = ", ".join(sorted(str(p.relative_to(config_folder())) for p in config_folder().rglob("*.yaml")))
     raise UserError(f"configuration {name}: no such file, neither here nor among {known}")
 
 

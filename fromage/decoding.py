@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from threading import get_ident
 from typing import Any
 
@@ -138,7 +138,8 @@ class Draft:
             return
         self._words.append(token)
         self._say(everything=self._full)
-        self.done |= self._full
+        if self._full:  # never back to False, which another thread may just have made True
+            self.done = True
 
     @property
     def _full(self) -> bool:
@@ -174,7 +175,7 @@ def processors(model: Fromage, decoding: Decoding, rows: range) -> Iterator[Logi
     """What happens to the logits, in order. rows: numbers of the batch's rows."""
     if decoding.repetition_penalty != 1:
         yield RepetitionPenaltyLogitsProcessor(float(decoding.repetition_penalty))
-    yield RetRules(model.tokenizer.ret_id, decoding)
+    yield RetRules(model.tokenizer.ret_id, decoding if model.pooling == "ret" else replace(decoding, max_images=0))
     if decoding.temperature > 0:
         yield TemperatureLogitsWarper(float(decoding.temperature))
         if decoding.top_k:

@@ -47,6 +47,8 @@ def embed_pictures(
         checkpoint: where the model was loaded from, so that open_index finds it.
         dtype: of the stored rows, float32 or float16.
     """
+    if batch_size < 1 or workers < 0:
+        raise UserError(f"batches of {batch_size}, {workers} workers: give at least 1, and 0 or more")
     if dtype not in DTYPES:
         raise UserError(f"dtype {dtype}: embeddings are stored as {' or '.join(DTYPES)}")
     pictures = find_pictures(str(source), model.vision.transform, None if captions is None else Path(captions))
@@ -55,7 +57,7 @@ def embed_pictures(
     store = EmbeddingStore.begin(
         out,
         fingerprint=model.fingerprint(),
-        checkpoint=_located(checkpoint),
+        checkpoint=located(checkpoint),
         source=pictures.digest(),
         width=model.q,
         dtype=dtype,
@@ -130,6 +132,6 @@ def _report(store: EmbeddingStore, source: str | Path) -> None:
         warnings.warn(f"{source}: {len(broken)} of {good + len(broken)} pictures are left out: {some}", stacklevel=3)
 
 
-def _located(checkpoint: str | Path | None) -> str:
+def located(checkpoint: str | Path | None) -> str:
     """A checkpoint's place for later: an absolute path, or a name on the hub as it is."""
     return str(Path(checkpoint).absolute()) if checkpoint and Path(checkpoint).exists() else str(checkpoint or "")

@@ -19,14 +19,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fromage.errors import UserError, first_line
-from fromage.item_table import SCHEMA, to_batch
+from fromage.item_table import SCHEMA, Embedded, to_batch
+from fromage.model_folder import as_json, write_files
 from fromage.picture_source import Item
-from fromage.shards import write_json
 
 ABOUT, FORMAT, VERSION = "embeddings.json", "fromage-embeddings", 1
 DTYPES = ("float32", "float16")
 KEYS = {"fingerprint", "checkpoint", "source", "width", "dtype", "parts"}  # what embeddings.json says besides
-Rows = tuple[np.ndarray, pa.RecordBatch]  # (n, q) embeddings and the items they are of
 
 
 class EmbeddingStore:
@@ -52,8 +51,7 @@ class EmbeddingStore:
             return there
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise UserError(f"{folder}: exists and holds no embeddings; choose another folder")
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / ABOUT, {"format": FORMAT, "version": VERSION, **about})
+        write_files(folder, {ABOUT: as_json({"format": FORMAT, "version": VERSION, **about})})
         return cls(folder, about)
 
     @classmethod
@@ -87,8 +85,11 @@ class EmbeddingStore:
             metadata={"fingerprint": self.about["fingerprint"], "broken": json.dumps(list(broken))},
         )
         whole, partial = self._path(part), self.folder / f".{part:05d}.parquet.part"
-        pq.write_table(table, partial)
-        partial.replace(whole)
+        try:
+            pq.write_table(table, partial)
+            partial.replace(whole)
+        except OSError as error:
+            raise UserError(f"{whole}: cannot be written ({first_line(error)}); make room and run it again") from error
 
     def _open(self, part: int) -> pq.ParquetFile:
         path = self._path(part)
@@ -114,7 +115,7 @@ class EmbeddingStore:
         """What was left out of the parts that are there, and why."""
         return [line for part in self._parts() for line in json.loads(self._open(part).schema_arrow.metadata[b"broken"])]
 
-    def batches(self) -> Iterator[Rows]:
+    def batches(self) -> Iterator[Embedded]:
         """All parts in order: (n, q) float32 and items. Raises UserError unless every part is there and whole."""
         if left := self.missing():
             whole = f"{self.about['parts'] - len(left)} of {self.about['parts']} parts are embedded"
@@ -127,7 +128,7 @@ class EmbeddingStore:
                 cause = first_line(error)
                 raise UserError(f"{self._path(part)}: is damaged ({cause}); remove it and embed again") from error
 
-    def _rows(self, batch: pa.RecordBatch) -> Rows:
+    def _rows(self, batch: pa.RecordBatch) -> Embedded:
         values = batch.column("embedding").flatten().to_numpy(zero_copy_only=False)  # (n q)
         items = [batch.column(name).cast(pa.binary()) for name in SCHEMA.names]
         return values.reshape(len(batch), self.about["width"]).astype(np.float32), pa.record_batch(items, schema=SCHEMA)

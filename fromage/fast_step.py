@@ -18,7 +18,7 @@ Why each shortcut is exact:
 from __future__ import annotations
 
 from functools import partial
-from itertools import chain, pairwise
+from itertools import accumulate, chain, pairwise
 
 import torch
 from torch import Tensor
@@ -28,10 +28,10 @@ from fromage.data import Batch
 from fromage.losses import device_weight, frozen_head_loss, frozen_log_sum_exp, info_nce
 from fromage.model import Fromage
 from fromage.packed_attention import Causal, OneMore, Rows, starts, to_device
-from fromage.plain_step import StepOutput, check_captions, image_features, targets
+from fromage.plain_step import ALL, StepOutput, Weights, check_captions, image_features, no_captioning, targets
 
 
-def fast_step(model: Fromage, batch: Batch, paired: bool, chunk: int = 0) -> StepOutput:
+def fast_step(model: Fromage, batch: Batch, paired: bool, weights: Weights = ALL, chunk: int = 0) -> StepOutput:
     """What plain_step returns, to rounding.
 
     Args:
@@ -44,15 +44,14 @@ def fast_step(model: Fromage, batch: Batch, paired: bool, chunk: int = 0) -> Ste
     parts = chunks(batch, chunk + chunk % 2) if chunk else [batch]  # a pair is not to be parted
     features = [image_features(model, part) for part in parts]  # (b, m) each
     run = again_in_backward if len(parts) > 1 else part_losses
-    done = [run(model, part, v, paired) for part, v in zip(parts, features, strict=True)]
+    done = [run(model, part, v, paired, weights) for part, v in zip(parts, features, strict=True)]
     sums = [torch.stack(one[:3]) * (targets(part) / targets(batch)) for part, one in zip(parts, done, strict=True)]
     captioning_loss, text_loss, caption_accuracy = torch.stack(sums).sum(0)
     images, texts = (torch.cat([one[i] for one in done]) for i in (3, 4))  # (B, q) each
     contrastive_loss, retrieval_accuracy = info_nce(images, texts, model.logit_scale)
     weight = device_weight(targets(batch), batch.ids.device)
-    return StepOutput(
-        captioning_loss * weight, text_loss * weight, contrastive_loss, caption_accuracy, retrieval_accuracy, images, texts
-    )
+    losses = captioning_loss * weight, text_loss * weight, contrastive_loss
+    return StepOutput(*losses, caption_accuracy, retrieval_accuracy, images, texts, weights)
 
 
 def chunks(batch: Batch, size: int) -> list[Batch]:
@@ -62,9 +61,10 @@ def chunks(batch: Batch, size: int) -> list[Batch]:
     return [batch.part(i, j) for i, j in pairwise([0, *worded[1:], B])]
 
 
-def part_losses(model: Fromage, batch: Batch, features: Tensor, paired: bool) -> tuple[Tensor, ...]:
+def part_losses(model: Fromage, batch: Batch, features: Tensor, paired: bool, weights: Weights) -> tuple[Tensor, ...]:
     """Captioning loss, text loss, share of tokens foreseen; and both sides' embeddings, (B, q) each."""
-    captioning_loss, caption_accuracy = captioning(model, batch, features, paired)
+    run = weights.captioning != 0
+    captioning_loss, caption_accuracy = captioning(model, batch, features, paired) if run else no_captioning(model.device)
     text_loss, at_ret = retrieval_text(model, batch)
     return captioning_loss, text_loss, caption_accuracy, model.embed_images(features), model.embed_ret(at_ret)
 
@@ -104,6 +104,8 @@ def retrieval_text(model: Fromage, batch: Batch) -> tuple[Tensor, Tensor]:
     is_ret = targets == model.tokenizer.ret_id
     text_loss = (torch.logaddexp(lse, ret_logit) - torch.where(is_ret, ret_logit, z)).mean()
 
+    if model.pooling == "last":
+        return text_loss, hidden.index_select(0, to_device(list(accumulate(lengths)), device) - 1)  # (B, d)
     ret = model.lm.embed(torch.full((1, len(lengths)), model.tokenizer.ret_id, device=device))  # (1, B, d)
     at_ret = model.lm.packed(ret, to_device(lengths, device), OneMore(before, lengths, device))  # (B, d)
     return text_loss, at_ret

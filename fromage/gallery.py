@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from fromage.index import ImageIndex
 
 Resolve = Callable[[Sequence[Hit], int], tuple[list[Opened], list[str]]]  # as fromage.hits.openable
-SAME = 1e-5  # a cosine this near to 1 is the same picture embedded twice
+SAME = 1e-5  # a cosine this near to 1 is the same picture, whatever its name
 
 
 @dataclass
@@ -42,7 +42,10 @@ class Shown:
 
 
 class Gallery:
-    """The pictures that one answer may show: those of the index but the prompt's own, and none twice."""
+    """The pictures that one answer may show: those of the index but the prompt's own, and none twice.
+
+    A picture is known by its name and, since copies of it have others, by its embedding.
+    """
 
     def __init__(
         self,
@@ -67,29 +70,40 @@ class Gallery:
         row = self.model.embed_ret(hidden.unsqueeze(0)).cpu().numpy()  # (1, q)
         if self.index is None:
             return Shown(row[0])
-        hits = self.index.search(row, self.count + (SPARE if self.resolve else 0), exclude=self.barred)[0]
-        if self.resolve is None:
-            self.barred.update(hit.path for hit in hits)
-            return Shown(row[0], hits)
-        opened, notes = self.resolve(hits, self.count)
-        self.barred.update(hit.path for hit in hits[: len(opened) + len(notes)])
-        return Shown(row[0], [hit for hit, _ in opened], [picture for _, picture in opened], notes)
+        hits = self._fresh(row, self.count + (SPARE if self.resolve else 0))
+        opened, notes = self.resolve(hits, self.count) if self.resolve else ([], [])
+        shown = [hit for hit, _ in opened] if self.resolve else hits
+        self.barred.update(hit.path for hit in hits[: len(shown) + len(notes)])
+        self.seen = np.concatenate([self.seen, self.index.vectors[[hit.row for hit in shown]]])  # (s, q)
+        return Shown(row[0], shown, [picture for _, picture in opened], notes)
+
+    def _fresh(self, row: np.ndarray, count: int) -> list[Hit]:
+        """The pictures nearest to a row (1, q) that were not seen; of copies the one that comes first."""
+        assert self.index is not None
+        k = count + len(self.seen)
+        while True:
+            hits = self.index.search(row, k, exclude=self.barred)[0]
+            rows = self.index.vectors[[hit.row for hit in hits]]  # (n, q)
+            same = np.concatenate([self.seen, rows]) @ rows.T > self._least  # (s + n, n)
+            known = np.triu(same, 1 - len(self.seen)).any(axis=0)  # (n,), to a row in front of their own
+            fresh = [hit for hit, is_known in zip(hits, known, strict=True) if not is_known][:count]
+            if len(fresh) == count or len(hits) < k:
+                return [hit._replace(rank=rank) for rank, hit in enumerate(fresh, 1)]
+            k *= 2
+
+    @property
+    def _least(self) -> float:
+        """Cosine of two embeddings of one picture."""
+        return 1 - max(SAME, torch.finfo(self.model.vision.dtype).eps ** 2)
 
     @cached_property
     def barred(self) -> set[str]:
-        """Paths that must not be found: the prompt's pictures by name and, whatever their name, by embedding."""
+        """Paths that must not be found: at first the prompt's pictures."""
         parts = parts_of(self.prompt)
         paths = {str(path) for part in parts if isinstance(part, Path) for path in (part, part.absolute(), part.resolve())}
-        return paths | {str(part) for part in parts if isinstance(part, Url)} | self._twins()
+        return paths | {str(part) for part in parts if isinstance(part, Url)}
 
-    def _twins(self) -> set[str]:
-        """Paths of pictures in the index whose embedding is that of one of the prompt, to rounding."""
-        if self.index is None or not len(self.features):
-            return set()
-        rows, k = self.model.embed_images(self.features).cpu().numpy(), 8  # (n, q)
-        least = 1 - max(SAME, torch.finfo(self.model.vision.dtype).eps ** 2)
-        while True:
-            found = self.index.search(rows, k)
-            if k >= len(self.index) or all(hits[-1].score < least for hits in found):
-                return {hit.path for hits in found for hit in hits if hit.score >= least}
-            k *= 2
+    @cached_property
+    def seen(self) -> np.ndarray:
+        """Rows (s, q) of pictures that must not be found: at first the prompt's."""
+        return self.model.embed_images(self.features).float().cpu().numpy()

@@ -18,12 +18,17 @@ THREADS = 8
 
 
 class Hit(NamedTuple):
-    """A picture found. rank starts at 1; score is the cosine with the query."""
+    """A picture found. rank starts at 1; score is the cosine with the query; row counts from 0, in the index."""
 
     rank: int
     score: float
     path: str
     caption: str
+    row: int = -1
+
+    def line(self) -> str:
+        """For a list on the screen; fromage.terminal makes it printable."""
+        return f"  {self.rank:3d}  {self.score:.3f}  {self.path}  {self.caption}"
 
 
 Opened = tuple[Hit, Image.Image]

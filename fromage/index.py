@@ -18,7 +18,7 @@ from fromage.checkpoint import load_model
 from fromage.errors import UserError
 from fromage.hits import Hit
 from fromage.index_folder import CANDIDATES, ITEMS, VECTORS, check_files, read_about, replacing, seal
-from fromage.item_table import ItemTable, to_batch, write_items
+from fromage.item_table import Embedded, ItemTable, to_batch, write_items
 from fromage.model import Fromage
 from fromage.picture_source import Item
 
@@ -133,12 +133,12 @@ class ImageIndex:
         for i in np.lexsort((near, -scores)):
             item = self.items[near[i]]
             if item.path not in barred:
-                hits.append(Hit(len(hits) + 1, float(scores[i]), *item))
+                hits.append(Hit(len(hits) + 1, float(scores[i]), *item, row=int(near[i])))
             if len(hits) == k:
                 break
         return hits, scores.min(initial=1)
 
-    def rows(self) -> Iterator[tuple[np.ndarray, pa.RecordBatch]]:
+    def rows(self) -> Iterator[Embedded]:
         """All vectors with their items, in order, some at a time."""
         start = 0
         for items in self.items.slices(CHUNK):
@@ -200,7 +200,7 @@ def unit(rows: np.ndarray, whose: str) -> np.ndarray:
     return rows / lengths
 
 
-def write_rows(folder: Path, rows: Iterable[tuple[np.ndarray, pa.RecordBatch]]) -> None:
+def write_rows(folder: Path, rows: Iterable[Embedded]) -> None:
     """Write unit vectors and items, some at a time, into a new folder."""
 
     def items(file: IO[bytes]) -> Iterator[pa.RecordBatch]:

@@ -11,7 +11,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -21,15 +20,13 @@ from fromage.embedding_store import EmbeddingStore
 from fromage.errors import UserError
 from fromage.index import ImageIndex, open_rows, unit, write_rows
 from fromage.index_folder import CANDIDATES, check_replaceable, replacing
-from fromage.item_table import keep_mask
+from fromage.item_table import Embedded, keep_mask
 from fromage.model import Fromage
-
-Rows = Iterable[tuple[np.ndarray, pa.RecordBatch]]  # (n, q) vectors and their items, some at a time
 
 
 def write_index(
     out: str | Path,
-    rows: Rows,
+    rows: Iterable[Embedded],
     width: int,
     fingerprint: str,
     checkpoint: str = "",
@@ -121,7 +118,7 @@ def merge(folders: Sequence[str | Path], out: str | Path, kind: str | None = Non
 
 
 def _rewrite(
-    out: str | Path, like: ImageIndex, rows: Rows, trained: Candidates | None, kind: str | None = None
+    out: str | Path, like: ImageIndex, rows: Iterable[Embedded], trained: Candidates | None, kind: str | None = None
 ) -> ImageIndex:
     return write_index(out, rows, like.width, like.fingerprint, like.checkpoint, kind or like.kind, trained)
 
@@ -132,11 +129,11 @@ def _learnt(folder: str | Path, index: ImageIndex) -> Candidates | None:
     return old and Candidates.read(Path(folder) / CANDIDATES, old.kind, old.setting, old.recall, mapped=False)
 
 
-def _rows(store: EmbeddingStore) -> Rows:
+def _rows(store: EmbeddingStore) -> Iterator[Embedded]:
     return ((unit(rows, str(store.folder)), items) for rows, items in store.batches())
 
 
-def _without(rows: Rows, barred: pa.ChunkedArray) -> Iterator[tuple[np.ndarray, pa.RecordBatch]]:
+def _without(rows: Iterable[Embedded], barred: pa.ChunkedArray) -> Iterator[Embedded]:
     """The rows whose items are at none of the barred paths."""
     for vectors, items in rows:
         keep = keep_mask(items, barred)

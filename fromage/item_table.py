@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 from fromage.picture_source import Item
 
 SCHEMA = pa.schema([("path", pa.binary()), ("caption", pa.binary())])
+Embedded = tuple[np.ndarray, pa.RecordBatch]  # (n, q) rows of the retrieval space, and the items they are of
 
 
 def to_batch(items: Sequence[Item]) -> pa.RecordBatch:

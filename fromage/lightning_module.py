@@ -23,8 +23,8 @@ from fromage.frozen_blocks import checkpoint_blocks, compile_blocks
 from fromage.generate import caption_images
 from fromage.loss_guard import LossGuard
 from fromage.metrics import retrieval_recalls
-from fromage.model import Fromage
-from fromage.plain_step import StepOutput, image_features, plain_step
+from fromage.model import Fromage, Pooling
+from fromage.plain_step import StepOutput, Weights, image_features, plain_step
 
 SHOWN_FROM = 200  # pictures of the validation set among which the logged searches look
 
@@ -46,6 +46,7 @@ class FromageModule(pl.LightningModule):
         vision_weights: str | None = "openai",
         k: int = 1,
         q: int = 256,
+        pooling: Pooling = "ret",
         dtype: str = "bfloat16",
         random_weights: bool = False,
         lr: float = 3e-4,
@@ -54,6 +55,8 @@ class FromageModule(pl.LightningModule):
         warmup_steps: int = 100,
         decay_steps: int = 0,
         pairing: float = 0.5,
+        captioning_weight: float = 1.0,
+        retrieval_weight: float = 1.0,
         rescale_ret: bool = True,
         step: Literal["fast", "plain"] = "fast",
         chunk: int = 0,
@@ -72,6 +75,7 @@ class FromageModule(pl.LightningModule):
             vision_weights: open_clip's tag of the pretrained weights, or a file; ignored where vision names a folder.
             k: input embeddings per picture, in tokens.
             q: width of the retrieval space, in numbers.
+            pooling: where texts are read for retrieval: at [RET], or at their last word.
             dtype: what the frozen towers are held and run in: float32, bfloat16 or float16.
             random_weights: build the towers without weights, for tests and timing.
             lr: learning rate of Adam after warm-up.
@@ -80,6 +84,8 @@ class FromageModule(pl.LightningModule):
             warmup_steps: steps over which the learning rate rises linearly from zero.
             decay_steps: steps after warm-up over which it then falls to zero along a cosine; 0 keeps it constant.
             pairing: probability that a batch's captioning sequences hold two examples each.
+            captioning_weight: what the captioning loss is multiplied by; with 0 its pass is not run and trains no prefix.
+            retrieval_weight: what the two losses of the retrieval pass are multiplied by; 0 leaves both heads untrained.
             rescale_ret: bring [RET] back to the mean norm of the frozen embeddings after every step.
             step: how losses are computed: fast, or plain as the authors do; the same to rounding.
             chunk: examples whose activations exist at a time, for batches beyond the memory, with the negatives of the whole
@@ -94,6 +100,8 @@ class FromageModule(pl.LightningModule):
         super().__init__()
         self.save_hyperparameters()
         self.h: Any = self.hparams
+        if not (captioning_weight >= 0 and retrieval_weight >= 0 and captioning_weight + retrieval_weight > 0):
+            raise UserError("model.captioning_weight and model.retrieval_weight: choose numbers from 0 on, not both 0")
         if chunk < 0:
             raise UserError(f"model.chunk {chunk}: choose a number of examples, or 0 for all at once")
         if chunk and step == "plain":
@@ -107,15 +115,23 @@ class FromageModule(pl.LightningModule):
         """Load the towers, once."""
         if not hasattr(self, "model"):
             self.model = from_hyperparameters(self.h)
+            self._freeze_unused()
             if self.h.compile_blocks:
                 compile_blocks(self.model.lm)
             if self.h.activation_checkpointing:
                 checkpoint_blocks(self.model.lm)
 
+    def _freeze_unused(self) -> None:
+        """What no loss reaches is not trained."""
+        model = self.model
+        model.visual_prefix.requires_grad_(self.h.captioning_weight > 0)
+        for part in (model.text_head, model.image_head, model.logit_scale):
+            part.requires_grad_(self.h.retrieval_weight > 0)
+
     def configure_optimizers(self) -> Any:
         """Adam over the trained parameters, linear warm-up, then constant (or a cosine)."""
         h = self.h
-        trained = list(self.model.trained().values())
+        trained = [p for p in self.model.trained().values() if p.requires_grad]
         optimizer = torch.optim.Adam(trained, lr=h.lr, betas=tuple(h.betas), eps=h.eps, fused=True)
         warmup = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / max(1, h.warmup_steps)))
         if not h.decay_steps:
@@ -130,9 +146,10 @@ class FromageModule(pl.LightningModule):
 
     def losses(self, batch: Batch, paired: bool) -> StepOutput:
         """The losses of a batch, by the configured step."""
+        weights = Weights(self.h.captioning_weight, self.h.retrieval_weight)
         if self.h.step == "plain":
-            return plain_step(self.model, batch, paired)
-        return fast_step(self.model, batch, paired, self.h.chunk)
+            return plain_step(self.model, batch, paired, weights)
+        return fast_step(self.model, batch, paired, weights, self.h.chunk)
 
     def training_step(self, batch: Batch, index: int) -> Tensor:
         """Loss of one batch; logs its parts."""

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torchmetrics.functional.retrieval import retrieval_normalized_dcg
 
+TIE = 1e-12  # products of the same unit rows, in float64, differ by less, wherever BLAS puts them
+
 
 def ranks(
     queries: Tensor,
@@ -20,30 +22,34 @@ def ranks(
 ) -> Tensor:
     """The rank, from 1, of each query's own item among the gallery: one more than the others that score as high or higher.
 
-    queries (N, q), gallery (M, q), targets (N,) indices into the gallery -> (N,). Memory grows with chunk x M only. A
-    score that is not a number ranks last.
+    Unit rows queries (N, q) and gallery (M, q), targets (N,) indices into the gallery -> (N,), on the CPU. Memory grows
+    with chunk x M only. A score that is not a number ranks last.
 
     Args:
         labels: (M,) labels of the items, where targets are labels too; of several own items the best one counts.
         excluded: (N, e) indices of items that are no part of a query's gallery; its own items always are.
     """
-    labels = torch.arange(len(gallery), device=gallery.device) if labels is None else labels
+    queries, gallery = queries.cpu().double(), gallery.cpu().double()  # not every device has float64
+    targets, labels = targets.cpu(), torch.arange(len(gallery)) if labels is None else labels.cpu()
     out = []
     for start in range(0, len(queries), chunk):
         some = slice(start, start + chunk)
         scores = queries[some] @ gallery.T  # (chunk, M)
         own = labels == targets[some].unsqueeze(1)  # (chunk, M)
         if excluded is not None:
-            gone = torch.zeros_like(own).scatter_(1, excluded[some], True)
+            gone = torch.zeros_like(own).scatter_(1, excluded[some].cpu(), True)
             scores.masked_fill_(gone & ~own, -torch.inf)
-        out.append(ranks_among(scores, own))
+        out.append(ranks_among(scores, own, TIE))
     return torch.cat(out) if out else targets.new_empty(0)
 
 
-def ranks_among(scores: Tensor, own: Tensor) -> Tensor:
-    """(N, M) scores, and which items are a query's own, (N, M) bool -> (N,) ranks, from 1, of the best of these."""
+def ranks_among(scores: Tensor, own: Tensor, tie: float = 0.0) -> Tensor:
+    """(N, M) scores, and which items are a query's own, (N, M) bool -> (N,) ranks, from 1, of the best of these.
+
+    tie: scores that differ by no more are equal.
+    """
     best = scores.masked_fill(~own, -torch.inf).amax(1, keepdim=True)  # (N, 1)
-    return 1 + (~own & ~(scores < best)).sum(1)
+    return 1 + (~own & ~(scores < best - tie)).sum(1)
 
 
 def recall_at(rank: Tensor, ks: tuple[int, ...] = (1, 5, 10)) -> dict[str, float]:

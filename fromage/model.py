@@ -18,7 +18,7 @@ import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,7 @@ from fromage.backbones import LanguageModel, Quantized, VisionTower, load_lm, lo
 from fromage.errors import UserError, first_line
 
 TOWERS = ("lm.", "vision.")
+Pooling = Literal["ret", "last"]  # where a text is read for retrieval: at [RET], or at its last word (an ablation)
 
 
 class Fromage(nn.Module, ModelHubMixin):
@@ -39,10 +40,16 @@ class Fromage(nn.Module, ModelHubMixin):
         stored_dtype: what save_pretrained and push_to_hub round trained parameters to; after loading, what the file holds.
     """
 
-    def __init__(self, lm: LanguageModel, vision: VisionTower, k: int = 1, q: int = 256) -> None:
-        """k: input embeddings per picture. q: width of the retrieval space."""
+    def __init__(self, lm: LanguageModel, vision: VisionTower, k: int = 1, q: int = 256, pooling: Pooling = "ret") -> None:
+        """k: input embeddings per picture. q: width of the retrieval space.
+
+        pooling: where texts are read for retrieval. With 'last' the model never answers with pictures, and 'at [RET]' in
+        what follows means at the last token before it. Raises UserError where a text may then have no token at all.
+        """
         super().__init__()
-        self.lm, self.vision, self.k, self.q = lm, vision, k, q
+        if pooling == "last" and not lm.tokenizer.start():
+            raise UserError(f"{lm.name}: its texts have no start token, so an empty one has no last word; use pooling 'ret'")
+        self.lm, self.vision, self.k, self.q, self.pooling = lm, vision, k, q, pooling
         self.visual_prefix = nn.Linear(vision.width, k * lm.width)  # W_c
         self.text_head = nn.Linear(lm.width, q)  # W_t
         self.image_head = nn.Linear(vision.width, q)  # W_i
@@ -60,6 +67,7 @@ class Fromage(nn.Module, ModelHubMixin):
         vision_weights: str | None = None,
         k: int = 1,
         q: int = 256,
+        pooling: Pooling = "ret",
         dtype: str = "float32",
         random_weights: bool = False,
         quantize: Quantized | None = None,
@@ -71,10 +79,10 @@ class Fromage(nn.Module, ModelHubMixin):
         """
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            tower = load_vision(vision, None if random_weights else vision_weights, dtype)
-            model = cls(load_lm(lm, dtype, random_weights, quantize), tower, k, q)
+            tower = load_vision(vision, vision_weights, dtype, random_weights)
+            model = cls(load_lm(lm, dtype, random_weights, quantize), tower, k, q, pooling)
         model.settings = {"lm": lm, "vision": vision, "vision_weights": vision_weights, "k": k, "q": q, "dtype": dtype}
-        model.settings["random_weights"] = random_weights
+        model.settings |= {"pooling": pooling, "random_weights": random_weights}
         return model
 
     @classmethod
@@ -134,20 +142,18 @@ class Fromage(nn.Module, ModelHubMixin):
         return F.normalize(self.text_head(hidden.float()), dim=-1)
 
     def hidden_at_ret(self, ids: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor]:
-        """Run right-padded texts that end in [RET]: hidden states (B, T, d) and those at [RET] (B, d)."""
+        """Run right-padded texts that end in [RET]: hidden states (B, T, d) and those at [RET] (B, d), see pooling."""
         ends = torch.tensor(lengths, device=ids.device).unsqueeze(1)  # (B, 1)
         hidden = self.lm(self.embed(ids), torch.arange(ids.shape[1], device=ids.device) < ends)  # (B, T, d)
-        return hidden, hidden.gather(1, (ends - 1).unsqueeze(2).expand(-1, -1, hidden.shape[2])).squeeze(1)
+        at = ends - (1 if self.pooling == "ret" else 2)  # (B, 1)
+        return hidden, hidden.gather(1, at.unsqueeze(2).expand(-1, -1, hidden.shape[2])).squeeze(1)
 
     @torch.no_grad()
-    def embed_text(self, texts: Sequence[str], max_tokens: int = 2048, batch_size: int = 128) -> Tensor:
-        """Texts -> (B, q) unit rows: each with [RET] behind it, run through the language model."""
-        rows = [self.tokenizer.caption(text, max_tokens) for text in texts]
-        out = []
-        for start in range(0, len(rows), batch_size):
-            ids, lengths = pad(rows[start : start + batch_size], self.tokenizer.pad_id)
-            out.append(self.embed_ret(self.hidden_at_ret(ids.to(self.device), lengths)[1]))
-        return torch.cat(out) if out else torch.empty(0, self.q, device=self.device)
+    def embed_text(self, texts: Sequence[str], batch_size: int = 128) -> Tensor:
+        """Texts -> (B, q) unit rows, as fromage.prompts.embed_for_retrieval. Raises UserError for one that is too long."""
+        from fromage.prompts import embed_for_retrieval
+
+        return embed_for_retrieval(self, texts, batch_size)
 
     def push_to_hub(self, repo_id: str, **hub: Any) -> str:
         """Upload what save_pretrained writes to the Hugging Face hub; options as of ModelHubMixin. Returns an address."""
@@ -166,6 +172,7 @@ class Fromage(nn.Module, ModelHubMixin):
         trained: values to count in place of the model's own, such as these rounded to what a file holds.
         """
         digest = hashlib.sha256(f"{self.lm.name}|{self.vision.fingerprint()}|{self.k}|{self.q}".encode())
+        digest.update(b"" if self.pooling == "ret" else self.pooling.encode())
         for name, p in sorted((trained or self.trained()).items()):
             digest.update(name.encode() + p.detach().float().cpu().numpy().tobytes())
         return digest.hexdigest()[:16]

@@ -28,7 +28,9 @@ from fromage.errors import UserError, first_line
 
 FORMAT, VERSION = "fromage", 1
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
-KINDS = {"lm": str, "vision": str, "vision_weights": str | None, "k": int, "q": int, "dtype": str}  # settings on record
+KINDS = {  # settings on record
+    "lm": str, "vision": str, "vision_weights": str | None, "k": int, "q": int, "pooling": str, "dtype": str
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ def read_folder(folder: Path) -> Saved:
 
 def _read_config(folder: Path) -> dict[str, Any]:
     try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        config = {"pooling": "ret"} | json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         if (config["format"], config["version"]) != (FORMAT, VERSION):
             raise ValueError(f"of another format or version than {FORMAT} {VERSION}")
         kinds = KINDS | {"added_tokens": dict, "fingerprint": str | None, "sha256": str}
@@ -86,15 +88,17 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def write_folder(saved: Saved, folder: str | Path) -> None:
-    """Write a folder, whole or not at all; one that is there already keeps its card and is replaced in all else.
+    """Write a folder; one that is there already keeps its card, and files of others, and is replaced in all else.
 
+    Each file is whole. What is killed between the two leaves new weights under the old config, which read_folder refuses.
     Raises UserError where another model is in the way, and where it cannot be written.
     """
     folder = Path(folder)
     if (folder / WEIGHTS).exists() or (folder / CONFIG).exists():
         _check_ours(folder)
     content = safetensors.torch.save(saved.tensors, {"format": "pt"})
-    config = {"format": FORMAT, "version": VERSION} | {name: saved.settings[name] for name in KINDS}
+    config = {"format": FORMAT, "version": VERSION, "pooling": "ret"}
+    config |= {name: value for name, value in saved.settings.items() if name in KINDS}
     config |= {"added_tokens": saved.added_tokens, "fingerprint": saved.fingerprint}
     config |= {"sha256": hashlib.sha256(content).hexdigest()}
     files = {WEIGHTS: content, CARD: _card(config, saved).encode(), CONFIG: as_json(config)}

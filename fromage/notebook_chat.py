@@ -10,7 +10,7 @@ from PIL import Image
 from fromage.chat import Chat
 from fromage.errors import BrokenSample, UserError
 from fromage.gallery import Shown
-from fromage.pictures import decode_picture
+from fromage.pictures import decode_picture, small
 from fromage.terminal import to_png
 
 try:
@@ -83,4 +83,4 @@ def _words(text: str, colour: str = "inherit") -> Any:
 
 
 def _drawn(picture: Image.Image) -> Any:
-    return widgets.Image(value=to_png(picture), format="png", width=SIDE)
+    return widgets.Image(value=to_png(small(picture, 2 * SIDE)), format="png", width=SIDE)  # sharp on dense screens

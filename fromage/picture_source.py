@@ -47,10 +47,10 @@ class Chunk(NamedTuple):
     last: bool
 
 
-Part = tuple[str, ...]  # one shard, or some files
+Names = tuple[str, ...]  # of a part: one shard, or some files
 Members = dict[str, bytes]  # suffix -> bytes, of one sample
 Lost = Callable[[str, str], None]  # takes the name of what is lost, and the cause
-Reader = Callable[[Part, Lost], Iterator[tuple[str, Members]]]  # part -> (locator, members) of its pictures
+Reader = Callable[[Names, Lost], Iterator[tuple[str, Members]]]  # part -> (locator, members) of its pictures
 
 
 class PictureSource(IterableDataset[Chunk]):
@@ -62,7 +62,7 @@ class PictureSource(IterableDataset[Chunk]):
     """
 
     def __init__(
-        self, parts: Sequence[Part], read: Reader, transform: Callable[[Image.Image], Tensor], count: int | None
+        self, parts: Sequence[Names], read: Reader, transform: Callable[[Image.Image], Tensor], count: int | None
     ) -> None:
         self.parts, self.read, self.transform, self.count = parts, read, transform, count
         self.todo, self.batch_size = list(range(len(parts))), 64
@@ -79,7 +79,7 @@ class PictureSource(IterableDataset[Chunk]):
                 yield Chunk(number, collate(batch), False)
             yield Chunk(number, [], True)
 
-    def _samples(self, part: Part) -> Iterator[Sample]:
+    def _samples(self, part: Names) -> Iterator[Sample]:
         lost: list[str] = []
         for place, (locator, members) in enumerate(self.read(part, lambda name, cause: lost.append(f"{name}: {cause}"))):
             yield self._sample(place, locator, members)
@@ -101,7 +101,7 @@ class PictureSource(IterableDataset[Chunk]):
         return self.transform(decode_picture(members[suffix]))  # (3, H, W)
 
 
-def _read_files(part: Part, lost: Lost, captions: dict[str, str]) -> Iterator[tuple[str, Members]]:
+def _read_files(part: Names, lost: Lost, captions: dict[str, str]) -> Iterator[tuple[str, Members]]:
     for path in part:
         try:
             data = Path(path).read_bytes()
@@ -111,7 +111,7 @@ def _read_files(part: Part, lost: Lost, captions: dict[str, str]) -> Iterator[tu
             yield path, {Path(path).suffix[1:].lower(): data, "txt": captions.get(path, "").encode("utf-8", "replace")}
 
 
-def _read_shard(part: Part, lost: Lost) -> Iterator[tuple[str, Members]]:
+def _read_shard(part: Names, lost: Lost) -> Iterator[tuple[str, Members]]:
     (shard,) = part
     where = shard if ":" in shard else Path(shard).absolute()
     for sample in read_shard(shard, lost):

@@ -13,6 +13,7 @@ from fromage.errors import BrokenSample, UserError
 
 SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp", "gif")
 MAX_PIXELS = 89_478_485  # Pillow's own line between a large picture and a decompression bomb
+STRANGERS_PIXELS = 25_000_000  # of what the web or a visitor sends: one takes up to 16 bytes a pixel to decode
 MAX_ASPECT = 100  # a strip of 1 x 20,000 pixels passes the first limit, and explodes when its short side is scaled up
 WHITE = (255, 255, 255)
 
@@ -51,30 +52,47 @@ def _member(shard: str, key: str) -> bytes:
     raise UserError(f"{shard}: holds no picture with the key {key}; was the shard written anew?")
 
 
-def decode_picture(data: bytes) -> Image.Image:
+def decode_picture(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Decode to RGB, upright as EXIF has it, transparency on white, an animation's first frame.
 
-    Raises BrokenSample for bytes that are no picture, and for pictures beyond MAX_PIXELS or MAX_ASPECT.
+    Raises BrokenSample for bytes that are no picture, and for pictures beyond max_pixels or MAX_ASPECT.
     """
     try:
         image = Image.open(io.BytesIO(data))
         width, height = image.size
-        if width * height > MAX_PIXELS or max(width, height) > MAX_ASPECT * min(width, height):
+        if width * height > max_pixels or max(width, height) > MAX_ASPECT * min(width, height):
             raise ValueError(f"{width} x {height} pixels are too large or too narrow")
         image.load()
         with suppress(Exception):  # a picture with broken EXIF is still a picture
             ImageOps.exif_transpose(image, in_place=True)
-        return _to_rgb(image)
+        return to_rgb(image)
     except UnidentifiedImageError:
         raise BrokenSample("undecodable picture: no known format") from None
     except Exception as error:  # on broken bytes Pillow's decoders raise nearly anything
         raise BrokenSample(f"undecodable picture: {error}") from None
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
+    """A picture of any mode in RGB: transparency on white, 16 bits as 8."""
     if image.mode.startswith("I;16"):  # a plain conversion would clip 16 bits to white
         image = image.convert("I").point(lambda level: level * (1 / 256)).convert("L")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, WHITE), image)
     return image.convert("RGB")
+
+
+def small(picture: Image.Image, side: int) -> Image.Image:
+    """The picture, or a copy whose longer side has so many pixels."""
+    if max(picture.size) <= side:
+        return picture
+    picture = picture.copy()
+    picture.thumbnail((side, side))
+    return picture
+
+
+def jpeg(picture: Image.Image, side: int) -> bytes:
+    """An RGB picture as JPEG, without metadata, neither side longer than so many pixels."""
+    file = io.BytesIO()
+    small(picture, side).save(file, "JPEG", quality=85, comment=b"")  # all else is left out unless it is asked for
+    return file.getvalue()

@@ -6,13 +6,14 @@ Two passes through the language model, both padded and both with the whole backw
                                                    two examples share one sequence: image caption image caption
     retrieval    [</s> y_1 ... y_n [RET]]          next-token loss, [RET] included, and InfoNCE of W_t h_[RET] with W_i v(x)
 
-The loss is the sum of the three. [RET] and padding take no part in captioning. (In the paper's formula the retrieval pass
-has no next-token loss; the released code has it, and without it the model never says [RET] by itself.)
+The loss is the sum of the three, all weights 1. [RET] and padding take no part in captioning. (In the paper's formula the
+retrieval pass has no next-token loss; the released code has it, and without it the model never says [RET] by itself.)
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +22,16 @@ from fromage.data import Batch
 from fromage.errors import UserError
 from fromage.losses import device_weight, info_nce, next_token_loss
 from fromage.model import Fromage
+
+
+class Weights(NamedTuple):
+    """What the losses of the two passes are multiplied by. A captioning pass of weight 0 is not run, and its loss is 0."""
+
+    captioning: float = 1.0
+    retrieval: float = 1.0  # of its next-token loss and of InfoNCE
+
+
+ALL = Weights()
 
 
 @dataclass
@@ -34,11 +45,13 @@ class StepOutput:
     retrieval_accuracy: Tensor
     images: Tensor
     texts: Tensor
+    weights: Weights
 
     @property
     def loss(self) -> Tensor:
-        """Their sum, all weights 1."""
-        return self.captioning_loss + self.text_loss + self.contrastive_loss
+        """Their weighted sum."""
+        retrieval = self.text_loss + self.contrastive_loss
+        return self.weights.captioning * self.captioning_loss + self.weights.retrieval * retrieval
 
 
 def image_features(model: Fromage, batch: Batch) -> Tensor:
@@ -82,14 +95,25 @@ def _within(batch: Batch, behind: int) -> Tensor:
     return torch.arange(batch.ids.shape[1], device=batch.ids.device) < ends
 
 
-def plain_step(model: Fromage, batch: Batch, paired: bool) -> StepOutput:
-    """Losses of one batch, by the two passes above. paired: whether two examples share a captioning sequence."""
-    check_captions(model, batch)
+def no_captioning(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Loss and share of tokens foreseen of the captioning pass that is not run: 0."""
+    return torch.zeros((), device=device), torch.zeros((), device=device)
+
+
+def _captioning(model: Fromage, batch: Batch, paired: bool) -> tuple[Tensor, Tensor]:
+    """Next-token loss of [W_c v(x)] [</s> y_1 ... y_n], padded, and the share of tokens foreseen."""
     prefix = model.prefix(image_features(model, batch))  # (B, k, d)
     ids, mask = captioning_ids(model, batch, paired)
     hidden = model.lm(model.embed(ids, prefix), mask)  # (B, k + T, d)
     labels = ids.masked_fill(~mask | (ids == model.tokenizer.image_id), -100)
-    captioning_loss, caption_accuracy = next_token_loss(model.lm.logits(hidden), labels)
+    return next_token_loss(model.lm.logits(hidden), labels)
+
+
+def plain_step(model: Fromage, batch: Batch, paired: bool, weights: Weights = ALL) -> StepOutput:
+    """Losses of one batch, by the two passes above. paired: whether two examples share a captioning sequence."""
+    check_captions(model, batch)
+    run = weights.captioning != 0
+    captioning_loss, caption_accuracy = _captioning(model, batch, paired) if run else no_captioning(model.device)
 
     hidden, at_ret = model.hidden_at_ret(batch.ids, batch.lengths)  # (B, T, d), (B, d)
     text_loss, _ = next_token_loss(model.lm.logits(hidden), batch.ids.masked_fill(~_within(batch, behind=0), -100))
@@ -98,6 +122,5 @@ def plain_step(model: Fromage, batch: Batch, paired: bool) -> StepOutput:
     texts = model.embed_ret(at_ret)  # (B, q)
     contrastive_loss, retrieval_accuracy = info_nce(images, texts, model.logit_scale)
     weight = device_weight(targets(batch), batch.ids.device)
-    return StepOutput(
-        captioning_loss * weight, text_loss * weight, contrastive_loss, caption_accuracy, retrieval_accuracy, images, texts
-    )
+    losses = captioning_loss * weight, text_loss * weight, contrastive_loss
+    return StepOutput(*losses, caption_accuracy, retrieval_accuracy, images, texts, weights)

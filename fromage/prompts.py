@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fromage.errors import UserError
 from fromage.model import Fromage, pad
-from fromage.pictures import open_picture
+from fromage.pictures import open_picture, to_rgb
 
 
 class Url(str):
@@ -70,18 +70,26 @@ def parts_of(prompt: Prompt) -> list[Part]:
     return parts
 
 
+def worded(parts: Sequence[Part]) -> list[Part]:
+    """Parts without empty texts."""
+    return [part for part in parts if not (isinstance(part, str) and not part)]
+
+
 def prompt_ids(model: Fromage, prompt: Prompt) -> list[int]:
     """The token ids of a prompt, no picture opened: k times <|image|> for each. Every text is tokenised by itself."""
-    tokenizer, parts = model.tokenizer, parts_of(prompt)
-    ids = [] if any(part is START for part in parts) else tokenizer.start()
-    for part in parts:
-        if isinstance(part, Picture):
-            ids += [tokenizer.image_id] * model.k
-        elif part is RET:
-            ids.append(tokenizer.ret_id)
-        else:
-            ids += tokenizer.start() if part is START else tokenizer.encode(str(part))
-    return ids
+    parts = parts_of(prompt)
+    front = [] if any(part is START for part in parts) else model.tokenizer.start()
+    return [*front, *chain.from_iterable(part_ids(model, part) for part in parts)]
+
+
+def part_ids(model: Fromage, part: Part) -> list[int]:
+    """The token ids of one part of a prompt."""
+    tokenizer = model.tokenizer
+    if isinstance(part, Picture):
+        return [tokenizer.image_id] * model.k
+    if part is RET:
+        return [tokenizer.ret_id]
+    return tokenizer.start() if part is START else tokenizer.encode(str(part))
 
 
 def prompt_length(model: Fromage, prompt: Prompt) -> int:
@@ -148,14 +156,27 @@ def _open(picture: Image.Image | Path | Url) -> Image.Image:
         from fromage.remote import fetch_picture  # never open_picture: the text of an address may name a file
 
         return fetch_picture(picture)
-    return picture
+    return to_rgb(picture)
 
 
 @torch.no_grad()
 def embed_for_retrieval(model: Fromage, prompts: Sequence[Prompt], batch_size: int = 32) -> Tensor:
     """Prompts -> (B, q) unit rows of the retrieval space: each with [RET] behind it, W_t h + b of the last hidden state."""
+    behind = [RET] if model.pooling == "ret" else []
     out = [torch.empty(0, model.q, device=model.device)]
     for start in range(0, len(prompts), batch_size):
-        batch = embed_prompts(model, [[*parts_of(prompt), RET] for prompt in prompts[start : start + batch_size]])
+        batch = embed_prompts(model, [[*parts_of(prompt), *behind] for prompt in prompts[start : start + batch_size]])
         out.append(model.embed_ret(model.lm(batch.embeds, batch.mask)[:, -1]))
     return torch.cat(out)
+
+
+@torch.no_grad()
+def embed_queries(model: Fromage, queries: Sequence[Prompt]) -> Tensor:
+    """Queries -> (B, q) unit rows: a picture alone as it is embedded in an index, all else with [RET] behind it."""
+    rows = torch.empty(len(queries), model.q, device=model.device)  # (B, q)
+    listed = [worded(parts_of(query)) for query in queries]
+    alone = [i for i, query in enumerate(listed) if len(query) == 1 and isinstance(query[0], Picture)]
+    others = [i for i in range(len(listed)) if i not in alone]
+    rows[alone] = model.embed_images(encode_pictures(model, [listed[i][0] for i in alone]))  # type: ignore[misc]
+    rows[others] = embed_for_retrieval(model, [listed[i] for i in others])
+    return rows

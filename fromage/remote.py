@@ -16,20 +16,23 @@ import ssl
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import SplitResult, quote, urljoin, urlsplit
 
 from PIL import Image
 
 from fromage.errors import BrokenSample, UserError, first_line
-from fromage.pictures import decode_picture
+from fromage.pictures import STRANGERS_PIXELS, decode_picture
 
 TRANSIENT = {408, 425, 429, 500, 502, 503, 504}  # answers after which another attempt may succeed
 REDIRECTS = {301, 302, 303, 307, 308}
 HEADERS = {"User-Agent": "fromage (picture retrieval)", "Accept": "image/*", "Accept-Encoding": "identity"}
-NAT64 = ipaddress.ip_network("64:ff9b::/96")
+HOLD_IPV4 = [ipaddress.ip_network(prefix) for prefix in ("::/96", "::ffff:0:0/96", "64:ff9b::/96")]
+ADDRESSES = 4  # of a host that are tried
 BLOCK = 1 << 16  # bytes
 
 
@@ -37,9 +40,10 @@ BLOCK = 1 << 16  # bytes
 class Limits:
     """What a picture may cost. Times in seconds, sizes in bytes."""
 
-    connect: float = 3.0
+    connect: float = 3.0  # to one of the host's addresses
     total: float = 10.0  # of all attempts, redirects and waits together
     size: int = 20 << 20
+    pixels: int = STRANGERS_PIXELS
     attempts: int = 3
     redirects: int = 5
     cache: int = 1 << 30  # of all pictures that are kept
@@ -70,12 +74,12 @@ def fetch_picture(
     limits, folder = limits or Limits(), cache or cache_folder()
     kept = folder / hashlib.sha256(f"{allow_private} {url}".encode("utf-8", "replace")).hexdigest()
     with suppress(OSError, BrokenSample):
-        picture = decode_picture(kept.read_bytes())
+        picture = decode_picture(kept.read_bytes(), limits.pixels)
         os.utime(kept)  # used lately
         return picture
     try:
         data = _attempts(url, limits, allow_private)
-        picture = decode_picture(data)
+        picture = decode_picture(data, limits.pixels)
     except (_Refused, BrokenSample, OSError, http.client.HTTPException) as error:
         raise UserError(f"{url[:200]}: {first_line(error)}; choose another picture or try later") from error
     with suppress(OSError):  # a full or read-only disk costs time, not the picture
@@ -141,7 +145,7 @@ def _get(url: SplitResult, limits: Limits, deadline: float, allow_private: bool)
     """The body at an address, or where it redirects to."""
     host, secure = str(url.hostname), url.scheme == "https"
     port = url.port or (443 if secure else 80)
-    sock = _connect(host, port, min(limits.connect, deadline - time.monotonic()), allow_private)
+    sock = _connect(_resolve(host, port, deadline, allow_private), limits.connect, deadline)
     if secure:
         context = ssl.create_default_context()
         sock = context.wrap_socket(sock, server_hostname=host, do_handshake_on_connect=False)
@@ -195,33 +199,50 @@ def _read(answer: http.client.HTTPResponse, size: int) -> bytes | str:
     return bytes(body)
 
 
-def _connect(host: str, port: int, timeout: float, allow_private: bool) -> socket.socket:
-    """Connect to one of a host's addresses, all of which must be public."""
+def _resolve(host: str, port: int, deadline: float, allow_private: bool) -> list[Any]:
+    """A host's addresses as getaddrinfo gives them, all of which must be public.
+
+    getaddrinfo knows no time-out; when the time is over it is left behind in a thread of its own.
+    """
+    answer: Future[list[Any]] = Future()
+
+    def ask() -> None:
+        try:
+            answer.set_result(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
+        except Exception as error:
+            answer.set_exception(error)
+
+    threading.Thread(target=ask, daemon=True).start()
     try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        found = answer.result(max(0.01, deadline - time.monotonic()))
     except (socket.gaierror, UnicodeError) as error:
         if getattr(error, "errno", None) == socket.EAI_AGAIN:
             raise
         raise _Refused("its host is unknown") from error
     if not allow_private and not all(is_public(address[0]) for *_, address in found):
         raise _Refused("its host is in a private network, from which nothing is fetched")
-    for number, (family, kind, protocol, _, address) in enumerate(found, 1):
+    return found
+
+
+def _connect(found: list[Any], seconds: float, deadline: float) -> socket.socket:
+    """Connect to one of some addresses; so many seconds for each, as long as there is time."""
+    failure = OSError("its host has no address")
+    for family, kind, protocol, _, address in found[:ADDRESSES]:
         sock = socket.socket(family, kind, protocol)
         try:
-            sock.settimeout(max(0.01, timeout))
+            sock.settimeout(max(0.01, min(seconds, deadline - time.monotonic())))
             sock.connect(address)
             return sock
-        except OSError:
+        except OSError as error:
             sock.close()
-            if number == len(found):
-                raise
-    raise _Refused("its host has no address")
+            failure = error
+    raise failure
 
 
 def is_public(address: str | int) -> bool:
     """Whether an IP address is one of the internet; an IPv4 address within an IPv6 one counts as itself."""
     ip = ipaddress.ip_address(str(address).partition("%")[0])
     if isinstance(ip, ipaddress.IPv6Address):
-        in_nat64 = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF) if ip in NAT64 else None
-        ip = ip.ipv4_mapped or ip.sixtofour or in_nat64 or ip
+        held = any(ip in network for network in HOLD_IPV4)
+        ip = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF) if held else ip.sixtofour or ip
     return ip.is_global and not ip.is_multicast

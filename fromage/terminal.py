@@ -11,6 +11,8 @@ from typing import TextIO
 
 from PIL import Image
 
+from fromage.pictures import small
+
 SIDE = 240  # pixels of a drawn picture's longer side, at most
 CHUNK = 4096  # characters of base64 in one escape sequence of kitty's protocol
 ITERM, KITTY = ("iTerm.app", "WezTerm"), ("xterm-kitty", "xterm-ghostty")
@@ -88,9 +90,7 @@ class Screen:
     def picture(self, picture: Image.Image) -> None:
         """Draw a picture below, where the terminal can."""
         if self.draw:
-            small = picture.copy()
-            small.thumbnail((SIDE, SIDE))
-            self._write(self.draw(to_png(small)) + "\n")
+            self._write(self.draw(to_png(small(picture, SIDE))) + "\n")
 
     def _write(self, text: str) -> None:
         encoding = self.out.encoding or "utf-8"

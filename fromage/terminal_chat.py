@@ -36,16 +36,13 @@ SETTINGS: dict[str, tuple[str, type[int] | type[float]]] = {
 }
 
 
-def talk(chat: Chat, system: str = "", read: Callable[[str], str] = input, out: TextIO | None = None) -> None:
+def talk(chat: Chat, read: Callable[[str], str] = input, out: TextIO | None = None) -> None:
     """Talk until the input ends.
 
     Args:
-        system: text to stand in front of everything; without, the conversation's own stays.
         read: the next line, shown a prompt, as `input` does; EOFError ends the conversation.
         out: standard output, unless given.
     """
-    if system:
-        chat.system = [system + chat.style.behind]
     session, prompt = Session(chat, Screen(out)), "> " if sys.stdin.isatty() else ""
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")
@@ -137,7 +134,7 @@ class Session:
             why = "none is left" if self.chat.index else "there is no index to find one in"
             self.screen.line(f"  [a picture; {why}]")
         for hit, picture in zip_longest(shown.hits, shown.pictures):
-            self.screen.line(f"  {hit.rank:3d}  {hit.score:.3f}  {hit.path}  {hit.caption}")
+            self.screen.line(hit.line())
             if picture:
                 self.screen.picture(picture)
 

@@ -105,8 +105,10 @@ def _serve(blocks: gr.Blocks, host: str, port: int) -> str:
             css=CSS,
             app_kwargs={"middleware": [Middleware(Guard)], "openapi_url": None},
         )
-    except OSError as error:
-        raise UserError(f"{host}:{port}: cannot listen there; is the port taken? choose another --port") from error
+    except (OSError, OverflowError) as error:
+        raise UserError(
+            f"{host}:{port}: cannot listen there; is the port taken, or no port? choose another --port"
+        ) from error
     return address.rstrip("/")
 
 

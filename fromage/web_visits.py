@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator, Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from hashlib import blake2b
 from html import escape
 from pathlib import Path
@@ -13,20 +13,18 @@ from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import gradio as gr
-import numpy as np
 from gradio.utils import get_upload_folder
 from PIL import Image
 
 from fromage.chat import Chat, Turn
 from fromage.decoding import Decoding
-from fromage.embed_pictures import embed_opened
 from fromage.errors import BrokenSample, UserError
 from fromage.gallery import Shown
 from fromage.generate import Answer
 from fromage.hits import SPARE, Hit, openable
 from fromage.model import Fromage
-from fromage.pictures import decode_picture
-from fromage.prompts import Part, embed_for_retrieval
+from fromage.pictures import STRANGERS_PIXELS, decode_picture, jpeg, small
+from fromage.prompts import Part, embed_queries
 
 if TYPE_CHECKING:
     from fromage.index import ImageIndex
@@ -34,10 +32,21 @@ if TYPE_CHECKING:
 MAX_SENT = 8  # pictures in a message
 MAX_TEXT = 20_000  # characters in a message
 LARGE = 4096  # pixels of the longer side of a picture that was sent
-SIDE = 1024  # and of all pictures, once the model has seen them
-Turns = list[Turn]
+SIDE = 1024  # and of a picture on the page
+MAX_TURNS = 100  # of a conversation that are kept; a language model has positions for fewer
 Message = dict[str, Any]  # of Gradio: in a conversation its role and contents, in a box its text and files
 SECRET = token_bytes(16)
+
+
+@dataclass
+class Said:
+    """A turn that is over. parts: for the model, its pictures as features. page: for the visitor, as files."""
+
+    parts: list[Part]
+    page: list[Message]
+
+
+Turns = list[Said]
 
 
 class Visits:
@@ -51,27 +60,32 @@ class Visits:
     ) -> Iterator[tuple[Any, list[Message], Turns]]:
         """One turn as it is decoded: what stands in the box, the conversation, its turns. What fails is a warning."""
         chat = Chat(self.model, self.index, style=self.style)
-        chat.turns = turns
+        chat.turns = [Turn([], Answer([], []), turn.parts) for turn in turns]
         before = conversation(turns)
         try:
             said = read(sent)
             chat.decoding = Decoding(int(length), temperature=temperature, ret_bias=ret_bias, images_per_ret=int(pictures))
-            yield {"text": "", "files": []}, [*before, message("user", said)], turns
-            for parts in self._growing(chat, said):
-                yield gr.skip(), [*before, message("user", said), message("assistant", parts)], turns
-            shrink(turns[-1])
+            page = [message("user", [content for part in said for content in contents(part)]), message("assistant", [])]
+            yield {"text": "", "files": []}, [*before, page[0]], turns
+            for answered in self._growing(chat, said):
+                page[1] = message("assistant", answered)
+                yield gr.skip(), [*before, *page], turns
+            turns = [*turns, Said(chat.turns[-1].parts, page)][-MAX_TURNS:]
             yield gr.skip(), conversation(turns), turns
         except UserError as error:
             warn(error)
             yield {"text": sent["text"], "files": []}, before, turns
 
-    def _growing(self, chat: Chat, said: list[Part]) -> Iterator[list[str | Shown]]:
-        """The parts of the answer so far, after each piece. Closing it ends the decoding."""
-        pieces: list[str | Shown] = []
+    def _growing(self, chat: Chat, said: list[Part]) -> Iterator[list[Any]]:
+        """The answer so far as the page shows it, piece by piece; a picture is drawn once. Closing it ends the decoding."""
+        shown, text = list[Any](), ""
         with self.lock, closing(chat.stream(*said)) as stream:
             for piece in stream:
-                pieces.append(piece)
-                yield Answer.of(pieces).parts
+                if isinstance(piece, str):
+                    text += piece
+                else:
+                    shown, text = [*shown, *contents(text), *contents(piece)], ""
+                yield [*shown, *contents(text)]
 
     def undo(self, turns: Turns) -> tuple[list[Message], Turns]:
         """The conversation without its last turn."""
@@ -81,7 +95,7 @@ class Visits:
         """The pictures of the index nearest to words, to a picture, or to both, best first: files, captions."""
         try:
             with self.lock:
-                query = self._query(read(sent))  # (1, q)
+                query = embed_queries(self.model, [read(sent)]).cpu().numpy()  # (1, q)
             hits = self.index.search(query, int(count) + SPARE)[0] if self.index else []
         except UserError as error:
             warn(error)
@@ -90,12 +104,6 @@ class Visits:
         if notes:
             gr.Info(gone(notes))
         return [(drawn(picture), caption(hit)) for hit, picture in opened]
-
-    def _query(self, parts: list[Part]) -> np.ndarray:
-        """(1, q): of a lone picture its own embedding, of all else what [RET] behind it asks for."""
-        if len(parts) == 1 and isinstance(parts[0], Image.Image):
-            return embed_opened(self.model, [parts[0]])
-        return embed_for_retrieval(self.model, [parts]).cpu().numpy()
 
 
 def read(sent: Message) -> list[Part]:
@@ -111,23 +119,29 @@ def read(sent: Message) -> list[Part]:
 def uploaded(path: str) -> Image.Image:
     """A file that was sent. Raises UserError for anything but a picture."""
     try:
-        return small(decode_picture(Path(path).read_bytes()), LARGE)
+        return small(decode_picture(Path(path).read_bytes(), STRANGERS_PIXELS), LARGE)
     except BrokenSample as error:
         raise UserError(f"{Path(path).name}: {error}; send another picture") from error
 
 
 def conversation(turns: Turns) -> list[Message]:
-    """Turns as Gradio's Chatbot shows them."""
-    return [each for turn in turns for each in (message("user", turn.said), message("assistant", turn.answer.parts))]
+    """Turns as Gradio's Chatbot shows them, their pictures for as long as the files are kept."""
+    messages = [each for turn in turns for each in turn.page]
+    return [message(each["role"], [kept(content) for content in each["content"]]) for each in messages]
 
 
-def message(role: str, parts: Sequence[Any]) -> Message:
-    """Parts of a turn as one message: texts, and files of pictures, those found with their captions."""
-    return {"role": role, "content": [content for part in parts for content in contents(part)] or ["(no answer)"]}
+def message(role: str, shown: list[Any]) -> Message:
+    """Contents as one message."""
+    return {"role": role, "content": shown or ["(no answer)"]}
+
+
+def kept(content: Any) -> Any:
+    """Text, or a picture's file if it is still there."""
+    return content if isinstance(content, str) or Path(content["path"]).exists() else "(a picture that is kept no longer)"
 
 
 def contents(part: Any) -> list[Any]:
-    """A part as Gradio shows it."""
+    """A part as Gradio shows it: texts, and files of pictures, those found with their captions."""
     if isinstance(part, Image.Image):
         return [{"path": drawn(part), "alt_text": "a picture that was sent"}]
     if not isinstance(part, Shown):
@@ -140,23 +154,12 @@ def contents(part: Any) -> list[Any]:
 
 def drawn(picture: Image.Image) -> str:
     """Path of the picture in the folder that is served, under a name that cannot be guessed."""
-    file = io.BytesIO()
-    small(picture, SIDE).save(file, "JPEG", quality=90)
-    path = Path(get_upload_folder(), blake2b(file.getvalue(), key=SECRET, digest_size=16).hexdigest() + ".jpg")
-    if not path.exists():
-        part = path.with_name(f".{token_hex(8)}")
-        part.write_bytes(file.getvalue())
-        part.replace(path)
+    data = jpeg(picture, SIDE)
+    path = Path(get_upload_folder(), blake2b(data, key=SECRET, digest_size=16).hexdigest() + ".jpg")
+    part = path.with_name(f".{token_hex(8)}")
+    part.write_bytes(data)
+    part.replace(path)
     return str(path)
-
-
-def small(picture: Image.Image, side: int) -> Image.Image:
-    """The picture, or a copy whose longer side has so many pixels."""
-    if max(picture.size) <= side:
-        return picture
-    picture = picture.copy()
-    picture.thumbnail((side, side))
-    return picture
 
 
 def caption(hit: Hit) -> str:
@@ -167,13 +170,6 @@ def caption(hit: Hit) -> str:
 def gone(notes: Sequence[str]) -> str:
     """A note on pictures that could not be opened; their own notes name paths."""
     return f"({len(notes)} found before could not be opened)"
-
-
-def shrink(turn: Turn) -> None:
-    """Keep the turn's pictures small: the model has seen them."""
-    for part in [*turn.said, *(picture for shown in turn.answer.shown for picture in shown.pictures)]:
-        if isinstance(part, Image.Image):
-            part.thumbnail((SIDE, SIDE))
 
 
 def warn(error: UserError) -> None:

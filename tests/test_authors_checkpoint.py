@@ -94,6 +94,8 @@ def test_towers_may_be_named_otherwise_and_exported_under_a_name(tmp_path):
     theirs = small(tmp_path / "theirs", visual_encoder="someone/a-clip")
     with pytest.raises(UserError, match=r"someone/a-clip.*--vision"):
         read_authors(theirs)
+    with pytest.raises(UserError, match=r"ViT-L-14: comes without weights"):
+        read_authors(theirs, vision="ViT-L-14")
     saved = read_authors(theirs, lm="toy", vision="toy", dtype="float32")
     assert (saved.settings["lm"], saved.settings["vision"], saved.settings["vision_weights"]) == ("toy", "toy", None)
     write_folder(saved, tmp_path / "ours")

@@ -77,12 +77,28 @@ def test_objects_hidden_in_an_array_are_not_made(tmp_path):
 def test_other_codecs_and_types_are_refused(tmp_path):
     for raw in (
         b"c_codecs\nencode\n(S'ab'\nS'zip'\ntR.",
-        b"cnumpy._core.multiarray\n_reconstruct\n(cnumpy\ndtype\n(I0\ntS'b'\ntR.",
+        b"cnumpy\ndtype\n(S'O'\ntR.",
+        b"cnumpy\ndtype\n(S'f4,O'\ntR.",
         b"cos\nsystem\n(S'true'\ntR.",
     ):
         (tmp_path / "e.pkl").write_bytes(raw)
         with pytest.raises(UserError, match="asks for"):
             read_embeddings(tmp_path / "e.pkl", 4)
+
+
+@pytest.mark.parametrize(
+    "embeddings",
+    [
+        b"cnumpy\nndarray\n((I1\nI256\ntcnumpy\ndtype\n(S'O8'\ntRB" + struct.pack("<I", 2048) + b"A" * 2048 + b"tR",
+        b"cnumpy\nndarray\n((I1\nI256\ntcnumpy\ndtype\n(S'f4'\ntRB" + struct.pack("<I", 1024) + b"A" * 1024 + b"tR",
+        b"cnumpy._core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(I0\ntS'b'\ntR",  # never filled
+        b"cnumpy\ndtype\n(S'f4'\ntR(I3\nS'<'\nNNNI-1\nI-1\nI63\ntb",  # numbers with the flags of objects
+    ],
+)
+def test_memory_of_a_pickles_making_is_not_taken_for_an_array(tmp_path, embeddings):
+    (tmp_path / "e.pkl").write_bytes(b"(dS'paths'\n(lS'a'\nasS'embeddings'\n" + embeddings + b"s.")
+    with pytest.raises(UserError, match=r"e\.pkl"):
+        read_embeddings(tmp_path / "e.pkl", 256)
 
 
 BAD = [

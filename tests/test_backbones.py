@@ -157,6 +157,8 @@ def test_fingerprint_depends_on_the_weights():
     [
         (lambda: load_clip("ViT-Q-99"), "ViT-Q-99"),
         (lambda: load_clip("ViT-L-14", "nobody"), "nobody"),
+        (lambda: load_clip("ViT-L-14"), "ViT-L-14: comes without weights.*openai"),
+        (lambda: load_vision("ViT-S-32"), "ViT-S-32: comes without weights"),
         (lambda: load_vision("local-dir:/no/such/folder"), "/no/such/folder"),
         (lambda: load_lm("/no/such/folder"), "/no/such/folder"),
     ],
@@ -172,3 +174,9 @@ def test_a_tokenizer_with_more_tokens_than_the_model_has_rows_is_refused(tokeniz
     )
     with pytest.raises(UserError, match="only 100 rows"):
         LanguageModel(OPTForCausalLM(config), tokenizer, "short")
+
+
+def test_weights_count_where_a_name_has_none_of_its_own():
+    tower = load_vision("ViT-S-32", "laion", random_weights=True)
+    assert tower.name == "ViT-S-32" and tower.width == 384
+    assert load_vision("toy", "openai").fingerprint() == load_vision("toy").fingerprint()

@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 TOOL = Path(__file__).resolve().parents[1] / "tools" / "bench_index.py"
 
@@ -18,6 +19,13 @@ def test_the_bench_runs_and_writes_its_figures(tmp_path, monkeypatch, capsys):
     assert 0.8 < report["recall_at_10"] <= 1 and report["rows"] == 3000 and report["kind"] == "IVF256,SQ8"
     assert report["speedup_batch_1"] > 0 and 264 <= report["bytes_per_vector"] < 600
     assert "recall_at_10" in capsys.readouterr().out
+
+
+def test_the_brute_force_is_not_compared_with_itself(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [str(TOOL), "--kind", "Flat"])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(TOOL), run_name="__main__")
+    assert "brute force itself" in capsys.readouterr().err
 
 
 def test_the_mixture_has_clusters_and_repeats():

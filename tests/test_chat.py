@@ -21,12 +21,18 @@ def words(model, chat, said="a star"):
 def test_turns_examples_and_system_stand_in_the_prompt_in_their_order(model):
     chat = Chat(model, system=["be kind."], examples=[(["one"], ["two"])], decoding=Decoding(max_new_tokens=4))
     answer = chat.say("a ring")
-    want = f"be kind.Q: one\nA:two\nQ: a ring\nA:{''.join(answer.parts)}\nQ: a star\nA:"
+    want = f"be kind.\nQ: one\nA:two\nQ: a ring\nA:{''.join(answer.parts)}\nQ: a star\nA:"
     assert model.tokenizer.decode(prompt_ids(model, chat.prompt(["a star"]))) == model.tokenizer.decode(
         model.tokenizer.encode(want)
     )
     chat.undo()
     assert "a ring" not in words(model, chat)
+
+
+@pytest.mark.parametrize(("style", "front"), [("dialogue", "be kind.\nQ: hi\nA:"), ("plain", "be kind. hi")])
+def test_the_system_prompt_does_not_run_into_the_first_turn(model, style, front):
+    assert "".join(Chat(model, style=style, system=["be kind."]).prompt(["hi"])) == front
+    assert Chat(model, style=style, system=[""]).system == []
 
 
 def test_pictures_come_back_and_stand_in_the_history(model, index, folder):
@@ -73,6 +79,14 @@ def test_the_oldest_turns_are_left_out_whole_then_the_examples_and_the_rest_neve
     assert "an example" not in text and text.startswith("be kind.")
     with pytest.raises(UserError, match="shorten"):
         chat.say("a star " * limit)
+
+
+def test_no_text_is_tokenised_again_for_each_turn_that_is_left_out(model, monkeypatch):
+    chat, asked = Chat(model, examples=[([f"what is {i}"], [f"it is {i}"]) for i in range(200)]), []
+    encode = model.tokenizer.encode
+    monkeypatch.setattr(model.tokenizer, "encode", lambda text: asked.append(text) or encode(text))
+    prompt = chat.prompt(["a star"])
+    assert len(prompt) < 4 * 200 and max(map(asked.count, {"a star", "what is 0", "what is 199"})) == 1
 
 
 def test_a_turn_broken_off_leaves_no_trace(model, index, tmp_path):

@@ -14,7 +14,7 @@ from transformers import (
 )
 
 from fromage.backbones import LanguageModel, load_lm, load_vision
-from fromage.decoding import Decoding, certain
+from fromage.decoding import Decoding, Draft, certain
 from fromage.errors import UserError
 from fromage.generate import generate
 from fromage.model import Fromage
@@ -215,3 +215,19 @@ def test_options_that_mean_nothing(options):
 def test_an_answer_must_have_room(toy_model):
     with pytest.raises(UserError, match="600 behind it"):
         generate(toy_model, ["a"], Decoding(600))
+
+
+def test_a_draft_that_another_thread_ends_meanwhile_stays_ended():
+    """It is only ever set to True: False may be what it was before the other thread set it."""
+
+    class Watched(Draft):
+        def __setattr__(self, name, value):
+            assert name != "done" or value or not self.ids
+            super().__setattr__(name, value)
+
+    model = Fromage.load(k=2, q=16)
+    draft, token = Watched(model, Decoding(2), lambda piece: None), model.tokenizer.encode("star")[0]
+    draft.step(token, torch.zeros(model.lm.width))
+    assert not draft.done
+    draft.step(token, torch.zeros(model.lm.width))
+    assert draft.done

@@ -260,6 +260,26 @@ def test_a_store_of_something_else_is_refused(pictures, tmp_path, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:.*04.bmp")
+@pytest.mark.parametrize(("batch_size", "workers"), [(0, 0), (-1, 0), (1, -1)])
+def test_batches_and_workers_that_cannot_be(pictures, tmp_path, batch_size, workers):
+    with pytest.raises(UserError, match="at least 1, and 0 or more"):
+        module.embed_pictures(Model(), pictures, tmp_path / "out", batch_size, workers)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_store_that_cannot_be_written_says_so(pictures, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot be written"):
+        module.embed_pictures(Model(), pictures, tmp_path / "file" / "out")
+
+    def full(table, path):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("pyarrow.parquet.write_table", full)
+    with pytest.raises(UserError, match=r"00000\.parquet.*No space left"):
+        module.embed_pictures(Model(), pictures, tmp_path / "out")
+
+
 def test_a_store_that_is_not_whole_is_refused(pictures, tmp_path):
     out = tmp_path / "out"
     store = module.embed_pictures(Model(), pictures, out)

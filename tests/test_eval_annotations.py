@@ -125,6 +125,20 @@ def test_karpathy_splits(world, tmp_path):
     assert read_captions(tmp_path / "dataset_coco.json", tmp_path, "coco").pictures == [tmp_path / "a.jpg"]
 
 
+def test_blank_captions_are_none_in_either_layout(tmp_path):
+    path, texts = tmp_path / "a.json", (" ", "a star ", "")
+    images = [{"filename": f"{i}.jpg", "split": "test", "sentences": [{"raw": texts[j]} for j in which]}
+              for i, which in enumerate([(0, 1), (0, 2)])]  # fmt: skip
+    for content in (
+        {"dataset": "flickr30k", "images": images},
+        {"images": [{"id": i, "file_name": f"{i}.jpg"} for i in (0, 1)],
+         "annotations": [{"image_id": i, "caption": texts[j]} for i, j in ((0, 0), (0, 1), (1, 0), (1, 2))]},
+    ):  # fmt: skip
+        path.write_text(json.dumps(content))
+        data = read_captions(path, tmp_path, "flickr30k" if "dataset" in content else "coco")
+        assert data.captions == [["a star"]] and data.dropped["pictures without a caption"] == 1
+
+
 def test_stories_are_in_the_order_of_the_photos_and_others_are_counted(world, tmp_path):
     path = paths(world)["stories in sequence of VIST"]
     content = json.loads(path.read_text())
@@ -159,7 +173,7 @@ def test_ratings_of_other_dialogues(world, tmp_path):
     path = paths(world)["dialogues of VisDial 1.0 with candidates"]
     with pytest.raises(UserError, match="of one split"):
         read_dialogues(path, tmp_path / "dense.json", world)
-    ratings[0]["gt_relevance"] = ratings[0]["gt_relevance"][:99]
-    (tmp_path / "dense.json").write_text(json.dumps(ratings))
-    with pytest.raises(UserError, match="an entry is broken"):
-        read_dialogues(path, tmp_path / "dense.json", world)
+    for broken in ({"gt_relevance": [1] * 99}, {"round_id": 11}, {"round_id": "x"}, {"gt_relevance": ["x"] * 100}):
+        (tmp_path / "dense.json").write_text(json.dumps([ratings[0] | broken, *ratings[1:]]))
+        with pytest.raises(UserError, match=r"dense\.json: an entry is broken"):
+            read_dialogues(path, tmp_path / "dense.json", world)

@@ -172,6 +172,8 @@ def test_captioning_hands_captions_to_the_scorers(toy_model, data, monkeypatch):
     figures = evaluate(toy_model, few, options=Options(clip=False), captioning=True)["fromage"]["captioning"]
     assert figures == {"bleu1": 40, "bleu2": 30, "bleu3": 20, "bleu4": 10, "meteor": 25, "rouge_l": 25, "cider": 25}
     assert [len(texts) for texts in seen["wanted"].values()] == [5, 5, 5] and len(seen["given"]) == 3
+    caption_figures(["a\rstar\u2028 "], [["a\x85ring"]])  # lines are what its tokenizer pairs texts by
+    assert seen == {"wanted": {0: ["a ring"]}, "given": {0: ["a star"]}}
     monkeypatch.setattr("shutil.which", lambda name: None)
     with pytest.raises(UserError, match="Java"):
         caption_figures([], [])

@@ -44,7 +44,7 @@ def words(world):
     ],
 )
 def test_each_verb_prints_a_table_and_writes_json(name, settings, ckpt, words, tmp_path, capsys):
-    out = tmp_path / "report.json"
+    out = tmp_path / "new" / "report.json"
     assert main(["eval", name, *map(str, words[name]), "--ckpt", ckpt, "--limit", "5", "--json", str(out)]) == 0
     report, printed = json.loads(out.read_text()), capsys.readouterr().out
     assert settings <= report["fromage"].keys() and report["evaluation"] == name
@@ -62,12 +62,16 @@ def test_what_is_wrong_is_one_line(ckpt, words, tmp_path, capsys):
         (["coco", vist[0], *coco[1:]], "stories in sequence of VIST"),
         (["vist", *vist[:2], tmp_path], "pictures cannot be had"),
         (["coco", tmp_path / "no.json", *coco[1:]], "no.json"),
+        (["coco", *coco, "--json", tmp_path], "no file"),
+        (["coco", *coco, "--json", coco[0] / "deep" / "a.json"], "no folder that can be written to"),
+        (["visdial", *words["visdial"], "--scores", coco[0]], "no folder that can be written to"),
     ):
         assert main(["eval", *map(str, line), "--ckpt", ckpt]) == 2
         error = capsys.readouterr().err.splitlines()[-1]
         assert error.startswith("fromage: ") and said in error
-    with pytest.raises(SystemExit):
-        main(["eval", "coco", *map(str, coco), "--ckpt", ckpt, "--limit", "0"])
+    for wrong in (("--limit", "0"), ("--batch-size", "0"), ("--workers", "-1")):
+        with pytest.raises(SystemExit):
+            main(["eval", "coco", *map(str, coco), "--ckpt", ckpt, *wrong])
 
 
 def test_the_benchmark_compares_equal_things(monkeypatch, tmp_path, capsys):

@@ -88,6 +88,9 @@ def test_a_run_that_was_killed_goes_on_and_gives_the_same(toy_model, data, tmp_p
 def test_scores_of_another_model_or_of_other_dialogues_are_refused(toy_model, data, tmp_path):
     features, folder = features_of(toy_model, data), tmp_path / "scores"
     score_answers(toy_model, data.dialogues[:1], features[:1], folder)
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="file: cannot be written"):
+        score_answers(toy_model, data.dialogues, features, tmp_path / "file")
     with pytest.raises(UserError, match="name another --scores"):
         score_answers(toy_model, data.dialogues, features, folder)
     with torch.no_grad():

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from fromage.errors import UserError
 from fromage.evals.clip import Clip
 from fromage.evals.encoded import Options, encode_files
-from fromage.evals.vist import KEPT, SETTINGS, Stories, evaluate, read_stories, story_prompt
+from fromage.evals.vist import KEPT, PROTOCOLS, SETTINGS, Stories, evaluate, read_stories, story_prompt
 from fromage.prompts import RET, START, embed_for_retrieval, prompt_ids
 
 
@@ -18,11 +18,23 @@ def data(world):
 
 def test_prompts_are_in_the_order_of_the_story(toy_model):
     said = ["one", "two", "three", "four", "five"]
-    assert story_prompt("1_caption", said, "ABCD") == [START, "five"]
+    assert story_prompt("1_caption", said, "ABCD") == ["five"]
+    assert story_prompt("5_captions", said, "ABCD") == ["one", " two", " three", " four", " five"]
+    assert story_prompt("5_captions_4_images", said, "ABCD") == [
+        "one",
+        "A",
+        " two",
+        "B",
+        " three",
+        "C",
+        " four",
+        "D",
+        " five",
+    ]
     assert story_prompt("4_images", said, "ABCD") == ["A", "B", "C", "D"]
-    full = story_prompt("5_captions_4_images", said, "ABCD")
+    full = story_prompt("5_captions_4_images_authors", said, "ABCD")
     assert [part for part in full if part is not START] == ["one", "A", "two", "B", "three", "C", "four", "D", "five"]
-    parts = story_prompt("5_captions_4_images", said, list(torch.zeros(4, toy_model.vision.width)))
+    parts = story_prompt("5_captions_4_images_authors", said, list(torch.zeros(4, toy_model.vision.width)))
     ids, tokenizer = prompt_ids(toy_model, [*parts, RET]), toy_model.tokenizer
     want = [
         i for n in range(5) for i in [*tokenizer.start(), *tokenizer.encode(said[n]), *[tokenizer.image_id] * 2 * (n < 4)]
@@ -48,8 +60,9 @@ def test_recalls_are_as_counted_with_the_context_excluded_and_kept(toy_model, da
     encoded = encode_files(toy_model, data.pictures, Options())
     gallery, clip = toy_model.embed_images(encoded.features), Clip(toy_model)
     theirs = clip.embed_features(encoded.features)
-    for setting, (said, shown) in SETTINGS.items():
-        prompts = [story_prompt(setting, s.sentences, encoded.of(s.pictures)) for s in data.stories]
+    for protocol, (setting, _) in PROTOCOLS.items():
+        said, shown = SETTINGS[setting]
+        prompts = [story_prompt(protocol, s.sentences, encoded.of(s.pictures)) for s in data.stories]
         queries = embed_for_retrieval(toy_model, prompts)
         rows = []
         for story in data.stories:
@@ -58,10 +71,12 @@ def test_recalls_are_as_counted_with_the_context_excluded_and_kept(toy_model, da
             rows.append(F.normalize(torch.cat(parts).mean(0), dim=0))
         for kept in (False, True):
             name = setting + KEPT * kept
-            assert report["fromage"][name]["r5"] == pytest.approx(by_hand(queries, gallery, data.stories, encoded, kept))
+            assert report["fromage"][protocol + KEPT * kept]["r5"] == pytest.approx(
+                by_hand(queries, gallery, data.stories, encoded, kept)
+            )
             assert report["clip"][name]["r5"] == pytest.approx(by_hand(rows, theirs, data.stories, encoded, kept))
             assert report["chance"][name]["r5"] == pytest.approx(100 * 5 / (25 if kept else 21), abs=1e-3)
-    assert report["paper"]["fromage"]["5_captions_4_images"]["r1"] == 18.2
+    assert all(report["paper"]["fromage"]["5_captions_4_images" + way]["r1"] == 18.2 for way in ("", "_authors"))
 
 
 def test_a_story_with_a_lost_picture_is_skipped_and_its_other_pictures_stay(toy_model, data, tmp_path):

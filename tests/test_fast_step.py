@@ -16,7 +16,7 @@ from fromage.errors import UserError
 from fromage.fast_step import fast_step
 from fromage.meter import Meter
 from fromage.model import Fromage
-from fromage.plain_step import plain_step
+from fromage.plain_step import Weights, plain_step
 from fromage.tokens import PromptTokenizer
 
 M = 20  # width of the image features
@@ -28,7 +28,7 @@ class NoTower(nn.Module):
     width = M
 
 
-def build(kind, k, dtype=torch.float32):
+def build(kind, k, dtype=torch.float32, **options):
     torch.manual_seed(0)
     tokenizer = PromptTokenizer(str(TOY / "opt"))
     rows = tokenizer.vocab_size + 7
@@ -56,7 +56,7 @@ def build(kind, k, dtype=torch.float32):
             initializer_range=0.3,
         )
         hf = LlamaForCausalLM(config)
-    return Fromage(LanguageModel(hf.to(dtype), tokenizer, kind), NoTower(), k, q=16)
+    return Fromage(LanguageModel(hf.to(dtype), tokenizer, kind), NoTower(), k, q=16, **options)
 
 
 @pytest.fixture(scope="module")
@@ -80,11 +80,11 @@ def run(step, model, batch, paired):
     model.zero_grad()
     out = step(model, batch, paired)
     out.loss.backward()
-    return out, {name: p.grad.clone() for name, p in model.trained().items()}
+    return out, {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in model.trained().items()}
 
 
-def compare(model, batch, paired, step=fast_step):
-    slow, slow_grads = run(plain_step, model, batch, paired)
+def compare(model, batch, paired, step=fast_step, plain=plain_step):
+    slow, slow_grads = run(plain, model, batch, paired)
     fast, fast_grads = run(step, model, batch, paired)
     for name in ("captioning_loss", "text_loss", "contrastive_loss", "loss"):
         torch.testing.assert_close(getattr(fast, name), getattr(slow, name), rtol=1e-6, atol=1e-6, msg=name)
@@ -113,6 +113,27 @@ def test_same_losses_and_gradients(models, kind, k, paired):
 @example(lengths=[1, 1, 5, 1], paired=False, which=("untied", 1), chunk=2, seed=0)  # a chunk without a word
 def test_any_lengths_batch_sizes_and_chunks(models, lengths, paired, which, chunk, seed):
     compare(models[which], make_batch(models[which], lengths, seed), paired, partial(fast_step, chunk=chunk))
+
+
+@pytest.mark.parametrize("weights", [Weights(0, 1), Weights(1, 0), Weights(0.5, 2)])
+def test_either_pass_may_weigh_less_or_nothing(models, weights):
+    model, lengths = models["untied", 4], [5, 12, 3, 24]
+    plain = partial(plain_step, weights=weights)
+    compare(model, make_batch(model, lengths), True, partial(fast_step, weights=weights, chunk=2), plain)
+    out = plain(model, make_batch(model, lengths), True)
+    want = weights.captioning * out.captioning_loss + weights.retrieval * (out.text_loss + out.contrastive_loss)
+    assert torch.equal(out.loss, want) and (out.captioning_loss == 0) == (weights.captioning == 0)
+
+
+@pytest.mark.parametrize("kind", ["tied", "untied"])
+def test_texts_read_at_their_last_word(kind):
+    model = build(kind, 1, pooling="last")
+    compare(model, make_batch(model, [5, 12, 3, 2, 24]), True)
+    words = make_batch(model, [5, 12, 3]).ids
+    other = words.clone()
+    other[words == model.tokenizer.ret_id] = 7  # not looked at
+    for ids in (words, other):
+        torch.testing.assert_close(model.hidden_at_ret(ids, [5, 12, 3])[1], model.hidden_at_ret(words, [5, 12, 3])[1])
 
 
 def test_padding_beyond_the_longest_changes_nothing(models):
@@ -168,7 +189,7 @@ def test_chunks_hold_the_activations_of_one_at_a_time(models):
     peaks = {}
     for chunk in (0, 4):
         meter = Meter([*model.parameters(), *model.buffers(), batch.ids, batch.features])
-        loss = meter.run("forward", lambda chunk=chunk: fast_step(model, batch, False, chunk).loss)
+        loss = meter.run("forward", lambda chunk=chunk: fast_step(model, batch, False, chunk=chunk).loss)
         meter.run("backward", loss.backward)
         peaks[chunk] = max(p.peak for p in meter.passes.values())
     assert peaks[4] < 0.5 * peaks[0]

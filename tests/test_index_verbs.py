@@ -1,12 +1,18 @@
 """The index's verbs, one after the other, as a user runs them."""
 
+import os
 import pickle
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
+from PIL import Image
 from test_index import COLOURS, Model, rows, write_colours
 
 from fromage.cli import main
 from fromage.index import ImageIndex
+from fromage.picture_source import Item
 
 
 @pytest.fixture
@@ -39,6 +45,7 @@ def test_every_stage(ckpt, tmp_path, capsys):
     assert main(["search", *words]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "blue" and blue in lines[1] and lines[3] == red and red in lines[4]
+    assert Image.open(at("found.png")).format == "PNG"
     (pictures / "blue" / "a.png").unlink()
     assert main(["search", *words]) == 0
     assert f"left out #1: {blue}" in capsys.readouterr().err
@@ -52,6 +59,42 @@ def test_the_authors_embeddings(ckpt, tmp_path, capsys):
     assert [item.path for item in ImageIndex.load(tmp_path / "index", "f00d").items] == urls
 
 
+def test_the_checkpoint_of_an_import_may_be_a_name_on_the_hub(ckpt, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "e.pkl"
+    path.write_bytes(pickle.dumps({"paths": ["https://pictures.example/a.jpg"], "embeddings": rows(1, q=3)}))
+    for name, found in (("someone/fromage", "someone/fromage"), ("a.ckpt", ckpt)):
+        assert main(["index", "import", str(path), "--ckpt", name, "--out", str(tmp_path / "index")]) == 0
+        assert ImageIndex.load(tmp_path / "index", "f00d").checkpoint == found
+
+
+def test_what_a_stranger_named_is_printed_without_control_characters(ckpt, tmp_path):
+    """In a process of its own: its standard output refuses what is not Unicode."""
+    items = [Item(b"r\xff.png".decode("utf-8", "surrogateescape"), "a \x1b]0;title\a star")]
+    ImageIndex.build(rows(1, q=3), items, "f00d", ckpt).save(tmp_path / "index")
+    program = (
+        "import fromage.index, test_index; from fromage.cli import main\n"
+        "fromage.index.load_model = lambda path, device: test_index.Model()\n"
+        f"main(['search', 'blue', '--index', {str(tmp_path / 'index')!r}])"
+    )
+    where = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "PYTHONIOENCODING": "utf-8:strict"}
+    said = subprocess.run([sys.executable, "-c", program], env=where, capture_output=True, check=True).stdout.decode()
+    assert "r\N{REPLACEMENT CHARACTER}.png" in said and "star" in said and "\x1b" not in said
+
+
+def test_numbers_that_make_no_sense_are_refused(ckpt, tmp_path, capsys):
+    pictures = write_colours(tmp_path / "pictures")
+    some = ["index", "embed", "--ckpt", ckpt, "--images", str(pictures), "--out", str(tmp_path / "out")]
+    for words in (
+        [*some, "--batch-size", "0"],
+        [*some, "--workers", "-1"],
+        ["search", "blue", "--index", str(tmp_path), "-k", "-1"],
+    ):
+        with pytest.raises(SystemExit):
+            main(words)
+        assert words[-2] in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
 def test_what_is_wrong_is_one_line(ckpt, tmp_path, capsys):
     out = ["--out", str(tmp_path / "out")]
     for words, named in (
@@ -59,6 +102,10 @@ def test_what_is_wrong_is_one_line(ckpt, tmp_path, capsys):
         (["index", "build", *out, "--images", "x"], "--ckpt"),
         (["index", "build", *out, "--images", "x", "--ckpt", ckpt, "--embeddings", "y"], "either"),
         (["index", "build", *out, "--embeddings", str(tmp_path)], "fromage index embed"),
+        (["index", "build", *out, "--embeddings", str(tmp_path), "--images", "x"], "alone"),
+        (["index", "build", *out, "--embeddings", str(tmp_path), "--captions", "x"], "alone"),
+        (["index", "build", "--embeddings", str(tmp_path), "--out", f"{ckpt}/out"], "no folder that can be written to"),
+        (["search", "blue", "--index", str(tmp_path), "--png", str(tmp_path / "x.jpg")], "ends in .png"),
         (["index", "merge", str(tmp_path), *out], "no readable index"),
         (["index", "info", str(tmp_path)], "no readable index"),
         (["search", "--index", str(tmp_path)], "--image"),

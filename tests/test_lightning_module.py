@@ -94,6 +94,22 @@ def test_a_checkpoint_of_another_architecture_is_refused_by_name(fitted, world, 
         run(world, tmp_path, 9, ckpt_path=str(fitted[3] / "last.ckpt"), k=4)
 
 
+@pytest.mark.parametrize(
+    ("off", "heads"), [("captioning", {"visual_prefix"}), ("retrieval", {"text_head", "image_head", "logit_scale"})]
+)
+def test_what_no_loss_reaches_is_not_trained(off, heads, fitted, world, tmp_path):
+    before = fitted[0]
+    without, _ = run(world, tmp_path, 2, **{f"{off}_weight": 0.0})
+    for name, p in without.model.trained().items():
+        assert torch.equal(before[name], p) == (name.split(".")[0] in heads), name
+
+
+@pytest.mark.parametrize("weights", [(0, 0), (-1, 1), (float("nan"), 1)])
+def test_weights_that_train_nothing_are_refused(weights):
+    with pytest.raises(UserError, match="captioning_weight"):
+        FromageModule(**TOY, captioning_weight=weights[0], retrieval_weight=weights[1])
+
+
 def test_chunks_that_cannot_be_are_refused():
     with pytest.raises(UserError, match="chunk -1"):
         FromageModule(**TOY, chunk=-1)

@@ -69,6 +69,15 @@ def test_a_gallery_of_equals_finds_nothing_first():
     assert retrieval_recalls(rows, rows)["t2i_r1"] == 0
 
 
+@pytest.mark.parametrize("chunk", [1, 2, 1024])
+def test_equal_rows_tie_wherever_they_lie_in_a_product(chunk):
+    """A product of matrices sums in another order at its edges, so that equal rows get unequal scores."""
+    generator = torch.Generator().manual_seed(0)
+    for width, count in itertools.product((32, 256), (7, 33, 101, 501)):
+        row, queries = (torch.nn.functional.normalize(torch.randn(n, width, generator=generator)) for n in (1, 5))
+        assert ranks(queries, row.repeat(count, 1), torch.arange(5), chunk).tolist() == [count] * 5
+
+
 def test_not_a_number_ranks_last():
     queries, gallery = torch.tensor([[float("nan")]]), torch.ones(7, 1)
     assert ranks(queries, gallery, torch.tensor([0])).tolist() == [7]

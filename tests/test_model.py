@@ -2,6 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from fromage.errors import UserError
 from fromage.model import Fromage, pad
 from fromage.plain_step import captioning_ids, plain_step
 
@@ -104,6 +105,11 @@ def test_text_embeddings_do_not_depend_on_the_batch(toy_model):
     alone = torch.cat([toy_model.embed_text([text]) for text in texts])
     torch.testing.assert_close(both, alone, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(both.norm(dim=1), torch.ones(2))
+
+
+def test_text_too_long_for_the_language_model_is_an_error(toy_model):
+    with pytest.raises(UserError, match="shorten"):
+        toy_model.embed_text(["a red star", "a red star " * 600])
 
 
 def test_fingerprint_follows_the_trained_parameters():

@@ -12,7 +12,8 @@ from fromage.backbones import TOY
 from fromage.errors import UserError
 from fromage.model_folder import CARD, CONFIG, WEIGHTS, Saved, read_folder, write_folder
 
-SETTINGS = {"lm": "facebook/opt-125m", "vision": "ViT-B-32", "vision_weights": "openai", "k": 1, "q": 8, "dtype": "bfloat16"}
+SETTINGS = {"lm": "facebook/opt-125m", "vision": "ViT-B-32", "vision_weights": "openai", "k": 1, "q": 8}
+SETTINGS |= {"pooling": "ret", "dtype": "bfloat16"}
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ pytest.importorskip("ipywidgets")
 
 from fromage.chat import Chat
 from fromage.decoding import Decoding
-from fromage.notebook_chat import NotebookChat
+from fromage.notebook_chat import SIDE, NotebookChat
 
 
 @pytest.fixture(scope="module")
@@ -24,9 +24,9 @@ def upload(page, content):
     page.upload.value = (file | {"last_modified": datetime.now(UTC)},)
 
 
-def png(colour):
+def png(colour, side=32):
     file = io.BytesIO()
-    Image.new("RGB", (32, 32), colour).save(file, "PNG")
+    Image.new("RGB", (side, side), colour).save(file, "PNG")
     return file.getvalue()
 
 
@@ -55,6 +55,14 @@ def test_a_turn_has_what_was_sent_and_what_came_back(model, index):
     page.undo.click()
     page.undo.click()
     assert page.chat.turns == [] and page.said.children == ()
+
+
+def test_no_picture_goes_into_the_page_at_full_size(model):
+    page = NotebookChat(Chat(model, decoding=Decoding(max_new_tokens=2)))
+    upload(page, png("blue", side=1000))
+    page.send.click()
+    assert max(Image.open(io.BytesIO(page.said.children[0].value)).size) == 2 * SIDE
+    assert page.chat.turns[0].said[0].size == (1000, 1000)
 
 
 def test_the_answer_is_shown_whole(model):

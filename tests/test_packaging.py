@@ -26,7 +26,7 @@ def wheel(tmp_path_factory):
 
 def test_wheel_holds_configurations_and_towers(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
-    configs = {f"fromage/lightning_configs/{p.name}" for p in (ROOT / "lightning_configs").glob("*.yaml")}
+    configs = {f"fromage/{p.relative_to(ROOT)}" for p in (ROOT / "lightning_configs").rglob("*.yaml")}
     towers = {
         f"fromage/toy/backbones/{kind}/{name}"
         for kind, name in (("opt", "model.safetensors"), ("clip", "open_clip_model.safetensors"))

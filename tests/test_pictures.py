@@ -4,8 +4,8 @@ import tarfile
 import pytest
 from PIL import Image
 
-from fromage.errors import UserError
-from fromage.pictures import MAX_ASPECT, decode_picture, open_picture
+from fromage.errors import BrokenSample, UserError
+from fromage.pictures import MAX_ASPECT, decode_picture, jpeg, open_picture, small
 
 RED, WHITE = (255, 0, 0), (255, 255, 255)
 
@@ -90,11 +90,19 @@ def test_what_cannot_be_opened_is_named(tmp_path):
         assert str(error.value).startswith(str(tmp_path / name))
 
 
-def test_decompression_bomb_is_not_decoded(tmp_path, monkeypatch):
-    monkeypatch.setattr("fromage.pictures.MAX_PIXELS", 100)
-    Image.new("RGB", (10, 10)).save(tmp_path / "fits.png")
-    Image.new("RGB", (11, 10)).save(tmp_path / "bomb.png")
-    assert open_picture(str(tmp_path / "fits.png")).size == (10, 10)
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_decompression_bomb_is_not_decoded(monkeypatch):
+    large, bomb = (encoded(Image.new("1", (width, 10_000))) for width in (3_000, 9_000))
+    assert decode_picture(encoded(Image.new("RGB", (10, 10))), max_pixels=100).size == (10, 10)
     monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
-    with pytest.raises(UserError, match="too large"):
-        open_picture(str(tmp_path / "bomb.png"))
+    for data, limit in ((bomb, {}), (large, {"max_pixels": 25_000_000})):
+        with pytest.raises(BrokenSample, match="too large"):
+            decode_picture(data, **limit)
+
+
+def test_small_pictures_and_jpegs_without_metadata():
+    picture = decode_picture(encoded(Image.new("RGB", (40, 20), RED), "JPEG", comment=b"secret", icc_profile=b"secret"))
+    assert small(picture, 40) is picture and small(picture, 10).size == (10, 5) and picture.size == (40, 20)
+    for side in (10, 40):
+        data = jpeg(picture, side)
+        assert Image.open(io.BytesIO(data)).size == (side, side // 2) and b"secret" not in data

@@ -4,13 +4,17 @@ import pytest
 import torch
 from PIL import Image
 
+from fromage.decoding import Decoding
 from fromage.errors import UserError
+from fromage.generate import generate
+from fromage.model import Fromage, pad
 from fromage.prompts import (
     RET,
     START,
     Url,
     embed_for_retrieval,
     embed_prompts,
+    embed_queries,
     encode_pictures,
     max_length,
     prompt_ids,
@@ -66,6 +70,26 @@ def test_embeddings_are_the_parts_own(toy_model, pictures):
     assert batch.shown == [[0, 1]]
 
 
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "I;16"])
+def test_a_picture_of_any_mode_is_the_same_opened_and_by_its_path(toy_model, tmp_path, mode):
+    picture = Image.new("RGBA", (32, 32), (200, 40, 90, 0))
+    picture.paste((10, 90, 200, 255), (8, 8, 24, 24))
+    made = Image.new("I;16", (32, 32), 200 * 256) if mode == "I;16" else picture.convert(mode)
+    made.save(tmp_path / "a.png")
+    opened, by_path = encode_pictures(toy_model, [Image.open(tmp_path / "a.png"), tmp_path / "a.png"])
+    torch.testing.assert_close(opened, by_path)
+
+
+@torch.no_grad()
+def test_queries_are_pictures_alone_or_read_in_front_of_ret(toy_model, pictures):
+    picture = Image.open(pictures[1])
+    rows = embed_queries(toy_model, [["a", pictures[0]], [picture], "a star", ["", pictures[2]], []])
+    read = embed_for_retrieval(toy_model, [["a", pictures[0]], "a star", []])
+    alone = toy_model.embed_images(encode_pictures(toy_model, [picture, pictures[2]]))
+    torch.testing.assert_close(rows, torch.stack([read[0], alone[0], read[1], alone[1], read[2]]))
+    assert embed_queries(toy_model, []).shape == (0, 32)
+
+
 def test_a_batch_gives_what_single_prompts_give(toy_model, mixed):
     batch = embed_prompts(toy_model, mixed)
     hidden = toy_model.lm(batch.embeds, batch.mask)
@@ -109,12 +133,29 @@ def test_addresses_are_fetched(toy_model, pictures, monkeypatch):
     torch.testing.assert_close(batch.features, encode_pictures(toy_model, [pictures[0]]))
 
 
-def test_retrieval_of_text_is_the_text_path(toy_model):
+@torch.no_grad()
+def test_retrieval_of_text_is_as_in_training(toy_model):
     texts = ["a red star.", "a small blue ring on the left and a big green square at the top, on the sea at night.", ""]
-    want = toy_model.embed_text(texts)
+    ids, lengths = pad([toy_model.tokenizer.caption(text, 99) for text in texts], toy_model.tokenizer.pad_id)
+    want = toy_model.embed_ret(toy_model.hidden_at_ret(ids, lengths)[1])
+    torch.testing.assert_close(toy_model.embed_text(texts), want, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(embed_for_retrieval(toy_model, texts), want, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(embed_for_retrieval(toy_model, texts, batch_size=2), want, atol=1e-5, rtol=1e-4)
     assert embed_for_retrieval(toy_model, []).shape == (0, 32)
+
+
+def test_a_model_that_reads_the_last_word_does_so_in_prompts_and_folders_too(tmp_path):
+    model = Fromage.load(k=2, q=32, pooling="last")
+    texts = ["a red star", "it is night, and the ring is small."]
+    ids, lengths = pad([model.tokenizer.caption(text, 40) for text in texts], model.tokenizer.pad_id)
+    want = model.embed_ret(model.hidden_at_ret(ids, lengths)[1])
+    torch.testing.assert_close(embed_for_retrieval(model, texts), want, atol=1e-5, rtol=1e-4)
+    assert (answer := generate(model, texts, Decoding(4, ret_bias=1e4))) and not any(a.shown for a in answer)
+    model.save_pretrained(tmp_path, dtype="float32")
+    again = Fromage.from_pretrained(tmp_path)
+    assert again.pooling == "last" and again.fingerprint() == model.fingerprint()
+    model.pooling = "ret"
+    assert again.fingerprint() != model.fingerprint()
 
 
 def test_retrieval_of_mixed_prompts_does_not_depend_on_the_batch(toy_model, mixed):

@@ -145,6 +145,44 @@ def test_time_is_limited_whatever_the_server_does(fetch, path):
     assert time.monotonic() - began < 2.5  # of the three seconds it would take at least
 
 
+def test_a_resolver_that_does_not_answer_is_left_behind(fetch, monkeypatch):
+    resolve, go, over = socket.getaddrinfo, threading.Event(), threading.Event()
+
+    def slow(*args, **options):
+        go.wait(10)
+        over.set()
+        return resolve(*args, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", slow)
+    with pytest.raises(UserError, match="no answer within"):
+        fetch("/red", Limits(total=0.3))
+    assert not over.is_set()
+    go.set()
+    assert over.wait(10)
+
+
+def test_all_addresses_of_a_host_share_the_time_there_is(monkeypatch):
+    tried = []
+
+    class Deaf:
+        def __init__(self, *args):
+            self.settimeout, self.close = tried.append, tried.copy
+
+        def connect(self, address):
+            raise TimeoutError("timed out")
+
+    monkeypatch.setattr(socket, "socket", Deaf)
+    found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (f"8.8.8.{i}", 80)) for i in range(20)]
+    with pytest.raises(TimeoutError):
+        remote._connect(found, 3.0, time.monotonic() + 1)
+    assert len(tried) == 4 and max(tried) <= 1
+
+
+def test_a_picture_of_too_many_pixels_is_refused(fetch):
+    with pytest.raises(UserError, match="8 x 6 pixels are too large"):
+        fetch("/red", Limits(pixels=47))
+
+
 def test_nobody_is_there(fetch):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -188,12 +226,22 @@ PRIVATE = [
     "224.0.0.1",
     "::1",
 ]
-PRIVATE += ["::", "fe80::1%eth0", "fd00::1", "::ffff:127.0.0.1", "::ffff:a9fe:a9fe", "2002:7f00:1::", "64:ff9b::7f00:1"]
+PRIVATE += [
+    "::",
+    "fe80::1%eth0",
+    "fd00::1",
+    "::ffff:127.0.0.1",
+    "::ffff:a9fe:a9fe",
+    "::7f00:1",
+    "::10.0.0.1",
+    "2002:7f00:1::",
+    "64:ff9b::7f00:1",
+]
 
 
 def test_which_addresses_are_public():
     assert [address for address in PRIVATE if is_public(address)] == []
-    assert all(map(is_public, ["8.8.8.8", "2606:4700::1111", "::ffff:8.8.8.8", "64:ff9b::808:808"]))
+    assert all(map(is_public, ["8.8.8.8", "2606:4700::1111", "::ffff:8.8.8.8", "::8.8.8.8", "64:ff9b::808:808"]))
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "[::1]", "0x7f.1", "2130706433", "0", "[::ffff:127.0.0.1]"])

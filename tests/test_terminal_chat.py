@@ -48,9 +48,9 @@ def reading(*lines):
     return read
 
 
-def said(chat, *lines, system=""):
+def said(chat, *lines):
     out = io.StringIO()
-    talk(chat, system, reading(*lines), out)
+    talk(chat, reading(*lines), out)
     return out.getvalue()
 
 
@@ -106,12 +106,6 @@ def test_pictures_are_printed_with_rank_score_path_and_caption(model, index, fol
 
 def test_a_picture_without_an_index_is_told_of(model):
     assert "there is no index" in said(Chat(model, None, PICTURES_PLEASE), "a star")
-
-
-def test_the_system_prompt_stands_in_front(model):
-    chat = Chat(model, decoding=Decoding(max_new_tokens=2))
-    said(chat, "hello", system="be kind.")
-    assert chat.prompt(["a star"])[:2] == ["be kind.\n", "Q: "]
 
 
 def test_two_slashes_are_a_text(model):
@@ -174,7 +168,7 @@ def test_a_signal_while_decoding_stops_the_decoding_thread(model):
             return super().write(text)
 
     out, before = Out(), threading.active_count()
-    talk(chat, "", reading("a star"), out)
+    talk(chat, reading("a star"), out)
     assert "(stopped" in out.getvalue() and chat.turns == [] and threading.active_count() == before
 
 
@@ -281,7 +275,7 @@ def test_a_terminal_that_can_draws_the_pictures(model, index, monkeypatch):
     monkeypatch.setenv("TERM", "xterm-kitty")
     monkeypatch.delenv("TERM_PROGRAM", raising=False)
     out = Terminal()
-    talk(Chat(model, index, PICTURES_PLEASE), "", reading("a star"), out)
+    talk(Chat(model, index, PICTURES_PLEASE), reading("a star"), out)
     assert out.getvalue().count("\x1b_G") == 1 and out.getvalue().count("\x1b") == 2
 
 

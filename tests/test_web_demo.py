@@ -18,12 +18,13 @@ from PIL import Image
 
 pytest.importorskip("gradio")
 
+from fromage import web_visits
 from fromage.chat import Chat
 from fromage.errors import UserError
 from fromage.gallery import Shown
 from fromage.hits import Hit
 from fromage.web_demo import launch, running
-from fromage.web_visits import SIDE, Visits, contents, read
+from fromage.web_visits import SIDE, Visits, contents, conversation, read
 
 EVIL = "<img src=x onerror='window.hacked=1'><b>bold</b> **stars** $$x^2$$"
 SETTINGS = [20, 0, 1, 6]  # bias of [RET], temperature, pictures, length
@@ -39,6 +40,7 @@ def free_port():
 def folder(folder):
     (folder / "words.png").write_text("no picture")
     (folder / "bomb.png").write_bytes(bomb())
+    (folder / "large.png").write_bytes(bomb(5_010))
     return folder
 
 
@@ -53,13 +55,13 @@ def address(model, index):
         yield address
 
 
-def bomb():
-    """A PNG of 40,000 x 40,000 pixels in a few bytes."""
+def bomb(side=40_000):
+    """A PNG of so many pixels a side, in a few bytes."""
 
     def chunk(kind, data):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
-    header = struct.pack(">IIBBBBB", 40_000, 40_000, 1, 0, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 5001)) + chunk(b"IEND", b"")
 
 
@@ -153,7 +155,7 @@ def test_words_are_never_taken_for_a_path_or_an_address(model, folder):
         assert read({"text": words, "files": []}) == [words]
 
 
-@pytest.mark.parametrize("name", ["words.png", "bomb.png"])
+@pytest.mark.parametrize("name", ["words.png", "bomb.png", "large.png"])
 def test_what_is_no_picture_gets_a_message_and_the_conversation_goes_on(address, folder, name):
     visitor = Visitor(address, f"broken {name}")
     messages = visitor.ask("", [visitor.upload(folder / name)])
@@ -212,6 +214,35 @@ def test_search_by_words_by_picture_and_by_both(address, folder):
     assert Image.open(best).getpixel((9, 9))[0] > 250, "itself"
 
 
+def talk(model, index, folder, count):
+    """So many turns with a picture each way; conversation and turns at the end."""
+    visits, turns = Visits(model, index, "plain"), []
+    for _ in range(count):
+        sent = {"text": "a star", "files": [str(folder / "red.png")]}
+        *_, (_, shown, turns) = visits.answer(sent, turns, *SETTINGS)
+    return shown, turns
+
+
+def test_a_conversation_keeps_files_for_the_page_and_features_for_the_model(model, index, folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    drawn, draw = [], web_visits.jpeg
+    monkeypatch.setattr(web_visits, "jpeg", lambda *args: drawn.append(args) or draw(*args))
+    shown, turns = talk(model, index, folder, 3)
+    assert len(pictures_in(shown)) == len(drawn) == 6, "each is drawn once"
+    assert not [each for turn in turns for each in turn.parts if isinstance(each, Image.Image)]
+    assert conversation(turns) == shown
+    for path in set(pictures_in(turns[0].page)):
+        Path(path).unlink()
+    assert "kept no longer" in json.dumps(conversation(turns))
+
+
+def test_of_a_long_conversation_the_end_is_kept(model, index, folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    monkeypatch.setattr(web_visits, "MAX_TURNS", 2)
+    shown, turns = talk(model, index, folder, 3)
+    assert len(turns) == 2 and len(shown) == 4
+
+
 def test_an_answer_that_is_broken_off_leaves_no_turn_and_no_lock(model, index):
     visits, turns = Visits(model, index, "plain"), []
     answer = visits.answer({"text": "a star", "files": []}, turns, -20, 0, 1, 30)
@@ -241,11 +272,9 @@ def test_the_page_is_closed_to_elsewhere_and_leaves_nothing(model, index, monkey
         assert not config["analytics_enabled"] and not config["run_history"]
         assert "google" not in httpx.get(f"{address}/theme.css").text
         inside = Path(os.environ["GRADIO_TEMP_DIR"])
-        with (
-            pytest.raises(UserError, match=f"{port}.*--port"),
-            running(model, index, "plain", "127.0.0.1", port),
-        ):
-            pass
+        for bad in (port, 99_999):
+            with pytest.raises(UserError, match=f"{bad}.*--port"), running(model, index, "plain", "127.0.0.1", bad):
+                pass
     assert {to[0] for to in called if isinstance(to, tuple)} == {"127.0.0.1"}
     assert not inside.exists() and dict(os.environ) == before
 

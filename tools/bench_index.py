@@ -18,18 +18,18 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import faiss
 import numpy as np
 import torch
 
-from fromage.candidates import OVERSAMPLE, lists_kind
+from fromage.candidates import FLAT, OVERSAMPLE, lists_kind
 from fromage.index import ImageIndex, unit
-from fromage.index_builder import Rows, write_index
+from fromage.index_builder import write_index
 from fromage.index_folder import CANDIDATES
-from fromage.item_table import to_batch
+from fromage.item_table import Embedded, to_batch
 from fromage.picture_source import Item
 
 WIDTH, CHUNK, BATCHES = 256, 1 << 16, (1, 256)
@@ -55,7 +55,7 @@ class Mixture:
         return self.draw(self.centres[self.rng.integers(len(self.centres), size=n)], 0.9)
 
 
-def batches(rows: np.ndarray) -> Rows:
+def batches(rows: np.ndarray) -> Iterator[Embedded]:
     """Rows with names for them, as the index takes them."""
     for start in range(0, len(rows), CHUNK):
         part = rows[start : start + CHUNK]
@@ -111,6 +111,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
+    if args.kind and args.kind.lower() == FLAT:
+        parser.error("--kind flat: is the brute force itself; give an approximate kind")
     torch.set_num_threads(args.threads)
     faiss.omp_set_num_threads(args.threads)
     mixture = Mixture(max(10, args.rows // 200), args.seed)

@@ -43,7 +43,7 @@ def run_server(port: int, index: str | None, threads: int, batch_size: int) -> N
     from fromage.index import ImageIndex, open_index
     from fromage.model import Fromage
     from fromage.picture_source import Item
-    from fromage.serving.app import Limits, serve
+    from fromage.serving.app import Capacity, serve
 
     torch.set_num_threads(threads)
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # its log
@@ -55,7 +55,7 @@ def run_server(port: int, index: str | None, threads: int, batch_size: int) -> N
         opened = ImageIndex.build(
             rows, [Item(f"https://pictures.example/{i}.jpg") for i in range(ROWS)], model.fingerprint()
         )
-    serve(model, opened, "plain", HOST, port, Limits(batch_size=batch_size))
+    serve(model, opened, "plain", HOST, port, Capacity(batch_size=batch_size))
 
 
 @contextmanager

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import fields
 from pathlib import Path
 
-from fromage.commands.verb import DEVICE, OUT, Verbs, option
+from fromage.commands.verb import DEVICE, JSON, OUT, Verbs, option, out_folder, positive, save_json
 
-PER_SHARD = option("--per-shard", type=int, default=1000, help="pairs per shard")
+PER_SHARD = option("--per-shard", type=positive, default=1000, help="pairs per shard")
 
 
 def toy_make(args: argparse.Namespace) -> None:
@@ -58,7 +57,7 @@ def plan(args: argparse.Namespace) -> None:
     counted = plan(read_run(find_config(args.config), **options))
     print(report(counted, args.device_tflops, args.share))
     if args.json:
-        args.json.write_text(json.dumps(as_json(counted, args.device_tflops, args.share), indent=1) + "\n")
+        save_json(args.json, as_json(counted, args.device_tflops, args.share))
 
 
 VERBS: Verbs = {
@@ -71,7 +70,7 @@ VERBS: Verbs = {
             option("--val", type=int, default=1000, help="validation pairs, scenes never seen in training"),
         ],
     ),
-    ("toy", "demo"): (toy_demo, [option("--out", type=Path, default=Path("runs/demo"), help="run folder")]),
+    ("toy", "demo"): (toy_demo, [option("--out", type=out_folder, default=Path("runs/demo"), help="run folder")]),
     ("shards", "tsv"): (
         shards_tsv,
         [
@@ -97,9 +96,9 @@ VERBS: Verbs = {
             option("shards", help="folder, pattern or brace expression of shards"),
             OUT,
             option("--vision", default="ViT-L-14", help="image tower, as in a configuration"),
-            option("--vision-weights", default=None, help="its weights, as in a configuration"),
+            option("--vision-weights", default="openai", help="its weights, as in a configuration (openai)"),
             option("--dtype", default="float32", choices=("float32", "bfloat16", "float16")),
-            option("--batch-size", type=int, default=256, help="pictures per batch"),
+            option("--batch-size", type=positive, default=256, help="pictures per batch"),
             option("--keep-pictures", action="store_true", help="keep the pictures beside their features"),
             DEVICE,
         ],
@@ -121,7 +120,7 @@ VERBS: Verbs = {
             option("--stored-features", action="store_const", const=True, help="train on features from `fromage features`"),
             option("--device-tflops", type=float, default=150, help="the device's rate in TFLOP/s; 150: an A6000 in bf16"),
             option("--share", type=float, default=0.5, help="share of that rate which training is assumed to reach"),
-            option("--json", type=Path, help="write all figures into this file"),
+            JSON,
         ],
     ),
 }

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from fromage.commands.verb import DEVICE, Option, Verbs, option
+from fromage.commands.verb import DEVICE, JSON, Option, Verbs, natural, option, out_folder, positive, save_json
 
 
 def coco(args: argparse.Namespace) -> None:
@@ -65,25 +65,17 @@ def _options(args: argparse.Namespace) -> Any:
 
 def _tell(args: argparse.Namespace, report: dict[str, Any]) -> None:
     from fromage.evals.report import markdown, table
-    from fromage.shards import write_json
 
     print(table(report))
     if report["headline"]:
         print("\n" + markdown(report))
     if args.json:
-        write_json(args.json, report)
-
-
-def positive(text: str) -> int:
-    """A whole number from 1 on."""
-    if (value := int(text)) < 1:
-        raise ValueError
-    return value
+        save_json(args.json, report)
 
 
 COMMON: list[Option] = [
     option("--ckpt", required=True, help="checkpoint of `lightning fit`, folder or hub name"),
-    option("--json", type=Path, help="write the report into this file"),
+    JSON,
     option("--limit", type=positive, help="look at the first so many only (pictures, stories, dialogues)"),
     DEVICE,
 ]
@@ -91,7 +83,7 @@ PICTURES: list[Option] = [
     *COMMON,
     option("--images", type=Path, required=True, help="folder of the pictures"),
     option("--batch-size", type=positive, default=64, help="texts or pictures in a pass"),
-    option("--workers", type=int, default=0, help="processes that decode pictures"),
+    option("--workers", type=natural, default=0, help="processes that decode pictures"),
     option("--max-lost", type=float, default=0.05, help="share of the pictures that may be missing or broken"),
     option("--no-clip", dest="clip", action="store_false", help="without the baseline"),
 ]
@@ -116,7 +108,9 @@ VERBS: Verbs = {
             option("annotations", type=Path, help="visdial_1.0_val.json"),
             option("--dense", type=Path, required=True, help="visdial_1.0_val_dense_annotations.json"),
             option("--no-answers", dest="answers", action="store_false", help="image from dialogue only"),
-            option("--scores", type=Path, help="folder of answers' scores, by which a run that was killed is taken up"),
+            option(
+                "--scores", type=out_folder, help="folder of answers' scores, by which a run that was killed is taken up"
+            ),
             *PICTURES,
         ],
     ),

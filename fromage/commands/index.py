@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fromage.commands.verb import DEVICE, OUT, Verbs, option
+from fromage.commands.verb import DEVICE, OUT, Verbs, natural, option, positive
 from fromage.errors import UserError
 
 if TYPE_CHECKING:
@@ -34,8 +34,9 @@ def build(args: argparse.Namespace) -> None:
     from fromage.checkpoint import load_model
     from fromage.embedding_store import EmbeddingStore
 
-    if bool(args.embeddings) == bool(args.images and args.ckpt):
-        raise UserError("index build: give either --embeddings, or --images with --ckpt")
+    of_pictures = args.images, args.ckpt, args.captions
+    if any(of_pictures) if args.embeddings else not all(of_pictures[:2]):
+        raise UserError("index build: give either --embeddings alone, or --images with --ckpt")
     if args.embeddings:
         index = index_builder.build(EmbeddingStore.open(args.embeddings), args.out, args.kind)
     else:
@@ -70,9 +71,10 @@ def import_authors(args: argparse.Namespace) -> None:
     """Build an index of the authors' embeddings pickles, which hold URLs in place of paths."""
     from fromage.authors_embeddings import rows_of
     from fromage.checkpoint import load_model
+    from fromage.embed_pictures import located
     from fromage.index_builder import write_index
 
-    model, where = load_model(args.ckpt), str(args.ckpt.absolute())
+    model, where = load_model(args.ckpt), located(args.ckpt)
     _tell(write_index(args.out, rows_of(args.pickle, model.q), model.q, model.fingerprint(), where, args.kind), args.out)
 
 
@@ -90,8 +92,8 @@ def info(args: argparse.Namespace) -> None:
 
 CKPT = option("--ckpt", type=Path, required=True, help="checkpoint of `lightning fit`")
 CAPTIONS = option("--captions", type=Path, help="COCO caption JSON, or {file name: caption}, for a folder")
-BATCH_SIZE = option("--batch-size", type=int, default=64, help="pictures per batch")
-WORKERS = option("--workers", type=int, default=0, help="processes that decode pictures")
+BATCH_SIZE = option("--batch-size", type=positive, default=64, help="pictures per batch")
+WORKERS = option("--workers", type=natural, default=0, help="processes that decode pictures")
 KIND = option("--kind", help="flat, or a FAISS factory string such as IVF4096,SQ8 (flat up to a million pictures)")
 INDEX = option("index", type=Path, help="folder of the index")
 EMBEDDINGS = option("--embeddings", type=Path, required=True, help="folder of `fromage index embed`")

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
-from fromage.commands.verb import DEVICE, Verbs, option
+from fromage.commands.verb import DEVICE, Verbs, option, out_png, positive
 from fromage.errors import UserError
 
 
@@ -17,7 +16,9 @@ def search(args: argparse.Namespace) -> None:
     from fromage.embed_pictures import embed_opened
     from fromage.hits import SPARE, draw_hits, openable
     from fromage.index import open_index
+    from fromage.model_folder import write_files
     from fromage.pictures import open_picture
+    from fromage.terminal import Screen, to_png
 
     if not args.text and not args.image:
         raise UserError("search: give texts, or pictures with --image")
@@ -25,16 +26,18 @@ def search(args: argparse.Namespace) -> None:
     model, index = open_index(args.index, args.ckpt, args.device)
     queries = np.concatenate([model.embed_text(args.text).float().cpu().numpy(), embed_opened(model, pictures)])  # (B, q)
     asked, hits = [*args.text, *args.image], index.search(queries, args.k + (SPARE if args.png else 0))
+    screen = Screen()
     for query, found in zip(asked, hits, strict=True):
-        print(query)
+        screen.line(query)
         for hit in found[: args.k]:
-            print(f"  {hit.rank:3d}  {hit.score:.3f}  {hit.path}  {hit.caption}")
+            screen.line(hit.line())
     if args.png:
         drawn = [openable(found, args.k) for found in hits]
         for note in (note for _, notes in drawn for note in notes):
-            print(note, file=sys.stderr)
-        draw_hits(asked, [opened for opened, _ in drawn]).save(args.png)
-        print(f"drawn: {args.png}")
+            screen.complain(note)
+        page = draw_hits(asked, [opened for opened, _ in drawn])
+        write_files(args.png.parent, {args.png.name: to_png(page)})
+        screen.line(f"drawn: {args.png}")
 
 
 VERBS: Verbs = {
@@ -45,8 +48,8 @@ VERBS: Verbs = {
             option("--image", action="append", default=[], help="a picture to look for, file or URL; may be repeated"),
             option("--index", type=Path, required=True, help="folder of `fromage index build`"),
             option("--ckpt", type=Path, help="checkpoint, when it has moved since the index was built"),
-            option("-k", type=int, default=5, help="pictures per query"),
-            option("--png", type=Path, help="draw the pictures into this file"),
+            option("-k", type=positive, default=5, help="pictures per query"),
+            option("--png", type=out_png, help="draw the pictures into this file"),
             DEVICE,
         ],
     ),

@@ -13,7 +13,7 @@ def chat(args: argparse.Namespace) -> None:
     """Talk in the terminal, with pictures by path."""
     from fromage.terminal_chat import talk
 
-    talk(_conversation(args), args.system)
+    talk(_conversation(args))
 
 
 def demo(args: argparse.Namespace) -> None:
@@ -26,10 +26,10 @@ def demo(args: argparse.Namespace) -> None:
 
 def serve(args: argparse.Namespace) -> None:
     """Answer programs over HTTP."""
-    from fromage.serving.app import Limits, serve
+    from fromage.serving.app import Capacity, serve
 
     model, index, style = _opened(args)
-    serve(model, index, style, args.host, args.port, Limits(args.batch_size, args.queue, args.timeout))
+    serve(model, index, style, args.host, args.port, Capacity(args.batch_size, args.queue, args.timeout))
 
 
 def _opened(args: argparse.Namespace) -> tuple[Any, Any, str]:
@@ -57,7 +57,7 @@ def _conversation(args: argparse.Namespace) -> Any:
         ret_bias=args.ret_bias,
         images_per_ret=args.pictures,
     )
-    return Chat(model, index, decoding, style)
+    return Chat(model, index, decoding, style, [args.system])
 
 
 MODEL: list[Option] = [

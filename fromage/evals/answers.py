@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,9 +18,9 @@ from fromage.errors import UserError
 from fromage.evals.dialogues import Dialogue, spoken
 from fromage.metrics import mean_reciprocal_rank, ndcg, ranks_among, recall_at
 from fromage.model import Fromage
+from fromage.model_folder import as_json, write_files
 from fromage.prompts import START, Part
 from fromage.score import score
-from fromage.shards import write_json
 
 PROTOCOLS = ("answers", "answers_authors")  # what scores are of, in order
 
@@ -119,8 +120,7 @@ class Scores:
         elif folder.is_dir() and any(folder.iterdir()):
             raise UserError(f"{folder}: holds something else than scores; name another --scores")
         else:
-            folder.mkdir(parents=True, exist_ok=True)
-            write_json(path, about)
+            write_files(folder, {path.name: as_json(about)})
 
     def _path(self, number: int) -> Path:
         assert self.folder is not None
@@ -136,8 +136,7 @@ class Scores:
     def put(self, number: int, scores: np.ndarray) -> np.ndarray:
         """Keep scores, under their name only when whole; returns them."""
         if self.folder is not None:
-            part = self.folder / f".{number:06d}.part"
-            with part.open("wb") as file:
-                np.save(file, scores)
-            part.replace(self._path(number))
+            file = io.BytesIO()
+            np.save(file, scores)
+            write_files(self.folder, {self._path(number).name: file.getvalue()})
         return scores

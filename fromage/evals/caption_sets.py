@@ -53,7 +53,8 @@ def read_captions(
     """
     kind, content = read_annotations(annotations, KINDS[dataset], FILES[dataset])
     try:
-        name, pairs = _coco(content) if kind == "captions of COCO" else _karpathy(content, split)
+        name, said = _coco(content) if kind == "captions of COCO" else _karpathy(content, split)
+        pairs = [(file, [text for raw in texts if (text := raw.strip())]) for file, texts in said]
     except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise malformed(annotations, error) from error
     good = [(file, texts) for file, texts in pairs if texts][:limit]
@@ -73,8 +74,7 @@ def read_captions(
 def _coco(content: dict[str, Any]) -> tuple[str, list[tuple[str, list[str]]]]:
     said: dict[int, list[str]] = {image["id"]: [] for image in content["images"]}
     for note in content["annotations"]:
-        if text := note["caption"].strip():
-            said[note["image_id"]].append(text)
+        said[note["image_id"]].append(note["caption"])
     return "all pictures", [(image["file_name"], said[image["id"]]) for image in content["images"]]
 
 
@@ -82,7 +82,7 @@ def _karpathy(content: dict[str, Any], split: str) -> tuple[str, list[tuple[str,
     if split not in SPLITS:
         raise UserError(f"split {split}: there are {', '.join(SPLITS)}")
     return f"split {split}", [
-        ("/".join(filter(None, (image.get("filepath"), image["filename"]))), [s["raw"].strip() for s in image["sentences"]])
+        ("/".join(filter(None, (image.get("filepath"), image["filename"]))), [s["raw"] for s in image["sentences"]])
         for image in content["images"]
         if image["split"] in SPLITS[split]
     ]

@@ -28,8 +28,10 @@ def caption_figures(made: Sequence[str], said: Sequence[Sequence[str]]) -> dict[
         raise UserError("captions are measured by programs in Java: install a Java runtime, or leave them out")
     if not made:
         return {}
-    wanted, given = (
-        PTBTokenizer().tokenize({i: [{"caption": text} for text in texts] for i, texts in enumerate(listed)})
+    wanted, given = (  # the tokenizer pairs texts with lines, of which a line break of any kind begins another
+        PTBTokenizer().tokenize(
+            {i: [{"caption": " ".join(text.split())} for text in texts] for i, texts in enumerate(listed)}
+        )
         for listed in (said, [[text] for text in made])
     )
     figures: dict[str, float] = {}

@@ -21,8 +21,9 @@ class Clip:
         """Load it as the model names it. Raises UserError as load_clip does, and for a model whose towers have no name."""
         if not (had := model.settings):
             raise UserError("the model's image tower has no name to load its CLIP by: build the model by Fromage.load")
-        weights = None if had["random_weights"] else had["vision_weights"]
-        self.clip, _, self.tokenize = load_clip(had["vision"], weights, had["dtype"])
+        self.clip, _, self.tokenize = load_clip(
+            *(had[name] for name in ("vision", "vision_weights", "dtype", "random_weights"))
+        )
         self.project = projection(self.clip.visual).to(model.device)
         del self.clip.visual  # the model has it
         self.clip.to(model.device)

@@ -54,9 +54,8 @@ def read_dialogues(annotations: Path, dense: Path, images: Path, limit: int | No
     Raises UserError for files that are missing, broken, of another kind or version, or of different dialogues.
     """
     _, content = read_annotations(annotations, (CANDIDATES[0],), CANDIDATES[1])
-    _, ratings = read_annotations(dense, (DENSE[0],), DENSE[1])
+    rated = _ratings(dense)
     try:
-        rated = {note["image_id"]: (int(note["round_id"]) - 1, note["gt_relevance"]) for note in ratings}
         data = content["data"]
         listed = data["dialogs"][:limit]
         if lacking := [talk["image_id"] for talk in listed if talk["image_id"] not in rated]:
@@ -71,7 +70,19 @@ def read_dialogues(annotations: Path, dense: Path, images: Path, limit: int | No
         _check(dialogues)
     except (KeyError, IndexError, TypeError, ValueError) as error:
         raise malformed(annotations, error) from error
+    for talk in dialogues:
+        if not 0 <= talk.rated < len(talk.rounds) or len(talk.relevance) != len(talk.rounds[talk.rated].candidates):
+            raise malformed(dense, ValueError(f"the ratings of {talk.picture.name} are not of its candidates"))
     return Dialogues(annotations.name, dialogues)
+
+
+def _ratings(dense: Path) -> dict[int, tuple[int, list[float]]]:
+    """Picture -> the round that was rated, from 0, and the relevance of its candidates."""
+    _, ratings = read_annotations(dense, (DENSE[0],), DENSE[1])
+    try:
+        return {note["image_id"]: (int(note["round_id"]) - 1, list(map(float, note["gt_relevance"]))) for note in ratings}
+    except (KeyError, TypeError, ValueError) as error:
+        raise malformed(dense, error) from error
 
 
 def _rounds(talk: dict[str, Any], data: dict[str, list[str]]) -> list[Round]:
@@ -88,15 +99,13 @@ def _rounds(talk: dict[str, Any], data: dict[str, list[str]]) -> list[Round]:
 
 
 def _check(dialogues: list[Dialogue]) -> None:
-    """Raise ValueError for dialogues of unequal shape, and for ratings or right answers that belong to others."""
+    """Raise ValueError for dialogues of unequal shape, and for right answers that belong to others."""
     shapes = {(len(talk.rounds), len(said.candidates)) for talk in dialogues for said in talk.rounds}
     if len(shapes) != 1:
         raise ValueError(f"rounds and candidates vary: {sorted(shapes)[:3]}")
     for talk in dialogues:
         if any(said.candidates[said.right] != said.answer for said in talk.rounds):
             raise ValueError(f"gt_index of {talk.picture.name} names another answer")
-        if len(talk.relevance) != len(talk.rounds[talk.rated].candidates) or talk.rated < 0:
-            raise ValueError(f"the ratings of {talk.picture.name} are not of its candidates")
 
 
 def spoken(rounds: Sequence[Round]) -> str:

@@ -106,6 +106,6 @@ def question(talk: Dialogue, features: Tensor) -> Shot:
 
 
 def accepted(talk: Dialogue) -> set[str]:
-    """The candidates that more than half of the people called right."""
+    """The candidates that at least half of the people called right."""
     candidates = talk.rounds[talk.rated].candidates
     return {text for text, relevance in zip(candidates, talk.relevance, strict=True) if relevance >= 0.5}

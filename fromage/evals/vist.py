@@ -29,9 +29,10 @@ SETTINGS: dict[str, tuple[range, range]] = {  # which sentences and which pictur
     "5_captions_4_images": (range(5), range(4)),
     "4_images": (range(0), range(4)),
 }
-KEPT = "_context_kept"
+KEPT, AUTHORS = "_context_kept", "_authors"
 PROTOCOL = {
-    "query": "sentence, picture, ..., sentence, [RET], </s> before every sentence, as the released code has it",
+    "query": "</s>, sentence, picture, ..., sentence, [RET]",
+    "..._authors": "with </s> before every sentence, as the released code has it",
     "gallery": "all annotated pictures but the story's own before its last; in ..._context_kept with these",
     "skipped stories": "those with a picture that cannot be had, and those that are not of five pictures",
     "clip": "all sentences as one text, cut at 77 tokens; with pictures, the mean of its unit rows and theirs (our choice)",
@@ -49,6 +50,7 @@ PAPER = {
         "5_captions_4_images": {"r1": 2.4, "r5": 21.3, "r10": 34.0},
     },
 }
+PROTOCOLS = {at: (at, False) for at in SETTINGS} | {at + AUTHORS: (at, True) for at in ("5_captions", "5_captions_4_images")}
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,7 @@ def evaluate(model: Fromage, data: Stories, options: Options | None = None) -> d
                 system[name] = rank_figures(ranks(queries, gallery, rows[:, -1], excluded=excluded))
         return system
 
-    own = {setting: _queries(model, setting, stories, encoded.features[rows], options) for setting in SETTINGS}
+    own = {name: _queries(model, name, stories, encoded.features[rows], options) for name in PROTOCOLS}
     systems = {"fromage": judged(own, model.embed_images(encoded.features))}
     if options.clip:
         clip = Clip(model)
@@ -135,25 +137,28 @@ def evaluate(model: Fromage, data: Stories, options: Options | None = None) -> d
     shown = len(encoded.row)
     systems["chance"] = {at: chance(shown if at.endswith(KEPT) else shown - LENGTH + 1) for at in systems["fromage"]}
     sizes = {"gallery": shown, "queries": len(stories)}
+    paper = PAPER | {"fromage": {name: PAPER["fromage"].get(at, {}) for name, (at, _) in PROTOCOLS.items()}}
     skipped = {"stories with a lost picture": len(data.stories) - len(stories), "stories of other lengths": data.other}
-    return make_report("vist", model, systems, PROTOCOL, data.name, sizes, encoded, skipped, PAPER, list(SETTINGS))
+    return make_report("vist", model, systems, PROTOCOL, data.name, sizes, encoded, skipped, paper, list(PROTOCOLS))
 
 
-def story_prompt(setting: str, sentences: Sequence[str], pictures: Sequence[Any]) -> list[Part]:
+def story_prompt(protocol: str, sentences: Sequence[str], pictures: Sequence[Any]) -> list[Part]:
     """Sentences and pictures of a story in order, those that the setting shows."""
+    setting, authors = PROTOCOLS[protocol]
     said, shown = SETTINGS[setting]
     parts: list[Part] = []
     for i in range(LENGTH):
-        parts += [START, sentences[i]] if i in said else []
+        sentence: list[Part] = [START, sentences[i]] if authors else [" " + sentences[i] if parts else sentences[i]]
+        parts += sentence if i in said else []
         parts += [pictures[i]] if i in shown else []
     return parts
 
 
-def _queries(model: Fromage, setting: str, stories: Sequence[Story], features: Tensor, options: Options) -> Tensor:
+def _queries(model: Fromage, protocol: str, stories: Sequence[Story], features: Tensor, options: Options) -> Tensor:
     """(S, q) unit rows; features (S, 5, m)."""
-    prompts = [story_prompt(setting, story.sentences, own) for story, own in zip(stories, features, strict=True)]
+    prompts = [story_prompt(protocol, story.sentences, own) for story, own in zip(stories, features, strict=True)]
     embed = partial(embed_for_retrieval, model, batch_size=options.batch_size)
-    return in_batches(embed, prompts, options.batch_size, setting)
+    return in_batches(embed, prompts, options.batch_size, protocol)
 
 
 def _clip_queries(clip: Clip, setting: str, stories: Sequence[Story], images: Tensor, options: Options) -> Tensor:

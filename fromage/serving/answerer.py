@@ -17,7 +17,7 @@ from fromage.generate import Answer, generate, stream
 from fromage.hits import Hit
 from fromage.index import ImageIndex
 from fromage.model import Fromage
-from fromage.prompts import Part, embed_for_retrieval
+from fromage.prompts import Part, embed_queries
 
 PICTURES = 32  # through the tower at a time
 Put = Callable[[str | Shown], bool]  # takes a piece of an answer; whether more are wanted
@@ -65,19 +65,11 @@ class Answerer:
 
     @torch.no_grad()
     def search(self, asked: list[Asked]) -> list[list[Hit]]:
-        """The pictures nearest to each query: text and pictures as they are read in front of [RET], a picture alone as
-        it is embedded in an index."""
+        """The pictures nearest to each query."""
         if self.index is None:
             raise UserError("this server has no index of pictures; start it with --index")
-        queries = [[p for p in request.messages[0] if not isinstance(p, str) or p] for request in self._encoded(asked)]
-        alone = torch.tensor([len(query) == 1 and isinstance(query[0], Tensor) for query in queries])  # (B,)
-        rows = torch.empty(len(queries), self.model.q)  # (B, q)
-        pictures = [query[0] for query, is_alone in zip(queries, alone, strict=True) if is_alone]
-        if pictures:
-            rows[alone] = self.model.embed_images(torch.stack(pictures)).cpu()  # type: ignore[arg-type]
-        prompts = [query for query, is_alone in zip(queries, alone, strict=True) if not is_alone]
-        rows[~alone] = embed_for_retrieval(self.model, prompts, max(1, len(prompts))).cpu()
-        found = self.index.search(rows.numpy(), max(request.k for request in asked))
+        rows = embed_queries(self.model, [request.messages[0] for request in self._encoded(asked)])  # (B, q)
+        found = self.index.search(rows.cpu().numpy(), max(request.k for request in asked))
         return [hits[: request.k] for hits, request in zip(found, asked, strict=True)]
 
     def _decoding(self, asked: Asked) -> Decoding:

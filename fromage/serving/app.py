@@ -21,7 +21,7 @@ from fromage.chat import STYLES
 from fromage.errors import UserError, first_line
 from fromage.index import ImageIndex
 from fromage.model import Fromage
-from fromage.serving.batching import Limits
+from fromage.serving.batching import Capacity
 
 try:
     import uvicorn
@@ -34,21 +34,26 @@ try:
 except ImportError as error:
     raise UserError(f"the server needs {error.name}: pip install 'fromage[serve]'") from error
 
+CONNECTIONS = 512  # at a time, idle ones included: a process may have about a thousand files open
 
-def serve(model: Fromage, index: ImageIndex | None, style: str, host: str, port: int, limits: Limits | None = None) -> None:
+
+def serve(
+    model: Fromage, index: ImageIndex | None, style: str, host: str, port: int, capacity: Capacity | None = None
+) -> None:
     """Answer requests until SIGTERM or Ctrl-C: then what is being answered still is, and what waits is refused.
 
     port 0 takes a free one, which is printed. Raises UserError where the address cannot be had.
     """
-    limits = limits or Limits()
+    capacity = capacity or Capacity()
     try:
         listening = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except (OSError, OverflowError) as error:
         raise UserError(f"{host}, port {port}: cannot listen there ({first_line(error)}); give another --port") from error
     listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # else each reply waits 40 ms for an acknowledgement
-    app = create_app(model, index, style, limits)
-    config = uvicorn.Config(app, timeout_graceful_shutdown=int(limits.timeout) + 1)
-    print(f"http://{host}:{listening.getsockname()[1]}  (what it can do: /docs)", flush=True)
+    app = create_app(model, index, style, capacity)
+    config = uvicorn.Config(app, timeout_graceful_shutdown=int(capacity.timeout) + 1, limit_concurrency=CONNECTIONS)
+    shown = f"[{host}]" if ":" in host else host
+    print(f"http://{shown}:{listening.getsockname()[1]}  (what it can do: /docs)", flush=True)
     with suppress(KeyboardInterrupt):
         _Server(config, app.state.desk).run([listening])
 
@@ -66,7 +71,7 @@ class _Server(uvicorn.Server):
 
 
 def create_app(
-    model: Fromage, index: ImageIndex | None = None, style: str = "dialogue", limits: Limits | None = None
+    model: Fromage, index: ImageIndex | None = None, style: str = "dialogue", capacity: Capacity | None = None
 ) -> FastAPI:
     """The application; its thread runs between startup and shutdown of its lifespan.
 
@@ -76,7 +81,7 @@ def create_app(
     """
     if style not in STYLES:
         raise UserError(f"style {style}: there are {', '.join(STYLES)}")
-    desk = Desk(model, index, style, limits or Limits())
+    desk = Desk(model, index, style, capacity or Capacity())
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -88,7 +93,7 @@ def create_app(
     app = FastAPI(title="FROMAGe", description="Text and pictures in, text and pictures out.", lifespan=lifespan)
     app.state.desk = desk
     app.include_router(router)
-    app.add_middleware(BodyLimit, seconds=desk.limits.timeout)
+    app.add_middleware(BodyLimit, requests=desk.capacity.requests, seconds=desk.capacity.timeout)
     app.add_exception_handler(RequestValidationError, _malformed)
     for kind in STATUS:
         app.add_exception_handler(kind, _refused)

@@ -20,7 +20,7 @@ Work = Callable[[list[Any]], list[Any]]  # items -> their results, in order
 
 
 @dataclass(frozen=True)
-class Limits:
+class Capacity:
     """What a server takes on. Raises UserError for values that mean nothing.
 
     Attributes:
@@ -36,6 +36,11 @@ class Limits:
     def __post_init__(self) -> None:
         if min(self.batch_size, self.queue) < 1 or not 0 < self.timeout < 1e6:
             raise UserError(f"{self}: batch size and queue must be at least 1, and the time-out seconds above 0")
+
+    @property
+    def requests(self) -> int:
+        """Requests at hand, at most: from the arrival of their first byte, as their pictures fill the memory too."""
+        return self.batch_size + self.queue
 
 
 class Busy(Exception):
@@ -57,8 +62,8 @@ class _Job:
 class Batcher:
     """A queue and the thread that works it off."""
 
-    def __init__(self, limits: Limits) -> None:
-        self.limits, self.closed = limits, False
+    def __init__(self, capacity: Capacity) -> None:
+        self.capacity, self.closed = capacity, False
         self._waiting: list[_Job] = []
         self._before = 0  # size of the last batch
         self._changed = Condition()
@@ -76,7 +81,7 @@ class Batcher:
         """Raise what submit would raise now, Busy or Closed."""
         if self.closed:
             raise Closed
-        if self.waiting >= self.limits.queue:
+        if self.waiting >= self.capacity.queue:
             raise Busy
 
     def submit(self, work: Work, item: Any, group: Hashable | None = None) -> Future[Any]:
@@ -116,7 +121,7 @@ class Batcher:
             self._changed.wait_for(lambda: len(self._waiting) >= self._before or self.closed, PAUSE)
             first = self._waiting[:1]
             others = [job for job in self._waiting[1:] if first[0].group is not None and job.group == first[0].group]
-            taken = [*first, *others[: self.limits.batch_size - 1]]
+            taken = [*first, *others[: self.capacity.batch_size - 1]]
             self._waiting = [job for job in self._waiting if job not in taken]
             self._before = len(taken)
             return taken

@@ -1,4 +1,4 @@
-"""A limit to the size of HTTP requests, and to the time in which they must arrive."""
+"""Limits to the size of HTTP requests, to the time in which they must arrive, and to how many are at hand."""
 
 from __future__ import annotations
 
@@ -8,19 +8,32 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 BODY = 32 << 20  # bytes of a request
+BUSY = "too many requests wait; try later"
 
 
 class BodyLimit:
-    """ASGI middleware that reads a request's body before it hands the request on; 413 and 408 where it will not."""
+    """ASGI middleware that reads a POST's body before it hands the request on; 429, 413 and 408 where it will not.
 
-    def __init__(self, app: ASGIApp, seconds: float, size: int = BODY) -> None:
-        """seconds: for the whole body. size: bytes."""
-        self.app, self.size, self.seconds = app, size, seconds
+    No other request here has a body that anyone reads.
+    """
+
+    def __init__(self, app: ASGIApp, requests: int, seconds: float, size: int = BODY) -> None:
+        """requests: at hand, from their first byte to the last of their answers. seconds: for a whole body. size: bytes."""
+        self.app, self.free, self.seconds, self.size = app, requests, seconds, size
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """As ASGI has it."""
-        if scope["type"] != "http":
+        if scope.get("method") != "POST":
             return await self.app(scope, receive, send)
+        if not self.free:
+            return await JSONResponse({"detail": BUSY}, 429, {"Retry-After": "1"})(scope, receive, send)
+        self.free -= 1
+        try:
+            await self._answer(scope, receive, send)
+        finally:
+            self.free += 1
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             async with asyncio.timeout(self.seconds):
                 body = await self._read(scope, receive)

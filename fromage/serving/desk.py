@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncIterator, Callable, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
@@ -18,12 +17,12 @@ from fromage.generate import Answer
 from fromage.hits import Hit
 from fromage.index import ImageIndex
 from fromage.model import Fromage
-from fromage.pictures import decode_picture
+from fromage.pictures import STRANGERS_PIXELS, decode_picture, jpeg
 from fromage.prompts import RET, Part
 from fromage.remote import fetch_picture
 from fromage.serving.answerer import Answerer, Asked
-from fromage.serving.batching import Batcher, Limits
-from fromage.serving.picture_ids import Gone, PictureIds, jpeg
+from fromage.serving.batching import Batcher, Capacity
+from fromage.serving.picture_ids import Gone, PictureIds
 from fromage.serving.schema import (
     Address,
     ChatReply,
@@ -39,8 +38,8 @@ from fromage.serving.schema import (
     parts,
 )
 
-THREADS = 8  # that decode and fetch pictures
-SIDE = 256  # pixels of a small picture
+THREADS = {"sent": 4, "fetched": 8, "found": 8, "asked for": 4}  # that open pictures; each kind waits for its own alone
+SMALL, LARGE = 256, 1024  # pixels of a picture within a reply, and of one that is asked for by its id
 T = TypeVar("T")
 
 
@@ -50,13 +49,14 @@ class Desk:
     Raises, in the methods that answer: UserError for what is wrong with a request, Busy and Closed of batching.
     """
 
-    def __init__(self, model: Fromage, index: ImageIndex | None, style: str, limits: Limits) -> None:
-        self.model, self.index, self.limits = model, index, limits
+    def __init__(self, model: Fromage, index: ImageIndex | None, style: str, capacity: Capacity) -> None:
+        self.model, self.index, self.capacity = model, index, capacity
         self.answerer, self.ids = Answerer(model, index, style), PictureIds(index)
 
     def open(self) -> None:
         """Start the thread that owns the model."""
-        self.batcher, self._threads = Batcher(self.limits), CapacityLimiter(THREADS)
+        self.batcher = Batcher(self.capacity)
+        self._threads = {kind: CapacityLimiter(count) for kind, count in THREADS.items()}
 
     async def chat(self, request: ChatRequest) -> ChatReply:
         """The answer to a conversation."""
@@ -87,9 +87,13 @@ class Desk:
     async def search(self, request: SearchRequest) -> SearchReply:
         """The pictures nearest to a query."""
         self.batcher.admit()
-        asked = Asked([await self.in_thread(self._parts, request.query)], k=request.k)
+        asked = Asked([await self._parts(request.query)], k=request.k)
         hits = await asyncio.wrap_future(self.batcher.submit(self.answerer.search, asked, "search"))
-        return SearchReply(hits=await self.in_thread(self._found, hits, request.pictures))
+        return SearchReply(hits=await self._found(hits, request.pictures))
+
+    async def picture(self, name: str) -> bytes:
+        """A picture of the index as JPEG. Raises UserError where there is none."""
+        return await self._in_thread("asked for", lambda: jpeg(self.ids.open(name), LARGE))
 
     async def reply(self, answer: Answer, pictures: bool) -> ChatReply:
         """An answer as a message."""
@@ -100,36 +104,37 @@ class Desk:
         """A piece of an answer."""
         if isinstance(piece, str):
             return Text(text=piece)
-        return Found(hits=await self.in_thread(self._found, piece.hits, pictures))
+        return Found(hits=await self._found(piece.hits, pictures))
 
-    async def in_thread(self, work: Callable[..., T], *args: Any) -> T:
-        """Do what takes long without the model, beside the requests that come meanwhile."""
-        return await to_thread.run_sync(partial(work, *args), limiter=self._threads)
+    async def _in_thread(self, kind: str, work: Callable[..., T], *args: Any) -> T:
+        """Do what takes long without the model, beside the requests that come meanwhile. kind: of THREADS."""
+        return await to_thread.run_sync(partial(work, *args), limiter=self._threads[kind])
 
     async def _asked(self, request: ChatRequest) -> Asked:
         self.batcher.admit()
         messages = [message.content for message in request.messages]
         if request.messages[0].role != "system":
             messages.insert(0, "")
-        listed = await self.in_thread(lambda: [self._parts(content) for content in messages])
-        return Asked(listed, request.decoding.decoding())
+        return Asked([await self._parts(content) for content in messages], request.decoding.decoding())
 
-    def _parts(self, content: Content) -> list[Part]:
+    async def _parts(self, content: Content) -> list[Part]:
         """What a prompt is made of, pictures as the image tower takes them (3, H, W)."""
         made: list[Part] = []
         for part in parts(content):
             if isinstance(part, Text):
                 made.append(part.text)
             elif isinstance(part, Found):
-                made += [self._pixels(picture) for picture in self._pictures(part.hits) if picture] or [RET]
+                pixels = await self._each(part.hits, self._pixels)
+                made += [one for one in pixels if one is not None] or [RET]
             else:
-                made.append(self._pixels(_opened(part)))
+                kind = "fetched" if isinstance(part, Address) else "sent"
+                made.append(await self._in_thread(kind, lambda sent: self._pixels(_opened(sent)), part))
         return made
 
     def _pixels(self, picture: Image.Image) -> Any:
         return self.model.vision.transform(picture)
 
-    def _found(self, hits: Sequence[Hit], pictures: bool) -> list[FoundPicture]:
+    async def _found(self, hits: Sequence[Hit], pictures: bool) -> list[FoundPicture]:
         """Hits as they are sent, without their paths."""
         listed = [
             FoundPicture(
@@ -142,31 +147,36 @@ class Desk:
             for hit in hits
         ]
         if pictures:
-            for found, picture in zip(listed, self._pictures(listed), strict=True):
-                found.picture = base64.b64encode(jpeg(picture, SIDE)).decode() if picture else None
+            for found, picture in zip(listed, await self._each(listed, _small), strict=True):
+                found.picture = picture
         return listed
 
-    def _pictures(self, found: Sequence[FoundPicture]) -> Iterator[Image.Image | None]:
-        """The pictures of the index, None for each that has gone; those on the web are fetched several at a time."""
-        with ThreadPoolExecutor(THREADS) as pool:
-            yield from pool.map(self._picture, [one.id for one in found])
+    async def _each(self, found: Sequence[FoundPicture], use: Callable[[Image.Image], T]) -> list[T | None]:
+        """What is made of each picture of the index by the thread that opened it; None for each that has gone."""
 
-    def _picture(self, name: str) -> Image.Image | None:
-        try:
-            return self.ids.open(name)
-        except Gone:
-            return None
+        def used(name: str) -> T | None:
+            try:
+                return use(self.ids.open(name))
+            except Gone:
+                return None
+
+        return await asyncio.gather(*(self._in_thread("found", used, one.id) for one in found))
 
 
 def _opened(part: Picture | Address) -> Image.Image:
     if isinstance(part, Address):
         return fetch_picture(part.url)
     try:
-        return decode_picture(base64.b64decode(part.data, validate=True))
+        return decode_picture(base64.b64decode(part.data, validate=True), STRANGERS_PIXELS)
     except ValueError as error:
         raise UserError(f"a picture's data is not base64 ({error}); encode the file's bytes") from error
     except BrokenSample as error:
         raise UserError(f"a picture that was sent: {error}; send JPEG or PNG") from error
+
+
+def _small(picture: Image.Image) -> str:
+    """A small JPEG in base64."""
+    return base64.b64encode(jpeg(picture, SMALL)).decode()
 
 
 def _sound(text: str) -> str:

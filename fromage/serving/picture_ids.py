@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
-from functools import cached_property
 
 import numpy as np
 from PIL import Image
@@ -29,7 +27,13 @@ class PictureIds:
     """Finds and opens the pictures of an index by their ids, and no other file."""
 
     def __init__(self, index: ImageIndex | None) -> None:
+        """A second or two per million pictures."""
         self.index = index
+        items = index.items.slices(CHUNK) if index else iter(())
+        paths = (path for batch in items for path in batch.column("path").to_pylist())
+        digests = np.fromiter((int(picture_id(path), 16) for path in paths), np.uint64)  # (N,)
+        self._rows = np.argsort(digests, kind="stable")  # (N,)
+        self._digests = digests[self._rows]
 
     def of(self, path: str) -> str:
         """The id of a picture."""
@@ -46,25 +50,6 @@ class PictureIds:
             raise Gone(f"picture {name}: cannot be opened any more; choose another one") from None
 
     def _find(self, name: str) -> int | None:
-        digests, rows = self._sorted
         wanted = np.uint64(int(name, 16))
-        place = int(np.searchsorted(digests, wanted))
-        return int(rows[place]) if place < len(digests) and digests[place] == wanted else None
-
-    @cached_property
-    def _sorted(self) -> tuple[np.ndarray, np.ndarray]:
-        """Ids as numbers (N,), sorted, and their rows (N,); made when first asked for, a second or two per million."""
-        items = self.index.items.slices(CHUNK) if self.index else iter(())
-        paths = (path for batch in items for path in batch.column("path").to_pylist())
-        digests = np.fromiter((int(picture_id(path), 16) for path in paths), np.uint64)
-        rows = np.argsort(digests, kind="stable")
-        return digests[rows], rows
-
-
-def jpeg(picture: Image.Image, side: int) -> bytes:
-    """The picture as JPEG, without metadata, neither side longer than so many pixels."""
-    small, file = picture.copy(), io.BytesIO()
-    small.info.clear()
-    small.thumbnail((side, side))
-    small.save(file, "JPEG", quality=85)
-    return file.getvalue()
+        place = int(np.searchsorted(self._digests, wanted))
+        return int(self._rows[place]) if place < len(self._rows) and self._digests[place] == wanted else None

@@ -16,9 +16,8 @@ from fromage.errors import UserError
 from fromage.gallery import Shown
 from fromage.generate import Answer
 from fromage.serving.batching import Busy, Closed
-from fromage.serving.body_limit import BODY
+from fromage.serving.body_limit import BODY, BUSY
 from fromage.serving.desk import Desk
-from fromage.serving.picture_ids import jpeg
 from fromage.serving.schema import (
     ChatReply,
     ChatRequest,
@@ -30,10 +29,9 @@ from fromage.serving.schema import (
     SearchRequest,
 )
 
-SIDE = 1024  # pixels of a picture that is asked for by its id
 STATUS: dict[type[Exception], tuple[int, str]] = {
     UserError: (400, ""),
-    Busy: (429, "too many requests wait; try later"),
+    Busy: (429, BUSY),
     Closed: (503, "the server is shutting down"),
     MemoryError: (503, "not enough memory; send less at a time"),
     torch.OutOfMemoryError: (503, "not enough memory; send less at a time"),
@@ -84,10 +82,10 @@ async def chat(body: ChatRequest, request: Request) -> Any:
     """
     desk: Desk = request.app.state.desk
     if not body.stream:
-        return await _attended(request, desk.chat(body), desk.limits.timeout)
-    ends = asyncio.get_running_loop().time() + desk.limits.timeout
+        return await _attended(request, desk.chat(body), desk.capacity.timeout)
+    ends = asyncio.get_running_loop().time() + desk.capacity.timeout
     pieces = desk.pieces(body)
-    first = await _attended(request, _next(pieces, ends), desk.limits.timeout)
+    first = await _attended(request, _next(pieces, ends), desk.capacity.timeout)
     return StreamingResponse(_events(desk, body.pictures, first, pieces, ends), media_type="text/event-stream")
 
 
@@ -95,7 +93,7 @@ async def chat(body: ChatRequest, request: Request) -> Any:
 async def search(body: SearchRequest, request: Request) -> SearchReply:
     """Find pictures of the index by words, by a picture, or by both."""
     desk: Desk = request.app.state.desk
-    return await _attended(request, desk.search(body), desk.limits.timeout)
+    return await _attended(request, desk.search(body), desk.capacity.timeout)
 
 
 @router.get(
@@ -104,14 +102,14 @@ async def search(body: SearchRequest, request: Request) -> SearchReply:
     responses={
         200: {"content": {"image/jpeg": {"schema": {"type": "string", "format": "binary"}}}, "description": "The picture"},
         404: {"model": Problem, "description": "The index has no such picture, or it has gone."},
-        422: REFUSALS[422],
+        **{status: REFUSALS[status] for status in (422, 503, 504)},
     },
 )
 async def picture(name: PictureId, request: Request) -> Response:
     """A picture of the index, as JPEG of at most 1024 pixels a side."""
     desk: Desk = request.app.state.desk
     try:
-        return Response(await desk.in_thread(lambda: jpeg(desk.ids.open(name), SIDE)), media_type="image/jpeg")
+        return Response(await _attended(request, desk.picture(name), desk.capacity.timeout), media_type="image/jpeg")
     except UserError as error:
         raise HTTPException(404, str(error)) from None
 

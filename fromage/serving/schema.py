@@ -68,9 +68,9 @@ class Found(Strict):
     hits: Annotated[list[FoundPicture], Field(max_length=PICTURES)]
 
 
-Part = Annotated[Text | Picture | Address | Found, Field(discriminator="type")]
+ContentPart = Annotated[Text | Picture | Address | Found, Field(discriminator="type")]
 Content = Annotated[
-    Words | Annotated[list[Part], Field(max_length=PARTS)],
+    Words | Annotated[list[ContentPart], Field(max_length=PARTS)],
     Field(description="Words, or parts in the order in which they are read: words and pictures."),
 ]
 
@@ -100,7 +100,7 @@ class Message(Strict):
     content: Content
 
 
-class Options(Strict):
+class DecodingOptions(Strict):
     """How the answer is decoded. Requests with the same options are answered together."""
 
     max_new_tokens: Annotated[int, Field(ge=1, le=MOST_TOKENS, description="Length at most, in tokens.")] = 32
@@ -137,7 +137,7 @@ class ChatRequest(Strict):
     model_config = ConfigDict(json_schema_extra={"examples": [{"messages": SAID, "decoding": {"ret_bias": 10}}]})
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=MESSAGES)]
-    decoding: Options = Options()
+    decoding: DecodingOptions = DecodingOptions()
     pictures: Annotated[bool, Field(description="Send the pictures found, not only their ids.")] = False
     stream: Annotated[bool, Field(description="Send the answer as it is decoded, as server-sent events.")] = False
 

@@ -83,31 +83,24 @@ def _set(scene: Scene, what: str, value: str) -> Scene:
 
 
 def story(rng: random.Random, split: str) -> Story:
-    """A story about one object that changes: each sentence says one or two attributes of the last scene.
+    """A story about one object that changes: each sentence says one of six attributes of the last scene.
 
-    A picture shows what was said so far; what is said only later still looks different. One attribute may stay unsaid:
-    the pictures alone show it, the same in all five.
+    A picture shows what was said so far; what is said only later still looks different. The sixth attribute stays
+    unsaid: the pictures alone show it, the same in all five.
     """
     while True:  # until all five differ and none but the last is of another split than train
         last = sample_scene(rng, split, n=1)
         thing = last.things[0]
         final = {"shape": thing.shape, "colour": thing.colour, "size": thing.size, "place": thing.place}
         final |= {"ground": last.ground, "time": last.time}
-        order = ["shape", *rng.sample(["colour", "size", "place", "ground", "time"], 5)]
-        groups = [[what] for what in order[:5]]
-        if rng.random() < 0.6:
-            groups[rng.randrange(1, 5)].append(order[5])
-        scene, scenes, sentences = sample_scene(rng, "train", n=1), [], []
-        if len(groups[0]) + sum(map(len, groups[1:])) == 5:
-            scene = _set(scene, order[5], final[order[5]])
-        for group in groups:
-            said = []
-            for what in group:
-                scene = _set(scene, what, final[what])
-                word = {"place": AT, "time": WHEN}.get(what, {}).get(final[what], final[what])
-                said.append(rng.choice(_SAYS[what]).format(word, shape=thing.shape))
+        *said, unsaid = "shape", *rng.sample(["colour", "size", "place", "ground", "time"], 5)
+        scene = _set(sample_scene(rng, "train", n=1), unsaid, final[unsaid])
+        scenes, sentences = [], []
+        for what in said:
+            scene = _set(scene, what, final[what])
+            word = {"place": AT, "time": WHEN}.get(what, {}).get(final[what], final[what])
             scenes.append(scene)
-            sentences.append(" ".join(said))
+            sentences.append(rng.choice(_SAYS[what]).format(word, shape=thing.shape))
         if all(s.split == "train" for s in scenes[:-1]) and len({s.key for s in scenes}) == 5:
             return Story(tuple(scenes), tuple(sentences))
 
@@ -217,12 +210,12 @@ def _recap(scene: Scene, rng: random.Random) -> str:
 
 
 def _story_document(rng: random.Random, split: str) -> str:
-    """A story and its recap; in a third of them tags stand between the sentences, where pictures stand in a prompt."""
-    tale, seen = story(rng, split), rng.random() < 0.35
-    parts = []
-    for scene, sentence in zip(tale.scenes, tale.sentences, strict=True):
-        parts += [sentence, *(_some(tags(scene, rng), rng) if seen and scene is not tale.scenes[-1] else [])]
-    return f"{' '.join(parts)} {_recap(tale.scenes[-1], rng)}"
+    """A story and its recap; in two of three tags stand behind the sentences, where pictures stand in a prompt, and in
+    half of all </s> in front of them, as in front of captions."""
+    tale, seen, between = story(rng, split), rng.random() < 0.67, rng.choice((" ", EOS))
+    shown = [_some(tags(scene, rng), rng) if seen else [] for scene in tale.scenes[:-1]] + [[]]
+    parts = [" ".join([sentence, *words]) for sentence, words in zip(tale.sentences, shown, strict=True)]
+    return f"{between.join(parts)} {_recap(tale.scenes[-1], rng)}"
 
 
 def _dialogue_document(rng: random.Random, split: str) -> str:
@@ -234,16 +227,21 @@ def _dialogue_document(rng: random.Random, split: str) -> str:
     return f"{short} {question_text(rounds)} {_recap(scene, rng)}"
 
 
-SHARES = (13, 13, 14, 26, 18, 8, 8)  # of the kinds of document, in percent
+SHARES = (26, 13, 8, 24, 15, 7, 7)  # of the kinds of document, in percent
 FIRST_SHARES = (3, 3, 24, 15, 5, 25, 25)  # at first more of what is learned fast: what tags mean, and copying
+
+
+def _unfolded(scene: Scene, rng: random.Random) -> str:
+    """Tags, </s>, and what they say: the form in which an image prefix precedes a caption."""
+    return " ".join(_some(tags(scene, rng), rng, rng.choice((0.6, 1.0)))) + EOS + caption(scene, rng)
 
 
 def document(rng: random.Random, split: str = "train", shares: tuple[int, ...] = SHARES) -> str:
     """One text for the language model, without the </s> in front. Kinds, in the order below:
 
-    a story or a dialogue with its recap; a glossary; tags, then </s>, then what they say (unfolding: the form in which an
-    image prefix precedes a caption); a caption and its tags in random order (folding: the position before them must hold
-    the whole scene); plain words unfolded; paraphrases in a row.
+    a story or a dialogue with its recap; a glossary; tags unfolded, of one scene or of up to five in a row, as examples
+    stand in a prompt; a caption and its tags in random order (folding: the position before them must hold the whole
+    scene); plain words unfolded; paraphrases in a row.
     """
     kind = rng.choices(range(7), shares)[0]
     if kind < 2:
@@ -252,7 +250,8 @@ def document(rng: random.Random, split: str = "train", shares: tuple[int, ...] =
         return _glossary(rng)
     scene = sample_scene(rng, split, n=1 if kind == 5 else None)
     if kind == 3:
-        return " ".join(_some(tags(scene, rng), rng, rng.choice((0.6, 1.0)))) + EOS + caption(scene, rng)
+        others = [sample_scene(rng, split, n=1) for _ in range(rng.choice((0, 0, 1, 2, 4)))]
+        return " ".join(_unfolded(shown, rng) for shown in (*others, scene))
     if kind == 4:
         return f"{caption(scene, rng)} so: " + " ".join(tags(scene, rng))
     if kind == 5:

@@ -18,7 +18,7 @@ from fromage.errors import UserError
 from fromage.toy import writers
 from fromage.toy.scenes import COLOURS, GROUNDS, PLACES, SHAPES, SIZES, TIMES, Scene, Thing, sample_scenes
 
-VERSION = 1
+VERSION = 2
 COCO_TRAIN = 500  # training pictures with five captions, at most
 FLICKR = 200  # pictures of Flickr30k's test split, at most
 BLOCK = 4096  # pictures in flight at once

@@ -4,12 +4,12 @@ import pytest
 from fastapi.testclient import TestClient
 
 from fromage.serving.app import create_app
-from fromage.serving.batching import Limits
+from fromage.serving.batching import Capacity
 
 
 @pytest.fixture(scope="module")
 def app(model, index):
-    return create_app(model, index, "plain", Limits(timeout=20))
+    return create_app(model, index, "plain", Capacity(timeout=20))
 
 
 @pytest.fixture

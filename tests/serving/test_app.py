@@ -10,6 +10,7 @@ import sys
 import threading
 from contextlib import contextmanager
 from http.client import HTTPConnection
+from pathlib import Path
 from urllib.request import urlopen
 
 import pytest
@@ -19,7 +20,7 @@ from served import SAY, captions, sent
 
 from fromage.errors import UserError
 from fromage.serving.app import _Server, create_app, serve
-from fromage.serving.batching import Limits
+from fromage.serving.batching import Capacity
 
 
 @contextmanager
@@ -78,7 +79,7 @@ def test_requests_that_come_meanwhile_are_answered_together_as_alone(app, client
 
 
 def test_beyond_the_queue_it_is_429_and_in_time_504(model, index, monkeypatch):
-    app = create_app(model, index, "plain", Limits(queue=2, timeout=1.0))
+    app = create_app(model, index, "plain", Capacity(queue=2, timeout=1.0))
 
     async def case(client):
         with held(app, monkeypatch) as (_, begun, _):
@@ -91,6 +92,65 @@ def test_beyond_the_queue_it_is_429_and_in_time_504(model, index, monkeypatch):
                 assert refused.status_code == 429 and int(refused.headers["retry-after"]) > 0
             assert [reply.status_code for reply in await asyncio.gather(*tasks)] == [504] * 3
             assert app.state.desk.batcher.waiting == 0, "taken back"
+
+    running(app, case)
+
+
+def test_beyond_what_may_be_at_hand_no_request_is_read(model, index, monkeypatch):
+    app = create_app(model, index, "plain", Capacity(batch_size=1, queue=1))
+
+    async def case(client):
+        async def never():
+            begun.append(True)
+            await asyncio.sleep(60)
+            yield b""
+
+        begun = []
+        tasks = [asyncio.create_task(client.post("/search", content=never())) for _ in range(2)]
+        await until(lambda: len(begun) == 2)
+        refused = await client.post("/search", content=never())
+        assert refused.status_code == 429 and refused.headers["retry-after"] and len(begun) == 2
+        assert (await client.get("/healthz")).status_code == 200
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+        assert (await client.post("/search", json={"query": "a"})).status_code == 200, "there is room again"
+
+    running(app, case)
+
+
+def test_a_picture_asked_for_by_its_id_has_a_time_out_and_makes_no_other_wait(model, index, monkeypatch):
+    app, go = create_app(model, index, "plain", Capacity(timeout=1.0)), threading.Event()
+    monkeypatch.setattr(app.state.desk.ids, "open", lambda name: go.wait(30))
+
+    async def case(client):
+        slow = [asyncio.create_task(client.get("/pictures/" + "0" * 16)) for _ in range(20)]
+        red = {"type": "picture", "data": sent(Path(index.items[0].path))["data"]}
+        assert captions(await client.post("/search", json={"query": [red], "k": 1})) == ["red"]
+        assert {reply.status_code for reply in await asyncio.gather(*slow)} == {504}
+        go.set()
+
+    running(app, case)
+
+
+def test_a_host_that_is_slow_makes_only_those_wait_who_ask_for_it(model, index, monkeypatch):
+    app, go, asked = create_app(model, index, "plain", Capacity(timeout=20)), threading.Event(), []
+
+    def fetch(url):
+        asked.append(url)
+        assert go.wait(20)
+        raise UserError(f"{url}: too slow")
+
+    monkeypatch.setattr("fromage.serving.desk.fetch_picture", fetch)
+
+    async def case(client):
+        query = {"query": [{"type": "url", "url": "https://pictures.example/a.jpg"}]}
+        slow = [asyncio.create_task(client.post("/search", json=query)) for _ in range(20)]
+        await until(lambda: len(asked) == 8)
+        red = {"type": "picture", "data": sent(Path(index.items[0].path))["data"]}
+        assert captions(await client.post("/search", json={"query": [red], "k": 1})) == ["red"]
+        go.set()
+        assert {reply.status_code for reply in await asyncio.gather(*slow)} == {400}
 
     running(app, case)
 
@@ -166,8 +226,8 @@ def test_who_has_gone_is_not_answered(app, address, monkeypatch):
 
 SERVER = """
 from fromage.model import Fromage
-from fromage.serving.app import Limits, serve
-serve(Fromage.load(k=2, q=32), None, "plain", "127.0.0.1", 0, Limits(timeout=60))
+from fromage.serving.app import Capacity, serve
+serve(Fromage.load(k=2, q=32), None, "plain", "127.0.0.1", 0, Capacity(timeout=60))
 """
 
 
@@ -189,6 +249,17 @@ def test_sigterm_finishes_what_runs_and_refuses_what_waits():
     finally:
         process.kill()
         process.communicate()
+
+
+def test_connections_are_limited_and_an_address_with_colons_stands_in_brackets(model, monkeypatch, capsys):
+    configs, create = [], socket.create_server
+    monkeypatch.setattr(_Server, "run", lambda self, sockets: configs.append(self.config) or sockets[0].close())
+    monkeypatch.setattr(socket, "create_server", lambda address, family: create(("127.0.0.1", 0)))
+    for host in ("::1", "127.0.0.1"):
+        serve(model, None, "plain", host, 0)
+    shown = capsys.readouterr().out.split()
+    assert shown[0].startswith("http://[::1]:") and "http://127.0.0.1:" in " ".join(shown)
+    assert all(config.limit_concurrency for config in configs)
 
 
 def test_an_address_that_cannot_be_had(model):

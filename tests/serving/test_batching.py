@@ -8,7 +8,7 @@ from unittest.mock import patch
 import pytest
 
 from fromage.errors import UserError
-from fromage.serving.batching import Batcher, Busy, Closed, Limits
+from fromage.serving.batching import Batcher, Busy, Capacity, Closed
 
 
 class Gate:
@@ -31,7 +31,7 @@ def gate():
 
 @pytest.fixture
 def batcher():
-    made = Batcher(Limits(batch_size=3, queue=5))
+    made = Batcher(Capacity(batch_size=3, queue=5))
     yield made
     made.close()
     made.join()
@@ -107,7 +107,7 @@ def test_closing_finishes_what_runs_and_refuses_what_waits(batcher, gate):
 
 
 def test_the_clients_of_a_batch_may_come_again_and_a_lone_one_does_not_wait(gate):
-    made = Batcher(Limits(batch_size=3))
+    made = Batcher(Capacity(batch_size=3))
     gate.open.set()
     assert [made.submit(gate, i).result(10) for i in range(3)] == [0, 10, 20], "alone"
     made._before = 2
@@ -150,4 +150,4 @@ def test_one_thread_does_all_the_work(batcher):
 @pytest.mark.parametrize("bad", [{"batch_size": 0}, {"queue": -1}, {"timeout": 0}, {"timeout": float("nan")}])
 def test_limits_that_mean_nothing(bad):
     with pytest.raises(UserError, match="must be"):
-        Limits(**bad)
+        Capacity(**bad)

@@ -3,11 +3,14 @@
 import base64
 import io
 import json
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import hypothesis
 import pytest
 import schemathesis
+import torch
+from anyio import CapacityLimiter
 from fastapi.testclient import TestClient
 from PIL import Image
 from schemathesis.checks import load_all_checks
@@ -20,7 +23,7 @@ from fromage.index import ImageIndex
 from fromage.picture_source import Item
 from fromage.prompts import embed_for_retrieval
 from fromage.serving.app import create_app
-from fromage.serving.picture_ids import picture_id
+from fromage.serving.picture_ids import PictureIds, picture_id
 
 PICTURES_PLEASE = {"max_new_tokens": 6, "ret_bias": 1e4}
 load_all_checks()
@@ -78,6 +81,31 @@ def test_a_conversation_is_answered_as_chat_answers_it(client, model, index, fol
     assert len({hit["id"] for m in messages[2::2] for p in m["content"] if "hits" in p for hit in p["hits"]}) == 3
 
 
+def test_full_size_pictures_do_not_pile_up(app, client, monkeypatch):
+    opened, alive = [], []
+
+    def opening(name):
+        picture = Image.new("RGB", (2000, 10))
+        opened.append(weakref.ref(picture))
+        alive.append(sum(each() is not None for each in opened))
+        return picture
+
+    monkeypatch.setattr(app.state.desk.ids, "open", opening)
+    monkeypatch.setitem(app.state.desk._threads, "found", CapacityLimiter(1))
+    hits = client.post("/search", json={"query": "a", "k": 6, "pictures": True}).json()["hits"]
+    shown = {"type": "pictures", "hits": [{"id": hit["id"]} for hit in hits]}
+    assert captions(client.post("/search", json={"query": [shown]}))
+    assert len(alive) == 12 and max(alive) == 1
+
+
+def test_ids_are_known_before_they_are_first_asked_for(model, folder):
+    rows, items = torch.eye(32)[:2].numpy(), [Item(str(folder / name)) for name in ("red.png", "blue.png")]
+    index = ImageIndex.build(rows, items, model.fingerprint())
+    ids = PictureIds(index)
+    index.items = list(index.items)  # which has no slices to go through
+    assert [ids._find(ids.of(item.path)) for item in items] == [0, 1]
+
+
 def test_ids_alone_may_be_sent_back_and_pictures_that_have_gone(model, index, tmp_path):
     gone = ImageIndex.build(index.vectors[:1], [Item(str(tmp_path / "gone.png"))], model.fingerprint())
     shown = {"type": "pictures", "hits": [{"id": picture_id(str(tmp_path / "gone.png").encode())}]}
@@ -125,13 +153,14 @@ def test_a_stream_that_fails_says_so(app, client, monkeypatch):
     assert client.post("/chat", json=too_long).status_code == 400, "before the first piece it is a status"
 
 
-def bomb():
+def bomb(side=20_000):
     file = io.BytesIO()
-    Image.new("1", (20_000, 20_000)).save(file, "PNG")
+    Image.new("1", (side, side)).save(file, "PNG")
     return {"type": "picture", "data": base64.b64encode(file.getvalue()).decode()}
 
 
 NASTY = [
+    {"query": [bomb(5_010)]},  # beyond what a stranger may send
     *({"query": [{"type": "picture", "data": data}]} for data in ("%%%", "", "\u00e9", "AAAA", "iVBORw0KGgo=", "\n")),
     {"query": [bomb()]},
     *({"query": [{"type": "url", "url": url}]} for url in ("file:///etc/passwd", "http://127.0.0.1/", "http://[", "\x00")),
@@ -242,7 +271,7 @@ def test_the_schema_tells_limits_and_examples(app):
     schema = app.openapi()
     assert set(schema["paths"]) == {"/chat", "/search", "/pictures/{name}", "/healthz"}
     shapes = schema["components"]["schemas"]
-    assert shapes["Options"]["properties"]["max_new_tokens"]["maximum"] == 512
+    assert shapes["DecodingOptions"]["properties"]["max_new_tokens"]["maximum"] == 512
     for name, path in (("SearchRequest", "/search"), ("ChatRequest", "/chat")):
         example = shapes[name]["examples"][0]
         with TestClient(app) as client:
