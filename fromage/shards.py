@@ -11,7 +11,9 @@ import json
 import logging
 import os
 import re
+import select
 import shlex
+import signal
 import tarfile
 import time
 import zlib
@@ -21,6 +23,7 @@ from contextlib import suppress
 from functools import cache
 from itertools import groupby, islice
 from pathlib import Path
+from subprocess import PIPE, Popen
 from typing import Any, TypeVar
 
 import webdataset as wds
@@ -37,6 +40,8 @@ T = TypeVar("T")
 CHECK_FROM = 100  # samples; a smaller stream is judged at its end
 CURL = "curl --fail --silent --show-error --location --globoff --connect-timeout 30 --speed-limit 1024 --speed-time 60"
 ATTEMPTS = 3  # to read a shard that comes over the network
+PATIENCE = 120  # seconds without a byte from a command after which it counts as failed
+MAX_CAPTION = 65536  # bytes; what is longer is a page that was taken for a caption
 
 
 # --- naming ---------------------------------------------------------------------------------------------------------
@@ -185,7 +190,7 @@ def read_shard(shard: str, lost: Callable[[str, str], None]) -> Iterator[Raw]:
         time.sleep(2 * attempt)
         stream = None
         try:
-            stream = wds.gopen(shard)
+            stream = CommandReader(shard.removeprefix("pipe:")) if shard.startswith("pipe:") else wds.gopen(shard)
             for sample in islice(_samples(stream, shard, lost), done, None):
                 done += 1
                 yield sample
@@ -194,12 +199,36 @@ def read_shard(shard: str, lost: Callable[[str, str], None]) -> Iterator[Raw]:
             stream.close()
             return
         except (OSError, tarfile.TarError, EOFError, zlib.error) as error:
-            cause = f"unreadable or truncated after {done} samples: {error.args[0] if error.args else type(error).__name__}"
+            cause = f"unreadable or truncated: after {done} samples, {error.args[0] if error.args else error}"
         finally:
             if stream is not None:
                 with suppress(OSError):
                     stream.close()
     lost(shard_name(shard), cause)
+
+
+class CommandReader:
+    """What a command writes, to read. One that fails or writes nothing for PATIENCE seconds raises OSError at that point."""
+
+    def __init__(self, command: str) -> None:
+        self.process = Popen(command, shell=True, stdout=PIPE, bufsize=0, start_new_session=True)
+        self.output: Any = self.process.stdout
+
+    def read(self, size: int) -> bytes:
+        """Up to so many bytes; none at the end."""
+        if not select.select([self.output], [], [], PATIENCE)[0]:
+            raise OSError(f"nothing came for {PATIENCE} seconds")
+        data = self.output.read(size)
+        if not data and (code := self.process.wait()):
+            raise OSError(f"the command failed with exit code {code}")
+        return data
+
+    def close(self) -> None:
+        """End the command and whatever it started."""
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+        self.output.close()
 
 
 def _samples(stream: Any, shard: str, lost: Callable[[str, str], None]) -> Iterator[Raw]:
@@ -212,9 +241,11 @@ def _samples(stream: Any, shard: str, lost: Callable[[str, str], None]) -> Itera
 
 
 def caption_of(raw: Raw) -> str:
-    """The caption without surrounding space. Raises BrokenSample where it is missing, empty or not UTF-8."""
+    """The caption without surrounding space. Raises BrokenSample where it is missing, empty, enormous or not UTF-8."""
     if "txt" not in raw:
         raise BrokenSample("no caption: member txt is missing")
+    if len(raw["txt"]) > MAX_CAPTION:
+        raise BrokenSample(f"caption too long: {len(raw['txt'])} bytes")
     try:
         text = raw["txt"].decode("utf-8").strip()
     except UnicodeDecodeError:

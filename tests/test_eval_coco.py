@@ -10,6 +10,9 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
+from pycocoevalcap import eval as cocos
+from pycocoevalcap.rouge.rouge import Rouge
+from pycocotools.coco import COCO
 
 from fromage.backbones import VisionTower, load_clip
 from fromage.errors import UserError
@@ -177,6 +180,50 @@ def test_captioning_hands_captions_to_the_scorers(toy_model, data, monkeypatch):
     monkeypatch.setattr("shutil.which", lambda name: None)
     with pytest.raises(UserError, match="Java"):
         caption_figures([], [])
+
+
+def test_figures_of_captions_are_those_of_cocos_own_evaluation(shared_data, monkeypatch, capsys):
+    if shutil.which("java") is None:
+        pytest.skip("there is no Java")
+    seen = theirs(shared_data)
+    said = [[note["caption"] for note in seen.imgToAnns[i]] for i in sorted(seen.imgs)][:40]
+    made, wanted = [texts[0] for texts in said], [texts[1:] for texts in said]
+    notes = [{"image_id": i, "id": 9 * i + n, "caption": t} for i, texts in enumerate(wanted) for n, t in enumerate(texts)]
+    seen.dataset = {"images": [{"id": i} for i in range(len(said))], "annotations": notes, "info": {}}
+    seen.createIndex()
+    monkeypatch.setattr(cocos, "Spice", Rouge)  # wants a download
+    judge = cocos.COCOEvalCap(seen, seen.loadRes([{"image_id": i, "caption": text} for i, text in enumerate(made)]))
+    judge.evaluate()
+    names = ("Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "METEOR", "ROUGE_L", "CIDEr")
+    want = {name.lower().replace("bleu_", "bleu"): 100 * judge.eval[name] for name in names}
+    assert caption_figures(made, wanted) == pytest.approx(want)
+
+
+@torch.no_grad()
+def test_recalls_of_the_coco_sample_are_those_of_pycocotools_view(toy_model, shared_data, capsys):
+    seen, sample = theirs(shared_data), shared_data / "coco_sample"
+    report = evaluate(toy_model, read_captions(sample / "captions_val2017_sample.json", sample / "val2017"))
+    ids = sorted(seen.imgs)
+    features = encode_files(toy_model, [sample / "val2017" / seen.imgs[i]["file_name"] for i in ids], Options()).features
+    notes = [note for i in ids for note in seen.imgToAnns[i][:5]]
+    assert report["gallery"] == 128 and len(notes) == 640 and len(seen.anns) == 641
+    texts = toy_model.embed_text([note["caption"].strip() for note in notes])
+    scores = texts.double() @ toy_model.embed_images(features).double().T
+    own = torch.tensor([[note["image_id"] == i for i in ids] for note in notes])  # (641, 128)
+    for k in (1, 5, 10):
+        best = torch.zeros_like(own).scatter(1, scores.topk(k).indices, True)
+        assert report["fromage"]["text_to_image"][f"r{k}"] == pytest.approx(
+            100 * (best & own).any(1).float().mean().item(), abs=1e-3
+        )
+        best = torch.zeros_like(own).scatter(0, scores.topk(k, 0).indices, True)
+        assert report["fromage"]["image_to_text"][f"r{k}"] == pytest.approx(
+            100 * (best & own).any(0).float().mean().item(), abs=1e-3
+        )
+
+
+def theirs(shared_data):
+    """The COCO sample as pycocotools reads it."""
+    return COCO(str(shared_data / "coco_sample" / "captions_val2017_sample.json"))
 
 
 def test_lightning_gives_the_same_figures(data, world):

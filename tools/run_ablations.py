@@ -31,7 +31,7 @@ from fromage.toy.world import make_world
 
 BASE = "base"
 SHOWN = {
-    "fromage.t2i.r1": "captions",
+    "fromage.text_to_image.r1": "captions",
     "captions.right": "named",
     "fromage.1_caption.r1": "last sentence",
     "fromage.5_captions.r1": "five sentences",
@@ -84,7 +84,7 @@ def run(name: str, seed: int, out: Path, prepared: tuple[Path, Path], answers: i
         print(f"\n== {name}, seed {seed}", flush=True)
         words = [] if name == BASE else ["--config", f"ablations/{name}.yaml"]
         words += [f"--seed_everything={seed}", f"--model.seed={seed}", *options]
-        write_json(done, judge(load_model(train(done.parent, *prepared, words)), prepared[0], answers))
+        write_json(done, judge(load_model(train(done.parent, 1, *prepared, words)), prepared[0], answers))
     return json.loads(done.read_text())
 
 
