@@ -23,9 +23,11 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import is_bitsandbytes_available
+from transformers.utils.logging import disable_progress_bar
 
 from fromage.added_tokens import AddedTokens, ExtendedEmbedding, ExtendedHead
 from fromage.errors import UserError, first_line
+from fromage.image_transform import halves
 from fromage.packed_attention import Attend, attending
 from fromage.tokens import PromptTokenizer
 
@@ -116,9 +118,16 @@ class LanguageModel(FrozenTower):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., d) hidden states -> (..., V + 2) logits in float32; the column of <|image|> is -inf."""
-        logits = self.hf.get_output_embeddings()(hidden).float()
-        cap = getattr(self.hf.config, "final_logit_softcapping", None)  # Gemma 2
-        return logits if cap is None else torch.tanh(logits / cap) * cap
+        return self.capped(self.hf.get_output_embeddings()(hidden).float())
+
+    @property
+    def cap(self) -> float | None:
+        """What tanh keeps logits within (Gemma 2), or None."""
+        return getattr(self.hf.config, "final_logit_softcapping", None)
+
+    def capped(self, logits: Tensor) -> Tensor:
+        """The head's products -> logits."""
+        return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
 
 
 class VisionTower(FrozenTower):
@@ -127,13 +136,14 @@ class VisionTower(FrozenTower):
     For the ViTs of CLIP this is the class token after the final layer norm, what Hugging Face calls pooler_output.
 
     Attributes:
-        transform: PIL image -> (3, H, W), the tower's own resize, crop and normalisation.
+        transform: PIL image -> (3, H, W) uint8, the tower's own resize and crop; normalisation is part of the forward.
         width: m.
     """
 
     def __init__(self, clip: Any, transform: Any, name: str) -> None:
         super().__init__()
-        self.visual, self.transform, self.name = _without_projection(clip.visual), transform, name
+        self.visual, self.name = _without_projection(clip.visual), name
+        self.transform, self.normalise = halves(transform)
         self.freeze()
         size = clip.visual.image_size
         self.image_size: tuple[int, int] = (size, size) if isinstance(size, int) else tuple(size)
@@ -149,8 +159,12 @@ class VisionTower(FrozenTower):
 
     @torch.no_grad()
     def forward(self, pixels: Tensor) -> Tensor:
-        """(B, 3, H, W) preprocessed pixels -> (B, m) features, without gradient."""
-        pixels = pixels.to(next(self.visual.parameters()))  # its device and dtype
+        """(B, 3, H, W) pixels, uint8 or normalised -> (B, m) features, without gradient."""
+        parameter = next(self.visual.parameters())
+        pixels = pixels.to(parameter.device, non_blocking=True)
+        if pixels.dtype == torch.uint8 and self.normalise:
+            pixels = self.normalise(pixels)
+        pixels = pixels.to(parameter.dtype)
         return self.visual(pixels).contiguous()  # a ViT gives a view that would keep all tokens alive
 
     def fingerprint(self) -> dict[str, str]:
@@ -176,8 +190,15 @@ def _without_projection(visual: Any) -> Any:
         nn.init.zeros_(whole.bias)
         visual.attnpool.c_proj = whole
     elif hasattr(visual, "trunk") and hasattr(visual, "head"):
-        visual.head = nn.Identity()
+        visual.head, _ = split_head(visual)
     return visual
+
+
+def split_head(visual: Any) -> tuple[nn.Sequential, nn.Sequential]:
+    """The head of one of timm's towers in open_clip (SigLIP, ConvNeXt ...): its pooling, and what is behind it."""
+    parts = dict(visual.head.named_children())
+    pooling = [parts.pop("pool")] if "pool" in parts else []  # most pool in their trunk
+    return nn.Sequential(*pooling), nn.Sequential(*parts.values())
 
 
 @cache
@@ -204,6 +225,8 @@ def load_lm(
         raise UserError("quantize needs weights to quantise: leave out random_weights, or quantize")
     options = {"dtype": DTYPES[dtype]} | ({"quantization_config": _quantization(quantize, dtype)} if quantize else {})
     folder = str(TOY / "opt") if name == "toy" else name
+    if name == "toy":
+        disable_progress_bar()  # of its weights, which are there at once
     if not Path(folder).exists():
         look_for_hub()
     tokenizer = PromptTokenizer(folder)

@@ -58,7 +58,7 @@ class Candidates:
             sample = np.random.default_rng(seed).choice(len(vectors), size, replace=False)
             index.train(np.ascontiguousarray(vectors[np.sort(sample)]))
         except RuntimeError as error:
-            cause = str(error).strip().splitlines()[-1].split("failed: ")[-1]
+            cause = str(error).strip().rpartition(": ")[2]
             raise UserError(f"kind {kind}: FAISS cannot make it of {len(vectors)} pictures ({cause}); try flat") from error
         return cls(index, kind)
 

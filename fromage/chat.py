@@ -17,16 +17,27 @@ from itertools import chain
 from typing import TYPE_CHECKING
 
 from fromage.decoding import Decoding
+from fromage.errors import UserError
 from fromage.gallery import Resolve, Shown
 from fromage.generate import Answer, stream
 from fromage.hits import openable
 from fromage.model import Fromage
-from fromage.prompts import RET, START, Part, Picture, encode_pictures, max_length, part_ids, parts_of, prompt_length, worded
+from fromage.prompts import (
+    RET,
+    START,
+    Part,
+    Picture,
+    Prompt,
+    encode_pictures,
+    max_length,
+    part_ids,
+    parts_of,
+    prompt_length,
+    worded,
+)
 
 if TYPE_CHECKING:
     from fromage.index import ImageIndex
-
-Parts = Sequence[Part]
 
 
 @dataclass(frozen=True)
@@ -52,6 +63,13 @@ STYLES = {
 }
 
 
+def find_style(name: str) -> Style:
+    """A style by its name. Raises UserError where there is none."""
+    if name not in STYLES:
+        raise UserError(f"style {name}: there are {', '.join(STYLES)}")
+    return STYLES[name]
+
+
 @dataclass
 class Turn:
     """What the user said and what came back. parts: both as they stand in later prompts, their pictures as features."""
@@ -74,8 +92,8 @@ class Chat:
         index: ImageIndex | None = None,
         decoding: Decoding | None = None,
         style: str = "dialogue",
-        system: Parts = (),
-        examples: Sequence[tuple[Parts, Parts]] = (),
+        system: Prompt = (),
+        examples: Sequence[tuple[Prompt, Prompt]] = (),
         resolve: Resolve | None = openable,
     ) -> None:
         """Start a conversation.
@@ -87,10 +105,16 @@ class Chat:
             system: stands at the front as a line or sentence of its own, as the style has it, and is never left out.
             examples: what was said and answered in few-shot examples, in front of the turns.
             resolve: how found pictures are opened; None leaves them unopened, and [RET] alone in the history.
+
+        Raises:
+            UserError: there is no such style, the index was built with another model, or a picture cannot be had.
         """
+        if index is not None:
+            index.require(model.fingerprint())
         self.model, self.index, self.decoding, self.resolve = model, index, decoding or Decoding(), resolve
-        self.style, self.turns = STYLES[style], list[Turn]()
-        self.system = self._encoded([*system, self.style.behind]) if worded(system) else []
+        self.style, self.turns = find_style(style), list[Turn]()
+        front = worded(parts_of(system))
+        self.system = self._encoded([*front, self.style.behind]) if front else []
         self.examples = [self._framed(self._encoded(said), self._encoded(answered)) for said, answered in examples]
 
     def say(self, *parts: Part) -> Answer:
@@ -113,9 +137,9 @@ class Chat:
         answer = Answer.of(pieces)
         self.turns.append(Turn(list(parts), answer, self._framed(said, self._answered(answer))))
 
-    def prompt(self, said: Parts) -> list[Part]:
+    def prompt(self, said: Prompt) -> list[Part]:
         """The prompt of a turn: as much of the history as the language model has positions for."""
-        ends: list[Part] = [self.style.before, *said, self.style.between]
+        ends: list[Part] = [self.style.before, *parts_of(said), self.style.between]
         history = [*self.examples, *(turn.parts for turn in self.turns)] if self.style.history else []
         droppable = [*range(len(self.examples), len(history)), *range(len(self.examples))]  # oldest turns, then examples
         lengths = [sum(len(part_ids(self.model, part)) for part in block) for block in history]
@@ -140,9 +164,9 @@ class Chat:
     def _decoding(self) -> Decoding:
         return replace(self.decoding, stop=(*self.decoding.stop, *self.style.stop))
 
-    def _encoded(self, parts: Parts) -> list[Part]:
+    def _encoded(self, parts: Prompt) -> list[Part]:
         """The parts, each picture encoded once and for all."""
-        listed = parts_of(list(parts))
+        listed = parts_of(parts)
         features = iter(encode_pictures(self.model, [part for part in listed if isinstance(part, Picture)]))
         return [next(features) if isinstance(part, Picture) else part for part in listed]
 
@@ -153,5 +177,5 @@ class Chat:
             parts += [part] if isinstance(part, str) else self._encoded(part.pictures) or [RET]
         return parts
 
-    def _framed(self, said: Parts, answered: Parts) -> list[Part]:
+    def _framed(self, said: Sequence[Part], answered: Sequence[Part]) -> list[Part]:
         return worded([self.style.before, *said, self.style.between, *answered, self.style.behind])

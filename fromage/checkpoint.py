@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import pickle
 import re
 import warnings
 import zipfile
@@ -60,7 +61,7 @@ def _check_device(device: str) -> None:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device {device}: {first_line(error)}; give cpu, cuda or mps") from error
+        raise UserError(f"device {device}: there is none here that PyTorch can use; give cpu, cuda or mps") from error
 
 
 def dtype_name(name: str) -> str:
@@ -151,6 +152,8 @@ def read_pickle(path: Path) -> Any:
         if zipfile.is_zipfile(path) and (torn := zipfile.ZipFile(path).testzip()):
             raise zipfile.BadZipFile(f"{torn} is damaged")
         return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(f"checkpoint {path}: is none, or asks to run code when it is read; not read") from error
     except Exception as error:  # a flipped bit can raise anything
         raise UserError(f"checkpoint {path}: unreadable or not a checkpoint ({first_line(error)[:120]})") from error
 

@@ -6,10 +6,9 @@ every sample comes once, in stored order, whatever the number of devices and wor
 
 from __future__ import annotations
 
-import os
 import random
-import warnings
-from collections.abc import Iterable, Iterator
+import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate, count, groupby, islice, pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -19,10 +18,11 @@ import torch
 import webdataset as wds
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import IterableDataset
 
 from fromage.errors import UserError
 from fromage.features import Transform, check_features, from_npy
+from fromage.loader import Loader, Plain, TrainLoader
 from fromage.shards import (
     Broken,
     Raw,
@@ -30,7 +30,6 @@ from fromage.shards import (
     decoded,
     expand,
     picture_of,
-    plain_errors,
     read_shards,
     shard_name,
     shard_sizes,
@@ -104,12 +103,11 @@ def collate(samples: list[Sample], pad_id: int) -> Batch:
 # --- streams of batches ---------------------------------------------------------------------------------------------
 
 
-class Stream(IterableDataset[Batch]):
+class Stream(IterableDataset[Any]):
     """The batches of one device, made in its workers.
 
     Attributes:
         batches: how many batches an epoch has, None where nothing says how many samples the shards hold.
-        start: (2,) int64 in shared memory: the epoch to begin, and how many batches of it to leave out. The loader sets it.
     """
 
     batches: int | None
@@ -122,7 +120,6 @@ class Stream(IterableDataset[Batch]):
         self.samples = sum(sizes) if len(sizes) == len(shards) else None
         self.decode, self.batch_size, self.max_broken = decode, batch_size, max_broken
         self.rank, self.world = rank, world
-        self.start = torch.zeros(2, dtype=torch.long).share_memory_()
 
     def __len__(self) -> int:
         if self.batches is None:
@@ -168,9 +165,18 @@ class ValidationStream(Stream):
 class TrainStream(Stream):
     """Shuffled full batches. Each epoch deals the shards anew to devices and workers, by (seed, epoch).
 
+    Each batch comes with the worker that made it and how many stored samples that took since the epoch began, so that the
+    loader can say where the stream stands.
+
     Where the number of samples is known, every device makes the same number of batches, so that none waits for another in
     vain: a worker whose shards give less than its share goes through them again. Else an epoch is one pass.
+
+    Attributes:
+        start: (1 + workers, 2) int64 in shared memory, set by the loader: the epoch to begin and whose turn it is first;
+            then for each worker the batches to leave out, and the stored samples they took.
     """
+
+    start: Tensor
 
     def __init__(self, *args: Any, shuffle: int, seed: int, samples_per_epoch: int | None, **named: Any) -> None:
         super().__init__(*args, **named)
@@ -186,16 +192,18 @@ class TrainStream(Stream):
         if len(self.shards) < self.world:
             raise UserError(f"{len(self.shards)} training shards cannot feed {self.world} devices: write more shards")
 
-    def __iter__(self) -> Iterator[Batch]:
-        epoch, skip = self.start.tolist()
-        worker, workers = worker_share()
+    def __iter__(self) -> Iterator[tuple[Batch, int, int]]:
+        epoch, turn = self.start[0].tolist()
+        number, workers = worker_share()
+        worker = (number + turn) % workers  # PyTorch asks its workers in order, from the first
+        first, taken = self.start[1 + worker].tolist()
         dealt = self.shuffled(self.shards, epoch)[self.rank :: self.world]
         parts = [dealt[w::workers] for w in range(workers)]
         quota = self.quotas(parts)[worker] if self.batches is not None else None
-        first = skip // workers + (worker < skip % workers)
         broken = Broken(self.max_broken)
-        raws = islice(self.passes(parts[worker], epoch, worker, broken), first * self.batch_size, None)
-        samples = decoded(raws, self.decode, broken)
+        broken.good = first * self.batch_size
+        broken.bad = taken - broken.good
+        samples = decoded(islice(self.passes(parts[worker], epoch, worker, broken), taken, None), self.decode, broken)
         for number in count(first):
             if quota is not None and number >= quota:
                 return
@@ -206,7 +214,19 @@ class TrainStream(Stream):
                 return
             if number + 1 == quota:
                 broken.check(end=True)  # before the last batch: whoever knows the length asks for no more
-            yield self.collate(batch)
+            yield self.collate(batch), worker, broken.good + broken.bad
+
+    def layout(self) -> dict[str, Any]:
+        """All that the order of samples follows from but the number of workers, by the option that sets it."""
+        held = [(shard_name(shard), size) for shard, size in self.shards]
+        return {
+            "data.train_shards": f"{len(held)} shards {zlib.crc32(repr(held).encode()):08x}",
+            "data.batch_size": self.batch_size,
+            "data.shuffle": self.shuffle,
+            "data.seed": self.seed,
+            "devices": self.world,
+            "batches per epoch": self.batches,
+        }
 
     def shuffled(self, items: list[Any], *seed: int) -> list[Any]:
         """Items in the random order that belongs to the seed; in their own where shuffling is off."""
@@ -232,57 +252,6 @@ class TrainStream(Stream):
                 raise UserError(f"there is no sample to train on in {', '.join(shard_name(s) for s, _ in part[:5])}")
 
 
-class Loader(DataLoader):
-    """A DataLoader that counts epochs for its stream, and goes on where a checkpoint in mid-epoch left off.
-
-    Going on is exact, but for samples that come twice where others before them were broken, and for one batch that is left
-    out where the length is unknown (Lightning then reads one ahead).
-    """
-
-    def __init__(self, stream: Stream, workers: int = 0, epoch: int = 0) -> None:
-        super().__init__(
-            stream,
-            batch_size=None,
-            num_workers=workers,
-            persistent_workers=workers > 0,
-            pin_memory=torch.cuda.is_available(),
-            worker_init_fn=_init_worker,
-        )
-        self.epoch, self.skip, self.given = epoch, 0, 0
-        warnings.filterwarnings("ignore", r".*IterableDataset. has .__len__")  # the stream shares out its length
-
-    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
-        self.dataset.start.copy_(torch.tensor([self.epoch, self.skip]))  # type: ignore[attr-defined]
-        self.given, self.skip, self.epoch = self.skip, 0, self.epoch + 1
-        for batch in plain_errors(super().__iter__()):
-            self.given += 1
-            yield batch
-
-    def state_dict(self) -> dict[str, int]:
-        """Where the stream stands. Lightning keeps it in the checkpoint."""
-        return {"epoch": self.epoch - 1, "given": self.given}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on behind the batches that were given of the coming epoch, or with the next one where it was at its end."""
-        if state["epoch"] == self.epoch:
-            whole = self.dataset.batches is not None and state["given"] >= len(self)  # type: ignore[attr-defined]
-            self.epoch, self.skip = (self.epoch + 1, 0) if whole else (self.epoch, state["given"])
-
-
-class Plain:
-    """An iterable and nothing more."""
-
-    def __init__(self, batches: Iterable[Batch]) -> None:
-        self.batches = batches
-
-    def __iter__(self) -> Iterator[Batch]:
-        return iter(self.batches)
-
-
-def _init_worker(_: int) -> None:
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # else the tokenizer warns of the fork
-
-
 # --- the data module ------------------------------------------------------------------------------------------------
 
 
@@ -304,6 +273,7 @@ class CC3M(pl.LightningDataModule):
         max_broken: float = 0.05,
         seed: int = 0,
         samples_per_epoch: int | None = None,
+        exact_resume: bool = True,
     ) -> None:
         """Name the data; nothing is read yet.
 
@@ -319,12 +289,14 @@ class CC3M(pl.LightningDataModule):
             max_broken: Share (0 to 1) of broken samples above which a worker stops the run.
             seed: Seed of the order of shards and pairs; the epoch adds to it.
             samples_per_epoch: Training pairs of an epoch over all devices; null for as many as the shards hold.
+            exact_resume: Refuse a checkpoint from the middle of an epoch that was dealt out otherwise (other shards, batch
+                size, shuffle, seed, workers or devices); false begins such an epoch anew.
         """
         super().__init__()
         self.train_shards, self.val_shards = train_shards, val_shards
         self.batch_size, self.val_batch_size = batch_size, val_batch_size or batch_size
         self.max_tokens, self.workers, self.shuffle, self.max_broken = max_tokens, workers, shuffle, max_broken
-        self.seed, self.samples_per_epoch = seed, samples_per_epoch
+        self.seed, self.samples_per_epoch, self.exact_resume = seed, samples_per_epoch, exact_resume
         self.transform: Transform | None = None
         self.tokenizer: PromptTokenizer | None = None
 
@@ -338,7 +310,7 @@ class CC3M(pl.LightningDataModule):
             if urls is not None:
                 expand(urls)
 
-    def train_dataloader(self) -> Loader:
+    def train_dataloader(self) -> TrainLoader:
         """Shuffled full batches; see TrainStream. Raises UserError for shards that are not there."""
         shards, (rank, world) = self._shards(self.train_shards), self._rank()
         stream = TrainStream(
@@ -352,8 +324,8 @@ class CC3M(pl.LightningDataModule):
             seed=self.seed,
             samples_per_epoch=self.samples_per_epoch,
         )
-        epoch = self.trainer.current_epoch if self.trainer else 0
-        return Loader(stream, min(self.workers, len(shards) // world), epoch)
+        epoch, loop = (self.trainer.current_epoch, self.trainer.fit_loop) if self.trainer else (0, None)
+        return TrainLoader(stream, min(self.workers, len(shards) // world), epoch, self.exact_resume, loop)
 
     def val_dataloader(self) -> Loader | list[Loader]:
         """All samples once and in order; see ValidationStream. An empty list where there are no validation shards."""

@@ -27,6 +27,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from fromage.bounds import check_real, check_whole
 from fromage.errors import UserError
 from fromage.few_rows import quicken
 from fromage.model import Fromage
@@ -68,22 +69,23 @@ class Decoding:
     use_cache: bool = True
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
-        for name, good, wanted in (
-            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
-            ("min_tokens", 0 <= self.min_tokens <= self.max_new_tokens, f"between 0 and {self.max_new_tokens} tokens"),
-            ("temperature", 0 <= self.temperature < float("inf"), "0 (greedy) or more"),
-            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
-            ("top_k", self.top_k >= 0, "0 (all tokens) or more"),
-            ("repetition_penalty", 0 < self.repetition_penalty < float("inf"), "above 0; 1 is none"),
-            ("stop", all(self.stop), "texts that are not empty"),
-            ("ret_bias", abs(self.ret_bias) < float("inf"), "a finite number"),
-            ("authors_ret_scale", abs(self.authors_ret_scale) < float("inf"), "a finite number"),
-            ("max_images", self.max_images >= 0, "0 (none) or more"),
-            ("images_per_ret", 1 <= self.images_per_ret <= 1000, "between 1 and 1000"),
-        ):
-            if not good:
-                raise UserError(f"{name} is {getattr(self, name)!r}; it must be {wanted}")
+        check_whole("max_new_tokens", self.max_new_tokens, 1)
+        check_whole("min_tokens", self.min_tokens, 0, self.max_new_tokens)
+        if self.temperature != 0:
+            check_real("temperature", self.temperature, 1e-3, 100, "0 (greedy) or ")
+        check_real("top_p", self.top_p, 1e-6, 1)
+        check_whole("top_k", self.top_k, 0)
+        check_real("repetition_penalty", self.repetition_penalty, 1e-3, 1e6)
+        stop = (self.stop,) if isinstance(self.stop, str) else self.stop
+        if not isinstance(stop, Sequence) or not all(isinstance(text, str) and text for text in stop):
+            raise UserError(f"stop is {self.stop!r}; it must be texts that are not empty")
+        object.__setattr__(self, "stop", tuple(stop))
+        if self.seed is not None:
+            check_whole("seed", self.seed, 0, 2**63)
+        check_real("ret_bias", self.ret_bias, -1e6, 1e6)
+        check_real("authors_ret_scale", self.authors_ret_scale, -1e6, 1e6)
+        check_whole("max_images", self.max_images, 0)
+        check_whole("images_per_ret", self.images_per_ret, 1, 1000)
 
 
 GREEDY = Decoding()

@@ -14,11 +14,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from fromage.bounds import check_whole
 from fromage.embedding_store import DTYPES, EmbeddingStore
 from fromage.errors import UserError
 from fromage.features import check_features
 from fromage.model import Fromage
 from fromage.picture_source import Chunk, PictureSource, Sample, find_pictures, is_shards
+from fromage.prompts import encode_pictures
 from fromage.shards import expand
 
 
@@ -47,8 +49,8 @@ def embed_pictures(
         checkpoint: where the model was loaded from, so that open_index finds it.
         dtype: of the stored rows, float32 or float16.
     """
-    if batch_size < 1 or workers < 0:
-        raise UserError(f"batches of {batch_size}, {workers} workers: give at least 1, and 0 or more")
+    check_whole("batch_size", batch_size, 1)
+    check_whole("workers", workers, 0)
     if dtype not in DTYPES:
         raise UserError(f"dtype {dtype}: embeddings are stored as {' or '.join(DTYPES)}")
     pictures = find_pictures(str(source), model.vision.transform, None if captions is None else Path(captions))
@@ -75,11 +77,14 @@ def _fill(store: EmbeddingStore, model: Fromage, pictures: PictureSource, batch_
     open_parts: dict[int, _Part] = {}  # those that workers are at
     done = len(store) + len(store.broken())
     with tqdm(desc="embedding", total=pictures.count, initial=done, unit=" pictures") as bar:
-        for chunk in loader:
-            part = open_parts.setdefault(chunk.part, _Part())
-            bar.update(part.add(chunk, model))
-            if chunk.last:
-                open_parts.pop(chunk.part).write(store, chunk.part)
+        try:
+            for chunk in loader:
+                part = open_parts.setdefault(chunk.part, _Part())
+                bar.update(part.add(chunk, model))
+                if chunk.last:
+                    open_parts.pop(chunk.part).write(store, chunk.part)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt("the same command goes on where it was") from None
 
 
 class _Part:
@@ -107,9 +112,10 @@ class _Part:
         store.write(number, rows[order], [self.good[i].item for i in order], self.broken)
 
 
+@torch.no_grad()
 def embed_opened(model: Fromage, pictures: Sequence[Image.Image]) -> np.ndarray:
-    """(N, q) unit rows of RGB pictures."""
-    rows = [_embed(model, model.vision.transform(picture).unsqueeze(0)) for picture in pictures]  # (1, 3, H, W) each
+    """(N, q) unit rows of pictures, each that of its file. Raises UserError for one that is too large or too narrow."""
+    rows = [_embed(model, encode_pictures(model, [picture])) for picture in pictures]  # (1, m) features each
     return np.concatenate([np.empty((0, model.q), np.float32), *rows])
 
 

@@ -100,7 +100,7 @@ def retrieval_text(model: Fromage, batch: Batch) -> tuple[Tensor, Tensor]:
         hidden = model.lm.packed(model.lm.embed(ids.unsqueeze(0)), rows.positions, before)  # (N, d)
         targets = rows.gather(batch.ids[:, 1 : rows.width + 1])  # (N,): y_1 ... y_n [RET]
         lse, z = frozen_log_sum_exp(hidden, targets, model.lm)  # (N,) each; z is 0 where [RET] is the target
-    ret_logit = (hidden @ model.lm.added.output[0].to(hidden.dtype)).float()  # (N,)
+    ret_logit = model.lm.capped((hidden @ model.lm.added.output[0].to(hidden.dtype)).float())  # (N,)
     is_ret = targets == model.tokenizer.ret_id
     text_loss = (torch.logaddexp(lse, ret_logit) - torch.where(is_ret, ret_logit, z)).mean()
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,14 +14,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fromage.hits import SPARE, Hit, Opened
+from fromage.hits import Hit, Lost, Opened, left_out
 from fromage.model import Fromage
 from fromage.prompts import Prompt, Url, parts_of
 
 if TYPE_CHECKING:
     from fromage.index import ImageIndex
 
-Resolve = Callable[[Sequence[Hit], int], tuple[list[Opened], list[str]]]  # as fromage.hits.openable
+Resolve = Callable[[Iterable[Hit], int], tuple[list[Opened], list[Lost]]]  # as fromage.hits.openable
 SAME = 1e-5  # a cosine this near to 1 is the same picture, whatever its name
 
 
@@ -33,12 +34,14 @@ class Shown:
         hits: the pictures found, best first; none without an index.
         pictures: the hits opened, where the caller said how.
         notes: what the reader should know of them, such as that one was gone.
+        rest: the hits behind these, where the pictures were not opened.
     """
 
     embedding: np.ndarray = field(repr=False, compare=False)
     hits: list[Hit] = field(default_factory=list)
     pictures: list[Image.Image] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    rest: Iterator[Hit] = field(default_factory=lambda: iter(()), repr=False, compare=False)
 
 
 class Gallery:
@@ -67,29 +70,28 @@ class Gallery:
     @torch.no_grad()
     def find(self, hidden: Tensor) -> Shown:
         """The pictures nearest to W_t h + b."""
-        row = self.model.embed_ret(hidden.unsqueeze(0)).cpu().numpy()  # (1, q)
+        row = self.model.embed_ret(hidden.unsqueeze(0)).cpu().numpy()[0]  # (q,)
         if self.index is None:
-            return Shown(row[0])
-        hits = self._fresh(row, self.count + (SPARE if self.resolve else 0))
-        opened, notes = self.resolve(hits, self.count) if self.resolve else ([], [])
-        shown = [hit for hit, _ in opened] if self.resolve else hits
-        self.barred.update(hit.path for hit in hits[: len(shown) + len(notes)])
-        self.seen = np.concatenate([self.seen, self.index.vectors[[hit.row for hit in shown]]])  # (s, q)
-        return Shown(row[0], shown, [picture for _, picture in opened], notes)
+            return Shown(row)
+        fresh = self._fresh(self.index, row)
+        if self.resolve:
+            opened, lost = self.resolve(fresh, self.count)
+            shown = Shown(row, [hit for hit, _ in opened], [picture for _, picture in opened], left_out(lost))
+        else:
+            lost, shown = [], Shown(row, list(islice(fresh, self.count)), rest=fresh)
+        self.barred.update(hit.path for hit in [*shown.hits, *(hit for hit, _ in lost)])
+        self.seen = np.concatenate([self.seen, self.index.vectors[[hit.row for hit in shown.hits]]])  # (s, q)
+        return shown
 
-    def _fresh(self, row: np.ndarray, count: int) -> list[Hit]:
-        """The pictures nearest to a row (1, q) that were not seen; of copies the one that comes first."""
-        assert self.index is not None
-        k = count + len(self.seen)
-        while True:
-            hits = self.index.search(row, k, exclude=self.barred)[0]
-            rows = self.index.vectors[[hit.row for hit in hits]]  # (n, q)
-            same = np.concatenate([self.seen, rows]) @ rows.T > self._least  # (s + n, n)
-            known = np.triu(same, 1 - len(self.seen)).any(axis=0)  # (n,), to a row in front of their own
-            fresh = [hit for hit, is_known in zip(hits, known, strict=True) if not is_known][:count]
-            if len(fresh) == count or len(hits) < k:
-                return [hit._replace(rank=rank) for rank, hit in enumerate(fresh, 1)]
-            k *= 2
+    def _fresh(self, index: ImageIndex, row: np.ndarray) -> Iterator[Hit]:
+        """The pictures nearest to a row (q,) that were not seen, best first; of copies the one that comes first."""
+        barred, passed = frozenset(self.barred), np.empty((0, len(row)), np.float32)  # (n, q)
+        hits = index.search(row[None], self.count + len(self.seen), barred)[0]
+        for hit in index.beyond(row, hits, barred):
+            vector = index.vectors[hit.row]  # (q,)
+            if (np.concatenate([self.seen, passed]) @ vector).max(initial=-1) <= self._least:
+                passed = np.concatenate([passed, vector[None]])
+                yield hit._replace(rank=len(passed))
 
     @property
     def _least(self) -> float:

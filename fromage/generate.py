@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from fromage.bounds import check_whole
 from fromage.decoding import GREEDY, Decoding, Draft, write
 from fromage.gallery import Gallery, Resolve, Shown
 from fromage.model import Fromage
@@ -61,12 +62,16 @@ def generate(
     Args:
         index: where the pictures are; built with this very model.
         resolve: fromage.hits.openable, or the like: opens the pictures found. In place of one that is gone the next best
-            is shown, with a note.
+            is shown, with a note. Without, Shown.rest goes on where its hits end.
         batch_size: prompts decoded at a time.
 
     Raises:
-        UserError: a prompt and its answer are longer than the language model's positions, or a picture cannot be had.
+        UserError: a prompt and its answer are longer than the language model's positions, a picture cannot be had, or the
+            index was built with another model.
     """
+    check_whole("batch_size", batch_size, 1)
+    if index is not None:
+        index.require(model.fingerprint())
     answers = []
     for start in range(0, len(prompts), batch_size):
         batch = prompts[start : start + batch_size]
@@ -93,6 +98,8 @@ def stream(
     Decoding runs in a thread of its own and goes on while a piece is looked at; closing the iterator stops it.
     Arguments and errors are those of generate; what is wrong with the prompt is raised at once.
     """
+    if index is not None:
+        index.require(model.fingerprint())
     embedded = embed_prompts(model, [prompt], decoding.max_new_tokens)
     gallery = Gallery(model, index, resolve, decoding.images_per_ret, prompt, embedded.features)
     pieces: SimpleQueue[Any] = SimpleQueue()

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import islice
+from math import inf
 from typing import NamedTuple
 
 from PIL import Image
 
 from fromage.contact_sheet import contact_sheet
 from fromage.errors import UserError
-from fromage.pictures import open_picture
+from fromage.pictures import open_picture, small
 
-SPARE = 5  # hits to ask for beyond those wanted, as web addresses die
-THREADS = 8
+SECONDS = 15.0  # after which no further hits are tried
+THREADS = 8  # that open pictures, for all who ask
+POOL = ThreadPoolExecutor(THREADS, "pictures")
+NOTED = 5  # notes of their own on hits that are left out
 
 
 class Hit(NamedTuple):
@@ -32,32 +37,47 @@ class Hit(NamedTuple):
 
 
 Opened = tuple[Hit, Image.Image]
+Lost = tuple[Hit, str]  # and why it cannot be opened
 
 
-def openable(hits: Sequence[Hit], wanted: int) -> tuple[list[Opened], list[str]]:
-    """The first hits whose pictures can be opened, with these, and a note on each one that cannot.
+def openable(hits: Iterable[Hit], wanted: int, side: float = inf) -> tuple[list[Opened], list[Lost]]:
+    """The first hits whose pictures can be opened, with these, and the hits in front that cannot.
 
-    The next best takes its place: ask for more hits than are wanted. Pictures on the web are fetched several at a time.
+    The next best takes the place of one that has gone, as long as there are hits (ImageIndex.beyond goes on to the end of
+    the index) and time. The more have gone, the more are tried at once.
+
+    Args:
+        side: pixels of a picture's longer side, to which it is scaled down.
     """
     opened: list[Opened] = []
-    notes: list[str] = []
-    rest = iter(hits)
-    with ThreadPoolExecutor(THREADS) as pool:
-        while batch := list(islice(rest, max(0, wanted - len(opened)))):
-            for hit, picture in zip(batch, pool.map(_open, batch), strict=True):
-                if isinstance(picture, str):
-                    notes.append(f"left out #{hit.rank}: {picture}")
-                else:
-                    opened.append((hit, picture))
-    return opened, notes
+    lost: list[Lost] = []
+    rest, ends = iter(hits), time.monotonic() + SECONDS
+    while len(opened) < wanted and time.monotonic() < ends:
+        batch = list(islice(rest, wanted - len(opened) + min(len(lost), THREADS)))
+        if not batch:
+            break
+        for hit, picture in zip(batch, POOL.map(partial(_open, side=side), batch), strict=True):
+            if len(opened) == wanted:
+                break
+            if isinstance(picture, str):
+                lost.append((hit, picture))
+            else:
+                opened.append((hit, picture))
+    return opened, lost
 
 
-def _open(hit: Hit) -> Image.Image | str:
+def _open(hit: Hit, side: float) -> Image.Image | str:
     """The picture, or why there is none."""
     try:
-        return open_picture(hit.path)
+        return small(open_picture(hit.path), side)
     except UserError as error:
         return str(error)
+
+
+def left_out(lost: Sequence[Lost]) -> list[str]:
+    """A line on each of the first hits that are lost, and one on all others."""
+    lines = [f"left out #{hit.rank}: {why}" for hit, why in lost[:NOTED]]
+    return [*lines, f"left out {len(lost) - NOTED} more"] if len(lost) > NOTED else lines
 
 
 def draw_hits(queries: Sequence[str], found: Sequence[Sequence[Opened]]) -> Image.Image:

@@ -13,9 +13,10 @@ import faiss
 import numpy as np
 import pyarrow as pa
 
+from fromage.bounds import check_whole
 from fromage.candidates import FLAT, OVERSAMPLE, Candidates
 from fromage.checkpoint import load_model
-from fromage.errors import UserError
+from fromage.errors import UserError, first_line
 from fromage.hits import Hit
 from fromage.index_folder import CANDIDATES, ITEMS, VECTORS, check_files, read_about, replacing, seal
 from fromage.item_table import Embedded, ItemTable, to_batch, write_items
@@ -95,8 +96,7 @@ class ImageIndex:
             k: pictures per query, at least 1.
             exclude: paths that must not be found.
         """
-        if k < 1:
-            raise UserError(f"k is {k}; ask for at least one picture")
+        check_whole("k", k, 1)
         rows = unit(queries, "the query")  # (B, q)
         if rows.shape[1] != self.width:
             raise UserError(f"queries are {rows.shape[1]} wide, the index {self.width}; use the model that built the index")
@@ -109,6 +109,16 @@ class ImageIndex:
             hits if len(hits) == k else self._exact(row[None], k, barred)[0]  # the candidates ran out
             for row, hits in zip(rows, found, strict=True)
         ]
+
+    def beyond(self, query: np.ndarray, hits: Sequence[Hit], exclude: Collection[str] | None = None) -> Iterator[Hit]:
+        """The hits of a search for one query (q,), and then all behind them: searched for as they are asked for."""
+        given: set[int] = set()
+        while len(hits) > len(given):
+            for hit in hits:
+                if hit.row not in given:  # approximate kinds may rank otherwise when they are asked for more
+                    given.add(hit.row)
+                    yield hit._replace(rank=len(given))
+            hits = self.search(query[None], 2 * len(given), exclude)[0]
 
     def _exact(self, rows: np.ndarray, k: int, barred: frozenset[str]) -> list[list[Hit]]:
         """The true k nearest: FAISS is asked on until its last score is clearly worse."""
@@ -180,7 +190,7 @@ class ImageIndex:
             index.require(fingerprint, folder)
         return index
 
-    def require(self, fingerprint: str, folder: str | Path) -> None:
+    def require(self, fingerprint: str, folder: str | Path = "the index") -> None:
         """Raise UserError unless the model of this fingerprint built the index; folder is where it lies, for the message."""
         if fingerprint != self.fingerprint:
             raise UserError(
@@ -190,13 +200,16 @@ class ImageIndex:
 
 
 def unit(rows: np.ndarray, whose: str) -> np.ndarray:
-    """(n, q) rows at unit length, float32. Raises UserError for zero rows, infinities and NaN."""
-    rows = np.ascontiguousarray(rows, dtype=np.float32)
+    """(n, q) rows at unit length, float32. Raises UserError for what are no numbers, zero rows, infinities and NaN."""
+    try:
+        rows = np.ascontiguousarray(rows, dtype=np.float32)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"embeddings of {whose} are no numbers ({first_line(error)}); search_index takes texts") from error
     if rows.ndim != 2:
         raise UserError(f"embeddings of {whose} have the shape {rows.shape}; expected (rows, width)")
     lengths = np.linalg.norm(rows, axis=1, keepdims=True)  # (n, 1)
     if not (np.isfinite(lengths).all() and (lengths > 0).all()):
-        raise UserError(f"embeddings of {whose} hold zero rows, infinities or NaN; is the checkpoint sound?")
+        raise UserError(f"embeddings of {whose} hold zero rows, infinities or NaN; make them anew, from a sound checkpoint")
     return rows / lengths
 
 
@@ -234,7 +247,8 @@ def open_index(folder: str | Path, ckpt: str | Path | None = None, device: str =
 
 
 def search_index(model: Fromage, index: ImageIndex, texts: Sequence[str], k: int = 5) -> list[list[Hit]]:
-    """The k pictures nearest to each text."""
+    """The k pictures nearest to each text. Raises UserError for an index of another model."""
+    index.require(model.fingerprint())
     if not texts:
         return []
     return index.search(model.embed_text(list(texts)).float().cpu().numpy(), k)

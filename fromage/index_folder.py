@@ -106,8 +106,8 @@ def replacing(folder: str | Path) -> Iterator[Path]:
         yield new
         _swap(new, folder, old)
     except (OSError, RuntimeError) as error:  # FAISS raises the latter
-        cause = first_line(error)
-        raise UserError(f"{folder}: the index cannot be written ({cause}); what was there before still is") from error
+        still = "what was there before still is" if folder.exists() else "make room, or choose another place"
+        raise UserError(f"{folder}: the index cannot be written ({first_line(error)}); {still}") from error
     finally:
         shutil.rmtree(new, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)

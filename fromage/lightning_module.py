@@ -110,6 +110,7 @@ class FromageModule(pl.LightningModule):
         self._validation: list[tuple[Tensor, Tensor]] = []
         self._to_show: list[tuple[str, Tensor, Tensor | None]] = []
         self._clock = 0.0
+        self.sheets: dict[str, Image.Image] = {}  # the last validation's pictures, by tag
 
     def configure_model(self) -> None:
         """Load the towers, once."""
@@ -215,17 +216,17 @@ class FromageModule(pl.LightningModule):
         self._validation.append((out.texts, out.images))
         if len(self._to_show) < SHOWN_FROM:
             features = image_features(self.model, batch).cpu()
-            pixels = [None] * len(features) if batch.pixels is None else list(batch.pixels.float().cpu())
+            pixels = [None] * len(features) if batch.pixels is None else list(batch.pixels.cpu())
             self._to_show += zip(batch.captions, features, pixels, strict=True)
 
     def on_validation_epoch_end(self) -> None:
-        """Recall@1/5/10 both ways over the whole validation set, and pictures for TensorBoard."""
+        """Recall@1/5/10 both ways over the whole validation set, and pictures for TensorBoard and the report."""
         parts = gather_parts(self._validation) if self.trainer.world_size > 1 else self._validation
         texts, images = (torch.cat(rows) for rows in zip(*parts, strict=True))  # (N, q) each
         recalls = retrieval_recalls(texts, images)
         self.log_dict({f"{self.stage}/{name}": value for name, value in recalls.items()}, sync_dist=True)
         self.log(f"{self.stage}/r1", recalls["t2i_r1"], prog_bar=True, sync_dist=True)
-        if self.trainer.is_global_zero and hasattr(getattr(self.logger, "experiment", None), "add_image"):
+        if self.trainer.is_global_zero and self.h.shown:
             self._show(texts, images)
         self._validation, self._to_show = [], []
 
@@ -235,19 +236,20 @@ class FromageModule(pl.LightningModule):
         shown = range(min(self.h.shown, len(self._to_show)))
         features = torch.stack([self._to_show[i][1] for i in shown]).to(self.device)
         made = caption_images(self.model, features)
-        self._add_image(
+        self._add_sheet(
             f"{self.stage}/captions", [(f"true: {self._to_show[i][0]}", [(pictures[i], made[i])]) for i in shown]
         )
         rows = []
         for i in shown:
             scores, best = (texts[i] @ images[: len(pictures)].T).topk(min(5, len(pictures)))
             rows.append((self._to_show[i][0], [(pictures[j], f"{s:.2f}") for s, j in zip(scores, best, strict=True)]))
-        self._add_image(f"{self.stage}/search", rows)
+        self._add_sheet(f"{self.stage}/search", rows)
 
-    def _add_image(self, tag: str, rows: list[tuple[str, list[tuple[Image.Image | None, str]]]]) -> None:
-        pixels = torch.from_numpy(np.array(contact_sheet(rows)))  # (H, W, 3)
-        logger: Any = self.logger
-        logger.experiment.add_image(tag, pixels, self.global_step, dataformats="HWC")
+    def _add_sheet(self, tag: str, rows: list[tuple[str, list[tuple[Image.Image | None, str]]]]) -> None:
+        sheet = self.sheets[tag] = contact_sheet(rows)
+        board: Any = getattr(self.logger, "experiment", None)
+        if hasattr(board, "add_image"):
+            board.add_image(tag, np.array(sheet), self.global_step, dataformats="HWC")  # (H, W, 3)
 
     test_step = validation_step
     on_test_epoch_start = on_validation_epoch_start
@@ -281,7 +283,8 @@ def gather_parts(parts: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tenso
 
 
 def to_picture(pixels: Tensor) -> Image.Image:
-    """(3, H, W) normalised pixels -> a picture, stretched to the full range, for looking at."""
-    low, high = pixels.amin(), pixels.amax()
-    values = ((pixels - low) / (high - low).clamp_min(1e-6) * 255).byte()
-    return Image.fromarray(values.permute(1, 2, 0).numpy())  # (3, H, W) -> (H, W, 3)
+    """(3, H, W) pixels, uint8 or normalised (then stretched to the full range) -> a picture, for looking at."""
+    if pixels.dtype != torch.uint8:
+        low, high = pixels.float().aminmax()
+        pixels = ((pixels.float() - low) / (high - low).clamp_min(1e-6) * 255).byte()
+    return Image.fromarray(pixels.permute(1, 2, 0).numpy())  # (3, H, W) -> (H, W, 3)

@@ -48,6 +48,8 @@ class _FrozenHeadLoss(torch.autograd.Function):
         loss, right = hidden.new_zeros((), dtype=torch.float32), hidden.new_zeros((), dtype=torch.float32)
         for h, t, out in zip(hidden.split(CHUNK), targets.split(CHUNK), grad_hidden.split(CHUNK), strict=True):
             e, z = lm.head(h)[:, :V].float(), (h @ rows.to(h.dtype).T).float()  # (c, V), (c, n): frozen and added logits
+            e, z = lm.capped(e), lm.capped(z)
+            slopes = None if lm.cap is None else [1 - (x / lm.cap) ** 2 for x in (e, z)]
             t, is_added = t.unsqueeze(1), t.unsqueeze(1) >= first  # (c, 1) each
             of_frozen, of_added = t.clamp(max=V - 1), (t - first).clamp(min=0)  # columns
             target = torch.where(is_added, z.gather(1, of_added), e.gather(1, of_frozen))  # (c, 1)
@@ -59,6 +61,8 @@ class _FrozenHeadLoss(torch.autograd.Function):
             if hidden.requires_grad:
                 e.scatter_add_(1, of_frozen, -s * ~is_added)
                 z.scatter_add_(1, of_added, -s * is_added)  # now e and z are s (p - onehot)
+                if slopes:
+                    e, z = e.mul_(slopes[0]), z.mul_(slopes[1])
                 scale = 1 / (s * len(hidden))  # (c, 1)
                 back = torch.addmm(z.to(h.dtype) @ rows.to(h.dtype), e.to(h.dtype), weight)  # (c, d)
                 torch.mul(back, scale, out=out)
@@ -79,7 +83,7 @@ def frozen_log_sum_exp(hidden: Tensor, targets: Tensor, lm: LanguageModel) -> tu
     """Log-sum-exp over the frozen vocabulary and the targets' logits, (N,) float32 each; 0 where the target is added."""
     V, lses, zs = lm.added.vocab_size, [], []
     for h, t in zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True):
-        logits = lm.head(h)[:, :V].float()  # (c, V)
+        logits = lm.capped(lm.head(h)[:, :V].float())  # (c, V)
         zs.append(torch.where(t < V, logits.gather(1, t.clamp(max=V - 1).unsqueeze(1)).squeeze(1), 0.0))
         top = logits.amax(1, keepdim=True)  # (c, 1)
         lses.append(logits.sub_(top).exp_().sum(1).log() + top.squeeze(1))

@@ -12,13 +12,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from itertools import accumulate
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
+
+from fromage.errors import UserError
 
 NAME = "fromage_packed"
 
@@ -80,43 +82,66 @@ class _Gather(torch.autograd.Function):
 
 
 class Attend(Protocol):
-    """How the packed tokens of one forward pass attend, layer by layer."""
+    """How the packed tokens of one forward pass attend, layer by layer.
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+    Attributes:
+        reach: tokens of the longest sequence, those of an earlier pass included.
+    """
+
+    reach: int
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, weighting: Weighting) -> Tensor:
         """q (N, H, e), k and v (N, H', e) with H' <= H -> (N, H, e)."""
+
+
+class Weighting(NamedTuple):
+    """What a layer does to the products of queries and keys: a factor, and a bound that tanh keeps them within (Gemma 2)."""
+
+    scale: float | None
+    cap: float | None
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """q (S, H, T, e), k and v (S, H', T', e), mask of who sees whom, None if causal -> (S, H, T, e)."""
+        grouped = q.shape[1] != k.shape[1]
+        if self.cap is None:
+            causal = mask is None
+            return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=self.scale, enable_gqa=grouped)
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))  # (S, H, T', e)
+        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril() if mask is None else mask
+        products = (q @ k.transpose(2, 3)).float() * (self.scale or q.shape[3] ** -0.5)  # (S, H, T, T')
+        capped = (torch.tanh(products / self.cap) * self.cap).masked_fill(~mask, -torch.inf)
+        return capped.softmax(-1).to(v.dtype) @ v
 
 
 class Causal:
     """Each token attends to those before it in its sequence. With keep, keys and values stay for OneMore."""
 
     def __init__(self, rows: Rows, keep: bool = False) -> None:
-        self.rows, self.keep = rows, keep
+        self.rows, self.keep, self.reach = rows, keep, rows.width
         self.kept: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> keys, values (S, H', T, e)
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, weighting: Weighting) -> Tensor:
         """See Attend."""
         q, k, v = (self.rows.spread(x).transpose(1, 2) for x in (q, k, v))  # (S, H, T, e)
         if self.keep:
             self.kept[layer] = k, v
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
-        return self.rows.gather(out.transpose(1, 2))  # (S, T, H, e) -> (N, H, e)
+        return self.rows.gather(weighting.attention(q, k, v, None).transpose(1, 2))  # (S, T, H, e) -> (N, H, e)
 
 
 class OneMore:
     """One new token behind each of S sequences, whose keys and values an earlier pass kept: they are used up."""
 
     def __init__(self, before: Causal, lengths: list[int], device: torch.device) -> None:
-        self.kept = before.kept
+        self.kept, self.reach = before.kept, before.rows.width + 1
         known = torch.arange(before.rows.width).expand(len(lengths), -1) < torch.tensor(lengths).unsqueeze(1)  # (S, T)
         mask = F.pad(known, (0, 1), value=True)[:, None, None]  # (S, 1, 1, T + 1)
         self.mask = to_device(mask, device)
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, weighting: Weighting) -> Tensor:
         """See Attend; here N = S."""
         q, k, v = (x.unsqueeze(2) for x in (q, k, v))  # (S, H, 1, e)
         keys, values = (torch.cat([old, new], 2) for old, new in zip(self.kept.pop(layer), (k, v), strict=True))
-        gqa = q.shape[1] != keys.shape[1]
-        return F.scaled_dot_product_attention(q, keys, values, self.mask, scale=scale, enable_gqa=gqa).squeeze(2)
+        return weighting.attention(q, keys, values, self.mask).squeeze(2)
 
 
 class Branches:
@@ -126,18 +151,16 @@ class Branches:
     """
 
     def __init__(self, prefix: Causal, lengths: list[int], device: torch.device) -> None:
-        self.kept = prefix.kept
+        self.kept, self.reach = prefix.kept, prefix.rows.width + max(lengths)
         owner = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))  # (N,)
         own = (owner[:, None] == owner).tril()  # (N, N)
         self.mask = to_device(F.pad(own, (prefix.rows.width, 0), value=True), device)  # (N, P + N), P tokens in the prefix
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, weighting: Weighting) -> Tensor:
         """See Attend."""
         q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))  # (1, H, N, e)
         keys, values = (torch.cat([old, new], 2) for old, new in zip(self.kept[layer], (k, v), strict=True))
-        gqa = q.shape[1] != keys.shape[1]
-        out = F.scaled_dot_product_attention(q, keys, values, self.mask, scale=scale, enable_gqa=gqa)
-        return out[0].transpose(0, 1)  # (1, H, N, e) -> (N, H, e)
+        return weighting.attention(q, keys, values, self.mask)[0].transpose(0, 1)  # (1, H, N, e) -> (N, H, e)
 
 
 _attend: ContextVar[Attend | None] = ContextVar("attend", default=None)
@@ -151,11 +174,12 @@ def who_attends() -> Attend | None:
 @torch.compiler.disable
 def _attention(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, **options: Any) -> tuple[Tensor, None]:
     """What Hugging Face calls: q (1, H, N, e), k and v (1, H', N, e) -> (1, N, H, e)."""
-    if options.get("softcap") is not None or options.get("dropout"):
-        raise NotImplementedError("packed attention knows neither soft caps nor dropout")
-    q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # (N, H, e)
     attend: Any = who_attends()
-    out = attend(module.layer_idx, q, k, v, options.get("scaling"))
+    window = options.get("sliding_window")
+    if window is not None and attend.reach > window:
+        raise UserError(f"{attend.reach} tokens in a sequence: this language model looks back {window} only; shorten it")
+    q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # (N, H, e)
+    out = attend(module.layer_idx, q, k, v, Weighting(options.get("scaling"), options.get("softcap")))
     return out.unsqueeze(0), None
 
 

@@ -124,6 +124,8 @@ def find_pictures(source: str, transform: Callable[[Image.Image], Tensor], capti
     Raises UserError where neither is there, and for captions that cannot be read or name none of the pictures.
     """
     if is_shards(Path(source)):
+        if any(map(is_picture, Path(source).rglob("*"))):
+            raise UserError(f"{source}: holds pictures and .tar shards; name the shards alone, {source}/*.tar, or part them")
         if captions is not None:
             raise UserError(f"{source}: shards bring their captions along; leave out {captions}")
         shards = expand(source)

@@ -7,7 +7,7 @@ import tarfile
 from contextlib import suppress
 from pathlib import Path
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from fromage.errors import BrokenSample, UserError
 
@@ -16,6 +16,7 @@ MAX_PIXELS = 89_478_485  # Pillow's own line between a large picture and a decom
 STRANGERS_PIXELS = 25_000_000  # of what the web or a visitor sends: one takes up to 16 bytes a pixel to decode
 MAX_ASPECT = 100  # a strip of 1 x 20,000 pixels passes the first limit, and explodes when its short side is scaled up
 WHITE = (255, 255, 255)
+ORIENTATION = ExifTags.Base.Orientation
 
 
 def is_picture(path: Path) -> bool:
@@ -53,26 +54,37 @@ def _member(shard: str, key: str) -> bytes:
 
 
 def decode_picture(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Decode to RGB, upright as EXIF has it, transparency on white, an animation's first frame.
-
-    Raises BrokenSample for bytes that are no picture, and for pictures beyond max_pixels or MAX_ASPECT.
-    """
+    """The picture that a file's bytes hold, as take_in makes it. Raises BrokenSample likewise, and where there is none."""
     try:
         image = Image.open(io.BytesIO(data))
-        width, height = image.size
-        if width * height > max_pixels or max(width, height) > MAX_ASPECT * min(width, height):
-            raise ValueError(f"{width} x {height} pixels are too large or too narrow")
-        image.load()
-        with suppress(Exception):  # a picture with broken EXIF is still a picture
-            ImageOps.exif_transpose(image, in_place=True)
-        return to_rgb(image)
     except UnidentifiedImageError:
         raise BrokenSample("undecodable picture: no known format") from None
-    except Exception as error:  # on broken bytes Pillow's decoders raise nearly anything
+    except Image.DecompressionBombError:  # Pillow's limit, which lies above ours
+        raise BrokenSample(f"undecodable picture: too large, of more than {max_pixels:,} pixels") from None
+    except Exception as error:  # on broken bytes Pillow raises nearly anything
+        raise BrokenSample(f"undecodable picture: {error}") from None
+    return take_in(image, max_pixels)
+
+
+def take_in(image: Image.Image, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """An opened picture in RGB, upright as EXIF has it, transparency on white, an animation's first frame.
+
+    Raises BrokenSample for one that cannot be decoded, or is beyond max_pixels or MAX_ASPECT.
+    """
+    width, height = image.size
+    if not 0 < width * height <= max_pixels or max(width, height) > MAX_ASPECT * min(width, height):
+        raise BrokenSample(f"undecodable picture: {width} x {height} pixels are too large or too narrow")
+    try:
+        image.load()
+        with suppress(Exception):  # a picture with broken EXIF is still a picture
+            if image.getexif().get(ORIENTATION, 1) != 1:
+                image = ImageOps.exif_transpose(image)
+        return _to_rgb(image)
+    except Exception as error:
         raise BrokenSample(f"undecodable picture: {error}") from None
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
+def _to_rgb(image: Image.Image) -> Image.Image:
     """A picture of any mode in RGB: transparency on white, 16 bits as 8."""
     if image.mode.startswith("I;16"):  # a plain conversion would clip 16 bits to white
         image = image.convert("I").point(lambda level: level * (1 / 256)).convert("L")
@@ -82,7 +94,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def small(picture: Image.Image, side: int) -> Image.Image:
+def small(picture: Image.Image, side: float) -> Image.Image:
     """The picture, or a copy whose longer side has so many pixels."""
     if max(picture.size) <= side:
         return picture

@@ -272,7 +272,7 @@ def _batch(run: Run, model: Fromage) -> Batch:
     ids = torch.zeros(B, max(lengths), dtype=torch.long)
     if run.stored_features:
         return Batch([], [], ids, lengths, None, torch.zeros(B, model.vision.width))
-    return Batch([], [], ids, lengths, torch.zeros(B, 3, *model.vision.image_size), None)
+    return Batch([], [], ids, lengths, torch.zeros(B, 3, *model.vision.image_size, dtype=torch.uint8), None)
 
 
 def report(plan: Plan, tflops: float, share: float) -> str:

@@ -7,6 +7,7 @@ A batch is padded on the left, so that all prompts end where generation begins.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -17,9 +18,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fromage.errors import UserError
+from fromage.bounds import check_whole
+from fromage.errors import BrokenSample, UserError
 from fromage.model import Fromage, pad
-from fromage.pictures import open_picture, to_rgb
+from fromage.pictures import open_picture, take_in
+
+HALVES = re.compile("[\ud800-\udfff]")  # of characters in UTF-16, which are none
 
 
 class Url(str):
@@ -62,11 +66,13 @@ class Prompts:
 
 
 def parts_of(prompt: Prompt) -> list[Part]:
-    """A prompt as a list; a single part is a prompt too. Raises UserError for what can be no part."""
+    """A prompt as a list; a single part is a prompt too. Raises UserError for what can be no part, or no text."""
     parts: list[Part] = list(prompt) if isinstance(prompt, (list, tuple)) else [prompt]  # type: ignore[list-item]
     for part in parts:
         if not isinstance(part, (str, Picture, Special)):
             raise UserError(f"a prompt holds text, pictures, paths and addresses of pictures, not {type(part).__name__}")
+        if isinstance(part, str) and HALVES.search(part):
+            raise UserError(f"{part[:50]!r}: holds half a character (a surrogate); leave it out")
     return parts
 
 
@@ -142,7 +148,15 @@ def _check_lengths(model: Fromage, lengths: list[int], room: int) -> None:
 
 
 def encode_pictures(model: Fromage, pictures: Sequence[Picture]) -> Tensor:
-    """(n, m) image features, in float32; the tower encodes those that are no features yet, in one pass."""
+    """(n, m) image features, in float32; the tower encodes those that are no features yet, in one pass.
+
+    Raises UserError for a picture that cannot be had, and for what can be no features of this tower.
+    """
+    for picture in pictures:
+        if isinstance(picture, Tensor) and not (picture.shape == (model.vision.width,) and picture.isfinite().all()):
+            raise UserError(
+                f"a picture's features of shape {tuple(picture.shape)}: must be {model.vision.width} finite numbers"
+            )
     pixels = [model.vision.transform(_open(picture)) for picture in pictures if not isinstance(picture, Tensor)]
     made = iter(model.vision(torch.stack(pixels)) if pixels else ())
     rows = [picture.to(model.device) if isinstance(picture, Tensor) else next(made) for picture in pictures]
@@ -156,12 +170,16 @@ def _open(picture: Image.Image | Path | Url) -> Image.Image:
         from fromage.remote import fetch_picture  # never open_picture: the text of an address may name a file
 
         return fetch_picture(picture)
-    return to_rgb(picture)
+    try:
+        return take_in(picture)
+    except BrokenSample as error:
+        raise UserError(f"a picture that was given opened: {error}; give another one") from error
 
 
 @torch.no_grad()
 def embed_for_retrieval(model: Fromage, prompts: Sequence[Prompt], batch_size: int = 32) -> Tensor:
     """Prompts -> (B, q) unit rows of the retrieval space: each with [RET] behind it, W_t h + b of the last hidden state."""
+    check_whole("batch_size", batch_size, 1)
     behind = [RET] if model.pooling == "ret" else []
     out = [torch.empty(0, model.q, device=model.device)]
     for start in range(0, len(prompts), batch_size):

@@ -23,7 +23,7 @@ from contextlib import suppress
 from functools import cache
 from itertools import groupby, islice
 from pathlib import Path
-from subprocess import PIPE, Popen
+from subprocess import PIPE, Popen, TimeoutExpired
 from typing import Any, TypeVar
 
 import webdataset as wds
@@ -198,8 +198,9 @@ def read_shard(shard: str, lost: Callable[[str, str], None]) -> Iterator[Raw]:
                 pass
             stream.close()
             return
-        except (OSError, tarfile.TarError, EOFError, zlib.error) as error:
-            cause = f"unreadable or truncated: after {done} samples, {error.args[0] if error.args else error}"
+        except (OSError, TimeoutExpired, tarfile.TarError, EOFError, zlib.error) as error:
+            said = next((text for text in error.args if isinstance(text, str)), type(error).__name__)
+            cause = f"unreadable or truncated: after {done} samples, {said}"
         finally:
             if stream is not None:
                 with suppress(OSError):
@@ -219,7 +220,7 @@ class CommandReader:
         if not select.select([self.output], [], [], PATIENCE)[0]:
             raise OSError(f"nothing came for {PATIENCE} seconds")
         data = self.output.read(size)
-        if not data and (code := self.process.wait()):
+        if not data and (code := self.process.wait(PATIENCE)):
             raise OSError(f"the command failed with exit code {code}")
         return data
 
@@ -270,15 +271,23 @@ class Broken:
     """Counts the samples a worker used and those it could not, logs the latter, and stops when they are too many."""
 
     def __init__(self, limit: float) -> None:
-        self.limit, self.good, self.bad, self.missing = limit, 0, 0, 0
+        self.limit, self.good, self.bad, self.lost, self.missing = limit, 0, 0, 0, 0
         self.last: deque[str] = deque(maxlen=5)
 
     def add(self, key: str, cause: str) -> None:
-        """Count and log a sample, or a shard, that cannot be used."""
-        cause = " ".join(cause.split())
-        log.warning("skipped %s: %s", key, cause)
+        """Count and log a sample that cannot be used."""
         self.bad += 1
-        self.last.append(f"{key} ({cause})")
+        self._note(key, cause)
+
+    def lose(self, shard: str, cause: str) -> None:
+        """Count and log a shard that cannot be read to its end, or a member of it that belongs to no sample."""
+        self.lost += 1
+        self._note(shard, cause)
+
+    def _note(self, name: str, cause: str) -> None:
+        cause = " ".join(cause.split())
+        log.warning("skipped %s: %s", name, cause)
+        self.last.append(f"{name} ({cause})")
         self.check()
 
     def check(self, end: bool = False) -> None:
@@ -286,7 +295,7 @@ class Broken:
 
         Samples that a shard holds too few count at the end alone: shards are read ahead of their samples' use.
         """
-        bad = self.bad + (self.missing if end else 0)
+        bad = self.bad + self.lost + (self.missing if end else 0)
         seen = bad + self.good
         if (end or seen >= CHECK_FROM) and bad > self.limit * seen:
             share = f"{bad} of {seen} samples are broken ({bad / seen:.1%}, max_broken allows {self.limit:.1%})"
@@ -297,7 +306,7 @@ def read_shards(shards: Iterable[tuple[str, int | None]], broken: Broken) -> Ite
     """The stored samples of (shard, size) pairs, in order; what a shard holds too few, by sizes.json, counts as broken."""
     for shard, size in shards:
         found = 0
-        for raw in read_shard(shard, broken.add):
+        for raw in read_shard(shard, broken.lose):
             found += 1
             yield raw
         if size is not None and found < size:

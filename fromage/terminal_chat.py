@@ -156,9 +156,11 @@ class Session:
         if words:
             try:
                 number: dict[str, Any] = {field: kind(words)}
+                self.chat.decoding = replace(self.chat.decoding, **number)
             except ValueError:
                 raise UserError(f"{name} {words}: wants {'a whole' if kind is int else 'a'} number") from None
-            self.chat.decoding = replace(self.chat.decoding, **number)
+            except UserError as error:
+                raise UserError(str(error).replace(field, name)) from None
         self.screen.line(f"({name[1:]} is {getattr(self.chat.decoding, field)})")
 
     def save(self, name: str, words: str) -> None:
@@ -166,6 +168,8 @@ class Session:
         path = Path(words)
         if path.suffix.lower() != ".png":
             raise UserError(f"{name} {words}: name a file that ends in .png")
+        if not path.parent.is_dir():
+            raise UserError(f"{name} {words}: there is no folder {path.parent}; make it first, or name another")
         pages = [(_said(turn.said), opened) for turn in self.chat.turns if (opened := _opened(turn))]
         if not pages:
             raise UserError(f"{name}: no picture has been shown yet; ask for one, or raise /ret-bias")

@@ -3,21 +3,37 @@
 from __future__ import annotations
 
 import json
+from math import isfinite
+from numbers import Real
 from typing import Any
 
 import gradio as gr
+
+from fromage.prompts import HALVES
 
 POLICY = b"default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; frame-ancestors 'self'"
 
 
 class GuardedBlocks(gr.Blocks):
-    """Takes uploaded files only. Gradio itself refuses paths of this machine, but would fetch web addresses."""
+    """Takes uploaded files only. Gradio itself refuses paths of this machine, but would fetch web addresses.
+
+    And takes no values that the page could not have sent, at which Gradio, or what it calls, would fail.
+    """
 
     def validate_inputs(self, block_fn: Any, inputs: list[Any]) -> None:
         """Refuse a call before Gradio looks for its files."""
         super().validate_inputs(block_fn, inputs)
         if '"path": "http' in json.dumps(inputs):  # within a text the quotes would be escaped
-            raise gr.Error("send the picture itself, not its address")
+            raise gr.Error("send the picture itself, not its address", print_exception=False)
+        for block, value in zip(block_fn.inputs, inputs, strict=False):
+            if isinstance(block, gr.Slider) and not (isinstance(value, Real) and isfinite(value)):
+                raise gr.Error(f"{block.label} must be a number", print_exception=False)
+            if isinstance(block, gr.MultimodalTextbox) and not _is_message(value):
+                raise gr.Error("a message is its text and its files", print_exception=False)
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, dict) and isinstance(text := value.get("text"), str) and not HALVES.search(text)
 
 
 class Guard:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -21,7 +21,7 @@ from fromage.decoding import Decoding
 from fromage.errors import BrokenSample, UserError
 from fromage.gallery import Shown
 from fromage.generate import Answer
-from fromage.hits import SPARE, Hit, openable
+from fromage.hits import Hit, openable
 from fromage.model import Fromage
 from fromage.pictures import STRANGERS_PIXELS, decode_picture, jpeg, small
 from fromage.prompts import Part, embed_queries
@@ -36,6 +36,7 @@ SIDE = 1024  # and of a picture on the page
 MAX_TURNS = 100  # of a conversation that are kept; a language model has positions for fewer
 Message = dict[str, Any]  # of Gradio: in a conversation its role and contents, in a box its text and files
 SECRET = token_bytes(16)
+GONE = "(better ones could not be opened)"  # in place of notes that name paths
 
 
 @dataclass
@@ -53,6 +54,9 @@ class Visits:
     """One model and its index, used by one visitor at a time. Of the visitors nothing is kept: their turns come and go."""
 
     def __init__(self, model: Fromage, index: ImageIndex | None, style: str) -> None:
+        """Raises UserError for an index of another model."""
+        if index is not None:
+            index.require(model.fingerprint())
         self.model, self.index, self.style, self.lock = model, index, style, Lock()
 
     def answer(
@@ -93,16 +97,17 @@ class Visits:
 
     def search(self, sent: Message, count: int) -> list[tuple[str, str]]:
         """The pictures of the index nearest to words, to a picture, or to both, best first: files, captions."""
+        assert self.index is not None  # the page has no tab for it without one
         try:
             with self.lock:
                 query = embed_queries(self.model, [read(sent)]).cpu().numpy()  # (1, q)
-            hits = self.index.search(query, int(count) + SPARE)[0] if self.index else []
+            hits = self.index.search(query, int(count))[0]
         except UserError as error:
             warn(error)
             return []
-        opened, notes = openable(hits, int(count))
-        if notes:
-            gr.Info(gone(notes))
+        opened, lost = openable(self.index.beyond(query[0], hits), int(count))
+        if lost:
+            gr.Info(GONE)
         return [(drawn(picture), caption(hit)) for hit, picture in opened]
 
 
@@ -149,7 +154,7 @@ def contents(part: Any) -> list[Any]:
     found: list[Any] = []
     for hit, picture in zip(part.hits, part.pictures, strict=True):
         found += [{"path": drawn(picture), "alt_text": hit.caption}, escape(caption(hit), quote=False)]
-    return found + ([gone(part.notes)] if part.notes else []) or ["[a picture; there is none to show]"]
+    return found + ([GONE] if part.notes else []) or ["[a picture; there is none to show]"]
 
 
 def drawn(picture: Image.Image) -> str:
@@ -165,11 +170,6 @@ def drawn(picture: Image.Image) -> str:
 def caption(hit: Hit) -> str:
     """What stands under a picture found; its path is nobody's business."""
     return f"#{hit.rank}  {hit.score:.2f}  {hit.caption}".rstrip()
-
-
-def gone(notes: Sequence[str]) -> str:
-    """A note on pictures that could not be opened; their own notes name paths."""
-    return f"({len(notes)} found before could not be opened)"
 
 
 def warn(error: UserError) -> None:

@@ -9,6 +9,7 @@ from fromage.chat import Chat
 from fromage.decoding import Decoding
 from fromage.errors import UserError
 from fromage.gallery import Shown
+from fromage.model import Fromage
 from fromage.prompts import RET, START, prompt_ids, prompt_length
 
 PICTURES_PLEASE = Decoding(max_new_tokens=6, ret_bias=1e4, max_images=1)
@@ -87,6 +88,19 @@ def test_no_text_is_tokenised_again_for_each_turn_that_is_left_out(model, monkey
     monkeypatch.setattr(model.tokenizer, "encode", lambda text: asked.append(text) or encode(text))
     prompt = chat.prompt(["a star"])
     assert len(prompt) < 4 * 200 and max(map(asked.count, {"a star", "what is 0", "what is 199"})) == 1
+
+
+def test_a_single_text_is_a_prompt_and_not_its_letters(model):
+    chat = Chat(model, system="be kind.", examples=[("one", "two")])
+    assert chat.prompt("hi") == Chat(model, system=["be kind."], examples=[(["one"], ["two"])]).prompt(["hi"])
+
+
+def test_an_index_of_another_model_and_no_style_are_refused(model, index):
+    other = Fromage.load(k=1, q=32)
+    with pytest.raises(UserError, match="built with checkpoint"):
+        Chat(other, index)
+    with pytest.raises(UserError, match="dialogue, plain"):
+        Chat(model, style="verse")
 
 
 def test_a_turn_broken_off_leaves_no_trace(model, index, tmp_path):

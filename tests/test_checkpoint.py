@@ -157,7 +157,7 @@ def test_towers_may_lie_elsewhere(model, folder):
 
 
 def test_a_device_that_is_not_there_is_named(folder):
-    with pytest.raises(UserError, match="warp"):
+    with pytest.raises(UserError, match="device warp: there is none"):
         load_model(folder, "warp")
 
 

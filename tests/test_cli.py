@@ -1,13 +1,14 @@
 """The command line as a user meets it: what works, and what bad input gets."""
 
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from fromage.cli import main
+from fromage.cli import VERBS, main
 from fromage.configs import config_folder, find_config
 from fromage.errors import UserError
 
@@ -120,6 +121,45 @@ def test_bad_input_gets_one_line_and_a_code(fast, checkpoint, tmp_path):
 def test_debug_shows_the_traceback():
     code, stderr = bad("--debug", "fit", "--config", "nobody.yaml")
     assert code == 1 and "Traceback" in stderr
+
+
+def test_ctrl_c_and_sigterm_are_one_line_and_a_code_of_their_own(monkeypatch, capsys):
+    for number in (signal.SIGINT, signal.SIGTERM):
+        monkeypatch.setitem(VERBS, ("plan",), (lambda args, number=number: signal.raise_signal(number), []))
+        assert main(["plan"]) == 130
+        assert capsys.readouterr().err == "fromage: stopped\n"
+
+
+def test_a_warning_is_one_line():
+    program = (
+        "import sys, warnings; from fromage.cli import VERBS, main\n"
+        "VERBS['plan',] = (lambda args: warnings.warn('two are left out'), [])\n"
+        "main(['plan'])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.stderr == "warning: two are left out\n"
+
+
+def test_help_lists_all_verbs_and_tells_defaults(capsys):
+    for words, told in ((["--help"], "embed, build, add"), (["demo", "--help"], "(7860)"), (["search", "--help"], "(5)")):
+        with pytest.raises(SystemExit):
+            main(words)
+        assert told in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["index", "embed", "--ckpt", "a", "--images", "", "--out", "b"],
+        ["index", "embed", "--ckpt", "", "--images", "a", "--out", "b"],
+        ["search", "", "--index", "a"],
+        ["chat", "--system="],
+    ],
+)
+def test_empty_words_are_refused(words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(words)
+    assert stop.value.code == 2 and "is empty" in capsys.readouterr().err
 
 
 def test_both_names_are_installed():

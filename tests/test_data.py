@@ -1,6 +1,8 @@
 import io
 import logging
+import struct
 import tarfile
+import zlib
 
 import numpy as np
 import pytest
@@ -29,10 +31,16 @@ def transform(image):
     return torch.from_numpy(np.asarray(image.resize((2, 2)), dtype=np.float32).copy()).permute(2, 0, 1)
 
 
-def picture(colour=(10, 20, 30), mode="RGB", kind="PNG"):
+def picture(colour=(10, 20, 30), mode="RGB", kind="PNG", size=(4, 4)):
     buffer = io.BytesIO()
-    Image.new(mode, (4, 4), colour).save(buffer, kind)
+    Image.new(mode, size, colour).save(buffer, kind)
     return buffer.getvalue()
+
+
+def huge():
+    """A PNG of some bytes that says it has a hundred million pixels."""
+    head = b"IHDR" + struct.pack(">IIBBBBB", 10_000, 10_000, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + head + struct.pack(">II4s", zlib.crc32(head), 9, b"IDAT")
 
 
 def shards(folder, n=24, per_shard=4, bad=(), jpeg=b"broken"):
@@ -194,6 +202,9 @@ def test_a_device_without_validation_batch_is_refused(tmp_path, monkeypatch):
         ({"jpg": picture()}, "no caption"),
         ({"jpg": picture(), "txt": b" \n"}, "empty caption"),
         ({"jpg": picture(), "txt": b"\xff\xfe"}, "caption is not UTF-8"),
+        ({"jpg": picture(), "txt": b"x" * 70_000}, "caption too long: 70000 bytes"),
+        ({"png": picture(kind="PNG", size=(1, 3000)), "txt": b"x"}, "undecodable picture: 1 x 3000 pixels are too"),
+        ({"png": huge(), "txt": b"x"}, "undecodable picture: 10000 x 10000 pixels are too"),
         ({"npy": b"junk", "txt": b"x"}, "unreadable features"),
     ],
 )
@@ -205,6 +216,19 @@ def test_a_broken_sample_is_skipped_and_logged(tmp_path, caplog, members, cause)
     assert f"skipped b: {cause}" in caplog.text
     with pytest.raises(UserError, match=rf"1 of 3 samples.*33\.3%.*b \({cause}.*raise max_broken"):
         keys(module("unused", path).val_dataloader())
+
+
+@pytest.mark.parametrize(
+    ("kind", "mode", "size"),
+    [("JPEG", "CMYK", (4, 4)), ("PNG", "P", (4, 4)), ("PNG", "I;16", (4, 4)), ("PNG", "RGB", (1, 1)), ("JPEG", "L", (1, 1)),
+     ("PNG", "LA", (4, 4)), ("PNG", "1", (90, 1)), ("WEBP", "RGBA", (3, 3))],
+)  # fmt: skip
+def test_uncommon_pictures_and_captions_are_used(tmp_path, kind, mode, size):
+    caption = "👩‍👩‍👧 日本語 \u202e\x00 <|image|>[RET]</s>"
+    member = {kind.lower(): picture(None, mode, kind, size), "txt": f" {caption}\n".encode()}
+    batch = next(iter(module("unused", tar(tmp_path / "x.tar", ("odd", member)), max_tokens=99).val_dataloader()))
+    assert (batch.keys, batch.captions) == (["odd"], [caption])
+    assert batch.pixels.isfinite().all()
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -317,15 +341,18 @@ def fit(folder, data, resume=None, **named):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_run_taken_up_in_mid_epoch_sees_what_it_would_have_seen(tmp_path, workers):
-    folder = shards(tmp_path / "s")
-    whole = fit(tmp_path / "a", CC3M(folder, folder, 4, workers=workers), max_epochs=2)
-    assert len(whole.seen) == 12
-    assert whole.validated == 2 * [f"k{i:03d}" for i in range(24)]
-    assert [key for _, row in whole.seen[:6] for key in row] != [key for _, row in whole.seen[6:] for key in row]
-    for step in (2, 6, 8):
-        rest = fit(tmp_path / "b", CC3M(folder, None, 4, workers=workers), tmp_path / f"a/step={step}.ckpt", max_epochs=2)
+@pytest.mark.parametrize(("workers", "sizes"), [(0, True), (2, True), (0, False), (2, False)])
+def test_a_run_taken_up_in_mid_epoch_sees_what_it_would_have_seen(tmp_path, workers, sizes):
+    folder = shards(tmp_path / "s", bad=(2, 11))
+    if not sizes:  # Lightning then reads one batch ahead
+        (tmp_path / "s/sizes.json").unlink()
+    options = {"batch_size": 4, "workers": workers, "max_broken": 0.2}
+    whole = fit(tmp_path / "a", CC3M(folder, folder, **options), max_epochs=2)
+    assert whole.validated == 2 * [f"k{i:03d}" for i in range(24) if i not in (2, 11)]
+    first, second = ([row for epoch, row in whole.seen if epoch == number] for number in (0, 1))
+    assert len(first) >= 4 and first != second
+    for step in (3, len(first), len(first) + 1):
+        rest = fit(tmp_path / "b", CC3M(folder, None, **options), tmp_path / f"a/step={step}.ckpt", max_epochs=2)
         assert rest.seen == whole.seen[step:], step
 
 

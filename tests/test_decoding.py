@@ -1,5 +1,6 @@
 """Decoding against Hugging Face, against decoding without a cache and against single prompts; and the rules of [RET]."""
 
+import numpy as np
 import pytest
 import torch
 from transformers import (
@@ -204,12 +205,19 @@ def test_repetition_penalty_counts_the_answer_only(toy_model):
         {"max_new_tokens": 0}, {"min_tokens": -1}, {"min_tokens": 9, "max_new_tokens": 8}, {"temperature": -0.1},
         {"temperature": float("nan")}, {"top_p": 0}, {"top_p": 1.1}, {"top_k": -1}, {"repetition_penalty": 0}, {"stop": ""},
         {"stop": ["a", ""]}, {"ret_bias": float("inf")}, {"authors_ret_scale": float("nan")}, {"max_images": -1},
-        {"images_per_ret": 0},
+        {"images_per_ret": 0}, {"temperature": 1e-40}, {"temperature": 1e300}, {"repetition_penalty": 1e300},
+        {"max_new_tokens": "5"}, {"max_new_tokens": 2.5}, {"temperature": "hot"}, {"temperature": None}, {"stop": None},
+        {"stop": 5}, {"stop": [5]}, {"seed": "x"}, {"seed": 1.5}, {"seed": 2**64}, {"max_images": 1.5},
+        {"images_per_ret": 1.5}, {"top_p": None}, {"ret_bias": "x"},
     ],
 )  # fmt: skip
 def test_options_that_mean_nothing(options):
     with pytest.raises(UserError, match=f"{next(iter(options))} is .* must be"):
         Decoding(**options)
+
+
+def test_numbers_of_numpy_are_numbers():
+    assert Decoding(np.int64(5), temperature=np.float32(0.5), stop=["a"]) == Decoding(5, temperature=0.5, stop="a")
 
 
 def test_an_answer_must_have_room(toy_model):

@@ -38,18 +38,23 @@ def test_folder_shards_and_stored_features_agree(tmp_path, monkeypatch):
     folder = write_colours(tmp_path / "pictures")
     data = {name: (folder / name / "a.png").read_bytes() for name in COLOURS}
     feature = lambda name: encoded_npy(np.array(COLOURS[name], dtype=np.float16) / 255)  # noqa: E731
-    make_tar(tmp_path / "0.tar", {"b.png": data["blue"], "b.txt": b" a blue one\n", "g.npy": feature("green")})
-    make_tar(tmp_path / "1.tar", {"r.npy": feature("red"), "r.jpg": b"not read", "r.txt": "rouge é".encode()})
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    make_tar(shards / "0.tar", {"b.png": data["blue"], "b.txt": b" a blue one\n", "g.npy": feature("green")})
+    make_tar(shards / "1.tar", {"r.npy": feature("red"), "r.jpg": b"not read", "r.txt": "rouge é".encode()})
     wanted, found = embed_pictures(Model(), folder)
     assert [item.path for item in found] == [str(folder / name / "a.png") for name in COLOURS]
-    monkeypatch.chdir(tmp_path)
-    for source in (tmp_path, ".", "{0..1}.tar", str(tmp_path / "*.tar")):
+    monkeypatch.chdir(shards)
+    for source in (shards, ".", "{0..1}.tar", str(shards / "*.tar")):
         for batch_size, workers in ((1, 0), (64, 0)):
             embeddings, found = embed_pictures(Model(), source, batch_size, workers)
             np.testing.assert_allclose(embeddings, wanted, atol=1e-6)
-            assert found[0] == Item(f"{tmp_path}/0.tar#b", "a blue one")
-            assert found[2] == Item(f"{tmp_path}/1.tar#r", "rouge é")
+            assert found[0] == Item(f"{shards}/0.tar#b", "a blue one")
+            assert found[2] == Item(f"{shards}/1.tar#r", "rouge é")
     assert len(embed_pictures(Model(), "0.tar")[0]) == 2
+    (shards / "red.png").write_bytes(data["red"])
+    with pytest.raises(UserError, match="holds pictures and .tar shards"):
+        embed_pictures(Model(), shards)
 
 
 def encoded_npy(array):
@@ -262,9 +267,25 @@ def test_a_store_of_something_else_is_refused(pictures, tmp_path, monkeypatch):
 @pytest.mark.filterwarnings("ignore:.*04.bmp")
 @pytest.mark.parametrize(("batch_size", "workers"), [(0, 0), (-1, 0), (1, -1)])
 def test_batches_and_workers_that_cannot_be(pictures, tmp_path, batch_size, workers):
-    with pytest.raises(UserError, match="at least 1, and 0 or more"):
+    with pytest.raises(UserError, match=r"(batch_size|workers) is .*whole number from"):
         module.embed_pictures(Model(), pictures, tmp_path / "out", batch_size, workers)
     assert not (tmp_path / "out").exists()
+
+
+def test_pictures_beside_shards_are_not_passed_over(pictures, tmp_path):
+    (pictures / "z.tar").touch()
+    with pytest.raises(UserError, match=r"holds pictures and \.tar shards"):
+        module.embed_pictures(Model(), pictures, tmp_path / "out")
+
+
+@pytest.mark.filterwarnings("ignore:.*04.bmp")
+def test_when_it_is_stopped_it_says_that_the_command_goes_on(pictures, tmp_path, monkeypatch):
+    def stopped(self, *args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module._Part, "write", stopped)
+    with pytest.raises(KeyboardInterrupt, match="goes on"):
+        module.embed_pictures(Model(), pictures, tmp_path / "out")
 
 
 def test_a_store_that_cannot_be_written_says_so(pictures, tmp_path, monkeypatch):

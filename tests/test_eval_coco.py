@@ -3,13 +3,14 @@
 import shutil
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import open_clip
 import pytest
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
+from open_clip.model import _build_vision_tower
 from pycocoevalcap import eval as cocos
 from pycocoevalcap.rouge.rouge import Rouge
 from pycocotools.coco import COCO
@@ -134,6 +135,18 @@ def test_the_projection_of_a_vit():
     pixels, behind = torch.randn(3, 3, 32, 32), projection(clip.visual)
     want = clip.encode_image(pixels)
     torch.testing.assert_close(behind(VisionTower(clip, None, "small")(pixels)), want, atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("name", "width"), [("ViT-B-16-SigLIP", 768), ("convnext_tiny", 768)])
+def test_towers_of_timm_and_their_projections(name, width):
+    config = open_clip.get_model_config(name)
+    visual = _build_vision_tower(config["embed_dim"], config["vision_cfg"]).eval()
+    pixels = torch.randn(2, 3, 224, 224)
+    want, behind = visual(pixels), projection(visual)
+    tower = VisionTower(SimpleNamespace(visual=visual), None, name)
+    assert tower.width == width
+    torch.testing.assert_close(behind(tower(pixels)), want, atol=1e-5, rtol=1e-4)
 
 
 def test_captioning_says_what_is_not_installed(toy_model, data, monkeypatch):

@@ -126,7 +126,9 @@ def test_the_data_module_compares_the_towers(tmp_path):
     data = CC3M(str(tmp_path / "f"), batch_size=2, workers=0)
     model = types.SimpleNamespace(vision=Vision(name="other"), tokenizer=Tokenizer())
     module = types.SimpleNamespace(model=model)
-    data.trainer = types.SimpleNamespace(lightning_module=module, global_rank=0, world_size=1, current_epoch=0)
+    data.trainer = types.SimpleNamespace(
+        lightning_module=module, global_rank=0, world_size=1, current_epoch=0, fit_loop=None
+    )
     with pytest.raises(UserError, match="another tower"):
         data.train_dataloader()
     model.vision = Vision()

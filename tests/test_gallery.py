@@ -110,6 +110,14 @@ def test_the_next_best_stands_in_with_a_note(toy_model, index, hidden):
     assert [hit.path for hit in again.hits] == order[4:6] and again.notes == []
 
 
+def test_what_is_not_opened_can_be_gone_on_from(toy_model, index, hidden):
+    order = brute_force(toy_model, index, hidden)
+    mine = gallery(toy_model, index, count=2)
+    first, second = mine.find(hidden), mine.find(hidden)
+    assert [hit.path for hit in first.hits] == order[:2] and [hit.path for hit in second.hits] == order[2:4]
+    assert [hit.path for hit in second.rest] == order[4:], "to the end of the index, and none twice"
+
+
 def test_without_an_index_there_is_the_embedding(toy_model, hidden):
     shown = gallery(toy_model, None).find(hidden)
     assert shown.hits == [] and shown.embedding.shape == (32,)

@@ -1,4 +1,6 @@
+import time
 import warnings
+from itertools import count
 
 import pytest
 from PIL import Image
@@ -6,7 +8,7 @@ from test_index import COLOURS, write_colours
 
 from fromage import pictures
 from fromage.errors import UserError
-from fromage.hits import Hit, draw_hits, openable
+from fromage.hits import NOTED, Hit, draw_hits, left_out, openable
 
 
 def hits(folder, names):
@@ -15,7 +17,8 @@ def hits(folder, names):
 
 def test_the_next_best_takes_the_place_of_a_picture_that_is_gone(tmp_path):
     found = hits(write_colours(tmp_path), ["gone", "red", "lost", "blue", "green"])
-    opened, notes = openable(found, 2)
+    opened, lost = openable(found, 2)
+    notes = left_out(lost)
     assert [hit.caption for hit, _ in opened] == ["red", "blue"]
     assert [picture.getpixel((0, 0)) for _, picture in opened] == [COLOURS["red"], COLOURS["blue"]]
     assert [note.split(":")[0] for note in notes] == ["left out #1", "left out #3"] and "gone" in notes[0]
@@ -29,10 +32,26 @@ def test_a_dead_address_is_a_note(tmp_path, monkeypatch):
 
     monkeypatch.setattr("fromage.remote.fetch_picture", fetch)
     dead = Hit(1, 0.9, "https://pictures.example/a.jpg", "")
-    opened, notes = openable([dead, *hits(write_colours(tmp_path), ["red"])], 1)
-    assert opened[0][0].caption == "red" and "404" in notes[0]
+    opened, lost = openable([dead, *hits(write_colours(tmp_path), ["red"])], 1)
+    assert opened[0][0].caption == "red" and lost[0][0] is dead and "404" in left_out(lost)[0]
     with pytest.raises(UserError, match="404"):
         pictures.open_picture(dead.path)
+
+
+def test_it_is_searched_on_however_many_have_gone(tmp_path):
+    found = hits(write_colours(tmp_path), [*map(str, range(50)), "red", "blue", "green"])
+    opened, lost = openable(iter(found), 2, side=1)
+    assert [hit.caption for hit, _ in opened] == ["red", "blue"] and opened[0][1].size == (1, 1)
+    assert [hit for hit, _ in lost] == found[:50]
+    assert len(left_out(lost)) == NOTED + 1 and left_out(lost)[-1] == f"left out {50 - NOTED} more"
+
+
+def test_but_not_for_ever(tmp_path, monkeypatch):
+    monkeypatch.setattr("fromage.hits.SECONDS", 0.05)
+    gone = (Hit(rank, 0.5, str(tmp_path / "gone.png"), "") for rank in count(1))
+    monkeypatch.setattr("fromage.hits.open_picture", lambda path: time.sleep(0.02) or pictures.open_picture(path))
+    opened, lost = openable(gone, 1)
+    assert not opened and lost
 
 
 def test_hits_are_drawn(tmp_path):

@@ -124,7 +124,7 @@ def test_bad_searches_are_refused(queries):
     index = ImageIndex.build(rows(3), items(3), "")
     with pytest.raises(UserError):
         index.search(queries, 1)
-    with pytest.raises(UserError, match="at least one"):
+    with pytest.raises(UserError, match="whole number from 1"):
         index.search(rows(1), 0)
 
 
@@ -302,3 +302,24 @@ def test_search_for_texts():
     index = ImageIndex.build(colours, [Item(name) for name in COLOURS], "f00d")
     assert [row[0].path for row in search_index(Model(), index, ["red", "blue"], 2)] == ["red", "blue"]
     assert search_index(Model(), index, [], 2) == []
+    with pytest.raises(UserError, match="built with checkpoint beef"):
+        search_index(Model(), ImageIndex.build(colours, [Item(name) for name in COLOURS], "beef"), ["red"])
+
+
+def test_what_can_be_no_query():
+    index = ImageIndex.build(rows(9), items(9), "")
+    for queries, k, named in (("a red star", 3, "texts"), ([["red"]], 3, "texts"), (rows(1), "3", "k is '3'")):
+        with pytest.raises(UserError, match=named):
+            index.search(queries, k)
+
+
+@pytest.mark.parametrize("kind", ["flat", "IVF4,SQ8"])
+def test_beyond_the_hits_of_a_search_there_are_all_others(kind):
+    index, query = ImageIndex.build(rows(200), items(200), "", kind=kind), rows(1, seed=5)
+    barred = {"3.jpg", "7.jpg"}
+    hits = index.search(query, 3, barred)[0]
+    found = list(index.beyond(query[0], hits, barred))
+    assert found[:3] == hits and [hit.rank for hit in found] == list(range(1, 199))
+    assert {hit.path for hit in found} == {item.path for item in index.items} - barred
+    if kind == "flat":
+        assert found == index.search(query, 200, barred)[0]

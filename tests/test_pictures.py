@@ -100,6 +100,12 @@ def test_decompression_bomb_is_not_decoded(monkeypatch):
             decode_picture(data, **limit)
 
 
+def test_pillows_own_limit_speaks_as_ours(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    with pytest.raises(BrokenSample, match=r"too large, of more than 25 pixels"):
+        decode_picture(encoded(Image.new("RGB", (10, 10))), max_pixels=25)
+
+
 def test_small_pictures_and_jpegs_without_metadata():
     picture = decode_picture(encoded(Image.new("RGB", (40, 20), RED), "JPEG", comment=b"secret", icc_profile=b"secret"))
     assert small(picture, 40) is picture and small(picture, 10).size == (10, 5) and picture.size == (40, 20)

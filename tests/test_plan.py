@@ -50,7 +50,8 @@ def real(run, device="cpu", lengths=None):
     ids = torch.randint(3, 400, (len(lengths), max(lengths)))
     for row, n in zip(ids, lengths, strict=True):
         row[n - 1] = model.tokenizer.ret_id
-    pixels = None if run.stored_features else torch.randn(len(ids), 3, *model.vision.image_size, device=device)
+    shape = (len(ids), 3, *model.vision.image_size)
+    pixels = None if run.stored_features else torch.randint(256, shape, dtype=torch.uint8, device=device)
     features = torch.randn(len(ids), model.vision.width, device=device) if run.stored_features else None
     return model, Batch([], [], ids.to(device), lengths, pixels, features)
 

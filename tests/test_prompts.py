@@ -5,6 +5,7 @@ import torch
 from PIL import Image
 
 from fromage.decoding import Decoding
+from fromage.embed_pictures import embed_opened
 from fromage.errors import UserError
 from fromage.generate import generate
 from fromage.model import Fromage, pad
@@ -78,6 +79,33 @@ def test_a_picture_of_any_mode_is_the_same_opened_and_by_its_path(toy_model, tmp
     made.save(tmp_path / "a.png")
     opened, by_path = encode_pictures(toy_model, [Image.open(tmp_path / "a.png"), tmp_path / "a.png"])
     torch.testing.assert_close(opened, by_path)
+
+
+def test_a_picture_is_upright_opened_and_by_its_path_and_the_callers_stays_as_it_is(toy_model, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # orientation: lies on its side
+    picture = Image.new("RGB", (32, 24), "red")
+    picture.paste("blue", (0, 0, 8, 24))
+    picture.save(tmp_path / "a.png", exif=exif)
+    given = Image.open(tmp_path / "a.png")
+    opened, by_path = encode_pictures(toy_model, [given, tmp_path / "a.png"])
+    torch.testing.assert_close(opened, by_path, rtol=0, atol=1e-6)
+    assert given.size == (32, 24)
+    assert abs(embed_opened(toy_model, [given]) - toy_model.embed_images(by_path[None]).detach().numpy()).max() < 1e-5
+
+
+def test_what_can_be_no_part_of_a_prompt(toy_model):
+    width = toy_model.vision.width
+    for part, named in (
+        (Image.new("1", (1, 101)), "too narrow"),
+        (Image.new("1", (0, 0)), "0 x 0"),
+        (torch.ones(width + 1), f"{width} finite numbers"),
+        (torch.empty(0), f"{width} finite numbers"),
+        (torch.full((width,), torch.nan), f"{width} finite numbers"),
+        ("a \ud800", "half a character"),
+    ):
+        with pytest.raises(UserError, match=named):
+            embed_prompts(toy_model, [["a", part]])
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@ import http.server
 import io
 import json
 import os
+import socket
 import tarfile
 import threading
 from pathlib import Path
@@ -12,6 +13,7 @@ from PIL import Image
 
 from fromage.errors import BrokenSample, UserError
 from fromage.shards import (
+    CURL,
     Broken,
     expand,
     picture_of,
@@ -137,6 +139,27 @@ def test_shards_come_over_http(server, tmp_path, monkeypatch):
     ((name, cause),) = read(shards[2])[1]
     assert name == "00002.tar"
     assert "unreadable" in cause
+
+
+def test_a_server_that_stalls_is_given_up(tmp_path, monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    monkeypatch.setattr("fromage.shards.CURL", CURL.replace("--speed-time 60", "--speed-time 1"))
+    with socket.create_server(("127.0.0.1", 0)) as stalled:  # takes connections and never answers
+        samples, lost = read(*expand(f"http://127.0.0.1:{stalled.getsockname()[1]}/00007.tar"))
+    assert samples == []
+    assert [name for name, _ in lost] == ["00007.tar"]
+
+
+def test_a_command_that_stalls_is_ended(tmp_path, monkeypatch):
+    monkeypatch.setattr("fromage.shards.PATIENCE", 0.5)
+    monkeypatch.setattr("fromage.shards.ATTEMPTS", 1)
+    write_shards(pairs(4), tmp_path / "s")
+    (tmp_path / "cut.tar").write_bytes((tmp_path / "s/00000.tar").read_bytes()[:8000])
+    samples, lost = read(f"pipe:cat {tmp_path}/cut.tar; echo $$ > {tmp_path}/pid; sleep 600 # x.tar")
+    assert 0 < len(samples) < 4
+    assert lost[0][0] == "x.tar" and "nothing came for 0.5 seconds" in lost[0][1]
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
 
 
 def test_a_shard_is_taken_up_where_the_connection_broke(tmp_path, monkeypatch):

@@ -132,10 +132,11 @@ def test_errors_are_one_line_and_the_conversation_goes_on(model, index, folder, 
         "/save": "ends in .png",
         "/save page.jpg": "ends in .png",
         "/save page.png": "no picture has been shown",
+        "/save /nope/page.png": "there is no folder /nope",
         "/ret-bias much": "wants a number",
-        "/ret-bias nan": "ret_bias is nan",
+        "/ret-bias nan": "/ret-bias is nan",
         "/temperature -1": "temperature is -1.0",
-        "/pictures 0": "images_per_ret is 0",
+        "/pictures 0": "/pictures is 0",
         "/pictures 1.5": "wants a whole number",
         "/nonsense\x1b[31m": "no such command",
     }
@@ -222,7 +223,7 @@ def test_help_lists_every_command(model):
 def test_pictures_shown_are_saved_as_a_page(model, index, folder, tmp_path, capsys):
     chat = Chat(model, index, PICTURES_PLEASE)
     shown = said(chat, "a star", f'@"{folder / "red.png"}"', f"/save {tmp_path / 'the page.png'}", "/save /dev/null/a.png")
-    assert "(drawn:" in shown and "cannot be written" in capsys.readouterr().err
+    assert "(drawn:" in shown and "no folder /dev/null" in capsys.readouterr().err
     page = Image.open(tmp_path / "the page.png")
     assert page.format == "PNG" and len(list(tmp_path.iterdir())) == 1
     assert len({page.getpixel((x, y)) for x in range(0, page.width, 9) for y in range(0, page.height, 9)}) > 2

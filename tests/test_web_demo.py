@@ -150,6 +150,17 @@ def test_settings_beyond_the_sliders_are_refused(address):
         assert not succeeded(Visitor(address, "greedy").ask("a star", settings=settings))
 
 
+def test_values_that_the_page_cannot_send_are_no_failure_of_the_server(address, capfd):
+    for text, settings in ((None, SETTINGS), ("a", ["x", 0, 1, 6]), ("a", [20, None, 1, 6]), ("\ud800", SETTINGS)):
+        visitor = Visitor(address, f"malformed {settings}")
+        content = json.dumps({"data": [{"text": text, "files": []}, None, *settings], "fn_index": visitor.events["answer"],
+                              "session_hash": visitor.name})  # fmt: skip
+        headers = {"content-type": "application/json"}
+        if visitor.http.post("/gradio_api/queue/join", content=content, headers=headers).is_success:
+            assert "Traceback" not in json.dumps(list(visitor.messages()))
+    assert "Traceback" not in capfd.readouterr().err
+
+
 def test_words_are_never_taken_for_a_path_or_an_address(model, folder):
     for words in (str(folder / "red.png"), f"file://{folder}/red.png", "http://localhost/red.png"):
         assert read({"text": words, "files": []}) == [words]

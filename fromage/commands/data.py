@@ -6,9 +6,16 @@ import argparse
 from dataclasses import fields
 from pathlib import Path
 
-from fromage.commands.verb import DEVICE, JSON, OUT, Verbs, option, out_folder, positive, save_json
+from fromage.commands.verb import DEVICE, JSON, OUT, Verbs, natural, option, out_folder, out_png, positive, save_json
 
 PER_SHARD = option("--per-shard", type=positive, default=1000, help="pairs per shard")
+
+
+def share(text: str) -> float:
+    """A number from 0 to 1."""
+    if not 0 <= (value := float(text)) <= 1:
+        raise ValueError
+    return value
 
 
 def toy_make(args: argparse.Namespace) -> None:
@@ -37,6 +44,27 @@ def shards_coco(args: argparse.Namespace) -> None:
     from fromage.packing import pack_coco
 
     print(pack_coco(args.annotations, args.images, args.out, args.per_shard, args.captions))
+
+
+def shards_check(args: argparse.Namespace) -> None:
+    """Report what shards hold: broken samples by cause, duplicates, lengths, sizes."""
+    import sys
+
+    from fromage.model_folder import write_files
+    from fromage.shard_report import check_shards, count_words
+    from fromage.terminal import to_png
+    from fromage.tokens import PromptTokenizer
+
+    measure, unit = count_words, "words"
+    if args.tokenizer:
+        tokenizer, unit = PromptTokenizer(args.tokenizer), "tokens"
+        measure = lambda text: len(tokenizer.caption(text, sys.maxsize))  # noqa: E731
+    report = check_shards(args.shards, args.max_broken, args.workers, args.samples, measure, unit)
+    print(report.text())
+    if args.json:
+        save_json(args.json, report.figures())
+    if args.png:
+        write_files(args.png.parent, {args.png.name: to_png(report.picture())})
 
 
 def features(args: argparse.Namespace) -> None:
@@ -90,13 +118,25 @@ VERBS: Verbs = {
             PER_SHARD,
         ],
     ),
+    ("shards", "check"): (
+        shards_check,
+        [
+            option("shards", nargs="+", help="folders, patterns or brace expressions of shards"),
+            option("--max-broken", type=share, default=0.05, help="share of broken samples that training is to allow"),
+            option("--tokenizer", help="count captions in this language model's tokens (words)"),
+            option("--samples", type=natural, default=20, help="samples on the contact sheet"),
+            option("--workers", type=natural, default=4, help="processes that decode"),
+            JSON,
+            option("--png", type=out_png, help="draw random samples with their captions"),
+        ],
+    ),
     ("features",): (
         features,
         [
             option("shards", help="folder, pattern or brace expression of shards"),
             OUT,
             option("--vision", default="ViT-L-14", help="image tower, as in a configuration"),
-            option("--vision-weights", default="openai", help="its weights, as in a configuration (openai)"),
+            option("--vision-weights", default="openai", help="its weights, as in a configuration"),
             option("--dtype", default="float32", choices=("float32", "bfloat16", "float16")),
             option("--batch-size", type=positive, default=256, help="pictures per batch"),
             option("--keep-pictures", action="store_true", help="keep the pictures beside their features"),

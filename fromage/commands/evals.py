@@ -89,7 +89,7 @@ PICTURES: list[Option] = [
 ]
 CAPTIONS: list[Option] = [
     *PICTURES,
-    option("--split", choices=("train", "val", "test"), default="test", help="of Karpathy's splits (test)"),
+    option("--split", choices=("train", "val", "test"), default="test", help="of Karpathy's splits"),
     option("--captioning", action="store_true", help="caption the pictures too: BLEU, METEOR, ROUGE-L, CIDEr; wants Java"),
 ]
 VERBS: Verbs = {

@@ -90,7 +90,7 @@ def info(args: argparse.Namespace) -> None:
     print("every byte is as it was written" if args.check else "sizes and samples of the files are right; --check reads all")
 
 
-CKPT = option("--ckpt", type=Path, required=True, help="checkpoint of `lightning fit`")
+CKPT = option("--ckpt", type=Path, required=True, help="checkpoint of `lightning fit`, folder or hub name")
 CAPTIONS = option("--captions", type=Path, help="COCO caption JSON, or {file name: caption}, for a folder")
 BATCH_SIZE = option("--batch-size", type=positive, default=64, help="pictures per batch")
 WORKERS = option("--workers", type=natural, default=0, help="processes that decode pictures")
@@ -117,7 +117,7 @@ VERBS: Verbs = {
         [
             option("--embeddings", type=Path, help="folder of `fromage index embed`"),
             option("--images", help="folder of pictures, or shards, to embed first"),
-            option("--ckpt", type=Path, help="checkpoint of `lightning fit`, for --images"),
+            option("--ckpt", type=Path, help="checkpoint, folder or hub name, for --images"),
             OUT,
             KIND,
             CAPTIONS,

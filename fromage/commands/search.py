@@ -14,7 +14,7 @@ def search(args: argparse.Namespace) -> None:
     import numpy as np
 
     from fromage.embed_pictures import embed_opened
-    from fromage.hits import SPARE, draw_hits, openable
+    from fromage.hits import draw_hits, left_out, openable
     from fromage.index import open_index
     from fromage.model_folder import write_files
     from fromage.pictures import open_picture
@@ -25,15 +25,15 @@ def search(args: argparse.Namespace) -> None:
     pictures = [open_picture(path) for path in args.image]
     model, index = open_index(args.index, args.ckpt, args.device)
     queries = np.concatenate([model.embed_text(args.text).float().cpu().numpy(), embed_opened(model, pictures)])  # (B, q)
-    asked, hits = [*args.text, *args.image], index.search(queries, args.k + (SPARE if args.png else 0))
+    asked, hits = [*args.text, *args.image], index.search(queries, args.k)
     screen = Screen()
     for query, found in zip(asked, hits, strict=True):
         screen.line(query)
-        for hit in found[: args.k]:
+        for hit in found:
             screen.line(hit.line())
     if args.png:
-        drawn = [openable(found, args.k) for found in hits]
-        for note in (note for _, notes in drawn for note in notes):
+        drawn = [openable(index.beyond(query, found), args.k) for query, found in zip(queries, hits, strict=True)]
+        for note in (note for _, lost in drawn for note in left_out(lost)):
             screen.complain(note)
         page = draw_hits(asked, [opened for opened, _ in drawn])
         write_files(args.png.parent, {args.png.name: to_png(page)})

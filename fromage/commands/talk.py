@@ -57,7 +57,7 @@ def _conversation(args: argparse.Namespace) -> Any:
         ret_bias=args.ret_bias,
         images_per_ret=args.pictures,
     )
-    return Chat(model, index, decoding, style, [args.system])
+    return Chat(model, index, decoding, style, args.system or ())
 
 
 MODEL: list[Option] = [
@@ -75,7 +75,7 @@ VERBS: Verbs = {
         chat,
         [
             *MODEL,
-            option("--system", default="", help="text in front of everything"),
+            option("--system", help="text in front of everything"),
             option("--max-new-tokens", type=int, default=32, help="length of an answer at most, tokens"),
             option("--temperature", type=float, default=0.0, help="of sampling; 0 is greedy"),
             option("--ret-bias", type=float, default=0.0, help="added to the logit of [RET]: more pictures, or fewer"),

@@ -60,8 +60,24 @@ def save_json(path: Path, value: Any) -> None:
 
 
 def option(*names: str, **settings: Any) -> Option:
-    """An argument, in the words of argparse's add_argument."""
+    """An argument, in the words of argparse's add_argument; its help tells its default. It takes no empty words."""
+    if settings.get("default") not in (None, []) and "help" in settings:
+        settings["help"] += " (%(default)s)"
+    if "action" not in settings or settings["action"] == "append":
+        settings["type"] = _filled(settings.get("type", str))
     return names, settings
+
+
+def _filled(kind: Callable[[str], Any]) -> Callable[[str], Any]:
+    """What makes a kind of value of words that are there: Path("") would be the current folder."""
+
+    def value(text: str) -> Any:
+        if not text:
+            raise argparse.ArgumentTypeError("is empty; name something, or leave it out")
+        return kind(text)
+
+    value.__name__ = kind.__name__
+    return value
 
 
 OUT = option("--out", type=out_folder, required=True, help="folder to write")

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fromage.backbones import load_clip
+from fromage.backbones import load_clip, split_head
 from fromage.errors import UserError
 from fromage.model import Fromage
 
@@ -47,8 +47,8 @@ def projection(visual: Any) -> nn.Module:
         behind.weight = nn.Parameter(visual.proj.detach().T)  # (m, e) -> (e, m)
     elif hasattr(visual, "attnpool"):  # a ResNet
         behind = visual.attnpool.c_proj
-    else:  # one of timm's
-        behind = getattr(visual, "head", None)
+    else:
+        behind = split_head(visual)[1] if hasattr(visual, "trunk") else None
     if behind is None:
         raise UserError(f"CLIP's {type(visual).__name__} has no projection behind its pooling; leave it out by --no-clip")
     return behind.float().requires_grad_(False)

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
+from itertools import islice
 
 import torch
 from torch import Tensor
 
-from fromage.chat import STYLES, Chat
+from fromage.chat import Chat, find_style
 from fromage.decoding import GREEDY, Decoding
 from fromage.errors import UserError
 from fromage.gallery import Shown
 from fromage.generate import Answer, generate, stream
-from fromage.hits import Hit
 from fromage.index import ImageIndex
 from fromage.model import Fromage
 from fromage.prompts import Part, embed_queries
@@ -46,7 +46,10 @@ class Answerer:
     """Answers requests. Only one thread may call it."""
 
     def __init__(self, model: Fromage, index: ImageIndex | None, style: str) -> None:
-        self.model, self.index, self.style = model, index, style
+        """Raises UserError where there is no such style, and for an index of another model."""
+        if index is not None:
+            index.require(model.fingerprint())
+        self.model, self.index, self.style, self.stop = model, index, style, find_style(style).stop
 
     def chat(self, asked: list[Asked]) -> list[Answer]:
         """Answers to conversations of the same decoding; the pictures they show are not opened."""
@@ -64,16 +67,20 @@ class Answerer:
         return [None]
 
     @torch.no_grad()
-    def search(self, asked: list[Asked]) -> list[list[Hit]]:
-        """The pictures nearest to each query."""
+    def search(self, asked: list[Asked]) -> list[Shown]:
+        """The pictures nearest to each query, not opened."""
         if self.index is None:
             raise UserError("this server has no index of pictures; start it with --index")
-        rows = embed_queries(self.model, [request.messages[0] for request in self._encoded(asked)])  # (B, q)
-        found = self.index.search(rows.cpu().numpy(), max(request.k for request in asked))
-        return [hits[: request.k] for hits, request in zip(found, asked, strict=True)]
+        rows = embed_queries(self.model, [request.messages[0] for request in self._encoded(asked)]).cpu().numpy()  # (B, q)
+        found = self.index.search(rows, max(request.k for request in asked))
+        nearest = map(self.index.beyond, rows, found)
+        return [
+            Shown(row, list(islice(hits, request.k)), rest=hits)
+            for row, hits, request in zip(rows, nearest, asked, strict=True)
+        ]
 
     def _decoding(self, asked: Asked) -> Decoding:
-        return replace(asked.decoding, stop=(*asked.decoding.stop, *STYLES[self.style].stop))
+        return replace(asked.decoding, stop=(*asked.decoding.stop, *self.stop))
 
     def _prompt(self, asked: Asked) -> list[Part]:
         """What was said and answered, as much of it as the language model has positions for, the oldest left out first."""

@@ -17,7 +17,6 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
-from fromage.chat import STYLES
 from fromage.errors import UserError, first_line
 from fromage.index import ImageIndex
 from fromage.model import Fromage
@@ -78,9 +77,10 @@ def create_app(
     Args:
         index: where pictures are found, built with this very model; None for text alone.
         style: how turns stand in the prompt, of fromage.chat.STYLES.
+
+    Raises:
+        UserError: there is no such style, or the index was built with another model.
     """
-    if style not in STYLES:
-        raise UserError(f"style {style}: there are {', '.join(STYLES)}")
     desk = Desk(model, index, style, capacity or Capacity())
 
     @asynccontextmanager

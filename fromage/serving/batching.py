@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from threading import Condition, Thread
 from typing import Any
 
-from fromage.errors import UserError
+from fromage.bounds import check_real, check_whole
 
 PAUSE = 0.01  # seconds a request may wait for as many others as were answered before it
 
@@ -34,8 +34,9 @@ class Capacity:
     timeout: float = 60.0
 
     def __post_init__(self) -> None:
-        if min(self.batch_size, self.queue) < 1 or not 0 < self.timeout < 1e6:
-            raise UserError(f"{self}: batch size and queue must be at least 1, and the time-out seconds above 0")
+        check_whole("batch_size", self.batch_size, 1)
+        check_whole("queue", self.queue, 1)
+        check_real("timeout", self.timeout, 1e-3, 1e6)
 
     @property
     def requests(self) -> int:

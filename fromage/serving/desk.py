@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import base64
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from functools import partial
+from itertools import chain, zip_longest
 from typing import Any, TypeVar
 
 from anyio import CapacityLimiter, to_thread
@@ -14,7 +15,7 @@ from PIL import Image
 from fromage.errors import BrokenSample, UserError
 from fromage.gallery import Shown
 from fromage.generate import Answer
-from fromage.hits import Hit
+from fromage.hits import openable
 from fromage.index import ImageIndex
 from fromage.model import Fromage
 from fromage.pictures import STRANGERS_PIXELS, decode_picture, jpeg
@@ -63,7 +64,9 @@ class Desk:
         asked = await self._asked(request)
         group = asked.group() and ("chat", asked.decoding)
         answer = await asyncio.wrap_future(self.batcher.submit(self.answerer.chat, asked, group))
-        return await self.reply(answer, request.pictures)
+        for shown in answer.shown:
+            await self._illustrate(shown, request.pictures)
+        return self.reply(answer)
 
     async def pieces(self, request: ChatRequest) -> AsyncIterator[str | Shown]:
         """The same, piece by piece; decoding stops when the iterator is closed."""
@@ -78,6 +81,8 @@ class Desk:
         future.add_done_callback(lambda _: put(None))
         try:
             while (piece := await queue.get()) is not None:
+                if isinstance(piece, Shown):
+                    await self._illustrate(piece, request.pictures)
                 yield piece
             future.result()
         finally:
@@ -88,23 +93,29 @@ class Desk:
         """The pictures nearest to a query."""
         self.batcher.admit()
         asked = Asked([await self._parts(request.query)], k=request.k)
-        hits = await asyncio.wrap_future(self.batcher.submit(self.answerer.search, asked, "search"))
-        return SearchReply(hits=await self._found(hits, request.pictures))
+        shown = await asyncio.wrap_future(self.batcher.submit(self.answerer.search, asked, "search"))
+        await self._illustrate(shown, request.pictures)
+        return SearchReply(hits=self._found(shown))
 
     async def picture(self, name: str) -> bytes:
         """A picture of the index as JPEG. Raises UserError where there is none."""
         return await self._in_thread("asked for", lambda: jpeg(self.ids.open(name), LARGE))
 
-    async def reply(self, answer: Answer, pictures: bool) -> ChatReply:
+    def reply(self, answer: Answer) -> ChatReply:
         """An answer as a message."""
-        content: list[Any] = [await self.part(piece, pictures) for piece in answer.parts]
+        content: list[Any] = [self.part(piece) for piece in answer.parts]
         return ChatReply(message=Message(role="assistant", content=content))
 
-    async def part(self, piece: str | Shown, pictures: bool) -> Text | Found:
+    def part(self, piece: str | Shown) -> Text | Found:
         """A piece of an answer."""
-        if isinstance(piece, str):
-            return Text(text=piece)
-        return Found(hits=await self._found(piece.hits, pictures))
+        return Text(text=piece) if isinstance(piece, str) else Found(hits=self._found(piece))
+
+    async def _illustrate(self, shown: Shown, pictures: bool) -> None:
+        """Where pictures are to be sent, open them, small; the next best takes the place of one that has gone."""
+        if pictures:
+            hits = chain(shown.hits, shown.rest)
+            opened, _ = await self._in_thread("found", openable, hits, len(shown.hits), SMALL)
+            shown.hits, shown.pictures = [hit for hit, _ in opened], [picture for _, picture in opened]
 
     async def _in_thread(self, kind: str, work: Callable[..., T], *args: Any) -> T:
         """Do what takes long without the model, beside the requests that come meanwhile. kind: of THREADS."""
@@ -124,7 +135,7 @@ class Desk:
             if isinstance(part, Text):
                 made.append(part.text)
             elif isinstance(part, Found):
-                pixels = await self._each(part.hits, self._pixels)
+                pixels = await asyncio.gather(*(self._in_thread("found", self._shown_before, hit.id) for hit in part.hits))
                 made += [one for one in pixels if one is not None] or [RET]
             else:
                 kind = "fetched" if isinstance(part, Address) else "sent"
@@ -134,33 +145,26 @@ class Desk:
     def _pixels(self, picture: Image.Image) -> Any:
         return self.model.vision.transform(picture)
 
-    async def _found(self, hits: Sequence[Hit], pictures: bool) -> list[FoundPicture]:
+    def _shown_before(self, name: str) -> Any:
+        """Pixels of a picture of the index; None if it has gone."""
+        try:
+            return self._pixels(self.ids.open(name))
+        except Gone:
+            return None
+
+    def _found(self, shown: Shown) -> list[FoundPicture]:
         """Hits as they are sent, without their paths."""
-        listed = [
+        return [
             FoundPicture(
                 id=self.ids.of(hit.path),
                 rank=hit.rank,
                 score=hit.score,
                 caption=_sound(hit.caption),
                 url=_sound(hit.path) if hit.path.startswith(("http://", "https://")) else None,
+                picture=base64.b64encode(jpeg(picture, SMALL)).decode() if picture else None,
             )
-            for hit in hits
+            for hit, picture in zip_longest(shown.hits, shown.pictures)
         ]
-        if pictures:
-            for found, picture in zip(listed, await self._each(listed, _small), strict=True):
-                found.picture = picture
-        return listed
-
-    async def _each(self, found: Sequence[FoundPicture], use: Callable[[Image.Image], T]) -> list[T | None]:
-        """What is made of each picture of the index by the thread that opened it; None for each that has gone."""
-
-        def used(name: str) -> T | None:
-            try:
-                return use(self.ids.open(name))
-            except Gone:
-                return None
-
-        return await asyncio.gather(*(self._in_thread("found", used, one.id) for one in found))
 
 
 def _opened(part: Picture | Address) -> Image.Image:
@@ -172,11 +176,6 @@ def _opened(part: Picture | Address) -> Image.Image:
         raise UserError(f"a picture's data is not base64 ({error}); encode the file's bytes") from error
     except BrokenSample as error:
         raise UserError(f"a picture that was sent: {error}; send JPEG or PNG") from error
-
-
-def _small(picture: Image.Image) -> str:
-    """A small JPEG in base64."""
-    return base64.b64encode(jpeg(picture, SMALL)).decode()
 
 
 def _sound(text: str) -> str:

@@ -86,7 +86,7 @@ async def chat(body: ChatRequest, request: Request) -> Any:
     ends = asyncio.get_running_loop().time() + desk.capacity.timeout
     pieces = desk.pieces(body)
     first = await _attended(request, _next(pieces, ends), desk.capacity.timeout)
-    return StreamingResponse(_events(desk, body.pictures, first, pieces, ends), media_type="text/event-stream")
+    return StreamingResponse(_events(desk, first, pieces, ends), media_type="text/event-stream")
 
 
 @router.post("/search", responses=REFUSALS)
@@ -147,7 +147,7 @@ async def _next(pieces: AsyncIterator[str | Shown], ends: float) -> str | Shown 
 
 
 async def _events(
-    desk: Desk, pictures: bool, first: str | Shown | None, pieces: AsyncIterator[str | Shown], ends: float
+    desk: Desk, first: str | Shown | None, pieces: AsyncIterator[str | Shown], ends: float
 ) -> AsyncIterator[str]:
     """An answer as server-sent events, its first piece at hand."""
     said: list[str | Shown] = []
@@ -155,10 +155,10 @@ async def _events(
     try:
         while piece is not None:
             said.append(piece)
-            part = await desk.part(piece, pictures)
-            yield _event("text" if isinstance(piece, str) else "pictures", part.model_dump_json(exclude={"type"}))
+            name = "text" if isinstance(piece, str) else "pictures"
+            yield _event(name, desk.part(piece).model_dump_json(exclude={"type"}))
             piece = await _next(pieces, ends)
-        yield _event("done", (await desk.reply(Answer.of(said), pictures)).model_dump_json())
+        yield _event("done", desk.reply(Answer.of(said)).model_dump_json())
     except Exception as error:
         if not isinstance(error, tuple(STATUS)):
             log.exception("a stream broke off")

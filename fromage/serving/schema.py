@@ -16,6 +16,10 @@ RETS, PER_RET = 4, PICTURES // 4  # so that an answer may be sent back
 PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGP4z8AAAAMBAQDJ/pLvAAAAAElFTkSuQmCC"  # red
 
 Words = Annotated[str, Field(max_length=CHARACTERS)]
+Pictures = Annotated[
+    bool,
+    Field(description="Send the pictures found, not only their ids; of those that have gone the next best takes the place."),
+]
 PictureId = Annotated[str, Field(pattern="^[0-9a-f]{16}$", description="Names a picture of the index.")]
 
 
@@ -52,13 +56,11 @@ class FoundPicture(BaseModel):
     model_config = ConfigDict(allow_inf_nan=False)
 
     id: PictureId
-    rank: Annotated[int, Field(ge=1, description="1 is the best.")] = 1
+    rank: Annotated[int, Field(ge=1, description="1 is the best; what is missing in front of it has gone.")] = 1
     score: Annotated[float, Field(description="Cosine with what was searched for.")] = 0.0
     caption: str = ""
     url: Annotated[str | None, Field(description="Its address, if the index is one of pictures on the web.")] = None
-    picture: Annotated[
-        str | None, Field(description="A small JPEG of it in base64, if asked for; null too where it has gone.")
-    ] = None
+    picture: Annotated[str | None, Field(description="A small JPEG of it in base64, if asked for.")] = None
 
 
 class Found(Strict):
@@ -78,6 +80,12 @@ Content = Annotated[
 def parts(content: str | Sequence[Any]) -> list[Any]:
     """Content as a list of parts."""
     return [Text(text=content)] if isinstance(content, str) else list(content)
+
+
+def check_said(content: str | Sequence[Any]) -> None:
+    """Raise ValueError for a content that says and shows nothing."""
+    if all(isinstance(part, Text) and not part.text.strip() for part in parts(content)):
+        raise ValueError("there is nothing in it; give some words or a picture")
 
 
 def check_size(contents: Iterable[str | Sequence[Any]]) -> None:
@@ -138,7 +146,7 @@ class ChatRequest(Strict):
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=MESSAGES)]
     decoding: DecodingOptions = DecodingOptions()
-    pictures: Annotated[bool, Field(description="Send the pictures found, not only their ids.")] = False
+    pictures: Pictures = False
     stream: Annotated[bool, Field(description="Send the answer as it is decoded, as server-sent events.")] = False
 
     @model_validator(mode="after")
@@ -147,6 +155,7 @@ class ChatRequest(Strict):
         turns = [message.role for message in self.messages[self.messages[0].role == "system" :]]
         if turns != ["user", "assistant"] * (len(turns) // 2) + ["user"]:
             raise ValueError("messages are: system or not, then user and assistant in turn, and a user's at the end")
+        check_said(self.messages[-1].content)
         return self
 
 
@@ -163,11 +172,12 @@ class SearchRequest(Strict):
 
     query: Content
     k: Annotated[int, Field(ge=1, le=MOST_HITS, description="Pictures to find; fewer come if the index has fewer.")] = 5
-    pictures: Annotated[bool, Field(description="Send the pictures found, not only their ids.")] = False
+    pictures: Pictures = False
 
     @model_validator(mode="after")
     def _check(self) -> SearchRequest:
         check_size([self.query])
+        check_said(self.query)
         return self
 
 

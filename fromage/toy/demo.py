@@ -18,7 +18,7 @@ from fromage.data import CC3M, Batch
 from fromage.evals.retrieval import evaluate, evaluate_clip
 from fromage.features import store_features
 from fromage.generate import caption_images
-from fromage.hits import SPARE, draw_hits, openable
+from fromage.hits import draw_hits, openable
 from fromage.index import search_index
 from fromage.index_builder import build_index
 from fromage.model import Fromage
@@ -68,7 +68,7 @@ def demo(out: Path, pairs: int = 8192, scenes: int = 1000, options: Sequence[str
             for k, name in ((1, "index"), (4, CONVERSATION))
         )
         asked = queries(json.loads(captions.read_text()))
-        found = [openable(hits, 5)[0] for hits in search_index(models[1], index, asked, 5 + SPARE)]
+        found = [openable(hits, 5)[0] for hits in search_index(models[1], index, asked, 5)]
         draw_hits(asked, found).save(out / "searches.png")
     report["seconds"] = {**{k: round(v, 1) for k, v in seconds.items()}, "after_install": round(time.monotonic() - began, 1)}
     (out / "report.json").write_text(json.dumps(report, indent=1) + "\n")

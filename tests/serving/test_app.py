@@ -19,6 +19,7 @@ from httpx import ASGITransport, AsyncClient
 from served import SAY, captions, sent
 
 from fromage.errors import UserError
+from fromage.model import Fromage
 from fromage.serving.app import _Server, create_app, serve
 from fromage.serving.batching import Capacity
 
@@ -269,6 +270,11 @@ def test_an_address_that_cannot_be_had(model):
                 serve(model, None, "plain", host, port)
     with pytest.raises(UserError, match="dialogue, plain"):
         create_app(model, style="verse")
+
+
+def test_an_index_of_another_model_is_refused(index):
+    with pytest.raises(UserError, match="built with checkpoint"):
+        create_app(Fromage.load(k=1, q=32), index)
 
 
 def test_without_its_packages_it_says_what_to_install(monkeypatch):

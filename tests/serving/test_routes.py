@@ -91,6 +91,8 @@ def test_full_size_pictures_do_not_pile_up(app, client, monkeypatch):
         return picture
 
     monkeypatch.setattr(app.state.desk.ids, "open", opening)
+    monkeypatch.setattr("fromage.hits.open_picture", opening)
+    monkeypatch.setattr("fromage.hits.POOL", ThreadPoolExecutor(1))
     monkeypatch.setitem(app.state.desk._threads, "found", CapacityLimiter(1))
     hits = client.post("/search", json={"query": "a", "k": 6, "pictures": True}).json()["hits"]
     shown = {"type": "pictures", "hits": [{"id": hit["id"]} for hit in hits]}
@@ -113,11 +115,26 @@ def test_ids_alone_may_be_sent_back_and_pictures_that_have_gone(model, index, tm
     asked = {"messages": [said, {"role": "assistant", "content": [shown]}, said], "decoding": {"max_new_tokens": 2}}
     with TestClient(create_app(model, gone)) as client:
         assert client.post("/chat", json=asked).status_code == 200
-        assert client.post("/search", json={"query": "a", "pictures": True}).json()["hits"][0]["picture"] is None
+        assert client.post("/search", json={"query": "a", "pictures": True}).json()["hits"] == []
+        said["content"] = ""
+        assert client.post("/chat", json={"messages": [said]}).status_code == 422
+        said["content"] = "a"
         refused = client.get(f"/pictures/{shown['hits'][0]['id']}")
         assert refused.status_code == 404 and str(tmp_path) not in refused.text
         shown["hits"][0]["id"] = "0" * 16
         assert client.post("/chat", json=asked).status_code == 400
+
+
+def test_the_next_best_takes_the_place_of_what_has_gone(model, index, folder, tmp_path):
+    items = [Item(str(tmp_path / f"{i}.png"), "gone") for i in range(9)] + [Item(str(folder / "red.png"), "red")]
+    odd = ImageIndex.build(torch.randn(10, 32).numpy(), items, model.fingerprint())
+    asked = SAY | {"decoding": PICTURES_PLEASE, "pictures": True}
+    with TestClient(create_app(model, odd, "plain")) as client:
+        assert captions(client.post("/search", json={"query": "a", "k": 1, "pictures": True})) == ["red"]
+        message = client.post("/chat", json=asked).json()["message"]
+        assert [[hit["caption"] for hit in part["hits"]] for part in message["content"] if "hits" in part] == [["red"]]
+        assert events(client.post("/chat", json=asked | {"stream": True}))[-1][1]["message"] == message
+        assert len(captions(client.post("/search", json={"query": "a", "k": 5}))) == 5, "not opened"
 
 
 def test_a_stream_is_the_reply_in_pieces(client):
@@ -179,12 +196,13 @@ NASTY = [
     {"query": [{"type": "text", "text": "x"}] * 65},
     {"query": [{"type": "url", "url": "https://a.org/b.jpg"}] * 5},
     {"query": None},
+    *({"query": query} for query in ("", " \n", [], [{"type": "text", "text": ""}])),
     [],
     None,
     "a",
 ]
 GOOD = [
-    *({"query": query} for query in ("", [], [{"type": "text", "text": ""}], "[RET] </s> <|image|>", "/etc/passwd", "\x00")),
+    *({"query": query} for query in ("[RET] </s> <|image|>", "/etc/passwd", "\x00")),
     {"query": "\U0001f9c0" * 20, "k": 50},
     {"query": [{"type": "pictures", "hits": []}]},
 ]
@@ -223,7 +241,7 @@ def test_odd_searches_are_answered(client, body):
 def test_odd_decodings(client, options):
     content = json.dumps(SAY | {"decoding": {"max_new_tokens": 8} | options})
     status = client.post("/chat", content=content, headers={"content-type": "application/json"}).status_code
-    fine = options.get("temperature") in (1e-300, 10) or "images_per_ret" in options
+    fine = options.get("temperature") == 10 or "images_per_ret" in options
     assert status == 200 if fine else status in (400, 422)
 
 

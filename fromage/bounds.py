@@ -1,0 +1,23 @@
+"""Numbers that a user gives: whether they are of the right kind, and within their bounds."""
+
+from __future__ import annotations
+
+from math import inf
+from numbers import Integral, Real
+
+from fromage.errors import UserError
+
+
+def check_whole(name: str, value: object, least: float, most: float = inf) -> None:
+    """Raise UserError unless a value is a whole number within these bounds, which belong to it."""
+    _check(name, value, isinstance(value, Integral), f"a whole number from {least:g}", least, most)
+
+
+def check_real(name: str, value: object, least: float, most: float, besides: str = "") -> None:
+    """The same for any number; besides: what else may stand there, for the message."""
+    _check(name, value, isinstance(value, Real), f"{besides}a number from {least:g}", least, most)
+
+
+def _check(name: str, value: object, is_number: bool, wanted: str, least: float, most: float) -> None:
+    if not is_number or not least <= value <= most:  # type: ignore[operator]
+        raise UserError(f"{name} is {value!r}; it must be {wanted} {'on' if most == inf else f'to {most:g}'}")
