@@ -65,8 +65,9 @@ class RunReport(pl.Callback):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Report on a run that goes on."""
-        self._note(trainer, "val/")
-        self._write(trainer, pl_module, "running")
+        if not trainer.sanity_checking:
+            self._note(trainer, "val/")
+            self._write(trainer, pl_module, "running")
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Report on a whole run."""

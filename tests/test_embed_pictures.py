@@ -53,7 +53,7 @@ def test_folder_shards_and_stored_features_agree(tmp_path, monkeypatch):
             assert found[2] == Item(f"{shards}/1.tar#r", "rouge é")
     assert len(embed_pictures(Model(), "0.tar")[0]) == 2
     (shards / "red.png").write_bytes(data["red"])
-    with pytest.raises(UserError, match="holds pictures and .tar shards"):
+    with pytest.raises(UserError, match=r"holds pictures and \.tar shards"):
         embed_pictures(Model(), shards)
 
 

@@ -113,9 +113,10 @@ def test_every_device_goes_on_from_its_own_place(data, monkeypatch):
     assert [rows(itertools.islice(loader, 2)) for loader in begun] == [device[:2] for device in whole]
     places = [loader.state_dict()["devices"][0] for loader in begun]
     assert places[0]["places"] != places[1]["places"]  # for want of whole samples one took more than the other
-    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
-    monkeypatch.setattr("torch.distributed.all_gather_object", lambda out, mine: out.__setitem__(slice(None), places))
-    state = begun[0].state_dict()
+    with monkeypatch.context() as group:
+        group.setattr("torch.distributed.is_initialized", lambda: True)
+        group.setattr("torch.distributed.all_gather_object", lambda out, mine: out.__setitem__(slice(None), places))
+        state = begun[0].state_dict()
     for rank in range(2):
         taken_up = on(rank)
         taken_up.load_state_dict(state)

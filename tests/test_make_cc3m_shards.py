@@ -2,11 +2,13 @@
 
 import http.server
 import json
+import os
 import runpy
 import sys
 import tarfile
 import threading
 from pathlib import Path
+from subprocess import PIPE, Popen
 
 import pytest
 from test_shards import picture, read
@@ -193,6 +195,22 @@ def test_other_pairs_or_pictures_are_not_mixed_in(tmp_path, call, server):
     assert call("--threads", "3")[0] == 0
     write_tsv(tmp_path / "x.tsv", server, b"one more\thttp://example.invalid/")
     assert "was begun with" in call()[2]
+
+
+def test_what_a_killed_run_left_behind_is_ended(tmp_path, call, server):
+    write_tsv(tmp_path / "x.tsv", server)
+    wait = [sys.executable, "-c", "import time; print(flush=True); time.sleep(60)"]
+    folders = (tmp_path / "out/download", tmp_path / "other/download")
+    here, there = (Popen(wait, stdout=PIPE, env=os.environ | {"FROMAGE_CC3M": str(folder)}) for folder in folders)
+    assert [child.stdout.read(1) for child in (here, there)] == [b"\n", b"\n"]
+    try:
+        assert call()[0] == 0
+        assert here.wait(5) == -9 and there.poll() is None
+    finally:
+        for child in (here, there):
+            child.kill()
+            child.wait()
+            child.stdout.close()
 
 
 def test_two_runs_do_not_share_a_folder(tmp_path, call, server):

@@ -30,8 +30,8 @@ from dataclasses import dataclass, field
 from http import HTTPStatus
 from itertools import islice
 from pathlib import Path
-from subprocess import PIPE, Popen, TimeoutExpired, run
-from typing import IO, Any
+from subprocess import PIPE, Popen, run
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -47,6 +47,7 @@ from fromage.shards import read_sizes, write_json
 PACKAGES = ["img2dataset==1.47.0", "albumentations==1.4.16"]
 PROBE = "import img2dataset, albumentations; albumentations.smallest_max_size"
 CALL = "import json, sys, img2dataset; img2dataset.download(**json.loads(sys.argv[1]))"
+MARK = "FROMAGE_CC3M"  # in the environment of img2dataset: the folder it writes to
 ROWS = 100_000  # pairs written at a time
 EXAMPLES = 3  # messages under a cause
 CAUSES = {  # what a message says -> its cause; the first that fits
@@ -102,14 +103,14 @@ def read_tsv(tsv: Path, table: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def lock(folder: Path) -> Iterator[IO[bytes]]:
-    """Keep others out of a folder. img2dataset holds the lock too: one left over from a killed run still keeps it shut."""
+def lock(folder: Path) -> Iterator[None]:
+    """Keep other runs out of a folder."""
     with (folder / "lock").open("wb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise UserError(f"{folder.parent.parent} is in use by another run: wait for it, or end it") from None
-        yield file
+        yield
 
 
 class Fetch:
@@ -217,7 +218,15 @@ def find_img2dataset(given: Path | None) -> Path:
     return python
 
 
-def run_img2dataset(python: Path, fetch: Fetch, settings: dict[str, Any], lock: IO[bytes]) -> None:
+def end_leftovers(mark: str) -> None:
+    """End the processes of img2dataset that a killed run left behind, which may still write; Linux knows them by MARK."""
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with suppress(OSError):
+            if f"{MARK}={mark}".encode() in path.read_bytes().split(b"\0"):
+                os.kill(int(path.parent.name), signal.SIGKILL)
+
+
+def run_img2dataset(python: Path, fetch: Fetch, settings: dict[str, Any]) -> None:
     """Let img2dataset fetch what is not there yet. It and its processes end with us."""
     size = fetch.options["size"]
     options = settings | {
@@ -227,15 +236,14 @@ def run_img2dataset(python: Path, fetch: Fetch, settings: dict[str, Any], lock: 
         **({"resize_mode": "keep_ratio", "image_size": size} if size else {"resize_mode": "no"}),
         **{"resize_only_if_bigger": True, "skip_reencode": True, "encode_quality": fetch.options["quality"]},
     }
-    words = [str(python), "-c", CALL, json.dumps(options)]
-    child = Popen(words, env=environment(), start_new_session=True, pass_fds=[lock.fileno()])
+    words, marked = [str(python), "-c", CALL, json.dumps(options)], environment() | {MARK: str(fetch.work)}
+    child = Popen(words, env=marked, start_new_session=True)
     try:
         code = child.wait()
     finally:
-        for kind in (signal.SIGTERM, signal.SIGKILL):
-            with suppress(ProcessLookupError, TimeoutExpired):
-                os.killpg(child.pid, kind)
-                child.wait(5)
+        with suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
     if code:
         raise UserError(f"img2dataset failed with exit code {code}, see above: the same command goes on where it stopped")
 
@@ -293,13 +301,15 @@ def make_shards(args: argparse.Namespace) -> None:
         raise UserError(f"{args.tsv} is missing: fetch CC3M's TSV from its own page and name it here")
     options = {"per_shard": args.per_shard, "size": 0 if args.original else args.size, "quality": args.quality}
     settings = {"processes_count": args.processes, "thread_count": args.threads}
+    settings |= {"timeout": args.timeout, "retries": args.retries}
     held = args.out.resolve() / "download" / "input"
     held.mkdir(parents=True, exist_ok=True)
-    with lock(held) as file:
+    with lock(held):
+        end_leftovers(str(held.parent))
         fetch = Fetch(args.tsv, args.out.resolve(), options)
         if len(fetch.finished(args.refetch_below)) < fetch.shards:
             python = find_img2dataset(args.img2dataset)
-            run_img2dataset(python, fetch, settings | {"timeout": args.timeout, "retries": args.retries}, file)
+            run_img2dataset(python, fetch, settings)
         report = make_report(fetch, fetch.finished())
         write_files(fetch.out, {"report.json": as_json(report), "report.md": as_table(report).encode()})
     print(as_table(report), end="")
