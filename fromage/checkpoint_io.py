@@ -50,6 +50,7 @@ class SafeCheckpointIO(TorchCheckpointIO):
                 os.fsync(file.fileno())
             self._keep(path)
             part.replace(path)
+            self.damaged.discard(path)
         except OSError as error:
             with suppress(OSError):
                 part.unlink(missing_ok=True)

@@ -64,6 +64,8 @@ def test_a_truncated_checkpoint_is_passed_over_for_the_one_before(two, keep):
     store.save_checkpoint(checkpoint(3), last)  # the damaged one does not replace the good one before it
     assert same(store.load_checkpoint(last), checkpoint(3))
     assert same(store.load_checkpoint(last.with_name(BEFORE)), checkpoint(1))
+    store.save_checkpoint(checkpoint(4), last)
+    assert same(store.load_checkpoint(last.with_name(BEFORE)), checkpoint(3))
 
 
 @pytest.mark.filterwarnings("ignore")
