@@ -36,6 +36,7 @@ def fast_step(model: Fromage, batch: Batch, paired: bool, weights: Weights = ALL
 
     Args:
         paired: whether two examples share a captioning sequence.
+        weights: of the losses of the two passes.
         chunk: examples whose activations exist at a time; 0 for all. With fewer, the negatives are still those of the whole
             batch: its embeddings are kept, and the chunks run again one by one in the backward (GradCache: Gao et al.,
             "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup", 2021).

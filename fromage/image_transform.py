@@ -37,7 +37,7 @@ class Normalise:
         self.mean, self.std = mean, std
 
     def __call__(self, pixels: Tensor) -> Tensor:
-        """The same numbers as open_clip's transform, to the bit on a CPU."""
+        """(x / 255 - mean) / std of each channel: the same numbers as open_clip's transform, to the bit on a CPU."""
         return normalize(pixels.to(torch.float32).div_(255), self.mean, self.std, inplace=True)
 
 

@@ -128,6 +128,7 @@ class FromageModule(pl.LightningModule):
         model.visual_prefix.requires_grad_(self.h.captioning_weight > 0)
         for part in (model.text_head, model.image_head, model.logit_scale):
             part.requires_grad_(self.h.retrieval_weight > 0)
+        model.ret.input.requires_grad_(model.pooling == "ret" or model.ret.tied)  # read at the last word, none reads [RET]
 
     def configure_optimizers(self) -> Any:
         """Adam over the trained parameters, linear warm-up, then constant (or a cosine)."""

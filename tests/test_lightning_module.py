@@ -4,11 +4,14 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
+from test_fast_step import build, make_batch
 
 from fromage.checkpoint import load_model
 from fromage.data import CC3M
 from fromage.errors import UserError
+from fromage.fast_step import fast_step
 from fromage.lightning_module import FromageModule
+from fromage.plain_step import Weights
 
 TOY = {"lm": "toy", "vision": "toy", "vision_weights": None, "dtype": "float32", "lr": 5e-3, "warmup_steps": 2, "q": 32}
 
@@ -102,6 +105,19 @@ def test_what_no_loss_reaches_is_not_trained(off, heads, fitted, world, tmp_path
     without, _ = run(world, tmp_path, 2, **{f"{off}_weight": 0.0})
     for name, p in without.model.trained().items():
         assert torch.equal(before[name], p) == (name.split(".")[0] in heads), name
+
+
+@pytest.mark.parametrize("pooling", ["ret", "last"])
+@pytest.mark.parametrize("weights", [Weights(1, 1), Weights(0, 1), Weights(1, 0)])
+@pytest.mark.parametrize("kind", ["tied", "untied"])
+def test_whatever_is_trained_has_a_gradient(kind, weights, pooling):
+    """As DDP demands."""
+    module = FromageModule(**TOY, captioning_weight=weights.captioning, retrieval_weight=weights.retrieval)
+    module.model = build(kind, 1, pooling=pooling)
+    module._freeze_unused()
+    fast_step(module.model, make_batch(module.model, [5, 12, 3]), False, weights).loss.backward()
+    for name, p in module.model.trained().items():
+        assert p.requires_grad == (p.grad is not None), name
 
 
 @pytest.mark.parametrize("weights", [(0, 0), (-1, 1), (float("nan"), 1)])
