@@ -66,8 +66,8 @@ def test_overfit_sees_one_batch_until_it_is_learned(shards, monkeypatch):
         return loss
 
     monkeypatch.setattr(FromageModule, "training_step", spied)
-    words = ["--config=debug.yaml", "--config=overfit.yaml", *shards, "--data.batch_size=8", "--model.lr=5e-3"]
-    assert fit(*words, "--trainer.max_steps=100") == 0
+    words = ["--config=debug.yaml", "--config=overfit.yaml", *shards, "--data.batch_size=8", "--data.samples_per_epoch=8"]
+    assert fit(*words, "--model.lr=5e-3", "--trainer.max_steps=100") == 0
     assert len(seen) == 1 and 2 < len(losses) < 100, "it stops when the batch is learned"
     assert losses[-1] < losses[0] - 1
 
