@@ -18,11 +18,14 @@ class AddedTokens(nn.Module):
     """
 
     def __init__(self, embedding: nn.Embedding, head: nn.Linear, ids: list[int], vocab_size: int, tied: bool) -> None:
-        """ids: consecutive ids of the new tokens, from vocab_size on; those between have no row and are never emitted."""
+        """ids: consecutive ids of the new tokens, from vocab_size on; those between have no row and are never emitted.
+
+        There may be none.
+        """
         super().__init__()
-        if ids != list(range(ids[0], ids[0] + len(ids))) or ids[0] < vocab_size:
+        self.first, self.vocab_size, self.tied = ids[0] if ids else vocab_size, vocab_size, tied
+        if ids != list(range(self.first, self.first + len(ids))) or self.first < vocab_size:
             raise ValueError(f"added ids must be consecutive and at least {vocab_size}, not {ids}")
-        self.first, self.vocab_size, self.tied = ids[0], vocab_size, tied
         frozen = embedding.weight[:vocab_size].detach()
         norm = torch.cat([chunk.float().norm(dim=1) for chunk in frozen.split(4096)]).mean()
         self.register_buffer("mean_norm", norm, persistent=False)
@@ -63,6 +66,8 @@ class ExtendedEmbedding(nn.Module):
         """(B, T) ids -> (B, T, d)."""
         added = self._added[0]
         frozen = self.frozen(ids.clamp(max=added.vocab_size - 1))  # (B, T, d)
+        if not len(added.input):
+            return frozen
         rows = added.input[(ids - added.first).clamp(0, len(added.input) - 1)]  # (B, T, d)
         return torch.where((ids >= added.first).unsqueeze(-1), rows.to(frozen.dtype), frozen)
 

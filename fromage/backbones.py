@@ -10,6 +10,7 @@ import hashlib
 import logging
 import re
 import socket
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -18,9 +19,11 @@ from urllib.request import getproxies
 
 import open_clip
 import torch
+import torch.nn.functional as F
 from huggingface_hub import constants
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import is_bitsandbytes_available
 from transformers.utils.logging import disable_progress_bar
@@ -29,7 +32,7 @@ from fromage.added_tokens import AddedTokens, ExtendedEmbedding, ExtendedHead
 from fromage.errors import UserError, first_line
 from fromage.image_transform import halves
 from fromage.packed_attention import Attend, attending
-from fromage.tokens import PromptTokenizer
+from fromage.tokens import IMAGE, RET, PromptTokenizer
 
 TOY = Path(__file__).parent / "toy" / "backbones"
 Quantized = Literal["int8", "nf4"]
@@ -50,7 +53,7 @@ class FrozenTower(nn.Module):
 
 
 class LanguageModel(FrozenTower):
-    """A frozen causal LM that knows [RET].
+    """A frozen causal LM that knows the tokens added to it, as [RET].
 
     Attributes:
         hf: the Hugging Face model; its embedding and head are extended by the added rows, so `hf.generate` works.
@@ -70,7 +73,7 @@ class LanguageModel(FrozenTower):
         self.width: int = embedding.weight.shape[1]
         self.freeze()
         tied = head.weight is embedding.weight
-        added = AddedTokens(embedding, head, [tokenizer.ret_id], tokenizer.vocab_size, tied)
+        added = AddedTokens(embedding, head, tokenizer.row_ids, tokenizer.vocab_size, tied)
         self._added = (added,)
         hf.set_input_embeddings(ExtendedEmbedding(embedding, added))
         hf.set_output_embeddings(ExtendedHead(head, added))
@@ -102,6 +105,16 @@ class LanguageModel(FrozenTower):
         positions = (mask.long().cumsum(1) - 1).clamp(min=0)  # (B, T)
         output = self.hf.base_model(
             inputs_embeds=embeds, attention_mask=mask.long(), position_ids=positions, use_cache=False
+        )
+        return output.last_hidden_state
+
+    def cached(self, embeds: Tensor, mask: Tensor, positions: Tensor, cache: Cache) -> Tensor:
+        """(B, T, d) input embeddings at positions (B, T) behind what the cache holds -> (B, T, d) hidden states.
+
+        mask: (B, 1, T, S + T) bool, which of the S tokens in the cache and the T new ones each of these sees.
+        """
+        output = self.hf.base_model(
+            inputs_embeds=embeds, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
         )
         return output.last_hidden_state
 
@@ -137,6 +150,7 @@ class VisionTower(FrozenTower):
 
     Attributes:
         transform: PIL image -> (3, H, W) uint8, the tower's own resize and crop; normalisation is part of the forward.
+        shape: of the features of one picture, (m,).
         width: m.
     """
 
@@ -150,7 +164,8 @@ class VisionTower(FrozenTower):
         parameter = next(self.visual.parameters())
         with torch.no_grad():
             probe = torch.zeros(1, 3, *self.image_size, dtype=parameter.dtype, device=parameter.device)
-            self.width: int = self.visual(probe).shape[-1]
+            self.shape = self.encode(probe).shape[1:]
+        self.width: int = self.shape[-1]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -159,13 +174,16 @@ class VisionTower(FrozenTower):
 
     @torch.no_grad()
     def forward(self, pixels: Tensor) -> Tensor:
-        """(B, 3, H, W) pixels, uint8 or normalised -> (B, m) features, without gradient."""
+        """(B, 3, H, W) pixels, uint8 or normalised -> (B, *shape) features, without gradient."""
         parameter = next(self.visual.parameters())
         pixels = pixels.to(parameter.device, non_blocking=True)
         if pixels.dtype == torch.uint8 and self.normalise:
             pixels = self.normalise(pixels)
-        pixels = pixels.to(parameter.dtype)
-        return self.visual(pixels).contiguous()  # a ViT gives a view that would keep all tokens alive
+        return self.encode(pixels.to(parameter.dtype)).contiguous()  # a ViT gives a view that would keep all tokens alive
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """(B, 3, H, W) normalised pixels -> (B, m): what the tower is read for."""
+        return self.visual(pixels)
 
     def fingerprint(self) -> dict[str, str]:
         """What stored features depend on: the tower's name, its weights (a digest of samples) and the preprocessing."""
@@ -177,6 +195,34 @@ class VisionTower(FrozenTower):
             digest.update(some.float().cpu().numpy().tobytes())
         shown = re.sub(r" at 0x[0-9a-f]+|\s+", " ", str(self.transform))
         return {"tower": self.name, "weights": digest.hexdigest()[:16], "preprocessing": shown}
+
+
+class PatchTower(VisionTower):
+    """A frozen open_clip image tower read at its patches, (P, m) a picture, before its last layer as LLaVA reads it.
+
+    It sees the whole picture, pressed into its square, so that a place is the same share of either. Each patch comes at mean
+    0 and variance 1, whatever the layer's scale.
+
+    Attributes:
+        grid: rows and columns of patches, P in all.
+    """
+
+    def __init__(self, clip: Any, name: str, layer: int = -2) -> None:
+        """layer: which of the tower's layers (of a ResNet, its stages) is read; -1 is the last."""
+        self.layer = layer
+        squash = open_clip.transform.merge_preprocess_dict(
+            open_clip.get_model_preprocess_cfg(clip), {"resize_mode": "squash"}
+        )
+        config = open_clip.transform.PreprocessCfg(**squash)
+        super().__init__(clip, open_clip.transform.image_transform_v2(config, is_train=False), f"{name}, patches of {layer}")
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """(B, 3, H, W) normalised pixels -> (B, P, m)."""
+        layers = {"indices": [self.layer], "stop_early": True, "intermediates_only": True}
+        found = self.visual.forward_intermediates(pixels, **layers)["image_intermediates"][0]  # (B, m, rows, columns)
+        self.grid = tuple(found.shape[2:])
+        patches = found.flatten(2).transpose(1, 2)  # (B, P, m)
+        return F.layer_norm(patches.float(), patches.shape[-1:]).to(pixels.dtype)
 
 
 def _without_projection(visual: Any) -> Any:
@@ -213,9 +259,14 @@ def look_for_hub() -> None:
 
 
 def load_lm(
-    name: str, dtype: str = "float32", random_weights: bool = False, quantize: Quantized | None = None
+    name: str,
+    dtype: str = "float32",
+    random_weights: bool = False,
+    quantize: Quantized | None = None,
+    rows: Sequence[str] = (RET,),
+    places: Sequence[str] = (IMAGE,),
 ) -> LanguageModel:
-    """Load and freeze a causal LM by hub name or folder ('toy': the one in the package).
+    """Load and freeze a causal LM by hub name or folder ('toy': the one in the package). rows, places: see PromptTokenizer.
 
     random_weights builds the architecture from its configuration alone, for tests and speed measurements. quantize holds the
     linear layers, but for the head, in int8 (LLM.int8) or in 4 bits (NF4, QLoRA), by bitsandbytes; they compute in dtype.
@@ -229,7 +280,7 @@ def load_lm(
         disable_progress_bar()  # of its weights, which are there at once
     if not Path(folder).exists():
         look_for_hub()
-    tokenizer = PromptTokenizer(folder)
+    tokenizer = PromptTokenizer(folder, rows, places)
     try:
         if random_weights:
             hf = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=DTYPES[dtype])
@@ -314,5 +365,20 @@ def load_vision(
 ) -> VisionTower:
     """Load and freeze the image tower of an open_clip model; see load_clip."""
     clip, transform, _ = load_clip(name, pretrained, dtype, random_weights)
+    return VisionTower(clip, transform, _full_name(name, pretrained, random_weights))
+
+
+def load_patches(
+    name: str, pretrained: str | None = None, layer: int = -2, dtype: str = "float32", random_weights: bool = False
+) -> PatchTower:
+    """Likewise, to be read at the patches of a layer; see PatchTower. Raises UserError for a layer that is not there."""
+    clip, _, _ = load_clip(name, pretrained, dtype, random_weights)
+    try:
+        return PatchTower(clip, _full_name(name, pretrained, random_weights), layer)
+    except (AssertionError, IndexError) as error:
+        raise UserError(f"vision tower {name}: has no layer {layer}; -1 is its last") from error
+
+
+def _full_name(name: str, pretrained: str | None, random_weights: bool) -> str:
     weights = None if random_weights else clip_weights(name, pretrained)
-    return VisionTower(clip, transform, f"{name}/{weights}" if weights else name)
+    return f"{name}/{weights}" if weights else name

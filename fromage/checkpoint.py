@@ -20,7 +20,6 @@ from fromage.backbones import DTYPES, look_for_hub
 from fromage.errors import UserError, first_line
 from fromage.model import TOWERS, Fromage
 from fromage.model_folder import CONFIG, WEIGHTS, Saved, read_folder
-from fromage.tokens import IMAGE, RET
 
 PREFIX = "model."
 HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*(?<!\.ckpt)")
@@ -72,7 +71,7 @@ def dtype_name(name: str) -> str:
 
 
 def _added_tokens(model: Fromage) -> dict[str, int]:
-    return {IMAGE: model.tokenizer.image_id, RET: model.tokenizer.ret_id}
+    return dict(model.tokenizer.added)
 
 
 def describe(model: Fromage, dtype: str | None = None) -> Saved:

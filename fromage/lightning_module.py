@@ -106,7 +106,7 @@ class FromageModule(pl.LightningModule):
             raise UserError(f"model.chunk {chunk}: choose a number of examples, or 0 for all at once")
         if chunk and step == "plain":
             raise UserError("model.chunk is the fast step's: leave out model.chunk, or choose model.step fast")
-        self.guard = LossGuard(skip=nonfinite == "skip")
+        self.guard = LossGuard(nonfinite == "skip", ("captioning", "text", "contrastive"))
         self._validation: list[tuple[Tensor, Tensor]] = []
         self._to_show: list[tuple[str, Tensor, Tensor | None]] = []
         self._clock = 0.0

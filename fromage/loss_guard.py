@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import cycle
 from typing import NamedTuple
 
 import torch
@@ -22,7 +23,7 @@ class Update(NamedTuple):
 
     step: int
     keys: list[str]
-    values: Tensor  # (2 + 3 M,) float32: left out on any device?, norm of the gradients, three losses per micro-batch
+    values: Tensor  # (2 + M n,) float32: left out on any device?, norm of gradients, M losses of n micro-batches
     arrived: torch.cuda.Event | None  # None: it is here
 
 
@@ -33,22 +34,22 @@ class LossGuard:
     optimisers heed; the host learns of it once the figures have come, a step or so later.
     """
 
-    def __init__(self, skip: bool) -> None:
-        """skip: go on after such an update, with a warning; else `check` raises."""
-        self.skip, self.skipped = skip, 0
-        self._losses: list[Tensor] = []  # (3,) each, since the last update
+    def __init__(self, skip: bool, names: Sequence[str]) -> None:
+        """skip: go on after such an update, with a warning; else `check` raises. names: of the losses, M of them."""
+        self.skip, self.skipped, self.names = skip, 0, names
+        self._losses: list[Tensor] = []  # (M,) each, since the last update
         self._keys: list[str] = []
         self._updates: deque[Update] = deque()
 
     def see(self, losses: Iterable[Tensor], keys: list[str]) -> None:
-        """Take the captioning, text and contrastive loss, scalars, of a micro-batch, and its samples' keys."""
+        """Take the losses, scalars in the order of their names, of a micro-batch, and its samples' keys."""
         self._losses.append(torch.stack([loss.detach().float() for loss in losses]))
         self._keys += keys
 
     def before_update(self, optimizer: torch.optim.Optimizer, step: int) -> None:
         """Tell a fused optimiser, now that the gradients are there, whether to leave its next update out."""
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        values = torch.cat([torch.nn.utils.get_total_norm(gradients).reshape(1), *self._losses])  # (1 + 3 M,)
+        values = torch.cat([torch.nn.utils.get_total_norm(gradients).reshape(1), *self._losses])  # (1 + M n,)
         found = (~values.isfinite().all()).float().reshape(1)
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(found, dist.ReduceOp.MAX)
@@ -72,8 +73,8 @@ class LossGuard:
 
     def _report(self, update: Update, last_good: str) -> None:
         _, norm, *losses = update.values.tolist()
-        names = ("captioning", "text", "contrastive")
-        said = [f"{names[i % 3]} loss {value:.4g}" for i, value in enumerate(losses)] + [f"gradient norm {norm:.4g}"]
+        said = [f"{name} loss {value:.4g}" for name, value in zip(cycle(self.names), losses, strict=False)]
+        said += [f"gradient norm {norm:.4g}"]
         more = f" and {len(update.keys) - SHOWN} more" if len(update.keys) > SHOWN else ""
         samples = f"samples {', '.join(update.keys[:SHOWN])}{more}; {', '.join(said)}"
         what = f"step {update.step}: not finite, here or on another device ({samples}); no update was made"

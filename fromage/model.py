@@ -27,12 +27,13 @@ from torch import Tensor, nn
 
 from fromage.backbones import LanguageModel, Quantized, VisionTower, load_lm, load_vision
 from fromage.errors import UserError, first_line
+from fromage.picture_reader import PictureReader
 
 TOWERS = ("lm.", "vision.")
 Pooling = Literal["ret", "last"]  # where a text is read for retrieval: at [RET], or at its last word (an ablation)
 
 
-class Fromage(nn.Module, ModelHubMixin):
+class Fromage(PictureReader, ModelHubMixin):
     """The model. Trained parameters are float32 whatever the towers hold; each is applied in the tower's dtype.
 
     Attributes:
@@ -46,16 +47,15 @@ class Fromage(nn.Module, ModelHubMixin):
         pooling: where texts are read for retrieval. With 'last' the model never answers with pictures, and 'at [RET]' in
         what follows means at the last token before it. Raises UserError where a text may then have no token at all.
         """
-        super().__init__()
+        super().__init__(lm, vision, k)
         if pooling == "last" and not lm.tokenizer.start():
             raise UserError(f"{lm.name}: its texts have no start token, so an empty one has no last word; use pooling 'ret'")
-        self.lm, self.vision, self.k, self.q, self.pooling = lm, vision, k, q, pooling
+        self.q, self.pooling = q, pooling
         self.visual_prefix = nn.Linear(vision.width, k * lm.width)  # W_c
         self.text_head = nn.Linear(lm.width, q)  # W_t
         self.image_head = nn.Linear(vision.width, q)  # W_i
         self.ret = lm.added  # e_RET
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
-        self.tokenizer = lm.tokenizer
         self.settings: dict[str, Any] = {}
         self.stored_dtype = "bfloat16"
 
@@ -112,11 +112,6 @@ class Fromage(nn.Module, ModelHubMixin):
 
         write_folder(describe(self, dtype), save_directory)
 
-    @property
-    def device(self) -> torch.device:
-        """Where the trained parameters are."""
-        return self.logit_scale.device
-
     def trained(self) -> dict[str, nn.Parameter]:
         """The trained parameters by name; the towers have none."""
         return {name: p for name, p in self.named_parameters() if not name.startswith(TOWERS)}
@@ -124,14 +119,6 @@ class Fromage(nn.Module, ModelHubMixin):
     def prefix(self, features: Tensor) -> Tensor:
         """(B, m) image features -> (B, k, d) input embeddings: W_c v(x) + b."""
         return self.visual_prefix(features.float()).unflatten(-1, (self.k, self.lm.width))  # (B, k d) -> (B, k, d)
-
-    def embed(self, ids: Tensor, prefix: Tensor | None = None) -> Tensor:
-        """(B, T) ids -> (B, T, d) input embeddings; the places of <|image|> are filled from prefix (N, k, d), in order."""
-        embeds = self.lm.embed(ids)  # (B, T, d)
-        if prefix is None:
-            return embeds
-        places = (ids == self.tokenizer.image_id).unsqueeze(-1)  # (B, T, 1)
-        return embeds.masked_scatter(places, prefix.to(embeds.dtype))
 
     def embed_images(self, features: Tensor) -> Tensor:
         """(B, m) image features -> (B, q) unit rows of the retrieval space: W_i v(x) + b, normalised."""

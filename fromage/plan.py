@@ -255,7 +255,9 @@ def lm_config(name: str) -> Any:
 def _model(run: Run, visual: Any) -> Fromage:
     hf = AutoModelForCausalLM.from_config(lm_config(run.lm), dtype=DTYPES[run.dtype])
     rows = len(hf.get_input_embeddings().weight)
-    tokens: Any = SimpleNamespace(vocab_size=rows, image_id=rows, ret_id=rows + 1, pad_id=0, start=lambda: [0])
+    tokens: Any = SimpleNamespace(
+        vocab_size=rows, image_id=rows, ret_id=rows + 1, row_ids=[rows + 1], pad_id=0, start=lambda: [0]
+    )
     clip = SimpleNamespace(visual=visual.to_empty(device="cpu"))
     return Fromage(LanguageModel(hf, tokens, run.lm), VisionTower(clip, None, run.vision), run.k, run.q)
 

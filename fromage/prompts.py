@@ -21,6 +21,7 @@ from torch import Tensor
 from fromage.bounds import check_whole
 from fromage.errors import BrokenSample, UserError
 from fromage.model import Fromage, pad
+from fromage.picture_reader import PictureReader
 from fromage.pictures import open_picture, take_in
 
 HALVES = re.compile("[\ud800-\udfff]")  # of characters in UTF-16, which are none
@@ -35,10 +36,12 @@ class Special(Enum):
 
     RET = "[RET]"
     START = "</s>"
+    QUERIES = "<|query|>"
 
 
 RET = Special.RET  # asks for a picture
 START = Special.START  # </s> at another place than the front: in training, captions have it behind their picture
+QUERIES = Special.QUERIES  # all object queries of an Octopus
 
 # Path: a picture's file, or 'shard.tar#key'. Tensor: features (m,) of a picture encoded before.
 Picture = Image.Image | Path | Url | Tensor
@@ -81,35 +84,37 @@ def worded(parts: Sequence[Part]) -> list[Part]:
     return [part for part in parts if not (isinstance(part, str) and not part)]
 
 
-def prompt_ids(model: Fromage, prompt: Prompt) -> list[int]:
+def prompt_ids(model: PictureReader, prompt: Prompt) -> list[int]:
     """The token ids of a prompt, no picture opened: k times <|image|> for each. Every text is tokenised by itself."""
     parts = parts_of(prompt)
     front = [] if any(part is START for part in parts) else model.tokenizer.start()
     return [*front, *chain.from_iterable(part_ids(model, part) for part in parts)]
 
 
-def part_ids(model: Fromage, part: Part) -> list[int]:
+def part_ids(model: PictureReader, part: Part) -> list[int]:
     """The token ids of one part of a prompt."""
     tokenizer = model.tokenizer
     if isinstance(part, Picture):
         return [tokenizer.image_id] * model.k
     if part is RET:
         return [tokenizer.ret_id]
+    if part is QUERIES:
+        return [tokenizer.added[QUERIES.value]] * int(getattr(model, "n", 0))
     return tokenizer.start() if part is START else tokenizer.encode(str(part))
 
 
-def prompt_length(model: Fromage, prompt: Prompt) -> int:
+def prompt_length(model: PictureReader, prompt: Prompt) -> int:
     """Tokens of a prompt, </s> at the front and k for each picture included; no picture is opened."""
     return len(prompt_ids(model, prompt))
 
 
-def max_length(model: Fromage) -> int | None:
+def max_length(model: PictureReader) -> int | None:
     """Tokens that the language model has positions for; None if it sets no limit."""
     return getattr(model.lm.hf.config.get_text_config(), "max_position_embeddings", None)
 
 
 @torch.no_grad()
-def embed_prompts(model: Fromage, prompts: Sequence[Prompt], room: int = 0) -> Prompts:
+def embed_prompts(model: PictureReader, prompts: Sequence[Prompt], room: int = 0) -> Prompts:
     """At least one prompt -> a left-padded batch. Each distinct picture goes through the tower once, all in one pass.
 
     room: tokens that must find a place behind each prompt. An empty prompt is </s> alone.
@@ -118,9 +123,7 @@ def embed_prompts(model: Fromage, prompts: Sequence[Prompt], room: int = 0) -> P
     """
     rows = [prompt_ids(model, prompt) for prompt in prompts]
     _check_lengths(model, [len(row) for row in rows], room)
-    backwards, lengths = pad([row[::-1] for row in rows], model.tokenizer.pad_id)
-    ids = backwards.flip(1)  # (B, T)
-    mask = torch.arange(ids.shape[1]) >= ids.shape[1] - torch.tensor(lengths).unsqueeze(1)  # (B, T)
+    ids, mask = pad_left(rows, model.tokenizer.pad_id)  # (B, T) each
     pictures = [[part for part in parts_of(prompt) if isinstance(part, Picture)] for prompt in prompts]
     distinct = {_key(picture): picture for row in pictures for picture in row}
     number = {key: i for i, key in enumerate(distinct)}
@@ -131,6 +134,13 @@ def embed_prompts(model: Fromage, prompts: Sequence[Prompt], room: int = 0) -> P
     return Prompts(ids, mask.to(model.device), model.embed(ids, prefix), features, shown)
 
 
+def pad_left(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Lists of ids -> (B, T) left-padded to the longest, and (B, T) bool, whether there is a token."""
+    backwards, lengths = pad([row[::-1] for row in rows], pad_id)
+    ids = backwards.flip(1)  # (B, T)
+    return ids, torch.arange(ids.shape[1]) >= ids.shape[1] - torch.tensor(lengths).unsqueeze(1)
+
+
 def _key(picture: Picture) -> int | str:
     """The same for the same file, address or object."""
     if isinstance(picture, Path):
@@ -138,7 +148,7 @@ def _key(picture: Picture) -> int | str:
     return str(picture) if isinstance(picture, Url) else id(picture)
 
 
-def _check_lengths(model: Fromage, lengths: list[int], room: int) -> None:
+def _check_lengths(model: PictureReader, lengths: list[int], room: int) -> None:
     longest, limit = max(lengths), max_length(model)
     if limit is not None and longest + room > limit:
         behind = f" and {room} behind it" if room else ""
@@ -147,20 +157,20 @@ def _check_lengths(model: Fromage, lengths: list[int], room: int) -> None:
         raise UserError("the prompt is empty, and this language model has no token to start from; give it a word")
 
 
-def encode_pictures(model: Fromage, pictures: Sequence[Picture]) -> Tensor:
+def encode_pictures(model: PictureReader, pictures: Sequence[Picture]) -> Tensor:
     """(n, m) image features, in float32; the tower encodes those that are no features yet, in one pass.
 
     Raises UserError for a picture that cannot be had, and for what can be no features of this tower.
     """
     for picture in pictures:
-        if isinstance(picture, Tensor) and not (picture.shape == (model.vision.width,) and picture.isfinite().all()):
+        if isinstance(picture, Tensor) and not (picture.shape == model.vision.shape and picture.isfinite().all()):
             raise UserError(
-                f"a picture's features of shape {tuple(picture.shape)}: must be {model.vision.width} finite numbers"
+                f"a picture's features of shape {tuple(picture.shape)}: must be {tuple(model.vision.shape)} finite numbers"
             )
     pixels = [model.vision.transform(_open(picture)) for picture in pictures if not isinstance(picture, Tensor)]
     made = iter(model.vision(torch.stack(pixels)) if pixels else ())
     rows = [picture.to(model.device) if isinstance(picture, Tensor) else next(made) for picture in pictures]
-    return torch.stack([row.float() for row in rows]) if rows else torch.empty(0, model.vision.width, device=model.device)
+    return torch.stack([row.float() for row in rows]) if rows else torch.empty(0, *model.vision.shape, device=model.device)
 
 
 def _open(picture: Image.Image | Path | Url) -> Image.Image:

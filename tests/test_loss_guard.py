@@ -68,7 +68,7 @@ def test_skipping_leaves_one_update_out_and_goes_on(world, tmp_path, caplog):
 
 
 def test_a_bad_micro_batch_spoils_the_whole_update_and_only_that():
-    guard, p = LossGuard(skip=True), torch.nn.Parameter(torch.ones(2))
+    guard, p = LossGuard(True, ("captioning", "text", "contrastive")), torch.nn.Parameter(torch.ones(2))
     optimizer = torch.optim.Adam([p], fused=True)
     for bad in (False, True, False):
         for micro in range(2):

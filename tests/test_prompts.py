@@ -96,12 +96,13 @@ def test_a_picture_is_upright_opened_and_by_its_path_and_the_callers_stays_as_it
 
 def test_what_can_be_no_part_of_a_prompt(toy_model):
     width = toy_model.vision.width
+    finite = rf"\({width},\) finite numbers"
     for part, named in (
         (Image.new("1", (1, 101)), "too narrow"),
         (Image.new("1", (0, 0)), "0 x 0"),
-        (torch.ones(width + 1), f"{width} finite numbers"),
-        (torch.empty(0), f"{width} finite numbers"),
-        (torch.full((width,), torch.nan), f"{width} finite numbers"),
+        (torch.ones(width + 1), finite),
+        (torch.empty(0), finite),
+        (torch.full((width,), torch.nan), finite),
         ("a \ud800", "half a character"),
     ):
         with pytest.raises(UserError, match=named):

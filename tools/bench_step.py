@@ -52,7 +52,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 def build(preset: dict[str, Any], device: str) -> Fromage:
     """OPT with its 50,272 rows and an open_clip tower, random weights, on the device from the start."""
     dtype = DTYPES[preset["dtype"]]
-    ids = SimpleNamespace(vocab_size=50265, image_id=50265, ret_id=50266, pad_id=1, bos_id=2, eos_id=2, start=lambda: [2])
+    ids = SimpleNamespace(
+        vocab_size=50265, image_id=50265, ret_id=50266, row_ids=[50266], pad_id=1, bos_id=2, eos_id=2, start=lambda: [2]
+    )
     config = OPTConfig(
         vocab_size=50272, hidden_size=preset["width"], word_embed_proj_dim=preset["width"], ffn_dim=4 * preset["width"],
         num_hidden_layers=preset["layers"], num_attention_heads=preset["heads"], dropout=0.0, attention_dropout=0.0,

@@ -1,0 +1,195 @@
+"""Examples -> batches: prompts in tokens, answers, known objects, and pixels or stored patches."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import DataLoader, Dataset
+from torchvision.ops import box_convert
+
+from fromage.errors import BrokenSample, UserError
+from fromage.evals.encoded import check_lost
+from fromage.octopus.answers import answer_ids, ordered
+from fromage.octopus.examples import Example, Source
+from fromage.octopus.matching import Objects
+from fromage.octopus.model import Octopus
+from fromage.octopus.patch_store import PatchStore
+from fromage.octopus.step import Lesson
+from fromage.pictures import decode_picture
+from fromage.prompts import Part, pad_left, prompt_ids
+from fromage.tokens import PromptTokenizer
+
+log = logging.getLogger(__name__)
+
+
+class Layout(NamedTuple):
+    """What of a model the tokens of its prompts follow from."""
+
+    tokenizer: PromptTokenizer
+    k: int
+    n: int
+
+
+class Lessons(Dataset[Any]):
+    """Examples one by one: (example, pixels or patches), or None where the picture cannot be decoded."""
+
+    def __init__(self, examples: Sequence[Example], transform: Any, store: PatchStore | None) -> None:
+        self.examples, self.transform, self.store = examples, transform, store
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, number: int) -> tuple[Example, Tensor] | None:
+        example = self.examples[number]
+        if self.store is not None:
+            return example, self.store[example.picture]
+        try:
+            return example, self.transform(decode_picture(Path(example.picture).read_bytes()))
+        except (OSError, BrokenSample) as error:
+            log.warning("skipped %s: %s", example.key, error)
+            return None
+
+
+class Collate:
+    """Rows of Lessons -> a Lesson."""
+
+    def __init__(self, model: Octopus, stored: bool, ask: bool) -> None:
+        self.layout, self.stored, self.ask, self.prompt = (
+            Layout(model.tokenizer, model.k, model.n),
+            stored,
+            ask,
+            model.prompt,
+        )
+
+    def __call__(self, rows: list[tuple[Example, Tensor] | None]) -> Lesson:
+        """Raises UserError where not one picture could be decoded."""
+        some = [row for row in rows if row is not None]
+        if not some:
+            raise UserError("no picture of a batch can be decoded; the log names them")
+        examples, tensors = [example for example, _ in some], torch.stack([tensor for _, tensor in some])
+        tokenizer, n = self.layout.tokenizer, self.layout.n
+        ids, mask = pad_left([self._prompt(example) for example in examples], tokenizer.pad_id)
+        answers = [torch.tensor(answer_ids(example, tokenizer, n)) for example in examples]
+        lengths = torch.tensor([len(answer) for answer in answers])
+        padded = pad_sequence(answers, batch_first=True, padding_value=tokenizer.pad_id)  # (B, A)
+        targets = torch.arange(padded.shape[1]) < lengths.unsqueeze(1)
+        pixels, patches = (None, tensors) if self.stored else (tensors, None)
+        return Lesson(examples, ids, mask, padded, targets, objects_of(examples, n), pixels, patches)
+
+    def _prompt(self, example: Example) -> list[int]:
+        marked: list[Part] = self.prompt(torch.empty(0), example.instruction, self.ask)  # any tensor stands for the picture
+        return prompt_ids(self.layout, marked)  # type: ignore[arg-type]
+
+
+def objects_of(examples: Sequence[Example], n: int) -> Objects:
+    """The known objects of examples, those meant first; without queries none, and at most as many as there are queries."""
+    rows = [[example.boxes[i] for i in ordered(example)][:n] for example in examples]
+    boxes = torch.zeros(len(rows), max(map(len, rows)), 4)  # (B, K, 4)
+    for row, theirs in zip(boxes, rows, strict=True):
+        if theirs:
+            row[: len(theirs)] = box_convert(torch.tensor(theirs), "xyxy", "cxcywh")
+    return Objects(boxes, [len(row) for row in rows], [min(len(example.meant), n) for example in examples])
+
+
+class OctopusData(pl.LightningDataModule):
+    """Examples of one or several sources, mixed."""
+
+    def __init__(
+        self,
+        train: list[Source] | None = None,
+        val: list[Source] | None = None,
+        batch_size: int = 16,
+        val_batch_size: int | None = None,
+        features: str | None = None,
+        workers: int = 4,
+        max_lost: float = 0.05,
+        seed: int = 0,
+    ) -> None:
+        """Name the data; nothing is read yet.
+
+        Args:
+            train: sources of training examples, all of them mixed: of fromage.octopus.sources, or your own class.
+            val: sources of validation examples.
+            batch_size: examples per training step on each device.
+            val_batch_size: examples per validation step on each device; null for batch_size.
+            features: folder of the pictures' patch features, written on first use; null encodes pictures in every step.
+            workers: processes that decode pictures, per device.
+            max_lost: share (0 to 1) of the pictures that may be missing or broken.
+            seed: seed of the order; the epoch adds to it.
+        """
+        super().__init__()
+        self.sources = {"train": train or [], "val": val or []}
+        self.batch_size, self.val_batch_size, self.features = batch_size, val_batch_size or batch_size, features
+        self.workers, self.max_lost, self.seed = workers, max_lost, seed
+        self.examples: dict[str, list[Example]] = {}
+
+    def setup(self, stage: str) -> None:
+        """Read the sources. Raises UserError for what is missing, and where there is nothing to train on."""
+        for part, sources in self.sources.items():
+            if part not in self.examples and (part == "val" or stage == "fit"):
+                self.examples[part] = self._present([example for source in sources for example in source])
+        if stage == "fit" and not self.examples["train"]:
+            raise UserError("data.train: there is no example; name sources that hold some")
+
+    def _present(self, examples: list[Example]) -> list[Example]:
+        """Those whose picture is there. Raises UserError where too many are not."""
+        pictures = {example.picture for example in examples}
+        missing = {picture for picture in pictures if not Path(picture).is_file()}
+        check_lost([("missing", Path(picture)) for picture in sorted(missing)], len(pictures), self.max_lost)
+        if missing:
+            warnings.warn(
+                f"{len(missing)} of {len(pictures)} pictures are missing: {', '.join(sorted(missing)[:3])}", stacklevel=2
+            )
+        return [example for example in examples if example.picture not in missing]
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Full batches in an order of the epoch's own."""
+        return self._loader("train", self.batch_size, shuffle=True)
+
+    def val_dataloader(self) -> DataLoader[Any] | list[Any]:
+        """All examples in stored order; an empty list where there are none."""
+        return self._loader("val", self.val_batch_size, shuffle=False) if self.examples["val"] else []
+
+    test_dataloader = val_dataloader
+
+    def _loader(self, part: str, batch_size: int, shuffle: bool) -> DataLoader[Any]:
+        module: Any = self.trainer.lightning_module  # type: ignore[union-attr]
+        examples = [e for e in self.examples[part] if not module.model.n or len(e.meant) <= module.model.n]
+        if len(examples) < len(self.examples[part]):
+            left = len(self.examples[part]) - len(examples)
+            warnings.warn(f"{left} examples point at more than the {module.model.n} object queries: left out", stacklevel=2)
+        store = self._store(examples, module.model.vision) if self.features else None
+        if store is not None:
+            examples = [example for example in examples if example.picture not in store.lost]
+        if shuffle and len(examples) < batch_size:
+            raise UserError(f"{len(examples)} training examples are fewer than data.batch_size {batch_size}: lower it")
+        return DataLoader(
+            Lessons(examples, module.model.vision.transform, store),
+            batch_size,
+            shuffle=shuffle,
+            drop_last=shuffle,
+            num_workers=0 if store is not None else self.workers,
+            collate_fn=Collate(module.model, store is not None, module.asks),
+            generator=torch.Generator().manual_seed(self.seed) if shuffle else None,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    def _store(self, examples: Sequence[Example], vision: Any) -> PatchStore:
+        """The patches of all pictures; one process of several writes them, while the others wait."""
+        folder, pictures = Path(self.features or ""), list(dict.fromkeys(example.picture for example in examples))
+        strategy: Any = self.trainer.strategy  # type: ignore[union-attr]
+        if self.trainer.is_global_zero:  # type: ignore[union-attr]
+            PatchStore(folder, vision).add(pictures, workers=self.workers)
+        strategy.barrier("patches")
+        store = PatchStore(folder, vision)
+        lost = [(cause, Path(picture)) for picture, cause in store.lost.items() if picture in set(pictures)]
+        check_lost(lost, len(pictures), self.max_lost)
+        return store

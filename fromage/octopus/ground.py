@@ -1,0 +1,64 @@
+"""Ask Octopus: a picture and an instruction go in, text that points at boxes comes out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from fromage.bounds import check_whole
+from fromage.octopus.answers import Grounded, read_indexed, read_spelled
+from fromage.octopus.model import Octopus, Reading
+from fromage.prompts import Picture, embed_prompts
+
+MAX_NEW_TOKENS = 64
+
+
+@torch.no_grad()
+def ground(
+    model: Octopus, asked: Sequence[tuple[Picture, str]], max_new_tokens: int = MAX_NEW_TOKENS, batch_size: int = 32
+) -> list[Grounded]:
+    """Greedy answers to (picture, instruction) pairs.
+
+    A picture may be its patch features (P, m). Each batch is read once; answers go on from its keys and values. Raises
+    UserError for prompts that are too long and pictures that cannot be had.
+    """
+    check_whole("batch_size", batch_size, 1)
+    answers: list[Grounded] = []
+    for start in range(0, len(asked), batch_size):
+        prompts = [model.prompt(*pair) for pair in asked[start : start + batch_size]]
+        embedded = embed_prompts(model, prompts, max_new_tokens)
+        patches = embedded.features[[shown[-1] for shown in embedded.shown]]  # (B, P, m)
+        reading = model.read(embedded.ids, embedded.mask, embedded.embeds, patches)
+        answers += grounded(model, reading, decode(model, reading, max_new_tokens))
+    return answers
+
+
+def decode(model: Octopus, reading: Reading, max_new_tokens: int) -> list[list[int]]:
+    """Greedy tokens behind a reading of B prompts, without the </s> that ends them. It asks the device once a token."""
+    out: list[list[int]] = [[] for _ in reading.hidden]
+    open_, hidden = set(range(len(out))), reading.hidden  # (B, d)
+    while open_:
+        logits = model.lm.logits(hidden)  # (B, V + 2 + N)
+        if reading.found is None:
+            logits[:, model.tokenizer.row_ids] = -torch.inf  # there is nothing to point at
+        ids = logits.argmax(-1)  # (B,)
+        for row, token in enumerate(ids.tolist()):
+            if row in open_ and token != model.tokenizer.eos_id:
+                out[row].append(token)
+            if token == model.tokenizer.eos_id or len(out[row]) == max_new_tokens:
+                open_.discard(row)
+        if open_:
+            hidden = model.go_on(reading, ids.unsqueeze(1))[:, -1]  # (B, 1, d) -> (B, d)
+    return out
+
+
+def grounded(model: Octopus, reading: Reading, out: Sequence[list[int]]) -> list[Grounded]:
+    """Tokens behind a reading -> answers."""
+    if reading.found is None:
+        return [read_spelled(model.tokenizer.decode(ids)) for ids in out]
+    boxes, scores = reading.found.corners.tolist(), reading.found.scores.tolist()
+    return [
+        read_indexed(ids, model.tokenizer, [tuple(box) for box in theirs], some)
+        for ids, theirs, some in zip(out, boxes, scores, strict=True)
+    ]

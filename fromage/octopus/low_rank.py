@@ -1,0 +1,23 @@
+"""Adapters of low rank (LoRA, Hu et al., ICLR 2022) in the layers of a frozen language model, by peft."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from fromage.backbones import LanguageModel
+from fromage.errors import UserError
+
+
+def add_low_rank(lm: LanguageModel, rank: int) -> None:
+    """Give each linear layer of the transformer's layers an adapter that is trained; all else stays frozen.
+
+    Raises UserError where peft is not installed.
+    """
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError as error:
+        raise UserError("model.low_rank needs peft: pip install 'fromage[lora]'") from error
+    blocks = {id(module) for block in lm.blocks for module in block.modules()}
+    linear = [name for name, module in lm.hf.named_modules() if id(module) in blocks and isinstance(module, nn.Linear)]
+    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=linear), lm.hf)
+    lm.eval()

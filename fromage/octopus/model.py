@@ -1,0 +1,214 @@
+"""Octopus: a language model that recognises objects in parallel, halfway up, and points at them in sequence.
+
+    [picture: P patches] [instruction] [N object queries] [answer: text with index tokens <d0> ... <dN-1>]
+
+Shapes: B batch, T tokens of a prompt, A of an answer, P patches of a picture, N object queries, m width of the patch
+features, d width of the language model, c width of the DETR decoder.
+
+    visual prefix   W_c  (d x m)   a patch becomes an input embedding
+    object queries  (N x d)        input embeddings behind the instruction: they see it, the picture and each other
+    recognizer      DETR decoder between bottom and top layers: queries -> boxes, scores (fromage.octopus.recognition)
+    relay           (N x d)        what was found takes the queries' places in the top layers, each with the name <di>
+    index tokens    (N x d)        rows beside the vocabulary (fromage.added_tokens): to write <di> is to point at box i
+
+With no queries it is the sequential counterpart: the same towers and data, boxes spelled as text (fromage.octopus.answers).
+A reconstruction of Zhao et al., NeurIPS 2024; what is known of it and what is ours stands in docs/octopus.md.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from fromage.backbones import LanguageModel, PatchTower, Quantized, load_lm, load_patches
+from fromage.errors import UserError
+from fromage.octopus.recognition import Recognised, Recognizer
+from fromage.picture_reader import PictureReader, fill
+from fromage.prompts import QUERIES, START, Part, Picture
+from fromage.tokens import IMAGE
+
+QUERY = QUERIES.value
+SLOTS = re.compile(r"(\{\w+\})")
+
+
+def index_tokens(n: int) -> list[str]:
+    """<d0> ... <dN-1>."""
+    return [f"<d{i}>" for i in range(n)]
+
+
+@dataclass
+class Reading:
+    """A batch of prompts that was read, ready for answers.
+
+    Attributes:
+        hidden: (B, d) hidden states of the prompts' last tokens, from which the answers' first ones follow.
+        cache: keys and values of every layer.
+        mask: (B, S) bool, the tokens in the cache that are none of the padding.
+        found: what the decoder recognised; None where the prompts have no queries.
+    """
+
+    hidden: Tensor
+    cache: DynamicCache
+    mask: Tensor
+    found: Recognised | None
+
+
+class Octopus(PictureReader):
+    """The model. What is trained beside the language model is float32 whatever the towers hold.
+
+    Attributes:
+        n: object queries; 0 for the sequential counterpart.
+        after: layers of the language model below the decoder.
+        settings: the arguments of load it was built with; empty if it was built from modules.
+    """
+
+    vision: PatchTower
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        vision: PatchTower,
+        n: int = 64,
+        after: int | None = None,
+        c: int = 256,
+        decoder_layers: int = 6,
+        heads: int = 8,
+        relay: bool = True,
+        template: str = "{picture}{instruction}{queries}{start}",
+    ) -> None:
+        """after: None for half of the layers. relay: whether the top layers learn what was found (an ablation without).
+
+        template: what stands around picture, instruction and queries; {start} is the language model's start token. Raises
+        UserError for a number of layers, or a template, that cannot be.
+        """
+        super().__init__(lm, vision, vision.shape[0])
+        self.n, self.after, self.relay = n, len(lm.blocks) // 2 if after is None else after, relay
+        self.template = [part for part in SLOTS.split(template) if part]
+        if n and not 0 < self.after < len(lm.blocks):
+            raise UserError(f"model.after {after}: the language model has {len(lm.blocks)} layers; choose 1 to one less")
+        if sorted(filter(SLOTS.match, set(self.template) - {"{start}"})) != ["{instruction}", "{picture}", "{queries}"]:
+            raise UserError(f"model.template {template!r}: name {{picture}}, {{instruction}} and {{queries}} once each")
+        self.visual_prefix = nn.Linear(vision.width, lm.width)  # W_c
+        self.index = lm.added  # of <d0> ... <dN-1>
+        if n:
+            scale = lm.added.mean_norm.cpu() / lm.width**0.5
+            self.queries = nn.Parameter(torch.randn(n, lm.width) * scale)  # (N, d)
+            self.recognizer = Recognizer(lm.width, vision.width, vision.grid, n, c, decoder_layers, heads)
+        self.settings: dict[str, Any] = {}
+
+    @classmethod
+    def load(
+        cls,
+        lm: str = "toy",
+        vision: str = "toy",
+        vision_weights: str | None = None,
+        vision_layer: int = -2,
+        n: int = 64,
+        dtype: str = "float32",
+        random_weights: bool = False,
+        quantize: Quantized | None = None,
+        seed: int = 0,
+        **options: Any,
+    ) -> Octopus:
+        """Build from names, what is trained fresh; see load_lm and load_patches for what a name may be.
+
+        options: further arguments of Octopus. The same seed gives the same parameters.
+        """
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            tower = load_patches(vision, vision_weights, vision_layer, dtype, random_weights)
+            tokens = {"rows": index_tokens(n), "places": (IMAGE, QUERY)}
+            model = cls(load_lm(lm, dtype, random_weights, quantize, **tokens), tower, n, **options)
+        model.settings = {"lm": lm, "vision": vision, "vision_weights": vision_weights, "vision_layer": vision_layer}
+        model.settings |= {"n": n, "dtype": dtype, "random_weights": random_weights, **options}
+        return model
+
+    def prefix(self, features: Tensor) -> Tensor:
+        """(B, P, m) patch features -> (B, P, d) input embeddings."""
+        return self.visual_prefix(features.float())
+
+    def prompt(self, picture: Picture | None, instruction: str, ask: bool = True) -> list[Part]:
+        """The prompt of an instruction about a picture, by the template; ask: whether the queries are in it."""
+        slots: dict[str, Part | None] = {"{picture}": picture, "{instruction}": instruction, "{start}": START}
+        slots["{queries}"] = QUERIES if ask and self.n else None
+        parts = [slots.get(part, part) for part in self.template]
+        return [part for part in parts if part is not None and part != ""]
+
+    def embed(self, ids: Tensor, prefix: Tensor | None = None) -> Tensor:
+        """(B, T) ids -> (B, T, d); places of <|image|> are filled from prefix (B, P, d), of <|query|> by the queries."""
+        embeds, places = super().embed(ids, prefix), self.asked(ids)
+        if not self.n:
+            return embeds
+        rows = self.queries.repeat(len(ids), 1)  # (B N, d): more than there are places where some prompts have none
+        return fill(embeds, places, rows)
+
+    def asked(self, ids: Tensor) -> Tensor:
+        """(B, T) bool: the places of object queries."""
+        return ids == self.tokenizer.added[QUERY]
+
+    def read(self, ids: Tensor, mask: Tensor, embeds: Tensor, patches: Tensor) -> Reading:
+        """Run prompts through both halves.
+
+        ids, mask (B, T), left-padded; embeds (B, T, d); patches (B, P, m), the pictures that the queries look at. Either
+        all prompts have queries, or none.
+        """
+        places, cache = self.asked(ids), DynamicCache(config=self.lm.hf.config)
+        with self._recognising(places, patches) as found:
+            hidden = self.lm.cached(embeds, visible(mask, places), positions(mask), cache)  # (B, T, d)
+        return Reading(hidden[:, -1], cache, mask, found[0] if found else None)
+
+    def go_on(self, reading: Reading, ids: Tensor) -> Tensor:
+        """(B, A) tokens of answers behind a reading, which grows by them -> (B, A, d) hidden states after each."""
+        known = F.pad(reading.mask, (0, ids.shape[1]), value=True)  # (B, S + A)
+        causal = torch.ones(ids.shape[1], known.shape[1], dtype=torch.bool, device=ids.device).tril(reading.mask.shape[1])
+        mask = (known.unsqueeze(1) & causal).unsqueeze(1)  # (B, 1, A, S + A)
+        at = positions(known)[:, -ids.shape[1] :]  # (B, A)
+        reading.mask = known
+        return self.lm.cached(self.lm.embed(ids), mask, at, reading.cache)
+
+    @contextmanager
+    def _recognising(self, places: Tensor, patches: Tensor) -> Iterator[list[Recognised]]:
+        """Within, the language model runs in two halves; the list then holds what was found between them."""
+        found: list[Recognised] = []
+
+        def between(block: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            hidden = args[0]  # (B, T, d)
+            queries = hidden[places].view(len(hidden), self.n, -1)  # (B N, d) -> (B, N, d)
+            found.append(self.recognizer(queries, patches))
+            relayed = found[0].relay if self.relay else queries
+            names = self.index.input  # (N, d)
+            return fill(hidden, places, relayed + names), *args[1:]
+
+        if not self.n or not places.any():
+            yield found
+            return
+        handle = self.lm.blocks[self.after].register_forward_pre_hook(between)
+        try:
+            yield found
+        finally:
+            handle.remove()
+
+
+def positions(mask: Tensor) -> Tensor:
+    """(B, T) bool -> (B, T): how many tokens stand before each, padding apart."""
+    return (mask.long().cumsum(1) - 1).clamp(min=0)
+
+
+def visible(mask: Tensor, places: Tensor) -> Tensor:
+    """(B, T) bool of tokens, and of the queries among them -> (B, 1, T, T) bool: who (a row) sees whom.
+
+    Each token sees those before it and itself; queries see each other both ways. Padding sees itself, lest it be NaN.
+    """
+    T = mask.shape[1]
+    causal = torch.ones(T, T, dtype=torch.bool, device=mask.device).tril()
+    among = places.unsqueeze(1) & places.unsqueeze(2)  # (B, T, T)
+    itself = torch.eye(T, dtype=torch.bool, device=mask.device)
+    return (((causal | among) & mask.unsqueeze(1)) | itself).unsqueeze(1)

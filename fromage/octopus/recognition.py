@@ -1,0 +1,111 @@
+"""Parallel recognition: a DETR decoder in the middle of the language model turns object queries into boxes.
+
+Shapes: B batch, N object queries, P patches, m width of the patch features, d width of the language model, c width of the
+decoder, L layers of the decoder. Boxes are (centre x, centre y, width, height), shares of the picture.
+
+Known of Octopus (NeurIPS 2024): queries pass the bottom layers of the language model, then a DETR decoder that yields boxes,
+and the results go on into the top layers. How they go on, and all sizes, are ours. DETR: Carion et al., ECCV 2020.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torchvision.ops import MLP, box_convert
+
+MEANT, OTHER, NOTHING = 0, 1, 2  # what a query stands for: an object that the prompt means, another one, none
+
+
+@dataclass(frozen=True)
+class Recognised:
+    """What the decoder found.
+
+    Attributes:
+        logits: (L, B, N, 3) of MEANT, OTHER and NOTHING, layer by layer; the last layer's count.
+        boxes: (L, B, N, 4).
+        relay: (B, N, d), what takes the queries' places in the top layers.
+    """
+
+    logits: Tensor
+    boxes: Tensor
+    relay: Tensor
+
+    @property
+    def scores(self) -> Tensor:
+        """(B, N): how likely each query is what the prompt means, 0 to 1."""
+        return self.logits[-1].softmax(-1)[..., MEANT]
+
+    @property
+    def corners(self) -> Tensor:
+        """(B, N, 4): left, top, right, bottom."""
+        return box_convert(self.boxes[-1], "cxcywh", "xyxy").clamp(0, 1)
+
+
+class Recognizer(nn.Module):
+    """The DETR decoder: queries attend to each other and to the patches, layer by layer; each layer names its boxes.
+
+    A query starts from a point of the picture of its own, learned, and its box is told from there (as in Conditional DETR):
+    else hundreds of epochs go by until queries have shared out the picture.
+    """
+
+    def __init__(self, d: int, m: int, grid: tuple[int, int], n: int, c: int = 256, layers: int = 6, heads: int = 8) -> None:
+        """grid: rows and columns of patches. n: object queries. The rest in the letters above."""
+        super().__init__()
+        self.enter, self.look = nn.Linear(d, c), nn.Linear(m, c)
+        self.points = nn.Parameter(_spread(n))  # (N, 2), before the sigmoid
+        self.layers = nn.ModuleList(
+            nn.TransformerDecoderLayer(c, heads, 4 * c, 0.0, "gelu", batch_first=True, norm_first=True)
+            for _ in range(layers)
+        )
+        self.norm = nn.LayerNorm(c)
+        self.classify = nn.Linear(c, 3)
+        self.box = MLP(c, [c, c, 4])
+        self.leave = nn.Linear(2 * c, d)
+        self.register_buffer("places", waves(_centres(grid), c), persistent=False)  # (P, c)
+
+    def forward(self, hidden: Tensor, patches: Tensor) -> Recognised:
+        """hidden (B, N, d) of the queries after the bottom layers, patches (B, P, m) -> what they found."""
+        c = self.enter.out_features
+        x = self.enter(hidden.float()) + waves(self.points.sigmoid(), c)  # (B, N, c)
+        memory = self.look(patches.float()) + self.places  # (B, P, c)
+        logits, boxes = [], []
+        for layer in self.layers:
+            x = layer(x, memory)  # (B, N, c)
+            read = self.norm(x)
+            logits.append(self.classify(read))  # (B, N, 3)
+            boxes.append(self._boxes(read))  # (B, N, 4)
+        relay = self.leave(torch.cat([self.norm(x), _embedded(boxes[-1].detach(), c)], -1))  # (B, N, 2c) -> (B, N, d)
+        return Recognised(torch.stack(logits), torch.stack(boxes), relay)
+
+    def _boxes(self, read: Tensor) -> Tensor:
+        """(B, N, c) -> (B, N, 4): centres from the queries' points, sizes free."""
+        moved = self.box(read)  # (B, N, 4)
+        return torch.cat([moved[..., :2] + self.points, moved[..., 2:]], -1).sigmoid()
+
+
+def _spread(n: int) -> Tensor:
+    """(N, 2): points spread evenly over the picture (Fibonacci's lattice), before the sigmoid."""
+    i = torch.arange(n) + 0.5
+    points = torch.stack([i * (math.sqrt(5) - 1) / 2 % 1, i / n], -1)
+    return torch.logit(points * 0.9 + 0.05)
+
+
+def _centres(grid: tuple[int, int]) -> Tensor:
+    """(P, 2): x and y of the patches' centres, row by row."""
+    y, x = torch.meshgrid(*((torch.arange(size) + 0.5) / size for size in grid), indexing="ij")
+    return torch.stack([x.flatten(), y.flatten()], -1)
+
+
+def waves(points: Tensor, c: int) -> Tensor:
+    """(..., 2) places from 0 to 1 -> (..., c): sines and cosines of half a wave to c / 8 octaves more, c / 2 for each."""
+    octaves = 2 ** torch.linspace(0, 6, c // 4, device=points.device)  # (c / 4,)
+    phase = math.pi * points.unsqueeze(-1) * octaves  # (..., 2, c / 4)
+    return torch.cat([phase.sin(), phase.cos()], -1).flatten(-2)  # (..., c)
+
+
+def _embedded(boxes: Tensor, c: int) -> Tensor:
+    """(..., 4) boxes -> (..., c): waves of centre and size, c / 2 each."""
+    return torch.cat([waves(boxes[..., :2], c // 2), waves(boxes[..., 2:], c // 2)], -1)

@@ -1,0 +1,42 @@
+"""What FROMAGe and Octopus have in common: a language model whose prompt holds pictures."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fromage.backbones import LanguageModel, VisionTower
+from fromage.tokens import PromptTokenizer
+
+
+class PictureReader(nn.Module):
+    """A language model and an image tower, joined by a visual prefix: the k input embeddings that a picture becomes.
+
+    Letters as in fromage.model. A subclass says how many and by what map, in visual_prefix and prefix.
+    """
+
+    visual_prefix: nn.Linear
+
+    def __init__(self, lm: LanguageModel, vision: VisionTower, k: int) -> None:
+        super().__init__()
+        self.lm, self.vision, self.k = lm, vision, k
+        self.tokenizer: PromptTokenizer = lm.tokenizer
+
+    @property
+    def device(self) -> torch.device:
+        """Where the trained parameters are."""
+        return self.visual_prefix.weight.device
+
+    def prefix(self, features: Tensor) -> Tensor:
+        """(B, *vision.shape) features of pictures -> (B, k, d) input embeddings."""
+        raise NotImplementedError
+
+    def embed(self, ids: Tensor, prefix: Tensor | None = None) -> Tensor:
+        """(B, T) ids -> (B, T, d) input embeddings; the places of <|image|> are filled from prefix (N, k, d), in order."""
+        embeds = self.lm.embed(ids)  # (B, T, d)
+        return embeds if prefix is None else fill(embeds, ids == self.tokenizer.image_id, prefix)
+
+
+def fill(embeds: Tensor, places: Tensor, rows: Tensor) -> Tensor:
+    """(B, T, d) with the places (B, T) bool taken, in order, by rows (..., d)."""
+    return embeds.masked_scatter(places.unsqueeze(-1), rows.to(embeds.dtype))

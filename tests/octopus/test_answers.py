@@ -1,0 +1,86 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fromage.backbones import TOY
+from fromage.errors import UserError
+from fromage.octopus.answers import answer_ids, read_indexed, read_spelled, spelled
+from fromage.octopus.data import objects_of
+from fromage.octopus.examples import Example
+from fromage.octopus.model import QUERY, index_tokens
+from fromage.octopus.step import named
+from fromage.tokens import IMAGE, PromptTokenizer
+
+A, B, C = (0.1, 0.2, 0.3, 0.4), (0.5, 0.5, 1.0, 0.75), (0.0, 0.0, 0.25, 0.125)
+
+
+def tokenizer(n):
+    return PromptTokenizer(str(TOY / "opt"), index_tokens(n), (IMAGE, QUERY))
+
+
+def example(*answer, boxes=(A, B, C)):
+    return Example("k", "p.jpg", "where?", answer, boxes)
+
+
+def test_index_tokens_number_the_objects_meant_in_the_answers_order():
+    t = tokenizer(4)
+    ids = answer_ids(example("a star", 2, " and ", 0, 2), t, 4)
+    d = t.row_ids
+    assert ids == [*t.encode("a star"), d[0], *t.encode(" and "), d[1], d[0], 2]
+    objects = objects_of([example("a star", 2, " and ", 0)], 4)
+    torch.testing.assert_close(objects.boxes[0, 0], torch.tensor([0.125, 0.0625, 0.25, 0.125]))
+    assert objects.counts == [3] and objects.meant == [2]
+
+
+def test_without_queries_boxes_are_spelled_and_read_again():
+    t = tokenizer(0)
+    ids = answer_ids(example("a star", 0, " and ", 1), t, 0)
+    answer = read_spelled(t.decode(ids))
+    assert answer.pieces == ["a star", A, " and ", B] and answer.boxes == [A, B] and answer.words == "a star and"
+    assert len(t.encode(spelled(A))) == 25
+
+
+@given(st.lists(st.integers(0, 1000), min_size=4, max_size=4))
+def test_spelling_keeps_three_decimals(values):
+    box = tuple(value / 1000 for value in values)
+    proper = box[0] < box[2] and box[1] < box[3]
+    assert read_spelled(spelled(box)).boxes == ([box] if proper else [])
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[0.1,0.2,0.3,0.4]", "[0.500,0.200,0.300,0.400]", "[0.100,0.200,1.300,0.400]", "[0.100,0.200,0.300]", "[,,,]", "[0.1"],
+)
+def test_what_is_no_box_stays_text(text):
+    assert read_spelled(text).pieces == [text] and not read_spelled(text).boxes
+
+
+def test_pieces_and_candidates_of_index_tokens():
+    t = tokenizer(3)
+    answer = read_indexed([*t.encode("a star"), t.row_ids[1], t.row_ids[2]], t, [A, B, C], [0.1, 0.7, 0.2])
+    assert answer.text == "a star<d1><d2>" and answer.pieces == ["a star", B, C] and answer.queries == [1, 2]
+    assert answer.candidates == [(B, 0.7), (C, 0.2), (A, 0.1)]
+
+
+def test_an_index_out_of_range_is_an_error():
+    t = tokenizer(3)
+    with pytest.raises(UserError, match="<d2>, but only 2"):
+        read_indexed([t.row_ids[2]], t, [A, B], [0.5, 0.5])
+
+
+def test_more_boxes_than_queries():
+    with pytest.raises(UserError, match="3 boxes, more than 2"):
+        answer_ids(example(0, 1, 2), tokenizer(2), 2)
+    objects = objects_of([example(1)], 2)  # those that are not meant may be left out
+    assert objects.counts == [2] and objects.meant == [1]
+
+
+def test_no_box():
+    assert objects_of([example("yes", boxes=())], 3).boxes.shape == (1, 0, 4)
+
+
+def test_objects_become_the_queries_matched_with_them():
+    answers, matched = torch.tensor([[5, 100, 101, 2], [101, 7, 2, 1]]), torch.tensor([[3, 0], [1, 2]])
+    assert named(answers, matched, 100).tolist() == [[5, 103, 100, 2], [102, 7, 2, 1]]
+    assert named(answers, torch.zeros(2, 0, dtype=torch.long), 200).tolist() == answers.tolist()

@@ -1,0 +1,151 @@
+"""The language model in two halves: who sees whom, what is relayed, and that the cache changes nothing."""
+
+import pytest
+import torch
+from tiny_octopus import FAMILIES, build
+from torch.nn.functional import pad
+
+from fromage.errors import UserError
+from fromage.octopus.ground import ground
+from fromage.octopus.model import positions, visible
+from fromage.prompts import embed_prompts, pad_left, prompt_ids
+
+ASKED = ["where is the red star?", "where are the rings by the small blue moon?", "star"]
+
+
+def embedded(model, asked=ASKED):
+    torch.manual_seed(1)
+    prompts = embed_prompts(model, [model.prompt(torch.randn(4, 20), text) for text in asked])
+    return prompts, prompts.features[[shown[-1] for shown in prompts.shown]]
+
+
+def read(model, asked=ASKED):
+    prompts, patches = embedded(model, asked)
+    return model.read(prompts.ids, prompts.mask, prompts.embeds, patches)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_batch_reads_as_single_prompts_do(family):
+    model = build(family)
+    prompts, patches = embedded(model)
+    together = model.read(prompts.ids, prompts.mask, prompts.embeds, patches)
+    for row, length in enumerate(prompts.mask.sum(1)):
+        alone = [x[row : row + 1, -length:] for x in (prompts.ids, prompts.mask, prompts.embeds)]
+        single = model.read(*alone, patches[row : row + 1])
+        for name in ("boxes", "logits"):
+            torch.testing.assert_close(getattr(together.found, name)[:, row], getattr(single.found, name)[:, 0])
+        torch.testing.assert_close(together.hidden[row], single.hidden[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_answers_behind_a_reading_are_those_of_one_pass_over_all(family):
+    model = build(family)
+    prompts, patches = embedded(model)
+    answers = torch.tensor([[5, 9, model.tokenizer.row_ids[1]], [model.tokenizer.row_ids[0], 7, 8], [3, 4, 5]])
+    reading = model.read(prompts.ids, prompts.mask, prompts.embeds, patches)
+    first, rest = reading.hidden, model.go_on(reading, answers)
+    ids, mask = torch.cat([prompts.ids, answers], 1), pad(prompts.mask, (0, 3), value=True)
+    embeds = torch.cat([prompts.embeds, model.embed(answers)], 1)
+    places = model.asked(ids)
+    with model._recognising(places, patches):
+        whole = model.lm.hf.base_model(
+            inputs_embeds=embeds, attention_mask=visible(mask, places), position_ids=positions(mask), use_cache=False
+        ).last_hidden_state
+    torch.testing.assert_close(torch.cat([first.unsqueeze(1), rest], 1), whole[:, -4:], rtol=1e-4, atol=1e-4)
+
+
+def test_queries_see_each_other_both_ways_and_nothing_sees_what_comes_later():
+    mask = torch.tensor([[False, True, True, True, True, True]])
+    places = torch.tensor([[False, False, False, True, True, False]])
+    sees = visible(mask, places)[0, 0].int().tolist()
+    assert sees == [
+        [1, 0, 0, 0, 0, 0],  # padding: itself
+        [0, 1, 0, 0, 0, 0],
+        [0, 1, 1, 0, 0, 0],
+        [0, 1, 1, 1, 1, 0],  # queries
+        [0, 1, 1, 1, 1, 0],
+        [0, 1, 1, 1, 1, 1],
+    ]
+
+
+def test_the_queries_hidden_states_depend_on_the_last_one_and_the_words_do_not():
+    model = build("llama")
+    prompts, patches = embedded(model, ASKED[:1])
+    prompts.embeds.requires_grad_()
+    seen = {}
+    block = model.lm.blocks[model.after - 1]
+    handle = block.register_forward_hook(
+        lambda *call: seen.update(hidden=call[2][0] if isinstance(call[2], tuple) else call[2])
+    )
+    model.read(prompts.ids, prompts.mask, prompts.embeds, patches)
+    handle.remove()
+    at = model.asked(prompts.ids)[0].nonzero().flatten().tolist()
+    hidden = seen["hidden"].view(1, prompts.ids.shape[1], -1)
+    from_first = torch.autograd.grad(hidden[0, at[0]].sum(), prompts.embeds, retain_graph=True)[0][0]
+    from_word = torch.autograd.grad(hidden[0, at[0] - 1].sum(), prompts.embeds)[0][0]
+    assert from_first[at[-1]].abs().sum() > 0 and from_first[at[-1] + 1 :].abs().sum() == 0
+    assert from_word[at[0] :].abs().sum() == 0 and from_word[: at[0]].abs().sum() > 0
+
+
+@pytest.mark.parametrize("relay", [True, False])
+def test_an_answer_learns_from_what_was_recognised_by_the_relay_alone(relay):
+    model = build(relay=relay)
+    read(model).hidden.sum().backward()
+    grads = [p.grad for p in model.recognizer.parameters() if p.grad is not None]
+    assert bool(grads) == relay
+    assert model.index.input.grad.abs().sum() > 0  # the names of the queries, either way
+
+
+def test_what_is_recognised_depends_on_instruction_and_picture():
+    model = build()
+    boxes = read(model, ["where is the red star?", "where is the blue star?"]).found.boxes[-1]
+    assert not torch.allclose(boxes[0], boxes[1])
+    same = embed_prompts(model, [model.prompt(torch.ones(4, 20), "star")] * 2)
+    boxes = model.read(same.ids, same.mask, same.embeds, torch.stack([torch.ones(4, 20), torch.randn(4, 20)])).found.boxes[
+        -1
+    ]
+    assert not torch.allclose(boxes[0], boxes[1])
+
+
+def test_the_sequence_is_picture_instruction_queries_answer():
+    model = build()
+    ids = prompt_ids(model, model.prompt(torch.ones(4, 20), "star"))
+    added = model.tokenizer.added
+    assert ids == [*[added["<|image|>"]] * 4, *model.tokenizer.encode("star"), *[added["<|query|>"]] * 3, 2]
+    assert prompt_ids(model, model.prompt(torch.ones(4, 20), "star", ask=False))[-2] != added["<|query|>"]
+    vicuna = build(template="USER: {picture}\n{instruction}{queries} ASSISTANT:")
+    ids = prompt_ids(vicuna, vicuna.prompt(torch.ones(4, 20), "star"))
+    assert ids[0] == 2 and vicuna.tokenizer.decode(ids) == "USER: \nstar ASSISTANT:"
+
+
+def test_greedy_answers_do_not_depend_on_the_batch():
+    model = build("qwen2")
+    asked = [(torch.randn(4, 20), text) for text in ASKED]
+    together = ground(model, asked, 6)
+    assert [answer.text for answer in together] == [ground(model, [pair], 6)[0].text for pair in asked]
+    assert all(len(answer.candidates) == 3 for answer in together)
+
+
+def test_without_queries_nothing_is_pointed_at():
+    model = build(n=0)
+    answer = ground(model, [(torch.randn(4, 20), "star")], 5)[0]
+    assert answer.candidates == [] and answer.queries == [] and not hasattr(model, "recognizer")
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [({"after": 0}, "choose 1"), ({"after": 4}, "choose 1"), ({"template": "{picture}{instruction}"}, "once each")],
+)
+def test_what_cannot_be_is_refused(options, said):
+    with pytest.raises(UserError, match=said):
+        build(**options)
+
+
+def test_a_prompt_beyond_the_language_models_positions_is_refused():
+    with pytest.raises(UserError, match="128 of the language model"):
+        ground(build(), [(torch.ones(4, 20), "star " * 150)])
+
+
+def test_left_padding():
+    ids, mask = pad_left([[5], [6, 7]], 1)
+    assert ids.tolist() == [[1, 5], [6, 7]] and mask.tolist() == [[False, True], [True, True]]

@@ -1,0 +1,35 @@
+"""Octopuses of other families, random and tiny, without an image tower."""
+
+import torch
+import transformers as hf
+
+from fromage.backbones import TOY, LanguageModel
+from fromage.octopus.model import QUERY, Octopus, index_tokens
+from fromage.tokens import IMAGE, PromptTokenizer
+
+SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
+SIZES |= {"max_position_embeddings": 128, "initializer_range": 0.3}
+GROUPED = SIZES | {"num_key_value_heads": 2, "head_dim": 8}
+FAMILIES = {
+    "opt": (hf.OPTConfig, SIZES | {"ffn_dim": 64, "word_embed_proj_dim": 32, "init_std": 0.3}),
+    "llama": (hf.LlamaConfig, GROUPED),
+    "llama, tied": (hf.LlamaConfig, GROUPED | {"tie_word_embeddings": True}),
+    "mistral": (hf.MistralConfig, GROUPED),
+    "qwen2": (hf.Qwen2Config, GROUPED),
+    "pythia": (hf.GPTNeoXConfig, SIZES),
+}
+
+
+class NoTower(torch.nn.Module):
+    """Whoever has patches needs no tower."""
+
+    shape, width, grid, name = (4, 20), 20, (2, 2), "none"
+
+
+def build(family="opt", n=3, **options):
+    torch.manual_seed(0)
+    tokenizer = PromptTokenizer(str(TOY / "opt"), index_tokens(n), (IMAGE, QUERY))
+    kind, sizes = FAMILIES[family]
+    config = kind(vocab_size=tokenizer.vocab_size + 7, pad_token_id=1, bos_token_id=2, eos_token_id=2, **sizes)
+    lm = LanguageModel(hf.AutoModelForCausalLM.from_config(config), tokenizer, family)
+    return Octopus(lm, NoTower(), n, **{"c": 16, "decoder_layers": 2, "heads": 2} | options)
