@@ -8,7 +8,7 @@ from math import isfinite
 
 from fromage.octopus.examples import Box
 
-NUMBER = r"\s*\d+(?:\.\d+)?\s*"
+NUMBER = r"\s*-?\d+\.\d+\s*"  # with its point: a list of whole numbers is no box
 SPELLED = re.compile(rf"\[{NUMBER}(?:,{NUMBER}){{3}}(?:;{NUMBER}(?:,{NUMBER}){{3}})*\]")  # Shikra joins several by ';'
 
 

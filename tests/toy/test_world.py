@@ -301,8 +301,8 @@ def boxes_of(world: Path) -> dict[str, list[list[float]]]:
 
 def test_flickr30k_entities(world):
     boxes, folder = boxes_of(world), world / "flickr30k_entities"
-    listed = [(folder / f"{split}.txt").read_text().split() for split in SPLITS]
-    assert [len(ids) for ids in listed] == [COUNTS["refs"]] * 2 and len(set(sum(listed, []))) == len(boxes)
+    train, val = ((folder / f"{split}.txt").read_text().split() for split in SPLITS)
+    assert len(train) == len(val) == COUNTS["refs"] and {f"{i}.jpg" for i in train + val} == set(boxes)
     together = 0
     for name, mine in boxes.items():
         root = ElementTree.parse(folder / "Annotations" / f"{Path(name).stem}.xml").getroot()
@@ -310,9 +310,7 @@ def test_flickr30k_entities(world):
         assert [root.find(f"size/{side}").text for side in ("width", "height", "depth")] == [str(PIXELS)] * 2 + ["3"]
         named: dict[str, list[list[int]]] = {}
         for item in root.findall("object"):
-            sides = (
-                [int(item.find(f"bndbox/{s}").text) for s in ("xmin", "ymin", "xmax", "ymax")] if item.find("bndbox") else []
-            )
+            sides = [int(side.text) for side in item.iterfind("bndbox/*")]  # xmin, ymin, xmax, ymax
             assert bool(sides) != (item.find("nobndbox") is not None and item.find("scene") is not None)
             for number in item.findall("name"):
                 named.setdefault(number.text, []).append(sides)
