@@ -1,14 +1,14 @@
 """The authors' embeddings of CC3M: pickles of {'paths': [URL, ...], 'embeddings': N rows of width q}, not normalised.
 
-A pickle can run any program when it is read, and NumPy trusts what it says of an array's memory; here only lists, texts,
-numbers and arrays of these are admitted, and the arrays are made by us.
+NumPy trusts what a pickle says of an array's memory; here only lists, texts, numbers and arrays of these are admitted, and
+the arrays are made by us.
 """
 
 from __future__ import annotations
 
 import pickle
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from fromage.errors import UserError, first_line
 from fromage.index import unit
 from fromage.item_table import Embedded, to_batch
 from fromage.picture_source import Item
+from fromage.plain_pickle import Admitted, load_plain
 
 CHUNK = 1 << 16  # rows
 
@@ -65,7 +66,7 @@ def _number(dtype: _Dtype, data: bytes) -> Any:
     return np.frombuffer(data, dtype.numpy, 1)[0]
 
 
-ADMITTED: dict[tuple[str, str], Callable[..., Any] | None] = {
+ADMITTED: Admitted = {
     ("numpy", "ndarray"): None,  # only named, as what _reconstruct is to make
     ("numpy", "dtype"): _Dtype,
     ("_codecs", "encode"): _latin1,
@@ -76,13 +77,6 @@ for _core in ("numpy.core", "numpy._core"):  # of NumPy 1 and 2
     ADMITTED[f"{_core}.numeric", "_frombuffer"] = _from_buffer
 
 
-class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in ADMITTED:
-            raise pickle.UnpicklingError(f"asks for {module}.{name}, which is no array, list, text or number")
-        return ADMITTED[module, name]
-
-
 def read_embeddings(path: str | Path, width: int) -> tuple[np.ndarray, list[str]]:
     """(N, q) rows, not normalised, and the pictures' URLs.
 
@@ -91,8 +85,7 @@ def read_embeddings(path: str | Path, width: int) -> tuple[np.ndarray, list[str]
     """
     path = Path(path)
     try:
-        with path.open("rb") as file:
-            data = _Unpickler(file).load()
+        data = load_plain(path, ADMITTED)
         urls, rows = data["paths"], data["embeddings"]
         whole = isinstance(rows, (np.ndarray, _Array))
         rows = np.asarray(rows if whole else [np.ravel(row) for row in rows], dtype=np.float32)

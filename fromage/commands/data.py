@@ -22,7 +22,7 @@ def toy_make(args: argparse.Namespace) -> None:
     """Write the toy world."""
     from fromage.toy.world import make_world
 
-    print(make_world(args.out, args.seed, args.train, args.val))
+    print(make_world(args.out, args.seed, args.train, args.val, refs=args.refs))
 
 
 def toy_demo(args: argparse.Namespace) -> None:
@@ -96,6 +96,7 @@ VERBS: Verbs = {
             option("--seed", type=int, default=0),
             option("--train", type=int, default=8192, help="training pairs"),
             option("--val", type=int, default=1000, help="validation pairs, scenes never seen in training"),
+            option("--refs", type=int, default=500, help="pictures of several objects with words for each, per split"),
         ],
     ),
     ("toy", "demo"): (toy_demo, [option("--out", type=out_folder, default=Path("runs/demo"), help="run folder")]),

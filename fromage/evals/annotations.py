@@ -21,6 +21,7 @@ KINDS: dict[str, Callable[[Any], bool]] = {
     "dialogues of VisDial 1.0 with candidates": lambda c: _is_visdial(c, "1.0") and "gt_index" in _last_round(c),
     "dialogues of VisDial 1.0 without candidates": lambda c: _is_visdial(c, "1.0"),
     "dialogues of another version of VisDial": lambda c: "dialogs" in c["data"],
+    "instructions of LLaVA": lambda c: "from" in c[0]["conversations"][0],
     "dense annotations of VisDial 1.0": lambda c: "gt_relevance" in c[0],
 }
 

@@ -1,9 +1,8 @@
-"""What is said about scenes: captions, tags, stories, dialogues, referring expressions, and the texts an LM learns from."""
+"""What is said about scenes: captions, tags, stories, dialogues, and the texts an LM learns from."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from fromage.toy.scenes import COLOURS, GROUNDS, PLACES, SHAPES, SIZES, TIMES, Scene, Thing, sample_scene
@@ -164,22 +163,6 @@ def answer_pool() -> list[str]:
 def question_text(rounds: list[Round]) -> str:
     """Rounds as the paper writes them into a prompt: 'Q: ... A: ...'."""
     return " ".join(f"Q: {r.question} A: {r.answer}." for r in rounds)
-
-
-def expression(scene: Scene, index: int, rng: random.Random) -> str | None:
-    """The shortest phrase that means object index and no other, or None where there is none."""
-    target = scene.things[index]
-    forms: list[tuple[Callable[[Thing], tuple[str, ...]], str]] = [
-        (lambda t: (t.shape,), "the {shape}"),
-        (lambda t: (t.shape, t.colour), "the {colour} {shape}"),
-        (lambda t: (t.shape, t.size), "the {size} {shape}"),
-        (lambda t: (t.shape, t.place), "the {shape} {at}"),
-    ]
-    unique = [text for key, text in forms if sum(key(t) == key(target) for t in scene.things) == 1]
-    if not unique:
-        return None
-    text = unique[0] if unique[0] == "the {shape}" else rng.choice(unique)
-    return text.format(shape=target.shape, colour=target.colour, size=target.size, at=AT[target.place])
 
 
 def _glossary(rng: random.Random) -> str:

@@ -1,10 +1,11 @@
-"""Scenes of one to three objects: how they are sampled, split into train and validation, and drawn."""
+"""Scenes of one to four objects: how they are sampled, split into train and validation, and drawn."""
 
 from __future__ import annotations
 
 import math
 import random
 import zlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -40,7 +41,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """One to three objects on a ground, by day or night. Equal scenes are the same picture up to jitter."""
+    """One to four objects on a ground, by day or night. Equal scenes are the same picture up to jitter."""
 
     things: tuple[Thing, ...]
     ground: str
@@ -67,7 +68,7 @@ class Scene:
 
 
 def count_scenes() -> int:
-    """The number of distinct scenes: for n objects, places C(5, n), ordered distinct shapes and colours, sizes."""
+    """The number of scenes of sample_scene: for n objects, places C(5, n), ordered distinct shapes and colours, sizes."""
     total = 0
     for n in (1, 2, 3):
         looks = math.perm(len(SHAPES), n) * math.perm(len(COLOURS), n) * len(SIZES) ** n
@@ -75,27 +76,47 @@ def count_scenes() -> int:
     return total
 
 
-def sample_scene(rng: random.Random, split: str, n: int | None = None, same_shape: bool = False) -> Scene:
+def sample_scene(rng: random.Random, split: str, n: int | None = None) -> Scene:
     """Draw a scene of a split; n objects (half the scenes have one, three in ten two, two in ten three).
 
-    Shapes and colours differ within a scene, but for same_shape, where one shape is repeated so that only a referring
-    expression tells the objects apart.
+    Shapes and colours differ within a scene.
     """
     while True:
         count = n or rng.choices((1, 2, 3), (5, 3, 2))[0]
-        shapes = [rng.choice(SHAPES)] * count if same_shape else rng.sample(SHAPES, count)
-        colours, places = rng.sample(list(COLOURS), count), rng.sample(list(PLACES), count)
-        things = tuple(Thing(s, c, rng.choice(list(SIZES)), p) for s, c, p in zip(shapes, colours, places, strict=True))
-        scene = Scene(things, rng.choice(list(GROUNDS)), rng.choice(TIMES))
+        scene = _scatter(rng.sample(SHAPES, count), rng.sample(list(COLOURS), count), rng)
         if scene.split == split:
             return scene
 
 
-def sample_scenes(rng: random.Random, split: str, count: int, **options: int | bool | None) -> list[Scene]:
-    """Draw count scenes, all different."""
+def sample_crowded_scene(rng: random.Random, split: str) -> Scene:
+    """Draw a scene of a split of two to four objects that it takes a referring expression to tell apart.
+
+    In four of five scenes several have the same shape, perhaps all; colours are drawn from two.
+    """
+    while True:
+        count = rng.choice((2, 3, 4))
+        kinds = rng.choice((1, rng.randint(1, count - 1))) if rng.random() < 0.8 else count  # of shape
+        shapes = (rng.sample(SHAPES, kinds) * count)[:count]
+        colours = rng.choices(rng.sample(list(COLOURS), 2), k=count)
+        scene = _scatter(shapes, colours, rng)
+        if scene.split == split:
+            return scene
+
+
+def _scatter(shapes: Sequence[str], colours: Sequence[str], rng: random.Random) -> Scene:
+    """A scene of objects of these shapes and colours, all else random."""
+    places = rng.sample(list(PLACES), len(shapes))
+    things = tuple(Thing(s, c, rng.choice(list(SIZES)), p) for s, c, p in zip(shapes, colours, places, strict=True))
+    return Scene(things, rng.choice(list(GROUNDS)), rng.choice(TIMES))
+
+
+def sample_scenes(
+    rng: random.Random, split: str, count: int, sample: Callable[..., Scene] = sample_scene, **options: int | None
+) -> list[Scene]:
+    """Draw count scenes, all different, by sample(rng, split, **options)."""
     scenes: dict[str, Scene] = {}
     while len(scenes) < count:
-        scene = sample_scene(rng, split, **options)  # type: ignore[arg-type]
+        scene = sample(rng, split, **options)
         scenes.setdefault(scene.key, scene)
     return list(scenes.values())
 

@@ -15,10 +15,22 @@ from typing import Any
 from tqdm import tqdm
 
 from fromage.errors import UserError
-from fromage.toy import writers
-from fromage.toy.scenes import COLOURS, GROUNDS, PLACES, SHAPES, SIZES, TIMES, Scene, Thing, sample_scenes
+from fromage.toy import grounding, writers
+from fromage.toy.scenes import (
+    COLOURS,
+    GROUNDS,
+    PLACES,
+    SHAPES,
+    SIZES,
+    TIMES,
+    Scene,
+    Thing,
+    sample_crowded_scene,
+    sample_scenes,
+)
 
-VERSION = 2
+VERSION = 3
+SPLITS = ("train", "val")
 COCO_TRAIN = 500  # training pictures with five captions, at most
 FLICKR = 200  # pictures of Flickr30k's test split, at most
 BLOCK = 4096  # pictures in flight at once
@@ -37,7 +49,8 @@ def make_world(
     """Write the world to the folder `out`, or keep it if it is there already with the same arguments.
 
     train and val count CC3M-style pairs (COCO captions are of the same scenes); stories, dialogues and refs count those of
-    val, and train gets as many, except that train dialogues are about the at most 500 pictures of coco/train2017.
+    val, and train gets as many, except that train dialogues are about the at most 500 pictures of coco/train2017. refs are
+    the pictures of RefCOCO, which Flickr30k Entities, LLaVA's instructions and POPE are about as well.
     Returns what world.json holds, and `made`: False if the world was there already. Raises UserError for counts out of range
     and for a folder that holds something else.
     """
@@ -110,16 +123,20 @@ def _write(out: Path, seed: int, counts: dict[str, int], progress: bool) -> None
         scenes["val"] = sample_scenes(_rng(seed, "val"), "val", val)
         talks = {"train": scenes["train"][:few][:dialogues]}
         talks["val"] = sample_scenes(_rng(seed, "talks"), "val", dialogues)
-        for split in ("train", "val"):
+        captioned = {}
+        for split in SPLITS:
             writers.write_cc3m(out, split, scenes[split], _rng(seed, "cc3m", split), paint)
             listed = scenes[split][:few] if split == "train" else scenes[split]
-            writers.write_coco(out, split, listed, _rng(seed, "coco", split), paint)
+            captioned[split] = writers.write_coco(out, split, listed, _rng(seed, "coco", split), paint)
             tales = writers.sample_stories(_rng(seed, "vist", split), split, stories)
             writers.write_vist(out, split, tales, paint)
             writers.write_visdial(out, split, talks[split], _rng(seed, "visdial", split), paint)
         writers.write_flickr30k(out, "val", scenes["val"][:FLICKR], _rng(seed, "flickr30k"), paint)
-        referred = {split: writers.sample_ref_scenes(_rng(seed, "refs", split), split, refs) for split in ("train", "val")}
-        writers.write_refcoco(out, referred, _rng(seed, "refcoco"), paint)
+        referred = {s: sample_scenes(_rng(seed, "refs", s), s, refs, sample_crowded_scene) for s in SPLITS}
+        shown = grounding.write_refcoco(out, referred, _rng(seed, "refcoco"), paint)
+        grounding.write_entities(out, shown, _rng(seed, "entities"))
+        grounding.write_llava(out, shown, captioned, _rng(seed, "llava"))
+        grounding.write_pope(out, shown, _rng(seed, "pope"))
 
 
 def _rng(seed: int, *names: str) -> random.Random:

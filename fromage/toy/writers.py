@@ -1,7 +1,8 @@
-"""The toy world written in published formats: CC3M shards, COCO captions, Flickr30k, Visual Storytelling, VisDial, RefCOCO.
+"""The toy world written in published formats: CC3M shards, COCO captions, Flickr30k, Visual Storytelling, VisDial.
 
 Each writer takes the split's scenes, a random generator for the words, and `paint`, which turns (scene, jitter) pairs into
-JPEG bytes and boxes in order. Entries carry one key more than the published ones: "scene", the key of the scene shown.
+JPEG bytes and boxes in order. Entries carry one key more than the published ones: "scene", the key of the scene shown. What
+points at objects is written by fromage.toy.grounding.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import pickle
 import random
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from fromage.shards import write_shards
-from fromage.toy.language import Round, Story, answer_pool, caption, dialogue, expression, story
-from fromage.toy.scenes import PIXELS, SHAPES, Scene, draw, sample_scene
+from fromage.toy.language import Round, Story, answer_pool, caption, dialogue, story
+from fromage.toy.scenes import PIXELS, Scene, draw
 
 Job = tuple[Scene, int]  # a scene and the number its jitter is drawn from
 Drawn = tuple[bytes, list[list[float]]]  # a JPEG file and one box (x, y, width, height in pixels) per object
@@ -45,12 +45,13 @@ def _clipped(x: float, y: float, w: float, h: float) -> list[float]:
     return [round(v, 2) for v in (left, top, right - left, bottom - top)]
 
 
-def _write_json(path: Path, content: Any) -> None:
+def write_json(path: Path, content: Any) -> None:
+    """Write a file, and the folders above it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content), encoding="utf-8")
 
 
-def _write_pictures(folder: Path, names: list[str], jobs: list[Job], paint: Paint) -> list[list[list[float]]]:
+def write_pictures(folder: Path, names: list[str], jobs: list[Job], paint: Paint) -> list[list[list[float]]]:
     """Write one JPEG per name; returns the boxes of each picture."""
     folder.mkdir(parents=True, exist_ok=True)
     boxes = []
@@ -90,34 +91,37 @@ def _captions(scene: Scene, rng: random.Random) -> list[str]:
     return list(found)
 
 
-def _coco_header(what: str) -> dict[str, Any]:
+def coco_header(what: str) -> dict[str, Any]:
+    """What COCO's files begin with."""
     info = {"description": what, "url": "", "version": "1.0", "year": 2023, "contributor": "", "date_created": DATE}
     return {"info": info, "licenses": [{"id": 1, "name": "Apache License 2.0", "url": ""}]}
 
 
-def _coco_image(image_id: int, name: str, scene: Scene) -> dict[str, Any]:
+def coco_image(image_id: int, name: str, scene: Scene) -> dict[str, Any]:
+    """An entry of the images in COCO's files."""
     entry = {"id": image_id, "file_name": name, "license": 1, "coco_url": "", "flickr_url": "", "date_captured": DATE}
     return entry | _size() | {"scene": scene.key}
 
 
-def write_coco(out: Path, split: str, scenes: list[Scene], rng: random.Random, paint: Paint) -> None:
-    """COCO captions in the 2017 layout, five different ones per picture."""
+def write_coco(out: Path, split: str, scenes: list[Scene], rng: random.Random, paint: Paint) -> list[tuple[str, Scene]]:
+    """COCO captions in the 2017 layout, five different ones per picture; returns the paths in `out`, and scenes."""
     ids = _ids(scenes, split)
     names = [f"{i:012d}.jpg" for i in ids]
-    _write_pictures(out / "coco" / f"{split}2017", names, list(zip(scenes, ids, strict=True)), paint)
+    write_pictures(out / "coco" / f"{split}2017", names, list(zip(scenes, ids, strict=True)), paint)
     said = [(i, text) for i, scene in zip(ids, scenes, strict=True) for text in _captions(scene, rng)]
-    content = _coco_header("toy world, captions") | {
-        "images": [_coco_image(*entry) for entry in zip(ids, names, scenes, strict=True)],
+    content = coco_header("toy world, captions") | {
+        "images": [coco_image(*entry) for entry in zip(ids, names, scenes, strict=True)],
         "annotations": [{"image_id": i, "id": n, "caption": text} for n, (i, text) in enumerate(said, FIRST_ID[split])],
     }
-    _write_json(out / "coco" / "annotations" / f"captions_{split}2017.json", content)
+    write_json(out / "coco" / "annotations" / f"captions_{split}2017.json", content)
+    return [(f"coco/{split}2017/{name}", scene) for name, scene in zip(names, scenes, strict=True)]
 
 
 def write_flickr30k(out: Path, split: str, scenes: list[Scene], rng: random.Random, paint: Paint) -> None:
     """Flickr30k as in Karpathy's splits: a split's pictures with five captions each, raw and in tokens."""
     ids = _ids(scenes, split)
     names = [f"{i}.jpg" for i in ids]
-    _write_pictures(out / "flickr30k" / "flickr30k-images", names, list(zip(scenes, ids, strict=True)), paint)
+    write_pictures(out / "flickr30k" / "flickr30k-images", names, list(zip(scenes, ids, strict=True)), paint)
     images: list[dict[str, Any]] = []
     for i, (name, scene) in enumerate(zip(names, scenes, strict=True)):
         sentids = list(range(CAPTIONS * i, CAPTIONS * (i + 1)))
@@ -127,7 +131,7 @@ def write_flickr30k(out: Path, split: str, scenes: list[Scene], rng: random.Rand
         ]
         image = {"sentids": sentids, "imgid": i, "sentences": said, "split": "test" if split == "val" else split}
         images.append(image | {"filename": name, "scene": scene.key})
-    _write_json(out / "flickr30k" / "dataset_flickr30k.json", {"images": images, "dataset": "flickr30k"})
+    write_json(out / "flickr30k" / "dataset_flickr30k.json", {"images": images, "dataset": "flickr30k"})
 
 
 def sample_stories(rng: random.Random, split: str, count: int) -> list[Story]:
@@ -147,7 +151,7 @@ def write_vist(out: Path, split: str, stories: list[Story], paint: Paint) -> Non
     """Visual Storytelling, stories in sequence (SIS): one album of five photos per story, ids as strings."""
     scenes = [scene for tale in stories for scene in tale.scenes]
     ids, sentences = _ids(scenes, split), [text for tale in stories for text in tale.sentences]
-    _write_pictures(out / "vist" / "images" / split, [f"{i}.jpg" for i in ids], list(zip(scenes, ids, strict=True)), paint)
+    write_pictures(out / "vist" / "images" / split, [f"{i}.jpg" for i in ids], list(zip(scenes, ids, strict=True)), paint)
     images, annotations = [], []
     for n, (photo, scene, text) in enumerate(zip(ids, scenes, sentences, strict=True)):
         album, order = str(photo - n % 5), n % 5
@@ -158,7 +162,7 @@ def write_vist(out: Path, split: str, stories: list[Story], paint: Paint) -> Non
         annotations.append([told | {"worker_arranged_photo_order": order, "setting": "first-2-pick-and-tell"}])
     albums = [{"id": str(i), "title": "", "description": "", "photos": "5"} for i in ids[::5]]
     content = {"info": {"version": "1.2"}, "type": "stories", "images": images, "albums": albums, "annotations": annotations}
-    _write_json(out / "vist" / "sis" / f"{split}.story-in-sequence.json", content)
+    write_json(out / "vist" / "sis" / f"{split}.story-in-sequence.json", content)
 
 
 def _plain(said: Round) -> str:
@@ -204,59 +208,8 @@ def write_visdial(out: Path, split: str, scenes: list[Scene], rng: random.Random
             relevance = _relevance(rounds[rated], options[rated], rng)
             dense.append({"image_id": image_id, "round_id": rated + 1, "gt_relevance": relevance})
     data = {"questions": list(questions), "answers": list(answers), "dialogs": dialogs}
-    _write_json(out / "visdial" / f"visdial_1.0_{split}.json", {"version": "1.0", "split": split, "data": data})
+    write_json(out / "visdial" / f"visdial_1.0_{split}.json", {"version": "1.0", "split": split, "data": data})
     if split == "val":
-        _write_json(out / "visdial" / "visdial_1.0_val_dense_annotations.json", dense)
+        write_json(out / "visdial" / "visdial_1.0_val_dense_annotations.json", dense)
         names = [f"VisualDialog_val2018_{i:012d}.jpg" for i in ids]
-        _write_pictures(out / "visdial" / "images" / "val", names, list(zip(scenes, ids, strict=True)), paint)
-
-
-def sample_ref_scenes(rng: random.Random, split: str, count: int) -> list[Scene]:
-    """Draw different scenes of two or three objects; in four of five the objects have the same shape."""
-    scenes: dict[str, Scene] = {}
-    while len(scenes) < count:
-        scene = sample_scene(rng, split, n=rng.choice((2, 3)), same_shape=rng.random() < 0.8)
-        scenes.setdefault(scene.key, scene)
-    return list(scenes.values())
-
-
-def _expressions(scene: Scene, index: int, rng: random.Random) -> list[str]:
-    """Up to three different expressions for one object."""
-    found = (expression(scene, index, rng) for _ in range(6))
-    return list(dict.fromkeys(text for text in found if text))[:3]
-
-
-def _sentences(scene: Scene, index: int, rng: random.Random, first: int) -> list[dict[str, Any]]:
-    """Up to three different expressions for one object, as RefCOCO's sentences numbered from `first`."""
-    found = (expression(scene, index, rng) for _ in range(6))
-    texts = list(dict.fromkeys(text for text in found if text))[:3]
-    return [{"raw": t, "sent": t, "tokens": t.split(), "sent_id": n} for n, t in enumerate(texts, first)]
-
-
-def write_refcoco(out: Path, scenes: dict[str, list[Scene]], rng: random.Random, paint: Paint) -> None:
-    """RefCOCO: COCO instances (shapes are the categories) and refs(unc).p, with one to three expressions per object.
-
-    As published, file_name in the pickle ends in the number of the annotation; the file is the one instances.json names.
-    """
-    shown = [(split, scene) for split in scenes for scene in scenes[split]]
-    stems = [f"COCO_train2014_{i:012d}" for i in range(1, len(shown) + 1)]
-    jobs = [(scene, i) for i, (_, scene) in enumerate(shown, 1)]
-    boxes = _write_pictures(out / "refcoco" / "images", [f"{stem}.jpg" for stem in stems], jobs, paint)
-    images: list[dict[str, Any]] = []
-    annotations: list[dict[str, Any]] = []
-    refs: list[dict[str, Any]] = []
-    first = 0  # the next sentence's number
-    for i, (stem, (split, scene), found) in enumerate(zip(stems, shown, boxes, strict=True), 1):
-        images.append(_coco_image(i, f"{stem}.jpg", scene))
-        for index, (thing, box) in enumerate(zip(scene.things, found, strict=True)):
-            ann, where = len(annotations) + 1, {"image_id": i, "category_id": SHAPES.index(thing.shape) + 1}
-            area = round(box[2] * box[3], 2)
-            annotations.append({"id": ann, **where, "bbox": box, "area": area, "iscrowd": 0, "segmentation": []})
-            said = _sentences(scene, index, rng, first)
-            ref = {"ref_id": len(refs), "ann_id": ann, **where, "split": split, "file_name": f"{stem}_{ann}.jpg"}
-            refs.append(ref | {"sentences": said, "sent_ids": [s["sent_id"] for s in said]})
-            first += len(said)
-    categories = [{"id": n, "name": shape, "supercategory": "shape"} for n, shape in enumerate(SHAPES, 1)]
-    content = {"images": images, "annotations": annotations, "categories": categories}
-    _write_json(out / "refcoco" / "instances.json", _coco_header("toy world, referring expressions") | content)
-    (out / "refcoco" / "refs(unc).p").write_bytes(pickle.dumps(refs, protocol=2))
+        write_pictures(out / "visdial" / "images" / "val", names, list(zip(scenes, ids, strict=True)), paint)

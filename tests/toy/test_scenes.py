@@ -3,12 +3,23 @@
 import itertools
 import math
 import random
+from collections import Counter
 
 import numpy as np
 import pytest
 
 from fromage.toy import scenes
-from fromage.toy.scenes import COLOURS, PIXELS, Scene, Thing, count_scenes, draw, sample_scene, sample_scenes
+from fromage.toy.scenes import (
+    COLOURS,
+    PIXELS,
+    Scene,
+    Thing,
+    count_scenes,
+    draw,
+    sample_crowded_scene,
+    sample_scene,
+    sample_scenes,
+)
 
 STAR = Thing("star", "red", "big", "left")
 MOON = Thing("moon", "blue", "small", "right")
@@ -46,13 +57,23 @@ def test_a_tenth_of_the_scenes_is_kept_for_validation():
     assert math.isclose(sum(s.split == "val" for s in single) / len(single), 0.1, abs_tol=0.02)
 
 
-@pytest.mark.parametrize("same_shape", [False, True])
-def test_sampled_scenes_differ_and_keep_their_promises(same_shape):
-    found = sample_scenes(random.Random(0), "train", 200, n=3, same_shape=same_shape)
+def test_sampled_scenes_differ_and_keep_their_promises():
+    found = sample_scenes(random.Random(0), "train", 200, n=3)
     assert len({s.key for s in found}) == 200
     for scene in found:
         assert len({t.place for t in scene.things}) == len({t.colour for t in scene.things}) == 3
-        assert len({t.shape for t in scene.things}) == (1 if same_shape else 3)
+        assert len({t.shape for t in scene.things}) == 3
+
+
+def test_crowded_scenes_have_two_to_four_objects_mostly_several_of_a_shape():
+    found = sample_scenes(random.Random(0), "val", 600, sample_crowded_scene)
+    assert len({s.key for s in found}) == 600 and {s.split for s in found} == {"val"}
+    counts = Counter(len(s.things) for s in found)
+    assert set(counts) == {2, 3, 4} and min(counts.values()) > 150
+    assert all(len({t.place for t in s.things}) == len(s.things) for s in found)
+    shapes = [[t.shape for t in s.things] for s in found]
+    assert math.isclose(sum(len(set(some)) < len(some) for some in shapes) / len(found), 0.8, abs_tol=0.05)
+    assert any(1 < len(set(some)) < len(some) for some in shapes)  # several of one shape, and another
 
 
 def test_drawing_depends_on_scene_and_seed_alone():
@@ -65,8 +86,9 @@ def test_drawing_depends_on_scene_and_seed_alone():
     assert first[0].tobytes() != other[0].tobytes()
 
 
-def test_boxes_hold_the_objects_and_nothing_is_drawn_outside():
-    for i, scene in enumerate(sample_scenes(random.Random(0), "train", 150)):
+@pytest.mark.parametrize("sample", [sample_scene, sample_crowded_scene])
+def test_boxes_hold_the_objects_and_nothing_is_drawn_outside(sample):
+    for i, scene in enumerate(sample_scenes(random.Random(0), "train", 100, sample)):
         picture, boxes = draw(scene, i)
         pixels = np.asarray(picture).astype(int)  # (PIXELS, PIXELS, 3)
         rest = np.ones((PIXELS, PIXELS), bool)

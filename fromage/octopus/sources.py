@@ -1,0 +1,347 @@
+"""Data sets in their published files: RefCOCO/+/g, Flickr30k Entities, instructions as LLaVA writes them, POPE.
+
+Boxes are clipped to the picture, and left out where no area is left of them; an example that points at such a one is left
+out too. What is left out is counted, and faults are warned of once. Visual Genome is not read here; its regions as
+LLaVA's instructions contain them are.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree as ET
+
+from PIL import Image
+
+from fromage.bounds import check_whole
+from fromage.errors import UserError, first_line
+from fromage.evals.annotations import malformed, read_annotations
+from fromage.octopus.boxes import SPELLED, clipped, read_spelled, reading_order, share
+from fromage.octopus.examples import Box, Example
+from fromage.plain_pickle import load_plain
+
+LOST_BOXES = "boxes of no area in their picture"
+LOST_ANSWERS = "examples that point at such a box"
+ODD_TURNS = "turns that are no question and answer"
+BROKEN = (KeyError, IndexError, TypeError, ValueError, AttributeError, ZeroDivisionError)  # what odd entries raise
+FAULTS = (LOST_BOXES, LOST_ANSWERS, ODD_TURNS)  # are warned of; the rest is of the data set's making
+
+
+class Listed:
+    """What the readers have in common: files are read on first use.
+
+    Attributes:
+        dropped: after reading, how much was left out, by what it is.
+    """
+
+    def __init__(self, file: Path, limit: int | None) -> None:
+        if limit is not None:
+            check_whole("limit", limit, 1)
+        self.file, self.limit = file, limit
+        self.dropped: Counter[str] = Counter()
+
+    def read(self) -> Iterator[Example]:
+        """The examples of the files, counting in `dropped` what is none."""
+        raise NotImplementedError
+
+    @cached_property
+    def examples(self) -> list[Example]:
+        """The first `limit` examples. Raises UserError where there is none, or for files missing or of another kind."""
+        try:
+            found = list(islice(self.read(), self.limit))
+        except BROKEN as error:
+            raise malformed(self.file, error) from error
+        told = ", ".join(f"{count} {what}" for what, count in self.dropped.items() if count)
+        if not found:
+            raise UserError(f"{self.file}: holds no example{f', but {told}' if told else ''}; name another file or split")
+        if any(self.dropped[what] for what in FAULTS):
+            warnings.warn(f"{self.file}: left out are {told}", stacklevel=3)
+        return found
+
+    def __iter__(self) -> Iterator[Example]:
+        return iter(self.examples)
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def kept(self, boxes: Iterable[Box | None]) -> tuple[list[Box], list[int | None]]:
+        """The boxes that have an area, and for each given one its number among these."""
+        good: list[Box] = []
+        numbers: list[int | None] = []
+        for box in boxes:
+            numbers.append(None if box is None else len(good))
+            if box is None:
+                self.dropped[LOST_BOXES] += 1
+            else:
+                good.append(box)
+        return good, numbers
+
+
+def asking(question: str) -> str:
+    """A question with one place {} for words. Raises UserError for another."""
+    if question.count("{}") != 1:
+        raise UserError(f"question {question!r}: must hold {{}} once, where the words for the object go")
+    return question
+
+
+Shown = tuple[str, tuple[Box, ...], dict[int, int | None]]  # a picture, its boxes, each annotation's number among them
+
+
+class RefCOCO(Listed):
+    """RefCOCO, RefCOCO+ and RefCOCOg: a referring expression is an example; the known boxes are the picture's instances."""
+
+    def __init__(
+        self,
+        refs: str,
+        instances: str,
+        images: str,
+        split: str = "train",
+        question: str = "where is {}?",
+        limit: int | None = None,
+    ) -> None:
+        """Name the files; nothing is read yet.
+
+        Args:
+            refs: refs(unc).p, refs(google).p or refs(umd).p.
+            instances: instances.json that came with it.
+            images: folder of the pictures that instances.json names, COCO's train2014.
+            split: train, val and, by the file, testA, testB or test.
+            question: the instruction; {} stands for the expression.
+            limit: examples at most, the first ones; null for all.
+        """
+        super().__init__(Path(refs), limit)
+        self.instances, self.images, self.split, self.question = Path(instances), Path(images), split, asking(question)
+
+    def read(self) -> Iterator[Example]:
+        """A sentence is an example; its answer is the box alone."""
+        refs = self._refs()
+        _, content = read_annotations(self.instances, ("boxes of COCO",), "instances.json of the same data set")
+        try:
+            categories = {category["id"] for category in content["categories"]}
+            pictures = self._pictures(content, {ref["image_id"] for ref in refs})
+        except BROKEN as error:
+            raise malformed(self.instances, error) from error
+        for ref in refs:
+            if ref["image_id"] not in pictures:
+                raise self._foreign(ref, f"image {ref['image_id']}")
+            if ref["category_id"] not in categories:
+                raise self._foreign(ref, f"category {ref['category_id']}")
+            yield from self._sentences(ref, *pictures[ref["image_id"]])
+
+    def _refs(self) -> list[dict[str, Any]]:
+        try:
+            refs = load_plain(self.file)
+            splits = sorted({ref["split"] for ref in refs})
+        except OSError as error:
+            raise UserError(f"{self.file}: cannot be read ({error.strerror}); name refs(unc).p or the like") from error
+        except Exception as error:  # a broken pickle can raise nearly anything
+            raise UserError(f"{self.file}: is no list of references ({first_line(error)[:200]}); fetch it anew") from error
+        if self.split not in splits:
+            raise UserError(f"{self.file}: has no split {self.split}; there are {', '.join(splits)}")
+        return [ref for ref in refs if ref["split"] == self.split]
+
+    def _pictures(self, content: dict[str, Any], wanted: set[int]) -> dict[int, Shown]:
+        notes: dict[int, list[dict[str, Any]]] = {number: [] for number in wanted}
+        for note in content["annotations"]:
+            if note["image_id"] in wanted:
+                notes[note["image_id"]].append(note)
+        listed = [image for image in content["images"] if image["id"] in wanted]
+        return {
+            image["id"]: (str(self.images / image["file_name"]), *self._boxes(image, notes[image["id"]])) for image in listed
+        }
+
+    def _foreign(self, ref: dict[str, Any], what: str) -> UserError:
+        return UserError(
+            f"{self.file}: reference {ref['ref_id']} is of {what}, which {self.instances} does not hold; "
+            "name the instances.json that came with it"
+        )
+
+    def _boxes(self, image: dict[str, Any], notes: list[dict[str, Any]]) -> tuple[tuple[Box, ...], dict[int, int | None]]:
+        """The boxes of a picture's instances, crowds left out, and each annotation's number among them."""
+        single = [note for note in notes if not note.get("iscrowd")]
+        self.dropped["boxes of crowds"] += len(notes) - len(single)
+        corners = [(x, y, x + w, y + h) for x, y, w, h in (note["bbox"] for note in single)]
+        good, numbers = self.kept(share(*sides, image["width"], image["height"]) for sides in corners)
+        found = {note["id"]: number for note, number in zip(single, numbers, strict=True)}
+        return tuple(good), found | {note["id"]: None for note in notes if note.get("iscrowd")}
+
+    def _sentences(
+        self, ref: dict[str, Any], picture: str, boxes: tuple[Box, ...], numbers: dict[int, int | None]
+    ) -> Iterator[Example]:
+        if ref["ann_id"] not in numbers:
+            raise self._foreign(ref, f"annotation {ref['ann_id']} of image {ref['image_id']}")
+        number = numbers[ref["ann_id"]]
+        for said in ref["sentences"]:
+            if number is None:
+                self.dropped[LOST_ANSWERS] += 1
+            elif not (text := said["sent"].strip()):
+                self.dropped["expressions without words"] += 1
+            else:
+                key = f"{ref['ref_id']}.{said['sent_id']}"
+                yield Example(key, picture, self.question.replace("{}", text), (number,), boxes)
+
+
+class Flickr30kEntities(Listed):
+    """Flickr30k Entities: a phrase that has boxes is an example; the known boxes are all of the picture's."""
+
+    PHRASE = re.compile(r"\[/EN#(\d+)/\S+ ([^\]]+)\]")
+
+    def __init__(
+        self, folder: str, images: str, split: str = "train", question: str = "where is {}?", limit: int | None = None
+    ) -> None:
+        """Name the files; nothing is read yet.
+
+        Args:
+            folder: folder that holds Sentences, Annotations, and train.txt, val.txt and test.txt.
+            images: folder of the pictures, {id}.jpg.
+            split: train, val or test; or the path of another list of ids, one a line.
+            question: the instruction; {} stands for the phrase.
+            limit: examples at most, the first ones; null for all.
+        """
+        ids = Path(folder) / f"{split}.txt"
+        super().__init__(Path(split) if not ids.is_file() and Path(split).is_file() else ids, limit)
+        self.folder, self.images, self.question = Path(folder), Path(images), asking(question)
+
+    def read(self) -> Iterator[Example]:
+        """Where an entity has several boxes the answer points at each, in reading order."""
+        for name in self._text(self.file).split():
+            boxes, entities = self._entities(self.folder / "Annotations" / f"{name}.xml")
+            picture = str(self.images / f"{name}.jpg")
+            phrases = self.PHRASE.findall(self._text(self.folder / "Sentences" / f"{name}.txt"))
+            for place, (entity, phrase) in enumerate(phrases):
+                numbers = entities.get(entity, [])
+                if not numbers:
+                    self.dropped["phrases without a box"] += 1
+                elif None in numbers:
+                    self.dropped[LOST_ANSWERS] += 1
+                else:
+                    theirs = [number for number in numbers if number is not None]
+                    answer = tuple(theirs[i] for i in reading_order([boxes[number] for number in theirs]))
+                    yield Example(f"{name}.{place}", picture, self.question.replace("{}", phrase), answer, boxes)
+
+    def _text(self, path: Path) -> str:
+        try:
+            return path.read_text(encoding="utf-8")
+        except OSError as error:
+            wanted = "the folder that holds Sentences, Annotations and train.txt, val.txt, test.txt"
+            raise UserError(f"{path}: cannot be read ({error.strerror}); name {wanted}, and its split") from error
+        except ValueError as error:
+            raise malformed(path, error) from error
+
+    def _entities(self, path: Path) -> tuple[tuple[Box, ...], dict[str, list[int | None]]]:
+        """A picture's boxes, and each entity's numbers among them. Pixels count from 1, the last of a box included."""
+        text = self._text(path)
+        try:
+            root = ET.fromstring(text)
+            width, height = (float(root.findtext(f"size/{side}", "")) for side in ("width", "height"))
+            items = [item for item in root.iterfind("object") if item.find("bndbox") is not None]
+            sides = [[float(item.findtext(f"bndbox/{side}", "")) for side in EDGES] for item in items]
+            good, numbers = self.kept(share(x - 1, y - 1, right, bottom, width, height) for x, y, right, bottom in sides)
+        except (ET.ParseError, ValueError, ZeroDivisionError) as error:
+            raise malformed(path, error) from error
+        entities: dict[str, list[int | None]] = {}
+        for item, number in zip(items, numbers, strict=True):
+            for name in item.iterfind("name"):
+                entities.setdefault((name.text or "").strip(), []).append(number)
+        return tuple(good), entities
+
+
+EDGES = ("xmin", "ymin", "xmax", "ymax")
+
+
+class Instructions(Listed):
+    """LLaVA's JSON. A question and its answer are an example of their own, also where they follow others on a picture."""
+
+    def __init__(self, file: str, images: str, padded: bool = False, limit: int | None = None) -> None:
+        """Name the files; nothing is read yet.
+
+        Args:
+            file: JSON list of {id, image, conversations: [{from: human, value}, {from: gpt, value}, ...]}.
+            images: folder that the pictures' names start from.
+            padded: whether boxes are shares of the picture padded to a square, as in LLaVA-1.5's own files; false for
+                shares of the picture itself.
+            limit: examples at most, the first ones; null for all.
+        """
+        super().__init__(Path(file), limit)
+        self.images, self.padded = Path(images), padded
+
+    def read(self) -> Iterator[Example]:
+        """Boxes [left,top,right,bottom] in an answer, shares with a decimal point, become numbers; in questions not."""
+        _, entries = read_annotations(self.file, ("instructions of LLaVA",), "a JSON file of LLaVA's instructions")
+        for number, entry in enumerate(entries):
+            if not isinstance(entry.get("image"), str):
+                self.dropped["entries without a picture, or of several"] += 1
+                continue
+            picture, turns = self.images / entry["image"], entry["conversations"]
+            pairs = list(zip(turns[::2], turns[1::2], strict=False))
+            self.dropped[ODD_TURNS] += len(turns) % 2
+            for place, (asked, told) in enumerate(pairs):
+                question, answer = (turn["value"].replace("<image>", "").strip() for turn in (asked, told))
+                if (asked["from"], told["from"]) != ("human", "gpt") or not question or not answer:
+                    self.dropped[ODD_TURNS] += 1
+                elif (pointed := self._pointed(answer, picture)) is not None:
+                    key = f"{entry.get('id', '')}#{number}.{place}"  # an id is not always of one entry
+                    yield Example(key, str(picture), question, *pointed)
+
+    def _pointed(self, text: str, picture: Path) -> tuple[tuple[str | int, ...], tuple[Box, ...]] | None:
+        """An answer's pieces and boxes; None, counted, where one of the boxes has no area."""
+        pieces: list[str | int] = []
+        numbers: dict[Box, int] = {}
+        end = 0
+        for found in SPELLED.finditer(text):
+            pieces.append(text[end : found.start()])
+            end = found.end()
+            good, kept = self.kept(self._unpadded(sides, picture) for sides in read_spelled(found[0]))
+            if None in kept:
+                self.dropped[LOST_ANSWERS] += 1
+                return None
+            pieces += [numbers.setdefault(box, len(numbers)) for box in good]
+        pieces.append(text[end:])
+        return tuple(piece for piece in pieces if piece != ""), tuple(numbers)
+
+    def _unpadded(self, sides: tuple[float, ...], picture: Path) -> Box | None:
+        left, top, right, bottom = sides
+        if not self.padded:
+            return clipped(left, top, right, bottom)
+        try:
+            with Image.open(picture) as image:  # the size alone, nothing is decoded
+                width, height = image.size
+        except OSError:  # missing or broken, which is counted with the pictures
+            return clipped(left, top, right, bottom)
+        side = max(width, height)
+        x, y = (side - width) / 2, (side - height) / 2
+        return share(left * side - x, top * side - y, right * side - x, bottom * side - y, width, height)
+
+
+class Pope(Listed):
+    """POPE: questions whether something is in a picture; the answer is yes or no."""
+
+    def __init__(self, file: str, images: str, limit: int | None = None) -> None:
+        """Name the files; nothing is read yet.
+
+        Args:
+            file: lines of JSON {question_id, image, text, label}, coco_pope_random.json or the like.
+            images: folder of the pictures.
+            limit: examples at most, the first ones; null for all.
+        """
+        super().__init__(Path(file), limit)
+        self.images = Path(images)
+
+    def read(self) -> Iterator[Example]:
+        """A line is an example."""
+        try:
+            lines = self.file.read_text(encoding="utf-8").splitlines()
+        except OSError as error:
+            wanted = "coco_pope_random.json or another of POPE's"
+            raise UserError(f"{self.file}: cannot be read ({error.strerror}); name {wanted}") from error
+        for row in (json.loads(line) for line in lines if line.strip()):
+            if (label := row["label"].strip().lower()) not in ("yes", "no"):
+                raise UserError(f"{self.file}: question {row['question_id']} has the label {label}, not yes or no")
+            yield Example(str(row["question_id"]), str(self.images / row["image"]), row["text"].strip(), (label,))

@@ -1,0 +1,215 @@
+"""The toy world's pictures of several objects in published formats: RefCOCO, Flickr30k Entities, LLaVA's JSON, POPE.
+
+Pictures, scenes and boxes are the same in all of them; see fromage.toy.writers for what writers have in common.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree as ET
+
+from fromage.octopus.boxes import share, spelled
+from fromage.toy.expressions import Meaning, expression, meaning_of, words
+from fromage.toy.language import WHEN, caption
+from fromage.toy.questions import COUNTS, Answer, turns, yes_no
+from fromage.toy.scenes import PIXELS, SHAPES, Scene
+from fromage.toy.writers import CAPTIONS, Paint, coco_header, coco_image, write_json, write_pictures
+
+IMAGES = Path("refcoco", "images")
+ASKED = "what is in the picture?"
+PAIRS = 2  # of questions for yes and no about a picture
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A picture of the referring scenes; boxes: (x, y, width, height) in pixels, one per object."""
+
+    number: int
+    split: str
+    scene: Scene
+    boxes: list[list[float]]
+
+    @property
+    def stem(self) -> str:
+        """Its file's name without the ending."""
+        return f"COCO_train2014_{self.number:012d}"
+
+
+def write_refcoco(out: Path, scenes: dict[str, list[Scene]], rng: random.Random, paint: Paint) -> list[Shown]:
+    """RefCOCO: COCO instances (shapes are the categories) and refs(unc).p, with one to three expressions per object.
+
+    As published, file_name in the pickle ends in the number of the annotation; the file is the one instances.json names.
+    Returns the pictures, which the other writers describe too.
+    """
+    drafts = [Shown(i, *pair, []) for i, pair in enumerate(((split, s) for split in scenes for s in scenes[split]), 1)]
+    jobs = [(draft.scene, draft.number) for draft in drafts]
+    boxes = write_pictures(out / IMAGES, [f"{draft.stem}.jpg" for draft in drafts], jobs, paint)
+    shown = [Shown(draft.number, draft.split, draft.scene, found) for draft, found in zip(drafts, boxes, strict=True)]
+    annotations: list[dict[str, Any]] = []
+    refs: list[dict[str, Any]] = []
+    first = 0  # the next sentence's number
+    for one in shown:
+        for index, (thing, box) in enumerate(zip(one.scene.things, one.boxes, strict=True)):
+            ann, where = len(annotations) + 1, {"image_id": one.number, "category_id": SHAPES.index(thing.shape) + 1}
+            area = round(box[2] * box[3], 2)
+            annotations.append({"id": ann, **where, "bbox": box, "area": area, "iscrowd": 0, "segmentation": []})
+            said = _sentences(one.scene, index, rng, first)
+            ref = {"ref_id": len(refs), "ann_id": ann, **where, "split": one.split, "file_name": f"{one.stem}_{ann}.jpg"}
+            refs.append(ref | {"sentences": said, "sent_ids": [s["sent_id"] for s in said]})
+            first += len(said)
+    images = [coco_image(one.number, f"{one.stem}.jpg", one.scene) for one in shown]
+    categories = [{"id": n, "name": shape, "supercategory": "shape"} for n, shape in enumerate(SHAPES, 1)]
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    write_json(out / "refcoco" / "instances.json", coco_header("toy world, referring expressions") | content)
+    (out / "refcoco" / "refs(unc).p").write_bytes(pickle.dumps(refs, protocol=2))
+    return shown
+
+
+def _sentences(scene: Scene, index: int, rng: random.Random, first: int) -> list[dict[str, Any]]:
+    """Up to three different expressions for one object, as RefCOCO's sentences numbered from `first`."""
+    texts = list(dict.fromkeys(expression(scene, index, rng) for _ in range(3)))
+    return [{"raw": t, "sent": t, "tokens": t.split(), "sent_id": n} for n, t in enumerate(texts, first)]
+
+
+def write_entities(out: Path, shown: Sequence[Shown], rng: random.Random) -> None:
+    """Flickr30k Entities: five sentences a picture with entities marked, their boxes in XML, and a list of ids per split.
+
+    Pixels are counted from 1, and xmax and ymax are those of the last pixel, as published. Objects of one shape are together
+    an entity too, of several boxes; the ground is a scene without a box, the time an entity without one.
+    """
+    folder = out / "flickr30k_entities"
+    for name in ("Sentences", "Annotations"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    for one in shown:
+        ids = _entities(one)
+        lines = [_marked(one.scene, ids, rng) for _ in range(CAPTIONS)]
+        (folder / "Sentences" / f"{one.stem}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        tree = _annotation(one, ids)
+        (folder / "Annotations" / f"{one.stem}.xml").write_text(ET.tostring(tree, encoding="unicode"), encoding="utf-8")
+    for split in dict.fromkeys(one.split for one in shown):
+        listed = "".join(f"{one.stem}\n" for one in shown if one.split == split)
+        (folder / f"{split}.txt").write_text(listed, encoding="utf-8")
+
+
+Entity = tuple[int, ...] | str  # objects, or "ground" or "time"
+
+
+def _entities(one: Shown) -> dict[Entity, int]:
+    """The ids of a picture's entities: each object, those of one shape together, ground, time."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for index, thing in enumerate(one.scene.things):
+        shapes[thing.shape] = (*shapes.get(thing.shape, ()), index)
+    singles = [(index,) for index in range(len(one.scene.things))]
+    listed: list[Entity] = [*singles, *(group for group in shapes.values() if len(group) > 1), "ground", "time"]
+    return {entity: 16 * one.number + n for n, entity in enumerate(listed)}
+
+
+def _marked(scene: Scene, ids: dict[Entity, int], rng: random.Random) -> str:
+    """One sentence; in half of those about several objects of one shape, these are named together."""
+    groups = [entity for entity in ids if isinstance(entity, tuple) and len(entity) > 1]
+    together = [group for group in groups if rng.random() < 0.5]
+    named: list[Entity] = [(i,) for i in range(len(scene.things)) if not any(i in group for group in together)]
+    rng.shuffle(named)
+    phrases = [f"[/EN#{ids[entity]}/other {_named(scene, entity, rng)}]" for entity in (*together, *named)]
+    when, time = WHEN[scene.time].split()
+    setting = f"on [/EN#{ids['ground']}/scene the {scene.ground}] {when} [/EN#{ids['time']}/other {time}]"
+    return f"{' and '.join(phrases)} , {setting} ."
+
+
+def _named(scene: Scene, entity: Entity, rng: random.Random) -> str:
+    """A noun phrase for one object, which no other fits, or for all of a shape: 'two stars'."""
+    things = [scene.things[int(index)] for index in entity]
+    if len(things) > 1:
+        return f"{COUNTS[len(things)]} {words(Meaning(things[0].shape), '', plural=True)}"
+    said = meaning_of(scene, int(entity[0]), rng, {"plain": 1, "two": 1})
+    return words(Meaning(things[0].shape, said.colour, said.size, said.place), "a")
+
+
+def _annotation(one: Shown, ids: dict[Entity, int]) -> ET.Element:
+    root = ET.Element("annotation")
+    ET.SubElement(root, "filename").text = f"{one.stem}.jpg"
+    size = ET.SubElement(root, "size")
+    for name, value in (("width", PIXELS), ("height", PIXELS), ("depth", 3)):
+        ET.SubElement(size, name).text = str(value)
+    for index, (x, y, w, h) in enumerate(one.boxes):
+        item = ET.SubElement(root, "object")
+        for entity, number in ids.items():
+            if isinstance(entity, tuple) and index in entity:
+                ET.SubElement(item, "name").text = str(number)
+        box = ET.SubElement(item, "bndbox")
+        for name, edge in (("xmin", x + 1), ("ymin", y + 1), ("xmax", x + w), ("ymax", y + h)):
+            ET.SubElement(box, name).text = str(round(edge))
+    for entity, is_scene in (("ground", True), ("time", False)):
+        item = ET.SubElement(root, "object")
+        for name, value in (("name", ids[entity]), ("scene", int(is_scene)), ("nobndbox", int(not is_scene))):
+            ET.SubElement(item, name).text = str(value)
+    return root
+
+
+def write_llava(out: Path, shown: Sequence[Shown], more: dict[str, list[tuple[str, Scene]]], rng: random.Random) -> None:
+    """LLaVA's JSON: pretrain_{split}, a caption a picture, and instruct_{split}, questions about one in turns.
+
+    Images are named from the world's folder. more: further pictures for pretrain, by split, with their scenes.
+    """
+    for split in dict.fromkeys(one.split for one in shown):
+        mine = [one for one in shown if one.split == split]
+        pictures = [(_image(one), one.scene) for one in mine] + more[split]
+        briefs = [_talk(name, [(ASKED, caption(scene, rng))], rng.random() < 0.5) for name, scene in pictures]
+        write_json(out / "llava" / f"pretrain_{split}.json", briefs)
+        asked = [(one, turns(one.scene, rng)) for one in mine]
+        talks = [_talk(_image(one), [(q, _told(a, one.boxes)) for q, a in said], True) for one, said in asked]
+        write_json(out / "llava" / f"instruct_{split}.json", talks)
+
+
+def _image(one: Shown) -> str:
+    return (IMAGES / f"{one.stem}.jpg").as_posix()
+
+
+def _talk(image: str, said: Sequence[tuple[str, str]], image_first: bool) -> dict[str, Any]:
+    """An entry of LLaVA's JSON; the picture's place is before or behind the first question, as published."""
+    lines = [{"from": who, "value": text} for turn in said for who, text in zip(("human", "gpt"), turn, strict=True)]
+    first = lines[0]["value"]
+    lines[0]["value"] = f"<image>\n{first}" if image_first else f"{first}\n<image>"
+    return {"id": Path(image).stem, "image": image, "conversations": lines}
+
+
+def _told(answer: Answer, boxes: list[list[float]]) -> str:
+    """An answer in text, each object it points at as a box; boxes that follow one another stand close together."""
+    texts = [piece if isinstance(piece, str) else _box(boxes[piece]) for piece in answer]
+    return " ".join(texts).replace("] [", "][")
+
+
+def _box(box: list[float]) -> str:
+    x, y, w, h = box
+    shares = share(x, y, x + w, y + h, PIXELS, PIXELS)
+    assert shares  # drawn in the picture
+    return spelled(shares)
+
+
+def write_pope(out: Path, shown: Sequence[Shown], rng: random.Random) -> None:
+    """POPE: a JSON object per line, for each picture questions about what is there and, as many, about what is not."""
+    (out / "pope").mkdir(parents=True, exist_ok=True)
+    for split in dict.fromkeys(one.split for one in shown):
+        asked = [(one, pair) for one in shown if one.split == split for pair in _pairs(one.scene, rng)]
+        rows = [(one, text, label) for one, pair in asked for text, label in zip(pair, ("yes", "no"), strict=True)]
+        lines = [
+            json.dumps({"question_id": n, "image": f"{one.stem}.jpg", "text": text, "label": label})
+            for n, (one, text, label) in enumerate(rows, 1)
+        ]
+        (out / "pope" / f"{split}.json").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _pairs(scene: Scene, rng: random.Random) -> list[tuple[str, str]]:
+    """PAIRS of questions, none of them twice."""
+    found: list[tuple[str, str]] = []
+    while len(found) < PAIRS:
+        yes, no = yes_no(scene, rng)
+        if not any(yes == pair[0] or no == pair[1] for pair in found):
+            found.append((yes, no))
+    return found
