@@ -6,17 +6,14 @@ Shikra does) it is [0.104,0.250,0.391,0.875]: left, top, right, bottom, three de
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 
 from fromage.errors import UserError
+from fromage.octopus.boxes import SPELLED, clipped, read_spelled, spelled
 from fromage.octopus.examples import Box, Example
 from fromage.tokens import PromptTokenizer
-
-NUMBER = r"\s*([01]\.\d{3})\s*"
-SPELLED = re.compile(r"\[" + ",".join([NUMBER] * 4) + r"\]")
 
 
 @dataclass(frozen=True)
@@ -71,21 +68,15 @@ def answer_ids(example: Example, tokenizer: PromptTokenizer, n: int) -> list[int
     return [*ids, *([] if tokenizer.eos_id is None else [tokenizer.eos_id])]
 
 
-def spelled(box: Box) -> str:
-    """A box as text."""
-    return "[" + ",".join(f"{min(max(value, 0.0), 1.0):.3f}" for value in box) + "]"
-
-
-def read_spelled(text: str) -> Grounded:
+def read_text(text: str) -> Grounded:
     """An answer whose boxes are spelled. What is no box, or one without area, stays text."""
     pieces: list[str | Box] = []
     end = 0
     for found in SPELLED.finditer(text):
-        left, top, right, bottom = map(float, found.groups())
-        if not (left < right <= 1 and top < bottom <= 1):
-            continue
-        pieces += [text[end : found.start()], (left, top, right, bottom)]
-        end = found.end()
+        boxes = [clipped(*sides) for sides in read_spelled(found[0])]
+        if None not in boxes:
+            pieces += [text[end : found.start()], *(box for box in boxes if box)]
+            end = found.end()
     return Grounded(text, [piece for piece in [*pieces, text[end:]] if piece != ""])
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from fromage.bounds import check_whole
-from fromage.octopus.answers import Grounded, read_indexed, read_spelled
+from fromage.octopus.answers import Grounded, read_indexed, read_text
 from fromage.octopus.model import Octopus, Reading
 from fromage.prompts import Picture, embed_prompts
 
@@ -56,7 +56,7 @@ def decode(model: Octopus, reading: Reading, max_new_tokens: int) -> list[list[i
 def grounded(model: Octopus, reading: Reading, out: Sequence[list[int]]) -> list[Grounded]:
     """Tokens behind a reading -> answers."""
     if reading.found is None:
-        return [read_spelled(model.tokenizer.decode(ids)) for ids in out]
+        return [read_text(model.tokenizer.decode(ids)) for ids in out]
     boxes, scores = reading.found.corners.tolist(), reading.found.scores.tolist()
     return [
         read_indexed(ids, model.tokenizer, [tuple(box) for box in theirs], some)
