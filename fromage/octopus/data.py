@@ -160,6 +160,11 @@ class OctopusData(pl.LightningDataModule):
 
     test_dataloader = val_dataloader
 
+    def transfer_batch_to_device(self, batch: Lesson, device: torch.device, dataloader_idx: int) -> Lesson:
+        """Tensors, and the boxes of objects."""
+        fields = [field.to(device) if isinstance(field, Tensor | Objects) else field for field in batch]
+        return Lesson(*fields)  # type: ignore[arg-type]
+
     def _loader(self, part: str, batch_size: int, shuffle: bool) -> DataLoader[Any]:
         module: Any = self.trainer.lightning_module  # type: ignore[union-attr]
         examples = [e for e in self.examples[part] if not module.model.n or len(e.meant) <= module.model.n]

@@ -9,7 +9,7 @@ from typing import Protocol
 Box = tuple[float, float, float, float]  # left, top, right, bottom; shares of the picture's width and height, 0 to 1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Example:
     """One instruction about one picture.
 

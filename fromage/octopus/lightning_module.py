@@ -14,7 +14,6 @@ from fromage.errors import UserError
 from fromage.loss_guard import LossGuard
 from fromage.octopus.ground import decode, grounded
 from fromage.octopus.low_rank import add_low_rank
-from fromage.octopus.matching import Objects
 from fromage.octopus.model import Octopus
 from fromage.octopus.step import Lesson, image_patches, octopus_step
 
@@ -93,6 +92,7 @@ class OctopusModule(pl.LightningModule):
             raise UserError("model.quantize: a quantised language model is trained by adapters only; give model.low_rank")
         self.guard = LossGuard(nonfinite == "skip", ("answer", "recognition"))
         self._judged: list[dict[str, float]] = []
+        self._taken: set[str] = set()  # names of parameters that earlier stages trained
 
     @property
     def asks(self) -> bool:
@@ -105,7 +105,7 @@ class OctopusModule(pl.LightningModule):
             return
         self.model = from_hyperparameters(self.h)
         if self.h.init:
-            take_up(self.model, self.h.init)
+            self._taken = take_up(self.model, self.h.init)
         self._freeze()
 
     def _freeze(self) -> None:
@@ -130,11 +130,6 @@ class OctopusModule(pl.LightningModule):
         fall = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps - h.warmup_steps))
         both = torch.optim.lr_scheduler.SequentialLR(optimizer, [warm, fall], [h.warmup_steps])
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": both, "interval": "step"}}
-
-    def transfer_batch_to_device(self, batch: Lesson, device: torch.device, dataloader_idx: int) -> Lesson:
-        """Tensors, and the boxes of objects."""
-        fields = [field.to(device) if isinstance(field, Tensor | Objects) else field for field in batch]
-        return Lesson(*fields)  # type: ignore[arg-type]
 
     def training_step(self, batch: Lesson, index: int) -> Tensor:
         """Loss of one batch; logs its parts."""
@@ -190,12 +185,9 @@ class OctopusModule(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what is trained, in this stage or before."""
-        trained = {PREFIX + name for name, p in self.model.named_parameters() if p.requires_grad}
-        checkpoint["state_dict"] = {
-            name: value
-            for name, value in checkpoint["state_dict"].items()
-            if name in trained or not name.startswith((PREFIX + "lm.", PREFIX + "vision."))
-        }
+        trained = {name for name, p in self.model.named_parameters() if p.requires_grad} | self._taken
+        state = checkpoint["state_dict"].items()
+        checkpoint["state_dict"] = {name: value for name, value in state if name.removeprefix(PREFIX) in trained}
 
 
 SETTINGS = (
@@ -212,8 +204,8 @@ def from_hyperparameters(h: Any) -> Octopus:
     return model
 
 
-def take_up(model: Octopus, path: str) -> None:
-    """Put the parameters of a checkpoint into a model. Raises UserError for those of another architecture."""
+def take_up(model: Octopus, path: str) -> set[str]:
+    """Put the parameters of a checkpoint into a model; returns their names. Raises UserError for another architecture's."""
     state = {name.removeprefix(PREFIX): value for name, value in read_checkpoint(path)["state_dict"].items()}
     have = model.state_dict()
     known = {name: value for name, value in state.items() if name in have and have[name].shape == value.shape}
@@ -223,6 +215,7 @@ def take_up(model: Octopus, path: str) -> None:
             f"{path}: of another architecture ({wrong[0]}, {tuple(state[wrong[0]].shape)}); give its own settings"
         )
     model.load_state_dict(known, strict=False)
+    return set(known)
 
 
 def load_octopus(path: str, device: str = "cpu") -> Octopus:

@@ -1,0 +1,53 @@
+"""Octopus on the toy world: the three stages one after another, and the sequential counterpart."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from fromage.cli import fitting
+from fromage.configs import find_config
+from fromage.model_folder import write_files
+from fromage.toy.world import make_world
+
+HOME = "runs/octopus"  # where the configurations put everything
+REFS = 2000  # pictures with referring expressions, in training and in validation
+STAGES = ("octopus_toy1.yaml", "octopus_toy2.yaml", "octopus_toy3.yaml")
+SEQUENTIAL = ("octopus_toy3.yaml", "octopus_sequential.yaml")
+
+
+def toy_checkpoint(out: Path) -> Path:
+    """The last stage's checkpoint in the folder `out`, trained first where there is none."""
+    checkpoint = out / "stage3" / "checkpoints" / "last.ckpt"
+    if not checkpoint.exists():
+        print(f"no checkpoint is given: training a toy Octopus in {out}, a quarter of an hour on two cores", flush=True)
+        tour(out)
+    return checkpoint
+
+
+def tour(out: Path, options: Sequence[str] = ()) -> Path:
+    """Make the world and train the stages in the folder `out`, but for those that are there; returns the checkpoint.
+
+    options: further words for every `lightning fit`.
+    """
+    make_world(out / "world", refs=REFS, train=1000, val=200, stories=1, dialogues=1)
+    for stage, config in enumerate(STAGES, 1):
+        checkpoint = out / f"stage{stage}" / "checkpoints" / "last.ckpt"
+        if not checkpoint.exists():
+            train(out, (config,), options)
+    return checkpoint
+
+
+def sequential(out: Path, options: Sequence[str] = ()) -> Path:
+    """Train the sequential counterpart from the first stage in the folder `out`, unless it is there."""
+    checkpoint = out / "sequential" / "checkpoints" / "last.ckpt"
+    if not checkpoint.exists():
+        train(out, SEQUENTIAL, options)
+    return checkpoint
+
+
+def train(out: Path, configs: Sequence[str], options: Sequence[str] = ()) -> None:
+    """`lightning fit` with configurations whose paths begin in `out` in place of runs/octopus."""
+    placed = {name: Path(find_config(name)).read_text(encoding="utf-8").replace(HOME, str(out)) for name in configs}
+    write_files(out / "configs", {name: text.encode() for name, text in placed.items()})
+    fitting(["fit", *(word for name in configs for word in ("--config", str(out / "configs" / name))), *options])
