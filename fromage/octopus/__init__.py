@@ -17,7 +17,7 @@ _PUBLIC = {
     "OctopusModule": "fromage.octopus.lightning_module",
     "Pope": "fromage.octopus.sources",
     "RefCOCO": "fromage.octopus.sources",
-    "ground": "fromage.octopus.ground",
+    "ground": "fromage.octopus.decoding",
     "load_octopus": "fromage.octopus.lightning_module",
 }
 __all__ = [*_PUBLIC]

@@ -12,7 +12,7 @@ from fromage.backbones import Quantized
 from fromage.checkpoint import read_checkpoint
 from fromage.errors import UserError
 from fromage.loss_guard import LossGuard
-from fromage.octopus.ground import decode, grounded
+from fromage.octopus.decoding import decode, grounded
 from fromage.octopus.low_rank import add_low_rank
 from fromage.octopus.model import Octopus
 from fromage.octopus.step import Lesson, image_patches, octopus_step

@@ -11,7 +11,7 @@ from fromage.model_folder import write_files
 from fromage.toy.world import make_world
 
 HOME = "runs/octopus"  # where the configurations put everything
-REFS = 2000  # pictures with referring expressions, in training and in validation
+REFS = 3000  # pictures with referring expressions, in training and in validation
 STAGES = ("octopus_toy1.yaml", "octopus_toy2.yaml", "octopus_toy3.yaml")
 SEQUENTIAL = ("octopus_toy3.yaml", "octopus_sequential.yaml")
 
@@ -20,34 +20,44 @@ def toy_checkpoint(out: Path) -> Path:
     """The last stage's checkpoint in the folder `out`, trained first where there is none."""
     checkpoint = out / "stage3" / "checkpoints" / "last.ckpt"
     if not checkpoint.exists():
-        print(f"no checkpoint is given: training a toy Octopus in {out}, a quarter of an hour on two cores", flush=True)
+        print(f"no checkpoint is given: training a toy Octopus in {out}, some ten minutes on two cores", flush=True)
         tour(out)
     return checkpoint
 
 
-def tour(out: Path, options: Sequence[str] = ()) -> Path:
+def tour(out: Path, options: Sequence[str] = (), shared: Path | None = None) -> Path:
     """Make the world and train the stages in the folder `out`, but for those that are there; returns the checkpoint.
 
-    options: further words for every `lightning fit`.
+    options: further words for every `lightning fit`. shared: folder of the world and its patches, in place of `out`.
     """
-    make_world(out / "world", refs=REFS, train=1000, val=200, stories=1, dialogues=1)
+    make(shared or out)
     for stage, config in enumerate(STAGES, 1):
         checkpoint = out / f"stage{stage}" / "checkpoints" / "last.ckpt"
         if not checkpoint.exists():
-            train(out, (config,), options)
+            train(out, (config,), options, shared)
     return checkpoint
 
 
-def sequential(out: Path, options: Sequence[str] = ()) -> Path:
+def make(out: Path) -> None:
+    """The world, in a folder."""
+    make_world(out / "world", refs=REFS, train=1000, val=200, stories=1, dialogues=1)
+
+
+def sequential(out: Path, options: Sequence[str] = (), shared: Path | None = None) -> Path:
     """Train the sequential counterpart from the first stage in the folder `out`, unless it is there."""
     checkpoint = out / "sequential" / "checkpoints" / "last.ckpt"
     if not checkpoint.exists():
-        train(out, SEQUENTIAL, options)
+        train(out, SEQUENTIAL, options, shared)
     return checkpoint
 
 
-def train(out: Path, configs: Sequence[str], options: Sequence[str] = ()) -> None:
-    """`lightning fit` with configurations whose paths begin in `out` in place of runs/octopus."""
-    placed = {name: Path(find_config(name)).read_text(encoding="utf-8").replace(HOME, str(out)) for name in configs}
+def train(out: Path, configs: Sequence[str], options: Sequence[str] = (), shared: Path | None = None) -> None:
+    """`lightning fit` with configurations whose paths begin in `out`, or in `shared`, in place of runs/octopus."""
+    placed = {}
+    for name in configs:
+        text = Path(find_config(name)).read_text(encoding="utf-8")
+        for part in ("world", "patches"):
+            text = text.replace(f"{HOME}/{part}", str((shared or out) / part))
+        placed[name] = text.replace(HOME, str(out))
     write_files(out / "configs", {name: text.encode() for name, text in placed.items()})
     fitting(["fit", *(word for name in configs for word in ("--config", str(out / "configs" / name))), *options])

@@ -6,7 +6,7 @@ from tiny_octopus import FAMILIES, build
 from torch.nn.functional import pad
 
 from fromage.errors import UserError
-from fromage.octopus.ground import ground
+from fromage.octopus.decoding import ground
 from fromage.octopus.model import positions, visible
 from fromage.prompts import embed_prompts, pad_left, prompt_ids
 

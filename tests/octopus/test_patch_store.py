@@ -1,0 +1,83 @@
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+from fromage.backbones import load_patches
+from fromage.errors import UserError
+from fromage.octopus.patch_store import LINES, ROWS, PatchStore
+from fromage.pictures import open_picture
+
+
+@pytest.fixture(scope="module")
+def tower():
+    return load_patches("toy")
+
+
+@pytest.fixture
+def pictures(folder):
+    return [str(path) for path in sorted(folder.glob("*.png"))]
+
+
+def test_rows_are_what_the_tower_says(tower, pictures, tmp_path):
+    store = PatchStore(tmp_path / "store", tower)
+    store.add(pictures[:2], batch_size=2)
+    store.add(pictures)
+    again = PatchStore(tmp_path / "store", tower)
+    for picture in pictures:
+        want = tower(tower.transform(open_picture(picture))[None])[0].bfloat16()
+        torch.testing.assert_close(again[picture], want, rtol=0.02, atol=0.02)
+    assert (tmp_path / "store" / ROWS).stat().st_size == len(pictures) * 2 * 16 * 384
+
+
+@pytest.mark.parametrize("torn", ["line", "row", "rows ahead"])
+def test_a_kill_costs_the_last_pictures_alone(tower, pictures, tmp_path, torn):
+    store = PatchStore(tmp_path / "store", tower)
+    store.add(pictures, batch_size=3)
+    lines, rows = tmp_path / "store" / LINES, tmp_path / "store" / ROWS
+    if torn == "line":
+        lines.write_text(lines.read_text()[:-5])
+    elif torn == "row":
+        rows.write_bytes(rows.read_bytes()[:-5])
+    else:
+        lines.write_text("".join(line + "\n" for line in lines.read_text().splitlines()[:3]))
+    again = PatchStore(tmp_path / "store", tower)
+    kept = set(again.rows)
+    assert len(kept) == (3 if torn == "rows ahead" else len(pictures) - 1)
+    again.add(pictures)
+    assert all(torch.equal(again[picture], store[picture]) for picture in kept)
+    assert set(again.rows) == set(pictures) and len({*again.rows.values()}) == len(pictures)
+
+
+def test_lost_pictures_are_listed_and_not_tried_again(tower, pictures, tmp_path):
+    broken = tmp_path / "broken.jpg"
+    broken.write_bytes(b"no picture")
+    store = PatchStore(tmp_path / "store", tower)
+    store.add([pictures[0], str(broken), str(tmp_path / "gone.jpg"), pictures[1]])
+    assert store.lost == {str(broken): "broken", str(tmp_path / "gone.jpg"): "missing"}
+    again = PatchStore(tmp_path / "store", tower)
+    assert again.lost == store.lost and again.rows == {pictures[0]: 0, pictures[1]: 1}
+
+
+def test_another_towers_store_is_refused(tower, pictures, tmp_path):
+    PatchStore(tmp_path / "store", tower)
+    with pytest.raises(UserError, match="another tower"):
+        PatchStore(tmp_path / "store", load_patches("toy", layer=-3))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.json").write_text(json.dumps({}))
+    with pytest.raises(UserError, match="something else"):
+        PatchStore(tmp_path / "other", tower)
+
+
+def test_the_tower_sees_the_whole_picture_and_patches_lie_as_in_it(tower):
+    wide = Image.new("RGB", (400, 100), "white")
+    wide.paste("red", (300, 0, 400, 100))  # at the right edge, which a centre crop would lose
+    plain = Image.new("RGB", (400, 100), "white")
+    apart = (tower(tower.transform(wide)[None]) - tower(tower.transform(plain)[None]))[0].norm(dim=1).view(tower.grid)
+    assert tower.grid == (4, 4) and (apart.argmax(1) == 3).all()
+
+
+def test_a_layer_that_is_not_there():
+    with pytest.raises(UserError, match="no layer 9"):
+        load_patches("toy", layer=9)
