@@ -70,6 +70,11 @@ def fitting(argv: list[str]) -> None:
         )
     except argparse.ArgumentError as error:
         raise UserError(" ".join(str(error).split())[:500] + " (fromage " + argv[0] + " --help)") from error
+    except ValueError as error:  # jsonargparse's, around what a model's or data module's own check said
+        said: BaseException | None = error
+        while said is not None and not isinstance(said, UserError):
+            said = said.__cause__
+        raise said or error from None
 
 
 def parser() -> argparse.ArgumentParser:

@@ -118,6 +118,11 @@ def test_bad_input_gets_one_line_and_a_code(fast, checkpoint, tmp_path):
     assert not (tmp_path / "i").exists()
 
 
+def test_what_a_module_refuses_is_one_line_too(capsys):
+    assert main(["fit", "--config", "toy.yaml", "--model.chunk", "-1"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("fromage: model.chunk -1: choose")
+
+
 def test_debug_shows_the_traceback():
     code, stderr = bad("--debug", "fit", "--config", "nobody.yaml")
     assert code == 1 and "Traceback" in stderr

@@ -3,9 +3,9 @@
     python tools/run_octopus.py --out runs/octopus_study                         # all, three seeds: two hours of one core
     python tools/run_octopus.py --out runs/octopus_study --only octopus sequential --seeds 0
 
-octopus and sequential are trained as lightning_configs/octopus_toy*.yaml say. The ablations change one thing each of a shorter
-run, `base`: stage 3 right after stage 1, on referring expressions alone. Each run leaves figures.json in its folder, and one
-that is there is not run again: after a kill, give the command again, and give it twice to use two cores on different seeds.
+octopus and sequential are trained as lightning_configs/octopus_toy*.yaml say. The ablations change one thing each of a
+shorter run, `base`: stage 3 right after stage 1, on referring expressions alone. What is there is not run again: after a
+kill, give the command again; to use two cores, give it twice, with other seeds (once the patches are there).
 """
 
 from __future__ import annotations

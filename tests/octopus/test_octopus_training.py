@@ -9,7 +9,8 @@ import yaml
 from fromage.cli import main
 from fromage.configs import config_folder, find_config
 from fromage.errors import UserError
-from fromage.octopus import ground, load_octopus
+from fromage.octopus import load_octopus
+from fromage.octopus.decoding import ground
 from fromage.toy import octopus_tour
 
 STAGES = [yaml.safe_load((config_folder() / f"octopus_stage{i}.yaml").read_text()) for i in (1, 2, 3)]
