@@ -5,9 +5,10 @@ q is the width of the shared retrieval space, N the number of pictures in the in
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO
+from weakref import ref
 
 import faiss
 import numpy as np
@@ -25,6 +26,7 @@ from fromage.picture_source import Item
 
 NEAR_TIE = 1e-5  # FAISS rounds in float32; scores closer than this are compared again in float64
 CHUNK = 1 << 14  # rows
+State = list[tuple[int, int]]  # of parameters: where each lies, and how often it was written to
 
 
 class ImageIndex:
@@ -48,6 +50,7 @@ class ImageIndex:
     ) -> None:
         self.vectors, self.items, self.fingerprint, self.checkpoint = vectors, items, fingerprint, checkpoint
         self.candidates = candidates
+        self._known: tuple[Callable[[], Fromage | None], State] = (lambda: None, [])  # see require_model
 
     @classmethod
     def build(
@@ -198,6 +201,14 @@ class ImageIndex:
                 f"{fingerprint}; give the checkpoint it was built with, or build it again: fromage index build"
             )
 
+    def require_model(self, model: Fromage) -> None:
+        """As require, of a model. It is digested once, and again when it has been trained or loaded anew since."""
+        model_then, state_then = self._known
+        state = [(p.data_ptr(), -1 if p.is_inference() else p._version) for p in model.trained().values()]
+        if model_then() is not model or state_then != state:
+            self.require(model.fingerprint())
+            self._known = ref(model), state
+
 
 def unit(rows: np.ndarray, whose: str) -> np.ndarray:
     """(n, q) rows at unit length, float32. Raises UserError for what are no numbers, zero rows, infinities and NaN."""
@@ -248,7 +259,7 @@ def open_index(folder: str | Path, ckpt: str | Path | None = None, device: str =
 
 def search_index(model: Fromage, index: ImageIndex, texts: Sequence[str], k: int = 5) -> list[list[Hit]]:
     """The k pictures nearest to each text. Raises UserError for an index of another model."""
-    index.require(model.fingerprint())
+    index.require_model(model)
     if not texts:
         return []
     return index.search(model.embed_text(list(texts)).float().cpu().numpy(), k)

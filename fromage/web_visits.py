@@ -56,7 +56,7 @@ class Visits:
     def __init__(self, model: Fromage, index: ImageIndex | None, style: str) -> None:
         """Raises UserError for an index of another model."""
         if index is not None:
-            index.require(model.fingerprint())
+            index.require_model(model)
         self.model, self.index, self.style, self.lock = model, index, style, Lock()
 
     def answer(
