@@ -2,15 +2,16 @@
 
 A kind is flat (every row is looked at) or a factory string of FAISS: IVF4096,SQ8 (lists around 4096 centres, a byte per
 number), IVF4096,PQ64 (64 bytes per row), HNSW32 (a graph) ... What they give up is a share of the true neighbours, which
-is measured when the index is written.
+is measured when the index is written: with pictures as queries, and with texts where there are some.
 """
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import faiss
 import numpy as np
@@ -19,7 +20,7 @@ from fromage.errors import UserError
 
 FLAT, FLAT_UP_TO = "flat", 1_000_000  # rows
 TRAINED_ON, PER_LIST = 1 << 17, 40  # rows to train on: so many, or so many per list if that is more
-MEASURED_WITH = 256  # rows
+MEASURED_WITH = 256  # queries of each sort
 OVERSAMPLE = 5  # candidates per picture that is asked for, and as many as for ten at least
 RECALL = 0.97  # of the ten nearest, which the search is set to reach
 CHUNK = 1 << 16  # rows
@@ -42,11 +43,14 @@ class Candidates:
         index: FAISS index of the rows by inner product, in their order.
         kind: its factory string.
         setting: how thoroughly it looks ('nprobe=16'); '' where there is no choice.
-        recall: share of the true ten nearest that are among the candidates for ten, as measured.
+        recall: share of a picture's true ten nearest that are among the candidates for ten, as measured.
+        text_recall: and of a text's; None where no texts were at hand.
     """
 
-    def __init__(self, index: faiss.Index, kind: str, setting: str = "", recall: float = math.nan) -> None:
-        self.index, self.kind, self.recall = index, kind, recall
+    def __init__(
+        self, index: faiss.Index, kind: str, setting: str = "", recall: float = math.nan, text_recall: float | None = None
+    ) -> None:
+        self.index, self.kind, self.recall, self.text_recall = index, kind, recall, text_recall
         self.set(setting)
 
     @classmethod
@@ -63,9 +67,9 @@ class Candidates:
         return cls(index, kind)
 
     @classmethod
-    def read(cls, path: Path, kind: str, setting: str, recall: float, mapped: bool = True) -> Candidates:
-        """What write wrote; mapped: from the disk as it is needed, and not to be changed."""
-        return cls(faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC if mapped else 0), kind, setting, recall)
+    def read(cls, path: Path, *known: Any, mapped: bool = True) -> Candidates:
+        """What write wrote; known: kind and all behind it; mapped: from the disk as it is needed, and not to be changed."""
+        return cls(faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC if mapped else 0), *known)
 
     def write(self, path: Path) -> None:
         """Write to a file."""
@@ -82,39 +86,45 @@ class Candidates:
         _, positions = self.index.search(rows, min(n, self.index.ntotal))  # (B, n)
         return [found[found >= 0] for found in positions]
 
-    def grow(self, vectors: np.ndarray) -> None:
-        """Take in the rows of (N, q) vectors that are not in yet, and measure anew."""
+    def grow(self, vectors: np.ndarray, texts: np.ndarray) -> None:
+        """Take in the rows of (N, q) vectors that are not in yet, and measure anew; arguments as of tune."""
         for start in range(self.index.ntotal, len(vectors), CHUNK):
             self.index.add(np.ascontiguousarray(vectors[start : start + CHUNK]))
-        self.tune(vectors)
+        self.tune(vectors, texts)
 
-    def tune(self, vectors: np.ndarray, seed: int = 0) -> None:
-        """Find the cheapest setting that reaches RECALL, and note what it reaches.
+    def tune(self, vectors: np.ndarray, texts: np.ndarray, seed: int = 0) -> None:
+        """Find the cheapest setting that reaches RECALL with every sort of query, and note what it reaches.
 
-        The queries are rows of the index, of whose nearest the row itself does not count.
+        Args:
+            vectors: (N, q) unit rows of the pictures. Some of them ask; the picture itself is none of its nearest.
+            texts: (n, q) unit rows that texts ask with, or none.
         """
         asked = np.random.default_rng(seed).choice(len(vectors), min(MEASURED_WITH, len(vectors)), replace=False)
-        queries = np.ascontiguousarray(vectors[asked])
-        truth = self._truth(vectors, queries, asked)
+        pictures = np.ascontiguousarray(vectors[asked])
+        alike = [near[near != i][:10] for near, i in zip(_nearest(vectors, pictures, 11), asked, strict=True)]
+        meant = _nearest(vectors, texts, 10)
         for setting in self._settings():
             self.set(setting)
-            found = self.near(queries, OVERSAMPLE * 10 + 1)
-            shares = [len(np.intersect1d(t, f)) / max(1, len(t)) for t, f in zip(truth, found, strict=True)]
-            self.recall = round(float(np.mean(shares)), 4)
-            if self.recall >= RECALL:
+            self.recall = self._share(alike, self.near(pictures, OVERSAMPLE * 10 + 1))
+            self.text_recall = self._share(meant, self.near(texts, OVERSAMPLE * 10)) if len(texts) else None
+            if self.recall >= RECALL and (self.text_recall is None or self.text_recall >= RECALL):
                 return
 
     @staticmethod
-    def _truth(vectors: np.ndarray, queries: np.ndarray, asked: np.ndarray) -> list[np.ndarray]:
-        k = min(11, len(vectors))
-        _, nearest = faiss.knn(queries, vectors, k, metric=faiss.METRIC_INNER_PRODUCT)  # (B, 11)
-        return [near[near != i][:10] for near, i in zip(nearest, asked, strict=True)]
+    def _share(true: Iterable[np.ndarray], found: Iterable[np.ndarray]) -> float:
+        shares = [len(np.intersect1d(t, f)) / max(1, len(t)) for t, f in zip(true, found, strict=True)]
+        return round(float(np.mean(shares)), 4)
 
     def _settings(self) -> Iterator[str]:
         """From the quickest to the most thorough."""
         if lists := _lists(self.index):
             return (f"nprobe={min(2**i, lists)}" for i in range(math.ceil(math.log2(lists)) + 1))
         return iter([f"efSearch={2**i}" for i in range(4, 11)] if "HNSW" in self.kind else [""])
+
+
+def _nearest(vectors: np.ndarray, queries: np.ndarray, k: int) -> np.ndarray:
+    """(B, k) positions, or all that there are."""
+    return faiss.knn(queries, vectors, min(k, len(vectors)), metric=faiss.METRIC_INNER_PRODUCT)[1]
 
 
 def _lists(index: faiss.Index) -> int:
