@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,12 @@ CHUNK = 1 << 16  # rows
 def default_kind(count: int) -> str:
     """Flat up to a million rows; beyond, lists around 4 sqrt(N) centres, in powers of two, with a byte per number."""
     return FLAT if count <= FLAT_UP_TO else lists_kind(count)
+
+
+def check_kind(kind: str | None, width: int) -> None:
+    """Raise UserError for a kind that cannot be made for rows of width q; None is any."""
+    if kind and kind.lower() != FLAT:
+        Candidates.empty(kind, width)
 
 
 def lists_kind(count: int) -> str:
@@ -54,17 +61,20 @@ class Candidates:
         self.set(setting)
 
     @classmethod
+    def empty(cls, kind: str, width: int) -> Candidates:
+        """An index of a kind, for rows of width q, that has learnt nothing. Raises UserError for a kind FAISS has not."""
+        with _made(kind):
+            return cls(faiss.index_factory(width, kind, faiss.METRIC_INNER_PRODUCT), kind)
+
+    @classmethod
     def train(cls, kind: str, vectors: np.ndarray, seed: int = 0) -> Candidates:
-        """An empty index of a kind, trained on a sample of (N, q) rows. Raises UserError for a kind FAISS cannot make."""
-        try:
-            index = faiss.index_factory(vectors.shape[1], kind, faiss.METRIC_INNER_PRODUCT)
-            size = min(max(TRAINED_ON, PER_LIST * _lists(index)), len(vectors))
-            sample = np.random.default_rng(seed).choice(len(vectors), size, replace=False)
-            index.train(np.ascontiguousarray(vectors[np.sort(sample)]))
-        except RuntimeError as error:
-            cause = str(error).strip().rpartition(": ")[2]
-            raise UserError(f"kind {kind}: FAISS cannot make it of {len(vectors)} pictures ({cause}); try flat") from error
-        return cls(index, kind)
+        """An index of a kind, trained on a sample of (N, q) rows, none of which is in it. Raises UserError likewise."""
+        made = cls.empty(kind, vectors.shape[1])
+        size = min(max(TRAINED_ON, PER_LIST * _lists(made.index)), len(vectors))
+        sample = np.random.default_rng(seed).choice(len(vectors), size, replace=False)
+        with _made(f"{kind} of {len(vectors)} pictures"):
+            made.index.train(np.ascontiguousarray(vectors[np.sort(sample)]))
+        return made
 
     @classmethod
     def read(cls, path: Path, *known: Any, mapped: bool = True) -> Candidates:
@@ -120,6 +130,16 @@ class Candidates:
         if lists := _lists(self.index):
             return (f"nprobe={min(2**i, lists)}" for i in range(math.ceil(math.log2(lists)) + 1))
         return iter([f"efSearch={2**i}" for i in range(4, 11)] if "HNSW" in self.kind else [""])
+
+
+@contextmanager
+def _made(what: str) -> Iterator[None]:
+    """Turn FAISS's errors into ours."""
+    try:
+        yield
+    except RuntimeError as error:
+        cause = str(error).strip().rpartition(": ")[2]
+        raise UserError(f"kind {what}: FAISS cannot make it ({cause}); try flat") from error
 
 
 def _nearest(vectors: np.ndarray, queries: np.ndarray, k: int) -> np.ndarray:

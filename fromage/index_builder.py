@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from fromage.candidates import FLAT, MEASURED_WITH, Candidates, default_kind
+from fromage.candidates import FLAT, MEASURED_WITH, Candidates, check_kind, default_kind
 from fromage.embed_pictures import embed_pictures
 from fromage.embedding_store import EmbeddingStore
 from fromage.errors import UserError
@@ -46,6 +46,7 @@ def write_index(
         trained: an index of the kind, which holds the first of the rows or none.
         texts: (n, q) unit rows that texts ask with, to measure an approximate kind with.
     """
+    check_kind(kind, width)
     with replacing(out) as new:
         write_rows(new, rows)
         index = ImageIndex(*open_rows(new, width), fingerprint, checkpoint, texts=texts)
@@ -93,7 +94,8 @@ def build_index(
         checkpoint: where the model was loaded from, so that open_index finds it.
         kind: as for write_index. The others are those of embed_pictures.
     """
-    check_replaceable(out)  # before the hours of embedding
+    check_replaceable(out)
+    check_kind(kind, model.q)  # before the hours of embedding
     out = Path(out).resolve()
     beside = out.with_name(f".{out.name}.{model.fingerprint()}.embeddings")
     store = embed_pictures(model, images, beside, batch_size, workers, captions, checkpoint)

@@ -83,7 +83,7 @@ def test_texts_that_lie_apart_from_the_pictures_make_the_search_more_thorough():
 
 @pytest.mark.parametrize("kind", ["IVF4096,SQ8", "no such kind", "IVF4,PQ7", ""])
 def test_kinds_that_cannot_be_made_are_refused(kind):
-    with pytest.raises(UserError, match=f"kind {kind}: FAISS cannot"):
+    with pytest.raises(UserError, match=f"kind {kind}(: | of 100 pictures: )FAISS cannot"):
         ImageIndex.build(rows(100, q=16), items(100), "", kind=kind)
 
 

@@ -129,10 +129,15 @@ def test_a_build_that_was_killed_does_not_embed_again(tmp_path, monkeypatch):
     assert len(build_index(Model(), folder, tmp_path / "index")) == 3
 
 
-def test_a_place_that_is_taken_is_refused_before_the_work(tmp_path, monkeypatch):
+def test_a_place_that_is_taken_and_a_kind_that_is_none_are_refused_before_the_work(tmp_path, monkeypatch):
     monkeypatch.setattr(index_builder, "embed_pictures", lambda *args: pytest.fail("hours of work"))
     with pytest.raises(UserError, match="not an index"):
         build_index(Model(), tmp_path, tmp_path)
+    with pytest.raises(UserError, match=r"kind IVF,SQ8: FAISS cannot"):
+        build_index(Model(), tmp_path, tmp_path / "index", kind="IVF,SQ8")
+    monkeypatch.setattr(index_builder, "write_rows", lambda *args: pytest.fail("minutes of writing"))
+    with pytest.raises(UserError, match=r"kind IVF,SQ8: FAISS cannot"):
+        build(store(tmp_path / "a", rows(5), items(5)), tmp_path / "index", "IVF,SQ8")
 
 
 def test_an_approximate_index_is_measured_with_captions_too_and_again_when_it_changes(toy_model, tmp_path):
