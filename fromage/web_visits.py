@@ -154,7 +154,7 @@ def contents(part: Any) -> list[Any]:
     found: list[Any] = []
     for hit, picture in zip(part.hits, part.pictures, strict=True):
         found += [{"path": drawn(picture), "alt_text": hit.caption}, escape(caption(hit), quote=False)]
-    return found + ([GONE] if part.notes else []) or ["[a picture; there is none to show]"]
+    return found + ([GONE] if part.notes else []) if found else [f"[a picture; {part.nothing}]"]
 
 
 def drawn(picture: Image.Image) -> str:
