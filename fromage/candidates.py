@@ -2,15 +2,17 @@
 
 A kind is flat (every row is looked at) or a factory string of FAISS: IVF4096,SQ8 (lists around 4096 centres, a byte per
 number), IVF4096,PQ64 (64 bytes per row), HNSW32 (a graph) ... What they give up is a share of the true neighbours, which
-is measured when the index is written.
+is measured when the index is written: with pictures as queries, and with texts where there are some.
 """
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import faiss
 import numpy as np
@@ -19,7 +21,7 @@ from fromage.errors import UserError
 
 FLAT, FLAT_UP_TO = "flat", 1_000_000  # rows
 TRAINED_ON, PER_LIST = 1 << 17, 40  # rows to train on: so many, or so many per list if that is more
-MEASURED_WITH = 256  # rows
+MEASURED_WITH = 256  # queries of each sort
 OVERSAMPLE = 5  # candidates per picture that is asked for, and as many as for ten at least
 RECALL = 0.97  # of the ten nearest, which the search is set to reach
 CHUNK = 1 << 16  # rows
@@ -28,6 +30,12 @@ CHUNK = 1 << 16  # rows
 def default_kind(count: int) -> str:
     """Flat up to a million rows; beyond, lists around 4 sqrt(N) centres, in powers of two, with a byte per number."""
     return FLAT if count <= FLAT_UP_TO else lists_kind(count)
+
+
+def check_kind(kind: str | None, width: int) -> None:
+    """Raise UserError for a kind that cannot be made for rows of width q; None is any."""
+    if kind and kind.lower() != FLAT:
+        Candidates.empty(kind, width)
 
 
 def lists_kind(count: int) -> str:
@@ -42,30 +50,36 @@ class Candidates:
         index: FAISS index of the rows by inner product, in their order.
         kind: its factory string.
         setting: how thoroughly it looks ('nprobe=16'); '' where there is no choice.
-        recall: share of the true ten nearest that are among the candidates for ten, as measured.
+        recall: share of a picture's true ten nearest that are among the candidates for ten, as measured.
+        text_recall: and of a text's; None where no texts were at hand.
     """
 
-    def __init__(self, index: faiss.Index, kind: str, setting: str = "", recall: float = math.nan) -> None:
-        self.index, self.kind, self.recall = index, kind, recall
+    def __init__(
+        self, index: faiss.Index, kind: str, setting: str = "", recall: float = math.nan, text_recall: float | None = None
+    ) -> None:
+        self.index, self.kind, self.recall, self.text_recall = index, kind, recall, text_recall
         self.set(setting)
 
     @classmethod
-    def train(cls, kind: str, vectors: np.ndarray, seed: int = 0) -> Candidates:
-        """An empty index of a kind, trained on a sample of (N, q) rows. Raises UserError for a kind FAISS cannot make."""
-        try:
-            index = faiss.index_factory(vectors.shape[1], kind, faiss.METRIC_INNER_PRODUCT)
-            size = min(max(TRAINED_ON, PER_LIST * _lists(index)), len(vectors))
-            sample = np.random.default_rng(seed).choice(len(vectors), size, replace=False)
-            index.train(np.ascontiguousarray(vectors[np.sort(sample)]))
-        except RuntimeError as error:
-            cause = str(error).strip().rpartition(": ")[2]
-            raise UserError(f"kind {kind}: FAISS cannot make it of {len(vectors)} pictures ({cause}); try flat") from error
-        return cls(index, kind)
+    def empty(cls, kind: str, width: int) -> Candidates:
+        """An index of a kind, for rows of width q, that has learnt nothing. Raises UserError for a kind FAISS has not."""
+        with _made(kind):
+            return cls(faiss.index_factory(width, kind, faiss.METRIC_INNER_PRODUCT), kind)
 
     @classmethod
-    def read(cls, path: Path, kind: str, setting: str, recall: float, mapped: bool = True) -> Candidates:
-        """What write wrote; mapped: from the disk as it is needed, and not to be changed."""
-        return cls(faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC if mapped else 0), kind, setting, recall)
+    def train(cls, kind: str, vectors: np.ndarray, seed: int = 0) -> Candidates:
+        """An index of a kind, trained on a sample of (N, q) rows, none of which is in it. Raises UserError likewise."""
+        made = cls.empty(kind, vectors.shape[1])
+        size = min(max(TRAINED_ON, PER_LIST * _lists(made.index)), len(vectors))
+        sample = np.random.default_rng(seed).choice(len(vectors), size, replace=False)
+        with _made(f"{kind} of {len(vectors)} pictures"):
+            made.index.train(np.ascontiguousarray(vectors[np.sort(sample)]))
+        return made
+
+    @classmethod
+    def read(cls, path: Path, *known: Any, mapped: bool = True) -> Candidates:
+        """What write wrote; known: kind and all behind it; mapped: from the disk as it is needed, and not to be changed."""
+        return cls(faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC if mapped else 0), *known)
 
     def write(self, path: Path) -> None:
         """Write to a file."""
@@ -82,39 +96,55 @@ class Candidates:
         _, positions = self.index.search(rows, min(n, self.index.ntotal))  # (B, n)
         return [found[found >= 0] for found in positions]
 
-    def grow(self, vectors: np.ndarray) -> None:
-        """Take in the rows of (N, q) vectors that are not in yet, and measure anew."""
+    def grow(self, vectors: np.ndarray, texts: np.ndarray) -> None:
+        """Take in the rows of (N, q) vectors that are not in yet, and measure anew; arguments as of tune."""
         for start in range(self.index.ntotal, len(vectors), CHUNK):
             self.index.add(np.ascontiguousarray(vectors[start : start + CHUNK]))
-        self.tune(vectors)
+        self.tune(vectors, texts)
 
-    def tune(self, vectors: np.ndarray, seed: int = 0) -> None:
-        """Find the cheapest setting that reaches RECALL, and note what it reaches.
+    def tune(self, vectors: np.ndarray, texts: np.ndarray, seed: int = 0) -> None:
+        """Find the cheapest setting that reaches RECALL with every sort of query, and note what it reaches.
 
-        The queries are rows of the index, of whose nearest the row itself does not count.
+        Args:
+            vectors: (N, q) unit rows of the pictures. Some of them ask; the picture itself is none of its nearest.
+            texts: (n, q) unit rows that texts ask with, or none.
         """
         asked = np.random.default_rng(seed).choice(len(vectors), min(MEASURED_WITH, len(vectors)), replace=False)
-        queries = np.ascontiguousarray(vectors[asked])
-        truth = self._truth(vectors, queries, asked)
+        pictures = np.ascontiguousarray(vectors[asked])
+        alike = [near[near != i][:10] for near, i in zip(_nearest(vectors, pictures, 11), asked, strict=True)]
+        meant = _nearest(vectors, texts, 10)
         for setting in self._settings():
             self.set(setting)
-            found = self.near(queries, OVERSAMPLE * 10 + 1)
-            shares = [len(np.intersect1d(t, f)) / max(1, len(t)) for t, f in zip(truth, found, strict=True)]
-            self.recall = round(float(np.mean(shares)), 4)
-            if self.recall >= RECALL:
+            self.recall = self._share(alike, self.near(pictures, OVERSAMPLE * 10 + 1))
+            self.text_recall = self._share(meant, self.near(texts, OVERSAMPLE * 10)) if len(texts) else None
+            if self.recall >= RECALL and (self.text_recall is None or self.text_recall >= RECALL):
                 return
 
     @staticmethod
-    def _truth(vectors: np.ndarray, queries: np.ndarray, asked: np.ndarray) -> list[np.ndarray]:
-        k = min(11, len(vectors))
-        _, nearest = faiss.knn(queries, vectors, k, metric=faiss.METRIC_INNER_PRODUCT)  # (B, 11)
-        return [near[near != i][:10] for near, i in zip(nearest, asked, strict=True)]
+    def _share(true: Iterable[np.ndarray], found: Iterable[np.ndarray]) -> float:
+        shares = [len(np.intersect1d(t, f)) / max(1, len(t)) for t, f in zip(true, found, strict=True)]
+        return round(float(np.mean(shares)), 4)
 
     def _settings(self) -> Iterator[str]:
         """From the quickest to the most thorough."""
         if lists := _lists(self.index):
             return (f"nprobe={min(2**i, lists)}" for i in range(math.ceil(math.log2(lists)) + 1))
         return iter([f"efSearch={2**i}" for i in range(4, 11)] if "HNSW" in self.kind else [""])
+
+
+@contextmanager
+def _made(what: str) -> Iterator[None]:
+    """Turn FAISS's errors into ours."""
+    try:
+        yield
+    except RuntimeError as error:
+        cause = str(error).strip().rpartition(": ")[2]
+        raise UserError(f"kind {what}: FAISS cannot make it ({cause}); try flat") from error
+
+
+def _nearest(vectors: np.ndarray, queries: np.ndarray, k: int) -> np.ndarray:
+    """(B, k) positions, or all that there are."""
+    return faiss.knn(queries, vectors, min(k, len(vectors)), metric=faiss.METRIC_INNER_PRODUCT)[1]
 
 
 def _lists(index: faiss.Index) -> int:

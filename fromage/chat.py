@@ -110,7 +110,7 @@ class Chat:
             UserError: there is no such style, the index was built with another model, or a picture cannot be had.
         """
         if index is not None:
-            index.require(model.fingerprint())
+            index.require_model(model)
         self.model, self.index, self.decoding, self.resolve = model, index, decoding or Decoding(), resolve
         self.style, self.turns = find_style(style), list[Turn]()
         front = worded(parts_of(system))

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from fromage.errors import UserError, first_line
@@ -115,18 +116,30 @@ class EmbeddingStore:
         """What was left out of the parts that are there, and why."""
         return [line for part in self._parts() for line in json.loads(self._open(part).schema_arrow.metadata[b"broken"])]
 
+    def captions(self) -> pa.ChunkedArray:
+        """All captions that say anything, as bytes. Raises UserError as batches does."""
+        batches = [batch for part in self._every() for batch in self._read(part, ["caption"])]
+        said = pa.chunked_array([batch.column("caption").cast(pa.binary()) for batch in batches], pa.binary())
+        return said.filter(pc.greater(pc.binary_length(said), 0))
+
     def batches(self) -> Iterator[Embedded]:
         """All parts in order: (n, q) float32 and items. Raises UserError unless every part is there and whole."""
+        for part in self._every():
+            yield from map(self._rows, self._read(part))
+
+    def _every(self) -> range:
+        """All parts, which must be there."""
         if left := self.missing():
             whole = f"{self.about['parts'] - len(left)} of {self.about['parts']} parts are embedded"
             raise UserError(f"{self.folder}: {whole}; run `fromage index embed` again to finish")
-        for part in range(self.about["parts"]):
-            file = self._open(part)
-            try:
-                yield from map(self._rows, file.iter_batches())
-            except (OSError, pa.ArrowException) as error:
-                cause = first_line(error)
-                raise UserError(f"{self._path(part)}: is damaged ({cause}); remove it and embed again") from error
+        return range(self.about["parts"])
+
+    def _read(self, part: int, columns: list[str] | None = None) -> Iterator[pa.RecordBatch]:
+        file = self._open(part)
+        try:
+            yield from file.iter_batches(columns=columns)
+        except (OSError, pa.ArrowException) as error:
+            raise UserError(f"{self._path(part)}: is damaged ({first_line(error)}); remove it and embed again") from error
 
     def _rows(self, batch: pa.RecordBatch) -> Embedded:
         values = batch.column("embedding").flatten().to_numpy(zero_copy_only=False)  # (n q)

@@ -35,6 +35,7 @@ class Shown:
         pictures: the hits opened, where the caller said how.
         notes: what the reader should know of them, such as that one was gone.
         rest: the hits behind these, where the pictures were not opened.
+        nothing: why there are no hits; '' where there are some.
     """
 
     embedding: np.ndarray = field(repr=False, compare=False)
@@ -42,6 +43,7 @@ class Shown:
     pictures: list[Image.Image] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     rest: Iterator[Hit] = field(default_factory=lambda: iter(()), repr=False, compare=False)
+    nothing: str = field(default="", compare=False)
 
 
 class Gallery:
@@ -72,13 +74,15 @@ class Gallery:
         """The pictures nearest to W_t h + b."""
         row = self.model.embed_ret(hidden.unsqueeze(0)).cpu().numpy()[0]  # (q,)
         if self.index is None:
-            return Shown(row)
+            return Shown(row, nothing="there is no index to find one in")
         fresh = self._fresh(self.index, row)
         if self.resolve:
             opened, lost = self.resolve(fresh, self.count)
             shown = Shown(row, [hit for hit, _ in opened], [picture for _, picture in opened], left_out(lost))
         else:
             lost, shown = [], Shown(row, list(islice(fresh, self.count)), rest=fresh)
+        if not shown.hits:
+            shown.nothing = "none of those tried could be opened" if lost else "none is left"
         self.barred.update(hit.path for hit in [*shown.hits, *(hit for hit, _ in lost)])
         self.seen = np.concatenate([self.seen, self.index.vectors[[hit.row for hit in shown.hits]]])  # (s, q)
         return shown

@@ -71,7 +71,7 @@ def generate(
     """
     check_whole("batch_size", batch_size, 1)
     if index is not None:
-        index.require(model.fingerprint())
+        index.require_model(model)
     answers = []
     for start in range(0, len(prompts), batch_size):
         batch = prompts[start : start + batch_size]
@@ -99,7 +99,7 @@ def stream(
     Arguments and errors are those of generate; what is wrong with the prompt is raised at once.
     """
     if index is not None:
-        index.require(model.fingerprint())
+        index.require_model(model)
     embedded = embed_prompts(model, [prompt], decoding.max_new_tokens)
     gallery = Gallery(model, index, resolve, decoding.images_per_ret, prompt, embedded.features)
     pieces: SimpleQueue[Any] = SimpleQueue()

@@ -5,9 +5,10 @@ q is the width of the shared retrieval space, N the number of pictures in the in
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO
+from weakref import ref
 
 import faiss
 import numpy as np
@@ -18,13 +19,14 @@ from fromage.candidates import FLAT, OVERSAMPLE, Candidates
 from fromage.checkpoint import load_model
 from fromage.errors import UserError, first_line
 from fromage.hits import Hit
-from fromage.index_folder import CANDIDATES, ITEMS, VECTORS, check_files, read_about, replacing, seal
+from fromage.index_folder import CANDIDATES, ITEMS, TEXTS, VECTORS, check_files, read_about, replacing, seal
 from fromage.item_table import Embedded, ItemTable, to_batch, write_items
 from fromage.model import Fromage
 from fromage.picture_source import Item
 
 NEAR_TIE = 1e-5  # FAISS rounds in float32; scores closer than this are compared again in float64
 CHUNK = 1 << 14  # rows
+State = list[tuple[int, int]]  # of parameters: where each lies, and how often it was written to
 
 
 class ImageIndex:
@@ -36,6 +38,7 @@ class ImageIndex:
         fingerprint: of the model that embedded them; only this model's queries mean anything here.
         checkpoint: path that model was loaded from; '' if not known.
         candidates: what looks for the nearest in approximate kinds; None in a flat index, which looks at every row.
+        texts: (n, q) unit rows of captions as searched for, with which the candidates are measured; often none.
     """
 
     def __init__(
@@ -45,9 +48,11 @@ class ImageIndex:
         fingerprint: str,
         checkpoint: str = "",
         candidates: Candidates | None = None,
+        texts: np.ndarray | None = None,
     ) -> None:
         self.vectors, self.items, self.fingerprint, self.checkpoint = vectors, items, fingerprint, checkpoint
-        self.candidates = candidates
+        self.candidates, self.texts = candidates, np.empty((0, self.width), np.float32) if texts is None else texts
+        self._known: tuple[Callable[[], Fromage | None], State] = (lambda: None, [])  # see require_model
 
     @classmethod
     def build(
@@ -70,7 +75,7 @@ class ImageIndex:
         """Make the index one of a kind; trained: what knows the first rows of it, or none, and is to learn the others."""
         if kind.lower() != FLAT:
             self.candidates = trained or Candidates.train(kind, self.vectors)
-            self.candidates.grow(self.vectors)
+            self.candidates.grow(self.vectors, self.texts)
 
     def __len__(self) -> int:
         return len(self.vectors)
@@ -169,9 +174,12 @@ class ImageIndex:
         candidates = self.candidates
         if candidates:
             candidates.write(folder / CANDIDATES)
+            if len(self.texts):
+                self.texts.astype("<f4", copy=False).tofile(folder / TEXTS)
         about = {"count": len(self), "width": self.width, "fingerprint": self.fingerprint, "checkpoint": self.checkpoint}
         about |= {"kind": self.kind, "setting": candidates.setting if candidates else ""}
-        seal(folder, about | {"recall_at_10": candidates.recall if candidates else 1.0})
+        recalls = (candidates.recall, candidates.text_recall) if candidates else (1.0, 1.0)
+        seal(folder, about | dict(zip(("recall_at_10", "text_recall_at_10"), recalls, strict=True)))
 
     @classmethod
     def load(cls, folder: str | Path, fingerprint: str | None) -> ImageIndex:
@@ -184,8 +192,10 @@ class ImageIndex:
             raise UserError(f"{folder}: index.json tells of another index than is there; build it again")
         index = cls(vectors, items, about["fingerprint"], about["checkpoint"])
         if about["kind"] != FLAT:
-            settings = about["kind"], about["setting"], about["recall_at_10"]
-            index.candidates = Candidates.read(folder / CANDIDATES, *settings)
+            known = about["kind"], about["setting"], about["recall_at_10"], about.get("text_recall_at_10")
+            index.candidates = Candidates.read(folder / CANDIDATES, *known)
+            if TEXTS in about["files"]:
+                index.texts = np.fromfile(folder / TEXTS, "<f4").reshape(-1, index.width)  # (n, q)
         if fingerprint is not None:
             index.require(fingerprint, folder)
         return index
@@ -197,6 +207,14 @@ class ImageIndex:
                 f"{folder}: built with checkpoint {self.fingerprint} ({self.checkpoint or 'path unknown'}), not with "
                 f"{fingerprint}; give the checkpoint it was built with, or build it again: fromage index build"
             )
+
+    def require_model(self, model: Fromage) -> None:
+        """As require, of a model. It is digested once, and again when it has been trained or loaded anew since."""
+        model_then, state_then = self._known
+        state = [(p.data_ptr(), -1 if p.is_inference() else p._version) for p in model.trained().values()]
+        if model_then() is not model or state_then != state:
+            self.require(model.fingerprint())
+            self._known = ref(model), state
 
 
 def unit(rows: np.ndarray, whose: str) -> np.ndarray:
@@ -248,7 +266,7 @@ def open_index(folder: str | Path, ckpt: str | Path | None = None, device: str =
 
 def search_index(model: Fromage, index: ImageIndex, texts: Sequence[str], k: int = 5) -> list[list[Hit]]:
     """The k pictures nearest to each text. Raises UserError for an index of another model."""
-    index.require(model.fingerprint())
+    index.require_model(model)
     if not texts:
         return []
     return index.search(model.embed_text(list(texts)).float().cpu().numpy(), k)

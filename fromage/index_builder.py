@@ -1,20 +1,22 @@
 """Making saved indexes: from embeddings, and from other indexes by adding, removing and merging.
 
 Each of these streams rows into a new folder, which takes the place of the old one when it is whole. Approximate kinds keep
-what they have learnt, and are measured anew.
+what they have learnt, and are measured anew, with the captions they were first measured with.
 """
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from fromage.candidates import Candidates, default_kind
+from fromage.candidates import FLAT, MEASURED_WITH, Candidates, check_kind, default_kind
 from fromage.embed_pictures import embed_pictures
 from fromage.embedding_store import EmbeddingStore
 from fromage.errors import UserError
@@ -22,6 +24,7 @@ from fromage.index import ImageIndex, open_rows, unit, write_rows
 from fromage.index_folder import CANDIDATES, check_replaceable, replacing
 from fromage.item_table import Embedded, keep_mask
 from fromage.model import Fromage
+from fromage.prompts import max_length, prompt_length
 
 
 def write_index(
@@ -32,6 +35,7 @@ def write_index(
     checkpoint: str = "",
     kind: str | None = None,
     trained: Candidates | None = None,
+    texts: np.ndarray | None = None,
 ) -> ImageIndex:
     """Write unit rows as an index.
 
@@ -40,20 +44,38 @@ def write_index(
         fingerprint: of the model that embedded them; checkpoint is where it lies, if that is known.
         kind: see fromage.candidates; None chooses by the number of rows.
         trained: an index of the kind, which holds the first of the rows or none.
+        texts: (n, q) unit rows that texts ask with, to measure an approximate kind with.
     """
+    check_kind(kind, width)
     with replacing(out) as new:
         write_rows(new, rows)
-        index = ImageIndex(*open_rows(new, width), fingerprint, checkpoint)
+        index = ImageIndex(*open_rows(new, width), fingerprint, checkpoint, texts=texts)
         index.prepare(kind or default_kind(len(index)), trained)
         index.finish(new)
     return ImageIndex.load(out, fingerprint)
 
 
-def build(store: EmbeddingStore, out: str | Path, kind: str | None = None) -> ImageIndex:
-    """Index what embed_pictures stored."""
+def build(store: EmbeddingStore, out: str | Path, kind: str | None = None, model: Fromage | None = None) -> ImageIndex:
+    """Index what embed_pictures stored.
+
+    model: the one that embedded the pictures; with it an approximate kind is measured with their captions too. Raises
+    UserError for another.
+    """
     check_replaceable(out)
-    about = store.about
-    return write_index(out, _rows(store), about["width"], about["fingerprint"], about["checkpoint"], kind)
+    about, kind = store.about, kind or default_kind(len(store))
+    if model and model.fingerprint() != about["fingerprint"]:
+        raise UserError(f"{store.folder}: embedded with another checkpoint than this; give its own, or embed anew")
+    texts = _texts(store, model) if model and kind.lower() != FLAT else None
+    return write_index(out, _rows(store), about["width"], about["fingerprint"], about["checkpoint"], kind, texts=texts)
+
+
+def _texts(store: EmbeddingStore, model: Fromage) -> np.ndarray | None:
+    """(n, q) unit rows that some of the captions ask with, as they are searched for; None where there are none."""
+    captions = store.captions()
+    some = np.random.default_rng(0).choice(len(captions), min(MEASURED_WITH, len(captions)), replace=False)
+    texts = [caption.decode("utf-8", "replace") for caption in captions.take(pa.array(np.sort(some))).to_pylist()]
+    short = [text for text in texts if prompt_length(model, text) < (max_length(model) or math.inf)]  # [RET] comes behind
+    return model.embed_text(short).float().cpu().numpy() if short else None
 
 
 def build_index(
@@ -72,11 +94,12 @@ def build_index(
         checkpoint: where the model was loaded from, so that open_index finds it.
         kind: as for write_index. The others are those of embed_pictures.
     """
-    check_replaceable(out)  # before the hours of embedding
+    check_replaceable(out)
+    check_kind(kind, model.q)  # before the hours of embedding
     out = Path(out).resolve()
     beside = out.with_name(f".{out.name}.{model.fingerprint()}.embeddings")
     store = embed_pictures(model, images, beside, batch_size, workers, captions, checkpoint)
-    index = build(store, out, kind)
+    index = build(store, out, kind, model)
     shutil.rmtree(beside)
     return index
 
@@ -114,13 +137,16 @@ def merge(folders: Sequence[str | Path], out: str | Path, kind: str | None = Non
         parts.append(_without(index.rows(), seen))
         seen = pa.chunked_array([*seen.chunks, *index.items.paths().chunks], pa.binary())
     trained = _learnt(folders[0], first) if kind in (None, first.kind) else None
+    texts = np.concatenate([index.texts for index in indexes])  # (n, q)
+    first.texts = texts[:: max(1, len(texts) // MEASURED_WITH)]
     return _rewrite(out, first, chain(*parts), trained, kind)
 
 
 def _rewrite(
     out: str | Path, like: ImageIndex, rows: Iterable[Embedded], trained: Candidates | None, kind: str | None = None
 ) -> ImageIndex:
-    return write_index(out, rows, like.width, like.fingerprint, like.checkpoint, kind or like.kind, trained)
+    about = like.width, like.fingerprint, like.checkpoint
+    return write_index(out, rows, *about, kind or like.kind, trained, like.texts)
 
 
 def _learnt(folder: str | Path, index: ImageIndex) -> Candidates | None:

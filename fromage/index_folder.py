@@ -3,6 +3,7 @@
     vectors.f32    (N, q) unit rows, float32, without a header
     items.arrow    path and caption of each row
     index.faiss    what proposes candidates, for kinds that are not flat
+    texts.f32      (n, q) unit rows of captions as searched for, with which these are measured; where there were some
     index.json     format, count, width, fingerprint, kind, and the files' sizes and digests; written last
 
 All but index.json are mapped into memory when the index is opened, so that millions of rows open at once.
@@ -22,7 +23,7 @@ from typing import Any
 from fromage.errors import UserError, first_line
 
 FORMAT, VERSION = "fromage-index", 2
-VECTORS, ITEMS, CANDIDATES, ABOUT = "vectors.f32", "items.arrow", "index.faiss", "index.json"
+VECTORS, ITEMS, CANDIDATES, TEXTS, ABOUT = "vectors.f32", "items.arrow", "index.faiss", "texts.f32", "index.json"
 KEYS = {"count", "width", "fingerprint", "checkpoint", "kind", "setting", "recall_at_10", "files"}
 BLOCK, BLOCKS = 1 << 16, 64  # bytes; a spot digest reads so many blocks, spread over the file
 
@@ -60,7 +61,7 @@ def read_about(folder: Path) -> dict[str, Any]:
     try:
         about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
         known = (about["format"], about["version"]) == (FORMAT, VERSION) and about.keys() >= KEYS
-        if not known or not {VECTORS, ITEMS} <= about["files"].keys() <= {VECTORS, ITEMS, CANDIDATES}:
+        if not known or not {VECTORS, ITEMS} <= about["files"].keys() <= {VECTORS, ITEMS, CANDIDATES, TEXTS}:
             raise ValueError("of another format or version")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{folder}: is no readable index ({error}); build one with: fromage index build") from error
@@ -86,7 +87,7 @@ def check_replaceable(folder: str | Path) -> None:
     if not folder.exists():
         return
     files = {p.name for p in folder.iterdir()} if folder.is_dir() else set()
-    if not {VECTORS, ITEMS, ABOUT} <= files <= {VECTORS, ITEMS, CANDIDATES, ABOUT}:
+    if not {VECTORS, ITEMS, ABOUT} <= files <= {VECTORS, ITEMS, CANDIDATES, TEXTS, ABOUT}:
         raise UserError(f"{folder}: exists and is not an index (or not only); choose another place or remove it")
     read_about(folder)
 

@@ -66,7 +66,8 @@ class NotebookChat:
             widgets.VBox([_drawn(picture), _words(f"#{hit.rank} {hit.score:.3f} {hit.caption}", GREY)])
             for hit, picture in zip(shown.hits, shown.pictures, strict=False)
         ]
-        return [widgets.HBox(cells), *(_words(note, GREY) for note in shown.notes)]
+        notes = [*shown.notes, *([f"[a picture; {shown.nothing}]"] if shown.nothing else [])]
+        return [widgets.HBox(cells), *(_words(note, GREY) for note in notes)]
 
     def _undo(self, button: Any) -> None:
         """Take the last turn back, and off the page."""

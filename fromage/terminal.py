@@ -16,6 +16,7 @@ from fromage.pictures import small
 SIDE = 240  # pixels of a drawn picture's longer side, at most
 CHUNK = 4096  # characters of base64 in one escape sequence of kitty's protocol
 ITERM, KITTY = ("iTerm.app", "WezTerm"), ("xterm-kitty", "xterm-ghostty")
+KONSOLE = 220400  # KONSOLE_VERSION of the first one that draws
 
 
 def printable(text: str, keep: str = "") -> str:
@@ -34,12 +35,18 @@ def to_png(picture: Image.Image) -> bytes:
 
 
 def iterm(png: bytes) -> str:
-    """A picture in the inline image protocol of iTerm2, which WezTerm knows too."""
+    """A picture in the inline image protocol of iTerm2, which WezTerm and Konsole know too.
+
+    Source: https://iterm2.com/documentation-images.html
+    """
     return f"\x1b]1337;File=inline=1;preserveAspectRatio=1;size={len(png)}:{base64.b64encode(png).decode()}\a"
 
 
 def kitty(png: bytes) -> str:
-    """A picture in kitty's graphics protocol: in chunks, and without an answer from the terminal (q=2)."""
+    """A picture in kitty's graphics protocol: in chunks, and without an answer from the terminal (q=2).
+
+    Source: https://sw.kovidgoyal.net/kitty/graphics-protocol
+    """
     data = base64.b64encode(png).decode()
     chunks = [data[start : start + CHUNK] for start in range(0, len(data), CHUNK)]
     heads = ["a=T,f=100,q=2,m=1", *["q=2,m=1"] * (len(chunks) - 1)]
@@ -52,7 +59,8 @@ def protocol(environ: Mapping[str, str]) -> Callable[[bytes], str] | None:
     term, program = environ.get("TERM", ""), environ.get("TERM_PROGRAM", "")
     if term.startswith(("screen", "tmux", "dumb")):  # what lies between passes no pictures on
         return None
-    if program in ITERM:
+    konsole = environ.get("KONSOLE_VERSION", "")
+    if program in ITERM or (konsole.isdecimal() and int(konsole) >= KONSOLE and not program):
         return iterm
     return kitty if term in KITTY or ("KITTY_WINDOW_ID" in environ and not program) else None
 

@@ -130,9 +130,8 @@ class Session:
         """What stands for a [RET]: rank, score, path and caption of each picture, and the picture."""
         for note in shown.notes:
             self.screen.line(f"  {note}")
-        if not shown.hits:
-            why = "none is left" if self.chat.index else "there is no index to find one in"
-            self.screen.line(f"  [a picture; {why}]")
+        if shown.nothing:
+            self.screen.line(f"  [a picture; {shown.nothing}]")
         for hit, picture in zip_longest(shown.hits, shown.pictures):
             self.screen.line(hit.line())
             if picture:

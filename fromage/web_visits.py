@@ -56,7 +56,7 @@ class Visits:
     def __init__(self, model: Fromage, index: ImageIndex | None, style: str) -> None:
         """Raises UserError for an index of another model."""
         if index is not None:
-            index.require(model.fingerprint())
+            index.require_model(model)
         self.model, self.index, self.style, self.lock = model, index, style, Lock()
 
     def answer(
@@ -154,7 +154,7 @@ def contents(part: Any) -> list[Any]:
     found: list[Any] = []
     for hit, picture in zip(part.hits, part.pictures, strict=True):
         found += [{"path": drawn(picture), "alt_text": hit.caption}, escape(caption(hit), quote=False)]
-    return found + ([GONE] if part.notes else []) or ["[a picture; there is none to show]"]
+    return found + ([GONE] if part.notes else []) if found else [f"[a picture; {part.nothing}]"]
 
 
 def drawn(picture: Image.Image) -> str:

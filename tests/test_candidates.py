@@ -4,7 +4,7 @@ from test_index import items, rows
 
 from fromage.candidates import Candidates, default_kind, lists_kind
 from fromage.errors import UserError
-from fromage.index import ImageIndex
+from fromage.index import ImageIndex, unit
 
 KINDS = ["IVF16,Flat", "IVF16,SQ8", "HNSW16", "IVF8,PQ8x4", "PCA16,IVF8,SQ8", "SQ8"]
 
@@ -51,8 +51,8 @@ def test_where_candidates_run_out_every_row_is_looked_at(embeddings):
 
 def test_more_thorough_settings_find_more(embeddings):
     candidates = Candidates.train("IVF64,Flat", embeddings)
-    candidates.grow(embeddings)
-    assert candidates.recall >= 0.97
+    candidates.grow(embeddings, embeddings[:0])
+    assert candidates.recall >= 0.97 and candidates.text_recall is None
     one = Candidates(candidates.index, "IVF64,Flat", "nprobe=1").near(embeddings[:20], 30)
     assert all(len(near) <= 30 and (near >= 0).all() for near in one)
     truth = (embeddings[:20] @ embeddings.T).argsort(1)[:, -30:]
@@ -64,9 +64,26 @@ def test_more_thorough_settings_find_more(embeddings):
     assert shares["nprobe=1"] < shares["nprobe=8"] < shares["nprobe=64"] == 1
 
 
+def test_texts_that_lie_apart_from_the_pictures_make_the_search_more_thorough():
+    """Pictures around few centres are found in few lists; texts between them are not."""
+    pictures = unit(np.repeat(rows(40, q=16), 50, axis=0) + 0.3 * rows(2000, q=16, seed=1), "")
+    texts = unit(rows(200, q=16, seed=2), "")
+    alone, asked = (Candidates.train("IVF40,SQ8", pictures) for _ in range(2))
+    alone.grow(pictures, texts[:0])
+    asked.grow(pictures, texts)
+    nprobe = [int(each.setting.removeprefix("nprobe=")) for each in (alone, asked)]
+    assert nprobe[0] < nprobe[1] and asked.text_recall >= 0.97
+    asked.set(alone.setting)
+    truth = (texts @ pictures.T).argsort(1)[:, -10:]
+    share = lambda: np.mean([np.isin(t, near).mean() for t, near in zip(truth, asked.near(texts, 50), strict=True)])  # noqa: E731
+    assert share() < 0.97
+    asked.tune(pictures, texts)
+    assert asked.text_recall == pytest.approx(share(), abs=1e-3)
+
+
 @pytest.mark.parametrize("kind", ["IVF4096,SQ8", "no such kind", "IVF4,PQ7", ""])
 def test_kinds_that_cannot_be_made_are_refused(kind):
-    with pytest.raises(UserError, match=f"kind {kind}: FAISS cannot"):
+    with pytest.raises(UserError, match=f"kind {kind}(: | of 100 pictures: )FAISS cannot"):
         ImageIndex.build(rows(100, q=16), items(100), "", kind=kind)
 
 

@@ -110,6 +110,15 @@ def test_the_next_best_stands_in_with_a_note(toy_model, index, hidden):
     assert [hit.path for hit in again.hits] == order[4:6] and again.notes == []
 
 
+def test_why_there_is_no_picture(toy_model, index, hidden):
+    everything = gallery(toy_model, index, count=len(index))
+    assert everything.find(hidden).nothing == "" and everything.find(hidden).nothing == "none is left"
+    for path in {Path(item.path) for item in index.items}:
+        path.unlink()
+    lost = gallery(toy_model, index, resolve=openable).find(hidden)
+    assert not lost.hits and lost.notes and lost.nothing == "none of those tried could be opened"
+
+
 def test_what_is_not_opened_can_be_gone_on_from(toy_model, index, hidden):
     order = brute_force(toy_model, index, hidden)
     mine = gallery(toy_model, index, count=2)
@@ -120,4 +129,4 @@ def test_what_is_not_opened_can_be_gone_on_from(toy_model, index, hidden):
 
 def test_without_an_index_there_is_the_embedding(toy_model, hidden):
     shown = gallery(toy_model, None).find(hidden)
-    assert shown.hits == [] and shown.embedding.shape == (32,)
+    assert shown.hits == [] and shown.embedding.shape == (32,) and "no index" in shown.nothing

@@ -14,6 +14,7 @@ from fromage import index as index_module
 from fromage import index_folder
 from fromage.errors import UserError
 from fromage.index import ImageIndex, open_index, search_index
+from fromage.model import Fromage
 from fromage.picture_source import Item
 
 COLOURS = {"blue": (0, 0, 255), "green": (0, 255, 0), "red": (255, 0, 0)}
@@ -46,6 +47,9 @@ class Model(nn.Module):
 
     def embed_text(self, texts):
         return self.embed_images(torch.tensor([COLOURS[text] for text in texts], dtype=torch.float32))
+
+    def trained(self):
+        return {}
 
     def fingerprint(self):
         return "f00d"
@@ -304,6 +308,35 @@ def test_search_for_texts():
     assert search_index(Model(), index, [], 2) == []
     with pytest.raises(UserError, match="built with checkpoint beef"):
         search_index(Model(), ImageIndex.build(colours, [Item(name) for name in COLOURS], "beef"), ["red"])
+
+
+def test_a_model_is_digested_once_and_again_when_it_has_changed(toy_model, monkeypatch):
+    index = ImageIndex.build(rows(3, q=32), items(3), toy_model.fingerprint())
+    kept = {name: p.clone() for name, p in toy_model.trained().items()}
+    digests, fingerprint = [], Fromage.fingerprint
+    monkeypatch.setattr(Fromage, "fingerprint", lambda self: digests.append(self) or fingerprint(self))
+    for _ in range(3):
+        search_index(toy_model, index, ["a red star."], 1)
+    assert len(digests) == 1
+
+    toy_model.text_head.bias.grad = torch.ones_like(toy_model.text_head.bias)
+    step = torch.optim.Adam([toy_model.text_head.bias]).step
+    replace = lambda: setattr(toy_model.logit_scale, "data", toy_model.logit_scale.data + 1)  # noqa: E731
+    for change in (step, replace, lambda: toy_model.image_head.bfloat16()):
+        change()
+        for _ in range(2):  # a refusal is not forgotten
+            with pytest.raises(UserError, match="built with"):
+                index.require_model(toy_model)
+        toy_model.float().load_state_dict(kept, strict=False)
+        index.require_model(toy_model)
+    with pytest.raises(UserError, match="built with"):
+        index.require_model(Fromage.load(k=2, q=32, seed=1))
+
+
+def test_a_model_loaded_in_inference_mode_has_an_index_too():
+    with torch.inference_mode():
+        model = Fromage.load(k=2, q=32)
+    ImageIndex.build(rows(3, q=32), items(3), model.fingerprint()).require_model(model)
 
 
 def test_what_can_be_no_query():

@@ -9,7 +9,7 @@ from test_index import Model, items, rows, write_colours
 from fromage import index_builder
 from fromage.embedding_store import EmbeddingStore
 from fromage.errors import UserError
-from fromage.index import ImageIndex, search_index
+from fromage.index import ImageIndex, search_index, unit
 from fromage.index_builder import add, build, build_index, merge, remove
 from fromage.picture_source import Item
 
@@ -129,7 +129,44 @@ def test_a_build_that_was_killed_does_not_embed_again(tmp_path, monkeypatch):
     assert len(build_index(Model(), folder, tmp_path / "index")) == 3
 
 
-def test_a_place_that_is_taken_is_refused_before_the_work(tmp_path, monkeypatch):
+def test_a_place_that_is_taken_and_a_kind_that_is_none_are_refused_before_the_work(tmp_path, monkeypatch):
     monkeypatch.setattr(index_builder, "embed_pictures", lambda *args: pytest.fail("hours of work"))
     with pytest.raises(UserError, match="not an index"):
         build_index(Model(), tmp_path, tmp_path)
+    with pytest.raises(UserError, match=r"kind IVF,SQ8: FAISS cannot"):
+        build_index(Model(), tmp_path, tmp_path / "index", kind="IVF,SQ8")
+    monkeypatch.setattr(index_builder, "write_rows", lambda *args: pytest.fail("minutes of writing"))
+    with pytest.raises(UserError, match=r"kind IVF,SQ8: FAISS cannot"):
+        build(store(tmp_path / "a", rows(5), items(5)), tmp_path / "index", "IVF,SQ8")
+
+
+def test_an_approximate_index_is_measured_with_captions_too_and_again_when_it_changes(toy_model, tmp_path):
+    """Some captions say nothing, and some are too long to be searched for."""
+    said = [
+        "a red star.",
+        "",
+        "a big blue ring at the top.",
+        "a star " * 2000,
+        b"a gr\xfcn star.".decode(errors="surrogateescape"),
+    ]
+    embeddings, things = rows(200, q=32), [Item(f"{i}.jpg", said[i % 5]) for i in range(200)]
+    about = toy_model.fingerprint()
+    made = store(tmp_path / "a", embeddings[:150], things[:150], about)
+    assert build(made, tmp_path / "unasked", "IVF8,Flat").candidates.text_recall is None
+    assert build(made, tmp_path / "flat", "Flat", toy_model).texts.shape == (0, 32)
+    index = build(made, tmp_path / "index", "IVF8,Flat", toy_model)
+    want = toy_model.embed_text([said[0], said[2], "a gr\N{REPLACEMENT CHARACTER}n star."]).numpy()
+    np.testing.assert_allclose(np.unique(index.texts.round(4), axis=0), np.unique(want.round(4), axis=0), atol=1e-3)
+    assert len(index.texts) == 90 and index.candidates.text_recall >= 0.97
+
+    added = add(tmp_path / "index", store(tmp_path / "b", embeddings[150:], things[150:], about))
+    left = remove(tmp_path / "index", [f"{i}.jpg" for i in range(100)])
+    merged = merge([tmp_path / "index", tmp_path / "unasked"], tmp_path / "merged")
+    for each, some in ((added, range(200)), (left, range(100, 200)), (merged, [*range(100, 200), *range(100)])):
+        np.testing.assert_array_equal(each.texts, index.texts)
+        near = (each.texts @ unit(embeddings[some], "").T).argsort(1)[:, -10:]
+        found = each.candidates.near(each.texts, 50)
+        shares = [np.isin(true, positions).mean() for true, positions in zip(near, found, strict=True)]
+        assert each.candidates.text_recall == pytest.approx(np.mean(shares), abs=1e-3)
+    with pytest.raises(UserError, match="another checkpoint"):
+        build(made, tmp_path / "other", "IVF8,Flat", Model())

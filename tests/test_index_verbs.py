@@ -39,7 +39,7 @@ def test_every_stage(ckpt, tmp_path, capsys):
     capsys.readouterr()
     assert main(["index", "info", at("merged"), "--check"]) == 0
     said = capsys.readouterr().out
-    assert all(word in said for word in ("count              3", "IVF1,Flat", "nprobe=1", "every byte"))
+    assert all(word in said for word in ("count              3", "IVF1,Flat", "nprobe=1", "10  not measured", "every byte"))
 
     words = ["blue", "--image", red, "--index", at("merged"), "-k", "2", "--png", at("found.png")]
     assert main(["search", *words]) == 0
@@ -102,8 +102,8 @@ def test_what_is_wrong_is_one_line(ckpt, tmp_path, capsys):
         (["index", "build", *out, "--images", "x"], "--ckpt"),
         (["index", "build", *out, "--images", "x", "--ckpt", ckpt, "--embeddings", "y"], "either"),
         (["index", "build", *out, "--embeddings", str(tmp_path)], "fromage index embed"),
-        (["index", "build", *out, "--embeddings", str(tmp_path), "--images", "x"], "alone"),
-        (["index", "build", *out, "--embeddings", str(tmp_path), "--captions", "x"], "alone"),
+        (["index", "build", *out, "--embeddings", str(tmp_path), "--images", "x"], "either"),
+        (["index", "build", *out, "--embeddings", str(tmp_path), "--captions", "x"], "either"),
         (["index", "build", "--embeddings", str(tmp_path), "--out", f"{ckpt}/out"], "no folder that can be written to"),
         (["search", "blue", "--index", str(tmp_path), "--png", str(tmp_path / "x.jpg")], "ends in .png"),
         (["index", "merge", str(tmp_path), *out], "no readable index"),

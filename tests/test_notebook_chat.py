@@ -72,6 +72,13 @@ def test_the_answer_is_shown_whole(model):
     assert page.chat.turns[0].answer.text in words(page)
 
 
+def test_where_there_is_no_picture_it_says_so(model):
+    page = NotebookChat(Chat(model, decoding=Decoding(max_new_tokens=2, ret_bias=1e4)))
+    page.line.value = "a star"
+    page.send.click()
+    assert "[a picture; there is no index" in words(page)
+
+
 def test_errors_stand_on_the_page_and_the_line_stays(model):
     page = NotebookChat(Chat(model, decoding=Decoding(max_new_tokens=6)))
     page.send.click()

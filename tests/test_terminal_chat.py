@@ -1,7 +1,9 @@
 """The terminal chat: what a line means, what is printed, that errors are one line, and that nothing foreign gets through."""
 
+import base64
 import io
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,7 +19,7 @@ from fromage.gallery import Shown
 from fromage.generate import Answer
 from fromage.hits import Hit
 from fromage.prompts import Url
-from fromage.terminal import CHUNK, Screen, iterm, kitty, printable, protocol
+from fromage.terminal import Screen, iterm, kitty, printable, protocol
 from fromage.terminal_chat import COMMANDS, parse, talk
 
 PICTURES_PLEASE = Decoding(max_new_tokens=6, ret_bias=1e4)
@@ -242,6 +244,9 @@ class Terminal(io.StringIO):
     [
         ({"TERM_PROGRAM": "iTerm.app", "TERM": "xterm-256color"}, iterm),
         ({"TERM_PROGRAM": "WezTerm"}, iterm),
+        ({"TERM": "xterm-256color", "KONSOLE_VERSION": "221203"}, iterm),
+        ({"TERM": "xterm-256color", "KONSOLE_VERSION": "211204"}, None),
+        ({"TERM": "xterm-256color", "KONSOLE_VERSION": "221203", "TERM_PROGRAM": "vscode"}, None),
         ({"TERM": "xterm-kitty"}, kitty),
         ({"TERM": "xterm-256color", "KITTY_WINDOW_ID": "1"}, kitty),
         ({"TERM": "tmux-256color", "KITTY_WINDOW_ID": "1"}, None),
@@ -253,28 +258,41 @@ class Terminal(io.StringIO):
 )
 def test_how_a_terminal_draws(environ, way, monkeypatch):
     assert protocol(environ) is way
-    for name in ("TERM", "TERM_PROGRAM", "KITTY_WINDOW_ID"):
+    for name in ("TERM", "TERM_PROGRAM", "KITTY_WINDOW_ID", "KONSOLE_VERSION"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environ.items():
         monkeypatch.setenv(name, value)
     assert Screen(Terminal()).draw is way and Screen(io.StringIO()).draw is None
 
 
-def test_pictures_in_escape_sequences_are_whole():
-    import base64
+@pytest.mark.parametrize("size", [1, 3072, 3073, 10_000])
+def test_kittys_protocol(size):
+    """Chunks of at most 4,096 characters, all but the last of whole groups of four; what they are in the first alone."""
+    png = os.urandom(size)
+    sequences = re.findall(r"\x1b_G([^;\x1b]*);([^\x1b]*)\x1b\\", kitty(png))
+    assert "".join(f"\x1b_G{head};{chunk}\x1b\\" for head, chunk in sequences) == kitty(png)
+    heads = [dict(field.split("=") for field in head.split(",")) for head, _ in sequences]
+    assert heads[0].items() >= {"a": "T", "f": "100"}.items()  # transmit and display; PNG
+    assert all(head.keys() == {"m", "q"} for head in heads[1:])
+    assert [head["m"] for head in heads] == ["1"] * (len(heads) - 1) + ["0"]
+    chunks = [chunk for _, chunk in sequences]
+    assert all(0 < len(chunk) <= 4096 and len(chunk) % 4 == 0 for chunk in chunks)
+    assert b"".join(base64.b64decode(chunk, validate=True) for chunk in chunks) == png
 
+
+def test_iterms_protocol():
+    """The arguments, and the file in base64; a size that is too small breaks the transfer off."""
     png = os.urandom(10_000)
-    first, *rest = kitty(png).split("\x1b_G")[1:]
-    assert first.startswith("a=T,f=100,q=2,m=1;") and rest[-1].startswith("q=2,m=0;")
-    payloads = [part.partition(";")[2].removesuffix("\x1b\\") for part in (first, *rest)]
-    assert all(len(part) <= CHUNK for part in payloads) and base64.b64decode("".join(payloads)) == png
-    assert kitty(b"small").startswith("\x1b_Ga=T,f=100,q=2,m=0;")
-    assert base64.b64decode(iterm(png).partition(":")[2].removesuffix("\a")) == png
+    said = re.fullmatch(r"\x1b\]1337;File=([^:]*):([A-Za-z0-9+/=]*)\x07", iterm(png))
+    arguments = dict(field.split("=") for field in said[1].split(";"))
+    assert arguments == {"inline": "1", "preserveAspectRatio": "1", "size": "10000"}
+    assert base64.b64decode(said[2], validate=True) == png
 
 
 def test_a_terminal_that_can_draws_the_pictures(model, index, monkeypatch):
     monkeypatch.setenv("TERM", "xterm-kitty")
-    monkeypatch.delenv("TERM_PROGRAM", raising=False)
+    for name in ("TERM_PROGRAM", "KONSOLE_VERSION"):
+        monkeypatch.delenv(name, raising=False)
     out = Terminal()
     talk(Chat(model, index, PICTURES_PLEASE), reading("a star"), out)
     assert out.getvalue().count("\x1b_G") == 1 and out.getvalue().count("\x1b") == 2

@@ -267,7 +267,7 @@ def test_an_answer_that_is_broken_off_leaves_no_turn_and_no_lock(model, index):
 def test_without_an_index_there_is_text(model):
     visits, turns = Visits(model, None, "dialogue"), []
     *_, (_, shown, turns) = visits.answer({"text": "a star", "files": []}, turns, 20, 0, 1, 4)
-    assert "[a picture; there is none to show]" in shown[1]["content"] and len(turns) == 1
+    assert "[a picture; there is no index to find one in]" in shown[1]["content"] and len(turns) == 1
     with running(model, None, "dialogue", "127.0.0.1", free_port()) as address:
         page = httpx.get(f"{address}/config").text
         assert "There is no index" in page and "text alone" in page and '"gallery"' not in page
@@ -315,6 +315,7 @@ def test_what_is_shown_is_text_and_small(tmp_path, monkeypatch):
     picture, caption, note = contents(shown)
     assert "<" not in caption and "0.50" in caption and "secret" not in note
     assert Image.open(picture["path"]).size[0] == SIDE and Path(picture["path"]).parent == tmp_path
+    assert contents(Shown(None, notes=["left out #1: /secret"], nothing="none is there")) == ["[a picture; none is there]"]
     assert contents("<b>") == ["&lt;b&gt;"] and contents(" ") == []
 
 

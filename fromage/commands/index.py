@@ -10,12 +10,19 @@ from fromage.commands.verb import DEVICE, OUT, Verbs, natural, option, positive
 from fromage.errors import UserError
 
 if TYPE_CHECKING:
+    from fromage.candidates import Candidates
     from fromage.index import ImageIndex
 
 
 def _tell(index: ImageIndex, where: Path) -> None:
-    recall = f", recall@10 {index.candidates.recall:.3f} against flat" if index.candidates else ""
-    print(f"index of {len(index)} pictures, {index.kind}{recall} -> {where}")
+    print(f"index of {len(index)} pictures, {index.kind}{_recall(index.candidates)} -> {where}")
+
+
+def _recall(candidates: Candidates | None) -> str:
+    if candidates is None:
+        return ""
+    texts = "" if candidates.text_recall is None else f" ({candidates.text_recall:.3f} for texts)"
+    return f", recall@10 {candidates.recall:.3f}{texts} against flat"
 
 
 def embed(args: argparse.Namespace) -> None:
@@ -34,11 +41,12 @@ def build(args: argparse.Namespace) -> None:
     from fromage.checkpoint import load_model
     from fromage.embedding_store import EmbeddingStore
 
-    of_pictures = args.images, args.ckpt, args.captions
-    if any(of_pictures) if args.embeddings else not all(of_pictures[:2]):
-        raise UserError("index build: give either --embeddings alone, or --images with --ckpt")
+    if (args.images or args.captions) if args.embeddings else not (args.images and args.ckpt):
+        raise UserError("index build: give either --embeddings, or --images with --ckpt")
     if args.embeddings:
-        index = index_builder.build(EmbeddingStore.open(args.embeddings), args.out, args.kind)
+        store = EmbeddingStore.open(args.embeddings)
+        model = load_model(args.ckpt, args.device) if args.ckpt else None
+        index = index_builder.build(store, args.out, args.kind, model)
     else:
         how = args.batch_size, args.workers, args.captions, args.ckpt, args.kind
         index = index_builder.build_index(load_model(args.ckpt, args.device), args.images, args.out, *how)
@@ -85,8 +93,9 @@ def info(args: argparse.Namespace) -> None:
     about = read_about(args.index)
     check_files(args.index, about, full=args.check)
     size = sum(file["bytes"] for file in about.pop("files").values())
-    for name, value in {**about, "bytes_per_picture": round(size / about["count"])}.items():
-        print(f"{name:18} {value}")
+    about["bytes_per_picture"] = round(size / about["count"])
+    for name, value in about.items():
+        print(f"{name:18} {'not measured' if value is None else value}")
     print("every byte is as it was written" if args.check else "sizes and samples of the files are right; --check reads all")
 
 
@@ -117,7 +126,7 @@ VERBS: Verbs = {
         [
             option("--embeddings", type=Path, help="folder of `fromage index embed`"),
             option("--images", help="folder of pictures, or shards, to embed first"),
-            option("--ckpt", type=Path, help="checkpoint, folder or hub name, for --images"),
+            option("--ckpt", type=Path, help="checkpoint of --images; or of --embeddings, to measure with their captions"),
             OUT,
             KIND,
             CAPTIONS,

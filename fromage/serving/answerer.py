@@ -48,7 +48,7 @@ class Answerer:
     def __init__(self, model: Fromage, index: ImageIndex | None, style: str) -> None:
         """Raises UserError where there is no such style, and for an index of another model."""
         if index is not None:
-            index.require(model.fingerprint())
+            index.require_model(model)
         self.model, self.index, self.style, self.stop = model, index, style, find_style(style).stop
 
     def chat(self, asked: list[Asked]) -> list[Answer]:
