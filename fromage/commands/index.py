@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
 def _tell(index: ImageIndex, where: Path) -> None:
     recall = f", recall@10 {index.candidates.recall:.3f} against flat" if index.candidates else ""
-    print(f"index of {len(index)} pictures, {index.kind}{recall} -> {where}")
+    there = f", in Milvus at {index.about()['milvus']['uri']}" if "milvus" in index.about() else ""
+    print(f"index of {len(index)} pictures, {index.kind}{recall}{there} -> {where}")
 
 
 def embed(args: argparse.Namespace) -> None:
@@ -38,9 +39,9 @@ def build(args: argparse.Namespace) -> None:
     if any(of_pictures) if args.embeddings else not all(of_pictures[:2]):
         raise UserError("index build: give either --embeddings alone, or --images with --ckpt")
     if args.embeddings:
-        index = index_builder.build(EmbeddingStore.open(args.embeddings), args.out, args.kind)
+        index = index_builder.build(EmbeddingStore.open(args.embeddings), args.out, args.kind, args.milvus)
     else:
-        how = args.batch_size, args.workers, args.captions, args.ckpt, args.kind
+        how = args.batch_size, args.workers, args.captions, args.ckpt, args.kind, args.milvus
         index = index_builder.build_index(load_model(args.ckpt, args.device), args.images, args.out, *how)
     _tell(index, args.out)
 
@@ -64,7 +65,7 @@ def merge(args: argparse.Namespace) -> None:
     """Merge indexes of the same checkpoint; of pictures at the same path the first counts."""
     from fromage import index_builder
 
-    _tell(index_builder.merge(args.index, args.out, args.kind), args.out)
+    _tell(index_builder.merge(args.index, args.out, args.kind, args.milvus), args.out)
 
 
 def import_authors(args: argparse.Namespace) -> None:
@@ -74,20 +75,29 @@ def import_authors(args: argparse.Namespace) -> None:
     from fromage.embed_pictures import located
     from fromage.index_builder import write_index
 
-    model, where = load_model(args.ckpt), located(args.ckpt)
-    _tell(write_index(args.out, rows_of(args.pickle, model.q), model.q, model.fingerprint(), where, args.kind), args.out)
+    model = load_model(args.ckpt)
+    of = model.q, model.fingerprint(), located(args.ckpt)
+    _tell(write_index(args.out, rows_of(args.pickle, model.q), *of, args.kind, milvus=args.milvus), args.out)
 
 
 def info(args: argparse.Namespace) -> None:
     """Print what an index is."""
-    from fromage.index_folder import check_files, read_about
+    from fromage.index import ImageIndex
+    from fromage.index_folder import MILVUS, check_files, read_about
 
     about = read_about(args.index)
     check_files(args.index, about, full=args.check)
     size = sum(file["bytes"] for file in about.pop("files").values())
-    for name, value in {**about, "bytes_per_picture": round(size / about["count"])}.items():
+    if MILVUS in about:
+        about |= {"count": len(ImageIndex.load(args.index, None))} | about.pop(MILVUS)
+        sound = "Milvus answers, and the collection is there"
+    else:
+        about["bytes_per_picture"] = round(size / about["count"])
+        sound = "sizes and samples of the files are right; --check reads all"
+        sound = "every byte is as it was written" if args.check else sound
+    for name, value in about.items():
         print(f"{name:18} {value}")
-    print("every byte is as it was written" if args.check else "sizes and samples of the files are right; --check reads all")
+    print(sound)
 
 
 CKPT = option("--ckpt", type=Path, required=True, help="checkpoint of `lightning fit`, folder or hub name")
@@ -95,6 +105,9 @@ CAPTIONS = option("--captions", type=Path, help="COCO caption JSON, or {file nam
 BATCH_SIZE = option("--batch-size", type=positive, default=64, help="pictures per batch")
 WORKERS = option("--workers", type=natural, default=0, help="processes that decode pictures")
 KIND = option("--kind", help="flat, or a FAISS factory string such as IVF4096,SQ8 (flat up to a million pictures)")
+MILVUS = option(
+    "--milvus", help="build in Milvus: its address, or a path that ends in .db; --kind is then flat, HNSW,M=32 ..."
+)
 INDEX = option("index", type=Path, help="folder of the index")
 EMBEDDINGS = option("--embeddings", type=Path, required=True, help="folder of `fromage index embed`")
 
@@ -120,6 +133,7 @@ VERBS: Verbs = {
             option("--ckpt", type=Path, help="checkpoint, folder or hub name, for --images"),
             OUT,
             KIND,
+            MILVUS,
             CAPTIONS,
             BATCH_SIZE,
             WORKERS,
@@ -128,10 +142,10 @@ VERBS: Verbs = {
     ),
     ("index", "add"): (add, [INDEX, EMBEDDINGS]),
     ("index", "remove"): (remove, [INDEX, option("path", nargs="+", help="paths as `fromage search` prints them")]),
-    ("index", "merge"): (merge, [option("index", type=Path, nargs="+", help="folders of indexes"), OUT, KIND]),
+    ("index", "merge"): (merge, [option("index", type=Path, nargs="+", help="folders of indexes"), OUT, KIND, MILVUS]),
     ("index", "import"): (
         import_authors,
-        [option("pickle", type=Path, nargs="+", help="{'paths': [...], 'embeddings': array}"), CKPT, OUT, KIND],
+        [option("pickle", type=Path, nargs="+", help="{'paths': [...], 'embeddings': array}"), CKPT, OUT, KIND, MILVUS],
     ),
     ("index", "info"): (
         info,
