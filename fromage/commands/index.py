@@ -6,11 +6,12 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fromage.commands.verb import DEVICE, OUT, Verbs, natural, option, positive
+from fromage.commands.verb import DEVICE, OUT, Verbs, natural, option, positive, share
 from fromage.errors import UserError
 
 if TYPE_CHECKING:
     from fromage.index import ImageIndex
+    from fromage.ray_embed import RayJob
 
 
 def _tell(index: ImageIndex, where: Path) -> None:
@@ -24,9 +25,19 @@ def embed(args: argparse.Namespace) -> None:
     from fromage.checkpoint import load_model
     from fromage.embed_pictures import embed_pictures
 
-    model = load_model(args.ckpt, args.device)
-    how = args.batch_size, args.workers, args.captions, args.ckpt, args.dtype
+    job = _ray_job(args)
+    model = load_model(args.ckpt, "cpu" if job else args.device)
+    how = args.batch_size, args.workers, args.captions, args.ckpt, args.dtype, job
     print(f"{len(embed_pictures(model, args.images, args.out, *how))} embeddings -> {args.out}")
+
+
+def _ray_job(args: argparse.Namespace) -> RayJob | None:
+    from fromage.ray_embed import RayJob
+
+    if not args.ray:
+        return None
+    gpus = args.gpus if args.gpus is not None else float(args.device.startswith("cuda"))
+    return RayJob(args.ray, args.actors, gpus, args.workers)
 
 
 def build(args: argparse.Namespace) -> None:
@@ -123,6 +134,11 @@ VERBS: Verbs = {
             WORKERS,
             option("--dtype", choices=("float32", "float16"), default="float32", help="of the stored embeddings"),
             DEVICE,
+            option(
+                "--ray", nargs="?", const="local", metavar="ADDRESS", help="as a Ray job: here, or on the cluster at auto"
+            ),
+            option("--actors", type=positive, default=1, help="with --ray: copies of the image tower"),
+            option("--gpus", type=share, help="with --ray: GPUs of each of these, also 0.5 (1 with --device cuda, else 0)"),
         ],
     ),
     ("index", "build"): (
