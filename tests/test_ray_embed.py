@@ -151,7 +151,7 @@ def test_what_is_wrong_with_a_chunk_comes_through_as_it_is(monkeypatch):
     monkeypatch.setattr(RayJob, "_job", lambda *args: job)
     monkeypatch.setattr(RayJob, "_cluster", lambda self: nullcontext())
     with pytest.raises(UserError, match=r"^the stored features are 7 wide, not 3"):
-        list(RayJob().embed(Model(), None))
+        list(RayJob().embed(Model(), SimpleNamespace(todo=[0])))
 
 
 def test_the_picture_side_embeds_as_the_model_does(model):
