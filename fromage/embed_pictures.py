@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import shutil
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -18,10 +19,12 @@ from fromage.bounds import check_whole
 from fromage.embedding_store import DTYPES, EmbeddingStore
 from fromage.errors import UserError
 from fromage.features import check_features
-from fromage.model import Fromage
 from fromage.picture_source import Chunk, PictureSource, Sample, find_pictures, is_shards
-from fromage.prompts import encode_pictures
 from fromage.shards import expand
+
+if TYPE_CHECKING:
+    from fromage.model import Fromage
+    from fromage.ray_embed import PictureSide, RayJob
 
 
 def embed_pictures(
@@ -33,6 +36,7 @@ def embed_pictures(
     captions: str | Path | None = None,
     checkpoint: str | Path | None = None,
     dtype: str = "float32",
+    ray: RayJob | None = None,
 ) -> EmbeddingStore:
     """Embed a folder of pictures or webdataset shards into the folder out: unit rows, in the order of the names.
 
@@ -48,6 +52,7 @@ def embed_pictures(
         captions: for a folder of pictures, a JSON file of {file: caption} or COCO's.
         checkpoint: where the model was loaded from, so that open_index finds it.
         dtype: of the stored rows, float32 or float16.
+        ray: do it as a Ray Data job; the model is then on the CPU, and workers does not count.
     """
     check_whole("batch_size", batch_size, 1)
     check_whole("workers", workers, 0)
@@ -65,62 +70,79 @@ def embed_pictures(
         dtype=dtype,
         parts=len(pictures.parts),
     )
-    _fill(store, model, pictures, batch_size, workers)
+    pictures.todo, pictures.batch_size = store.missing(), batch_size
+    _fill(store, ray.embed(model, pictures) if ray else _here(model, pictures, workers), pictures.count)
     _report(store, source)
     return store
 
 
-def _fill(store: EmbeddingStore, model: Fromage, pictures: PictureSource, batch_size: int, workers: int) -> None:
-    """Embed the parts that are missing."""
-    pictures.todo, pictures.batch_size = store.missing(), batch_size
+class Done(NamedTuple):
+    """An embedded chunk."""
+
+    part: int
+    number: int
+    rows: list[np.ndarray]  # (n, q) in all
+    good: list[Sample]  # those of the rows
+    broken: list[str]
+    last: bool
+
+
+def embed_chunk(model: Fromage | PictureSide, chunk: Chunk) -> Done:
+    """Embed the pictures of a chunk."""
+    done = Done(chunk.part, chunk.number, [], [], [], chunk.last)
+    for tensor, samples in chunk.groups:
+        if tensor is None:
+            done.broken.extend(sample.problem for sample in samples)
+        else:
+            done.rows.append(_embed(model, tensor))
+            done.good.extend(samples)
+    return done
+
+
+def _here(model: Fromage, pictures: PictureSource, workers: int) -> Iterator[Done]:
+    """Embed the parts to do in this process."""
     loader = DataLoader(pictures, batch_size=None, num_workers=min(workers, len(pictures.todo)))
-    open_parts: dict[int, _Part] = {}  # those that workers are at
+    return (embed_chunk(model, chunk) for chunk in loader)
+
+
+def _fill(store: EmbeddingStore, chunks: Iterable[Done], count: int | None) -> None:
+    """Store what is embedded, part by part, in whatever order it comes."""
+    parts: dict[int, dict[int, Done]] = {}  # those that are not whole yet
     done = len(store) + len(store.broken())
-    with tqdm(desc="embedding", total=pictures.count, initial=done, unit=" pictures") as bar:
+    with tqdm(desc="embedding", total=count, initial=done, unit=" pictures") as bar:
         try:
-            for chunk in loader:
-                part = open_parts.setdefault(chunk.part, _Part())
-                bar.update(part.add(chunk, model))
-                if chunk.last:
-                    open_parts.pop(chunk.part).write(store, chunk.part)
+            for chunk in chunks:
+                part = parts.setdefault(chunk.part, {})
+                part[chunk.number] = chunk
+                bar.update(len(chunk.good) + len(chunk.broken))
+                if any(chunk.last and chunk.number + 1 == len(part) for chunk in part.values()):
+                    _write(store, chunk.part, [part[number] for number in sorted(part)])
+                    del parts[chunk.part]
         except KeyboardInterrupt:
             raise KeyboardInterrupt("the same command goes on where it was") from None
 
 
-class _Part:
-    """Rows and samples of a part, as far as they have come."""
-
-    def __init__(self) -> None:
-        self.rows: list[np.ndarray] = []
-        self.good: list[Sample] = []
-        self.broken: list[str] = []
-
-    def add(self, chunk: Chunk, model: Fromage) -> int:
-        """Embed a chunk's pictures; returns how many there were, broken ones too."""
-        for tensor, samples in chunk.groups:
-            if tensor is None:
-                self.broken += [sample.problem for sample in samples]
-            else:
-                self.rows.append(_embed(model, tensor))
-                self.good += samples
-        return sum(len(samples) for _, samples in chunk.groups)
-
-    def write(self, store: EmbeddingStore, number: int) -> None:
-        """Store the part, its rows in the order of the source."""
-        order = sorted(range(len(self.good)), key=lambda i: self.good[i].place)
-        rows = np.concatenate([np.empty((0, store.about["width"]), np.float32), *self.rows])  # (n, q)
-        store.write(number, rows[order], [self.good[i].item for i in order], self.broken)
+def _write(store: EmbeddingStore, number: int, chunks: Sequence[Done]) -> None:
+    """Store a part, its rows in the order of the source."""
+    good = [sample for chunk in chunks for sample in chunk.good]
+    order = sorted(range(len(good)), key=lambda i: good[i].place)
+    rows = np.concatenate(
+        [np.empty((0, store.about["width"]), np.float32), *(rows for c in chunks for rows in c.rows)]
+    )  # (n, q)
+    store.write(number, rows[order], [good[i].item for i in order], [line for chunk in chunks for line in chunk.broken])
 
 
 @torch.no_grad()
 def embed_opened(model: Fromage, pictures: Sequence[Image.Image]) -> np.ndarray:
     """(N, q) unit rows of pictures, each that of its file. Raises UserError for one that is too large or too narrow."""
+    from fromage.prompts import encode_pictures
+
     rows = [_embed(model, encode_pictures(model, [picture])) for picture in pictures]  # (1, m) features each
     return np.concatenate([np.empty((0, model.q), np.float32), *rows])
 
 
 @torch.no_grad()
-def _embed(model: Fromage, tensor: Tensor) -> np.ndarray:
+def _embed(model: Fromage | PictureSide, tensor: Tensor) -> np.ndarray:
     """Pixels (B, 3, H, W) or stored features (B, m) -> rows (B, q)."""
     if tensor.ndim == 2 and tensor.shape[1] != model.vision.width:
         raise UserError(f"the stored features are {tensor.shape[1]} wide, not {model.vision.width}; use their image tower")

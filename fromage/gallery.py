@@ -84,7 +84,7 @@ class Gallery:
         if not shown.hits:
             shown.nothing = "none of those tried could be opened" if lost else "none is left"
         self.barred.update(hit.path for hit in [*shown.hits, *(hit for hit, _ in lost)])
-        self.seen = np.concatenate([self.seen, self.index.vectors[[hit.row for hit in shown.hits]]])  # (s, q)
+        self.seen = np.concatenate([self.seen, self.index.vectors_of([hit.row for hit in shown.hits])])  # (s, q)
         return shown
 
     def _fresh(self, index: ImageIndex, row: np.ndarray) -> Iterator[Hit]:
@@ -92,7 +92,7 @@ class Gallery:
         barred, passed = frozenset(self.barred), np.empty((0, len(row)), np.float32)  # (n, q)
         hits = index.search(row[None], self.count + len(self.seen), barred)[0]
         for hit in index.beyond(row, hits, barred):
-            vector = index.vectors[hit.row]  # (q,)
+            vector = index.vectors_of([hit.row])[0]  # (q,)
             if (np.concatenate([self.seen, passed]) @ vector).max(initial=-1) <= self._least:
                 passed = np.concatenate([passed, vector[None]])
                 yield hit._replace(rank=len(passed))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, Any, NamedTuple
 from weakref import ref
 
 import faiss
@@ -19,7 +19,7 @@ from fromage.candidates import FLAT, OVERSAMPLE, Candidates
 from fromage.checkpoint import load_model
 from fromage.errors import UserError, first_line
 from fromage.hits import Hit
-from fromage.index_folder import CANDIDATES, ITEMS, TEXTS, VECTORS, check_files, read_about, replacing, seal
+from fromage.index_folder import CANDIDATES, ITEMS, MILVUS, TEXTS, VECTORS, check_files, read_about, replacing, seal
 from fromage.item_table import Embedded, ItemTable, to_batch, write_items
 from fromage.model import Fromage
 from fromage.picture_source import Item
@@ -29,8 +29,19 @@ CHUNK = 1 << 14  # rows
 State = list[tuple[int, int]]  # of parameters: where each lies, and how often it was written to
 
 
+class Near(NamedTuple):
+    """Rows near a query, in any order. n of them."""
+
+    rows: np.ndarray  # (n,) whole numbers that rise in the order of the index
+    vectors: np.ndarray  # (n, q)
+    item: Callable[[int], Item]  # i -> the picture of the i-th
+    whole: bool  # no more can be had by asking for more
+
+
 class ImageIndex:
     """An index over unit rows, where the inner product is the cosine.
+
+    What is said here is of an index on this machine's disk; fromage.milvus_index has the other kind.
 
     Attributes:
         vectors: the rows (N, q), float32; of a saved index they stay on disk and are mapped into memory.
@@ -90,6 +101,18 @@ class ImageIndex:
         """'flat', or FAISS's factory string of the candidates."""
         return self.candidates.kind if self.candidates else FLAT
 
+    def vectors_of(self, rows: Sequence[int]) -> np.ndarray:
+        """(n, q) vectors of the rows that hits name."""
+        return self.vectors[list(rows)]
+
+    def finder(self) -> Callable[[str], Item | None]:
+        """What finds a picture by its id (fromage.item_table.picture_id); a second or two per million pictures."""
+        return self.items.finder()
+
+    def paths(self) -> pa.ChunkedArray:
+        """All paths, as bytes."""
+        return self.items.paths()
+
     def search(self, queries: np.ndarray, k: int, exclude: Collection[str] | None = None) -> list[list[Hit]]:
         """The k pictures nearest to each query (B, q), best first, fewer if there are not as many.
 
@@ -106,9 +129,9 @@ class ImageIndex:
         if rows.shape[1] != self.width:
             raise UserError(f"queries are {rows.shape[1]} wide, the index {self.width}; use the model that built the index")
         barred = frozenset(exclude or ())
-        if self.candidates is None:
+        if self.kind == FLAT:
             return self._exact(rows, k, barred)
-        nearby = self.candidates.near(rows, OVERSAMPLE * max(10, k + len(barred)))
+        nearby = self._proposed(rows, OVERSAMPLE * max(10, k + len(barred)))
         found = [self._ranked(row, near, k, barred)[0] for row, near in zip(rows, nearby, strict=True)]
         return [
             hits if len(hits) == k else self._exact(row[None], k, barred)[0]  # the candidates ran out
@@ -130,25 +153,37 @@ class ImageIndex:
         first = self._nearest(rows, k + len(barred) + 1)  # (B, n)
         return [self._settled(row, near, k, barred) for row, near in zip(rows, first, strict=True)]
 
-    def _nearest(self, rows: np.ndarray, n: int) -> np.ndarray:
-        return faiss.knn(rows, self.vectors, min(n, len(self)), metric=faiss.METRIC_INNER_PRODUCT)[1]  # (B, n)
+    def _nearest(self, rows: np.ndarray, n: int) -> list[Near]:
+        """The n rows nearest to each of (B, q), up to the rounding of float32."""
+        positions = faiss.knn(rows, self.vectors, min(n, len(self)), metric=faiss.METRIC_INNER_PRODUCT)[1]  # (B, n)
+        return [self._at(near) for near in positions]
 
-    def _settled(self, row: np.ndarray, near: np.ndarray, k: int, barred: frozenset[str]) -> list[Hit]:
+    def _proposed(self, rows: np.ndarray, n: int) -> list[Near]:
+        """What an approximate kind takes for the n nearest."""
+        assert self.candidates is not None
+        return [self._at(near) for near in self.candidates.near(rows, n)]
+
+    def _at(self, positions: np.ndarray) -> Near:
+        item = lambda i: self.items[int(positions[i])]  # noqa: E731
+        return Near(positions, self.vectors[positions], item, len(positions) == len(self))
+
+    def _settled(self, row: np.ndarray, near: Near, k: int, barred: frozenset[str]) -> list[Hit]:
         hits, worst = self._ranked(row, near, k, barred)
-        while len(near) < len(self) and (len(hits) < k or worst > hits[-1].score - NEAR_TIE):
-            near = self._nearest(row[None], 2 * len(near))[0]
+        while not near.whole and (len(hits) < k or worst > hits[-1].score - NEAR_TIE):
+            near = self._nearest(row[None], 2 * len(near.rows))[0]
             hits, worst = self._ranked(row, near, k, barred)
         return hits
 
-    def _ranked(self, row: np.ndarray, near: np.ndarray, k: int, barred: frozenset[str]) -> tuple[list[Hit], float]:
-        """The best k of the rows at these positions, and the worst score among all of them."""
-        vectors = self.vectors[near].astype(np.float64)  # (n, q)
+    @staticmethod
+    def _ranked(row: np.ndarray, near: Near, k: int, barred: frozenset[str]) -> tuple[list[Hit], float]:
+        """The best k of these rows, and the worst score among all of them."""
+        vectors = near.vectors.astype(np.float64)  # (n, q)
         scores = (vectors * row).sum(axis=1)  # not a product of matrices: equal rows must give equal sums, wherever they lie
         hits: list[Hit] = []
-        for i in np.lexsort((near, -scores)):
-            item = self.items[near[i]]
+        for i in np.lexsort((near.rows, -scores)):
+            item = near.item(i)
             if item.path not in barred:
-                hits.append(Hit(len(hits) + 1, float(scores[i]), *item, row=int(near[i])))
+                hits.append(Hit(len(hits) + 1, float(scores[i]), *item, row=int(near.rows[i])))
             if len(hits) == k:
                 break
         return hits, scores.min(initial=1)
@@ -176,16 +211,32 @@ class ImageIndex:
             candidates.write(folder / CANDIDATES)
             if len(self.texts):
                 self.texts.astype("<f4", copy=False).tofile(folder / TEXTS)
-        about = {"count": len(self), "width": self.width, "fingerprint": self.fingerprint, "checkpoint": self.checkpoint}
-        about |= {"kind": self.kind, "setting": candidates.setting if candidates else ""}
         recalls = (candidates.recall, candidates.text_recall) if candidates else (1.0, 1.0)
-        seal(folder, about | dict(zip(("recall_at_10", "text_recall_at_10"), recalls, strict=True)))
+        measured = dict(zip(("recall_at_10", "text_recall_at_10"), recalls, strict=True))
+        seal(folder, self.about() | {"setting": candidates.setting if candidates else ""} | measured)
+
+    def about(self) -> dict[str, Any]:
+        """What every index.json says."""
+        about = {"count": len(self), "width": self.width, "kind": self.kind}
+        return about | {"fingerprint": self.fingerprint, "checkpoint": self.checkpoint}
 
     @classmethod
     def load(cls, folder: str | Path, fingerprint: str | None) -> ImageIndex:
-        """Open a saved index. Raises UserError if it is damaged, or built by another model than fingerprint (None: any)."""
+        """Open a saved index, here or in Milvus.
+
+        Raises UserError if it is damaged, if Milvus is away, or if another model than fingerprint (None: any) built it.
+        """
+        from fromage.milvus_index import MilvusIndex
+
         folder = Path(folder).resolve()
         about = read_about(folder)
+        index = MilvusIndex.open(about) if MILVUS in about else cls._read(folder, about)
+        if fingerprint is not None:
+            index.require(fingerprint, folder)
+        return index
+
+    @classmethod
+    def _read(cls, folder: Path, about: dict[str, Any]) -> ImageIndex:
         check_files(folder, about)
         vectors, items = open_rows(folder, about["width"])
         if len(items) != about["count"] or (about["kind"] == FLAT) == (CANDIDATES in about["files"]):
@@ -196,8 +247,6 @@ class ImageIndex:
             index.candidates = Candidates.read(folder / CANDIDATES, *known)
             if TEXTS in about["files"]:
                 index.texts = np.fromfile(folder / TEXTS, "<f4").reshape(-1, index.width)  # (n, q)
-        if fingerprint is not None:
-            index.require(fingerprint, folder)
         return index
 
     def require(self, fingerprint: str, folder: str | Path = "the index") -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 
@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from fromage import milvus_index
 from fromage.candidates import FLAT, MEASURED_WITH, Candidates, check_kind, default_kind
 from fromage.embed_pictures import embed_pictures
 from fromage.embedding_store import EmbeddingStore
@@ -23,6 +24,8 @@ from fromage.errors import UserError
 from fromage.index import ImageIndex, open_rows, unit, write_rows
 from fromage.index_folder import CANDIDATES, check_replaceable, replacing
 from fromage.item_table import Embedded, keep_mask
+from fromage.milvus_collection import reach
+from fromage.milvus_index import MilvusIndex
 from fromage.model import Fromage
 from fromage.prompts import max_length, prompt_length
 
@@ -36,6 +39,7 @@ def write_index(
     kind: str | None = None,
     trained: Candidates | None = None,
     texts: np.ndarray | None = None,
+    milvus: str | None = None,
 ) -> ImageIndex:
     """Write unit rows as an index.
 
@@ -45,28 +49,41 @@ def write_index(
         kind: see fromage.candidates; None chooses by the number of rows.
         trained: an index of the kind, which holds the first of the rows or none.
         texts: (n, q) unit rows that texts ask with, to measure an approximate kind with.
+        milvus: where the rows go in place of this disk, see fromage.milvus_collection; kind is then one of Milvus.
     """
+    if milvus:
+        return milvus_index.write(out, rows, width, fingerprint, checkpoint, kind, milvus)
     check_kind(kind, width)
+    old = milvus_index.former(out)
     with replacing(out) as new:
         write_rows(new, rows)
         index = ImageIndex(*open_rows(new, width), fingerprint, checkpoint, texts=texts)
         index.prepare(kind or default_kind(len(index)), trained)
         index.finish(new)
+    milvus_index.drop(old)
     return ImageIndex.load(out, fingerprint)
 
 
-def build(store: EmbeddingStore, out: str | Path, kind: str | None = None, model: Fromage | None = None) -> ImageIndex:
+def build(
+    store: EmbeddingStore,
+    out: str | Path,
+    kind: str | None = None,
+    model: Fromage | None = None,
+    milvus: str | None = None,
+) -> ImageIndex:
     """Index what embed_pictures stored.
 
     model: the one that embedded the pictures; with it an approximate kind is measured with their captions too. Raises
-    UserError for another.
+    UserError for another. milvus: as for write_index.
     """
     check_replaceable(out)
-    about, kind = store.about, kind or default_kind(len(store))
+    about = store.about
     if model and model.fingerprint() != about["fingerprint"]:
         raise UserError(f"{store.folder}: embedded with another checkpoint than this; give its own, or embed anew")
-    texts = _texts(store, model) if model and kind.lower() != FLAT else None
-    return write_index(out, _rows(store), about["width"], about["fingerprint"], about["checkpoint"], kind, texts=texts)
+    kind = kind if milvus else kind or default_kind(len(store))
+    texts = _texts(store, model) if model and kind and not milvus and kind.lower() != FLAT else None
+    of = about["width"], about["fingerprint"], about["checkpoint"]
+    return write_index(out, _rows(store), *of, kind, texts=texts, milvus=milvus)
 
 
 def _texts(store: EmbeddingStore, model: Fromage) -> np.ndarray | None:
@@ -87,19 +104,23 @@ def build_index(
     captions: str | Path | None = None,
     checkpoint: str | Path | None = None,
     kind: str | None = None,
+    milvus: str | None = None,
 ) -> ImageIndex:
     """Embed pictures and save their index as the folder out; what is embedded outlasts a kill, beside out.
 
     Args:
         checkpoint: where the model was loaded from, so that open_index finds it.
-        kind: as for write_index. The others are those of embed_pictures.
+        kind, milvus: as for write_index. The others are those of embed_pictures.
     """
-    check_replaceable(out)
-    check_kind(kind, model.q)  # before the hours of embedding
+    check_replaceable(out)  # before the hours of embedding
+    if milvus:
+        reach(milvus)
+    else:
+        check_kind(kind, model.q)
     out = Path(out).resolve()
     beside = out.with_name(f".{out.name}.{model.fingerprint()}.embeddings")
     store = embed_pictures(model, images, beside, batch_size, workers, captions, checkpoint)
-    index = build(store, out, kind, model)
+    index = build(store, out, kind, model, milvus)
     shutil.rmtree(beside)
     return index
 
@@ -108,34 +129,51 @@ def add(folder: str | Path, store: EmbeddingStore) -> ImageIndex:
     """Put embeddings behind those of an index, which keeps its kind; pictures that are there already stay as they are."""
     index = ImageIndex.load(folder, None)
     index.require(store.about["fingerprint"], folder)
-    rows = chain(index.rows(), _without(_rows(store), index.items.paths()))
+    if isinstance(index, MilvusIndex):
+        index.add(_rows(store))
+        index.save(folder)
+        return index
+    rows = chain(index.rows(), _without(_rows(store), index.paths()))
     return _rewrite(folder, index, rows, _learnt(folder, index))
 
 
 def remove(folder: str | Path, paths: Sequence[str]) -> ImageIndex:
     """Take pictures out of an index, every one at these paths. Raises UserError for a path that is not there."""
     index = ImageIndex.load(folder, None)
-    barred = pa.chunked_array([pa.array([path.encode("utf-8", "surrogateescape") for path in paths], pa.binary())])
-    there = set(index.items.paths().filter(pc.is_in(index.items.paths(), value_set=barred)).to_pylist())
-    if gone := [path for path in barred.to_pylist() if path not in there]:
-        name = gone[0].decode("utf-8", "replace")
-        raise UserError(f"{folder}: has no picture {name}; give paths as `fromage search` prints them")
+    names = [path.encode("utf-8", "surrogateescape") for path in paths]
+    if isinstance(index, MilvusIndex):
+        rows = index.collection.rows_of(names)
+        _require(folder, names, rows)
+        index.remove([row for found in rows.values() for row in found])
+        index.save(folder)
+        return index
+    barred = pa.chunked_array([pa.array(names, pa.binary())])
+    _require(folder, names, set(index.paths().filter(pc.is_in(index.paths(), value_set=barred)).to_pylist()))
     trained = _learnt(folder, index)
     if trained:
         trained.index.reset()  # forgets the rows, not the training
     return _rewrite(folder, index, _without(index.rows(), barred), trained)
 
 
-def merge(folders: Sequence[str | Path], out: str | Path, kind: str | None = None) -> ImageIndex:
+def _require(folder: str | Path, names: Iterable[bytes], there: Collection[bytes]) -> None:
+    if gone := [name for name in names if name not in there]:
+        name = gone[0].decode("utf-8", "replace")
+        raise UserError(f"{folder}: has no picture {name}; give paths as `fromage search` prints them")
+
+
+def merge(folders: Sequence[str | Path], out: str | Path, kind: str | None = None, milvus: str | None = None) -> ImageIndex:
     """Write one index of several. Of pictures at the same path the first counts. kind: the first one's, unless given."""
     indexes = [ImageIndex.load(folder, None) for folder in folders]
     first = indexes[0]
     for index, folder in zip(indexes, folders, strict=True):
         index.require(first.fingerprint, folder)
-    parts, seen = [first.rows()], first.items.paths()
+    parts, seen = [first.rows()], first.paths()
     for index in indexes[1:]:
         parts.append(_without(index.rows(), seen))
-        seen = pa.chunked_array([*seen.chunks, *index.items.paths().chunks], pa.binary())
+        seen = pa.chunked_array([*seen.chunks, *index.paths().chunks], pa.binary())
+    if milvus or isinstance(first, MilvusIndex):  # the one's names of kinds mean nothing to the other
+        of = first.width, first.fingerprint, first.checkpoint
+        return write_index(out, chain(*parts), *of, kind, milvus=milvus)
     trained = _learnt(folders[0], first) if kind in (None, first.kind) else None
     texts = np.concatenate([index.texts for index in indexes])  # (n, q)
     first.texts = texts[:: max(1, len(texts) // MEASURED_WITH)]

@@ -6,7 +6,8 @@
     texts.f32      (n, q) unit rows of captions as searched for, with which these are measured; where there were some
     index.json     format, count, width, fingerprint, kind, and the files' sizes and digests; written last
 
-All but index.json are mapped into memory when the index is opened, so that millions of rows open at once.
+All but index.json are mapped into memory when the index is opened, so that millions of rows open at once. Of an index in
+Milvus there is index.json alone, which names the server and the collection.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from fromage.errors import UserError, first_line
 FORMAT, VERSION = "fromage-index", 2
 VECTORS, ITEMS, CANDIDATES, TEXTS, ABOUT = "vectors.f32", "items.arrow", "index.faiss", "texts.f32", "index.json"
 KEYS = {"count", "width", "fingerprint", "checkpoint", "kind", "setting", "recall_at_10", "files"}
+MILVUS = "milvus"  # the key of what only an index in Milvus says: uri and collection
 BLOCK, BLOCKS = 1 << 16, 64  # bytes; a spot digest reads so many blocks, spread over the file
 
 
@@ -61,11 +63,19 @@ def read_about(folder: Path) -> dict[str, Any]:
     try:
         about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
         known = (about["format"], about["version"]) == (FORMAT, VERSION) and about.keys() >= KEYS
-        if not known or not {VECTORS, ITEMS} <= about["files"].keys() <= {VECTORS, ITEMS, CANDIDATES, TEXTS}:
+        if not known or not _complete(about):
             raise ValueError("of another format or version")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{folder}: is no readable index ({error}); build one with: fromage index build") from error
     return about
+
+
+def _complete(about: dict[str, Any]) -> bool:
+    """Whether what is said of files, or of Milvus, is what an index needs."""
+    files = about["files"].keys()
+    if MILVUS in about:
+        return not files and {"uri", "collection"} <= about[MILVUS].keys()
+    return {VECTORS, ITEMS} <= files <= {VECTORS, ITEMS, CANDIDATES, TEXTS}
 
 
 def check_files(folder: Path, about: dict[str, Any], full: bool = False) -> None:
@@ -87,7 +97,7 @@ def check_replaceable(folder: str | Path) -> None:
     if not folder.exists():
         return
     files = {p.name for p in folder.iterdir()} if folder.is_dir() else set()
-    if not {VECTORS, ITEMS, ABOUT} <= files <= {VECTORS, ITEMS, CANDIDATES, TEXTS, ABOUT}:
+    if files != {ABOUT} and not {VECTORS, ITEMS, ABOUT} <= files <= {VECTORS, ITEMS, CANDIDATES, TEXTS, ABOUT}:
         raise UserError(f"{folder}: exists and is not an index (or not only); choose another place or remove it")
     read_about(folder)
 

@@ -5,7 +5,8 @@ Paths and captions are bytes here: file names need not be Unicode, and Python's 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,12 @@ from fromage.picture_source import Item
 
 SCHEMA = pa.schema([("path", pa.binary()), ("caption", pa.binary())])
 Embedded = tuple[np.ndarray, pa.RecordBatch]  # (n, q) rows of the retrieval space, and the items they are of
+CHUNK = 1 << 14  # rows
+
+
+def picture_id(path: bytes) -> str:
+    """16 hex digits that change with the path; another index with the same picture has the same."""
+    return hashlib.blake2b(path, digest_size=8).hexdigest()
 
 
 def to_batch(items: Sequence[Item]) -> pa.RecordBatch:
@@ -53,6 +60,20 @@ class ItemTable(Sequence[Item]):
     def paths(self) -> pa.ChunkedArray:
         """All paths, as bytes."""
         return pa.chunked_array([batch.column("path") for batch in self.batches], pa.binary())
+
+    def finder(self) -> Callable[[str], Item | None]:
+        """What finds an item by the id of its path, the first of several."""
+        paths = (path for batch in self.slices(CHUNK) for path in batch.column("path").to_pylist())
+        digests = np.fromiter((int(picture_id(path), 16) for path in paths), np.uint64)  # (N,)
+        rows = np.argsort(digests, kind="stable")  # (N,)
+        digests = digests[rows]
+
+        def find(name: str) -> Item | None:
+            wanted = np.uint64(int(name, 16))
+            place = int(np.searchsorted(digests, wanted))
+            return self[int(rows[place])] if place < len(rows) and digests[place] == wanted else None
+
+        return find
 
     def slices(self, rows: int) -> Iterator[pa.RecordBatch]:
         """All items, in order, at most so many at a time."""

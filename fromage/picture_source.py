@@ -40,9 +40,10 @@ class Sample(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """Some pictures of a part, grouped by the shape of their tensors; last says that the part is at its end."""
+    """Some pictures of a part, grouped by the shape of their tensors; the last of a part says so. number: in the part."""
 
     part: int
+    number: int
     groups: list[tuple[Tensor | None, list[Sample]]]
     last: bool
 
@@ -73,11 +74,16 @@ class PictureSource(IterableDataset[Chunk]):
 
     def __iter__(self) -> Iterator[Chunk]:
         worker, workers = worker_share()
-        for number in self.todo[worker::workers]:
-            samples = self._samples(self.parts[number])
-            while batch := list(islice(samples, self.batch_size)):
-                yield Chunk(number, collate(batch), False)
-            yield Chunk(number, [], True)
+        for part in self.todo[worker::workers]:
+            yield from self.chunks(part, self.parts[part])
+
+    def chunks(self, part: int, names: Names) -> Iterator[Chunk]:
+        """The pictures of one part, of these names, batch by batch."""
+        samples, number = self._samples(names), 0
+        while batch := list(islice(samples, self.batch_size)):
+            yield Chunk(part, number, collate(batch), False)
+            number += 1
+        yield Chunk(part, number, [], True)
 
     def _samples(self, part: Names) -> Iterator[Sample]:
         lost: list[str] = []

@@ -8,6 +8,7 @@ import sys
 import tempfile
 import time
 
+import colour_tower
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -217,21 +218,20 @@ def test_a_run_that_was_stopped_goes_on(pictures, tmp_path, monkeypatch, step, w
 
 
 RUN = """
-import sys, time
+import sys
 sys.path[:0] = {path!r}
-from test_index import Model
+from colour_tower import Model
 from fromage import embed_pictures, picture_source
 picture_source.FILES_PER_PART = 2
-embed = Model.embed_images
-Model.embed_images = lambda *args: time.sleep(0.03) or embed(*args)
 print("ready", flush=True)
-embed_pictures.embed_pictures(Model(), {source!r}, {out!r}, 1, workers=2)
+embed_pictures.embed_pictures(Model(0.03), {source!r}, {out!r}, 1, workers=2)
 """
 
 
 @pytest.mark.filterwarnings("ignore:.*04.bmp")
 def test_a_killed_process_loses_and_doubles_nothing(pictures, tmp_path):
-    wanted = rows_and_items(module.embed_pictures(Model(), pictures, tmp_path / "whole", 1))
+    model = colour_tower.Model()  # which another process imports at once
+    wanted = rows_and_items(module.embed_pictures(model, pictures, tmp_path / "whole", 1))
     out, rng = tmp_path / "out", random.Random(0)
     script = RUN.format(path=sys.path, source=str(pictures), out=str(out))
     for _ in range(2):
@@ -240,7 +240,7 @@ def test_a_killed_process_loses_and_doubles_nothing(pictures, tmp_path):
         time.sleep(rng.uniform(0.05, 0.3))
         process.send_signal(signal.SIGKILL)
         process.wait()
-    rows, items = rows_and_items(module.embed_pictures(Model(), pictures, out, 1))
+    rows, items = rows_and_items(module.embed_pictures(model, pictures, out, 1))
     np.testing.assert_array_equal(rows, wanted[0])
     assert items == wanted[1]
 
@@ -283,7 +283,7 @@ def test_when_it_is_stopped_it_says_that_the_command_goes_on(pictures, tmp_path,
     def stopped(self, *args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module._Part, "write", stopped)
+    monkeypatch.setattr(module, "_write", stopped)
     with pytest.raises(KeyboardInterrupt, match="goes on"):
         module.embed_pictures(Model(), pictures, tmp_path / "out")
 

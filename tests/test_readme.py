@@ -1,4 +1,4 @@
-"""The README's commands are commands."""
+"""The commands of the README and of docs/scale.md are commands."""
 
 import re
 import shlex
@@ -8,10 +8,12 @@ import pytest
 
 from fromage.cli import FITTING, main, parser
 
-README = (Path(__file__).resolve().parents[1] / "README.md").read_text()
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+PAGES = README + (ROOT / "docs" / "scale.md").read_text()
 COMMANDS = [
-    line.split("  #")[0].strip() for line in README.splitlines() if re.match(r"    (fromage|lightning) \w", line)
-] + re.findall(r"`((?:fromage|lightning) [^`]*--[^`]*)`", README)
+    line.split("  #")[0].strip() for line in PAGES.splitlines() if re.match(r"    (fromage|lightning) \w", line)
+] + re.findall(r"`((?:fromage|lightning) [^`]*--[^`]*)`", PAGES)
 
 
 def test_there_are_some():
@@ -33,7 +35,6 @@ def test_command_parses(command, capsys):
 
 
 def test_files_of_the_reading_order_are_there():
-    root = Path(__file__).resolve().parents[1]
     section = README.split("## Reading order")[1].split("## ")[0]
     for name in re.findall(r"`([\w/]+\.(?:py|yaml)|[\w/]+/)`", section):
-        assert any((root / base / name).exists() for base in ("", "fromage")), name
+        assert any((ROOT / base / name).exists() for base in ("", "fromage")), name

@@ -6,16 +6,18 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fromage.commands.verb import DEVICE, OUT, Verbs, natural, option, positive
+from fromage.commands.verb import DEVICE, OUT, Verbs, natural, option, positive, share
 from fromage.errors import UserError
 
 if TYPE_CHECKING:
     from fromage.candidates import Candidates
     from fromage.index import ImageIndex
+    from fromage.ray_embed import RayJob
 
 
 def _tell(index: ImageIndex, where: Path) -> None:
-    print(f"index of {len(index)} pictures, {index.kind}{_recall(index.candidates)} -> {where}")
+    there = f", in Milvus at {index.about()['milvus']['uri']}" if "milvus" in index.about() else ""
+    print(f"index of {len(index)} pictures, {index.kind}{_recall(index.candidates)}{there} -> {where}")
 
 
 def _recall(candidates: Candidates | None) -> str:
@@ -30,9 +32,19 @@ def embed(args: argparse.Namespace) -> None:
     from fromage.checkpoint import load_model
     from fromage.embed_pictures import embed_pictures
 
-    model = load_model(args.ckpt, args.device)
-    how = args.batch_size, args.workers, args.captions, args.ckpt, args.dtype
+    job = _ray_job(args)
+    model = load_model(args.ckpt, "cpu" if job else args.device)
+    how = args.batch_size, args.workers, args.captions, args.ckpt, args.dtype, job
     print(f"{len(embed_pictures(model, args.images, args.out, *how))} embeddings -> {args.out}")
+
+
+def _ray_job(args: argparse.Namespace) -> RayJob | None:
+    from fromage.ray_embed import RayJob
+
+    if not args.ray:
+        return None
+    gpus = args.gpus if args.gpus is not None else float(args.device.startswith("cuda"))
+    return RayJob(args.ray, args.actors, gpus, args.workers)
 
 
 def build(args: argparse.Namespace) -> None:
@@ -46,9 +58,9 @@ def build(args: argparse.Namespace) -> None:
     if args.embeddings:
         store = EmbeddingStore.open(args.embeddings)
         model = load_model(args.ckpt, args.device) if args.ckpt else None
-        index = index_builder.build(store, args.out, args.kind, model)
+        index = index_builder.build(store, args.out, args.kind, model, args.milvus)
     else:
-        how = args.batch_size, args.workers, args.captions, args.ckpt, args.kind
+        how = args.batch_size, args.workers, args.captions, args.ckpt, args.kind, args.milvus
         index = index_builder.build_index(load_model(args.ckpt, args.device), args.images, args.out, *how)
     _tell(index, args.out)
 
@@ -72,7 +84,7 @@ def merge(args: argparse.Namespace) -> None:
     """Merge indexes of the same checkpoint; of pictures at the same path the first counts."""
     from fromage import index_builder
 
-    _tell(index_builder.merge(args.index, args.out, args.kind), args.out)
+    _tell(index_builder.merge(args.index, args.out, args.kind, args.milvus), args.out)
 
 
 def import_authors(args: argparse.Namespace) -> None:
@@ -82,21 +94,29 @@ def import_authors(args: argparse.Namespace) -> None:
     from fromage.embed_pictures import located
     from fromage.index_builder import write_index
 
-    model, where = load_model(args.ckpt), located(args.ckpt)
-    _tell(write_index(args.out, rows_of(args.pickle, model.q), model.q, model.fingerprint(), where, args.kind), args.out)
+    model = load_model(args.ckpt)
+    of = model.q, model.fingerprint(), located(args.ckpt)
+    _tell(write_index(args.out, rows_of(args.pickle, model.q), *of, args.kind, milvus=args.milvus), args.out)
 
 
 def info(args: argparse.Namespace) -> None:
     """Print what an index is."""
-    from fromage.index_folder import check_files, read_about
+    from fromage.index import ImageIndex
+    from fromage.index_folder import MILVUS, check_files, read_about
 
     about = read_about(args.index)
     check_files(args.index, about, full=args.check)
     size = sum(file["bytes"] for file in about.pop("files").values())
-    about["bytes_per_picture"] = round(size / about["count"])
+    if MILVUS in about:
+        about |= {"count": len(ImageIndex.load(args.index, None))} | about.pop(MILVUS)
+        sound = "Milvus answers, and the collection is there"
+    else:
+        about["bytes_per_picture"] = round(size / about["count"])
+        sound = "sizes and samples of the files are right; --check reads all"
+        sound = "every byte is as it was written" if args.check else sound
     for name, value in about.items():
         print(f"{name:18} {'not measured' if value is None else value}")
-    print("every byte is as it was written" if args.check else "sizes and samples of the files are right; --check reads all")
+    print(sound)
 
 
 CKPT = option("--ckpt", type=Path, required=True, help="checkpoint of `lightning fit`, folder or hub name")
@@ -104,6 +124,9 @@ CAPTIONS = option("--captions", type=Path, help="COCO caption JSON, or {file nam
 BATCH_SIZE = option("--batch-size", type=positive, default=64, help="pictures per batch")
 WORKERS = option("--workers", type=natural, default=0, help="processes that decode pictures")
 KIND = option("--kind", help="flat, or a FAISS factory string such as IVF4096,SQ8 (flat up to a million pictures)")
+MILVUS = option(
+    "--milvus", help="build in Milvus: its address, or a path that ends in .db; --kind is then flat, HNSW,M=32 ..."
+)
 INDEX = option("index", type=Path, help="folder of the index")
 EMBEDDINGS = option("--embeddings", type=Path, required=True, help="folder of `fromage index embed`")
 
@@ -119,6 +142,11 @@ VERBS: Verbs = {
             WORKERS,
             option("--dtype", choices=("float32", "float16"), default="float32", help="of the stored embeddings"),
             DEVICE,
+            option(
+                "--ray", nargs="?", const="local", metavar="ADDRESS", help="as a Ray job: here, or on the cluster at auto"
+            ),
+            option("--actors", type=positive, default=1, help="with --ray: copies of the image tower"),
+            option("--gpus", type=share, help="with --ray: GPUs of each of these, also 0.5 (1 with --device cuda, else 0)"),
         ],
     ),
     ("index", "build"): (
@@ -129,6 +157,7 @@ VERBS: Verbs = {
             option("--ckpt", type=Path, help="checkpoint of --images; or of --embeddings, to measure with their captions"),
             OUT,
             KIND,
+            MILVUS,
             CAPTIONS,
             BATCH_SIZE,
             WORKERS,
@@ -137,10 +166,10 @@ VERBS: Verbs = {
     ),
     ("index", "add"): (add, [INDEX, EMBEDDINGS]),
     ("index", "remove"): (remove, [INDEX, option("path", nargs="+", help="paths as `fromage search` prints them")]),
-    ("index", "merge"): (merge, [option("index", type=Path, nargs="+", help="folders of indexes"), OUT, KIND]),
+    ("index", "merge"): (merge, [option("index", type=Path, nargs="+", help="folders of indexes"), OUT, KIND, MILVUS]),
     ("index", "import"): (
         import_authors,
-        [option("pickle", type=Path, nargs="+", help="{'paths': [...], 'embeddings': array}"), CKPT, OUT, KIND],
+        [option("pickle", type=Path, nargs="+", help="{'paths': [...], 'embeddings': array}"), CKPT, OUT, KIND, MILVUS],
     ),
     ("index", "info"): (
         info,

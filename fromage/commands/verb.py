@@ -28,6 +28,13 @@ def natural(text: str) -> int:
     return value
 
 
+def share(text: str) -> float:
+    """A number from 0 on."""
+    if not 0 <= (value := float(text)) < float("inf"):
+        raise ValueError
+    return value
+
+
 def out_folder(text: str) -> Path:
     """A folder to write, later. Raises UserError now where it can be neither made nor written to."""
     path = Path(text)
