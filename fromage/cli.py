@@ -12,6 +12,7 @@
     index import, index info         the authors' embeddings -> an index; what an index is
     search                           questions to an index, in words or pictures
     eval coco, flickr30k, vist, visdial   the tables of the paper; eval few-shot: examples in the prompt
+    eval refcoco, pope, instructions      Octopus: which object is meant, what is there, several objects
     chat, demo, serve                a conversation: in the terminal, in a browser, over HTTP
 
 What a user can mend is one line on stderr and exit code 2, and so is Ctrl-C, with 130; --debug shows the traceback.
