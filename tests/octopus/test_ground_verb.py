@@ -11,6 +11,7 @@ from PIL import Image
 from tiny_octopus import save_untrained
 
 from fromage.cli import main
+from fromage.commands import talk
 from fromage.commands.ground import as_json
 from fromage.errors import UserError
 from fromage.octopus.answers import Grounded, read_text
@@ -110,6 +111,15 @@ def test_without_a_checkpoint_the_toy_one_is_taken(ckpt, photo, monkeypatch, cap
     monkeypatch.setitem(sys.modules, "fromage.toy.octopus_tour", tour)
     assert main(["ground", photo, "is there a star?", "--max-new-tokens", "2"]) == 0
     assert [str(out) for out in asked] == ["runs/octopus"] and "is there a star?" in capsys.readouterr().out
+
+
+def test_the_web_demo_points_where_a_checkpoint_is_named_or_the_toy_is_trained(ckpt, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    args = {"index": None, "ckpt": None, "octopus": None, "device": "cpu"}
+    opened = lambda **given: talk._octopus(SimpleNamespace(**args | given))  # noqa: E731
+    assert opened(octopus=ckpt).n == 4 and opened() is None, "nothing is trained for it"
+    save_untrained(tmp_path / talk.TOY_OCTOPUS, n=3)
+    assert opened().n == 3 and opened(octopus=ckpt).n == 4 and opened(ckpt="own.ckpt") is None
 
 
 def test_what_is_wrong_is_one_line(ckpt, photo, tmp_path, capsys):
