@@ -187,14 +187,18 @@ class VisionTower(FrozenTower):
 
     def fingerprint(self) -> dict[str, str]:
         """What stored features depend on: the tower's name, its weights (a digest of samples) and the preprocessing."""
-        digest = hashlib.sha256()
-        for name, value in sorted(self.visual.state_dict().items()):
-            flat = value.flatten()
-            digest.update(name.encode())
-            some = flat[:: max(1, flat.numel() // 64)].bfloat16()  # whatever dtype the tower is loaded in
-            digest.update(some.float().cpu().numpy().tobytes())
         shown = re.sub(r" at 0x[0-9a-f]+|\s+", " ", str(self.transform))
-        return {"tower": self.name, "weights": digest.hexdigest()[:16], "preprocessing": shown}
+        return {"tower": self.name, "weights": digest_of_samples(self.visual), "preprocessing": shown}
+
+
+def digest_of_samples(module: nn.Module) -> str:
+    """16 hex digits of some numbers of every tensor of a module, the same whatever dtype it is loaded in."""
+    digest = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        flat = value.flatten()
+        digest.update(name.encode())
+        digest.update(flat[:: max(1, flat.numel() // 64)].bfloat16().float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 class PatchTower(VisionTower):

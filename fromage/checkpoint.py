@@ -18,8 +18,9 @@ from torch import Tensor
 
 from fromage.backbones import DTYPES, look_for_hub
 from fromage.errors import UserError, first_line
-from fromage.model import TOWERS, Fromage
+from fromage.model import Fromage
 from fromage.model_folder import CONFIG, WEIGHTS, Saved, read_folder
+from fromage.picture_reader import TOWERS
 
 PREFIX = "model."
 HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*(?<!\.ckpt)")
@@ -41,7 +42,7 @@ def build(saved: Saved, device: str = "cpu", **options: Any) -> Fromage:
     options = {name: value for name, value in options.items() if value is not None}
     dtype = str(options.get("dtype", saved.settings.get("dtype", "float32"))).removeprefix("torch.")
     elsewhere = {"vision_weights": None} if "vision" in options else {}
-    _check_device(device)
+    check_device(device)
     model = Fromage.load(**(saved.settings | elsewhere | options | {"dtype": dtype_name(dtype)}))
     check_trained(saved.tensors, model, saved.source)
     ids = {name: saved.added_tokens.get(name, own) for name, own in _added_tokens(model).items()}
@@ -55,7 +56,7 @@ def build(saved: Saved, device: str = "cpu", **options: Any) -> Fromage:
     return model.to(device).eval()
 
 
-def _check_device(device: str) -> None:
+def check_device(device: str) -> None:
     """Raise UserError for a device that is not there: before towers are loaded, not after."""
     try:
         torch.empty(0, device=device)

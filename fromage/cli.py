@@ -11,7 +11,9 @@
     index add, remove, merge         change an index
     index import, index info         the authors' embeddings -> an index; what an index is
     search                           questions to an index, in words or pictures
+    ground                           Octopus: words -> the boxes of what they mean in a picture
     eval coco, flickr30k, vist, visdial   the tables of the paper; eval few-shot: examples in the prompt
+    eval refcoco, pope, instructions      Octopus: which object is meant, what is there, several objects
     chat, demo, serve                a conversation: in the terminal, in a browser, over HTTP
 
 What a user can mend is one line on stderr and exit code 2, and so is Ctrl-C, with 130; --debug shows the traceback.
@@ -26,11 +28,13 @@ import sys
 import warnings
 from typing import Any
 
-from fromage.commands import data, evals, index, search, talk, weights
+from fromage.commands import data, evals, ground, index, search, talk, weights
+from fromage.commands.verb import Verbs
 from fromage.configs import with_configs_found
 from fromage.errors import UserError
 
-VERBS = {**data.VERBS, **evals.VERBS, **index.VERBS, **search.VERBS, **talk.VERBS, **weights.VERBS}
+PARTS = (data, evals, ground, index, search, talk, weights)
+VERBS: Verbs = {words: verb for part in PARTS for words, verb in part.VERBS.items()}
 FITTING = ("fit", "validate", "test", "predict")
 
 

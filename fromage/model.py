@@ -14,7 +14,6 @@ Source: Koh, Salakhutdinov, Fried, "Grounding Language Models to Images for Mult
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,9 +26,8 @@ from torch import Tensor, nn
 
 from fromage.backbones import LanguageModel, Quantized, VisionTower, load_lm, load_vision
 from fromage.errors import UserError, first_line
-from fromage.picture_reader import PictureReader
+from fromage.picture_reader import PictureReader, digest
 
-TOWERS = ("lm.", "vision.")
 Pooling = Literal["ret", "last"]  # where a text is read for retrieval: at [RET], or at its last word (an ablation)
 
 
@@ -112,10 +110,6 @@ class Fromage(PictureReader, ModelHubMixin):
 
         write_folder(describe(self, dtype), save_directory)
 
-    def trained(self) -> dict[str, nn.Parameter]:
-        """The trained parameters by name; the towers have none."""
-        return {name: p for name, p in self.named_parameters() if not name.startswith(TOWERS)}
-
     def prefix(self, features: Tensor) -> Tensor:
         """(B, m) image features -> (B, k, d) input embeddings: W_c v(x) + b."""
         return self.visual_prefix(features.float()).unflatten(-1, (self.k, self.lm.width))  # (B, k d) -> (B, k, d)
@@ -158,11 +152,8 @@ class Fromage(PictureReader, ModelHubMixin):
 
         trained: values to count in place of the model's own, such as these rounded to what a file holds.
         """
-        digest = hashlib.sha256(f"{self.lm.name}|{self.vision.fingerprint()}|{self.k}|{self.q}".encode())
-        digest.update(b"" if self.pooling == "ret" else self.pooling.encode())
-        for name, p in sorted((trained or self.trained()).items()):
-            digest.update(name.encode() + p.detach().float().cpu().numpy().tobytes())
-        return digest.hexdigest()[:16]
+        built = f"{self.lm.name}|{self.vision.fingerprint()}|{self.k}|{self.q}"
+        return digest(built + ("" if self.pooling == "ret" else self.pooling), trained or self.trained())
 
 
 def pad(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, list[int]]:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
 from fromage.backbones import LanguageModel, VisionTower
 from fromage.tokens import PromptTokenizer
+
+TOWERS = ("lm.", "vision.")
 
 
 class PictureReader(nn.Module):
@@ -27,6 +32,14 @@ class PictureReader(nn.Module):
         """Where the trained parameters are."""
         return self.visual_prefix.weight.device
 
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The parameters beside the two towers, by name."""
+        return {name: p for name, p in self.named_parameters() if not name.startswith(TOWERS)}
+
+    def fingerprint(self) -> str:
+        """16 hex digits that change with any parameter: what a report or an index belongs to."""
+        raise NotImplementedError
+
     def prefix(self, features: Tensor) -> Tensor:
         """(B, *vision.shape) features of pictures -> (B, k, d) input embeddings."""
         raise NotImplementedError
@@ -35,6 +48,14 @@ class PictureReader(nn.Module):
         """(B, T) ids -> (B, T, d) input embeddings; the places of <|image|> are filled from prefix (N, k, d), in order."""
         embeds = self.lm.embed(ids)  # (B, T, d)
         return embeds if prefix is None else fill(embeds, ids == self.tokenizer.image_id, prefix)
+
+
+def digest(built: str, trained: Mapping[str, Tensor]) -> str:
+    """16 hex digits of what a model is built of, in words, and of its trained parameters."""
+    summed = hashlib.sha256(built.encode())
+    for name, p in sorted(trained.items()):
+        summed.update(name.encode() + p.detach().float().cpu().numpy().tobytes())
+    return summed.hexdigest()[:16]
 
 
 def fill(embeds: Tensor, places: Tensor, rows: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from pytorch_lightning.strategies import DDPStrategy
 from torch.nn.parallel import DistributedDataParallel
 
 from fromage.frozen_blocks import gather_blocks, shard_blocks
-from fromage.model import TOWERS
+from fromage.picture_reader import TOWERS
 
 
 class ShardedTowers(DDPStrategy):

@@ -24,10 +24,12 @@ except ImportError as error:
     raise UserError("the web demo needs Gradio; pip install 'fromage[demo]'") from error
 
 from fromage.web_guard import Guard, GuardedBlocks
+from fromage.web_pointing import Pointing
 from fromage.web_visits import MAX_SENT, Visits, conversation
 
 if TYPE_CHECKING:
     from fromage.index import ImageIndex
+    from fromage.octopus.model import Octopus
 
 CACHE = "GRADIO_TEMP_DIR"
 UPLOAD = "20mb"  # of one file
@@ -52,9 +54,11 @@ FINDS = " Where it writes `[RET]`, the answer shows which of the {count:,} pictu
 NO_INDEX = " It was started without an index of pictures, so it answers in text alone."
 
 
-def launch(model: Fromage, index: ImageIndex | None, style: str, host: str, port: int) -> None:
+def launch(
+    model: Fromage, index: ImageIndex | None, style: str, host: str, port: int, octopus: Octopus | None = None
+) -> None:
     """Serve the demo until Ctrl-C. style: of fromage.chat.STYLES. Raises UserError where the port is taken."""
-    with running(model, index, style, host, port) as address:
+    with running(model, index, style, host, port, octopus) as address:
         print(f"the demo is at {address} (Ctrl-C ends it)", flush=True)
         try:
             Event().wait()
@@ -63,10 +67,13 @@ def launch(model: Fromage, index: ImageIndex | None, style: str, host: str, port
 
 
 @contextmanager
-def running(model: Fromage, index: ImageIndex | None, style: str, host: str, port: int) -> Iterator[str]:
+def running(
+    model: Fromage, index: ImageIndex | None, style: str, host: str, port: int, octopus: Octopus | None = None
+) -> Iterator[str]:
     """The demo, served in the background; gives its address."""
     with _cache():
-        blocks = page(Visits(model, index, style))
+        visits = Visits(model, index, style)
+        blocks = page(visits, Pointing(octopus, visits.lock) if octopus else None)
         try:
             yield _serve(blocks, host, port)
         finally:
@@ -112,8 +119,8 @@ def _serve(blocks: gr.Blocks, host: str, port: int) -> str:
     return address.rstrip("/")
 
 
-def page(visits: Visits) -> gr.Blocks:
-    """Two tabs: the conversation, and the plain search."""
+def page(visits: Visits, pointing: Pointing | None = None) -> gr.Blocks:
+    """Two tabs, the conversation and the plain search; with an Octopus a third one, in which it points."""
     about = ABOUT + (FINDS.format(count=len(visits.index)) if visits.index else NO_INDEX)
     with GuardedBlocks(title="FROMAGe", analytics_enabled=False, delete_cache=(600, KEPT)) as blocks:
         gr.Markdown(about)
@@ -121,6 +128,9 @@ def page(visits: Visits) -> gr.Blocks:
             _chat(visits)
         with gr.Tab("Search"):
             _search(visits)
+        if pointing:
+            with gr.Tab("Point"):
+                _point(pointing)
     return blocks.queue(max_size=QUEUE)
 
 
@@ -142,9 +152,13 @@ def _chat(visits: Visits) -> None:
 
 def _box(visits: Visits, files: int) -> gr.MultimodalTextbox:
     such_as = f", such as: {visits.index.items[0].caption[:80]}" if visits.index and visits.index.items[0].caption else ""
+    return _message_box(f"words, a picture, or both{such_as}", files)
+
+
+def _message_box(placeholder: str, files: int) -> gr.MultimodalTextbox:
     return gr.MultimodalTextbox(
         show_label=False,
-        placeholder=f"words, a picture, or both{such_as}",
+        placeholder=placeholder,
         file_types=["image"],
         file_count="multiple" if files > 1 else "single",
     )
@@ -172,3 +186,11 @@ def _search(visits: Visits) -> None:
             count = gr.Slider(1, 24, 8, step=1, label="Pictures")
     found = gr.Gallery(show_label=False, height="auto", buttons=[], interactive=False)
     box.submit(visits.search, [box, count], found, **MODEL)
+
+
+def _point(pointing: Pointing) -> None:
+    gr.Markdown("Add a picture and say what is meant in it: Octopus points at it. Thin boxes are what else it considered.")
+    box = _message_box("a picture, and: the small star left of the ring", 1)
+    said = gr.Textbox(label="Answer", interactive=False)
+    shown = gr.Image(show_label=False, interactive=False, buttons=[], height="60vh")
+    box.submit(pointing.point, box, [shown, said], **MODEL)

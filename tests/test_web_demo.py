@@ -23,6 +23,7 @@ from fromage.chat import Chat
 from fromage.errors import UserError
 from fromage.gallery import Shown
 from fromage.hits import Hit
+from fromage.octopus.model import Octopus
 from fromage.web_demo import launch, running
 from fromage.web_visits import SIDE, Visits, contents, conversation, read
 
@@ -50,8 +51,13 @@ def caption():
 
 
 @pytest.fixture(scope="module")
-def address(model, index):
-    with running(model, index, "plain", "127.0.0.1", free_port()) as address:
+def octopus():
+    return Octopus.load(n=4, c=16, decoder_layers=1, heads=2)
+
+
+@pytest.fixture(scope="module")
+def address(model, index, octopus):
+    with running(model, index, "plain", "127.0.0.1", free_port(), octopus) as address:
         yield address
 
 
@@ -225,6 +231,21 @@ def test_search_by_words_by_picture_and_by_both(address, folder):
     assert Image.open(best).getpixel((9, 9))[0] > 250, "itself"
 
 
+def test_a_picture_comes_back_with_boxes_drawn(address, folder):
+    visitor = Visitor(address, "points")
+    red = visitor.upload(folder / "red.png")
+    messages = visitor.call("point", {"text": "the star", "files": [red]})
+    assert succeeded(messages) and str(folder) not in json.dumps(messages)
+    (path,) = {path for path in pictures_in(messages) if path.endswith(".jpg")}
+    assert len(Image.open(path).getcolors(1 << 20)) > 10, "lines and scores on what was one colour"
+    words = visitor.upload(folder / "words.png")
+    for text, files in (("the star", []), ("", [red]), ("the star", [words]), ("star " * 999, [red])):
+        messages = visitor.call("point", {"text": text, "files": files})
+        assert succeeded(messages) and not pictures_in([message for message in messages if message["msg"] != "log"])
+        assert [message["level"] for message in messages if message["msg"] == "log"] == ["warning"]
+        assert "Traceback" not in json.dumps(messages)
+
+
 def talk(model, index, folder, count):
     """So many turns with a picture each way; conversation and turns at the end."""
     visits, turns = Visits(model, index, "plain"), []
@@ -270,7 +291,7 @@ def test_without_an_index_there_is_text(model):
     assert "[a picture; there is no index to find one in]" in shown[1]["content"] and len(turns) == 1
     with running(model, None, "dialogue", "127.0.0.1", free_port()) as address:
         page = httpx.get(f"{address}/config").text
-        assert "There is no index" in page and "text alone" in page and '"gallery"' not in page
+        assert "There is no index" in page and "text alone" in page and '"gallery"' not in page and '"Point"' not in page
 
 
 def test_the_page_is_closed_to_elsewhere_and_leaves_nothing(model, index, monkeypatch):
@@ -337,6 +358,7 @@ def test_a_visit_in_a_browser(address, folder):
         page.goto(address)
         chat_in_browser(page, folder)
         search_in_browser(page, folder)
+        point_in_browser(page, folder)
         assert page.evaluate("window.hacked") is None
         elsewhere = [url for url in asked if not url.startswith((address, "data:", "blob:"))]
         assert asked and not elsewhere
@@ -373,6 +395,16 @@ def search_in_browser(page, folder):
     box.press("Enter")
     page.locator(".thumbnail-lg img").nth(5).wait_for()
     assert page.get_by_text("<b>bold</b>").count() == 6
+
+
+def point_in_browser(page, folder):
+    page.get_by_role("tab", name="Point").click()
+    page.locator("input[type=file]").last.set_input_files(folder / "red.png")
+    page.locator(".thumbnail-item:visible").first.wait_for()
+    box = page.locator("textarea:visible").first
+    box.fill("the star")
+    box.press("Enter")
+    page.wait_for_function("[...document.images].some(image => image.checkVisibility() && image.naturalWidth > 600)")
 
 
 def test_the_page_fits_a_telephone(address):

@@ -1,12 +1,14 @@
-"""Verbs of evaluation: the paper's tables, each beside the frozen CLIP and chance."""
+"""Verbs of evaluation: FROMAGe's tables, each beside the frozen CLIP and chance, and those of Octopus."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from fromage.commands.verb import DEVICE, JSON, Option, Verbs, natural, option, out_folder, positive, save_json
+from fromage.commands.verb import DEVICE, JSON, QUESTION, Option, Verbs, natural, option, out_folder, positive, save_json
 
 
 def coco(args: argparse.Namespace) -> None:
@@ -51,6 +53,38 @@ def few_shot(args: argparse.Namespace) -> None:
     _tell(args, evaluate(_model(args), args.world, args.shots, args.limit))
 
 
+def refcoco(args: argparse.Namespace) -> None:
+    """Octopus: referring expressions of RefCOCO, RefCOCO+ or RefCOCOg, the object meant among all."""
+    from fromage.evals.refcoco import evaluate
+    from fromage.octopus.sources import RefCOCO
+
+    refs, instances, images = (str(path) for path in (args.refs, args.instances, args.images))
+    _ask(args, evaluate, RefCOCO(refs, instances, images, args.split, args.question, args.limit))
+
+
+def pope(args: argparse.Namespace) -> None:
+    """Octopus: questions of POPE, whether something is in a picture."""
+    from fromage.evals.pope import evaluate
+    from fromage.octopus.sources import Pope
+
+    _ask(args, evaluate, Pope(str(args.file), str(args.images), args.limit))
+
+
+def instructions(args: argparse.Namespace) -> None:
+    """Octopus: instructions of LLaVA's kind, answers that point at several objects among them."""
+    from fromage.evals.instructions import evaluate
+    from fromage.octopus.sources import Instructions
+
+    _ask(args, evaluate, Instructions(str(args.file), str(args.images), args.padded, args.limit))
+
+
+def _ask(args: argparse.Namespace, evaluate: Callable[..., dict[str, Any]], data: Any) -> None:
+    from fromage.octopus.lightning_module import load_octopus
+
+    len(data)  # what is wrong with the files is told before towers are loaded
+    _tell(args, evaluate(load_octopus(args.ckpt, args.device), data, _options(args)))
+
+
 def _model(args: argparse.Namespace) -> Any:
     from fromage.checkpoint import load_model
 
@@ -60,7 +94,7 @@ def _model(args: argparse.Namespace) -> Any:
 def _options(args: argparse.Namespace) -> Any:
     from fromage.evals.encoded import Options
 
-    return Options(args.batch_size, args.workers, args.max_lost, args.clip)
+    return Options(**{field.name: getattr(args, field.name) for field in fields(Options) if hasattr(args, field.name)})
 
 
 def _tell(args: argparse.Namespace, report: dict[str, Any]) -> None:
@@ -76,17 +110,17 @@ def _tell(args: argparse.Namespace, report: dict[str, Any]) -> None:
 COMMON: list[Option] = [
     option("--ckpt", required=True, help="checkpoint of `lightning fit`, folder or hub name"),
     JSON,
-    option("--limit", type=positive, help="look at the first so many only (pictures, stories, dialogues)"),
+    option("--limit", type=positive, help="look at the first so many only (pictures, stories, dialogues, examples)"),
     DEVICE,
 ]
-PICTURES: list[Option] = [
+FILES: list[Option] = [
     *COMMON,
     option("--images", type=Path, required=True, help="folder of the pictures"),
     option("--batch-size", type=positive, default=64, help="texts or pictures in a pass"),
     option("--workers", type=natural, default=0, help="processes that decode pictures"),
     option("--max-lost", type=float, default=0.05, help="share of the pictures that may be missing or broken"),
-    option("--no-clip", dest="clip", action="store_false", help="without the baseline"),
 ]
+PICTURES: list[Option] = [*FILES, option("--no-clip", dest="clip", action="store_false", help="without the baseline")]
 CAPTIONS: list[Option] = [
     *PICTURES,
     option("--split", choices=("train", "val", "test"), default="test", help="of Karpathy's splits"),
@@ -112,6 +146,25 @@ VERBS: Verbs = {
                 "--scores", type=out_folder, help="folder of answers' scores, by which a run that was killed is taken up"
             ),
             *PICTURES,
+        ],
+    ),
+    ("eval", "refcoco"): (
+        refcoco,
+        [
+            option("refs", type=Path, help="refs(unc).p, refs(google).p or refs(umd).p"),
+            option("--instances", type=Path, required=True, help="instances.json that came with it"),
+            option("--split", default="val", help="val, and by the file testA, testB, test or train"),
+            QUESTION,
+            *FILES,
+        ],
+    ),
+    ("eval", "pope"): (pope, [option("file", type=Path, help="coco_pope_random.json or another of POPE's"), *FILES]),
+    ("eval", "instructions"): (
+        instructions,
+        [
+            option("file", type=Path, help="JSON of LLaVA's instructions"),
+            option("--padded", action="store_true", help="boxes are shares of the picture padded to a square"),
+            *FILES,
         ],
     ),
     ("eval", "few-shot"): (

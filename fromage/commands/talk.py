@@ -21,7 +21,16 @@ def demo(args: argparse.Namespace) -> None:
     from fromage.web_demo import launch
 
     model, index, style = _opened(args)
-    launch(model, index, style, args.host, args.port)
+    launch(model, index, style, args.host, args.port, _octopus(args))
+
+
+def _octopus(args: argparse.Namespace) -> Any:
+    """The one that is named; beside the toy FROMAGe the toy one, if it was trained already; or None."""
+    from fromage.octopus.lightning_module import load_octopus
+
+    toy = not (args.index or args.ckpt) and TOY_OCTOPUS.exists()
+    path = args.octopus or (str(TOY_OCTOPUS) if toy else None)
+    return load_octopus(path, args.device) if path else None
 
 
 def serve(args: argparse.Namespace) -> None:
@@ -60,6 +69,7 @@ def _conversation(args: argparse.Namespace) -> Any:
     return Chat(model, index, decoding, style, args.system or ())
 
 
+TOY_OCTOPUS = Path("runs/octopus/stage3/checkpoints/last.ckpt")  # where `fromage ground` leaves it
 MODEL: list[Option] = [
     option("--ckpt", help="checkpoint, folder or hub name; without it and --index, the toy world, made on first use"),
     option("--index", type=Path, help="folder of `fromage index build`, where pictures are found"),
@@ -82,7 +92,10 @@ VERBS: Verbs = {
             option("--pictures", type=int, default=1, help="pictures for each [RET]"),
         ],
     ),
-    ("demo",): (demo, [*MODEL, *ADDRESS]),
+    ("demo",): (
+        demo,
+        [*MODEL, option("--octopus", help="checkpoint of Octopus, for a tab in which it points at what is meant"), *ADDRESS],
+    ),
     ("serve",): (
         serve,
         [

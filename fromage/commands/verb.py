@@ -89,4 +89,5 @@ def _filled(kind: Callable[[str], Any]) -> Callable[[str], Any]:
 
 OUT = option("--out", type=out_folder, required=True, help="folder to write")
 JSON = option("--json", type=out_file, help="write all figures into this file")
+QUESTION = option("--question", default="where is {}?", help="what an expression is put into, in place of {}")
 DEVICE = option("--device", default="cpu", help="cpu, cuda or mps")

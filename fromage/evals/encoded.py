@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from fromage.errors import BrokenSample, UserError
-from fromage.model import Fromage
+from fromage.picture_reader import PictureReader
 from fromage.pictures import decode_picture
 
 Item = TypeVar("Item")
@@ -41,7 +41,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Encoded:
-    """Features (n, m) of the pictures that could be had, on the model's device.
+    """Features (n, *shape) of the pictures that could be had, on the model's device: (n, m), or patches (n, P, m).
 
     Attributes:
         row: of each such picture in features.
@@ -53,7 +53,7 @@ class Encoded:
     lost: list[tuple[str, Path]]
 
     def of(self, paths: Sequence[Path]) -> Tensor:
-        """(len(paths), m)."""
+        """(len(paths), *shape)."""
         return self.features[[self.row[path] for path in paths]]
 
     def counts(self) -> dict[str, int]:
@@ -80,13 +80,13 @@ class Files(Dataset[Any]):
 
 
 @torch.no_grad()
-def encode_files(model: Fromage, paths: Sequence[Path], options: Options) -> Encoded:
+def encode_files(model: PictureReader, paths: Sequence[Path], options: Options) -> Encoded:
     """Encode each distinct picture once. Raises UserError where more than options.max_lost cannot be had."""
     distinct = list(dict.fromkeys(paths))
     check_lost([("missing", path) for path in distinct if not path.is_file()], len(distinct), options.max_lost)
     files = Files(distinct, model.vision.transform)
     loader: Any = DataLoader(files, options.batch_size, num_workers=options.workers, collate_fn=list)
-    rows = [torch.empty(0, model.vision.width, device=model.device)]
+    rows = [torch.empty(0, *model.vision.shape, device=model.device)]
     good: list[Path] = []
     lost: list[tuple[str, Path]] = []
     for batch in tqdm(loader, desc="encoding pictures", unit="batch", leave=False):

@@ -25,11 +25,11 @@ def judge(answer: Grounded, wanted: Sequence[Box], words: str = "") -> dict[str,
     """
     figures: dict[str, float] = {}
     if len(wanted) == 1:
-        overlaps = _overlaps(answer.boxes[:1], wanted)  # (1 or 0, 1)
-        best = float(overlaps.max()) if overlaps.numel() else 0.0
+        first = overlaps(answer.boxes[:1], wanted)  # (1 or 0, 1)
+        best = float(first.max()) if first.numel() else 0.0
         figures |= {"acc_iou50": float(best >= RIGHT), "mean_iou": best}
         if answer.candidates:
-            heads = _overlaps([box for box, _ in answer.candidates], wanted)[:, 0]  # (N,), best score first
+            heads = overlaps([box for box, _ in answer.candidates], wanted)[:, 0]  # (N,), best score first
             figures |= {"head_top1": float(heads[0] >= RIGHT), "head_iou": float(heads[0])}
             figures["head_recall_top5"] = float(heads[:TOP].max() >= RIGHT)
     if wanted:
@@ -39,15 +39,21 @@ def judge(answer: Grounded, wanted: Sequence[Box], words: str = "") -> dict[str,
     return figures
 
 
+def guess(known: Sequence[Box], wanted: Sequence[Box]) -> dict[str, float]:
+    """Figures to be expected of a random one of the known boxes, where a single one is wanted."""
+    reached = overlaps(known, wanted)[:, 0]  # (K,)
+    return {"acc_iou50": float((reached >= RIGHT).float().mean()), "mean_iou": float(reached.mean())}
+
+
 def all_found(boxes: Sequence[Box], wanted: Sequence[Box]) -> bool:
     """Whether boxes and wanted ones are partners, one to one, of IoU 0.5."""
     if len(boxes) != len(wanted):
         return False
-    right = (_overlaps(boxes, wanted) >= RIGHT).numpy()
+    right = (overlaps(boxes, wanted) >= RIGHT).numpy()
     return bool(right[linear_sum_assignment(~right)].all())
 
 
-def _overlaps(boxes: Sequence[Box], wanted: Sequence[Box]) -> Tensor:
+def overlaps(boxes: Sequence[Box], wanted: Sequence[Box]) -> Tensor:
     """(len(boxes), len(wanted)) IoU."""
     return box_iou(torch.tensor(boxes).view(-1, 4), torch.tensor(wanted).view(-1, 4))
 

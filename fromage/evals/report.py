@@ -9,17 +9,17 @@ from itertools import groupby
 from typing import Any
 
 from fromage.evals.encoded import NAMED, Encoded
-from fromage.model import Fromage
+from fromage.picture_reader import PictureReader
 
 Figures = dict[str, float]
 System = dict[str, Figures]  # setting -> figures
-SYSTEMS = ("fromage", "clip", "chance")
-PACKAGES = ("fromage", "torch", "transformers", "open_clip_torch", "torchmetrics")
+SYSTEMS = ("fromage", "octopus", "sequential", "clip", "chance")
+PACKAGES = ("fromage", "torch", "torchvision", "transformers", "open_clip_torch", "torchmetrics")
 
 
 def make_report(
     name: str,
-    model: Fromage,
+    model: PictureReader,
     systems: dict[str, System],
     protocol: dict[str, str],
     data: str,
@@ -32,7 +32,7 @@ def make_report(
     """Everything about a run of the evaluation `name`.
 
     Args:
-        systems: figures of fromage, clip and chance by setting; shares in percent.
+        systems: figures of each of SYSTEMS there is, by setting; shares in percent.
         protocol: what the figures mean, by topic.
         data: where they are from.
         sizes: of the gallery, and how many queries there were.

@@ -38,6 +38,12 @@ class Grounded:
         return [piece for piece in self.pieces if not isinstance(piece, str)]
 
     @property
+    def pointed(self) -> list[tuple[Box, float | None]]:
+        """The boxes pointed at with their scores, of which boxes that are spelled have none."""
+        scores = dict(self.candidates)
+        return [(box, scores.get(box)) for box in self.boxes]
+
+    @property
     def words(self) -> str:
         """The text without what points."""
         return " ".join(" ".join(piece for piece in self.pieces if isinstance(piece, str)).split())

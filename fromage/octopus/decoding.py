@@ -7,11 +7,24 @@ from collections.abc import Sequence
 import torch
 
 from fromage.bounds import check_whole
+from fromage.errors import UserError
 from fromage.octopus.answers import Grounded, read_indexed, read_text
 from fromage.octopus.model import Octopus, Reading
+from fromage.octopus.sources import asking
 from fromage.prompts import Picture, embed_prompts
 
 MAX_NEW_TOKENS = 64
+
+
+def instruction(text: str, question: str = "where is {}?") -> str:
+    """What is asked by a text: itself where it ends as a sentence does, else the question about it.
+
+    Raises UserError for a text without words, and for a question without one place {}.
+    """
+    if not (text := text.strip()):
+        raise UserError("nothing is asked; write what is meant, such as: the small star left of the ring")
+    question = asking(question)
+    return text if text.endswith(("?", ".", "!")) else question.replace("{}", text)
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fromage.backbones import Quantized
-from fromage.checkpoint import read_checkpoint
+from fromage.checkpoint import check_device, read_checkpoint
 from fromage.errors import UserError
 from fromage.loss_guard import LossGuard
 from fromage.octopus.decoding import decode, grounded
@@ -219,7 +219,10 @@ def take_up(model: Octopus, path: str) -> set[str]:
 
 
 def load_octopus(path: str, device: str = "cpu") -> Octopus:
-    """The model of a checkpoint of `lightning fit`, in eval mode. Raises UserError where it is none of Octopus's."""
+    """The model of a checkpoint of `lightning fit`, in eval mode. Raises UserError where it is none of Octopus's, and for a
+    device that is not there.
+    """
+    check_device(device)
     checkpoint = read_checkpoint(path)
     if "stage" not in checkpoint["hyper_parameters"]:
         raise UserError(f"{path}: not a checkpoint of Octopus; give one of `lightning fit --config octopus_stage3.yaml`")

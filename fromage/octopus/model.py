@@ -28,10 +28,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from fromage.backbones import LanguageModel, PatchTower, Quantized, load_lm, load_patches
+from fromage.backbones import LanguageModel, PatchTower, Quantized, digest_of_samples, load_lm, load_patches
 from fromage.errors import UserError
 from fromage.octopus.recognition import Recognised, Recognizer
-from fromage.picture_reader import PictureReader, fill
+from fromage.picture_reader import PictureReader, digest, fill
 from fromage.prompts import QUERIES, START, Part, Picture
 from fromage.tokens import IMAGE
 
@@ -130,6 +130,11 @@ class Octopus(PictureReader):
         model.settings = {"lm": lm, "vision": vision, "vision_weights": vision_weights, "vision_layer": vision_layer}
         model.settings |= {"n": n, "dtype": dtype, "random_weights": random_weights, **options}
         return model
+
+    def fingerprint(self) -> str:
+        """16 hex digits that change with any parameter, the language model's too: by which a report names the model."""
+        built = (self.vision.fingerprint(), self.lm.name, self.n, self.after, self.relay, self.template)
+        return digest("|".join(map(str, (*built, digest_of_samples(self.lm)))), self.trained())
 
     def prefix(self, features: Tensor) -> Tensor:
         """(B, P, m) patch features -> (B, P, d) input embeddings."""

@@ -1,9 +1,10 @@
-"""Octopuses of other families, random and tiny, without an image tower."""
+"""Octopuses of other families, random and tiny, without an image tower; and checkpoints of the toy towers, untrained."""
 
 import torch
 import transformers as hf
 
 from fromage.backbones import TOY, LanguageModel
+from fromage.octopus.lightning_module import OctopusModule
 from fromage.octopus.model import QUERY, Octopus, index_tokens
 from fromage.tokens import IMAGE, PromptTokenizer
 
@@ -33,3 +34,14 @@ def build(family="opt", n=3, **options):
     config = kind(vocab_size=tokenizer.vocab_size + 7, pad_token_id=1, bos_token_id=2, eos_token_id=2, **sizes)
     lm = LanguageModel(hf.AutoModelForCausalLM.from_config(config), tokenizer, family)
     return Octopus(lm, NoTower(), n, **{"c": 16, "decoder_layers": 2, "heads": 2} | options)
+
+
+def save_untrained(path, n=4):
+    """Write a checkpoint as a run on the toy towers would at its beginning; n = 0: of the sequential counterpart."""
+    towers = {"lm": "toy", "vision": "toy", "vision_weights": None, "dtype": "float32"}
+    module = OctopusModule(stage=3, n=n, c=16, decoder_layers=1, heads=2, **towers)
+    module.configure_model()
+    trained = {f"model.{name}": p.detach() for name, p in module.model.trained().items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({"state_dict": trained, "hyper_parameters": dict(module.hparams)}, path)
+    return path

@@ -1,0 +1,48 @@
+"""POPE: is this in the picture, yes or no? (Li et al., "Evaluating Object Hallucination ...", EMNLP 2023)"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torchmetrics.functional.classification import binary_accuracy, binary_f1_score, binary_precision, binary_recall
+
+from fromage.evals.asking import ask
+from fromage.evals.encoded import Options
+from fromage.evals.report import Figures
+from fromage.octopus.model import Octopus
+from fromage.octopus.sources import Pope
+
+MEASURES = {"accuracy": binary_accuracy, "precision": binary_precision, "recall": binary_recall, "f1": binary_f1_score}
+PROTOCOL = {
+    "precision, recall, f1": "yes is what is to be found",
+    "yes": "share of the answers that begin with yes; all others count as no",
+    "neither": "share of the answers that begin with neither yes nor no",
+    "chance": "to be expected of a coin",
+}
+
+
+def evaluate(model: Octopus, data: Pope, options: Options | None = None) -> dict[str, Any]:
+    """POPE's figures, under the file's name without its ending. Raises UserError as ask does."""
+    asked = ask(model, data, options or Options())
+    labels = [example.answer == ("yes",) for example, _ in asked.answered]
+    own = figures([answer.words for _, answer in asked.answered], labels)
+    return asked.report("pope", {data.file.stem: own}, PROTOCOL, {data.file.stem: coin(labels)})
+
+
+def figures(texts: Sequence[str], labels: Sequence[bool]) -> Figures:
+    """Of answers in words against what is right, in percent."""
+    said = [text.lower() for text in texts]
+    yes, no = ([text.startswith(word) for text in said] for word in ("yes", "no"))
+    told, right = torch.tensor(yes).int(), torch.tensor(labels).int()
+    found = {name: float(measure(told, right)) for name, measure in MEASURES.items()}
+    shares = {"yes": sum(yes) / len(yes), "neither": 1 - sum(yes + no) / len(yes)}
+    return {name: 100 * value for name, value in (found | shares).items()}
+
+
+def coin(labels: Sequence[bool]) -> Figures:
+    """Of a yes every other time, whatever the question."""
+    share = sum(labels) / len(labels)
+    found = {"accuracy": 0.5, "precision": share, "recall": 0.5, "f1": share / (share + 0.5), "yes": 0.5, "neither": 0.0}
+    return {name: 100 * value for name, value in found.items()}

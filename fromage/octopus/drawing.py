@@ -1,0 +1,72 @@
+"""An answer drawn: what it points at in colour, the best of what else was found in thin lines."""
+
+from __future__ import annotations
+
+from PIL import Image, ImageDraw, ImageFont
+
+from fromage.contact_sheet import INK, WHITE
+from fromage.octopus.answers import Grounded
+from fromage.octopus.examples import Box
+
+# of the boxes pointed at, in turn: told apart on any ground and by the colour-blind (Okabe and Ito)
+COLOURS = ((213, 94, 0), (0, 114, 178), (240, 228, 66), (0, 158, 115), (204, 121, 167), (86, 180, 233))
+OTHERS = (225, 225, 225)
+SIDE = 640  # pixels that the longer side of a drawing has at least
+
+
+def draw_answer(picture: Image.Image, answer: Grounded, top: int = 5) -> Image.Image:
+    """A picture with the boxes pointed at, numbered in the answer's order, and at most `top` other candidates, thin.
+
+    Scores stand beside them where there are any. A small picture is enlarged; the given one stays as it is.
+    """
+    page = _enlarged(picture)
+    chosen = set(answer.boxes)
+    others = [(box, score) for box, score in answer.candidates if box not in chosen][:top]
+    drawn = [(box, f"{score:.2f}", OTHERS) for box, score in reversed(others)]  # the best one last, on top
+    for number, (box, score) in reversed(list(enumerate(answer.pointed))):
+        text = f"{number + 1}" + ("" if score is None else f"  {score:.2f}")
+        drawn.append((box, text, COLOURS[number % len(COLOURS)]))
+    for box, _, colour in drawn:
+        _frame(page, box, colour, thick=colour != OTHERS)
+    for label in drawn:
+        _label(page, *label)
+    return page
+
+
+def _enlarged(picture: Image.Image) -> Image.Image:
+    """An RGB copy; of a small picture, in as many times its size as brings it to SIDE or beyond."""
+    times = -(-SIDE // max(picture.size))
+    return picture.convert("RGB").resize((times * picture.width, times * picture.height), Image.Resampling.BICUBIC)
+
+
+def pixels(box: Box, size: tuple[int, int]) -> tuple[float, float, float, float]:
+    """Shares -> pixels of a picture of that width and height: left, top, right, bottom."""
+    left, top, right, bottom = box
+    return left * size[0], top * size[1], right * size[0], bottom * size[1]
+
+
+def _unit(page: Image.Image) -> int:
+    """Pixels of a thin line."""
+    return max(1, max(page.size) // 500)
+
+
+def _frame(page: Image.Image, box: Box, colour: tuple[int, int, int], thick: bool) -> None:
+    """A box's edge, drawn inwards, with a dark line about it that tells it from the picture."""
+    width, unit = _unit(page) * (4 if thick else 1), _unit(page)
+    left, top, right, bottom = (round(side) for side in pixels(box, page.size))
+    right, bottom = max(left, min(right, page.width) - 1), max(top, min(bottom, page.height) - 1)
+    drawing = ImageDraw.Draw(page)
+    drawing.rectangle((left - unit, top - unit, right + unit, bottom + unit), outline=INK, width=width + 2 * unit)
+    drawing.rectangle((left, top, right, bottom), outline=colour, width=width)
+
+
+def _label(page: Image.Image, box: Box, text: str, colour: tuple[int, int, int]) -> None:
+    """Words on a patch of the box's colour: above its left upper corner, or within it at the edge of the picture."""
+    font, drawing, gap = ImageFont.load_default(max(12, max(page.size) // 45)), ImageDraw.Draw(page), 2 * _unit(page)
+    _, _, wide, high = drawing.textbbox((0, 0), text, font)
+    left, top, _, _ = pixels(box, page.size)
+    x, y = min(left, page.width - wide - 2 * gap), top - high - 2 * gap
+    x, y = max(0, round(x)), round(y if y >= 0 else top)
+    drawing.rectangle((x, y, x + wide + 2 * gap, y + high + 2 * gap), fill=colour)
+    dark = sum(weight * part for weight, part in zip((0.299, 0.587, 0.114), colour, strict=True)) < 128
+    drawing.text((x + gap, y + gap), text, WHITE if dark else INK, font)
