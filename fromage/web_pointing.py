@@ -8,7 +8,7 @@ from PIL import Image
 
 from fromage.errors import UserError
 from fromage.octopus.drawing import draw_answer
-from fromage.octopus.ground import ground, instruction
+from fromage.octopus.decoding import ground, instruction
 from fromage.octopus.model import Octopus
 from fromage.web_visits import Message, drawn, read, warn
 

@@ -19,7 +19,7 @@ from fromage.evals.refcoco import evaluate as evaluate_refcoco
 from fromage.evals.report import table
 from fromage.model import Fromage
 from fromage.octopus.answers import Grounded
-from fromage.octopus.ground import ground
+from fromage.octopus.decoding import ground
 from fromage.octopus.lightning_module import load_octopus
 from fromage.octopus.model import Octopus
 from fromage.octopus.sources import Instructions, Pope, RefCOCO
