@@ -7,8 +7,8 @@ from threading import Lock
 from PIL import Image
 
 from fromage.errors import UserError
-from fromage.octopus.drawing import draw_answer
 from fromage.octopus.decoding import ground, instruction
+from fromage.octopus.drawing import draw_answer
 from fromage.octopus.model import Octopus
 from fromage.web_visits import Message, drawn, read, warn
 

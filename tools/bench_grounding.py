@@ -34,8 +34,8 @@ from fromage.errors import UserError
 from fromage.evals.encoded import Options
 from fromage.evals.refcoco import evaluate
 from fromage.octopus.answers import Grounded, answer_ids
-from fromage.octopus.examples import Example
 from fromage.octopus.decoding import ground
+from fromage.octopus.examples import Example
 from fromage.octopus.lightning_module import load_octopus
 from fromage.octopus.model import QUERY, Octopus, index_tokens
 from fromage.octopus.sources import RefCOCO

@@ -17,8 +17,8 @@ TOY = Path("runs/octopus")  # where the toy Octopus is trained, in minutes
 def ground(args: argparse.Namespace) -> None:
     """Point at what is meant in a picture: print the answer with its boxes, and draw them."""
     from fromage.model_folder import write_files
-    from fromage.octopus.drawing import draw_answer
     from fromage.octopus.decoding import ground, instruction
+    from fromage.octopus.drawing import draw_answer
     from fromage.octopus.lightning_module import load_octopus
     from fromage.pictures import open_picture
     from fromage.terminal import Screen, to_png

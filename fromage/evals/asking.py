@@ -13,8 +13,8 @@ from fromage.errors import UserError
 from fromage.evals.encoded import Encoded, Options, encode_files
 from fromage.evals.report import System, make_report
 from fromage.octopus.answers import Grounded, answer_ids
-from fromage.octopus.examples import Example
 from fromage.octopus.decoding import ground
+from fromage.octopus.examples import Example
 from fromage.octopus.model import Octopus
 from fromage.octopus.sources import Listed
 

@@ -15,8 +15,8 @@ from fromage.commands import talk
 from fromage.commands.ground import as_json
 from fromage.errors import UserError
 from fromage.octopus.answers import Grounded, read_text
-from fromage.octopus.drawing import COLOURS, OTHERS, SIDE, draw_answer
 from fromage.octopus.decoding import instruction
+from fromage.octopus.drawing import COLOURS, OTHERS, SIDE, draw_answer
 
 LEFT, RIGHT, ALL, EDGE = (0.1, 0.25, 0.4, 0.75), (0.6, 0.25, 0.9, 0.75), (0.0, 0.0, 1.0, 1.0), (0.99, 0.99, 1.0, 1.0)
 FOUND = [(RIGHT, 0.9), (LEFT, 0.4), (ALL, 0.3), (EDGE, 0.2)]
