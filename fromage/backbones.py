@@ -30,7 +30,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from fromage.added_tokens import AddedTokens, ExtendedEmbedding, ExtendedHead
 from fromage.errors import UserError, first_line
-from fromage.image_transform import halves
+from fromage.image_transform import Decoding, decoding_as, halves
 from fromage.packed_attention import Attend, attending
 from fromage.tokens import IMAGE, RET, PromptTokenizer
 
@@ -185,9 +185,9 @@ class VisionTower(FrozenTower):
         """(B, 3, H, W) normalised pixels -> (B, m): what the tower is read for."""
         return self.visual(pixels)
 
-    def fingerprint(self) -> dict[str, str]:
+    def fingerprint(self, decoding: Decoding = "draft") -> dict[str, str]:
         """What stored features depend on: the tower's name, its weights (a digest of samples) and the preprocessing."""
-        shown = re.sub(r" at 0x[0-9a-f]+|\s+", " ", str(self.transform))
+        shown = re.sub(r" at 0x[0-9a-f]+|\s+", " ", str(decoding_as(self.transform, decoding)))
         return {"tower": self.name, "weights": digest_of_samples(self.visual), "preprocessing": shown}
 
 
@@ -262,6 +262,19 @@ def look_for_hub() -> None:
         constants.HF_HUB_OFFLINE = True
 
 
+def load_tokenizer(name: str) -> PromptTokenizer:
+    """The tokenizer of a language model, by hub name or folder. Raises UserError where there is none within reach."""
+    return PromptTokenizer(_folder(name))
+
+
+def _folder(name: str) -> str:
+    """Where a language model lies: its name on the hub, or a folder."""
+    folder = str(TOY / "opt") if name == "toy" else name
+    if not Path(folder).exists():
+        look_for_hub()
+    return folder
+
+
 def load_lm(
     name: str,
     dtype: str = "float32",
@@ -279,11 +292,9 @@ def load_lm(
     if quantize and random_weights:
         raise UserError("quantize needs weights to quantise: leave out random_weights, or quantize")
     options = {"dtype": DTYPES[dtype]} | ({"quantization_config": _quantization(quantize, dtype)} if quantize else {})
-    folder = str(TOY / "opt") if name == "toy" else name
     if name == "toy":
         disable_progress_bar()  # of its weights, which are there at once
-    if not Path(folder).exists():
-        look_for_hub()
+    folder = _folder(name)
     tokenizer = PromptTokenizer(folder, rows, places)
     try:
         if random_weights:

@@ -21,7 +21,8 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import IterableDataset
 
 from fromage.errors import UserError
-from fromage.features import Transform, check_features, from_npy
+from fromage.features import check_features, from_npy
+from fromage.image_transform import Decoding, Transform, decoding_as, read_picture
 from fromage.loader import Loader, Plain, TrainLoader
 from fromage.shards import (
     Broken,
@@ -29,7 +30,7 @@ from fromage.shards import (
     caption_of,
     decoded,
     expand,
-    picture_of,
+    picture_file,
     read_shards,
     shard_name,
     shard_sizes,
@@ -47,7 +48,7 @@ class Batch(NamedTuple):
     captions: list[str]
     ids: Tensor  # (B, T) int64: bos y_1 ... y_n [RET], right-padded
     lengths: list[int]  # B: tokens before the padding, [RET] included; on the host, for whoever lays out rows
-    pixels: Tensor | None  # (B, 3, H, W) float32, preprocessed
+    pixels: Tensor | None  # (B, 3, H, W) uint8, resized and cropped, or as another transform gives them
     features: Tensor | None  # (B, m) stored pooled features, in the dtype of the tower that made them
 
     def part(self, start: int, stop: int) -> Batch:
@@ -81,7 +82,7 @@ class Decode:
         """Raises BrokenSample."""
         caption = caption_of(raw)
         features = from_npy(raw["npy"]) if "npy" in raw else None
-        pixels = self.transform(picture_of(raw)) if features is None else None
+        pixels = read_picture(picture_file(raw), self.transform) if features is None else None
         return Sample(raw["__key__"], caption, self.tokenizer.caption(caption, self.max_tokens), pixels, features)
 
 
@@ -274,6 +275,7 @@ class CC3M(pl.LightningDataModule):
         seed: int = 0,
         samples_per_epoch: int | None = None,
         exact_resume: bool = True,
+        decoding: Decoding = "draft",
     ) -> None:
         """Name the data; nothing is read yet.
 
@@ -291,12 +293,14 @@ class CC3M(pl.LightningDataModule):
             samples_per_epoch: Training pairs of an epoch over all devices; null for as many as the shards hold.
             exact_resume: Refuse a checkpoint from the middle of an epoch that was dealt out otherwise (other shards, batch
                 size, shuffle, seed, workers or devices); false begins such an epoch anew.
+            decoding: How JPEGs are read: draft takes a large one at 1/2, 1/4 or 1/8 of its size, while that is at least
+                twice what it is resized to; exact never does. Evaluation and index always take drafts.
         """
         super().__init__()
         self.train_shards, self.val_shards = train_shards, val_shards
         self.batch_size, self.val_batch_size = batch_size, val_batch_size or batch_size
         self.max_tokens, self.workers, self.shuffle, self.max_broken = max_tokens, workers, shuffle, max_broken
-        self.seed, self.samples_per_epoch, self.exact_resume = seed, samples_per_epoch, exact_resume
+        self.seed, self.samples_per_epoch, self.exact_resume, self.decoding = seed, samples_per_epoch, exact_resume, decoding
         self.transform: Transform | None = None
         self.tokenizer: PromptTokenizer | None = None
 
@@ -345,7 +349,7 @@ class CC3M(pl.LightningDataModule):
         """Expand patterns, and compare stored features with the model's vision tower."""
         shards, model = expand(urls), self._model()
         if model is not None:
-            check_features(shards, model.vision)
+            check_features(shards, model.vision, self.decoding)
         return shards
 
     def _model(self) -> Any:
@@ -361,4 +365,4 @@ class CC3M(pl.LightningDataModule):
         tokenizer = self.tokenizer or (model and model.tokenizer)
         if transform is None or tokenizer is None:
             raise RuntimeError("CC3M needs a transform and a tokenizer: call attach(transform, tokenizer), or use a Trainer")
-        return Decode(transform, tokenizer, self.max_tokens)
+        return Decode(decoding_as(transform, self.decoding), tokenizer, self.max_tokens)

@@ -10,18 +10,18 @@ from __future__ import annotations
 import io
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 from tqdm import tqdm
 
 from fromage.errors import BrokenSample, UserError
+from fromage.image_transform import Decoding, Transform, decoding_as, read_picture
 from fromage.shards import (
     Broken,
     Raw,
@@ -29,7 +29,7 @@ from fromage.shards import (
     caption_of,
     decoded,
     expand,
-    picture_of,
+    picture_file,
     plain_errors,
     read_shards,
     read_sizes,
@@ -43,7 +43,6 @@ if TYPE_CHECKING:
     from fromage.backbones import VisionTower
 
 FILE = "features.json"
-Transform = Callable[[Image.Image], Tensor]
 
 
 def to_npy(features: Tensor) -> bytes:
@@ -74,21 +73,22 @@ def store_features(
     keep_pictures: bool = False,
     workers: int = 4,
     max_broken: float = 0.05,
+    decoding: Decoding = "draft",
 ) -> int:
     """Encode the pictures of shards (a pattern, see expand) and write shards of features; returns how many were encoded.
 
     Each KEY.npy is a vector (m,) in the tower's dtype, bfloat16 as the uint16 of its bits. A run that was interrupted is
-    taken up by the next call: a shard that is finished is not done again.
+    taken up by the next call: a shard that is finished is not done again. decoding: as of fromage.data.CC3M.
 
     Raises:
         UserError: out holds the features of another tower or other shards, two shards share a name, or more than
             max_broken of a worker's samples are broken.
     """
     sources = expand(shards)
-    _open_folder(out, sources, vision)
+    _open_folder(out, sources, vision.fingerprint(decoding))
     done = read_sizes(out)
     todo = [s for s in sources if not (shard_name(s) in done and (out / shard_name(s)).is_file())]
-    stream = PictureStream(todo, vision.transform, batch_size, max_broken)
+    stream = PictureStream(todo, decoding_as(vision.transform, decoding), batch_size, max_broken)
     loader = DataLoader(stream, batch_size=None, num_workers=min(workers, len(todo)))
     sizes = [size for _, size in stream.shards]
     bar = tqdm(total=None if None in sizes else sum(size or 0 for size in sizes), desc="features", unit=" pictures")
@@ -114,33 +114,32 @@ def store_features(
             writer.discard()
 
 
-def check_features(shards: str | list[str], vision: VisionTower) -> None:
+def check_features(shards: str | list[str], vision: VisionTower, decoding: Decoding = "draft") -> None:
     """Raise UserError where features beside any of the shards are not those this tower, preprocessing included, gives."""
     for folder in dict.fromkeys(Path(shard).parent for shard in expand(shards) if "://" not in shard):
         if (folder / FILE).exists():
-            _compare(folder, vision)
+            _compare(folder, vision.fingerprint(decoding))
 
 
-def _open_folder(out: Path, sources: list[str], vision: VisionTower) -> None:
+def _open_folder(out: Path, sources: list[str], wanted: dict[str, str]) -> None:
     """Make sure that what is in a folder, if anything, was begun with the same tower; name the tower there."""
     twice = [name for name, n in Counter(map(shard_name, sources)).items() if n > 1]
     if twice:
         raise UserError(f"several shards are called {twice[0]}: store each folder's features in a folder of its own")
     if (out / FILE).exists():
-        _compare(out, vision)
+        _compare(out, wanted)
     elif any(out.glob("*.tar")):
         raise UserError(f"{out} holds shards but no {FILE}: name another folder for the features")
     else:
         out.mkdir(parents=True, exist_ok=True)
-        write_json(out / FILE, vision.fingerprint())
+        write_json(out / FILE, wanted)
 
 
-def _compare(folder: Path, vision: VisionTower) -> None:
+def _compare(folder: Path, wanted: dict[str, str]) -> None:
     try:
         stored = dict(json.loads((folder / FILE).read_text("utf-8")))
     except (ValueError, TypeError):
         raise UserError(f"{folder / FILE} is not a JSON object: store the features again") from None
-    wanted = vision.fingerprint()
     for what in sorted(stored.keys() | wanted.keys()):
         if stored.get(what) != wanted.get(what):
             found = f"{what} {stored.get(what)!r} there, {wanted.get(what)!r} in the model"
@@ -177,7 +176,7 @@ class PictureStream(IterableDataset[Chunk]):
     def decode(self, raw: Raw) -> tuple[Raw, Tensor]:
         """A stored sample and its pixels (3, H, W). Raises BrokenSample, for its caption as well."""
         caption_of(raw)
-        return raw, self.transform(picture_of(raw))
+        return raw, read_picture(picture_file(raw), self.transform)
 
     def __iter__(self) -> Iterator[Chunk]:
         worker, workers = worker_share()

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from fromage.errors import BrokenSample, UserError
 from fromage.features import from_npy
-from fromage.pictures import SUFFIXES, decode_picture, is_picture
+from fromage.image_transform import Transform, read_picture
+from fromage.pictures import SUFFIXES, is_picture
 from fromage.shards import expand, read_shard, shard_sizes, worker_share
 
 FILES_PER_PART = 1024  # of a folder; what a kill can cost
@@ -62,9 +62,7 @@ class PictureSource(IterableDataset[Chunk]):
         count: how many pictures there should be; None if unknown.
     """
 
-    def __init__(
-        self, parts: Sequence[Names], read: Reader, transform: Callable[[Image.Image], Tensor], count: int | None
-    ) -> None:
+    def __init__(self, parts: Sequence[Names], read: Reader, transform: Transform, count: int | None) -> None:
         self.parts, self.read, self.transform, self.count = parts, read, transform, count
         self.todo, self.batch_size = list(range(len(parts))), 64
 
@@ -104,7 +102,7 @@ class PictureSource(IterableDataset[Chunk]):
         suffix = next((suffix for suffix in SUFFIXES if suffix in members), None)
         if suffix is None:
             raise BrokenSample(f"holds no picture; expected one of {', '.join(SUFFIXES)} or npy")
-        return self.transform(decode_picture(members[suffix]))  # (3, H, W)
+        return read_picture(members[suffix], self.transform)  # (3, H, W)
 
 
 def _read_files(part: Names, lost: Lost, captions: dict[str, str]) -> Iterator[tuple[str, Members]]:
@@ -124,7 +122,7 @@ def _read_shard(part: Names, lost: Lost) -> Iterator[tuple[str, Members]]:
         yield f"{where}#{sample['__key__']}", {k: v for k, v in sample.items() if isinstance(v, bytes)}
 
 
-def find_pictures(source: str, transform: Callable[[Image.Image], Tensor], captions: Path | None = None) -> PictureSource:
+def find_pictures(source: str, transform: Transform, captions: Path | None = None) -> PictureSource:
     """The pictures of a folder or of webdataset shards; embed_pictures says what a source may be.
 
     Raises UserError where neither is there, and for captions that cannot be read or name none of the pictures.

@@ -55,6 +55,11 @@ def _member(shard: str, key: str) -> bytes:
 
 def decode_picture(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """The picture that a file's bytes hold, as take_in makes it. Raises BrokenSample likewise, and where there is none."""
+    return take_in(opened(data, max_pixels), max_pixels)
+
+
+def opened(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """The picture that a file's bytes hold, its header read. Raises BrokenSample where there is none, or too large a one."""
     try:
         image = Image.open(io.BytesIO(data))
     except UnidentifiedImageError:
@@ -63,7 +68,8 @@ def decode_picture(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
         raise BrokenSample(f"undecodable picture: too large, of more than {max_pixels:,} pixels") from None
     except Exception as error:  # on broken bytes Pillow raises nearly anything
         raise BrokenSample(f"undecodable picture: {error}") from None
-    return take_in(image, max_pixels)
+    _check_size(image, max_pixels)
+    return image
 
 
 def take_in(image: Image.Image, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -71,17 +77,28 @@ def take_in(image: Image.Image, max_pixels: int = MAX_PIXELS) -> Image.Image:
 
     Raises BrokenSample for one that cannot be decoded, or is beyond max_pixels or MAX_ASPECT.
     """
-    width, height = image.size
-    if not 0 < width * height <= max_pixels or max(width, height) > MAX_ASPECT * min(width, height):
-        raise BrokenSample(f"undecodable picture: {width} x {height} pixels are too large or too narrow")
+    _check_size(image, max_pixels)
     try:
         image.load()
-        with suppress(Exception):  # a picture with broken EXIF is still a picture
-            if image.getexif().get(ORIENTATION, 1) != 1:
+        if not is_upright(image):
+            with suppress(Exception):
                 image = ImageOps.exif_transpose(image)
         return _to_rgb(image)
     except Exception as error:
         raise BrokenSample(f"undecodable picture: {error}") from None
+
+
+def is_upright(image: Image.Image) -> bool:
+    """Whether an opened picture lies as EXIF says that it should be seen; one with broken EXIF does."""
+    with suppress(Exception):
+        return bool(image.getexif().get(ORIENTATION, 1) == 1)
+    return True
+
+
+def _check_size(image: Image.Image, max_pixels: int) -> None:
+    width, height = image.size
+    if not 0 < width * height <= max_pixels or max(width, height) > MAX_ASPECT * min(width, height):
+        raise BrokenSample(f"undecodable picture: {width} x {height} pixels are too large or too narrow")
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -91,7 +108,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, WHITE), image)
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def small(picture: Image.Image, side: float) -> Image.Image:

@@ -258,10 +258,15 @@ def caption_of(raw: Raw) -> str:
 
 def picture_of(raw: Raw) -> Image.Image:
     """The picture in RGB. Raises BrokenSample where it is missing or cannot be decoded."""
+    return decode_picture(picture_file(raw))
+
+
+def picture_file(raw: Raw) -> bytes:
+    """The picture as it is stored. Raises BrokenSample where there is none."""
     data = next((raw[kind] for kind in SUFFIXES if kind in raw), None)
     if data is None:
         raise BrokenSample("no picture: member jpg is missing")
-    return decode_picture(data)
+    return data
 
 
 # --- reading in workers ----------------------------------------------------------------------------------------------

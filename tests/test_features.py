@@ -32,8 +32,8 @@ class Vision(nn.Module):
             raise KeyboardInterrupt
         return pixels.to(self.dtype).mean((2, 3)) * self.scale
 
-    def fingerprint(self):
-        return {"tower": self.name, "weights": "0", "preprocessing": "resize 2"}
+    def fingerprint(self, decoding="draft"):
+        return {"tower": self.name, "weights": "0", "preprocessing": f"resize 2, {decoding}"}
 
 
 class Tokenizer:
@@ -133,6 +133,24 @@ def test_the_data_module_compares_the_towers(tmp_path):
         data.train_dataloader()
     model.vision = Vision()
     assert len(list(data.train_dataloader())) == 5
+    data.decoding = "exact"
+    with pytest.raises(UserError, match="draft' there"):
+        data.train_dataloader()
+
+
+def test_pictures_are_decoded_as_asked(tmp_path, toy_model, shared_data):
+    photograph = min((shared_data / "coco_sample" / "val2017").iterdir()).read_bytes()
+    write_shards([("a", photograph, "two words", {})], tmp_path / "s")
+    pixels = {}
+    for decoding in ("draft", "exact"):
+        store_features(str(tmp_path / "s"), tmp_path / decoding, toy_model.vision, workers=0, decoding=decoding)
+        data = CC3M("unused", str(tmp_path / "s"), val_batch_size=1, workers=0, decoding=decoding)
+        data.attach(toy_model.vision.transform, Tokenizer())
+        (rows,) = data.val_dataloader()
+        stored = batch(tmp_path / decoding, toy_model.vision).features
+        torch.testing.assert_close(stored, toy_model.vision(rows.pixels), rtol=0, atol=1e-5)
+        pixels[decoding] = rows.pixels
+    assert not torch.equal(*pixels.values())
 
 
 def test_broken_samples_are_left_out_until_they_are_too_many(tmp_path):

@@ -53,11 +53,12 @@ def shards_check(args: argparse.Namespace) -> None:
     from fromage.model_folder import write_files
     from fromage.shard_report import check_shards, count_words
     from fromage.terminal import to_png
-    from fromage.tokens import PromptTokenizer
 
     measure, unit = count_words, "words"
     if args.tokenizer:
-        tokenizer, unit = PromptTokenizer(args.tokenizer), "tokens"
+        from fromage.backbones import load_tokenizer
+
+        tokenizer, unit = load_tokenizer(args.tokenizer), "tokens"
         measure = lambda text: len(tokenizer.caption(text, sys.maxsize))  # noqa: E731
     report = check_shards(args.shards, args.max_broken, args.workers, args.samples, measure, unit)
     print(report.text())
@@ -73,7 +74,8 @@ def features(args: argparse.Namespace) -> None:
     from fromage.features import store_features
 
     vision = load_vision(args.vision, args.vision_weights, args.dtype).to(args.device)
-    print(f"{store_features(args.shards, args.out, vision, args.batch_size, args.keep_pictures)} samples -> {args.out}")
+    done = store_features(args.shards, args.out, vision, args.batch_size, args.keep_pictures, decoding=args.decoding)
+    print(f"{done} samples -> {args.out}")
 
 
 def plan(args: argparse.Namespace) -> None:
@@ -140,6 +142,7 @@ VERBS: Verbs = {
             option("--vision-weights", default="openai", help="its weights, as in a configuration"),
             option("--dtype", default="float32", choices=("float32", "bfloat16", "float16")),
             option("--batch-size", type=positive, default=256, help="pictures per batch"),
+            option("--decoding", default="draft", choices=("draft", "exact"), help="of JPEGs, as in a configuration"),
             option("--keep-pictures", action="store_true", help="keep the pictures beside their features"),
             DEVICE,
         ],

@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from fromage.errors import BrokenSample, UserError
+from fromage.image_transform import Transform, read_picture
 from fromage.picture_reader import PictureReader
-from fromage.pictures import decode_picture
 
 Item = TypeVar("Item")
 NAMED = 20  # of the pictures that cannot be had
@@ -64,7 +63,7 @@ class Encoded:
 class Files(Dataset[Any]):
     """Pictures as the tower wants them, (3, H, W) each, or why one cannot be had."""
 
-    def __init__(self, paths: list[Path], transform: Callable[[Image.Image], Tensor]) -> None:
+    def __init__(self, paths: list[Path], transform: Transform) -> None:
         self.paths, self.transform = paths, transform
 
     def __len__(self) -> int:
@@ -72,7 +71,7 @@ class Files(Dataset[Any]):
 
     def __getitem__(self, number: int) -> Tensor | str:
         try:
-            return self.transform(decode_picture(self.paths[number].read_bytes()))
+            return read_picture(self.paths[number].read_bytes(), self.transform)
         except OSError:
             return "missing"
         except BrokenSample:

@@ -17,13 +17,13 @@ from torchvision.ops import box_convert
 
 from fromage.errors import BrokenSample, UserError
 from fromage.evals.encoded import check_lost
+from fromage.image_transform import Transform, read_picture
 from fromage.octopus.answers import answer_ids, ordered
 from fromage.octopus.examples import Example, Source
 from fromage.octopus.matching import Objects
 from fromage.octopus.model import Octopus
 from fromage.octopus.patch_store import PatchStore
 from fromage.octopus.step import Lesson
-from fromage.pictures import decode_picture
 from fromage.prompts import Part, pad_left, prompt_ids
 from fromage.tokens import PromptTokenizer
 
@@ -41,7 +41,7 @@ class Layout(NamedTuple):
 class Lessons(Dataset[Any]):
     """Examples one by one: (example, pixels or patches), or None where the picture cannot be decoded."""
 
-    def __init__(self, examples: Sequence[Example], transform: Any, store: PatchStore | None) -> None:
+    def __init__(self, examples: Sequence[Example], transform: Transform, store: PatchStore | None) -> None:
         self.examples, self.transform, self.store = examples, transform, store
 
     def __len__(self) -> int:
@@ -52,7 +52,7 @@ class Lessons(Dataset[Any]):
         if self.store is not None:
             return example, self.store[example.picture]
         try:
-            return example, self.transform(decode_picture(Path(example.picture).read_bytes()))
+            return example, read_picture(Path(example.picture).read_bytes(), self.transform)
         except (OSError, BrokenSample) as error:
             log.warning("skipped %s: %s", example.key, error)
             return None
