@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import signal
 import sys
 import warnings
@@ -112,12 +113,16 @@ def main(argv: list[str] | None = None) -> int:
             signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as by Ctrl-C: what is temporary goes
             args = parser().parse_args(words)
             args.run(args)
+            sys.stdout.flush()
     except (UserError, KeyboardInterrupt) as error:
         if debug:
             raise
         stopped = isinstance(error, KeyboardInterrupt)
         print("fromage: " + "; ".join(["stopped"] * stopped + [*map(str, error.args)]), file=sys.stderr)
         return 130 if stopped else 2
+    except BrokenPipeError:  # what reads on, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     return 0
 
 

@@ -145,6 +145,21 @@ def test_a_warning_is_one_line():
     assert done.stderr == "warning: two are left out\n"
 
 
+def test_a_reader_that_has_seen_enough_gets_no_traceback():
+    program = (
+        "import sys; from fromage.cli import VERBS, main\n"
+        "VERBS['plan',] = (lambda args: [print('a line', flush=True) for _ in iter(sys.stdin.readline, '')], [])\n"
+        "sys.exit(main(['plan']))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", program], stdin=-1, stdout=-1, stderr=-1, text=True)
+    process.stdin.write("more\n")
+    process.stdin.flush()
+    assert process.stdout.readline() == "a line\n"
+    process.stdout.close()
+    process.stdout = None
+    assert (process.communicate("more\nmore\n", timeout=120)[1], process.returncode) == ("", 128 + signal.SIGPIPE)
+
+
 def test_help_lists_all_verbs_and_tells_defaults(capsys):
     for words, told in ((["--help"], "embed, build, add"), (["demo", "--help"], "(7860)"), (["search", "--help"], "(5)")):
         with pytest.raises(SystemExit):

@@ -77,6 +77,7 @@ def test_a_report_has_everything_and_chance_is_beaten_by_clip(toy_model, data):
     assert report["fromage"].keys() == report["clip"].keys() == report["chance"].keys()
     lines = table(report).splitlines()
     assert any(line.startswith("text_to_image  clip") for line in lines) and "(23.4)" in table(report)
+    assert "third party's" in table(report) and "third party's" not in table(evaluate(toy_model, data, "flickr30k"))
     head, _, *rows = markdown(report).splitlines()
     assert len(rows) == 3 and len({line.count("|") for line in (head, *rows)}) == 1
     assert "clip" not in evaluate(toy_model, data, options=Options(clip=False))

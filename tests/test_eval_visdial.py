@@ -83,6 +83,10 @@ def test_a_run_that_was_killed_goes_on_and_gives_the_same(toy_model, data, tmp_p
         torch.testing.assert_close(got[name], want[name])
     score_answers(toy_model, data.dialogues, features, folder)
     assert len(ranked) == 1
+    for name in ("000001.npy", "about.json"):
+        (folder / name).write_bytes(b"torn")
+        with pytest.raises(UserError, match=rf"{name}: is damaged .*remove it"):
+            score_answers(toy_model, data.dialogues, features, folder)
 
 
 def test_scores_of_another_model_or_of_other_dialogues_are_refused(toy_model, data, tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fromage.errors import UserError
+from fromage.errors import UserError, first_line
 from fromage.evals.dialogues import Dialogue, spoken
 from fromage.metrics import mean_reciprocal_rank, ndcg, ranks_among, recall_at
 from fromage.model import Fromage
@@ -115,7 +115,7 @@ class Scores:
             return
         path = folder / "about.json"
         if path.is_file():
-            if json.loads(path.read_text()) != about:
+            if _read(path, lambda: json.loads(path.read_text())) != about:
                 raise UserError(f"{folder}: holds scores of another checkpoint or of other dialogues; name another --scores")
         elif folder.is_dir() and any(folder.iterdir()):
             raise UserError(f"{folder}: holds something else than scores; name another --scores")
@@ -130,8 +130,9 @@ class Scores:
         return self.folder is not None and self._path(number).is_file()
 
     def get(self, number: int) -> np.ndarray:
-        """Scores that are there."""
-        return np.load(self._path(number))
+        """Scores that are there. Raises UserError for a file that is damaged."""
+        path = self._path(number)
+        return _read(path, lambda: np.load(path))
 
     def put(self, number: int, scores: np.ndarray) -> np.ndarray:
         """Keep scores, under their name only when whole; returns them."""
@@ -140,3 +141,10 @@ class Scores:
             np.save(file, scores)
             write_files(self.folder, {self._path(number).name: file.getvalue()})
         return scores
+
+
+def _read(path: Path, how: Callable[[], Any]) -> Any:
+    try:
+        return how()
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"{path}: is damaged ({first_line(error)}); remove it and run it again") from error
