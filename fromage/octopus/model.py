@@ -179,6 +179,19 @@ class Octopus(PictureReader):
         reading.mask = known
         return self.lm.cached(self.lm.embed(ids), mask, at, reading.cache)
 
+    def logits(self, hidden: Tensor, found: Recognised | None) -> Tensor:
+        """(B, A, d) hidden states behind a reading -> (B, A, V + 2 + N), in float32; found: what the reading recognised.
+
+        To an index token comes the log of its query's score: the top layers begin with what the decoder thinks, and correct
+        it; no gradient goes that way. Without anything recognised there is nothing to point at.
+        """
+        logits = self.lm.logits(hidden)
+        if not self.n:
+            return logits
+        rest, named = logits.split([logits.shape[-1] - self.n, self.n], -1)  # (B, A, V + 2), (B, A, N)
+        named = torch.full_like(named, -torch.inf) if found is None else named + found.log_scores.detach().unsqueeze(1)
+        return torch.cat([rest, named], -1)
+
     @contextmanager
     def _recognising(self, places: Tensor, patches: Tensor) -> Iterator[list[Recognised]]:
         """Within, the language model runs in two halves; the list then holds what was found between them."""

@@ -34,9 +34,14 @@ class Recognised:
     relay: Tensor
 
     @property
+    def log_scores(self) -> Tensor:
+        """(B, N): log of how likely each query is what the prompt means."""
+        return self.logits[-1].float().log_softmax(-1)[..., MEANT]
+
+    @property
     def scores(self) -> Tensor:
         """(B, N): how likely each query is what the prompt means, 0 to 1."""
-        return self.logits[-1].softmax(-1)[..., MEANT]
+        return self.log_scores.exp()
 
     @property
     def corners(self) -> Tensor:

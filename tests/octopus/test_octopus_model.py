@@ -149,3 +149,16 @@ def test_a_prompt_beyond_the_language_models_positions_is_refused():
 def test_left_padding():
     ids, mask = pad_left([[5], [6, 7]], 1)
     assert ids.tolist() == [[1, 5], [6, 7]] and mask.tolist() == [[False, True], [True, True]]
+
+
+def test_index_tokens_begin_with_the_decoders_scores():
+    model = build()
+    reading = read(model)
+    hidden = reading.hidden.unsqueeze(1)
+    first = model.tokenizer.row_ids[0]
+    logits, plain = model.logits(hidden, reading.found)[:, 0], model.lm.logits(hidden)[:, 0]
+    torch.testing.assert_close(logits[:, :first], plain[:, :first])
+    torch.testing.assert_close(logits[:, first:], plain[:, first:] + reading.found.scores.log())
+    assert (model.logits(hidden, None)[..., first:] == -torch.inf).all()
+    build_without = build(n=0)
+    torch.testing.assert_close(build_without.logits(hidden, None), build_without.lm.logits(hidden))
