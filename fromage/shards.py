@@ -50,8 +50,8 @@ MAX_CAPTION = 65536  # bytes; what is longer is a page that was taken for a capt
 def expand(urls: str | list[str]) -> list[str]:
     """Name every shard that patterns stand for, in order.
 
-    A pattern is a path or URL with or without braces (00{000..331}.tar), a glob, or a folder (all its *.tar). http, https
-    and s3 URLs become commands of curl and aws that webdataset reads from; other URLs are left as they are.
+    A pattern is a path or URL with or without braces (00{000..331}.tar), a glob, or a folder (all its *.tar). http, https,
+    s3 and gs URLs become commands of curl, aws and gsutil; other URLs are left as they are.
 
     Raises:
         UserError: a shard is missing, or a pattern means no shard.
@@ -75,6 +75,8 @@ def _shards(name: str) -> list[str]:
     """The shards of one name without braces."""
     if name.startswith("s3://"):
         return [f"pipe:aws s3 cp {shlex.quote(name)} -"]
+    if name.startswith("gs://"):
+        return [f"pipe:gsutil cat {shlex.quote(name)}"]
     if name.startswith(("http://", "https://")):
         return [f"pipe:{CURL} {shlex.quote(name)}"]
     if name.startswith("pipe:") or "://" in name:
@@ -183,7 +185,8 @@ def read_shard(shard: str, lost: Callable[[str, str], None]) -> Iterator[Raw]:
     """Yield a shard's samples, the extensions in lower case.
 
     A shard that cannot be read to its end is reported to lost(shard's name, cause), after further attempts where it comes
-    over the network; so is a member that cannot belong to a sample. The half sample at a break is not yielded.
+    over the network; so is an empty one, and a member that cannot belong to a sample. The half sample at a break is not
+    yielded.
     """
     done, cause = 0, ""
     for attempt in range(ATTEMPTS if "pipe:" in shard or "://" in shard else 1):
@@ -197,6 +200,8 @@ def read_shard(shard: str, lost: Callable[[str, str], None]) -> Iterator[Raw]:
             while stream.read(1 << 20):  # a command that is not read to its end would fail
                 pass
             stream.close()
+            if not done:
+                lost(shard_name(shard), "empty: holds no sample")
             return
         except (OSError, TimeoutExpired, tarfile.TarError, EOFError, zlib.error) as error:
             said = next((text for text in error.args if isinstance(text, str)), type(error).__name__)

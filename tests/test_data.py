@@ -271,6 +271,19 @@ def test_a_truncated_shard_is_skipped_with_its_name(tmp_path, caplog, workers):
         keys(data.val_dataloader())
 
 
+@pytest.mark.parametrize(("command", "workers"), [("sleep 600", 2), ("exit 3", 0), ("echo no tar", 0)])
+def test_an_address_that_stalls_or_fails_is_named_and_never_waited_for(tmp_path, monkeypatch, command, workers):
+    monkeypatch.setattr("fromage.shards.PATIENCE", 0.3)
+    monkeypatch.setattr("fromage.shards.ATTEMPTS", 1)
+    both = [shards(tmp_path / "s"), f"pipe:{command} # gone.tar"]
+    data = module(both, both, workers=workers, max_broken=0.5, samples_per_epoch=24)
+    assert keys(data.val_dataloader()) == [f"k{i:03d}" for i in range(24)]
+    assert set(keys(data.train_dataloader())) <= {f"k{i:03d}" for i in range(24)}
+    data.max_broken = 0
+    with pytest.raises(UserError, match=r"1 of \d+ samples are broken .*gone\.tar \(unreadable or truncated"):
+        keys(data.val_dataloader())
+
+
 def test_features_take_the_pictures_place(tmp_path):
     vector = torch.randn(3).bfloat16()
     path = tar(tmp_path / "x.tar", ("a", {"jpg": b"never decoded", "npy": to_npy(vector), "txt": b"x"}))

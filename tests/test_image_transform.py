@@ -103,6 +103,25 @@ def test_a_picture_that_exif_turns_is_read_whole():
     assert torch.equal(resize.read(data), resize(decode_picture(data)))
 
 
+@pytest.mark.parametrize(
+    ("kind", "mode"),
+    [("PNG", "P"), ("PNG", "I;16"), ("PNG", "LA"), ("PNG", "1"), ("WEBP", "RGBA"), ("GIF", "P"), ("BMP", "RGB")],
+)
+def test_other_files_are_pillows(kind, mode):
+    buffer = io.BytesIO()
+    Image.effect_noise((60, 40), 90).convert(mode).save(buffer, kind)
+    resize = halves(clips(size=32))[0]
+    assert torch.equal(resize.read(buffer.getvalue()), resize(decode_picture(buffer.getvalue())))
+
+
+def test_a_huge_jpeg_is_read_at_an_eighth():
+    resize = halves(clips(size=32))[0]
+    assert resize.frame.draft(6000, 5000) == 8
+    assert resize.read(jpeg(Image.new("RGB", (6000, 5000), (200, 0, 0)))).float().mean((1, 2)).sub(
+        torch.tensor([200.0, 0, 0])
+    ).abs().max() < 3  # fmt: skip
+
+
 def test_what_is_damaged_is_for_pillow_to_judge():
     resize, data = halves(clips(size=32))[0], jpeg(noise((640, 480)))
     for broken in (data[: len(data) // 2], data[:300], b"\xff\xd8\xff", b"", jpeg(Image.new("L", (1, MAX_ASPECT + 1)))):

@@ -5,18 +5,22 @@ import json
 
 import numpy as np
 import pytest
+from fastapi.testclient import TestClient
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_index import Model, items, rows, write_colours
 from test_index_builder import store
 
 from fromage.cli import main
+from fromage.decoding import Decoding
 from fromage.embedding_store import EmbeddingStore
 from fromage.errors import UserError
+from fromage.generate import generate
 from fromage.index import ImageIndex, open_index, search_index
 from fromage.index_builder import add, build, build_index, merge, remove, write_index
 from fromage.item_table import picture_id, to_batch
 from fromage.picture_source import Item
+from fromage.serving.app import create_app
 from fromage.serving.picture_ids import PictureIds
 
 pytest.importorskip("pymilvus")
@@ -178,6 +182,18 @@ def test_ids_of_pictures_are_asked_of_milvus(db, tmp_path):
     assert hit.path == str(folder / "red" / "a.png") and ids.open(ids.of(hit.path)).getpixel((0, 0)) == (255, 0, 0)
     with pytest.raises(UserError, match="none of this id"):
         ids.open("f" * 16)
+
+
+def test_answers_and_the_server_show_the_same_pictures(db, tmp_path, model, index):
+    there = write_index(tmp_path / "index", index.rows(), index.width, index.fingerprint, milvus=db)
+    said, shown = [], []
+    for one in (index, there):
+        said.append(generate(model, ["a red picture"], Decoding(max_new_tokens=6, ret_bias=1e4, max_images=3), one)[0].parts)
+        with TestClient(create_app(model, one)) as client:
+            hits = client.post("/search", json={"query": "blue", "k": 4}).json()["hits"]
+            shown.append([hits, *(client.get(f"/pictures/{hit['id']}").content for hit in hits)])
+    assert said[0] == said[1] and any(getattr(part, "hits", None) for part in said[1])
+    assert shown[0] == shown[1] and len(shown[1]) == 5
 
 
 # --- the command line, and what goes wrong --------------------------------------------------------------------------------

@@ -111,7 +111,8 @@ def test_urls_are_quoted_for_the_shell():
     assert web.endswith(" 'https://h/x.tar?a=1&b=$(id)'")
     assert "--fail" in web
     assert "--connect-timeout" in web
-    assert expand("gs://b/x.tar") == ["gs://b/x.tar"]
+    assert expand("gs://b/x.tar") == ["pipe:gsutil cat gs://b/x.tar"]
+    assert expand("hdfs://b/x.tar") == ["hdfs://b/x.tar"]
     assert expand("pipe:cat x.tar") == ["pipe:cat x.tar"]
     assert [shard_name(s) for s in (s3, web, "/a.tar/b.tar")] == ["0.tar", "x.tar", "b.tar"]
     assert expand("https://h/" + "x" * 5000 + ".tar")[0].startswith("pipe:curl")
@@ -170,6 +171,11 @@ def test_a_shard_is_taken_up_where_the_connection_broke(tmp_path, monkeypatch):
     samples, lost = read(f"pipe:if [ -e {tried} ]; then cat {whole}; else touch {tried}; cat {cut}; fi")
     assert [s["__key__"] for s in samples] == ["k000", "k001", "k002", "k003"]
     assert not lost
+
+
+def test_an_empty_shard_is_reported(tmp_path):
+    tarfile.open(tmp_path / "0.tar", "w").close()
+    assert read(tmp_path / "0.tar") == ([], [("0.tar", "empty: holds no sample")])
 
 
 @pytest.mark.parametrize("keep", [0, 1, 700, 5000, 7000])
