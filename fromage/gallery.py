@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from fromage.index import ImageIndex
 
 Resolve = Callable[[Iterable[Hit], int], tuple[list[Opened], list[Lost]]]  # as fromage.hits.openable
-SAME = 1e-5  # a cosine this near to 1 is the same picture, whatever its name
+SAME = 1 - 1e-3  # cosine from which a picture is the same: towers in bfloat16 or float32 and JPEG saved again differ by less
 
 
 @dataclass
@@ -93,14 +93,9 @@ class Gallery:
         hits = index.search(row[None], self.count + len(self.seen), barred)[0]
         for hit in index.beyond(row, hits, barred):
             vector = index.vectors_of([hit.row])[0]  # (q,)
-            if (np.concatenate([self.seen, passed]) @ vector).max(initial=-1) <= self._least:
+            if (np.concatenate([self.seen, passed]) @ vector).max(initial=-1) <= SAME:
                 passed = np.concatenate([passed, vector[None]])
                 yield hit._replace(rank=len(passed))
-
-    @property
-    def _least(self) -> float:
-        """Cosine of two embeddings of one picture."""
-        return 1 - max(SAME, torch.finfo(self.model.vision.dtype).eps ** 2)
 
     @cached_property
     def barred(self) -> set[str]:

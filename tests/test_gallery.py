@@ -88,6 +88,17 @@ def test_pictures_of_the_prompt_are_known_by_content(toy_model, index, hidden, f
         assert {hit.path for hit in found.hits} == {item.path for item in index.items} - copies
 
 
+def test_a_copy_is_known_though_it_was_embedded_in_bfloat16_or_saved_again(toy_model, index, hidden, folder, tmp_path):
+    first = brute_force(toy_model, index, hidden)[0]
+    Image.open(first).save(tmp_path / "again.jpg", quality=97, subsampling=0)
+    noise = np.random.default_rng(0).normal(size=index.vectors.shape).astype(np.float32)
+    rounded = index.vectors + 1e-2 * noise / np.linalg.norm(noise, axis=1, keepdims=True)  # cosines of 1 - 5e-5
+    other = ImageIndex.build(rounded, [item._replace(path=f"of {item.path}") for item in index.items], "")
+    for same in (Path(first), tmp_path / "again.jpg"):
+        found = gallery(toy_model, other, [same], count=len(index)).find(hidden).hits
+        assert f"of {first}" not in [hit.path for hit in found] and found
+
+
 def test_many_copies_in_the_index(toy_model, index, hidden):
     """More of them than are asked for at first."""
     vectors = np.concatenate([np.repeat(index.vectors[:1], 40, axis=0), index.vectors[3:5]])
