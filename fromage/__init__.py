@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from importlib import import_module
 from typing import Any
 
 _PUBLIC = {
@@ -21,10 +23,18 @@ _PUBLIC = {
 __all__ = [*_PUBLIC]
 
 
-def __getattr__(name: str) -> Any:
-    """Import on first use: `import fromage` itself takes no time."""
-    if name not in _PUBLIC:
-        raise AttributeError(f"module 'fromage' has no attribute {name!r}")
-    from importlib import import_module
+def on_first_use(package: str, public: Mapping[str, str]) -> Callable[[str], Any]:
+    """A package's __getattr__ that imports its public names, each from its module, when they are asked for.
 
-    return getattr(import_module(_PUBLIC[name]), name)
+    So `import fromage` itself takes no time. Raises AttributeError for other names.
+    """
+
+    def get(name: str) -> Any:
+        if name not in public:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        return getattr(import_module(public[name]), name)
+
+    return get
+
+
+__getattr__ = on_first_use(__name__, _PUBLIC)

@@ -6,7 +6,7 @@ NeurIPS 2024, of which no code was published: the abstract, figures and settings
 
 from __future__ import annotations
 
-from typing import Any
+from fromage import on_first_use
 
 _PUBLIC = {
     "Example": "fromage.octopus.examples",
@@ -21,12 +21,4 @@ _PUBLIC = {
     "load_octopus": "fromage.octopus.lightning_module",
 }
 __all__ = [*_PUBLIC]
-
-
-def __getattr__(name: str) -> Any:
-    """Import on first use, as fromage does."""
-    if name not in _PUBLIC:
-        raise AttributeError(f"module 'fromage.octopus' has no attribute {name!r}")
-    from importlib import import_module
-
-    return getattr(import_module(_PUBLIC[name]), name)
+__getattr__ = on_first_use(__name__, _PUBLIC)
