@@ -57,13 +57,13 @@ class Collection:
     @classmethod
     def create(cls, uri: str, fingerprint: str, width: int, kind: str) -> Collection:
         """A new, empty collection, its name drawn at random. uri: located. Raises UserError where Milvus is away."""
-        from pymilvus import DataType
-
         parse_kind(kind)
         if uri.endswith(LITE):
             Path(uri).parent.mkdir(parents=True, exist_ok=True)
         collection = cls(uri, f"fromage_{fingerprint}_{uuid.uuid4().hex[:8]}", width, kind)
-        client = collection.client
+        client = collection.client  # first: it says what to install
+        from pymilvus import DataType
+
         schema = client.create_schema(auto_id=False)
         schema.add_field("row", DataType.INT64, is_primary=True)
         schema.add_field("picture", DataType.INT64)
@@ -82,16 +82,17 @@ class Collection:
     def load(self) -> None:
         """Make an existing collection ready to be searched. Raises UserError where it is gone or of another width."""
         gone = self.uri.endswith(LITE) and not Path(self.uri).exists()  # which opening it would make
+        client = None if gone else self.client
         with asking(self.uri):
-            if gone or not self.client.has_collection(self.name, timeout=SECONDS):
+            if client is None or not client.has_collection(self.name, timeout=SECONDS):
                 raise UserError(f"Milvus at {self.uri}: has no collection {self.name} any more; build the index again")
-            fields = {f["name"]: f["params"] for f in self.client.describe_collection(self.name, timeout=SECONDS)["fields"]}
+            fields = {f["name"]: f["params"] for f in client.describe_collection(self.name, timeout=SECONDS)["fields"]}
             if fields.get("embedding", {}).get("dim") != self.width:
                 raise UserError(f"Milvus at {self.uri}: {self.name} is not the collection of this index; build it again")
-            self.client.load_collection(self.name)
+            client.load_collection(self.name)
 
-    def insert(self, rows: Iterable[Embedded], first: int = 0) -> None:
-        """Put (n, q) unit rows and their items in, numbered from first on."""
+    def insert(self, rows: Iterable[Embedded], first: int = 0) -> int:
+        """Put (n, q) unit rows and their items in, numbered from first on; returns the number behind the last."""
         for vectors, batch in rows:
             for start in range(0, len(batch), CHUNK):
                 items = _items(batch.slice(start, CHUNK))
@@ -99,6 +100,7 @@ class Collection:
                 with asking(self.uri):
                     self.client.insert(self.name, data, timeout=SECONDS)
                 first += len(items)
+        return first
 
     def index(self) -> None:
         """Make what was inserted into a new collection searchable: Milvus builds behind, and till then looks at every row.

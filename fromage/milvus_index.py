@@ -126,8 +126,7 @@ def write(
         raise UserError(f"{uri}: lies in the folder of the index, which is replaced as a whole; name another place")
     collection = Collection.create(uri, fingerprint, width, kind or FLAT)
     try:
-        collection.insert(rows)
-        count = collection.count()
+        count = collection.insert(rows)
         if not count:
             raise UserError("an index needs at least one picture; none was given")
         if kind is None and count > FLAT_UP_TO:

@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -79,14 +80,14 @@ def test_it_finds_what_the_flat_index_finds(tied, data):
 
 
 def test_many_pictures_and_all_beyond_the_first(db, tmp_path):
-    embeddings, things = np.repeat(rows(500, q=16), 3, axis=0), items(1500)
+    embeddings, things = np.repeat(rows(200, q=16), 3, axis=0), items(600)
     index, true = in_milvus(tmp_path / "index", db, embeddings, things), flat(embeddings, things)
     queries = rows(20, q=16, seed=1)
     found = index.search(queries, 10)
     assert found == true.search(queries, 10)
-    assert list(index.beyond(queries[0], found[0])) == true.search(queries[:1], 1500)[0]
+    assert list(index.beyond(queries[0], found[0])) == true.search(queries[:1], 600)[0]
     assert np.array_equal(index.vectors_of([7, 3, 7]), true.vectors[[7, 3, 7]])
-    assert (len(index), index.width, index.kind, index.search(queries[:0], 3)) == (1500, 16, "flat", [])
+    assert (len(index), index.width, index.kind, index.search(queries[:0], 3)) == (600, 16, "flat", [])
 
 
 @pytest.mark.parametrize("kind", ["HNSW,M=16,efConstruction=100", "autoindex"])
@@ -258,6 +259,12 @@ def test_what_is_wrong_is_one_line(ckpt, db, tmp_path, capsys, client):
     assert not (tmp_path / "out").exists() and not (tmp_path / "moved.db").exists()
     with pytest.raises(UserError, match=r"f00d.*not with beef"):
         ImageIndex.load(tmp_path / "index", "beef")
+
+
+def test_without_pymilvus_it_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pymilvus", None)
+    with pytest.raises(UserError, match=r"fromage\[milvus\]"):
+        in_milvus(tmp_path / "index", str(tmp_path / "a.db"), rows(3), items(3))
 
 
 def test_one_process_at_a_time_uses_a_local_one(tmp_path):
