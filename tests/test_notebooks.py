@@ -35,6 +35,19 @@ def tour(tmp_path_factory):
     return out
 
 
+@pytest.fixture(scope="module")
+def octopus(world, tmp_path_factory):
+    """The toy Octopus and its counterpart after two steps, on the small world."""
+    from fromage.toy import octopus_tour
+
+    out = tmp_path_factory.mktemp("octopus")
+    (out / "world").symlink_to(world)
+    few = ["--model.init=null", "--trainer.max_steps=2", "--trainer.limit_val_batches=0", "--data.batch_size=4"]
+    for configs in (octopus_tour.STAGES[2:], octopus_tour.SEQUENTIAL):
+        octopus_tour.train(out, configs, [*few, "--trainer.enable_progress_bar=false"])
+    return out
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=NAMES)
 def test_it_is_kept_clean(path):
     notebook = nbformat.read(path, as_version=4)
@@ -49,8 +62,9 @@ def test_it_is_kept_clean(path):
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=NAMES)
-def test_it_runs(path, tour, tmp_path, monkeypatch):
-    for name, value in {"FROMAGE_DEMO": tour, "FROMAGE_WORK": tmp_path, "FROMAGE_SAMPLE": 12, "HF_HUB_OFFLINE": 1}.items():
+def test_it_runs(path, tour, octopus, tmp_path, monkeypatch):
+    folders = {"FROMAGE_DEMO": tour, "FROMAGE_OCTOPUS": octopus, "FROMAGE_WORK": tmp_path}
+    for name, value in (folders | {"FROMAGE_SAMPLE": 12, "HF_HUB_OFFLINE": 1}).items():
         monkeypatch.setenv(name, str(value))
     monkeypatch.delenv("FROMAGE_FULL_SIZE", raising=False)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(FOLDER.parent), os.environ.get("PYTHONPATH", "")]))
@@ -62,4 +76,4 @@ def test_it_runs(path, tour, tmp_path, monkeypatch):
 
 
 def test_there_are_notebooks():
-    assert len(NOTEBOOKS) == 4
+    assert len(NOTEBOOKS) == 5

@@ -14,7 +14,6 @@ from fromage.octopus.sources import Instructions
 PROTOCOL = {
     "all_found": "as many boxes as there ought to be, and each the partner of one of these with an IoU from 0.5 on",
     "words": "whether the answer's words, boxes left out, are exactly those of the data",
-    "the others": "where one box is due, as in `fromage eval refcoco`",
 }
 
 
@@ -25,7 +24,8 @@ def evaluate(model: Octopus, data: Instructions, options: Options | None = None)
     for example, answer in sorted(asked.answered, key=lambda pair: len(pair[0].meant)):
         words = " ".join(piece for piece in example.answer if isinstance(piece, str))
         wanted = [example.boxes[piece] for piece in example.answer if isinstance(piece, int)]
-        judged.setdefault(setting(example), []).append(judge(answer, wanted, words))
+        figures = {name: value for name, value in judge(answer, wanted, words).items() if name in PROTOCOL}
+        judged.setdefault(setting(example), []).append(figures)
     system = {name: averaged(figures) for name, figures in judged.items()}
     counts = {f"answers_{name}": len(figures) for name, figures in judged.items()}
     return asked.report("instructions", system, PROTOCOL, sizes=counts)

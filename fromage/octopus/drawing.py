@@ -12,16 +12,18 @@ from fromage.octopus.examples import Box
 COLOURS = ((213, 94, 0), (0, 114, 178), (240, 228, 66), (0, 158, 115), (204, 121, 167), (86, 180, 233))
 OTHERS = (225, 225, 225)
 SIDE = 640  # pixels that the longer side of a drawing has at least
+FAINT = 0.01  # score below which a candidate is not drawn
 
 
 def draw_answer(picture: Image.Image, answer: Grounded, top: int = 5) -> Image.Image:
     """A picture with the boxes pointed at, numbered in the answer's order, and at most `top` other candidates, thin.
 
-    Scores stand beside them where there are any. A small picture is enlarged; the given one stays as it is.
+    Scores stand beside them where there are any; candidates below FAINT are left out. A small picture is enlarged; the
+    given one stays as it is.
     """
     page = _enlarged(picture)
     chosen = set(answer.boxes)
-    others = [(box, score) for box, score in answer.candidates if box not in chosen][:top]
+    others = [(box, score) for box, score in answer.candidates if box not in chosen and score >= FAINT][:top]
     drawn = [(box, f"{score:.2f}", OTHERS) for box, score in reversed(others)]  # the best one last, on top
     for number, (box, score) in reversed(list(enumerate(answer.pointed))):
         text = f"{number + 1}" + ("" if score is None else f"  {score:.2f}")

@@ -63,6 +63,7 @@ def test_other_candidates_are_thin_and_as_many_as_asked():
     assert [OTHERS in colours(draw_answer(picture, answer, top)) for top in (0, 1)] == [False, True]
     assert grey(1, answer) < grey(2, answer) < grey(3, answer) == grey(9, answer)
     assert grey(9, Grounded("", [], FOUND)) > grey(9, answer), "where nothing is pointed at there are candidates still"
+    assert OTHERS not in colours(draw_answer(picture, Grounded("", [LEFT], [(LEFT, 0.99), (ALL, 0.004)])))
     assert OTHERS not in colours(draw_answer(picture, read_text("[0.100,0.250,0.400,0.750]")))
 
 
