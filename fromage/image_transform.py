@@ -3,8 +3,9 @@
 A byte for a number of four: workers hand over, and the device is sent, a quarter of what normalised pictures take.
 
 The first half is quicker than open_clip's own. JPEGs are decoded by simplejpeg, bit for bit as by Pillow; where it objects,
-Pillow has its say. The resize is torch's: Pillow's weights in a quarter of its time; four results in a thousand differ, by
-one level of 255. And a large JPEG may be decoded at 1/2, 1/4 or 1/8 of its size, which is called a draft: see SPARE.
+Pillow has its say. The resize is torch's, Pillow's weights in a quarter of its time: four results in a thousand differ, by
+one level of 255 (at most two, where a picture is enlarged). And a large JPEG may be decoded at 1/2, 1/4 or 1/8 of its size,
+which is called a draft: see SPARE.
 """
 
 from __future__ import annotations

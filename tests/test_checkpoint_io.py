@@ -1,5 +1,7 @@
 """Checkpoints under torn files, flipped bits, full disks, SIGKILL and SIGTERM."""
 
+import json
+import multiprocessing
 import os
 import random
 import resource
@@ -7,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import pytorch_lightning as pl
@@ -109,6 +112,35 @@ def test_a_full_disk_leaves_the_last_checkpoint_untouched(two, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == [BEFORE, LAST]
 
 
+def save_on_and_on(path, tell):
+    """Checkpoints, one after the other, and the step of each that is written."""
+    store = SafeCheckpointIO()
+    for step in range(1, 10_000):
+        store.save_checkpoint(checkpoint(step) | {"more": torch.full((100_000,), step)}, path)
+        tell.send(step)
+
+
+def test_a_kill_while_a_checkpoint_is_written_costs_that_one_at_most(tmp_path):
+    rng, last = random.Random(0), tmp_path / LAST
+    for _ in range(10):
+        told, tell = multiprocessing.Pipe(duplex=False)
+        writer = multiprocessing.get_context("fork").Process(target=save_on_and_on, args=(last, tell))
+        writer.start()
+        tell.close()
+        step = told.recv()
+        time.sleep(0.03 * rng.random())
+        writer.kill()
+        writer.join()
+        try:
+            while True:
+                step = told.recv()
+        except EOFError:
+            pass
+        found = SafeCheckpointIO().load_checkpoint(last)  # without a warning: it is whole
+        assert found["global_step"] in (step, step + 1) and (found["more"] == found["global_step"]).all()
+        assert {p.name.strip(".") for p in tmp_path.iterdir()} <= {LAST, BEFORE, f"{LAST}.part", f"{BEFORE}.part"}
+
+
 # --- runs -------------------------------------------------------------------------------------------------------------
 
 
@@ -125,8 +157,10 @@ def start(world):
                  f"--data.train_shards={world}/cc3m/train", f"--data.val_shards={world}/cc3m/val", "--data.batch_size=16",
                  "--data.workers=1", "--data.shuffle=100", f"--trainer.max_steps={STEPS}", "--trainer.val_check_interval=24",
                  "--trainer.logger=false", f"--trainer.callbacks.init_args.dirpath={out}", "--trainer.limit_val_batches=1",
-                 "--trainer.callbacks.init_args.every_n_train_steps=3", *more]  # fmt: skip
-        env = os.environ | {"OMP_NUM_THREADS": "1"}
+                 "--trainer.callbacks.init_args.every_n_train_steps=3", *more,
+                 "--trainer.callbacks+=key_log.KeyLog", f"--trainer.callbacks.path={out.parent}/keys"]  # fmt: skip
+        paths = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+        env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
         runs.append(subprocess.Popen(words, cwd=out.parent, env=env, start_new_session=True, text=True,
                                      stdout=subprocess.DEVNULL, stderr=subprocess.PIPE))  # fmt: skip
         return runs[-1]
@@ -151,7 +185,12 @@ def wait_for_checkpoints(run, folder, count):
             seen, count = written(folder), count - 1
 
 
-def assert_same_weights(folder, straight):
+def assert_same_run(folder, straight):
+    """The same samples in every step, the repeated ones too, and the same weights at the end."""
+    wanted = [json.loads(line) for line in (straight.parent / "keys").read_text().splitlines()]
+    assert [step for step, _ in wanted] == list(range(1, STEPS + 1))
+    rows = [json.loads(line) for line in (folder.parent / "keys").read_text().splitlines()]
+    assert {step for step, _ in rows} == set(range(1, STEPS + 1)) and all(row in wanted for row in rows)
     found, wanted = (torch.load(path / LAST, weights_only=True) for path in (folder, straight))
     assert found["global_step"] == wanted["global_step"] == STEPS
     for name, value in wanted["state_dict"].items():
@@ -178,7 +217,7 @@ def test_a_run_killed_at_random_ends_with_the_same_weights(start, straight, tmp_
     assert killed == 2
     run = start(out, "--ckpt_path=last")
     assert run.wait(300) == 0, run.stderr.read()
-    assert_same_weights(out, straight)
+    assert_same_run(out, straight)
     assert sorted(p.name for p in out.iterdir() if not p.name.startswith(".")) == [BEFORE, LAST]
 
 
@@ -196,7 +235,7 @@ def test_sigterm_to_the_whole_job_saves_and_the_rest_is_exact(start, straight, t
     run = start(out, "--ckpt_path=last")
     assert run.wait(300) == 0, run.stderr.read()
     assert "going on from the one before it" in run.stderr.read()
-    assert_same_weights(out, straight)
+    assert_same_run(out, straight)
 
 
 def test_an_explicit_damaged_checkpoint_is_refused(tmp_path, capsys):

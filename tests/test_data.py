@@ -1,5 +1,7 @@
 import io
 import logging
+import multiprocessing
+import os
 import struct
 import tarfile
 import zlib
@@ -125,22 +127,31 @@ def test_an_epoch_drops_the_incomplete_batch(tmp_path):
         len(loader)
 
 
+def rank_of_two(rank, data, tell):
+    """The keys that one of two processes trains and validates on, and how many batches it was promised."""
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2")
+    torch.set_num_threads(1)
+    loader = data.train_dataloader()
+    tell.send((keys(loader), [batch.keys for batch in data.val_dataloader()], len(loader)))
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("sizes", [True, False])
-def test_two_nodes_share_without_overlap(tmp_path, monkeypatch, workers, sizes):
+def test_two_processes_share_without_overlap(tmp_path, workers, sizes):
     data = module(shards(tmp_path / "s", 32), shards(tmp_path / "v", 21), workers=workers)
     if not sizes:
         (tmp_path / "s/sizes.json").unlink()
         (tmp_path / "v/sizes.json").unlink()
         data.samples_per_epoch = 32
-    train, val = [], []
-    for rank in "01":
-        monkeypatch.setenv("RANK", rank)
-        monkeypatch.setenv("WORLD_SIZE", "2")
-        loader = data.train_dataloader()
-        train.append(keys(loader))
-        assert len(loader) == 4
-        val.append([batch.keys for batch in data.val_dataloader()])
+    fork, pipes = multiprocessing.get_context("fork"), [multiprocessing.Pipe(duplex=False) for _ in range(2)]
+    ranks = [fork.Process(target=rank_of_two, args=(rank, data, tell)) for rank, (_, tell) in enumerate(pipes)]
+    for process in ranks:
+        process.start()
+    assert all(told.poll(100) for told, _ in pipes)
+    train, val, promised = zip(*(told.recv() for told, _ in pipes), strict=True)
+    for process in ranks:
+        process.join()
+    assert promised == (4, 4) and [len(t) for t in train] == [16, 16]
     assert sorted(train[0] + train[1]) == [f"k{i:03d}" for i in range(32)]
     assert not set(train[0]) & set(train[1])
     assert [len(v) for v in val] == [3, 3]

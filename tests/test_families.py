@@ -35,18 +35,20 @@ FAMILIES = {
     "gemma2": (hf.Gemma2Config, GROUPED | {"query_pre_attn_scalar": 8, "sliding_window": 64}),
     "gemma3": (hf.Gemma3TextConfig, GROUPED | {"query_pre_attn_scalar": 8, "sliding_window": 64}),
 }
-STARTS = {"with bos": {}, "without bos": {"bos_token": None, "pad_token": None}}
+STARTS = ("bos, eos and pad", "pad is eos", "no bos, pad is eos")
 
 
-def build(family, start="with bos", k=1):
+def build(family, start=STARTS[0], k=1):
     torch.manual_seed(0)
     tokenizer = PromptTokenizer(str(TOY / "opt"))
     kind, sizes = FAMILIES[family]
     config = kind(vocab_size=tokenizer.vocab_size + 7, **sizes)
     config.pad_token_id, config.bos_token_id, config.eos_token_id = 1, 2, 2
     lm = hf.AutoModelForCausalLM.from_config(config)
-    if start == "without bos":  # and no padding: end of text stands for it
-        tokenizer.bos_id, tokenizer.pad_id = None, tokenizer.eos_id
+    if start != STARTS[0]:  # without padding of its own, end of text stands for it
+        tokenizer.pad_id = tokenizer.eos_id
+    if start == STARTS[2]:
+        tokenizer.bos_id = None
     return Fromage(LanguageModel(lm, tokenizer, family), NoTower(), k, q=16)
 
 

@@ -2,7 +2,9 @@
 
 import io
 import re
+from dataclasses import fields
 
+import open_clip
 import pytest
 import torch
 from hypothesis import given
@@ -41,7 +43,7 @@ def levels(pixels, whole, picture):
 
 @pytest.fixture(scope="module")
 def photographs(shared_data):
-    return [path.read_bytes() for path in sorted((shared_data / "coco_sample" / "val2017").iterdir())[:40]]
+    return [path.read_bytes() for path in sorted((shared_data / "coco_sample" / "val2017").iterdir())[:24]]
 
 
 @pytest.mark.parametrize("filter_", ["bicubic", "bilinear"])
@@ -56,6 +58,19 @@ def test_both_halves_together_are_the_whole(size, mode, filter_):
     assert off.max() < 1.01 and off.mean() < 0.02
     if mode == "longest":  # which is left to Pillow
         assert torch.equal(normalise(pixels.unsqueeze(0))[0], whole(picture)) and repr(resize) == repr(whole)
+
+
+def test_every_pretrained_tower_of_open_clip_is_read_the_quick_way():
+    known, wholes, picture = {field.name for field in fields(PreprocessCfg)}, {}, noise((173, 111))
+    for name, tag in open_clip.list_pretrained():
+        size = open_clip.get_model_config(name)["vision_cfg"].get("image_size", 224)
+        options = {k: v for k, v in open_clip.get_pretrained_cfg(name, tag).items() if k in known} | {"size": size}
+        wholes.setdefault(repr(options), clips(**options))
+    assert len(wholes) > 5
+    for whole in wholes.values():
+        resize, _ = halves(whole)
+        off = levels(resize(picture), whole, picture)
+        assert resize.frame and off.max() < 2.01 and off.mean() < 0.05, whole  # 2: where it is enlarged
 
 
 def test_a_transform_of_another_kind_is_left_whole():
@@ -140,12 +155,12 @@ def test_photographs_at_clips_size_are_open_clips_own(photographs):
     assert off.max() < 1.01 and off.mean() < 0.02  # COCO's are too small for drafts
 
 
-@pytest.mark.parametrize("size", [56, 80, 106])
+@pytest.mark.parametrize("size", [80, 106])
 def test_drafts_of_photographs_change_less_than_another_filter(photographs, size):
     whole, other = clips(size=size), halves(clips(size=size, interpolation="bilinear"))[0]
     resize, pairs = halves(whole)[0], [(data, decode_picture(data)) for data in photographs]
     drafted = [(data, picture) for data, picture in pairs if resize.frame.draft(*picture.size) > 1]
-    assert len(drafted) > 20
+    assert len(drafted) > 10
     off = torch.stack([levels(resize.read(data), whole, picture) for data, picture in drafted])
     filters = torch.stack([levels(other(picture), whole, picture) for _, picture in drafted])
     assert off.mean() < 1 and off.mean() < 0.5 * filters.mean()
