@@ -25,7 +25,7 @@ M = 20  # width of the image features
 class NoTower(nn.Module):
     """Stands where the image tower does; the batches here bring their features."""
 
-    width = M
+    shape, width = (M,), M
 
 
 def build(kind, k, dtype=torch.float32, **options):

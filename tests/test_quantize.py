@@ -16,7 +16,7 @@ pytest.importorskip("bitsandbytes")
 
 
 class NoTower(torch.nn.Module):
-    width = 20
+    shape, width = (20,), 20
 
 
 @pytest.fixture(scope="module")
