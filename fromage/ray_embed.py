@@ -113,7 +113,11 @@ class RayJob:
             quiet |= {"num_cpus": max(os.cpu_count() or 1, 1 + self.actors), "include_dashboard": False}
         else:
             _reach(self.address)
-        ray.init(self.address, **quiet)
+        try:
+            ray.init(self.address, **quiet)
+        except Exception as error:
+            cause = first_line(error)
+            raise UserError(f"ray at {self.address}: cannot be had ({cause}); the same command tries it again") from error
         try:
             self._check(ray.cluster_resources())
             yield

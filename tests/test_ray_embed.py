@@ -34,8 +34,19 @@ def cluster():
     how = {"include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR", "object_store_memory": 2**27}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # of Ray's workers, for colour_tower
-        yield ray.init("local", num_cpus=2, **how).address_info["address"]
+        yield start(**how)
         ray.shutdown()
+
+
+def start(tries=3, **how):
+    """Start Ray, which gives its own processes half a minute: too little at times on a machine with much else to do."""
+    try:
+        return ray.init("local", num_cpus=2, **how).address_info["address"]
+    except Exception as error:
+        if tries == 1 or "timed out" not in str(error):
+            raise
+        ray.shutdown()
+        return start(tries - 1, **how)
 
 
 @pytest.fixture(scope="module")
@@ -140,6 +151,16 @@ def test_what_ray_has_not_is_refused_before_the_work(cluster, shards, tmp_path):
 def test_a_cluster_that_is_away_is_noticed_at_once(address):
     with pytest.raises(UserError, match=f"ray at {address}: "):
         ray_embed._reach(address)
+
+
+def test_a_ray_that_does_not_start_is_one_line(monkeypatch):
+    def init(*args, **how):
+        raise Exception("The current node timed out during startup.\nMore.")
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", init)
+    with pytest.raises(UserError, match=r"ray at local: .*timed out during startup\.\).*tries it again"):
+        list(RayJob().embed(Model(), SimpleNamespace(todo=[0])))
 
 
 def test_what_is_wrong_with_a_chunk_comes_through_as_it_is(monkeypatch):
