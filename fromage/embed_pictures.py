@@ -19,6 +19,7 @@ from fromage.bounds import check_whole
 from fromage.embedding_store import DTYPES, EmbeddingStore
 from fromage.errors import UserError
 from fromage.features import check_features
+from fromage.loader import init_worker
 from fromage.picture_source import Chunk, PictureSource, Sample, find_pictures, is_shards
 from fromage.shards import expand
 
@@ -101,7 +102,7 @@ def embed_chunk(model: Fromage | PictureSide, chunk: Chunk) -> Done:
 
 def _here(model: Fromage, pictures: PictureSource, workers: int) -> Iterator[Done]:
     """Embed the parts to do in this process."""
-    loader = DataLoader(pictures, batch_size=None, num_workers=min(workers, len(pictures.todo)))
+    loader = DataLoader(pictures, batch_size=None, num_workers=min(workers, len(pictures.todo)), worker_init_fn=init_worker)
     return (embed_chunk(model, chunk) for chunk in loader)
 
 

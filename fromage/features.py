@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from fromage.errors import BrokenSample, UserError
 from fromage.image_transform import Decoding, Transform, decoding_as, read_picture
+from fromage.loader import init_worker
 from fromage.shards import (
     Broken,
     Raw,
@@ -89,7 +90,7 @@ def store_features(
     done = read_sizes(out)
     todo = [s for s in sources if not (shard_name(s) in done and (out / shard_name(s)).is_file())]
     stream = PictureStream(todo, decoding_as(vision.transform, decoding), batch_size, max_broken)
-    loader = DataLoader(stream, batch_size=None, num_workers=min(workers, len(todo)))
+    loader = DataLoader(stream, batch_size=None, num_workers=min(workers, len(todo)), worker_init_fn=init_worker)
     sizes = [size for _, size in stream.shards]
     bar = tqdm(total=None if None in sizes else sum(size or 0 for size in sizes), desc="features", unit=" pictures")
     writers: dict[str, ShardWriter] = {}  # of the shards that workers are at

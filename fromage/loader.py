@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import signal
+import sys
 import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from fromage.data import Batch, Stream, TrainStream
 
 GRACE = 30  # seconds a worker outlives a SIGTERM that its whole job gets, for the step and the checkpoint under way
+PR_SET_PDEATHSIG = 1  # of prctl(2): the signal that a process gets when its parent ends
 log = logging.getLogger(__name__)
 
 
@@ -35,7 +38,7 @@ class Loader(DataLoader):
             num_workers=workers,
             persistent_workers=workers > 0,
             pin_memory=torch.cuda.is_available(),
-            worker_init_fn=_init_worker,
+            worker_init_fn=init_worker,
         )
         warnings.filterwarnings("ignore", r".*IterableDataset. has .__len__")  # the stream shares out its length
 
@@ -53,8 +56,11 @@ class Plain:
         return iter(self.batches)
 
 
-def _init_worker(_: int) -> None:
+def init_worker(_: int) -> None:
+    """What a DataLoader's worker does first: see to it that it ends with its parent, and to signals until then."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # else the tokenizer warns of the fork
+    if sys.platform == "linux":  # a killed parent leaves workers that wait for a reader of their queue, for good
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if hasattr(signal, "sigwaitinfo"):  # not on macOS
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         Thread(target=_await_sigterm, daemon=True).start()

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from fromage.contact_sheet import contact_sheet
 from fromage.errors import BrokenSample
 from fromage.features import from_npy
+from fromage.loader import init_worker
 from fromage.pictures import SUFFIXES, jpeg
 from fromage.shards import (
     Broken,
@@ -292,7 +293,9 @@ def check_shards(
     report = ShardReport(max_broken, unit, shown)
     sizes = [size for _, size in walk.shards]
     total = None if None in sizes else sum(size or 0 for size in sizes)
-    loader = DataLoader(walk, batch_size=None, num_workers=min(workers, len(walk.shards)), collate_fn=tuple)
+    loader = DataLoader(
+        walk, batch_size=None, num_workers=min(workers, len(walk.shards)), collate_fn=tuple, worker_init_fn=init_worker
+    )
     with tqdm(total=total, desc="shards", unit=" samples") as bar:
         for look in (Look(*row) for row in loader):
             report.add(look)

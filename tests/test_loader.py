@@ -1,6 +1,10 @@
 """Going on in the middle of an epoch: what comes is what would have come."""
 
 import itertools
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 from test_data import CC3M, keys, module, shards
@@ -155,3 +159,39 @@ def test_a_loop_that_reads_ahead_is_asked_how_far_it_came(data):
 
 def test_keys_of_a_plain_run(data):
     assert isinstance(data(), CC3M) and len(keys(data().train_dataloader())) == 33
+
+
+ORPHANS = """
+import os, sys, time, torch
+from torch.utils.data import DataLoader
+from fromage.loader import init_worker
+
+class Heavy(torch.utils.data.Dataset):
+    def __len__(self): return 1000
+    def __getitem__(self, i): return os.getpid(), "x" * 1_000_000
+
+batches = iter(DataLoader(Heavy(), batch_size=None, num_workers=2, worker_init_fn=init_worker))
+print(next(batches)[0], next(batches)[0], flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="prctl")
+def test_workers_end_with_a_parent_that_is_killed():
+    parent = subprocess.Popen([sys.executable, "-c", ORPHANS], stdout=subprocess.PIPE, text=True)
+    workers = [int(pid) for pid in parent.stdout.readline().split()]
+    assert len(set(workers)) == 2 and all(Path(f"/proc/{pid}").exists() for pid in workers)
+    parent.kill()
+    parent.wait()
+    end = time.monotonic() + 60
+    while any(running(pid) for pid in workers):
+        assert time.monotonic() < end, "they outlive it"
+        time.sleep(0.05)
+
+
+def running(pid):
+    """Whether a process is there, and no zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False

@@ -15,6 +15,7 @@ from fromage.evals.caption_sets import CaptionSet, read_captions
 from fromage.evals.coco import both_ways
 from fromage.evals.encoded import Files, check_lost
 from fromage.lightning_module import FromageModule
+from fromage.loader import init_worker
 
 Item = tuple[Path, list[str], Any]  # a picture's file, its captions, and its pixels (3, H, W) or why there are none
 
@@ -99,4 +100,4 @@ class CocoCaptions(pl.LightningDataModule):
         check_lost(missing, len(self.data.pictures), self.max_lost)
         module: Any = self.trainer.lightning_module  # type: ignore[union-attr]
         pairs = Captioned(self.data, module.model.vision.transform)
-        return DataLoader(pairs, self.batch_size, num_workers=self.workers, collate_fn=list)
+        return DataLoader(pairs, self.batch_size, num_workers=self.workers, collate_fn=list, worker_init_fn=init_worker)

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from fromage.errors import BrokenSample, UserError
 from fromage.image_transform import Transform, read_picture
+from fromage.loader import init_worker
 from fromage.picture_reader import PictureReader
 
 Item = TypeVar("Item")
@@ -84,7 +85,9 @@ def encode_files(model: PictureReader, paths: Sequence[Path], options: Options) 
     distinct = list(dict.fromkeys(paths))
     check_lost([("missing", path) for path in distinct if not path.is_file()], len(distinct), options.max_lost)
     files = Files(distinct, model.vision.transform)
-    loader: Any = DataLoader(files, options.batch_size, num_workers=options.workers, collate_fn=list)
+    loader: Any = DataLoader(
+        files, options.batch_size, num_workers=options.workers, collate_fn=list, worker_init_fn=init_worker
+    )
     rows = [torch.empty(0, *model.vision.shape, device=model.device)]
     good: list[Path] = []
     lost: list[tuple[str, Path]] = []

@@ -18,6 +18,7 @@ from torchvision.ops import box_convert
 from fromage.errors import BrokenSample, UserError
 from fromage.evals.encoded import check_lost
 from fromage.image_transform import Transform, read_picture
+from fromage.loader import init_worker
 from fromage.octopus.answers import answer_ids, ordered
 from fromage.octopus.examples import Example, Source
 from fromage.octopus.matching import Objects
@@ -182,6 +183,7 @@ class OctopusData(pl.LightningDataModule):
             shuffle=shuffle,
             drop_last=shuffle,
             num_workers=0 if store is not None else self.workers,
+            worker_init_fn=init_worker,
             collate_fn=Collate(module.model, store is not None, module.asks),
             generator=torch.Generator().manual_seed(self.seed) if shuffle else None,
             pin_memory=torch.cuda.is_available(),

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from fromage.backbones import PatchTower
 from fromage.errors import UserError
 from fromage.evals.encoded import Files
+from fromage.loader import init_worker
 from fromage.shards import write_json
 
 ABOUT, LINES, ROWS = "tower.json", "pictures.jsonl", "patches.bf16"
@@ -66,7 +67,8 @@ class PatchStore:
     def add(self, pictures: Sequence[str], batch_size: int = 64, workers: int = 0) -> None:
         """Encode those that are not there yet, with a progress bar."""
         todo = [Path(p) for p in dict.fromkeys(pictures) if p not in self.rows and p not in self.lost]
-        loader: Any = DataLoader(Files(todo, self.vision.transform), batch_size, num_workers=workers, collate_fn=list)
+        files = Files(todo, self.vision.transform)
+        loader: Any = DataLoader(files, batch_size, num_workers=workers, collate_fn=list, worker_init_fn=init_worker)
         done = 0
         with (self.folder / ROWS).open("ab") as rows, (self.folder / LINES).open("a", encoding="utf-8") as lines:
             for batch in tqdm(loader, desc="patches", unit="batch", disable=not todo):
