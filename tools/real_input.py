@@ -1,10 +1,12 @@
-"""The whole path on real photographs: pack, store features, train, index, search, and find the training pictures again.
+"""The whole path on real photographs, killed on the way: pack, check, store, train, export, evaluate, index, search.
 
     python tools/real_input.py --data FOLDER --out runs/coco_sample
 
 FOLDER holds coco_sample/ (captions_val2017_sample.json, val2017/*.jpg) and opt_tokenizer/ (OPT's vocab.json, merges.txt).
 The towers have the real layouts at moderate size and random weights, so nothing is learned about the world: the figure
-says whether the path memorises its own training pictures, and against which chance.
+says whether the path memorises its own training pictures, and against which chance. Storing features, training and embedding
+are each killed (SIGKILL) as soon as they have written something, and then started again. With --compare, training is done
+once more without a kill, and its weights have to be the same, bit for bit.
 """
 
 from __future__ import annotations
@@ -12,6 +14,11 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Collection
 from pathlib import Path
 
 import open_clip
@@ -25,6 +32,7 @@ from fromage.cli import main as fromage
 from fromage.data import CC3M
 from fromage.evals.retrieval import evaluate
 
+KILLS = ("features", "fit", "embed")
 CLIP = {
     "model_cfg": {
         "embed_dim": 256,
@@ -54,35 +62,72 @@ def make_clip(out: Path) -> None:
     save_file(model.state_dict(), out / "open_clip_model.safetensors")
 
 
-def run(data: Path, out: Path, steps: int) -> dict[str, float]:
+def do(*words: str) -> None:
+    """Run a verb of the command line to its end."""
+    print("\n$ fromage", *words, flush=True)
+    if fromage(list(words)):
+        raise SystemExit(2)
+
+
+def kill(begun: Path, *words: str) -> None:
+    """Run a verb in a process of its own, and kill it when a file is there."""
+    print("\n$ fromage", *words, "   # to be killed", flush=True)
+    process = subprocess.Popen([sys.executable, "-m", "fromage.cli", *words])
+    while process.poll() is None and not begun.exists():
+        time.sleep(0.01)
+    process.kill()
+    if process.wait() != -signal.SIGKILL:
+        raise SystemExit(f"it was over (exit code {process.returncode}) before it could be killed")
+
+
+def same_weights(one: Path, other: Path) -> bool:
+    """Whether two checkpoints hold the same trained parameters after as many steps, bit for bit."""
+    a, b = (torch.load(path, weights_only=True) for path in (one, other))
+    equal = all(torch.equal(value, b["state_dict"][name]) for name, value in a["state_dict"].items())
+    return equal and a["global_step"] == b["global_step"]
+
+
+def run(data: Path, out: Path, steps: int, kills: Collection[str] = KILLS, compare: bool = False) -> dict[str, float]:
     """All of it; returns the recalls, in percent, of each picture's first caption among all pictures."""
     torch.manual_seed(0)
     out.mkdir(parents=True, exist_ok=True)
     make_opt(data / "opt_tokenizer", out / "opt")
     make_clip(out / "clip")
     coco = data / "coco_sample"
-    captions, pictures = str(coco / "captions_val2017_sample.json"), str(coco / "val2017")
-    vision, config = f"local-dir:{out / 'clip'}", "coco_sample.yaml"
-    checkpoint = out / "checkpoints" / "last.ckpt"
-    verbs = [
-        ["shards", "coco", captions, "--images", pictures, "--out", str(out / "shards")],
-        ["shards", "coco", captions, "--images", pictures, "--captions", "first", "--out", str(out / "first")],
-        ["features", str(out / "shards"), "--vision", vision, "--out", str(out / "features")],
-        ["fit", "--config", config, f"--trainer.max_steps={steps}",
-         f"--model.lm={out / 'opt'}", f"--model.vision={vision}",
-         f"--data.train_shards={out / 'features'}", f"--trainer.logger.init_args.save_dir={out}",
-         f"--trainer.callbacks.init_args.dirpath={checkpoint.parent}"],
-        ["index", "build", "--ckpt", str(checkpoint), "--images", pictures, "--captions", captions,
-         "--out", str(out / "index")],
-        ["search", "a man riding a wave on a surfboard", "a cat", "a plate of food", "--index", str(out / "index"),
-         "--png", str(out / "searches.png")],
-    ]  # fmt: skip
-    for words in verbs:
-        print("\n$ fromage", *words, flush=True)
-        if fromage(words):
-            raise SystemExit(2)
-    model = load_model(checkpoint)
-    loader = CC3M(str(out / "first"), str(out / "first"), batch_size=64, workers=0)
+    captions, pictures = str(coco / "captions_val2017_sample.json"), ("--images", str(coco / "val2017"))
+    shards, first, features, embeddings = (str(out / name) for name in ("shards", "first", "features", "embeddings"))
+    vision, last = f"--vision=local-dir:{out / 'clip'}", str(out / "checkpoints" / "last.ckpt")
+
+    do("shards", "coco", captions, *pictures, "--out", shards, "--per-shard", "80")
+    do("shards", "coco", captions, *pictures, "--captions", "first", "--out", first, "--per-shard", "16")
+    do("shards", "check", shards, "--tokenizer", str(out / "opt"), "--png", str(out / "samples.png"), "--workers", "0")
+    store = ("features", shards, vision, "--out", features, "--batch-size", "20")
+    if "features" in kills:
+        kill(Path(features, "00000.tar"), *store)
+    do(*store)
+    fit = ["fit", "--config=coco_sample.yaml", f"--trainer.max_steps={steps}", f"--model.lm={out / 'opt'}",
+           f"--model.{vision[2:]}", f"--data.train_shards={features}", f"--trainer.logger.init_args.save_dir={out}",
+           f"--trainer.callbacks.init_args.every_n_train_steps={max(1, steps // 10)}"]  # fmt: skip
+    saved = f"--trainer.callbacks.init_args.dirpath={out}"
+    if "fit" in kills:
+        kill(Path(last), *fit, f"{saved}/checkpoints")
+    do(*fit, f"{saved}/checkpoints", "--ckpt_path=last")
+    if compare:
+        do(*fit, f"{saved}/straight")
+        if not same_weights(Path(last), out / "straight" / "last.ckpt"):
+            raise SystemExit("the killed run ended with other weights than the one that was not")
+    do("export", "--ckpt", last, "--out", str(out / "model"), "--dtype", "float32")
+    do("eval", "coco", captions, *pictures, "--ckpt", str(out / "model"))
+    embed = ("index", "embed", "--ckpt", str(out / "model"), "--images", first, "--out", embeddings)
+    if "embed" in kills:
+        kill(Path(embeddings, "00000.parquet"), *embed)
+    do(*embed)
+    do("index", "build", "--embeddings", embeddings, "--out", str(out / "index"))
+    do("search", "a man riding a wave on a surfboard", "a cat", "a plate of food", "--index", str(out / "index"),
+       "--png", str(out / "searches.png"))  # fmt: skip
+
+    model = load_model(last)
+    loader = CC3M(first, first, batch_size=64, workers=0)
     loader.attach(model.vision.transform, model.tokenizer)
     return evaluate(model, loader.val_dataloader())  # type: ignore[arg-type]
 
@@ -93,8 +138,9 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, default=Path("runs/coco_sample"))
     parser.add_argument("--steps", type=int, default=300, help="optimiser steps of 64 pairs")
+    parser.add_argument("--compare", action="store_true", help="train again without a kill, and compare the weights")
     args = parser.parse_args()
-    recalls = run(args.data, args.out, args.steps)
+    recalls = run(args.data, args.out, args.steps, compare=args.compare)
     print("\nthe 128 training pictures, found by their own first captions (chance: r1 0.8 %); recall in %")
     print(json.dumps({name: round(value, 1) for name, value in recalls.items()}))
 
