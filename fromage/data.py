@@ -7,6 +7,7 @@ every sample comes once, in stored order, whatever the number of devices and wor
 from __future__ import annotations
 
 import random
+import warnings
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -334,6 +335,7 @@ class CC3M(pl.LightningDataModule):
     def val_dataloader(self) -> Loader | list[Loader]:
         """All samples once and in order; see ValidationStream. An empty list where there are no validation shards."""
         if self.val_shards is None:
+            warnings.filterwarnings("ignore", r"Total length of .list. across ranks is zero")  # Lightning's, of no loaders
             return []
         shards = self._shards(self.val_shards)
         stream = ValidationStream(shards, self._decode(), self.val_batch_size, self.max_broken, *self._rank())

@@ -15,7 +15,7 @@ def test_the_bench_runs_and_writes_its_figures(tmp_path, monkeypatch, capsys):
     for number in range(6):
         Image.effect_noise((320, 240), 90).convert("RGB").save(folder / f"{number}.jpg")
     out = tmp_path / "bench.json"
-    words = [str(folder), "--most", "4", "--rounds", "1", "--size", "64", "--json", str(out)]
+    words = [str(folder), "--most", "4", "--rounds", "1", "--size", "64", "--shorter", "80", "--json", str(out)]
     monkeypatch.setattr(sys, "argv", [str(TOOL), *words])
     runpy.run_path(str(TOOL), run_name="__main__")
     report = json.loads(out.read_text())

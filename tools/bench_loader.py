@@ -1,7 +1,7 @@
 """Time the loader on photographs of real size: decode, preprocess and tokenise, per core, beside plainer ways, interleaved.
 
     python tools/bench_loader.py val2017                       # a folder of JPEGs
-    python tools/bench_loader.py val2017 --tokenizer facebook/opt-6.7b
+    python tools/bench_loader.py val2017 --shorter 256         # as tools/make_cc3m_shards.py stores them
 
 Each way goes through the same photographs in one process of one thread and is counted in the seconds of CPU it used; they
 take turns every half second, so that other work on the machine disturbs all of them alike. The plain loader is what
@@ -34,12 +34,21 @@ from torchvision.datasets import ImageFolder
 from fromage.backbones import load_tokenizer
 from fromage.data import CC3M
 from fromage.image_transform import Decoding, halves
-from fromage.pictures import is_picture
+from fromage.pictures import decode_picture, is_picture
 from fromage.shards import write_shards
 from fromage.tokens import PromptTokenizer
 
 STEP, PAIRS = 0.2, 180  # seconds and pairs of a step that the loader is to keep up with
 WORDS = ("a", "the", "two", "man", "dog", "street", "table", "red", "old", "sitting", "holding", "near", "with", "on", "of")
+
+
+def scaled(data: bytes, shorter: int) -> bytes:
+    """A JPEG whose shorter side has so many pixels, whatever it had."""
+    picture, out = decode_picture(data), io.BytesIO()
+    ratio = shorter / min(picture.size)
+    size = round(picture.width * ratio), round(picture.height * ratio)
+    picture.resize(size, Image.Resampling.LANCZOS).save(out, "JPEG", quality=95)
+    return out.getvalue()
 
 
 def make_shards(photographs: list[bytes], out: Path) -> None:
@@ -82,11 +91,9 @@ def cpu_seconds(ways: dict[str, Callable[[], Any]], rounds: int) -> dict[str, fl
     return {name: statistics.median(taken[1:]) for name, taken in times.items()}
 
 
-def measure(folder: Path, tokenizer: str, size: int, most: int, rounds: int) -> dict[str, Any]:
+def measure(photographs: list[bytes], tokenizer: str, size: int, rounds: int) -> dict[str, Any]:
     """Samples per second and core of each way."""
     torch.set_num_threads(1)
-    paths = sorted(path for path in folder.iterdir() if is_picture(path))[:most]
-    photographs = [path.read_bytes() for path in paths]
     transform = image_transform_v2(
         PreprocessCfg(size=size, mean=OPENAI_DATASET_MEAN, std=OPENAI_DATASET_STD), is_train=False
     )
@@ -95,8 +102,8 @@ def measure(folder: Path, tokenizer: str, size: int, most: int, rounds: int) -> 
     with tempfile.TemporaryDirectory() as scratch:
         make_shards(photographs, shards := Path(scratch) / "shards")
         (classes := Path(scratch) / "classes" / "one").mkdir(parents=True)
-        for path in paths:
-            (classes / path.name).symlink_to(path.resolve())
+        for number, data in enumerate(photographs):
+            (classes / f"{number:08d}.jpg").write_bytes(data)
         ways = {
             "ours": ours(shards, transform, words, "draft", batch),
             "ours, exact": ours(shards, transform, words, "exact", batch),
@@ -122,13 +129,17 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="of JPEGs")
     parser.add_argument("--tokenizer", default="toy", help="language model's name or folder, whose tokenizer is used")
     parser.add_argument("--size", type=int, default=224, help="side of what the tower sees, in pixels")
+    parser.add_argument("--shorter", type=int, help="pixels that their shorter side is brought to first (as they are)")
     parser.add_argument("--most", type=int, default=128, help="of the photographs, the first so many")
     parser.add_argument("--rounds", type=int, default=20, help="times that each way goes through them")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     if not args.folder.is_dir() or not any(map(is_picture, args.folder.iterdir())):
         parser.error(f"{args.folder} is no folder of pictures: name one")
-    report = measure(args.folder, args.tokenizer, args.size, args.most, args.rounds)
+    photographs = [path.read_bytes() for path in sorted(filter(is_picture, args.folder.iterdir()))[: args.most]]
+    if args.shorter:
+        photographs = [scaled(data, args.shorter) for data in photographs]
+    report = measure(photographs, args.tokenizer, args.size, args.rounds)
     print(f"{report['photographs']} photographs of {report['mean_bytes'] / 1000:.0f} kB in the mean, to {args.size} pixels")
     for name, rate in report["samples_per_second_and_core"].items():
         print(f"{name:14}{rate:8.0f} samples per second and core{1000 / rate:8.2f} ms each")
