@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -69,10 +70,21 @@ def do(*words: str) -> None:
         raise SystemExit(2)
 
 
+def start(*words: str, comment: str = "") -> subprocess.Popen[bytes]:
+    """Start a verb in a process of its own, with one thread: sums are then taken in the same order every time."""
+    print("\n$ fromage", *words, comment, flush=True)
+    return subprocess.Popen([sys.executable, "-m", "fromage.cli", *words], env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def do_alone(*words: str) -> None:
+    """Run a verb to its end in a process of its own."""
+    if start(*words).wait():
+        raise SystemExit(2)
+
+
 def kill(begun: Path, *words: str) -> None:
     """Run a verb in a process of its own, and kill it when a file is there."""
-    print("\n$ fromage", *words, "   # to be killed", flush=True)
-    process = subprocess.Popen([sys.executable, "-m", "fromage.cli", *words])
+    process = start(*words, comment="   # to be killed")
     while process.poll() is None and not begun.exists():
         time.sleep(0.01)
     process.kill()
@@ -111,9 +123,10 @@ def run(data: Path, out: Path, steps: int, kills: Collection[str] = KILLS, compa
     saved = f"--trainer.callbacks.init_args.dirpath={out}"
     if "fit" in kills:
         kill(Path(last), *fit, f"{saved}/checkpoints")
-    do(*fit, f"{saved}/checkpoints", "--ckpt_path=last")
+    train = do_alone if compare else do  # equal to the bit only among equal processes
+    train(*fit, f"{saved}/checkpoints", "--ckpt_path=last")
     if compare:
-        do(*fit, f"{saved}/straight")
+        train(*fit, f"{saved}/straight")
         if not same_weights(Path(last), out / "straight" / "last.ckpt"):
             raise SystemExit("the killed run ended with other weights than the one that was not")
     do("export", "--ckpt", last, "--out", str(out / "model"), "--dtype", "float32")
