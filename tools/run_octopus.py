@@ -25,7 +25,7 @@ from fromage.octopus.patch_store import PatchStore
 from fromage.shards import write_json
 from fromage.toy import octopus_tour
 
-SHORT = ["--trainer.max_steps=300", "--trainer.val_check_interval=300"]
+SHORT = ["--model.stage=3", "--model.lr=1e-3", "--trainer.max_steps=1000", "--trainer.val_check_interval=1000"]
 ABLATIONS = {
     "base": [],
     "n8": ["--model.n=8"],
@@ -61,18 +61,14 @@ def train(name: str, out: Path, seed: int, options: list[str]) -> Path:
         return octopus_tour.tour(folder, [*seeded, *options], out)
     if name == "sequential":
         return octopus_tour.sequential(folder, [*seeded, *options], out)
-    checkpoint = folder / name / "checkpoints" / "last.ckpt"
-    if not checkpoint.exists():
-        world = out / "world" / "refcoco"
-        files = {"refs": f"{world}/refs(unc).p", "instances": f"{world}/instances.json", "images": f"{world}/images"}
-        words = [
-            f"--model.init={folder / 'stage1' / 'checkpoints' / 'last.ckpt'}",
-            f"--data.train={json.dumps([{'class_path': 'fromage.octopus.RefCOCO', 'init_args': files}])}",
-            f"--trainer.callbacks.init_args.dirpath={checkpoint.parent}",
-            f"--trainer.logger.init_args.name={name}",
-        ]
-        octopus_tour.train(folder, octopus_tour.STAGES[2:], [*seeded, *SHORT, *words, *ABLATIONS[name], *options], out)
-    return checkpoint
+    words = [
+        f"--model.init={octopus_tour.tour(folder, [*seeded, *options], out, stages=1)}",
+        f"--trainer.callbacks.init_args.dirpath={folder / name / 'checkpoints'}",
+        f"--trainer.logger.init_args.name={name}",
+    ]
+    return octopus_tour.train_once(
+        folder, name, octopus_tour.STAGES[1:2], [*seeded, *SHORT, *words, *ABLATIONS[name], *options], out
+    )
 
 
 def judge(checkpoint: Path, world: Path, limit: int) -> dict[str, float]:

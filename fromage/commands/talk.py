@@ -27,10 +27,10 @@ def demo(args: argparse.Namespace) -> None:
 def _octopus(args: argparse.Namespace) -> Any:
     """The one that is named; beside the toy FROMAGe the toy one, if it was trained already; or None."""
     from fromage.octopus.lightning_module import load_octopus
+    from fromage.toy.octopus_tour import HOME, trained
 
-    toy = not (args.index or args.ckpt) and TOY_OCTOPUS.exists()
-    path = args.octopus or (str(TOY_OCTOPUS) if toy else None)
-    return load_octopus(path, args.device) if path else None
+    path = args.octopus or (None if args.index or args.ckpt else trained(Path(HOME)))
+    return load_octopus(str(path), args.device) if path else None
 
 
 def serve(args: argparse.Namespace) -> None:
@@ -69,7 +69,6 @@ def _conversation(args: argparse.Namespace) -> Any:
     return Chat(model, index, decoding, style, args.system or ())
 
 
-TOY_OCTOPUS = Path("runs/octopus/stage3/checkpoints/last.ckpt")  # where `fromage ground` leaves it
 MODEL: list[Option] = [
     option("--ckpt", help="checkpoint, folder or hub name; without it and --index, the toy world, made on first use"),
     option("--index", type=Path, help="folder of `fromage index build`, where pictures are found"),

@@ -9,7 +9,8 @@ features, d width of the language model, c width of the DETR decoder.
     object queries  (N x d)        input embeddings behind the instruction: they see it, the picture and each other
     recognizer      DETR decoder between bottom and top layers: queries -> boxes, scores (fromage.octopus.recognition)
     relay           (N x d)        what was found takes the queries' places in the top layers, each with the name <di>
-    index tokens    (N x d)        rows beside the vocabulary (fromage.added_tokens): to write <di> is to point at box i
+    index tokens    (N x d)        rows beside the vocabulary (fromage.added_tokens), to which comes what was found: to
+                                   write <di> is to point at box i
 
 With no queries it is the sequential counterpart: the same towers and data, boxes spelled as text (fromage.octopus.answers).
 A reconstruction of Zhao et al., NeurIPS 2024; what is known of it and what is ours stands in docs/octopus.md.
@@ -87,13 +88,18 @@ class Octopus(PictureReader):
         """after: None for half of the layers. relay: whether the top layers learn what was found (an ablation without).
 
         template: what stands around picture, instruction and queries; {start} is the language model's start token. Raises
-        UserError for a number of layers, or a template, that cannot be.
+        UserError for a number of layers, or a template, that cannot be, and for a language model with a projection between
+        embeddings and layers (OPT-350m).
         """
         super().__init__(lm, vision, vision.shape[0])
         self.n, self.after, self.relay = n, len(lm.blocks) // 2 if after is None else after, relay
         self.template = [part for part in SLOTS.split(template) if part]
         if n and not 0 < self.after < len(lm.blocks):
             raise UserError(f"model.after {after}: the language model has {len(lm.blocks)} layers; choose 1 to one less")
+        if n and (inner := getattr(lm.hf.config, "hidden_size", lm.width)) != lm.width:
+            raise UserError(
+                f"model.lm: its layers are {inner} wide and its embeddings {lm.width}; choose one of equal widths"
+            )
         if sorted(filter(SLOTS.match, set(self.template) - {"{start}"})) != ["{instruction}", "{picture}", "{queries}"]:
             raise UserError(f"model.template {template!r}: name {{picture}}, {{instruction}} and {{queries}} once each")
         self.visual_prefix = nn.Linear(vision.width, lm.width)  # W_c
@@ -182,15 +188,19 @@ class Octopus(PictureReader):
     def logits(self, hidden: Tensor, found: Recognised | None) -> Tensor:
         """(B, A, d) hidden states behind a reading -> (B, A, V + 2 + N), in float32; found: what the reading recognised.
 
-        To an index token comes the log of its query's score: the top layers begin with what the decoder thinks, and correct
-        it; no gradient goes that way. Without anything recognised there is nothing to point at.
+        An index token is weighed by its row, by how well what was found suits the hidden state, and by the log of its
+        query's score: the top layers begin with what the decoder thinks, and correct it; no gradient goes that last way.
+        Without anything recognised there is nothing to point at.
         """
         logits = self.lm.logits(hidden)
         if not self.n:
             return logits
         rest, named = logits.split([logits.shape[-1] - self.n, self.n], -1)  # (B, A, V + 2), (B, A, N)
-        named = torch.full_like(named, -torch.inf) if found is None else named + found.log_scores.detach().unsqueeze(1)
-        return torch.cat([rest, named], -1)
+        if found is None:
+            return torch.cat([rest, torch.full_like(named, -torch.inf)], -1)
+        if self.relay:
+            named = named + hidden.float() @ found.keys.transpose(1, 2) / hidden.shape[-1] ** 0.5
+        return torch.cat([rest, named + found.log_scores.detach().unsqueeze(1)], -1)
 
     @contextmanager
     def _recognising(self, places: Tensor, patches: Tensor) -> Iterator[list[Recognised]]:

@@ -13,6 +13,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import MLP, box_convert
 
@@ -27,11 +28,13 @@ class Recognised:
         logits: (L, B, N, 3) of MEANT, OTHER and NOTHING, layer by layer; the last layer's count.
         boxes: (L, B, N, 4).
         relay: (B, N, d), what takes the queries' places in the top layers.
+        keys: (B, N, d), what each query offers to a hidden state that points.
     """
 
     logits: Tensor
     boxes: Tensor
     relay: Tensor
+    keys: Tensor
 
     @property
     def log_scores(self) -> Tensor:
@@ -53,7 +56,8 @@ class Recognizer(nn.Module):
     """The DETR decoder: queries attend to each other and to the patches, layer by layer; each layer names its boxes.
 
     A query starts from a point of the picture of its own, learned, and its box is told from there (as in Conditional DETR):
-    else hundreds of epochs go by until queries have shared out the picture.
+    else hundreds of epochs go by until queries have shared out the picture. Whether it is meant is told by a product of what
+    it saw and what it was asked for (as in detectors by words: GLIP, OWL-ViT), which a sum of the two learns far later.
     """
 
     def __init__(self, d: int, m: int, grid: tuple[int, int], n: int, c: int = 256, layers: int = 6, heads: int = 8) -> None:
@@ -67,23 +71,26 @@ class Recognizer(nn.Module):
         )
         self.norm = nn.LayerNorm(c)
         self.classify = nn.Linear(c, 3)
+        self.asked = nn.Linear(d, c)
         self.box = MLP(c, [c, c, 4])
-        self.leave = nn.Linear(2 * c, d)
+        self.leave, self.point = nn.Linear(2 * c, d), nn.Linear(2 * c, d)
         self.register_buffer("places", waves(_centres(grid), c), persistent=False)  # (P, c)
 
     def forward(self, hidden: Tensor, patches: Tensor) -> Recognised:
         """hidden (B, N, d) of the queries after the bottom layers, patches (B, P, m) -> what they found."""
         c = self.enter.out_features
         x = self.enter(hidden.float()) + waves(self.points.sigmoid(), c)  # (B, N, c)
+        asked = self.asked(hidden.float()) / c**0.5  # (B, N, c)
         memory = self.look(patches.float()) + self.places  # (B, P, c)
         logits, boxes = [], []
         for layer in self.layers:
             x = layer(x, memory)  # (B, N, c)
             read = self.norm(x)
-            logits.append(self.classify(read))  # (B, N, 3)
+            alike = (read * asked).sum(-1, keepdim=True)  # (B, N, 1): what was seen and what was asked for
+            logits.append(self.classify(read) + F.pad(alike, (MEANT, 2 - MEANT)))  # (B, N, 3)
             boxes.append(self._boxes(read))  # (B, N, 4)
-        relay = self.leave(torch.cat([self.norm(x), _embedded(boxes[-1].detach(), c)], -1))  # (B, N, 2c) -> (B, N, d)
-        return Recognised(torch.stack(logits), torch.stack(boxes), relay)
+        thing = torch.cat([read, _embedded(boxes[-1].detach(), c)], -1)  # (B, N, 2c)
+        return Recognised(torch.stack(logits), torch.stack(boxes), self.leave(thing), self.point(thing))  # (B, N, d) each
 
     def _boxes(self, read: Tensor) -> Tensor:
         """(B, N, c) -> (B, N, 4): centres from the queries' points, sizes free."""

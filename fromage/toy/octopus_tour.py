@@ -11,30 +11,30 @@ from fromage.model_folder import write_files
 from fromage.toy.world import make_world
 
 HOME = "runs/octopus"  # where the configurations put everything
-REFS = 3000  # pictures with referring expressions, in training and in validation
+REFS = 6000  # pictures with referring expressions, in training and in validation
 STAGES = ("octopus_toy1.yaml", "octopus_toy2.yaml", "octopus_toy3.yaml")
+CHECKPOINT = Path("checkpoints", "last.ckpt")
+FINISHED = "finished"  # a file beside a run's checkpoints
 SEQUENTIAL = ("octopus_toy3.yaml", "octopus_sequential.yaml")
 
 
 def toy_checkpoint(out: Path) -> Path:
     """The last stage's checkpoint in the folder `out`, trained first where there is none."""
-    checkpoint = out / "stage3" / "checkpoints" / "last.ckpt"
-    if not checkpoint.exists():
-        print(f"no checkpoint is given: training a toy Octopus in {out}, some ten minutes on two cores", flush=True)
-        tour(out)
+    checkpoint = trained(out)
+    if checkpoint is None:
+        print(f"no checkpoint is given: training a toy Octopus in {out}, some fifteen minutes on two cores", flush=True)
+        checkpoint = tour(out)
     return checkpoint
 
 
-def tour(out: Path, options: Sequence[str] = (), shared: Path | None = None) -> Path:
-    """Make the world and train the stages in the folder `out`, but for those that are there; returns the checkpoint.
+def tour(out: Path, options: Sequence[str] = (), shared: Path | None = None, stages: int = len(STAGES)) -> Path:
+    """Make the world and train the first stages in the folder `out`; returns the last one's checkpoint.
 
     options: further words for every `lightning fit`. shared: folder of the world and its patches, in place of `out`.
     """
     make(shared or out)
-    for stage, config in enumerate(STAGES, 1):
-        checkpoint = out / f"stage{stage}" / "checkpoints" / "last.ckpt"
-        if not checkpoint.exists():
-            train(out, (config,), options, shared)
+    for stage, config in enumerate(STAGES[:stages], 1):
+        checkpoint = train_once(out, f"stage{stage}", (config,), options, shared)
     return checkpoint
 
 
@@ -44,11 +44,28 @@ def make(out: Path) -> None:
 
 
 def sequential(out: Path, options: Sequence[str] = (), shared: Path | None = None) -> Path:
-    """Train the sequential counterpart from the first stage in the folder `out`, unless it is there."""
-    checkpoint = out / "sequential" / "checkpoints" / "last.ckpt"
-    if not checkpoint.exists():
-        train(out, SEQUENTIAL, options, shared)
+    """Train the sequential counterpart from the first stage in the folder `out`."""
+    tour(out, options, shared, stages=1)
+    return train_once(out, "sequential", SEQUENTIAL, options, shared)
+
+
+def train_once(
+    out: Path, name: str, configs: Sequence[str], options: Sequence[str] = (), shared: Path | None = None
+) -> Path:
+    """Train what saves its checkpoints in the folder out / name, unless it came to its end before; what was killed goes on.
+
+    Returns the checkpoint.
+    """
+    checkpoint = out / name / CHECKPOINT
+    if trained(out, name) is None:
+        train(out, configs, [*options, *(["--ckpt_path=last"] if checkpoint.exists() else [])], shared)
+        write_files(out / name, {FINISHED: b""})
     return checkpoint
+
+
+def trained(out: Path, name: str = "stage3") -> Path | None:
+    """The checkpoint in the folder out / name, if it is that of a run that came to its end."""
+    return out / name / CHECKPOINT if (out / name / FINISHED).exists() else None
 
 
 def train(out: Path, configs: Sequence[str], options: Sequence[str] = (), shared: Path | None = None) -> None:

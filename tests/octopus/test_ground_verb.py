@@ -17,6 +17,7 @@ from fromage.errors import UserError
 from fromage.octopus.answers import Grounded, read_text
 from fromage.octopus.decoding import instruction
 from fromage.octopus.drawing import COLOURS, OTHERS, SIDE, draw_answer
+from fromage.toy.octopus_tour import CHECKPOINT, FINISHED, HOME
 
 LEFT, RIGHT, ALL, EDGE = (0.1, 0.25, 0.4, 0.75), (0.6, 0.25, 0.9, 0.75), (0.0, 0.0, 1.0, 1.0), (0.99, 0.99, 1.0, 1.0)
 FOUND = [(RIGHT, 0.9), (LEFT, 0.4), (ALL, 0.3), (EDGE, 0.2)]
@@ -119,7 +120,9 @@ def test_the_web_demo_points_where_a_checkpoint_is_named_or_the_toy_is_trained(c
     args = {"index": None, "ckpt": None, "octopus": None, "device": "cpu"}
     opened = lambda **given: talk._octopus(SimpleNamespace(**args | given))  # noqa: E731
     assert opened(octopus=ckpt).n == 4 and opened() is None, "nothing is trained for it"
-    save_untrained(tmp_path / talk.TOY_OCTOPUS, n=3)
+    save_untrained(tmp_path / HOME / "stage3" / CHECKPOINT, n=3)
+    assert opened() is None, "its training did not come to the end"
+    (tmp_path / HOME / "stage3" / FINISHED).touch()
     assert opened().n == 3 and opened(octopus=ckpt).n == 4 and opened(ckpt="own.ckpt") is None
 
 

@@ -1,13 +1,16 @@
 """The language model in two halves: who sees whom, what is relayed, and that the cache changes nothing."""
 
+from dataclasses import replace
+
 import pytest
 import torch
-from tiny_octopus import FAMILIES, build
+from tiny_octopus import FAMILIES, NoTower, build
 from torch.nn.functional import pad
 
 from fromage.errors import UserError
 from fromage.octopus.decoding import ground
-from fromage.octopus.model import positions, visible
+from fromage.octopus.model import Octopus, positions, visible
+from fromage.octopus.recognition import MEANT, NOTHING, OTHER
 from fromage.prompts import embed_prompts, pad_left, prompt_ids
 
 ASKED = ["where is the red star?", "where are the rings by the small blue moon?", "star"]
@@ -107,6 +110,35 @@ def test_what_is_recognised_depends_on_instruction_and_picture():
     assert not torch.allclose(boxes[0], boxes[1])
 
 
+@pytest.mark.parametrize("relay", [True, False])
+def test_a_hidden_state_points_at_the_query_whose_key_it_is_like(relay):
+    model = build(relay=relay)
+    found = read(model).found
+    found = replace(found, logits=torch.zeros_like(found.logits))  # the decoder thinks nothing of any
+    offered = 100 * found.keys[:, 1:2]  # (B, 1, d), what a state would be that looks for query 1
+    with_keys, without = (model.logits(offered, each)[..., -3:] for each in (found, replace(found, keys=0 * found.keys)))
+    gain = (with_keys - without).detach()  # (B, 1, N)
+    assert torch.equal(gain.argmax(-1).flatten(), torch.tensor([1, 1, 1])) if relay else not gain.any()
+
+
+def test_whether_a_query_is_meant_is_a_product_of_what_it_saw_and_what_was_asked():
+    recognizer = build().recognizer
+    hidden, patches = torch.randn(2, 3, 32), torch.randn(2, 4, 20)
+    with torch.no_grad():
+        recognizer.classify.weight.zero_(), recognizer.asked.bias.zero_(), recognizer.enter.weight.zero_()
+    before, after = recognizer(hidden, patches).logits, recognizer(-hidden, patches).logits  # what is seen stays the same
+    alike = before - recognizer.classify.bias  # (L, B, N, 3)
+    torch.testing.assert_close(after - recognizer.classify.bias, -alike)
+    assert alike[..., MEANT].abs().min() > 0 and not alike[..., [OTHER, NOTHING]].any()
+
+
+def test_a_language_model_with_a_projection_before_its_layers_is_refused():
+    lm = build().lm
+    lm.hf.config.hidden_size = 48
+    with pytest.raises(UserError, match="48 wide and its embeddings 32"):
+        Octopus(lm, NoTower(), 3)
+
+
 def test_the_sequence_is_picture_instruction_queries_answer():
     model = build()
     ids = prompt_ids(model, model.prompt(torch.ones(4, 20), "star"))
@@ -152,7 +184,7 @@ def test_left_padding():
 
 
 def test_index_tokens_begin_with_the_decoders_scores():
-    model = build()
+    model = build(relay=False)
     reading = read(model)
     hidden = reading.hidden.unsqueeze(1)
     first = model.tokenizer.row_ids[0]

@@ -63,6 +63,27 @@ def test_the_run_has_a_report_with_figures_of_greedy_answers(trained):
     assert "| outcome | finished |" in report and "val/acc_iou50" in report and "val/head_recall_top5" in report
 
 
+def test_a_run_that_was_killed_goes_on_and_one_that_ended_is_left_alone(tmp_path, monkeypatch):
+    fits = []
+
+    def fit(words):
+        fits.append(words)
+        (tmp_path / "stage1" / octopus_tour.CHECKPOINT).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "stage1" / octopus_tour.CHECKPOINT).touch()
+        if len(fits) < 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(octopus_tour, "fitting", fit)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            octopus_tour.train_once(tmp_path, "stage1", octopus_tour.STAGES[:1])
+        assert octopus_tour.trained(tmp_path, "stage1") is None
+    for _ in range(2):
+        checkpoint = octopus_tour.train_once(tmp_path, "stage1", octopus_tour.STAGES[:1])
+        assert octopus_tour.trained(tmp_path, "stage1") == checkpoint
+    assert ["--ckpt_path=last" in words for words in fits] == [False, True, True]
+
+
 def test_what_belongs_to_another_model_is_refused(trained, capsys, tmp_path):
     with pytest.raises(UserError, match="another architecture"):
         octopus_tour.train(

@@ -1,0 +1,42 @@
+"""tools/run_octopus.py: it trains, judges, and does nothing twice."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+TOOLS = Path(__file__).resolve().parents[2] / "tools"
+
+
+@pytest.fixture
+def tool(monkeypatch):
+    monkeypatch.syspath_prepend(str(TOOLS))
+    spec = importlib.util.spec_from_file_location("run_octopus", TOOLS / "run_octopus.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_table_of_runs_and_no_run_twice(tool, world, tmp_path, monkeypatch, capsys):
+    (tmp_path / "world").symlink_to(world)
+    monkeypatch.setattr(tool.octopus_tour, "make", lambda out: None)
+    few = [
+        "--trainer.max_steps=2",
+        "--trainer.limit_val_batches=0",
+        "--data.batch_size=4",
+        "--trainer.enable_progress_bar=false",
+    ]
+    words = ["run_octopus", "--out", str(tmp_path), "--only", "sequential", "no_relay", "--seeds", "1", "--limit", "4",
+             "--json", str(tmp_path / "a.json"), "--", *few]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", words)
+    tool.main()
+    told = capsys.readouterr().out
+    figures = json.loads((tmp_path / "a.json").read_text())["figures"]
+    assert "== sequential, seed 1" in told and "| no_relay |" in told
+    assert figures["no_relay"]["refcoco.octopus.val.head_top1"]["mean"] >= 0
+    assert "refcoco.octopus.val.head_top1" not in figures["sequential"]
+    monkeypatch.setattr(tool.octopus_tour, "train", None)
+    tool.main()
+    assert "==" not in capsys.readouterr().out
