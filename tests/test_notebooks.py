@@ -43,8 +43,8 @@ def octopus(world, tmp_path_factory):
     out = tmp_path_factory.mktemp("octopus")
     (out / "world").symlink_to(world)
     few = ["--model.init=null", "--trainer.max_steps=2", "--trainer.limit_val_batches=0", "--data.batch_size=4"]
-    for configs in (octopus_tour.STAGES[2:], octopus_tour.SEQUENTIAL):
-        octopus_tour.train(out, configs, [*few, "--trainer.enable_progress_bar=false"])
+    for name, configs in (("stage3", octopus_tour.STAGES[2:]), ("sequential", octopus_tour.SEQUENTIAL)):
+        octopus_tour.train_once(out, name, configs, [*few, "--trainer.enable_progress_bar=false"])
     return out
 
 

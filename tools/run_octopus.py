@@ -25,7 +25,7 @@ from fromage.octopus.patch_store import PatchStore
 from fromage.shards import write_json
 from fromage.toy import octopus_tour
 
-SHORT = ["--model.stage=3", "--model.lr=1e-3", "--trainer.max_steps=1000", "--trainer.val_check_interval=1000"]
+SHORT = ["--model.stage=3", "--model.lr=1e-3", "--trainer.max_steps=400", "--trainer.val_check_interval=400"]
 ABLATIONS = {
     "base": [],
     "n8": ["--model.n=8"],

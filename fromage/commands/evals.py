@@ -108,7 +108,7 @@ def _tell(args: argparse.Namespace, report: dict[str, Any]) -> None:
 
 
 COMMON: list[Option] = [
-    option("--ckpt", required=True, help="checkpoint of `lightning fit`, folder or hub name"),
+    option("--ckpt", required=True, help="checkpoint of `lightning fit`; of FROMAGe also a folder or hub name"),
     JSON,
     option("--limit", type=positive, help="look at the first so many only (pictures, stories, dialogues, examples)"),
     DEVICE,

@@ -188,19 +188,30 @@ class Octopus(PictureReader):
     def logits(self, hidden: Tensor, found: Recognised | None) -> Tensor:
         """(B, A, d) hidden states behind a reading -> (B, A, V + 2 + N), in float32; found: what the reading recognised.
 
-        An index token is weighed by its row, by how well what was found suits the hidden state, and by the log of its
-        query's score: the top layers begin with what the decoder thinks, and correct it; no gradient goes that last way.
-        Without anything recognised there is nothing to point at.
+        What the top layers think by themselves. An index token is weighed by its row and by how well what was found suits
+        the hidden state. Without anything recognised there is nothing to point at.
         """
         logits = self.lm.logits(hidden)
         if not self.n:
             return logits
         rest, named = logits.split([logits.shape[-1] - self.n, self.n], -1)  # (B, A, V + 2), (B, A, N)
         if found is None:
-            return torch.cat([rest, torch.full_like(named, -torch.inf)], -1)
-        if self.relay:
+            named = torch.full_like(named, -torch.inf)
+        elif self.relay:
             named = named + hidden.float() @ found.keys.transpose(1, 2) / hidden.shape[-1] ** 0.5
-        return torch.cat([rest, named + found.log_scores.detach().unsqueeze(1)], -1)
+        return torch.cat([rest, named], -1)
+
+    def joint_logits(self, hidden: Tensor, found: Recognised | None) -> Tensor:
+        """As logits, with the log of each query's score on its index token: what top layers and decoder think together.
+
+        For answering. Learning goes by logits: else the top layers would lean on the decoder, not check it.
+        """
+        logits = self.logits(hidden, found)
+        if found is None:
+            return logits
+        return logits + F.pad(
+            found.log_scores.unsqueeze(1), (logits.shape[-1] - self.n, 0)
+        )  # (B, 1, N) -> (B, 1, V + 2 + N)
 
     @contextmanager
     def _recognising(self, places: Tensor, patches: Tensor) -> Iterator[list[Recognised]]:

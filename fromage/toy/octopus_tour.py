@@ -45,7 +45,8 @@ def make(out: Path) -> None:
 
 def sequential(out: Path, options: Sequence[str] = (), shared: Path | None = None) -> Path:
     """Train the sequential counterpart from the first stage in the folder `out`."""
-    tour(out, options, shared, stages=1)
+    if trained(out, "sequential") is None:
+        tour(out, options, shared, stages=1)
     return train_once(out, "sequential", SEQUENTIAL, options, shared)
 
 

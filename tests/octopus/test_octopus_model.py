@@ -183,14 +183,16 @@ def test_left_padding():
     assert ids.tolist() == [[1, 5], [6, 7]] and mask.tolist() == [[False, True], [True, True]]
 
 
-def test_index_tokens_begin_with_the_decoders_scores():
+def test_answers_weigh_index_tokens_with_the_decoders_scores_too():
     model = build(relay=False)
     reading = read(model)
     hidden = reading.hidden.unsqueeze(1)
     first = model.tokenizer.row_ids[0]
-    logits, plain = model.logits(hidden, reading.found)[:, 0], model.lm.logits(hidden)[:, 0]
-    torch.testing.assert_close(logits[:, :first], plain[:, :first])
-    torch.testing.assert_close(logits[:, first:], plain[:, first:] + reading.found.scores.log())
-    assert (model.logits(hidden, None)[..., first:] == -torch.inf).all()
+    plain = model.lm.logits(hidden)[:, 0]
+    torch.testing.assert_close(model.logits(hidden, reading.found)[:, 0], plain)
+    joint = model.joint_logits(hidden, reading.found)[:, 0]
+    torch.testing.assert_close(joint[:, :first], plain[:, :first])
+    torch.testing.assert_close(joint[:, first:], plain[:, first:] + reading.found.scores.log())
+    assert (model.joint_logits(hidden, None)[..., first:] == -torch.inf).all()
     build_without = build(n=0)
-    torch.testing.assert_close(build_without.logits(hidden, None), build_without.lm.logits(hidden))
+    torch.testing.assert_close(build_without.joint_logits(hidden, None), build_without.lm.logits(hidden))
