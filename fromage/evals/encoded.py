@@ -108,7 +108,7 @@ def check_lost(lost: list[tuple[str, Path]], count: int, max_lost: float) -> Non
         some = ", ".join(f"{path} ({cause})" for cause, path in lost[:3])
         raise UserError(
             f"{len(lost)} of {count} pictures cannot be had, more than {max_lost:.0%}: {some}"
-            f"{', ...' if len(lost) > 3 else ''}; name the right --images, or allow more by --max-lost"
+            f"{', ...' if len(lost) > 3 else ''}; name their folder, or allow more by --max-lost (data.max_lost in training)"
         )
 
 

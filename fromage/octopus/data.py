@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from torchvision.ops import box_convert
 
 from fromage.errors import BrokenSample, UserError
@@ -22,10 +23,10 @@ from fromage.loader import init_worker
 from fromage.octopus.answers import answer_ids, ordered
 from fromage.octopus.examples import Example, Source
 from fromage.octopus.matching import Objects
-from fromage.octopus.model import Octopus
+from fromage.octopus.model import Octopus, fill_template
 from fromage.octopus.patch_store import PatchStore
 from fromage.octopus.step import Lesson
-from fromage.prompts import Part, pad_left, prompt_ids
+from fromage.prompts import pad_left, prompt_ids
 from fromage.tokens import PromptTokenizer
 
 log = logging.getLogger(__name__)
@@ -37,10 +38,24 @@ class Layout(NamedTuple):
     tokenizer: PromptTokenizer
     k: int
     n: int
+    template: list[str]
+
+
+class Order(DistributedSampler[Any]):
+    """An order of each epoch's own, shared out among devices; in the first one it may begin behind the first examples."""
+
+    def __init__(self, examples: Dataset[Any], trainer: Any, seed: int, begin: int) -> None:
+        """begin: examples of a device that a run that goes on has seen of its epoch."""
+        super().__init__(examples, trainer.world_size, trainer.global_rank, shuffle=True, seed=seed, drop_last=True)
+        self.begin = begin
+
+    def __iter__(self) -> Iterator[int]:
+        begin, self.begin = self.begin, 0
+        return islice(super().__iter__(), begin, None)
 
 
 class Lessons(Dataset[Any]):
-    """Examples one by one: (example, pixels or patches), or None where the picture cannot be decoded."""
+    """Examples one by one: (example, pixels or patches). Where a picture cannot be decoded, the next example comes."""
 
     def __init__(self, examples: Sequence[Example], transform: Transform, store: PatchStore | None) -> None:
         self.examples, self.transform, self.store = examples, transform, store
@@ -48,34 +63,29 @@ class Lessons(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.examples)
 
-    def __getitem__(self, number: int) -> tuple[Example, Tensor] | None:
-        example = self.examples[number]
-        if self.store is not None:
-            return example, self.store[example.picture]
-        try:
-            return example, read_picture(Path(example.picture).read_bytes(), self.transform)
-        except (OSError, BrokenSample) as error:
-            log.warning("skipped %s: %s", example.key, error)
-            return None
+    def __getitem__(self, number: int) -> tuple[Example, Tensor]:
+        """Raises UserError where no picture at all can be decoded."""
+        for place in range(len(self.examples)):
+            example = self.examples[(number + place) % len(self.examples)]
+            if self.store is not None:
+                return example, self.store[example.picture]
+            try:
+                return example, read_picture(Path(example.picture).read_bytes(), self.transform)
+            except (OSError, BrokenSample) as error:
+                log.warning("skipped %s: %s", example.key, error)
+        raise UserError("no picture can be decoded; the log names them")
 
 
 class Collate:
     """Rows of Lessons -> a Lesson."""
 
     def __init__(self, model: Octopus, stored: bool, ask: bool) -> None:
-        self.layout, self.stored, self.ask, self.prompt = (
-            Layout(model.tokenizer, model.k, model.n),
-            stored,
-            ask,
-            model.prompt,
-        )
+        self.layout = Layout(model.tokenizer, model.k, model.n, model.template)  # a worker need not carry the model
+        self.stored, self.ask = stored, ask
 
-    def __call__(self, rows: list[tuple[Example, Tensor] | None]) -> Lesson:
-        """Raises UserError where not one picture could be decoded."""
-        some = [row for row in rows if row is not None]
-        if not some:
-            raise UserError("no picture of a batch can be decoded; the log names them")
-        examples, tensors = [example for example, _ in some], torch.stack([tensor for _, tensor in some])
+    def __call__(self, rows: list[tuple[Example, Tensor]]) -> Lesson:
+        """Examples with their pixels or patches -> a Lesson."""
+        examples, tensors = [example for example, _ in rows], torch.stack([tensor for _, tensor in rows])
         tokenizer, n = self.layout.tokenizer, self.layout.n
         ids, mask = pad_left([self._prompt(example) for example in examples], tokenizer.pad_id)
         answers = [torch.tensor(answer_ids(example, tokenizer, n)) for example in examples]
@@ -86,7 +96,8 @@ class Collate:
         return Lesson(examples, ids, mask, padded, targets, objects_of(examples, n), pixels, patches)
 
     def _prompt(self, example: Example) -> list[int]:
-        marked: list[Part] = self.prompt(torch.empty(0), example.instruction, self.ask)  # any tensor stands for the picture
+        some, asks = torch.empty(0), self.ask and self.layout.n > 0  # any tensor stands for the picture
+        marked = fill_template(self.layout.template, some, example.instruction, asks)
         return prompt_ids(self.layout, marked)  # type: ignore[arg-type]
 
 
@@ -159,8 +170,6 @@ class OctopusData(pl.LightningDataModule):
         """All examples in stored order; an empty list where there are none."""
         return self._loader("val", self.val_batch_size, shuffle=False) if self.examples["val"] else []
 
-    test_dataloader = val_dataloader
-
     def transfer_batch_to_device(self, batch: Lesson, device: torch.device, dataloader_idx: int) -> Lesson:
         """Tensors, and the boxes of objects."""
         fields = [field.to(device) if isinstance(field, Tensor | Objects) else field for field in batch]
@@ -175,19 +184,29 @@ class OctopusData(pl.LightningDataModule):
         store = self._store(examples, module.model.vision) if self.features else None
         if store is not None:
             examples = [example for example in examples if example.picture not in store.lost]
+        if module.model.n and not module.asks and any(example.meant for example in examples):
+            raise UserError(
+                f"data.{part}: some answers point at boxes, and stage 1 has no object queries yet; name captions"
+            )
+        lessons = Lessons(examples, module.model.vision.transform, store)
         if shuffle and len(examples) < batch_size:
             raise UserError(f"{len(examples)} training examples are fewer than data.batch_size {batch_size}: lower it")
         return DataLoader(
-            Lessons(examples, module.model.vision.transform, store),
+            lessons,
             batch_size,
-            shuffle=shuffle,
+            sampler=Order(lessons, self.trainer, self.seed, self._seen() * batch_size) if shuffle else None,
             drop_last=shuffle,
             num_workers=0 if store is not None else self.workers,
             worker_init_fn=init_worker,
             collate_fn=Collate(module.model, store is not None, module.asks),
-            generator=torch.Generator().manual_seed(self.seed) if shuffle else None,
             pin_memory=torch.cuda.is_available(),
         )
+
+    def _seen(self) -> int:
+        """Batches of this epoch that the run was trained on before it was stopped; Lightning counts them as given."""
+        loop: Any = self.trainer.fit_loop  # type: ignore[union-attr]
+        seen = loop.epoch_loop.batch_progress
+        return seen.current.ready if loop.restarting and not seen.is_last_batch else 0
 
     def _store(self, examples: Sequence[Example], vision: Any) -> PatchStore:
         """The patches of all pictures; one process of several writes them, while the others wait."""

@@ -13,7 +13,7 @@ from fromage.octopus.model import Octopus, Reading
 from fromage.octopus.sources import asking
 from fromage.prompts import Picture, embed_prompts
 
-MAX_NEW_TOKENS = 64
+MAX_NEW_TOKENS = 128
 
 
 def instruction(text: str, question: str = "where is {}?") -> str:
@@ -37,6 +37,7 @@ def ground(
     UserError for prompts that are too long and pictures that cannot be had.
     """
     check_whole("batch_size", batch_size, 1)
+    check_whole("max_new_tokens", max_new_tokens, 1)
     answers: list[Grounded] = []
     for start in range(0, len(asked), batch_size):
         prompts = [model.prompt(*pair) for pair in asked[start : start + batch_size]]

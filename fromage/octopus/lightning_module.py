@@ -114,6 +114,9 @@ class OctopusModule(pl.LightningModule):
         model.index.requires_grad_(bool(model.n) and stage > 1)
         if model.n:
             model.recognizer.requires_grad_(stage > 1)
+            if not model.relay:
+                model.recognizer.leave.requires_grad_(False)
+                model.recognizer.point.requires_grad_(False)
             model.queries.requires_grad_(stage > 1)
         if stage == 3 and not self.h.low_rank:
             model.lm.hf.requires_grad_(True)
@@ -196,6 +199,9 @@ SETTINGS = (
 )  # fmt: skip
 
 
+SHAPED = ("vision_layer", "n", "after", "c", "decoder_layers", "heads", "relay", "template")  # of what recognises
+
+
 def from_hyperparameters(h: Any) -> Octopus:
     """A fresh model as the hyperparameters of an OctopusModule describe it, adapters included."""
     model = Octopus.load(**{name: h[name] for name in SETTINGS if name in h})
@@ -206,8 +212,14 @@ def from_hyperparameters(h: Any) -> Octopus:
 
 def take_up(model: Octopus, path: str) -> set[str]:
     """Put the parameters of a checkpoint into a model; returns their names. Raises UserError for another architecture's."""
-    state = {name.removeprefix(PREFIX): value for name, value in read_checkpoint(path)["state_dict"].items()}
-    have = model.state_dict()
+    checkpoint = read_checkpoint(path)
+    state = {name.removeprefix(PREFIX): value for name, value in checkpoint["state_dict"].items()}
+    have, theirs = model.state_dict(), checkpoint["hyper_parameters"]
+    if any(name.startswith("recognizer.") for name in state):
+        changed = [name for name, value in model.settings.items() if name in SHAPED and theirs.get(name, value) != value]
+        if changed:
+            was, now = theirs[changed[0]], model.settings[changed[0]]
+            raise UserError(f"{path}: of another architecture (model.{changed[0]} {was}, not {now}); give its own settings")
     known = {name: value for name, value in state.items() if name in have and have[name].shape == value.shape}
     wrong = sorted(state.keys() - known.keys())
     if wrong:
@@ -226,6 +238,9 @@ def load_octopus(path: str, device: str = "cpu") -> Octopus:
     checkpoint = read_checkpoint(path)
     if "stage" not in checkpoint["hyper_parameters"]:
         raise UserError(f"{path}: not a checkpoint of Octopus; give one of `lightning fit --config octopus_stage3.yaml`")
-    model = from_hyperparameters(checkpoint["hyper_parameters"])
+    h = checkpoint["hyper_parameters"]
+    if h["stage"] == 1 and h["n"]:
+        raise UserError(f"{path}: of stage 1, which trains no object queries; give a checkpoint of stage 2 or 3")
+    model = from_hyperparameters(h)
     take_up(model, path)
     return model.to(device).eval()

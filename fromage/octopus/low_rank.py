@@ -9,7 +9,7 @@ from fromage.errors import UserError
 
 
 def add_low_rank(lm: LanguageModel, rank: int) -> None:
-    """Give each linear layer of the transformer's layers an adapter that is trained; all else stays frozen.
+    """Give each linear layer of the transformer's layers an adapter in float32 that is trained; all else stays frozen.
 
     Raises UserError where peft is not installed.
     """
@@ -20,4 +20,7 @@ def add_low_rank(lm: LanguageModel, rank: int) -> None:
     blocks = {id(module) for block in lm.blocks for module in block.modules()}
     linear = [name for name, module in lm.hf.named_modules() if id(module) in blocks and isinstance(module, nn.Linear)]
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=linear), lm.hf)
+    for parameter in lm.hf.parameters():
+        if parameter.requires_grad:  # peft gives it the layer's type; in bfloat16, small updates would be rounded away
+            parameter.data = parameter.data.float()
     lm.eval()

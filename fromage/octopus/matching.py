@@ -18,6 +18,7 @@ from fromage.packed_attention import to_device
 
 CLASS, L1, GIOU = 1.0, 5.0, 2.0
 NOTHING_WEIGHT = 0.1
+FAR = 1e4  # a cost beyond all others
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,8 @@ def match(logits: Tensor, boxes: Tensor, objects: Objects) -> Tensor:
         named = -likely[row][:, objects.kinds(row)]  # (N, count)
         apart = torch.cdist(ours[row], there, p=1)
         overlap = -generalized_box_iou(*(box_convert(b, "cxcywh", "xyxy") for b in (ours[row], there)))
-        queries, numbers = linear_sum_assignment(CLASS * named + L1 * apart + GIOU * overlap)
+        cost = CLASS * named + L1 * apart + GIOU * overlap  # (N, count); not a number where training has gone wrong
+        queries, numbers = linear_sum_assignment(cost.nan_to_num(FAR, FAR, -FAR))
         found[row, torch.from_numpy(numbers)] = torch.from_numpy(queries)
     return found.to(logits.device)
 

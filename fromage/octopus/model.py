@@ -19,7 +19,7 @@ A reconstruction of Zhao et al., NeurIPS 2024; what is known of it and what is o
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -88,8 +88,8 @@ class Octopus(PictureReader):
         """after: None for half of the layers. relay: whether the top layers learn what was found (an ablation without).
 
         template: what stands around picture, instruction and queries; {start} is the language model's start token. Raises
-        UserError for a number of layers, or a template, that cannot be, and for a language model with a projection between
-        embeddings and layers (OPT-350m).
+        UserError for numbers, or a template, that cannot be, and for a language model with a projection between embeddings
+        and layers (OPT-350m).
         """
         super().__init__(lm, vision, vision.shape[0])
         self.n, self.after, self.relay = n, len(lm.blocks) // 2 if after is None else after, relay
@@ -100,7 +100,11 @@ class Octopus(PictureReader):
             raise UserError(
                 f"model.lm: its layers are {inner} wide and its embeddings {lm.width}; choose one of equal widths"
             )
-        if sorted(filter(SLOTS.match, set(self.template) - {"{start}"})) != ["{instruction}", "{picture}", "{queries}"]:
+        if n and (c % 8 or c % heads or decoder_layers < 1):
+            told = f"model.c {c}, heads {heads}, decoder_layers {decoder_layers}"
+            raise UserError(f"{told}: c must be a multiple of 8 and of heads, and the layers at least 1")
+        named = sorted(part for part in self.template if SLOTS.match(part) and part != "{start}")
+        if named != ["{instruction}", "{picture}", "{queries}"]:
             raise UserError(f"model.template {template!r}: name {{picture}}, {{instruction}} and {{queries}} once each")
         self.visual_prefix = nn.Linear(vision.width, lm.width)  # W_c
         self.index = lm.added  # of <d0> ... <dN-1>
@@ -148,10 +152,7 @@ class Octopus(PictureReader):
 
     def prompt(self, picture: Picture | None, instruction: str, ask: bool = True) -> list[Part]:
         """The prompt of an instruction about a picture, by the template; ask: whether the queries are in it."""
-        slots: dict[str, Part | None] = {"{picture}": picture, "{instruction}": instruction, "{start}": START}
-        slots["{queries}"] = QUERIES if ask and self.n else None
-        parts = [slots.get(part, part) for part in self.template]
-        return [part for part in parts if part is not None and part != ""]
+        return fill_template(self.template, picture, instruction, ask and self.n > 0)
 
     def embed(self, ids: Tensor, prefix: Tensor | None = None) -> Tensor:
         """(B, T) ids -> (B, T, d); places of <|image|> are filled from prefix (B, P, d), of <|query|> by the queries."""
@@ -234,6 +235,14 @@ class Octopus(PictureReader):
             yield found
         finally:
             handle.remove()
+
+
+def fill_template(template: Sequence[str], picture: Picture | None, instruction: str, ask: bool) -> list[Part]:
+    """A template in parts -> a prompt, with the queries or without."""
+    slots: dict[str, Part | None] = {"{picture}": picture, "{instruction}": instruction, "{start}": START}
+    slots["{queries}"] = QUERIES if ask else None
+    parts = [slots.get(part, part) for part in template]
+    return [part for part in parts if part is not None and part != ""]
 
 
 def positions(mask: Tensor) -> Tensor:

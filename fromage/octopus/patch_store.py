@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,14 +20,14 @@ from fromage.evals.encoded import Files
 from fromage.loader import init_worker
 from fromage.shards import write_json
 
-ABOUT, LINES, ROWS = "tower.json", "pictures.jsonl", "patches.bf16"
+ABOUT, LINES, ROWS, LOCK = "tower.json", "pictures.jsonl", "patches.bf16", "lock"
 
 
 class PatchStore:
     """A folder of patch features (P, m) in bfloat16, by picture; it grows, and a kill loses the last few pictures at most.
 
-    tower.json names the tower; pictures.jsonl has a line for each picture, a row's number or why it is lost; patches.bf16
-    holds the rows.
+    tower.json names the tower; pictures.jsonl has a line for each picture: a row's number or why it is lost, and the file's
+    stamp, by which a picture that was replaced is encoded again; patches.bf16 holds the rows. Opening only reads.
     """
 
     def __init__(self, folder: Path, vision: PatchTower) -> None:
@@ -41,32 +42,55 @@ class PatchStore:
         else:
             folder.mkdir(parents=True, exist_ok=True)
             write_json(folder / ABOUT, about)
-        self.rows, self.lost = self._listed()
+        self._read()
         self._mapped: Any = ()
 
-    def _listed(self) -> tuple[dict[str, int], dict[str, str]]:
-        """Rows by picture, and why others are lost; whatever was half written is cut off."""
+    def _read(self) -> None:
+        """What is stored whole: row, or why it is lost, of each picture, and its file's stamp when it was looked at."""
         path, size = self.folder / LINES, self._bytes_of_a_row()
         stored = (self.folder / ROWS).stat().st_size // size if (self.folder / ROWS).exists() else 0
-        whole = (
-            [line for line in path.read_text("utf-8").splitlines(keepends=True) if line.endswith("\n")]
-            if path.exists()
-            else []
-        )
-        found = [json.loads(line) for line in whole]
-        kept = [entry for entry in found if entry.get("row", -1) < stored]
-        rows = {entry["picture"]: entry["row"] for entry in kept if "row" in entry}
-        path.write_text("".join(json.dumps(entry) + "\n" for entry in kept), "utf-8")
+        lines = path.read_text("utf-8").splitlines(keepends=True) if path.exists() else []
+        found = [json.loads(line) for line in lines if line.endswith("\n")]
+        self._entries = [entry for entry in found if entry.get("row", -1) < stored]
+        known = {entry["picture"]: entry for entry in self._entries}  # the last line about a picture counts
+        self.rows = {picture: entry["row"] for picture, entry in known.items() if "row" in entry}
+        self.lost = {picture: entry["lost"] for picture, entry in known.items() if "lost" in entry}
+        self._stamps = {picture: entry.get("stamp") for picture, entry in known.items()}
+
+    def _mend(self) -> int:
+        """Cut off what is half written; returns how many rows there are. For the one process that adds."""
+        temporary = self.folder / f"{LINES}.new"
+        temporary.write_text("".join(json.dumps(entry) + "\n" for entry in self._entries), "utf-8")
+        temporary.replace(self.folder / LINES)
+        count = max((entry.get("row", -1) for entry in self._entries), default=-1) + 1
         with (self.folder / ROWS).open("ab") as file:
-            file.truncate(len(rows) * size)
-        return rows, {entry["picture"]: entry["lost"] for entry in kept if "lost" in entry}
+            file.truncate(count * self._bytes_of_a_row())
+        return count
 
     def _bytes_of_a_row(self) -> int:
         return 2 * int(np.prod(self.vision.shape))
 
     def add(self, pictures: Sequence[str], batch_size: int = 64, workers: int = 0) -> None:
-        """Encode those that are not there yet, with a progress bar."""
-        todo = [Path(p) for p in dict.fromkeys(pictures) if p not in self.rows and p not in self.lost]
+        """Encode those that are not there yet, or whose files have changed, with a progress bar.
+
+        Several processes may ask for it: one encodes, the others wait and find it done.
+        """
+        stamps = {picture: stamp_of(Path(picture)) for picture in pictures}
+        if all(self._is_known(*each) for each in stamps.items()):
+            return
+        with (self.folder / LOCK).open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            self._read()
+            todo = [Path(picture) for picture, stamp in stamps.items() if not self._is_known(picture, stamp)]
+            self._encode(todo, stamps, self._mend(), batch_size, workers)
+        self._mapped = ()
+
+    def _is_known(self, picture: str, stamp: list[int] | None) -> bool:
+        return picture in self._stamps and self._stamps[picture] == stamp
+
+    def _encode(
+        self, todo: list[Path], stamps: dict[str, list[int] | None], count: int, batch_size: int, workers: int
+    ) -> None:
         files = Files(todo, self.vision.transform)
         loader: Any = DataLoader(files, batch_size, num_workers=workers, collate_fn=list, worker_init_fn=init_worker)
         done = 0
@@ -74,20 +98,33 @@ class PatchStore:
             for batch in tqdm(loader, desc="patches", unit="batch", disable=not todo):
                 some = list(zip(map(str, todo[done : done + len(batch)]), batch, strict=True))
                 done += len(batch)
-                good = [picture for picture, pixels in some if isinstance(pixels, Tensor)]
-                if good:
-                    encoded = self.vision(torch.stack([pixels for _, pixels in some if isinstance(pixels, Tensor)]))
+                if good := [pixels for _, pixels in some if isinstance(pixels, Tensor)]:
+                    encoded = self.vision(torch.stack(good))
                     rows.write(encoded.to("cpu", torch.bfloat16).view(torch.uint16).numpy().tobytes())
                     rows.flush()
-                self.rows |= {picture: len(self.rows) + i for i, picture in enumerate(good)}
-                self.lost |= {picture: cause for picture, cause in some if isinstance(cause, str)}
-                for picture, _ in some:
-                    where = {"row": self.rows[picture]} if picture in self.rows else {"lost": self.lost[picture]}
-                    lines.write(json.dumps({"picture": picture, **where}) + "\n")
+                for picture, pixels in some:
+                    entry: dict[str, Any] = {"picture": picture, "stamp": stamps[picture]}
+                    if isinstance(pixels, Tensor):
+                        entry["row"], count = count, count + 1
+                    else:
+                        entry["lost"] = pixels
+                    lines.write(json.dumps(entry) + "\n")
                 lines.flush()
+        self._read()
 
     def __getitem__(self, picture: str) -> Tensor:
         """(P, m) bfloat16."""
-        if len(self._mapped) != len(self.rows):
-            self._mapped = np.memmap(self.folder / ROWS, np.uint16, "r", shape=(len(self.rows), *self.vision.shape))
+        if not len(self._mapped):
+            self._mapped = np.memmap(
+                self.folder / ROWS, np.uint16, "r", shape=(max(self.rows.values()) + 1, *self.vision.shape)
+            )
         return torch.from_numpy(np.array(self._mapped[self.rows[picture]])).view(torch.bfloat16)
+
+
+def stamp_of(path: Path) -> list[int] | None:
+    """Size in bytes and time of the last change of a file; None where it is not there."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return [found.st_size, found.st_mtime_ns]

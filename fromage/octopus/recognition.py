@@ -112,7 +112,7 @@ def _centres(grid: tuple[int, int]) -> Tensor:
 
 
 def waves(points: Tensor, c: int) -> Tensor:
-    """(..., 2) places from 0 to 1 -> (..., c): sines and cosines of half a wave to c / 8 octaves more, c / 2 for each."""
+    """(..., 2) places from 0 to 1 -> (..., c): sines and cosines of half a wave to six octaves more, c / 2 for each."""
     octaves = 2 ** torch.linspace(0, 6, c // 4, device=points.device)  # (c / 4,)
     phase = math.pi * points.unsqueeze(-1) * octaves  # (..., 2, c / 4)
     return torch.cat([phase.sin(), phase.cos()], -1).flatten(-2)  # (..., c)

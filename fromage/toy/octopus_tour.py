@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from fromage.model_folder import write_files
 from fromage.toy.world import make_world
 
 HOME = "runs/octopus"  # where the configurations put everything
+PLACES = re.compile(rf"{HOME}(/world|/patches)?")
 REFS = 6000  # pictures with referring expressions, in training and in validation
 STAGES = ("octopus_toy1.yaml", "octopus_toy2.yaml", "octopus_toy3.yaml")
 CHECKPOINT = Path("checkpoints", "last.ckpt")
@@ -39,8 +42,10 @@ def tour(out: Path, options: Sequence[str] = (), shared: Path | None = None, sta
 
 
 def make(out: Path) -> None:
-    """The world, in a folder."""
-    make_world(out / "world", refs=REFS, train=1000, val=200, stories=1, dialogues=1)
+    """The world, in a folder; one of as many referring pictures that is there will do, whatever else it holds."""
+    about = out / "world" / "world.json"
+    if not about.exists() or json.loads(about.read_text(encoding="utf-8"))["counts"].get("refs") != REFS:
+        make_world(out / "world", refs=REFS, train=1000, val=200, stories=1, dialogues=1)
 
 
 def sequential(out: Path, options: Sequence[str] = (), shared: Path | None = None) -> Path:
@@ -74,8 +79,6 @@ def train(out: Path, configs: Sequence[str], options: Sequence[str] = (), shared
     placed = {}
     for name in configs:
         text = Path(find_config(name)).read_text(encoding="utf-8")
-        for part in ("world", "patches"):
-            text = text.replace(f"{HOME}/{part}", str((shared or out) / part))
-        placed[name] = text.replace(HOME, str(out))
+        placed[name] = PLACES.sub(lambda found: f"{(shared or out) if found[1] else out}{found[1] or ''}", text)
     write_files(out / "configs", {name: text.encode() for name, text in placed.items()})
     fitting(["fit", *(word for name in configs for word in ("--config", str(out / "configs" / name))), *options])

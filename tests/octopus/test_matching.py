@@ -1,4 +1,5 @@
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ def some(B=3, N=4, counts=(2, 4, 1), meant=(1, 2, 0), L=2):
     boxes = torch.zeros(B, max(counts), 4)
     for row, count in zip(boxes, counts, strict=True):
         row[:count] = torch.rand(count, 4) * 0.5 + 0.2
-    found = Recognised(torch.randn(L, B, N, 3), torch.rand(L, B, N, 4) * 0.5 + 0.2, torch.zeros(B, N, 8))
+    found = Recognised(torch.randn(L, B, N, 3), torch.rand(L, B, N, 4) * 0.5 + 0.2, *torch.zeros(2, B, N, 8))
     return found, Objects(boxes, list(counts), list(meant))
 
 
@@ -37,6 +38,14 @@ def test_the_matching_is_the_cheapest_of_all():
         assert matched[row, :count].tolist() == list(best)
 
 
+def test_what_is_not_a_number_is_matched_and_shows_in_the_loss():
+    found, objects = some()
+    boxes = found.boxes.clone()
+    boxes[:, 1] = torch.nan
+    loss, matched, _ = set_loss(replace(found, boxes=boxes), objects)
+    assert loss.isnan() and len({*matched[1].tolist()}) == 4
+
+
 def test_one_picture_is_matched_as_in_a_batch():
     found, objects = some()
     whole = match(found.logits[0], found.boxes[0], objects)
@@ -55,7 +64,7 @@ def test_what_is_right_costs_nothing_for_boxes_and_little_for_the_class():
         for place in range(count):
             boxes[0, row, order[place]] = objects.boxes[row, place]
             logits[0, row, order[place]] = torch.tensor([20.0, -20, -20] if place < objects.meant[row] else [-20.0, 20, -20])
-    loss, matched, parts = set_loss(Recognised(logits, boxes, torch.zeros(3, 4, 8)), objects)
+    loss, matched, parts = set_loss(Recognised(logits, boxes, *torch.zeros(2, 3, 4, 8)), objects)
     assert float(loss) < 1e-4 and all(float(value) < 1e-4 for value in parts.values())
     assert matched[1].tolist() == order
 
@@ -64,18 +73,18 @@ def test_pictures_of_which_nothing_is_known_do_not_count():
     found, objects = some()
     empty = Objects(torch.zeros(3, 0, 4), [0, 0, 0], [0, 0, 0])
     boxes = found.boxes.clone().requires_grad_()
-    loss, matched, _ = set_loss(Recognised(found.logits, boxes, found.relay), empty)
+    loss, matched, _ = set_loss(replace(found, boxes=boxes), empty)
     loss.backward()
     assert float(loss) == 0 and matched.shape == (3, 0) and boxes.grad.abs().sum() == 0
     more = Objects(torch.cat([objects.boxes, torch.zeros(1, 4, 4)]), [*objects.counts, 0], [*objects.meant, 0])
-    wider = Recognised(*(torch.cat([x, x[:, :1]], 1) for x in (found.logits, found.boxes)), found.relay)
+    wider = Recognised(*(torch.cat([x, x[:, :1]], 1) for x in (found.logits, found.boxes)), found.relay, found.keys)
     torch.testing.assert_close(set_loss(wider, more)[0], set_loss(found, objects)[0])
 
 
 def test_every_layer_is_judged():
     found, objects = some()
     logits, boxes = found.logits.requires_grad_(), found.boxes.requires_grad_()
-    set_loss(Recognised(logits, boxes, found.relay), objects)[0].backward()
+    set_loss(replace(found, logits=logits, boxes=boxes), objects)[0].backward()
     assert (logits.grad.flatten(1).norm(dim=1) > 0).all() and (boxes.grad.flatten(1).norm(dim=1) > 0).all()
 
 

@@ -166,11 +166,24 @@ def test_without_queries_nothing_is_pointed_at():
 
 @pytest.mark.parametrize(
     "options, said",
-    [({"after": 0}, "choose 1"), ({"after": 4}, "choose 1"), ({"template": "{picture}{instruction}"}, "once each")],
+    [
+        ({"after": 0}, "choose 1"),
+        ({"after": 4}, "choose 1"),
+        ({"template": "{picture}{instruction}"}, "once each"),
+        ({"template": "{picture}{instruction}{queries}{queries}"}, "once each"),
+        ({"c": 12}, "multiple of 8"),
+        ({"c": 16, "heads": 3}, "of heads"),
+        ({"decoder_layers": 0}, "at least 1"),
+    ],
 )
 def test_what_cannot_be_is_refused(options, said):
     with pytest.raises(UserError, match=said):
         build(**options)
+
+
+def test_an_answer_has_a_token_at_least():
+    with pytest.raises(UserError, match="max_new_tokens is 0"):
+        ground(build(), [(torch.ones(4, 20), "star")], 0)
 
 
 def test_a_prompt_beyond_the_language_models_positions_is_refused():

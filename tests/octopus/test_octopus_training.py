@@ -3,14 +3,18 @@
 from pathlib import Path
 
 import pytest
+import pytorch_lightning as pl
 import torch
 import yaml
+from tiny_octopus import build
 
+from fromage.checkpoint_io import SafeCheckpoint
 from fromage.cli import main
 from fromage.configs import config_folder, find_config
 from fromage.errors import UserError
-from fromage.octopus import load_octopus
+from fromage.octopus import OctopusData, OctopusModule, RefCOCO, load_octopus
 from fromage.octopus.decoding import ground
+from fromage.octopus.low_rank import add_low_rank
 from fromage.toy import octopus_tour
 
 STAGES = [yaml.safe_load((config_folder() / f"octopus_stage{i}.yaml").read_text()) for i in (1, 2, 3)]
@@ -84,6 +88,63 @@ def test_a_run_that_was_killed_goes_on_and_one_that_ended_is_left_alone(tmp_path
     assert ["--ckpt_path=last" in words for words in fits] == [False, True, True]
 
 
+def test_paths_are_put_in_place_once(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(octopus_tour, "fitting", lambda words: None)
+    study = Path("runs/octopus_study")
+    octopus_tour.train(study / "seed0", octopus_tour.STAGES[2:], shared=study)
+    placed = (study / "seed0" / "configs" / "octopus_toy3.yaml").read_text()
+    assert "refs: runs/octopus_study/world/refcoco" in placed and "features: runs/octopus_study/patches" in placed
+    assert "init: runs/octopus_study/seed0/stage2/checkpoints" in placed and "seed0_study" not in placed
+
+
+def test_boxes_to_point_at_are_refused_where_nothing_is_asked_yet(trained, world):
+    coco = world / "refcoco"
+    source = RefCOCO(str(coco / "refs(unc).p"), str(coco / "instances.json"), str(coco / "images"))
+    module = OctopusModule(stage=1, lm="toy", vision="toy", n=4, c=16, decoder_layers=1, heads=2, dtype="float32")
+    trainer = pl.Trainer(max_steps=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    with pytest.raises(UserError, match="stage 1 has no object queries"):
+        trainer.fit(module, OctopusData([source], batch_size=4, workers=0))
+    with pytest.raises(UserError, match="of stage 1"):
+        load_octopus(str(trained / "stage1" / "checkpoints" / "last.ckpt"))
+
+
+def test_other_settings_of_what_recognises_are_refused(trained):
+    words = [*QUICK, "--model.after=1", f"--model.init={trained}/stage2/checkpoints/last.ckpt"]
+    with pytest.raises(UserError, match=r"another architecture \(model.after None, not 1\)"):
+        octopus_tour.train(trained, octopus_tour.STAGES[2:], words)
+
+
+class Seen(pl.Callback):
+    """Notes the examples of each step."""
+
+    def __init__(self):
+        self.keys = []
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        self.keys.append(batch.keys)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_run_that_goes_on_sees_what_it_would_have_seen(world, tmp_path):
+    def fit(out, steps, resume=None):
+        coco = world / "refcoco"
+        source = RefCOCO(str(coco / "refs(unc).p"), str(coco / "instances.json"), str(coco / "images"), limit=22)
+        saver = SafeCheckpoint(out, save_last=True, save_top_k=0, every_n_train_steps=1, enable_version_counter=False)
+        seen = Seen()
+        trainer = pl.Trainer(max_steps=steps, accelerator="cpu", logger=False, callbacks=[saver, seen],
+                             enable_progress_bar=False, enable_model_summary=False)  # fmt: skip
+        module = OctopusModule(stage=2, lm="toy", vision="toy", n=4, c=16, decoder_layers=1, heads=2, dtype="float32")
+        trainer.fit(module, OctopusData([source], batch_size=4, features=str(tmp_path / "patches")), ckpt_path=resume)
+        return seen.keys
+
+    whole = fit(tmp_path / "whole", 12)  # two epochs of five steps, and two steps more
+    assert len({key for keys in whole[:5] for key in keys}) == 20 and whole[:5] != whole[5:10]
+    for stop in (3, 5, 7):
+        out = tmp_path / str(stop)
+        assert fit(out, stop) + fit(out, 12, str(out / "last.ckpt")) == whole
+
+
 def test_what_belongs_to_another_model_is_refused(trained, capsys, tmp_path):
     with pytest.raises(UserError, match="another architecture"):
         octopus_tour.train(
@@ -104,6 +165,11 @@ def test_adapters_are_all_that_is_trained_of_the_language_model(trained):
     kept = torch.load(trained / "lora" / "last.ckpt", weights_only=True)["state_dict"]
     of_lm = [name for name in kept if name.startswith("model.lm.")]
     assert of_lm and all("lora_" in name for name in of_lm)
+    half = build("llama")
+    half.lm.hf.bfloat16()
+    add_low_rank(half.lm, 2)
+    assert {p.dtype for name, p in half.lm.hf.named_parameters() if "lora_" in name} == {torch.float32}
+    half.lm(torch.randn(1, 3, 32).bfloat16(), torch.ones(1, 3, dtype=torch.bool)).sum().backward()
     assert len(ground(load_octopus(str(trained / "lora" / "last.ckpt")), [(torch.ones(16, 384), "star")], 3)) == 1
 
 

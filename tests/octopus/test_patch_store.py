@@ -50,7 +50,33 @@ def test_a_kill_costs_the_last_pictures_alone(tower, pictures, tmp_path, torn):
     assert set(again.rows) == set(pictures) and len({*again.rows.values()}) == len(pictures)
 
 
-def test_lost_pictures_are_listed_and_not_tried_again(tower, pictures, tmp_path):
+def test_opening_only_reads_and_a_second_process_finds_the_work_done(tower, pictures, tmp_path):
+    store, other = (PatchStore(tmp_path / "store", tower) for _ in range(2))
+    store.add(pictures)
+    written = {path: path.stat().st_mtime_ns for path in (tmp_path / "store").iterdir()}
+    PatchStore(tmp_path / "store", tower).add(pictures[:2])
+    assert {path: path.stat().st_mtime_ns for path in written} == written
+    size = (tmp_path / "store" / ROWS).stat().st_size
+    other.add(pictures)
+    assert other.rows == store.rows and (tmp_path / "store" / ROWS).stat().st_size == size
+    assert torch.equal(other[pictures[-1]], store[pictures[-1]])
+
+
+def test_a_picture_that_was_replaced_is_encoded_again(tower, pictures, tmp_path):
+    own = tmp_path / "own.png"
+    Image.new("RGB", (96, 96), "red").save(own)
+    store = PatchStore(tmp_path / "store", tower)
+    store.add([str(own), str(tmp_path / "later.png"), *pictures])
+    red, kept = store[str(own)], store[pictures[0]]
+    Image.new("RGB", (96, 96), "blue").save(own)
+    Image.new("RGB", (96, 96), "red").save(tmp_path / "later.png")
+    again = PatchStore(tmp_path / "store", tower)
+    again.add([str(own), str(tmp_path / "later.png"), *pictures])
+    assert not torch.equal(again[str(own)], red) and torch.equal(again[str(tmp_path / "later.png")], red)
+    assert again.lost == {} and torch.equal(again[pictures[0]], kept)
+
+
+def test_lost_pictures_are_listed_and_not_tried_again_as_they_are(tower, pictures, tmp_path):
     broken = tmp_path / "broken.jpg"
     broken.write_bytes(b"no picture")
     store = PatchStore(tmp_path / "store", tower)
