@@ -112,6 +112,7 @@ class Octopus(PictureReader):
             scale = lm.added.mean_norm.cpu() / lm.width**0.5
             self.queries = nn.Parameter(torch.randn(n, lm.width) * scale)  # (N, d)
             self.recognizer = Recognizer(lm.width, vision.width, vision.grid, n, c, decoder_layers, heads)
+            self._above = (lm.blocks[self.after],)  # the layer behind the decoder, in a tuple lest it be registered twice
         self.settings: dict[str, Any] = {}
 
     @classmethod
@@ -230,7 +231,7 @@ class Octopus(PictureReader):
         if not self.n or not places.any():
             yield found
             return
-        handle = self.lm.blocks[self.after].register_forward_pre_hook(between)
+        handle = self._above[0].register_forward_pre_hook(between)
         try:
             yield found
         finally:

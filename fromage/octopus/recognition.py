@@ -82,19 +82,20 @@ class Recognizer(nn.Module):
         x = self.enter(hidden.float()) + waves(self.points.sigmoid(), c)  # (B, N, c)
         asked = self.asked(hidden.float()) / c**0.5  # (B, N, c)
         memory = self.look(patches.float()) + self.places  # (B, P, c)
-        logits, boxes = [], []
+        states = []
         for layer in self.layers:
             x = layer(x, memory)  # (B, N, c)
-            read = self.norm(x)
-            alike = (read * asked).sum(-1, keepdim=True)  # (B, N, 1): what was seen and what was asked for
-            logits.append(self.classify(read) + F.pad(alike, (MEANT, 2 - MEANT)))  # (B, N, 3)
-            boxes.append(self._boxes(read))  # (B, N, 4)
-        thing = torch.cat([read, _embedded(boxes[-1].detach(), c)], -1)  # (B, N, 2c)
-        return Recognised(torch.stack(logits), torch.stack(boxes), self.leave(thing), self.point(thing))  # (B, N, d) each
+            states.append(x)
+        read = self.norm(torch.stack(states))  # (L, B, N, c)
+        alike = (read * asked).sum(-1, keepdim=True)  # (L, B, N, 1): what was seen and what was asked for
+        logits = self.classify(read) + F.pad(alike, (MEANT, 2 - MEANT))  # (L, B, N, 3)
+        boxes = self._boxes(read)  # (L, B, N, 4)
+        thing = torch.cat([read[-1], _embedded(boxes[-1].detach(), c)], -1)  # (B, N, 2c)
+        return Recognised(logits, boxes, self.leave(thing), self.point(thing))  # (B, N, d) each
 
     def _boxes(self, read: Tensor) -> Tensor:
-        """(B, N, c) -> (B, N, 4): centres from the queries' points, sizes free."""
-        moved = self.box(read)  # (B, N, 4)
+        """(L, B, N, c) -> (L, B, N, 4): centres from the queries' points, sizes free."""
+        moved = self.box(read)  # (L, B, N, 4)
         return torch.cat([moved[..., :2] + self.points, moved[..., 2:]], -1).sigmoid()
 
 
