@@ -43,8 +43,11 @@ def tour(out: Path, options: Sequence[str] = (), shared: Path | None = None, sta
 
 def make(out: Path) -> None:
     """The world, in a folder; one of as many referring pictures that is there will do, whatever else it holds."""
-    about = out / "world" / "world.json"
-    if not about.exists() or json.loads(about.read_text(encoding="utf-8"))["counts"].get("refs") != REFS:
+    try:
+        refs = json.loads((out / "world" / "world.json").read_text(encoding="utf-8"))["counts"]["refs"]
+    except (OSError, ValueError, LookupError, TypeError):
+        refs = None  # none is there, or make_world says what is
+    if refs != REFS:
         make_world(out / "world", refs=REFS, train=1000, val=200, stories=1, dialogues=1)
 
 

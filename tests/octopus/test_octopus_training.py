@@ -8,12 +8,15 @@ import torch
 import yaml
 from tiny_octopus import build
 
+from fromage.backbones import load_patches
 from fromage.checkpoint_io import SafeCheckpoint
 from fromage.cli import main
 from fromage.configs import config_folder, find_config
 from fromage.errors import UserError
 from fromage.octopus import OctopusData, OctopusModule, RefCOCO, load_octopus
+from fromage.octopus.data import Lessons
 from fromage.octopus.decoding import ground
+from fromage.octopus.examples import Example
 from fromage.octopus.low_rank import add_low_rank
 from fromage.toy import octopus_tour
 
@@ -96,6 +99,34 @@ def test_paths_are_put_in_place_once(tmp_path, monkeypatch):
     placed = (study / "seed0" / "configs" / "octopus_toy3.yaml").read_text()
     assert "refs: runs/octopus_study/world/refcoco" in placed and "features: runs/octopus_study/patches" in placed
     assert "init: runs/octopus_study/seed0/stage2/checkpoints" in placed and "seed0_study" not in placed
+
+
+def test_a_world_with_as_many_pictures_is_kept_and_what_is_none_is_told(tmp_path, monkeypatch):
+    made = []
+    (tmp_path / "world").mkdir()
+    about = tmp_path / "world" / "world.json"
+    with monkeypatch.context() as patch:
+        patch.setattr(octopus_tour, "make_world", lambda out, **counts: made.append(out))
+        about.write_text('{"counts": {"refs": 6000, "train": 8192}}')
+        octopus_tour.make(tmp_path)
+        assert made == []
+        about.write_text('{"counts": {"refs": 5}}')
+        octopus_tour.make(tmp_path)
+        assert made == [tmp_path / "world"]
+    about.write_text("[torn")
+    with pytest.raises(UserError, match="not a toy world"):
+        octopus_tour.make(tmp_path)
+
+
+def test_in_the_place_of_a_picture_that_cannot_be_decoded_stands_the_next(folder, tmp_path, caplog):
+    broken = tmp_path / "broken.jpg"
+    broken.write_bytes(b"no picture")
+    whole = str(min(folder.glob("*.png")))
+    examples = [Example(name, path, "star", ("yes",), ()) for name, path in (("bad", str(broken)), ("good", whole))]
+    transform = load_patches("toy").transform
+    assert [Lessons(examples, transform, None)[i][0].key for i in (0, 1)] == ["good", "good"] and "bad" in caplog.text
+    with pytest.raises(UserError, match="no picture can be decoded"):
+        Lessons(examples[:1], transform, None)[0]
 
 
 def test_boxes_to_point_at_are_refused_where_nothing_is_asked_yet(trained, world):
