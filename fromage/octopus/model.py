@@ -200,7 +200,8 @@ class Octopus(PictureReader):
         if found is None:
             named = torch.full_like(named, -torch.inf)
         elif self.relay:
-            named = named + hidden.float() @ found.keys.transpose(1, 2) / hidden.shape[-1] ** 0.5
+            suits = hidden.float() @ found.keys.transpose(1, 2) / hidden.shape[-1] ** 0.5  # h k / sqrt(d): (B, A, N)
+            named = named + suits
         return torch.cat([rest, named], -1)
 
     def joint_logits(self, hidden: Tensor, found: Recognised | None) -> Tensor:
