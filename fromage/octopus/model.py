@@ -212,9 +212,8 @@ class Octopus(PictureReader):
         logits = self.logits(hidden, found)
         if found is None:
             return logits
-        return logits + F.pad(
-            found.log_scores.unsqueeze(1), (logits.shape[-1] - self.n, 0)
-        )  # (B, 1, N) -> (B, 1, V + 2 + N)
+        words = logits.shape[-1] - self.n
+        return logits + F.pad(found.log_scores.unsqueeze(1), (words, 0))  # (B, 1, N) -> (B, 1, V + 2 + N)
 
     @contextmanager
     def _recognising(self, places: Tensor, patches: Tensor) -> Iterator[list[Recognised]]:
