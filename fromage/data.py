@@ -7,7 +7,6 @@ every sample comes once, in stored order, whatever the number of devices and wor
 from __future__ import annotations
 
 import random
-import warnings
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from torch.utils.data import IterableDataset
 from fromage.errors import UserError
 from fromage.features import check_features, from_npy
 from fromage.image_transform import Decoding, Transform, decoding_as, read_picture
-from fromage.loader import Loader, Plain, TrainLoader
+from fromage.loader import Loader, Plain, TrainLoader, no_loaders
 from fromage.shards import (
     Broken,
     Raw,
@@ -335,8 +334,7 @@ class CC3M(pl.LightningDataModule):
     def val_dataloader(self) -> Loader | list[Loader]:
         """All samples once and in order; see ValidationStream. An empty list where there are no validation shards."""
         if self.val_shards is None:
-            warnings.filterwarnings("ignore", r"Total length of .list. across ranks is zero")  # Lightning's, of no loaders
-            return []
+            return no_loaders()
         shards = self._shards(self.val_shards)
         stream = ValidationStream(shards, self._decode(), self.val_batch_size, self.max_broken, *self._rank())
         return Loader(stream, self.workers if stream.batches is None else min(self.workers, stream.batches))

@@ -28,8 +28,8 @@ from fromage.toy import octopus_tour
 SHORT = ["--model.stage=3", "--model.lr=1e-3", "--trainer.max_steps=400", "--trainer.val_check_interval=400"]
 ABLATIONS = {
     "base": [],
-    "n8": ["--model.n=8"],
-    "n32": ["--model.n=32"],
+    "n4": ["--model.n=4"],
+    "n16": ["--model.n=16"],
     "bottom": ["--model.after=1"],
     "top": ["--model.after=3"],
     "no_relay": ["--model.relay=false"],

@@ -19,7 +19,7 @@ from torchvision.ops import box_convert
 from fromage.errors import BrokenSample, UserError
 from fromage.evals.encoded import check_lost
 from fromage.image_transform import Transform, read_picture
-from fromage.loader import init_worker
+from fromage.loader import init_worker, no_loaders
 from fromage.octopus.answers import answer_ids, ordered
 from fromage.octopus.examples import Example, Source
 from fromage.octopus.matching import Objects
@@ -168,7 +168,7 @@ class OctopusData(pl.LightningDataModule):
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
         """All examples in stored order; an empty list where there are none."""
-        return self._loader("val", self.val_batch_size, shuffle=False) if self.examples["val"] else []
+        return self._loader("val", self.val_batch_size, shuffle=False) if self.examples["val"] else no_loaders()
 
     def transfer_batch_to_device(self, batch: Lesson, device: torch.device, dataloader_idx: int) -> Lesson:
         """Tensors, and the boxes of objects."""

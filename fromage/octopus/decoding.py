@@ -53,7 +53,7 @@ def decode(model: Octopus, reading: Reading, max_new_tokens: int) -> list[list[i
     out: list[list[int]] = [[] for _ in reading.hidden]
     open_, hidden = set(range(len(out))), reading.hidden  # (B, d)
     while open_:
-        ids = model.joint_logits(hidden.unsqueeze(1), reading.found)[:, 0].argmax(-1)  # (B, V + 2 + N) -> (B,)
+        ids = model.logits(hidden.unsqueeze(1), reading)[:, 0].argmax(-1)  # (B, V + 2 + N) -> (B,)
         for row, token in enumerate(ids.tolist()):
             if row in open_ and token != model.tokenizer.eos_id:
                 out[row].append(token)

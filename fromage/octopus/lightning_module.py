@@ -116,8 +116,8 @@ class OctopusModule(pl.LightningModule):
             model.recognizer.requires_grad_(stage > 1)
             if not model.relay:
                 model.recognizer.leave.requires_grad_(False)
-                model.recognizer.point.requires_grad_(False)
             model.queries.requires_grad_(stage > 1)
+            model.point.requires_grad_(stage > 1)
         if stage == 3 and not self.h.low_rank:
             model.lm.hf.requires_grad_(True)
 

@@ -9,8 +9,8 @@ features, d width of the language model, c width of the DETR decoder.
     object queries  (N x d)        input embeddings behind the instruction: they see it, the picture and each other
     recognizer      DETR decoder between bottom and top layers: queries -> boxes, scores (fromage.octopus.recognition)
     relay           (N x d)        what was found takes the queries' places in the top layers, each with the name <di>
-    index tokens    (N x d)        rows beside the vocabulary (fromage.added_tokens), to which comes what was found: to
-                                   write <di> is to point at box i
+    index tokens    (N x d)        rows beside the vocabulary (fromage.added_tokens): to write <di> is to point at box i
+    keys            W_k  (d x d)   what the top layers made of query i, by which <di> is chosen beside its row
 
 With no queries it is the sequential counterpart: the same towers and data, boxes spelled as text (fromage.octopus.answers).
 A reconstruction of Zhao et al., NeurIPS 2024; what is known of it and what is ours stands in docs/octopus.md.
@@ -33,7 +33,7 @@ from fromage.backbones import LanguageModel, PatchTower, Quantized, digest_of_sa
 from fromage.errors import UserError
 from fromage.octopus.recognition import Recognised, Recognizer
 from fromage.picture_reader import PictureReader, digest, fill
-from fromage.prompts import QUERIES, START, Part, Picture
+from fromage.prompts import QUERIES, START, Part, Picture, worded
 from fromage.tokens import IMAGE
 
 QUERY = QUERIES.value
@@ -54,12 +54,14 @@ class Reading:
         cache: keys and values of every layer.
         mask: (B, S) bool, the tokens in the cache that are none of the padding.
         found: what the decoder recognised; None where the prompts have no queries.
+        keys: (B, N, d), what the top layers made of each query, to be pointed at; None likewise.
     """
 
     hidden: Tensor
     cache: DynamicCache
     mask: Tensor
     found: Recognised | None
+    keys: Tensor | None
 
 
 class Octopus(PictureReader):
@@ -112,6 +114,7 @@ class Octopus(PictureReader):
             scale = lm.added.mean_norm.cpu() / lm.width**0.5
             self.queries = nn.Parameter(torch.randn(n, lm.width) * scale)  # (N, d)
             self.recognizer = Recognizer(lm.width, vision.width, vision.grid, n, c, decoder_layers, heads)
+            self.point = nn.Linear(lm.width, lm.width)  # W_k
             self._above = (lm.blocks[self.after],)  # the layer behind the decoder, in a tuple lest it be registered twice
         self.settings: dict[str, Any] = {}
 
@@ -176,7 +179,10 @@ class Octopus(PictureReader):
         places, cache = self.asked(ids), DynamicCache(config=self.lm.hf.config)
         with self._recognising(places, patches) as found:
             hidden = self.lm.cached(embeds, visible(mask, places), positions(mask), cache)  # (B, T, d)
-        return Reading(hidden[:, -1], cache, mask, found[0] if found else None)
+        if not found:
+            return Reading(hidden[:, -1], cache, mask, None, None)
+        keys = self.point(hidden[places].view(len(ids), self.n, -1).float())  # (B N, d) -> (B, N, d)
+        return Reading(hidden[:, -1], cache, mask, found[0], keys)
 
     def go_on(self, reading: Reading, ids: Tensor) -> Tensor:
         """(B, A) tokens of answers behind a reading, which grows by them -> (B, A, d) hidden states after each."""
@@ -187,33 +193,23 @@ class Octopus(PictureReader):
         reading.mask = known
         return self.lm.cached(self.lm.embed(ids), mask, at, reading.cache)
 
-    def logits(self, hidden: Tensor, found: Recognised | None) -> Tensor:
-        """(B, A, d) hidden states behind a reading -> (B, A, V + 2 + N), in float32; found: what the reading recognised.
+    def logits(self, hidden: Tensor, reading: Reading) -> Tensor:
+        """(B, A, d) hidden states behind a reading -> (B, A, V + 2 + N), in float32.
 
-        What the top layers think by themselves. An index token is weighed by its row and by how well what was found suits
-        the hidden state. Without anything recognised there is nothing to point at.
+        An index token is weighed by its row, by how well its query's key suits the hidden state, and by the log of its
+        query's score. No gradient goes through the score: the decoder learns it from the objects, and the top layers what
+        to add to it. Without anything recognised there is nothing to point at.
         """
         logits = self.lm.logits(hidden)
         if not self.n:
             return logits
         rest, named = logits.split([logits.shape[-1] - self.n, self.n], -1)  # (B, A, V + 2), (B, A, N)
-        if found is None:
+        if reading.found is None or reading.keys is None:
             named = torch.full_like(named, -torch.inf)
-        elif self.relay:
-            suits = hidden.float() @ found.keys.transpose(1, 2) / hidden.shape[-1] ** 0.5  # h k / sqrt(d): (B, A, N)
-            named = named + suits
+        else:
+            suits = hidden.float() @ reading.keys.mT / hidden.shape[-1] ** 0.5  # h k / sqrt(d): (B, A, N)
+            named = named + suits + reading.found.log_scores.detach().unsqueeze(1)
         return torch.cat([rest, named], -1)
-
-    def joint_logits(self, hidden: Tensor, found: Recognised | None) -> Tensor:
-        """As logits, with the log of each query's score on its index token: what top layers and decoder think together.
-
-        For answering. Learning goes by logits: else the top layers would lean on the decoder, not check it.
-        """
-        logits = self.logits(hidden, found)
-        if found is None:
-            return logits
-        words = logits.shape[-1] - self.n
-        return logits + F.pad(found.log_scores.unsqueeze(1), (words, 0))  # (B, 1, N) -> (B, 1, V + 2 + N)
 
     @contextmanager
     def _recognising(self, places: Tensor, patches: Tensor) -> Iterator[list[Recognised]]:
@@ -243,7 +239,7 @@ def fill_template(template: Sequence[str], picture: Picture | None, instruction:
     slots: dict[str, Part | None] = {"{picture}": picture, "{instruction}": instruction, "{start}": START}
     slots["{queries}"] = QUERIES if ask else None
     parts = [slots.get(part, part) for part in template]
-    return [part for part in parts if part is not None and part != ""]
+    return worded([part for part in parts if part is not None])
 
 
 def positions(mask: Tensor) -> Tensor:

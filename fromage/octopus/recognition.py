@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -28,15 +29,13 @@ class Recognised:
         logits: (L, B, N, 3) of MEANT, OTHER and NOTHING, layer by layer; the last layer's count.
         boxes: (L, B, N, 4).
         relay: (B, N, d), what takes the queries' places in the top layers.
-        keys: (B, N, d), what each query offers to a hidden state that points.
     """
 
     logits: Tensor
     boxes: Tensor
     relay: Tensor
-    keys: Tensor
 
-    @property
+    @cached_property
     def log_scores(self) -> Tensor:
         """(B, N): log of how likely each query is what the prompt means."""
         return self.logits[-1].float().log_softmax(-1)[..., MEANT]
@@ -73,7 +72,7 @@ class Recognizer(nn.Module):
         self.classify = nn.Linear(c, 3)
         self.asked = nn.Linear(d, c)
         self.box = MLP(c, [c, c, 4])
-        self.leave, self.point = nn.Linear(2 * c, d), nn.Linear(2 * c, d)
+        self.leave = nn.Linear(2 * c, d)
         self.register_buffer("places", waves(_centres(grid), c), persistent=False)  # (P, c)
 
     def forward(self, hidden: Tensor, patches: Tensor) -> Recognised:
@@ -91,7 +90,7 @@ class Recognizer(nn.Module):
         logits = self.classify(read) + F.pad(alike, (MEANT, 2 - MEANT))  # (L, B, N, 3)
         boxes = self._boxes(read)  # (L, B, N, 4)
         thing = torch.cat([read[-1], _embedded(boxes[-1].detach(), c)], -1)  # (B, N, 2c)
-        return Recognised(logits, boxes, self.leave(thing), self.point(thing))  # (B, N, d) each
+        return Recognised(logits, boxes, self.leave(thing))  # (B, N, d)
 
     def _boxes(self, read: Tensor) -> Tensor:
         """(L, B, N, c) -> (L, B, N, 4): centres from the queries' points, sizes free."""
@@ -113,12 +112,12 @@ def _centres(grid: tuple[int, int]) -> Tensor:
 
 
 def waves(points: Tensor, c: int) -> Tensor:
-    """(..., 2) places from 0 to 1 -> (..., c): sines and cosines of half a wave to six octaves more, c / 2 for each."""
-    octaves = 2 ** torch.linspace(0, 6, c // 4, device=points.device)  # (c / 4,)
+    """(..., 2) numbers from 0 to 1 -> (..., c): sines and cosines of half a wave to six octaves more, c / 2 for each."""
+    octaves = torch.logspace(0, 6, c // 4, base=2, device=points.device)  # (c / 4,)
     phase = math.pi * points.unsqueeze(-1) * octaves  # (..., 2, c / 4)
     return torch.cat([phase.sin(), phase.cos()], -1).flatten(-2)  # (..., c)
 
 
 def _embedded(boxes: Tensor, c: int) -> Tensor:
     """(..., 4) boxes -> (..., c): waves of centre and size, c / 2 each."""
-    return torch.cat([waves(boxes[..., :2], c // 2), waves(boxes[..., 2:], c // 2)], -1)
+    return waves(boxes.unflatten(-1, (2, 2)), c // 2).flatten(-2)  # (..., 2, 2) -> (..., 2, c / 2) -> (..., c)

@@ -74,7 +74,7 @@ def octopus_step(model: Octopus, lesson: Lesson) -> Lossed:
         answers = named(answers, matched, model.tokenizer.row_ids[0])
     after = model.go_on(reading, answers[:, :-1]) if answers.shape[1] > 1 else embeds[:, :0]  # (B, A - 1, d)
     hidden = torch.cat([reading.hidden.unsqueeze(1), after], 1)  # (B, A, d), each of which foretells a token
-    logits = model.logits(hidden, reading.found)[lesson.targets]  # (M, V + 2 + N), of M tokens
+    logits = model.logits(hidden, reading)[lesson.targets]  # (M, V + 2 + N), of M tokens
     wanted = answers[lesson.targets]  # (M,)
     right = (logits.argmax(-1) == wanted).float().mean()
     return Lossed(F.cross_entropy(logits, wanted), recognition, parts, right)

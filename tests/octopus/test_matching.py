@@ -14,7 +14,7 @@ def some(B=3, N=4, counts=(2, 4, 1), meant=(1, 2, 0), L=2):
     boxes = torch.zeros(B, max(counts), 4)
     for row, count in zip(boxes, counts, strict=True):
         row[:count] = torch.rand(count, 4) * 0.5 + 0.2
-    found = Recognised(torch.randn(L, B, N, 3), torch.rand(L, B, N, 4) * 0.5 + 0.2, *torch.zeros(2, B, N, 8))
+    found = Recognised(torch.randn(L, B, N, 3), torch.rand(L, B, N, 4) * 0.5 + 0.2, torch.zeros(B, N, 8))
     return found, Objects(boxes, list(counts), list(meant))
 
 
@@ -64,7 +64,7 @@ def test_what_is_right_costs_nothing_for_boxes_and_little_for_the_class():
         for place in range(count):
             boxes[0, row, order[place]] = objects.boxes[row, place]
             logits[0, row, order[place]] = torch.tensor([20.0, -20, -20] if place < objects.meant[row] else [-20.0, 20, -20])
-    loss, matched, parts = set_loss(Recognised(logits, boxes, *torch.zeros(2, 3, 4, 8)), objects)
+    loss, matched, parts = set_loss(Recognised(logits, boxes, torch.zeros(3, 4, 8)), objects)
     assert float(loss) < 1e-4 and all(float(value) < 1e-4 for value in parts.values())
     assert matched[1].tolist() == order
 
@@ -77,7 +77,7 @@ def test_pictures_of_which_nothing_is_known_do_not_count():
     loss.backward()
     assert float(loss) == 0 and matched.shape == (3, 0) and boxes.grad.abs().sum() == 0
     more = Objects(torch.cat([objects.boxes, torch.zeros(1, 4, 4)]), [*objects.counts, 0], [*objects.meant, 0])
-    wider = Recognised(*(torch.cat([x, x[:, :1]], 1) for x in (found.logits, found.boxes)), found.relay, found.keys)
+    wider = Recognised(*(torch.cat([x, x[:, :1]], 1) for x in (found.logits, found.boxes)), found.relay)
     torch.testing.assert_close(set_loss(wider, more)[0], set_loss(found, objects)[0])
 
 

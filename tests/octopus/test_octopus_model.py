@@ -110,15 +110,26 @@ def test_what_is_recognised_depends_on_instruction_and_picture():
     assert not torch.allclose(boxes[0], boxes[1])
 
 
-@pytest.mark.parametrize("relay", [True, False])
-def test_a_hidden_state_points_at_the_query_whose_key_it_is_like(relay):
-    model = build(relay=relay)
-    found = read(model).found
-    found = replace(found, logits=torch.zeros_like(found.logits))  # the decoder thinks nothing of any
-    offered = 100 * found.keys[:, 1:2]  # (B, 1, d), what a state would be that looks for query 1
-    with_keys, without = (model.logits(offered, each)[..., -3:] for each in (found, replace(found, keys=0 * found.keys)))
-    gain = (with_keys - without).detach()  # (B, 1, N)
-    assert torch.equal(gain.argmax(-1).flatten(), torch.tensor([1, 1, 1])) if relay else not gain.any()
+def test_a_hidden_state_points_at_the_query_whose_key_it_is_like():
+    model = build()
+    reading = replace(read(model), keys=torch.eye(3, 32).expand(3, 3, 32))
+    gain = model.logits(reading.keys, reading) - model.logits(reading.keys, replace(reading, keys=0 * reading.keys))
+    torch.testing.assert_close(gain[..., -3:], (torch.eye(3) / 32**0.5).expand(3, 3, 3))
+    assert not gain[..., :-3].nan_to_num().any()
+
+
+def test_keys_are_what_the_top_layers_made_of_the_queries():
+    model = build()
+    prompts, patches = [model.prompt(torch.ones(4, 20), "star")], torch.ones(1, 4, 20)
+    embedded = embed_prompts(model, prompts)
+    states = []
+    handle = model.lm.hf.base_model.register_forward_hook(lambda module, args, out: states.append(out.last_hidden_state))
+    reading = model.read(embedded.ids, embedded.mask, embedded.embeds, patches)
+    handle.remove()
+    queries = states[0][model.asked(embedded.ids)]  # (N, d)
+    torch.testing.assert_close(reading.keys[0], model.point(queries))
+    reading.keys.sum().backward()
+    assert model.recognizer.leave.weight.grad.abs().sum() > 0  # through the relay
 
 
 def test_whether_a_query_is_meant_is_a_product_of_what_it_saw_and_what_was_asked():
@@ -196,16 +207,18 @@ def test_left_padding():
     assert ids.tolist() == [[1, 5], [6, 7]] and mask.tolist() == [[False, True], [True, True]]
 
 
-def test_answers_weigh_index_tokens_with_the_decoders_scores_too():
-    model = build(relay=False)
+def test_index_tokens_are_weighed_by_row_key_and_score_and_teach_the_decoder_nothing_of_its_score():
+    model = build()
     reading = read(model)
-    hidden = reading.hidden.unsqueeze(1)
+    hidden = reading.hidden.detach().unsqueeze(1)  # (B, 1, d)
+    logits, plain = model.logits(hidden, reading)[:, 0], model.lm.logits(hidden)[:, 0]
     first = model.tokenizer.row_ids[0]
-    plain = model.lm.logits(hidden)[:, 0]
-    torch.testing.assert_close(model.logits(hidden, reading.found)[:, 0], plain)
-    joint = model.joint_logits(hidden, reading.found)[:, 0]
-    torch.testing.assert_close(joint[:, :first], plain[:, :first])
-    torch.testing.assert_close(joint[:, first:], plain[:, first:] + reading.found.scores.log())
-    assert (model.joint_logits(hidden, None)[..., first:] == -torch.inf).all()
-    build_without = build(n=0)
-    torch.testing.assert_close(build_without.joint_logits(hidden, None), build_without.lm.logits(hidden))
+    torch.testing.assert_close(logits[:, :first], plain[:, :first])
+    suits = (hidden * reading.keys).sum(-1) / 32**0.5  # (B, N)
+    torch.testing.assert_close(logits[:, first:], plain[:, first:] + suits + reading.found.scores.log())
+    logits[:, first:].sum().backward()
+    assert model.recognizer.classify.weight.grad is None and model.point.weight.grad.abs().sum() > 0
+    unasked = replace(reading, found=None, keys=None)
+    assert (model.logits(hidden, unasked)[..., first:] == -torch.inf).all()
+    without = build(n=0)
+    torch.testing.assert_close(without.logits(hidden, unasked), without.lm.logits(hidden))
