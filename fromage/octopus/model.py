@@ -54,7 +54,7 @@ class Reading:
         cache: keys and values of every layer.
         mask: (B, S) bool, the tokens in the cache that are none of the padding.
         found: what the decoder recognised; None where the prompts have no queries.
-        keys: (B, N, d), what the top layers made of each query, to be pointed at; None likewise.
+        keys: (B, N, d), what the top layers made of each query, over sqrt(d), to be pointed at; None likewise.
     """
 
     hidden: Tensor
@@ -176,12 +176,13 @@ class Octopus(PictureReader):
         ids, mask (B, T), left-padded; embeds (B, T, d); patches (B, P, m), the pictures that the queries look at. Either
         all prompts have queries, or none.
         """
-        places, cache = self.asked(ids), DynamicCache(config=self.lm.hf.config)
+        places, cache = self.asked(ids), DynamicCache()
         with self._recognising(places, patches) as found:
             hidden = self.lm.cached(embeds, visible(mask, places), positions(mask), cache)  # (B, T, d)
         if not found:
             return Reading(hidden[:, -1], cache, mask, None, None)
-        keys = self.point(hidden[places].view(len(ids), self.n, -1).float())  # (B N, d) -> (B, N, d)
+        queries = hidden[places].view(len(ids), self.n, -1)  # (B N, d) -> (B, N, d)
+        keys = self.point(queries.float()) / self.lm.width**0.5
         return Reading(hidden[:, -1], cache, mask, found[0], keys)
 
     def go_on(self, reading: Reading, ids: Tensor) -> Tensor:
@@ -203,13 +204,13 @@ class Octopus(PictureReader):
         logits = self.lm.logits(hidden)
         if not self.n:
             return logits
-        rest, named = logits.split([logits.shape[-1] - self.n, self.n], -1)  # (B, A, V + 2), (B, A, N)
+        named = logits[..., -self.n :]  # (B, A, N), a view
         if reading.found is None or reading.keys is None:
-            named = torch.full_like(named, -torch.inf)
+            named.fill_(-torch.inf)
         else:
-            suits = hidden.float() @ reading.keys.mT / hidden.shape[-1] ** 0.5  # h k / sqrt(d): (B, A, N)
-            named = named + suits + reading.found.log_scores.detach().unsqueeze(1)
-        return torch.cat([rest, named], -1)
+            suits = hidden.float() @ reading.keys.mT  # (B, A, N)
+            named += suits + reading.found.log_scores.detach().unsqueeze(1)
+        return logits
 
     @contextmanager
     def _recognising(self, places: Tensor, patches: Tensor) -> Iterator[list[Recognised]]:

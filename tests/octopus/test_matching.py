@@ -6,7 +6,7 @@ import torch
 from torchvision.ops import box_convert, generalized_box_iou
 
 from fromage.octopus.matching import CLASS, GIOU, L1, Objects, match, set_loss
-from fromage.octopus.recognition import MEANT, NOTHING, Recognised, Recognizer
+from fromage.octopus.recognition import MEANT, NOTHING, DecoderLayer, Recognised, Recognizer
 
 
 def some(B=3, N=4, counts=(2, 4, 1), meant=(1, 2, 0), L=2):
@@ -104,3 +104,15 @@ def test_boxes_lie_in_the_picture_and_start_from_the_queries_points(grid):
 def test_the_places_of_patches_tell_them_apart():
     places = Recognizer(8, 6, (3, 5), 2, c=32, layers=1, heads=2).places
     assert torch.cdist(places, places).add(torch.eye(15) * 9).min() > 0.3
+
+
+def test_a_decoder_layer_is_pytorchs():
+    sizes = {"dropout": 0.0, "activation": "gelu", "batch_first": True, "norm_first": True}
+    ours, theirs = DecoderLayer(24, 4, 96, **sizes), torch.nn.TransformerDecoderLayer(24, 4, 96, **sizes)
+    for p in theirs.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    ours.load_state_dict(theirs.state_dict())
+    queries, patches = torch.randn(2, 5, 24, requires_grad=True), torch.randn(2, 7, 24)
+    made = [layer(queries, patches) for layer in (ours, theirs)]
+    torch.testing.assert_close(*made)
+    torch.testing.assert_close(*(torch.autograd.grad(each.square().sum(), queries)[0] for each in made))

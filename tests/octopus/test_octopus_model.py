@@ -114,7 +114,7 @@ def test_a_hidden_state_points_at_the_query_whose_key_it_is_like():
     model = build()
     reading = replace(read(model), keys=torch.eye(3, 32).expand(3, 3, 32))
     gain = model.logits(reading.keys, reading) - model.logits(reading.keys, replace(reading, keys=0 * reading.keys))
-    torch.testing.assert_close(gain[..., -3:], (torch.eye(3) / 32**0.5).expand(3, 3, 3))
+    torch.testing.assert_close(gain[..., -3:], torch.eye(3).expand(3, 3, 3))
     assert not gain[..., :-3].nan_to_num().any()
 
 
@@ -127,7 +127,7 @@ def test_keys_are_what_the_top_layers_made_of_the_queries():
     reading = model.read(embedded.ids, embedded.mask, embedded.embeds, patches)
     handle.remove()
     queries = states[0][model.asked(embedded.ids)]  # (N, d)
-    torch.testing.assert_close(reading.keys[0], model.point(queries))
+    torch.testing.assert_close(reading.keys[0], model.point(queries) / 32**0.5)
     reading.keys.sum().backward()
     assert model.recognizer.leave.weight.grad.abs().sum() > 0  # through the relay
 
@@ -214,7 +214,7 @@ def test_index_tokens_are_weighed_by_row_key_and_score_and_teach_the_decoder_not
     logits, plain = model.logits(hidden, reading)[:, 0], model.lm.logits(hidden)[:, 0]
     first = model.tokenizer.row_ids[0]
     torch.testing.assert_close(logits[:, :first], plain[:, :first])
-    suits = (hidden * reading.keys).sum(-1) / 32**0.5  # (B, N)
+    suits = (hidden * reading.keys).sum(-1)  # (B, N)
     torch.testing.assert_close(logits[:, first:], plain[:, first:] + suits + reading.found.scores.log())
     logits[:, first:].sum().backward()
     assert model.recognizer.classify.weight.grad is None and model.point.weight.grad.abs().sum() > 0
