@@ -19,8 +19,7 @@ MOST: dict[str, Callable[[Thing], float]] = {
     "smallest": lambda thing: -SIZES[thing.size],
 }
 ATTRIBUTES = ("shape", "colour", "size", "place")
-SHARES = {"plain": 30, "two": 40, "relation": 40, "most": 5}  # of the kinds that are tried; a place is said where none fits
-COUNTS = {"plain": (0, 1, 1, 1), "two": (2,), "relation": (0, 0, 1), "most": (0, 0, 1)}  # of colour and size, that are said
+SHARES = {"plain": 10, "two": 40, "relation": 40, "most": 10}  # of the kinds that are tried; the plain fit most often
 TRIES = 12  # of kinds
 
 
@@ -89,8 +88,8 @@ def meaning_of(
     """A random meaning that only object `index` has, nothing in it idle but perhaps the shape.
 
     Args:
-        shares: of the kinds that are tried: looks alone (none or one beside the shape: plain; two), with a relation, with a
-            superlative (most).
+        shares: of the kinds that are tried: attributes alone (none or one beside the shape: plain; two), with a relation,
+            with a superlative (most).
         unsaid: an attribute that is not to be said of the object, nor of the anchor.
     """
     thing = scene.things[index]
@@ -119,8 +118,9 @@ def _draw(kind: str, scene: Scene, index: int, rng: random.Random) -> Meaning:
     """Something that is true of an object, of one of the kinds in SHARES; for a relation, if there is one."""
     thing = scene.things[index]
     shape = thing.shape if kind == "two" or rng.random() < 0.8 else None
-    looks = rng.sample(("colour", "size"), rng.choice(COUNTS[kind]))
-    said = Meaning(shape, **{what: getattr(thing, what) for what in looks})
+    among = ("colour", "size", "place") if kind == "plain" else ("colour", "size")
+    count = 2 if kind == "two" else rng.choice((0, 0, 1))
+    said = Meaning(shape, **{what: getattr(thing, what) for what in rng.sample(among, count)})
     if kind == "most":
         return replace(said, most=rng.choice(list(MOST)))
     if kind == "relation" and len(scene.things) > 1:

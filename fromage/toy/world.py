@@ -29,7 +29,7 @@ from fromage.toy.scenes import (
     sample_scenes,
 )
 
-VERSION = 4
+VERSION = 3
 SPLITS = ("train", "val")
 COCO_TRAIN = 500  # training pictures with five captions, at most
 FLICKR = 200  # pictures of Flickr30k's test split, at most

@@ -6,7 +6,7 @@ import torch
 from torchvision.ops import box_convert, generalized_box_iou
 
 from fromage.octopus.matching import CLASS, GIOU, L1, Objects, match, set_loss
-from fromage.octopus.recognition import MEANT, NOTHING, DecoderLayer, Recognised, Recognizer
+from fromage.octopus.recognition import MEANT, NOTHING, DecoderLayer, Recognised, Recognizer, regions
 
 
 def some(B=3, N=4, counts=(2, 4, 1), meant=(1, 2, 0), L=2):
@@ -116,3 +116,14 @@ def test_a_decoder_layer_is_pytorchs():
     made = [layer(queries, patches) for layer in (ours, theirs)]
     torch.testing.assert_close(*made)
     torch.testing.assert_close(*(torch.autograd.grad(each.square().sum(), queries)[0] for each in made))
+
+
+def test_the_region_of_a_box_is_the_mean_of_the_patches_under_it():
+    rows, columns = 3, 5
+    y, x = torch.meshgrid(torch.arange(rows) + 0.5, torch.arange(columns) + 0.5, indexing="ij")
+    patches = torch.stack([x / columns, y / rows], -1).flatten(0, 1).expand(2, -1, -1)  # (B, P, 2): where each patch is
+    boxes = torch.tensor([[0.5, 0.5, 0.4, 0.3], [0.3, 0.4, 0.2, 0.3]]).expand(2, -1, -1).clone()
+    boxes[1] = boxes[1].flip(0)
+    torch.testing.assert_close(regions(patches, (rows, columns), boxes), boxes[..., :2])  # on the average, its middle
+    outside = torch.tensor([[[0.0, 0.0, 0.5, 0.5], [1.0, 1.0, 1e-4, 1e-4]]])
+    assert regions(patches[:1], (rows, columns), outside).isfinite().all()

@@ -31,7 +31,7 @@ SPLITS = ("train", "val")
 def world(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("toy") / "world"
     result = make_world(out, seed=3, **COUNTS, progress=False)
-    assert result == {"version": 4, "seed": 3, "counts": COUNTS, "made": True}
+    assert result == {"version": 3, "seed": 3, "counts": COUNTS, "made": True}
     return out
 
 
