@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fromage.bounds import check_whole
 from fromage.errors import BrokenSample, UserError
-from fromage.model import Fromage, pad
+from fromage.model import Fromage
 from fromage.picture_reader import PictureReader
 from fromage.pictures import open_picture, take_in
 
@@ -136,9 +136,9 @@ def embed_prompts(model: PictureReader, prompts: Sequence[Prompt], room: int = 0
 
 def pad_left(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
     """Lists of ids -> (B, T) left-padded to the longest, and (B, T) bool, whether there is a token."""
-    backwards, lengths = pad([row[::-1] for row in rows], pad_id)
-    ids = backwards.flip(1)  # (B, T)
-    return ids, torch.arange(ids.shape[1]) >= ids.shape[1] - torch.tensor(lengths).unsqueeze(1)
+    gaps = [max(map(len, rows)) - len(row) for row in rows]
+    ids = torch.tensor([[*[pad_id] * gap, *row] for gap, row in zip(gaps, rows, strict=True)])  # (B, T)
+    return ids, torch.arange(ids.shape[1]) >= torch.tensor(gaps).unsqueeze(1)
 
 
 def _key(picture: Picture) -> int | str:
