@@ -136,9 +136,10 @@ def embed_prompts(model: PictureReader, prompts: Sequence[Prompt], room: int = 0
 
 def pad_left(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
     """Lists of ids -> (B, T) left-padded to the longest, and (B, T) bool, whether there is a token."""
-    gaps = [max(map(len, rows)) - len(row) for row in rows]
-    ids = torch.tensor([[*[pad_id] * gap, *row] for gap, row in zip(gaps, rows, strict=True)])  # (B, T)
-    return ids, torch.arange(ids.shape[1]) >= torch.tensor(gaps).unsqueeze(1)
+    longest = max(map(len, rows))  # T
+    gaps = [longest - len(row) for row in rows]
+    ids = torch.tensor([[*[pad_id] * gap, *row] for gap, row in zip(gaps, rows, strict=True)], dtype=torch.long)  # (B, T)
+    return ids, torch.arange(longest) >= torch.tensor(gaps).unsqueeze(1)
 
 
 def _key(picture: Picture) -> int | str:
