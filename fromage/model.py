@@ -154,12 +154,3 @@ class Fromage(PictureReader, ModelHubMixin):
         """
         built = f"{self.lm.name}|{self.vision.fingerprint()}|{self.k}|{self.q}"
         return digest(built + ("" if self.pooling == "ret" else self.pooling), trained or self.trained())
-
-
-def pad(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, list[int]]:
-    """Lists of ids -> (B, T) right-padded to the longest, and their lengths."""
-    lengths = [len(row) for row in rows]
-    ids = torch.full((len(rows), max(lengths)), pad_id)
-    for i, row in enumerate(rows):
-        ids[i, : len(row)] = torch.tensor(row)
-    return ids, lengths

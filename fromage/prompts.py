@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from fromage.bounds import check_whole
 from fromage.errors import BrokenSample, UserError
@@ -136,10 +137,9 @@ def embed_prompts(model: PictureReader, prompts: Sequence[Prompt], room: int = 0
 
 def pad_left(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
     """Lists of ids -> (B, T) left-padded to the longest, and (B, T) bool, whether there is a token."""
-    longest = max(map(len, rows))  # T
-    gaps = [longest - len(row) for row in rows]
-    ids = torch.tensor([[*[pad_id] * gap, *row] for gap, row in zip(gaps, rows, strict=True)], dtype=torch.long)  # (B, T)
-    return ids, torch.arange(longest) >= torch.tensor(gaps).unsqueeze(1)
+    lengths = torch.tensor([len(row) for row in rows]).unsqueeze(1)  # (B, 1)
+    ids = pad_sequence([torch.tensor(row, dtype=torch.long) for row in rows], True, pad_id, "left")  # (B, T)
+    return ids, torch.arange(ids.shape[1]) >= ids.shape[1] - lengths
 
 
 def _key(picture: Picture) -> int | str:

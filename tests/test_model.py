@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from fromage.errors import UserError
-from fromage.model import Fromage, pad
+from fromage.model import Fromage
 from fromage.plain_step import captioning_ids, plain_step
 
 
@@ -120,8 +120,3 @@ def test_fingerprint_follows_the_trained_parameters():
     with torch.no_grad():
         model.logit_scale.add_(0.1)
     assert model.fingerprint() != before
-
-
-def test_pad():
-    ids, lengths = pad([[5], [6, 7, 8]], 1)
-    assert ids.tolist() == [[5, 1, 1], [6, 7, 8]] and lengths == [1, 3]

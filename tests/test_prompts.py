@@ -3,12 +3,13 @@
 import pytest
 import torch
 from PIL import Image
+from torch.nn.utils.rnn import pad_sequence
 
 from fromage.decoding import Decoding
 from fromage.embed_pictures import embed_opened
 from fromage.errors import UserError
 from fromage.generate import generate
-from fromage.model import Fromage, pad
+from fromage.model import Fromage
 from fromage.prompts import (
     RET,
     START,
@@ -165,8 +166,9 @@ def test_addresses_are_fetched(toy_model, pictures, monkeypatch):
 @torch.no_grad()
 def test_retrieval_of_text_is_as_in_training(toy_model):
     texts = ["a red star.", "a small blue ring on the left and a big green square at the top, on the sea at night.", ""]
-    ids, lengths = pad([toy_model.tokenizer.caption(text, 99) for text in texts], toy_model.tokenizer.pad_id)
-    want = toy_model.embed_ret(toy_model.hidden_at_ret(ids, lengths)[1])
+    rows = [torch.tensor(toy_model.tokenizer.caption(text, 99)) for text in texts]
+    ids = pad_sequence(rows, batch_first=True, padding_value=toy_model.tokenizer.pad_id)
+    want = toy_model.embed_ret(toy_model.hidden_at_ret(ids, [len(row) for row in rows])[1])
     torch.testing.assert_close(toy_model.embed_text(texts), want, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(embed_for_retrieval(toy_model, texts), want, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(embed_for_retrieval(toy_model, texts, batch_size=2), want, atol=1e-5, rtol=1e-4)
@@ -176,8 +178,9 @@ def test_retrieval_of_text_is_as_in_training(toy_model):
 def test_a_model_that_reads_the_last_word_does_so_in_prompts_and_folders_too(tmp_path):
     model = Fromage.load(k=2, q=32, pooling="last")
     texts = ["a red star", "it is night, and the ring is small."]
-    ids, lengths = pad([model.tokenizer.caption(text, 40) for text in texts], model.tokenizer.pad_id)
-    want = model.embed_ret(model.hidden_at_ret(ids, lengths)[1])
+    rows = [torch.tensor(model.tokenizer.caption(text, 40)) for text in texts]
+    ids = pad_sequence(rows, batch_first=True, padding_value=model.tokenizer.pad_id)
+    want = model.embed_ret(model.hidden_at_ret(ids, [len(row) for row in rows])[1])
     torch.testing.assert_close(embed_for_retrieval(model, texts), want, atol=1e-5, rtol=1e-4)
     assert (answer := generate(model, texts, Decoding(4, ret_bias=1e4))) and not any(a.shown for a in answer)
     model.save_pretrained(tmp_path, dtype="float32")

@@ -20,8 +20,9 @@ import torch
 from bench_generate import seconds_of, with_words, words
 from bench_step import PRESETS, build
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
-from fromage.model import Fromage, pad
+from fromage.model import Fromage
 from fromage.prompts import START, Prompt, embed_prompts, prompt_length
 from fromage.score import score
 
@@ -46,11 +47,11 @@ def score_again(model: Fromage, prompt: Prompt, texts: list[str]) -> Tensor:
     embeds = embed_prompts(model, [prompt]).embeds  # (1, P, d)
     totals = []
     for start in range(0, len(texts), TOGETHER):
-        ids, lengths = pad([model.tokenizer.encode(text) for text in texts[start : start + TOGETHER]], 1)  # (c, T)
-        ids = ids.to(model.device)
+        rows = [torch.tensor(model.tokenizer.encode(text)) for text in texts[start : start + TOGETHER]]
+        ids = pad_sequence(rows, batch_first=True, padding_value=1).to(model.device)  # (c, T)
         both = torch.cat([embeds.expand(len(ids), -1, -1), model.embed(ids)], 1)  # (c, P + T, d)
         judged = model.lm.hf(inputs_embeds=both, use_cache=False).logits[:, embeds.shape[1] - 1 : -1].float().log_softmax(-1)
-        within = torch.arange(ids.shape[1]) < torch.tensor(lengths).unsqueeze(1)  # (c, T)
+        within = torch.arange(ids.shape[1]) < torch.tensor([len(row) for row in rows]).unsqueeze(1)  # (c, T)
         chosen = judged.gather(2, ids.unsqueeze(2)).squeeze(2)  # (c, T)
         totals.append(chosen.masked_fill(~within.to(model.device), 0).sum(1))
     return torch.cat(totals)
