@@ -65,9 +65,7 @@ class Recognizer(nn.Module):
         super().__init__()
         self.enter, self.look = nn.Linear(d, c), nn.Linear(m, c)
         self.points = nn.Parameter(_spread(n))  # (N, 2), before the sigmoid
-        self.layers = nn.ModuleList(
-            DecoderLayer(c, heads, 4 * c, 0.0, "gelu", batch_first=True, norm_first=True) for _ in range(layers)
-        )
+        self.layers = nn.ModuleList(DecoderLayer(c, heads) for _ in range(layers))
         self.norm = nn.LayerNorm(c)
         self.classify = nn.Linear(c, 3)
         self.asked, self.see = nn.Linear(d, c), nn.Linear(m, c)
@@ -88,8 +86,9 @@ class Recognizer(nn.Module):
             states.append(x)
         read = self.norm(torch.stack(states))  # (L, B, N, c)
         boxes = self._boxes(read)  # (L, B, N, 4)
-        seen = read + self.see(regions(patches.float(), self.grid, boxes[-1].detach()))  # (L, B, N, c)
-        alike = (seen * asked).sum(-1, keepdim=True)  # (L, B, N, 1): what was seen and what was asked for
+        under = regions(patches.float(), self.grid, boxes[-1].detach())  # (B, N, m); the last boxes serve all layers
+        seen = read + self.see(under)  # (L, B, N, c)
+        alike = (seen * asked).sum(-1, keepdim=True)  # (x + W_s r) (W_a h) / sqrt(c): (L, B, N, 1)
         logits = self.classify(read) + F.pad(alike, (MEANT, 2 - MEANT))  # (L, B, N, 3)
         thing = torch.cat([seen[-1], _embedded(boxes[-1].detach(), c)], -1)  # (B, N, 2c)
         return Recognised(logits, boxes, self.leave(thing))  # (B, N, d)
@@ -101,7 +100,10 @@ class Recognizer(nn.Module):
 
 
 class DecoderLayer(nn.TransformerDecoderLayer):
-    """PyTorch's, for norms in front, no masks and no dropout: what its forward would give, in two thirds of the time."""
+    """PyTorch's with norms in front and GELU, without masks and dropout: the same sums in fewer steps of Python."""
+
+    def __init__(self, c: int, heads: int) -> None:
+        super().__init__(c, heads, 4 * c, 0.0, "gelu", batch_first=True, norm_first=True)
 
     def forward(self, tgt: Tensor, memory: Tensor) -> Tensor:  # type: ignore[override]
         """Queries (B, N, c) and patches (B, P, c) -> (B, N, c)."""
@@ -118,7 +120,7 @@ def _attended(attention: nn.MultiheadAttention, x: Tensor, memory: Tensor) -> Te
     q = F.linear(x, weight[:c], bias[:c]).unflatten(-1, split).transpose(1, 2)  # (B, H, N, h)
     k, v = F.linear(memory, weight[c:], bias[c:]).unflatten(-1, (2, *split)).permute(2, 0, 3, 1, 4)  # (B, H, P, h) each
     seen = F.scaled_dot_product_attention(q, k, v)  # (B, H, N, h)
-    return attention.out_proj(seen.transpose(1, 2).flatten(2))
+    return attention.out_proj(seen.transpose(1, 2).flatten(2))  # (B, H, N, h) -> (B, N, c)
 
 
 def regions(patches: Tensor, grid: tuple[int, int], boxes: Tensor) -> Tensor:
@@ -126,7 +128,8 @@ def regions(patches: Tensor, grid: tuple[int, int], boxes: Tensor) -> Tensor:
     rows, columns = grid
     corners = box_convert(boxes, "cxcywh", "xyxy") * boxes.new_tensor([columns, rows, columns, rows])  # (B, N, 4)
     maps = patches.mT.unflatten(-1, grid)  # (B, m, rows, columns)
-    return roi_align(maps, list(corners), 1, sampling_ratio=2, aligned=True).view(*boxes.shape[:2], -1)
+    means = roi_align(maps, list(corners), 1, sampling_ratio=2, aligned=True)  # (B N, m, 1, 1)
+    return means.view(*boxes.shape[:2], -1)
 
 
 def _spread(n: int) -> Tensor:

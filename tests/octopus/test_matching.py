@@ -108,7 +108,7 @@ def test_the_places_of_patches_tell_them_apart():
 
 def test_a_decoder_layer_is_pytorchs():
     sizes = {"dropout": 0.0, "activation": "gelu", "batch_first": True, "norm_first": True}
-    ours, theirs = DecoderLayer(24, 4, 96, **sizes), torch.nn.TransformerDecoderLayer(24, 4, 96, **sizes)
+    ours, theirs = DecoderLayer(24, 4), torch.nn.TransformerDecoderLayer(24, 4, 96, **sizes)
     for p in theirs.parameters():
         torch.nn.init.normal_(p, std=0.3)
     ours.load_state_dict(theirs.state_dict())
