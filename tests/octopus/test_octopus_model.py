@@ -10,7 +10,7 @@ from torch.nn.functional import pad
 from fromage.errors import UserError
 from fromage.octopus.decoding import ground
 from fromage.octopus.model import Octopus, positions, visible
-from fromage.octopus.recognition import MEANT, NOTHING, OTHER
+from fromage.octopus.recognition import MEANT, NOTHING, OTHER, regions
 from fromage.prompts import embed_prompts, pad_left, prompt_ids
 
 ASKED = ["where is the red star?", "where are the rings by the small blue moon?", "star"]
@@ -141,6 +141,22 @@ def test_whether_a_query_is_meant_is_a_product_of_what_it_saw_and_what_was_asked
     alike = before - recognizer.classify.bias  # (L, B, N, 3)
     torch.testing.assert_close(after - recognizer.classify.bias, -alike)
     assert alike[..., MEANT].abs().min() > 0 and not alike[..., [OTHER, NOTHING]].any()
+
+
+def test_scores_and_relay_see_the_patches_in_the_last_box():
+    recognizer = build().recognizer
+    hidden, patches = torch.randn(2, 3, 32), torch.randn(2, 4, 20)
+    with torch.no_grad():
+        whole = recognizer(hidden, patches)
+        under = recognizer.see(regions(patches, recognizer.grid, whole.boxes[-1]))  # (B, N, c)
+        recognizer.see.weight.zero_(), recognizer.see.bias.zero_()
+        blind = recognizer(hidden, patches)
+        alike = (under * recognizer.asked(hidden)).sum(-1) / under.shape[-1] ** 0.5  # (B, N)
+    torch.testing.assert_close(whole.boxes, blind.boxes)
+    gain = whole.logits - blind.logits  # (L, B, N, 3)
+    torch.testing.assert_close(gain[..., MEANT], alike.expand_as(gain[..., MEANT]), atol=1e-5, rtol=1e-4)
+    assert alike.abs().min() > 1e-3 and not gain[..., [OTHER, NOTHING]].any()
+    assert not torch.allclose(whole.relay, blind.relay)
 
 
 def test_a_language_model_with_a_projection_before_its_layers_is_refused():
