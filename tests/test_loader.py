@@ -4,6 +4,7 @@ import itertools
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from test_data import CC3M, keys, module, shards
 
 from fromage.errors import UserError
 from fromage.loader import TrainLoader
+from fromage.octopus import OctopusData
 
 EVERY = [(workers, sizes) for workers in (0, 2) for sizes in (True, False)]
 
@@ -195,3 +197,16 @@ def running(pid):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
         return False
+
+
+def test_a_run_without_validation_is_not_warned_of_it():
+    quiet = OctopusData()
+    quiet.examples["val"] = []
+    for loaders in (CC3M("shards").val_dataloader, quiet.val_dataloader):
+        with warnings.catch_warnings(record=True) as heard:
+            warnings.simplefilter("always")
+            assert loaders() == []
+            warnings.warn(
+                "Total length of `list` across ranks is zero. Please make sure this was your intention.", stacklevel=1
+            )
+        assert not heard
