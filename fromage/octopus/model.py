@@ -176,13 +176,13 @@ class Octopus(PictureReader):
         ids, mask (B, T), left-padded; embeds (B, T, d); patches (B, P, m), the pictures that the queries look at. Either
         all prompts have queries, or none.
         """
-        places, cache = self.asked(ids), DynamicCache()
+        places, cache = self.asked(ids), DynamicCache()  # all of every layer, as the masks have it
         with self._recognising(places, patches) as found:
             hidden = self.lm.cached(embeds, visible(mask, places), positions(mask), cache)  # (B, T, d)
         if not found:
             return Reading(hidden[:, -1], cache, mask, None, None)
         queries = hidden[places].view(len(ids), self.n, -1)  # (B N, d) -> (B, N, d)
-        keys = self.point(queries.float()) / self.lm.width**0.5
+        keys = self.point(queries.float()) / self.lm.width**0.5  # (W_k q + b) / sqrt(d)
         return Reading(hidden[:, -1], cache, mask, found[0], keys)
 
     def go_on(self, reading: Reading, ids: Tensor) -> Tensor:
@@ -198,8 +198,8 @@ class Octopus(PictureReader):
         """(B, A, d) hidden states behind a reading -> (B, A, V + 2 + N), in float32.
 
         An index token is weighed by its row, by how well its query's key suits the hidden state, and by the log of its
-        query's score. No gradient goes through the score: the decoder learns it from the objects, and the top layers what
-        to add to it. Without anything recognised there is nothing to point at.
+        query's score: w_i h + k_i h + log s_i. No gradient goes through the score: the decoder learns it from the objects,
+        and the top layers what to add to it. Without anything recognised there is nothing to point at.
         """
         logits = self.lm.logits(hidden)
         if not self.n:
