@@ -117,7 +117,7 @@ class OctopusModule(pl.LightningModule):
             if not model.relay:
                 model.recognizer.leave.requires_grad_(False)
             model.queries.requires_grad_(stage > 1)
-            model.point.requires_grad_(stage > 1)
+            model.pointer.requires_grad_(stage > 1)
         if stage == 3 and not self.h.low_rank:
             model.lm.hf.requires_grad_(True)
 

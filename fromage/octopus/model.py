@@ -10,7 +10,7 @@ features, d width of the language model, c width of the DETR decoder.
     recognizer      DETR decoder between bottom and top layers: queries -> boxes, scores (fromage.octopus.recognition)
     relay           (N x d)        what was found takes the queries' places in the top layers, each with the name <di>
     index tokens    (N x d)        rows beside the vocabulary (fromage.added_tokens): to write <di> is to point at box i
-    keys            W_k  (d x d)   what the top layers made of query i, by which <di> is chosen beside its row
+    pointer                        and by how well box i suits the words that the answer is after (fromage.octopus.pointing)
 
 With no queries it is the sequential counterpart: the same towers and data, boxes spelled as text (fromage.octopus.answers).
 A reconstruction of Zhao et al., NeurIPS 2024; what is known of it and what is ours stands in docs/octopus.md.
@@ -31,6 +31,7 @@ from transformers import DynamicCache
 
 from fromage.backbones import LanguageModel, PatchTower, Quantized, digest_of_samples, load_lm, load_patches
 from fromage.errors import UserError
+from fromage.octopus.pointing import Aligned, Pointer
 from fromage.octopus.recognition import Recognised, Recognizer
 from fromage.picture_reader import PictureReader, digest, fill
 from fromage.prompts import QUERIES, START, Part, Picture, worded
@@ -54,14 +55,14 @@ class Reading:
         cache: keys and values of every layer.
         mask: (B, S) bool, the tokens in the cache that are none of the padding.
         found: what the decoder recognised; None where the prompts have no queries.
-        keys: (B, N, d), what the top layers made of each query, over sqrt(d), to be pointed at; None likewise.
+        aligned: the words of the prompts, held against what is in each query's box; None likewise.
     """
 
     hidden: Tensor
     cache: DynamicCache
     mask: Tensor
     found: Recognised | None
-    keys: Tensor | None
+    aligned: Aligned | None
 
 
 class Octopus(PictureReader):
@@ -114,7 +115,7 @@ class Octopus(PictureReader):
             scale = lm.added.mean_norm.cpu() / lm.width**0.5
             self.queries = nn.Parameter(torch.randn(n, lm.width) * scale)  # (N, d)
             self.recognizer = Recognizer(lm.width, vision.width, vision.grid, n, c, decoder_layers, heads)
-            self.point = nn.Linear(lm.width, lm.width)  # W_k
+            self.pointer = Pointer(lm.width, vision.width, vision.grid, c)
             self._above = (lm.blocks[self.after],)  # the layer behind the decoder, in a tuple lest it be registered twice
         self.settings: dict[str, Any] = {}
 
@@ -170,6 +171,10 @@ class Octopus(PictureReader):
         """(B, T) bool: the places of object queries."""
         return ids == self.tokenizer.added[QUERY]
 
+    def words(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """(B, T) ids and mask -> (B, T) bool: the tokens that are neither picture nor query nor padding."""
+        return mask & (ids != self.tokenizer.added[IMAGE]) & ~self.asked(ids)
+
     def read(self, ids: Tensor, mask: Tensor, embeds: Tensor, patches: Tensor) -> Reading:
         """Run prompts through both halves.
 
@@ -177,13 +182,11 @@ class Octopus(PictureReader):
         all prompts have queries, or none.
         """
         places, cache = self.asked(ids), DynamicCache()  # all of every layer, as the masks have it
-        with self._recognising(places, patches) as found:
+        with self._recognising(places, patches, self.words(ids, mask)) as found:
             hidden = self.lm.cached(embeds, visible(mask, places), positions(mask), cache)  # (B, T, d)
         if not found:
             return Reading(hidden[:, -1], cache, mask, None, None)
-        queries = hidden[places].view(len(ids), self.n, -1)  # (B N, d) -> (B, N, d)
-        keys = self.point(queries.float()) / self.lm.width**0.5  # (W_k q + b) / sqrt(d)
-        return Reading(hidden[:, -1], cache, mask, found[0], keys)
+        return Reading(hidden[:, -1], cache, mask, *found[0])
 
     def go_on(self, reading: Reading, ids: Tensor) -> Tensor:
         """(B, A) tokens of answers behind a reading, which grows by them -> (B, A, d) hidden states after each."""
@@ -197,31 +200,30 @@ class Octopus(PictureReader):
     def logits(self, hidden: Tensor, reading: Reading) -> Tensor:
         """(B, A, d) hidden states behind a reading -> (B, A, V + 2 + N), in float32.
 
-        An index token is weighed by its row, by how well its query's key suits the hidden state, and by the log of its
-        query's score: w_i h + k_i h + log s_i. No gradient goes through the score: the decoder learns it from the objects,
-        and the top layers what to add to it. Without anything recognised there is nothing to point at.
+        An index token is weighed by its row, as any token, and by how well what is in its query's box suits the words that
+        the hidden state is after. Without anything recognised there is nothing to point at.
         """
         logits = self.lm.logits(hidden)
         if not self.n:
             return logits
         named = logits[..., -self.n :]  # (B, A, N), a view
-        if reading.found is None or reading.keys is None:
+        if reading.aligned is None:
             named.fill_(-torch.inf)
         else:
-            suits = hidden.float() @ reading.keys.mT  # (B, A, N)
-            named += suits + reading.found.log_scores.detach().unsqueeze(1)
+            named += self.pointer(hidden, reading.aligned)
         return logits
 
     @contextmanager
-    def _recognising(self, places: Tensor, patches: Tensor) -> Iterator[list[Recognised]]:
+    def _recognising(self, places: Tensor, patches: Tensor, words: Tensor) -> Iterator[list[tuple[Recognised, Aligned]]]:
         """Within, the language model runs in two halves; the list then holds what was found between them."""
-        found: list[Recognised] = []
+        found: list[tuple[Recognised, Aligned]] = []
 
         def between(block: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             hidden = args[0]  # (B, T, d)
             queries = hidden[places].view(len(hidden), self.n, -1)  # (B N, d) -> (B, N, d)
-            found.append(self.recognizer(queries, patches))
-            relayed = found[0].relay if self.relay else queries
+            recognised = self.recognizer(queries, patches)
+            found.append((recognised, self.pointer.align(hidden, words, patches, recognised.boxes[-1])))
+            relayed = recognised.relay if self.relay else queries
             names = self.index.input  # (N, d)
             return fill(hidden, places, relayed + names), *args[1:]
 

@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.ops import MLP, box_convert, roi_align
+from torchvision.ops import MLP, box_convert
 
 MEANT, OTHER, NOTHING = 0, 1, 2  # what a query stands for: an object that the prompt means, another one, none
 
@@ -35,15 +34,10 @@ class Recognised:
     boxes: Tensor
     relay: Tensor
 
-    @cached_property
-    def log_scores(self) -> Tensor:
-        """(B, N): log of how likely each query is what the prompt means."""
-        return self.logits[-1].float().log_softmax(-1)[..., MEANT]
-
     @property
     def scores(self) -> Tensor:
         """(B, N): how likely each query is what the prompt means, 0 to 1."""
-        return self.log_scores.exp()
+        return self.logits[-1].float().softmax(-1)[..., MEANT]
 
     @property
     def corners(self) -> Tensor:
@@ -56,8 +50,7 @@ class Recognizer(nn.Module):
 
     A query starts from a point of the picture of its own, learned, and its box is told from there (as in Conditional DETR):
     else hundreds of epochs go by until queries have shared out the picture. Whether it is meant is told by a product of what
-    it saw, the patches in its box themselves among it, and what it was asked for (as in detectors by words: ViLD, GLIP,
-    OWL-ViT), which a sum of the two learns far later.
+    it saw and what it was asked for, beside a sum, which learns that far later.
     """
 
     def __init__(self, d: int, m: int, grid: tuple[int, int], n: int, c: int = 256, layers: int = 6, heads: int = 8) -> None:
@@ -68,7 +61,7 @@ class Recognizer(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(c, heads) for _ in range(layers))
         self.norm = nn.LayerNorm(c)
         self.classify = nn.Linear(c, 3)
-        self.asked, self.see = nn.Linear(d, c), nn.Linear(m, c)
+        self.asked = nn.Linear(d, c)
         self.box = MLP(c, [c, c, 4])
         self.leave = nn.Linear(2 * c, d)
         self.grid = grid
@@ -86,11 +79,9 @@ class Recognizer(nn.Module):
             states.append(x)
         read = self.norm(torch.stack(states))  # (L, B, N, c)
         boxes = self._boxes(read)  # (L, B, N, 4)
-        under = regions(patches.float(), self.grid, boxes[-1].detach())  # (B, N, m); the last boxes serve all layers
-        seen = read + self.see(under)  # (L, B, N, c)
-        alike = (seen * asked).sum(-1, keepdim=True)  # (x + W_s r) (W_a h) / sqrt(c): (L, B, N, 1)
+        alike = (read * asked).sum(-1, keepdim=True)  # x (W_a h) / sqrt(c): (L, B, N, 1)
         logits = self.classify(read) + F.pad(alike, (MEANT, 2 - MEANT))  # (L, B, N, 3)
-        thing = torch.cat([seen[-1], _embedded(boxes[-1].detach(), c)], -1)  # (B, N, 2c)
+        thing = torch.cat([read[-1], _embedded(boxes[-1].detach(), c)], -1)  # (B, N, 2c)
         return Recognised(logits, boxes, self.leave(thing))  # (B, N, d)
 
     def _boxes(self, read: Tensor) -> Tensor:
@@ -121,15 +112,6 @@ def _attended(attention: nn.MultiheadAttention, x: Tensor, memory: Tensor) -> Te
     k, v = F.linear(memory, weight[c:], bias[c:]).unflatten(-1, (2, *split)).permute(2, 0, 3, 1, 4)  # (B, H, P, h) each
     seen = F.scaled_dot_product_attention(q, k, v)  # (B, H, N, h)
     return attention.out_proj(seen.transpose(1, 2).flatten(2))  # (B, H, N, h) -> (B, N, c)
-
-
-def regions(patches: Tensor, grid: tuple[int, int], boxes: Tensor) -> Tensor:
-    """(B, P, m) patches and (B, N, 4) boxes -> (B, N, m): the mean of the patches under each box (RoIAlign, one bin)."""
-    rows, columns = grid
-    corners = box_convert(boxes, "cxcywh", "xyxy") * boxes.new_tensor([columns, rows, columns, rows])  # (B, N, 4)
-    maps = patches.mT.unflatten(-1, grid)  # (B, m, rows, columns)
-    means = roi_align(maps, list(corners), 1, sampling_ratio=2, aligned=True)  # (B N, m, 1, 1)
-    return means.view(*boxes.shape[:2], -1)
 
 
 def _spread(n: int) -> Tensor:

@@ -105,8 +105,9 @@ class RefCOCO(Listed):
         split: str = "train",
         question: str = "where is {}?",
         limit: int | None = None,
+        saying: str | None = None,
     ) -> None:
-        """Name the files; nothing is read yet.
+        """Name the files; nothing is read yet. Raises UserError for a question or a pattern that is none.
 
         Args:
             refs: refs(unc).p, refs(google).p or refs(umd).p.
@@ -115,9 +116,14 @@ class RefCOCO(Listed):
             split: train, val and, by the file, testA, testB or test.
             question: the instruction; {} stands for the expression.
             limit: examples at most, the first ones; null for all.
+            saying: a regular expression: of the references, those only in which it is found; null for all.
         """
         super().__init__(Path(refs), limit)
         self.instances, self.images, self.split, self.question = Path(instances), Path(images), split, asking(question)
+        try:
+            self.saying = re.compile(saying or "")
+        except re.error as error:
+            raise UserError(f"saying {saying!r}: is no regular expression ({error}); correct it") from error
 
     def read(self) -> Iterator[Example]:
         """A sentence is an example; its answer is the box alone."""
@@ -183,6 +189,8 @@ class RefCOCO(Listed):
                 self.dropped[LOST_ANSWERS] += 1
             elif not (text := said["sent"].strip()):
                 self.dropped["expressions without words"] += 1
+            elif not self.saying.search(text):
+                self.dropped["expressions that do not say so"] += 1
             else:
                 key = f"{ref['ref_id']}.{said['sent_id']}"
                 yield Example(key, picture, self.question.replace("{}", text), (number,), boxes)

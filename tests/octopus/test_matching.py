@@ -6,7 +6,8 @@ import torch
 from torchvision.ops import box_convert, generalized_box_iou
 
 from fromage.octopus.matching import CLASS, GIOU, L1, Objects, match, set_loss
-from fromage.octopus.recognition import MEANT, NOTHING, DecoderLayer, Recognised, Recognizer, regions
+from fromage.octopus.pointing import regions
+from fromage.octopus.recognition import MEANT, NOTHING, DecoderLayer, Recognised, Recognizer
 
 
 def some(B=3, N=4, counts=(2, 4, 1), meant=(1, 2, 0), L=2):

@@ -10,7 +10,8 @@ from torch.nn.functional import pad
 from fromage.errors import UserError
 from fromage.octopus.decoding import ground
 from fromage.octopus.model import Octopus, positions, visible
-from fromage.octopus.recognition import MEANT, NOTHING, OTHER, regions
+from fromage.octopus.pointing import regions
+from fromage.octopus.recognition import MEANT, NOTHING, OTHER
 from fromage.prompts import embed_prompts, pad_left, prompt_ids
 
 ASKED = ["where is the red star?", "where are the rings by the small blue moon?", "star"]
@@ -50,7 +51,7 @@ def test_answers_behind_a_reading_are_those_of_one_pass_over_all(family):
     ids, mask = torch.cat([prompts.ids, answers], 1), pad(prompts.mask, (0, 3), value=True)
     embeds = torch.cat([prompts.embeds, model.embed(answers)], 1)
     places = model.asked(ids)
-    with model._recognising(places, patches):
+    with model._recognising(places, patches, model.words(ids, mask)):
         whole = model.lm.hf.base_model(
             inputs_embeds=embeds, attention_mask=visible(mask, places), position_ids=positions(mask), use_cache=False
         ).last_hidden_state
@@ -110,28 +111,6 @@ def test_what_is_recognised_depends_on_instruction_and_picture():
     assert not torch.allclose(boxes[0], boxes[1])
 
 
-def test_a_hidden_state_points_at_the_query_whose_key_it_is_like():
-    model = build()
-    reading = replace(read(model), keys=torch.eye(3, 32).expand(3, 3, 32))
-    gain = model.logits(reading.keys, reading) - model.logits(reading.keys, replace(reading, keys=0 * reading.keys))
-    torch.testing.assert_close(gain[..., -3:], torch.eye(3).expand(3, 3, 3))
-    assert not gain[..., :-3].nan_to_num().any()
-
-
-def test_keys_are_what_the_top_layers_made_of_the_queries():
-    model = build()
-    prompts, patches = [model.prompt(torch.ones(4, 20), "star")], torch.ones(1, 4, 20)
-    embedded = embed_prompts(model, prompts)
-    states = []
-    handle = model.lm.hf.base_model.register_forward_hook(lambda module, args, out: states.append(out.last_hidden_state))
-    reading = model.read(embedded.ids, embedded.mask, embedded.embeds, patches)
-    handle.remove()
-    queries = states[0][model.asked(embedded.ids)]  # (N, d)
-    torch.testing.assert_close(reading.keys[0], model.point(queries) / 32**0.5)
-    reading.keys.sum().backward()
-    assert model.recognizer.leave.weight.grad.abs().sum() > 0  # through the relay
-
-
 def test_whether_a_query_is_meant_is_a_product_of_what_it_saw_and_what_was_asked():
     recognizer = build().recognizer
     hidden, patches = torch.randn(2, 3, 32), torch.randn(2, 4, 20)
@@ -143,20 +122,33 @@ def test_whether_a_query_is_meant_is_a_product_of_what_it_saw_and_what_was_asked
     assert alike[..., MEANT].abs().min() > 0 and not alike[..., [OTHER, NOTHING]].any()
 
 
-def test_scores_and_relay_see_the_patches_in_the_last_box():
-    recognizer = build().recognizer
-    hidden, patches = torch.randn(2, 3, 32), torch.randn(2, 4, 20)
-    with torch.no_grad():
-        whole = recognizer(hidden, patches)
-        under = recognizer.see(regions(patches, recognizer.grid, whole.boxes[-1]))  # (B, N, c)
-        recognizer.see.weight.zero_(), recognizer.see.bias.zero_()
-        blind = recognizer(hidden, patches)
-        alike = (under * recognizer.asked(hidden)).sum(-1) / under.shape[-1] ** 0.5  # (B, N)
-    torch.testing.assert_close(whole.boxes, blind.boxes)
-    gain = whole.logits - blind.logits  # (L, B, N, 3)
-    torch.testing.assert_close(gain[..., MEANT], alike.expand_as(gain[..., MEANT]), atol=1e-5, rtol=1e-4)
-    assert alike.abs().min() > 1e-3 and not gain[..., [OTHER, NOTHING]].any()
-    assert not torch.allclose(whole.relay, blind.relay)
+def test_an_index_token_is_weighed_by_how_well_its_box_suits_the_words_the_answer_is_after():
+    model = build()
+    prompts, patches = embedded(model)
+    states = []
+    handle = model.lm.blocks[model.after].register_forward_pre_hook(lambda module, args: states.append(args[0]))
+    reading = model.read(prompts.ids, prompts.mask, prompts.embeds, patches)
+    handle.remove()
+    pointer, words = model.pointer, states[0]  # the relay stands in the queries' places, which are no words
+    text = (prompts.ids != model.tokenizer.added["<|image|>"]) & ~model.asked(prompts.ids) & prompts.mask
+    seen = pointer.see(regions(patches, (2, 2), reading.found.boxes[-1]))  # (B, N, c)
+    hidden = torch.randn(3, 2, 32)
+    suits = torch.zeros(3, 2, 3)
+    for row in range(3):
+        w = words[row, text[row]]  # of this prompt alone
+        after = (pointer.ask(hidden[row]) @ pointer.find(w).T / 4).softmax(-1)
+        suits[row] = after @ pointer.tell(w) @ seen[row].T / 4
+    gain = model.logits(hidden, reading) - model.lm.logits(hidden)
+    torch.testing.assert_close(gain[..., -3:], suits, atol=1e-4, rtol=1e-4)
+    assert suits.abs().max() > 0.1 and not gain[..., :-3].nan_to_num().any()
+
+
+def test_answers_teach_the_words_and_not_the_boxes():
+    model = build()
+    reading = read(model)
+    model.pointer(torch.randn(3, 1, 32), reading.aligned).square().sum().backward()
+    assert all(p.grad.abs().sum() > 0 for name, p in model.pointer.named_parameters() if name != "find.bias")
+    assert all(p.grad is None for p in model.recognizer.parameters())
 
 
 def test_a_language_model_with_a_projection_before_its_layers_is_refused():
@@ -223,18 +215,14 @@ def test_left_padding():
     assert ids.tolist() == [[1, 5], [6, 7]] and mask.tolist() == [[False, True], [True, True]]
 
 
-def test_index_tokens_are_weighed_by_row_key_and_score_and_teach_the_decoder_nothing_of_its_score():
+def test_there_is_nothing_to_point_at_where_nothing_was_recognised():
     model = build()
     reading = read(model)
     hidden = reading.hidden.detach().unsqueeze(1)  # (B, 1, d)
-    logits, plain = model.logits(hidden, reading)[:, 0], model.lm.logits(hidden)[:, 0]
+    logits, plain = model.logits(hidden, reading), model.lm.logits(hidden)
     first = model.tokenizer.row_ids[0]
-    torch.testing.assert_close(logits[:, :first], plain[:, :first])
-    suits = (hidden * reading.keys).sum(-1)  # (B, N)
-    torch.testing.assert_close(logits[:, first:], plain[:, first:] + suits + reading.found.scores.log())
-    logits[:, first:].sum().backward()
-    assert model.recognizer.classify.weight.grad is None and model.point.weight.grad.abs().sum() > 0
-    unasked = replace(reading, found=None, keys=None)
+    torch.testing.assert_close(logits[..., :first], plain[..., :first])
+    unasked = replace(reading, found=None, aligned=None)
     assert (model.logits(hidden, unasked)[..., first:] == -torch.inf).all()
     without = build(n=0)
     torch.testing.assert_close(without.logits(hidden, unasked), without.lm.logits(hidden))

@@ -47,7 +47,7 @@ def state(folder, stage):
 def test_each_stage_trains_its_part_and_keeps_what_came_before(trained):
     parts = {s: {name.split(".")[1] for name in state(trained, s)} for s in ("stage1", "stage2", "stage3", "sequential")}
     assert parts["stage1"] == {"visual_prefix"}
-    assert parts["stage2"] == {"visual_prefix", "queries", "recognizer", "point", "index"}
+    assert parts["stage2"] == {"visual_prefix", "queries", "recognizer", "pointer", "index"}
     assert parts["stage3"] == parts["stage2"] | {"lm"}
     assert parts["sequential"] == {"visual_prefix", "lm"}
     one, two, three = (state(trained, s) for s in ("stage1", "stage2", "stage3"))
