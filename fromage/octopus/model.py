@@ -200,17 +200,18 @@ class Octopus(PictureReader):
     def logits(self, hidden: Tensor, reading: Reading) -> Tensor:
         """(B, A, d) hidden states behind a reading -> (B, A, V + 2 + N), in float32.
 
-        An index token is weighed by its row, as any token, and by how well what is in its query's box suits the words that
-        the hidden state is after. Without anything recognised there is nothing to point at.
+        An index token is weighed by its row, as any token, by how well what is in its query's box suits the words that the
+        hidden state is after, and by the log of its query's score. No gradient goes through the score: the decoder learns it
+        from the objects, and the top layers what to add to it. Without anything recognised there is nothing to point at.
         """
         logits = self.lm.logits(hidden)
         if not self.n:
             return logits
         named = logits[..., -self.n :]  # (B, A, N), a view
-        if reading.aligned is None:
+        if reading.found is None or reading.aligned is None:
             named.fill_(-torch.inf)
         else:
-            named += self.pointer(hidden, reading.aligned)
+            named += self.pointer(hidden, reading.aligned) + reading.found.log_scores.detach().unsqueeze(1)
         return logits
 
     @contextmanager

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -34,10 +35,15 @@ class Recognised:
     boxes: Tensor
     relay: Tensor
 
+    @cached_property
+    def log_scores(self) -> Tensor:
+        """(B, N): log of how likely each query is what the prompt means."""
+        return self.logits[-1].float().log_softmax(-1)[..., MEANT]
+
     @property
     def scores(self) -> Tensor:
         """(B, N): how likely each query is what the prompt means, 0 to 1."""
-        return self.logits[-1].float().softmax(-1)[..., MEANT]
+        return self.log_scores.exp()
 
     @property
     def corners(self) -> Tensor:

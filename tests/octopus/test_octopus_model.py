@@ -122,7 +122,7 @@ def test_whether_a_query_is_meant_is_a_product_of_what_it_saw_and_what_was_asked
     assert alike[..., MEANT].abs().min() > 0 and not alike[..., [OTHER, NOTHING]].any()
 
 
-def test_an_index_token_is_weighed_by_how_well_its_box_suits_the_words_the_answer_is_after():
+def test_an_index_token_is_weighed_by_how_well_its_box_suits_the_words_the_answer_is_after_and_by_its_score():
     model = build()
     prompts, patches = embedded(model)
     states = []
@@ -139,8 +139,10 @@ def test_an_index_token_is_weighed_by_how_well_its_box_suits_the_words_the_answe
         after = (pointer.ask(hidden[row]) @ pointer.find(w).T / 4).softmax(-1)
         suits[row] = after @ pointer.tell(w) @ seen[row].T / 4
     gain = model.logits(hidden, reading) - model.lm.logits(hidden)
-    torch.testing.assert_close(gain[..., -3:], suits, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(gain[..., -3:], suits + reading.found.scores.log().unsqueeze(1), atol=1e-4, rtol=1e-4)
     assert suits.abs().max() > 0.1 and not gain[..., :-3].nan_to_num().any()
+    gain[..., -3:].sum().backward()
+    assert model.recognizer.classify.weight.grad is None  # the decoder learns nothing of its score by the answer
 
 
 def test_answers_teach_the_words_and_not_the_boxes():
