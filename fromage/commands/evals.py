@@ -59,7 +59,7 @@ def refcoco(args: argparse.Namespace) -> None:
     from fromage.octopus.sources import RefCOCO
 
     refs, instances, images = (str(path) for path in (args.refs, args.instances, args.images))
-    _ask(args, evaluate, RefCOCO(refs, instances, images, args.split, args.question, args.limit, args.saying))
+    _ask(args, evaluate, RefCOCO(refs, instances, images, args.split, args.question, args.limit, args.match))
 
 
 def pope(args: argparse.Namespace) -> None:
@@ -155,7 +155,7 @@ VERBS: Verbs = {
             option("--instances", type=Path, required=True, help="instances.json that came with it"),
             option("--split", default="val", help="val, and by the file testA, testB, test or train"),
             QUESTION,
-            option("--saying", metavar="REGEX", help="only expressions in which this is found, such as '(left|right)'"),
+            option("--match", metavar="REGEX", help="only expressions in which this is found, such as '(left|right)'"),
             *FILES,
         ],
     ),

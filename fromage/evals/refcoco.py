@@ -31,4 +31,6 @@ def evaluate(model: Octopus, data: RefCOCO, options: Options | None = None) -> d
         chance.append(guess(example.boxes, wanted))
     systems = ({data.split: averaged(figures)} for figures in (own, chance))
     protocol = PROTOCOL | (HEAD if model.n else {})
+    if data.match.pattern:
+        protocol |= {"expressions": f"those alone in which {data.match.pattern!r} is found"}
     return asked.report("refcoco", next(systems), protocol, next(systems))

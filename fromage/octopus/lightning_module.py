@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import pytorch_lightning as pl
@@ -59,7 +60,7 @@ class OctopusModule(pl.LightningModule):
         """Everything a run needs to know of model and optimiser.
 
         Args:
-            stage: what is trained: 1 the visual prefix, 2 queries, recognizer, index tokens, 3 all and the language model.
+            stage: what is trained: 1 the visual prefix, 2 queries, recognizer, pointer, index tokens, 3 all and the LM.
             init: checkpoint of the stage before, whose trained parameters this one starts from.
             lm: causal language model: a name on the Hugging Face hub, a folder, or 'toy'.
             vision: image tower: a name of open_clip, 'local-dir:FOLDER', 'hf-hub:ORG/NAME', or 'toy'.
@@ -186,6 +187,10 @@ class OctopusModule(pl.LightningModule):
         if "acc_iou50" in figures:
             self.log("val/acc", figures["acc_iou50"], prog_bar=True, sync_dist=True)
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse to go on from another architecture's."""
+        check_names(self.model, checkpoint["state_dict"], "the checkpoint to go on from")
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what is trained, in this stage or before."""
         trained = {name for name, p in self.model.named_parameters() if p.requires_grad} | self._taken
@@ -199,6 +204,8 @@ SETTINGS = (
 )  # fmt: skip
 
 
+PARTS = ("queries", "recognizer.", "pointer.", "index.")  # of a model, trained from stage 2 on
+SPARED = ("recognizer.leave.weight", "recognizer.leave.bias")  # but not without relay
 SHAPED = ("vision_layer", "n", "after", "c", "decoder_layers", "heads", "relay", "template")  # of what recognises
 
 
@@ -214,20 +221,31 @@ def take_up(model: Octopus, path: str) -> set[str]:
     """Put the parameters of a checkpoint into a model; returns their names. Raises UserError for another architecture's."""
     checkpoint = read_checkpoint(path)
     state = {name.removeprefix(PREFIX): value for name, value in checkpoint["state_dict"].items()}
-    have, theirs = model.state_dict(), checkpoint["hyper_parameters"]
+    theirs = checkpoint["hyper_parameters"]
     if any(name.startswith("recognizer.") for name in state):
         changed = [name for name, value in model.settings.items() if name in SHAPED and theirs.get(name, value) != value]
         if changed:
             was, now = theirs[changed[0]], model.settings[changed[0]]
             raise UserError(f"{path}: of another architecture (model.{changed[0]} {was}, not {now}); give its own settings")
-    known = {name: value for name, value in state.items() if name in have and have[name].shape == value.shape}
-    wrong = sorted(state.keys() - known.keys())
+    check_names(model, state, path)
+    model.load_state_dict(state, strict=False)
+    return set(state)
+
+
+def check_names(model: Octopus, state: Mapping[str, Tensor], path: str) -> None:
+    """Raise UserError where a state dict, its names with PREFIX or without, is none of this architecture.
+
+    Stage 1's holds the visual prefix alone; another must hold all that stage 2 trains.
+    """
+    state = {name.removeprefix(PREFIX): value for name, value in state.items()}
+    have = {name: value.shape for name, value in model.state_dict().items()}
+    wrong = sorted(name for name, value in state.items() if have.get(name) != value.shape)
+    if any(name.startswith("recognizer.") for name in state):
+        wrong += sorted(name for name in have.keys() - state.keys() if name.startswith(PARTS) and name not in SPARED)
     if wrong:
         raise UserError(
-            f"{path}: of another architecture ({wrong[0]}, {tuple(state[wrong[0]].shape)}); give its own settings"
+            f"{path}: of another architecture or version ({wrong[0]}); give the settings it was trained with, or train anew"
         )
-    model.load_state_dict(known, strict=False)
-    return set(known)
 
 
 def load_octopus(path: str, device: str = "cpu") -> Octopus:

@@ -10,7 +10,7 @@ features, d width of the language model, c width of the DETR decoder.
     recognizer      DETR decoder between bottom and top layers: queries -> boxes, scores (fromage.octopus.recognition)
     relay           (N x d)        what was found takes the queries' places in the top layers, each with the name <di>
     index tokens    (N x d)        rows beside the vocabulary (fromage.added_tokens): to write <di> is to point at box i
-    pointer                        and by how well box i suits the words that the answer is after (fromage.octopus.pointing)
+    pointer                        which box suits the words that an answer is after (fromage.octopus.pointing)
 
 With no queries it is the sequential counterpart: the same towers and data, boxes spelled as text (fromage.octopus.answers).
 A reconstruction of Zhao et al., NeurIPS 2024; what is known of it and what is ours stands in docs/octopus.md.
@@ -172,8 +172,9 @@ class Octopus(PictureReader):
         return ids == self.tokenizer.added[QUERY]
 
     def words(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """(B, T) ids and mask -> (B, T) bool: the tokens that are neither picture nor query nor padding."""
-        return mask & (ids != self.tokenizer.added[IMAGE]) & ~self.asked(ids)
+        """(B, T) ids and mask -> (B, T) bool: what is neither picture, query, start token nor padding."""
+        start = -1 if self.tokenizer.bos_id is None else self.tokenizer.bos_id
+        return mask & (ids != self.tokenizer.added[IMAGE]) & (ids != start) & ~self.asked(ids)
 
     def read(self, ids: Tensor, mask: Tensor, embeds: Tensor, patches: Tensor) -> Reading:
         """Run prompts through both halves.

@@ -1,15 +1,15 @@
 """Pointing: which recognised object suits what an answer asks for next.
 
 Shapes: B batch, T tokens of a prompt, A of an answer, N object queries, P patches, m width of the patch features, d width of
-the language model, c width of the decoder.
+the language model, c width of the decoder. Biases are left out:
 
-    alignment  S_ti = (W_v w_t) (W_s r_i) / sqrt(c)             how well word t suits object i            (B, T, N)
+    alignment  S_ti = (W_v w_t) (W_r r_i) / sqrt(c)             how well word t suits object i            (B, T, N)
     attention  a_t  = softmax_t (W_q h) (W_k w_t) / sqrt(c)     which words an answer's state h is after  (B, A, T)
     suits      a S                                                                                        (B, A, N)
 
-w_t: word t between the halves of the language model; r_i: the mean of the patches in box i. Words and regions are aligned as
-in detectors by words (GLIP: Li et al., CVPR 2022); the answer chooses which words count. That the top layers do this, and
-not the recognizer, is ours (docs/octopus.md).
+w_t: word t of the prompt between the halves of the language model, normalised; the softmax runs over words alone. r_i: the
+mean of the patches in box i. Words and regions are aligned as in detectors by words (GLIP: Li et al., CVPR 2022); the answer
+chooses which words count. That the top layers do this, and not the recognizer, is ours (docs/octopus.md).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torchvision.ops import box_convert, roi_align
+from torchvision.ops import box_convert
 
 
 @dataclass(frozen=True)
@@ -26,14 +26,14 @@ class Aligned:
     """The words of a batch of prompts, held against what was recognised.
 
     Attributes:
-        words: (B, T, c), W_k w / sqrt(c), by which they are looked up.
-        alignment: (B, T, N), how well each suits each object.
-        text: (B, T) bool, the tokens that are words.
+        keys: (B, T, c), W_k w / sqrt(c), by which words are looked up.
+        alignment: (B, T, N), how well each word suits each object.
+        mask: (B, T) bool, the tokens that are words.
     """
 
-    words: Tensor
+    keys: Tensor
     alignment: Tensor
-    text: Tensor
+    mask: Tensor
 
 
 class Pointer(nn.Module):
@@ -42,31 +42,41 @@ class Pointer(nn.Module):
     def __init__(self, d: int, m: int, grid: tuple[int, int], c: int) -> None:
         """grid: rows and columns of patches. The rest in the letters above."""
         super().__init__()
-        self.ask, self.find, self.tell = nn.Linear(d, c), nn.Linear(d, c), nn.Linear(d, c)  # W_q, W_k, W_v
-        self.see = nn.Linear(m, c)  # W_s
+        self.norm = nn.LayerNorm(d)  # hidden states halfway up a language model have a few huge dimensions
+        self.query, self.key, self.value = nn.Linear(d, c), nn.Linear(d, c, bias=False), nn.Linear(d, c)
+        self.region = nn.Linear(m, c)  # W_r
         self.grid, self.scale = grid, c**-0.5
 
-    def align(self, hidden: Tensor, text: Tensor, patches: Tensor, boxes: Tensor) -> Aligned:
+    def align(self, hidden: Tensor, mask: Tensor, patches: Tensor, boxes: Tensor) -> Aligned:
         """Hold words against regions, once per prompt.
 
-        hidden (B, T, d) of the prompts between the halves, text (B, T) bool of the tokens that are words, patches (B, P, m),
+        hidden (B, T, d) of the prompts between the halves, mask (B, T) bool of the tokens that are words, patches (B, P, m),
         boxes (B, N, 4), through which no gradient goes.
         """
-        words, under = hidden.float(), regions(patches.float(), self.grid, boxes.detach())  # (B, T, d), (B, N, m)
-        alignment = self.tell(words) @ self.see(under).mT * self.scale  # (B, T, N)
-        return Aligned(self.find(words) * self.scale, alignment, text)
+        words = self.norm(hidden.float())  # (B, T, d)
+        region = self.region(regions(patches.float(), self.grid, boxes.detach()))  # (B, N, m) -> (B, N, c)
+        alignment = self.value(words) @ region.mT * self.scale  # (B, T, N)
+        return Aligned(self.key(words) * self.scale, alignment, mask)
 
     def forward(self, hidden: Tensor, aligned: Aligned) -> Tensor:
         """(B, A, d) hidden states of an answer -> (B, A, N): how well each object suits them."""
-        scores = self.ask(hidden.float()) @ aligned.words.mT  # (B, A, T)
-        after = scores.masked_fill(~aligned.text.unsqueeze(1), -torch.inf).softmax(-1)
-        return after @ aligned.alignment
+        scores = self.query(hidden.float()) @ aligned.keys.mT  # (B, A, T)
+        weights = scores.masked_fill(~aligned.mask.unsqueeze(1), torch.finfo(scores.dtype).min).softmax(-1)
+        return weights @ aligned.alignment
 
 
 def regions(patches: Tensor, grid: tuple[int, int], boxes: Tensor) -> Tensor:
-    """(B, P, m) patches and (B, N, 4) boxes -> (B, N, m): the mean of the patches under each box (RoIAlign, one bin)."""
-    rows, columns = grid
-    corners = box_convert(boxes, "cxcywh", "xyxy") * boxes.new_tensor([columns, rows, columns, rows])  # (B, N, 4)
-    maps = patches.mT.unflatten(-1, grid)  # (B, m, rows, columns)
-    means = roi_align(maps, list(corners), 1, sampling_ratio=2, aligned=True)  # (B N, m, 1, 1)
-    return means.view(*boxes.shape[:2], -1)
+    """(B, P, m) patches and (B, N, 4) boxes -> (B, N, m): the mean of the patches in each box, by the area they share.
+
+    What of a box is outside the picture does not count; a box without area has zeros.
+    """
+    left, top, right, bottom = box_convert(boxes, "cxcywh", "xyxy").unbind(-1)  # (B, N) each
+    down, across = _covered(top, bottom, grid[0]), _covered(left, right, grid[1])
+    areas = (down.unsqueeze(-1) * across.unsqueeze(-2)).flatten(2)  # (B, N, rows, columns) -> (B, N, P)
+    return areas @ patches / areas.sum(-1, keepdim=True).clamp(min=torch.finfo(areas.dtype).tiny)
+
+
+def _covered(low: Tensor, high: Tensor, n: int) -> Tensor:
+    """(B, N) ends of stretches -> (B, N, n): how much of each n-th of the picture they cover, in n-ths."""
+    edge = torch.arange(n, device=low.device)
+    return (torch.minimum(n * high.unsqueeze(-1), edge + 1) - torch.maximum(n * low.unsqueeze(-1), edge)).clamp(min=0)

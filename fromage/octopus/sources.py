@@ -105,7 +105,7 @@ class RefCOCO(Listed):
         split: str = "train",
         question: str = "where is {}?",
         limit: int | None = None,
-        saying: str | None = None,
+        match: str | None = None,
     ) -> None:
         """Name the files; nothing is read yet. Raises UserError for a question or a pattern that is none.
 
@@ -116,14 +116,14 @@ class RefCOCO(Listed):
             split: train, val and, by the file, testA, testB or test.
             question: the instruction; {} stands for the expression.
             limit: examples at most, the first ones; null for all.
-            saying: a regular expression: of the references, those only in which it is found; null for all.
+            match: a regular expression: of the references, those only in which it is found; null for all.
         """
         super().__init__(Path(refs), limit)
         self.instances, self.images, self.split, self.question = Path(instances), Path(images), split, asking(question)
         try:
-            self.saying = re.compile(saying or "")
-        except re.error as error:
-            raise UserError(f"saying {saying!r}: is no regular expression ({error}); correct it") from error
+            self.match = re.compile(match or "")
+        except (re.error, OverflowError, RecursionError) as error:
+            raise UserError(f"match {match!r}: is no regular expression ({error}); correct it") from error
 
     def read(self) -> Iterator[Example]:
         """A sentence is an example; its answer is the box alone."""
@@ -189,8 +189,8 @@ class RefCOCO(Listed):
                 self.dropped[LOST_ANSWERS] += 1
             elif not (text := said["sent"].strip()):
                 self.dropped["expressions without words"] += 1
-            elif not self.saying.search(text):
-                self.dropped["expressions that do not say so"] += 1
+            elif not self.match.search(text):
+                self.dropped["expressions that do not match"] += 1
             else:
                 key = f"{ref['ref_id']}.{said['sent_id']}"
                 yield Example(key, picture, self.question.replace("{}", text), (number,), boxes)

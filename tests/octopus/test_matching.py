@@ -119,12 +119,14 @@ def test_a_decoder_layer_is_pytorchs():
     torch.testing.assert_close(*(torch.autograd.grad(each.square().sum(), queries)[0] for each in made))
 
 
-def test_the_region_of_a_box_is_the_mean_of_the_patches_under_it():
-    rows, columns = 3, 5
-    y, x = torch.meshgrid(torch.arange(rows) + 0.5, torch.arange(columns) + 0.5, indexing="ij")
-    patches = torch.stack([x / columns, y / rows], -1).flatten(0, 1).expand(2, -1, -1)  # (B, P, 2): where each patch is
-    boxes = torch.tensor([[0.5, 0.5, 0.4, 0.3], [0.3, 0.4, 0.2, 0.3]]).expand(2, -1, -1).clone()
-    boxes[1] = boxes[1].flip(0)
-    torch.testing.assert_close(regions(patches, (rows, columns), boxes), boxes[..., :2])  # on the average, its middle
-    outside = torch.tensor([[[0.0, 0.0, 0.5, 0.5], [1.0, 1.0, 1e-4, 1e-4]]])
-    assert regions(patches[:1], (rows, columns), outside).isfinite().all()
+def test_the_region_of_a_box_is_the_mean_of_the_patches_in_it():
+    rows, columns = 8, 10
+    maps = torch.randn(2, rows, columns, 3)  # (B, rows, columns, m)
+    corners = torch.tensor([[[1, 2, 7, 8], [0, 0, 10, 8]], [[3, 0, 4, 5], [-4, 5, 2, 11]]])  # the last one sticks out
+    boxes = box_convert(corners / torch.tensor([columns, rows, columns, rows]), "xyxy", "cxcywh")
+    found = regions(maps.flatten(1, 2), (rows, columns), boxes)
+    for row, column in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        left, top, right, bottom = corners[row, column].clamp(min=0).tolist()
+        torch.testing.assert_close(found[row, column], maps[row, top:bottom, left:right].mean((0, 1)), rtol=1e-3, atol=1e-5)
+    small = torch.tensor([[[0.0, 0.0, 1e-9, 1e-9], [1.0, 1.0, 1e-4, 1e-4]]])
+    assert regions(maps[:1].flatten(1, 2), (rows, columns), small).isfinite().all()

@@ -92,7 +92,7 @@ def test_the_queries_hidden_states_depend_on_the_last_one_and_the_words_do_not()
 
 
 @pytest.mark.parametrize("relay", [True, False])
-def test_an_answer_learns_from_what_was_recognised_by_the_relay_alone(relay):
+def test_hidden_states_learn_of_what_was_recognised_by_the_relay_alone(relay):
     model = build(relay=relay)
     (read(model).hidden * torch.randn(32)).sum().backward()
     grads = [p.grad for p in model.recognizer.parameters() if p.grad is not None]
@@ -126,18 +126,20 @@ def test_an_index_token_is_weighed_by_how_well_its_box_suits_the_words_the_answe
     model = build()
     prompts, patches = embedded(model)
     states = []
-    handle = model.lm.blocks[model.after].register_forward_pre_hook(lambda module, args: states.append(args[0]))
+    handle = model.lm.blocks[model.after - 1].register_forward_hook(lambda *call: states.append(call[2]))
     reading = model.read(prompts.ids, prompts.mask, prompts.embeds, patches)
     handle.remove()
-    pointer, words = model.pointer, states[0]  # the relay stands in the queries' places, which are no words
-    text = (prompts.ids != model.tokenizer.added["<|image|>"]) & ~model.asked(prompts.ids) & prompts.mask
-    seen = pointer.see(regions(patches, (2, 2), reading.found.boxes[-1]))  # (B, N, c)
-    hidden = torch.randn(3, 2, 32)
-    suits = torch.zeros(3, 2, 3)
-    for row in range(3):
-        w = words[row, text[row]]  # of this prompt alone
-        after = (pointer.ask(hidden[row]) @ pointer.find(w).T / 4).softmax(-1)
-        suits[row] = after @ pointer.tell(w) @ seen[row].T / 4
+    states = states[0][0] if isinstance(states[0], tuple) else states[0]  # (B, T, d), before anything is relayed
+    pointer, none = model.pointer, [model.tokenizer.added[name] for name in ("<|image|>", "<|query|>")]
+    seen = pointer.region(regions(patches, (2, 2), reading.found.boxes[-1]))  # (B, N, c)
+    hidden, suits = torch.randn(3, 2, 32), torch.zeros(3, 2, 3)
+    for row, text in enumerate(ASKED):
+        count = len(model.tokenizer.encode(text))
+        at = [i for i, token in enumerate(prompts.ids[row].tolist()) if token not in (*none, model.tokenizer.bos_id, 1)]
+        assert len(at) == count  # the instruction's own tokens
+        w = pointer.norm(states[row, at])
+        weights = (pointer.query(hidden[row]) @ pointer.key(w).T / 4).softmax(-1)
+        suits[row] = weights @ pointer.value(w) @ seen[row].T / 4
     gain = model.logits(hidden, reading) - model.lm.logits(hidden)
     torch.testing.assert_close(gain[..., -3:], suits + reading.found.scores.log().unsqueeze(1), atol=1e-4, rtol=1e-4)
     assert suits.abs().max() > 0.1 and not gain[..., :-3].nan_to_num().any()
@@ -145,12 +147,25 @@ def test_an_index_token_is_weighed_by_how_well_its_box_suits_the_words_the_answe
     assert model.recognizer.classify.weight.grad is None  # the decoder learns nothing of its score by the answer
 
 
-def test_answers_teach_the_words_and_not_the_boxes():
-    model = build()
-    reading = read(model)
-    model.pointer(torch.randn(3, 1, 32), reading.aligned).square().sum().backward()
-    assert all(p.grad.abs().sum() > 0 for name, p in model.pointer.named_parameters() if name != "find.bias")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_answers_teach_the_pointer_and_not_the_boxes(dtype):
+    model = build("llama")
+    model.lm.hf.to(dtype)
+    prompts, patches = embedded(model)
+    reading = model.read(prompts.ids, prompts.mask, prompts.embeds, patches.to(dtype))
+    logits = model.logits(reading.hidden.unsqueeze(1), replace(reading, hidden=None))
+    assert logits.dtype == torch.float32 and logits[..., -3:].isfinite().all()
+    model.pointer(torch.randn(3, 1, 32).to(dtype), reading.aligned).square().sum().backward()
+    assert all(p.grad.abs().sum() > 0 for p in model.pointer.parameters())
     assert all(p.grad is None for p in model.recognizer.parameters())
+
+
+def test_without_words_there_is_still_an_answer():
+    model = build()
+    prompts, patches = embedded(model, ["star", "ring"])
+    reading = model.read(prompts.ids, prompts.mask, prompts.embeds, patches)
+    reading.aligned.mask[0] = False
+    assert model.logits(reading.hidden.unsqueeze(1), reading)[..., -3:].isfinite().all()
 
 
 def test_a_language_model_with_a_projection_before_its_layers_is_refused():

@@ -187,6 +187,21 @@ def test_what_belongs_to_another_model_is_refused(trained, capsys, tmp_path):
     assert main(words) == 2 and "choose stage 1 or 3" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("lacks", ["pointer.key.weight", "recognizer.asked.bias", "queries"])
+def test_what_an_earlier_version_wrote_is_refused(trained, tmp_path, lacks):
+    stored = torch.load(trained / "stage2" / "checkpoints" / "last.ckpt", weights_only=True)
+    whole = stored["state_dict"]
+    less = {name: value for name, value in whole.items() if name != f"model.{lacks}"}
+    torch.save(stored | {"state_dict": less}, tmp_path / "less.ckpt")
+    torch.save(stored | {"state_dict": whole | {"model.point": whole["model.queries"]}}, tmp_path / "more.ckpt")
+    for name, wrong in (("less", lacks), ("more", "point")):
+        path = tmp_path / f"{name}.ckpt"
+        with pytest.raises(UserError, match=rf"{path}: of another architecture or version \({wrong}\)"):
+            load_octopus(str(path))
+        with pytest.raises(UserError, match=rf"go on from: of another architecture or version \({wrong}\)"):
+            octopus_tour.train(trained, octopus_tour.STAGES[1:2], [*QUICK, f"--ckpt_path={path}"])
+
+
 def test_adapters_are_all_that_is_trained_of_the_language_model(trained):
     octopus_tour.train(
         trained,

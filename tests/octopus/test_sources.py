@@ -98,15 +98,15 @@ def test_refcoco_question_and_limit(world):
     assert [e.key for e in few] == [e.key for e in coco(world)][:3]
 
 
-def test_refcoco_only_what_says_so(world):
-    every, some = coco(world), coco(world, saying=r"\b(left|right) of\b")
+def test_refcoco_only_what_matches(world):
+    every, some = coco(world), coco(world, match=r"\b(left|right) of\b")
     said = [e.key for e in every if "left of" in e.instruction or "right of" in e.instruction]
     assert [e.key for e in some] == said and 0 < len(said) < len(every)
-    assert some.dropped["expressions that do not say so"] == len(every) - len(said)
+    assert some.dropped["expressions that do not match"] == len(every) - len(said)
     with pytest.raises(UserError, match="regular expression"):
-        coco(world, saying="(left")
-    with pytest.raises(UserError, match=r"no example, but .* do not say so"):
-        len(coco(world, saying="zebra"))
+        coco(world, match="(left")
+    with pytest.raises(UserError, match=r"no example, but .* do not match"):
+        len(coco(world, match="zebra"))
 
 
 def refs_of(path: Path, notes: list[dict], protocol: int = 2, **change) -> str:
