@@ -71,7 +71,7 @@ class OctopusModule(pl.LightningModule):
             c: width of the DETR decoder, numbers.
             decoder_layers: its layers.
             heads: its attention heads.
-            relay: whether the top layers learn what was recognised.
+            relay: whether what was recognised takes the queries' places in the top layers.
             template: what stands around {picture}, {instruction} and {queries}; {start} is the start token.
             low_rank: rank of adapters in the language model's layers (LoRA, extra [lora]) in stage 3; 0 trains it whole.
             dtype: what frozen towers are held and run in: float32, bfloat16 or float16.

@@ -88,7 +88,7 @@ class Octopus(PictureReader):
         relay: bool = True,
         template: str = "{picture}{instruction}{queries}{start}",
     ) -> None:
-        """after: None for half of the layers. relay: whether the top layers learn what was found (an ablation without).
+        """after: None for half of the layers. relay: whether what was found takes the queries' places (an ablation without).
 
         template: what stands around picture, instruction and queries; {start} is the language model's start token. Raises
         UserError for numbers, or a template, that cannot be, and for a language model with a projection between embeddings

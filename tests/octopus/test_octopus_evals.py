@@ -78,6 +78,14 @@ def test_wrong_answers_are_worth_nothing(octopus, world, answering):
     assert own["acc_iou50"] == own["mean_iou"] == own["all_found"] == 0 and own["head_top1"] == 100
 
 
+def test_a_report_names_the_pattern_it_is_of(octopus, world, answering):
+    data = refcoco(world, limit=6, match="left of|above")
+    answering(data, lambda e: Grounded("", pieces(e), [(FAR, 0.9)], [0]))
+    report = evaluate_refcoco(octopus, data)
+    assert "'left of|above'" in report["protocol"]["expressions"] and report["octopus"]["val"]["acc_iou50"] == 100
+    assert report["skipped"]["expressions that do not match"] > 0
+
+
 def test_chance_is_the_mean_over_the_known_boxes():
     assert guess([A, B, FAR, A], [A]) == {"acc_iou50": 0.5, "mean_iou": 0.5}
 
