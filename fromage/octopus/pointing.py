@@ -3,7 +3,7 @@
 Shapes: B batch, T tokens of a prompt, A of an answer, N object queries, P patches, m width of the patch features, d width of
 the language model, c width of the decoder. Biases are left out:
 
-    alignment  S_ti = (W_v w_t) (W_r r_i) / sqrt(c)             how well word t suits object i            (B, T, N)
+    alignment  S_ti = (W_v w_t) (W_r r_i)                       how well word t suits object i            (B, T, N)
     attention  a_t  = softmax_t (W_q h) (W_k w_t) / sqrt(c)     which words an answer's state h is after  (B, A, T)
     suits      a S                                                                                        (B, A, N)
 
@@ -55,8 +55,7 @@ class Pointer(nn.Module):
         """
         words = self.norm(hidden.float())  # (B, T, d)
         region = self.region(regions(patches.float(), self.grid, boxes.detach()))  # (B, N, m) -> (B, N, c)
-        alignment = self.value(words) @ region.mT * self.scale  # (B, T, N)
-        return Aligned(self.key(words) * self.scale, alignment, mask)
+        return Aligned(self.key(words) * self.scale, self.value(words) @ region.mT, mask)
 
     def forward(self, hidden: Tensor, aligned: Aligned) -> Tensor:
         """(B, A, d) hidden states of an answer -> (B, A, N): how well each object suits them."""

@@ -139,7 +139,7 @@ def test_an_index_token_is_weighed_by_how_well_its_box_suits_the_words_the_answe
         assert len(at) == count  # the instruction's own tokens
         w = pointer.norm(states[row, at])
         weights = (pointer.query(hidden[row]) @ pointer.key(w).T / 4).softmax(-1)
-        suits[row] = weights @ pointer.value(w) @ seen[row].T / 4
+        suits[row] = weights @ pointer.value(w) @ seen[row].T
     gain = model.logits(hidden, reading) - model.lm.logits(hidden)
     torch.testing.assert_close(gain[..., -3:], suits + reading.found.scores.log().unsqueeze(1), atol=1e-4, rtol=1e-4)
     assert suits.abs().max() > 0.1 and not gain[..., :-3].nan_to_num().any()
