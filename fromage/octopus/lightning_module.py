@@ -189,7 +189,7 @@ class OctopusModule(pl.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse to go on from another architecture's."""
-        check_names(self.model, checkpoint["state_dict"], "the checkpoint to go on from")
+        check_names(self.model, state_of(checkpoint), "the checkpoint to go on from")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what is trained, in this stage or before."""
@@ -205,7 +205,7 @@ SETTINGS = (
 
 
 PARTS = ("queries", "recognizer.", "pointer.", "index.")  # of a model, trained from stage 2 on
-SPARED = ("recognizer.leave.weight", "recognizer.leave.bias")  # but not without relay
+LEAVE = "recognizer.leave."  # but this not without relay
 SHAPED = ("vision_layer", "n", "after", "c", "decoder_layers", "heads", "relay", "template")  # of what recognises
 
 
@@ -220,7 +220,7 @@ def from_hyperparameters(h: Any) -> Octopus:
 def take_up(model: Octopus, path: str) -> set[str]:
     """Put the parameters of a checkpoint into a model; returns their names. Raises UserError for another architecture's."""
     checkpoint = read_checkpoint(path)
-    state = {name.removeprefix(PREFIX): value for name, value in checkpoint["state_dict"].items()}
+    state = state_of(checkpoint)
     theirs = checkpoint["hyper_parameters"]
     if any(name.startswith("recognizer.") for name in state):
         changed = [name for name, value in model.settings.items() if name in SHAPED and theirs.get(name, value) != value]
@@ -232,16 +232,21 @@ def take_up(model: Octopus, path: str) -> set[str]:
     return set(state)
 
 
+def state_of(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
+    """The parameters in a checkpoint of Lightning, by their names in the model."""
+    return {name.removeprefix(PREFIX): value for name, value in checkpoint["state_dict"].items()}
+
+
 def check_names(model: Octopus, state: Mapping[str, Tensor], path: str) -> None:
-    """Raise UserError where a state dict, its names with PREFIX or without, is none of this architecture.
+    """Raise UserError where a state dict is none of this architecture.
 
     Stage 1's holds the visual prefix alone; another must hold all that stage 2 trains.
     """
-    state = {name.removeprefix(PREFIX): value for name, value in state.items()}
     have = {name: value.shape for name, value in model.state_dict().items()}
     wrong = sorted(name for name, value in state.items() if have.get(name) != value.shape)
     if any(name.startswith("recognizer.") for name in state):
-        wrong += sorted(name for name in have.keys() - state.keys() if name.startswith(PARTS) and name not in SPARED)
+        lacking = (name for name in have.keys() - state.keys() if name.startswith(PARTS))
+        wrong += sorted(name for name in lacking if model.relay or not name.startswith(LEAVE))
     if wrong:
         raise UserError(
             f"{path}: of another architecture or version ({wrong[0]}); give the settings it was trained with, or train anew"

@@ -187,7 +187,7 @@ def test_what_belongs_to_another_model_is_refused(trained, capsys, tmp_path):
     assert main(words) == 2 and "choose stage 1 or 3" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("lacks", ["pointer.key.weight", "recognizer.asked.bias", "queries"])
+@pytest.mark.parametrize("lacks", ["pointer.key.weight", "recognizer.leave.bias", "queries"])
 def test_what_an_earlier_version_wrote_is_refused(trained, tmp_path, lacks):
     stored = torch.load(trained / "stage2" / "checkpoints" / "last.ckpt", weights_only=True)
     whole = stored["state_dict"]
