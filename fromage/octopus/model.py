@@ -10,7 +10,7 @@ features, d width of the language model, c width of the DETR decoder.
     recognizer      DETR decoder between bottom and top layers: queries -> boxes, scores (fromage.octopus.recognition)
     relay           (N x d)        what was found takes the queries' places in the top layers, each with the name <di>
     index tokens    (N x d)        rows beside the vocabulary (fromage.added_tokens): to write <di> is to point at box i
-    pointer                        which box suits the words that an answer is after (fromage.octopus.pointing)
+    pointer         (c x d, c x m) which box suits the words that an answer is after (fromage.octopus.pointing)
 
 With no queries it is the sequential counterpart: the same towers and data, boxes spelled as text (fromage.octopus.answers).
 A reconstruction of Zhao et al., NeurIPS 2024; what is known of it and what is ours stands in docs/octopus.md.
@@ -173,7 +173,7 @@ class Octopus(PictureReader):
 
     def words(self, ids: Tensor, mask: Tensor) -> Tensor:
         """(B, T) ids and mask -> (B, T) bool: what is neither picture, query, start token nor padding."""
-        start = -1 if self.tokenizer.bos_id is None else self.tokenizer.bos_id
+        start = -1 if self.tokenizer.bos_id is None else self.tokenizer.bos_id  # -1: no token's id
         return mask & (ids != self.tokenizer.added[IMAGE]) & (ids != start) & ~self.asked(ids)
 
     def read(self, ids: Tensor, mask: Tensor, embeds: Tensor, patches: Tensor) -> Reading:
@@ -202,8 +202,9 @@ class Octopus(PictureReader):
         """(B, A, d) hidden states behind a reading -> (B, A, V + 2 + N), in float32.
 
         An index token is weighed by its row, as any token, by how well what is in its query's box suits the words that the
-        hidden state is after, and by the log of its query's score. No gradient goes through the score: the decoder learns it
-        from the objects, and the top layers what to add to it. Without anything recognised there is nothing to point at.
+        hidden state is after (fromage.octopus.pointing), and by the log of its query's score: w_i h + (a S)_i + log s_i. No
+        gradient goes through the score: the decoder learns it from the objects, and the top layers what to add to it.
+        Without anything recognised there is nothing to point at.
         """
         logits = self.lm.logits(hidden)
         if not self.n:

@@ -54,7 +54,7 @@ class Pointer(nn.Module):
         boxes (B, N, 4), through which no gradient goes.
         """
         words = self.norm(hidden.float())  # (B, T, d)
-        region = self.region(regions(patches.float(), self.grid, boxes.detach()))  # (B, N, m) -> (B, N, c)
+        region = self.region(regions(patches.float(), self.grid, boxes.detach().float()))  # (B, N, m) -> (B, N, c)
         return Aligned(self.key(words) * self.scale, self.value(words) @ region.mT, mask)
 
     def forward(self, hidden: Tensor, aligned: Aligned) -> Tensor:

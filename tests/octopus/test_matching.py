@@ -128,5 +128,9 @@ def test_the_region_of_a_box_is_the_mean_of_the_patches_in_it():
     for row, column in ((0, 0), (0, 1), (1, 0), (1, 1)):
         left, top, right, bottom = corners[row, column].clamp(min=0).tolist()
         torch.testing.assert_close(found[row, column], maps[row, top:bottom, left:right].mean((0, 1)), rtol=1e-3, atol=1e-5)
-    small = torch.tensor([[[0.0, 0.0, 1e-9, 1e-9], [1.0, 1.0, 1e-4, 1e-4]]])
-    assert regions(maps[:1].flatten(1, 2), (rows, columns), small).isfinite().all()
+    empty = torch.tensor([[[0.5, 0.5, 0.0, 0.2], [1.5, 0.5, 0.2, 0.2]]])  # without area; beside the picture
+    assert not regions(maps[:1].flatten(1, 2), (rows, columns), empty).any()
+    inside = torch.tensor([[[0.05, 0.0625, 1e-4, 1e-4]]])  # within the first patch
+    torch.testing.assert_close(
+        regions(maps[:1].flatten(1, 2), (rows, columns), inside)[0, 0], maps[0, 0, 0], rtol=1e-3, atol=1e-4
+    )

@@ -153,7 +153,7 @@ def test_answers_teach_the_pointer_and_not_the_boxes(dtype):
     model.lm.hf.to(dtype)
     prompts, patches = embedded(model)
     reading = model.read(prompts.ids, prompts.mask, prompts.embeds, patches.to(dtype))
-    logits = model.logits(reading.hidden.unsqueeze(1), replace(reading, hidden=None))
+    logits = model.logits(reading.hidden.unsqueeze(1), reading)
     assert logits.dtype == torch.float32 and logits[..., -3:].isfinite().all()
     model.pointer(torch.randn(3, 1, 32).to(dtype), reading.aligned).square().sum().backward()
     assert all(p.grad.abs().sum() > 0 for p in model.pointer.parameters())
