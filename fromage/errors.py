@@ -6,7 +6,7 @@ class UserError(Exception):
 
 
 class BrokenSample(Exception):
-    """A sample, or its picture, that cannot be used; the message is 'cause' or 'cause: detail', without a name."""
+    """A sample, or its image, that cannot be used; the message is 'cause' or 'cause: detail', without a name."""
 
 
 def first_line(error: BaseException) -> str:

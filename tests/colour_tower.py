@@ -1,4 +1,4 @@
-"""A picture tower that is quick to import in another process: it sees the mean colour, and can be slow and watched."""
+"""An image tower that is quick to import in another process: it sees the mean colour, and can be slow and watched."""
 
 import os
 import time
@@ -30,7 +30,7 @@ class Tower(nn.Module):
 
 
 class Model(nn.Module):
-    """As much of a Fromage as embedding pictures needs."""
+    """As much of a Fromage as embedding images needs."""
 
     q, device = 3, torch.device("cpu")
 

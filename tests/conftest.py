@@ -33,7 +33,7 @@ def world(tmp_path_factory):
 @pytest.fixture
 def toy_model():
     """FROMAGe on the toy towers, k = 2, its trained parameters fresh."""
-    from fromage.model import Fromage
+    from fromage.models.fromage import Fromage
 
     torch.manual_seed(0)
     return Fromage.load(k=2, q=32)
@@ -42,7 +42,7 @@ def toy_model():
 @pytest.fixture
 def batch(toy_model, world):
     """Seven pairs of the toy world."""
-    from fromage.data import CC3M
+    from fromage.data.datamodule import CC3M
 
     data = CC3M(str(world / "cc3m" / "train"), str(world / "cc3m" / "val"), batch_size=7, max_tokens=40, workers=0)
     data.attach(toy_model.vision.transform, toy_model.tokenizer)
@@ -52,7 +52,7 @@ def batch(toy_model, world):
 @pytest.fixture(scope="module")
 def model():
     """As `toy_model`, for the tests of a file that leave it as it is."""
-    from fromage.model import Fromage
+    from fromage.models.fromage import Fromage
 
     torch.manual_seed(0)
     return Fromage.load(k=2, q=32)
@@ -60,8 +60,8 @@ def model():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Six pictures, each of one colour, named by it."""
-    out = tmp_path_factory.mktemp("my pictures")
+    """Six images, each of one colour, named by it."""
+    out = tmp_path_factory.mktemp("my images")
     for colour in COLOURS:
         Image.new("RGB", (64, 64), colour).save(out / f"{colour}.png")
     return out
@@ -69,15 +69,15 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def caption():
-    """The caption of every picture of `index`; without one each has its colour."""
+    """The caption of every image of `index`; without one each has its colour."""
 
 
 @pytest.fixture(scope="module")
 def index(model, folder, caption):
-    """An index of the six pictures of `folder`."""
-    from fromage.embed_pictures import embed_opened
-    from fromage.index import ImageIndex
-    from fromage.picture_source import Item
+    """An index of the six images of `folder`."""
+    from fromage.data.image_source import Item
+    from fromage.retrieval.embed_images import embed_opened
+    from fromage.retrieval.faiss_index import ImageIndex
 
     paths = [folder / f"{colour}.png" for colour in COLOURS]
     rows = embed_opened(model, [Image.open(path) for path in paths])

@@ -20,7 +20,7 @@ NAMES = [path.stem for path in NOTEBOOKS]
 @pytest.fixture(scope="module")
 def tour(tmp_path_factory):
     """The tour of `make demo` through a smaller world, with three steps of training."""
-    from fromage.toy import demo as tours
+    from fromage.apps import toy_demo as tours
     from fromage.toy.world import make_world
 
     small = partial(make_world, stories=20, dialogues=20, refs=1, progress=False)
@@ -38,7 +38,7 @@ def tour(tmp_path_factory):
 @pytest.fixture(scope="module")
 def octopus(world, tmp_path_factory):
     """The toy Octopus and its counterpart after two steps, on the small world."""
-    from fromage.toy import octopus_tour
+    from fromage.apps import octopus_demo as octopus_tour
 
     out = tmp_path_factory.mktemp("octopus")
     (out / "world").symlink_to(world)

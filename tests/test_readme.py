@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from fromage.cli import FITTING, main, parser
+from fromage.cli.main import main, parser
+from fromage.training.fit import FITTING
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()

@@ -3,7 +3,7 @@
     python tools/bench_evals.py                                # 12-layer OPT 768 wide
     python tools/bench_evals.py --preset paper --device cuda   # OPT-6.7B, bfloat16
 
-Three rounds of a dialogue behind a picture, a hundred candidates of 1 to 7 tokens for each answer. Without, the prompt runs
+Three rounds of a dialogue behind an image, a hundred candidates of 1 to 7 tokens for each answer. Without, the prompt runs
 again for every candidate, 20 of them in a batch padded to the longest, as the released code does it.
 """
 
@@ -22,19 +22,19 @@ from bench_step import PRESETS, build
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from fromage.model import Fromage
-from fromage.prompts import START, Prompt, embed_prompts, prompt_length
-from fromage.score import score
+from fromage.generation.score import score
+from fromage.models.fromage import Fromage
+from fromage.models.prompts import START, Prompt, embed_prompts, prompt_length
 
 ROUNDS, CANDIDATES, TOGETHER = (1, 5, 10), 100, 20
 
 
 def dialogue(model: Fromage, rng: random.Random) -> list[tuple[Prompt, list[str]]]:
     """For each of the rounds a prompt, 15 tokens longer with each round before it, and the candidates behind it."""
-    picture, asked = torch.randn(model.vision.width, device=model.device), words(rng, 15 * max(ROUNDS)).split()
+    image, asked = torch.randn(model.vision.width, device=model.device), words(rng, 15 * max(ROUNDS)).split()
     return [
         (
-            [picture, START, " ".join(asked[: 15 * number - 5])],
+            [image, START, " ".join(asked[: 15 * number - 5])],
             [words(rng, rng.choice((1, 2, 3, 4, 7))) for _ in range(CANDIDATES)],
         )
         for number in ROUNDS

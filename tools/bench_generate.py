@@ -3,7 +3,7 @@
     python tools/bench_generate.py                                # 12-layer OPT 768 wide
     python tools/bench_generate.py --preset paper --device cuda   # OPT-6.7B, bfloat16
 
-Generation: 32 tokens behind a prompt of 100 tokens, one picture among them. The authors run prompt and answer again for
+Generation: 32 tokens behind a prompt of 100 tokens, one image among them. The authors run prompt and answer again for
 every token, the logits of all places with it; here keys and values are kept. Scoring: 100 answers of 3 to 7 tokens to
 that prompt, one whole pass each against one pass of the prompt that all of them share.
 """
@@ -23,10 +23,10 @@ import torch
 from bench_step import PRESETS, build
 from torch import Tensor
 
-from fromage.generate import Decoding, generate
-from fromage.model import Fromage
-from fromage.prompts import Prompt, embed_prompts, prompt_length
-from fromage.score import score
+from fromage.generation.generate import Decoding, generate
+from fromage.generation.score import score
+from fromage.models.fromage import Fromage
+from fromage.models.prompts import Prompt, embed_prompts, prompt_length
 
 PROMPT, NEW, CANDIDATES = 100, 32, 100  # tokens, tokens, answers
 
@@ -88,8 +88,8 @@ def measure(preset: str, device: str, rounds: int) -> dict[str, Any]:
     """Both comparisons, and whether the two sides agree."""
     torch.manual_seed(0)
     model, rng = with_words(build(PRESETS[preset], device)), random.Random(0)
-    picture = torch.randn(model.vision.width, device=device)
-    prompt: Prompt = [words(rng, 49), picture, words(rng, 49)]
+    image = torch.randn(model.vision.width, device=device)
+    prompt: Prompt = [words(rng, 49), image, words(rng, 49)]
     assert prompt_length(model, prompt) == PROMPT
     texts = [words(rng, rng.randint(3, 7)) for _ in range(CANDIDATES)]
     plain = Decoding(NEW, min_tokens=NEW, max_images=0)

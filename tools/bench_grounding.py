@@ -4,7 +4,7 @@
     python tools/bench_grounding.py                                   # 12-layer OPT 768 wide, random weights
     python tools/bench_grounding.py --preset paper --device cuda      # LLaMA-7B's and CLIP ViT-L/14-336's sizes, bfloat16
 
-Time is from a picture and an instruction to the finished answer, one at a time: with the picture's patch features given,
+Time is from an image and an instruction to the finished answer, one at a time: with the image's patch features given,
 and from its pixels. Both sides read the prompt in one pass and decode greedily on its keys and values, by the same code;
 their logits are overruled, so that an answer is exactly 1, 3 or 8 boxes and </s>. A box is one token for Octopus. For the
 counterpart it is four numbers of three decimals, each digit a token as in LLaMA's vocabulary: 25 tokens (17 to 18 in
@@ -29,22 +29,25 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig
 
-from fromage.backbones import DTYPES, TOY, LanguageModel, load_patches
+from fromage.checkpoints.format import DTYPES
+from fromage.data.tokenizer import IMAGE, PromptTokenizer
 from fromage.errors import UserError
-from fromage.evals.encoded import Options
 from fromage.evals.refcoco import evaluate
+from fromage.images.open import open_image
+from fromage.models.frozen import TOY
+from fromage.models.language_model import LanguageModel
+from fromage.models.prompts import ImageInput
+from fromage.models.vision.registry import load_patches
 from fromage.octopus.answers import Grounded, answer_ids
 from fromage.octopus.decoding import ground
 from fromage.octopus.examples import Example
-from fromage.octopus.lightning_module import load_octopus
 from fromage.octopus.model import QUERY, Octopus, index_tokens
+from fromage.octopus.module import load_octopus
 from fromage.octopus.sources import RefCOCO
-from fromage.pictures import open_picture
-from fromage.prompts import Picture
-from fromage.tokens import IMAGE, PromptTokenizer
+from fromage.retrieval.encode import Options
 
 BOXES = (1, 3, 8)
-GIVEN = ("", "_from_pixels")  # patch features, or the picture
+GIVEN = ("", "_from_pixels")  # patch features, or the image
 ASKED = "where is the small star left of the big red ring?"
 QUERIES = 64
 OPT = {"vocab_size": 50272, "pad_token_id": 1, "dropout": 0.0, "attention_dropout": 0.0}
@@ -91,23 +94,23 @@ def saying(model: Octopus, ids: Sequence[int]) -> Iterator[None]:
         handle.remove()
 
 
-def answer(model: Octopus, picture: Picture, count: int) -> Grounded:
+def answer(model: Octopus, image: ImageInput, count: int) -> Grounded:
     """An answer of so many boxes; with none, the prompt is read and one token chosen: the prefill."""
     ids = forced(model, count) if count else [0]
     with saying(model, ids):
-        (told,) = ground(model, [(picture, ASKED)], len(ids))
+        (told,) = ground(model, [(image, ASKED)], len(ids))
     assert len(told.boxes) == count
     return told
 
 
-def measure(models: dict[str, Octopus], picture: Image.Image, rounds: int) -> dict[str, Any]:
+def measure(models: dict[str, Octopus], image: Image.Image, rounds: int) -> dict[str, Any]:
     """Both sides and how they compare, by the number of boxes."""
     calls: dict[str, Callable[[], Any]] = {}
     for who, model in models.items():
-        features = model.vision(model.vision.transform(picture).unsqueeze(0))[0]  # (P, m)
+        features = model.vision(model.vision.transform(image).unsqueeze(0))[0]  # (P, m)
         for count in (0, *BOXES):
             calls[f"{who} {count}"] = partial(answer, model, features, count)
-            calls[f"{who} {count}_from_pixels"] = partial(answer, model, picture, count)
+            calls[f"{who} {count}_from_pixels"] = partial(answer, model, image, count)
     octopus = models["octopus"]
     taken = seconds_of(calls, rounds, octopus.device)
     gpu = octopus.device.type == "cuda"
@@ -142,11 +145,11 @@ def trained(args: argparse.Namespace) -> dict[str, Any]:
     """A pair of checkpoints: how fast, and how often right on the toy world's val split."""
     files = (str(args.world / "refcoco" / name) for name in ("refs(unc).p", "instances.json", "images"))
     data = RefCOCO(*files, split="val", limit=args.limit)
-    picture = open_picture(data.examples[0].picture)
+    image = open_image(data.examples[0].image)
     models = {who: load_octopus(getattr(args, who), args.device) for who in ("octopus", "sequential")}
     if models["octopus"].n < max(BOXES) or models["sequential"].n:
         raise UserError(f"--octopus wants a model of at least {max(BOXES)} object queries, --sequential one of none")
-    report = measure(models, picture, args.rounds)
+    report = measure(models, image, args.rounds)
     for who, model in models.items():
         found = evaluate(model, data, Options())
         report[who] |= {"acc_iou50": found[who]["val"]["acc_iou50"], "checkpoint": found["checkpoint"]}
@@ -158,8 +161,8 @@ def untrained(args: argparse.Namespace) -> dict[str, Any]:
     """A pair with random weights: how fast."""
     torch.manual_seed(0)
     models = {who: build(PRESETS[args.preset], n, args.device) for who, n in (("octopus", QUERIES), ("sequential", 0))}
-    picture = Image.effect_noise((640, 480), 64).convert("RGB")
-    return {"preset": args.preset} | measure(models, picture, args.rounds)
+    image = Image.effect_noise((640, 480), 64).convert("RGB")
+    return {"preset": args.preset} | measure(models, image, args.rounds)
 
 
 def table(report: dict[str, Any]) -> str:

@@ -1,11 +1,11 @@
-"""Time the image index of many pictures against the brute-force product in torch, interleaved in one run.
+"""Time the image index of many images against the brute-force product in torch, interleaved in one run.
 
     python tools/bench_index.py                   # a million embeddings 256 wide, about three minutes on two cores
     python tools/bench_index.py --rows 3300000    # as many as CC3M's
 
-Embeddings of pictures are not uniform noise: here they are drawn around centres, which are drawn around fewer centres
+Embeddings of images are not uniform noise: here they are drawn around centres, which are drawn around fewer centres
 themselves, and their spread falls off from dimension to dimension. Queries are new draws from the same. The whole search
-is timed, with its exact ranking and the pictures' names, against the matrix product and topk alone.
+is timed, with its exact ranking and the images' names, against the matrix product and topk alone.
 
 How it grows from a million to CC3M's 3.3 million: the brute force with N; the rows that a query looks at, N nprobe / lists,
 with the root of N at the same nprobe, since lists are 4 sqrt(N); building with N sqrt(N); bytes per vector not at all.
@@ -25,12 +25,12 @@ import faiss
 import numpy as np
 import torch
 
-from fromage.candidates import FLAT, OVERSAMPLE, lists_kind
-from fromage.index import ImageIndex, unit
-from fromage.index_builder import write_index
-from fromage.index_folder import CANDIDATES
-from fromage.item_table import Embedded, to_batch
-from fromage.picture_source import Item
+from fromage.data.image_source import Item
+from fromage.retrieval.ann import FLAT, RERANK_FACTOR, lists_kind
+from fromage.retrieval.build import write_index
+from fromage.retrieval.faiss_index import ImageIndex, unit
+from fromage.retrieval.index_folder import CANDIDATES
+from fromage.retrieval.item_table import Embedded, to_batch
 
 WIDTH, CHUNK, BATCHES = 256, 1 << 16, (1, 256)
 
@@ -61,7 +61,7 @@ def batches(rows: np.ndarray) -> Iterator[Embedded]:
         part = rows[start : start + CHUNK]
         yield (
             unit(part, "the bench"),
-            to_batch([Item(f"https://pictures.example/{start + i}.jpg") for i in range(len(part))]),
+            to_batch([Item(f"https://images.example/{start + i}.jpg") for i in range(len(part))]),
         )
 
 
@@ -82,7 +82,7 @@ def recall(index: ImageIndex, rows: torch.Tensor, queries: np.ndarray, k: int) -
     found = [{hit.path for hit in hits} for hits in index.search(queries, k)]
     truth = np.concatenate([brute(rows, queries[i : i + 64], k) for i in range(0, len(queries), 64)])
     shares = [
-        len(names & {f"https://pictures.example/{i}.jpg" for i in near}) for names, near in zip(found, truth, strict=True)
+        len(names & {f"https://images.example/{i}.jpg" for i in near}) for names, near in zip(found, truth, strict=True)
     ]
     return float(np.mean(shares)) / k
 
@@ -143,7 +143,7 @@ def measure(rows: np.ndarray, mixture: Mixture, folder: Path, args: argparse.Nam
         "rows": len(rows),
         "kind": kind,
         "setting": index.candidates.setting,
-        "oversample": OVERSAMPLE,
+        "oversample": RERANK_FACTOR,
         "recall_at_10_at_build": index.candidates.recall,
         "build_seconds": round(build, 1),
         "open_seconds": round(opening, 4),

@@ -31,12 +31,12 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 
-from fromage.backbones import load_tokenizer
-from fromage.data import CC3M
-from fromage.image_transform import Decoding, halves
-from fromage.pictures import decode_picture, is_picture
-from fromage.shards import write_shards
-from fromage.tokens import PromptTokenizer
+from fromage.data.datamodule import CC3M
+from fromage.data.shards import write_shards
+from fromage.data.tokenizer import PromptTokenizer
+from fromage.images.codec import decode_image, is_image
+from fromage.images.transforms import Decoding, halves
+from fromage.models.language_model import load_tokenizer
 
 STEP, PAIRS = 0.2, 180  # seconds and pairs of a step that the loader is to keep up with
 WORDS = ("a", "the", "two", "man", "dog", "street", "table", "red", "old", "sitting", "holding", "near", "with", "on", "of")
@@ -44,10 +44,10 @@ WORDS = ("a", "the", "two", "man", "dog", "street", "table", "red", "old", "sitt
 
 def scaled(data: bytes, shorter: int) -> bytes:
     """A JPEG whose shorter side has so many pixels, whatever it had."""
-    picture, out = decode_picture(data), io.BytesIO()
-    ratio = shorter / min(picture.size)
-    size = round(picture.width * ratio), round(picture.height * ratio)
-    picture.resize(size, Image.Resampling.LANCZOS).save(out, "JPEG", quality=95)
+    image, out = decode_image(data), io.BytesIO()
+    ratio = shorter / min(image.size)
+    size = round(image.width * ratio), round(image.height * ratio)
+    image.resize(size, Image.Resampling.LANCZOS).save(out, "JPEG", quality=95)
     return out.getvalue()
 
 
@@ -66,7 +66,7 @@ def ours(shards: Path, transform: Any, tokenizer: PromptTokenizer, decoding: Dec
 
 def plain(folder: Path, transform: Any, batch: int) -> Callable[[], Any]:
     """torchvision's ImageFolder with open_clip's transform."""
-    loader = DataLoader(ImageFolder(str(folder), transform, is_valid_file=lambda path: is_picture(Path(path))), batch)
+    loader = DataLoader(ImageFolder(str(folder), transform, is_valid_file=lambda path: is_image(Path(path))), batch)
     return lambda: drain(loader)
 
 
@@ -134,9 +134,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20, help="times that each way goes through them")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    if not args.folder.is_dir() or not any(map(is_picture, args.folder.iterdir())):
-        parser.error(f"{args.folder} is no folder of pictures: name one")
-    photographs = [path.read_bytes() for path in sorted(filter(is_picture, args.folder.iterdir()))[: args.most]]
+    if not args.folder.is_dir() or not any(map(is_image, args.folder.iterdir())):
+        parser.error(f"{args.folder} is no folder of images: name one")
+    photographs = [path.read_bytes() for path in sorted(filter(is_image, args.folder.iterdir()))[: args.most]]
     if args.shorter:
         photographs = [scaled(data, args.shorter) for data in photographs]
     report = measure(photographs, args.tokenizer, args.size, args.rounds)

@@ -40,9 +40,10 @@ def run_server(port: int, index: str | None, threads: int, batch_size: int) -> N
     """What the other process does."""
     import torch
 
-    from fromage.index import ImageIndex, open_index
-    from fromage.model import Fromage
-    from fromage.picture_source import Item
+    from fromage.data.image_source import Item
+    from fromage.models.fromage import Fromage
+    from fromage.retrieval.faiss_index import ImageIndex
+    from fromage.retrieval.open_index import open_index
     from fromage.serving.app import Capacity, serve
 
     torch.set_num_threads(threads)
@@ -52,9 +53,7 @@ def run_server(port: int, index: str | None, threads: int, batch_size: int) -> N
         model, opened = open_index(index)
     else:
         model, rows = Fromage.load(), np.random.default_rng(0).standard_normal((ROWS, 256))
-        opened = ImageIndex.build(
-            rows, [Item(f"https://pictures.example/{i}.jpg") for i in range(ROWS)], model.fingerprint()
-        )
+        opened = ImageIndex.build(rows, [Item(f"https://images.example/{i}.jpg") for i in range(ROWS)], model.fingerprint())
     serve(model, opened, "plain", HOST, port, Capacity(batch_size=batch_size))
 
 

@@ -6,7 +6,7 @@
 The plain side is the authors' computation as it is: both passes padded to 24 tokens, each image encoded twice, the whole
 backward in both. Speed does not depend on the values of the weights. Caption lengths are drawn from those of all 25,014
 captions of COCO val2017 in OPT's vocabulary. Memory is the peak above the weights: of the device allocator on CUDA; on a
-CPU of the tensors alive, counted operation by operation in a run of its own (fromage.meter).
+CPU of the tensors alive, counted operation by operation in a run of its own (fromage.training.meter).
 """
 
 from __future__ import annotations
@@ -26,13 +26,15 @@ import open_clip
 import torch
 from transformers import OPTConfig, OPTForCausalLM
 
-from fromage.backbones import DTYPES, LanguageModel, VisionTower
-from fromage.data import Batch
-from fromage.fast_step import fast_step
-from fromage.frozen_blocks import compile_blocks
-from fromage.meter import Meter
-from fromage.model import Fromage
-from fromage.plain_step import StepOutput, plain_step
+from fromage.checkpoints.format import DTYPES
+from fromage.data.batches import Batch
+from fromage.models.fromage import Fromage
+from fromage.models.language_model import LanguageModel
+from fromage.models.vision.open_clip import OpenClipTower
+from fromage.training.fast_step import fast_step
+from fromage.training.layers import compile_blocks
+from fromage.training.meter import Meter
+from fromage.training.reference_step import StepOutput, reference_step
 
 Step = Callable[[Fromage, Batch, bool], StepOutput]
 
@@ -65,12 +67,12 @@ def build(preset: dict[str, Any], device: str) -> Fromage:
         opt = OPTForCausalLM(config)
         clip = open_clip.create_model(preset["vision"], pretrained=None, device=device)
     torch.set_default_dtype(before)
-    tower = VisionTower(clip.to(dtype), None, preset["vision"])
+    tower = OpenClipTower(clip.to(dtype), None, preset["vision"])
     return Fromage(LanguageModel(opt, ids, "opt"), tower).to(device)  # type: ignore[arg-type]
 
 
 def make_batch(model: Fromage, size: int, seed: int, pixels: bool) -> Batch:
-    """Random words in captions of real lengths, padded to 24, and random pictures or stored features."""
+    """Random words in captions of real lengths, padded to 24, and random images or stored features."""
     rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     lengths = [2 + n for n in rng.choices(list(LENGTHS), list(LENGTHS.values()), k=size)]
     ids = torch.full((size, MAX_TOKENS), 1)
@@ -78,9 +80,9 @@ def make_batch(model: Fromage, size: int, seed: int, pixels: bool) -> Batch:
         row[:n] = torch.cat(
             [torch.tensor([2]), torch.randint(4, 50000, (n - 2,), generator=generator), torch.tensor([50266])]
         )
-    pictures = torch.randn(size, 3, *model.vision.image_size, generator=generator).to(model.device, model.vision.dtype)
-    features = None if pixels else model.vision(pictures)
-    return Batch([], [], ids.to(model.device), lengths, pictures if pixels else None, features)
+    images = torch.randn(size, 3, *model.vision.image_size, generator=generator).to(model.device, model.vision.dtype)
+    features = None if pixels else model.vision(images)
+    return Batch([], [], ids.to(model.device), lengths, images if pixels else None, features)
 
 
 def compiled(model: Fromage) -> Step:
@@ -132,7 +134,7 @@ def gradient_error(model: Fromage, batch: Batch) -> float:
     worst = 0.0
     for paired in (False, True):
         grads = []
-        for step in (plain_step, fast_step):
+        for step in (reference_step, fast_step):
             model.zero_grad()
             step(model, batch, paired).loss.backward()
             grads.append({name: p.grad.float().clone() for name, p in model.trained().items()})
@@ -155,7 +157,7 @@ def main() -> None:
     model = build(preset, args.device)
     optimizer = torch.optim.Adam(list(model.trained().values()), lr=3e-4, betas=(0.9, 0.95))
     kinds: dict[str, tuple[Step, bool]] = {
-        "plain": (plain_step, True),
+        "plain": (reference_step, True),
         "fast": (fast_step, True),
         "stored features": (fast_step, False),
     }

@@ -36,14 +36,14 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fromage.commands.data import share
-from fromage.commands.verb import natural, out_folder, positive
+from fromage.cli.data import share
+from fromage.cli.verb import natural, out_folder, positive
+from fromage.data.shards import read_sizes
 from fromage.errors import UserError
-from fromage.model_folder import as_json, write_files
-from fromage.remote import cache_folder
-from fromage.shards import read_sizes, write_json
+from fromage.images.fetch import cache_folder
+from fromage.io import as_json, write_files, write_json
 
-# albumentations dropped later what img2dataset resizes with: every picture would be lost
+# albumentations dropped later what img2dataset resizes with: every image would be lost
 PACKAGES = ["img2dataset==1.47.0", "albumentations==1.4.16"]
 PROBE = "import img2dataset, albumentations; albumentations.smallest_max_size"
 CALL = "import json, sys, img2dataset; img2dataset.download(**json.loads(sys.argv[1]))"
@@ -57,7 +57,7 @@ CAUSES = {  # what a message says -> its cause; the first that fits
     r"name or service|getaddrinfo|nodename|no address": "host not found",
     r"refused|reset|unreachable|no route|disconnect|closed|aborted|incomplete|broken pipe": "connection failed",
     r"x-robots-tag": "refused by X-Robots-Tag",
-    r"decod|opencv|aspect ratio|image (too|area)": "undecodable picture",
+    r"decod|opencv|aspect ratio|image (too|area)": "undecodable image",
     r"url|host|port|codec|control char|label": "unusable address",
 }
 
@@ -327,7 +327,7 @@ def parser() -> argparse.ArgumentParser:
     root.add_argument("--out", type=out_folder, required=True, help="folder of the shards")
     root.add_argument("--img2dataset", type=Path, metavar="PYTHON", help="a Python that has it (an own environment is made)")
     root.add_argument("--size", type=positive, default=256, help="pixels of the shortest side, at most (256)")
-    root.add_argument("--original", action="store_true", help="keep pictures as they are; what is no JPEG becomes one")
+    root.add_argument("--original", action="store_true", help="keep images as they are; what is no JPEG becomes one")
     root.add_argument("--quality", type=int, choices=range(1, 101), metavar="1..100", default=95, help="of the JPEGs (95)")
     root.add_argument("--per-shard", type=positive, default=5000, help="pairs asked for per shard (5000)")
     root.add_argument("--processes", type=positive, default=os.cpu_count(), help="shards fetched at a time (one per core)")

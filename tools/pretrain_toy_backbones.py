@@ -215,7 +215,7 @@ def clip_config(vocab_size: int) -> dict:
 
 
 def near(scene: Scene, rng: random.Random) -> Scene:
-    """A training scene that differs in one attribute, mostly a shape or a place: what a picture's colours do not tell."""
+    """A training scene that differs in one attribute, mostly a shape or a place: what an image's colours do not tell."""
     while True:
         index = rng.randrange(len(scene.things))
         what = rng.choices(("shape", "place", "colour", "size", "ground", "time"), (4, 4, 1, 2, 1, 1))[0]
@@ -232,8 +232,8 @@ def near(scene: Scene, rng: random.Random) -> Scene:
             return other
 
 
-def clip_pictures(groups: int, preprocess, rng: random.Random) -> tuple[list, torch.Tensor]:  # noqa: ANN001
-    """Groups of four training scenes, three a single attribute away from the first, and their pictures (4 N, 3, H, W)."""
+def clip_images(groups: int, preprocess, rng: random.Random) -> tuple[list, torch.Tensor]:  # noqa: ANN001
+    """Groups of four training scenes, three a single attribute away from the first, and their images (4 N, 3, H, W)."""
     bases = sample_scenes(rng, "train", groups)
     scenes = [scene for base in bases for scene in (base, *(near(base, rng) for _ in range(3)))]
     return scenes, torch.stack([preprocess(draw(s, rng.randrange(1000))[0]).half() for s in scenes])
@@ -273,7 +273,7 @@ def train_clip(args: argparse.Namespace) -> None:
     name = f"local-dir:{args.out}"
     model, _, preprocess = open_clip.create_model_and_transforms(name, load_weights=False)
     tokenizer = open_clip.get_tokenizer(name)
-    scenes, pixels = clip_pictures(args.groups, preprocess, rng)
+    scenes, pixels = clip_images(args.groups, preprocess, rng)
     tagger = torch.nn.Linear(128, len(tag_words()))
     torch.nn.init.constant_(tagger.bias, -3.0)
     image_side = [*model.visual.parameters(), *tagger.parameters()]

@@ -4,7 +4,7 @@
 
 FOLDER holds coco_sample/ (captions_val2017_sample.json, val2017/*.jpg) and opt_tokenizer/ (OPT's vocab.json, merges.txt).
 The towers have the real layouts at moderate size and random weights, so nothing is learned about the world: the figure
-says whether the path memorises its own training pictures, and against which chance. Storing features, training and embedding
+says whether the path memorises its own training images, and against which chance. Storing features, training and embedding
 are each killed (SIGKILL) as soon as they have written something, and then started again. With --compare, training is done
 once more without a kill, and its weights have to be the same, bit for bit.
 """
@@ -27,11 +27,11 @@ import torch
 from safetensors.torch import save_file
 from transformers import OPTConfig, OPTForCausalLM
 
-from fromage.backbones import TOY
-from fromage.checkpoint import load_model
-from fromage.cli import main as fromage
-from fromage.data import CC3M
+from fromage.cli.main import main as fromage
+from fromage.data.datamodule import CC3M
 from fromage.evals.retrieval import evaluate
+from fromage.models.fromage import load_model
+from fromage.models.frozen import TOY
 
 KILLS = ("features", "fit", "embed")
 CLIP = {
@@ -73,7 +73,7 @@ def do(*words: str) -> None:
 def start(*words: str, comment: str = "") -> subprocess.Popen[bytes]:
     """Start a verb in a process of its own, with one thread: sums are then taken in the same order every time."""
     print("\n$ fromage", *words, comment, flush=True)
-    return subprocess.Popen([sys.executable, "-m", "fromage.cli", *words], env=os.environ | {"OMP_NUM_THREADS": "1"})
+    return subprocess.Popen([sys.executable, "-m", "fromage.cli.main", *words], env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
 def do_alone(*words: str) -> None:
@@ -100,18 +100,18 @@ def same_weights(one: Path, other: Path) -> bool:
 
 
 def run(data: Path, out: Path, steps: int, kills: Collection[str] = KILLS, compare: bool = False) -> dict[str, float]:
-    """All of it; returns the recalls, in percent, of each picture's first caption among all pictures."""
+    """All of it; returns the recalls, in percent, of each image's first caption among all images."""
     torch.manual_seed(0)
     out.mkdir(parents=True, exist_ok=True)
     make_opt(data / "opt_tokenizer", out / "opt")
     make_clip(out / "clip")
     coco = data / "coco_sample"
-    captions, pictures = str(coco / "captions_val2017_sample.json"), ("--images", str(coco / "val2017"))
+    captions, images = str(coco / "captions_val2017_sample.json"), ("--images", str(coco / "val2017"))
     shards, first, features, embeddings = (str(out / name) for name in ("shards", "first", "features", "embeddings"))
     vision, last = f"--vision=local-dir:{out / 'clip'}", str(out / "checkpoints" / "last.ckpt")
 
-    do("shards", "coco", captions, *pictures, "--out", shards, "--per-shard", "80")
-    do("shards", "coco", captions, *pictures, "--captions", "first", "--out", first, "--per-shard", "16")
+    do("shards", "coco", captions, *images, "--out", shards, "--per-shard", "80")
+    do("shards", "coco", captions, *images, "--captions", "first", "--out", first, "--per-shard", "16")
     do("shards", "check", shards, "--tokenizer", str(out / "opt"), "--png", str(out / "samples.png"), "--workers", "0")
     store = ("features", shards, vision, "--out", features, "--batch-size", "20")
     if "features" in kills:
@@ -130,7 +130,7 @@ def run(data: Path, out: Path, steps: int, kills: Collection[str] = KILLS, compa
         if not same_weights(Path(last), out / "straight" / "last.ckpt"):
             raise SystemExit("the killed run ended with other weights than the one that was not")
     do("export", "--ckpt", last, "--out", str(out / "model"), "--dtype", "float32")
-    do("eval", "coco", captions, *pictures, "--ckpt", str(out / "model"))
+    do("eval", "coco", captions, *images, "--ckpt", str(out / "model"))
     embed = ("index", "embed", "--ckpt", str(out / "model"), "--images", first, "--out", embeddings)
     if "embed" in kills:
         kill(Path(embeddings, "00000.parquet"), *embed)
@@ -154,7 +154,7 @@ def main() -> None:
     parser.add_argument("--compare", action="store_true", help="train again without a kill, and compare the weights")
     args = parser.parse_args()
     recalls = run(args.data, args.out, args.steps, compare=args.compare)
-    print("\nthe 128 training pictures, found by their own first captions (chance: r1 0.8 %); recall in %")
+    print("\nthe 128 training images, found by their own first captions (chance: r1 0.8 %); recall in %")
     print(json.dumps({name: round(value, 1) for name, value in recalls.items()}))
 
 

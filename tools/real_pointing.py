@@ -4,7 +4,7 @@
 
 FOLDER holds coco_sample/ (instances_val2017_sample.json, val2017/*.jpg) and opt_tokenizer/ (OPT's vocab.json, merges.txt).
 The towers have the real layouts at moderate size and random weights, so nothing is learned about the world: the figures,
-on the training pictures, say only whether the path runs and begins to memorise them.
+on the training images, say only whether the path runs and begins to memorise them.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from real_input import make_clip, make_opt
 
-from fromage.cli import main as fromage
+from fromage.cli.main import main as fromage
 from fromage.octopus.boxes import reading_order, share, spelled
 from fromage.octopus.examples import Box
 
 
 def questions(instances: dict[str, Any]) -> list[dict[str, Any]]:
-    """COCO's instances in LLaVA's format: for each picture and category there a question, answered by the boxes.
+    """COCO's instances in LLaVA's format: for each image and category there a question, answered by the boxes.
 
     Crowds are left out, and boxes without area.
     """
@@ -55,8 +55,8 @@ def run(data: Path, out: Path, steps: int, judged: int = 373) -> dict[str, Any]:
     coco, asked, checkpoint = data / "coco_sample", out / "where.json", out / "checkpoints" / "last.ckpt"
     listed = questions(json.loads((coco / "instances_val2017_sample.json").read_text()))
     asked.write_text(json.dumps(listed))
-    pictures, photo = str(coco / "val2017"), str(coco / "val2017" / listed[0]["image"])
-    source = {"class_path": "fromage.octopus.sources.Instructions", "init_args": {"file": str(asked), "images": pictures}}
+    images, photo = str(coco / "val2017"), str(coco / "val2017" / listed[0]["image"])
+    source = {"class_path": "fromage.octopus.sources.Instructions", "init_args": {"file": str(asked), "images": images}}
     verbs = [
         ["fit", "--config", "octopus_coco_sample.yaml", f"--trainer.max_steps={steps}", f"--model.lm={out / 'opt'}",
          f"--model.vision=local-dir:{out / 'clip'}", f"--data.train={json.dumps([source])}",
@@ -64,7 +64,7 @@ def run(data: Path, out: Path, steps: int, judged: int = 373) -> dict[str, Any]:
          f"--trainer.callbacks.init_args.dirpath={checkpoint.parent}"],
         ["ground", photo, listed[0]["conversations"][0]["value"].removeprefix("<image>\n"), "--ckpt", str(checkpoint),
          "--png", str(out / "answer.png"), "--json", str(out / "answer.json")],
-        ["eval", "instructions", str(asked), "--images", pictures, "--ckpt", str(checkpoint),
+        ["eval", "instructions", str(asked), "--images", images, "--ckpt", str(checkpoint),
          "--limit", str(judged), "--json", str(out / "report.json")],
     ]  # fmt: skip
     for words in verbs:

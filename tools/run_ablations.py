@@ -18,16 +18,15 @@ from typing import Any
 
 import torch
 
-from fromage.checkpoint import load_model
-from fromage.configs import config_folder
+from fromage.apps.toy_demo import name_things, train
+from fromage.data.features import store_features
 from fromage.evals import coco, few_shot, visdial, vist
 from fromage.evals.caption_sets import read_captions
 from fromage.evals.dialogues import read_dialogues
-from fromage.features import store_features
-from fromage.model import Fromage
-from fromage.shards import write_json
-from fromage.toy.demo import name_things, train
+from fromage.io import write_json
+from fromage.models.fromage import Fromage, load_model
 from fromage.toy.world import make_world
+from fromage.training.configs import config_folder
 
 BASE = "base"
 SHOWN = {
@@ -35,7 +34,7 @@ SHOWN = {
     "captions.right": "named",
     "fromage.1_caption.r1": "last sentence",
     "fromage.5_captions.r1": "five sentences",
-    "fromage.5_captions_4_images.r1": "and pictures",
+    "fromage.5_captions_4_images.r1": "and images",
     "fromage.1_rounds.r1": "1 round",
     "fromage.10_rounds.r1": "10 rounds",
     "fromage.answers.mrr": "answers, MRR",
@@ -48,7 +47,7 @@ def names() -> list[str]:
 
 
 def prepare(out: Path) -> tuple[Path, Path]:
-    """The world and the stored features of its training pictures, made once."""
+    """The world and the stored features of its training images, made once."""
     world, stored = out / "world", out / "features"
     if not (out / "prepared.json").exists():
         make_world(world)

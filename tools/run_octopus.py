@@ -17,13 +17,13 @@ from pathlib import Path
 import torch
 from run_ablations import spread
 
-from fromage.backbones import load_patches
+from fromage.apps import octopus_demo as octopus_tour
 from fromage.evals import instructions, pope, refcoco
-from fromage.evals.encoded import Options
+from fromage.io import write_json
+from fromage.models.vision.registry import load_patches
 from fromage.octopus import Instructions, Pope, RefCOCO, load_octopus
 from fromage.octopus.patch_store import PatchStore
-from fromage.shards import write_json
-from fromage.toy import octopus_tour
+from fromage.retrieval.encode import Options
 
 SHORT = ["--model.stage=3", "--model.lr=1e-3", "--trainer.max_steps=400", "--trainer.val_check_interval=400"]
 ABLATIONS = {
@@ -48,10 +48,10 @@ SHOWN = {
 
 
 def prepare(out: Path) -> None:
-    """The world of all runs, and the patches of its pictures."""
+    """The world of all runs, and the patches of its images."""
     octopus_tour.make(out)
-    pictures = [str(path) for part in ("refcoco/images", "coco") for path in sorted((out / "world" / part).rglob("*.jpg"))]
-    PatchStore(out / "patches", load_patches("toy")).add(pictures)
+    images = [str(path) for part in ("refcoco/images", "coco") for path in sorted((out / "world" / part).rglob("*.jpg"))]
+    PatchStore(out / "patches", load_patches("toy")).add(images)
 
 
 def train(name: str, out: Path, seed: int, options: list[str]) -> Path:

@@ -1,4 +1,4 @@
-"""Answers to questions about a picture: scores of all candidates, kept on disk as they are made."""
+"""Answers to questions about an image: scores of all candidates, kept on disk as they are made."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from tqdm import tqdm
 
 from fromage.errors import UserError, first_line
 from fromage.evals.dialogues import Dialogue, spoken
-from fromage.metrics import mean_reciprocal_rank, ndcg, ranks_among, recall_at
-from fromage.model import Fromage
-from fromage.model_folder import as_json, write_files
-from fromage.prompts import START, Part
-from fromage.score import score
+from fromage.generation.score import score
+from fromage.io import as_json, write_files
+from fromage.models.fromage import Fromage
+from fromage.models.prompts import START, Part
+from fromage.retrieval.metrics import mean_reciprocal_rank, ndcg, ranks_among, recall_at
 
 PROTOCOLS = ("answers", "answers_authors")  # what scores are of, in order
 
@@ -28,7 +28,7 @@ PROTOCOLS = ("answers", "answers_authors")  # what scores are of, in order
 def score_answers(
     model: Fromage, dialogues: Sequence[Dialogue], features: Tensor, folder: Path | None = None
 ) -> dict[str, Tensor]:
-    """(D, R, C) scores of C candidates in R rounds of D dialogues, by protocol; features (D, m) of the pictures.
+    """(D, R, C) scores of C candidates in R rounds of D dialogues, by protocol; features (D, m) of the images.
 
     folder: where each dialogue's scores are kept; what is there already, from a run that was killed, is not computed anew.
     Raises UserError for a folder with scores of another model or of other dialogues.
@@ -56,7 +56,7 @@ def dialogue_scores(model: Fromage, talk: Dialogue, features: Tensor) -> np.ndar
 
 
 def prompt(talk: Dialogue, number: int, features: Tensor) -> list[Part]:
-    """The picture, the rounds before and the question, as far as 'A:'."""
+    """The image, the rounds before and the question, as far as 'A:'."""
     before = spoken(talk.rounds[:number])
     return [features, START, f"{before} Q: {talk.rounds[number].question} A:".strip()]
 
@@ -102,7 +102,7 @@ def chance_figures(dialogues: Sequence[Dialogue]) -> dict[str, float]:
 
 def _about(model: Fromage, dialogues: Sequence[Dialogue]) -> dict[str, Any]:
     """What scores belong to."""
-    digest = hashlib.sha256(repr([(talk.picture.name, talk.rounds) for talk in dialogues]).encode()).hexdigest()[:16]
+    digest = hashlib.sha256(repr([(talk.image.name, talk.rounds) for talk in dialogues]).encode()).hexdigest()[:16]
     return {"checkpoint": model.fingerprint(), "dialogues": digest, "protocols": list(PROTOCOLS)}
 
 

@@ -1,4 +1,4 @@
-"""Pictures with several captions each: COCO's own files, and Karpathy's splits of COCO and Flickr30k."""
+"""Images with several captions each: COCO's own files, and Karpathy's splits of COCO and Flickr30k."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from fromage.data.annotations import malformed, read_annotations
 from fromage.errors import UserError
-from fromage.evals.annotations import malformed, read_annotations
 
-CAPTIONS = 5  # of a picture, in all the published protocols; COCO has a sixth and seventh for a few
+CAPTIONS = 5  # of an image, in all the published protocols; COCO has a sixth and seventh for a few
 SPLITS = {"train": ("train", "restval"), "val": ("val",), "test": ("test",)}
 FILES = {"coco": "captions_val2017.json, or dataset_coco.json of Karpathy's splits", "flickr30k": "dataset_flickr30k.json"}
 KINDS = {
@@ -20,7 +20,7 @@ KINDS = {
 
 @dataclass(frozen=True)
 class CaptionSet:
-    """Pictures and what is said of each; captions[i] belong to pictures[i].
+    """Images and what is said of each; captions[i] belong to images[i].
 
     Attributes:
         name: where it is from.
@@ -28,7 +28,7 @@ class CaptionSet:
     """
 
     name: str
-    pictures: list[Path]
+    images: list[Path]
     captions: list[list[str]]
     dropped: dict[str, int] = field(default_factory=dict)
 
@@ -40,16 +40,16 @@ def read_captions(
     split: str = "test",
     limit: int | None = None,
 ) -> CaptionSet:
-    """The pictures of a caption file, in its order, with at most five captions each.
+    """The images of a caption file, in its order, with at most five captions each.
 
     Args:
         annotations: COCO's captions_*.json, or Karpathy's dataset_coco.json or dataset_flickr30k.json.
         images: the folder that file names are relative to; for Karpathy's COCO the one that holds val2014, or that itself.
         split: of Karpathy's files: train (with restval), val or test.
-        limit: pictures at most; None for all.
+        limit: images at most; None for all.
 
     Raises:
-        UserError: the file is missing, broken or of another data set, or has no picture in the split.
+        UserError: the file is missing, broken or of another data set, or has no image in the split.
     """
     kind, content = read_annotations(annotations, KINDS[dataset], FILES[dataset])
     try:
@@ -59,13 +59,13 @@ def read_captions(
         raise malformed(annotations, error) from error
     good = [(file, texts) for file, texts in pairs if texts][:limit]
     if not good:
-        raise UserError(f"{annotations}: holds no picture with a caption in the split {split}; choose another split or file")
+        raise UserError(f"{annotations}: holds no image with a caption in the split {split}; choose another split or file")
     return CaptionSet(
         f"{annotations.name}, {name}",
         [_place(images, file) for file, _ in good],
         [texts[:CAPTIONS] for _, texts in good],
         {
-            "pictures without a caption": sum(not texts for _, texts in pairs),
+            "images without a caption": sum(not texts for _, texts in pairs),
             "captions beyond the fifth": sum(max(0, len(texts) - CAPTIONS) for _, texts in good),
         },
     )
@@ -75,7 +75,7 @@ def _coco(content: dict[str, Any]) -> tuple[str, list[tuple[str, list[str]]]]:
     said: dict[int, list[str]] = {image["id"]: [] for image in content["images"]}
     for note in content["annotations"]:
         said[note["image_id"]].append(note["caption"])
-    return "all pictures", [(image["file_name"], said[image["id"]]) for image in content["images"]]
+    return "all images", [(image["file_name"], said[image["id"]]) for image in content["images"]]
 
 
 def _karpathy(content: dict[str, Any], split: str) -> tuple[str, list[tuple[str, list[str]]]]:

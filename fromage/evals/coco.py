@@ -1,4 +1,4 @@
-"""Captions and pictures find each other: COCO and Flickr30k, several captions for each picture."""
+"""Captions and images find each other: COCO and Flickr30k, several captions for each image."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from torch import Tensor
 
 from fromage.evals.caption_sets import CaptionSet
 from fromage.evals.captioning import caption_figures
-from fromage.evals.clip import Clip
-from fromage.evals.encoded import Options, encode_files, in_batches
+from fromage.evals.clip import load_clip_baseline
 from fromage.evals.report import Figures, System, make_report
-from fromage.generate import caption_images
-from fromage.metrics import chance, rank_figures, ranks
-from fromage.model import Fromage
+from fromage.generation.generate import caption_images
+from fromage.models.fromage import Fromage
+from fromage.retrieval.encode import Options, encode_files, in_batches
+from fromage.retrieval.metrics import chance, rank_figures, ranks
 
-FOLD = 1000  # pictures of a gallery of the 1k protocol
+FOLD = 1000  # images of a gallery of the 1k protocol
 PROTOCOL = {
-    "text_to_image": "each caption against all pictures",
-    "image_to_text": "each picture against all captions; the best of its own counts",
-    "..._1k": "mean over galleries of 1,000 pictures each, in the order of the file",
+    "text_to_image": "each caption against all images",
+    "image_to_text": "each image against all captions; the best of its own counts",
+    "..._1k": "mean over galleries of 1,000 images each, in the order of the file",
     "ranks": "exact; ties count against the model",
     "clip": "both towers of the frozen CLIP; captions beyond its 77 tokens are cut",
 }
@@ -34,14 +34,14 @@ def evaluate(
 ) -> dict[str, Any]:
     """Recalls both ways, in full and by thousands, of FROMAGe, of its CLIP and of chance.
 
-    name: coco or flickr30k, for the published figures. captioning: caption every picture as well, which takes longest.
-    Raises UserError for too many pictures lost, and where what measures captions is not installed.
+    name: coco or flickr30k, for the published figures. captioning: caption every image as well, which takes longest.
+    Raises UserError for too many images lost, and where what measures captions is not installed.
     """
     options = options or Options()
     if captioning:
         caption_figures([], [])  # fails at once where it must
-    encoded = encode_files(model, data.pictures, options)
-    kept = [(path, said) for path, said in zip(data.pictures, data.captions, strict=True) if path in encoded.row]
+    encoded = encode_files(model, data.images, options)
+    kept = [(path, said) for path, said in zip(data.images, data.captions, strict=True) if path in encoded.row]
     texts = [text for _, said in kept for text in said]
     owner = torch.tensor([i for i, (_, said) in enumerate(kept) for _ in said], device=model.device)  # (texts,)
     features = encoded.of([path for path, _ in kept])  # (M, m)
@@ -49,7 +49,7 @@ def evaluate(
     embedded = in_batches(model.embed_text, texts, size, "captions"), model.embed_images(features)
     systems = {"fromage": both_ways(*embedded, owner)}
     if options.clip:
-        clip = Clip(model)
+        clip = load_clip_baseline(model)
         embedded = in_batches(clip.embed_text, texts, size, "captions, CLIP"), clip.embed_features(features)
         systems["clip"] = both_ways(*embedded, owner)
     systems["chance"] = by_chance(len(kept), len(texts), systems["fromage"])
@@ -88,12 +88,12 @@ def _folds(texts: Tensor, images: Tensor, owner: Tensor) -> list[tuple[Tensor, T
     return [(texts[here], images[start : start + FOLD], owner[here] - start) for start, here in inside]
 
 
-def by_chance(pictures: int, captions: int, like: System) -> System:
+def by_chance(images: int, captions: int, like: System) -> System:
     """Random order, for the settings of another system."""
 
     def figures(setting: str) -> Figures:
-        gallery = min(FOLD, pictures) if setting.endswith("_1k") else pictures
-        each = max(1, round(captions / pictures))
+        gallery = min(FOLD, images) if setting.endswith("_1k") else images
+        each = max(1, round(captions / images))
         return chance(gallery * each, each) if setting.startswith("image_to_text") else chance(gallery)
 
     return {setting: figures(setting) for setting in like}

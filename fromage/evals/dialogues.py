@@ -1,4 +1,4 @@
-"""Dialogues about pictures as VisDial 1.0 publishes them, with a hundred candidates for every answer."""
+"""Dialogues about images as VisDial 1.0 publishes them, with a hundred candidates for every answer."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fromage.data.annotations import malformed, read_annotations
 from fromage.errors import UserError
-from fromage.evals.annotations import malformed, read_annotations
 
 CANDIDATES = "dialogues of VisDial 1.0 with candidates", "visdial_1.0_val.json"
 DENSE = "dense annotations of VisDial 1.0", "visdial_1.0_val_dense_annotations.json"
@@ -26,14 +26,14 @@ class Round:
 
 @dataclass(frozen=True)
 class Dialogue:
-    """Rounds about a picture.
+    """Rounds about an image.
 
     Attributes:
         rated: the round, from 0, whose candidates people rated.
         relevance: of each of these candidates, 0 to 1.
     """
 
-    picture: Path
+    image: Path
     rounds: list[Round]
     rated: int
     relevance: list[float]
@@ -48,7 +48,7 @@ class Dialogues:
 
 
 def read_dialogues(annotations: Path, dense: Path, images: Path, limit: int | None = None) -> Dialogues:
-    """VisDial's validation dialogues; pictures are images/VisualDialog_val2018_000000123456.jpg.
+    """VisDial's validation dialogues; images are images/VisualDialog_val2018_000000123456.jpg.
 
     dense: the file of ratings; in it rounds count from 1. limit: dialogues at most; None for all.
     Raises UserError for files that are missing, broken, of another kind or version, or of different dialogues.
@@ -72,12 +72,12 @@ def read_dialogues(annotations: Path, dense: Path, images: Path, limit: int | No
         raise malformed(annotations, error) from error
     for talk in dialogues:
         if not 0 <= talk.rated < len(talk.rounds) or len(talk.relevance) != len(talk.rounds[talk.rated].candidates):
-            raise malformed(dense, ValueError(f"the ratings of {talk.picture.name} are not of its candidates"))
+            raise malformed(dense, ValueError(f"the ratings of {talk.image.name} are not of its candidates"))
     return Dialogues(annotations.name, dialogues)
 
 
 def _ratings(dense: Path) -> dict[int, tuple[int, list[float]]]:
-    """Picture -> the round that was rated, from 0, and the relevance of its candidates."""
+    """Image -> the round that was rated, from 0, and the relevance of its candidates."""
     _, ratings = read_annotations(dense, (DENSE[0],), DENSE[1])
     try:
         return {note["image_id"]: (int(note["round_id"]) - 1, list(map(float, note["gt_relevance"]))) for note in ratings}
@@ -105,7 +105,7 @@ def _check(dialogues: list[Dialogue]) -> None:
         raise ValueError(f"rounds and candidates vary: {sorted(shapes)[:3]}")
     for talk in dialogues:
         if any(said.candidates[said.right] != said.answer for said in talk.rounds):
-            raise ValueError(f"gt_index of {talk.picture.name} names another answer")
+            raise ValueError(f"gt_index of {talk.image.name} names another answer")
 
 
 def spoken(rounds: Sequence[Round]) -> str:

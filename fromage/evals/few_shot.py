@@ -11,35 +11,34 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fromage.decoding import Decoding
 from fromage.errors import UserError
 from fromage.evals.caption_sets import read_captions
 from fromage.evals.dialogues import Dialogue, read_dialogues
-from fromage.evals.encoded import Options, encode_files
 from fromage.evals.report import System, make_report
-from fromage.generate import generate
-from fromage.model import Fromage
-from fromage.prompts import START, Part
-from fromage.toy.demo import names_colour_and_shape
-from fromage.toy.scenes import Scene
+from fromage.generation.decoding import Decoding
+from fromage.generation.generate import generate
+from fromage.models.fromage import Fromage
+from fromage.models.prompts import START, Part
+from fromage.retrieval.encode import Options, encode_files
+from fromage.toy.scenes import Scene, names_colour_and_shape
 
 DECODING = Decoding(24, stop=(".", "\n"), max_images=0)
 PROTOCOL = {
-    "captioning_N": "scenes of one object whose greedy caption, behind N captioned pictures, names its colour and shape",
-    "questions_N": "rated questions whose greedy answer, behind N answered ones with their pictures, people called right",
+    "captioning_N": "scenes of one object whose greedy caption, behind N captioned images, names its colour and shape",
+    "questions_N": "rated questions whose greedy answer, behind N answered ones with their images, people called right",
     "examples": "other validation scenes, drawn with a fixed seed; with fewer examples, the last ones of these",
 }
 
 
 class Shot(NamedTuple):
-    """A picture's features (m,), what the prompt asks behind it, and what is said then."""
+    """An image's features (m,), what the prompt asks behind it, and what is said then."""
 
     features: Tensor
     asked: str
     said: str
 
     def parts(self, answered: bool = True) -> list[Part]:
-        """As in training: picture, </s>, text."""
+        """As in training: image, </s>, text."""
         return [self.features, START, *filter(None, (self.asked, self.said if answered else ""))]
 
 
@@ -47,24 +46,24 @@ class Shot(NamedTuple):
 def evaluate(model: Fromage, world: Path, shots: Sequence[int] = (0, 1, 2, 4), limit: int | None = None) -> dict[str, Any]:
     """Shares that are right, in percent, of captions and of answers behind so many examples.
 
-    world: what `fromage toy make` wrote. limit: pictures of either kind at most; None for all.
+    world: what `fromage toy make` wrote. limit: images of either kind at most; None for all.
     Raises UserError for another folder, and for more examples than there are.
     """
     listed = world / "coco" / "annotations" / "captions_val2017.json"
     captions = read_captions(listed, world / "coco" / "val2017")
     scenes = single_scenes(listed)
-    pairs = zip(captions.pictures, captions.captions, strict=True)
+    pairs = zip(captions.images, captions.captions, strict=True)
     said = [(path, texts[0]) for path, texts in pairs if path.name in scenes][:limit]
     dense = world / "visdial" / "visdial_1.0_val_dense_annotations.json"
     talks = read_dialogues(dense.with_name("visdial_1.0_val.json"), dense, dense.parent / "images" / "val", limit).dialogues
-    pictures = [path for path, _ in said], [talk.picture for talk in talks]
-    encoded = encode_files(model, [*pictures[0], *pictures[1]], Options(max_lost=0))
-    captioned = [Shot(row, "", text) for row, (_, text) in zip(encoded.of(pictures[0]), said, strict=True)]
-    asked = [question(talk, row) for row, talk in zip(encoded.of(pictures[1]), talks, strict=True)]
+    images = [path for path, _ in said], [talk.image for talk in talks]
+    encoded = encode_files(model, [*images[0], *images[1]], Options(max_lost=0))
+    captioned = [Shot(row, "", text) for row, (_, text) in zip(encoded.of(images[0]), said, strict=True)]
+    asked = [question(talk, row) for row, talk in zip(encoded.of(images[1]), talks, strict=True)]
     system: System = {}
     for n in shots:
         made = complete(model, captioned, n)
-        right = [names_colour_and_shape(text, scenes[path.name]) for text, path in zip(made, pictures[0], strict=True)]
+        right = [names_colour_and_shape(text, scenes[path.name]) for text, path in zip(made, images[0], strict=True)]
         system[f"captioning_{n}"] = {"right": 100 * sum(right) / len(right)}
     for n in shots:
         right = [text in accepted(talk) for text, talk in zip(complete(model, asked, n), talks, strict=True)]
@@ -74,7 +73,7 @@ def evaluate(model: Fromage, world: Path, shots: Sequence[int] = (0, 1, 2, 4), l
 
 
 def complete(model: Fromage, shots: Sequence[Shot], n: int) -> list[str]:
-    """What the model says at each picture behind n others that are answered."""
+    """What the model says at each image behind n others that are answered."""
     if not 0 <= n < len(shots):
         raise UserError(f"{n} examples in front of a question: there are 0 to {len(shots) - 1}")
     prompts = [
@@ -91,7 +90,7 @@ def examples(number: int, n: int, count: int) -> list[int]:
 
 
 def single_scenes(captions: Path) -> dict[str, Scene]:
-    """File name -> scene, of the toy world's pictures of one object. Raises UserError for a file of real pictures."""
+    """File name -> scene, of the toy world's images of one object. Raises UserError for a file of real images."""
     images = json.loads(captions.read_bytes())["images"]
     found = {image["file_name"]: Scene.parse(image["scene"]) for image in images if "+" not in image.get("scene", "+")}
     if not found:

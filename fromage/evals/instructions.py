@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from fromage.evals.asking import ask
-from fromage.evals.encoded import Options
-from fromage.evals.grounding import averaged, judge
+from fromage.evals.predict import ask
 from fromage.octopus.examples import Example
+from fromage.octopus.metrics import averaged, judge
 from fromage.octopus.model import Octopus
 from fromage.octopus.sources import Instructions
+from fromage.retrieval.encode import Options
 
 PROTOCOL = {
     "all_found": "as many boxes as there ought to be, and each the partner of one of these with an IoU from 0.5 on",

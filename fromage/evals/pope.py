@@ -1,4 +1,4 @@
-"""POPE: is this in the picture, yes or no? (Li et al., "Evaluating Object Hallucination ...", EMNLP 2023)"""
+"""POPE: is this in the image, yes or no? (Li et al., "Evaluating Object Hallucination ...", EMNLP 2023)"""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torchmetrics.functional.classification import binary_accuracy, binary_f1_score, binary_precision, binary_recall
 
-from fromage.evals.asking import ask
-from fromage.evals.encoded import Options
+from fromage.evals.predict import ask
 from fromage.evals.report import Figures
 from fromage.octopus.model import Octopus
 from fromage.octopus.sources import Pope
+from fromage.retrieval.encode import Options
 
 MEASURES = {"accuracy": binary_accuracy, "precision": binary_precision, "recall": binary_recall, "f1": binary_f1_score}
 PROTOCOL = {

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from fromage.evals.asking import ask
-from fromage.evals.encoded import Options
-from fromage.evals.grounding import TOP, averaged, guess, judge
+from fromage.evals.predict import ask
+from fromage.octopus.metrics import TOP, averaged, guess, judge
 from fromage.octopus.model import Octopus
 from fromage.octopus.sources import RefCOCO
+from fromage.retrieval.encode import Options
 
 PROTOCOL = {
     "acc_iou50, mean_iou": "of the first box that the answer points at; acc_iou50 counts it from an IoU of 0.5 on",
     "all_found": "whether the answer points at the right box and at no other",
-    "chance": "to be expected of a random one of the picture's known boxes",
+    "chance": "to be expected of a random one of the image's known boxes",
 }
 HEAD = {
     "head_top1, head_iou": "likewise, of the box with the DETR head's highest score, whatever the answer",

@@ -8,8 +8,8 @@ from importlib.metadata import version
 from itertools import groupby
 from typing import Any
 
-from fromage.evals.encoded import NAMED, Encoded
-from fromage.picture_reader import PictureReader
+from fromage.models.base import VisualPrefixLM
+from fromage.retrieval.encode import NAMED, Encoded
 
 Figures = dict[str, float]
 System = dict[str, Figures]  # setting -> figures
@@ -19,7 +19,7 @@ PACKAGES = ("fromage", "torch", "torchvision", "transformers", "open_clip_torch"
 
 def make_report(
     name: str,
-    model: PictureReader,
+    model: VisualPrefixLM,
     systems: dict[str, System],
     protocol: dict[str, str],
     data: str,
@@ -36,7 +36,7 @@ def make_report(
         protocol: what the figures mean, by topic.
         data: where they are from.
         sizes: of the gallery, and how many queries there were.
-        skipped: what was left out beside the pictures lost, by cause.
+        skipped: what was left out beside the images lost, by cause.
         paper: the published figures, of the same shape as systems; only what is among the systems is kept.
         headline: settings that a row of a Markdown table has.
     """

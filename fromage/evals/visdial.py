@@ -1,4 +1,4 @@
-"""Visual Dialog: which answer is the right one, and which picture is talked about? (section 4.2, table 2)"""
+"""Visual Dialog: which answer is the right one, and which image is talked about? (section 4.2, table 2)"""
 
 from __future__ import annotations
 
@@ -11,21 +11,20 @@ from torch import Tensor
 
 from fromage.errors import UserError
 from fromage.evals.answers import PROTOCOLS, answer_figures, chance_figures, score_answers
-from fromage.evals.clip import Clip
+from fromage.evals.clip import load_clip_baseline
 from fromage.evals.dialogues import Dialogue, Dialogues, spoken
-from fromage.evals.encoded import Options, encode_files, in_batches
 from fromage.evals.report import System, make_report
-from fromage.metrics import chance, rank_figures, ranks
-from fromage.model import Fromage
-from fromage.prompts import embed_for_retrieval
+from fromage.models.fromage import Fromage
+from fromage.retrieval.encode import Options, encode_files, in_batches
+from fromage.retrieval.metrics import chance, rank_figures, ranks
 
 AUTHORS = "_authors"
 PROTOCOL = {
-    "answers": "log-likelihood of ' candidate.' behind picture, </s>, rounds as 'Q: ...? A: ....' and 'Q: ...? A:'",
+    "answers": "log-likelihood of ' candidate.' behind image, </s>, rounds as 'Q: ...? A: ....' and 'Q: ...? A:'",
     "answers_authors": "the released code's: rounds as lines, </s> in front of the candidate, logits at a token judged "
     "against this very token, and NDCG of the round behind the rated one",
-    "N_rounds": "the picture of a dialogue among all, by 'Q: ...? A: ....' of its first N rounds and [RET], without caption",
-    "N_rounds_authors": "the released code's way round: the dialogue of a picture among all",
+    "N_rounds": "the image of a dialogue among all, by 'Q: ...? A: ....' of its first N rounds and [RET], without caption",
+    "N_rounds_authors": "the released code's way round: the dialogue of an image among all",
     "clip": "the rounds as one text, cut at 77 tokens",
     "ranks": "exact; ties count against the model; in NDCG they share their places' gain",
 }
@@ -43,23 +42,23 @@ PAPER = {
 def evaluate(
     model: Fromage, data: Dialogues, options: Options | None = None, answers: bool = True, scores: Path | None = None
 ) -> dict[str, Any]:
-    """Answers ranked, in both protocols; and pictures found with 0 to all rounds, both ways, beside CLIP and chance.
+    """Answers ranked, in both protocols; and images found with 0 to all rounds, both ways, beside CLIP and chance.
 
     answers: whether answers are ranked, which takes longest. scores: a folder to take it up from, see score_answers.
-    Raises UserError for too many pictures lost, and as score_answers does.
+    Raises UserError for too many images lost, and as score_answers does.
     """
     options = options or Options()
-    encoded = encode_files(model, [talk.picture for talk in data.dialogues], options)
-    talks = [talk for talk in data.dialogues if talk.picture in encoded.row]
+    encoded = encode_files(model, [talk.image for talk in data.dialogues], options)
+    talks = [talk for talk in data.dialogues if talk.image in encoded.row]
     if not talks:
-        raise UserError(f"{data.name}: no picture of its dialogues can be had; name the right --images")
-    features = encoded.of([talk.picture for talk in talks])  # (D, m)
+        raise UserError(f"{data.name}: no image of its dialogues can be had; name the right --images")
+    features = encoded.of([talk.image for talk in talks])  # (D, m)
     size, counts = options.batch_size, range(len(talks[0].rounds) + 1)
-    embed = partial(embed_for_retrieval, model, batch_size=size)
+    embed = partial(model.embed_text, batch_size=size)
     queries = {n: in_batches(embed, _said(talks, n), size, f"{n} rounds") for n in counts}
     systems = {"fromage": curve(queries, model.embed_images(features))}
     if options.clip:
-        clip = Clip(model)
+        clip = load_clip_baseline(model)
         texts = {n: in_batches(clip.embed_text, _said(talks, n), size, f"{n} rounds, CLIP") for n in counts}
         systems["clip"] = curve(texts, clip.embed_features(features))
     systems["chance"] = {setting: chance(len(talks)) for setting in systems["fromage"]}
@@ -69,7 +68,7 @@ def evaluate(
         systems["fromage"] = ranked | systems["fromage"]
         systems["chance"] |= dict.fromkeys(PROTOCOLS, chance_figures(talks))
     sizes = {"gallery": len(talks), "queries": len(talks), "candidates": len(talks[0].rounds[0].candidates)}
-    skipped = {"dialogues with a lost picture": len(data.dialogues) - len(talks)}
+    skipped = {"dialogues with a lost image": len(data.dialogues) - len(talks)}
     return make_report("visdial", model, systems, PROTOCOL, data.name, sizes, encoded, skipped, PAPER, HEADLINE)
 
 

@@ -1,4 +1,4 @@
-"""Visual Storytelling: which picture belongs to the last sentence of a story? (section 4.1, table 1)"""
+"""Visual Storytelling: which image belongs to the last sentence of a story? (section 4.1, table 1)"""
 
 from __future__ import annotations
 
@@ -12,18 +12,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fromage.data.annotations import malformed, read_annotations
 from fromage.errors import UserError
-from fromage.evals.annotations import malformed, read_annotations
-from fromage.evals.clip import Clip
-from fromage.evals.encoded import Options, encode_files, in_batches
+from fromage.evals.clip import load_clip_baseline
 from fromage.evals.report import System, make_report
-from fromage.metrics import chance, rank_figures, ranks
-from fromage.model import Fromage
-from fromage.pictures import SUFFIXES
-from fromage.prompts import START, Part, embed_for_retrieval
+from fromage.images.codec import SUFFIXES
+from fromage.models.fromage import Fromage
+from fromage.models.prompts import START, Part
+from fromage.models.vision.base import TextTower
+from fromage.retrieval.encode import Options, encode_files, in_batches
+from fromage.retrieval.metrics import chance, rank_figures, ranks
 
-LENGTH = 5  # pictures, and sentences, of a story
-SETTINGS: dict[str, tuple[range, range]] = {  # which sentences and which pictures are shown
+LENGTH = 5  # images, and sentences, of a story
+SETTINGS: dict[str, tuple[range, range]] = {  # which sentences and which images are shown
     "1_caption": (range(4, 5), range(0)),
     "5_captions": (range(5), range(0)),
     "5_captions_4_images": (range(5), range(4)),
@@ -31,11 +32,11 @@ SETTINGS: dict[str, tuple[range, range]] = {  # which sentences and which pictur
 }
 KEPT, AUTHORS = "_context_kept", "_authors"
 PROTOCOL = {
-    "query": "</s>, sentence, picture, ..., sentence, [RET]",
+    "query": "</s>, sentence, image, ..., sentence, [RET]",
     "..._authors": "with </s> before every sentence, as the released code has it",
-    "gallery": "all annotated pictures but the story's own before its last; in ..._context_kept with these",
-    "skipped stories": "those with a picture that cannot be had, and those that are not of five pictures",
-    "clip": "all sentences as one text, cut at 77 tokens; with pictures, the mean of its unit rows and theirs (our choice)",
+    "gallery": "all annotated images but the story's own before its last; in ..._context_kept with these",
+    "skipped stories": "those with an image that cannot be had, and those that are not of five images",
+    "clip": "all sentences as one text, cut at 77 tokens; with images, the mean of its unit rows and theirs (our choice)",
     "ranks": "exact; ties count against the model",
 }
 PAPER = {
@@ -55,28 +56,28 @@ PROTOCOLS = {at: (at, False) for at in SETTINGS} | {at + AUTHORS: (at, True) for
 
 @dataclass(frozen=True)
 class Story:
-    """Five sentences and the five pictures they were written for, in order."""
+    """Five sentences and the five images they were written for, in order."""
 
     sentences: list[str]
-    pictures: list[Path]
+    images: list[Path]
 
 
 @dataclass(frozen=True)
 class Stories:
-    """The stories of a file, and every picture that it annotates.
+    """The stories of a file, and every image that it annotates.
 
     Attributes:
-        other: stories that are not of five pictures, which are left out.
+        other: stories that are not of five images, which are left out.
     """
 
     name: str
     stories: list[Story]
-    pictures: list[Path]
+    images: list[Path]
     other: int
 
 
 def read_stories(annotations: Path, images: Path, limit: int | None = None) -> Stories:
-    """Stories in sequence (SIS) as VIST publishes them, their pictures as images/NUMBER.jpg (.png, .gif ...).
+    """Stories in sequence (SIS) as VIST publishes them, their images as images/NUMBER.jpg (.png, .gif ...).
 
     The text is the one the released code uses: lower case, tokens apart. limit: stories at most; None for all.
     Raises UserError for a file that is missing, broken or of another kind.
@@ -98,7 +99,7 @@ def read_stories(annotations: Path, images: Path, limit: int | None = None) -> S
         if len(lines) == LENGTH
     ]
     if not stories:
-        raise UserError(f"{annotations}: holds no story of {LENGTH} pictures; fetch the file anew")
+        raise UserError(f"{annotations}: holds no story of {LENGTH} images; fetch the file anew")
     return Stories(annotations.name, stories, list(places.values()), len(some) - len(stories))
 
 
@@ -109,19 +110,19 @@ def _place(images: Path, photo: str) -> Path:
 
 @torch.no_grad()
 def evaluate(model: Fromage, data: Stories, options: Options | None = None) -> dict[str, Any]:
-    """Recalls of the last picture in every setting, of FROMAGe, of its CLIP and of chance.
+    """Recalls of the last image in every setting, of FROMAGe, of its CLIP and of chance.
 
-    Raises UserError for too many pictures lost.
+    Raises UserError for too many images lost.
     """
     options = options or Options()
-    encoded = encode_files(model, data.pictures, options)
-    stories = [story for story in data.stories if all(path in encoded.row for path in story.pictures)]
+    encoded = encode_files(model, data.images, options)
+    stories = [story for story in data.stories if all(path in encoded.row for path in story.images)]
     if not stories:
-        raise UserError(f"{data.name}: no story has all its pictures; name the right --images")
-    rows = torch.tensor([[encoded.row[p] for p in story.pictures] for story in stories], device=model.device)  # (S, 5)
+        raise UserError(f"{data.name}: no story has all its images; name the right --images")
+    rows = torch.tensor([[encoded.row[p] for p in story.images] for story in stories], device=model.device)  # (S, 5)
 
     def judged(embedded: dict[str, Tensor], gallery: Tensor) -> System:
-        """Ranks of the last pictures by (S, e) queries of each setting in the gallery (M, e)."""
+        """Ranks of the last images by (S, e) queries of each setting in the gallery (M, e)."""
         system: System = {}
         for setting, queries in embedded.items():
             for name, excluded in ((setting, rows[:, :-1]), (setting + KEPT, None)):
@@ -131,37 +132,37 @@ def evaluate(model: Fromage, data: Stories, options: Options | None = None) -> d
     own = {name: _queries(model, name, stories, encoded.features[rows], options) for name in PROTOCOLS}
     systems = {"fromage": judged(own, model.embed_images(encoded.features))}
     if options.clip:
-        clip = Clip(model)
+        clip = load_clip_baseline(model)
         gallery = clip.embed_features(encoded.features)  # (M, e)
         systems["clip"] = judged({at: _clip_queries(clip, at, stories, gallery[rows], options) for at in SETTINGS}, gallery)
     shown = len(encoded.row)
     systems["chance"] = {at: chance(shown if at.endswith(KEPT) else shown - LENGTH + 1) for at in systems["fromage"]}
     sizes = {"gallery": shown, "queries": len(stories)}
     paper = PAPER | {"fromage": {name: PAPER["fromage"].get(at, {}) for name, (at, _) in PROTOCOLS.items()}}
-    skipped = {"stories with a lost picture": len(data.stories) - len(stories), "stories of other lengths": data.other}
+    skipped = {"stories with a lost image": len(data.stories) - len(stories), "stories of other lengths": data.other}
     return make_report("vist", model, systems, PROTOCOL, data.name, sizes, encoded, skipped, paper, list(PROTOCOLS))
 
 
-def story_prompt(protocol: str, sentences: Sequence[str], pictures: Sequence[Any]) -> list[Part]:
-    """Sentences and pictures of a story in order, those that the setting shows."""
+def story_prompt(protocol: str, sentences: Sequence[str], images: Sequence[Any]) -> list[Part]:
+    """Sentences and images of a story in order, those that the setting shows."""
     setting, authors = PROTOCOLS[protocol]
     said, shown = SETTINGS[setting]
     parts: list[Part] = []
     for i in range(LENGTH):
         sentence: list[Part] = [START, sentences[i]] if authors else [" " + sentences[i] if parts else sentences[i]]
         parts += sentence if i in said else []
-        parts += [pictures[i]] if i in shown else []
+        parts += [images[i]] if i in shown else []
     return parts
 
 
 def _queries(model: Fromage, protocol: str, stories: Sequence[Story], features: Tensor, options: Options) -> Tensor:
     """(S, q) unit rows; features (S, 5, m)."""
     prompts = [story_prompt(protocol, story.sentences, own) for story, own in zip(stories, features, strict=True)]
-    embed = partial(embed_for_retrieval, model, batch_size=options.batch_size)
+    embed = partial(model.embed_text, batch_size=options.batch_size)
     return in_batches(embed, prompts, options.batch_size, protocol)
 
 
-def _clip_queries(clip: Clip, setting: str, stories: Sequence[Story], images: Tensor, options: Options) -> Tensor:
+def _clip_queries(clip: TextTower, setting: str, stories: Sequence[Story], images: Tensor, options: Options) -> Tensor:
     """(S, e) unit rows; images (S, 5, e) unit rows."""
     said, shown = SETTINGS[setting]
     rows = list(images[:, list(shown)].unbind(1))  # (S, e) each

@@ -6,19 +6,37 @@ NeurIPS 2024, of which no code was published: the abstract, figures and settings
 
 from __future__ import annotations
 
-from fromage import on_first_use
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-_PUBLIC = {
+if TYPE_CHECKING:
+    from fromage.octopus.data import OctopusData as OctopusData
+    from fromage.octopus.decoding import ground as ground
+    from fromage.octopus.examples import Example as Example
+    from fromage.octopus.model import Octopus as Octopus
+    from fromage.octopus.module import OctopusModule as OctopusModule
+    from fromage.octopus.module import load_octopus as load_octopus
+    from fromage.octopus.sources import Flickr30kEntities as Flickr30kEntities
+    from fromage.octopus.sources import Instructions as Instructions
+    from fromage.octopus.sources import Pope as Pope
+    from fromage.octopus.sources import RefCOCO as RefCOCO
+
+_MODULES = {
     "Example": "fromage.octopus.examples",
     "Flickr30kEntities": "fromage.octopus.sources",
     "Instructions": "fromage.octopus.sources",
     "Octopus": "fromage.octopus.model",
     "OctopusData": "fromage.octopus.data",
-    "OctopusModule": "fromage.octopus.lightning_module",
+    "OctopusModule": "fromage.octopus.module",
     "Pope": "fromage.octopus.sources",
     "RefCOCO": "fromage.octopus.sources",
     "ground": "fromage.octopus.decoding",
-    "load_octopus": "fromage.octopus.lightning_module",
+    "load_octopus": "fromage.octopus.module",
 }
-__all__ = [*_PUBLIC]
-__getattr__ = on_first_use(__name__, _PUBLIC)
+__all__ = [*_MODULES]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_MODULES[name]), name)

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 
+from fromage.data.tokenizer import PromptTokenizer
 from fromage.errors import UserError
 from fromage.octopus.boxes import SPELLED, clipped, read_spelled, spelled
 from fromage.octopus.examples import Box, Example
-from fromage.tokens import PromptTokenizer
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Grounded:
 
     Attributes:
         text: as the model wrote it, index tokens or spelled boxes included.
-        pieces: text, and in their places the boxes (left, top, right, bottom, shares of the picture).
+        pieces: text, and in their places the boxes (left, top, right, bottom, shares of the image).
         candidates: every object query's box and score, the best first; none where boxes are spelled.
         queries: the numbers of the queries pointed at, in order; none where boxes are spelled.
     """

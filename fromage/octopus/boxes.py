@@ -1,4 +1,4 @@
-"""Boxes on their way in and out: from pixels to shares of a picture, in reading order, and as text."""
+"""Boxes on their way in and out: from pixels to shares of an image, in reading order, and as text."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ SPELLED = re.compile(rf"\[{NUMBER}(?:,{NUMBER}){{3}}(?:;{NUMBER}(?:,{NUMBER}){{3
 
 
 def share(left: float, top: float, right: float, bottom: float, width: float, height: float) -> Box | None:
-    """A box in pixels of a picture of width x height, as shares of it, clipped to it; None if no area is left of it."""
+    """A box in pixels of an image of width x height, as shares of it, clipped to it; None if no area is left of it."""
     if not all(isfinite(value) for value in (left, top, right, bottom)):
         return None
     return clipped(left / width, top / height, right / width, bottom / height)
 
 
 def clipped(left: float, top: float, right: float, bottom: float) -> Box | None:
-    """A box in shares, cut off at the picture's edge; None if no area is left of it."""
+    """A box in shares, cut off at the image's edge; None if no area is left of it."""
     left, top, right, bottom = (min(1.0, max(0.0, value)) for value in (left, top, right, bottom))
     return (left, top, right, bottom) if left < right and top < bottom else None
 
 
 def reading_order(boxes: Sequence[Box]) -> list[int]:
-    """Their numbers by the third of the picture their centres are in, left to right, and in a third from top to bottom.
+    """Their numbers by the third of the image their centres are in, left to right, and in a third from top to bottom.
 
     Exact positions from left to right would order what stands in a column by chance.
     """

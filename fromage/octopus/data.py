@@ -16,18 +16,19 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from torchvision.ops import box_convert
 
+from fromage.data.loader import no_loaders
+from fromage.data.tokenizer import PromptTokenizer
+from fromage.data.workers import init_worker
 from fromage.errors import BrokenSample, UserError
-from fromage.evals.encoded import check_lost
-from fromage.image_transform import Transform, read_picture
-from fromage.loader import init_worker, no_loaders
+from fromage.images.transforms import Transform, read_image
+from fromage.models.prompts import pad_left, prompt_ids
 from fromage.octopus.answers import answer_ids, ordered
 from fromage.octopus.examples import Example, Source
 from fromage.octopus.matching import Objects
 from fromage.octopus.model import Octopus, fill_template
 from fromage.octopus.patch_store import PatchStore
-from fromage.octopus.step import Lesson
-from fromage.prompts import pad_left, prompt_ids
-from fromage.tokens import PromptTokenizer
+from fromage.octopus.step import GroundingBatch
+from fromage.retrieval.encode import check_lost
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +42,7 @@ class Layout(NamedTuple):
     template: list[str]
 
 
-class Order(DistributedSampler[Any]):
+class ResumableSampler(DistributedSampler[Any]):
     """An order of each epoch's own, shared out among devices; in the first one it may begin behind the first examples."""
 
     def __init__(self, examples: Dataset[Any], trainer: Any, seed: int, begin: int) -> None:
@@ -55,7 +56,7 @@ class Order(DistributedSampler[Any]):
 
 
 class Lessons(Dataset[Any]):
-    """Examples one by one: (example, pixels or patches). Where a picture cannot be decoded, the next example comes."""
+    """Examples one by one: (example, pixels or patches). Where an image cannot be decoded, the next example comes."""
 
     def __init__(self, examples: Sequence[Example], transform: Transform, store: PatchStore | None) -> None:
         self.examples, self.transform, self.store = examples, transform, store
@@ -64,27 +65,27 @@ class Lessons(Dataset[Any]):
         return len(self.examples)
 
     def __getitem__(self, number: int) -> tuple[Example, Tensor]:
-        """Raises UserError where no picture at all can be decoded."""
+        """Raises UserError where no image at all can be decoded."""
         for place in range(len(self.examples)):
             example = self.examples[(number + place) % len(self.examples)]
             if self.store is not None:
-                return example, self.store[example.picture]
+                return example, self.store[example.image]
             try:
-                return example, read_picture(Path(example.picture).read_bytes(), self.transform)
+                return example, read_image(Path(example.image).read_bytes(), self.transform)
             except (OSError, BrokenSample) as error:
                 log.warning("skipped %s: %s", example.key, error)
-        raise UserError("no picture can be decoded; the log names them")
+        raise UserError("no image can be decoded; the log names them")
 
 
 class Collate:
-    """Rows of Lessons -> a Lesson."""
+    """Rows of batches -> a batch."""
 
     def __init__(self, model: Octopus, stored: bool, ask: bool) -> None:
         self.layout = Layout(model.tokenizer, model.k, model.n, model.template)  # a worker need not carry the model
         self.stored, self.ask = stored, ask
 
-    def __call__(self, rows: list[tuple[Example, Tensor]]) -> Lesson:
-        """Examples with their pixels or patches -> a Lesson."""
+    def __call__(self, rows: list[tuple[Example, Tensor]]) -> GroundingBatch:
+        """Examples with their pixels or patches -> a batch."""
         examples, tensors = [example for example, _ in rows], torch.stack([tensor for _, tensor in rows])
         tokenizer, n = self.layout.tokenizer, self.layout.n
         ids, mask = pad_left([self._prompt(example) for example in examples], tokenizer.pad_id)
@@ -93,10 +94,10 @@ class Collate:
         padded = pad_sequence(answers, batch_first=True, padding_value=tokenizer.pad_id)  # (B, A)
         targets = torch.arange(padded.shape[1]) < lengths.unsqueeze(1)
         pixels, patches = (None, tensors) if self.stored else (tensors, None)
-        return Lesson(examples, ids, mask, padded, targets, objects_of(examples, n), pixels, patches)
+        return GroundingBatch(examples, ids, mask, padded, targets, objects_of(examples, n), pixels, patches)
 
     def _prompt(self, example: Example) -> list[int]:
-        some, asks = torch.empty(0), self.ask and self.layout.n > 0  # any tensor stands for the picture
+        some, asks = torch.empty(0), self.ask and self.layout.n > 0  # any tensor stands for the image
         marked = fill_template(self.layout.template, some, example.instruction, asks)
         return prompt_ids(self.layout, marked)  # type: ignore[arg-type]
 
@@ -132,9 +133,9 @@ class OctopusData(pl.LightningDataModule):
             val: sources of validation examples.
             batch_size: examples per training step on each device.
             val_batch_size: examples per validation step on each device; null for batch_size.
-            features: folder of the pictures' patch features, written on first use; null encodes pictures in every step.
-            workers: processes that decode pictures, per device.
-            max_lost: share (0 to 1) of the pictures that may be missing or broken.
+            features: folder of the images' patch features, written on first use; null encodes images in every step.
+            workers: processes that decode images, per device.
+            max_lost: share (0 to 1) of the images that may be missing or broken.
             seed: seed of the order; the epoch adds to it.
         """
         super().__init__()
@@ -152,15 +153,15 @@ class OctopusData(pl.LightningDataModule):
             raise UserError("data.train: there is no example; name sources that hold some")
 
     def _present(self, examples: list[Example]) -> list[Example]:
-        """Those whose picture is there. Raises UserError where too many are not."""
-        pictures = {example.picture for example in examples}
-        missing = {picture for picture in pictures if not Path(picture).is_file()}
-        check_lost([("missing", Path(picture)) for picture in sorted(missing)], len(pictures), self.max_lost)
+        """Those whose image is there. Raises UserError where too many are not."""
+        images = {example.image for example in examples}
+        missing = {image for image in images if not Path(image).is_file()}
+        check_lost([("missing", Path(image)) for image in sorted(missing)], len(images), self.max_lost)
         if missing:
             warnings.warn(
-                f"{len(missing)} of {len(pictures)} pictures are missing: {', '.join(sorted(missing)[:3])}", stacklevel=2
+                f"{len(missing)} of {len(images)} images are missing: {', '.join(sorted(missing)[:3])}", stacklevel=2
             )
-        return [example for example in examples if example.picture not in missing]
+        return [example for example in examples if example.image not in missing]
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Full batches in an order of the epoch's own."""
@@ -170,10 +171,10 @@ class OctopusData(pl.LightningDataModule):
         """All examples in stored order; an empty list where there are none."""
         return self._loader("val", self.val_batch_size, shuffle=False) if self.examples["val"] else no_loaders()
 
-    def transfer_batch_to_device(self, batch: Lesson, device: torch.device, dataloader_idx: int) -> Lesson:
+    def transfer_batch_to_device(self, batch: GroundingBatch, device: torch.device, dataloader_idx: int) -> GroundingBatch:
         """Tensors, and the boxes of objects."""
         fields = [field.to(device) if isinstance(field, Tensor | Objects) else field for field in batch]
-        return Lesson(*fields)  # type: ignore[arg-type]
+        return GroundingBatch(*fields)  # type: ignore[arg-type]
 
     def _loader(self, part: str, batch_size: int, shuffle: bool) -> DataLoader[Any]:
         module: Any = self.trainer.lightning_module  # type: ignore[union-attr]
@@ -183,7 +184,7 @@ class OctopusData(pl.LightningDataModule):
             warnings.warn(f"{left} examples point at more than the {module.model.n} object queries: left out", stacklevel=2)
         store = self._store(examples, module.model.vision) if self.features else None
         if store is not None:
-            examples = [example for example in examples if example.picture not in store.lost]
+            examples = [example for example in examples if example.image not in store.lost]
         if module.model.n and not module.asks and any(example.meant for example in examples):
             raise UserError(
                 f"data.{part}: some answers point at boxes, and stage 1 has no object queries yet; name captions"
@@ -194,7 +195,7 @@ class OctopusData(pl.LightningDataModule):
         return DataLoader(
             lessons,
             batch_size,
-            sampler=Order(lessons, self.trainer, self.seed, self._seen() * batch_size) if shuffle else None,
+            sampler=ResumableSampler(lessons, self.trainer, self.seed, self._seen() * batch_size) if shuffle else None,
             drop_last=shuffle,
             num_workers=0 if store is not None else self.workers,
             worker_init_fn=init_worker,
@@ -209,13 +210,13 @@ class OctopusData(pl.LightningDataModule):
         return seen.current.ready if loop.restarting and not seen.is_last_batch else 0
 
     def _store(self, examples: Sequence[Example], vision: Any) -> PatchStore:
-        """The patches of all pictures; one process of several writes them, while the others wait."""
-        folder, pictures = Path(self.features or ""), list(dict.fromkeys(example.picture for example in examples))
+        """The patches of all images; one process of several writes them, while the others wait."""
+        folder, images = Path(self.features or ""), list(dict.fromkeys(example.image for example in examples))
         strategy: Any = self.trainer.strategy  # type: ignore[union-attr]
         if self.trainer.is_global_zero:  # type: ignore[union-attr]
-            PatchStore(folder, vision).add(pictures, workers=self.workers)
+            PatchStore(folder, vision).add(images, workers=self.workers)
         strategy.barrier("patches")
         store = PatchStore(folder, vision)
-        lost = [(cause, Path(picture)) for picture, cause in store.lost.items() if picture in set(pictures)]
-        check_lost(lost, len(pictures), self.max_lost)
+        lost = [(cause, Path(image)) for image, cause in store.lost.items() if image in set(images)]
+        check_lost(lost, len(images), self.max_lost)
         return store

@@ -1,4 +1,4 @@
-"""Ask Octopus: a picture and an instruction go in, text that points at boxes comes out."""
+"""Ask Octopus: an image and an instruction go in, text that points at boxes comes out."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 import torch
 
-from fromage.bounds import check_whole
+from fromage.checks import check_whole
 from fromage.errors import UserError
+from fromage.models.prompts import ImageInput, embed_prompts
 from fromage.octopus.answers import Grounded, read_indexed, read_text
-from fromage.octopus.model import Octopus, Reading
+from fromage.octopus.model import Octopus, Prefill
 from fromage.octopus.sources import asking
-from fromage.prompts import Picture, embed_prompts
 
 MAX_NEW_TOKENS = 128
 
@@ -29,12 +29,12 @@ def instruction(text: str, question: str = "where is {}?") -> str:
 
 @torch.no_grad()
 def ground(
-    model: Octopus, asked: Sequence[tuple[Picture, str]], max_new_tokens: int = MAX_NEW_TOKENS, batch_size: int = 32
+    model: Octopus, asked: Sequence[tuple[ImageInput, str]], max_new_tokens: int = MAX_NEW_TOKENS, batch_size: int = 32
 ) -> list[Grounded]:
-    """Greedy answers to (picture, instruction) pairs.
+    """Greedy answers to (image, instruction) pairs.
 
-    A picture may be its patch features (P, m). Each batch is read once; answers go on from its keys and values. Raises
-    UserError for prompts that are too long and pictures that cannot be had.
+    An image may be its patch features (P, m). Each batch is read once; answers go on from its keys and values. Raises
+    UserError for prompts that are too long and images that cannot be had.
     """
     check_whole("batch_size", batch_size, 1)
     check_whole("max_new_tokens", max_new_tokens, 1)
@@ -48,7 +48,7 @@ def ground(
     return answers
 
 
-def decode(model: Octopus, reading: Reading, max_new_tokens: int) -> list[list[int]]:
+def decode(model: Octopus, reading: Prefill, max_new_tokens: int) -> list[list[int]]:
     """Greedy tokens behind a reading of B prompts, without the </s> that ends them. It asks the device once a token."""
     out: list[list[int]] = [[] for _ in reading.hidden]
     open_, hidden = set(range(len(out))), reading.hidden  # (B, d)
@@ -60,11 +60,11 @@ def decode(model: Octopus, reading: Reading, max_new_tokens: int) -> list[list[i
             if token == model.tokenizer.eos_id or len(out[row]) == max_new_tokens:
                 open_.discard(row)
         if open_:
-            hidden = model.go_on(reading, ids.unsqueeze(1))[:, -1]  # (B, 1, d) -> (B, d)
+            hidden = model.extend(reading, ids.unsqueeze(1))[:, -1]  # (B, 1, d) -> (B, d)
     return out
 
 
-def grounded(model: Octopus, reading: Reading, out: Sequence[list[int]]) -> list[Grounded]:
+def grounded(model: Octopus, reading: Prefill, out: Sequence[list[int]]) -> list[Grounded]:
     """Tokens behind a reading -> answers."""
     if reading.found is None:
         return [read_text(model.tokenizer.decode(ids)) for ids in out]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from PIL import Image, ImageDraw, ImageFont
 
-from fromage.contact_sheet import INK, WHITE
+from fromage.images.contact_sheet import INK, WHITE
 from fromage.octopus.answers import Grounded
 from fromage.octopus.examples import Box
 
@@ -15,13 +15,13 @@ SIDE = 640  # pixels that the longer side of a drawing has at least
 FAINT = 0.01  # score below which a candidate is not drawn
 
 
-def draw_answer(picture: Image.Image, answer: Grounded, top: int = 5) -> Image.Image:
-    """A picture with the boxes pointed at, numbered in the answer's order, and at most `top` other candidates, thin.
+def draw_answer(image: Image.Image, answer: Grounded, top: int = 5) -> Image.Image:
+    """An image with the boxes pointed at, numbered in the answer's order, and at most `top` other candidates, thin.
 
-    Scores stand beside them where there are any; candidates below FAINT are left out. A small picture is enlarged; the
+    Scores stand beside them where there are any; candidates below FAINT are left out. A small image is enlarged; the
     given one stays as it is.
     """
-    page = _enlarged(picture)
+    page = _enlarged(image)
     chosen = set(answer.boxes)
     others = [(box, score) for box, score in answer.candidates if box not in chosen and score >= FAINT][:top]
     drawn = [(box, f"{score:.2f}", OTHERS) for box, score in reversed(others)]  # the best one last, on top
@@ -35,14 +35,14 @@ def draw_answer(picture: Image.Image, answer: Grounded, top: int = 5) -> Image.I
     return page
 
 
-def _enlarged(picture: Image.Image) -> Image.Image:
-    """An RGB copy; of a small picture, in as many times its size as brings it to SIDE or beyond."""
-    times = -(-SIDE // max(picture.size))
-    return picture.convert("RGB").resize((times * picture.width, times * picture.height), Image.Resampling.BICUBIC)
+def _enlarged(image: Image.Image) -> Image.Image:
+    """An RGB copy; of a small image, in as many times its size as brings it to SIDE or beyond."""
+    times = -(-SIDE // max(image.size))
+    return image.convert("RGB").resize((times * image.width, times * image.height), Image.Resampling.BICUBIC)
 
 
 def pixels(box: Box, size: tuple[int, int]) -> tuple[float, float, float, float]:
-    """Shares -> pixels of a picture of that width and height: left, top, right, bottom."""
+    """Shares -> pixels of an image of that width and height: left, top, right, bottom."""
     left, top, right, bottom = box
     return left * size[0], top * size[1], right * size[0], bottom * size[1]
 
@@ -53,7 +53,7 @@ def _unit(page: Image.Image) -> int:
 
 
 def _frame(page: Image.Image, box: Box, colour: tuple[int, int, int], thick: bool) -> None:
-    """A box's edge, drawn inwards, with a dark line about it that tells it from the picture."""
+    """A box's edge, drawn inwards, with a dark line about it that tells it from the image."""
     width, unit = _unit(page) * (4 if thick else 1), _unit(page)
     left, top, right, bottom = (round(side) for side in pixels(box, page.size))
     right, bottom = max(left, min(right, page.width) - 1), max(top, min(bottom, page.height) - 1)
@@ -63,7 +63,7 @@ def _frame(page: Image.Image, box: Box, colour: tuple[int, int, int], thick: boo
 
 
 def _label(page: Image.Image, box: Box, text: str, colour: tuple[int, int, int]) -> None:
-    """Words on a patch of the box's colour: above its left upper corner, or within it at the edge of the picture."""
+    """Words on a patch of the box's colour: above its left upper corner, or within it at the edge of the image."""
     font, drawing, gap = ImageFont.load_default(max(12, max(page.size) // 45)), ImageDraw.Draw(page), 2 * _unit(page)
     _, _, wide, high = drawing.textbbox((0, 0), text, font)
     left, top, _, _ = pixels(box, page.size)

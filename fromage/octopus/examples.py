@@ -1,4 +1,4 @@
-"""What Octopus learns from and is asked: a picture, an instruction, and an answer that may point at objects."""
+"""What Octopus learns from and is asked: an image, an instruction, and an answer that may point at objects."""
 
 from __future__ import annotations
 
@@ -6,23 +6,23 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
-Box = tuple[float, float, float, float]  # left, top, right, bottom; shares of the picture's width and height, 0 to 1
+Box = tuple[float, float, float, float]  # left, top, right, bottom; shares of the image's width and height, 0 to 1
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One instruction about one picture.
+    """One instruction about one image.
 
     Attributes:
         key: its name, unique in its source.
-        picture: path of the picture's file.
+        image: path of the image's file.
         instruction: text of the user.
         answer: text of the model in pieces; a whole number is a place where it points at the box of that number.
-        boxes: objects of the picture that are known, those meant first or not; the ones the answer points at among them.
+        boxes: objects of the image that are known, those meant first or not; the ones the answer points at among them.
     """
 
     key: str
-    picture: str
+    image: str
     instruction: str
     answer: tuple[str | int, ...]
     boxes: tuple[Box, ...] = ()

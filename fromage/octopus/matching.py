@@ -13,8 +13,8 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torchvision.ops import box_convert, generalized_box_iou
 
-from fromage.octopus.recognition import MEANT, NOTHING, OTHER, Recognised
-from fromage.packed_attention import to_device
+from fromage.models.packed_attention import to_device
+from fromage.octopus.recognition import MEANT, NOTHING, OTHER, Detections
 
 CLASS, L1, GIOU = 1.0, 5.0, 2.0
 NOTHING_WEIGHT = 0.1
@@ -23,10 +23,10 @@ FAR = 1e4  # a cost beyond all others
 
 @dataclass(frozen=True)
 class Objects:
-    """The known objects of a batch's pictures, those that an answer points at first. K: most of a picture.
+    """The known objects of a batch's images, those that an answer points at first. K: most of an image.
 
     Attributes:
-        boxes: (B, K, 4) centre x, centre y, width, height, shares of the picture; zeros where there is none.
+        boxes: (B, K, 4) centre x, centre y, width, height, shares of the image; zeros where there is none.
         counts: B, how many there are; at most as many as there are queries.
         meant: B, how many of them the answer points at.
     """
@@ -48,7 +48,7 @@ class Objects:
 def match(logits: Tensor, boxes: Tensor, objects: Objects) -> Tensor:
     """One layer's queries and the objects, one to one at the lowest cost (Hungarian): (B, K) int64 numbers of queries.
 
-    logits (B, N, 3), boxes (B, N, 4). The places behind a picture's objects hold 0. The assignment runs on the host.
+    logits (B, N, 3), boxes (B, N, 4). The places behind an image's objects hold 0. The assignment runs on the host.
     """
     likely, ours, theirs = logits.float().softmax(-1).cpu(), boxes.float().cpu(), objects.boxes.cpu()
     found = torch.zeros(theirs.shape[:2], dtype=torch.long)  # (B, K)
@@ -65,10 +65,10 @@ def match(logits: Tensor, boxes: Tensor, objects: Objects) -> Tensor:
     return found.to(logits.device)
 
 
-def set_loss(found: Recognised, objects: Objects) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+def set_loss(found: Detections, objects: Objects) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """The loss of every decoder layer against the objects, summed, each with a matching of its own.
 
-    Returns the loss, the last layer's matching (B, K), and the last layer's parts by name: class, l1, giou. Pictures of
+    Returns the loss, the last layer's matching (B, K), and the last layer's parts by name: class, l1, giou. Images of
     which no object is known do not count.
     """
     total, parts, matched = found.relay.new_zeros((), dtype=torch.float32), {}, torch.empty(0)
@@ -85,7 +85,7 @@ def _layer_loss(logits: Tensor, boxes: Tensor, matched: Tensor, objects: Objects
     if not known:
         nothing = 0 * (logits.sum() + boxes.sum())  # a gradient of zero, which several devices wait for
         return {"class": nothing, "l1": nothing, "giou": nothing}
-    rows = to_device([row for row in known for _ in range(objects.counts[row])], device)  # (M,), M objects of all pictures
+    rows = to_device([row for row in known for _ in range(objects.counts[row])], device)  # (M,), M objects of all images
     places = to_device([place for row in known for place in range(objects.counts[row])], device)  # (M,)
     queries = matched[rows, places]  # (M,)
     kinds = torch.full(logits.shape[:2], NOTHING, device=device)  # (B, N)

@@ -1,15 +1,15 @@
 """Octopus: a language model that recognises objects in parallel, halfway up, and points at them in sequence.
 
-    [picture: P patches] [instruction] [N object queries] [answer: text with index tokens <d0> ... <dN-1>]
+    [image: P patches] [instruction] [N object queries] [answer: text with index tokens <d0> ... <dN-1>]
 
-Shapes: B batch, T tokens of a prompt, A of an answer, P patches of a picture, N object queries, m width of the patch
+Shapes: B batch, T tokens of a prompt, A of an answer, P patches of an image, N object queries, m width of the patch
 features, d width of the language model, c width of the DETR decoder.
 
     visual prefix   W_c  (d x m)   a patch becomes an input embedding
-    object queries  (N x d)        input embeddings behind the instruction: they see it, the picture and each other
+    object queries  (N x d)        input embeddings behind the instruction: they see it, the image and each other
     recognizer      DETR decoder between bottom and top layers: queries -> boxes, scores (fromage.octopus.recognition)
     relay           (N x d)        what was found takes the queries' places in the top layers, each with the name <di>
-    index tokens    (N x d)        rows beside the vocabulary (fromage.added_tokens): to write <di> is to point at box i
+    index tokens    (N x d)        rows beside the vocabulary (models.special_tokens): to write <di> is to point at box i
     pointer         (c x d, c x m) which box suits the words that an answer is after (fromage.octopus.pointing)
 
 With no queries it is the sequential counterpart: the same towers and data, boxes spelled as text (fromage.octopus.answers).
@@ -29,13 +29,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from fromage.backbones import LanguageModel, PatchTower, Quantized, digest_of_samples, load_lm, load_patches
+from fromage.data.tokenizer import IMAGE
 from fromage.errors import UserError
+from fromage.models.base import VisualPrefixLM, digest, fill
+from fromage.models.frozen import digest_of_samples
+from fromage.models.language_model import LanguageModel, Quantized, load_lm
+from fromage.models.prompts import QUERIES, START, ImageInput, Part, worded
+from fromage.models.vision.base import VisionTower
+from fromage.models.vision.registry import load_patches
 from fromage.octopus.pointing import Aligned, Pointer
-from fromage.octopus.recognition import Recognised, Recognizer
-from fromage.picture_reader import PictureReader, digest, fill
-from fromage.prompts import QUERIES, START, Part, Picture, worded
-from fromage.tokens import IMAGE
+from fromage.octopus.recognition import Detections, Recognizer
 
 QUERY = QUERIES.value
 SLOTS = re.compile(r"(\{\w+\})")
@@ -47,7 +50,7 @@ def index_tokens(n: int) -> list[str]:
 
 
 @dataclass
-class Reading:
+class Prefill:
     """A batch of prompts that was read, ready for answers.
 
     Attributes:
@@ -61,11 +64,11 @@ class Reading:
     hidden: Tensor
     cache: DynamicCache
     mask: Tensor
-    found: Recognised | None
+    found: Detections | None
     aligned: Aligned | None
 
 
-class Octopus(PictureReader):
+class Octopus(VisualPrefixLM):
     """The model. What is trained beside the language model is float32 whatever the towers hold.
 
     Attributes:
@@ -74,29 +77,29 @@ class Octopus(PictureReader):
         settings: the arguments of load it was built with; empty if it was built from modules.
     """
 
-    vision: PatchTower
+    vision: VisionTower
 
     def __init__(
         self,
         lm: LanguageModel,
-        vision: PatchTower,
+        vision: VisionTower,
         n: int = 64,
         after: int | None = None,
         c: int = 256,
         decoder_layers: int = 6,
         heads: int = 8,
         relay: bool = True,
-        template: str = "{picture}{instruction}{queries}{start}",
+        template: str = "{image}{instruction}{queries}{start}",
     ) -> None:
         """after: None for half of the layers. relay: whether what was found takes the queries' places (an ablation without).
 
-        template: what stands around picture, instruction and queries; {start} is the language model's start token. Raises
+        template: what stands around image, instruction and queries; {start} is the language model's start token. Raises
         UserError for numbers, or a template, that cannot be, and for a language model with a projection between embeddings
         and layers (OPT-350m).
         """
         super().__init__(lm, vision, vision.shape[0])
         self.n, self.after, self.relay = n, len(lm.blocks) // 2 if after is None else after, relay
-        self.template = [part for part in SLOTS.split(template) if part]
+        self.template = [part for part in SLOTS.split(template.replace("{picture}", "{image}")) if part]  # its former name
         if n and not 0 < self.after < len(lm.blocks):
             raise UserError(f"model.after {after}: the language model has {len(lm.blocks)} layers; choose 1 to one less")
         if n and (inner := getattr(lm.hf.config, "hidden_size", lm.width)) != lm.width:
@@ -107,13 +110,15 @@ class Octopus(PictureReader):
             told = f"model.c {c}, heads {heads}, decoder_layers {decoder_layers}"
             raise UserError(f"{told}: c must be a multiple of 8 and of heads, and the layers at least 1")
         named = sorted(part for part in self.template if SLOTS.match(part) and part != "{start}")
-        if named != ["{instruction}", "{picture}", "{queries}"]:
-            raise UserError(f"model.template {template!r}: name {{picture}}, {{instruction}} and {{queries}} once each")
+        if named != ["{image}", "{instruction}", "{queries}"]:
+            raise UserError(f"model.template {template!r}: name {{image}}, {{instruction}} and {{queries}} once each")
         self.visual_prefix = nn.Linear(vision.width, lm.width)  # W_c
         self.index = lm.added  # of <d0> ... <dN-1>
         if n:
             scale = lm.added.mean_norm.cpu() / lm.width**0.5
             self.queries = nn.Parameter(torch.randn(n, lm.width) * scale)  # (N, d)
+            if vision.grid is None:
+                raise UserError(f"vision tower {vision.name}: gives no patches; load it by load_patches")
             self.recognizer = Recognizer(lm.width, vision.width, vision.grid, n, c, decoder_layers, heads)
             self.pointer = Pointer(lm.width, vision.width, vision.grid, c)
             self._above = (lm.blocks[self.after],)  # the layer behind the decoder, in a tuple lest it be registered twice
@@ -155,9 +160,9 @@ class Octopus(PictureReader):
         """(B, P, m) patch features -> (B, P, d) input embeddings."""
         return self.visual_prefix(features.float())
 
-    def prompt(self, picture: Picture | None, instruction: str, ask: bool = True) -> list[Part]:
-        """The prompt of an instruction about a picture, by the template; ask: whether the queries are in it."""
-        return fill_template(self.template, picture, instruction, ask and self.n > 0)
+    def prompt(self, image: ImageInput | None, instruction: str, ask: bool = True) -> list[Part]:
+        """The prompt of an instruction about an image, by the template; ask: whether the queries are in it."""
+        return fill_template(self.template, image, instruction, ask and self.n > 0)
 
     def embed(self, ids: Tensor, prefix: Tensor | None = None) -> Tensor:
         """(B, T) ids -> (B, T, d); places of <|image|> are filled from prefix (B, P, d), of <|query|> by the queries."""
@@ -172,24 +177,24 @@ class Octopus(PictureReader):
         return ids == self.tokenizer.added[QUERY]
 
     def words(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """(B, T) ids and mask -> (B, T) bool: what is neither picture, query, start token nor padding."""
+        """(B, T) ids and mask -> (B, T) bool: what is neither image, query, start token nor padding."""
         start = -1 if self.tokenizer.bos_id is None else self.tokenizer.bos_id  # -1: no token's id
         return mask & (ids != self.tokenizer.added[IMAGE]) & (ids != start) & ~self.asked(ids)
 
-    def read(self, ids: Tensor, mask: Tensor, embeds: Tensor, patches: Tensor) -> Reading:
+    def read(self, ids: Tensor, mask: Tensor, embeds: Tensor, patches: Tensor) -> Prefill:
         """Run prompts through both halves.
 
-        ids, mask (B, T), left-padded; embeds (B, T, d); patches (B, P, m), the pictures that the queries look at. Either
+        ids, mask (B, T), left-padded; embeds (B, T, d); patches (B, P, m), the images that the queries look at. Either
         all prompts have queries, or none.
         """
         places, cache = self.asked(ids), DynamicCache()  # all of every layer, as the masks have it
         with self._recognising(places, patches, self.words(ids, mask)) as found:
             hidden = self.lm.cached(embeds, visible(mask, places), positions(mask), cache)  # (B, T, d)
         if not found:
-            return Reading(hidden[:, -1], cache, mask, None, None)
-        return Reading(hidden[:, -1], cache, mask, *found[0])
+            return Prefill(hidden[:, -1], cache, mask, None, None)
+        return Prefill(hidden[:, -1], cache, mask, *found[0])
 
-    def go_on(self, reading: Reading, ids: Tensor) -> Tensor:
+    def extend(self, reading: Prefill, ids: Tensor) -> Tensor:
         """(B, A) tokens of answers behind a reading, which grows by them -> (B, A, d) hidden states after each."""
         known = F.pad(reading.mask, (0, ids.shape[1]), value=True)  # (B, S + A)
         causal = torch.ones(ids.shape[1], known.shape[1], dtype=torch.bool, device=ids.device).tril(reading.mask.shape[1])
@@ -198,7 +203,7 @@ class Octopus(PictureReader):
         reading.mask = known
         return self.lm.cached(self.lm.embed(ids), mask, at, reading.cache)
 
-    def logits(self, hidden: Tensor, reading: Reading) -> Tensor:
+    def logits(self, hidden: Tensor, reading: Prefill) -> Tensor:
         """(B, A, d) hidden states behind a reading -> (B, A, V + 2 + N), in float32.
 
         An index token is weighed by its row, as any token, by how well what is in its query's box suits the words that the
@@ -217,9 +222,9 @@ class Octopus(PictureReader):
         return logits
 
     @contextmanager
-    def _recognising(self, places: Tensor, patches: Tensor, words: Tensor) -> Iterator[list[tuple[Recognised, Aligned]]]:
+    def _recognising(self, places: Tensor, patches: Tensor, words: Tensor) -> Iterator[list[tuple[Detections, Aligned]]]:
         """Within, the language model runs in two halves; the list then holds what was found between them."""
-        found: list[tuple[Recognised, Aligned]] = []
+        found: list[tuple[Detections, Aligned]] = []
 
         def between(block: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             hidden = args[0]  # (B, T, d)
@@ -240,9 +245,9 @@ class Octopus(PictureReader):
             handle.remove()
 
 
-def fill_template(template: Sequence[str], picture: Picture | None, instruction: str, ask: bool) -> list[Part]:
+def fill_template(template: Sequence[str], image: ImageInput | None, instruction: str, ask: bool) -> list[Part]:
     """A template in parts -> a prompt, with the queries or without."""
-    slots: dict[str, Part | None] = {"{picture}": picture, "{instruction}": instruction, "{start}": START}
+    slots: dict[str, Part | None] = {"{image}": image, "{instruction}": instruction, "{start}": START}
     slots["{queries}"] = QUERIES if ask else None
     parts = [slots.get(part, part) for part in template]
     return worded([part for part in parts if part is not None])

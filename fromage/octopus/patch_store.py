@@ -1,4 +1,4 @@
-"""Patch features of pictures on disk: the tower is frozen, so each picture is encoded once, for every epoch and run."""
+"""Patch features of images on disk: the tower is frozen, so each image is encoded once, for every epoch and run."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from fromage.backbones import PatchTower
+from fromage.data.workers import init_worker
 from fromage.errors import UserError
-from fromage.evals.encoded import Files
-from fromage.loader import init_worker
-from fromage.shards import write_json
+from fromage.io import write_json
+from fromage.models.vision.base import VisionTower
+from fromage.retrieval.encode import Files
 
-ABOUT, LINES, ROWS, LOCK = "tower.json", "pictures.jsonl", "patches.bf16", "lock"
+ABOUT, LINES, ROWS, LOCK = "tower.json", "images.jsonl", "patches.bf16", "lock"
 
 
 class PatchStore:
-    """A folder of patch features (P, m) in bfloat16, by picture; it grows, and a kill loses the last few pictures at most.
+    """A folder of patch features (P, m) in bfloat16, by image; it grows, and a kill loses the last few images at most.
 
-    tower.json names the tower; pictures.jsonl has a line for each picture: a row's number or why it is lost, and the file's
-    stamp, by which a picture that was replaced is encoded again; patches.bf16 holds the rows. Opening only reads.
+    tower.json names the tower; images.jsonl has a line for each image: a row's number or why it is lost, and the file's
+    stamp, by which an image that was replaced is encoded again; patches.bf16 holds the rows. Opening only reads.
     """
 
-    def __init__(self, folder: Path, vision: PatchTower) -> None:
+    def __init__(self, folder: Path, vision: VisionTower) -> None:
         """Open a folder, or begin one. Raises UserError where it holds another tower's features, or something else."""
         self.folder, self.vision = folder, vision
         about = {**vision.fingerprint(), "shape": list(vision.shape)}
@@ -46,16 +46,16 @@ class PatchStore:
         self._mapped: Any = ()
 
     def _read(self) -> None:
-        """What is stored whole: row, or why it is lost, of each picture, and its file's stamp when it was looked at."""
+        """What is stored whole: row, or why it is lost, of each image, and its file's stamp when it was looked at."""
         path, size = self.folder / LINES, self._bytes_of_a_row()
         stored = (self.folder / ROWS).stat().st_size // size if (self.folder / ROWS).exists() else 0
         lines = path.read_text("utf-8").splitlines(keepends=True) if path.exists() else []
         found = [json.loads(line) for line in lines if line.endswith("\n")]
         self._entries = [entry for entry in found if entry.get("row", -1) < stored]
-        known = {entry["picture"]: entry for entry in self._entries}  # the last line about a picture counts
-        self.rows = {picture: entry["row"] for picture, entry in known.items() if "row" in entry}
-        self.lost = {picture: entry["lost"] for picture, entry in known.items() if "lost" in entry}
-        self._stamps = {picture: entry.get("stamp") for picture, entry in known.items()}
+        known = {entry["image"]: entry for entry in self._entries}  # the last line about an image counts
+        self.rows = {image: entry["row"] for image, entry in known.items() if "row" in entry}
+        self.lost = {image: entry["lost"] for image, entry in known.items() if "lost" in entry}
+        self._stamps = {image: entry.get("stamp") for image, entry in known.items()}
 
     def _mend(self) -> int:
         """Cut off what is half written; returns how many rows there are. For the one process that adds."""
@@ -70,23 +70,23 @@ class PatchStore:
     def _bytes_of_a_row(self) -> int:
         return 2 * int(np.prod(self.vision.shape))
 
-    def add(self, pictures: Sequence[str], batch_size: int = 64, workers: int = 0) -> None:
+    def add(self, images: Sequence[str], batch_size: int = 64, workers: int = 0) -> None:
         """Encode those that are not there yet, or whose files have changed, with a progress bar.
 
         Several processes may ask for it: one encodes, the others wait and find it done.
         """
-        stamps = {picture: stamp_of(Path(picture)) for picture in pictures}
+        stamps = {image: stamp_of(Path(image)) for image in images}
         if all(self._is_known(*each) for each in stamps.items()):
             return
         with (self.folder / LOCK).open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             self._read()
-            todo = [Path(picture) for picture, stamp in stamps.items() if not self._is_known(picture, stamp)]
+            todo = [Path(image) for image, stamp in stamps.items() if not self._is_known(image, stamp)]
             self._encode(todo, stamps, self._mend(), batch_size, workers)
         self._mapped = ()
 
-    def _is_known(self, picture: str, stamp: list[int] | None) -> bool:
-        return picture in self._stamps and self._stamps[picture] == stamp
+    def _is_known(self, image: str, stamp: list[int] | None) -> bool:
+        return image in self._stamps and self._stamps[image] == stamp
 
     def _encode(
         self, todo: list[Path], stamps: dict[str, list[int] | None], count: int, batch_size: int, workers: int
@@ -102,8 +102,8 @@ class PatchStore:
                     encoded = self.vision(torch.stack(good))
                     rows.write(encoded.to("cpu", torch.bfloat16).view(torch.uint16).numpy().tobytes())
                     rows.flush()
-                for picture, pixels in some:
-                    entry: dict[str, Any] = {"picture": picture, "stamp": stamps[picture]}
+                for image, pixels in some:
+                    entry: dict[str, Any] = {"image": image, "stamp": stamps[image]}
                     if isinstance(pixels, Tensor):
                         entry["row"], count = count, count + 1
                     else:
@@ -112,13 +112,13 @@ class PatchStore:
                 lines.flush()
         self._read()
 
-    def __getitem__(self, picture: str) -> Tensor:
+    def __getitem__(self, image: str) -> Tensor:
         """(P, m) bfloat16."""
         if not len(self._mapped):
             self._mapped = np.memmap(
                 self.folder / ROWS, np.uint16, "r", shape=(max(self.rows.values()) + 1, *self.vision.shape)
             )
-        return torch.from_numpy(np.array(self._mapped[self.rows[picture]])).view(torch.bfloat16)
+        return torch.from_numpy(np.array(self._mapped[self.rows[image]])).view(torch.bfloat16)
 
 
 def stamp_of(path: Path) -> list[int] | None:

@@ -67,7 +67,7 @@ class Pointer(nn.Module):
 def regions(patches: Tensor, grid: tuple[int, int], boxes: Tensor) -> Tensor:
     """(B, P, m) patches and (B, N, 4) boxes -> (B, N, m): the mean of the patches in each box, by the area they share.
 
-    What of a box is outside the picture does not count; a box without area has zeros.
+    What of a box is outside the image does not count; a box without area has zeros.
     """
     left, top, right, bottom = box_convert(boxes, "cxcywh", "xyxy").unbind(-1)  # (B, N) each
     down, across = _covered(top, bottom, grid[0]), _covered(left, right, grid[1])
@@ -76,6 +76,6 @@ def regions(patches: Tensor, grid: tuple[int, int], boxes: Tensor) -> Tensor:
 
 
 def _covered(low: Tensor, high: Tensor, n: int) -> Tensor:
-    """(B, N) ends of stretches -> (B, N, n): how much of each n-th of the picture they cover, in n-ths."""
+    """(B, N) ends of stretches -> (B, N, n): how much of each n-th of the image they cover, in n-ths."""
     edge = torch.arange(n, device=low.device)
     return (torch.minimum(n * high.unsqueeze(-1), edge + 1) - torch.maximum(n * low.unsqueeze(-1), edge)).clamp(min=0)

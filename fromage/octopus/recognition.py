@@ -1,7 +1,7 @@
 """Parallel recognition: a DETR decoder in the middle of the language model turns object queries into boxes.
 
 Shapes: B batch, N object queries, P patches, m width of the patch features, d width of the language model, c width of the
-decoder, L layers of the decoder. Boxes are (centre x, centre y, width, height), shares of the picture.
+decoder, L layers of the decoder. Boxes are (centre x, centre y, width, height), shares of the image.
 
 Known of Octopus (NeurIPS 2024): queries pass the bottom layers of the language model, then a DETR decoder that yields boxes,
 and the results go on into the top layers. How they go on, and all sizes, are ours. DETR: Carion et al., ECCV 2020.
@@ -22,7 +22,7 @@ MEANT, OTHER, NOTHING = 0, 1, 2  # what a query stands for: an object that the p
 
 
 @dataclass(frozen=True)
-class Recognised:
+class Detections:
     """What the decoder found.
 
     Attributes:
@@ -54,8 +54,8 @@ class Recognised:
 class Recognizer(nn.Module):
     """The DETR decoder: queries attend to each other and to the patches, layer by layer; each layer names its boxes.
 
-    A query starts from a point of the picture of its own, learned, and its box is told from there (as in Conditional DETR):
-    else hundreds of epochs go by until queries have shared out the picture. Whether it is meant is told by a product of what
+    A query starts from a point of the image of its own, learned, and its box is told from there (as in Conditional DETR):
+    else hundreds of epochs go by until queries have shared out the image. Whether it is meant is told by a product of what
     it saw and what it was asked for, beside a sum, which learns that far later.
     """
 
@@ -73,7 +73,7 @@ class Recognizer(nn.Module):
         self.grid = grid
         self.register_buffer("places", waves(_centres(grid), c), persistent=False)  # (P, c)
 
-    def forward(self, hidden: Tensor, patches: Tensor) -> Recognised:
+    def forward(self, hidden: Tensor, patches: Tensor) -> Detections:
         """hidden (B, N, d) of the queries after the bottom layers, patches (B, P, m) -> what they found."""
         c = self.enter.out_features
         x = self.enter(hidden.float()) + waves(self.points.sigmoid(), c)  # (B, N, c)
@@ -88,7 +88,7 @@ class Recognizer(nn.Module):
         alike = (read * asked).sum(-1, keepdim=True)  # x (W_a h) / sqrt(c): (L, B, N, 1)
         logits = self.classify(read) + F.pad(alike, (MEANT, 2 - MEANT))  # (L, B, N, 3)
         thing = torch.cat([read[-1], _embedded(boxes[-1].detach(), c)], -1)  # (B, N, 2c)
-        return Recognised(logits, boxes, self.leave(thing))  # (B, N, d)
+        return Detections(logits, boxes, self.leave(thing))  # (B, N, d)
 
     def _boxes(self, read: Tensor) -> Tensor:
         """(L, B, N, c) -> (L, B, N, 4): centres from the queries' points, sizes free."""
@@ -121,7 +121,7 @@ def _attended(attention: nn.MultiheadAttention, x: Tensor, memory: Tensor) -> Te
 
 
 def _spread(n: int) -> Tensor:
-    """(N, 2): points spread evenly over the picture (Fibonacci's lattice), before the sigmoid."""
+    """(N, 2): points spread evenly over the image (Fibonacci's lattice), before the sigmoid."""
     i = torch.arange(n) + 0.5
     points = torch.stack([i * (math.sqrt(5) - 1) / 2 % 1, i / n], -1)
     return torch.logit(points * 0.9 + 0.05)

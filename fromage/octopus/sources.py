@@ -1,6 +1,6 @@
 """Data sets in their published files: RefCOCO/+/g, Flickr30k Entities, instructions as LLaVA writes them, POPE.
 
-Boxes are clipped to the picture, and left out where no area is left of them; an example that points at such a one is left
+Boxes are clipped to the image, and left out where no area is left of them; an example that points at such a one is left
 out too. What is left out is counted, and faults are warned of once. Visual Genome is not read here; its regions as
 LLaVA's instructions contain them are.
 """
@@ -20,14 +20,14 @@ from xml.etree import ElementTree as ET
 
 from PIL import Image
 
-from fromage.bounds import check_whole
+from fromage.checkpoints.safe_pickle import load_plain
+from fromage.checks import check_whole
+from fromage.data.annotations import malformed, read_annotations
 from fromage.errors import UserError, first_line
-from fromage.evals.annotations import malformed, read_annotations
 from fromage.octopus.boxes import SPELLED, clipped, read_spelled, reading_order, share
 from fromage.octopus.examples import Box, Example
-from fromage.plain_pickle import load_plain
 
-LOST_BOXES = "boxes of no area in their picture"
+LOST_BOXES = "boxes of no area in their image"
 LOST_ANSWERS = "examples that point at such a box"
 ODD_TURNS = "turns that are no question and answer"
 BROKEN = (KeyError, IndexError, TypeError, ValueError, AttributeError, ZeroDivisionError)  # what odd entries raise
@@ -91,11 +91,11 @@ def asking(question: str) -> str:
     return question
 
 
-Shown = tuple[str, tuple[Box, ...], dict[int, int | None]]  # a picture, its boxes, each annotation's number among them
+Shown = tuple[str, tuple[Box, ...], dict[int, int | None]]  # an image, its boxes, each annotation's number among them
 
 
 class RefCOCO(Listed):
-    """RefCOCO, RefCOCO+ and RefCOCOg: a referring expression is an example; the known boxes are the picture's instances."""
+    """RefCOCO, RefCOCO+ and RefCOCOg: a referring expression is an example; the known boxes are the image's instances."""
 
     def __init__(
         self,
@@ -112,7 +112,7 @@ class RefCOCO(Listed):
         Args:
             refs: refs(unc).p, refs(google).p or refs(umd).p.
             instances: instances.json that came with it.
-            images: folder of the pictures that instances.json names, COCO's train2014.
+            images: folder of the images that instances.json names, COCO's train2014.
             split: train, val and, by the file, testA, testB or test.
             question: the instruction; {} stands for the expression.
             limit: examples at most, the first ones; null for all.
@@ -131,15 +131,15 @@ class RefCOCO(Listed):
         _, content = read_annotations(self.instances, ("boxes of COCO",), "instances.json of the same data set")
         try:
             categories = {category["id"] for category in content["categories"]}
-            pictures = self._pictures(content, {ref["image_id"] for ref in refs})
+            images = self._images(content, {ref["image_id"] for ref in refs})
         except BROKEN as error:
             raise malformed(self.instances, error) from error
         for ref in refs:
-            if ref["image_id"] not in pictures:
+            if ref["image_id"] not in images:
                 raise self._foreign(ref, f"image {ref['image_id']}")
             if ref["category_id"] not in categories:
                 raise self._foreign(ref, f"category {ref['category_id']}")
-            yield from self._sentences(ref, *pictures[ref["image_id"]])
+            yield from self._sentences(ref, *images[ref["image_id"]])
 
     def _refs(self) -> list[dict[str, Any]]:
         try:
@@ -153,7 +153,7 @@ class RefCOCO(Listed):
             raise UserError(f"{self.file}: has no split {self.split}; there are {', '.join(splits)}")
         return [ref for ref in refs if ref["split"] == self.split]
 
-    def _pictures(self, content: dict[str, Any], wanted: set[int]) -> dict[int, Shown]:
+    def _images(self, content: dict[str, Any], wanted: set[int]) -> dict[int, Shown]:
         notes: dict[int, list[dict[str, Any]]] = {number: [] for number in wanted}
         for note in content["annotations"]:
             if note["image_id"] in wanted:
@@ -170,7 +170,7 @@ class RefCOCO(Listed):
         )
 
     def _boxes(self, image: dict[str, Any], notes: list[dict[str, Any]]) -> tuple[tuple[Box, ...], dict[int, int | None]]:
-        """The boxes of a picture's instances, crowds left out, and each annotation's number among them."""
+        """The boxes of an image's instances, crowds left out, and each annotation's number among them."""
         single = [note for note in notes if not note.get("iscrowd")]
         self.dropped["boxes of crowds"] += len(notes) - len(single)
         corners = [(x, y, x + w, y + h) for x, y, w, h in (note["bbox"] for note in single)]
@@ -179,7 +179,7 @@ class RefCOCO(Listed):
         return tuple(good), found | {note["id"]: None for note in notes if note.get("iscrowd")}
 
     def _sentences(
-        self, ref: dict[str, Any], picture: str, boxes: tuple[Box, ...], numbers: dict[int, int | None]
+        self, ref: dict[str, Any], image: str, boxes: tuple[Box, ...], numbers: dict[int, int | None]
     ) -> Iterator[Example]:
         if ref["ann_id"] not in numbers:
             raise self._foreign(ref, f"annotation {ref['ann_id']} of image {ref['image_id']}")
@@ -193,11 +193,11 @@ class RefCOCO(Listed):
                 self.dropped["expressions that do not match"] += 1
             else:
                 key = f"{ref['ref_id']}.{said['sent_id']}"
-                yield Example(key, picture, self.question.replace("{}", text), (number,), boxes)
+                yield Example(key, image, self.question.replace("{}", text), (number,), boxes)
 
 
 class Flickr30kEntities(Listed):
-    """Flickr30k Entities: a phrase that has boxes is an example; the known boxes are all of the picture's."""
+    """Flickr30k Entities: a phrase that has boxes is an example; the known boxes are all of the image's."""
 
     PHRASE = re.compile(r"\[/EN#(\d+)/\S+ ([^\]]+)\]")
 
@@ -208,7 +208,7 @@ class Flickr30kEntities(Listed):
 
         Args:
             folder: folder that holds Sentences, Annotations, and train.txt, val.txt and test.txt.
-            images: folder of the pictures, {id}.jpg.
+            images: folder of the images, {id}.jpg.
             split: train, val or test; or the path of another list of ids, one a line.
             question: the instruction; {} stands for the phrase.
             limit: examples at most, the first ones; null for all.
@@ -221,7 +221,7 @@ class Flickr30kEntities(Listed):
         """Where an entity has several boxes the answer points at each, in reading order."""
         for name in self._text(self.file).split():
             boxes, entities = self._entities(self.folder / "Annotations" / f"{name}.xml")
-            picture = str(self.images / f"{name}.jpg")
+            image = str(self.images / f"{name}.jpg")
             phrases = self.PHRASE.findall(self._text(self.folder / "Sentences" / f"{name}.txt"))
             for place, (entity, phrase) in enumerate(phrases):
                 numbers = entities.get(entity, [])
@@ -232,7 +232,7 @@ class Flickr30kEntities(Listed):
                 else:
                     theirs = [number for number in numbers if number is not None]
                     answer = tuple(theirs[i] for i in reading_order([boxes[number] for number in theirs]))
-                    yield Example(f"{name}.{place}", picture, self.question.replace("{}", phrase), answer, boxes)
+                    yield Example(f"{name}.{place}", image, self.question.replace("{}", phrase), answer, boxes)
 
     def _text(self, path: Path) -> str:
         try:
@@ -244,7 +244,7 @@ class Flickr30kEntities(Listed):
             raise malformed(path, error) from error
 
     def _entities(self, path: Path) -> tuple[tuple[Box, ...], dict[str, list[int | None]]]:
-        """A picture's boxes, and each entity's numbers among them. Pixels count from 1, the last of a box included."""
+        """An image's boxes, and each entity's numbers among them. Pixels count from 1, the last of a box included."""
         text = self._text(path)
         try:
             root = ET.fromstring(text)
@@ -265,16 +265,16 @@ EDGES = ("xmin", "ymin", "xmax", "ymax")
 
 
 class Instructions(Listed):
-    """LLaVA's JSON. A question and its answer are an example of their own, also where they follow others on a picture."""
+    """LLaVA's JSON. A question and its answer are an example of their own, also where they follow others on an image."""
 
     def __init__(self, file: str, images: str, padded: bool = False, limit: int | None = None) -> None:
         """Name the files; nothing is read yet.
 
         Args:
             file: JSON list of {id, image, conversations: [{from: human, value}, {from: gpt, value}, ...]}.
-            images: folder that the pictures' names start from.
-            padded: whether boxes are shares of the picture padded to a square, as in LLaVA-1.5's own files; false for
-                shares of the picture itself.
+            images: folder that the images' names start from.
+            padded: whether boxes are shares of the image padded to a square, as in LLaVA-1.5's own files; false for
+                shares of the image itself.
             limit: examples at most, the first ones; null for all.
         """
         super().__init__(Path(file), limit)
@@ -285,20 +285,20 @@ class Instructions(Listed):
         _, entries = read_annotations(self.file, ("instructions of LLaVA",), "a JSON file of LLaVA's instructions")
         for number, entry in enumerate(entries):
             if not isinstance(entry.get("image"), str):
-                self.dropped["entries without a picture, or of several"] += 1
+                self.dropped["entries without an image, or of several"] += 1
                 continue
-            picture, turns = self.images / entry["image"], entry["conversations"]
+            image, turns = self.images / entry["image"], entry["conversations"]
             pairs = list(zip(turns[::2], turns[1::2], strict=False))
             self.dropped[ODD_TURNS] += len(turns) % 2
             for place, (asked, told) in enumerate(pairs):
                 question, answer = (turn["value"].replace("<image>", "").strip() for turn in (asked, told))
                 if (asked["from"], told["from"]) != ("human", "gpt") or not question or not answer:
                     self.dropped[ODD_TURNS] += 1
-                elif (pointed := self._pointed(answer, picture)) is not None:
+                elif (pointed := self._pointed(answer, image)) is not None:
                     key = f"{entry.get('id', '')}#{number}.{place}"  # an id is not always of one entry
-                    yield Example(key, str(picture), question, *pointed)
+                    yield Example(key, str(image), question, *pointed)
 
-    def _pointed(self, text: str, picture: Path) -> tuple[tuple[str | int, ...], tuple[Box, ...]] | None:
+    def _pointed(self, text: str, image: Path) -> tuple[tuple[str | int, ...], tuple[Box, ...]] | None:
         """An answer's pieces and boxes; None, counted, where one of the boxes has no area."""
         pieces: list[str | int] = []
         numbers: dict[Box, int] = {}
@@ -306,7 +306,7 @@ class Instructions(Listed):
         for found in SPELLED.finditer(text):
             pieces.append(text[end : found.start()])
             end = found.end()
-            good, kept = self.kept(self._unpadded(sides, picture) for sides in read_spelled(found[0]))
+            good, kept = self.kept(self._unpadded(sides, image) for sides in read_spelled(found[0]))
             if None in kept:
                 self.dropped[LOST_ANSWERS] += 1
                 return None
@@ -314,14 +314,14 @@ class Instructions(Listed):
         pieces.append(text[end:])
         return tuple(piece for piece in pieces if piece != ""), tuple(numbers)
 
-    def _unpadded(self, sides: tuple[float, ...], picture: Path) -> Box | None:
+    def _unpadded(self, sides: tuple[float, ...], image: Path) -> Box | None:
         left, top, right, bottom = sides
         if not self.padded:
             return clipped(left, top, right, bottom)
         try:
-            with Image.open(picture) as image:  # the size alone, nothing is decoded
-                width, height = image.size
-        except OSError:  # missing or broken, which is counted with the pictures
+            with Image.open(image) as opened:  # the size alone, nothing is decoded
+                width, height = opened.size
+        except OSError:  # missing or broken, which is counted with the images
             return clipped(left, top, right, bottom)
         side = max(width, height)
         x, y = (side - width) / 2, (side - height) / 2
@@ -329,14 +329,14 @@ class Instructions(Listed):
 
 
 class Pope(Listed):
-    """POPE: questions whether something is in a picture; the answer is yes or no."""
+    """POPE: questions whether something is in an image; the answer is yes or no."""
 
     def __init__(self, file: str, images: str, limit: int | None = None) -> None:
         """Name the files; nothing is read yet.
 
         Args:
             file: lines of JSON {question_id, image, text, label}, coco_pope_random.json or the like.
-            images: folder of the pictures.
+            images: folder of the images.
             limit: examples at most, the first ones; null for all.
         """
         super().__init__(Path(file), limit)

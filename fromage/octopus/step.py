@@ -14,8 +14,8 @@ from fromage.octopus.matching import Objects, set_loss
 from fromage.octopus.model import Octopus
 
 
-class Lesson(NamedTuple):
-    """A batch of prompts about pictures and the answers to be learned. Pixels and patches are never both there."""
+class GroundingBatch(NamedTuple):
+    """A batch of prompts about images and the answers to be learned. Pixels and patches are never both there."""
 
     examples: list[Example]
     ids: Tensor  # (B, T) int64, left-padded; <|image|> and <|query|> in their places
@@ -33,7 +33,7 @@ class Lesson(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Lossed:
+class StepOutput:
     """What a step computes; sums are weighted as in loss.
 
     Attributes:
@@ -54,12 +54,12 @@ class Lossed:
         return self.answer_loss + self.set_loss
 
 
-def image_patches(model: Octopus, lesson: Lesson) -> Tensor:
+def image_patches(model: Octopus, lesson: GroundingBatch) -> Tensor:
     """(B, P, m): stored ones where the batch has them, else the tower's."""
     return lesson.patches.to(model.device) if lesson.patches is not None else model.vision(lesson.pixels)
 
 
-def octopus_step(model: Octopus, lesson: Lesson) -> Lossed:
+def octopus_step(model: Octopus, lesson: GroundingBatch) -> StepOutput:
     """Read the prompts, match what was recognised with what is there, and judge the answers that point at the matches.
 
     The prompts are read once, and the answers, known only after the matching, go on from their keys and values.
@@ -72,12 +72,12 @@ def octopus_step(model: Octopus, lesson: Lesson) -> Lossed:
     if reading.found is not None:
         recognition, matched, parts = set_loss(reading.found, lesson.objects)
         answers = named(answers, matched, model.tokenizer.row_ids[0])
-    after = model.go_on(reading, answers[:, :-1]) if answers.shape[1] > 1 else embeds[:, :0]  # (B, A - 1, d)
+    after = model.extend(reading, answers[:, :-1]) if answers.shape[1] > 1 else embeds[:, :0]  # (B, A - 1, d)
     hidden = torch.cat([reading.hidden.unsqueeze(1), after], 1)  # (B, A, d), each of which foretells a token
     logits = model.logits(hidden, reading)[lesson.targets]  # (M, V + 2 + N), of M tokens
     wanted = answers[lesson.targets]  # (M,)
     right = (logits.argmax(-1) == wanted).float().mean()
-    return Lossed(F.cross_entropy(logits, wanted), recognition, parts, right)
+    return StepOutput(F.cross_entropy(logits, wanted), recognition, parts, right)
 
 
 def named(answers: Tensor, matched: Tensor, first: int) -> Tensor:

@@ -1,7 +1,7 @@
 """FROMAGe over HTTP: conversations and searches for programs.
 
 One thread owns the model (fromage.serving.batching). Searches that wait are answered together, and so are conversations
-with the same decoding; a streamed conversation is one job of that thread, and the others wait meanwhile. Pictures are
+with the same decoding; a streamed conversation is one job of that thread, and the others wait meanwhile. Images are
 decoded and fetched by other threads, before a request comes into the queue and after it has left it.
 
     with TestClient(create_app(model, index)) as client:
@@ -18,8 +18,8 @@ from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 from fromage.errors import UserError, first_line
-from fromage.index import ImageIndex
-from fromage.model import Fromage
+from fromage.models.fromage import Fromage
+from fromage.retrieval.faiss_index import ImageIndex
 from fromage.serving.batching import Capacity
 
 try:
@@ -28,7 +28,7 @@ try:
     from fastapi.exceptions import RequestValidationError
 
     from fromage.serving.body_limit import BodyLimit
-    from fromage.serving.desk import Desk
+    from fromage.serving.request_handler import RequestHandler
     from fromage.serving.routes import STATUS, router, status_of
 except ImportError as error:
     raise UserError(f"the server needs {error.name}: pip install 'fromage[serve]'") from error
@@ -60,7 +60,7 @@ def serve(
 class _Server(uvicorn.Server):
     """Refuses what waits as soon as it is told to stop; uvicorn would first let all of it be answered."""
 
-    def __init__(self, config: uvicorn.Config, desk: Desk) -> None:
+    def __init__(self, config: uvicorn.Config, desk: RequestHandler) -> None:
         super().__init__(config)
         self.desk = desk
 
@@ -75,13 +75,13 @@ def create_app(
     """The application; its thread runs between startup and shutdown of its lifespan.
 
     Args:
-        index: where pictures are found, built with this very model; None for text alone.
-        style: how turns stand in the prompt, of fromage.chat.STYLES.
+        index: where images are found, built with this very model; None for text alone.
+        style: how turns stand in the prompt, of fromage.generation.chat.STYLES.
 
     Raises:
         UserError: there is no such style, or the index was built with another model.
     """
-    desk = Desk(model, index, style, capacity or Capacity())
+    desk = RequestHandler(model, index, style, capacity or Capacity())
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -90,7 +90,7 @@ def create_app(
         desk.batcher.close()
         await asyncio.to_thread(desk.batcher.join)
 
-    app = FastAPI(title="FROMAGe", description="Text and pictures in, text and pictures out.", lifespan=lifespan)
+    app = FastAPI(title="FROMAGe", description="Text and images in, text and images out.", lifespan=lifespan)
     app.state.desk = desk
     app.include_router(router)
     app.add_middleware(BodyLimit, requests=desk.capacity.requests, seconds=desk.capacity.timeout)

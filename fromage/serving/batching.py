@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from threading import Condition, Thread
 from typing import Any
 
-from fromage.bounds import check_real, check_whole
+from fromage.checks import check_real, check_whole
 
 PAUSE = 0.01  # seconds a request may wait for as many others as were answered before it
 
@@ -40,7 +40,7 @@ class Capacity:
 
     @property
     def requests(self) -> int:
-        """Requests at hand, at most: from the arrival of their first byte, as their pictures fill the memory too."""
+        """Requests at hand, at most: from the arrival of their first byte, as their images fill the memory too."""
         return self.batch_size + self.queue
 
 

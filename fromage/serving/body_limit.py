@@ -62,4 +62,4 @@ class BodyLimit:
             left -= len(parts[-1])
             if left >= 0 and not message.get("more_body"):
                 return {"type": "http.request", "body": b"".join(parts), "more_body": False}
-        raise ValueError(f"a request may be {self.size >> 20} MiB large; send smaller pictures")
+        raise ValueError(f"a request may be {self.size >> 20} MiB large; send smaller images")

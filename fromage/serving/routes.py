@@ -13,17 +13,17 @@ from fastapi import APIRouter, HTTPException, Request, Response
 from fastapi.responses import StreamingResponse
 
 from fromage.errors import UserError
-from fromage.gallery import Shown
-from fromage.generate import Answer
+from fromage.generation.generate import Answer
+from fromage.generation.retrieved import Shown
 from fromage.serving.batching import Busy, Closed
 from fromage.serving.body_limit import BODY, BUSY
-from fromage.serving.desk import Desk
+from fromage.serving.request_handler import RequestHandler
 from fromage.serving.schema import (
     ChatReply,
     ChatRequest,
     Faults,
     Health,
-    PictureId,
+    ImageId,
     Problem,
     SearchReply,
     SearchRequest,
@@ -54,7 +54,7 @@ EVENT = {
     "type": "object",
     "required": ["event", "data"],
     "properties": {
-        "event": {"enum": ["text", "pictures", "done", "error"]},
+        "event": {"enum": ["text", "images", "done", "error"]},
         "data": {"type": "string", "contentMediaType": "application/json"},
     },
 }
@@ -75,12 +75,12 @@ def status_of(error: Exception) -> tuple[int, str]:
     responses={200: {"content": EVENTS, "description": "The answer, or with stream its events"}, **REFUSALS},
 )
 async def chat(body: ChatRequest, request: Request) -> Any:
-    """Answer a conversation, with words and with pictures of the index.
+    """Answer a conversation, with words and with images of the index.
 
-    With `stream`, server-sent events: `text` {"text"} and `pictures` {"hits"} as they are decoded, then `done`, with what
+    With `stream`, server-sent events: `text` {"text"} and `images` {"hits"} as they are decoded, then `done`, with what
     is the reply without `stream`; or `error` {"detail"}. To close the connection stops the decoding.
     """
-    desk: Desk = request.app.state.desk
+    desk: RequestHandler = request.app.state.desk
     if not body.stream:
         return await _attended(request, desk.chat(body), desk.capacity.timeout)
     ends = asyncio.get_running_loop().time() + desk.capacity.timeout
@@ -91,25 +91,25 @@ async def chat(body: ChatRequest, request: Request) -> Any:
 
 @router.post("/search", responses=REFUSALS)
 async def search(body: SearchRequest, request: Request) -> SearchReply:
-    """Find pictures of the index by words, by a picture, or by both."""
-    desk: Desk = request.app.state.desk
+    """Find images of the index by words, by an image, or by both."""
+    desk: RequestHandler = request.app.state.desk
     return await _attended(request, desk.search(body), desk.capacity.timeout)
 
 
 @router.get(
-    "/pictures/{name}",
+    "/images/{name}",
     response_class=Response,
     responses={
-        200: {"content": {"image/jpeg": {"schema": {"type": "string", "format": "binary"}}}, "description": "The picture"},
-        404: {"model": Problem, "description": "The index has no such picture, or it has gone."},
+        200: {"content": {"image/jpeg": {"schema": {"type": "string", "format": "binary"}}}, "description": "The image"},
+        404: {"model": Problem, "description": "The index has no such image, or it has gone."},
         **{status: REFUSALS[status] for status in (422, 503, 504)},
     },
 )
-async def picture(name: PictureId, request: Request) -> Response:
-    """A picture of the index, as JPEG of at most 1024 pixels a side."""
-    desk: Desk = request.app.state.desk
+async def image(name: ImageId, request: Request) -> Response:
+    """An image of the index, as JPEG of at most 1024 pixels a side."""
+    desk: RequestHandler = request.app.state.desk
     try:
-        return Response(await _attended(request, desk.picture(name), desk.capacity.timeout), media_type="image/jpeg")
+        return Response(await _attended(request, desk.image(name), desk.capacity.timeout), media_type="image/jpeg")
     except UserError as error:
         raise HTTPException(404, str(error)) from None
 
@@ -117,10 +117,10 @@ async def picture(name: PictureId, request: Request) -> Response:
 @router.get("/healthz", responses={503: REFUSALS[503]})
 async def healthz(request: Request) -> Health:
     """Whether the server takes requests."""
-    desk: Desk = request.app.state.desk
+    desk: RequestHandler = request.app.state.desk
     if desk.batcher.closed:
         raise Closed
-    return Health(pictures=len(desk.index or ()), waiting=desk.batcher.waiting)
+    return Health(images=len(desk.index or ()), waiting=desk.batcher.waiting)
 
 
 async def _attended(request: Request, work: Coroutine[Any, Any, T], seconds: float) -> T:
@@ -147,7 +147,7 @@ async def _next(pieces: AsyncIterator[str | Shown], ends: float) -> str | Shown 
 
 
 async def _events(
-    desk: Desk, first: str | Shown | None, pieces: AsyncIterator[str | Shown], ends: float
+    desk: RequestHandler, first: str | Shown | None, pieces: AsyncIterator[str | Shown], ends: float
 ) -> AsyncIterator[str]:
     """An answer as server-sent events, its first piece at hand."""
     said: list[str | Shown] = []
@@ -155,7 +155,7 @@ async def _events(
     try:
         while piece is not None:
             said.append(piece)
-            name = "text" if isinstance(piece, str) else "pictures"
+            name = "text" if isinstance(piece, str) else "images"
             yield _event(name, desk.part(piece).model_dump_json(exclude={"type"}))
             piece = await _next(pieces, ends)
         yield _event("done", desk.reply(Answer.of(said)).model_dump_json())

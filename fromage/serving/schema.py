@@ -7,20 +7,20 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from fromage.decoding import Decoding
+from fromage.generation.decoding import Decoding
 
-CHARACTERS, PICTURES, URLS, PARTS, MESSAGES = 1 << 15, 32, 4, 64, 64  # of a request
+CHARACTERS, IMAGES, URLS, PARTS, MESSAGES = 1 << 15, 32, 4, 64, 64  # of a request
 MOST_TOKENS, MOST_HITS = 512, 50
-RETS, PER_RET = 4, PICTURES // 4  # so that an answer may be sent back
+RETS, PER_RET = 4, IMAGES // 4  # so that an answer may be sent back
 
 PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGP4z8AAAAMBAQDJ/pLvAAAAAElFTkSuQmCC"  # red
 
 Words = Annotated[str, Field(max_length=CHARACTERS)]
-Pictures = Annotated[
+Images = Annotated[
     bool,
-    Field(description="Send the pictures found, not only their ids; of those that have gone the next best takes the place."),
+    Field(description="Send the images found, not only their ids; of those that have gone the next best takes the place."),
 ]
-PictureId = Annotated[str, Field(pattern="^[0-9a-f]{16}$", description="Names a picture of the index.")]
+ImageId = Annotated[str, Field(pattern="^[0-9a-f]{16}$", description="Names an image of the index.")]
 
 
 class Strict(BaseModel):
@@ -36,44 +36,44 @@ class Text(Strict):
     text: Words
 
 
-class Picture(Strict):
-    """A picture that is sent along: JPEG, PNG, WebP, BMP or GIF."""
+class ImagePart(Strict):
+    """An image that is sent along: JPEG, PNG, WebP, BMP or GIF."""
 
-    type: Literal["picture"]
+    type: Literal["image"]
     data: Annotated[str, Field(description="The bytes of the file, in base64.", examples=[PIXEL])]
 
 
 class Address(Strict):
-    """A picture on the web, which the server fetches; addresses within a private network are refused."""
+    """An image on the web, which the server fetches; addresses within a private network are refused."""
 
     type: Literal["url"]
-    url: Annotated[str, Field(max_length=2048, examples=["https://pictures.example/cat.jpg"])]
+    url: Annotated[str, Field(max_length=2048, examples=["https://images.example/cat.jpg"])]
 
 
-class FoundPicture(BaseModel):
-    """A picture of the index. A request that sends it back needs the id alone."""
+class FoundImage(BaseModel):
+    """An image of the index. A request that sends it back needs the id alone."""
 
     model_config = ConfigDict(allow_inf_nan=False)
 
-    id: PictureId
+    id: ImageId
     rank: Annotated[int, Field(ge=1, description="1 is the best; what is missing in front of it has gone.")] = 1
     score: Annotated[float, Field(description="Cosine with what was searched for.")] = 0.0
     caption: str = ""
-    url: Annotated[str | None, Field(description="Its address, if the index is one of pictures on the web.")] = None
-    picture: Annotated[str | None, Field(description="A small JPEG of it in base64, if asked for.")] = None
+    url: Annotated[str | None, Field(description="Its address, if the index is one of images on the web.")] = None
+    image: Annotated[str | None, Field(description="A small JPEG of it in base64, if asked for.")] = None
 
 
 class Found(Strict):
     """What stands in an answer in the place of a [RET]."""
 
-    type: Literal["pictures"] = "pictures"
-    hits: Annotated[list[FoundPicture], Field(max_length=PICTURES)]
+    type: Literal["images"] = "images"
+    hits: Annotated[list[FoundImage], Field(max_length=IMAGES)]
 
 
-ContentPart = Annotated[Text | Picture | Address | Found, Field(discriminator="type")]
+ContentPart = Annotated[Text | ImagePart | Address | Found, Field(discriminator="type")]
 Content = Annotated[
     Words | Annotated[list[ContentPart], Field(max_length=PARTS)],
-    Field(description="Words, or parts in the order in which they are read: words and pictures."),
+    Field(description="Words, or parts in the order in which they are read: words and images."),
 ]
 
 
@@ -85,7 +85,7 @@ def parts(content: str | Sequence[Any]) -> list[Any]:
 def check_said(content: str | Sequence[Any]) -> None:
     """Raise ValueError for a content that says and shows nothing."""
     if all(isinstance(part, Text) and not part.text.strip() for part in parts(content)):
-        raise ValueError("there is nothing in it; give some words or a picture")
+        raise ValueError("there is nothing in it; give some words or an image")
 
 
 def check_size(contents: Iterable[str | Sequence[Any]]) -> None:
@@ -94,7 +94,7 @@ def check_size(contents: Iterable[str | Sequence[Any]]) -> None:
     shown = sum(len(part.hits) if isinstance(part, Found) else not isinstance(part, Text) for part in listed)
     for count, limit, what in (
         (sum(len(part.text) for part in listed if isinstance(part, Text)), CHARACTERS, "characters"),
-        (shown, PICTURES, "pictures"),
+        (shown, IMAGES, "images"),
         (sum(isinstance(part, Address) for part in listed), URLS, "addresses"),
     ):
         if count > limit:
@@ -102,7 +102,7 @@ def check_size(contents: Iterable[str | Sequence[Any]]) -> None:
 
 
 class Message(Strict):
-    """One side's words and pictures. The message of a reply may be sent back as it came."""
+    """One side's words and images. The message of a reply may be sent back as it came."""
 
     role: Literal["system", "user", "assistant"]
     content: Content
@@ -112,7 +112,7 @@ class DecodingOptions(Strict):
     """How the answer is decoded. Requests with the same options are answered together."""
 
     max_new_tokens: Annotated[int, Field(ge=1, le=MOST_TOKENS, description="Length at most, in tokens.")] = 32
-    min_tokens: Annotated[int, Field(ge=0, le=MOST_TOKENS, description="Tokens before its end or a picture.")] = 0
+    min_tokens: Annotated[int, Field(ge=0, le=MOST_TOKENS, description="Tokens before its end or an image.")] = 0
     temperature: Annotated[float, Field(ge=0, le=10, description="Of sampling; 0 is greedy.")] = 0.0
     top_p: Annotated[float, Field(gt=0, le=1, description="Sample among the tokens of this probability.")] = 1.0
     top_k: Annotated[int, Field(ge=0, le=100_000, description="Sample among so many tokens; 0 for all.")] = 0
@@ -122,18 +122,18 @@ class DecodingOptions(Strict):
         Field(max_length=8, description="Texts at which the answer ends, besides those of the server's style."),
     ] = []
     seed: Annotated[int | None, Field(ge=0, lt=1 << 32, description="Of sampling; the same gives the same.")] = None
-    ret_bias: Annotated[
-        float, Field(ge=-1e4, le=1e4, description="Added to the logit of [RET]: more pictures, or fewer.")
-    ] = 0.0
+    ret_bias: Annotated[float, Field(ge=-1e4, le=1e4, description="Added to the logit of [RET]: more images, or fewer.")] = (
+        0.0
+    )
     max_images: Annotated[int, Field(ge=0, le=RETS, description="[RET] in an answer at most; 0 for text alone.")] = 1
-    images_per_ret: Annotated[int, Field(ge=1, le=PER_RET, description="Pictures for each [RET].")] = 1
+    images_per_ret: Annotated[int, Field(ge=1, le=PER_RET, description="Images for each [RET].")] = 1
 
     def decoding(self) -> Decoding:
         """As the decoder takes them. Raises UserError where two of them do not go together."""
         return Decoding(**self.model_dump())
 
 
-SAID: list[Any] = [{"role": "user", "content": [{"type": "text", "text": "a red star"}, {"type": "picture", "data": PIXEL}]}]
+SAID: list[Any] = [{"role": "user", "content": [{"type": "text", "text": "a red star"}, {"type": "image", "data": PIXEL}]}]
 
 
 class ChatRequest(Strict):
@@ -146,7 +146,7 @@ class ChatRequest(Strict):
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=MESSAGES)]
     decoding: DecodingOptions = DecodingOptions()
-    pictures: Pictures = False
+    images: Images = False
     stream: Annotated[bool, Field(description="Send the answer as it is decoded, as server-sent events.")] = False
 
     @model_validator(mode="after")
@@ -166,13 +166,13 @@ class ChatReply(BaseModel):
 
 
 class SearchRequest(Strict):
-    """A search by words, by a picture, or by both, which are then read in their order."""
+    """A search by words, by an image, or by both, which are then read in their order."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"query": SAID[0]["content"], "k": 3}]})
 
     query: Content
-    k: Annotated[int, Field(ge=1, le=MOST_HITS, description="Pictures to find; fewer come if the index has fewer.")] = 5
-    pictures: Pictures = False
+    k: Annotated[int, Field(ge=1, le=MOST_HITS, description="Images to find; fewer come if the index has fewer.")] = 5
+    images: Images = False
 
     @model_validator(mode="after")
     def _check(self) -> SearchRequest:
@@ -182,16 +182,16 @@ class SearchRequest(Strict):
 
 
 class SearchReply(BaseModel):
-    """The pictures found, best first."""
+    """The images found, best first."""
 
-    hits: list[FoundPicture]
+    hits: list[FoundImage]
 
 
 class Health(BaseModel):
     """That the server is well, and how busy it is."""
 
     status: Literal["ok"] = "ok"
-    pictures: Annotated[int, Field(description="In the index.")]
+    images: Annotated[int, Field(description="In the index.")]
     waiting: Annotated[int, Field(description="Requests in the queue.")]
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from fromage.toy.scenes import PLACES, SIZES, Scene, Thing
 
-CLEARLY = 0.25  # share of the picture: two places differ by 0.3 or not at all, and jitter takes at most 0.05 of that
+CLEARLY = 0.25  # share of the image: two places differ by 0.3 or not at all, and jitter takes at most 0.05 of that
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}  # y grows downwards
 MOST: dict[str, Callable[[Thing], float]] = {
     "leftmost": lambda thing: -PLACES[thing.place][0],

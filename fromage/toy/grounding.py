@@ -1,6 +1,6 @@
-"""The toy world's pictures of several objects in published formats: RefCOCO, Flickr30k Entities, LLaVA's JSON, POPE.
+"""The toy world's images of several objects in published formats: RefCOCO, Flickr30k Entities, LLaVA's JSON, POPE.
 
-Pictures, scenes and boxes are the same in all of them; see fromage.toy.writers for what writers have in common.
+Images, scenes and boxes are the same in all of them; see fromage.toy.writers for what writers have in common.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from fromage.toy.expressions import Meaning, expression, meaning_of, words
 from fromage.toy.language import WHEN, caption
 from fromage.toy.questions import COUNTS, Answer, turns, yes_no
 from fromage.toy.scenes import PIXELS, SHAPES, Scene
-from fromage.toy.writers import CAPTIONS, Paint, coco_header, coco_image, write_json, write_pictures
+from fromage.toy.writers import CAPTIONS, Paint, coco_header, coco_image, write_images, write_json
 
 IMAGES = Path("refcoco", "images")
 ASKED = "what is in the picture?"
-PAIRS = 2  # of questions for yes and no about a picture
+PAIRS = 2  # of questions for yes and no about an image
 
 
 @dataclass(frozen=True)
 class Shown:
-    """A picture of the referring scenes; boxes: (x, y, width, height) in pixels, one per object."""
+    """An image of the referring scenes; boxes: (x, y, width, height) in pixels, one per object."""
 
     number: int
     split: str
@@ -45,11 +45,11 @@ def write_refcoco(out: Path, scenes: dict[str, list[Scene]], rng: random.Random,
     """RefCOCO: COCO instances (shapes are the categories) and refs(unc).p, with one to three expressions per object.
 
     As published, file_name in the pickle ends in the number of the annotation; the file is the one instances.json names.
-    Returns the pictures, which the other writers describe too.
+    Returns the images, which the other writers describe too.
     """
     drafts = [Shown(i, *pair, []) for i, pair in enumerate(((split, s) for split in scenes for s in scenes[split]), 1)]
     jobs = [(draft.scene, draft.number) for draft in drafts]
-    boxes = write_pictures(out / IMAGES, [f"{draft.stem}.jpg" for draft in drafts], jobs, paint)
+    boxes = write_images(out / IMAGES, [f"{draft.stem}.jpg" for draft in drafts], jobs, paint)
     shown = [Shown(draft.number, draft.split, draft.scene, found) for draft, found in zip(drafts, boxes, strict=True)]
     annotations: list[dict[str, Any]] = []
     refs: list[dict[str, Any]] = []
@@ -78,7 +78,7 @@ def _sentences(scene: Scene, index: int, rng: random.Random, first: int) -> list
 
 
 def write_entities(out: Path, shown: Sequence[Shown], rng: random.Random) -> None:
-    """Flickr30k Entities: five sentences a picture with entities marked, their boxes in XML, and a list of ids per split.
+    """Flickr30k Entities: five sentences an image with entities marked, their boxes in XML, and a list of ids per split.
 
     Pixels are counted from 1, and xmax and ymax are those of the last pixel, as published. Objects of one shape are together
     an entity too, of several boxes; the ground is a scene without a box, the time an entity without one.
@@ -101,7 +101,7 @@ Entity = tuple[int, ...] | str  # objects, or "ground" or "time"
 
 
 def _entities(one: Shown) -> dict[Entity, int]:
-    """The ids of a picture's entities: each object, those of one shape together, ground, time."""
+    """The ids of an image's entities: each object, those of one shape together, ground, time."""
     shapes: dict[str, tuple[int, ...]] = {}
     for index, thing in enumerate(one.scene.things):
         shapes[thing.shape] = (*shapes.get(thing.shape, ()), index)
@@ -153,14 +153,14 @@ def _annotation(one: Shown, ids: dict[Entity, int]) -> ET.Element:
 
 
 def write_llava(out: Path, shown: Sequence[Shown], more: dict[str, list[tuple[str, Scene]]], rng: random.Random) -> None:
-    """LLaVA's JSON: pretrain_{split}, a caption a picture, and instruct_{split}, questions about one in turns.
+    """LLaVA's JSON: pretrain_{split}, a caption an image, and instruct_{split}, questions about one in turns.
 
-    Images are named from the world's folder. more: further pictures for pretrain, by split, with their scenes.
+    Images are named from the world's folder. more: further images for pretrain, by split, with their scenes.
     """
     for split in dict.fromkeys(one.split for one in shown):
         mine = [one for one in shown if one.split == split]
-        pictures = [(_image(one), one.scene) for one in mine] + more[split]
-        briefs = [_talk(name, [(ASKED, caption(scene, rng))], rng.random() < 0.5) for name, scene in pictures]
+        images = [(_image(one), one.scene) for one in mine] + more[split]
+        briefs = [_talk(name, [(ASKED, caption(scene, rng))], rng.random() < 0.5) for name, scene in images]
         write_json(out / "llava" / f"pretrain_{split}.json", briefs)
         asked = [(one, turns(one.scene, rng)) for one in mine]
         talks = [_talk(_image(one), [(q, _told(a, one.boxes)) for q, a in said], True) for one, said in asked]
@@ -172,7 +172,7 @@ def _image(one: Shown) -> str:
 
 
 def _talk(image: str, said: Sequence[tuple[str, str]], image_first: bool) -> dict[str, Any]:
-    """An entry of LLaVA's JSON; the picture's place is before or behind the first question, as published."""
+    """An entry of LLaVA's JSON; the image's place is before or behind the first question, as published."""
     lines = [{"from": who, "value": text} for turn in said for who, text in zip(("human", "gpt"), turn, strict=True)]
     first = lines[0]["value"]
     lines[0]["value"] = f"<image>\n{first}" if image_first else f"{first}\n<image>"
@@ -188,12 +188,12 @@ def _told(answer: Answer, boxes: list[list[float]]) -> str:
 def _box(box: list[float]) -> str:
     x, y, w, h = box
     shares = share(x, y, x + w, y + h, PIXELS, PIXELS)
-    assert shares  # drawn in the picture
+    assert shares  # drawn in the image
     return spelled(shares)
 
 
 def write_pope(out: Path, shown: Sequence[Shown], rng: random.Random) -> None:
-    """POPE: a JSON object per line, for each picture questions about what is there and, as many, about what is not."""
+    """POPE: a JSON object per line, for each image questions about what is there and, as many, about what is not."""
     (out / "pope").mkdir(parents=True, exist_ok=True)
     for split in dict.fromkeys(one.split for one in shown):
         asked = [(one, pair) for one in shown if one.split == split for pair in _pairs(one.scene, rng)]

@@ -84,8 +84,8 @@ def _set(scene: Scene, what: str, value: str) -> Scene:
 def story(rng: random.Random, split: str) -> Story:
     """A story about one object that changes: each sentence says one of six attributes of the last scene.
 
-    A picture shows what was said so far; what is said only later still looks different. The sixth attribute stays
-    unsaid: the pictures alone show it, the same in all five.
+    An image shows what was said so far; what is said only later still looks different. The sixth attribute stays
+    unsaid: the images alone show it, the same in all five.
     """
     while True:  # until all five differ and none but the last is of another split than train
         last = sample_scene(rng, split, n=1)
@@ -193,7 +193,7 @@ def _recap(scene: Scene, rng: random.Random) -> str:
 
 
 def _story_document(rng: random.Random, split: str) -> str:
-    """A story and its recap; in two of three tags stand behind the sentences, where pictures stand in a prompt, and in
+    """A story and its recap; in two of three tags stand behind the sentences, where images stand in a prompt, and in
     half of all </s> in front of them, as in front of captions."""
     tale, seen, between = story(rng, split), rng.random() < 0.67, rng.choice((" ", EOS))
     shown = [_some(tags(scene, rng), rng) if seen else [] for scene in tale.scenes[:-1]] + [[]]

@@ -22,7 +22,7 @@ COLOURS = {
     "white": (250, 250, 250),
     "black": (25, 25, 25),
 }
-SIZES = {"small": 9.0, "big": 15.0}  # radius in pixels of a PIXELS-wide picture
+SIZES = {"small": 9.0, "big": 15.0}  # radius in pixels of a PIXELS-wide image
 PLACES = {"left": (0.2, 0.5), "right": (0.8, 0.5), "top": (0.5, 0.2), "bottom": (0.5, 0.8), "middle": (0.5, 0.5)}
 GROUNDS = {"sand": (222, 196, 140), "grass": (120, 180, 90), "sea": (90, 160, 205), "snow": (228, 234, 240)}
 TIMES = ("day", "night")
@@ -41,7 +41,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """One to four objects on a ground, by day or night. Equal scenes are the same picture up to jitter."""
+    """One to four objects on a ground, by day or night. Equal scenes are the same image up to jitter."""
 
     things: tuple[Thing, ...]
     ground: str
@@ -185,13 +185,13 @@ def _draw_thing(canvas: ImageDraw.ImageDraw, thing: Thing, rng: random.Random, g
 def draw(scene: Scene, seed: int = 0) -> tuple[Image.Image, list[list[float]]]:
     """Draw a scene, PIXELS square, with jitter and speckles that depend on the scene's key and the seed alone.
 
-    Returns the picture and one COCO box (x, y, width, height in pixels) per object, in the order of scene.things.
+    Returns the image and one COCO box (x, y, width, height in pixels) per object, in the order of scene.things.
     """
     rng = random.Random(f"{scene.key}/{seed}")
     shade = 1.0 if scene.time == "day" else 0.32
     ground = tuple(round(c * shade * rng.uniform(0.96, 1.04)) for c in GROUNDS[scene.ground])
-    picture = Image.new("RGB", (PIXELS, PIXELS), ground)
-    canvas = ImageDraw.Draw(picture)
+    image = Image.new("RGB", (PIXELS, PIXELS), ground)
+    canvas = ImageDraw.Draw(image)
     for _ in range(24):
         x, y, d = rng.uniform(0, PIXELS), rng.uniform(0, PIXELS), rng.choice((-14, 12))
         speck = tuple(max(0, min(255, c + d)) for c in ground)
@@ -200,4 +200,11 @@ def draw(scene: Scene, seed: int = 0) -> tuple[Image.Image, list[list[float]]]:
             (x, y, x + (length if scene.ground != "grass" else 0), y + (length if scene.ground == "grass" else 0)), speck
         )
     boxes = [_draw_thing(canvas, thing, rng, ground) for thing in scene.things]
-    return picture, boxes
+    return image, boxes
+
+
+def names_colour_and_shape(text: str, scene: Scene) -> bool:
+    """Whether the colours and shapes a caption names are those of a scene of one object."""
+    words = set(text.replace(".", " ").replace(",", " ").split())
+    thing = scene.things[0]
+    return words & COLOURS.keys() == {thing.colour} and words & set(SHAPES) == {thing.shape}

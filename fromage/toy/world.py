@@ -31,9 +31,9 @@ from fromage.toy.scenes import (
 
 VERSION = 3
 SPLITS = ("train", "val")
-COCO_TRAIN = 500  # training pictures with five captions, at most
-FLICKR = 200  # pictures of Flickr30k's test split, at most
-BLOCK = 4096  # pictures in flight at once
+COCO_TRAIN = 500  # training images with five captions, at most
+FLICKR = 200  # images of Flickr30k's test split, at most
+BLOCK = 4096  # images in flight at once
 
 
 def make_world(
@@ -49,8 +49,8 @@ def make_world(
     """Write the world to the folder `out`, or keep it if it is there already with the same arguments.
 
     train and val count CC3M-style pairs (COCO captions are of the same scenes); stories, dialogues and refs count those of
-    val, and train gets as many, except that train dialogues are about the at most 500 pictures of coco/train2017. refs are
-    the pictures of RefCOCO, which Flickr30k Entities, LLaVA's instructions and POPE are about as well.
+    val, and train gets as many, except that train dialogues are about the at most 500 images of coco/train2017. refs are
+    the images of RefCOCO, which Flickr30k Entities, LLaVA's instructions and POPE are about as well.
     Returns what world.json holds, and `made`: False if the world was there already. Raises UserError for counts out of range
     and for a folder that holds something else.
     """
@@ -101,7 +101,7 @@ def _is_there(out: Path, record: dict[str, Any]) -> bool:
 
 
 def _painter(pool: Executor, bar: tqdm[Any]) -> writers.Paint:
-    """Drawing spread over processes; pictures come in the order of the jobs, however many processes there are."""
+    """Drawing spread over processes; images come in the order of the jobs, however many processes there are."""
 
     def paint(jobs: Iterable[writers.Job]) -> Iterator[writers.Drawn]:
         rest = iter(jobs)

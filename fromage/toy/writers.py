@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from fromage.shards import write_shards
+from fromage.data.shards import write_shards
 from fromage.toy.language import Round, Story, answer_pool, caption, dialogue, story
 from fromage.toy.scenes import PIXELS, Scene, draw
 
@@ -28,15 +28,15 @@ JPEG_QUALITY = 92
 PER_SHARD = 1024
 CAPTIONS = 5
 CANDIDATES = 100
-FIRST_ID = {"train": 1_000_001, "val": 1}  # picture ids of the two splits of a data set never meet
+FIRST_ID = {"train": 1_000_001, "val": 1}  # image ids of the two splits of a data set never meet
 DATE = "2023-01-31 00:00:00"
 
 
 def encode(job: Job) -> Drawn:
-    """Draw a scene as a JPEG file, its boxes cut off at the picture's edge."""
-    picture, boxes = draw(*job)
+    """Draw a scene as a JPEG file, its boxes cut off at the image's edge."""
+    image, boxes = draw(*job)
     file = io.BytesIO()
-    picture.save(file, "JPEG", quality=JPEG_QUALITY)
+    image.save(file, "JPEG", quality=JPEG_QUALITY)
     return file.getvalue(), [_clipped(*box) for box in boxes]
 
 
@@ -51,8 +51,8 @@ def write_json(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content), encoding="utf-8")
 
 
-def write_pictures(folder: Path, names: list[str], jobs: list[Job], paint: Paint) -> list[list[list[float]]]:
-    """Write one JPEG per name; returns the boxes of each picture."""
+def write_images(folder: Path, names: list[str], jobs: list[Job], paint: Paint) -> list[list[list[float]]]:
+    """Write one JPEG per name; returns the boxes of each image."""
     folder.mkdir(parents=True, exist_ok=True)
     boxes = []
     for name, (jpeg, found) in zip(names, paint(jobs), strict=True):
@@ -70,7 +70,7 @@ def _size() -> dict[str, int]:
 
 
 def write_cc3m(out: Path, split: str, scenes: list[Scene], rng: random.Random, paint: Paint) -> None:
-    """Webdataset shards as the ready-made copies of CC3M have them: jpg, txt, json, one caption per picture."""
+    """Webdataset shards as the ready-made copies of CC3M have them: jpg, txt, json, one caption per image."""
 
     def samples() -> Iterator[tuple[str, bytes, str, dict[str, Any]]]:
         jobs = list(zip(scenes, _ids(scenes, split), strict=True))
@@ -104,10 +104,10 @@ def coco_image(image_id: int, name: str, scene: Scene) -> dict[str, Any]:
 
 
 def write_coco(out: Path, split: str, scenes: list[Scene], rng: random.Random, paint: Paint) -> list[tuple[str, Scene]]:
-    """COCO captions in the 2017 layout, five different ones per picture; returns the paths in `out`, and scenes."""
+    """COCO captions in the 2017 layout, five different ones per image; returns the paths in `out`, and scenes."""
     ids = _ids(scenes, split)
     names = [f"{i:012d}.jpg" for i in ids]
-    write_pictures(out / "coco" / f"{split}2017", names, list(zip(scenes, ids, strict=True)), paint)
+    write_images(out / "coco" / f"{split}2017", names, list(zip(scenes, ids, strict=True)), paint)
     said = [(i, text) for i, scene in zip(ids, scenes, strict=True) for text in _captions(scene, rng)]
     content = coco_header("toy world, captions") | {
         "images": [coco_image(*entry) for entry in zip(ids, names, scenes, strict=True)],
@@ -118,10 +118,10 @@ def write_coco(out: Path, split: str, scenes: list[Scene], rng: random.Random, p
 
 
 def write_flickr30k(out: Path, split: str, scenes: list[Scene], rng: random.Random, paint: Paint) -> None:
-    """Flickr30k as in Karpathy's splits: a split's pictures with five captions each, raw and in tokens."""
+    """Flickr30k as in Karpathy's splits: a split's images with five captions each, raw and in tokens."""
     ids = _ids(scenes, split)
     names = [f"{i}.jpg" for i in ids]
-    write_pictures(out / "flickr30k" / "flickr30k-images", names, list(zip(scenes, ids, strict=True)), paint)
+    write_images(out / "flickr30k" / "flickr30k-images", names, list(zip(scenes, ids, strict=True)), paint)
     images: list[dict[str, Any]] = []
     for i, (name, scene) in enumerate(zip(names, scenes, strict=True)):
         sentids = list(range(CAPTIONS * i, CAPTIONS * (i + 1)))
@@ -137,7 +137,7 @@ def write_flickr30k(out: Path, split: str, scenes: list[Scene], rng: random.Rand
 def sample_stories(rng: random.Random, split: str, count: int) -> list[Story]:
     """Draw stories of a split whose last scenes are all different; the four before are training scenes in either split.
 
-    So no picture of the validation gallery shows what the last picture of another story shows.
+    So no image of the validation gallery shows what the last image of another story shows.
     """
     stories: dict[str, Story] = {}
     while len(stories) < count:
@@ -151,7 +151,7 @@ def write_vist(out: Path, split: str, stories: list[Story], paint: Paint) -> Non
     """Visual Storytelling, stories in sequence (SIS): one album of five photos per story, ids as strings."""
     scenes = [scene for tale in stories for scene in tale.scenes]
     ids, sentences = _ids(scenes, split), [text for tale in stories for text in tale.sentences]
-    write_pictures(out / "vist" / "images" / split, [f"{i}.jpg" for i in ids], list(zip(scenes, ids, strict=True)), paint)
+    write_images(out / "vist" / "images" / split, [f"{i}.jpg" for i in ids], list(zip(scenes, ids, strict=True)), paint)
     images, annotations = [], []
     for n, (photo, scene, text) in enumerate(zip(ids, scenes, sentences, strict=True)):
         album, order = str(photo - n % 5), n % 5
@@ -189,7 +189,7 @@ def _relevance(said: Round, candidates: list[str], rng: random.Random) -> list[f
 def write_visdial(out: Path, split: str, scenes: list[Scene], rng: random.Random, paint: Paint) -> None:
     """VisDial 1.0 of ten rounds: questions without their question mark, as published; candidates for val only.
 
-    Train dialogues are about the first pictures of coco/train2017, whose ids they have. Those of val get pictures of their
+    Train dialogues are about the first images of coco/train2017, whose ids they have. Those of val get images of their
     own, a list of CANDIDATES answers per question, and dense relevance for one round (counted from 1) per dialogue.
     """
     ids, talks = _ids(scenes, split), [dialogue(scene, rng) for scene in scenes]
@@ -212,4 +212,4 @@ def write_visdial(out: Path, split: str, scenes: list[Scene], rng: random.Random
     if split == "val":
         write_json(out / "visdial" / "visdial_1.0_val_dense_annotations.json", dense)
         names = [f"VisualDialog_val2018_{i:012d}.jpg" for i in ids]
-        write_pictures(out / "visdial" / "images" / "val", names, list(zip(scenes, ids, strict=True)), paint)
+        write_images(out / "visdial" / "images" / "val", names, list(zip(scenes, ids, strict=True)), paint)

@@ -3,15 +3,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fromage.backbones import TOY
+from fromage.data.tokenizer import IMAGE, PromptTokenizer
 from fromage.errors import UserError
+from fromage.models.frozen import TOY
 from fromage.octopus.answers import answer_ids, read_indexed, read_text
 from fromage.octopus.boxes import spelled
 from fromage.octopus.data import objects_of
 from fromage.octopus.examples import Example
 from fromage.octopus.model import QUERY, index_tokens
 from fromage.octopus.step import named
-from fromage.tokens import IMAGE, PromptTokenizer
 
 A, B, C = (0.1, 0.2, 0.3, 0.4), (0.5, 0.5, 1.0, 0.75), (0.0, 0.0, 0.25, 0.125)
 

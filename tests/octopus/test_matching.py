@@ -7,7 +7,7 @@ from torchvision.ops import box_convert, generalized_box_iou
 
 from fromage.octopus.matching import CLASS, GIOU, L1, Objects, match, set_loss
 from fromage.octopus.pointing import regions
-from fromage.octopus.recognition import MEANT, NOTHING, DecoderLayer, Recognised, Recognizer
+from fromage.octopus.recognition import MEANT, NOTHING, DecoderLayer, Detections, Recognizer
 
 
 def some(B=3, N=4, counts=(2, 4, 1), meant=(1, 2, 0), L=2):
@@ -15,7 +15,7 @@ def some(B=3, N=4, counts=(2, 4, 1), meant=(1, 2, 0), L=2):
     boxes = torch.zeros(B, max(counts), 4)
     for row, count in zip(boxes, counts, strict=True):
         row[:count] = torch.rand(count, 4) * 0.5 + 0.2
-    found = Recognised(torch.randn(L, B, N, 3), torch.rand(L, B, N, 4) * 0.5 + 0.2, torch.zeros(B, N, 8))
+    found = Detections(torch.randn(L, B, N, 3), torch.rand(L, B, N, 4) * 0.5 + 0.2, torch.zeros(B, N, 8))
     return found, Objects(boxes, list(counts), list(meant))
 
 
@@ -47,7 +47,7 @@ def test_what_is_not_a_number_is_matched_and_shows_in_the_loss():
     assert loss.isnan() and len({*matched[1].tolist()}) == 4
 
 
-def test_one_picture_is_matched_as_in_a_batch():
+def test_one_image_is_matched_as_in_a_batch():
     found, objects = some()
     whole = match(found.logits[0], found.boxes[0], objects)
     for row in range(3):
@@ -65,12 +65,12 @@ def test_what_is_right_costs_nothing_for_boxes_and_little_for_the_class():
         for place in range(count):
             boxes[0, row, order[place]] = objects.boxes[row, place]
             logits[0, row, order[place]] = torch.tensor([20.0, -20, -20] if place < objects.meant[row] else [-20.0, 20, -20])
-    loss, matched, parts = set_loss(Recognised(logits, boxes, torch.zeros(3, 4, 8)), objects)
+    loss, matched, parts = set_loss(Detections(logits, boxes, torch.zeros(3, 4, 8)), objects)
     assert float(loss) < 1e-4 and all(float(value) < 1e-4 for value in parts.values())
     assert matched[1].tolist() == order
 
 
-def test_pictures_of_which_nothing_is_known_do_not_count():
+def test_images_of_which_nothing_is_known_do_not_count():
     found, objects = some()
     empty = Objects(torch.zeros(3, 0, 4), [0, 0, 0], [0, 0, 0])
     boxes = found.boxes.clone().requires_grad_()
@@ -78,7 +78,7 @@ def test_pictures_of_which_nothing_is_known_do_not_count():
     loss.backward()
     assert float(loss) == 0 and matched.shape == (3, 0) and boxes.grad.abs().sum() == 0
     more = Objects(torch.cat([objects.boxes, torch.zeros(1, 4, 4)]), [*objects.counts, 0], [*objects.meant, 0])
-    wider = Recognised(*(torch.cat([x, x[:, :1]], 1) for x in (found.logits, found.boxes)), found.relay)
+    wider = Detections(*(torch.cat([x, x[:, :1]], 1) for x in (found.logits, found.boxes)), found.relay)
     torch.testing.assert_close(set_loss(wider, more)[0], set_loss(found, objects)[0])
 
 
@@ -90,7 +90,7 @@ def test_every_layer_is_judged():
 
 
 @pytest.mark.parametrize("grid", [(2, 2), (3, 5)])
-def test_boxes_lie_in_the_picture_and_start_from_the_queries_points(grid):
+def test_boxes_lie_in_the_image_and_start_from_the_queries_points(grid):
     torch.manual_seed(0)
     recognizer = Recognizer(8, 6, grid, 5, c=16, layers=2, heads=2)
     found = recognizer(torch.randn(2, 5, 8), torch.randn(2, grid[0] * grid[1], 6))
@@ -128,7 +128,7 @@ def test_the_region_of_a_box_is_the_mean_of_the_patches_in_it():
     for row, column in ((0, 0), (0, 1), (1, 0), (1, 1)):
         left, top, right, bottom = corners[row, column].clamp(min=0).tolist()
         torch.testing.assert_close(found[row, column], maps[row, top:bottom, left:right].mean((0, 1)), rtol=1e-3, atol=1e-5)
-    empty = torch.tensor([[[0.5, 0.5, 0.0, 0.2], [1.5, 0.5, 0.2, 0.2]]])  # without area; beside the picture
+    empty = torch.tensor([[[0.5, 0.5, 0.0, 0.2], [1.5, 0.5, 0.2, 0.2]]])  # without area; beside the image
     assert not regions(maps[:1].flatten(1, 2), (rows, columns), empty).any()
     inside = torch.tensor([[[0.05, 0.0625, 1e-4, 1e-4]]])  # within the first patch
     torch.testing.assert_close(

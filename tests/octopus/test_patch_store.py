@@ -4,10 +4,10 @@ import pytest
 import torch
 from PIL import Image
 
-from fromage.backbones import load_patches
 from fromage.errors import UserError
+from fromage.images.open import open_image
+from fromage.models.vision.registry import load_patches
 from fromage.octopus.patch_store import LINES, ROWS, PatchStore
-from fromage.pictures import open_picture
 
 
 @pytest.fixture(scope="module")
@@ -16,25 +16,25 @@ def tower():
 
 
 @pytest.fixture
-def pictures(folder):
+def images(folder):
     return [str(path) for path in sorted(folder.glob("*.png"))]
 
 
-def test_rows_are_what_the_tower_says(tower, pictures, tmp_path):
+def test_rows_are_what_the_tower_says(tower, images, tmp_path):
     store = PatchStore(tmp_path / "store", tower)
-    store.add(pictures[:2], batch_size=2)
-    store.add(pictures)
+    store.add(images[:2], batch_size=2)
+    store.add(images)
     again = PatchStore(tmp_path / "store", tower)
-    for picture in pictures:
-        want = tower(tower.transform(open_picture(picture))[None])[0].bfloat16()
-        torch.testing.assert_close(again[picture], want, rtol=0.02, atol=0.02)
-    assert (tmp_path / "store" / ROWS).stat().st_size == len(pictures) * 2 * 16 * 384
+    for image in images:
+        want = tower(tower.transform(open_image(image))[None])[0].bfloat16()
+        torch.testing.assert_close(again[image], want, rtol=0.02, atol=0.02)
+    assert (tmp_path / "store" / ROWS).stat().st_size == len(images) * 2 * 16 * 384
 
 
 @pytest.mark.parametrize("torn", ["line", "row", "rows ahead"])
-def test_a_kill_costs_the_last_pictures_alone(tower, pictures, tmp_path, torn):
+def test_a_kill_costs_the_last_images_alone(tower, images, tmp_path, torn):
     store = PatchStore(tmp_path / "store", tower)
-    store.add(pictures, batch_size=3)
+    store.add(images, batch_size=3)
     lines, rows = tmp_path / "store" / LINES, tmp_path / "store" / ROWS
     if torn == "line":
         lines.write_text(lines.read_text()[:-5])
@@ -44,49 +44,49 @@ def test_a_kill_costs_the_last_pictures_alone(tower, pictures, tmp_path, torn):
         lines.write_text("".join(line + "\n" for line in lines.read_text().splitlines()[:3]))
     again = PatchStore(tmp_path / "store", tower)
     kept = set(again.rows)
-    assert len(kept) == (3 if torn == "rows ahead" else len(pictures) - 1)
-    again.add(pictures)
-    assert all(torch.equal(again[picture], store[picture]) for picture in kept)
-    assert set(again.rows) == set(pictures) and len({*again.rows.values()}) == len(pictures)
+    assert len(kept) == (3 if torn == "rows ahead" else len(images) - 1)
+    again.add(images)
+    assert all(torch.equal(again[image], store[image]) for image in kept)
+    assert set(again.rows) == set(images) and len({*again.rows.values()}) == len(images)
 
 
-def test_opening_only_reads_and_a_second_process_finds_the_work_done(tower, pictures, tmp_path):
+def test_opening_only_reads_and_a_second_process_finds_the_work_done(tower, images, tmp_path):
     store, other = (PatchStore(tmp_path / "store", tower) for _ in range(2))
-    store.add(pictures)
+    store.add(images)
     written = {path: path.stat().st_mtime_ns for path in (tmp_path / "store").iterdir()}
-    PatchStore(tmp_path / "store", tower).add(pictures[:2])
+    PatchStore(tmp_path / "store", tower).add(images[:2])
     assert {path: path.stat().st_mtime_ns for path in written} == written
     size = (tmp_path / "store" / ROWS).stat().st_size
-    other.add(pictures)
+    other.add(images)
     assert other.rows == store.rows and (tmp_path / "store" / ROWS).stat().st_size == size
-    assert torch.equal(other[pictures[-1]], store[pictures[-1]])
+    assert torch.equal(other[images[-1]], store[images[-1]])
 
 
-def test_a_picture_that_was_replaced_is_encoded_again(tower, pictures, tmp_path):
+def test_an_image_that_was_replaced_is_encoded_again(tower, images, tmp_path):
     own = tmp_path / "own.png"
     Image.new("RGB", (96, 96), "red").save(own)
     store = PatchStore(tmp_path / "store", tower)
-    store.add([str(own), str(tmp_path / "later.png"), *pictures])
-    red, kept = store[str(own)], store[pictures[0]]
+    store.add([str(own), str(tmp_path / "later.png"), *images])
+    red, kept = store[str(own)], store[images[0]]
     Image.new("RGB", (96, 96), "blue").save(own)
     Image.new("RGB", (96, 96), "red").save(tmp_path / "later.png")
     again = PatchStore(tmp_path / "store", tower)
-    again.add([str(own), str(tmp_path / "later.png"), *pictures])
+    again.add([str(own), str(tmp_path / "later.png"), *images])
     assert not torch.equal(again[str(own)], red) and torch.equal(again[str(tmp_path / "later.png")], red)
-    assert again.lost == {} and torch.equal(again[pictures[0]], kept)
+    assert again.lost == {} and torch.equal(again[images[0]], kept)
 
 
-def test_lost_pictures_are_listed_and_not_tried_again_as_they_are(tower, pictures, tmp_path):
+def test_lost_images_are_listed_and_not_tried_again_as_they_are(tower, images, tmp_path):
     broken = tmp_path / "broken.jpg"
-    broken.write_bytes(b"no picture")
+    broken.write_bytes(b"no image")
     store = PatchStore(tmp_path / "store", tower)
-    store.add([pictures[0], str(broken), str(tmp_path / "gone.jpg"), pictures[1]])
+    store.add([images[0], str(broken), str(tmp_path / "gone.jpg"), images[1]])
     assert store.lost == {str(broken): "broken", str(tmp_path / "gone.jpg"): "missing"}
     again = PatchStore(tmp_path / "store", tower)
-    assert again.lost == store.lost and again.rows == {pictures[0]: 0, pictures[1]: 1}
+    assert again.lost == store.lost and again.rows == {images[0]: 0, images[1]: 1}
 
 
-def test_another_towers_store_is_refused(tower, pictures, tmp_path):
+def test_another_towers_store_is_refused(tower, images, tmp_path):
     PatchStore(tmp_path / "store", tower)
     with pytest.raises(UserError, match="another tower"):
         PatchStore(tmp_path / "store", load_patches("toy", layer=-3))
@@ -96,7 +96,7 @@ def test_another_towers_store_is_refused(tower, pictures, tmp_path):
         PatchStore(tmp_path / "other", tower)
 
 
-def test_the_tower_sees_the_whole_picture_and_patches_lie_as_in_it(tower):
+def test_the_tower_sees_the_whole_image_and_patches_lie_as_in_it(tower):
     wide = Image.new("RGB", (400, 100), "white")
     wide.paste("red", (300, 0, 400, 100))  # at the right edge, which a centre crop would lose
     plain = Image.new("RGB", (400, 100), "white")

@@ -36,7 +36,7 @@ def write(path: Path, content) -> str:
 # boxes
 
 
-def test_shares_are_clipped_to_the_picture():
+def test_shares_are_clipped_to_the_image():
     assert share(10, 20, 30, 60, 100, 200) == (0.1, 0.1, 0.3, 0.3)
     assert share(-5, 190, 30, 260, 100, 200) == (0.0, 0.95, 0.3, 1.0)
 
@@ -45,7 +45,7 @@ def test_shares_are_clipped_to_the_picture():
     "sides",
     [(10, 10, 10, 20), (10, 10, 20, 10), (30, 10, 20, 20), (101, 0, 120, 10), (-9, 0, 0, 5), (float("nan"), 0, 5, 5)],
 )
-def test_a_box_without_area_in_the_picture_is_none(sides):
+def test_a_box_without_area_in_the_image_is_none(sides):
     assert share(*sides, 100, 100) is None
 
 
@@ -89,7 +89,7 @@ def test_refcoco_points_at_what_the_annotation_says(world, split):
         assert example.boxes[number] == pytest.approx((x / PIXELS, y / PIXELS, (x + w) / PIXELS, (y + h) / PIXELS))
         assert len(example.boxes) == sum(a["image_id"] == ref["image_id"] for a in notes.values())
         assert example.instruction == f"where is {text}?"
-        assert example.picture == str(world / "refcoco/images" / names[ref["image_id"]]) and Path(example.picture).is_file()
+        assert example.image == str(world / "refcoco/images" / names[ref["image_id"]]) and Path(example.image).is_file()
 
 
 def test_refcoco_question_and_limit(world):
@@ -134,12 +134,12 @@ def test_refcoco_reads_cocos_own_instances(shared_data, tmp_path):
         x, y, w, h = note["bbox"]
         assert (left * width, top * height) == pytest.approx((x, y), abs=1e-6)
         assert ((right - left) * width, (bottom - top) * height) == pytest.approx((w, h), abs=0.02)  # clipped by rounding
-        assert Path(example.picture).name == name and Path(example.picture).is_file()
+        assert Path(example.image).name == name and Path(example.image).is_file()
 
 
 @pytest.fixture
 def one(tmp_path):
-    """A picture of 200 x 100 pixels with the boxes given: the file of instances, and the notes."""
+    """An image of 200 x 100 pixels with the boxes given: the file of instances, and the notes."""
 
     def make(*boxes, crowds=()):
         notes = [{"id": n, "image_id": 7, "category_id": 1, "bbox": list(b), "iscrowd": 0} for n, b in enumerate(boxes)]
@@ -156,7 +156,7 @@ def test_boxes_outside_or_without_area_are_left_out_with_their_references(one, t
     instances, notes = one(
         (0, 0, 0, 50), (-20, -10, 120, 60), (250, 0, 20, 20), (150, 50, 100, 100), (1, 1, 9, 9), crowds=[4]
     )
-    source = RefCOCO(refs_of(tmp_path / "refs(unc).p", notes), instances, "pictures", split="val")
+    source = RefCOCO(refs_of(tmp_path / "refs(unc).p", notes), instances, "images", split="val")
     with pytest.warns(UserWarning, match=r"refs\(unc\)\.p: left out are .*2 boxes of no area.*3 examples"):
         found = list(source)
     assert [e.instruction for e in found] == ["where is thing 1?", "where is thing 3?"]
@@ -169,7 +169,7 @@ def test_boxes_outside_or_without_area_are_left_out_with_their_references(one, t
 )
 def test_references_of_another_data_set(one, tmp_path, change, what):
     instances, notes = one((0, 0, 50, 50))
-    source = RefCOCO(refs_of(tmp_path / "refs(unc).p", notes, **change), instances, "pictures", split="val")
+    source = RefCOCO(refs_of(tmp_path / "refs(unc).p", notes, **change), instances, "images", split="val")
     with pytest.raises(UserError, match=f"{what}.*instances.json does not hold"):
         list(source)
 
@@ -183,7 +183,7 @@ def test_refcoco_pickles_run_nothing(one, tmp_path, protocol):
     instances, notes = one((0, 0, 50, 50))
     refs = refs_of(tmp_path / "refs(unc).p", notes, protocol, split=Malicious())
     with pytest.raises(UserError, match=r"refs\(unc\)\.p: .*asks for .*mkdir"):
-        list(RefCOCO(refs, instances, "pictures", split="val"))
+        list(RefCOCO(refs, instances, "images", split="val"))
     assert not (tmp_path / "made").exists()
 
 
@@ -191,7 +191,7 @@ def test_refcoco_texts_of_python_2(one, tmp_path):
     instances, notes = one((0, 0, 50, 50))
     refs = Path(refs_of(tmp_path / "refs(unc).p", notes, 0))
     refs.write_bytes(refs.read_bytes().replace(b"Vthing 0\n", b"S'caf\\xc3\\xa9'\n"))
-    (example,) = RefCOCO(str(refs), instances, "pictures", split="val")
+    (example,) = RefCOCO(str(refs), instances, "images", split="val")
     assert example.instruction == "where is café?"
 
 
@@ -199,20 +199,20 @@ def test_refcoco_files_that_are_wrong(one, tmp_path, world):
     instances, notes = one((0, 0, 50, 50))
     refs = refs_of(tmp_path / "refs(unc).p", notes)
     with pytest.raises(UserError, match="no split testA; there are val"):
-        list(RefCOCO(refs, instances, "pictures", split="testA"))
+        list(RefCOCO(refs, instances, "images", split="testA"))
     with pytest.raises(UserError, match=r"nothing\.p: cannot be read"):
-        list(RefCOCO(str(tmp_path / "nothing.p"), instances, "pictures"))
+        list(RefCOCO(str(tmp_path / "nothing.p"), instances, "images"))
     with pytest.raises(UserError, match="is no list of references"):
-        list(RefCOCO(instances, instances, "pictures"))
+        list(RefCOCO(instances, instances, "images"))
     with pytest.raises(UserError, match="captions of COCO, and not boxes of COCO"):
-        list(RefCOCO(refs, str(world / "coco/annotations/captions_val2017.json"), "pictures", split="val"))
+        list(RefCOCO(refs, str(world / "coco/annotations/captions_val2017.json"), "images", split="val"))
     broken, _ = one((0, 0, 50))
     with pytest.raises(UserError, match=r"instances\.json: an entry is broken"):
-        list(RefCOCO(refs, broken, "pictures", split="val"))
+        list(RefCOCO(refs, broken, "images", split="val"))
     with pytest.raises(UserError, match=r"must hold .* once"):
-        RefCOCO(refs, instances, "pictures", question="where?")
+        RefCOCO(refs, instances, "images", question="where?")
     with pytest.raises(UserError, match="limit"):
-        RefCOCO(refs, instances, "pictures", limit=0)
+        RefCOCO(refs, instances, "images", limit=0)
 
 
 # Flickr30k Entities
@@ -220,13 +220,13 @@ def test_refcoco_files_that_are_wrong(one, tmp_path, world):
 
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_entities_of_the_toy_world_lie_where_refcoco_has_them(world, split):
-    boxes = {e.picture: e.boxes for e in coco(world, split=split)}
+    boxes = {e.image: e.boxes for e in coco(world, split=split)}
     source = entities(world, split=split)
-    assert {e.picture for e in source} == set(boxes) and len({e.key for e in source}) == len(source)
+    assert {e.image for e in source} == set(boxes) and len({e.key for e in source}) == len(source)
     assert source.dropped["phrases without a box"] == 2 * 5 * len(boxes)  # the ground and the time in each sentence
     several = 0
     for example in source:
-        for box, there in zip(example.boxes, boxes[example.picture], strict=True):
+        for box, there in zip(example.boxes, boxes[example.image], strict=True):
             assert box == pytest.approx(there, abs=0.51 / PIXELS)
         first = re.match(r"where is (\w+) .*\?", example.instruction)[1]
         assert len(example.answer) == {"a": 1, "an": 1, "two": 2, "three": 3, "four": 4}[first]
@@ -243,7 +243,7 @@ OBJECT = "<object>{names}<bndbox><xmin>{}</xmin><ymin>{}</ymin><xmax>{}</xmax><y
 
 
 def annotate(folder: Path, *objects, size=(200, 100)) -> Flickr30kEntities:
-    """A picture whose objects are (entities, xmin, ymin, xmax, ymax)."""
+    """An image whose objects are (entities, xmin, ymin, xmax, ymax)."""
     for name in ("Sentences", "Annotations"):
         (folder / name).mkdir(exist_ok=True)
     (folder / "val.txt").write_text("12\n")
@@ -254,7 +254,7 @@ def annotate(folder: Path, *objects, size=(200, 100)) -> Flickr30kEntities:
     width, height = size
     sides = f"<size><width>{width}</width><height>{height}</height><depth>3</depth></size>"
     (folder / "Annotations/12.xml").write_text(f"<annotation><filename>12.jpg</filename>{sides}{listed}</annotation>")
-    return Flickr30kEntities(str(folder), "pictures", "val")
+    return Flickr30kEntities(str(folder), "images", "val")
 
 
 def test_entities_as_published(tmp_path):
@@ -263,7 +263,7 @@ def test_entities_as_published(tmp_path):
     assert (men.instruction, dog.instruction) == ("where is Two men?", "where is a dog?")
     assert men.boxes == dog.boxes == ((0.75, 0.0, 1.0, 1.0), (0.5, 0.5, 0.6, 0.6), (0.0, 0.0, 0.25, 1.0))
     assert men.answer == (2, 0) and dog.answer == (1,)  # in reading order
-    assert men.picture == str(Path("pictures", "12.jpg")) and source.dropped == {"phrases without a box": 2}
+    assert men.image == str(Path("images", "12.jpg")) and source.dropped == {"phrases without a box": 2}
 
 
 def test_entities_without_area(tmp_path):
@@ -277,7 +277,7 @@ def test_entities_without_area(tmp_path):
 def test_entities_by_a_list_of_ids(world, tmp_path):
     chosen = (world / "flickr30k_entities/val.txt").read_text().split()[:2]
     (tmp_path / "mine.txt").write_text("\n".join(chosen))
-    assert {Path(e.picture).stem for e in entities(world, split=str(tmp_path / "mine.txt"))} == set(chosen)
+    assert {Path(e.image).stem for e in entities(world, split=str(tmp_path / "mine.txt"))} == set(chosen)
 
 
 def test_entities_that_are_wrong(world, tmp_path):
@@ -291,7 +291,7 @@ def test_entities_that_are_wrong(world, tmp_path):
         list(annotate(tmp_path, ("1", 1, 1, 5, 5), size=(0, 100)))
     (tmp_path / "Annotations/12.xml").unlink()
     with pytest.raises(UserError, match=r"12\.xml: cannot be read.*Annotations"):
-        list(Flickr30kEntities(str(tmp_path), "pictures", "val"))
+        list(Flickr30kEntities(str(tmp_path), "images", "val"))
     with pytest.raises(UserError, match="holds no example, but 4 phrases without a box"):
         list(annotate(tmp_path))
 
@@ -310,11 +310,11 @@ def test_instructions_of_the_toy_world(world, split):
         texts = [piece if isinstance(piece, str) else spelled(example.boxes[piece]) for piece in example.answer]
         assert "".join(texts) == told
         assert sorted(example.meant) == list(range(len(example.boxes)))
-        assert Path(example.picture).is_file()
+        assert Path(example.image).is_file()
         pointed = [example.boxes[number] for number in example.answer if isinstance(number, int)]
         assert reading_order(pointed) == list(range(len(pointed)))
     assert max(len(e.boxes) for e in found) > 1
-    assert len(Instructions(str(world / f"llava/pretrain_{split}.json"), str(world))) > len({e.picture for e in found})
+    assert len(Instructions(str(world / f"llava/pretrain_{split}.json"), str(world))) > len({e.image for e in found})
 
 
 def talk(*turns, image="a.jpg", **more) -> dict:
@@ -351,7 +351,7 @@ def test_turns_are_examples_of_their_own(tmp_path):
     assert [e.instruction for e in found] == ["first?", "second?", "third?"] and len({e.key for e in found}) == 3
 
 
-def test_what_is_no_instruction_about_a_picture_is_counted(tmp_path):
+def test_what_is_no_instruction_about_an_image_is_counted(tmp_path):
     text_only = {"id": "t", "conversations": talk(("hello?", "hi"))["conversations"]}
     odd = talk(("<image>\nwhat?", "this"), ("and?",))
     swapped = {"id": "s", "image": "a.jpg", "conversations": talk(("q", "a"))["conversations"][::-1]}
@@ -360,14 +360,14 @@ def test_what_is_no_instruction_about_a_picture_is_counted(tmp_path):
     with pytest.warns(UserWarning, match="left out are"):
         assert [e.instruction for e in source] == ["what?", "really?"]
     assert source.dropped == {
-        "entries without a picture, or of several": 2,
+        "entries without an image, or of several": 2,
         "turns that are no question and answer": 2,
-        "boxes of no area in their picture": 1,
+        "boxes of no area in their image": 1,
         "examples that point at such a box": 1,
     }
 
 
-def test_boxes_of_the_padded_picture(tmp_path):
+def test_boxes_of_the_padded_image(tmp_path):
     Image.new("RGB", (200, 100)).save(tmp_path / "a.jpg")  # padded by 50 pixels above and below
     entry = talk(("where?", "[0.25,0.25,0.5,0.5] [0.25,0.1,0.5,0.5]"))
     (plain,), (padded,) = instructions(tmp_path, entry), instructions(tmp_path, entry, padded=True)
@@ -377,12 +377,12 @@ def test_boxes_of_the_padded_picture(tmp_path):
 
 def test_instructions_that_are_wrong(world, tmp_path):
     with pytest.raises(UserError, match=r"gone\.json: cannot be read"):
-        list(Instructions(str(tmp_path / "gone.json"), "pictures"))
+        list(Instructions(str(tmp_path / "gone.json"), "images"))
     with pytest.raises(UserError, match="is boxes of COCO, and not instructions of LLaVA"):
-        list(Instructions(str(world / "refcoco/instances.json"), "pictures"))
+        list(Instructions(str(world / "refcoco/instances.json"), "images"))
     with pytest.raises(UserError, match=r"talks\.json: an entry is broken"):
         list(instructions(tmp_path, talk(("q", "a")), {"image": "a.jpg"}))
-    with pytest.raises(UserError, match="holds no example, but 1 entries without a picture"):
+    with pytest.raises(UserError, match="holds no example, but 1 entries without an image"):
         list(instructions(tmp_path, talk(("q", "a"), image=None)))
 
 
@@ -396,7 +396,7 @@ def test_pope_of_the_toy_world_is_true_of_its_scenes(world):
     assert [e.answer for e in found].count(("yes",)) == len(found) / 2 and {e.answer for e in found} == {("yes",), ("no",)}
     for example in found:
         said = set(re.findall(r"\w+", example.instruction)) - {"is", "there", "a", "an", "at", "the"}
-        things = scenes[Path(example.picture).name].things
+        things = scenes[Path(example.image).name].things
         there = any(said <= {t.shape, t.colour, t.size, t.place} for t in things)
         assert example.answer == (("yes",) if there else ("no",)) and not example.boxes
 
@@ -405,13 +405,13 @@ def test_pope_that_is_wrong(tmp_path):
     row = {"question_id": 1, "image": "a.jpg", "text": "is there a dog?", "label": "no"}
     (tmp_path / "pope.json").write_text(json.dumps(row) + "\n\n" + json.dumps(row | {"label": "maybe"}))
     with pytest.raises(UserError, match="the label maybe, not yes or no"):
-        list(Pope(str(tmp_path / "pope.json"), "pictures"))
+        list(Pope(str(tmp_path / "pope.json"), "images"))
     for text in ("[", json.dumps({"image": "a.jpg"})):
         (tmp_path / "pope.json").write_text(text)
         with pytest.raises(UserError, match=r"pope\.json: an entry is broken"):
-            list(Pope(str(tmp_path / "pope.json"), "pictures"))
+            list(Pope(str(tmp_path / "pope.json"), "images"))
     with pytest.raises(UserError, match="cannot be read"):
-        list(Pope(str(tmp_path / "gone.json"), "pictures"))
+        list(Pope(str(tmp_path / "gone.json"), "images"))
 
 
 # all of them

@@ -3,10 +3,11 @@
 import torch
 import transformers as hf
 
-from fromage.backbones import TOY, LanguageModel
-from fromage.octopus.lightning_module import OctopusModule
+from fromage.data.tokenizer import IMAGE, PromptTokenizer
+from fromage.models.frozen import TOY
+from fromage.models.language_model import LanguageModel
 from fromage.octopus.model import QUERY, Octopus, index_tokens
-from fromage.tokens import IMAGE, PromptTokenizer
+from fromage.octopus.module import OctopusModule
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
 SIZES |= {"max_position_embeddings": 128, "initializer_range": 0.3}

@@ -6,7 +6,7 @@ SAY = {"messages": [{"role": "user", "content": "a red star"}]}
 
 
 def sent(path):
-    return {"type": "picture", "data": base64.b64encode(path.read_bytes()).decode()}
+    return {"type": "image", "data": base64.b64encode(path.read_bytes()).decode()}
 
 
 def captions(reply):

@@ -19,7 +19,7 @@ from httpx import ASGITransport, AsyncClient
 from served import SAY, captions, sent
 
 from fromage.errors import UserError
-from fromage.model import Fromage
+from fromage.models.fromage import Fromage
 from fromage.serving.app import _Server, create_app, serve
 from fromage.serving.batching import Capacity
 
@@ -120,13 +120,13 @@ def test_beyond_what_may_be_at_hand_no_request_is_read(model, index, monkeypatch
     running(app, case)
 
 
-def test_a_picture_asked_for_by_its_id_has_a_time_out_and_makes_no_other_wait(model, index, monkeypatch):
+def test_an_image_asked_for_by_its_id_has_a_time_out_and_makes_no_other_wait(model, index, monkeypatch):
     app, go = create_app(model, index, "plain", Capacity(timeout=1.0)), threading.Event()
     monkeypatch.setattr(app.state.desk.ids, "open", lambda name: go.wait(30))
 
     async def case(client):
-        slow = [asyncio.create_task(client.get("/pictures/" + "0" * 16)) for _ in range(20)]
-        red = {"type": "picture", "data": sent(Path(index.items[0].path))["data"]}
+        slow = [asyncio.create_task(client.get("/images/" + "0" * 16)) for _ in range(20)]
+        red = {"type": "image", "data": sent(Path(index.items[0].path))["data"]}
         assert captions(await client.post("/search", json={"query": [red], "k": 1})) == ["red"]
         assert {reply.status_code for reply in await asyncio.gather(*slow)} == {504}
         go.set()
@@ -142,13 +142,13 @@ def test_a_host_that_is_slow_makes_only_those_wait_who_ask_for_it(model, index, 
         assert go.wait(20)
         raise UserError(f"{url}: too slow")
 
-    monkeypatch.setattr("fromage.serving.desk.fetch_picture", fetch)
+    monkeypatch.setattr("fromage.serving.request_handler.fetch_image", fetch)
 
     async def case(client):
-        query = {"query": [{"type": "url", "url": "https://pictures.example/a.jpg"}]}
+        query = {"query": [{"type": "url", "url": "https://images.example/a.jpg"}]}
         slow = [asyncio.create_task(client.post("/search", json=query)) for _ in range(20)]
         await until(lambda: len(asked) == 8)
-        red = {"type": "picture", "data": sent(Path(index.items[0].path))["data"]}
+        red = {"type": "image", "data": sent(Path(index.items[0].path))["data"]}
         assert captions(await client.post("/search", json={"query": [red], "k": 1})) == ["red"]
         go.set()
         assert {reply.status_code for reply in await asyncio.gather(*slow)} == {400}
@@ -226,7 +226,7 @@ def test_who_has_gone_is_not_answered(app, address, monkeypatch):
 
 
 SERVER = """
-from fromage.model import Fromage
+from fromage.models.fromage import Fromage
 from fromage.serving.app import Capacity, serve
 serve(Fromage.load(k=2, q=32), None, "plain", "127.0.0.1", 0, Capacity(timeout=60))
 """

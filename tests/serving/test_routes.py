@@ -16,17 +16,16 @@ from PIL import Image
 from schemathesis.checks import load_all_checks
 from served import SAY, captions, sent
 
-from fromage.chat import Chat
-from fromage.decoding import Decoding
+from fromage.data.image_source import Item
 from fromage.errors import UserError
-from fromage.index import ImageIndex
-from fromage.item_table import picture_id
-from fromage.picture_source import Item
-from fromage.prompts import embed_for_retrieval
+from fromage.generation.chat import Chat
+from fromage.generation.decoding import Decoding
+from fromage.retrieval.faiss_index import ImageIndex
+from fromage.retrieval.item_table import image_id
 from fromage.serving.app import create_app
-from fromage.serving.picture_ids import PictureIds
+from fromage.serving.image_ids import ImageIds
 
-PICTURES_PLEASE = {"max_new_tokens": 6, "ret_bias": 1e4}
+IMAGES_PLEASE = {"max_new_tokens": 6, "ret_bias": 1e4}
 load_all_checks()
 
 
@@ -40,9 +39,9 @@ def nearest(index, rows, k):
     return [hit.caption for hit in index.search(rows.numpy(), k)[0]]
 
 
-def test_search_by_words_by_a_picture_and_by_both(client, model, index, folder):
-    picture = Image.open(folder / "blue.png")
-    both = embed_for_retrieval(model, [["a star like", picture, "at night"]])
+def test_search_by_words_by_an_image_and_by_both(client, model, index, folder):
+    image = Image.open(folder / "blue.png")
+    both = model.embed_text([["a star like", image, "at night"]])
     assert captions(client.post("/search", json={"query": "a red star", "k": 6})) == nearest(
         index, model.embed_text(["a red star"]), 6
     )
@@ -51,29 +50,29 @@ def test_search_by_words_by_a_picture_and_by_both(client, model, index, folder):
     assert captions(client.post("/search", json={"query": query, "k": 6})) == nearest(index, both, 6)
 
 
-def test_pictures_come_when_asked_for_and_no_path_ever(client, folder):
-    reply = client.post("/search", json={"query": [sent(folder / "red.png")], "k": 3, "pictures": True})
+def test_images_come_when_asked_for_and_no_path_ever(client, folder):
+    reply = client.post("/search", json={"query": [sent(folder / "red.png")], "k": 3, "images": True})
     best = reply.json()["hits"][0]
-    small = Image.open(io.BytesIO(base64.b64decode(best["picture"])))
+    small = Image.open(io.BytesIO(base64.b64decode(best["image"])))
     assert small.format == "JPEG" and small.size == (64, 64) and small.getpixel((9, 9))[0] > 250
     assert str(folder) not in reply.text and "png" not in reply.text and best["url"] is None
-    served = client.get(f"/pictures/{best['id']}")
+    served = client.get(f"/images/{best['id']}")
     assert served.headers["content-type"] == "image/jpeg" and Image.open(io.BytesIO(served.content)).size == (64, 64)
-    assert client.post("/search", json={"query": "x"}).json()["hits"][0]["picture"] is None
+    assert client.post("/search", json={"query": "x"}).json()["hits"][0]["image"] is None
 
 
 @pytest.mark.parametrize("name", ["0" * 16, "0", "..%2F..%2Fetc%2Fpasswd", "../healthz", "%00", "red.png", "F" * 16])
-def test_only_pictures_of_the_index_are_served(client, name):
-    assert client.get(f"/pictures/{name}").status_code in (404, 422) or name == "../healthz"
+def test_only_images_of_the_index_are_served(client, name):
+    assert client.get(f"/images/{name}").status_code in (404, 422) or name == "../healthz"
 
 
 def test_a_conversation_is_answered_as_chat_answers_it(client, model, index, folder):
-    chat = Chat(model, index, Decoding(**PICTURES_PLEASE), "plain", system=["be kind."])
+    chat = Chat(model, index, Decoding(**IMAGES_PLEASE), "plain", system=["be kind."])
     messages = [{"role": "system", "content": "be kind."}]
     for said in (["a red star"], ["another one", folder / "blue.png"], ["and one more"]):
         content = [{"type": "text", "text": p} if isinstance(p, str) else sent(p) for p in said]
         messages.append({"role": "user", "content": content})
-        reply = client.post("/chat", json={"messages": messages, "decoding": PICTURES_PLEASE})
+        reply = client.post("/chat", json={"messages": messages, "decoding": IMAGES_PLEASE})
         message, answer = reply.json()["message"], chat.say(*said)
         want = [p if isinstance(p, str) else [hit.caption for hit in p.hits] for p in answer.parts]
         got = [p["text"] if p["type"] == "text" else [hit["caption"] for hit in p["hits"]] for p in message["content"]]
@@ -82,21 +81,21 @@ def test_a_conversation_is_answered_as_chat_answers_it(client, model, index, fol
     assert len({hit["id"] for m in messages[2::2] for p in m["content"] if "hits" in p for hit in p["hits"]}) == 3
 
 
-def test_full_size_pictures_do_not_pile_up(app, client, monkeypatch):
+def test_full_size_images_do_not_pile_up(app, client, monkeypatch):
     opened, alive = [], []
 
     def opening(name):
-        picture = Image.new("RGB", (2000, 10))
-        opened.append(weakref.ref(picture))
+        image = Image.new("RGB", (2000, 10))
+        opened.append(weakref.ref(image))
         alive.append(sum(each() is not None for each in opened))
-        return picture
+        return image
 
     monkeypatch.setattr(app.state.desk.ids, "open", opening)
-    monkeypatch.setattr("fromage.hits.open_picture", opening)
-    monkeypatch.setattr("fromage.hits.POOL", ThreadPoolExecutor(1))
+    monkeypatch.setattr("fromage.retrieval.results.open_image", opening)
+    monkeypatch.setattr("fromage.retrieval.results.POOL", ThreadPoolExecutor(1))
     monkeypatch.setitem(app.state.desk._threads, "found", CapacityLimiter(1))
-    hits = client.post("/search", json={"query": "a", "k": 6, "pictures": True}).json()["hits"]
-    shown = {"type": "pictures", "hits": [{"id": hit["id"]} for hit in hits]}
+    hits = client.post("/search", json={"query": "a", "k": 6, "images": True}).json()["hits"]
+    shown = {"type": "images", "hits": [{"id": hit["id"]} for hit in hits]}
     assert captions(client.post("/search", json={"query": [shown]}))
     assert len(alive) == 12 and max(alive) == 1
 
@@ -104,23 +103,23 @@ def test_full_size_pictures_do_not_pile_up(app, client, monkeypatch):
 def test_ids_are_known_before_they_are_first_asked_for(model, folder):
     rows, items = torch.eye(32)[:2].numpy(), [Item(str(folder / name)) for name in ("red.png", "blue.png")]
     index = ImageIndex.build(rows, items, model.fingerprint())
-    ids = PictureIds(index)
+    ids = ImageIds(index)
     index.items = list(index.items)  # which has no slices to go through
     assert [ids._find(ids.of(item.path)) for item in items] == items
 
 
-def test_ids_alone_may_be_sent_back_and_pictures_that_have_gone(model, index, tmp_path):
+def test_ids_alone_may_be_sent_back_and_images_that_have_gone(model, index, tmp_path):
     gone = ImageIndex.build(index.vectors[:1], [Item(str(tmp_path / "gone.png"))], model.fingerprint())
-    shown = {"type": "pictures", "hits": [{"id": picture_id(str(tmp_path / "gone.png").encode())}]}
+    shown = {"type": "images", "hits": [{"id": image_id(str(tmp_path / "gone.png").encode())}]}
     said = {"role": "user", "content": "a"}
     asked = {"messages": [said, {"role": "assistant", "content": [shown]}, said], "decoding": {"max_new_tokens": 2}}
     with TestClient(create_app(model, gone)) as client:
         assert client.post("/chat", json=asked).status_code == 200
-        assert client.post("/search", json={"query": "a", "pictures": True}).json()["hits"] == []
+        assert client.post("/search", json={"query": "a", "images": True}).json()["hits"] == []
         said["content"] = ""
         assert client.post("/chat", json={"messages": [said]}).status_code == 422
         said["content"] = "a"
-        refused = client.get(f"/pictures/{shown['hits'][0]['id']}")
+        refused = client.get(f"/images/{shown['hits'][0]['id']}")
         assert refused.status_code == 404 and str(tmp_path) not in refused.text
         shown["hits"][0]["id"] = "0" * 16
         assert client.post("/chat", json=asked).status_code == 400
@@ -129,9 +128,9 @@ def test_ids_alone_may_be_sent_back_and_pictures_that_have_gone(model, index, tm
 def test_the_next_best_takes_the_place_of_what_has_gone(model, index, folder, tmp_path):
     items = [Item(str(tmp_path / f"{i}.png"), "gone") for i in range(9)] + [Item(str(folder / "red.png"), "red")]
     odd = ImageIndex.build(torch.randn(10, 32).numpy(), items, model.fingerprint())
-    asked = SAY | {"decoding": PICTURES_PLEASE, "pictures": True}
+    asked = SAY | {"decoding": IMAGES_PLEASE, "images": True}
     with TestClient(create_app(model, odd, "plain")) as client:
-        assert captions(client.post("/search", json={"query": "a", "k": 1, "pictures": True})) == ["red"]
+        assert captions(client.post("/search", json={"query": "a", "k": 1, "images": True})) == ["red"]
         message = client.post("/chat", json=asked).json()["message"]
         assert [[hit["caption"] for hit in part["hits"]] for part in message["content"] if "hits" in part] == [["red"]]
         assert events(client.post("/chat", json=asked | {"stream": True}))[-1][1]["message"] == message
@@ -139,11 +138,11 @@ def test_the_next_best_takes_the_place_of_what_has_gone(model, index, folder, tm
 
 
 def test_a_stream_is_the_reply_in_pieces(client):
-    asked = SAY | {"decoding": PICTURES_PLEASE | {"min_tokens": 2}, "pictures": True}
+    asked = SAY | {"decoding": IMAGES_PLEASE | {"min_tokens": 2}, "images": True}
     whole = client.post("/chat", json=asked).json()
     said = events(client.post("/chat", json=asked | {"stream": True}))
     assert [name for name, _ in said[-2:]] == ["text", "done"] and said[-1][1] == whole
-    assert "pictures" in [name for name, _ in said] and len(said) > 4
+    assert "images" in [name for name, _ in said] and len(said) > 4
     text = "".join(data["text"] for name, data in said if name == "text")
     assert text == "".join(part["text"] for part in whole["message"]["content"] if part["type"] == "text")
 
@@ -174,16 +173,16 @@ def test_a_stream_that_fails_says_so(app, client, monkeypatch):
 def bomb(side=20_000):
     file = io.BytesIO()
     Image.new("1", (side, side)).save(file, "PNG")
-    return {"type": "picture", "data": base64.b64encode(file.getvalue()).decode()}
+    return {"type": "image", "data": base64.b64encode(file.getvalue()).decode()}
 
 
 NASTY = [
     {"query": [bomb(5_010)]},  # beyond what a stranger may send
-    *({"query": [{"type": "picture", "data": data}]} for data in ("%%%", "", "\u00e9", "AAAA", "iVBORw0KGgo=", "\n")),
+    *({"query": [{"type": "image", "data": data}]} for data in ("%%%", "", "\u00e9", "AAAA", "iVBORw0KGgo=", "\n")),
     {"query": [bomb()]},
     *({"query": [{"type": "url", "url": url}]} for url in ("file:///etc/passwd", "http://127.0.0.1/", "http://[", "\x00")),
     {"query": [{"type": "url", "url": "http://169.254.169.254/latest"}]},
-    {"query": [{"type": "pictures", "hits": [{"id": "../../etc/passwd"}]}]},
+    {"query": [{"type": "images", "hits": [{"id": "../../etc/passwd"}]}]},
     {"query": "\ud800"},
     {"query": [{"type": "\udc00"}]},
     {"query": "a", "\ud800": 1},
@@ -205,7 +204,7 @@ NASTY = [
 GOOD = [
     *({"query": query} for query in ("[RET] </s> <|image|>", "/etc/passwd", "\x00")),
     {"query": "\U0001f9c0" * 20, "k": 50},
-    {"query": [{"type": "pictures", "hits": []}]},
+    {"query": [{"type": "images", "hits": []}]},
 ]
 
 
@@ -271,24 +270,24 @@ def test_large_bodies_are_refused_whether_announced_or_not(client):
 
 def test_without_an_index_there_are_words(model):
     with TestClient(create_app(model, None, "plain")) as client:
-        assert client.get("/healthz").json() == {"status": "ok", "pictures": 0, "waiting": 0}
+        assert client.get("/healthz").json() == {"status": "ok", "images": 0, "waiting": 0}
         assert "--index" in client.post("/search", json={"query": "a"}).json()["detail"]
-        reply = client.post("/chat", json=SAY | {"decoding": PICTURES_PLEASE}).json()
-        assert {"type": "pictures", "hits": []} in reply["message"]["content"]
-        assert client.get("/pictures/" + "0" * 16).status_code == 404
+        reply = client.post("/chat", json=SAY | {"decoding": IMAGES_PLEASE}).json()
+        assert {"type": "images", "hits": []} in reply["message"]["content"]
+        assert client.get("/images/" + "0" * 16).status_code == 404
 
 
 def test_names_that_are_not_unicode_and_addresses(model, index):
-    items = [Item("/tmp/\udcff.png", "caf\udce9"), Item("https://pictures.example/b.jpg", "b")]
+    items = [Item("/tmp/\udcff.png", "caf\udce9"), Item("https://images.example/b.jpg", "b")]
     odd = ImageIndex.build(index.vectors[:2], items, model.fingerprint())
     with TestClient(create_app(model, odd)) as client:
         hits = client.post("/search", json={"query": "a"}).json()["hits"]
-    assert {(hit["caption"], hit["url"]) for hit in hits} == {("caf?", None), ("b", "https://pictures.example/b.jpg")}
+    assert {(hit["caption"], hit["url"]) for hit in hits} == {("caf?", None), ("b", "https://images.example/b.jpg")}
 
 
 def test_the_schema_tells_limits_and_examples(app):
     schema = app.openapi()
-    assert set(schema["paths"]) == {"/chat", "/search", "/pictures/{name}", "/healthz"}
+    assert set(schema["paths"]) == {"/chat", "/search", "/images/{name}", "/healthz"}
     shapes = schema["components"]["schemas"]
     assert shapes["DecodingOptions"]["properties"]["max_new_tokens"]["maximum"] == 512
     for name, path in (("SearchRequest", "/search"), ("ChatRequest", "/chat")):
@@ -314,7 +313,7 @@ def fuzz(app, method, path, mode):
     run()
 
 
-@pytest.mark.parametrize(("method", "path"), [("POST", "/chat"), ("POST", "/search"), ("GET", "/pictures/{name}")])
+@pytest.mark.parametrize(("method", "path"), [("POST", "/chat"), ("POST", "/search"), ("GET", "/images/{name}")])
 def test_fuzzed_from_its_schema(app, method, path):
     fuzz(app, method, path, schemathesis.GenerationMode.POSITIVE)
     fuzz(app, method, path, schemathesis.GenerationMode.NEGATIVE)

@@ -29,7 +29,7 @@ EXTREMES = {"leftmost": (0, -1), "rightmost": (0, 1), "highest": (1, -1), "lowes
 
 
 def read(text: str, scene: Scene, centres, heights) -> list[int]:
-    """The objects that an English noun phrase means, by the pixels of the drawn picture where it speaks of positions."""
+    """The objects that an English noun phrase means, by the pixels of the drawn image where it speaks of positions."""
     text = text.removeprefix("the ").removeprefix("a ").removeprefix("an ")
     if found := re.search(r" (left of|right of|above|below) (the .*)", text):
         (anchor,) = read(found[2], scene, centres, heights)
@@ -81,7 +81,7 @@ def test_relations_are_opposites_and_of_different_objects():
                 assert a is b or any(related(a, name, b) for name in RELATIONS)
 
 
-def test_expressions_mean_one_object_to_a_reader_who_sees_the_picture():
+def test_expressions_mean_one_object_to_a_reader_who_sees_the_image():
     rng = random.Random(1)
     for i, scene in enumerate(SCENES):
         _, boxes = draw(scene, i)

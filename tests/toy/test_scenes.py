@@ -89,8 +89,8 @@ def test_drawing_depends_on_scene_and_seed_alone():
 @pytest.mark.parametrize("sample", [sample_scene, sample_crowded_scene])
 def test_boxes_hold_the_objects_and_nothing_is_drawn_outside(sample):
     for i, scene in enumerate(sample_scenes(random.Random(0), "train", 100, sample)):
-        picture, boxes = draw(scene, i)
-        pixels = np.asarray(picture).astype(int)  # (PIXELS, PIXELS, 3)
+        image, boxes = draw(scene, i)
+        pixels = np.asarray(image).astype(int)  # (PIXELS, PIXELS, 3)
         rest = np.ones((PIXELS, PIXELS), bool)
         for thing, (x, y, w, h) in zip(scene.things, boxes, strict=True):
             assert x >= 0 and y >= 0 and x + w <= PIXELS + 0.5 and y + h <= PIXELS + 0.5

@@ -57,7 +57,7 @@ def samples(folder: Path) -> list[dict[str, bytes]]:
     return list(found.values())
 
 
-def picture(file: Path | bytes) -> np.ndarray:
+def image(file: Path | bytes) -> np.ndarray:
     with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
         assert image.format == "JPEG" and image.size == (PIXELS, PIXELS) and image.mode == "RGB"
         return np.asarray(image).astype(int)
@@ -143,7 +143,7 @@ def test_cc3m(world, split):
         assert set(sample) == {"jpg", "txt", "json"}
         assert sample["txt"].decode() == meta["caption"] and (split == "train" or meta["caption"].endswith("."))
         assert hashlib.sha256(sample["jpg"]).hexdigest() == meta["sha256"]
-        picture(sample["jpg"])
+        image(sample["jpg"])
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -157,11 +157,11 @@ def test_coco_captions(world, split):
     for a in content["annotations"]:
         assert set(a) == {"image_id", "id", "caption"}
         said.setdefault(a["image_id"], set()).add(a["caption"])
-    for image in content["images"]:
-        assert (image["height"], image["width"]) == (PIXELS, PIXELS)
-        assert image["file_name"] == f"{image['id']:012d}.jpg"
-        assert len(said[image["id"]]) == 5
-        picture(world / f"coco/{split}2017" / image["file_name"])
+    for entry in content["images"]:
+        assert (entry["height"], entry["width"]) == (PIXELS, PIXELS)
+        assert entry["file_name"] == f"{entry['id']:012d}.jpg"
+        assert len(said[entry["id"]]) == 5
+        image(world / f"coco/{split}2017" / entry["file_name"])
     assert len(list((world / f"coco/{split}2017").iterdir())) == len(content["images"])
 
 
@@ -176,7 +176,7 @@ def test_vist(world, split):
         assert told["tier"] == "story-in-sequence" and told["original_text"] and told["text"]
         assert photos[told["photo_flickr_id"]]["album_id"] == told["album_id"]
         stories.setdefault(told["story_id"], []).append(told)
-        picture(world / f"vist/images/{split}" / f"{told['photo_flickr_id']}.jpg")
+        image(world / f"vist/images/{split}" / f"{told['photo_flickr_id']}.jpg")
     assert {a["id"] for a in content["albums"]} == {told[0]["album_id"] for told in stories.values()}
     assert len({told["storylet_id"] for story in stories.values() for told in story}) == len(photos)
     assert len(stories) == COUNTS["stories"]
@@ -220,11 +220,11 @@ def test_visdial(world, split):
                 assert len(set(options)) == 100 and options[r["gt_index"]] == data["answers"][r["answer"]]
                 positions.append(r["gt_index"])
         name = f"visdial/images/val/VisualDialog_val2018_{dialog['image_id']:012d}.jpg"
-        picture(world / (name if split == "val" else f"coco/train2017/{dialog['image_id']:012d}.jpg"))
+        image(world / (name if split == "val" else f"coco/train2017/{dialog['image_id']:012d}.jpg"))
     assert split == "train" or len(set(positions)) > 50
 
 
-def test_visdial_train_dialogues_are_about_their_coco_pictures(world):
+def test_visdial_train_dialogues_are_about_their_coco_images(world):
     scenes = {i["id"]: i["scene"] for i in load(world / "coco/annotations/captions_train2017.json")["images"]}
     for dialog in load(world / "visdial/visdial_1.0_train.json")["data"]["dialogs"]:
         assert scenes[dialog["image_id"]] == dialog["scene"]
@@ -267,13 +267,13 @@ def test_refcoco(world):
 
 
 def lies_at(box: list[float], place: str) -> bool:
-    """Whether a box's centre is in the named third of the picture."""
+    """Whether a box's centre is in the named third of the image."""
     x, y = (box[0] + box[2] / 2) / PIXELS, (box[1] + box[3] / 2) / PIXELS
     spots = {"left": x < 0.35, "right": x > 0.65, "top": y < 0.35, "bottom": y > 0.65}
     return spots.get(place, 0.35 < x < 0.65 and 0.35 < y < 0.65)
 
 
-def test_refcoco_boxes_lie_in_the_picture_around_something(world):
+def test_refcoco_boxes_lie_in_the_image_around_something(world):
     content = load(world / "refcoco/instances.json")
     names = {i["id"]: i["file_name"] for i in content["images"]}
     same = [[a["category_id"] for a in content["annotations"] if a["image_id"] == i] for i in names]
@@ -282,14 +282,14 @@ def test_refcoco_boxes_lie_in_the_picture_around_something(world):
         x, y, w, h = ann["bbox"]
         assert x >= 0 and y >= 0 and w > 8 and h > 8 and x + w <= PIXELS and y + h <= PIXELS
         assert ann["area"] == pytest.approx(w * h, abs=0.01)
-        pixels = picture(world / "refcoco/images" / names[ann["image_id"]])
+        pixels = image(world / "refcoco/images" / names[ann["image_id"]])
         ground = np.median(pixels.reshape(-1, 3), axis=0)
         inside = pixels[round(y) : round(y + h), round(x) : round(x + w)]
         assert (np.abs(inside - ground).max(-1) > 30).mean() > 0.1
 
 
 def boxes_of(world: Path) -> dict[str, list[list[float]]]:
-    """Left, top, right, bottom in pixels of each referring picture's objects, by the picture's file name."""
+    """Left, top, right, bottom in pixels of each referring image's objects, by the image's file name."""
     content = load(world / "refcoco/instances.json")
     found: dict[str, list[list[float]]] = {image["file_name"]: [] for image in content["images"]}
     names = {image["id"]: image["file_name"] for image in content["images"]}

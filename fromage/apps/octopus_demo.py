@@ -1,0 +1,87 @@
+"""Octopus on the toy world: the three stages one after another, and the sequential counterpart."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from fromage.io import write_files
+from fromage.toy.world import make_world
+from fromage.training.configs import find_config
+from fromage.training.fit import fitting
+
+HOME = "runs/octopus"  # where the configurations put everything
+PLACES = re.compile(rf"{HOME}(/world|/patches)?")
+REFS = 6000  # images with referring expressions, in training and in validation
+STAGES = ("octopus_toy1.yaml", "octopus_toy2.yaml", "octopus_toy3.yaml")
+CHECKPOINT = Path("checkpoints", "last.ckpt")
+FINISHED = "finished"  # a file beside a run's checkpoints
+SEQUENTIAL = ("octopus_toy3.yaml", "octopus_sequential.yaml")
+
+
+def toy_checkpoint(out: Path) -> Path:
+    """The last stage's checkpoint in the folder `out`, trained first where there is none."""
+    checkpoint = trained(out)
+    if checkpoint is None:
+        print(f"no checkpoint is given: training a toy Octopus in {out}, some fifteen minutes on two cores", flush=True)
+        checkpoint = tour(out)
+    return checkpoint
+
+
+def tour(out: Path, options: Sequence[str] = (), shared: Path | None = None, stages: int = len(STAGES)) -> Path:
+    """Make the world and train the first stages in the folder `out`; returns the last one's checkpoint.
+
+    options: further words for every `lightning fit`. shared: folder of the world and its patches, in place of `out`.
+    """
+    make(shared or out)
+    for stage, config in enumerate(STAGES[:stages], 1):
+        checkpoint = train_once(out, f"stage{stage}", (config,), options, shared)
+    return checkpoint
+
+
+def make(out: Path) -> None:
+    """The world, in a folder; one of as many referring images that is there will do, whatever else it holds."""
+    try:
+        refs = json.loads((out / "world" / "world.json").read_text(encoding="utf-8"))["counts"]["refs"]
+    except (OSError, ValueError, LookupError, TypeError):
+        refs = None  # none is there, or make_world says what is
+    if refs != REFS:
+        make_world(out / "world", refs=REFS, train=1000, val=200, stories=1, dialogues=1)
+
+
+def sequential(out: Path, options: Sequence[str] = (), shared: Path | None = None) -> Path:
+    """Train the sequential counterpart from the first stage in the folder `out`."""
+    if trained(out, "sequential") is None:
+        tour(out, options, shared, stages=1)
+    return train_once(out, "sequential", SEQUENTIAL, options, shared)
+
+
+def train_once(
+    out: Path, name: str, configs: Sequence[str], options: Sequence[str] = (), shared: Path | None = None
+) -> Path:
+    """Train what saves its checkpoints in the folder out / name, unless it came to its end before; what was killed goes on.
+
+    Returns the checkpoint.
+    """
+    checkpoint = out / name / CHECKPOINT
+    if trained(out, name) is None:
+        train(out, configs, [*options, *(["--ckpt_path=last"] if checkpoint.exists() else [])], shared)
+        write_files(out / name, {FINISHED: b""})
+    return checkpoint
+
+
+def trained(out: Path, name: str = "stage3") -> Path | None:
+    """The checkpoint in the folder out / name, if it is that of a run that came to its end."""
+    return out / name / CHECKPOINT if (out / name / FINISHED).exists() else None
+
+
+def train(out: Path, configs: Sequence[str], options: Sequence[str] = (), shared: Path | None = None) -> None:
+    """`lightning fit` with configurations whose paths begin in `out`, or in `shared`, in place of runs/octopus."""
+    placed = {}
+    for name in configs:
+        text = Path(find_config(name)).read_text(encoding="utf-8")
+        placed[name] = PLACES.sub(lambda found: f"{(shared or out) if found[1] else out}{found[1] or ''}", text)
+    write_files(out / "configs", {name: text.encode() for name, text in placed.items()})
+    fitting(["fit", *(word for name in configs for word in ("--config", str(out / "configs" / name))), *options])

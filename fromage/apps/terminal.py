@@ -1,0 +1,209 @@
+"""A conversation in the terminal: a line is a turn, images go in by path and come out by path.
+
+    > Which of these is a star? @sky.jpg or @"my other image.png"
+    > /save page.png
+
+Text appears as it is decoded; Ctrl-C stops an answer. Errors are a line, and the conversation goes on.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import sys
+from collections.abc import Callable
+from contextlib import closing, suppress
+from dataclasses import replace
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any, TextIO
+
+from fromage.apps.screen import Screen
+from fromage.errors import UserError
+from fromage.generation.chat import Chat, Turn
+from fromage.generation.retrieved import Shown
+from fromage.images.codec import to_png
+from fromage.io import write_files
+from fromage.models.prompts import Part, Url
+from fromage.retrieval.results import Opened, draw_hits
+
+# An image begins a word; the punctuation behind one without quotes belongs to the text.
+IMAGE = re.compile(r'(?<![^\s(])@(?:"([^"]+)"|([^\s@]\S*?)(?=[.,;:!?)]*(?:\s|$)))')
+DOUBLED = re.compile(r"(?<![^\s(])@@")
+SETTINGS: dict[str, tuple[str, type[int] | type[float]]] = {
+    "/ret-bias": ("ret_bias", float),
+    "/temperature": ("temperature", float),
+    "/images": ("images_per_ret", int),
+}
+
+
+def talk(chat: Chat, read: Callable[[str], str] = input, out: TextIO | None = None) -> None:
+    """Talk until the input ends.
+
+    Args:
+        read: the next line, shown a prompt, as `input` does; EOFError ends the conversation.
+        out: standard output, unless given.
+    """
+    session, prompt = Session(chat, Screen(out)), "> " if sys.stdin.isatty() else ""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")
+    if prompt:
+        with suppress(ImportError):
+            import readline  # noqa: F401  input() then knows the arrow keys and a history
+        session.screen.line("@image.jpg shows an image, /help lists the commands")
+    _loop(session, read, prompt)
+
+
+def _loop(session: Session, read: Callable[[str], str], prompt: str) -> None:
+    screen, interrupts = session.screen, 0  # in a row
+    while interrupts < 2:
+        try:
+            screen.fresh = not prompt
+            line = read(prompt)
+            screen.fresh, interrupts = True, 0
+            session.take(line)
+        except EOFError:
+            break
+        except UserError as error:
+            screen.complain(str(error))
+        except KeyboardInterrupt:
+            interrupts += 1
+            screen.line("(stopped; the turn is forgotten)" if interrupts < 2 else "")
+    screen.line()
+
+
+def parse(line: str) -> list[Part]:
+    """Text and images of a line, in order: @path, @"path", @http://address at the beginning of a word; @@ is an @."""
+    parts: list[Part] = []
+    end = 0
+    for match in IMAGE.finditer(line):
+        parts += [*_text(line[end : match.start()]), _image(match[1] or match[2])]
+        end = match.end()
+    return [*parts, *_text(line[end:])]
+
+
+def _text(words: str) -> list[Part]:
+    """Nothing for spaces alone; a space before an image is none of the prompt's."""
+    return [DOUBLED.sub("@", words.rstrip())] if words.strip() else []
+
+
+def _image(name: str) -> Part:
+    if name.startswith(("http://", "https://")):
+        return Url(name)
+    with suppress(RuntimeError):  # ~nobody
+        return Path(name).expanduser()
+    return Path(name)
+
+
+class Session:
+    """A conversation and the screen it is held on."""
+
+    def __init__(self, chat: Chat, screen: Screen) -> None:
+        self.chat, self.screen = chat, screen
+
+    def take(self, line: str) -> None:
+        """A turn or a command. Raises UserError for what cannot be done, and EOFError at the end."""
+        line = line.strip()
+        if not line.startswith("/") or line.startswith("//"):
+            self.turn(parse(line[1:] if line.startswith("//") else line))
+            return
+        name, _, words = line.partition(" ")
+        if name not in COMMANDS:
+            raise UserError(f"{name}: no such command; /help lists them, and // at the front makes a text of it")
+        argument, _, command = COMMANDS[name]
+        if words and not argument:
+            raise UserError(f"{name} {words.strip()}: {name} stands alone; leave out the rest")
+        command(self, name, words.strip())
+
+    def turn(self, parts: list[Part]) -> None:
+        """Say the parts, and show what comes back as it comes."""
+        if not parts:
+            return
+        with closing(self.chat.stream(*parts)) as pieces:  # type: ignore[type-var]
+            for piece in pieces:
+                if isinstance(piece, str):
+                    self.screen.say(piece)
+                else:
+                    self.show(piece)
+        self.screen.line("" if self.chat.turns[-1].answer.parts else "(no answer)")
+
+    def show(self, shown: Shown) -> None:
+        """What stands for a [RET]: rank, score, path and caption of each image, and the image."""
+        for note in shown.notes:
+            self.screen.line(f"  {note}")
+        if shown.nothing:
+            self.screen.line(f"  [an image; {shown.nothing}]")
+        for hit, image in zip_longest(shown.hits, shown.images):
+            self.screen.line(hit.line())
+            if image:
+                self.screen.image(image)
+
+    def reset(self, name: str, words: str) -> None:
+        """Forget all turns."""
+        self.chat.reset()
+        self.screen.line("(all is forgotten)")
+
+    def undo(self, name: str, words: str) -> None:
+        """Take the last turn back."""
+        if not self.chat.turns:
+            raise UserError("/undo: there is no turn to take back; say something first")
+        self.screen.line(f"(taken back: {_said(self.chat.turns[-1].said)})")
+        self.chat.undo()
+
+    def set(self, name: str, words: str) -> None:
+        """Exchange a number of the decoding, or tell what it is."""
+        field, kind = SETTINGS[name]
+        if words:
+            try:
+                number: dict[str, Any] = {field: kind(words)}
+                self.chat.decoding = replace(self.chat.decoding, **number)
+            except ValueError:
+                raise UserError(f"{name} {words}: wants {'a whole' if kind is int else 'a'} number") from None
+            except UserError as error:
+                raise UserError(str(error).replace(field, name)) from None
+        self.screen.line(f"({name[1:]} is {getattr(self.chat.decoding, field)})")
+
+    def save(self, name: str, words: str) -> None:
+        """Write a contact sheet of the images shown, under what was said for them."""
+        path = Path(words)
+        if path.suffix.lower() != ".png":
+            raise UserError(f"{name} {words}: name a file that ends in .png")
+        if not path.parent.is_dir():
+            raise UserError(f"{name} {words}: there is no folder {path.parent}; make it first, or name another")
+        pages = [(_said(turn.said), opened) for turn in self.chat.turns if (opened := _opened(turn))]
+        if not pages:
+            raise UserError(f"{name}: no image has been shown yet; ask for one, or raise /ret-bias")
+        write_files(
+            path.parent, {path.name: to_png(draw_hits([said for said, _ in pages], [opened for _, opened in pages]))}
+        )
+        self.screen.line(f"(drawn: {path})")
+
+    def help(self, name: str, words: str) -> None:
+        """List the commands."""
+        for command, (argument, does, _) in COMMANDS.items():
+            self.screen.line(f"  {command + ' ' + argument:16} {does}")
+        self.screen.line('  @sky.jpg @"my sky.jpg" @https://... within a line are images; @@ is an @, // at the front a /')
+
+    def quit(self, name: str, words: str) -> None:
+        """End, as the end of the input does."""
+        raise EOFError
+
+
+def _opened(turn: Turn) -> list[Opened]:
+    return [pair for shown in turn.answer.shown for pair in zip(shown.hits, shown.images, strict=False)]
+
+
+def _said(parts: list[Part]) -> str:
+    return " ".join(f"@{part}" if isinstance(part, (Path, Url)) else part for part in parts if isinstance(part, (str, Path)))
+
+
+COMMANDS: dict[str, tuple[str, str, Callable[[Session, str, str], None]]] = {
+    "/reset": ("", "forget the conversation", Session.reset),
+    "/undo": ("", "take the last turn back", Session.undo),
+    "/ret-bias": ("X", "added to the logit of [RET]: more images, or fewer", Session.set),
+    "/temperature": ("X", "of sampling; 0 is greedy", Session.set),
+    "/images": ("N", "images for each [RET]", Session.set),
+    "/save": ("FILE.png", "draw the images shown so far into a file", Session.save),
+    "/help": ("", "this list", Session.help),
+    "/quit": ("", "end, as Ctrl-D does", Session.quit),
+}

@@ -1,0 +1,140 @@
+"""The tour of `make demo`: make a world, train FROMAGe on it, evaluate beside CLIP, index images, search them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fromage.data.batches import Batch
+from fromage.data.datamodule import CC3M
+from fromage.data.features import store_features
+from fromage.evals.retrieval import evaluate, evaluate_clip
+from fromage.generation.generate import caption_images
+from fromage.images.open import open_image
+from fromage.models.fromage import Fromage, load_model
+from fromage.retrieval.build import build_index
+from fromage.retrieval.open_index import search_index
+from fromage.retrieval.results import draw_hits, load_images
+from fromage.toy.scenes import Scene, names_colour_and_shape
+from fromage.toy.world import make_world
+from fromage.training.fit import fitting
+
+CONVERSATION = "index_k4"  # of the model with the better captions
+
+
+def conversation_index(out: Path) -> Path:
+    """The index of a toy model to talk to: of the tour in the folder `out`, which is made first where there is none."""
+    if not (out / CONVERSATION).exists():
+        print(f"no checkpoint is given: making the toy world and a model of it in {out}, two to three minutes", flush=True)
+        demo(out)
+    return out / CONVERSATION
+
+
+def demo(out: Path, pairs: int = 8192, scenes: int = 1000, options: Sequence[str] = ()) -> dict[str, Any]:
+    """Run the tour into the folder `out`; returns and writes report.json, with recalls in percent and times in seconds.
+
+    One run each for k = 1 and k = 4. The first is evaluated in retrieval, indexed and searched; both are judged by
+    whether their captions name colour and shape.
+
+    Args:
+        pairs: training pairs of the world.
+        scenes: validation scenes, never seen in training.
+        options: further words for `lightning fit --config toy.yaml`.
+    """
+    began = time.monotonic()
+    world, stored = out / "world", out / "features"
+    seconds: dict[str, float] = {}
+    with timed("world", seconds):
+        make_world(world, train=pairs, val=scenes)
+    with timed("features", seconds):
+        store_features(str(world / "cc3m" / "train"), stored, Fromage.load().vision, workers=1)
+    with timed("train", seconds):
+        runs = {k: train(out / f"k{k}", k, world, stored, options) for k in (1, 4)}
+    with timed("evaluate", seconds):
+        models = {k: load_model(path) for k, path in runs.items()}
+        report = compare(models[1], world) | {"captions_right": {f"k{k}": name_things(m, world) for k, m in models.items()}}
+    with timed("search", seconds):
+        coco = world / "coco"
+        captions = coco / "annotations" / "captions_val2017.json"
+        index, _ = (
+            build_index(models[k], str(coco / "val2017"), out / name, captions=captions, checkpoint=runs[k])
+            for k, name in ((1, "index"), (4, CONVERSATION))
+        )
+        asked = queries(json.loads(captions.read_text()))
+        found = [load_images(hits, 5)[0] for hits in search_index(models[1], index, asked, 5)]
+        draw_hits(asked, found).save(out / "searches.png")
+    report["seconds"] = {**{k: round(v, 1) for k, v in seconds.items()}, "after_install": round(time.monotonic() - began, 1)}
+    (out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+    print(table(report), f"report: {out / 'report.json'}\nsearches: {out / 'searches.png'}", sep="\n")
+    return report
+
+
+@contextmanager
+def timed(name: str, seconds: dict[str, float]) -> Iterator[None]:
+    """Announce a part of the tour and note its wall-clock seconds."""
+    print(f"\n== {name}", flush=True)
+    began = time.monotonic()
+    yield
+    seconds[name] = time.monotonic() - began
+
+
+def train(out: Path, k: int, world: Path, stored: Path, options: Sequence[str]) -> Path:
+    """`lightning fit` with k places per image, from the start; returns the last checkpoint."""
+    checkpoints = out / "checkpoints"
+    shutil.rmtree(checkpoints, ignore_errors=True)
+    words = [f"--data.train_shards={stored}", f"--data.val_shards={world / 'cc3m' / 'val'}", f"--model.k={k}"]
+    words += [f"--trainer.logger.init_args.save_dir={out.parent}", f"--trainer.logger.init_args.name={out.name}"]
+    fitting(["fit", "--config", "toy.yaml", *words, f"--trainer.callbacks.init_args.dirpath={checkpoints}", *options])
+    return checkpoints / "last.ckpt"
+
+
+def queries(coco: dict[str, Any]) -> list[str]:
+    """The last captions of the first unseen scenes of one, two and three objects, and of another one."""
+    said = {note["image_id"]: note["caption"] for note in coco["annotations"]}
+    by_count: dict[int, list[str]] = {1: [], 2: [], 3: []}
+    for image in coco["images"]:
+        by_count[len(Scene.parse(image["scene"]).things)].append(said[image["id"]])
+    return [*by_count[1][:2], *by_count[2][:1], *by_count[3][:1]]
+
+
+def compare(model: Fromage, world: Path) -> dict[str, Any]:
+    """Recalls of FROMAGe and of CLIP's own towers over the world's validation scenes, one caption each."""
+    data = CC3M(str(world / "cc3m" / "train"), str(world / "cc3m" / "val"), batch_size=250, max_tokens=40, workers=0)
+    data.attach(model.vision.transform, model.tokenizer)
+    batches: list[Batch] = list(data.val_dataloader())  # type: ignore[arg-type]
+    gallery = sum(len(batch.keys) for batch in batches)
+    return {"fromage": evaluate(model, batches), "clip": evaluate_clip(model, batches), "gallery": gallery}
+
+
+def name_things(model: Fromage, world: Path) -> float:
+    """Share, in percent, of unseen scenes of one object whose greedy caption names its colour and shape, and no others."""
+    listed = json.loads((world / "coco" / "annotations" / "captions_val2017.json").read_text())["images"]
+    single = [(entry["file_name"], Scene.parse(entry["scene"])) for entry in listed if "+" not in entry["scene"]]
+    pixels = [model.vision.transform(open_image(str(world / "coco" / "val2017" / name))) for name, _ in single]
+    made = caption_images(model, model.vision(torch.stack(pixels)))
+    return round(
+        100 * sum(names_colour_and_shape(text, scene) for text, (_, scene) in zip(made, single, strict=True)) / len(single),
+        1,
+    )
+
+
+def table(report: dict[str, Any]) -> str:
+    """The report as lines for the terminal."""
+    names = [f"{way}_r{k}" for way in ("t2i", "i2t") for k in (1, 5, 10)]
+    lines = [
+        "",
+        f"{report['gallery']} unseen scenes, one caption each; recall in %",
+        "        " + "".join(f"{n:>9}" for n in names),
+    ]
+    lines += [f"{who:8}" + "".join(f"{report[who][name]:9.1f}" for name in names) for who in ("fromage", "clip")]
+    right = ", ".join(f"{k} {v:.0f} %" for k, v in report["captions_right"].items())
+    lines.append(f"greedy captions that name colour and shape of a single object: {right}")
+    lines.append("seconds: " + ", ".join(f"{k} {v:.0f}" for k, v in report["seconds"].items()))
+    return "\n".join(lines)

@@ -1,0 +1,196 @@
+"""The web demo: talk with a model and search its index, in a browser.
+
+Each visitor has a conversation of their own, kept as its turns, from which the page is drawn anew. The model works for
+one visitor at a time. Nothing of this machine can be read through the page: what is sent is decoded here, what is shown
+is written into a temporary folder, and nothing but this folder is served. It is gone when the demo ends.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import Event
+from typing import TYPE_CHECKING, Any
+
+from fromage.errors import UserError
+from fromage.models.fromage import Fromage
+
+try:
+    import gradio as gr
+    from starlette.middleware import Middleware
+except ImportError as error:
+    raise UserError("the web demo needs Gradio; pip install 'fromage[demo]'") from error
+
+from fromage.apps.web.guard import Guard, GuardedBlocks
+from fromage.apps.web.pointing import Pointing
+from fromage.apps.web.sessions import MAX_SENT, Sessions, conversation
+
+if TYPE_CHECKING:
+    from fromage.octopus.model import Octopus
+    from fromage.retrieval.faiss_index import ImageIndex
+
+CACHE = "GRADIO_TEMP_DIR"
+UPLOAD = "20mb"  # of one file
+SESSIONS = 200  # conversations kept; beyond it the one that rested longest is forgotten
+QUEUE = 64  # requests that may wait
+KEPT = 24 * 3600  # seconds that images stay in the temporary folder
+MODEL: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1}  # the events that use the model
+PLAIN: dict[str, Any] = {"render_markdown": False, "latex_delimiters": [], "show_label": False}  # words as they are
+THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+CSS = """
+.gradio-container {max-width: 1200px !important; margin: 0 auto !important}
+.message-buttons {display: none !important}  /* sharing with strangers */
+.message img {min-width: 128px; object-fit: contain !important}
+.grid-wrap {max-height: none !important}
+.grid-container {grid-template-columns: repeat(auto-fill, minmax(min(220px, 40%), 1fr)) !important}
+.caption-label {white-space: normal !important; display: -webkit-box !important; -webkit-box-orient: vertical;
+  -webkit-line-clamp: 2; padding-bottom: 0 !important; border-bottom: 4px solid transparent !important}
+"""
+ABOUT = """# FROMAGe
+A frozen language model that sees images and answers with images. Send words, images, or both."""
+FINDS = " Where it writes `[RET]`, the answer shows which of the {count:,} images of its index is meant."
+NO_INDEX = " It was started without an index of images, so it answers in text alone."
+
+
+def launch(
+    model: Fromage, index: ImageIndex | None, style: str, host: str, port: int, octopus: Octopus | None = None
+) -> None:
+    """Serve the demo until Ctrl-C. style: of fromage.generation.chat.STYLES. Raises UserError where the port is taken."""
+    with running(model, index, style, host, port, octopus) as address:
+        print(f"the demo is at {address} (Ctrl-C ends it)", flush=True)
+        try:
+            Event().wait()
+        except KeyboardInterrupt:
+            print()
+
+
+@contextmanager
+def running(
+    model: Fromage, index: ImageIndex | None, style: str, host: str, port: int, octopus: Octopus | None = None
+) -> Iterator[str]:
+    """The demo, served in the background; gives its address."""
+    with _cache():
+        visits = Sessions(model, index, style)
+        blocks = page(visits, Pointing(octopus, visits.lock) if octopus else None)
+        try:
+            yield _serve(blocks, host, port)
+        finally:
+            blocks.close(verbose=False)
+
+
+@contextmanager
+def _cache() -> Iterator[None]:
+    """Gradio's folder for uploads and images shown: by default, one for all that runs on the machine, for good."""
+    before = os.environ.get(CACHE)
+    with tempfile.TemporaryDirectory(prefix="fromage-") as folder:
+        os.environ[CACHE] = folder
+        try:
+            yield
+        finally:
+            os.environ.pop(CACHE) if before is None else os.environ.update({CACHE: before})
+
+
+def _serve(blocks: gr.Blocks, host: str, port: int) -> str:
+    try:
+        _, address, _ = blocks.launch(
+            server_name=host,
+            server_port=port,
+            share=False,
+            inbrowser=False,
+            quiet=True,
+            prevent_thread_lock=True,
+            max_file_size=UPLOAD,
+            state_session_capacity=SESSIONS,
+            footer_links=[],
+            run_history=False,
+            enable_monitoring=False,
+            ssr_mode=False,
+            mcp_server=False,
+            theme=THEME,
+            css=CSS,
+            app_kwargs={"middleware": [Middleware(Guard)], "openapi_url": None},
+        )
+    except (OSError, OverflowError) as error:
+        raise UserError(
+            f"{host}:{port}: cannot listen there; is the port taken, or no port? choose another --port"
+        ) from error
+    return address.rstrip("/")
+
+
+def page(visits: Sessions, pointing: Pointing | None = None) -> gr.Blocks:
+    """Two tabs, the conversation and the plain search; with an Octopus a third one, in which it points."""
+    about = ABOUT + (FINDS.format(count=len(visits.index)) if visits.index else NO_INDEX)
+    with GuardedBlocks(title="FROMAGe", analytics_enabled=False, delete_cache=(600, KEPT)) as blocks:
+        gr.Markdown(about)
+        with gr.Tab("Chat"):
+            _chat(visits)
+        with gr.Tab("Search"):
+            _search(visits)
+        if pointing:
+            with gr.Tab("Point"):
+                _point(pointing)
+    return blocks.queue(max_size=QUEUE)
+
+
+def _chat(visits: Sessions) -> None:
+    turns = gr.State([])
+    with gr.Row():
+        with gr.Column(scale=3):
+            shown = gr.Chatbot(height="58vh", buttons=[], allow_file_downloads=False, **PLAIN)
+            box = _box(visits, MAX_SENT)
+            with gr.Row():
+                stop, undo, new = (gr.Button(name, size="md", min_width=80) for name in ("Stop", "Undo", "New"))
+        with gr.Column(scale=1):
+            settings = _settings(visits)
+    asked = box.submit(visits.answer, [box, turns, *settings], [box, shown, turns], **MODEL)
+    stop.click(conversation, turns, shown, cancels=asked, queue=False)
+    undo.click(visits.undo, turns, [shown, turns], **MODEL)
+    gr.on([new.click, shown.clear], lambda: ([], []), None, [shown, turns], cancels=asked, queue=False)
+
+
+def _box(visits: Sessions, files: int) -> gr.MultimodalTextbox:
+    such_as = f", such as: {visits.index.items[0].caption[:80]}" if visits.index and visits.index.items[0].caption else ""
+    return _message_box(f"words, an image, or both{such_as}", files)
+
+
+def _message_box(placeholder: str, files: int) -> gr.MultimodalTextbox:
+    return gr.MultimodalTextbox(
+        show_label=False,
+        placeholder=placeholder,
+        file_types=["image"],
+        file_count="multiple" if files > 1 else "single",
+    )
+
+
+def _settings(visits: Sessions) -> list[gr.Slider]:
+    """In the order of Sessions.answer."""
+    gr.Markdown("### How answers are made")
+    return [
+        gr.Slider(-20, 20, 0, step=0.5, label="[RET] bias", info="higher: more images"),
+        gr.Slider(0, 2, 0, step=0.1, label="Temperature", info="0: always the likeliest word"),
+        gr.Slider(1, 8, 1, step=1, label="Images for each [RET]"),
+        gr.Slider(1, 128, 32, step=1, label="Length", info="new tokens at most"),
+    ]
+
+
+def _search(visits: Sessions) -> None:
+    if visits.index is None:
+        gr.Markdown("There is no index to search: the demo was started without `--index`.")
+        return
+    with gr.Row():
+        with gr.Column(scale=3):
+            box = _box(visits, 1)
+        with gr.Column(scale=1):
+            count = gr.Slider(1, 24, 8, step=1, label="Images")
+    found = gr.Gallery(show_label=False, height="auto", buttons=[], interactive=False)
+    box.submit(visits.search, [box, count], found, **MODEL)
+
+
+def _point(pointing: Pointing) -> None:
+    gr.Markdown("Add an image and say what is meant in it: Octopus points at it. Thin boxes are what else it considered.")
+    box = _message_box("an image, and: the small star left of the ring", 1)
+    said = gr.Textbox(label="Answer", interactive=False)
+    shown = gr.Image(show_label=False, interactive=False, buttons=[], height="60vh")
+    box.submit(pointing.point, box, [shown, said], **MODEL)

@@ -1,0 +1,1 @@
+"""Checkpoints: trained parameters as files, without the towers."""

@@ -1,0 +1,158 @@
+"""The authors' released files, read and written: a torch pickle of the trained parameters beside model_args.json.
+
+Tensors are renamed and otherwise left as they are, dtype included, so that a file comes through both ways bit for bit. No
+tower is loaded for it. Their format ties [RET]'s two rows: a model with a second row at the output does not fit.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fromage.checkpoints.format import Saved, differences, dtype_name
+from fromage.checkpoints.safe_pickle import read_pickle
+from fromage.data.tokenizer import IMAGE, RET
+from fromage.errors import UserError, first_line
+from fromage.io import as_json, write_files
+
+PICKLE, ARGS = "pretrained_ckpt.pth.tar", "model_args.json"
+NAMES = {
+    "visual_prefix": "model.visual_embeddings",  # W_c
+    "text_head": "model.text_hidden_fcs.0.0",  # W_t
+    "image_head": "model.visual_fc",  # W_i
+}
+THEIRS = {f"{ours}.{part}": f"{theirs}.{part}" for ours, theirs in NAMES.items() for part in ("weight", "bias")}
+THEIRS |= {"ret.input": "ret_input_embeddings.weight", "logit_scale": "model.logit_scale"}
+FROZEN = ("model.lm.", "model.visual_model.", "model.input_embeddings.")  # copies of the towers, where they were left in
+# Hugging Face's CLIPs compute with QuickGELU, as towers of these names do whatever file their weights come from; load_clip
+# builds the plain names so for the tag 'openai' only.
+CLIPS = {
+    "openai/clip-vit-base-patch32": "ViT-B-32-quickgelu",
+    "openai/clip-vit-base-patch16": "ViT-B-16-quickgelu",
+    "openai/clip-vit-large-patch14": "ViT-L-14-quickgelu",
+    "openai/clip-vit-large-patch14-336": "ViT-L-14-336-quickgelu",
+}
+# What their loader asks for besides; it has no counterpart here, or no other value.
+UNUSED = {"freeze_lm": True, "freeze_vm": True, "image_embed_dropout_prob": 0.0, "text_embed_dropout_prob": 0.0}
+
+
+def read_authors(
+    path: str | Path,
+    lm: str | None = None,
+    vision: str | None = None,
+    vision_weights: str | None = None,
+    dtype: str = "bfloat16",
+) -> Saved:
+    """The authors' files: the folder of both, or the pickle with model_args.json beside it.
+
+    lm, vision, vision_weights: the towers, where they go by other names here than in model_args.json. dtype: the one the
+    towers will be held in. Raises UserError for files that are missing, damaged or of another layout.
+    """
+    file = _find_pickle(Path(path))
+    args = _read_args(file.parent / ARGS)
+    if vision is None and args["visual_encoder"] not in CLIPS:
+        raise UserError(f"{file.parent / ARGS}: unknown image tower {args['visual_encoder']}; name it by --vision")
+    clip: dict[str, Any] = {"vision": vision, "vision_weights": vision_weights}
+    if vision is None:
+        clip = {"vision": CLIPS[args["visual_encoder"]], "vision_weights": vision_weights or "openai"}
+    sizes = {"k": args["n_visual_tokens"], "q": args["shared_emb_dim"]}
+    ret = args["retrieval_token_idx"]
+    settings = {"lm": lm or args["opt_version"], **clip, **sizes, "dtype": dtype_name(dtype)}
+    return Saved(str(file), _read_tensors(file, **sizes), settings, {IMAGE: ret - 1, RET: ret})
+
+
+def _find_pickle(path: Path) -> Path:
+    if path.is_file():
+        return path
+    found = sorted(p for p in path.glob("*") if p.name.endswith((".pth.tar", ".pth", ".pt", ".bin")))
+    if len(found) != 1:
+        names = ", ".join(p.name for p in found) or "none"
+        raise UserError(f"{path}: wanted one pickle of trained parameters ({PICKLE}), found {names}; give the file")
+    return found[0]
+
+
+def _read_args(path: Path) -> dict[str, Any]:
+    """model_args.json, its fields checked; retrieval_token_idx as a number."""
+    try:
+        args = json.loads(path.read_text(encoding="utf-8"))
+        ret = args["retrieval_token_idx"]
+        args["retrieval_token_idx"] = ret[0] if isinstance(ret, list) and len(ret) == 1 else ret
+        kinds = {"opt_version": str, "visual_encoder": str, "n_visual_tokens": int, "shared_emb_dim": int}
+        for name, kind in (kinds | {"retrieval_token_idx": int}).items():
+            if not isinstance(args[name], kind):
+                raise ValueError(f"{name} cannot be {args[name]!r}")
+        if args.get("text_emb_layers", [-1]) != [-1]:
+            raise ValueError(f"text_emb_layers {args['text_emb_layers']}: only the last layer, [-1], is supported")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = f"no {error} in it" if isinstance(error, KeyError) else first_line(error)
+        raise UserError(f"{path}: missing, damaged or of another layout ({reason}); fetch it again") from error
+    return args
+
+
+def _read_tensors(file: Path, k: int, q: int) -> dict[str, Tensor]:
+    """The pickle's trained parameters under our names, in their dtypes. Raises UserError unless just these are there."""
+    content = read_pickle(file)
+    state = content.get("state_dict") if isinstance(content, dict) else None
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise UserError(f"{file}: not a checkpoint of the authors: no 'state_dict' of tensors in it")
+    state = {name.removeprefix("module."): value for name, value in state.items()}
+    state = {name: value for name, value in state.items() if not name.startswith(FROZEN)}
+    row, scale = THEIRS["ret.input"], THEIRS["logit_scale"]
+    if row in state and state[row].ndim == 1:
+        state[row] = state[row].unsqueeze(0)  # (d) -> (1, d)
+    if scale in state and state[scale].shape == (1,):
+        state[scale] = state[scale].squeeze(0)  # (1) -> ()
+    if differs := differences(state, _shapes(state, k, q)):
+        raise UserError(f"{file}: not of the layout that {ARGS} describes ({differs})")
+    if odd := {str(v.dtype) for v in state.values()} - {"torch.float32", "torch.bfloat16", "torch.float16"}:
+        raise UserError(f"{file}: holds {', '.join(sorted(odd))}; save it in float32, bfloat16 or float16")
+    return {ours: state[theirs].contiguous() for ours, theirs in THEIRS.items()}
+
+
+def _shapes(state: dict[str, Tensor], k: int, q: int) -> dict[str, tuple[int, ...]]:
+    """The shapes of all tensors under the authors' names; d and m are those of the [RET] row and of W_i."""
+    d, m = (
+        state[name].shape[-1:].numel() if name in state else 0 for name in (THEIRS["ret.input"], THEIRS["image_head.weight"])
+    )
+    shapes: dict[str, tuple[int, ...]] = {"ret.input": (1, d), "logit_scale": ()}
+    for name, (rows, width) in {"visual_prefix": (d * k, m), "text_head": (q, d), "image_head": (q, m)}.items():
+        shapes |= {f"{name}.weight": (rows, width), f"{name}.bias": (rows,)}
+    return {THEIRS[name]: shape for name, shape in shapes.items()}
+
+
+def write_authors(saved: Saved, folder: str | Path, visual_encoder: str | None = None) -> None:
+    """Write pretrained_ckpt.pth.tar and model_args.json into a folder, in the dtypes saved holds.
+
+    visual_encoder: the image tower's name on the Hugging Face hub; known for OpenAI's CLIPs. Raises UserError for a model
+    the format has no room for, and for an image tower without such a name.
+    """
+    if saved.tensors.keys() != THEIRS.keys():
+        raise UserError(
+            f"{saved.source}: the head of {saved.settings['lm']} is not tied to its embedding; the authors' format has no "
+            "room for the second row of [RET]; export it with --format ours"
+        )
+    if saved.settings.get("pooling", "ret") != "ret":
+        raise UserError(
+            f"{saved.source}: reads texts at their last word, the authors' at [RET]; export it with --format ours"
+        )
+    args = {"opt_version": saved.settings["lm"], "visual_encoder": visual_encoder or _clip_name(saved.settings)}
+    args |= {"n_visual_tokens": saved.settings["k"], "shared_emb_dim": saved.settings["q"], "text_emb_layers": [-1]}
+    args |= {"retrieval_token_idx": saved.added_tokens[RET], **UNUSED}
+    content = io.BytesIO()
+    torch.save({"state_dict": {THEIRS[name]: value for name, value in saved.tensors.items()}}, content)
+    write_files(Path(folder), {PICKLE: content.getvalue(), ARGS: as_json(args)})
+
+
+def _clip_name(settings: dict[str, Any]) -> str:
+    """The Hugging Face name of one of OpenAI's CLIPs."""
+    ours = settings["vision"].removesuffix("-quickgelu") + "-quickgelu"
+    for theirs, name in CLIPS.items():
+        if name == ours and settings["vision_weights"] == "openai":
+            return theirs
+    shown = f"{settings['vision']} ({settings['vision_weights']})"
+    raise UserError(f"image tower {shown}: has no name the authors' code could load; give one by --visual-encoder")

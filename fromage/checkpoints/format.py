@@ -1,0 +1,150 @@
+"""Trained parameters as a folder, to keep, hand on and publish.
+
+It holds config.json (format and version, names of the towers, k, q, the towers' dtype, ids of the added tokens, the
+fingerprint, the digest of the weights), model.safetensors (5.5 million numbers at full size: 11 MB in bfloat16, 22 MB in
+float32) and README.md, its card. The towers are not in it, and nothing here needs them.
+
+A folder in float32 gives back the model bit for bit, fingerprint included. In bfloat16 the parameters are rounded once:
+the fingerprint on record, and that of every index built with the folder, is the rounded model's. Saving it again rounds
+nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from fromage.errors import UserError, first_line
+from fromage.io import as_json, write_files
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+TOWERS = ("lm.", "vision.")  # prefixes of parameters that are never saved
+FORMAT, VERSION = "fromage", 1
+CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
+KINDS = {  # settings on record
+    "lm": str, "vision": str, "vision_weights": str | None, "k": int, "q": int, "pooling": str, "dtype": str
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What every format on disk holds, towers aside.
+
+    Attributes:
+        source: where it was read, for messages.
+        tensors: the trained parameters by the names of Fromage.trained(), in the dtypes of the file.
+        settings: arguments of Fromage.load that build the model around them.
+        added_tokens: ids of <|image|> and [RET]; empty in a Lightning checkpoint.
+        fingerprint: of the model with these parameters; None where it was written without its towers.
+    """
+
+    source: str
+    tensors: dict[str, Tensor]
+    settings: dict[str, Any]
+    added_tokens: dict[str, int]
+    fingerprint: str | None = None
+
+    @property
+    def dtype(self) -> str:
+        """The dtype that holds every tensor without rounding."""
+        return str(reduce(torch.promote_types, {value.dtype for value in self.tensors.values()})).removeprefix("torch.")
+
+
+def read_folder(folder: Path) -> Saved:
+    """A folder as write_folder leaves it. Raises UserError where it is anything else, torn or altered."""
+    config = _read_config(folder)
+    try:
+        content = (folder / WEIGHTS).read_bytes()
+        if hashlib.sha256(content).hexdigest() != config["sha256"]:
+            raise ValueError(f"its digest is not the one in {CONFIG}")
+        tensors = safetensors.torch.load(content)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"{folder / WEIGHTS}: missing or damaged ({first_line(error)}); fetch or export it again") from error
+    settings = {name: config[name] for name in KINDS}
+    return Saved(str(folder), tensors, settings, config["added_tokens"], config["fingerprint"])
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    try:
+        config = {"pooling": "ret"} | json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        if (config["format"], config["version"]) != (FORMAT, VERSION):
+            raise ValueError(f"of another format or version than {FORMAT} {VERSION}")
+        kinds = KINDS | {"added_tokens": dict, "fingerprint": str | None, "sha256": str}
+        wrong = [name for name, kind in kinds.items() if not isinstance(config[name], kind)]
+        if wrong:
+            raise ValueError(f"{wrong[0]} cannot be {config[wrong[0]]!r}")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = f"no {error} in {CONFIG}" if isinstance(error, KeyError) else first_line(error)
+        hint = "give the .ckpt within" if any(folder.glob("*.ckpt")) else "fromage import and fromage export write them"
+        raise UserError(f"{folder}: no readable folder of trained parameters ({reason}); {hint}") from error
+    return config
+
+
+def write_folder(saved: Saved, folder: str | Path) -> None:
+    """Write a folder; one that is there already keeps its card, and files of others, and is replaced in all else.
+
+    Each file is whole. What is killed between the two leaves new weights under the old config, which read_folder refuses.
+    Raises UserError where another model is in the way, and where it cannot be written.
+    """
+    folder = Path(folder)
+    if (folder / WEIGHTS).exists() or (folder / CONFIG).exists():
+        _check_ours(folder)
+    content = safetensors.torch.save(saved.tensors, {"format": "pt"})
+    config = {"format": FORMAT, "version": VERSION, "pooling": "ret"}
+    config |= {name: value for name, value in saved.settings.items() if name in KINDS}
+    config |= {"added_tokens": saved.added_tokens, "fingerprint": saved.fingerprint}
+    config |= {"sha256": hashlib.sha256(content).hexdigest()}
+    files = {WEIGHTS: content, CARD: _card(config, saved).encode(), CONFIG: as_json(config)}
+    write_files(folder, {name: data for name, data in files.items() if name != CARD or not (folder / CARD).exists()})
+
+
+def _check_ours(folder: Path) -> None:
+    try:
+        ours = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["format"] == FORMAT
+    except (OSError, ValueError, KeyError, TypeError):
+        ours = False
+    if not ours:
+        raise UserError(f"{folder}: holds another model; choose another folder or remove it")
+
+
+def _card(config: dict[str, Any], saved: Saved) -> str:
+    count = sum(value.numel() for value in saved.tensors.values())
+    return f"""---
+library_name: fromage
+tags:
+- arxiv:2301.13823
+---
+# FROMAGe on {config["lm"]} and {config["vision"]}
+
+The {count:,} trained parameters of [FROMAGe](https://arxiv.org/abs/2301.13823) between a frozen language model and a
+frozen image tower, with {config["k"]} input embeddings per image and {config["q"]} dimensions of retrieval. The towers
+are fetched by their names in {CONFIG}.
+
+    from fromage import Fromage
+    model = Fromage.from_pretrained("FOLDER OR NAME OF THIS")
+"""
+
+
+def dtype_name(name: str) -> str:
+    """A name of DTYPES, or UserError."""
+    if name not in DTYPES:
+        raise UserError(f"dtype {name}: must be one of {', '.join(DTYPES)}")
+    return name
+
+
+def differences(tensors: Mapping[str, Tensor], want: Mapping[str, tuple[int, ...]]) -> str:
+    """How names and shapes differ from those wanted, in words: the first three; '' if they do not."""
+    have = {name: tuple(value.shape) for name, value in tensors.items()}
+    differs = {name for name in have.keys() | want.keys() if have.get(name) != want.get(name)}
+    ordered = sorted(differs, key=lambda name: (name in have and name in want, name))  # a missing name explains most
+    return "; ".join(f"{name} is {have.get(name, 'missing')}, wanted {want.get(name, 'none')}" for name in ordered[:3])

@@ -1,0 +1,30 @@
+"""Checkpoints that Lightning writes, read without running what is in them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from fromage.checkpoints.format import TOWERS
+from fromage.checkpoints.safe_pickle import read_pickle
+from fromage.errors import UserError
+
+PREFIX = "model."
+
+
+def trained_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A Lightning state dict without the frozen towers."""
+    return {name: value for name, value in state.items() if not name.startswith(tuple(PREFIX + tower for tower in TOWERS))}
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """A Lightning checkpoint of ours, on the CPU. Raises UserError when it is missing, torn or not one."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"checkpoint {path}: no such file; `lightning fit` writes them under its run folder")
+    checkpoint = read_pickle(path)
+    if not isinstance(checkpoint, dict) or "hyper_parameters" not in checkpoint:
+        raise UserError(f"checkpoint {path}: not written by `lightning fit`")
+    return checkpoint

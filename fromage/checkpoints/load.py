@@ -1,0 +1,43 @@
+"""Trained parameters from wherever they are: a Lightning checkpoint, a folder of ours, the model hub."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+
+from fromage.checkpoints.format import CONFIG, WEIGHTS, Saved, read_folder
+from fromage.checkpoints.hub import look_for_hub
+from fromage.checkpoints.lightning import PREFIX, read_checkpoint
+from fromage.errors import UserError, first_line
+
+HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*(?<!\.ckpt)")
+HUB_OPTIONS = {"revision", "token", "cache_dir", "force_download", "local_files_only"}
+
+
+def read_saved(path: str | Path, **hub: Any) -> Saved:
+    """Trained parameters from any place load_model takes, without towers."""
+    if Path(path).is_dir():
+        return read_folder(Path(path))
+    if Path(path).is_file() or not HUB_NAME.fullmatch(str(path)):
+        return _from_lightning(path)
+    look_for_hub()
+    try:
+        folder = snapshot_download(str(path), allow_patterns=[CONFIG, WEIGHTS], **hub)
+    except Exception as error:
+        reason = first_line(error)
+        raise UserError(
+            f"checkpoint {path}: neither a file, nor a folder, nor within reach on the hub ({reason})"
+        ) from error
+    return read_folder(Path(folder))
+
+
+# --- Lightning checkpoints ------------------------------------------------------------------------------------------
+
+
+def _from_lightning(path: str | Path) -> Saved:
+    checkpoint = read_checkpoint(path)
+    tensors = {name.removeprefix(PREFIX): value for name, value in checkpoint.get("state_dict", {}).items()}
+    return Saved(str(path), tensors, dict(checkpoint["hyper_parameters"]), {})

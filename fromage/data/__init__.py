@@ -1,0 +1,1 @@
+"""Data: shards of images and captions to batches of tensors."""

@@ -1,0 +1,73 @@
+"""A stored sample -> a row -> a batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from fromage.data.features import from_npy
+from fromage.data.shards import Raw, caption_of, image_file
+from fromage.data.tokenizer import PromptTokenizer
+from fromage.errors import UserError
+from fromage.images.transforms import Transform, read_image
+
+
+class Batch(NamedTuple):
+    """Images or their features, and captions. Pixels and features are never both there."""
+
+    keys: list[str]
+    captions: list[str]
+    ids: Tensor  # (B, T) int64: bos y_1 ... y_n [RET], right-padded
+    lengths: list[int]  # B: tokens before the padding, [RET] included; on the host, for whoever lays out rows
+    pixels: Tensor | None  # (B, 3, H, W) uint8, resized and cropped, or as another transform gives them
+    features: Tensor | None  # (B, m) stored pooled features, in the dtype of the tower that made them
+
+    def part(self, start: int, stop: int) -> Batch:
+        """The pairs from start to stop, no further padded than these need."""
+        rows: Any = Batch(*(None if field is None else field[start:stop] for field in self))  # type: ignore[arg-type]
+        return rows._replace(ids=rows.ids[:, : max(rows.lengths)])
+
+
+class Sample(NamedTuple):
+    """One row of a batch."""
+
+    key: str
+    caption: str
+    ids: list[int]
+    pixels: Tensor | None  # (3, H, W)
+    features: Tensor | None  # (m,)
+
+
+@dataclass(frozen=True)
+class Decode:
+    """A stored sample -> a row of a batch."""
+
+    transform: Transform
+    tokenizer: PromptTokenizer
+    max_tokens: int
+
+    def __call__(self, raw: Raw) -> Sample:
+        """Raises BrokenSample."""
+        caption = caption_of(raw)
+        features = from_npy(raw["npy"]) if "npy" in raw else None
+        pixels = read_image(image_file(raw), self.transform) if features is None else None
+        return Sample(raw["__key__"], caption, self.tokenizer.caption(caption, self.max_tokens), pixels, features)
+
+
+def collate(samples: list[Sample], pad_id: int) -> Batch:
+    """Rows -> a batch. Raises UserError where some rows hold features and others images."""
+    keys, captions, ids, pixels, features = (list(column) for column in zip(*samples, strict=True))
+    if any(p is None for p in pixels) and any(f is None for f in features):
+        raise UserError(f"some shards hold features, others only images (near {keys[0]}): name shards of one kind")
+    return Batch(
+        keys,
+        captions,
+        pad_sequence([torch.tensor(row) for row in ids], batch_first=True, padding_value=pad_id),  # (B, T)
+        [len(row) for row in ids],
+        None if pixels[0] is None else torch.stack(pixels),  # (B, 3, H, W)
+        None if features[0] is None else torch.stack(features),  # (B, m)
+    )

@@ -1,0 +1,143 @@
+"""Shards of images (or stored features) and captions -> batches, for training and validation.
+
+Training deals shards out to devices and workers, another order in every epoch; validation deals out whole batches, so that
+every sample comes once, in stored order, whatever the number of devices and workers.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytorch_lightning as pl
+import webdataset as wds
+
+from fromage.data.batches import Decode
+from fromage.data.features import check_features
+from fromage.data.loader import Loader, Plain, TrainLoader, no_loaders
+from fromage.data.shards import expand
+from fromage.data.streams import TrainStream, ValidationStream
+from fromage.images.transforms import Decoding, Transform, decoding_as
+
+if TYPE_CHECKING:
+    from fromage.data.tokenizer import PromptTokenizer
+
+
+# --- samples --------------------------------------------------------------------------------------------------------
+
+
+# --- streams of batches ---------------------------------------------------------------------------------------------
+
+
+# --- the data module ------------------------------------------------------------------------------------------------
+
+
+class CC3M(pl.LightningDataModule):
+    """Pairs of image and caption in webdataset shards, as CC3M comes (paper, section 4); any such shards will do.
+
+    Shards of stored features (fromage.data.features) are used in the same way: a member npy takes the image's place.
+    """
+
+    def __init__(
+        self,
+        train_shards: str | list[str],
+        val_shards: str | list[str] | None = None,
+        batch_size: int = 180,
+        val_batch_size: int | None = None,
+        max_tokens: int = 24,
+        workers: int = 4,
+        shuffle: int = 10000,
+        max_broken: float = 0.05,
+        seed: int = 0,
+        samples_per_epoch: int | None = None,
+        exact_resume: bool = True,
+        decoding: Decoding = "draft",
+    ) -> None:
+        """Name the data; nothing is read yet.
+
+        Args:
+            train_shards: Training shards: a folder, a pattern with braces (cc3m/{00000..00331}.tar), a glob, a URL, or a
+                list of these.
+            val_shards: Validation shards, in the same forms; null for none.
+            batch_size: Pairs per training step on each device.
+            val_batch_size: Pairs per validation step on each device; null for batch_size.
+            max_tokens: Caption length in tokens, the start token and [RET] included; longer captions are cut before [RET].
+            workers: Processes that decode images, per device; 0 decodes in the training process.
+            shuffle: Shuffle buffer in pairs per worker, held undecoded in memory; 0 keeps the stored order.
+            max_broken: Share (0 to 1) of broken samples above which a worker stops the run.
+            seed: Seed of the order of shards and pairs; the epoch adds to it.
+            samples_per_epoch: Training pairs of an epoch over all devices; null for as many as the shards hold.
+            exact_resume: Refuse a checkpoint from the middle of an epoch that was dealt out otherwise (other shards, batch
+                size, shuffle, seed, workers or devices); false begins such an epoch anew.
+            decoding: How JPEGs are read: draft takes a large one at 1/2, 1/4 or 1/8 of its size, while that is at least
+                twice what it is resized to; exact never does. Evaluation and index always take drafts.
+        """
+        super().__init__()
+        self.train_shards, self.val_shards = train_shards, val_shards
+        self.batch_size, self.val_batch_size = batch_size, val_batch_size or batch_size
+        self.max_tokens, self.workers, self.shuffle, self.max_broken = max_tokens, workers, shuffle, max_broken
+        self.seed, self.samples_per_epoch, self.exact_resume, self.decoding = seed, samples_per_epoch, exact_resume, decoding
+        self.transform: Transform | None = None
+        self.tokenizer: PromptTokenizer | None = None
+
+    def attach(self, transform: Transform, tokenizer: PromptTokenizer) -> None:
+        """Set what images and captions go through, in place of what the trainer's model has."""
+        self.transform, self.tokenizer = transform, tokenizer
+
+    def setup(self, stage: str) -> None:
+        """Look for the shards, before the towers are loaded. Raises UserError for those that are not there."""
+        for urls in (self.train_shards if stage == "fit" else None, self.val_shards):
+            if urls is not None:
+                expand(urls)
+
+    def train_dataloader(self) -> TrainLoader:
+        """Shuffled full batches; see TrainStream. Raises UserError for shards that are not there."""
+        shards, (rank, world) = self._shards(self.train_shards), self._rank()
+        stream = TrainStream(
+            shards,
+            self._decode(),
+            self.batch_size,
+            self.max_broken,
+            rank,
+            world,
+            shuffle=self.shuffle,
+            seed=self.seed,
+            samples_per_epoch=self.samples_per_epoch,
+        )
+        epoch, loop = (self.trainer.current_epoch, self.trainer.fit_loop) if self.trainer else (0, None)
+        return TrainLoader(stream, min(self.workers, len(shards) // world), epoch, self.exact_resume, loop)
+
+    def val_dataloader(self) -> Loader | list[Loader]:
+        """All samples once and in order; see ValidationStream. An empty list where there are no validation shards."""
+        if self.val_shards is None:
+            return no_loaders()
+        shards = self._shards(self.val_shards)
+        stream = ValidationStream(shards, self._decode(), self.val_batch_size, self.max_broken, *self._rank())
+        return Loader(stream, self.workers if stream.batches is None else min(self.workers, stream.batches))
+
+    test_dataloader = val_dataloader
+
+    def predict_dataloader(self) -> Plain:
+        """The validation samples; not as a DataLoader, which Lightning would rebuild with a sampler of its own."""
+        return Plain(self.val_dataloader())  # type: ignore[arg-type]
+
+    def _shards(self, urls: str | list[str]) -> list[str]:
+        """Expand patterns, and compare stored features with the model's vision tower."""
+        shards, model = expand(urls), self._model()
+        if model is not None:
+            check_features(shards, model.vision, self.decoding)
+        return shards
+
+    def _model(self) -> Any:
+        return getattr(getattr(self.trainer, "lightning_module", None), "model", None)
+
+    def _rank(self) -> tuple[int, int]:
+        """This device's number and how many there are: the trainer's, else those of the environment."""
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else wds.utils.pytorch_worker_info()[:2]
+
+    def _decode(self) -> Decode:
+        model = self._model()
+        transform = self.transform or (model and model.vision.transform)
+        tokenizer = self.tokenizer or (model and model.tokenizer)
+        if transform is None or tokenizer is None:
+            raise RuntimeError("CC3M needs a transform and a tokenizer: call attach(transform, tokenizer), or use a Trainer")
+        return Decode(decoding_as(transform, self.decoding), tokenizer, self.max_tokens)

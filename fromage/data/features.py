@@ -1,0 +1,198 @@
+"""Stored features: run the frozen vision tower once over shards, and train from what it said.
+
+The tower is frozen and images are not augmented, so its pooled features v(x) in R^m never change: a run that reads them
+needs neither images nor tower. Stored shards have the names of those they were made from; KEY.npy stands in place of
+KEY.jpg (or beside it), and features.json names the tower.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+from tqdm import tqdm
+
+from fromage.data.shards import (
+    Broken,
+    Raw,
+    ShardWriter,
+    caption_of,
+    decoded,
+    expand,
+    image_file,
+    read_shards,
+    read_sizes,
+    shard_name,
+    shard_sizes,
+)
+from fromage.data.workers import init_worker, plain_errors, worker_share
+from fromage.errors import BrokenSample, UserError
+from fromage.images.transforms import Decoding, Transform, decoding_as, read_image
+from fromage.io import write_json
+
+if TYPE_CHECKING:
+    from fromage.models.vision.base import VisionTower
+
+FILE = "features.json"
+
+
+def to_npy(features: Tensor) -> bytes:
+    """Features (m,) as a .npy file, value for value. NumPy has no bfloat16: its 16 bits are stored as uint16."""
+    bits = features.detach().cpu().contiguous()
+    buffer = io.BytesIO()
+    np.save(buffer, (bits.view(torch.uint16) if bits.dtype == torch.bfloat16 else bits).numpy(), allow_pickle=False)
+    return buffer.getvalue()
+
+
+def from_npy(data: bytes) -> Tensor:
+    """What to_npy stored: (m,). Raises BrokenSample for anything else."""
+    try:
+        bits = torch.from_numpy(np.load(io.BytesIO(data), allow_pickle=False))
+    except (ValueError, EOFError, TypeError, OSError) as error:
+        raise BrokenSample(f"unreadable features: {error}") from None
+    features = bits.view(torch.bfloat16) if bits.dtype == torch.uint16 else bits
+    if features.ndim != 1 or not features.is_floating_point() or not features.isfinite().all():
+        raise BrokenSample(f"features are not a finite vector: {tuple(features.shape)} {features.dtype}")
+    return features
+
+
+def store_features(
+    shards: str | list[str],
+    out: Path,
+    vision: VisionTower,
+    batch_size: int = 256,
+    keep_images: bool = False,
+    workers: int = 4,
+    max_broken: float = 0.05,
+    decoding: Decoding = "draft",
+) -> int:
+    """Encode the images of shards (a pattern, see expand) and write shards of features; returns how many were encoded.
+
+    Each KEY.npy is a vector (m,) in the tower's dtype, bfloat16 as the uint16 of its bits. A run that was interrupted is
+    taken up by the next call: a shard that is finished is not done again. decoding: as of fromage.data.datamodule.CC3M.
+
+    Raises:
+        UserError: out holds the features of another tower or other shards, two shards share a name, or more than
+            max_broken of a worker's samples are broken.
+    """
+    sources = expand(shards)
+    _open_folder(out, sources, vision.fingerprint(decoding))
+    done = read_sizes(out)
+    todo = [s for s in sources if not (shard_name(s) in done and (out / shard_name(s)).is_file())]
+    stream = ImageStream(todo, decoding_as(vision.transform, decoding), batch_size, max_broken)
+    loader = DataLoader(stream, batch_size=None, num_workers=min(workers, len(todo)), worker_init_fn=init_worker)
+    sizes = [size for _, size in stream.shards]
+    bar = tqdm(total=None if None in sizes else sum(size or 0 for size in sizes), desc="features", unit=" images")
+    writers: dict[str, ShardWriter] = {}  # of the shards that workers are at
+    encoded = 0
+    try:
+        for chunk in plain_errors(loader):
+            name = shard_name(chunk.shard)
+            if name not in writers:
+                writers[name] = ShardWriter(out / name)
+            writer = writers[name]
+            if chunk.pixels is None:
+                writer.close()
+                encoded += len(writers.pop(name).keys)
+                continue
+            for raw, row in zip(chunk.samples, _encode(vision, chunk.pixels), strict=True):
+                writer.write(raw["__key__"], _members(raw, keep_images) | {"npy": to_npy(row)})
+            bar.update(len(chunk.samples))
+        return encoded
+    finally:
+        bar.close()
+        for writer in writers.values():
+            writer.discard()
+
+
+def check_features(shards: str | list[str], vision: VisionTower, decoding: Decoding = "draft") -> None:
+    """Raise UserError where features beside any of the shards are not those this tower, preprocessing included, gives."""
+    for folder in dict.fromkeys(Path(shard).parent for shard in expand(shards) if "://" not in shard):
+        if (folder / FILE).exists():
+            _compare(folder, vision.fingerprint(decoding))
+
+
+def _open_folder(out: Path, sources: list[str], wanted: dict[str, str]) -> None:
+    """Make sure that what is in a folder, if anything, was begun with the same tower; name the tower there."""
+    twice = [name for name, n in Counter(map(shard_name, sources)).items() if n > 1]
+    if twice:
+        raise UserError(f"several shards are called {twice[0]}: store each folder's features in a folder of its own")
+    if (out / FILE).exists():
+        _compare(out, wanted)
+    elif any(out.glob("*.tar")):
+        raise UserError(f"{out} holds shards but no {FILE}: name another folder for the features")
+    else:
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(out / FILE, wanted)
+
+
+def _compare(folder: Path, wanted: dict[str, str]) -> None:
+    try:
+        stored = dict(json.loads((folder / FILE).read_text("utf-8")))
+    except (ValueError, TypeError):
+        raise UserError(f"{folder / FILE} is not a JSON object: store the features again") from None
+    for what in sorted(stored.keys() | wanted.keys()):
+        if stored.get(what) != wanted.get(what):
+            found = f"{what} {stored.get(what)!r} there, {wanted.get(what)!r} in the model"
+            raise UserError(f"the features in {folder} are another tower's ({found}): load that tower, or store them again")
+
+
+def _members(raw: Raw, keep_images: bool) -> dict[str, bytes]:
+    """What a stored sample keeps of its source: caption, meta and, if asked, the image."""
+    return {k: v for k, v in raw.items() if not k.startswith("__") and (keep_images or k in ("txt", "json"))}
+
+
+@torch.inference_mode()
+def _encode(vision: VisionTower, pixels: Tensor) -> Tensor:
+    """(b, 3, H, W) -> (b, m) on the CPU."""
+    device = next(vision.parameters()).device
+    return vision(pixels.to(device)).to("cpu", vision.dtype)
+
+
+class Chunk(NamedTuple):
+    """Part of a shard on its way to the tower; without pixels it says that the shard is at its end."""
+
+    shard: str
+    samples: list[Raw]
+    pixels: Tensor | None  # (b, 3, H, W)
+
+
+class ImageStream(IterableDataset[Chunk]):
+    """The images of shards, preprocessed. A worker takes every so-manieth shard and gives it whole and in order."""
+
+    def __init__(self, shards: list[str], transform: Transform, batch_size: int, max_broken: float) -> None:
+        self.shards = list(zip(shards, shard_sizes(shards), strict=True))
+        self.transform, self.batch_size, self.max_broken = transform, batch_size, max_broken
+
+    def decode(self, raw: Raw) -> tuple[Raw, Tensor]:
+        """A stored sample and its pixels (3, H, W). Raises BrokenSample, for its caption as well."""
+        caption_of(raw)
+        return raw, read_image(image_file(raw), self.transform)
+
+    def __iter__(self) -> Iterator[Chunk]:
+        worker, workers = worker_share()
+        broken, mine = Broken(self.max_broken), self.shards[worker::workers]
+        for number, shard in enumerate(mine, 1):
+            rows = decoded(read_shards([shard], broken), self.decode, broken)
+            chunk: list[tuple[Raw, Tensor]] = []
+            for row in rows:
+                chunk.append(row)
+                if len(chunk) == self.batch_size:
+                    yield self.chunk(shard[0], chunk)
+                    chunk = []
+            if chunk:
+                yield self.chunk(shard[0], chunk)
+            broken.check(end=number == len(mine))
+            yield Chunk(shard[0], [], None)
+
+    def chunk(self, shard: str, rows: list[tuple[Raw, Tensor]]) -> Chunk:
+        """Rows -> a chunk."""
+        return Chunk(shard, [raw for raw, _ in rows], torch.stack([pixels for _, pixels in rows]))

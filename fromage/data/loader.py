@@ -1,0 +1,163 @@
+"""From the streams of fromage.data.datamodule to a run: workers, epochs, and going on in the middle of one."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections import deque
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch.utils.data import DataLoader
+
+from fromage.data.workers import init_worker, plain_errors
+from fromage.errors import UserError
+
+if TYPE_CHECKING:
+    from fromage.data.batches import Batch
+    from fromage.data.streams import Stream, TrainStream
+
+log = logging.getLogger(__name__)
+
+
+class Loader(DataLoader):
+    """A DataLoader whose workers say in one line what a user can mend."""
+
+    def __init__(self, stream: Stream, workers: int = 0) -> None:
+        super().__init__(
+            stream,
+            batch_size=None,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=torch.cuda.is_available(),
+            worker_init_fn=init_worker,
+        )
+        warnings.filterwarnings("ignore", r".*IterableDataset. has .__len__")  # the stream shares out its length
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        return plain_errors(super().__iter__())
+
+
+class Plain:
+    """An iterable and nothing more."""
+
+    def __init__(self, batches: Iterable[Batch]) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[Batch]:
+        return iter(self.batches)
+
+
+def no_loaders() -> list[Any]:
+    """What a data module without validation data returns; Lightning would warn of it."""
+    warnings.filterwarnings("ignore", r"Total length of .list. across ranks is zero")
+    return []
+
+
+class ResumeState(NamedTuple):
+    """Where a device stands in an epoch.
+
+    Attributes:
+        given: batches so far.
+        turn: the worker that gives the next one.
+        places: per worker, the batches it gave and the stored samples it took for them, broken ones included.
+    """
+
+    given: int
+    turn: int
+    places: list[list[int]]
+
+    def after(self, worker: int, taken: int) -> ResumeState:
+        """The mark behind one more batch, for which a worker took so many samples since the epoch began."""
+        places = [list(place) for place in self.places]
+        places[worker] = [places[worker][0] + 1, taken]
+        return ResumeState(self.given + 1, (worker + 1) % len(places), places)
+
+
+class TrainLoader(Loader):
+    """Counts epochs for its stream, and goes on exactly where a checkpoint in the middle of one left off.
+
+    The samples before that are read once more, but not decoded. A shard that could be read then and cannot be now, or the
+    other way round, shifts the samples behind it.
+    """
+
+    dataset: TrainStream
+
+    def __init__(self, stream: TrainStream, workers: int = 0, epoch: int = 0, exact: bool = True, loop: Any = None) -> None:
+        """Make ready for an epoch.
+
+        Args:
+            stream: whose batches to give.
+            workers: processes that decode; 0 decodes in this one.
+            epoch: the number of the first one.
+            exact: refuse to go on in an epoch that was dealt out otherwise; else such an epoch begins anew.
+            loop: Lightning's fit_loop, which knows how many of the batches it was given were trained on.
+        """
+        super().__init__(stream, workers)
+        stream.start = torch.zeros(1 + max(1, workers), 2, dtype=torch.long).share_memory_()
+        self.epoch, self.exact, self.loop = epoch, exact, loop
+        self.start = self._beginning()
+        self.marks: deque[ResumeState] = deque(
+            maxlen=2
+        )  # of the last batch, and of the one before: Lightning may be one behind
+        self.ended = False
+
+    def _beginning(self) -> ResumeState:
+        return ResumeState(0, 0, [[0, 0] for _ in range(max(1, self.num_workers))])
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        self.dataset.start.copy_(torch.tensor([[self.epoch, self.start.turn], *self.start.places]))
+        self.marks.clear()
+        self.marks.append(self.start)
+        self.start, self.epoch, self.ended = self._beginning(), self.epoch + 1, False
+        for batch, worker, taken in super().__iter__():
+            self.marks.append(self.marks[-1].after(worker, taken))
+            yield batch
+        self.ended = True
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the stream stands, for all devices, each of which has to ask. Lightning keeps it in the checkpoint."""
+        mark = self.marks[-1]
+        if self.loop is not None:
+            mark = max((m for m in self.marks if m.given <= self.loop.batch_idx + 1), default=self.marks[0])
+        length = min(x for x in (self.dataset.batches, self.loop and self.loop.max_batches, float("inf")) if x is not None)
+        mine: dict[str, Any] = {"rank": self.dataset.rank, **mark._asdict()}
+        devices = [mine]
+        if self.dataset.world > 1 and dist.is_initialized():
+            devices = [{} for _ in range(self.dataset.world)]
+            dist.all_gather_object(devices, mine)
+        whole = mark.given >= length or (self.ended and mark is self.marks[-1])
+        return {"epoch": self.epoch - 1, "whole": whole, "layout": self.layout(), "devices": devices}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on behind the batches that were given of an epoch, or with the next one where it was at its end.
+
+        Raises:
+            UserError: in mid-epoch, and the epoch was dealt out to other workers or devices, or otherwise.
+        """
+        self.epoch, self.start = state["epoch"] + state.get("whole", False), self._beginning()
+        if state.get("whole"):
+            return
+        differs = self.differences(state.get("layout", {}))
+        if not differs:
+            mine = next(device for device in state["devices"] if device["rank"] == self.dataset.rank)
+            self.start = ResumeState(mine["given"], mine["turn"], mine["places"])
+            log.info("%d batches into epoch %d: their samples are read once more", self.start.given, self.epoch)
+            return
+        if self.exact:
+            raise UserError(
+                f"the checkpoint is from the middle of an epoch with {differs}: set that back to go on exactly, or begin "
+                "the epoch anew with --data.exact_resume false"
+            )
+        warnings.warn(f"the checkpoint is from the middle of an epoch with {differs}: the epoch begins anew", stacklevel=2)
+
+    def layout(self) -> dict[str, Any]:
+        """All that the order of samples follows from, by the option that sets it."""
+        return {"data.workers": self.num_workers, **self.dataset.layout()}
+
+    def differences(self, then: dict[str, Any]) -> str:
+        """How the order of samples was determined otherwise, in words; '' where it was not."""
+        pairs = [(name, then.get(name, "unknown"), value) for name, value in self.layout().items()]
+        return ", ".join(f"{name} {there} (now {here})" for name, there, here in pairs if there != here)

@@ -1,0 +1,145 @@
+"""Packing a data set's files, a TSV or COCO's captions and their images, into webdataset shards."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from tqdm import tqdm
+
+from fromage.data.shards import write_shards
+from fromage.errors import BrokenSample, UserError
+from fromage.images.codec import decode_image
+from fromage.io import write_json
+
+JPEG = b"\xff\xd8\xff"  # how a JPEG file begins
+
+
+class Row(NamedTuple):
+    """One pair before its image is read."""
+
+    key: str
+    caption: str
+    image: Path
+    meta: dict[str, Any]
+
+
+@dataclass
+class PackReport:
+    """What became of the pairs: how many were packed, and by cause the names of those that were not."""
+
+    pairs: int = 0
+    names: dict[str, list[str]] = field(default_factory=dict)
+
+    @property
+    def skipped(self) -> dict[str, int]:
+        """How many pairs were skipped, by cause."""
+        return {cause: len(names) for cause, names in self.names.items()}
+
+    def skip(self, name: str, why: str) -> None:
+        """Note a pair that is left out; what follows a colon in why is detail."""
+        cause, _, detail = why.partition(": ")
+        self.names.setdefault(cause, []).append(f"{name} ({detail})" if detail else name)
+
+
+def pack_tsv(tsv: Path, out: Path, images: Path | None = None, per_shard: int = 1000) -> PackReport:
+    """Pack a TSV of caption<TAB>image's path, one pair a line, into shards; a pair's key is its line number.
+
+    Paths are relative to images, or to the TSV's folder. JPEG files are copied bit for bit, other images become JPEG.
+    What cannot be used is skipped, and listed in report.json beside the shards.
+
+    Raises:
+        UserError: the TSV is missing, out holds shards already, or no pair could be packed.
+    """
+    report = PackReport()
+    if not tsv.is_file():
+        raise UserError(f"{tsv} is missing: name a file with a caption, a tab and an image's path on each line")
+    return _pack(_tsv_rows(tsv, images or tsv.parent, report), report, out, per_shard)
+
+
+def _tsv_rows(tsv: Path, images: Path, report: PackReport) -> Iterator[Row]:
+    with tsv.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                caption, _, rest = line.decode("utf-8-sig").strip("\r\n").partition("\t")
+            except UnicodeDecodeError:
+                report.skip(f"line {number}", "not UTF-8")
+                continue
+            image = rest.partition("\t")[0].strip()
+            if image:
+                yield Row(f"{number:09d}", caption, images / image, {"source": image, "line": number})
+            elif line.strip():
+                report.skip(f"line {number}", "no tab and image")
+
+
+def pack_coco(
+    annotations: Path, images: Path, out: Path, per_shard: int = 1000, captions: Literal["first", "all"] = "all"
+) -> PackReport:
+    """Pack a caption file in COCO's format and its folder of images into shards.
+
+    'all' makes a pair of each caption, with the keys IMAGEID_0, IMAGEID_1 ...; 'first' one pair of each image, IMAGEID_0.
+    Images are treated as pack_tsv does.
+
+    Raises:
+        UserError: the file is missing or of another format, out holds shards already, or no pair could be packed.
+    """
+    try:
+        content = json.loads(annotations.read_bytes())
+        names = {image["id"]: image["file_name"] for image in content["images"]}
+        texts: dict[int, list[str]] = {key: [] for key in names}
+        for note in content["annotations"]:
+            texts[note["image_id"]].append(note["caption"])
+    except OSError as error:
+        raise UserError(f"{annotations} cannot be read ({error.strerror}): name COCO's caption file") from None
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{annotations} is no caption file of COCO: it lacks images, or annotations with captions") from None
+    rows = [
+        Row(f"{key}_{i}", text, images / names[key], {"source": names[key], "image_id": key})
+        for key, said in texts.items()
+        for i, text in enumerate(said if captions == "all" else said[:1])
+    ]
+    report = PackReport()
+    for key in (key for key, said in texts.items() if not said):
+        report.skip(str(key), "image without caption")
+    return _pack(rows, report, out, per_shard)
+
+
+def _pack(rows: Iterable[Row], report: PackReport, out: Path, per_shard: int) -> PackReport:
+    report.pairs = write_shards(_pairs(rows, report), out, per_shard)
+    write_json(out / "report.json", {"pairs": report.pairs, "skipped": report.skipped, "names": report.names})
+    if not report.pairs:
+        causes = ", ".join(f"{cause}: {count}" for cause, count in report.skipped.items()) or "it holds no pair"
+        raise UserError(f"no pair could be packed ({causes}): see {out / 'report.json'} for the names")
+    return report
+
+
+def _pairs(rows: Iterable[Row], report: PackReport) -> Iterator[tuple[str, bytes, str, dict[str, Any]]]:
+    as_jpeg = lru_cache(maxsize=1)(_as_jpeg)  # the captions of one image follow one another
+    for row in tqdm(rows, desc="packing", unit=" pairs"):
+        caption = row.caption.strip()
+        try:
+            if not caption:
+                raise BrokenSample("empty caption")
+            jpeg = as_jpeg(row.image)
+        except BrokenSample as error:
+            report.skip(f"{row.key} {row.image}", str(error))
+            continue
+        yield row.key, jpeg, caption, {"key": row.key, "caption": caption, **row.meta}
+
+
+def _as_jpeg(path: Path) -> bytes:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise BrokenSample(f"missing image: {error.strerror}") from None
+    image = decode_image(data)
+    if data.startswith(JPEG):
+        return data
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=95)
+    return buffer.getvalue()

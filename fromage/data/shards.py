@@ -1,0 +1,331 @@
+"""Webdataset shards: naming them, writing and reading them.
+
+A shard is a tar of about a thousand pairs. A pair is three members that share a key: KEY.jpg, KEY.txt (the caption) and
+KEY.json (whatever else is known of it). The file sizes.json beside the shards says how many pairs each one holds.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import logging
+import os
+import re
+import select
+import shlex
+import signal
+import tarfile
+import time
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from functools import cache
+from itertools import groupby, islice
+from pathlib import Path
+from subprocess import PIPE, Popen, TimeoutExpired
+from typing import Any, TypeVar
+
+import webdataset as wds
+from braceexpand import braceexpand
+from PIL import Image
+
+from fromage.errors import BrokenSample, UserError
+from fromage.images.codec import SUFFIXES, decode_image
+from fromage.io import write_json
+
+log = logging.getLogger(__name__)
+Raw = dict[str, Any]  # a stored sample: '__key__', and the members' bytes by extension
+T = TypeVar("T")
+CHECK_FROM = 100  # samples; a smaller stream is judged at its end
+CURL = "curl --fail --silent --show-error --location --globoff --connect-timeout 30 --speed-limit 1024 --speed-time 60"
+ATTEMPTS = 3  # to read a shard that comes over the network
+PATIENCE = 120  # seconds without a byte from a command after which it counts as failed
+MAX_CAPTION = 65536  # bytes; what is longer is a page that was taken for a caption
+
+
+# --- naming ---------------------------------------------------------------------------------------------------------
+
+
+def expand(urls: str | list[str]) -> list[str]:
+    """Name every shard that patterns stand for, in order.
+
+    A pattern is a path or URL with or without braces (00{000..331}.tar), a glob, or a folder (all its *.tar). http, https,
+    s3 and gs URLs become commands of curl, aws and gsutil; other URLs are left as they are.
+
+    Raises:
+        UserError: a shard is missing, or a pattern means no shard.
+    """
+    patterns = [urls] if isinstance(urls, str) else list(urls)
+    if not patterns:
+        raise UserError("no shards are named: give a folder, or a pattern such as shards/{00000..00331}.tar")
+    return [shard for pattern in patterns for name in _braces(pattern) for shard in _shards(name)]
+
+
+def _braces(pattern: str) -> list[str]:
+    if "{" not in pattern or os.path.exists(pattern):  # noqa: PTH110 (Path.exists raises for a long pattern)
+        return [pattern]
+    try:
+        return list(braceexpand(pattern))
+    except ValueError:
+        raise UserError(f"the braces of {pattern!r} do not match: write for example {{00000..00331}}.tar") from None
+
+
+def _shards(name: str) -> list[str]:
+    """The shards of one name without braces."""
+    if name.startswith("s3://"):
+        return [f"pipe:aws s3 cp {shlex.quote(name)} -"]
+    if name.startswith("gs://"):
+        return [f"pipe:gsutil cat {shlex.quote(name)}"]
+    if name.startswith(("http://", "https://")):
+        return [f"pipe:{CURL} {shlex.quote(name)}"]
+    if name.startswith("pipe:") or "://" in name:
+        return [name]
+    path = Path(name).expanduser()
+    if path.is_file():
+        return [str(path)]
+    found = sorted(path.glob("*.tar")) if path.is_dir() else sorted(map(Path, glob.glob(str(path))))  # noqa: PTH207
+    if found:
+        return [str(p) for p in found]
+    if path.is_dir() or any(sign in name for sign in "*?["):
+        raise UserError(f"{name} holds no .tar shard: correct the path, or pack your data into shards first")
+    raise UserError(f"shard {name} is missing: correct the path or the range of the pattern, or fetch the shard")
+
+
+def shard_name(shard: str) -> str:
+    """The file name of a shard, which may be a path, a URL or a command: '00000.tar'."""
+    return re.findall(r"[^/\\\s'\"=]+\.tar", shard)[-1] if ".tar" in shard else Path(shard).name
+
+
+# --- writing --------------------------------------------------------------------------------------------------------
+
+
+class ShardWriter:
+    """A tar that gets its name, and its line in sizes.json, when close() finds it whole. Equal samples, equal bytes."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.part = path, path.with_name(f".{path.name}.part")
+        self.keys: set[str] = set()
+        self.file = self.part.open("wb")
+        self.tar = wds.TarWriter(self.file, encoder=False, mtime=0, user="fromage", group="fromage")
+
+    def write(self, key: str, members: dict[str, bytes]) -> None:
+        """Add a sample: members by extension, as in {'jpg': ..., 'txt': ...}."""
+        if not key or "." in key.rpartition("/")[2] or key in self.keys:
+            raise UserError(f"sample key {key!r} is empty, holds a dot or is used twice: give every sample its own key")
+        self.keys.add(key)
+        self.tar.write({"__key__": key, **members})
+
+    def close(self) -> None:
+        """Finish the tar, give it its name and record its size."""
+        self.tar.close()
+        self.file.close()
+        self.part.replace(self.path)
+        sizes = read_sizes(self.path.parent) | {self.path.name: len(self.keys)}
+        write_json(self.path.parent / "sizes.json", dict(sorted(sizes.items())))
+
+    def discard(self) -> None:
+        """Drop a tar that was not closed; harmless after close()."""
+        self.tar.close()
+        self.file.close()
+        self.part.unlink(missing_ok=True)
+
+
+def read_sizes(folder: Path) -> dict[str, int]:
+    """The pairs of each shard of a folder, by file name, as sizes.json has them; empty where there is none."""
+    path = folder / "sizes.json"
+    try:
+        return {str(name): int(count) for name, count in json.loads(path.read_text("utf-8")).items()}
+    except FileNotFoundError:
+        return {}
+    except (ValueError, AttributeError, TypeError):
+        raise UserError(f"{path} is not a JSON object of shard names and counts: correct or remove it") from None
+
+
+def shard_sizes(shards: list[str]) -> list[int | None]:
+    """How many pairs each shard holds, None where no sizes.json says so."""
+    folder = cache(read_sizes)
+    return [folder(Path(s).parent).get(Path(s).name) if "://" not in s else None for s in shards]
+
+
+def write_shards(samples: Iterable[tuple[str, bytes, str, dict[str, Any]]], out: Path, per_shard: int = 1000) -> int:
+    """Write (key, JPEG bytes, caption, meta) as 00000.tar, 00001.tar ... of a new folder; returns how many there were.
+
+    Raises:
+        UserError: the folder holds shards already, or a key cannot be one.
+    """
+    if any(out.glob("*.tar")):
+        raise UserError(f"{out} holds shards already: name another folder, or remove them first")
+    out.mkdir(parents=True, exist_ok=True)
+    total = 0
+    for number, group in groupby(enumerate(samples), key=lambda item: item[0] // per_shard):
+        shard = ShardWriter(out / f"{number:05d}.tar")
+        try:
+            for _, (key, jpeg, caption, meta) in group:
+                text = json.dumps(meta, ensure_ascii=False)
+                shard.write(key, {"jpg": jpeg, "txt": caption.encode(), "json": text.encode()})
+            shard.close()
+        finally:
+            shard.discard()
+        total += len(shard.keys)
+    return total
+
+
+# --- reading --------------------------------------------------------------------------------------------------------
+
+
+def read_shard(shard: str, lost: Callable[[str, str], None]) -> Iterator[Raw]:
+    """Yield a shard's samples, the extensions in lower case.
+
+    A shard that cannot be read to its end is reported to lost(shard's name, cause), after further attempts where it comes
+    over the network; so is an empty one, and a member that cannot belong to a sample. The half sample at a break is not
+    yielded.
+    """
+    done, cause = 0, ""
+    for attempt in range(ATTEMPTS if "pipe:" in shard or "://" in shard else 1):
+        time.sleep(2 * attempt)
+        stream = None
+        try:
+            stream = CommandReader(shard.removeprefix("pipe:")) if shard.startswith("pipe:") else wds.gopen(shard)
+            for sample in islice(_samples(stream, shard, lost), done, None):
+                done += 1
+                yield sample
+            while stream.read(1 << 20):  # a command that is not read to its end would fail
+                pass
+            stream.close()
+            if not done:
+                lost(shard_name(shard), "empty: holds no sample")
+            return
+        except (OSError, TimeoutExpired, tarfile.TarError, EOFError, zlib.error) as error:
+            said = next((text for text in error.args if isinstance(text, str)), type(error).__name__)
+            cause = f"unreadable or truncated: after {done} samples, {said}"
+        finally:
+            if stream is not None:
+                with suppress(OSError):
+                    stream.close()
+    lost(shard_name(shard), cause)
+
+
+class CommandReader:
+    """What a command writes, to read. One that fails or writes nothing for PATIENCE seconds raises OSError at that point."""
+
+    def __init__(self, command: str) -> None:
+        self.process = Popen(command, shell=True, stdout=PIPE, bufsize=0, start_new_session=True)
+        self.output: Any = self.process.stdout
+
+    def read(self, size: int) -> bytes:
+        """Up to so many bytes; none at the end."""
+        if not select.select([self.output], [], [], PATIENCE)[0]:
+            raise OSError(f"nothing came for {PATIENCE} seconds")
+        data = self.output.read(size)
+        if not data and (code := self.process.wait(PATIENCE)):
+            raise OSError(f"the command failed with exit code {code}")
+        return data
+
+    def close(self) -> None:
+        """End the command and whatever it started."""
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+        self.output.close()
+
+
+def _samples(stream: Any, shard: str, lost: Callable[[str, str], None]) -> Iterator[Raw]:
+    def report(error: Exception) -> bool:
+        lost(shard_name(shard), f"unusable member: {error.args[0]}")
+        return True
+
+    files = wds.tariterators.tar_file_expander([{"url": shard, "stream": stream}], eof_value=None)
+    return wds.tariterators.group_by_keys(files, handler=report)
+
+
+def caption_of(raw: Raw) -> str:
+    """The caption without surrounding space. Raises BrokenSample where it is missing, empty, enormous or not UTF-8."""
+    if "txt" not in raw:
+        raise BrokenSample("no caption: member txt is missing")
+    if len(raw["txt"]) > MAX_CAPTION:
+        raise BrokenSample(f"caption too long: {len(raw['txt'])} bytes")
+    try:
+        text = raw["txt"].decode("utf-8").strip()
+    except UnicodeDecodeError:
+        raise BrokenSample("caption is not UTF-8") from None
+    if not text:
+        raise BrokenSample("empty caption")
+    return text
+
+
+def image_of(raw: Raw) -> Image.Image:
+    """The image in RGB. Raises BrokenSample where it is missing or cannot be decoded."""
+    return decode_image(image_file(raw))
+
+
+def image_file(raw: Raw) -> bytes:
+    """The image as it is stored. Raises BrokenSample where there is none."""
+    data = next((raw[kind] for kind in SUFFIXES if kind in raw), None)
+    if data is None:
+        raise BrokenSample("no image: member jpg is missing")
+    return data
+
+
+# --- reading in workers ----------------------------------------------------------------------------------------------
+
+
+class Broken:
+    """Counts the samples a worker used and those it could not, logs the latter, and stops when they are too many."""
+
+    def __init__(self, limit: float) -> None:
+        self.limit, self.good, self.bad, self.lost, self.missing = limit, 0, 0, 0, 0
+        self.last: deque[str] = deque(maxlen=5)
+
+    def add(self, key: str, cause: str) -> None:
+        """Count and log a sample that cannot be used."""
+        self.bad += 1
+        self._note(key, cause)
+
+    def lose(self, shard: str, cause: str) -> None:
+        """Count and log a shard that cannot be read to its end, or a member of it that belongs to no sample."""
+        self.lost += 1
+        self._note(shard, cause)
+
+    def _note(self, name: str, cause: str) -> None:
+        cause = " ".join(cause.split())
+        log.warning("skipped %s: %s", name, cause)
+        self.last.append(f"{name} ({cause})")
+        self.check()
+
+    def check(self, end: bool = False) -> None:
+        """Raise UserError where more than the limit is broken; a stream of under a hundred is judged at its end.
+
+        Samples that a shard holds too few count at the end alone: shards are read ahead of their samples' use.
+        """
+        bad = self.bad + self.lost + (self.missing if end else 0)
+        seen = bad + self.good
+        if (end or seen >= CHECK_FROM) and bad > self.limit * seen:
+            share = f"{bad} of {seen} samples are broken ({bad / seen:.1%}, max_broken allows {self.limit:.1%})"
+            raise UserError(f"{share}; the last: {', '.join(self.last)}; mend or remove them, or raise max_broken")
+
+
+def read_shards(shards: Iterable[tuple[str, int | None]], broken: Broken) -> Iterator[Raw]:
+    """The stored samples of (shard, size) pairs, in order; what a shard holds too few, by sizes.json, counts as broken."""
+    for shard, size in shards:
+        found = 0
+        for raw in read_shard(shard, broken.lose):
+            found += 1
+            yield raw
+        if size is not None and found < size:
+            broken.missing += size - found
+            broken.last.append(f"{shard_name(shard)} ({found} samples of {size})")
+            log.warning("%s holds %d samples, sizes.json says %d", shard, found, size)
+
+
+def decoded(raws: Iterable[Raw], decode: Callable[[Raw], T], broken: Broken) -> Iterator[T]:
+    """Decode stored samples, leaving out the broken ones."""
+    for raw in raws:
+        try:
+            sample = decode(raw)
+        except BrokenSample as error:
+            broken.add(raw["__key__"], str(error))
+            continue
+        broken.good += 1
+        broken.check()
+        yield sample

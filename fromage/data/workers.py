@@ -1,0 +1,50 @@
+"""Worker processes of data loaders: their start, their end, their share, their errors."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+from collections.abc import Iterable, Iterator
+from threading import Thread
+from typing import TypeVar
+
+from torch.utils.data import get_worker_info
+
+from fromage.errors import UserError
+
+T = TypeVar("T")
+GRACE = 30  # seconds a worker outlives a SIGTERM that its whole job gets, for the step and the checkpoint under way
+PR_SET_PDEATHSIG = 1  # of prctl(2): the signal that a process gets when its parent ends
+
+
+def init_worker(_: int) -> None:
+    """What a DataLoader's worker does first: see to it that it ends with its parent, and to signals until then."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # else the tokenizer warns of the fork
+    if sys.platform == "linux":  # a killed parent leaves workers that wait for a reader of their queue, for good
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        Thread(target=_await_sigterm, daemon=True).start()
+
+
+def _await_sigterm() -> None:
+    """End a worker at once when the parent asks for it, GRACE seconds later when a scheduler signals the whole job."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        signal.alarm(GRACE)
+    os._exit(0)
+
+
+def worker_share() -> tuple[int, int]:
+    """This worker's number, and how many workers there are; (0, 1) without workers."""
+    info = get_worker_info()
+    return (0, 1) if info is None else (info.id, info.num_workers)
+
+
+def plain_errors(batches: Iterable[T]) -> Iterator[T]:
+    """Pass batches on; a UserError of a worker, which comes with its traceback in the message, becomes one line again."""
+    try:
+        yield from batches
+    except UserError as error:
+        raise UserError(str(error).rstrip().rsplit("UserError: ", 1)[-1]) from None

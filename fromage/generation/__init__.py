@@ -1,0 +1,1 @@
+"""Generation: text and retrieved images out of prompts."""

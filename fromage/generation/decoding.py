@@ -1,0 +1,259 @@
+"""Decoding: Hugging Face's own `generate` with its key-value cache, and what is particular here hung on it.
+
+That is: rules for the [RET] logit, sampling with a generator for each row, and a look at each step's tokens and, where
+the last one was [RET], at the hidden state it left. A batch gives what its prompts give alone.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from threading import get_ident
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from fromage.checks import check_real, check_whole
+from fromage.errors import UserError
+from fromage.generation.cpu_linear import patch_linears
+from fromage.models.fromage import Fromage
+from fromage.models.prompts import Prompts
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How an answer is decoded. Raises UserError for values that mean nothing.
+
+    Attributes:
+        max_new_tokens: length of the answer at most, in tokens, [RET] included.
+        min_tokens: tokens before which neither </s> nor [RET] comes.
+        temperature: of sampling; 0 is greedy, and the next two then count for nothing.
+        top_p: sample among the likeliest tokens that together have this probability.
+        top_k: sample among so many tokens; 0 for all.
+        repetition_penalty: divides the logits of tokens that the answer holds already; 1 leaves them.
+        stop: texts at which the answer ends; they are no part of it.
+        seed: of sampling; row i of a batch samples with seed + i. None draws one.
+        ret_bias: added to the logit of [RET].
+        authors_ret_scale: multiplies it before, as the released code does; a negative logit then moves the wrong way.
+        max_images: [RET] in an answer at most.
+        images_per_ret: images for each [RET].
+        use_cache: keep keys and values; without, the whole sequence runs again for every token.
+    """
+
+    max_new_tokens: int = 32
+    min_tokens: int = 0
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    repetition_penalty: float = 1.0
+    stop: Sequence[str] = ()
+    seed: int | None = None
+    ret_bias: float = 0.0
+    authors_ret_scale: float = 1.0
+    max_images: int = 1
+    images_per_ret: int = 1
+    use_cache: bool = True
+
+    def __post_init__(self) -> None:
+        check_whole("max_new_tokens", self.max_new_tokens, 1)
+        check_whole("min_tokens", self.min_tokens, 0, self.max_new_tokens)
+        if self.temperature != 0:
+            check_real("temperature", self.temperature, 1e-3, 100, "0 (greedy) or ")
+        check_real("top_p", self.top_p, 1e-6, 1)
+        check_whole("top_k", self.top_k, 0)
+        check_real("repetition_penalty", self.repetition_penalty, 1e-3, 1e6)
+        stop = (self.stop,) if isinstance(self.stop, str) else self.stop
+        if not isinstance(stop, Sequence) or not all(isinstance(text, str) and text for text in stop):
+            raise UserError(f"stop is {self.stop!r}; it must be texts that are not empty")
+        object.__setattr__(self, "stop", tuple(stop))
+        if self.seed is not None:
+            check_whole("seed", self.seed, 0, 2**63)
+        check_real("ret_bias", self.ret_bias, -1e6, 1e6)
+        check_real("authors_ret_scale", self.authors_ret_scale, -1e6, 1e6)
+        check_whole("max_images", self.max_images, 0)
+        check_whole("images_per_ret", self.images_per_ret, 1, 1000)
+
+
+GREEDY = Decoding()
+
+
+@torch.no_grad()
+def write(model: Fromage, prompts: Prompts, decoding: Decoding, drafts: Sequence[Draft], first: int = 0) -> None:
+    """Decode a batch into its drafts, until all are done. first: number of the first row, for its seed."""
+    hf, steps = model.lm.hf, Steps(drafts)
+    patch_linears(hf)
+    with ExitStack() as hooks:
+        hooks.enter_context(hf.get_output_embeddings().register_forward_pre_hook(steps.look))
+        if not decoding.use_cache:
+            hooks.enter_context(hf.register_forward_pre_hook(WholeSequence(model, prompts), with_kwargs=True))
+        hf.generate(
+            inputs_embeds=prompts.embeds,
+            attention_mask=prompts.mask.long(),
+            max_new_tokens=decoding.max_new_tokens + 1,  # one more, for a [RET] that comes last
+            min_new_tokens=decoding.min_tokens,
+            repetition_penalty=1.0,  # this and sampling are among our processors, whatever the model's folder wishes
+            do_sample=False,
+            num_beams=1,
+            logits_processor=LogitsProcessorList(processors(model, decoding, range(first, first + len(drafts)))),
+            stopping_criteria=StoppingCriteriaList([steps]),
+            pad_token_id=model.tokenizer.pad_id,
+            eos_token_id=end_ids(model) or None,
+        )
+
+
+class Draft:
+    """One answer as it is written: text goes out as soon as it is certain, and for each [RET] its hidden state (d,)."""
+
+    def __init__(self, model: Fromage, decoding: Decoding, emit: Callable[[str | Tensor], Any]) -> None:
+        self.tokenizer, self.decoding, self.emit, self.ends = model.tokenizer, decoding, emit, end_ids(model)
+        self.ids: list[int] = []
+        self.done = False
+        self._words: list[int] = []  # tokens since the last [RET]
+        self._said = 0  # characters of theirs that have gone out
+
+    def step(self, token: int, hidden: Tensor) -> None:
+        """token: the next one. hidden: (d,) where the token before it was read; so an answer's last [RET] is read too."""
+        if self.ids and self.ids[-1] == self.tokenizer.ret_id:
+            self.emit(hidden.clone())
+            self._words, self._said = [], 0
+        if token in self.ends or self._full:
+            self._say(everything=True)
+            self.done = True
+            return
+        self.ids.append(token)
+        if token == self.tokenizer.ret_id:
+            self._say(everything=True)
+            return
+        self._words.append(token)
+        self._say(everything=self._full)
+        if self._full:  # never back to False, which another thread may just have made True
+            self.done = True
+
+    @property
+    def _full(self) -> bool:
+        return len(self.ids) == self.decoding.max_new_tokens
+
+    def _say(self, everything: bool) -> None:
+        text = self.tokenizer.decode(self._words)
+        ends = [place for stop in self.decoding.stop if (place := text.find(stop)) >= 0]
+        if ends:
+            text, self.done = text[: min(ends)], True
+        elif not everything:
+            text = certain(text, self.decoding.stop)
+        if len(text) > self._said:
+            self.emit(text[self._said :])
+            self._said = len(text)
+
+
+def certain(text: str, stop: Sequence[str]) -> str:
+    """The text without what the next token may change: half a character, or the beginning of a stop text."""
+    text = text.rstrip("\ufffd")
+    held = [n for end in stop for n in range(1, len(end)) if text.endswith(end[:n])]
+    return text[: len(text) - max(held, default=0)]
+
+
+def end_ids(model: Fromage) -> list[int]:
+    """The tokens that end an answer: the tokenizer's, and those the language model names besides."""
+    named = getattr(model.lm.hf.generation_config, "eos_token_id", None)
+    ids = [model.tokenizer.eos_id, *(named if isinstance(named, list) else [named])]
+    return sorted({i for i in ids if i is not None})
+
+
+def processors(model: Fromage, decoding: Decoding, rows: range) -> Iterator[LogitsProcessor]:
+    """What happens to the logits, in order. rows: numbers of the batch's rows."""
+    if decoding.repetition_penalty != 1:
+        yield RepetitionPenaltyLogitsProcessor(float(decoding.repetition_penalty))
+    yield RetRules(model.tokenizer.ret_id, decoding if model.pooling == "ret" else replace(decoding, max_images=0))
+    if decoding.temperature > 0:
+        yield TemperatureLogitsWarper(float(decoding.temperature))
+        if decoding.top_k:
+            yield TopKLogitsWarper(decoding.top_k)
+        if decoding.top_p < 1:
+            yield TopPLogitsWarper(decoding.top_p)
+        yield Sample(decoding.seed, rows, model.device)
+
+
+class RetRules(LogitsProcessor):
+    """Scale and bias of the [RET] logit, and where [RET] may not come."""
+
+    def __init__(self, ret_id: int, decoding: Decoding) -> None:
+        self.ret_id, self.decoding = ret_id, decoding
+
+    def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
+        """ids (B, t) of the answers so far, scores (B, V + 2)."""
+        logit = scores[:, self.ret_id] * self.decoding.authors_ret_scale + self.decoding.ret_bias  # (B,)
+        barred = (ids == self.ret_id).sum(1) >= self.decoding.max_images  # (B,)
+        if ids.shape[1] < self.decoding.min_tokens:
+            barred = torch.ones_like(barred)
+        scores[:, self.ret_id] = logit.masked_fill(barred, -torch.inf)
+        return scores
+
+
+class Sample(LogitsProcessor):
+    """Sampling as the maximum of logits plus Gumbel noise, with a generator for each row.
+
+    The noise is its own, so that neither the global generator nor the other rows of a batch have a part in it.
+    """
+
+    def __init__(self, seed: int | None, rows: range, device: torch.device) -> None:
+        seed = random.SystemRandom().getrandbits(40) if seed is None else seed
+        self.generators = [torch.Generator(device).manual_seed(seed + row) for row in rows]
+
+    def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
+        """scores (B, V + 2); -ln of an exponential variate is Gumbel noise."""
+        noise = [torch.empty_like(scores[0]).exponential_(generator=generator) for generator in self.generators]
+        return scores - torch.stack(noise).log()
+
+
+class Steps(StoppingCriteria):
+    """Hands each step's tokens and hidden states to the drafts. It asks the device once a step, for the tokens."""
+
+    def __init__(self, drafts: Sequence[Draft]) -> None:
+        self.drafts, self.thread, self.hidden = drafts, get_ident(), torch.empty(0)
+
+    def look(self, head: torch.nn.Module, inputs: tuple[Tensor]) -> None:
+        """Hook before the output head, whose input is the hidden states (B, T, d); other threads may use the model too."""
+        if get_ident() == self.thread:
+            self.hidden = inputs[0][:, -1]  # (B, d)
+
+    def __call__(self, ids: Tensor, scores: Any, **options: Any) -> Any:
+        """ids (B, t) -> (B,) bool, who is done."""
+        for draft, token, hidden in zip(self.drafts, ids[:, -1].tolist(), self.hidden, strict=True):
+            if not draft.done:
+                draft.step(token, hidden)
+        return torch.tensor([draft.done for draft in self.drafts], device=ids.device)
+
+
+class WholeSequence:
+    """Hook before the language model: prompt and answer so far run again, for decoding without a cache.
+
+    Hugging Face itself knows no such thing for a prompt that is given by its embeddings.
+    """
+
+    def __init__(self, model: Fromage, prompts: Prompts) -> None:
+        self.model, self.embeds, self.mask, self.thread = model, prompts.embeds, prompts.mask.long(), get_ident()
+
+    def __call__(self, hf: torch.nn.Module, args: Any, named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """Put (B, T + t, d) embeddings in the place of the newest ids (B, 1) and the cache."""
+        if get_ident() != self.thread:
+            return args, named
+        if named.get("input_ids") is not None:
+            self.embeds = torch.cat([self.embeds, self.model.embed(named["input_ids"])], dim=1)  # (B, T + t, d)
+            self.mask = F.pad(self.mask, (0, 1), value=1)  # (B, T + t)
+        positions = (self.mask.cumsum(1) - 1).clamp(min=0)  # (B, T + t)
+        whole = {"inputs_embeds": self.embeds, "attention_mask": self.mask, "position_ids": positions}
+        return args, named | {"input_ids": None, "past_key_values": None, "use_cache": False} | whole

@@ -1,0 +1,1 @@
+"""Images: files, addresses and bytes to pixels, and pixels to pages."""

@@ -1,0 +1,104 @@
+"""Images out of files, tar members and bytes: upright, in RGB, and of a size that can be handled."""
+
+from __future__ import annotations
+
+import io
+from contextlib import suppress
+from pathlib import Path
+
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+
+from fromage.errors import BrokenSample
+
+SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp", "gif")
+MAX_PIXELS = 89_478_485  # Pillow's own line between a large image and a decompression bomb
+STRANGERS_PIXELS = 25_000_000  # of what the web or a visitor sends: one takes up to 16 bytes a pixel to decode
+MAX_ASPECT = 100  # a strip of 1 x 20,000 pixels passes the first limit, and explodes when its short side is scaled up
+WHITE = (255, 255, 255)
+ORIENTATION = ExifTags.Base.Orientation
+
+
+def is_image(path: Path) -> bool:
+    """Whether a file name says image; hidden files (macOS writes ._name.jpg) do not count."""
+    return path.suffix[1:].lower() in SUFFIXES and not path.name.startswith(".")
+
+
+def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """The image that a file's bytes hold, as take_in makes it. Raises BrokenSample likewise, and where there is none."""
+    return take_in(opened(data, max_pixels), max_pixels)
+
+
+def opened(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """The image that a file's bytes hold, its header read. Raises BrokenSample where there is none, or too large a one."""
+    try:
+        image = Image.open(io.BytesIO(data))
+    except UnidentifiedImageError:
+        raise BrokenSample("undecodable image: no known format") from None
+    except Image.DecompressionBombError:  # Pillow's limit, which lies above ours
+        raise BrokenSample(f"undecodable image: too large, of more than {max_pixels:,} pixels") from None
+    except Exception as error:  # on broken bytes Pillow raises nearly anything
+        raise BrokenSample(f"undecodable image: {error}") from None
+    _check_size(image, max_pixels)
+    return image
+
+
+def take_in(image: Image.Image, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """An opened image in RGB, upright as EXIF has it, transparency on white, an animation's first frame.
+
+    Raises BrokenSample for one that cannot be decoded, or is beyond max_pixels or MAX_ASPECT.
+    """
+    _check_size(image, max_pixels)
+    try:
+        image.load()
+        if not is_upright(image):
+            with suppress(Exception):
+                image = ImageOps.exif_transpose(image)
+        return _to_rgb(image)
+    except Exception as error:
+        raise BrokenSample(f"undecodable image: {error}") from None
+
+
+def is_upright(image: Image.Image) -> bool:
+    """Whether an opened image lies as EXIF says that it should be seen; one with broken EXIF does."""
+    with suppress(Exception):
+        return bool(image.getexif().get(ORIENTATION, 1) == 1)
+    return True
+
+
+def _check_size(image: Image.Image, max_pixels: int) -> None:
+    width, height = image.size
+    if not 0 < width * height <= max_pixels or max(width, height) > MAX_ASPECT * min(width, height):
+        raise BrokenSample(f"undecodable image: {width} x {height} pixels are too large or too narrow")
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """An image of any mode in RGB: transparency on white, 16 bits as 8."""
+    if image.mode.startswith("I;16"):  # a plain conversion would clip 16 bits to white
+        image = image.convert("I").point(lambda level: level * (1 / 256)).convert("L")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, WHITE), image)
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def small(image: Image.Image, side: float) -> Image.Image:
+    """The image, or a copy whose longer side has so many pixels."""
+    if max(image.size) <= side:
+        return image
+    image = image.copy()
+    image.thumbnail((side, side))
+    return image
+
+
+def jpeg(image: Image.Image, side: int) -> bytes:
+    """An RGB image as JPEG, without metadata, neither side longer than so many pixels."""
+    file = io.BytesIO()
+    small(image, side).save(file, "JPEG", quality=85, comment=b"")  # all else is left out unless it is asked for
+    return file.getvalue()
+
+
+def to_png(image: Image.Image) -> bytes:
+    """An image as a PNG file."""
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()

@@ -1,0 +1,179 @@
+"""The frozen language model: any causal LM of Hugging Face, with a few trained token rows.
+
+'toy' names the one that ships with the package; it is loaded by the same code as any other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+from transformers.cache_utils import Cache
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils import is_bitsandbytes_available
+from transformers.utils.logging import disable_progress_bar
+
+from fromage.checkpoints.format import DTYPES
+from fromage.checkpoints.hub import look_for_hub
+from fromage.data.tokenizer import IMAGE, RET, PromptTokenizer
+from fromage.errors import UserError, first_line
+from fromage.models.frozen import TOY, FrozenTower
+from fromage.models.packed_attention import Attend, attending
+from fromage.models.special_tokens import AddedTokens, ExtendedEmbedding, ExtendedHead
+
+Quantized = Literal["int8", "nf4"]
+
+
+class LanguageModel(FrozenTower):
+    """A frozen causal LM that knows the tokens added to it, as [RET].
+
+    Attributes:
+        hf: the Hugging Face model; its embedding and head are extended by the added rows, so `hf.generate` works.
+        width: d of the input embeddings, which is also that of the hidden states before the head.
+        added: the trained rows. They belong to the model around this tower (see fromage.models.fromage).
+    """
+
+    def __init__(self, hf: Any, tokenizer: PromptTokenizer, name: str) -> None:
+        super().__init__()
+        embedding, head = hf.get_input_embeddings(), hf.get_output_embeddings()
+        if embedding.weight.shape[0] < tokenizer.vocab_size:
+            rows = embedding.weight.shape[0]
+            raise UserError(
+                f"{name}: the tokenizer has {tokenizer.vocab_size} tokens, the model only {rows} rows; load a fitting pair"
+            )
+        self.hf, self.tokenizer, self.name = hf, tokenizer, name
+        self.width: int = embedding.weight.shape[1]
+        self.freeze()
+        tied = head.weight is embedding.weight
+        added = AddedTokens(embedding, head, tokenizer.row_ids, tokenizer.vocab_size, tied)
+        self._added = (added,)
+        hf.set_input_embeddings(ExtendedEmbedding(embedding, added))
+        hf.set_output_embeddings(ExtendedHead(head, added))
+
+    @property
+    def added(self) -> AddedTokens:
+        """The trained rows beside the frozen vocabulary."""
+        return self._added[0]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the frozen weights are held in; of a quantised tower, what it computes in."""
+        return self.hf.get_input_embeddings().weight.dtype
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The transformer layers: what is compiled, recomputed or sharded one by one."""
+        return [module for module in self.hf.base_model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """(B, T) ids -> (B, T, d) input embeddings."""
+        return self.hf.get_input_embeddings()(ids)
+
+    def forward(self, embeds: Tensor, mask: Tensor) -> Tensor:
+        """(B, T, d) input embeddings and (B, T) bool mask -> (B, T, d) hidden states after the last layer norm.
+
+        Positions count the tokens that are not masked, so padding anywhere changes nothing.
+        """
+        positions = (mask.long().cumsum(1) - 1).clamp(min=0)  # (B, T)
+        output = self.hf.base_model(
+            inputs_embeds=embeds, attention_mask=mask.long(), position_ids=positions, use_cache=False
+        )
+        return output.last_hidden_state
+
+    def cached(self, embeds: Tensor, mask: Tensor, positions: Tensor, cache: Cache) -> Tensor:
+        """(B, T, d) input embeddings at positions (B, T) behind what the cache holds -> (B, T, d) hidden states.
+
+        mask: (B, 1, T, S + T) bool, which of the S tokens in the cache and the T new ones each of these sees.
+        """
+        output = self.hf.base_model(
+            inputs_embeds=embeds, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+        )
+        return output.last_hidden_state
+
+    def packed(self, embeds: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        """(1, N, d) packed input embeddings at positions (N,) -> (N, d) hidden states; attend says who sees whom."""
+        with attending(self.hf.config, attend):
+            output = self.hf.base_model(inputs_embeds=embeds, position_ids=positions.unsqueeze(0), use_cache=False)
+        return output.last_hidden_state[0]
+
+    @property
+    def head(self) -> nn.Linear:
+        """The frozen output head, without the added rows."""
+        return self.hf.get_output_embeddings().frozen
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., d) hidden states -> (..., V + 2) logits in float32; the column of <|image|> is -inf."""
+        return self.capped(self.hf.get_output_embeddings()(hidden).float())
+
+    @property
+    def cap(self) -> float | None:
+        """What tanh keeps logits within (Gemma 2), or None."""
+        return getattr(self.hf.config, "final_logit_softcapping", None)
+
+    def capped(self, logits: Tensor) -> Tensor:
+        """The head's products -> logits."""
+        return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
+
+
+def load_tokenizer(name: str) -> PromptTokenizer:
+    """The tokenizer of a language model, by hub name or folder. Raises UserError where there is none within reach."""
+    return PromptTokenizer(_folder(name))
+
+
+def _folder(name: str) -> str:
+    """Where a language model lies: its name on the hub, or a folder."""
+    folder = str(TOY / "opt") if name == "toy" else name
+    if not Path(folder).exists():
+        look_for_hub()
+    return folder
+
+
+def load_lm(
+    name: str,
+    dtype: str = "float32",
+    random_weights: bool = False,
+    quantize: Quantized | None = None,
+    rows: Sequence[str] = (RET,),
+    places: Sequence[str] = (IMAGE,),
+) -> LanguageModel:
+    """Load and freeze a causal LM by hub name or folder ('toy': the one in the package). rows, places: see PromptTokenizer.
+
+    random_weights builds the architecture from its configuration alone, for tests and speed measurements. quantize holds the
+    linear layers, but for the head, in int8 (LLM.int8) or in 4 bits (NF4, QLoRA), by bitsandbytes; they compute in dtype.
+    Raises UserError for an unknown name and for weights that are neither on disk nor reachable.
+    """
+    if quantize and random_weights:
+        raise UserError("quantize needs weights to quantise: leave out random_weights, or quantize")
+    options = {"dtype": DTYPES[dtype]} | ({"quantization_config": _quantization(quantize, dtype)} if quantize else {})
+    if name == "toy":
+        disable_progress_bar()  # of its weights, which are there at once
+    folder = _folder(name)
+    tokenizer = PromptTokenizer(folder, rows, places)
+    try:
+        if random_weights:
+            hf = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=DTYPES[dtype])
+        else:
+            hf = AutoModelForCausalLM.from_pretrained(folder, **options)
+    except Exception as error:
+        raise UserError(
+            f"language model {name}: no weights on disk or within reach ({first_line(error)}); "
+            "give a folder, or fetch it where there is a network: hf download " + name
+        ) from error
+    for module in hf.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):  # where bitsandbytes repacks 4-bit weights, gradients do not pass
+            module.support_avx512bf16_for_cpu = False
+    return LanguageModel(hf, tokenizer, name)
+
+
+def _quantization(kind: Quantized, dtype: str) -> BitsAndBytesConfig:
+    if not is_bitsandbytes_available():
+        raise UserError(f"quantize {kind} needs bitsandbytes: pip install 'fromage[quant]'")
+    if kind == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=DTYPES[dtype]
+    )

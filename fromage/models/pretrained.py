@@ -1,0 +1,79 @@
+"""Between a model and its file: build the model around saved parameters, and describe a model for saving."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from fromage.checkpoints.format import DTYPES, Saved, differences, dtype_name
+from fromage.checkpoints.lightning import PREFIX
+from fromage.errors import UserError
+from fromage.models.frozen import check_device
+
+if TYPE_CHECKING:
+    from fromage.models.fromage import Fromage
+
+
+def build(cls: type[Fromage], saved: Saved, device: str = "cpu", **options: Any) -> Fromage:
+    """Load the towers and put the saved parameters between them; options replace arguments of cls.load on record.
+
+    Raises UserError for a device that is not there, and for parameters of another architecture.
+    """
+    options = {name: value for name, value in options.items() if value is not None}
+    dtype = str(options.get("dtype", saved.settings.get("dtype", "float32"))).removeprefix("torch.")
+    elsewhere = {"vision_weights": None} if "vision" in options else {}
+    check_device(device)
+    settings = _arguments(cls, saved.settings) | elsewhere | options
+    model = cls.load(**(settings | {"dtype": dtype_name(dtype)}))
+    check_trained(saved.tensors, model, saved.source)
+    ids = {name: saved.added_tokens.get(name, own) for name, own in _added_tokens(model).items()}
+    if ids != _added_tokens(model):
+        raise UserError(f"{saved.source}: made for {ids}, but {model.lm.name} has {_added_tokens(model)}; give its own lm")
+    model.load_state_dict(saved.tensors, strict=False)
+    if saved.added_tokens:  # not a Lightning checkpoint, whose float32 is for training on
+        model.stored_dtype = saved.dtype
+    if saved.fingerprint and not options and model.fingerprint() != saved.fingerprint:
+        warnings.warn(f"{saved.source}: its image tower is not the one it was saved with; indexes differ too", stacklevel=3)
+    return model.to(device).eval()
+
+
+def _added_tokens(model: Fromage) -> dict[str, int]:
+    return dict(model.tokenizer.added)
+
+
+def describe(model: Fromage, dtype: str | None = None) -> Saved:
+    """A model as it goes to disk, its trained parameters rounded to dtype (None: the model's stored_dtype)."""
+    if not model.settings or model.settings["random_weights"]:
+        raise UserError("a model whose towers have no name to load them by cannot be saved: build it by Fromage.load")
+    kept = DTYPES[dtype_name(dtype or model.stored_dtype)]
+    tensors = {name: p.detach().to("cpu", kept).contiguous() for name, p in model.trained().items()}
+    return Saved("this model", tensors, dict(model.settings), _added_tokens(model), model.fingerprint(tensors))
+
+
+def check_checkpoint(checkpoint: dict[str, Any], model: Fromage) -> None:
+    """Raise UserError unless the checkpoint holds just the model's trained parameters, in their shapes."""
+    state = checkpoint.get("state_dict", {})
+    check_trained({name.removeprefix(PREFIX): value for name, value in state.items()}, model)
+
+
+def check_trained(tensors: Mapping[str, Tensor], model: Fromage, source: str = "checkpoint") -> None:
+    """Raise UserError unless these are the model's trained parameters, by name and shape."""
+    differs = differences(tensors, {name: tuple(p.shape) for name, p in model.trained().items()})
+    if not model.ret.tied and "ret.output_rows" not in tensors:
+        differs += f"; {model.lm.name} does not tie its head to its embedding, so [RET] needs a row there too"
+    if differs:
+        raise UserError(f"{source}: of another architecture ({differs}); give the lm, vision, k and q it was trained with")
+
+
+def from_hyperparameters(cls: type[Fromage], h: Mapping[str, Any]) -> Fromage:
+    """A fresh model as the hyperparameters of a Lightning module describe it."""
+    return cls.load(**_arguments(cls, h))
+
+
+def _arguments(cls: type[Fromage], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Those settings that cls.load takes."""
+    return {name: settings[name] for name in inspect.signature(cls.load).parameters if name in settings}

@@ -1,0 +1,186 @@
+"""Prompts: text and images in any order -> input embeddings of the language model.
+
+    [</s>] "a cat" [W_c v(x)] "and its dog" ...      </s> once, at the front; each image k embeddings, its visual prefix
+
+A batch is padded on the left, so that all prompts end where generation begins.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+from itertools import chain
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from fromage.errors import BrokenSample, UserError
+from fromage.images.codec import take_in
+from fromage.images.open import open_image
+from fromage.models.base import VisualPrefixLM
+
+HALVES = re.compile("[\ud800-\udfff]")  # of characters in UTF-16, which are none
+
+
+class Url(str):
+    """An image's http(s) address."""
+
+
+class Special(Enum):
+    """Tokens that no text can spell."""
+
+    RET = "[RET]"
+    START = "</s>"
+    QUERIES = "<|query|>"
+
+
+RET = Special.RET  # asks for an image
+START = Special.START  # </s> at another place than the front: in training, captions have it behind their image
+QUERIES = Special.QUERIES  # all object queries of an Octopus
+
+# Path: an image's file, or 'shard.tar#key'. Tensor: features (m,) of an image encoded before.
+ImageInput = Image.Image | Path | Url | Tensor
+Part = str | ImageInput | Special  # a plain str is text, whatever it looks like
+Prompt = Sequence[Part] | Part
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """A batch of B prompts, left-padded to T tokens.
+
+    Attributes:
+        ids: (B, T); the places of images hold <|image|>.
+        mask: (B, T) bool, whether there is a token.
+        embeds: (B, T, d).
+        features: (n, m) of the distinct images of the batch.
+        shown: for each prompt, the rows of features that it shows, in order.
+    """
+
+    ids: Tensor
+    mask: Tensor
+    embeds: Tensor
+    features: Tensor
+    shown: list[list[int]]
+
+
+def parts_of(prompt: Prompt) -> list[Part]:
+    """A prompt as a list; a single part is a prompt too. Raises UserError for what can be no part, or no text."""
+    parts: list[Part] = list(prompt) if isinstance(prompt, (list, tuple)) else [prompt]  # type: ignore[list-item]
+    for part in parts:
+        if not isinstance(part, (str, ImageInput, Special)):
+            raise UserError(f"a prompt holds text, images, paths and addresses of images, not {type(part).__name__}")
+        if isinstance(part, str) and HALVES.search(part):
+            raise UserError(f"{part[:50]!r}: holds half a character (a surrogate); leave it out")
+    return parts
+
+
+def worded(parts: Sequence[Part]) -> list[Part]:
+    """Parts without empty texts."""
+    return [part for part in parts if not (isinstance(part, str) and not part)]
+
+
+def prompt_ids(model: VisualPrefixLM, prompt: Prompt) -> list[int]:
+    """The token ids of a prompt, no image opened: k times <|image|> for each. Every text is tokenised by itself."""
+    parts = parts_of(prompt)
+    front = [] if any(part is START for part in parts) else model.tokenizer.start()
+    return [*front, *chain.from_iterable(part_ids(model, part) for part in parts)]
+
+
+def part_ids(model: VisualPrefixLM, part: Part) -> list[int]:
+    """The token ids of one part of a prompt."""
+    tokenizer = model.tokenizer
+    if isinstance(part, ImageInput):
+        return [tokenizer.image_id] * model.k
+    if part is RET:
+        return [tokenizer.ret_id]
+    if part is QUERIES:
+        return [tokenizer.added[QUERIES.value]] * int(getattr(model, "n", 0))
+    return tokenizer.start() if part is START else tokenizer.encode(str(part))
+
+
+def prompt_length(model: VisualPrefixLM, prompt: Prompt) -> int:
+    """Tokens of a prompt, </s> at the front and k for each image included; no image is opened."""
+    return len(prompt_ids(model, prompt))
+
+
+def max_length(model: VisualPrefixLM) -> int | None:
+    """Tokens that the language model has positions for; None if it sets no limit."""
+    return getattr(model.lm.hf.config.get_text_config(), "max_position_embeddings", None)
+
+
+@torch.no_grad()
+def embed_prompts(model: VisualPrefixLM, prompts: Sequence[Prompt], room: int = 0) -> Prompts:
+    """At least one prompt -> a left-padded batch. Each distinct image goes through the tower once, all in one pass.
+
+    room: tokens that must find a place behind each prompt. An empty prompt is </s> alone.
+    Raises UserError for prompts that are too long, for images that cannot be had, and for an empty prompt to a language
+    model that has no </s>.
+    """
+    rows = [prompt_ids(model, prompt) for prompt in prompts]
+    _check_lengths(model, [len(row) for row in rows], room)
+    ids, mask = pad_left(rows, model.tokenizer.pad_id)  # (B, T) each
+    images = [[part for part in parts_of(prompt) if isinstance(part, ImageInput)] for prompt in prompts]
+    distinct = {_key(image): image for row in images for image in row}
+    number = {key: i for i, key in enumerate(distinct)}
+    shown = [[number[_key(image)] for image in row] for row in images]
+    features = encode_images(model, list(distinct.values()))  # (n, m)
+    prefix = model.prefix(features)[list(chain.from_iterable(shown))]  # (n, k, d) -> one for each place in the batch
+    ids = ids.to(model.device)
+    return Prompts(ids, mask.to(model.device), model.embed(ids, prefix), features, shown)
+
+
+def pad_left(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Lists of ids -> (B, T) left-padded to the longest, and (B, T) bool, whether there is a token."""
+    lengths = torch.tensor([len(row) for row in rows]).unsqueeze(1)  # (B, 1)
+    ids = pad_sequence([torch.tensor(row, dtype=torch.long) for row in rows], True, pad_id, "left")  # (B, T)
+    return ids, torch.arange(ids.shape[1]) >= ids.shape[1] - lengths
+
+
+def _key(image: ImageInput) -> int | str:
+    """The same for the same file, address or object."""
+    if isinstance(image, Path):
+        return str(image.resolve())
+    return str(image) if isinstance(image, Url) else id(image)
+
+
+def _check_lengths(model: VisualPrefixLM, lengths: list[int], room: int) -> None:
+    longest, limit = max(lengths), max_length(model)
+    if limit is not None and longest + room > limit:
+        behind = f" and {room} behind it" if room else ""
+        raise UserError(f"a prompt of {longest} tokens{behind} is more than the {limit} of the language model; shorten it")
+    if not min(lengths):
+        raise UserError("the prompt is empty, and this language model has no token to start from; give it a word")
+
+
+def encode_images(model: VisualPrefixLM, images: Sequence[ImageInput]) -> Tensor:
+    """(n, m) image features, in float32; the tower encodes those that are no features yet, in one pass.
+
+    Raises UserError for an image that cannot be had, and for what can be no features of this tower.
+    """
+    for image in images:
+        if isinstance(image, Tensor) and not (image.shape == model.vision.shape and image.isfinite().all()):
+            raise UserError(
+                f"an image's features of shape {tuple(image.shape)}: must be {tuple(model.vision.shape)} finite numbers"
+            )
+    pixels = [model.vision.transform(_open(image)) for image in images if not isinstance(image, Tensor)]
+    made = iter(model.vision(torch.stack(pixels)) if pixels else ())
+    rows = [image.to(model.device) if isinstance(image, Tensor) else next(made) for image in images]
+    return torch.stack([row.float() for row in rows]) if rows else torch.empty(0, *model.vision.shape, device=model.device)
+
+
+def _open(image: Image.Image | Path | Url) -> Image.Image:
+    if isinstance(image, Path):
+        return open_image(str(image))
+    if isinstance(image, Url):
+        from fromage.images.fetch import fetch_image  # never open_image: the text of an address may name a file
+
+        return fetch_image(image)
+    try:
+        return take_in(image)
+    except BrokenSample as error:
+        raise UserError(f"an image that was given opened: {error}; give another one") from error

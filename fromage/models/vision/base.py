@@ -1,0 +1,105 @@
+"""The contract of a vision tower, v(x) in R^m, and of the text tower beside it.
+
+A new kind of tower is a subclass with `encode` and `load`, about 20 lines (fromage.models.vision.timm is one), and a line
+in fromage.models.vision.registry.
+"""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fromage.errors import UserError
+from fromage.images.transforms import Decoding, decoding_as, halves
+from fromage.models.frozen import FrozenTower, digest_of_samples
+
+
+class TextTower(ABC):
+    """The text side of a contrastive pair: what images and texts are compared by, as the baseline of retrieval.
+
+    e is the width of the pair's joint space.
+    """
+
+    @abstractmethod
+    def embed_features(self, features: Tensor) -> Tensor:
+        """(N, m) features of the vision tower -> (N, e) unit rows."""
+
+    @abstractmethod
+    def embed_text(self, texts: Sequence[str]) -> Tensor:
+        """N texts -> (N, e) unit rows."""
+
+
+class VisionTower(FrozenTower, ABC):
+    """A frozen image tower: images -> features, of shape (m,) pooled or (P, m) at P patches.
+
+    Attributes:
+        visual: the module that encode runs.
+        transform: PIL image -> (3, H, W) uint8, the tower's own resize and crop; normalisation is part of the forward.
+        image_size: (H, W) that encode takes, in pixels.
+        shape: of the features of one image: (m,), or (P, m) for patches.
+        width: m.
+        grid: rows and columns of patches, P in all; None for pooled features.
+    """
+
+    visual: Any
+    grid: tuple[int, int] | None = None
+
+    def __init__(self, visual: nn.Module, transform: Any, name: str, image_size: int | Sequence[int]) -> None:
+        """transform: PIL image -> (3, H, W); one that ends in ToTensor and Normalize is split, see halves."""
+        super().__init__()
+        self.visual, self.name = visual, name
+        self.transform, self.normalise = halves(transform)
+        self.freeze()
+        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+        self.image_size: tuple[int, int] = (height, width)
+        parameter = next(self.visual.parameters())
+        with torch.no_grad():
+            probe = torch.zeros(1, 3, height, width, dtype=parameter.dtype, device=parameter.device)
+            self.shape = self.encode(probe).shape[1:]
+        self.width: int = self.shape[-1]
+
+    @abstractmethod
+    def encode(self, pixels: Tensor) -> Tensor:
+        """(B, 3, H, W) normalised pixels -> (B, *shape) features."""
+
+    @classmethod
+    @abstractmethod
+    def load(cls, name: str, weights: str | None, dtype: str, random_weights: bool) -> VisionTower:
+        """The tower of a name, as in a configuration. Raises UserError for unknown names and for missing weights."""
+
+    @classmethod
+    def check(cls, name: str, weights: str | None) -> None:
+        """Raise UserError for names and weights that load would refuse, as far as that is known without loading."""
+
+    @classmethod
+    def load_patches(cls, name: str, weights: str | None, layer: int, dtype: str, random_weights: bool) -> VisionTower:
+        """The tower read at the patches of a layer, shape (P, m). Raises UserError for towers without patches."""
+        raise UserError(f"vision tower {name}: gives no patches; choose a tower of open_clip")
+
+    def text_tower(self) -> TextTower | None:
+        """The text side of the pair this tower is from, or None where there is none."""
+        return None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the frozen weights are held in."""
+        return next(self.visual.parameters()).dtype
+
+    @torch.no_grad()
+    def forward(self, pixels: Tensor) -> Tensor:
+        """(B, 3, H, W) pixels, uint8 or normalised -> (B, *shape) features, without gradient."""
+        parameter = next(self.visual.parameters())
+        pixels = pixels.to(parameter.device, non_blocking=True)
+        if pixels.dtype == torch.uint8 and self.normalise:
+            pixels = self.normalise(pixels)
+        return self.encode(pixels.to(parameter.dtype)).contiguous()  # a ViT gives a view that would keep all tokens alive
+
+    def fingerprint(self, decoding: Decoding = "draft") -> dict[str, str]:
+        """What stored features depend on: the tower's name, its weights (a digest of samples) and the preprocessing."""
+        shown = re.sub(r" at 0x[0-9a-f]+|\s+", " ", str(decoding_as(self.transform, decoding)))
+        return {"tower": self.name, "weights": digest_of_samples(self.visual), "preprocessing": shown}

@@ -1,0 +1,205 @@
+"""Towers of open_clip: CLIP, SigLIP, ConvNeXt and all others it lists, pooled or at their patches, and their text sides."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fromage.checkpoints.hub import look_for_hub
+from fromage.errors import UserError, first_line
+from fromage.models.frozen import TOY
+from fromage.models.vision.base import TextTower, VisionTower
+
+
+class OpenClipTower(VisionTower):
+    """A frozen open_clip image tower, pooled before CLIP's projection: v(x) in R^m.
+
+    For the ViTs of CLIP this is the class token after the final layer norm, what Hugging Face calls pooler_output.
+    """
+
+    def __init__(self, clip: Any, transform: Any, name: str, source: tuple[Any, ...] | None = None) -> None:
+        """source: arguments of load_clip that give the whole of this CLIP; None where it has no name."""
+        self.source = source
+        super().__init__(_without_projection(clip.visual), transform, name, clip.visual.image_size)
+
+    @classmethod
+    def load(cls, name: str, weights: str | None, dtype: str, random_weights: bool) -> OpenClipTower:
+        """See load_clip."""
+        source = name, weights, dtype, random_weights
+        clip, transform, _ = load_clip(*source)
+        return cls(clip, transform, _full_name(name, weights, random_weights), source)
+
+    @classmethod
+    def check(cls, name: str, weights: str | None) -> None:
+        """See clip_weights."""
+        clip_weights(name, weights)
+
+    @classmethod
+    def load_patches(cls, name: str, weights: str | None, layer: int, dtype: str, random_weights: bool) -> OpenClipPatches:
+        """See OpenClipPatches. Raises UserError for a layer that is not there."""
+        clip, _, _ = load_clip(name, weights, dtype, random_weights)
+        try:
+            return OpenClipPatches(clip, _full_name(name, weights, random_weights), layer)
+        except (AssertionError, IndexError) as error:
+            raise UserError(f"vision tower {name}: has no layer {layer}; -1 is its last") from error
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """(B, 3, H, W) normalised pixels -> (B, m)."""
+        return self.visual(pixels)
+
+    def text_tower(self) -> OpenClipText | None:
+        """CLIP's own text tower, loaded now."""
+        if self.source is None:
+            return None
+        text: Any = OpenClipText(*self.source)
+        text.to(next(self.visual.parameters()).device)
+        return text
+
+
+class OpenClipPatches(OpenClipTower):
+    """A frozen open_clip image tower read at its patches, (P, m) an image, before its last layer as LLaVA reads it.
+
+    It sees the whole image, pressed into its square, so that a place is the same share of either. Each patch comes at mean
+    0 and variance 1, whatever the layer's scale.
+    """
+
+    def __init__(self, clip: Any, name: str, layer: int = -2) -> None:
+        """layer: which of the tower's layers (of a ResNet, its stages) is read; -1 is the last."""
+        self.layer = layer
+        squash = open_clip.transform.merge_preprocess_dict(
+            open_clip.get_model_preprocess_cfg(clip), {"resize_mode": "squash"}
+        )
+        config = open_clip.transform.PreprocessCfg(**squash)
+        super().__init__(clip, open_clip.transform.image_transform_v2(config, is_train=False), f"{name}, patches of {layer}")
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """(B, 3, H, W) normalised pixels -> (B, P, m)."""
+        layers = {"indices": [self.layer], "stop_early": True, "intermediates_only": True}
+        found = self.visual.forward_intermediates(pixels, **layers)["image_intermediates"][0]  # (B, m, rows, columns)
+        self.grid = (found.shape[2], found.shape[3])
+        patches = found.flatten(2).transpose(1, 2)  # (B, P, m)
+        return F.layer_norm(patches.float(), patches.shape[-1:]).to(pixels.dtype)
+
+
+class OpenClipText(TextTower, nn.Module):
+    """CLIP's text tower, and its projection of the features that OpenClipTower gives."""
+
+    def __init__(self, name: str, weights: str | None = None, dtype: str = "float32", random_weights: bool = False) -> None:
+        """Arguments of load_clip. Raises UserError as it does, and for a CLIP that does not project images."""
+        super().__init__()
+        self.clip, _, self.tokenize = load_clip(name, weights, dtype, random_weights)
+        self.project = _projection(self.clip.visual)
+        del self.clip.visual  # the tower has it
+
+    @torch.no_grad()
+    def embed_features(self, features: Tensor) -> Tensor:
+        """(N, m) image features -> (N, e) unit rows."""
+        return F.normalize(self.project(features.float()), dim=-1)
+
+    @torch.no_grad()
+    def embed_text(self, texts: Sequence[str]) -> Tensor:
+        """Texts -> (N, e) unit rows; what is beyond CLIP's 77 tokens is cut off, as in the paper."""
+        ids = self.tokenize(list(texts)).to(self.clip.logit_scale.device)  # (N, 77)
+        return F.normalize(self.clip.encode_text(ids).float(), dim=-1)
+
+
+def load_clip(
+    name: str, pretrained: str | None = None, dtype: str = "float32", random_weights: bool = False
+) -> tuple[Any, Any, Any]:
+    """An open_clip model whole, in eval mode: (model, image transform, text tokenizer).
+
+    name: a model of open_clip ('ViT-L-14'), 'local-dir:FOLDER', 'hf-hub:ORG/NAME', or 'toy'. pretrained: open_clip's tag
+    or a file, which only a model of open_clip needs; random_weights leaves that one without.
+    Raises UserError for unknown names and weights that are neither on disk nor within reach.
+    """
+    pretrained = None if random_weights else clip_weights(name, pretrained)
+    source = f"local-dir:{TOY / 'clip'}" if name == "toy" else name
+    precision = {"float32": "fp32", "bfloat16": "pure_bf16", "float16": "pure_fp16"}[dtype]
+    if not source.startswith("local-dir:") and (pretrained or ":" in source) and not Path(pretrained or "").is_file():
+        look_for_hub()
+    silent = logging.root.manager.disable
+    logging.disable(logging.ERROR)  # open_clip logs what the error below says, and that random weights are random
+    try:
+        model, _, transform = open_clip.create_model_and_transforms(
+            source, pretrained=pretrained, precision=precision, force_quick_gelu=_wants_quick_gelu(source, pretrained)
+        )
+        tokenizer = open_clip.get_tokenizer(source)
+    except Exception as error:
+        raise UserError(
+            f"vision tower {name} ({pretrained}): no weights on disk or within reach ({first_line(error)}); "
+            "give a file as vision_weights, or fetch them once where there is a network"
+        ) from error
+    finally:
+        logging.disable(silent)
+    return model.eval().requires_grad_(False), transform, tokenizer
+
+
+def clip_weights(name: str, pretrained: str | None) -> str | None:
+    """Which weights load_clip takes: those that are given, or None where the name brings its own.
+
+    Raises UserError for a name that open_clip does not know, and for one whose weights are missing.
+    """
+    if name == "toy" or ":" in name:
+        return None
+    if name not in open_clip.list_models():
+        raise UserError(
+            f"vision tower {name}: unknown to open_clip; open_clip.list_models() names {len(open_clip.list_models())}"
+        )
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    if not pretrained or not (pretrained in tags or Path(pretrained).exists()):
+        wrong = f"no weights called {pretrained}" if pretrained else "comes without weights, name them as vision_weights"
+        raise UserError(f"vision tower {name}: {wrong}; there are: {', '.join(tags) or 'none'}, or a file")
+    return pretrained
+
+
+def _wants_quick_gelu(name: str, pretrained: str | None) -> bool:
+    """Whether weights were trained with x sigmoid(1.702 x), as OpenAI's were; open_clip would but warn."""
+    return bool((open_clip.get_pretrained_cfg(name, pretrained) or {}).get("quick_gelu")) if pretrained else False
+
+
+def _full_name(name: str, pretrained: str | None, random_weights: bool) -> str:
+    weights = None if random_weights else clip_weights(name, pretrained)
+    return f"{name}/{weights}" if weights else name
+
+
+def _without_projection(visual: Any) -> Any:
+    """Take CLIP's projection off an open_clip image tower: a ViT, a ResNet with attention pooling, or one of timm's."""
+    if getattr(visual, "proj", None) is not None:
+        visual.proj = None
+    elif hasattr(visual, "attnpool"):
+        old = visual.attnpool.c_proj
+        whole = nn.Linear(old.in_features, old.in_features, device=old.weight.device, dtype=old.weight.dtype)
+        nn.init.eye_(whole.weight)
+        nn.init.zeros_(whole.bias)
+        visual.attnpool.c_proj = whole
+    elif hasattr(visual, "trunk") and hasattr(visual, "head"):
+        visual.head, _ = split_head(visual)
+    return visual
+
+
+def split_head(visual: Any) -> tuple[nn.Sequential, nn.Sequential]:
+    """The head of one of timm's towers in open_clip (SigLIP, ConvNeXt ...): its pooling, and what is behind it."""
+    parts = dict(visual.head.named_children())
+    pooling = [parts.pop("pool")] if "pool" in parts else []  # most pool in their trunk
+    return nn.Sequential(*pooling), nn.Sequential(*parts.values())
+
+
+def _projection(visual: Any) -> nn.Module:
+    """m -> e: what an open_clip image tower has behind its pooled features, which without_projection takes off."""
+    if getattr(visual, "proj", None) is not None:  # a ViT
+        behind: Any = nn.Linear(visual.proj.shape[0], visual.proj.shape[1], bias=False)
+        behind.weight = nn.Parameter(visual.proj.detach().T)  # (m, e) -> (e, m)
+    elif hasattr(visual, "attnpool"):  # a ResNet
+        behind = visual.attnpool.c_proj
+    else:
+        behind = split_head(visual)[1] if hasattr(visual, "trunk") else None
+    if behind is None:
+        raise UserError(f"CLIP's {type(visual).__name__} has no projection behind its pooling; leave it out by --no-clip")
+    return behind.float().requires_grad_(False)

@@ -1,0 +1,34 @@
+"""Vision towers by name: the prefix before the colon names the kind; names without a known prefix are open_clip's."""
+
+from __future__ import annotations
+
+from fromage.models.vision.base import VisionTower
+from fromage.models.vision.open_clip import OpenClipTower
+from fromage.models.vision.timm import TimmTower
+
+KINDS: dict[str, type[VisionTower]] = {"timm": TimmTower}
+
+
+def load_vision(name: str, weights: str | None = None, dtype: str = "float32", random_weights: bool = False) -> VisionTower:
+    """Load and freeze the vision tower of a name, as in a configuration.
+
+    weights: a tag or file, where the name does not bring its own; random_weights builds the architecture alone. Raises
+    UserError for unknown names, and for weights that are neither on disk nor within reach.
+    """
+    return _kind(name).load(name, weights, dtype, random_weights)
+
+
+def load_patches(
+    name: str, weights: str | None = None, layer: int = -2, dtype: str = "float32", random_weights: bool = False
+) -> VisionTower:
+    """The same tower read at the patches of a layer, (P, m) an image; -1 is its last. Raises UserError for no such layer."""
+    return _kind(name).load_patches(name, weights, layer, dtype, random_weights)
+
+
+def check_vision(name: str, weights: str | None = None) -> None:
+    """Raise UserError for a tower that load_vision would refuse by its name alone; nothing is loaded."""
+    _kind(name).check(name, weights)
+
+
+def _kind(name: str) -> type[VisionTower]:
+    return KINDS.get(name.partition(":")[0], OpenClipTower)

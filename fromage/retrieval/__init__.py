@@ -1,0 +1,1 @@
+"""Retrieval: embeddings, image indexes and their search."""

@@ -1,0 +1,166 @@
+"""Embedding images: N of them become rows of width q in the shared retrieval space, stored part by part."""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from fromage.checks import check_whole
+from fromage.data.features import check_features
+from fromage.data.image_source import Chunk, ImageSource, Sample, find_images, is_shards
+from fromage.data.shards import expand
+from fromage.data.workers import init_worker
+from fromage.errors import UserError
+from fromage.retrieval.embedding_store import DTYPES, EmbeddingStore
+
+if TYPE_CHECKING:
+    from fromage.models.fromage import Fromage
+    from fromage.retrieval.embed_ray import ImageSide, RayJob
+
+
+def embed_images(
+    model: Fromage,
+    source: str | Path,
+    out: str | Path,
+    batch_size: int = 64,
+    workers: int = 0,
+    captions: str | Path | None = None,
+    checkpoint: str | Path | None = None,
+    dtype: str = "float32",
+    ray: RayJob | None = None,
+) -> EmbeddingStore:
+    """Embed a folder of images or webdataset shards into the folder out: unit rows, in the order of the names.
+
+    A run that was killed is taken up by the next call; what it loses is the parts it was at: a shard, or some thousand
+    files, per worker. Shards may hold stored features (npy) in place of images. What is broken is left out with a
+    warning. Raises UserError if nothing is left, and if out holds the embeddings of another model or source.
+
+    Args:
+        model: both towers on the device to be used.
+        source: a folder searched to its depth, a .tar, a folder of these, or a pattern as webdataset expands it.
+        batch_size: images per step.
+        workers: processes that decode; 0 decodes in this one.
+        captions: for a folder of images, a JSON file of {file: caption} or COCO's.
+        checkpoint: where the model was loaded from, so that open_index finds it.
+        dtype: of the stored rows, float32 or float16.
+        ray: do it as a Ray Data job; the model is then on the CPU, and workers does not count.
+    """
+    check_whole("batch_size", batch_size, 1)
+    check_whole("workers", workers, 0)
+    if dtype not in DTYPES:
+        raise UserError(f"dtype {dtype}: embeddings are stored as {' or '.join(DTYPES)}")
+    images = find_images(str(source), model.vision.transform, None if captions is None else Path(captions))
+    if is_shards(Path(source)):
+        check_features(expand(str(source)), model.vision)
+    store = EmbeddingStore.begin(
+        out,
+        fingerprint=model.fingerprint(),
+        checkpoint=located(checkpoint),
+        source=images.digest(),
+        width=model.q,
+        dtype=dtype,
+        parts=len(images.parts),
+    )
+    images.todo, images.batch_size = store.missing(), batch_size
+    _fill(store, ray.embed(model, images) if ray else _here(model, images, workers), images.count)
+    _report(store, source)
+    return store
+
+
+class Done(NamedTuple):
+    """An embedded chunk."""
+
+    part: int
+    number: int
+    rows: list[np.ndarray]  # (n, q) in all
+    good: list[Sample]  # those of the rows
+    broken: list[str]
+    last: bool
+
+
+def embed_chunk(model: Fromage | ImageSide, chunk: Chunk) -> Done:
+    """Embed the images of a chunk."""
+    done = Done(chunk.part, chunk.number, [], [], [], chunk.last)
+    for tensor, samples in chunk.groups:
+        if tensor is None:
+            done.broken.extend(sample.problem for sample in samples)
+        else:
+            done.rows.append(_embed(model, tensor))
+            done.good.extend(samples)
+    return done
+
+
+def _here(model: Fromage, images: ImageSource, workers: int) -> Iterator[Done]:
+    """Embed the parts to do in this process."""
+    loader = DataLoader(images, batch_size=None, num_workers=min(workers, len(images.todo)), worker_init_fn=init_worker)
+    return (embed_chunk(model, chunk) for chunk in loader)
+
+
+def _fill(store: EmbeddingStore, chunks: Iterable[Done], count: int | None) -> None:
+    """Store what is embedded, part by part, in whatever order it comes."""
+    parts: dict[int, dict[int, Done]] = {}  # those that are not whole yet
+    done = len(store) + len(store.broken())
+    with tqdm(desc="embedding", total=count, initial=done, unit=" images") as bar:
+        try:
+            for chunk in chunks:
+                part = parts.setdefault(chunk.part, {})
+                part[chunk.number] = chunk
+                bar.update(len(chunk.good) + len(chunk.broken))
+                if any(chunk.last and chunk.number + 1 == len(part) for chunk in part.values()):
+                    _write(store, chunk.part, [part[number] for number in sorted(part)])
+                    del parts[chunk.part]
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt("the same command goes on where it was") from None
+
+
+def _write(store: EmbeddingStore, number: int, chunks: Sequence[Done]) -> None:
+    """Store a part, its rows in the order of the source."""
+    good = [sample for chunk in chunks for sample in chunk.good]
+    order = sorted(range(len(good)), key=lambda i: good[i].place)
+    rows = np.concatenate(
+        [np.empty((0, store.about["width"]), np.float32), *(rows for c in chunks for rows in c.rows)]
+    )  # (n, q)
+    store.write(number, rows[order], [good[i].item for i in order], [line for chunk in chunks for line in chunk.broken])
+
+
+@torch.no_grad()
+def embed_opened(model: Fromage, images: Sequence[Image.Image]) -> np.ndarray:
+    """(N, q) unit rows of images, each that of its file. Raises UserError for one that is too large or too narrow."""
+    from fromage.models.prompts import encode_images
+
+    rows = [_embed(model, encode_images(model, [image])) for image in images]  # (1, m) features each
+    return np.concatenate([np.empty((0, model.q), np.float32), *rows])
+
+
+@torch.no_grad()
+def _embed(model: Fromage | ImageSide, tensor: Tensor) -> np.ndarray:
+    """Pixels (B, 3, H, W) or stored features (B, m) -> rows (B, q)."""
+    if tensor.ndim == 2 and tensor.shape[1] != model.vision.width:
+        raise UserError(f"the stored features are {tensor.shape[1]} wide, not {model.vision.width}; use their image tower")
+    features = model.vision(tensor.to(model.device)) if tensor.ndim == 4 else tensor.to(model.device)  # (B, m)
+    return model.embed_images(features).float().cpu().numpy()
+
+
+def _report(store: EmbeddingStore, source: str | Path) -> None:
+    good, broken = len(store), store.broken()
+    some = "; ".join(broken[:5]) + ("; ..." if len(broken) > 5 else "")
+    if not good:
+        shutil.rmtree(store.folder)  # or the next run would find all done
+        raise UserError(f"{source}: no usable image is there. {some}")
+    if broken:
+        warnings.warn(f"{source}: {len(broken)} of {good + len(broken)} images are left out: {some}", stacklevel=3)
+
+
+def located(checkpoint: str | Path | None) -> str:
+    """A checkpoint's place for later: an absolute path, or a name on the hub as it is."""
+    return str(Path(checkpoint).absolute()) if checkpoint and Path(checkpoint).exists() else str(checkpoint or "")

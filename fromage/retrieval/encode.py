@@ -1,0 +1,118 @@
+"""What an evaluation encodes: each image once, in batches, with a bar; what cannot be had is counted and named."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from fromage.data.workers import init_worker
+from fromage.errors import BrokenSample, UserError
+from fromage.images.transforms import Transform, read_image
+from fromage.models.base import VisualPrefixLM
+
+Item = TypeVar("Item")
+NAMED = 20  # of the images that cannot be had
+
+
+@dataclass(frozen=True)
+class Options:
+    """How an evaluation runs.
+
+    Attributes:
+        batch_size: texts or images in a pass.
+        workers: processes that decode images.
+        max_lost: share of the images, 0 to 1, that may be missing or broken.
+        clip: whether the frozen CLIP is evaluated as well.
+    """
+
+    batch_size: int = 64
+    workers: int = 0
+    max_lost: float = 0.05
+    clip: bool = True
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Features (n, *shape) of the images that could be had, on the model's device: (n, m), or patches (n, P, m).
+
+    Attributes:
+        row: of each such image in features.
+        lost: (cause, path) of the others.
+    """
+
+    features: Tensor
+    row: dict[Path, int]
+    lost: list[tuple[str, Path]]
+
+    def of(self, paths: Sequence[Path]) -> Tensor:
+        """(len(paths), *shape)."""
+        return self.features[[self.row[path] for path in paths]]
+
+    def counts(self) -> dict[str, int]:
+        """How many images were lost, by cause."""
+        return {"images missing": 0, "images broken": 0} | Counter(f"images {cause}" for cause, _ in self.lost)
+
+
+class Files(Dataset[Any]):
+    """Images as the tower wants them, (3, H, W) each, or why one cannot be had."""
+
+    def __init__(self, paths: list[Path], transform: Transform) -> None:
+        self.paths, self.transform = paths, transform
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, number: int) -> Tensor | str:
+        try:
+            return read_image(self.paths[number].read_bytes(), self.transform)
+        except OSError:
+            return "missing"
+        except BrokenSample:
+            return "broken"
+
+
+@torch.no_grad()
+def encode_files(model: VisualPrefixLM, paths: Sequence[Path], options: Options) -> Encoded:
+    """Encode each distinct image once. Raises UserError where more than options.max_lost cannot be had."""
+    distinct = list(dict.fromkeys(paths))
+    check_lost([("missing", path) for path in distinct if not path.is_file()], len(distinct), options.max_lost)
+    files = Files(distinct, model.vision.transform)
+    loader: Any = DataLoader(
+        files, options.batch_size, num_workers=options.workers, collate_fn=list, worker_init_fn=init_worker
+    )
+    rows = [torch.empty(0, *model.vision.shape, device=model.device)]
+    good: list[Path] = []
+    lost: list[tuple[str, Path]] = []
+    for batch in tqdm(loader, desc="encoding images", unit="batch", leave=False):
+        start = len(good) + len(lost)
+        some = list(zip(distinct[start : start + len(batch)], batch, strict=True))
+        good += [path for path, pixels in some if isinstance(pixels, Tensor)]
+        lost += [(cause, path) for path, cause in some if isinstance(cause, str)]
+        if pixels := [pixels for _, pixels in some if isinstance(pixels, Tensor)]:
+            rows.append(model.vision(torch.stack(pixels)).float())
+    check_lost(lost, len(distinct), options.max_lost)
+    return Encoded(torch.cat(rows), {path: i for i, path in enumerate(good)}, lost)
+
+
+def check_lost(lost: list[tuple[str, Path]], count: int, max_lost: float) -> None:
+    """Raise UserError where too many of `count` images are lost, or all."""
+    if lost and (len(lost) > max_lost * count or len(lost) == count):
+        some = ", ".join(f"{path} ({cause})" for cause, path in lost[:3])
+        raise UserError(
+            f"{len(lost)} of {count} images cannot be had, more than {max_lost:.0%}: {some}"
+            f"{', ...' if len(lost) > 3 else ''}; name their folder, or allow more by --max-lost (data.max_lost in training)"
+        )
+
+
+def in_batches(embed: Callable[[Any], Tensor], items: Sequence[Item], size: int, what: str) -> Tensor:
+    """embed over `size` items at a time, its rows one below the other, with a bar."""
+    starts = tqdm(range(0, len(items), size), desc=what, unit="batch", leave=False)
+    return torch.cat([embed(items[start : start + size]) for start in starts])

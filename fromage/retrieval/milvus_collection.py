@@ -1,0 +1,282 @@
+"""A collection of Milvus that holds the rows of an image index, and nothing else of the program.
+
+    row        whole number, the primary key; rises in the order of the index, with gaps where images were removed
+    picture    image_id of the path, as a signed number: what is looked up without quoting a path
+    path, caption
+    embedding  q float32 at unit length, searched by inner product
+
+A name that ends in .db is a folder of Milvus Lite, which one process at a time can use; any other is the address of a
+server, whose token is taken from FROMAGE_MILVUS_TOKEN and never stored.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from fromage.data.image_source import Item
+from fromage.errors import UserError, first_line
+from fromage.retrieval.item_table import SCHEMA, Embedded, image_id, to_batch
+
+if TYPE_CHECKING:
+    from pymilvus import MilvusClient
+
+TOKEN = "FROMAGE_MILVUS_TOKEN"  # environment variable
+LITE = ".db"
+ID = "picture"  # the field of image_id: its name in collections that were written before it was called so
+CHUNK = 1 << 10  # rows sent at once
+MOST = 1 << 14  # rows that Milvus gives at once
+TEXT = (1 << 16) - 1  # bytes of a text that Milvus takes; longer captions are cut
+SECONDS = 60.0  # for an answer
+UNREACHED = {2}  # code of pymilvus
+ODD = {0xDC80 + i: 0xF780 + i for i in range(128)}  # Python's stand-ins for bytes that are no Unicode, to private characters
+PLAIN = {there: here for here, there in ODD.items()}
+
+
+class Found(NamedTuple):
+    """Rows of the collection: numbers (n,), vectors (n, q), images."""
+
+    rows: np.ndarray
+    vectors: np.ndarray
+    items: list[Item]
+
+
+class Collection:
+    """A collection. uri: path of a .db, or address; name: of the collection; kind: of its index, see parse_kind."""
+
+    def __init__(self, uri: str, name: str, width: int, kind: str) -> None:
+        self.uri, self.name, self.width, self.kind = uri, name, width, kind
+
+    @classmethod
+    def create(cls, uri: str, fingerprint: str, width: int, kind: str) -> Collection:
+        """A new, empty collection, its name drawn at random. uri: located. Raises UserError where Milvus is away."""
+        parse_kind(kind)
+        if uri.endswith(LITE):
+            Path(uri).parent.mkdir(parents=True, exist_ok=True)
+        collection = cls(uri, f"fromage_{fingerprint}_{uuid.uuid4().hex[:8]}", width, kind)
+        client = collection.client  # first: it says what to install
+        from pymilvus import DataType
+
+        schema = client.create_schema(auto_id=False)
+        schema.add_field("row", DataType.INT64, is_primary=True)
+        schema.add_field(ID, DataType.INT64)
+        schema.add_field("path", DataType.VARCHAR, max_length=TEXT)
+        schema.add_field("caption", DataType.VARCHAR, max_length=TEXT)
+        schema.add_field("embedding", DataType.FLOAT_VECTOR, dim=width)
+        with asking(uri):
+            client.create_collection(collection.name, schema=schema, consistency_level="Strong", timeout=SECONDS)
+        return collection
+
+    @cached_property
+    def client(self) -> MilvusClient:
+        """The connection. Raises UserError where there is none."""
+        return connect(self.uri)
+
+    def load(self) -> None:
+        """Make an existing collection ready to be searched. Raises UserError where it is gone or of another width."""
+        gone = self.uri.endswith(LITE) and not Path(self.uri).exists()  # which opening it would make
+        client = None if gone else self.client
+        with asking(self.uri):
+            if client is None or not client.has_collection(self.name, timeout=SECONDS):
+                raise UserError(f"Milvus at {self.uri}: has no collection {self.name} any more; build the index again")
+            fields = {f["name"]: f["params"] for f in client.describe_collection(self.name, timeout=SECONDS)["fields"]}
+            if fields.get("embedding", {}).get("dim") != self.width:
+                raise UserError(f"Milvus at {self.uri}: {self.name} is not the collection of this index; build it again")
+            client.load_collection(self.name)
+
+    def insert(self, rows: Iterable[Embedded], first: int = 0) -> int:
+        """Put (n, q) unit rows and their items in, numbered from first on; returns the number behind the last."""
+        for vectors, batch in rows:
+            for start in range(0, len(batch), CHUNK):
+                items = _items(batch.slice(start, CHUNK))
+                data = [_entity(first + i, item, vectors[start + i]) for i, item in enumerate(items)]
+                with asking(self.uri):
+                    self.client.insert(self.name, data, timeout=SECONDS)
+                first += len(items)
+        return first
+
+    def index(self) -> None:
+        """Make what was inserted into a new collection searchable: Milvus builds behind, and till then looks at every row.
+
+        Raises UserError for a kind that this Milvus has not.
+        """
+        name, params = parse_kind(self.kind)
+        asked = self.client.prepare_index_params()
+        asked.add_index("embedding", index_type=name, metric_type="IP", params=params)
+        asked.add_index(ID, index_type="INVERTED")
+        with asking(self.uri):
+            self.client.flush(self.name)
+            self.client.create_index(self.name, asked, sync=False)
+            self.client.load_collection(self.name)
+
+    def drop(self) -> None:
+        """Remove the collection from Milvus."""
+        with asking(self.uri):
+            self.client.drop_collection(self.name, timeout=SECONDS)
+
+    def count(self) -> int:
+        """Rows."""
+        return self._query("", ["count(*)"])[0]["count(*)"]
+
+    def near(self, queries: np.ndarray, n: int) -> list[Found]:
+        """The n rows that Milvus finds nearest to each of (B, q); fewer where there are not as many, and MOST at most."""
+        with asking(self.uri):
+            found = self.client.search(
+                self.name,
+                data=list(queries),
+                anns_field="embedding",
+                limit=min(n, MOST),
+                search_params={"metric_type": "IP"},
+                output_fields=["row", "path", "caption", "embedding"],
+                timeout=SECONDS,
+            )
+        return [self._found([hit["entity"] for hit in hits]) for hits in found]
+
+    def at(self, rows: Sequence[int]) -> Found:
+        """The rows of these numbers, in their order."""
+        entities = {e["row"]: e for e in self._query(f"row in {list(map(int, rows))}")} if len(rows) else {}
+        if gone := [row for row in rows if row not in entities]:
+            raise UserError(f"Milvus at {self.uri}: row {gone[0]} was removed meanwhile; search again")
+        return self._found([entities[row] for row in rows])
+
+    def with_id(self, name: str) -> Item | None:
+        """The image of an id, the first of several."""
+        found = self._query(f"{ID} in [{_signed(name)}]", ["row", "path", "caption"])
+        return _item(min(found, key=lambda entity: entity["row"])) if found else None
+
+    def rows_of(self, paths: Sequence[bytes]) -> dict[bytes, list[int]]:
+        """The rows at each of the paths that are there."""
+        found: dict[bytes, list[int]] = {}
+        for start in range(0, len(paths), CHUNK):
+            some = set(paths[start : start + CHUNK])
+            ids = [_signed(image_id(path)) for path in some]
+            for entity in self._query(f"{ID} in {ids}", ["row", "path"]):
+                path = _plain(entity["path"]).encode("utf-8", "surrogateescape")
+                if path in some:  # and not another one of the same id
+                    found.setdefault(path, []).append(entity["row"])
+        return found
+
+    def delete(self, rows: Sequence[int]) -> None:
+        """Remove rows."""
+        for start in range(0, len(rows), CHUNK):
+            with asking(self.uri):
+                self.client.delete(self.name, filter=f"row in {rows[start : start + CHUNK]}", timeout=SECONDS)
+
+    def end(self) -> int:
+        """The number behind the last row: found by halving, since Milvus knows no largest."""
+        low, high = 0, 1  # all rows are below high, where the first loop ends
+        while self._query(f"row >= {high}", ["row"], limit=1):
+            low, high = high, 2 * high
+        while low < high:
+            middle = (low + high) // 2
+            low, high = (middle + 1, high) if self._query(f"row >= {middle}", ["row"], limit=1) else (low, middle)
+        return low
+
+    def all(self) -> Iterator[Embedded]:
+        """All rows with their items, in order, some at a time."""
+        for start in range(0, self.end(), CHUNK):
+            some = self._query(f"row >= {start} and row < {start + CHUNK}")
+            found = self._found(sorted(some, key=lambda entity: entity["row"]))
+            yield found.vectors, to_batch(found.items)
+
+    def _found(self, entities: Sequence[dict[str, Any]]) -> Found:
+        rows = np.array([entity["row"] for entity in entities], np.int64)
+        vectors = np.array([entity["embedding"] for entity in entities], np.float32).reshape(len(rows), self.width)
+        return Found(rows, vectors, [_item(entity) for entity in entities])
+
+    def _query(self, which: str, fields: Sequence[str] = ("row", "path", "caption", "embedding"), **more: Any) -> list[Any]:
+        with asking(self.uri):
+            return list(self.client.query(self.name, filter=which, output_fields=list(fields), timeout=SECONDS, **more))
+
+
+def connect(uri: str) -> MilvusClient:
+    """A connection to Milvus. Raises UserError where there is none, or pymilvus is missing."""
+    try:
+        from pymilvus import MilvusClient
+    except ImportError as error:
+        raise UserError("an index in Milvus needs pymilvus: pip install 'fromage[milvus]'") from error
+    for name in ("pymilvus", "milvus_lite", "grpc"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # what goes wrong is told below, once
+    with asking(uri):
+        return MilvusClient(uri, token=os.environ.get(TOKEN, ""), timeout=SECONDS)
+
+
+def reach(uri: str) -> None:
+    """Raise UserError unless there is a Milvus that answers; no connection is kept."""
+    connect(located(uri)).close()
+
+
+@contextmanager
+def asking(uri: str) -> Iterator[None]:
+    """Raise UserError for what Milvus refuses or does not answer."""
+    import grpc
+    from pymilvus import MilvusException
+
+    try:
+        yield
+    except (MilvusException, grpc.RpcError) as error:
+        cause = error.message if isinstance(error, MilvusException) else error.details()
+        raise UserError(f"Milvus at {uri}: {first_line(Exception(cause))}{_hint(uri, error)}") from error
+
+
+def _hint(uri: str, error: Exception) -> str:
+    """The remedy, where Milvus was not reached; what it refuses it explains itself."""
+    if uri.endswith(LITE):
+        return "; one process at a time can use it" if "Open local" in str(error) else ""
+    code = getattr(error, "code", None)
+    silent = not isinstance(code, int) or code in UNREACHED
+    return f"; see that the server runs, and what {TOKEN} says" if silent else ""
+
+
+def located(uri: str) -> str:
+    """A place for later: the absolute path of a .db, or an address as it is. Raises UserError for what is neither."""
+    if uri.startswith(("http://", "https://", "tcp://", "unix:")):
+        if "@" in uri:
+            raise UserError(f"{uri.partition('//')[0]}//...: an address is stored, so it may hold no password; set {TOKEN}")
+        return uri
+    if not uri.endswith(LITE):
+        raise UserError(f"{uri}: is neither the address of a Milvus (http://host:19530) nor a path that ends in .db")
+    return str(Path(uri).absolute())
+
+
+def parse_kind(kind: str) -> tuple[str, dict[str, int]]:
+    """'flat' or 'HNSW,M=32,efConstruction=200' -> Milvus's name of an index, and its numbers."""
+    name, *numbers = kind.split(",")
+    try:
+        pairs = [number.split("=") for number in numbers]
+        return name.upper(), {key: int(value) for key, value in pairs}
+    except ValueError as error:
+        raise UserError(f"kind {kind}: write a name and numbers that Milvus knows, such as HNSW,M=32") from error
+
+
+def _items(batch: Any) -> list[Item]:
+    columns = [batch.column(name).to_pylist() for name in SCHEMA.names]
+    return [Item(*(text.decode("utf-8", "surrogateescape") for text in texts)) for texts in zip(*columns, strict=True)]
+
+
+def _entity(row: int, item: Item, vector: np.ndarray) -> dict[str, Any]:
+    image = _signed(image_id(item.path.encode("utf-8", "surrogateescape")))
+    caption = item.caption.translate(ODD).encode()[:TEXT].decode(errors="ignore")
+    return {"row": row, ID: image, "path": item.path.translate(ODD), "caption": caption, "embedding": vector}
+
+
+def _item(entity: dict[str, Any]) -> Item:
+    return Item(_plain(entity["path"]), _plain(entity["caption"]))
+
+
+def _plain(text: str) -> str:
+    return text.translate(PLAIN)
+
+
+def _signed(name: str) -> int:
+    """16 hex digits as a number of 64 bits with a sign."""
+    value = int(name, 16)
+    return value - (1 << 64) if value >> 63 else value

@@ -1,0 +1,183 @@
+"""Between the server's requests and the model: images are opened, jobs queued and awaited, answers put into words."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+from collections.abc import AsyncIterator, Callable
+from functools import partial
+from itertools import chain, zip_longest
+from typing import Any, TypeVar
+
+from anyio import CapacityLimiter, to_thread
+from PIL import Image
+
+from fromage.errors import BrokenSample, UserError
+from fromage.generation.generate import Answer
+from fromage.generation.retrieved import Shown
+from fromage.images.codec import STRANGERS_PIXELS, decode_image, jpeg
+from fromage.images.fetch import fetch_image
+from fromage.models.fromage import Fromage
+from fromage.models.prompts import RET, Part
+from fromage.retrieval.faiss_index import ImageIndex
+from fromage.retrieval.results import load_images
+from fromage.serving.batching import Batcher, Capacity
+from fromage.serving.image_ids import Gone, ImageIds
+from fromage.serving.model_worker import Asked, ModelWorker
+from fromage.serving.schema import (
+    Address,
+    ChatReply,
+    ChatRequest,
+    Content,
+    Found,
+    FoundImage,
+    ImagePart,
+    Message,
+    SearchReply,
+    SearchRequest,
+    Text,
+    parts,
+)
+
+THREADS = {"sent": 4, "fetched": 8, "found": 8, "asked for": 4}  # that open images; each kind waits for its own alone
+SMALL, LARGE = 256, 1024  # pixels of an image within a reply, and of one that is asked for by its id
+T = TypeVar("T")
+
+
+class RequestHandler:
+    """Takes requests and gives replies.
+
+    Raises, in the methods that answer: UserError for what is wrong with a request, Busy and Closed of batching.
+    """
+
+    def __init__(self, model: Fromage, index: ImageIndex | None, style: str, capacity: Capacity) -> None:
+        self.model, self.index, self.capacity = model, index, capacity
+        self.answerer, self.ids = ModelWorker(model, index, style), ImageIds(index)
+
+    def open(self) -> None:
+        """Start the thread that owns the model."""
+        self.batcher = Batcher(self.capacity)
+        self._threads = {kind: CapacityLimiter(count) for kind, count in THREADS.items()}
+
+    async def chat(self, request: ChatRequest) -> ChatReply:
+        """The answer to a conversation."""
+        asked = await self._asked(request)
+        group = asked.group() and ("chat", asked.decoding)
+        answer = await asyncio.wrap_future(self.batcher.submit(self.answerer.chat, asked, group))
+        for shown in answer.shown:
+            await self._illustrate(shown, request.images)
+        return self.reply(answer)
+
+    async def pieces(self, request: ChatRequest) -> AsyncIterator[str | Shown]:
+        """The same, piece by piece; decoding stops when the iterator is closed."""
+        asked, loop, wanted = await self._asked(request), asyncio.get_running_loop(), True
+        queue: asyncio.Queue[str | Shown | None] = asyncio.Queue()
+
+        def put(piece: str | Shown | None) -> bool:
+            loop.call_soon_threadsafe(queue.put_nowait, piece)
+            return wanted
+
+        future = self.batcher.submit(self.answerer.stream, (asked, put))
+        future.add_done_callback(lambda _: put(None))
+        try:
+            while (piece := await queue.get()) is not None:
+                if isinstance(piece, Shown):
+                    await self._illustrate(piece, request.images)
+                yield piece
+            future.result()
+        finally:
+            wanted = False
+            future.cancel()
+
+    async def search(self, request: SearchRequest) -> SearchReply:
+        """The images nearest to a query."""
+        self.batcher.admit()
+        asked = Asked([await self._parts(request.query)], k=request.k)
+        shown = await asyncio.wrap_future(self.batcher.submit(self.answerer.search, asked, "search"))
+        await self._illustrate(shown, request.images)
+        return SearchReply(hits=self._found(shown))
+
+    async def image(self, name: str) -> bytes:
+        """An image of the index as JPEG. Raises UserError where there is none."""
+        return await self._in_thread("asked for", lambda: jpeg(self.ids.open(name), LARGE))
+
+    def reply(self, answer: Answer) -> ChatReply:
+        """An answer as a message."""
+        content: list[Any] = [self.part(piece) for piece in answer.parts]
+        return ChatReply(message=Message(role="assistant", content=content))
+
+    def part(self, piece: str | Shown) -> Text | Found:
+        """A piece of an answer."""
+        return Text(text=piece) if isinstance(piece, str) else Found(hits=self._found(piece))
+
+    async def _illustrate(self, shown: Shown, images: bool) -> None:
+        """Where images are to be sent, open them, small; the next best takes the place of one that has gone."""
+        if images:
+            hits = chain(shown.hits, shown.rest)
+            opened, _ = await self._in_thread("found", load_images, hits, len(shown.hits), SMALL)
+            shown.hits, shown.images = [hit for hit, _ in opened], [image for _, image in opened]
+
+    async def _in_thread(self, kind: str, work: Callable[..., T], *args: Any) -> T:
+        """Do what takes long without the model, beside the requests that come meanwhile. kind: of THREADS."""
+        return await to_thread.run_sync(partial(work, *args), limiter=self._threads[kind])
+
+    async def _asked(self, request: ChatRequest) -> Asked:
+        self.batcher.admit()
+        messages = [message.content for message in request.messages]
+        if request.messages[0].role != "system":
+            messages.insert(0, "")
+        return Asked([await self._parts(content) for content in messages], request.decoding.decoding())
+
+    async def _parts(self, content: Content) -> list[Part]:
+        """What a prompt is made of, images as the image tower takes them (3, H, W)."""
+        made: list[Part] = []
+        for part in parts(content):
+            if isinstance(part, Text):
+                made.append(part.text)
+            elif isinstance(part, Found):
+                pixels = await asyncio.gather(*(self._in_thread("found", self._shown_before, hit.id) for hit in part.hits))
+                made += [one for one in pixels if one is not None] or [RET]
+            else:
+                kind = "fetched" if isinstance(part, Address) else "sent"
+                made.append(await self._in_thread(kind, lambda sent: self._pixels(_opened(sent)), part))
+        return made
+
+    def _pixels(self, image: Image.Image) -> Any:
+        return self.model.vision.transform(image)
+
+    def _shown_before(self, name: str) -> Any:
+        """Pixels of an image of the index; None if it has gone."""
+        try:
+            return self._pixels(self.ids.open(name))
+        except Gone:
+            return None
+
+    def _found(self, shown: Shown) -> list[FoundImage]:
+        """Hits as they are sent, without their paths."""
+        return [
+            FoundImage(
+                id=self.ids.of(hit.path),
+                rank=hit.rank,
+                score=hit.score,
+                caption=_sound(hit.caption),
+                url=_sound(hit.path) if hit.path.startswith(("http://", "https://")) else None,
+                image=base64.b64encode(jpeg(image, SMALL)).decode() if image else None,
+            )
+            for hit, image in zip_longest(shown.hits, shown.images)
+        ]
+
+
+def _opened(part: ImagePart | Address) -> Image.Image:
+    if isinstance(part, Address):
+        return fetch_image(part.url)
+    try:
+        return decode_image(base64.b64decode(part.data, validate=True), STRANGERS_PIXELS)
+    except ValueError as error:
+        raise UserError(f"an image's data is not base64 ({error}); encode the file's bytes") from error
+    except BrokenSample as error:
+        raise UserError(f"an image that was sent: {error}; send JPEG or PNG") from error
+
+
+def _sound(text: str) -> str:
+    """Text that JSON can hold: file names need not be Unicode."""
+    return text.encode("utf-8", "replace").decode()

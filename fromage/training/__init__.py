@@ -1,0 +1,1 @@
+"""Training: the step, its losses, the Lightning module and what is around a run."""

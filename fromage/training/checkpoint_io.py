@@ -1,0 +1,124 @@
+"""Checkpoints that survive: written whole or not at all, looked through before they are used, and never the only one.
+
+torch.save keeps a CRC-32 of every tensor, so a torn file or a flipped bit is found when the file is read.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import warnings
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from lightning_fabric.plugins.io.torch_io import TorchCheckpointIO
+from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.utilities.exceptions import SIGTERMException
+
+from fromage.checkpoints.safe_pickle import read_pickle
+from fromage.errors import UserError
+
+LAST, BEFORE = "last.ckpt", "last-1.ckpt"
+TERMINATED = 128 + 15  # the exit code of what SIGTERM ends
+
+
+class SafeCheckpointIO(TorchCheckpointIO):
+    """Writes beside and renames, and keeps the last.ckpt that another replaces; paths with a :// are Lightning's to handle.
+
+    Lightning writes into the system's temporary folder, and where that is another disk it copies over the old checkpoint.
+    """
+
+    def __init__(self) -> None:
+        self.damaged: set[Path] = set()
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Write a checkpoint. Raises UserError where the disk does not take it; what was there then still is."""
+        if "://" in str(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        path, buffer = Path(path), io.BytesIO()
+        part = path.with_name(f".{path.name}.part")
+        torch.save(checkpoint, buffer)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with part.open("wb") as file:
+                file.write(buffer.getbuffer())
+                file.flush()
+                os.fsync(file.fileno())
+            self._keep(path)
+            part.replace(path)
+            self.damaged.discard(path)
+        except OSError as error:
+            with suppress(OSError):
+                part.unlink(missing_ok=True)
+            there = "the one before it is untouched" if path.exists() else "there is none before it"
+            said = f"cannot be written ({error.strerror}), {there}; make room, then go on with --ckpt_path last"
+            raise UserError(f"checkpoint {path}: {said}") from error
+
+    def _keep(self, path: Path) -> None:
+        """Give the last checkpoint, if it is sound, the name of the one before it."""
+        if path.name != LAST or not path.exists() or path in self.damaged:
+            return
+        link = path.with_name(f".{BEFORE}.part")
+        link.unlink(missing_ok=True)
+        try:
+            os.link(path, link)
+            link.replace(path.with_name(BEFORE))
+        except OSError:  # a file system without links: for a moment there is no last one, but there is the one before
+            path.replace(path.with_name(BEFORE))
+
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Read a checkpoint, on the CPU; in place of a damaged last.ckpt, with a warning, the one before it.
+
+        Raises:
+            UserError: the checkpoint is damaged, and so is the one before it, or there is none.
+        """
+        if "://" in str(path):
+            return super().load_checkpoint(path, map_location, weights_only)
+        path = Path(path)
+        before = path.with_name(BEFORE)
+        try:
+            return read_pickle(path)
+        except UserError as error:
+            if path.name != LAST or not before.is_file():
+                raise
+            warnings.warn(f"{error}; going on from the one before it, {before}", stacklevel=2)
+            found = read_pickle(before)
+            self.damaged.add(path)
+            return found
+
+
+class SafeCheckpoint(ModelCheckpoint):
+    """A ModelCheckpoint that saves by SafeCheckpointIO, at the end of training too, and when SIGTERM ends it.
+
+    On SIGTERM the step under way is finished and saved, and the exit code is 143. In the middle of a step of several batches
+    (accumulate_grad_batches), or of a validation, nothing is saved: resuming goes on from the checkpoint before.
+    """
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Take over the reading and writing, unless the trainer was given a plugin for that."""
+        super().setup(trainer, pl_module, stage)
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = SafeCheckpointIO()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Save on SIGTERM, and say by the exit code that the run is not at its end."""
+        if not isinstance(exception, SIGTERMException):
+            super().on_exception(trainer, pl_module, exception)
+            return
+        exception.code = TERMINATED
+        if not trainer.validating and not trainer.fit_loop.epoch_loop._should_accumulate():
+            self._save_now(trainer)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Save the last steps, however many they are."""
+        self._save_now(trainer)
+
+    def _save_now(self, trainer: pl.Trainer) -> None:
+        if not self._should_skip_saving_checkpoint(trainer):
+            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))

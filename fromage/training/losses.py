@@ -1,0 +1,143 @@
+"""The two kinds of loss: next-token cross-entropy and InfoNCE in both directions.
+
+next_token_loss is the plain form. frozen_head_loss and frozen_log_sum_exp are the same cross-entropy for a head of which
+only the added rows are trained: in chunks, with the gradient of the hidden states taken on the way.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from fromage.models.language_model import LanguageModel
+
+CHUNK = 1024  # positions whose logits exist at a time
+
+
+def next_token_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of the token that follows, averaged over all targets: equation 1 of the paper.
+
+    logits (B, T, V) at position t are judged against labels (B, T) at t + 1; -100 is no target. Returns the loss and the
+    share of targets whose logit is the highest, both scalars.
+    """
+    logits, labels = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()  # (B (T - 1), V), (B (T - 1))
+    right = (logits.argmax(-1) == labels).sum() / (labels >= 0).sum()
+    return F.cross_entropy(logits.float(), labels, ignore_index=-100), right
+
+
+def frozen_head_loss(hidden: Tensor, targets: Tensor, lm: LanguageModel) -> tuple[Tensor, Tensor]:
+    """Mean cross-entropy of targets (N,) given hidden states (N, d), all of them targets, and the share foreseen.
+
+    Gradients reach hidden and the added rows.
+    """
+    return _FrozenHeadLoss.apply(hidden, lm.added.output, targets, lm)
+
+
+class _FrozenHeadLoss(torch.autograd.Function):
+    """With p = softmax(W h): d loss / d h = W^T (p - onehot) / N, computed chunk by chunk beside the loss itself."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, rows: Tensor, targets: Tensor, lm: LanguageModel) -> tuple[Tensor, Tensor]:
+        V, first, weight = lm.added.vocab_size, lm.added.first, lm.head.weight[: lm.added.vocab_size]  # (V, d)
+        grad_hidden, grad_rows = torch.empty_like(hidden), torch.zeros_like(rows)
+        loss, right = hidden.new_zeros((), dtype=torch.float32), hidden.new_zeros((), dtype=torch.float32)
+        for h, t, out in zip(hidden.split(CHUNK), targets.split(CHUNK), grad_hidden.split(CHUNK), strict=True):
+            e, z = lm.head(h)[:, :V].float(), (h @ rows.to(h.dtype).T).float()  # (c, V), (c, n): frozen and added logits
+            e, z = lm.capped(e), lm.capped(z)
+            slopes = None if lm.cap is None else [1 - (x / lm.cap) ** 2 for x in (e, z)]
+            t, is_added = t.unsqueeze(1), t.unsqueeze(1) >= first  # (c, 1) each
+            of_frozen, of_added = t.clamp(max=V - 1), (t - first).clamp(min=0)  # columns
+            target = torch.where(is_added, z.gather(1, of_added), e.gather(1, of_frozen))  # (c, 1)
+            top = torch.maximum(e.amax(1, keepdim=True), z.amax(1, keepdim=True))  # (c, 1)
+            e, z = e.sub_(top).exp_(), z.sub_(top).exp_()  # few passes over (c, V): they take as long as memory does
+            s = e.sum(1, keepdim=True) + z.sum(1, keepdim=True)  # (c, 1), so that p = e / s
+            loss += (s.log() + top - target).sum()
+            right += (target >= top).sum()
+            if hidden.requires_grad:
+                e.scatter_add_(1, of_frozen, -s * ~is_added)
+                z.scatter_add_(1, of_added, -s * is_added)  # now e and z are s (p - onehot)
+                if slopes:
+                    e, z = e.mul_(slopes[0]), z.mul_(slopes[1])
+                scale = 1 / (s * len(hidden))  # (c, 1)
+                back = torch.addmm(z.to(h.dtype) @ rows.to(h.dtype), e.to(h.dtype), weight)  # (c, d)
+                torch.mul(back, scale, out=out)
+                grad_rows += ((z * scale).to(h.dtype).T @ h).to(rows.dtype)  # (n, d)
+        ctx.save_for_backward(grad_hidden, grad_rows)
+        right /= len(hidden)
+        ctx.mark_non_differentiable(right)
+        return loss / len(hidden), right
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
+        grad_hidden, grad_rows = ctx.saved_tensors
+        return grad_hidden * grad.to(grad_hidden.dtype), grad_rows * grad.to(grad_rows.dtype), None, None
+
+
+@torch.no_grad()
+def frozen_log_sum_exp(hidden: Tensor, targets: Tensor, lm: LanguageModel) -> tuple[Tensor, Tensor]:
+    """Log-sum-exp over the frozen vocabulary and the targets' logits, (N,) float32 each; 0 where the target is added."""
+    V, lses, zs = lm.added.vocab_size, [], []
+    for h, t in zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True):
+        logits = lm.capped(lm.head(h)[:, :V].float())  # (c, V)
+        zs.append(torch.where(t < V, logits.gather(1, t.clamp(max=V - 1).unsqueeze(1)).squeeze(1), 0.0))
+        top = logits.amax(1, keepdim=True)  # (c, 1)
+        lses.append(logits.sub_(top).exp_().sum(1).log() + top.squeeze(1))
+    return torch.cat(lses), torch.cat(zs)
+
+
+def info_nce(images: Tensor, texts: Tensor, logit_scale: Tensor) -> tuple[Tensor, Tensor]:
+    """InfoNCE both ways, averaged: equations 2 to 4 of the paper, with its learned temperature.
+
+    images, texts: (B, q) unit rows that belong together by position; logit_scale: scalar, log of 1 / temperature. The
+    negatives are those of all devices. Returns the loss and the share of pairs found first, averaged over directions.
+    """
+    images, texts = gather_with_gradient(images), gather_with_gradient(texts)  # (W B, q) on W devices
+    logits = logit_scale.exp() * images @ texts.T  # (W B, W B)
+    target = torch.arange(len(logits), device=logits.device)
+    loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+    right = ((logits.argmax(1) == target).float().mean() + (logits.argmax(0) == target).float().mean()) / 2
+    return loss, right
+
+
+def devices() -> int:
+    """How many devices share a training step; 1 outside of training, where each evaluates alone."""
+    alone = not (dist.is_available() and dist.is_initialized() and torch.is_grad_enabled())
+    return 1 if alone else dist.get_world_size()
+
+
+def gather_with_gradient(rows: Tensor) -> Tensor:
+    """(B, q) on each of W devices -> (W B, q) on all of them, in rank order, with gradients to every device's own rows.
+
+    The backward sums what all devices send, so that the mean over devices that DDP takes afterwards is the gradient of
+    one process with the whole batch.
+    """
+    return rows if devices() == 1 else _Gather.apply(rows)
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        everyone = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
+        dist.all_gather(everyone, rows.contiguous())
+        return torch.cat(everyone)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        grad = grad.contiguous()
+        dist.all_reduce(grad)
+        return grad.chunk(dist.get_world_size())[dist.get_rank()]
+
+
+def device_weight(count: int, device: torch.device) -> Tensor | float:
+    """What a mean over this device's count of targets is to be multiplied by, so that DDP's mean over W devices is the
+    mean over all targets: W count / (sum of counts)."""
+    if devices() == 1:
+        return 1.0
+    total = torch.full((), float(count), device=device)
+    dist.all_reduce(total)
+    return count * devices() / total

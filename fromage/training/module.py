@@ -1,0 +1,292 @@
+"""Training: the step, the optimiser, validation and what is logged."""
+
+from __future__ import annotations
+
+import random
+import time
+from typing import Any, Literal
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+import torch.distributed as dist
+from PIL import Image
+from torch import Tensor
+
+from fromage.checkpoints.lightning import trained_state
+from fromage.data.batches import Batch
+from fromage.errors import UserError
+from fromage.generation.generate import caption_images
+from fromage.images.contact_sheet import contact_sheet
+from fromage.models.fromage import Fromage, Pooling
+from fromage.models.language_model import Quantized
+from fromage.models.pretrained import check_checkpoint, from_hyperparameters
+from fromage.retrieval.metrics import retrieval_recalls
+from fromage.training.fast_step import fast_step
+from fromage.training.layers import checkpoint_blocks, compile_blocks
+from fromage.training.nonfinite import NonFiniteGuard
+from fromage.training.reference_step import StepOutput, Weights, image_features, reference_step
+
+SHOWN_FROM = 200  # images of the validation set among which the logged searches look
+
+
+class FromageModule(pl.LightningModule):
+    """FROMAGe under Lightning, with the paper's recipe as defaults.
+
+    The towers are loaded when the run starts (configure_model), so a configuration can be read, printed and planned
+    without them. Checkpoints hold the trained parameters and the optimiser only.
+    """
+
+    strict_loading = False
+    model: Fromage
+
+    def __init__(
+        self,
+        lm: str = "facebook/opt-6.7b",
+        vision: str = "ViT-L-14",
+        vision_weights: str | None = "openai",
+        k: int = 1,
+        q: int = 256,
+        pooling: Pooling = "ret",
+        dtype: str = "bfloat16",
+        random_weights: bool = False,
+        lr: float = 3e-4,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        warmup_steps: int = 100,
+        decay_steps: int = 0,
+        pairing: float = 0.5,
+        captioning_weight: float = 1.0,
+        retrieval_weight: float = 1.0,
+        rescale_ret: bool = True,
+        step: Literal["fast", "plain"] = "fast",
+        chunk: int = 0,
+        activation_checkpointing: bool = False,
+        compile_blocks: bool = False,
+        quantize: Quantized | None = None,
+        nonfinite: Literal["stop", "skip"] = "stop",
+        shown: int = 4,
+        seed: int = 0,
+    ) -> None:
+        """Everything a run needs to know of model and optimiser.
+
+        Args:
+            lm: causal language model: a name on the Hugging Face hub, a folder, or 'toy'.
+            vision: image tower: a name of open_clip, 'local-dir:FOLDER', 'hf-hub:ORG/NAME', or 'toy'.
+            vision_weights: open_clip's tag of the pretrained weights, or a file; ignored where vision names a folder.
+            k: input embeddings per image, in tokens.
+            q: width of the retrieval space, in numbers.
+            pooling: where texts are read for retrieval: at [RET], or at their last word.
+            dtype: what the frozen towers are held and run in: float32, bfloat16 or float16.
+            random_weights: build the towers without weights, for tests and timing.
+            lr: learning rate of Adam after warm-up.
+            betas: Adam's decay rates of its two moments.
+            eps: Adam's epsilon.
+            warmup_steps: steps over which the learning rate rises linearly from zero.
+            decay_steps: steps after warm-up over which it then falls to zero along a cosine; 0 keeps it constant.
+            pairing: probability that a batch's captioning sequences hold two examples each.
+            captioning_weight: what the captioning loss is multiplied by; with 0 its pass is not run and trains no prefix.
+            retrieval_weight: what the two losses of the retrieval pass are multiplied by; 0 leaves both heads untrained.
+            rescale_ret: bring [RET] back to the mean norm of the frozen embeddings after every step.
+            step: how losses are computed: fast, or plain as the authors do; the same to rounding.
+            chunk: examples whose activations exist at a time, for batches beyond the memory, with the negatives of the whole
+                batch (GradCache); 0 for all at once. The fast step's only.
+            activation_checkpointing: keep the language model's layer inputs alone and run each layer again in the backward.
+            compile_blocks: torch.compile for the language model's layers.
+            quantize: hold the language model's layers in int8 or nf4 (4 bits); needs the extra [quant].
+            nonfinite: what to do about a loss or gradient that is NaN or infinite: stop the run, or skip the update.
+            shown: images logged per validation, in examples.
+            seed: seed of the trained parameters and of the pairing.
+        """
+        super().__init__()
+        self.save_hyperparameters()
+        self.h: Any = self.hparams
+        if not (captioning_weight >= 0 and retrieval_weight >= 0 and captioning_weight + retrieval_weight > 0):
+            raise UserError("model.captioning_weight and model.retrieval_weight: choose numbers from 0 on, not both 0")
+        if chunk < 0:
+            raise UserError(f"model.chunk {chunk}: choose a number of examples, or 0 for all at once")
+        if chunk and step == "plain":
+            raise UserError("model.chunk is the fast step's: leave out model.chunk, or choose model.step fast")
+        self.guard = NonFiniteGuard(nonfinite == "skip", ("captioning", "text", "contrastive"))
+        self._validation: list[tuple[Tensor, Tensor]] = []
+        self._to_show: list[tuple[str, Tensor, Tensor | None]] = []
+        self._clock = 0.0
+        self.sheets: dict[str, Image.Image] = {}  # the last validation's images, by tag
+
+    def configure_model(self) -> None:
+        """Load the towers, once."""
+        if not hasattr(self, "model"):
+            self.model = from_hyperparameters(Fromage, self.h)
+            self._freeze_unused()
+            if self.h.compile_blocks:
+                compile_blocks(self.model.lm)
+            if self.h.activation_checkpointing:
+                checkpoint_blocks(self.model.lm)
+
+    def _freeze_unused(self) -> None:
+        """What no loss reaches is not trained."""
+        model = self.model
+        model.visual_prefix.requires_grad_(self.h.captioning_weight > 0)
+        for part in (model.text_head, model.image_head, model.logit_scale):
+            part.requires_grad_(self.h.retrieval_weight > 0)
+        model.ret.input.requires_grad_(model.pooling == "ret" or model.ret.tied)  # read at the last word, none reads [RET]
+
+    def configure_optimizers(self) -> Any:
+        """Adam over the trained parameters, linear warm-up, then constant (or a cosine)."""
+        h = self.h
+        trained = [p for p in self.model.trained().values() if p.requires_grad]
+        optimizer = torch.optim.Adam(trained, lr=h.lr, betas=tuple(h.betas), eps=h.eps, fused=True)
+        warmup = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / max(1, h.warmup_steps)))
+        if not h.decay_steps:
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": warmup, "interval": "step"}}
+        cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, h.decay_steps)
+        both = torch.optim.lr_scheduler.SequentialLR(optimizer, [warmup, cosine], [h.warmup_steps])
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": both, "interval": "step"}}
+
+    def paired(self, step: int) -> bool:
+        """Whether a step's captioning sequences hold two examples: by seed and step alone, so that resuming repeats it."""
+        return random.Random(f"{self.h.seed}/{step}").random() < self.h.pairing
+
+    def losses(self, batch: Batch, paired: bool) -> StepOutput:
+        """The losses of a batch, by the configured step."""
+        weights = Weights(self.h.captioning_weight, self.h.retrieval_weight)
+        if self.h.step == "plain":
+            return reference_step(self.model, batch, paired, weights)
+        return fast_step(self.model, batch, paired, weights, self.h.chunk)
+
+    def training_step(self, batch: Batch, index: int) -> Tensor:
+        """Loss of one batch; logs its parts."""
+        self.guard.check(self._last_good())
+        out = self.losses(batch, self.paired(self.global_step))
+        self.guard.see((out.captioning_loss, out.text_loss, out.contrastive_loss), batch.keys)
+        self.log("train/loss", out.loss.detach(), prog_bar=True)
+        scalars = {
+            "train/captioning_loss": out.captioning_loss,
+            "train/text_loss": out.text_loss,
+            "train/contrastive_loss": out.contrastive_loss,
+            "train/caption_accuracy": out.caption_accuracy,
+            "train/retrieval_accuracy": out.retrieval_accuracy,
+            "train/ret_norm": self.model.ret.input.norm(),
+            "train/temperature": 1 / self.model.logit_scale.exp(),
+        }
+        self.log_dict({name: value.detach() for name, value in scalars.items()})
+        return out.loss
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """No update from what is not finite."""
+        self.guard.before_update(optimizer, self.global_step)
+
+    def _last_good(self) -> str:
+        """The checkpoint to go on from, should this step fail."""
+        saver: Any = self.trainer.checkpoint_callback
+        return (saver and (saver.last_model_path or saver.best_model_path)) or "none yet"
+
+    def on_train_end(self) -> None:
+        """The last losses are looked at too."""
+        self.guard.check(self._last_good(), wait=True)
+
+    def optimizer_step(self, *args: Any, **named: Any) -> None:
+        """A step of Adam, and [RET] back to its norm: before anyone saves a checkpoint of the step."""
+        super().optimizer_step(*args, **named)
+        if self.h.rescale_ret:
+            self.model.ret.rescale_()
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, index: int) -> None:
+        """Log speed and learning rate."""
+        now = time.monotonic()
+        if self._clock:
+            rate = len(batch.keys) * self.trainer.world_size / (now - self._clock)
+            self.log("train/examples_per_second", rate, prog_bar=True)
+        self._clock = now
+        self.log("train/lr", self.trainer.optimizers[0].param_groups[0]["lr"])
+
+    @property
+    def stage(self) -> str:
+        """What figures of an evaluation are called: test or val."""
+        return "test" if self.trainer.testing else "val"
+
+    def on_validation_epoch_start(self) -> None:
+        """Forget the last validation."""
+        self._validation, self._to_show, self._clock = [], [], 0.0
+
+    def validation_step(self, batch: Batch, index: int, dataloader_idx: int = 0) -> None:
+        """Losses of the unpaired step; both sides' embeddings are kept for the end."""
+        out = self.losses(batch, paired=False)
+        losses = {"captioning_loss": out.captioning_loss, "text_loss": out.text_loss, "loss": out.loss}
+        named = {f"{self.stage}/{name}": value for name, value in losses.items()}
+        self.log_dict(named, batch_size=len(batch.keys), sync_dist=True)
+        self._validation.append((out.texts, out.images))
+        if len(self._to_show) < SHOWN_FROM:
+            features = image_features(self.model, batch).cpu()
+            pixels = [None] * len(features) if batch.pixels is None else list(batch.pixels.cpu())
+            self._to_show += zip(batch.captions, features, pixels, strict=True)
+
+    def on_validation_epoch_end(self) -> None:
+        """Recall@1/5/10 both ways over the whole validation set, and images for TensorBoard and the report."""
+        parts = gather_parts(self._validation) if self.trainer.world_size > 1 else self._validation
+        texts, images = (torch.cat(rows) for rows in zip(*parts, strict=True))  # (N, q) each
+        recalls = retrieval_recalls(texts, images)
+        self.log_dict({f"{self.stage}/{name}": value for name, value in recalls.items()}, sync_dist=True)
+        self.log(f"{self.stage}/r1", recalls["t2i_r1"], prog_bar=True, sync_dist=True)
+        if self.trainer.is_global_zero and self.h.shown:
+            self._show(texts, images)
+        self._validation, self._to_show = [], []
+
+    def _show(self, texts: Tensor, images: Tensor) -> None:
+        """Images with their generated captions, and queries with the five images found for them."""
+        thumbnails = [None if pixels is None else to_image(pixels) for _, _, pixels in self._to_show]  # a small gallery
+        shown = range(min(self.h.shown, len(self._to_show)))
+        features = torch.stack([self._to_show[i][1] for i in shown]).to(self.device)
+        made = caption_images(self.model, features)
+        self._add_sheet(
+            f"{self.stage}/captions", [(f"true: {self._to_show[i][0]}", [(thumbnails[i], made[i])]) for i in shown]
+        )
+        rows = []
+        for i in shown:
+            scores, best = (texts[i] @ images[: len(thumbnails)].T).topk(min(5, len(thumbnails)))
+            rows.append((self._to_show[i][0], [(thumbnails[j], f"{s:.2f}") for s, j in zip(scores, best, strict=True)]))
+        self._add_sheet(f"{self.stage}/search", rows)
+
+    def _add_sheet(self, tag: str, rows: list[tuple[str, list[tuple[Image.Image | None, str]]]]) -> None:
+        sheet = self.sheets[tag] = contact_sheet(rows)
+        board: Any = getattr(self.logger, "experiment", None)
+        if hasattr(board, "add_image"):
+            board.add_image(tag, np.array(sheet), self.global_step, dataformats="HWC")  # (H, W, 3)
+
+    test_step = validation_step
+    on_test_epoch_start = on_validation_epoch_start
+    on_test_epoch_end = on_validation_epoch_end
+
+    def predict_step(self, batch: Batch, index: int) -> dict[str, Any]:
+        """Keys, greedy captions and (B, q) embeddings of both sides."""
+        features = image_features(self.model, batch)
+        at_ret = self.model.hidden_at_ret(batch.ids, batch.lengths)[1]  # (B, d)
+        return {
+            "keys": batch.keys,
+            "captions": caption_images(self.model, features),
+            "images": self.model.embed_images(features),
+            "texts": self.model.embed_ret(at_ret),
+        }
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the trained parameters only."""
+        checkpoint["state_dict"] = trained_state(checkpoint["state_dict"])
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another architecture."""
+        check_checkpoint(checkpoint, self.model)
+
+
+def gather_parts(parts: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+    """What all devices hold, however many batches each had."""
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, [(texts.cpu(), images.cpu()) for texts, images in parts])
+    return [part for theirs in everyone for part in theirs]
+
+
+def to_image(pixels: Tensor) -> Image.Image:
+    """(3, H, W) pixels, uint8 or normalised (then stretched to the full range) -> an image, for looking at."""
+    if pixels.dtype != torch.uint8:
+        low, high = pixels.float().aminmax()
+        pixels = ((pixels.float() - low) / (high - low).clamp_min(1e-6) * 255).byte()
+    return Image.fromarray(pixels.permute(1, 2, 0).numpy())  # (3, H, W) -> (H, W, 3)

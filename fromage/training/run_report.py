@@ -1,0 +1,148 @@
+"""The report of a run, in its folder: figures, curves, samples, configuration, versions; of an interrupted run too."""
+
+from __future__ import annotations
+
+import platform
+import re
+import shutil
+import subprocess
+import time
+import warnings
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+import yaml
+
+from fromage.errors import UserError, first_line
+from fromage.images.codec import to_png
+from fromage.images.line_chart import line_chart
+from fromage.io import write_files
+
+PACKAGES = ("fromage", "torch", "pytorch-lightning", "transformers", "open_clip_torch", "webdataset")
+CHARTS = {  # title: the figures it shows, the group being a line's name
+    "training losses": r"train/(\w*loss)",
+    "training accuracies": r"train/(\w+)_accuracy",
+    "validation losses": r"val/(\w*loss)",
+    "validation recalls in percent": r"val/(\w+_r\d+)",
+    "learning rate": r"train/(lr)",
+    "examples per second": r"train/(examples_per_second)",
+}
+
+
+class RunReport(pl.Callback):
+    """Writes report.md and its images into the logger's folder: after every validation, and however the run ends.
+
+    What it gathers goes into the checkpoints, so that a resumed run reports on its steps from the first on.
+    """
+
+    def __init__(self) -> None:
+        self.curves: dict[str, list[tuple[int, float]]] = {}  # (optimiser steps made, figure)
+        self.examples, self.before = 0, 0.0  # before: seconds of this run before it was resumed
+        self.folder: Path | None = None
+        self.began, self.commit = time.monotonic(), ""
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Start the clock; ask for the folder, which all devices do together."""
+        self.folder = Path(trainer.log_dir or trainer.default_root_dir)
+        self.began, self.commit = time.monotonic() - self.before, git_commit()
+
+    def state_dict(self) -> dict[str, Any]:
+        """For the checkpoint."""
+        return {"curves": self.curves, "examples": self.examples, "seconds": time.monotonic() - self.began}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """From the checkpoint."""
+        self.curves, self.examples, self.before = (state_dict[name] for name in ("curves", "examples", "seconds"))
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Count, and note the figures of the steps that are logged."""
+        self.examples += len(batch.keys) * trainer.world_size
+        if trainer.global_step % trainer.log_every_n_steps == 0:
+            self._note(trainer, "train/")
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Report on a run that goes on."""
+        if not trainer.sanity_checking:
+            self._note(trainer, "val/")
+            self._write(trainer, pl_module, "running")
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Report on a whole run."""
+        self._write(trainer, pl_module, "finished")
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Report on a run that an error, Ctrl-C or SIGTERM ends."""
+        self._write(trainer, pl_module, f"interrupted: {first_line(exception)}")
+
+    def _note(self, trainer: pl.Trainer, stage: str) -> None:
+        for name, value in trainer.callback_metrics.items():
+            curve = self.curves.setdefault(name, []) if name.startswith(stage) else None
+            if curve is not None and (not curve or curve[-1][0] < trainer.global_step):
+                curve.append((trainer.global_step, float(value)))
+
+    def _write(self, trainer: pl.Trainer, module: Any, outcome: str) -> None:
+        if self.folder is None or trainer.state.fn != "fit" or not trainer.is_global_zero:  # before the first step
+            return
+        files = {f"{title}.svg": chart.encode() for title, chart in self.charts().items()}
+        files |= {f"{tag}.png": to_png(sheet) for tag, sheet in getattr(module, "sheets", {}).items()}
+        images = {"report-" + re.sub("[ /]", "-", name): content for name, content in files.items()}
+        config = self.folder / "config.yaml"  # which the command line has written
+        settings = config.read_text(encoding="utf-8") if config.is_file() else yaml.safe_dump(dict(module.hparams))
+        parts = ["# Run report", rows(self.facts(trainer, outcome)), "## Figures", rows(self.figures())]
+        parts += [*(f"![{name}]({name})" for name in images), "## Configuration", f"```yaml\n{settings.strip()}\n```\n"]
+        try:
+            write_files(self.folder, images | {"report.md": "\n\n".join(parts).encode()})
+        except UserError as error:  # the run matters more
+            warnings.warn(f"no report of the run: {error}", stacklevel=2)
+
+    def charts(self) -> dict[str, str]:
+        """An SVG for every title of CHARTS of which something is known."""
+        matches = {title: [re.fullmatch(pattern, name) for name in self.curves] for title, pattern in CHARTS.items()}
+        lines = {title: {m[1]: self.curves[m[0]] for m in found if m} for title, found in matches.items()}
+        return {title: line_chart(curves, title, x="step") for title, curves in lines.items() if curves}
+
+    def figures(self) -> list[list[str]]:
+        """A table: the last value of everything, and the best of validation."""
+        table = [["figure", "last", "best", "at step"], ["---", "---:", "---:", "---:"]]
+        for name, curve in sorted(self.curves.items()):
+            step, best = (min if name.endswith("loss") else max)(curve, key=lambda point: point[1])
+            judged = [f"{best:.4g}", str(step)] if name.startswith("val/") else ["", ""]
+            table.append([name, f"{curve[-1][1]:.4g}", *judged])
+        return table
+
+    def facts(self, trainer: Any, outcome: str) -> list[list[str]]:
+        """A table: what ran, where, and for how long."""
+        saver, device, seconds = trainer.checkpoint_callback, trainer.strategy.root_device, time.monotonic() - self.began
+        name = f"{device.type}, {torch.get_num_threads()} threads"
+        if device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(device) / 2**30
+            name = f"{torch.cuda.get_device_name(device)}, at most {peak:.1f} GiB in use"
+        versions = [f"Python {platform.python_version()}", *(f"{package} {version(package)}" for package in PACKAGES)]
+        return [
+            ["outcome", outcome],
+            ["---", "---"],
+            ["steps", f"{trainer.global_step} of {trainer.max_steps}"],
+            ["hours", f"{seconds / 3600:.3f}, validations included"],
+            ["examples", f"{self.examples}, {self.examples / seconds:.1f} per second"],
+            ["devices", f"{trainer.world_size} x {name}"],
+            ["last checkpoint", str((saver and (saver.last_model_path or saver.best_model_path)) or "none")],
+            ["commit", self.commit or "not run from a clone"],
+            ["versions", ", ".join(versions)],
+        ]
+
+
+def git_commit() -> str:
+    """The commit of the clone that holds the package, '-dirty' behind it where files differ; '' outside of a clone."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists() or not shutil.which("git"):
+        return ""
+    words = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    return subprocess.run(words, capture_output=True, text=True).stdout.strip()
+
+
+def rows(table: list[list[str]]) -> str:
+    """A table in Markdown; its second row is the rule under the head."""
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in table)

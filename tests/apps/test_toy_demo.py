@@ -1,0 +1,31 @@
+import json
+
+from PIL import Image
+
+from fromage.apps.toy_demo import demo
+from fromage.toy.scenes import Scene, names_colour_and_shape
+
+
+def test_the_tour_runs_and_leaves_report_and_image(tmp_path, capsys):
+    options = [
+        "--trainer.max_steps=3",
+        "--trainer.val_check_interval=3",
+        "--data.batch_size=32",
+        "--trainer.enable_progress_bar=false",
+    ]
+    report = demo(tmp_path / "demo", pairs=100, scenes=30, options=options)
+    assert report == json.loads((tmp_path / "demo" / "report.json").read_text())
+    recalls = {f"{way}_r{k}" for way in ("t2i", "i2t") for k in (1, 5, 10)}
+    assert set(report["fromage"]) == set(report["clip"]) == recalls and report["gallery"] == 30
+    assert report["clip"]["t2i_r1"] > 50, "the toy CLIP knows its world"
+    assert {"train", "after_install"} <= set(report["seconds"]) and set(report["captions_right"]) == {"k1", "k4"}
+    assert Image.open(tmp_path / "demo" / "searches.png").width > 400
+    assert "recall in %" in capsys.readouterr().out
+
+
+def test_a_caption_must_name_the_colour_and_shape_and_no_other():
+    scene = Scene.parse("small-red-star-left@sand-night")
+    assert names_colour_and_shape("a small red star, on the sand.", scene)
+    assert not names_colour_and_shape("a small red ring, on the sand.", scene)
+    assert not names_colour_and_shape("a red star and a blue star.", scene)
+    assert not names_colour_and_shape("a star.", scene)

@@ -1,0 +1,180 @@
+"""The authors' files in and out, at full size; what does not fit is named."""
+
+import json
+import pickle
+
+import open_clip
+import pytest
+import torch
+
+from fromage.checkpoints.authors import ARGS, CLIPS, PICKLE, read_authors, write_authors
+from fromage.checkpoints.format import CONFIG, WEIGHTS, read_folder, write_folder
+from fromage.cli.main import main
+from fromage.errors import UserError
+
+PUBLISHED = {
+    "opt_version": "facebook/opt-6.7b", "freeze_lm": True, "visual_encoder": "openai/clip-vit-large-patch14",
+    "freeze_vm": True, "n_visual_tokens": 1, "image_embed_dropout_prob": 0.0, "text_embed_dropout_prob": 0.0,
+    "shared_emb_dim": 256, "text_emb_layers": [-1], "retrieval_token_idx": 50266,
+}  # fmt: skip
+
+
+def published(d=4096, m=1024, q=256, k=1, dtype=torch.bfloat16):
+    """A state dict of the published layout."""
+    torch.manual_seed(0)
+    shapes = {
+        "model.logit_scale": (), "model.text_hidden_fcs.0.0.weight": (q, d), "model.text_hidden_fcs.0.0.bias": (q,),
+        "model.visual_embeddings.weight": (d * k, m), "model.visual_embeddings.bias": (d * k,),
+        "model.visual_fc.weight": (q, m), "model.visual_fc.bias": (q,), "ret_input_embeddings.weight": (1, d),
+    }  # fmt: skip
+    return {name: torch.randn(shape).to(dtype) for name, shape in shapes.items()}
+
+
+def write(folder, state, **args):
+    folder.mkdir(exist_ok=True)
+    torch.save({"state_dict": state}, folder / PICKLE)
+    (folder / ARGS).write_text(json.dumps(PUBLISHED | args))
+    return folder
+
+
+def small(folder, state=None, **args):
+    """Files of the published layout, 24 wide."""
+    whole = published(d=24, m=16, q=8) if state is None else state
+    return write(folder, whole, shared_emb_dim=8, **args)
+
+
+@pytest.mark.parametrize(("dtype", "megabytes"), [(torch.bfloat16, 11.0), (torch.float32, 22.1)])
+def test_the_published_layout_comes_through_both_ways_bit_for_bit(dtype, megabytes, tmp_path):
+    state = published(dtype=dtype)
+    assert sum(value.numel() for value in state.values()) == 5_513_729
+    theirs, ours, back = write(tmp_path / "theirs", state), tmp_path / "ours", tmp_path / "back"
+    assert main(["import", str(theirs), "--out", str(ours)]) == 0
+    assert main(["export", "--ckpt", str(ours), "--format", "authors", "--out", str(back)]) == 0
+    again = torch.load(back / PICKLE, weights_only=True)["state_dict"]
+    assert again.keys() == state.keys()
+    for name, value in state.items():
+        assert again[name].dtype == dtype and torch.equal(again[name], value), name
+    assert json.loads((back / ARGS).read_text()) == PUBLISHED
+    assert (ours / WEIGHTS).stat().st_size / 1e6 == pytest.approx(megabytes, abs=0.1)
+    config = json.loads((ours / CONFIG).read_text())
+    wanted = {"lm": "facebook/opt-6.7b", "vision": "ViT-L-14-quickgelu", "vision_weights": "openai", "k": 1, "q": 256}
+    assert config.items() >= wanted.items()
+    assert config["added_tokens"] == {"<|image|>": 50265, "[RET]": 50266}
+
+
+def test_each_projection_gets_its_part(tmp_path):
+    state = published(d=24, m=16, q=8, k=3)
+    saved = read_authors(small(tmp_path / "theirs", state, n_visual_tokens=3))
+    assert saved.settings["k"] == 3
+    assert torch.equal(saved.tensors["visual_prefix.weight"], state["model.visual_embeddings.weight"])
+    assert torch.equal(saved.tensors["image_head.weight"], state["model.visual_fc.weight"])
+    assert torch.equal(saved.tensors["text_head.bias"], state["model.text_hidden_fcs.0.0.bias"])
+    assert torch.equal(saved.tensors["ret.input"], state["ret_input_embeddings.weight"])
+
+
+def test_variants_of_the_release_are_the_same_checkpoint(tmp_path):
+    state = published(d=24, m=16, q=8)
+    plain = read_authors(small(tmp_path / "plain", state))
+    flat = state | {"ret_input_embeddings.weight": state["ret_input_embeddings.weight"][0]}
+    flat["model.logit_scale"] = flat["model.logit_scale"].reshape(1)
+    flat["model.input_embeddings.weight"] = torch.zeros(30, 24)  # the embedding itself, left in
+    wrapped = {f"module.{name}": value for name, value in flat.items()}
+    other = read_authors(small(tmp_path / "other", wrapped, retrieval_token_idx=[50266]) / PICKLE)
+    assert other.settings == plain.settings and other.added_tokens == plain.added_tokens
+    assert all(torch.equal(other.tensors[name], value) for name, value in plain.tensors.items())
+
+
+def test_the_named_clips_compute_with_quick_gelu():
+    for name in CLIPS.values():
+        assert open_clip.get_model_config(name)["quick_gelu"]
+        assert "openai" in open_clip.list_pretrained_tags_by_model(name)
+
+
+def test_towers_may_be_named_otherwise_and_exported_under_a_name(tmp_path):
+    theirs = small(tmp_path / "theirs", visual_encoder="someone/a-clip")
+    with pytest.raises(UserError, match=r"someone/a-clip.*--vision"):
+        read_authors(theirs)
+    saved = read_authors(theirs, lm="toy", vision="toy", dtype="float32")
+    assert (saved.settings["lm"], saved.settings["vision"], saved.settings["vision_weights"]) == ("toy", "toy", None)
+    write_folder(saved, tmp_path / "ours")
+    with pytest.raises(UserError, match=r"toy.*--visual-encoder"):
+        write_authors(read_folder(tmp_path / "ours"), tmp_path / "back")
+    write_authors(read_folder(tmp_path / "ours"), tmp_path / "back", "someone/a-clip")
+    assert json.loads((tmp_path / "back" / ARGS).read_text())["visual_encoder"] == "someone/a-clip"
+
+
+def without(name):
+    return {key: value for key, value in published(d=24, m=16, q=8).items() if key != name}
+
+
+@pytest.mark.parametrize(
+    ("state", "args", "named"),
+    [
+        (without("model.visual_fc.bias"), {}, "model.visual_fc.bias is missing"),
+        (without("ret_input_embeddings.weight"), {}, "ret_input_embeddings.weight is missing"),
+        (without("model.visual_fc.weight"), {}, "model.visual_fc.weight is missing"),
+        (without("") | {"model.extra": torch.zeros(2)}, {}, r"model.extra is \(2,\), wanted none"),
+        (without(""), {"n_visual_tokens": 4}, r"model.visual_embeddings.bias is \(24,\), wanted \(96,\)"),
+        (without(""), {"n_visual_tokens": "1"}, "n_visual_tokens"),
+        (without(""), {"text_emb_layers": [-1, 12]}, "text_emb_layers"),
+        (without(""), {"retrieval_token_idx": [50266, 50267]}, "retrieval_token_idx"),
+        (published(d=24, m=16, q=8, dtype=torch.float64), {}, "torch.float64"),
+        ({"model.logit_scale": 2.0}, {}, "state_dict"),
+        ([1, 2], {}, "state_dict"),
+    ],
+)
+def test_what_does_not_fit_is_named(state, args, named, tmp_path):
+    with pytest.raises(UserError, match=named):
+        read_authors(small(tmp_path / "theirs", state, **args))
+
+
+def test_missing_and_damaged_files_are_named(tmp_path):
+    theirs = small(tmp_path / "theirs")
+    for content, named in (("{", ARGS), ("[]", ARGS), ("{}", "retrieval_token_idx")):
+        (theirs / ARGS).write_text(content)
+        with pytest.raises(UserError, match=named):
+            read_authors(theirs)
+    (theirs / ARGS).unlink()
+    with pytest.raises(UserError, match=ARGS):
+        read_authors(theirs)
+    (theirs / "second.pt").touch()
+    with pytest.raises(UserError, match=r"second\.pt"):
+        read_authors(theirs)
+    with pytest.raises(UserError, match="nowhere"):
+        read_authors(tmp_path / "nowhere")
+
+
+def test_a_flipped_bit_anywhere_in_the_numbers_is_found(tmp_path):
+    theirs = small(tmp_path / "theirs")
+    whole = (theirs / PICKLE).read_bytes()
+    tensor = published(d=24, m=16, q=8)["model.visual_embeddings.weight"].view(torch.uint8).numpy().tobytes()
+    place = whole.index(tensor) + len(tensor) // 2
+    (theirs / PICKLE).write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+    with pytest.raises(UserError, match="damaged"):
+        read_authors(theirs)
+    (theirs / PICKLE).write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match=PICKLE):
+        read_authors(theirs)
+
+
+class Code:
+    """Something whose unpickling would run code."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_nothing_is_executed_from_a_file(zipped, tmp_path):
+    theirs, trace = small(tmp_path / "theirs"), tmp_path / "executed"
+    content = {"state_dict": Code(trace)}
+    if zipped:
+        torch.save(content, theirs / PICKLE)
+    else:
+        (theirs / PICKLE).write_bytes(pickle.dumps(content))
+    with pytest.raises(UserError, match=PICKLE):
+        read_authors(theirs)
+    assert not trace.exists()

@@ -1,0 +1,270 @@
+"""Trained parameters on disk: what comes back, from where, and what is refused."""
+
+import json
+import random
+import shutil
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
+
+import fromage.checkpoints.load
+from fromage.checkpoints.format import CARD, CONFIG, WEIGHTS, read_folder
+from fromage.checkpoints.lightning import read_checkpoint
+from fromage.cli.main import main
+from fromage.errors import UserError
+from fromage.models.fromage import Fromage, load_model
+from fromage.models.frozen import TOY
+
+TEXTS = ["a red star on the left.", "a ring"]
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return Fromage.load(k=2, q=16)
+
+
+@pytest.fixture
+def folder(model, tmp_path):
+    model.save_pretrained(tmp_path / "saved")
+    return tmp_path / "saved"
+
+
+def lightning_checkpoint(model, path):
+    """A checkpoint as `lightning fit` leaves it, optimiser aside."""
+    state = {f"model.{name}": p.detach() for name, p in model.trained().items()}
+    torch.save({"state_dict": state, "hyper_parameters": {**model.settings, "lr": 1e-3}}, path)
+    return path
+
+
+def lm_folder(kind, out):
+    """A tiny random language model in a folder, with the toy tokenizer."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 1000, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    if kind == "opt":
+        lm = OPTForCausalLM(OPTConfig(**sizes, word_embed_proj_dim=24, ffn_dim=48, max_position_embeddings=64))
+    else:
+        lm = LlamaForCausalLM(LlamaConfig(**sizes, intermediate_size=48, num_key_value_heads=2, tie_word_embeddings=False))
+    lm.save_pretrained(out)
+    for name in ("merges.txt", "vocab.json", "tokenizer_config.json"):
+        shutil.copy(TOY / "opt" / name, out)
+    return str(out)
+
+
+def altered(folder, without=None, **changes):
+    """The folder with other entries in its configuration, or one fewer."""
+    config = json.loads((folder / CONFIG).read_text()) | changes
+    (folder / CONFIG).write_text(json.dumps({name: value for name, value in config.items() if name != without}))
+    return folder
+
+
+def test_a_float32_folder_gives_the_model_back_bit_for_bit(model, tmp_path):
+    model.save_pretrained(tmp_path / "saved", dtype="float32")
+    loaded = Fromage.from_pretrained(tmp_path / "saved")
+    for name, p in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], p), name
+    assert loaded.fingerprint() == model.fingerprint() == read_folder(tmp_path / "saved").fingerprint
+    assert torch.equal(loaded.embed_text(TEXTS), model.embed_text(TEXTS)) and not loaded.training
+    assert loaded.stored_dtype == "float32"
+
+
+def test_a_bfloat16_folder_rounds_once(model, folder, tmp_path):
+    loaded = load_model(folder)
+    for name, p in model.trained().items():
+        assert torch.equal(loaded.trained()[name], p.bfloat16().float()), name
+    assert loaded.fingerprint() == read_folder(folder).fingerprint != model.fingerprint()
+    loaded.save_pretrained(tmp_path / "again")
+    for name in (WEIGHTS, CONFIG, CARD):
+        assert (tmp_path / "again" / name).read_bytes() == (folder / name).read_bytes()
+
+
+def test_a_folder_holds_the_trained_parameters_and_how_to_build_around_them(model, folder):
+    assert {path.name for path in folder.iterdir()} == {WEIGHTS, CONFIG, CARD}
+    with safe_open(folder / WEIGHTS, "pt") as file:
+        assert set(file.keys()) == set(model.trained())
+        assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.bfloat16}  # noqa: SIM118
+    config = json.loads((folder / CONFIG).read_text())
+    tokens = {"<|image|>": model.tokenizer.image_id, "[RET]": model.tokenizer.ret_id}
+    wanted = {"format": "fromage", "version": 1, "lm": "toy", "vision": "toy", "k": 2, "q": 16, "dtype": "float32"}
+    assert config.items() >= (wanted | {"added_tokens": tokens}).items()
+    assert f"{sum(p.numel() for p in model.trained().values()):,}" in (folder / CARD).read_text()
+
+
+@pytest.mark.parametrize("kind", ["opt", "llama"])
+def test_any_causal_lm_comes_back_with_all_its_rows(kind, tmp_path):
+    model = Fromage.load(lm=lm_folder(kind, tmp_path / "lm"), q=8)
+    model.save_pretrained(tmp_path / "saved", dtype="float32")
+    loaded = load_model(tmp_path / "saved")
+    assert torch.equal(loaded.ret.output, model.ret.output)
+    assert (loaded.ret.output is loaded.ret.input) == (kind == "opt")
+    hidden = torch.randn(3, 24)
+    assert torch.equal(loaded.lm.logits(hidden), model.lm.logits(hidden))
+
+
+def test_an_untied_head_needs_its_row_and_has_no_place_in_the_authors_format(tmp_path, capsys):
+    tied, untied = lm_folder("opt", tmp_path / "opt"), lm_folder("llama", tmp_path / "llama")
+    Fromage.load(lm=tied, q=8).save_pretrained(tmp_path / "tied")
+    with pytest.raises(UserError, match=r"ret.output_rows is missing.*llama does not tie its head"):
+        Fromage.from_pretrained(tmp_path / "tied", lm=untied)
+    Fromage.load(lm=untied, q=8).save_pretrained(tmp_path / "untied")
+    words = ["export", "--ckpt", str(tmp_path / "untied"), "--format", "authors", "--out", str(tmp_path / "theirs")]
+    assert main([*words, "--visual-encoder", "openai/clip-vit-base-patch32"]) == 2
+    assert "llama is not tied" in capsys.readouterr().err and not (tmp_path / "theirs").exists()
+
+
+def test_load_model_takes_a_lightning_checkpoint_a_folder_and_a_hub_name(model, folder, tmp_path, monkeypatch):
+    asked = {}
+
+    def snapshot_download(name, **options):
+        asked.update(options, name=name)
+        return str(folder)
+
+    monkeypatch.setattr(fromage.checkpoints.load, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(fromage.checkpoints.load, "look_for_hub", lambda: None)
+    run = load_model(lightning_checkpoint(model, tmp_path / "last.ckpt"))
+    assert run.fingerprint() == model.fingerprint()
+    there, hub = load_model(str(folder)), Fromage.from_pretrained("someone/fromage-toy", revision="v1")
+    assert there.fingerprint() == hub.fingerprint()
+    assert asked == {"name": "someone/fromage-toy", "revision": "v1", "allow_patterns": [CONFIG, WEIGHTS]}
+
+
+def test_a_name_that_is_nowhere_is_named(monkeypatch, tmp_path):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match=r"no-one/no-model.*hub"):
+        load_model("no-one/no-model")
+    for name in ("runs/last.ckpt", tmp_path / "a" / "b", "./nothing"):
+        with pytest.raises(UserError, match="no such file"):
+            load_model(name)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", torch.bfloat16])
+def test_towers_may_be_held_otherwise_than_they_were_trained_under(folder, dtype):
+    loaded = Fromage.from_pretrained(folder, dtype=dtype)
+    assert loaded.lm.dtype == loaded.vision.dtype == torch.bfloat16
+    assert {p.dtype for p in loaded.trained().values()} == {torch.float32}
+    with pytest.raises(UserError, match="fp8"):
+        Fromage.from_pretrained(folder, dtype="fp8")
+
+
+def test_towers_may_lie_elsewhere(model, folder):
+    loaded = Fromage.from_pretrained(folder, lm=str(TOY / "opt"), vision=f"local-dir:{TOY / 'clip'}")
+    assert torch.equal(loaded.embed_text(TEXTS), load_model(folder).embed_text(TEXTS))
+    assert loaded.settings["lm"] == str(TOY / "opt")
+
+
+def test_a_device_that_is_not_there_is_named(folder):
+    with pytest.raises(UserError, match="device warp: there is none"):
+        load_model(folder, "warp")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_the_model_runs_on_cuda_as_on_the_cpu(folder):
+    there, here = Fromage.from_pretrained(folder, device="cuda"), Fromage.from_pretrained(folder)
+    torch.testing.assert_close(there.embed_text(TEXTS).cpu(), here.embed_text(TEXTS), atol=1e-4, rtol=1e-3)
+    assert there.fingerprint() == here.fingerprint()
+
+
+def test_another_image_tower_than_the_one_saved_with_is_warned_of(folder):
+    with pytest.warns(UserWarning, match="image tower"):
+        load_model(altered(folder, fingerprint="0" * 16))
+
+
+def test_another_vocabulary_is_refused(folder):
+    with pytest.raises(UserError, match=r"50266.*toy has"):
+        load_model(altered(folder, added_tokens={"<|image|>": 50265, "[RET]": 50266}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"format": "other"}, "another format"), ({"version": 2}, "another format"), ({"k": "1"}, "k cannot be '1'"),
+        ({"without": "lm"}, "no 'lm'"), ({"without": "sha256"}, "no 'sha256'"), ({"added_tokens": []}, "added_tokens"),
+        ({"dtype": "int8"}, "int8"), ({"k": 4}, r"visual_prefix.bias is \(384,\), wanted \(768,\)"),
+    ],
+)  # fmt: skip
+def test_an_altered_configuration_is_named(changes, named, folder):
+    with pytest.raises(UserError, match=named):
+        load_model(altered(folder, **changes))
+
+
+def test_push_to_hub_uploads_the_folder(model, monkeypatch):
+    seen = {}
+
+    def create_repo(api, repo_id, **options):
+        return huggingface_hub.RepoUrl(f"https://huggingface.co/{repo_id}")
+
+    def upload_folder(api, *, repo_id, folder_path, **options):
+        loaded = load_model(folder_path)
+        seen.update(repo=repo_id, files={path.name for path in Path(folder_path).iterdir()}, model=loaded.fingerprint())
+        return "the commit"
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", create_repo)
+    monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", upload_folder)
+    assert model.push_to_hub("someone/fromage-toy") == "the commit"
+    rounded = {name: p.bfloat16() for name, p in model.trained().items()}
+    files = {WEIGHTS, CONFIG, CARD}
+    assert seen == {"repo": "someone/fromage-toy", "files": files, "model": model.fingerprint(rounded)}
+
+
+def test_an_upload_that_fails_is_named(model, monkeypatch):
+    def create_repo(api, repo_id, **options):
+        raise huggingface_hub.errors.OfflineModeIsEnabled("offline")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", create_repo)
+    with pytest.raises(UserError, match=r"someone/fromage-toy.*offline"):
+        model.push_to_hub("someone/fromage-toy")
+
+
+def test_towers_without_a_name_cannot_be_saved(model, tmp_path):
+    for nameless in (Fromage(model.lm, model.vision, q=8), Fromage.load(random_weights=True)):
+        with pytest.raises(UserError, match="no name to load them by"):
+            nameless.save_pretrained(tmp_path / "saved")
+
+
+def test_a_lightning_checkpoint_is_exported_as_ours_and_as_theirs(model, tmp_path, capsys):
+    checkpoint = lightning_checkpoint(model, tmp_path / "last.ckpt")
+    words = ["export", "--ckpt", str(checkpoint), "--out"]
+    assert main([*words, str(tmp_path / "ours"), "--dtype", "float32"]) == 0
+    assert load_model(tmp_path / "ours").fingerprint() == model.fingerprint()
+    assert main([*words, str(tmp_path / "short")]) == 0
+    rounded = {name: p.bfloat16() for name, p in model.trained().items()}
+    assert read_folder(tmp_path / "short").fingerprint == model.fingerprint(rounded)
+    theirs = str(tmp_path / "theirs")
+    assert main([*words, theirs, "--format", "authors"]) == 2
+    assert "--visual-encoder" in capsys.readouterr().err
+    assert main([*words, theirs, "--format", "authors", "--visual-encoder", "someone/toy"]) == 0
+    towers = ["--lm", "toy", "--vision", "toy", "--dtype", "float32"]
+    assert main(["import", theirs, *towers, "--out", str(tmp_path / "back")]) == 0
+    assert (tmp_path / "back" / WEIGHTS).read_bytes() == (tmp_path / "short" / WEIGHTS).read_bytes()
+    assert load_model(tmp_path / "back").fingerprint() == model.fingerprint(rounded)
+
+
+def test_a_folder_is_exported_in_another_dtype(model, folder, tmp_path):
+    for dtype, same in (("float32", True), ("float16", False)):
+        assert main(["export", "--ckpt", str(folder), "--dtype", dtype, "--out", str(tmp_path / dtype)]) == 0
+        saved = read_folder(tmp_path / dtype)
+        assert {str(value.dtype) for value in saved.tensors.values()} == {f"torch.{dtype}"}
+        assert (saved.fingerprint == read_folder(folder).fingerprint) == same or saved.fingerprint is None
+    assert load_model(tmp_path / "float32").fingerprint() == load_model(folder).fingerprint()
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_damaged_pickle_is_refused_or_whole(seed, model, tmp_path):
+    """A flipped bit outside of what is read (a zip's dates) changes nothing; any other is found."""
+    path = lightning_checkpoint(model, tmp_path / "last.ckpt")
+    whole = read_checkpoint(path)["state_dict"]
+    content, draw = bytearray(path.read_bytes()), random.Random(seed)
+    place = draw.randrange(len(content)) if seed % 2 else len(content) - 1 - draw.randrange(2000)
+    content[place] ^= 1 << draw.randrange(8)
+    path.write_bytes(content)
+    try:
+        state = read_checkpoint(path)["state_dict"]
+    except UserError as error:
+        assert "last.ckpt" in str(error)
+    else:
+        assert all(torch.equal(state[name], value) for name, value in whole.items())

@@ -1,0 +1,116 @@
+"""The index's verbs, one after the other, as a user runs them."""
+
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from test_faiss_index import COLOURS, Model, rows, write_colours
+
+from fromage.cli.main import main
+from fromage.data.image_source import Item
+from fromage.retrieval.faiss_index import ImageIndex
+
+
+@pytest.fixture
+def ckpt(tmp_path, monkeypatch):
+    """A checkpoint of the model of three colours."""
+    for module in ("models.fromage", "retrieval.open_index"):
+        monkeypatch.setattr(f"fromage.{module}.load_model", lambda path, device="cpu": Model())
+    (tmp_path / "a.ckpt").touch()
+    return str(tmp_path / "a.ckpt")
+
+
+def test_every_stage(ckpt, tmp_path, capsys):
+    images, at = write_colours(tmp_path / "images"), lambda name: str(tmp_path / name)
+    red, blue = (str(images / name / "a.png") for name in ("red", "blue"))
+    some = ["--ckpt", ckpt, "--images", str(images)]
+    assert main(["index", "embed", *some, "--out", at("all"), "--dtype", "float16", "--workers", "0"]) == 0
+    assert main(["index", "embed", "--ckpt", ckpt, "--images", str(images / "red"), "--out", at("red")]) == 0
+    assert main(["index", "build", "--embeddings", at("red"), "--out", at("index")]) == 0
+    assert main(["index", "add", at("index"), "--embeddings", at("all")]) == 0
+    assert ImageIndex.load(at("index"), "f00d").items[0].path == red
+    assert main(["index", "build", *some, "--out", at("other"), "--kind", "IVF1,Flat"]) == 0
+    assert main(["index", "remove", at("other"), blue]) == 0
+    assert main(["index", "merge", at("other"), at("index"), "--out", at("merged")]) == 0
+    capsys.readouterr()
+    assert main(["index", "info", at("merged"), "--check"]) == 0
+    said = capsys.readouterr().out
+    assert all(word in said for word in ("count              3", "IVF1,Flat", "nprobe=1", "10  not measured", "every byte"))
+
+    words = ["blue", "--image", red, "--index", at("merged"), "-k", "2", "--png", at("found.png")]
+    assert main(["search", *words]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "blue" and blue in lines[1] and lines[3] == red and red in lines[4]
+    assert Image.open(at("found.png")).format == "PNG"
+    (images / "blue" / "a.png").unlink()
+    assert main(["search", *words]) == 0
+    assert f"left out #1: {blue}" in capsys.readouterr().err
+
+
+def test_the_authors_embeddings(ckpt, tmp_path, capsys):
+    urls = [f"https://images.example/{name}.jpg" for name in COLOURS]
+    path = tmp_path / "cc3m_embeddings.pkl"
+    path.write_bytes(pickle.dumps({"paths": urls, "embeddings": rows(3, q=3)}))
+    assert main(["index", "import", str(path), "--ckpt", ckpt, "--out", str(tmp_path / "index")]) == 0
+    assert [item.path for item in ImageIndex.load(tmp_path / "index", "f00d").items] == urls
+
+
+def test_the_checkpoint_of_an_import_may_be_a_name_on_the_hub(ckpt, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "e.pkl"
+    path.write_bytes(pickle.dumps({"paths": ["https://images.example/a.jpg"], "embeddings": rows(1, q=3)}))
+    for name, found in (("someone/fromage", "someone/fromage"), ("a.ckpt", ckpt)):
+        assert main(["index", "import", str(path), "--ckpt", name, "--out", str(tmp_path / "index")]) == 0
+        assert ImageIndex.load(tmp_path / "index", "f00d").checkpoint == found
+
+
+def test_what_a_stranger_named_is_printed_without_control_characters(ckpt, tmp_path):
+    """In a process of its own: its standard output refuses what is not Unicode."""
+    items = [Item(b"r\xff.png".decode("utf-8", "surrogateescape"), "a \x1b]0;title\a star")]
+    ImageIndex.build(rows(1, q=3), items, "f00d", ckpt).save(tmp_path / "index")
+    program = (
+        "import fromage.retrieval.open_index, test_faiss_index; from fromage.cli.main import main\n"
+        "fromage.retrieval.open_index.load_model = lambda path, device: test_faiss_index.Model()\n"
+        f"main(['search', 'blue', '--index', {str(tmp_path / 'index')!r}])"
+    )
+    where = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1] / "retrieval"), "PYTHONIOENCODING": "utf-8:strict"}
+    said = subprocess.run([sys.executable, "-c", program], env=where, capture_output=True, check=True).stdout.decode()
+    assert "r\N{REPLACEMENT CHARACTER}.png" in said and "star" in said and "\x1b" not in said
+
+
+def test_numbers_that_make_no_sense_are_refused(ckpt, tmp_path, capsys):
+    images = write_colours(tmp_path / "images")
+    some = ["index", "embed", "--ckpt", ckpt, "--images", str(images), "--out", str(tmp_path / "out")]
+    for words in (
+        [*some, "--batch-size", "0"],
+        [*some, "--workers", "-1"],
+        ["search", "blue", "--index", str(tmp_path), "-k", "-1"],
+    ):
+        with pytest.raises(SystemExit):
+            main(words)
+        assert words[-2] in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_what_is_wrong_is_one_line(ckpt, tmp_path, capsys):
+    out = ["--out", str(tmp_path / "out")]
+    for words, named in (
+        (["index", "build", *out], "--embeddings"),
+        (["index", "build", *out, "--images", "x"], "--ckpt"),
+        (["index", "build", *out, "--images", "x", "--ckpt", ckpt, "--embeddings", "y"], "either"),
+        (["index", "build", *out, "--embeddings", str(tmp_path)], "fromage index embed"),
+        (["index", "build", *out, "--embeddings", str(tmp_path), "--images", "x"], "either"),
+        (["index", "build", *out, "--embeddings", str(tmp_path), "--captions", "x"], "either"),
+        (["index", "build", "--embeddings", str(tmp_path), "--out", f"{ckpt}/out"], "no folder that can be written to"),
+        (["search", "blue", "--index", str(tmp_path), "--png", str(tmp_path / "x.jpg")], "ends in .png"),
+        (["index", "merge", str(tmp_path), *out], "no readable index"),
+        (["index", "info", str(tmp_path)], "no readable index"),
+        (["search", "--index", str(tmp_path)], "--image"),
+        (["search", "--index", str(tmp_path), "--image", "gone.jpg"], "gone.jpg"),
+    ):
+        assert main(words) == 2
+        assert named in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,188 @@
+"""The command line as a user meets it: what works, and what bad input gets."""
+
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fromage.cli.main import VERBS, main
+from fromage.errors import UserError
+from fromage.training.configs import config_folder, find_config
+
+CONFIGS = sorted(p.name for p in config_folder().glob("*.yaml"))
+
+
+def test_configurations_are_found_as_given_else_in_lightning_configs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert Path(find_config("cc3m.yaml")) == config_folder() / "cc3m.yaml" == Path(find_config("cc3m"))
+    (tmp_path / "cc3m.yaml").write_text("trainer: {}")
+    assert find_config("cc3m.yaml") == "cc3m.yaml"
+    with pytest.raises(UserError, match=r"nobody.yaml.*cc3m.yaml"):
+        find_config("nobody.yaml")
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_configuration_parses(name, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", "--config", name, "--print_config"])
+    assert stop.value.code == 0 and "class_path: fromage" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def fast(world, tmp_path_factory):
+    """Options for a run of two steps on the small world."""
+    out = tmp_path_factory.mktemp("cli")
+    return [
+        "--config=toy.yaml",
+        f"--data.train_shards={world}/cc3m/train",
+        f"--data.val_shards={world}/cc3m/val",
+        "--data.batch_size=16",
+        "--trainer.max_steps=2",
+        "--trainer.val_check_interval=2",
+        f"--trainer.logger.init_args.save_dir={out}",
+        f"--trainer.callbacks.init_args.dirpath={out}/checkpoints",
+        "--trainer.callbacks.init_args.every_n_train_steps=2",
+        "--trainer.enable_progress_bar=false",
+    ]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(fast):
+    assert main(["fit", *fast]) == 0
+    return Path(fast[-3].partition("=")[2]) / "last.ckpt"
+
+
+def test_fit_index_search_end_to_end(checkpoint, world, tmp_path, capsys):
+    coco = world / "coco"
+    captions = ["--captions", str(coco / "annotations" / "captions_val2017.json")]
+    built = [
+        "index",
+        "build",
+        "--ckpt",
+        str(checkpoint),
+        "--images",
+        str(coco / "val2017"),
+        "--out",
+        str(tmp_path / "index"),
+    ]
+    assert main([*built, *captions]) == 0
+    png = tmp_path / "found.png"
+    words = ["a small red star at night", "a blue ring"]
+    assert main(["search", *words, "--index", str(tmp_path / "index"), "--png", str(png), "-k", "3"]) == 0
+    out = capsys.readouterr().out
+    assert all(word in out for word in words) and out.count("val2017") == 6 and png.stat().st_size > 1000
+
+
+@pytest.mark.parametrize("verb", ["validate", "test", "predict"])
+def test_lightnings_other_verbs_take_a_checkpoint(verb, checkpoint, fast, capsys):
+    assert main([verb, *fast, "--ckpt_path", str(checkpoint)]) == 0
+    shown = {"validate": "val/t2i_r1", "test": "test/t2i_r1", "predict": ""}[verb]
+    assert shown in capsys.readouterr().out
+
+
+def bad(*words):
+    """A command line that a user got wrong, in a process of its own: (exit code, stderr)."""
+    done = subprocess.run([sys.executable, "-m", "fromage.cli.main", *words], capture_output=True, text=True, timeout=120)
+    return done.returncode, done.stderr
+
+
+def message(stderr):
+    return [line for line in stderr.strip().splitlines() if line.startswith("fromage: ")]
+
+
+def test_bad_input_gets_one_line_and_a_code(fast, checkpoint, tmp_path):
+    torn = tmp_path / "torn.yaml"
+    torn.write_text("trainer: [unclosed")
+    notes = tmp_path / "notes.txt"
+    notes.write_text("no checkpoint")
+    cases = [
+        (["fit", *fast, "--data.train_shards=/no/such/shards"], "/no/such/shards"),
+        (["fit", "--config", "nobody.yaml"], "nobody.yaml"),
+        (["fit", "--config", str(torn)], "torn.yaml"),
+        (["fit", *fast, "--model.kk=3"], "kk"),
+        (["fit", *fast, "--model.lm=/no/such/model"], "/no/such/model"),
+        (["fit", *fast, "--model.vision=ViT-Q-99"], "ViT-Q-99"),
+        (["fit", *fast, "--model.k=3", f"--ckpt_path={checkpoint}"], "visual_prefix.weight"),
+        (["fit", *fast, f"--ckpt_path={notes}"], "notes.txt"),
+        (["fit", *fast, f"--ckpt_path={tmp_path}/none.ckpt"], "none.ckpt"),
+        (["search", "a star", "--index", str(tmp_path / "none")], "none"),
+        (["index", "build", "--ckpt", str(notes), "--images", str(tmp_path), "--out", str(tmp_path / "i")], "notes.txt"),
+    ]
+    for words, named in cases:
+        code, stderr = bad(*words)
+        assert code == 2 and "Traceback" not in stderr, (words, stderr)
+        assert len(message(stderr)) == 1 and named in message(stderr)[0], (words, stderr)
+    assert not (tmp_path / "i").exists()
+
+
+def test_what_a_module_refuses_is_one_line_too(capsys):
+    assert main(["fit", "--config", "toy.yaml", "--model.chunk", "-1"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("fromage: model.chunk -1: choose")
+
+
+def test_debug_shows_the_traceback():
+    code, stderr = bad("--debug", "fit", "--config", "nobody.yaml")
+    assert code == 1 and "Traceback" in stderr
+
+
+def test_ctrl_c_and_sigterm_are_one_line_and_a_code_of_their_own(monkeypatch, capsys):
+    for number in (signal.SIGINT, signal.SIGTERM):
+        monkeypatch.setitem(VERBS, ("plan",), (lambda args, number=number: signal.raise_signal(number), []))
+        assert main(["plan"]) == 130
+        assert capsys.readouterr().err == "fromage: stopped\n"
+
+
+def test_a_warning_is_one_line():
+    program = (
+        "import sys, warnings; from fromage.cli.main import VERBS, main\n"
+        "VERBS['plan',] = (lambda args: warnings.warn('two are left out'), [])\n"
+        "main(['plan'])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.stderr == "warning: two are left out\n"
+
+
+def test_a_reader_that_has_seen_enough_gets_no_traceback():
+    program = (
+        "import sys; from fromage.cli.main import VERBS, main\n"
+        "VERBS['plan',] = (lambda args: [print('a line', flush=True) for _ in iter(sys.stdin.readline, '')], [])\n"
+        "sys.exit(main(['plan']))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", program], stdin=-1, stdout=-1, stderr=-1, text=True)
+    process.stdin.write("more\n")
+    process.stdin.flush()
+    assert process.stdout.readline() == "a line\n"
+    process.stdout.close()
+    process.stdout = None
+    assert (process.communicate("more\nmore\n", timeout=120)[1], process.returncode) == ("", 128 + signal.SIGPIPE)
+
+
+def test_help_lists_all_verbs_and_tells_defaults(capsys):
+    for words, told in ((["--help"], "embed, build, add"), (["demo", "--help"], "(7860)"), (["search", "--help"], "(5)")):
+        with pytest.raises(SystemExit):
+            main(words)
+        assert told in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["index", "embed", "--ckpt", "a", "--images", "", "--out", "b"],
+        ["index", "embed", "--ckpt", "", "--images", "a", "--out", "b"],
+        ["search", "", "--index", "a"],
+        ["chat", "--system="],
+    ],
+)
+def test_empty_words_are_refused(words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(words)
+    assert stop.value.code == 2 and "is empty" in capsys.readouterr().err
+
+
+def test_both_names_are_installed():
+    for name in ("fromage", "lightning"):
+        path = shutil.which(name, path=str(Path(sys.executable).parent))
+        assert path and "fit" in subprocess.run([path, "--help"], capture_output=True, text=True).stdout

@@ -1,0 +1,169 @@
+import io
+import json
+import types
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from fromage.data.datamodule import CC3M
+from fromage.data.features import check_features, from_npy, store_features, to_npy
+from fromage.data.shards import expand, read_shard, read_sizes, write_shards
+from fromage.errors import BrokenSample, UserError
+
+
+def transform(image):
+    return torch.from_numpy(np.asarray(image.resize((2, 2)), dtype=np.float32).copy()).permute(2, 0, 1) / 255
+
+
+class Vision(nn.Module):
+    """Pooled features of an image: its mean colours, scaled. Counts the images it was shown."""
+
+    def __init__(self, dtype=torch.float32, name="tiny", stops_after=None):
+        super().__init__()
+        self.scale, self.transform = nn.Parameter(torch.tensor([1.0, -1 / 3, 1e-4], dtype=dtype)), transform
+        self.dtype, self.name, self.shown, self.stops_after = dtype, name, 0, stops_after
+
+    def forward(self, pixels):
+        self.shown += len(pixels)
+        if self.stops_after is not None and self.shown > self.stops_after:
+            raise KeyboardInterrupt
+        return pixels.to(self.dtype).mean((2, 3)) * self.scale
+
+    def fingerprint(self, decoding="draft"):
+        return {"tower": self.name, "weights": "0", "preprocessing": f"resize 2, {decoding}"}
+
+
+class Tokenizer:
+    pad_id = 1
+
+    def caption(self, text, max_tokens):
+        return [2, 3]
+
+
+def shards(folder, n=10, bad=()):
+    rng = np.random.default_rng(0)
+    rows = []
+    for i in range(n):
+        buffer = io.BytesIO()
+        Image.fromarray(rng.integers(0, 255, (6, 6, 3), dtype=np.uint8)).save(buffer, "PNG")
+        rows.append((f"k{i}", b"junk" if i in bad else buffer.getvalue(), f"number {i}", {"n": i}))
+    write_shards(rows, folder, per_shard=4)
+    return str(folder)
+
+
+def batch(folder, vision):
+    data = CC3M("unused", str(folder), val_batch_size=100, workers=0)
+    data.attach(vision.transform, Tokenizer())
+    return next(iter(data.val_dataloader()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_npy_keeps_every_value_and_the_dtype(dtype):
+    values = torch.cat([torch.randn(50), torch.tensor([0.0, -0.0, 1e-7, 6e4])]).to(dtype)
+    back = from_npy(to_npy(values))
+    assert back.dtype == dtype
+    assert back.equal(values)
+
+
+@pytest.mark.parametrize("array", [np.zeros((2, 2), "f4"), np.zeros(3, "i8"), np.array([np.nan], "f4"), np.array(["a"])])
+def test_other_arrays_are_broken_features(array):
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    with pytest.raises(BrokenSample, match="features"):
+        from_npy(buffer.getvalue())
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_stored_features_are_those_of_the_images(tmp_path, dtype, workers):
+    vision, source = Vision(dtype), shards(tmp_path / "s")
+    assert store_features(source, tmp_path / "f", vision, batch_size=3, workers=workers) == 10
+    assert read_sizes(tmp_path / "f") == read_sizes(tmp_path / "s")
+    images, stored = batch(source, vision), batch(tmp_path / "f", vision)
+    assert stored.features.dtype == dtype
+    assert stored.features.equal(vision(images.pixels))
+    assert (stored.keys, stored.captions) == (images.keys, images.captions)
+    first = next(read_shard(expand(str(tmp_path / "f"))[0], print))
+    assert first.keys() - {"__key__", "__url__"} == {"npy", "txt", "json"}
+    assert json.loads(first["json"]) == {"n": 0}
+
+
+def test_images_may_be_kept(tmp_path):
+    source = shards(tmp_path / "s")
+    store_features(source, tmp_path / "f", Vision(), keep_images=True, workers=0)
+    before, after = (list(read_shard(expand(f)[0], print)) for f in (source, str(tmp_path / "f")))
+    assert [a["jpg"] for a in after] == [b["jpg"] for b in before]
+
+
+def test_an_interrupted_run_is_taken_up(tmp_path):
+    source, out = shards(tmp_path / "s"), tmp_path / "f"
+    with pytest.raises(KeyboardInterrupt):
+        store_features(source, out, Vision(stops_after=6), batch_size=2, workers=0)
+    assert sorted(p.name for p in out.iterdir()) == ["00000.tar", "features.json", "sizes.json"]
+    vision = Vision()
+    assert store_features(source, out, vision, workers=0) == vision.shown == 6
+    assert store_features(source, out, vision, workers=0) == 0
+    store_features(source, tmp_path / "g", vision, workers=0)
+    for name in ("00000.tar", "00001.tar", "00002.tar", "sizes.json"):
+        assert (out / name).read_bytes() == (tmp_path / "g" / name).read_bytes()
+
+
+def test_another_tower_is_refused(tmp_path):
+    source, out = shards(tmp_path / "s"), tmp_path / "f"
+    store_features(source, out, Vision(), workers=0)
+    check_features(str(out), Vision())
+    check_features(source, Vision(name="other"))
+    for act in (lambda v: check_features(str(out), v), lambda v: store_features(source, out, v, workers=0)):
+        with pytest.raises(UserError, match="tower 'tiny' there, 'other' in the model"):
+            act(Vision(name="other"))
+
+
+def test_the_data_module_compares_the_towers(tmp_path):
+    store_features(shards(tmp_path / "s"), tmp_path / "f", Vision(), workers=0)
+    data = CC3M(str(tmp_path / "f"), batch_size=2, workers=0)
+    model = types.SimpleNamespace(vision=Vision(name="other"), tokenizer=Tokenizer())
+    module = types.SimpleNamespace(model=model)
+    data.trainer = types.SimpleNamespace(
+        lightning_module=module, global_rank=0, world_size=1, current_epoch=0, fit_loop=None
+    )
+    with pytest.raises(UserError, match="another tower"):
+        data.train_dataloader()
+    model.vision = Vision()
+    assert len(list(data.train_dataloader())) == 5
+    data.decoding = "exact"
+    with pytest.raises(UserError, match="draft' there"):
+        data.train_dataloader()
+
+
+def test_images_are_decoded_as_asked(tmp_path, toy_model, shared_data):
+    photograph = min((shared_data / "coco_sample" / "val2017").iterdir()).read_bytes()
+    write_shards([("a", photograph, "two words", {})], tmp_path / "s")
+    pixels = {}
+    for decoding in ("draft", "exact"):
+        store_features(str(tmp_path / "s"), tmp_path / decoding, toy_model.vision, workers=0, decoding=decoding)
+        data = CC3M("unused", str(tmp_path / "s"), val_batch_size=1, workers=0, decoding=decoding)
+        data.attach(toy_model.vision.transform, Tokenizer())
+        (rows,) = data.val_dataloader()
+        stored = batch(tmp_path / decoding, toy_model.vision).features
+        torch.testing.assert_close(stored, toy_model.vision(rows.pixels), rtol=0, atol=1e-5)
+        pixels[decoding] = rows.pixels
+    assert not torch.equal(*pixels.values())
+
+
+def test_broken_samples_are_left_out_until_they_are_too_many(tmp_path):
+    source = shards(tmp_path / "s", bad=[1, 5])
+    with pytest.raises(UserError, match=r"2 of 10 samples are broken .*k5"):
+        store_features(source, tmp_path / "f", Vision(), workers=0)
+    assert store_features(source, tmp_path / "g", Vision(), workers=0, max_broken=0.2) == 8
+    assert batch(tmp_path / "g", Vision()).keys == [f"k{i}" for i in range(10) if i not in (1, 5)]
+
+
+def test_folders_that_hold_something_else_are_refused(tmp_path):
+    source = shards(tmp_path / "s")
+    with pytest.raises(UserError, match=r"no features\.json"):
+        store_features(source, tmp_path / "s", Vision(), workers=0)
+    with pytest.raises(UserError, match=r"several shards are called 00000\.tar"):
+        store_features([source, shards(tmp_path / "t")], tmp_path / "f", Vision(), workers=0)

@@ -1,0 +1,217 @@
+import functools
+import http.server
+import io
+import json
+import os
+import socket
+import tarfile
+import threading
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from fromage.data.shards import (
+    CURL,
+    Broken,
+    expand,
+    image_of,
+    read_shard,
+    read_shards,
+    read_sizes,
+    shard_name,
+    shard_sizes,
+    write_shards,
+)
+from fromage.errors import BrokenSample, UserError
+
+SHARED = Path(os.environ.get("FROMAGE_SHARED_DATA", Path(__file__).resolve().parents[3] / "shared" / "data"))
+
+
+def image(kind="JPEG", mode="RGB", colour=120):
+    buffer = io.BytesIO()
+    Image.new(mode, (12, 8), colour).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def pairs(n):
+    return [(f"k{i:03d}", image(colour=i), f"caption {i} – ü", {"n": i}) for i in range(n)]
+
+
+def read(shard):
+    lost = []
+    return list(read_shard(str(shard), lambda *why: lost.append(why))), lost
+
+
+def test_written_shards_are_read_back(tmp_path):
+    assert write_shards(iter(pairs(5)), tmp_path / "s", per_shard=2) == 5
+    assert sorted(p.name for p in (tmp_path / "s").iterdir()) == ["00000.tar", "00001.tar", "00002.tar", "sizes.json"]
+    assert read_sizes(tmp_path / "s") == {"00000.tar": 2, "00001.tar": 2, "00002.tar": 1}
+    samples = [sample for shard in expand(str(tmp_path / "s")) for sample in read(shard)[0]]
+    found = [(s["__key__"], s["jpg"], s["txt"].decode(), json.loads(s["json"])) for s in samples]
+    assert found == pairs(5)
+
+
+def test_equal_samples_make_equal_bytes(tmp_path):
+    for name in "ab":
+        write_shards(pairs(3), tmp_path / name)
+    tar = (tmp_path / "a/00000.tar").read_bytes()
+    assert tar == (tmp_path / "b/00000.tar").read_bytes()
+    with tarfile.open(tmp_path / "a/00000.tar") as members:
+        assert {(m.mtime, m.uid, m.uname) for m in members} == {(0, 0, "fromage")}
+
+
+def test_an_interrupted_write_leaves_whole_shards_only(tmp_path):
+    def stops():
+        yield from pairs(3)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_shards(stops(), tmp_path / "s", per_shard=2)
+    assert sorted(p.name for p in (tmp_path / "s").iterdir()) == ["00000.tar", "sizes.json"]
+    assert read_sizes(tmp_path / "s") == {"00000.tar": 2}
+    with pytest.raises(UserError, match="holds shards already"):
+        write_shards(pairs(1), tmp_path / "s")
+
+
+@pytest.mark.parametrize("key", ["", "a.b", "k000"])
+def test_a_key_that_would_not_come_back_is_refused(tmp_path, key):
+    with pytest.raises(UserError, match="own key"):
+        write_shards([*pairs(1), (key, b"", "x", {})], tmp_path / "s")
+
+
+def test_expand_braces_globs_folders_and_lists(tmp_path):
+    folder = tmp_path / "s"
+    write_shards(pairs(4), folder, per_shard=1)
+    every = [str(folder / f"0000{i}.tar") for i in range(4)]
+    assert expand(str(folder)) == expand(f"{folder}/{{00000..00003}}.tar") == expand(f"{folder}/*.tar") == every
+    assert expand([every[2], f"{folder}/0000{{0,1}}.tar"]) == [every[2], every[0], every[1]]
+    odd = tmp_path / "a{b}[c]"
+    odd.mkdir()
+    (folder / "00000.tar").rename(odd / "x.tar")
+    assert expand(str(odd / "x.tar")) == [str(odd / "x.tar")]
+
+
+def test_expand_names_what_is_missing(tmp_path):
+    write_shards(pairs(2), tmp_path / "s", per_shard=1)
+    with pytest.raises(UserError, match=r"00002\.tar is missing"):
+        expand(f"{tmp_path}/s/{{00000..00002}}.tar")
+    for empty in (f"{tmp_path}/none*.tar", str(tmp_path)):
+        with pytest.raises(UserError, match=r"holds no \.tar"):
+            expand(empty)
+    with pytest.raises(UserError, match="do not match"):
+        expand("a{0.tar")
+    with pytest.raises(UserError, match="no shards are named"):
+        expand([])
+
+
+def test_urls_are_quoted_for_the_shell():
+    s3, web = expand(["s3://b/{0..0}.tar", "https://h/x.tar?a=1&b=$(id)"])
+    assert s3 == "pipe:aws s3 cp s3://b/0.tar -"
+    assert web.endswith(" 'https://h/x.tar?a=1&b=$(id)'")
+    assert "--fail" in web
+    assert "--connect-timeout" in web
+    assert expand("gs://b/x.tar") == ["pipe:gsutil cat gs://b/x.tar"]
+    assert expand("hdfs://b/x.tar") == ["hdfs://b/x.tar"]
+    assert expand("pipe:cat x.tar") == ["pipe:cat x.tar"]
+    assert [shard_name(s) for s in (s3, web, "/a.tar/b.tar")] == ["0.tar", "x.tar", "b.tar"]
+    assert expand("https://h/" + "x" * 5000 + ".tar")[0].startswith("pipe:curl")
+
+
+@pytest.fixture
+def server(tmp_path):
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+    running = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=tmp_path))
+    threading.Thread(target=running.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{running.server_port}"
+    running.shutdown()
+    running.server_close()
+
+
+def test_shards_come_over_http(server, tmp_path, monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    write_shards(pairs(4), tmp_path / "s", per_shard=2)
+    shards = expand(f"{server}/s/{{00000..00002}}.tar")
+    assert shard_sizes(shards) == [None] * 3
+    assert [len(read(shard)[0]) for shard in shards] == [2, 2, 0]
+    ((name, cause),) = read(shards[2])[1]
+    assert name == "00002.tar"
+    assert "unreadable" in cause
+
+
+def test_a_server_that_stalls_is_given_up(tmp_path, monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    monkeypatch.setattr("fromage.data.shards.CURL", CURL.replace("--speed-time 60", "--speed-time 1"))
+    with socket.create_server(("127.0.0.1", 0)) as stalled:  # takes connections and never answers
+        samples, lost = read(*expand(f"http://127.0.0.1:{stalled.getsockname()[1]}/00007.tar"))
+    assert samples == []
+    assert [name for name, _ in lost] == ["00007.tar"]
+
+
+def test_a_command_that_stalls_is_ended(tmp_path, monkeypatch):
+    monkeypatch.setattr("fromage.data.shards.PATIENCE", 0.5)
+    monkeypatch.setattr("fromage.data.shards.ATTEMPTS", 1)
+    write_shards(pairs(4), tmp_path / "s")
+    (tmp_path / "cut.tar").write_bytes((tmp_path / "s/00000.tar").read_bytes()[:8000])
+    samples, lost = read(f"pipe:cat {tmp_path}/cut.tar; echo $$ > {tmp_path}/pid; sleep 600 # x.tar")
+    assert 0 < len(samples) < 4
+    assert lost[0][0] == "x.tar" and "nothing came for 0.5 seconds" in lost[0][1]
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
+
+
+def test_a_shard_is_taken_up_where_the_connection_broke(tmp_path, monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    write_shards(pairs(4), tmp_path / "s")
+    whole, cut, tried = tmp_path / "s/00000.tar", tmp_path / "cut.tar", tmp_path / "tried"
+    cut.write_bytes(whole.read_bytes()[:8000])
+    samples, lost = read(f"pipe:if [ -e {tried} ]; then cat {whole}; else touch {tried}; cat {cut}; fi")
+    assert [s["__key__"] for s in samples] == ["k000", "k001", "k002", "k003"]
+    assert not lost
+
+
+def test_an_empty_shard_is_reported(tmp_path):
+    tarfile.open(tmp_path / "0.tar", "w").close()
+    assert read(tmp_path / "0.tar") == ([], [("0.tar", "empty: holds no sample")])
+
+
+@pytest.mark.parametrize("keep", [0, 1, 700, 5000, 7000])
+def test_a_truncated_shard_ends_and_is_reported(tmp_path, keep):
+    write_shards(pairs(4), tmp_path / "s")
+    cut = tmp_path / "cut.tar"
+    cut.write_bytes((tmp_path / "s/00000.tar").read_bytes()[:keep])
+    samples, lost = read(cut)
+    assert len(samples) < 4
+    assert all({"jpg", "txt", "json"} <= s.keys() for s in samples[:-1])
+    assert [name for name, _ in lost] == ["cut.tar"]
+
+
+def test_a_shard_cut_between_members_is_found_by_its_size(tmp_path):
+    write_shards(pairs(4), tmp_path / "s")
+    shard = tmp_path / "s/00000.tar"
+    with tarfile.open(shard) as members:
+        end = next(m.offset for m in members if m.name.startswith("k002"))
+    shard.write_bytes(shard.read_bytes()[:end])
+    broken = Broken(0.05)
+    assert len(list(read_shards([(str(shard), *shard_sizes([str(shard)]))], broken))) == 2
+    broken.good = 2
+    broken.check()
+    with pytest.raises(UserError, match=r"2 of 4 samples.*00000\.tar"):
+        broken.check(end=True)
+
+
+@pytest.mark.parametrize(
+    ("kind", "mode"), [("JPEG", "CMYK"), ("PNG", "P"), ("PNG", "RGBA"), ("PNG", "L"), ("TIFF", "F"), ("TIFF", "LAB")]
+)
+def test_images_of_every_mode_become_rgb(kind, mode):
+    read = image_of({"jpg": image(kind, mode, 0)})
+    assert (read.mode, read.size) == ("RGB", (12, 8))
+
+
+@pytest.mark.parametrize("data", [b"", b"no image", image()[:-30], image("PNG")[:40]])
+def test_undecodable_images_are_broken(data):
+    with pytest.raises(BrokenSample, match=r"^undecodable image: "):
+        image_of({"jpg": data})

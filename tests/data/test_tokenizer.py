@@ -1,0 +1,53 @@
+import json
+import pickle
+import shutil
+
+import pytest
+
+from fromage.data.tokenizer import PromptTokenizer
+from fromage.errors import UserError
+from fromage.models.frozen import TOY
+
+
+@pytest.fixture(scope="module")
+def opt(shared_data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("opt")
+    for name in ("vocab.json", "merges.txt"):
+        shutil.copy(shared_data / "opt_tokenizer" / name, folder)
+    shutil.copy(TOY / "opt" / "tokenizer_config.json", folder)  # OPT's own form
+    return PromptTokenizer(str(folder))
+
+
+def test_opts_own_vocabulary_gives_the_published_ids(opt):
+    assert opt.vocab_size == 50265
+    assert [*opt.start(), *opt.encode("Hello world")] == [2, 31414, 232]
+    assert (opt.pad_id, opt.bos_id, opt.image_id, opt.ret_id) == (1, 2, 50265, 50266)
+    assert opt.caption("Hello world", 24) == [2, 31414, 232, 50266]
+
+
+def test_a_cut_caption_keeps_ret(opt):
+    ids = opt.caption("a dog " * 50, 24)
+    assert len(ids) == 24 and ids[-1] == opt.ret_id and ids[0] == opt.bos_id and opt.ret_id not in ids[:-1]
+
+
+def test_special_words_in_user_text_stay_text(opt):
+    ids = opt.encode("a [RET] </s> <|image|> b")
+    assert not {opt.ret_id, opt.image_id, opt.bos_id, opt.pad_id} & set(ids)
+    assert opt.decode(ids) == "a [RET] </s> <|image|> b"
+
+
+def test_toy_tokenizer_has_the_form_of_opts():
+    toy = PromptTokenizer(str(TOY / "opt"))
+    assert toy.start() == [2] and toy.pad_id == 1
+    assert toy.decode(toy.encode("a small red star at night.")) == "a small red star at night."
+    assert pickle.loads(pickle.dumps(toy)).caption("a red star", 24) == toy.caption("a red star", 24)
+
+
+def test_toy_tokenizer_config_is_opts():
+    config = json.loads((TOY / "opt" / "tokenizer_config.json").read_text())
+    assert config["tokenizer_class"] == "GPT2Tokenizer" and config["add_bos_token"]
+
+
+def test_no_tokenizer_is_a_clear_error(tmp_path):
+    with pytest.raises(UserError, match="no tokenizer at"):
+        PromptTokenizer(str(tmp_path))

@@ -1,0 +1,216 @@
+"""Evaluations of Octopus: figures of answers that are known, and the verbs from files to a table and JSON."""
+
+import json
+
+import pytest
+from PIL import Image
+from tiny_octopus import save_untrained
+
+from fromage.cli.main import main
+from fromage.errors import UserError
+from fromage.evals import predict as asking
+from fromage.evals.instructions import evaluate as evaluate_instructions
+from fromage.evals.pope import coin, figures
+from fromage.evals.pope import evaluate as evaluate_pope
+from fromage.evals.predict import ask
+from fromage.evals.refcoco import evaluate as evaluate_refcoco
+from fromage.evals.report import table
+from fromage.models.fromage import Fromage
+from fromage.octopus.answers import Grounded
+from fromage.octopus.decoding import ground
+from fromage.octopus.metrics import guess
+from fromage.octopus.model import Octopus
+from fromage.octopus.module import load_octopus
+from fromage.octopus.sources import Instructions, Pope, RefCOCO
+from fromage.retrieval.encode import Options
+
+A, B, FAR = (0.0, 0.0, 0.5, 0.5), (0.5, 0.5, 1.0, 1.0), (0.9, 0.0, 1.0, 0.1)
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    out = tmp_path_factory.mktemp("octopus")
+    return {name: str(save_untrained(out / f"{name}.ckpt", n)) for name, n in (("octopus", 4), ("sequential", 0))}
+
+
+@pytest.fixture(scope="module")
+def octopus(checkpoints):
+    return load_octopus(checkpoints["octopus"])
+
+
+def refcoco(world, **options):
+    files = (world / "refcoco" / name for name in ("refs(unc).p", "instances.json", "images"))
+    return RefCOCO(*map(str, files), split="val", **options)
+
+
+@pytest.fixture
+def answering(monkeypatch):
+    """Let answers be made of the examples themselves."""
+
+    def patch(source, answer):
+        right = iter(list(source))
+        told = lambda model, asked, *options: [answer(next(right)) for _ in asked]  # noqa: E731
+        monkeypatch.setattr(asking, "ground", told)
+
+    return patch
+
+
+def pieces(example, box=lambda box: box):
+    return [piece if isinstance(piece, str) else box(example.boxes[piece]) for piece in example.answer]
+
+
+def test_right_answers_are_worth_a_hundred_and_the_head_is_judged_apart(octopus, world, answering):
+    data = refcoco(world, limit=12)
+    answering(data, lambda e: Grounded("", pieces(e), [(FAR, 0.9), (e.boxes[e.meant[0]], 0.5)], [1]))
+    report = evaluate_refcoco(octopus, data, Options(5))
+    own, chance = report["octopus"]["val"], report["chance"]["val"]
+    assert own["acc_iou50"] == own["head_recall_top5"] == own["all_found"] == 100 and own["head_top1"] == 0
+    assert own["mean_iou"] == pytest.approx(100) and 0 <= own["head_iou"] < 50
+    assert 0 < chance["acc_iou50"] < 100 and "head_top1" not in chance and report["examples"] == 12
+    text = table(report)
+    assert "head_recall_top5" in text and "sequential" not in text and report["checkpoint"] == octopus.fingerprint()
+
+
+def test_wrong_answers_are_worth_nothing(octopus, world, answering):
+    data = refcoco(world, limit=6)
+    answering(data, lambda e: Grounded("", [], [(e.boxes[e.meant[0]], 0.9)]))
+    own = evaluate_refcoco(octopus, data)["octopus"]["val"]
+    assert own["acc_iou50"] == own["mean_iou"] == own["all_found"] == 0 and own["head_top1"] == 100
+
+
+def test_a_report_names_the_pattern_it_is_of(octopus, world, answering):
+    data = refcoco(world, limit=6, match="left of|above")
+    answering(data, lambda e: Grounded("", pieces(e), [(FAR, 0.9)], [0]))
+    report = evaluate_refcoco(octopus, data)
+    assert "'left of|above'" in report["protocol"]["expressions"] and report["octopus"]["val"]["acc_iou50"] == 100
+    assert report["skipped"]["expressions that do not match"] > 0
+
+
+def test_chance_is_the_mean_over_the_known_boxes():
+    assert guess([A, B, FAR, A], [A]) == {"acc_iou50": 0.5, "mean_iou": 0.5}
+
+
+def test_answers_do_not_depend_on_the_batch_and_images_are_encoded_once(octopus, world, monkeypatch):
+    encoded, vision = [], octopus.vision.forward
+    monkeypatch.setattr(octopus.vision, "forward", lambda pixels: encoded.append(len(pixels)) or vision(pixels))
+    many, few = (ask(octopus, refcoco(world, limit=9), Options(size)) for size in (9, 2))
+    assert [a.text for _, a in many.answered] == [a.text for _, a in few.answered]
+    assert sum(encoded) == 2 * len({example.image for example, _ in many.answered}) < 18
+    example, answer = many.answered[-1]
+    (alone,) = ground(octopus, [(Image.open(example.image), example.instruction)], 2)
+    assert answer.text.startswith(alone.text)
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_several_objects_must_all_be_found(octopus, world, answering, wrong):
+    data = Instructions(str(world / "llava/instruct_val.json"), str(world))
+    last = lambda e: [*pieces(e)[:-1], FAR]  # noqa: E731
+    answering(data, lambda e: Grounded("", last(e) if wrong else pieces(e)))
+    report = evaluate_instructions(octopus, data, Options(64))
+    found = report["octopus"]
+    assert {"text", "1_object", "2_objects"} <= found.keys() and next(iter(found)) == "text"
+    assert all(figures["all_found"] == (0 if wrong else 100) for name, figures in found.items() if name != "text")
+    assert found["text"]["words"] == (0 if wrong else 100) and "all_found" not in found["text"]
+    counts = [report[f"answers_{name}"] for name in found]
+    assert sum(counts) == report["examples"] and "chance" not in report
+
+
+def test_pope_counts_what_begins_with_yes():
+    texts, labels = ["yes", "Yes, it is", "no", "yesterday?", "perhaps", "yes"], [True, True, True, False, True, False]
+    found = figures(texts, labels)
+    assert found["precision"] == pytest.approx(50) and found["recall"] == pytest.approx(50)
+    assert found["accuracy"] == pytest.approx(100 / 3) and found["f1"] == pytest.approx(50)
+    assert found["yes"] == pytest.approx(400 / 6) and found["neither"] == pytest.approx(100 / 6)
+    assert coin([True, False, False, False])["precision"] == 25
+
+
+def test_pope_of_right_and_of_wrong_answers(octopus, world, answering):
+    data = Pope(str(world / "pope/val.json"), str(world / "refcoco/images"), limit=8)
+    for yes, no, share in (("yes", "no", 100), ("no", "yes", 0)):
+        answering(data, lambda e, yes=yes, no=no: Grounded("", [yes if e.answer == ("yes",) else no]))
+        report = evaluate_pope(octopus, data)
+        own, chance = report["octopus"]["val"], report["chance"]["val"]
+        assert own["accuracy"] == own["f1"] == share and own["yes"] == 50 == chance["accuracy"] and own["neither"] == 0
+
+
+def test_what_cannot_be_asked_is_counted(world, tmp_path):
+    data = Instructions(str(world / "llava/instruct_val.json"), str(world))
+    one = Octopus.load(n=1, c=16, decoder_layers=1, heads=2)
+    many = sum(len(e.meant) > 1 for e in data)
+    asked = ask(one, data, Options(64))
+    assert asked.skipped["examples of more objects than queries"] == many == len(data) - len(asked.answered) > 0
+    talk = [{"from": "human", "value": "where?"}, {"from": "gpt", "value": "[0.1,0.1,0.2,0.2][0.3,0.3,0.4,0.4]"}]
+    (tmp_path / "several.json").write_text(json.dumps([{"image": data.examples[0].image, "conversations": talk}]))
+    with pytest.raises(UserError, match="more objects than the model's 1 object queries"):
+        ask(one, Instructions(str(tmp_path / "several.json"), ""), Options())
+
+
+def test_lost_images_are_counted(octopus, tmp_path):
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    (tmp_path / "b.png").write_text("none")
+    rows = [{"question_id": i, "image": f"{c}.png", "text": "is there a star?", "label": "no"} for i, c in enumerate("abc")]
+    (tmp_path / "pope.json").write_text("\n".join(map(json.dumps, rows)))
+    data = Pope(str(tmp_path / "pope.json"), str(tmp_path))
+    report = evaluate_pope(octopus, data, Options(max_lost=0.8))
+    assert report["skipped"]["images missing"] == report["skipped"]["images broken"] == report["examples"] == 1
+    assert report["skipped"]["examples with a lost image"] == 2 == len(report["lost"])
+    with pytest.raises(UserError, match="1 of 3 images cannot be had"):
+        evaluate_pope(octopus, data, Options(max_lost=0.1))
+
+
+@pytest.fixture
+def verbs(world):
+    """The words of each verb but for the checkpoint."""
+    coco = world / "refcoco"
+    return {
+        "refcoco": [coco / "refs(unc).p", "--instances", coco / "instances.json", "--images", coco / "images"],
+        "pope": [world / "pope/val.json", "--images", coco / "images"],
+        "instructions": [world / "llava/instruct_val.json", "--images", world],
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "who", "setting", "figure"),
+    [
+        ("refcoco", "octopus", "val", "head_recall_top5"),
+        ("refcoco", "sequential", "val", "acc_iou50"),
+        ("pope", "octopus", "val", "f1"),
+        ("instructions", "octopus", "1_object", "all_found"),
+        ("instructions", "sequential", "text", "words"),
+    ],
+)
+def test_each_verb_prints_a_table_and_writes_json(name, who, setting, figure, checkpoints, verbs, tmp_path, capsys):
+    out = tmp_path / "report.json"
+    assert main(["eval", name, *map(str, verbs[name]), "--ckpt", checkpoints[who], "--limit", "12", "--json", str(out)]) == 0
+    report, printed = json.loads(out.read_text()), capsys.readouterr().out
+    assert 0 <= report[who][setting][figure] <= 100 and report["evaluation"] == name and report["examples"] == 12
+    assert {"protocol", "skipped", "checkpoint", "versions", "data", "images"} <= report.keys()
+    assert who in printed and setting in printed and figure in printed and "R@1" not in printed
+    assert ("head_top1" in printed) == ((name, who) == ("refcoco", "octopus"))
+
+
+def test_the_digest_changes_with_any_parameter(checkpoints, octopus):
+    again = load_octopus(checkpoints["octopus"])
+    before = again.fingerprint()
+    assert before == octopus.fingerprint() != load_octopus(checkpoints["sequential"]).fingerprint()
+    again.lm.blocks[0].fc1.weight.data.mul_(1.1)
+    after = again.fingerprint()
+    again.queries.data[0, 0] += 1e-4
+    assert len({before, after, again.fingerprint()}) == 3
+
+
+def test_what_is_wrong_is_one_line(checkpoints, verbs, tmp_path, capsys):
+    Fromage.load(k=1, q=8).save_pretrained(tmp_path / "fromage")
+    refs, ckpt = verbs["refcoco"], checkpoints["octopus"]
+    for name, words, said in (
+        ("refcoco", [*refs, "--split", "testA", "--ckpt", ckpt], "no split testA"),
+        ("refcoco", [*refs, "--question", "where?", "--ckpt", ckpt], "must hold {} once"),
+        ("refcoco", [tmp_path / "no.p", *refs[1:], "--ckpt", tmp_path / "no.ckpt"], "no.p: cannot be read"),
+        ("refcoco", [*refs, "--ckpt", tmp_path / "fromage"], "no such file"),
+        ("refcoco", [*refs, "--ckpt", ckpt, "--device", "cuda:99"], "device cuda:99"),
+        ("pope", [refs[0], *verbs["pope"][1:], "--ckpt", ckpt], "fetch the file anew"),
+        ("instructions", [refs[2], *verbs["instructions"][1:], "--ckpt", ckpt], "is boxes of COCO"),
+    ):
+        assert main(["eval", name, *map(str, words)]) == 2
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error.startswith("fromage: ") and said in error

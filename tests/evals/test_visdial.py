@@ -1,0 +1,150 @@
+"""Dialogues: ranked answers in both protocols, scores that outlive a kill, images by rounds."""
+
+import math
+
+import pytest
+import torch
+
+from fromage.errors import UserError
+from fromage.evals import answers
+from fromage.evals.answers import PROTOCOLS, answer_figures, authors_prompt, chance_figures, prompt, score_answers
+from fromage.evals.dialogues import Dialogue, Dialogues, Round, read_dialogues
+from fromage.evals.visdial import curve, evaluate
+from fromage.models.prompts import embed_prompts
+from fromage.retrieval.encode import Options, encode_files
+
+
+@pytest.fixture
+def data(world):
+    """Two dialogues, of two rounds and seven candidates each."""
+    folder = world / "visdial"
+    dense = folder / "visdial_1.0_val_dense_annotations.json"
+    whole = read_dialogues(folder / "visdial_1.0_val.json", dense, folder / "images" / "val", limit=2)
+    talks = []
+    for number, talk in enumerate(whole.dialogues):
+        rounds = [Round(r.question, r.answer, [r.answer, *[c for c in r.candidates if c != r.answer][:6]], 0)
+                  for r in talk.rounds[:2]]  # fmt: skip
+        talks.append(Dialogue(talk.image, rounds, number, [1.0, 0.0, 0.5, 0, 0, 0, 0]))
+    return Dialogues("two", talks)
+
+
+def features_of(model, data):
+    return encode_files(model, [talk.image for talk in data.dialogues], Options()).features
+
+
+@torch.no_grad()
+def whole_pass(model, parts, text, unshifted):
+    batch = embed_prompts(model, [parts])
+    ids = torch.tensor([model.tokenizer.encode(text)])
+    embeds = torch.cat([batch.embeds, model.embed(ids)], 1)
+    logits = model.lm.logits(model.lm(embeds, torch.ones(embeds.shape[:2], dtype=torch.bool)))[0].log_softmax(-1)
+    first = batch.ids.shape[1] - (not unshifted)
+    return sum(float(logits[first + i, token]) for i, token in enumerate(ids[0]))
+
+
+def test_scores_are_those_of_whole_passes_in_the_words_of_each_protocol(toy_model, data):
+    features = features_of(toy_model, data)
+    scores, talk = score_answers(toy_model, data.dialogues, features), data.dialogues[1]
+    assert {name: tuple(s.shape) for name, s in scores.items()} == dict.fromkeys(PROTOCOLS, (2, 2, 7))
+    said = talk.rounds
+    corrected, theirs = prompt(talk, 1, features[1]), authors_prompt(talk, 1, features[1])
+    assert corrected[2] == f"Q: {said[0].question} A: {said[0].answer}. Q: {said[1].question} A:"
+    assert theirs[2] == f"Q: {said[0].question}\nA: {said[0].answer}\nQ: {said[1].question}\nA: "
+    assert prompt(talk, 0, features[1])[2] == f"Q: {said[0].question} A:"
+    for c, text in enumerate(said[1].candidates):
+        assert float(scores["answers"][1, 1, c]) == pytest.approx(
+            whole_pass(toy_model, corrected, f" {text}.", False), abs=1e-3
+        )
+        assert float(scores["answers_authors"][1, 1, c]) == pytest.approx(
+            whole_pass(toy_model, theirs, text, True), abs=1e-3
+        )
+
+
+def test_a_run_that_was_killed_goes_on_and_gives_the_same(toy_model, data, tmp_path, monkeypatch):
+    features, folder = features_of(toy_model, data), tmp_path / "scores"
+    want = score_answers(toy_model, data.dialogues, features)
+    ranked, plain = [], answers.dialogue_scores
+
+    def dies_at_the_second(*args):
+        if len(ranked) == 1:
+            raise KeyboardInterrupt
+        ranked.append(args)
+        return plain(*args)
+
+    monkeypatch.setattr(answers, "dialogue_scores", dies_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        score_answers(toy_model, data.dialogues, features, folder)
+    (folder / ".000001.part").write_bytes(b"half a fi")
+    ranked.clear()
+    monkeypatch.setattr(answers, "dialogue_scores", lambda *args: ranked.append(args) or plain(*args))
+    got = score_answers(toy_model, data.dialogues, features, folder)
+    assert len(ranked) == 1, "the first dialogue was there"
+    for name in PROTOCOLS:
+        torch.testing.assert_close(got[name], want[name])
+    score_answers(toy_model, data.dialogues, features, folder)
+    assert len(ranked) == 1
+    for name in ("000001.npy", "about.json"):
+        (folder / name).write_bytes(b"torn")
+        with pytest.raises(UserError, match=rf"{name}: is damaged .*remove it"):
+            score_answers(toy_model, data.dialogues, features, folder)
+
+
+def test_scores_of_another_model_or_of_other_dialogues_are_refused(toy_model, data, tmp_path):
+    features, folder = features_of(toy_model, data), tmp_path / "scores"
+    score_answers(toy_model, data.dialogues[:1], features[:1], folder)
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="file: cannot be written"):
+        score_answers(toy_model, data.dialogues, features, tmp_path / "file")
+    with pytest.raises(UserError, match="name another --scores"):
+        score_answers(toy_model, data.dialogues, features, folder)
+    with torch.no_grad():
+        toy_model.logit_scale += 1
+    with pytest.raises(UserError, match="another checkpoint"):
+        score_answers(toy_model, data.dialogues[:1], features[:1], folder)
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "one.txt").touch()
+    with pytest.raises(UserError, match="something else"):
+        score_answers(toy_model, data.dialogues, features, tmp_path / "thesis")
+
+
+def test_figures_by_hand(data):
+    """Right answers at ranks 1, 3, 7 (a tie of all) and 2; rated are round 0 of the first and round 1 of the second."""
+    rows = [[9, 1, 2, 3, 4, 5, 6], [5, 9, 8, 1, 2, 3, 4], [0] * 7, [8, 9, 1, 2, 3, 4, 5]]
+    scores = torch.tensor(rows).float().view(2, 2, 7)
+    figures, d = answer_figures(scores, data.dialogues), [1 / math.log2(i) for i in (2, 3)]
+    assert figures["mrr"] == pytest.approx(100 * (1 + 1 / 3 + 1 / 7 + 1 / 2) / 4)
+    assert figures["mean_rank"] == 13 / 4 and (figures["r1"], figures["r5"], figures["r10"]) == (25, 75, 100)
+    best = d[0] + 0.5 * d[1]
+    assert figures["ndcg"] == pytest.approx(100 * (d[0] / best + d[1] / best) / 2, rel=1e-5)
+    authors = answer_figures(scores, data.dialogues, authors=True)  # round 1 of the first; the second's is past the end
+    assert authors["ndcg"] == pytest.approx(100 * 0.5 * d[1] / best, rel=1e-5) and authors["mrr"] == figures["mrr"]
+
+
+def test_chance_is_the_mean_of_random_scores(data):
+    generator = torch.Generator().manual_seed(0)
+    many = [answer_figures(torch.rand(2, 2, 7, generator=generator), data.dialogues) for _ in range(1500)]
+    for name, value in chance_figures(data.dialogues).items():
+        assert sum(figures[name] for figures in many) / len(many) == pytest.approx(value, rel=0.06), name
+
+
+def test_the_curve_both_ways():
+    """Three images; the queries of one round all say the first, those of two rounds find their own."""
+    images, same = torch.eye(3), torch.eye(3)[[0, 0, 0]]
+    found = curve({1: same, 2: images}, images)
+    assert found["1_rounds"]["r1"] == pytest.approx(100 / 3) and found["2_rounds"]["r1"] == 100
+    assert found["1_rounds_authors"]["r1"] == 0, "for each image all dialogues tie"
+    assert found["2_rounds_authors"]["r1"] == 100
+
+
+def test_the_whole_evaluation(toy_model, data, tmp_path):
+    report = evaluate(toy_model, data, scores=tmp_path / "scores")
+    assert report["gallery"] == 2 and report["candidates"] == 7
+    assert {"answers", "answers_authors", "0_rounds", "2_rounds", "2_rounds_authors"} <= report["fromage"].keys()
+    assert "answers" not in report["clip"] and report["clip"].keys() | set(PROTOCOLS) == report["chance"].keys()
+    assert report["fromage"]["answers"].keys() == {"ndcg", "mrr", "r1", "r5", "r10", "mean_rank"}
+    assert report["paper"]["fromage"]["answers_authors"]["mrr"] == 22.0
+    gone = Dialogue(tmp_path / "gone.jpg", *[getattr(data.dialogues[0], n) for n in ("rounds", "rated", "relevance")])
+    some = Dialogues("three", [gone, *data.dialogues])
+    fewer = evaluate(toy_model, some, Options(max_lost=0.5, clip=False), answers=False)
+    assert fewer["skipped"]["dialogues with a lost image"] == 1 and "answers" not in fewer["fromage"]
+    assert all(fewer["fromage"][f"{n}_rounds"] == report["fromage"][f"{n}_rounds"] for n in range(3))

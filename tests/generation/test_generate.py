@@ -1,0 +1,182 @@
+"""Answers of text and images, whole and streamed."""
+
+import json
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from fromage.data.image_source import Item
+from fromage.errors import UserError
+from fromage.generation.generate import Answer, Decoding, Shown, caption_images, generate, stream
+from fromage.models.prompts import START, encode_images
+from fromage.retrieval.faiss_index import ImageIndex
+from fromage.retrieval.results import load_images
+
+TWO = Decoding(12, min_tokens=3, ret_bias=60.0, max_images=2, images_per_ret=2)
+
+
+@pytest.fixture
+def images(world):
+    return sorted((world / "coco" / "val2017").glob("*"))
+
+
+@pytest.fixture
+def index(toy_model, images):
+    rows = toy_model.embed_images(encode_images(toy_model, images[:20])).detach().numpy()  # (N, q)
+    return ImageIndex.build(rows, [Item(str(path)) for path in images[:20]], toy_model.fingerprint())
+
+
+@pytest.fixture
+def prompts(images):
+    return [["a big heart", images[0], "and a"], ["a small"], [Image.open(images[1]), "on", images[2]], []]
+
+
+def gist(answer):
+    """An answer without its scores, which rounding moves."""
+    return [part if isinstance(part, str) else [hit.path for hit in part.hits] for part in answer.parts], answer.ids
+
+
+def test_text_and_images_in_the_order_they_came(toy_model, index, prompts):
+    for answer in generate(toy_model, prompts, TWO, index):
+        assert [type(part) for part in answer.parts[:3]] == [str, Shown, Shown]  # [RET] [RET] after three tokens
+        assert 5 <= len(answer.ids) <= 12 and answer.shown == answer.parts[1:3]
+        texts = [part for part in answer.parts if isinstance(part, str)]
+        assert answer.text == " ".join(text.strip() for text in texts)
+        assert "".join(texts) == "".join(toy_model.tokenizer.decode(ids) for ids in (answer.ids[:3], answer.ids[5:]))
+
+
+def test_images_are_those_nearest_and_neither_the_prompts_nor_shown_before(toy_model, index, prompts, images):
+    for prompt, answer in zip(prompts, generate(toy_model, prompts, TWO, index), strict=True):
+        barred = {str(part) for part in prompt if isinstance(part, Path)}
+        if "on" in prompt:
+            barred.add(str(images[1]))  # given as an image
+        for shown in answer.shown:
+            want = index.search(shown.embedding[None], 2, exclude=barred)[0]
+            assert [hit.path for hit in shown.hits] == [hit.path for hit in want]
+            barred |= {hit.path for hit in shown.hits}
+
+
+def test_found_images_can_be_opened(toy_model, index):
+    (answer,) = generate(toy_model, ["a small"], TWO, index, load_images)
+    for shown in answer.shown:
+        assert len(shown.images) == 2 and all(image.mode == "RGB" for image in shown.images)
+
+
+def test_batch_size_does_not_matter(toy_model, index, prompts):
+    whole = map(gist, generate(toy_model, prompts, TWO, index))
+    assert list(whole) == list(map(gist, generate(toy_model, prompts, TWO, index, batch_size=3)))
+    assert generate(toy_model, []) == []
+
+
+def test_an_index_of_another_model_and_batches_of_nothing_are_refused(toy_model, index):
+    with torch.no_grad():
+        toy_model.logit_scale += 1
+    for answer in (generate, lambda model, prompts, *how: stream(model, prompts[0], *how)):
+        with pytest.raises(UserError, match="built with checkpoint"):
+            answer(toy_model, ["a"], TWO, index)
+    with pytest.raises(UserError, match="batch_size is 0"):
+        generate(toy_model, ["a"], batch_size=0)
+
+
+def test_a_stream_is_the_answer_in_pieces(toy_model, index, prompts):
+    for decoding in (TWO, Decoding(16, stop="a"), Decoding(9, temperature=1.0, seed=2)):
+        for prompt in prompts:
+            pieces = list(stream(toy_model, prompt, decoding, index))
+            (answer,) = generate(toy_model, [prompt], decoding, index)
+            assert gist(Answer.of(pieces, answer.ids)) == gist(answer)
+    assert len([piece for piece in stream(toy_model, "a", Decoding(12)) if isinstance(piece, str)]) > 5
+
+
+def test_a_stream_gives_a_piece_before_the_answer_is_whole(toy_model, monkeypatch):
+    slowed(toy_model, monkeypatch)
+    seen = [time.monotonic() for _ in stream(toy_model, "a", Decoding(8, max_images=0, min_tokens=8))]
+    assert len(seen) > 4 and seen[-1] - seen[0] > 0.02 * (len(seen) - 2)  # at the pace of the language model
+
+
+def slowed(model, monkeypatch, seconds=0.02):
+    """Let each step of the language model take a while; returns the list that grows with each."""
+    head, steps = model.lm.hf.get_output_embeddings(), []
+    forward = head.forward
+    monkeypatch.setattr(head, "forward", lambda hidden: time.sleep(seconds) or steps.append(1) or forward(hidden))
+    return steps
+
+
+@pytest.mark.parametrize("how", ["close", "forget", "break with an error"])
+def test_closing_a_stream_stops_decoding(toy_model, monkeypatch, how):
+    steps = slowed(toy_model, monkeypatch)
+    before = threading.active_count()
+    pieces = stream(toy_model, "a", Decoding(300, min_tokens=300, max_images=0))
+    next(pieces)
+    if how == "close":
+        pieces.close()
+    elif how == "forget":
+        del pieces
+    else:
+        with pytest.raises(KeyError):
+            pieces.throw(KeyError)
+    assert threading.active_count() <= before and len(steps) < 30
+    done = len(steps)
+    time.sleep(0.1)
+    assert len(steps) == done
+    head = toy_model.lm.hf.get_output_embeddings()
+    assert not head._forward_pre_hooks
+
+
+def test_errors_of_the_thread_are_raised_in_the_reader(toy_model, monkeypatch):
+    def fail(hidden):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(toy_model.lm.hf.get_output_embeddings(), "forward", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        list(stream(toy_model, "a"))
+
+
+def test_what_is_wrong_with_the_prompt_is_said_at_once(toy_model, tmp_path):
+    with pytest.raises(UserError, match="missing"):
+        stream(toy_model, [tmp_path / "missing.jpg"])
+
+
+def test_two_streams_at_a_time(toy_model, index):
+    """Each takes its own hidden states and tokens, whatever the other does."""
+    prompts = ["a small", "a big heart and"]
+    want = generate(toy_model, prompts, TWO, index)
+    streams = [stream(toy_model, prompt, TWO, index) for prompt in prompts]
+    pieces = [[], []]
+    threads = [threading.Thread(target=lambda i=i: pieces[i].extend(streams[i])) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for i in range(2):
+        assert gist(Answer.of(pieces[i], want[i].ids)) == gist(want[i])
+
+
+def test_captions_are_answers_to_the_image_and_the_start(toy_model, images):
+    features = encode_images(toy_model, images[:3])
+    made = caption_images(toy_model, features, max_new_tokens=10)
+    answers = generate(toy_model, [[path, START] for path in images[:3]], Decoding(10, stop="\n", max_images=0))
+    assert made == [answer.text for answer in answers] and all(made)
+    assert made == caption_images(toy_model, features, max_new_tokens=10, batch_size=2)
+    assert caption_images(toy_model, torch.empty(0, toy_model.vision.width)) == []
+
+
+def test_neighbouring_texts_of_an_answer_become_one():
+    shown = Shown(torch.zeros(2).numpy())
+    answer = Answer.of(["a ", "red", shown, shown, " star ", ""], [1, 2])
+    assert answer.parts == ["a red", shown, shown, " star "] and answer.text == "a red star" and answer.ids == [1, 2]
+
+
+def test_the_benchmark_runs_and_its_two_sides_agree(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).resolve().parents[2] / "tools")
+    import bench_generate
+
+    monkeypatch.setattr(bench_generate, "NEW", 4)
+    monkeypatch.setattr(bench_generate, "CANDIDATES", 6)
+    bench_generate.main(["--preset", "tiny", "--rounds", "1", "--json", str(tmp_path / "out.json")])
+    report = json.loads((tmp_path / "out.json").read_text())
+    assert report["speedup_kv_cache"] > 0 and report["speedup_scoring"] > 0 and len(report["seconds"]) == 4
+    assert report["same_tokens"] and report["max_score_error"] < 1e-3

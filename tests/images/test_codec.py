@@ -1,0 +1,115 @@
+import io
+import tarfile
+
+import pytest
+from PIL import Image
+
+from fromage.errors import BrokenSample, UserError
+from fromage.images.codec import MAX_ASPECT, decode_image, jpeg, small
+from fromage.images.open import open_image
+
+RED, WHITE = (255, 0, 0), (255, 255, 255)
+
+
+def encoded(image, kind="PNG", **options):
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def make_tar(path, members):
+    with tarfile.open(path, "w") as tar:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+@pytest.mark.parametrize("mode", ["RGB", "P", "CMYK", "RGBA", "LA", "1", "L"])
+def test_every_mode_becomes_rgb(tmp_path, mode):
+    path = tmp_path / ("a.jpg" if mode == "CMYK" else "a.png")
+    Image.new("RGB", (8, 6), RED).convert(mode).save(path)
+    image = open_image(str(path))
+    assert (image.mode, image.size) == ("RGB", (8, 6))
+    if mode in ("P", "CMYK", "RGBA"):
+        assert all(abs(have - want) < 8 for have, want in zip(image.getpixel((3, 3)), RED, strict=True))
+
+
+def test_transparency_becomes_white(tmp_path):
+    Image.new("RGBA", (4, 4), (0, 0, 0, 0)).save(tmp_path / "a.png")
+    palette = Image.new("P", (4, 4), 0)
+    palette.putpalette([0, 0, 0, 255, 0, 0])
+    palette.save(tmp_path / "b.gif", transparency=0)
+    assert open_image(str(tmp_path / "a.png")).getpixel((0, 0)) == WHITE
+    assert open_image(str(tmp_path / "b.gif")).getpixel((0, 0)) == WHITE
+
+
+def test_sixteen_bits_keep_their_greys(tmp_path):
+    Image.new("I;16", (4, 4), 128 * 256).save(tmp_path / "a.png")
+    assert open_image(str(tmp_path / "a.png")).getpixel((0, 0)) == (128, 128, 128)
+    Image.new("I;16B", (4, 4), 128 * 256).save(tmp_path / "b.tif")
+    assert open_image(str(tmp_path / "b.tif")).getpixel((0, 0)) == (128, 128, 128)
+
+
+def test_exif_turns_the_image(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # orientation: lies on its side
+    Image.new("RGB", (8, 6)).save(tmp_path / "a.jpg", exif=exif)
+    assert open_image(str(tmp_path / "a.jpg")).size == (6, 8)
+
+
+@pytest.mark.parametrize("exif", [b"Exif\0\0", b"Exif\0\0no TIFF here", b"Exif\0\0II*\0"])
+def test_broken_exif_is_ignored(exif):
+    assert decode_image(encoded(Image.new("RGB", (8, 6)), "JPEG", exif=exif)).size == (8, 6)
+
+
+def test_member_of_a_shard(tmp_path):
+    png = encoded(Image.new("RGB", (4, 4), RED))
+    shard = make_tar(tmp_path / "0.tar", {"x.txt": b"text", "dir/x.txt": b"text", "dir/x.png": png, "x#y.PNG": png})
+    assert open_image(f"{shard}#dir/x").getpixel((0, 0)) == RED
+    assert open_image(f"{shard}#x#y").getpixel((0, 0)) == RED
+    for key in ("x", "y", ""):
+        with pytest.raises(UserError, match="holds no image"):
+            open_image(f"{shard}#{key}")
+
+
+def test_a_file_may_look_like_a_member(tmp_path):
+    (tmp_path / "a.tar#b").mkdir()
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.tar#b" / "c.png")
+    assert open_image(str(tmp_path / "a.tar#b" / "c.png")).size == (4, 4)
+
+
+def test_what_cannot_be_opened_is_named(tmp_path):
+    (tmp_path / "text.jpg").write_text("no image")
+    (tmp_path / "cut.jpg").write_bytes(encoded(Image.effect_noise((64, 64), 50), "JPEG")[:300])
+    (tmp_path / "no.tar").write_bytes(b"no tar")
+    Image.new("1", (1, MAX_ASPECT + 1)).save(tmp_path / "narrow.png")
+    for name in ("text.jpg", "cut.jpg", "no.tar#a", "gone.jpg", "gone.tar#a", "narrow.png", ".", "a\0b.jpg"):
+        with pytest.raises(UserError) as error:
+            open_image(str(tmp_path / name))
+        assert str(error.value).startswith(str(tmp_path / name))
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_decompression_bomb_is_not_decoded(monkeypatch):
+    large, bomb = (encoded(Image.new("1", (width, 10_000))) for width in (3_000, 9_000))
+    assert decode_image(encoded(Image.new("RGB", (10, 10))), max_pixels=100).size == (10, 10)
+    monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
+    for data, limit in ((bomb, {}), (large, {"max_pixels": 25_000_000})):
+        with pytest.raises(BrokenSample, match="too large"):
+            decode_image(data, **limit)
+
+
+def test_pillows_own_limit_speaks_as_ours(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    with pytest.raises(BrokenSample, match=r"too large, of more than 25 pixels"):
+        decode_image(encoded(Image.new("RGB", (10, 10))), max_pixels=25)
+
+
+def test_small_images_and_jpegs_without_metadata():
+    image = decode_image(encoded(Image.new("RGB", (40, 20), RED), "JPEG", comment=b"secret", icc_profile=b"secret"))
+    assert small(image, 40) is image and small(image, 10).size == (10, 5) and image.size == (40, 20)
+    for side in (10, 40):
+        data = jpeg(image, side)
+        assert Image.open(io.BytesIO(data)).size == (side, side // 2) and b"secret" not in data

@@ -1,0 +1,327 @@
+"""Images fetched from a server on this machine that does what servers do."""
+
+import socket
+import threading
+import time
+from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+from PIL import Image
+from test_codec import encoded
+
+from fromage.errors import UserError
+from fromage.images import fetch as remote
+from fromage.images.fetch import Limits, cache_folder, fetch_image, is_public
+from fromage.images.open import open_image
+
+RED = encoded(Image.new("RGB", (8, 6), (255, 0, 0)))
+QUICK = Limits(connect=0.5, total=1.0, size=4000, attempts=3, redirects=3)
+
+
+class Server(BaseHTTPRequestHandler):
+    seen: list[str] = []
+
+    def do_GET(self):
+        self.seen.append(self.path)
+        with suppress(OSError):  # the other side has hung up
+            getattr(self, self.path.strip("/").partition("?")[0], self.missing)()
+
+    def log_message(self, *args):
+        pass
+
+    def answer(self, status, data=b"", **headers):
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(data)
+
+    def missing(self):
+        self.answer(404)
+
+    def red(self):
+        self.answer(200, RED)
+
+    def text(self):
+        self.answer(200, b"<html>not an image</html>")
+
+    def gone(self):
+        self.answer(410)
+
+    def silent(self):
+        time.sleep(3)
+
+    def slow(self):
+        self.answer(200)
+        for byte in RED:
+            self.wfile.write(bytes([byte]))
+            time.sleep(0.1)
+
+    def headers_one_by_one(self):
+        for i in range(30):
+            self.wfile.write(b"HTTP/1.0 200 OK\r\n" if not i else b"X-%d: x\r\n" % i)
+            time.sleep(0.1)
+
+    def endless(self):
+        self.answer(200)
+        while True:
+            self.wfile.write(b"x" * 1000)
+
+    def big(self):
+        self.answer(200, **{"Content-Length": "5000000"})
+        time.sleep(3)
+
+    def short(self):
+        self.answer(200, RED[:40], **{"Content-Length": str(len(RED))})
+
+    def busy(self):
+        self.answer(200 if self.seen.count(self.path) > 1 else 503, RED)
+
+    def broken(self):
+        self.answer(500)
+
+    def loop(self):
+        self.answer(302, Location="/loop")
+
+    def moved(self):
+        self.answer(301, Location="red?moved")
+
+    def away(self):
+        self.answer(302, Location="file:///etc/passwd")
+
+
+@pytest.fixture(scope="module")
+def server():
+    with ThreadingHTTPServer(("127.0.0.1", 0), Server) as httpd:
+        httpd.daemon_threads, httpd.block_on_close = True, False
+        threading.Thread(target=httpd.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{httpd.server_port}"
+        httpd.shutdown()
+
+
+@pytest.fixture
+def fetch(server, tmp_path):
+    def call(path, limits=QUICK, **options):
+        Server.seen.clear()
+        return fetch_image(server + path, limits, **({"cache": tmp_path / "cache", "allow_private": True} | options))
+
+    return call
+
+
+@pytest.mark.parametrize("path", ["/red", "/red?size=large&x=%20é", "/moved", "/busy"])
+def test_an_image(fetch, path):
+    image = fetch(path)
+    assert (image.mode, image.size, image.getpixel((1, 1))) == ("RGB", (8, 6), (255, 0, 0))
+
+
+FAILURES = {
+    "/none": ("answers 404", 1),
+    "/gone": ("answers 410", 1),
+    "/text": ("undecodable", 1),
+    "/broken": ("answers 500", 3),
+    "/short": ("IncompleteRead", 3),
+    "/loop": ("more than 3 redirects", 4),
+    "/away": ("no http or https", 1),
+    "/endless": ("larger than", 1),
+    "/big": ("larger than", 1),
+}
+
+
+@pytest.mark.parametrize("path", FAILURES)
+def test_what_is_no_image_is_one_line_and_only_what_may_pass_is_asked_for_again(fetch, server, path):
+    cause, asked = FAILURES[path]
+    with pytest.raises(UserError, match=cause) as failure:
+        fetch(path, Limits(connect=0.5, total=5, size=4000, redirects=3))
+    assert str(failure.value).startswith(server + path) and "\n" not in str(failure.value)
+    assert len(Server.seen) == asked
+
+
+@pytest.mark.parametrize("path", ["/silent", "/slow", "/headers_one_by_one"])
+def test_time_is_limited_whatever_the_server_does(fetch, path):
+    began = time.monotonic()
+    with pytest.raises(UserError, match="no answer within 1 s"):
+        fetch(path)
+    assert time.monotonic() - began < 2.5  # of the three seconds it would take at least
+
+
+def test_a_resolver_that_does_not_answer_is_left_behind(fetch, monkeypatch):
+    resolve, go, over = socket.getaddrinfo, threading.Event(), threading.Event()
+
+    def slow(*args, **options):
+        go.wait(10)
+        over.set()
+        return resolve(*args, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", slow)
+    with pytest.raises(UserError, match="no answer within"):
+        fetch("/red", Limits(total=0.3))
+    assert not over.is_set()
+    go.set()
+    assert over.wait(10)
+
+
+def test_all_addresses_of_a_host_share_the_time_there_is(monkeypatch):
+    tried = []
+
+    class Deaf:
+        def __init__(self, *args):
+            self.settimeout, self.close = tried.append, tried.copy
+
+        def connect(self, address):
+            raise TimeoutError("timed out")
+
+    monkeypatch.setattr(socket, "socket", Deaf)
+    found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (f"8.8.8.{i}", 80)) for i in range(20)]
+    with pytest.raises(TimeoutError):
+        remote._connect(found, 3.0, time.monotonic() + 1)
+    assert len(tried) == 4 and max(tried) <= 1
+
+
+def test_an_image_of_too_many_pixels_is_refused(fetch):
+    with pytest.raises(UserError, match="8 x 6 pixels are too large"):
+        fetch("/red", Limits(pixels=47))
+
+
+def test_nobody_is_there(fetch):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+    with pytest.raises(UserError, match=r"refused|no answer"):
+        fetch_image(f"http://127.0.0.1:{port}/a.jpg", QUICK, allow_private=True)
+    with pytest.raises(UserError, match="host is unknown"):
+        fetch_image(f"http://{'a' * 70}.example/a.jpg", QUICK)
+
+
+STRANGE = [
+    "file:///etc/passwd",
+    "ftp://h/a",
+    "a.jpg",
+    "",
+    "http://",
+    "http:///a",
+    "http://[::1",
+    "http://h:99999/",
+    "http://a\nb/",
+]
+
+
+@pytest.mark.parametrize("url", STRANGE)
+def test_other_addresses_are_refused(url):
+    with pytest.raises(UserError, match="no http or https address"):
+        fetch_image(url, QUICK)
+
+
+# --- private addresses --------------------------------------------------------------------------------------------------
+
+
+PRIVATE = [
+    "127.0.0.1",
+    "10.1.2.3",
+    "172.16.0.1",
+    "192.168.1.1",
+    "169.254.169.254",
+    "0.0.0.0",
+    "100.64.0.1",
+    "224.0.0.1",
+    "::1",
+]
+PRIVATE += [
+    "::",
+    "fe80::1%eth0",
+    "fd00::1",
+    "::ffff:127.0.0.1",
+    "::ffff:a9fe:a9fe",
+    "::7f00:1",
+    "::10.0.0.1",
+    "2002:7f00:1::",
+    "64:ff9b::7f00:1",
+]
+
+
+def test_which_addresses_are_public():
+    assert [address for address in PRIVATE if is_public(address)] == []
+    assert all(map(is_public, ["8.8.8.8", "2606:4700::1111", "::ffff:8.8.8.8", "::8.8.8.8", "64:ff9b::808:808"]))
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "[::1]", "0x7f.1", "2130706433", "0", "[::ffff:127.0.0.1]"])
+def test_this_machine_is_not_asked(server, host, tmp_path):
+    Server.seen.clear()
+    with pytest.raises(UserError, match=r"private network|unknown"):
+        fetch_image(f"http://{host}:{server.rpartition(':')[2]}/red", QUICK, tmp_path)
+    assert Server.seen == []
+
+
+def test_one_private_address_among_a_hosts_is_enough_and_redirects_are_checked_too(server, tmp_path, monkeypatch):
+    port = int(server.rpartition(":")[2])
+    answers = {"both.example": ["8.8.8.8", "127.0.0.1"], "inner.example": ["127.0.0.1"]}
+
+    def resolve(host, port, **_):
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (ip, port)) for ip in answers[host]]
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    with pytest.raises(UserError, match="private network"):
+        fetch_image(f"http://both.example:{port}/red", QUICK, tmp_path)
+    monkeypatch.setattr(
+        remote, "_get", lambda url, *_: f"http://inner.example:{port}/red" if "open" in url.netloc else get(url, *_)
+    )
+    with pytest.raises(UserError, match="private network"):
+        fetch_image("http://open.example/a", QUICK, tmp_path)
+    fetch_image(f"http://inner.example:{port}/red", QUICK, tmp_path, allow_private=True)
+    with pytest.raises(UserError, match="private network"):  # not from the cache either
+        fetch_image(f"http://inner.example:{port}/red", QUICK, tmp_path)
+
+
+get = remote._get
+
+
+# --- the cache ----------------------------------------------------------------------------------------------------------
+
+
+def test_an_image_is_fetched_once(fetch, tmp_path):
+    fetch("/red")
+    assert Server.seen == ["/red"]
+    fetch("/red")
+    assert Server.seen == []
+    (kept,) = (tmp_path / "cache").iterdir()
+    kept.write_bytes(b"torn")
+    assert fetch("/red").size == (8, 6) and Server.seen == ["/red"]
+
+
+def test_the_cache_is_bounded(fetch, tmp_path):
+    limits = Limits(cache=3 * len(RED))
+    for i in range(5):
+        fetch(f"/red?{i}", limits)
+        time.sleep(0.02)
+        fetch("/red?0", limits)  # used lately, and so it stays
+    assert len(list((tmp_path / "cache").iterdir())) == 3
+    fetch("/red?0")
+    assert Server.seen == []
+    fetch("/red?1")
+    assert Server.seen == ["/red?1"]
+
+
+def test_what_is_no_image_is_not_kept(fetch, tmp_path):
+    with pytest.raises(UserError):
+        fetch("/text")
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_cache_that_cannot_be_written_costs_no_image(fetch, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    assert fetch("/red", cache=tmp_path / "file").size == (8, 6)
+
+
+def test_where_the_cache_is(monkeypatch, tmp_path):
+    monkeypatch.delenv("FROMAGE_CACHE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_folder() == tmp_path / "fromage" / "images"
+    monkeypatch.setenv("FROMAGE_CACHE", str(tmp_path / "mine"))
+    assert cache_folder() == tmp_path / "mine" / "images"
+
+
+def test_open_image_takes_addresses(server, monkeypatch, tmp_path):
+    monkeypatch.setenv("FROMAGE_CACHE", str(tmp_path))
+    with pytest.raises(UserError, match="private network"):
+        open_image(f"{server}/red")
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,122 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fromage.errors import UserError
+from fromage.models.fromage import Fromage
+from fromage.training.reference_step import captioning_ids, reference_step
+
+
+def test_trained_parameters_are_the_papers(toy_model):
+    m, d, k, q = toy_model.vision.width, toy_model.lm.width, 2, 32
+    shapes = {name: tuple(p.shape) for name, p in toy_model.trained().items()}
+    assert shapes == {
+        "visual_prefix.weight": (d * k, m), "visual_prefix.bias": (d * k,),
+        "text_head.weight": (q, d), "text_head.bias": (q,), "image_head.weight": (q, m), "image_head.bias": (q,),
+        "ret.input": (1, d), "logit_scale": (),
+    }  # fmt: skip
+    assert {name for name, p in toy_model.named_parameters() if p.requires_grad} == set(shapes)
+
+
+def test_full_size_trains_5513729_parameters():
+    m, d, k, q = 1024, 4096, 1, 256
+    heads = torch.nn.Linear(m, d * k), torch.nn.Linear(d, q), torch.nn.Linear(m, q)
+    assert sum(p.numel() for head in heads for p in head.parameters()) + d + 1 == 5_513_729
+
+
+def test_interleaved_ids_embed_as_a_concatenation_by_hand(toy_model):
+    tokenizer, lm = toy_model.tokenizer, toy_model.lm
+    features = torch.randn(3, toy_model.vision.width)
+    prefix = toy_model.prefix(features)
+    image = [tokenizer.image_id] * 2
+    one, two = tokenizer.encode("a red star"), tokenizer.encode("at night")
+    ids = torch.tensor([[2, *one, *image, *two, *image], [2, *image, *one, *two, 1, 1]])
+    table = lm.hf.get_input_embeddings().frozen
+    words = [table(torch.tensor(w)) for w in (one, two)]
+    first = torch.cat([table(torch.tensor([2])), words[0], prefix[0], words[1], prefix[1]])
+    second = torch.cat([table(torch.tensor([2])), prefix[2], words[0], words[1], table(torch.tensor([1, 1]))])
+    assert torch.equal(toy_model.embed(ids, prefix), torch.stack([first, second]))
+    weight, bias = toy_model.visual_prefix.weight, toy_model.visual_prefix.bias
+    torch.testing.assert_close(prefix[1].flatten(), weight @ features[1] + bias)
+
+
+@pytest.mark.parametrize("paired", [False, True])
+def test_captioning_ids_hold_each_example_once(toy_model, batch, paired):
+    ids, mask = captioning_ids(toy_model, batch, paired)
+    image, ret = toy_model.tokenizer.image_id, toy_model.tokenizer.ret_id
+    kept = [row[m].tolist() for row, m in zip(ids, mask, strict=True)]
+    want = [[image, image, *row[: n - 1].tolist()] for row, n in zip(batch.ids, batch.lengths, strict=True)]
+    if paired:
+        want = [want[i] + (want[i + 1] if i + 1 < len(want) else []) for i in range(0, len(want), 2)]
+    assert kept == want and ret not in ids
+
+
+@pytest.mark.parametrize("paired", [False, True])
+def test_plain_step_is_the_paper_sequence_by_sequence(toy_model, batch, paired):
+    """Each sequence run alone, without padding, and each loss written out."""
+    lm, tokenizer, n = toy_model.lm, toy_model.tokenizer, len(batch.keys)
+    features = toy_model.vision(batch.pixels)
+    prefix = toy_model.prefix(features)
+    captions = [row[:length].tolist() for row, length in zip(batch.ids, batch.lengths, strict=True)]
+
+    def run(embeds):
+        return lm(embeds[None], torch.ones(1, len(embeds), dtype=torch.bool))[0]
+
+    def nll(hidden, positions, targets):
+        return F.cross_entropy(lm.logits(hidden)[positions], torch.tensor(targets), reduction="none")
+
+    losses, group = [], 2 if paired else 1
+    for i in range(0, n, group):
+        parts, positions, targets, at = [], [], [], 0
+        for j in range(i, min(i + group, n)):
+            words = captions[j][:-1]  # without [RET]
+            parts += [prefix[j], lm.embed(torch.tensor([words]))[0]]
+            positions += range(at + 1, at + 1 + len(words))  # the last image place says </s>, </s> says y_1, ...
+            targets += words
+            at += 2 + len(words)
+        losses.append(nll(run(torch.cat(parts)), positions, targets))
+    texts, rets = [], []
+    for ids in captions:
+        hidden = run(lm.embed(torch.tensor([ids]))[0])
+        texts.append(nll(hidden, list(range(len(ids) - 1)), ids[1:]))
+        rets.append(hidden[-1])
+    t = F.normalize(toy_model.text_head(torch.stack(rets)), dim=1)
+    v = F.normalize(toy_model.image_head(features), dim=1)
+    logits = toy_model.logit_scale.exp() * v @ t.T
+    target = torch.arange(n)
+
+    out = reference_step(toy_model, batch, paired)
+    torch.testing.assert_close(out.captioning_loss, torch.cat(losses).mean(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(out.text_loss, torch.cat(texts).mean(), rtol=1e-5, atol=1e-5)
+    contrastive = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+    torch.testing.assert_close(out.contrastive_loss, contrastive, rtol=1e-5, atol=1e-5)
+    assert tokenizer.ret_id == captions[0][-1]
+
+
+def test_every_trained_parameter_gets_a_gradient_and_no_other(toy_model, batch):
+    reference_step(toy_model, batch, True).loss.backward()
+    have = {name for name, p in toy_model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    assert have == set(toy_model.trained())
+
+
+def test_text_embeddings_do_not_depend_on_the_batch(toy_model):
+    texts = ["a red star.", "a small blue ring on the left and a big green square at the top, on the sea at night."]
+    both = toy_model.embed_text(texts)
+    alone = torch.cat([toy_model.embed_text([text]) for text in texts])
+    torch.testing.assert_close(both, alone, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(both.norm(dim=1), torch.ones(2))
+
+
+def test_text_too_long_for_the_language_model_is_an_error(toy_model):
+    with pytest.raises(UserError, match="shorten"):
+        toy_model.embed_text(["a red star", "a red star " * 600])
+
+
+def test_fingerprint_follows_the_trained_parameters():
+    torch.manual_seed(0)
+    model = Fromage.load(q=8)
+    before = model.fingerprint()
+    assert before == model.fingerprint()
+    with torch.no_grad():
+        model.logit_scale.add_(0.1)
+    assert model.fingerprint() != before

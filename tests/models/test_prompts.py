@@ -1,0 +1,211 @@
+"""Interleaved prompts: what stands where, that a batch gives what single prompts give, and what is refused."""
+
+import pytest
+import torch
+from PIL import Image
+from torch.nn.utils.rnn import pad_sequence
+
+from fromage.errors import UserError
+from fromage.generation.decoding import Decoding
+from fromage.generation.generate import generate
+from fromage.models.fromage import Fromage
+from fromage.models.prompts import RET, START, Url, embed_prompts, encode_images, max_length, prompt_ids, prompt_length
+from fromage.retrieval.embed_images import embed_opened
+from fromage.retrieval.queries import embed_queries
+
+
+@pytest.fixture
+def images(world):
+    return sorted((world / "coco" / "val2017").glob("*"))[:4]
+
+
+@pytest.fixture
+def mixed(images):
+    """Prompts of every kind, of different lengths."""
+    return [
+        ["a red star", images[0], "and", Image.open(images[1]), "together"],
+        [images[0], images[0]],
+        ["a small blue ring on the left of a big green square", RET],
+        [],
+        [images[2], START, "a"],
+    ]
+
+
+def test_layout(toy_model, images):
+    tokenizer, image = toy_model.tokenizer, [toy_model.tokenizer.image_id] * 2
+    ids = prompt_ids(toy_model, ["a red", images[0], " star", RET])
+    assert ids == [*tokenizer.start(), *tokenizer.encode("a red"), *image, *tokenizer.encode(" star"), tokenizer.ret_id]
+    assert prompt_ids(toy_model, [images[0], START]) == image + tokenizer.start()
+    assert prompt_ids(toy_model, []) == tokenizer.start()
+    assert prompt_ids(toy_model, "a red") == prompt_ids(toy_model, ["a red"])
+
+
+def test_lengths_are_counted_without_opening_images(toy_model, tmp_path):
+    prompt = ["a", tmp_path / "missing.jpg", Url("https://nowhere.invalid/a.jpg"), RET]
+    assert prompt_length(toy_model, prompt) == 1 + len(toy_model.tokenizer.encode("a")) + 2 * 2 + 1
+
+
+def test_text_is_never_a_path_or_a_special_token(toy_model, images):
+    ids = prompt_ids(toy_model, [str(images[0]), "[RET] <|image|> </s>"])
+    tokenizer = toy_model.tokenizer
+    assert tokenizer.image_id not in ids and tokenizer.ret_id not in ids and ids.count(tokenizer.bos_id) == 1
+
+
+def test_embeddings_are_the_parts_own(toy_model, images):
+    features = toy_model.vision(torch.stack([toy_model.vision.transform(Image.open(p)) for p in images[:2]]))
+    batch = embed_prompts(toy_model, [[images[0], "a", images[1]]])
+    words = toy_model.lm.embed(batch.ids)
+    prefix = toy_model.prefix(features)
+    want = torch.cat([words[0, :1], prefix[0], words[0, 3:-2], prefix[1]])
+    torch.testing.assert_close(batch.embeds[0], want)
+    torch.testing.assert_close(batch.features, features)
+    assert batch.shown == [[0, 1]]
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "I;16"])
+def test_an_image_of_any_mode_is_the_same_opened_and_by_its_path(toy_model, tmp_path, mode):
+    image = Image.new("RGBA", (32, 32), (200, 40, 90, 0))
+    image.paste((10, 90, 200, 255), (8, 8, 24, 24))
+    made = Image.new("I;16", (32, 32), 200 * 256) if mode == "I;16" else image.convert(mode)
+    made.save(tmp_path / "a.png")
+    opened, by_path = encode_images(toy_model, [Image.open(tmp_path / "a.png"), tmp_path / "a.png"])
+    torch.testing.assert_close(opened, by_path)
+
+
+def test_an_image_is_upright_opened_and_by_its_path_and_the_callers_stays_as_it_is(toy_model, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # orientation: lies on its side
+    image = Image.new("RGB", (32, 24), "red")
+    image.paste("blue", (0, 0, 8, 24))
+    image.save(tmp_path / "a.png", exif=exif)
+    given = Image.open(tmp_path / "a.png")
+    opened, by_path = encode_images(toy_model, [given, tmp_path / "a.png"])
+    torch.testing.assert_close(opened, by_path, rtol=0, atol=1e-6)
+    assert given.size == (32, 24)
+    assert abs(embed_opened(toy_model, [given]) - toy_model.embed_images(by_path[None]).detach().numpy()).max() < 1e-5
+
+
+def test_what_can_be_no_part_of_a_prompt(toy_model):
+    width = toy_model.vision.width
+    finite = rf"\({width},\) finite numbers"
+    for part, named in (
+        (Image.new("1", (1, 101)), "too narrow"),
+        (Image.new("1", (0, 0)), "0 x 0"),
+        (torch.ones(width + 1), finite),
+        (torch.empty(0), finite),
+        (torch.full((width,), torch.nan), finite),
+        ("a \ud800", "half a character"),
+    ):
+        with pytest.raises(UserError, match=named):
+            embed_prompts(toy_model, [["a", part]])
+
+
+@torch.no_grad()
+def test_queries_are_images_alone_or_read_in_front_of_ret(toy_model, images):
+    image = Image.open(images[1])
+    rows = embed_queries(toy_model, [["a", images[0]], [image], "a star", ["", images[2]], []])
+    read = toy_model.embed_text([["a", images[0]], "a star", []])
+    alone = toy_model.embed_images(encode_images(toy_model, [image, images[2]]))
+    torch.testing.assert_close(rows, torch.stack([read[0], alone[0], read[1], alone[1], read[2]]))
+    assert embed_queries(toy_model, []).shape == (0, 32)
+
+
+def test_a_batch_gives_what_single_prompts_give(toy_model, mixed):
+    batch = embed_prompts(toy_model, mixed)
+    hidden = toy_model.lm(batch.embeds, batch.mask)
+    assert batch.mask.sum(1).tolist() == [prompt_length(toy_model, prompt) for prompt in mixed]
+    assert batch.mask[:, -1].all()
+    for row, prompt in zip(hidden, mixed, strict=True):
+        alone = embed_prompts(toy_model, [prompt])
+        assert alone.mask.all()
+        want = toy_model.lm(alone.embeds, alone.mask)[0]
+        logits = toy_model.lm.logits(row[-len(want) :]), toy_model.lm.logits(want)
+        torch.testing.assert_close(*logits, atol=1e-4, rtol=1e-4)
+
+
+def test_each_distinct_image_runs_once_and_all_in_one_call(toy_model, mixed, monkeypatch):
+    calls = []
+    forward = toy_model.vision.forward
+    monkeypatch.setattr(toy_model.vision, "forward", lambda pixels: calls.append(len(pixels)) or forward(pixels))
+    batch = embed_prompts(toy_model, mixed)
+    assert calls == [3]  # two of them twice
+    assert batch.shown == [[0, 1], [0, 0], [], [], [2]] and len(batch.features) == 3
+
+
+def test_features_stand_for_their_image(toy_model, images):
+    features = encode_images(toy_model, images[:2])
+    opened = embed_prompts(toy_model, [["a", images[0]], [images[1], "b"]])
+    stored = embed_prompts(toy_model, [["a", features[0]], [features[1], "b"]])
+    torch.testing.assert_close(stored.embeds, opened.embeds)
+    assert encode_images(toy_model, []).shape == (0, toy_model.vision.width)
+
+
+def test_addresses_are_fetched(toy_model, images, monkeypatch):
+    import sys
+    from types import SimpleNamespace
+
+    asked = []
+    fake = SimpleNamespace(fetch_image=lambda url: asked.append(url) or Image.open(images[0]))
+    monkeypatch.setitem(sys.modules, "fromage.images.fetch", fake)
+    address = Url("https://example.org/a.jpg")
+    batch = embed_prompts(toy_model, [[address], [Url("https://example.org/a.jpg"), "a"]])
+    assert asked == [address]
+    torch.testing.assert_close(batch.features, encode_images(toy_model, [images[0]]))
+
+
+@torch.no_grad()
+def test_retrieval_of_text_is_as_in_training(toy_model):
+    texts = ["a red star.", "a small blue ring on the left and a big green square at the top, on the sea at night.", ""]
+    rows = [torch.tensor(toy_model.tokenizer.caption(text, 99)) for text in texts]
+    ids = pad_sequence(rows, batch_first=True, padding_value=toy_model.tokenizer.pad_id)
+    want = toy_model.embed_ret(toy_model.hidden_at_ret(ids, [len(row) for row in rows])[1])
+    torch.testing.assert_close(toy_model.embed_text(texts), want, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(toy_model.embed_text(texts), want, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(toy_model.embed_text(texts, batch_size=2), want, atol=1e-5, rtol=1e-4)
+    assert toy_model.embed_text([]).shape == (0, 32)
+
+
+def test_a_model_that_reads_the_last_word_does_so_in_prompts_and_folders_too(tmp_path):
+    model = Fromage.load(k=2, q=32, pooling="last")
+    texts = ["a red star", "it is night, and the ring is small."]
+    rows = [torch.tensor(model.tokenizer.caption(text, 40)) for text in texts]
+    ids = pad_sequence(rows, batch_first=True, padding_value=model.tokenizer.pad_id)
+    want = model.embed_ret(model.hidden_at_ret(ids, [len(row) for row in rows])[1])
+    torch.testing.assert_close(model.embed_text(texts), want, atol=1e-5, rtol=1e-4)
+    assert (answer := generate(model, texts, Decoding(4, ret_bias=1e4))) and not any(a.shown for a in answer)
+    model.save_pretrained(tmp_path, dtype="float32")
+    again = Fromage.from_pretrained(tmp_path)
+    assert again.pooling == "last" and again.fingerprint() == model.fingerprint()
+    model.pooling = "ret"
+    assert again.fingerprint() != model.fingerprint()
+
+
+def test_retrieval_of_mixed_prompts_does_not_depend_on_the_batch(toy_model, mixed):
+    rows = toy_model.embed_text(mixed)
+    alone = torch.cat([toy_model.embed_text([prompt]) for prompt in mixed])
+    torch.testing.assert_close(rows, alone, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(rows.norm(dim=1), torch.ones(len(mixed)))
+
+
+def test_the_longest_prompt(toy_model):
+    limit = max_length(toy_model)
+    ids = prompt_length(toy_model, ["star " * 40]) - 1
+    words = "star " * (40 * (limit - 1) // ids)
+    length = prompt_length(toy_model, [words])
+    embed_prompts(toy_model, [[words]], room=limit - length)
+    with pytest.raises(UserError, match=f"{length} tokens and {limit - length + 1} behind it .* {limit} .*shorten"):
+        embed_prompts(toy_model, [["a"], [words]], room=limit - length + 1)
+
+
+def test_what_can_be_no_part(toy_model, tmp_path):
+    with pytest.raises(UserError, match="not int"):
+        embed_prompts(toy_model, [["a", 3]])
+    with pytest.raises(UserError, match=r"missing\.jpg"):
+        embed_prompts(toy_model, [[tmp_path / "missing.jpg"]])
+
+
+def test_an_empty_prompt_needs_a_start_token(toy_model, monkeypatch):
+    monkeypatch.setattr(toy_model.tokenizer, "bos_id", None)
+    with pytest.raises(UserError, match="empty"):
+        embed_prompts(toy_model, [[]])
+    assert embed_prompts(toy_model, [["a"]]).mask.all()

@@ -1,0 +1,73 @@
+"""Frozen layers in int8 and 4 bits."""
+
+import pytest
+import torch
+from test_fast_step import make_batch, run
+from transformers import AutoTokenizer, OPTConfig, OPTForCausalLM
+
+from fromage.data.tokenizer import PromptTokenizer
+from fromage.errors import UserError
+from fromage.models.fromage import Fromage
+from fromage.models.frozen import TOY
+from fromage.models.language_model import load_lm
+from fromage.training.fast_step import fast_step
+from fromage.training.reference_step import reference_step
+
+pytest.importorskip("bitsandbytes")
+
+
+class NoTower(torch.nn.Module):
+    shape, width = (20,), 20
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A small OPT on disk, in the layout of the real ones."""
+    out = tmp_path_factory.mktemp("opt")
+    tokenizer = PromptTokenizer(str(TOY / "opt"))
+    torch.manual_seed(0)
+    config = OPTConfig(vocab_size=tokenizer.vocab_size, hidden_size=128, word_embed_proj_dim=128, ffn_dim=512,
+                       num_hidden_layers=2, num_attention_heads=4, init_std=0.1)  # fmt: skip
+    OPTForCausalLM(config).save_pretrained(out)
+    AutoTokenizer.from_pretrained(TOY / "opt").save_pretrained(out)
+    return out
+
+
+def model_of(folder, **options):
+    torch.manual_seed(0)
+    return Fromage(load_lm(str(folder), **options), NoTower(), 1, q=16)
+
+
+def block_bytes(model):
+    return sum(p.nbytes for block in model.lm.blocks for p in block.parameters() if p.ndim == 2)
+
+
+@pytest.mark.parametrize(("kind", "share", "alike"), [("int8", 1 / 4, 0.98), ("nf4", 1 / 8, 0.9)])
+def test_they_take_less_memory_and_train_nearly_alike(folder, kind, share, alike):
+    whole, small = model_of(folder), model_of(folder, quantize=kind)
+    assert block_bytes(small) == pytest.approx(share * block_bytes(whole), rel=0.01)
+    batch = make_batch(whole, [5, 12, 3, 24, 20, 7, 2, 9])
+    _, want = run(fast_step, whole, batch, False)
+    _, got = run(fast_step, small, batch, False)
+    flat = [grads["visual_prefix.weight"].flatten() for grads in (got, want)]
+    assert torch.cosine_similarity(*flat, dim=0) > alike
+
+
+def test_fast_and_plain_steps_agree_on_four_bits(folder):
+    model = model_of(folder, quantize="nf4")
+    batch = make_batch(model, [5, 12, 3, 9])
+    (slow, slow_grads), (fast, fast_grads) = run(reference_step, model, batch, True), run(fast_step, model, batch, True)
+    torch.testing.assert_close(fast.loss, slow.loss, rtol=1e-5, atol=1e-5)
+    for name, grad in slow_grads.items():
+        assert (fast_grads[name] - grad).norm() < 1e-3 * grad.norm(), name
+
+
+def test_random_weights_are_not_quantised(folder):
+    with pytest.raises(UserError, match="needs weights"):
+        load_lm(str(folder), random_weights=True, quantize="int8")
+
+
+def test_a_missing_package_is_named(folder, monkeypatch):
+    monkeypatch.setattr("fromage.models.language_model.is_bitsandbytes_available", lambda: False)
+    with pytest.raises(UserError, match=r"fromage\[quant\]"):
+        load_lm(str(folder), quantize="int8")

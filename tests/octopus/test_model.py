@@ -1,0 +1,245 @@
+"""The language model in two halves: who sees whom, what is relayed, and that the cache changes nothing."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny_octopus import FAMILIES, NoTower, build
+from torch.nn.functional import pad
+
+from fromage.errors import UserError
+from fromage.models.prompts import embed_prompts, pad_left, prompt_ids
+from fromage.octopus.decoding import ground
+from fromage.octopus.model import Octopus, positions, visible
+from fromage.octopus.pointing import regions
+from fromage.octopus.recognition import MEANT, NOTHING, OTHER
+
+ASKED = ["where is the red star?", "where are the rings by the small blue moon?", "star"]
+
+
+def embedded(model, asked=ASKED):
+    torch.manual_seed(1)
+    prompts = embed_prompts(model, [model.prompt(torch.randn(4, 20), text) for text in asked])
+    return prompts, prompts.features[[shown[-1] for shown in prompts.shown]]
+
+
+def read(model, asked=ASKED):
+    prompts, patches = embedded(model, asked)
+    return model.read(prompts.ids, prompts.mask, prompts.embeds, patches)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_batch_reads_as_single_prompts_do(family):
+    model = build(family)
+    prompts, patches = embedded(model)
+    together = model.read(prompts.ids, prompts.mask, prompts.embeds, patches)
+    for row, length in enumerate(prompts.mask.sum(1)):
+        alone = [x[row : row + 1, -length:] for x in (prompts.ids, prompts.mask, prompts.embeds)]
+        single = model.read(*alone, patches[row : row + 1])
+        for name in ("boxes", "logits"):
+            torch.testing.assert_close(getattr(together.found, name)[:, row], getattr(single.found, name)[:, 0])
+        torch.testing.assert_close(together.hidden[row], single.hidden[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_answers_behind_a_reading_are_those_of_one_pass_over_all(family):
+    model = build(family)
+    prompts, patches = embedded(model)
+    answers = torch.tensor([[5, 9, model.tokenizer.row_ids[1]], [model.tokenizer.row_ids[0], 7, 8], [3, 4, 5]])
+    reading = model.read(prompts.ids, prompts.mask, prompts.embeds, patches)
+    first, rest = reading.hidden, model.extend(reading, answers)
+    ids, mask = torch.cat([prompts.ids, answers], 1), pad(prompts.mask, (0, 3), value=True)
+    embeds = torch.cat([prompts.embeds, model.embed(answers)], 1)
+    places = model.asked(ids)
+    with model._recognising(places, patches, model.words(ids, mask)):
+        whole = model.lm.hf.base_model(
+            inputs_embeds=embeds, attention_mask=visible(mask, places), position_ids=positions(mask), use_cache=False
+        ).last_hidden_state
+    torch.testing.assert_close(torch.cat([first.unsqueeze(1), rest], 1), whole[:, -4:], rtol=1e-4, atol=1e-4)
+
+
+def test_queries_see_each_other_both_ways_and_nothing_sees_what_comes_later():
+    mask = torch.tensor([[False, True, True, True, True, True]])
+    places = torch.tensor([[False, False, False, True, True, False]])
+    sees = visible(mask, places)[0, 0].int().tolist()
+    assert sees == [
+        [1, 0, 0, 0, 0, 0],  # padding: itself
+        [0, 1, 0, 0, 0, 0],
+        [0, 1, 1, 0, 0, 0],
+        [0, 1, 1, 1, 1, 0],  # queries
+        [0, 1, 1, 1, 1, 0],
+        [0, 1, 1, 1, 1, 1],
+    ]
+
+
+def test_the_queries_hidden_states_depend_on_the_last_one_and_the_words_do_not():
+    model = build("llama")
+    prompts, patches = embedded(model, ASKED[:1])
+    prompts.embeds.requires_grad_()
+    seen = {}
+    block = model.lm.blocks[model.after - 1]
+    handle = block.register_forward_hook(
+        lambda *call: seen.update(hidden=call[2][0] if isinstance(call[2], tuple) else call[2])
+    )
+    model.read(prompts.ids, prompts.mask, prompts.embeds, patches)
+    handle.remove()
+    at = model.asked(prompts.ids)[0].nonzero().flatten().tolist()
+    hidden = seen["hidden"].view(1, prompts.ids.shape[1], -1)
+    from_first = torch.autograd.grad(hidden[0, at[0]].sum(), prompts.embeds, retain_graph=True)[0][0]
+    from_word = torch.autograd.grad(hidden[0, at[0] - 1].sum(), prompts.embeds)[0][0]
+    assert from_first[at[-1]].abs().sum() > 0 and from_first[at[-1] + 1 :].abs().sum() == 0
+    assert from_word[at[0] :].abs().sum() == 0 and from_word[: at[0]].abs().sum() > 0
+
+
+@pytest.mark.parametrize("relay", [True, False])
+def test_hidden_states_learn_of_what_was_recognised_by_the_relay_alone(relay):
+    model = build(relay=relay)
+    (read(model).hidden * torch.randn(32)).sum().backward()
+    grads = [p.grad for p in model.recognizer.parameters() if p.grad is not None]
+    assert bool(grads) == relay
+    assert model.index.input.grad.abs().sum() > 0  # the names of the queries, either way
+
+
+def test_what_is_recognised_depends_on_instruction_and_image():
+    model = build()
+    boxes = read(model, ["where is the red star?", "where is the blue star?"]).found.boxes[-1]
+    assert not torch.allclose(boxes[0], boxes[1])
+    same = embed_prompts(model, [model.prompt(torch.ones(4, 20), "star")] * 2)
+    boxes = model.read(same.ids, same.mask, same.embeds, torch.stack([torch.ones(4, 20), torch.randn(4, 20)])).found.boxes[
+        -1
+    ]
+    assert not torch.allclose(boxes[0], boxes[1])
+
+
+def test_whether_a_query_is_meant_is_a_product_of_what_it_saw_and_what_was_asked():
+    recognizer = build().recognizer
+    hidden, patches = torch.randn(2, 3, 32), torch.randn(2, 4, 20)
+    with torch.no_grad():
+        recognizer.classify.weight.zero_(), recognizer.asked.bias.zero_(), recognizer.enter.weight.zero_()
+    before, after = recognizer(hidden, patches).logits, recognizer(-hidden, patches).logits  # what is seen stays the same
+    alike = before - recognizer.classify.bias  # (L, B, N, 3)
+    torch.testing.assert_close(after - recognizer.classify.bias, -alike)
+    assert alike[..., MEANT].abs().min() > 0 and not alike[..., [OTHER, NOTHING]].any()
+
+
+def test_an_index_token_is_weighed_by_how_well_its_box_suits_the_words_the_answer_is_after_and_by_its_score():
+    model = build()
+    prompts, patches = embedded(model)
+    states = []
+    handle = model.lm.blocks[model.after - 1].register_forward_hook(lambda *call: states.append(call[2]))
+    reading = model.read(prompts.ids, prompts.mask, prompts.embeds, patches)
+    handle.remove()
+    states = states[0][0] if isinstance(states[0], tuple) else states[0]  # (B, T, d), before anything is relayed
+    pointer, none = model.pointer, [model.tokenizer.added[name] for name in ("<|image|>", "<|query|>")]
+    seen = pointer.region(regions(patches, (2, 2), reading.found.boxes[-1]))  # (B, N, c)
+    hidden, suits = torch.randn(3, 2, 32), torch.zeros(3, 2, 3)
+    for row, text in enumerate(ASKED):
+        count = len(model.tokenizer.encode(text))
+        at = [i for i, token in enumerate(prompts.ids[row].tolist()) if token not in (*none, model.tokenizer.bos_id, 1)]
+        assert len(at) == count  # the instruction's own tokens
+        w = pointer.norm(states[row, at])
+        weights = (pointer.query(hidden[row]) @ pointer.key(w).T / 4).softmax(-1)
+        suits[row] = weights @ pointer.value(w) @ seen[row].T
+    gain = model.logits(hidden, reading) - model.lm.logits(hidden)
+    torch.testing.assert_close(gain[..., -3:], suits + reading.found.scores.log().unsqueeze(1), atol=1e-4, rtol=1e-4)
+    assert suits.abs().max() > 0.1 and not gain[..., :-3].nan_to_num().any()
+    gain[..., -3:].sum().backward()
+    assert model.recognizer.classify.weight.grad is None  # the decoder learns nothing of its score by the answer
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_answers_teach_the_pointer_and_not_the_boxes(dtype):
+    model = build("llama")
+    model.lm.hf.to(dtype)
+    prompts, patches = embedded(model)
+    reading = model.read(prompts.ids, prompts.mask, prompts.embeds, patches.to(dtype))
+    logits = model.logits(reading.hidden.unsqueeze(1), reading)
+    assert logits.dtype == torch.float32 and logits[..., -3:].isfinite().all()
+    model.pointer(torch.randn(3, 1, 32).to(dtype), reading.aligned).square().sum().backward()
+    assert all(p.grad.abs().sum() > 0 for p in model.pointer.parameters())
+    assert all(p.grad is None for p in model.recognizer.parameters())
+
+
+def test_without_words_there_is_still_an_answer():
+    model = build()
+    prompts, patches = embedded(model, ["star", "ring"])
+    reading = model.read(prompts.ids, prompts.mask, prompts.embeds, patches)
+    reading.aligned.mask[0] = False
+    assert model.logits(reading.hidden.unsqueeze(1), reading)[..., -3:].isfinite().all()
+
+
+def test_a_language_model_with_a_projection_before_its_layers_is_refused():
+    lm = build().lm
+    lm.hf.config.hidden_size = 48
+    with pytest.raises(UserError, match="48 wide and its embeddings 32"):
+        Octopus(lm, NoTower(), 3)
+
+
+def test_the_sequence_is_image_instruction_queries_answer():
+    model = build()
+    ids = prompt_ids(model, model.prompt(torch.ones(4, 20), "star"))
+    added = model.tokenizer.added
+    assert ids == [*[added["<|image|>"]] * 4, *model.tokenizer.encode("star"), *[added["<|query|>"]] * 3, 2]
+    assert prompt_ids(model, model.prompt(torch.ones(4, 20), "star", ask=False))[-2] != added["<|query|>"]
+    vicuna = build(template="USER: {image}\n{instruction}{queries} ASSISTANT:")
+    ids = prompt_ids(vicuna, vicuna.prompt(torch.ones(4, 20), "star"))
+    assert ids[0] == 2 and vicuna.tokenizer.decode(ids) == "USER: \nstar ASSISTANT:"
+
+
+def test_greedy_answers_do_not_depend_on_the_batch():
+    model = build("qwen2")
+    asked = [(torch.randn(4, 20), text) for text in ASKED]
+    together = ground(model, asked, 6)
+    assert [answer.text for answer in together] == [ground(model, [pair], 6)[0].text for pair in asked]
+    assert all(len(answer.candidates) == 3 for answer in together)
+
+
+def test_without_queries_nothing_is_pointed_at():
+    model = build(n=0)
+    answer = ground(model, [(torch.randn(4, 20), "star")], 5)[0]
+    assert answer.candidates == [] and answer.queries == [] and not hasattr(model, "recognizer")
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        ({"after": 0}, "choose 1"),
+        ({"after": 4}, "choose 1"),
+        ({"template": "{image}{instruction}"}, "once each"),
+        ({"template": "{image}{instruction}{queries}{queries}"}, "once each"),
+        ({"c": 12}, "multiple of 8"),
+        ({"c": 16, "heads": 3}, "of heads"),
+        ({"decoder_layers": 0}, "at least 1"),
+    ],
+)
+def test_what_cannot_be_is_refused(options, said):
+    with pytest.raises(UserError, match=said):
+        build(**options)
+
+
+def test_an_answer_has_a_token_at_least():
+    with pytest.raises(UserError, match="max_new_tokens is 0"):
+        ground(build(), [(torch.ones(4, 20), "star")], 0)
+
+
+def test_a_prompt_beyond_the_language_models_positions_is_refused():
+    with pytest.raises(UserError, match="128 of the language model"):
+        ground(build(), [(torch.ones(4, 20), "star " * 150)])
+
+
+def test_left_padding():
+    ids, mask = pad_left([[5], [6, 7]], 1)
+    assert ids.tolist() == [[1, 5], [6, 7]] and mask.tolist() == [[False, True], [True, True]]
+
+
+def test_there_is_nothing_to_point_at_where_nothing_was_recognised():
+    model = build()
+    reading = read(model)
+    hidden = reading.hidden.detach().unsqueeze(1)  # (B, 1, d)
+    logits, plain = model.logits(hidden, reading), model.lm.logits(hidden)
+    first = model.tokenizer.row_ids[0]
+    torch.testing.assert_close(logits[..., :first], plain[..., :first])
+    unasked = replace(reading, found=None, aligned=None)
+    assert (model.logits(hidden, unasked)[..., first:] == -torch.inf).all()
+    without = build(n=0)
+    torch.testing.assert_close(without.logits(hidden, unasked), without.lm.logits(hidden))

@@ -1,0 +1,229 @@
+"""The three stages under Lightning on a small world: what each trains, what it keeps, and what the next takes up."""
+
+from pathlib import Path
+
+import pytest
+import pytorch_lightning as pl
+import torch
+import yaml
+from tiny_octopus import build
+
+from fromage.apps import octopus_demo as octopus_tour
+from fromage.cli.main import main
+from fromage.errors import UserError
+from fromage.models.vision.registry import load_patches
+from fromage.octopus import OctopusData, OctopusModule, RefCOCO, load_octopus
+from fromage.octopus.data import Lessons
+from fromage.octopus.decoding import ground
+from fromage.octopus.examples import Example
+from fromage.octopus.lora import add_low_rank
+from fromage.training.checkpoint_io import SafeCheckpoint
+from fromage.training.configs import config_folder, find_config
+
+STAGES = [yaml.safe_load((config_folder() / f"octopus_stage{i}.yaml").read_text()) for i in (1, 2, 3)]
+QUICK = [
+    "--trainer.max_steps=3",
+    "--trainer.val_check_interval=3",
+    "--data.batch_size=4",
+    "--trainer.enable_progress_bar=false",
+]
+QUICK += ["--trainer.limit_val_batches=1", "--data.val_batch_size=8"]
+
+
+@pytest.fixture(scope="module")
+def trained(world, tmp_path_factory):
+    """Folder in which all stages and the counterpart had three steps."""
+    out = tmp_path_factory.mktemp("octopus")
+    (out / "world").symlink_to(world)
+    for configs in (*((stage,) for stage in octopus_tour.STAGES), octopus_tour.SEQUENTIAL):
+        octopus_tour.train(out, configs, QUICK)
+    return out
+
+
+def state(folder, stage):
+    return torch.load(folder / stage / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+
+
+def test_each_stage_trains_its_part_and_keeps_what_came_before(trained):
+    parts = {s: {name.split(".")[1] for name in state(trained, s)} for s in ("stage1", "stage2", "stage3", "sequential")}
+    assert parts["stage1"] == {"visual_prefix"}
+    assert parts["stage2"] == {"visual_prefix", "queries", "recognizer", "pointer", "index"}
+    assert parts["stage3"] == parts["stage2"] | {"lm"}
+    assert parts["sequential"] == {"visual_prefix", "lm"}
+    one, two, three = (state(trained, s) for s in ("stage1", "stage2", "stage3"))
+    prefix = "model.visual_prefix.weight"
+    assert torch.equal(one[prefix], two[prefix]) and not torch.equal(two[prefix], three[prefix])
+    assert not torch.equal(two["model.queries"], three["model.queries"])
+
+
+def test_a_checkpoint_answers(trained):
+    model = load_octopus(str(trained / "stage3" / "checkpoints" / "last.ckpt"))
+    image = next((trained / "world" / "refcoco" / "images").glob("*.jpg"))
+    answer = ground(model, [(image, "where is the star?")], 4)[0]
+    assert len(answer.candidates) == 8 and not model.training
+    same = load_octopus(str(trained / "stage3" / "checkpoints" / "last.ckpt"))
+    assert ground(same, [(image, "where is the star?")], 4)[0] == answer
+
+
+def test_the_run_has_a_report_with_figures_of_greedy_answers(trained):
+    report = next((trained / "stage3").glob("version_*/report.md")).read_text()
+    assert "| outcome | finished |" in report and "val/acc_iou50" in report and "val/head_recall_top5" in report
+
+
+def test_a_run_that_was_killed_goes_on_and_one_that_ended_is_left_alone(tmp_path, monkeypatch):
+    fits = []
+
+    def fit(words):
+        fits.append(words)
+        (tmp_path / "stage1" / octopus_tour.CHECKPOINT).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "stage1" / octopus_tour.CHECKPOINT).touch()
+        if len(fits) < 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(octopus_tour, "fitting", fit)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            octopus_tour.train_once(tmp_path, "stage1", octopus_tour.STAGES[:1])
+        assert octopus_tour.trained(tmp_path, "stage1") is None
+    for _ in range(2):
+        checkpoint = octopus_tour.train_once(tmp_path, "stage1", octopus_tour.STAGES[:1])
+        assert octopus_tour.trained(tmp_path, "stage1") == checkpoint
+    assert ["--ckpt_path=last" in words for words in fits] == [False, True, True]
+
+
+def test_paths_are_put_in_place_once(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(octopus_tour, "fitting", lambda words: None)
+    study = Path("runs/octopus_study")
+    octopus_tour.train(study / "seed0", octopus_tour.STAGES[2:], shared=study)
+    placed = (study / "seed0" / "configs" / "octopus_toy3.yaml").read_text()
+    assert "refs: runs/octopus_study/world/refcoco" in placed and "features: runs/octopus_study/patches" in placed
+    assert "init: runs/octopus_study/seed0/stage2/checkpoints" in placed and "seed0_study" not in placed
+
+
+def test_a_world_with_as_many_images_is_kept_and_what_is_none_is_told(tmp_path, monkeypatch):
+    made = []
+    (tmp_path / "world").mkdir()
+    about = tmp_path / "world" / "world.json"
+    with monkeypatch.context() as patch:
+        patch.setattr(octopus_tour, "make_world", lambda out, **counts: made.append(out))
+        about.write_text('{"counts": {"refs": 6000, "train": 8192}}')
+        octopus_tour.make(tmp_path)
+        assert made == []
+        about.write_text('{"counts": {"refs": 5}}')
+        octopus_tour.make(tmp_path)
+        assert made == [tmp_path / "world"]
+    about.write_text("[torn")
+    with pytest.raises(UserError, match="not a toy world"):
+        octopus_tour.make(tmp_path)
+
+
+def test_in_the_place_of_an_image_that_cannot_be_decoded_stands_the_next(folder, tmp_path, caplog):
+    broken = tmp_path / "broken.jpg"
+    broken.write_bytes(b"no image")
+    whole = str(min(folder.glob("*.png")))
+    examples = [Example(name, path, "star", ("yes",), ()) for name, path in (("bad", str(broken)), ("good", whole))]
+    transform = load_patches("toy").transform
+    assert [Lessons(examples, transform, None)[i][0].key for i in (0, 1)] == ["good", "good"] and "bad" in caplog.text
+    with pytest.raises(UserError, match="no image can be decoded"):
+        Lessons(examples[:1], transform, None)[0]
+
+
+def test_boxes_to_point_at_are_refused_where_nothing_is_asked_yet(trained, world):
+    coco = world / "refcoco"
+    source = RefCOCO(str(coco / "refs(unc).p"), str(coco / "instances.json"), str(coco / "images"))
+    module = OctopusModule(stage=1, lm="toy", vision="toy", n=4, c=16, decoder_layers=1, heads=2, dtype="float32")
+    trainer = pl.Trainer(max_steps=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    with pytest.raises(UserError, match="stage 1 has no object queries"):
+        trainer.fit(module, OctopusData([source], batch_size=4, workers=0))
+    with pytest.raises(UserError, match="of stage 1"):
+        load_octopus(str(trained / "stage1" / "checkpoints" / "last.ckpt"))
+
+
+def test_other_settings_of_what_recognises_are_refused(trained):
+    words = [*QUICK, "--model.after=1", f"--model.init={trained}/stage2/checkpoints/last.ckpt"]
+    with pytest.raises(UserError, match=r"another architecture \(model.after None, not 1\)"):
+        octopus_tour.train(trained, octopus_tour.STAGES[2:], words)
+
+
+class Seen(pl.Callback):
+    """Notes the examples of each step."""
+
+    def __init__(self):
+        self.keys = []
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        self.keys.append(batch.keys)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_run_that_goes_on_sees_what_it_would_have_seen(world, tmp_path):
+    def fit(out, steps, resume=None):
+        coco = world / "refcoco"
+        source = RefCOCO(str(coco / "refs(unc).p"), str(coco / "instances.json"), str(coco / "images"), limit=22)
+        saver = SafeCheckpoint(out, save_last=True, save_top_k=0, every_n_train_steps=1, enable_version_counter=False)
+        seen = Seen()
+        trainer = pl.Trainer(max_steps=steps, accelerator="cpu", logger=False, callbacks=[saver, seen],
+                             enable_progress_bar=False, enable_model_summary=False)  # fmt: skip
+        module = OctopusModule(stage=2, lm="toy", vision="toy", n=4, c=16, decoder_layers=1, heads=2, dtype="float32")
+        trainer.fit(module, OctopusData([source], batch_size=4, features=str(tmp_path / "patches")), ckpt_path=resume)
+        return seen.keys
+
+    whole = fit(tmp_path / "whole", 12)  # two epochs of five steps, and two steps more
+    assert len({key for keys in whole[:5] for key in keys}) == 20 and whole[:5] != whole[5:10]
+    for stop in (3, 5, 7):
+        out = tmp_path / str(stop)
+        assert fit(out, stop) + fit(out, 12, str(out / "last.ckpt")) == whole
+
+
+def test_what_belongs_to_another_model_is_refused(trained, capsys, tmp_path):
+    with pytest.raises(UserError, match="another architecture"):
+        octopus_tour.train(
+            trained,
+            (octopus_tour.STAGES[1],),
+            [*QUICK, "--model.c=32", f"--model.init={trained}/stage2/checkpoints/last.ckpt"],
+        )
+    words = ["fit", "--config=octopus_toy2.yaml", "--model.n=0"]
+    assert main(words) == 2 and "choose stage 1 or 3" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("lacks", ["pointer.key.weight", "recognizer.leave.bias", "queries"])
+def test_what_an_earlier_version_wrote_is_refused(trained, tmp_path, lacks):
+    stored = torch.load(trained / "stage2" / "checkpoints" / "last.ckpt", weights_only=True)
+    whole = stored["state_dict"]
+    less = {name: value for name, value in whole.items() if name != f"model.{lacks}"}
+    torch.save(stored | {"state_dict": less}, tmp_path / "less.ckpt")
+    torch.save(stored | {"state_dict": whole | {"model.point": whole["model.queries"]}}, tmp_path / "more.ckpt")
+    for name, wrong in (("less", lacks), ("more", "point")):
+        path = tmp_path / f"{name}.ckpt"
+        with pytest.raises(UserError, match=rf"{path}: of another architecture or version \({wrong}\)"):
+            load_octopus(str(path))
+        with pytest.raises(UserError, match=rf"go on from: of another architecture or version \({wrong}\)"):
+            octopus_tour.train(trained, octopus_tour.STAGES[1:2], [*QUICK, f"--ckpt_path={path}"])
+
+
+def test_adapters_are_all_that_is_trained_of_the_language_model(trained):
+    octopus_tour.train(
+        trained,
+        (octopus_tour.STAGES[2],),
+        [*QUICK, "--model.low_rank=2", f"--trainer.callbacks.init_args.dirpath={trained}/lora"],
+    )
+    kept = torch.load(trained / "lora" / "last.ckpt", weights_only=True)["state_dict"]
+    of_lm = [name for name in kept if name.startswith("model.lm.")]
+    assert of_lm and all("lora_" in name for name in of_lm)
+    half = build("llama")
+    half.lm.hf.bfloat16()
+    add_low_rank(half.lm, 2)
+    assert {p.dtype for name, p in half.lm.hf.named_parameters() if "lora_" in name} == {torch.float32}
+    half.lm(torch.randn(1, 3, 32).bfloat16(), torch.ones(1, 3, dtype=torch.bool)).sum().backward()
+    assert len(ground(load_octopus(str(trained / "lora" / "last.ckpt")), [(torch.ones(16, 384), "star")], 3)) == 1
+
+
+def test_the_full_size_stages_have_the_papers_values():
+    models = [config["model"]["init_args"] for config in STAGES]
+    assert [m["stage"] for m in models] == [1, 2, 3] and [m["lr"] for m in models] == [1e-4, 1e-4, 2e-5]
+    assert {(m["n"], m["after"], m["lm"], m["vision"]) for m in models} == {(64, 16, "lmsys/vicuna-7b-v1.5", "ViT-L-14-336")}
+    saved = [config["trainer"]["callbacks"][1]["init_args"]["dirpath"] + "/last.ckpt" for config in STAGES]
+    assert [m.get("init") for m in models] == [None, *saved[:2]]
+    sequential = yaml.safe_load(Path(find_config("octopus_sequential.yaml")).read_text())["model"]["init_args"]
+    assert sequential["n"] == 0 and "stage1" in sequential["init"]

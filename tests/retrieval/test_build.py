@@ -1,0 +1,173 @@
+"""Indexes made of embeddings and of other indexes, against a flat one of the same rows."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_faiss_index import Model, items, rows, write_colours
+
+from fromage.data.image_source import Item
+from fromage.errors import UserError
+from fromage.retrieval import build as index_builder
+from fromage.retrieval.build import add, build, build_index, merge, remove
+from fromage.retrieval.embedding_store import EmbeddingStore
+from fromage.retrieval.faiss_index import ImageIndex, unit
+from fromage.retrieval.open_index import search_index
+
+
+def store(folder, embeddings, things, fingerprint="f00d", per_part=7, dtype="float32"):
+    """A store as embed_images leaves it."""
+    starts = range(0, len(things), per_part)
+    about = {"checkpoint": "a.ckpt", "source": "x", "width": embeddings.shape[1], "dtype": dtype, "parts": len(starts)}
+    made = EmbeddingStore.begin(folder, fingerprint=fingerprint, **about)
+    for part, start in enumerate(starts):
+        made.write(part, embeddings[start : start + per_part], things[start : start + per_part], [])
+    return made
+
+
+def same(index, embeddings, things):
+    """Whether an index answers as a flat one of these rows does."""
+    flat, queries = ImageIndex.build(embeddings, things, "f00d"), rows(4, q=embeddings.shape[1], seed=9)
+    assert list(index.items) == list(things)
+    np.testing.assert_allclose(index.vectors, flat.vectors, atol=1e-6)
+    found, true = index.search(queries, 5), flat.search(queries, 5)
+    assert [[hit.path for hit in hits] for hits in found] == [[hit.path for hit in hits] for hits in true]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_build_is_the_flat_index_of_the_stored_rows(tmp_path, dtype):
+    embeddings, things = rows(23), [Item(f"/p/{i}.jpg", "é" * i) for i in range(23)]
+    index = build(store(tmp_path / "store", embeddings, things, dtype=dtype), tmp_path / "index")
+    same(index, embeddings.astype(dtype), things)
+    assert (index.kind, index.fingerprint, index.checkpoint) == ("flat", "f00d", "a.ckpt")
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.data())
+def test_adding_removing_and_merging_are_building_anew(tmp_path_factory, data):
+    folder = tmp_path_factory.mktemp("edits")
+    names = data.draw(st.lists(st.integers(0, 40), min_size=4, max_size=40, unique=True))
+    kind = data.draw(st.sampled_from(["flat", "IVF2,Flat", "HNSW8"]))
+    embeddings, things = rows(41), items(41)
+    cut = data.draw(st.integers(2, len(names) - 2))
+    take = lambda some: (embeddings[some], [things[i] for i in some])  # noqa: E731
+    first, second = names[:cut], names[cut - 2 :]  # two are in both
+    build(store(folder / "a", *take(first)), folder / "one", kind)
+    build(store(folder / "b", *take(second)), folder / "two", "flat")
+
+    same(merge([folder / "one", folder / "two"], folder / "three"), *take(names))
+    same(add(folder / "one", EmbeddingStore.open(folder / "b")), *take(names))
+    gone = data.draw(st.lists(st.sampled_from(names), min_size=1, max_size=len(names) - 1, unique=True))
+    left = [name for name in names if name not in gone]
+    index = remove(folder / "one", [f"{name}.jpg" for name in gone])
+    same(index, *take(left))
+    assert index.kind == kind and len(index) == len(left)
+
+
+def test_an_approximate_index_keeps_its_kind_and_is_measured_anew(tmp_path):
+    embeddings, things = rows(600, q=16), items(600)
+    build(store(tmp_path / "a", embeddings[:500], things[:500], per_part=100), tmp_path / "index", "IVF16,SQ8")
+    index = add(tmp_path / "index", store(tmp_path / "b", embeddings[500:], things[500:], per_part=100))
+    assert (index.kind, index.candidates.index.ntotal, len(index)) == ("IVF16,SQ8", 600, 600)
+    for row, thing in zip(embeddings[::50], things[::50], strict=True):
+        assert index.search(row[None], 1)[0][0].path == thing.path
+    index = remove(tmp_path / "index", [thing.path for thing in things[:300]])
+    assert index.candidates.index.ntotal == 300 and index.candidates.recall >= 0.9
+    assert index.search(embeddings[:1], 3)[0][0].path not in {thing.path for thing in things[:300]}
+
+
+def test_merging_into_another_kind(tmp_path):
+    for name, some in (("a", slice(0, 150)), ("b", slice(150, 300))):
+        build(store(tmp_path / f"{name}.store", rows(300)[some], items(300)[some]), tmp_path / name)
+    index = merge([tmp_path / "a", tmp_path / "b"], tmp_path / "c", "IVF8,Flat")
+    assert (index.kind, len(index)) == ("IVF8,Flat", 300)
+
+
+def test_what_cannot_be_edited_is_refused_and_stays(tmp_path):
+    folder = tmp_path / "index"
+    build(store(tmp_path / "a", rows(5), items(5)), folder)
+    with pytest.raises(UserError, match=r"no image 9\.jpg"):
+        remove(folder, ["1.jpg", "9.jpg"])
+    with pytest.raises(UserError, match="at least one image"):
+        remove(folder, [item.path for item in items(5)])
+    other = store(tmp_path / "b", rows(5), items(5), fingerprint="beef")
+    with pytest.raises(UserError, match=r"f00d.*not with beef"):
+        add(folder, other)
+    build(other, tmp_path / "other")
+    with pytest.raises(UserError, match="beef"):
+        merge([folder, tmp_path / "other"], tmp_path / "merged")
+    with pytest.raises(UserError, match="IVF64"):
+        merge([folder], tmp_path / "merged", "IVF64,Flat")
+    with pytest.raises(UserError, match="zero rows"):
+        build(store(tmp_path / "c", 0 * rows(5), items(5)), folder)
+    assert len(ImageIndex.load(folder, "f00d")) == 5
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "c", "index", "other"]
+
+
+def test_file_names_outside_unicode_survive_every_stage(tmp_path):
+    odd = [Item(b"caf\xe9.jpg".decode("utf-8", "surrogateescape"), "two\nlines\u2028"), Item("plain.jpg")]
+    index = build(store(tmp_path / "a", rows(2), odd), tmp_path / "index")
+    assert list(index.items) == odd
+    assert list(remove(tmp_path / "index", [odd[0].path]).items) == odd[1:]
+
+
+def test_images_become_an_index_at_once(tmp_path):
+    folder = write_colours(tmp_path / "images")
+    index = build_index(Model(), folder, tmp_path / "index", checkpoint="a.ckpt")
+    hits = search_index(Model(), index, ["red", "blue"], 2)
+    assert [row[0].path for row in hits] == [str(folder / name / "a.png") for name in ("red", "blue")]
+    assert hits[0][0].score == pytest.approx(1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["images", "index"]
+
+
+def test_a_build_that_was_killed_does_not_embed_again(tmp_path, monkeypatch):
+    folder = write_colours(tmp_path / "images")
+    monkeypatch.setattr(index_builder, "build", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        build_index(Model(), folder, tmp_path / "index")
+    monkeypatch.undo()
+    monkeypatch.setattr(Model, "embed_images", lambda *args: pytest.fail("embedded again"))
+    assert len(build_index(Model(), folder, tmp_path / "index")) == 3
+
+
+def test_a_place_that_is_taken_and_a_kind_that_is_none_are_refused_before_the_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(index_builder, "embed_images", lambda *args: pytest.fail("hours of work"))
+    with pytest.raises(UserError, match="not an index"):
+        build_index(Model(), tmp_path, tmp_path)
+    with pytest.raises(UserError, match=r"kind IVF,SQ8: FAISS cannot"):
+        build_index(Model(), tmp_path, tmp_path / "index", kind="IVF,SQ8")
+    monkeypatch.setattr(index_builder, "write_rows", lambda *args: pytest.fail("minutes of writing"))
+    with pytest.raises(UserError, match=r"kind IVF,SQ8: FAISS cannot"):
+        build(store(tmp_path / "a", rows(5), items(5)), tmp_path / "index", "IVF,SQ8")
+
+
+def test_an_approximate_index_is_measured_with_captions_too_and_again_when_it_changes(toy_model, tmp_path):
+    """Some captions say nothing, and some are too long to be searched for."""
+    said = [
+        "a red star.",
+        "",
+        "a big blue ring at the top.",
+        "a star " * 2000,
+        b"a gr\xfcn star.".decode(errors="surrogateescape"),
+    ]
+    embeddings, things = rows(200, q=32), [Item(f"{i}.jpg", said[i % 5]) for i in range(200)]
+    about = toy_model.fingerprint()
+    made = store(tmp_path / "a", embeddings[:150], things[:150], about)
+    assert build(made, tmp_path / "unasked", "IVF8,Flat").candidates.text_recall is None
+    assert build(made, tmp_path / "flat", "Flat", toy_model).texts.shape == (0, 32)
+    index = build(made, tmp_path / "index", "IVF8,Flat", toy_model)
+    want = toy_model.embed_text([said[0], said[2], "a gr\N{REPLACEMENT CHARACTER}n star."]).numpy()
+    np.testing.assert_allclose(np.unique(index.texts.round(4), axis=0), np.unique(want.round(4), axis=0), atol=1e-3)
+    assert len(index.texts) == 90 and index.candidates.text_recall >= 0.97
+
+    added = add(tmp_path / "index", store(tmp_path / "b", embeddings[150:], things[150:], about))
+    left = remove(tmp_path / "index", [f"{i}.jpg" for i in range(100)])
+    merged = merge([tmp_path / "index", tmp_path / "unasked"], tmp_path / "merged")
+    for each, some in ((added, range(200)), (left, range(100, 200)), (merged, [*range(100, 200), *range(100)])):
+        np.testing.assert_array_equal(each.texts, index.texts)
+        near = (each.texts @ unit(embeddings[some], "").T).argsort(1)[:, -10:]
+        found = each.candidates.near(each.texts, 50)
+        shares = [np.isin(true, positions).mean() for true, positions in zip(near, found, strict=True)]
+        assert each.candidates.text_recall == pytest.approx(np.mean(shares), abs=1e-3)
+    with pytest.raises(UserError, match="another checkpoint"):
+        build(made, tmp_path / "other", "IVF8,Flat", Model())

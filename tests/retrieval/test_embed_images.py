@@ -1,0 +1,335 @@
+import io
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+
+import colour_tower
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+from test_codec import encoded, make_tar
+from test_faiss_index import COLOURS, Model, write_colours
+
+from fromage.data import image_source as image_source
+from fromage.data.image_source import Item
+from fromage.errors import UserError
+from fromage.retrieval import embed_images as module
+from fromage.retrieval.embedding_store import EmbeddingStore
+from fromage.retrieval.item_table import ItemTable
+
+
+def rows_and_items(store):
+    batches = list(store.batches())
+    return np.concatenate([rows for rows, _ in batches]), list(ItemTable([items for _, items in batches]))
+
+
+def embed_images(model, source, *options, **more):
+    """Embed into a new folder, and read it."""
+    with tempfile.TemporaryDirectory() as folder:
+        return rows_and_items(module.embed_images(model, source, folder, *options, **more))
+
+
+def test_folder_shards_and_stored_features_agree(tmp_path, monkeypatch):
+    folder = write_colours(tmp_path / "images")
+    data = {name: (folder / name / "a.png").read_bytes() for name in COLOURS}
+    feature = lambda name: encoded_npy(np.array(COLOURS[name], dtype=np.float16) / 255)  # noqa: E731
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    make_tar(shards / "0.tar", {"b.png": data["blue"], "b.txt": b" a blue one\n", "g.npy": feature("green")})
+    make_tar(shards / "1.tar", {"r.npy": feature("red"), "r.jpg": b"not read", "r.txt": "rouge é".encode()})
+    wanted, found = embed_images(Model(), folder)
+    assert [item.path for item in found] == [str(folder / name / "a.png") for name in COLOURS]
+    monkeypatch.chdir(shards)
+    for source in (shards, ".", "{0..1}.tar", str(shards / "*.tar")):
+        for batch_size, workers in ((1, 0), (64, 0)):
+            embeddings, found = embed_images(Model(), source, batch_size, workers)
+            np.testing.assert_allclose(embeddings, wanted, atol=1e-6)
+            assert found[0] == Item(f"{shards}/0.tar#b", "a blue one")
+            assert found[2] == Item(f"{shards}/1.tar#r", "rouge é")
+    assert len(embed_images(Model(), "0.tar")[0]) == 2
+    (shards / "red.png").write_bytes(data["red"])
+    with pytest.raises(UserError, match=r"holds images and \.tar shards"):
+        embed_images(Model(), shards)
+
+
+def encoded_npy(array):
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    return buffer.getvalue()
+
+
+def test_workers_change_nothing(tmp_path):
+    for i in range(7):
+        Image.new("RGB", (4, 4), (i * 30, 200, 90)).save(tmp_path / f"{i}.bmp")
+    (tmp_path / "4.bmp").write_bytes(b"broken")
+    with pytest.warns(UserWarning, match="4.bmp"):
+        alone, found_alone = embed_images(Model(), tmp_path, 2, 0)
+    with pytest.warns(UserWarning, match="4.bmp"):
+        shared, found_shared = embed_images(Model(), tmp_path, 2, 2)
+    np.testing.assert_array_equal(alone, shared)
+    assert found_alone == found_shared
+
+
+def test_odd_images_and_broken_ones(tmp_path):
+    red = Image.new("RGB", (40, 30), COLOURS["red"])
+    red.convert("CMYK").save(tmp_path / "cmyk.JPG")
+    red.convert("P").save(tmp_path / "palette.gif")
+    red.convert("P").save(tmp_path / "palette.png")
+    red.convert("RGBA").save(tmp_path / "alpha.webp", lossless=True)
+    (tmp_path / "._hidden.jpg").write_bytes(b"of another system")
+    (tmp_path / "notes.txt").write_text("no image")
+    for i in range(6):
+        (tmp_path / f"broken{i}.jpg").write_bytes(encoded(red, "JPEG")[: 100 * i])
+    with pytest.warns(UserWarning, match=r"6 of 10 images.*broken0.jpg.*broken4.jpg.*\.\.\."):
+        embeddings, found = embed_images(Model(), tmp_path)
+    names = ["alpha.webp", "cmyk.JPG", "palette.gif", "palette.png"]
+    assert [item.path for item in found] == [str(tmp_path / name) for name in names]
+    np.testing.assert_allclose(embeddings, [[1, 0, 0]] * 4, atol=0.02)
+
+
+def test_truncated_shard_is_named_and_its_beginning_used(tmp_path):
+    png = encoded(Image.effect_noise((32, 32), 50))
+    shard = make_tar(tmp_path / "0.tar", {f"{i}.png": png for i in range(9)})
+    shard.write_bytes(shard.read_bytes()[: 3 * 2048 + 700])
+    with pytest.warns(UserWarning, match="0.tar"):
+        embeddings, _ = embed_images(Model(), shard)
+    assert 1 <= len(embeddings) < 9
+
+
+def test_nothing_usable(tmp_path):
+    with pytest.raises(UserError, match="neither images"):
+        embed_images(Model(), tmp_path)
+    with pytest.raises(UserError, match="neither images"):
+        embed_images(Model(), tmp_path / "gone")
+    (tmp_path / "a.jpg").write_bytes(b"")
+    with pytest.raises(UserError, match=r"no usable image.*a\.jpg"):
+        embed_images(Model(), tmp_path)
+    with pytest.raises(UserError, match=r"0\.tar"):
+        embed_images(Model(), make_tar(tmp_path / "0.tar", {"a.txt": b"caption alone"}))
+    with pytest.raises(UserError, match="7 wide, not 3"):
+        embed_images(Model(), make_tar(tmp_path / "1.tar", {"a.npy": encoded_npy(np.ones(7))}))
+
+
+def test_captions_of_a_folder(tmp_path):
+    folder = write_colours(tmp_path / "images")
+    plain = {"red/a.png": "rot", "blue/a.png": ["blau", "noch blauer"], "gone.png": "nichts"}
+    coco = {
+        "images": [{"id": 4, "file_name": "red/a.png"}, {"id": 7, "file_name": "blue/a.png"}],
+        "annotations": [{"image_id": i, "caption": c} for i, c in ((7, "blau"), (4, "rot"), (4, "roter"))],
+    }
+    for data in (plain, coco):
+        (tmp_path / "captions.json").write_text(json.dumps(data))
+        _, found = embed_images(Model(), folder, captions=tmp_path / "captions.json")
+        assert [item.caption for item in found] == ["blau", "", "rot"]
+
+
+@pytest.mark.parametrize("data", ["{}", "[1]", "{", '{"a.png": []}', '{"annotations": [{}]}', '{"other.png": "text"}'])
+def test_bad_captions_are_refused(tmp_path, data):
+    (tmp_path / "captions.json").write_text(data)
+    with pytest.raises(UserError, match=r"captions\.json"):
+        embed_images(Model(), write_colours(tmp_path / "images"), captions=tmp_path / "captions.json")
+
+
+def test_captions_are_not_for_shards(tmp_path):
+    with pytest.raises(UserError, match="leave out"):
+        embed_images(Model(), make_tar(tmp_path / "0.tar", {}), captions=tmp_path / "captions.json")
+
+
+# --- what is stored, and how a run goes on ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def images(tmp_path, monkeypatch):
+    """Eleven images, one of them broken, in parts of two."""
+    monkeypatch.setattr(image_source, "FILES_PER_PART", 2)
+    (tmp_path / "images").mkdir()
+    for i in range(11):
+        Image.new("RGB", (4, 4), (i * 20, 200, 90)).save(tmp_path / "images" / f"{i:02}.bmp")
+    (tmp_path / "images" / "04.bmp").write_bytes(b"broken")
+    return tmp_path / "images"
+
+
+@pytest.mark.filterwarnings("ignore:.*04.bmp")
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_what_is_stored(images, tmp_path, dtype):
+    store = module.embed_images(Model(), images, tmp_path / "out", checkpoint="a.ckpt", dtype=dtype)
+    assert (len(store), store.about["parts"], store.missing()) == (10, 6, [])
+    assert [line.split(":")[0] for line in store.broken()] == [str(images / "04.bmp")]
+    table = pq.read_table(tmp_path / "out" / "00001.parquet")
+    assert table.schema.metadata[b"fingerprint"] == b"f00d"
+    assert str(table.schema.field("embedding").type).endswith({"float32": "float>[3]", "float16": "halffloat>[3]"}[dtype])
+    assert table.column("key").to_pylist() == ["02", "03"]
+    assert table.column("path").to_pylist() == [str(images / f"{i:02}.bmp") for i in (2, 3)]
+    np.testing.assert_allclose(np.stack(table.column("embedding").to_numpy()), rows_and_items(store)[0][2:4])
+
+
+class Killed(BaseException):
+    """Stands for the signal that ends a process in the middle."""
+
+
+@pytest.mark.filterwarnings("ignore:.*04.bmp")
+@pytest.mark.parametrize("step", [0, 1, 2, 5, 8])
+@pytest.mark.parametrize("where", ["write_table", "model"])
+def test_a_run_that_was_stopped_goes_on(images, tmp_path, monkeypatch, step, where):
+    wanted = rows_and_items(module.embed_images(Model(), images, tmp_path / "whole", 1))
+    calls = []
+
+    def counted(original):
+        def call(*args):
+            calls.append(args)
+            if len(calls) > step:
+                raise Killed
+            return original(*args)
+
+        return call
+
+    def torn(table, path):
+        original(table, path)
+        os.truncate(path, 100)
+
+    original = pq.write_table
+    with monkeypatch.context() as patch:
+        if where == "model":
+            patch.setattr(Model, "embed_images", counted(Model.embed_images))
+        else:
+            patch.setattr("fromage.retrieval.embedding_store.pq.write_table", counted(original if step % 2 else torn))
+        try:
+            module.embed_images(Model(), images, tmp_path / "out", 1)
+        except (Killed, UserError):
+            assert len(calls) <= step + 1
+    for path in (tmp_path / "out").glob("*.parquet"):  # what a power cut can leave; the message says to remove it
+        if path.stat().st_size == 100:
+            path.unlink()
+    again = []
+    embed = Model.embed_images
+    monkeypatch.setattr(Model, "embed_images", lambda *args: again.append(1) or embed(*args))
+    rows, items = rows_and_items(module.embed_images(Model(), images, tmp_path / "out", 1))
+    np.testing.assert_array_equal(rows, wanted[0])
+    assert items == wanted[1]
+    if where == "model" and step == 8:
+        assert len(again) == 10 - 7  # four whole parts, one of them with the broken image, are not done again
+    assert not list((tmp_path / "out").glob(".*"))
+
+
+RUN = """
+import sys
+sys.path[:0] = {path!r}
+from colour_tower import Model
+from fromage.retrieval import embed_images as embed_images
+from fromage.data import image_source as image_source
+image_source.FILES_PER_PART = 2
+print("ready", flush=True)
+embed_images.embed_images(Model(0.03), {source!r}, {out!r}, 1, workers=2)
+"""
+
+
+@pytest.mark.filterwarnings("ignore:.*04.bmp")
+def test_a_killed_process_loses_and_doubles_nothing(images, tmp_path):
+    model = colour_tower.Model()  # which another process imports at once
+    wanted = rows_and_items(module.embed_images(model, images, tmp_path / "whole", 1))
+    out, rng = tmp_path / "out", random.Random(0)
+    script = RUN.format(path=sys.path, source=str(images), out=str(out))
+    for _ in range(2):
+        process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        process.stdout.readline()
+        time.sleep(rng.uniform(0.05, 0.3))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    rows, items = rows_and_items(module.embed_images(model, images, out, 1))
+    np.testing.assert_array_equal(rows, wanted[0])
+    assert items == wanted[1]
+
+
+@pytest.mark.filterwarnings("ignore:.*04.bmp")
+def test_a_store_of_something_else_is_refused(images, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    module.embed_images(Model(), images, out)
+    with pytest.raises(UserError, match="dtype float32, not float16"):
+        module.embed_images(Model(), images, out, dtype="float16")
+    with pytest.raises(UserError, match="float32 or float16"):
+        module.embed_images(Model(), images, out, dtype="int8")
+    with monkeypatch.context() as patch:
+        patch.setattr(Model, "fingerprint", lambda self: "beef")
+        with pytest.raises(UserError, match="fingerprint f00d, not beef"):
+            module.embed_images(Model(), images, out)
+    (images / "99.bmp").write_bytes((images / "00.bmp").read_bytes())
+    with pytest.raises(UserError, match="another run"):
+        module.embed_images(Model(), images, out)
+    with pytest.raises(UserError, match="holds no embeddings"):
+        module.embed_images(Model(), images, images)
+
+
+@pytest.mark.filterwarnings("ignore:.*04.bmp")
+@pytest.mark.parametrize(("batch_size", "workers"), [(0, 0), (-1, 0), (1, -1)])
+def test_batches_and_workers_that_cannot_be(images, tmp_path, batch_size, workers):
+    with pytest.raises(UserError, match=r"(batch_size|workers) is .*whole number from"):
+        module.embed_images(Model(), images, tmp_path / "out", batch_size, workers)
+    assert not (tmp_path / "out").exists()
+
+
+def test_images_beside_shards_are_not_passed_over(images, tmp_path):
+    (images / "z.tar").touch()
+    with pytest.raises(UserError, match=r"holds images and \.tar shards"):
+        module.embed_images(Model(), images, tmp_path / "out")
+
+
+@pytest.mark.filterwarnings("ignore:.*04.bmp")
+def test_when_it_is_stopped_it_says_that_the_command_goes_on(images, tmp_path, monkeypatch):
+    def stopped(self, *args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "_write", stopped)
+    with pytest.raises(KeyboardInterrupt, match="goes on"):
+        module.embed_images(Model(), images, tmp_path / "out")
+
+
+def test_a_store_that_cannot_be_written_says_so(images, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot be written"):
+        module.embed_images(Model(), images, tmp_path / "file" / "out")
+
+    def full(table, path):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("pyarrow.parquet.write_table", full)
+    with pytest.raises(UserError, match=r"00000\.parquet.*No space left"):
+        module.embed_images(Model(), images, tmp_path / "out")
+
+
+def test_a_store_that_is_not_whole_is_refused(images, tmp_path):
+    out = tmp_path / "out"
+    store = module.embed_images(Model(), images, out)
+    part = out / "00002.parquet"
+    data = part.read_bytes()
+    part.write_bytes(data[: len(data) // 2])
+    with pytest.raises(UserError, match=r"00002\.parquet: is damaged"):
+        list(EmbeddingStore.open(out).batches())
+    part.unlink()
+    with pytest.raises(UserError, match=r"5 of 6 parts.*again to finish"):
+        list(store.batches())
+    other = module.embed_images(Model(), images, tmp_path / "other")
+    other.about["fingerprint"] = "beef"
+    other.write(2, np.zeros((0, 3), np.float32), [], [])
+    part.write_bytes((tmp_path / "other" / "00002.parquet").read_bytes())
+    with pytest.raises(UserError, match="another model"):
+        list(store.batches())
+    for text in ("[]", "{", '{"format": "fromage-embeddings", "version": 1}'):
+        (out / "embeddings.json").write_text(text)
+        with pytest.raises(UserError, match="holds no embeddings"):
+            EmbeddingStore.open(out)
+
+
+def test_when_nothing_was_usable_the_next_run_begins_anew(tmp_path):
+    (tmp_path / "images").mkdir()
+    image = tmp_path / "images" / "a.png"
+    image.write_bytes(b"broken")
+    with pytest.raises(UserError, match="no usable"):
+        module.embed_images(Model(), tmp_path / "images", tmp_path / "out")
+    Image.new("RGB", (4, 4), (255, 0, 0)).save(image)
+    assert len(module.embed_images(Model(), tmp_path / "images", tmp_path / "out")) == 1

@@ -1,0 +1,125 @@
+import itertools
+import math
+import random
+import statistics
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torchmetrics.functional.retrieval import retrieval_reciprocal_rank
+
+from fromage.retrieval.metrics import (
+    chance,
+    mean_reciprocal_rank,
+    ndcg,
+    rank_figures,
+    ranks,
+    ranks_among,
+    recall_at,
+    retrieval_recalls,
+)
+
+
+def oracle(scores, own):
+    """Sorted by score, own items behind all others that tie with them; the place of the first own item."""
+    order = sorted(range(len(scores)), key=lambda j: (-scores[j], j in own))
+    return next(place for place, j in enumerate(order, 1) if j in own)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 12), st.integers(1, 12), st.integers(0, 10_000), st.integers(1, 5))
+def test_ranks_are_those_of_sorting_with_ties_against_the_model(n, m, seed, chunk):
+    generator = torch.Generator().manual_seed(seed)
+    queries = torch.randint(-1, 2, (n, 3), generator=generator).float()  # small integers: many ties
+    gallery = torch.randint(-1, 2, (m, 3), generator=generator).float()
+    targets = torch.randint(0, m, (n,), generator=generator)
+    want = [oracle((q @ gallery.T).tolist(), {int(t)}) for q, t in zip(queries, targets, strict=True)]
+    assert ranks(queries, gallery, targets, chunk).tolist() == want
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 8), st.integers(1, 4), st.integers(0, 10_000), st.integers(1, 5))
+def test_the_best_of_several_own_items_counts(n, each, seed, chunk):
+    generator = torch.Generator().manual_seed(seed)
+    queries = torch.randint(-1, 2, (n, 3), generator=generator).float()
+    gallery = torch.randint(-1, 2, (n * each, 3), generator=generator).float()
+    labels = torch.arange(n).repeat(each)[torch.randperm(n * each, generator=generator)]
+    found = ranks(queries, gallery, torch.arange(n), chunk, labels=labels)
+    for i, q in enumerate(queries):
+        assert found[i] == oracle((q @ gallery.T).tolist(), {j for j, owner in enumerate(labels.tolist()) if owner == i})
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 8), st.integers(3, 9), st.integers(0, 10_000), st.integers(1, 5))
+def test_what_is_excluded_is_as_if_it_were_not_there_and_own_items_stay(n, m, seed, chunk):
+    generator = torch.Generator().manual_seed(seed)
+    queries = torch.randint(-1, 2, (n, 3), generator=generator).float()
+    gallery = torch.randint(-1, 2, (m, 3), generator=generator).float()
+    targets = torch.randint(0, m, (n,), generator=generator)
+    excluded = torch.randint(0, m, (n, 2), generator=generator)  # now and then the target itself
+    found = ranks(queries, gallery, targets, chunk, excluded=excluded)
+    for i, q in enumerate(queries):
+        left = [j for j in range(m) if j == targets[i] or j not in excluded[i].tolist()]
+        assert found[i] == oracle((q @ gallery[left].T).tolist(), {left.index(int(targets[i]))})
+
+
+def test_a_gallery_of_equals_finds_nothing_first():
+    rows = torch.ones(5, 2)
+    assert retrieval_recalls(rows, rows)["t2i_r1"] == 0
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 1024])
+def test_equal_rows_tie_wherever_they_lie_in_a_product(chunk):
+    """A product of matrices sums in another order at its edges, so that equal rows get unequal scores."""
+    generator = torch.Generator().manual_seed(0)
+    for width, count in itertools.product((32, 256), (7, 33, 101, 501)):
+        row, queries = (torch.nn.functional.normalize(torch.randn(n, width, generator=generator)) for n in (1, 5))
+        assert ranks(queries, row.repeat(count, 1), torch.arange(5), chunk).tolist() == [count] * 5
+
+
+def test_not_a_number_ranks_last():
+    queries, gallery = torch.tensor([[float("nan")]]), torch.ones(7, 1)
+    assert ranks(queries, gallery, torch.tensor([0])).tolist() == [7]
+    scores, own = torch.tensor([[float("nan"), 1.0, float("nan")]]), torch.tensor([[True, False, False]])
+    assert ranks_among(scores, own).tolist() == [3]
+
+
+def test_figures_count_ranks():
+    rank = torch.tensor([1, 2, 5, 6, 11])
+    assert recall_at(rank) == pytest.approx({"r1": 20, "r5": 60, "r10": 80})
+    assert rank_figures(rank)["median_rank"] == 5 and rank_figures(rank[:4])["median_rank"] == 3.5
+
+
+def test_mrr_is_that_of_torchmetrics_where_nothing_ties():
+    generator = torch.Generator().manual_seed(0)
+    scores, right = torch.rand(20, 9, generator=generator), torch.randint(0, 9, (20,), generator=generator)
+    own = torch.arange(9) == right.unsqueeze(1)
+    want = statistics.mean(retrieval_reciprocal_rank(s, o).item() for s, o in zip(scores, own, strict=True))
+    assert mean_reciprocal_rank(ranks_among(scores, own)) == pytest.approx(100 * want)
+
+
+def gain(order, relevance, places):
+    return sum(relevance[j] / math.log2(place + 2) for place, j in enumerate(order[:places]))
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10_000))
+def test_ndcg_is_the_mean_over_all_orders_that_the_scores_leave_open(seed):
+    rng = random.Random(seed)
+    scores = [rng.choice((0.0, 1.0, 2.0)) for _ in range(5)]
+    relevance = [rng.choice((0.0, 0.0, 0.5, 1.0)) for _ in range(5)]
+    relevance[rng.randrange(5)] = 0.75
+    places = sum(r > 0 for r in relevance)
+    orders = [o for o in itertools.permutations(range(5)) if all(scores[a] >= scores[b] for a, b in itertools.pairwise(o))]
+    best = gain(sorted(range(5), key=lambda j: -relevance[j]), relevance, places)
+    want = statistics.mean(gain(order, relevance, places) for order in orders) / best
+    assert ndcg(torch.tensor([scores]), torch.tensor([relevance])) == pytest.approx(100 * want, rel=1e-4)
+
+
+@pytest.mark.parametrize(("gallery", "own"), [(6, 1), (7, 2), (10, 5), (3, 1)])
+def test_chance_is_what_all_orders_give(gallery, own):
+    best = torch.tensor([1 + min(places) for places in itertools.combinations(range(gallery), own)])
+    got = chance(gallery, own)
+    assert {k: v for k, v in got.items() if k != "median_rank"} == pytest.approx(recall_at(best), rel=1e-4)
+    assert (best <= got["median_rank"]).float().mean() >= 0.5 > (best < got["median_rank"]).float().mean()

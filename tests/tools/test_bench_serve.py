@@ -1,0 +1,33 @@
+"""The server's bench runs, against a server of its own, and writes its figures."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+TOOLS = Path(__file__).resolve().parents[2] / "tools"
+
+
+def test_the_bench_runs_and_writes_its_figures(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(TOOLS)
+    import bench_serve
+
+    monkeypatch.setattr(bench_serve, "TOKENS", 4)
+    out = tmp_path / "bench.json"
+    bench_serve.main(["--clients", "3", "--requests", "8", "--rounds", "1", "--json", str(out)])
+    report = json.loads(out.read_text())
+    assert report["clients"] == 3 and report["speedup_search"] > 0 and report["speedup_chat"] > 0
+    for path in ("search", "chat"):
+        assert report["requests_per_second"][path].keys() == {"one", "many"}
+        for side in ("one", "many"):
+            assert 0 < report["p50"][path][side] <= report["p99"][path][side]
+    assert "/search" in capsys.readouterr().out
+
+
+def test_a_request_that_fails_ends_the_bench(monkeypatch):
+    monkeypatch.syspath_prepend(TOOLS)
+    import bench_serve
+
+    monkeypatch.setattr(bench_serve, "client", lambda port, path, numbers, seconds: seconds.extend(numbers[1:]))
+    with pytest.raises(SystemExit, match="2 of 6"):
+        bench_serve.load(1, "search", 2, 6)

@@ -1,0 +1,78 @@
+"""The paper's ablations: each configuration changes one thing, and the tool trains and judges them all."""
+
+import inspect
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from fromage.errors import UserError
+from fromage.training.configs import find_config
+from fromage.training.module import FromageModule
+
+TOOLS = Path(__file__).resolve().parents[2] / "tools"
+CHANGES = {
+    "always_paired": {"pairing": 1.0},
+    "k2": {"k": 2},
+    "k4": {"k": 4},
+    "never_paired": {"pairing": 0.0},
+    "no_captioning": {"captioning_weight": 0.0},
+    "no_rescaling": {"rescale_ret": False},
+    "no_ret": {"pooling": "last"},
+    "no_retrieval": {"retrieval_weight": 0.0},
+    "q64": {"q": 64},
+}
+
+
+@pytest.fixture
+def tool(monkeypatch):
+    """tools/run_ablations.py."""
+    monkeypatch.syspath_prepend(str(TOOLS))
+    import run_ablations
+
+    return run_ablations
+
+
+def test_each_configuration_changes_one_thing_of_the_toy_one(tool):
+    def read(name):
+        return yaml.safe_load(Path(find_config(name)).read_text())
+
+    known = {name: p.default for name, p in inspect.signature(FromageModule).parameters.items()}
+    base = known | read("toy.yaml")["model"]["init_args"]
+    assert tool.names() == ["base", *CHANGES]
+    for name, change in CHANGES.items():
+        assert change.keys() <= known.keys() and change.items().isdisjoint(base.items())
+        assert read(f"ablations/{name}.yaml") == {"model": {"class_path": "fromage.FromageModule", "init_args": change}}
+
+
+def test_every_seed_is_trained_and_judged_once_and_a_killed_run_taken_up(tool, tmp_path, monkeypatch, capsys):
+    trained = []
+
+    def train(out, k, world, features, words):
+        trained.append((out.relative_to(tmp_path).as_posix(), *words))
+        if len(trained) == 3:
+            raise UserError("killed")
+        out.mkdir(parents=True)
+        return out
+
+    seed = lambda model: float(str(model)[-1])  # noqa: E731
+    monkeypatch.setattr(tool, "prepare", lambda out: (out, out))
+    monkeypatch.setattr(tool, "train", train)
+    monkeypatch.setattr(tool, "load_model", lambda path: path)
+    monkeypatch.setattr(tool, "judge", lambda model, world, answers: {"fromage.5_captions.r1": 50 + seed(model)})
+    out = tmp_path / "all.json"
+    words = ["x", "--out", str(tmp_path), "--only", "base", "k4", "--json", str(out), "--", "--trainer.max_steps=1"]
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(UserError, match="killed"):
+        tool.main()
+    tool.main()
+    options = [
+        (f"{name}/seed{n}", *over, f"--seed_everything={n}", f"--model.seed={n}", "--trainer.max_steps=1")
+        for name, over in (("base", ()), ("k4", ("--config", "ablations/k4.yaml")))
+        for n in range(3)
+    ]
+    assert trained == [*options[:3], *options[2:]]  # the third began anew, the first two did not
+    assert json.loads(out.read_text())["figures"]["k4"]["fromage.5_captions.r1"] == {"mean": 51.0, "deviation": 1.0}
+    assert "| base |  |  |  | 51.0 ± 1.0 |" in capsys.readouterr().out

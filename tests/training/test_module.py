@@ -1,0 +1,173 @@
+"""The life cycle: fit, what stays frozen, what a checkpoint holds, resuming."""
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import ModelCheckpoint
+from test_fast_step import build, make_batch
+
+from fromage.data.datamodule import CC3M
+from fromage.errors import UserError
+from fromage.models.fromage import load_model
+from fromage.training.fast_step import fast_step
+from fromage.training.module import FromageModule
+from fromage.training.reference_step import Weights
+
+TOY = {"lm": "toy", "vision": "toy", "vision_weights": None, "dtype": "float32", "lr": 5e-3, "warmup_steps": 2, "q": 32}
+
+
+def run(world, out, steps, ckpt_path=None, callbacks=(), **options):
+    """Fit on the toy world; returns the module."""
+    pl.seed_everything(0)
+    module = FromageModule(**{**TOY, **options})
+    data = CC3M(str(world / "cc3m" / "train"), str(world / "cc3m" / "val"), batch_size=16, max_tokens=40, workers=0)
+    saver = ModelCheckpoint(out, save_last=True, every_n_train_steps=1, enable_version_counter=False)
+    trainer = pl.Trainer(
+        max_steps=steps,
+        accelerator="cpu",
+        logger=False,
+        callbacks=[saver, *callbacks],
+        gradient_clip_val=1.0,
+        val_check_interval=4,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, data, ckpt_path=ckpt_path)
+    return module, trainer
+
+
+@pytest.fixture(scope="module")
+def fitted(world, tmp_path_factory):
+    out = tmp_path_factory.mktemp("fit")
+    start = FromageModule(**TOY)
+    start.configure_model()
+    before = {name: value.clone() for name, value in start.model.state_dict().items()}
+    module, trainer = run(world, out, 8)
+    return before, module, trainer, out
+
+
+def test_frozen_parts_are_bit_identical_after_a_fit_and_trained_ones_moved(fitted):
+    before, module, _, _ = fitted
+    trained = set(module.model.trained())
+    for name, value in module.model.state_dict().items():
+        assert torch.equal(before[name], value) == (name not in trained), name
+
+
+def test_validation_reports_recalls_both_ways_over_the_whole_set(fitted):
+    figures = fitted[2].callback_metrics
+    assert {f"val/{way}_r{k}" for way in ("t2i", "i2t") for k in (1, 5, 10)} <= set(figures)
+    assert figures["val/t2i_r10"] * 60 / 100 == pytest.approx(round(float(figures["val/t2i_r10"]) * 60 / 100), abs=1e-3)
+
+
+def test_a_checkpoint_holds_the_trained_parameters_and_their_moments_only(fitted):
+    _, module, _, out = fitted
+    checkpoint = torch.load(out / "last.ckpt", weights_only=True)
+    assert {name.removeprefix("model.") for name in checkpoint["state_dict"]} == set(module.model.trained())
+    assert len(checkpoint["optimizer_states"][0]["state"]) == len(module.model.trained())
+
+
+def test_load_model_gives_back_the_model(fitted):
+    _, module, _, out = fitted
+    loaded = load_model(out / "last.ckpt")
+    assert loaded.fingerprint() == module.model.fingerprint()
+    texts = ["a red star on the left."]
+    torch.testing.assert_close(loaded.embed_text(texts), module.model.eval().embed_text(texts))
+
+
+def test_resuming_gives_the_weights_of_an_uninterrupted_run(fitted, world, tmp_path):
+    _, module, _, _ = fitted
+    run(world, tmp_path, 5)
+    resumed, trainer = run(world, tmp_path, 8, ckpt_path="last")
+    assert trainer.global_step == 8
+    for name, value in module.model.trained().items():
+        assert torch.equal(value, resumed.model.trained()[name]), name
+
+
+def test_learning_rate_warms_up_and_ret_keeps_its_norm(fitted):
+    _, module, trainer, _ = fitted
+    assert trainer.optimizers[0].param_groups[0]["lr"] == TOY["lr"]
+    norm = module.model.ret.input.norm()
+    torch.testing.assert_close(norm, module.model.ret.mean_norm)
+
+
+def test_a_checkpoint_of_another_architecture_is_refused_by_name(fitted, world, tmp_path):
+    with pytest.raises(UserError, match=r"visual_prefix.weight is \(192, 768\), wanted \(768, 768\)"):
+        run(world, tmp_path, 9, ckpt_path=str(fitted[3] / "last.ckpt"), k=4)
+
+
+@pytest.mark.parametrize(
+    ("off", "heads"), [("captioning", {"visual_prefix"}), ("retrieval", {"text_head", "image_head", "logit_scale"})]
+)
+def test_what_no_loss_reaches_is_not_trained(off, heads, fitted, world, tmp_path):
+    before = fitted[0]
+    without, _ = run(world, tmp_path, 2, **{f"{off}_weight": 0.0})
+    for name, p in without.model.trained().items():
+        assert torch.equal(before[name], p) == (name.split(".")[0] in heads), name
+
+
+@pytest.mark.parametrize("pooling", ["ret", "last"])
+@pytest.mark.parametrize("weights", [Weights(1, 1), Weights(0, 1), Weights(1, 0)])
+@pytest.mark.parametrize("kind", ["tied", "untied"])
+def test_whatever_is_trained_has_a_gradient(kind, weights, pooling):
+    """As DDP demands."""
+    module = FromageModule(**TOY, captioning_weight=weights.captioning, retrieval_weight=weights.retrieval)
+    module.model = build(kind, 1, pooling=pooling)
+    module._freeze_unused()
+    fast_step(module.model, make_batch(module.model, [5, 12, 3]), False, weights).loss.backward()
+    for name, p in module.model.trained().items():
+        assert p.requires_grad == (p.grad is not None), name
+
+
+@pytest.mark.parametrize("weights", [(0, 0), (-1, 1), (float("nan"), 1)])
+def test_weights_that_train_nothing_are_refused(weights):
+    with pytest.raises(UserError, match="captioning_weight"):
+        FromageModule(**TOY, captioning_weight=weights[0], retrieval_weight=weights[1])
+
+
+def test_chunks_that_cannot_be_are_refused():
+    with pytest.raises(UserError, match="chunk -1"):
+        FromageModule(**TOY, chunk=-1)
+    with pytest.raises(UserError, match="fast"):
+        FromageModule(**TOY, chunk=8, step="plain")
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"PK\x03\x04torn"])
+def test_an_unreadable_checkpoint_is_named(content, tmp_path):
+    path = tmp_path / "torn.ckpt"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"torn\.ckpt"):
+        load_model(path)
+
+
+def test_pairing_depends_on_seed_and_step_alone():
+    one, other = FromageModule(**TOY, pairing=0.5), FromageModule(**TOY, pairing=0.5)
+    draws = [one.paired(step) for step in range(400)]
+    assert draws == [other.paired(step) for step in range(400)] and 150 < sum(draws) < 250
+    assert not any(FromageModule(**TOY, pairing=0.0).paired(s) for s in range(50))
+
+
+def test_images_reach_tensorboard(world, tmp_path):
+    from pytorch_lightning.loggers import TensorBoardLogger
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    logger = TensorBoardLogger(tmp_path)
+    module = FromageModule(**TOY)
+    data = CC3M(str(world / "cc3m" / "train"), str(world / "cc3m" / "val"), batch_size=16, max_tokens=40, workers=0)
+    trainer = pl.Trainer(max_steps=2, accelerator="cpu", logger=logger, val_check_interval=2, check_val_every_n_epoch=None,
+                         log_every_n_steps=1, enable_progress_bar=False, enable_model_summary=False)  # fmt: skip
+    trainer.fit(module, data)
+    events = EventAccumulator(logger.log_dir).Reload()
+    assert {"val/captions", "val/search"} <= set(events.Tags()["images"])
+    wanted = ["captioning_loss", "text_loss", "contrastive_loss", "caption_accuracy", "retrieval_accuracy", "lr",
+              "examples_per_second", "ret_norm"]  # fmt: skip
+    assert {f"train/{name}" for name in wanted} <= set(events.Tags()["scalars"])
+
+
+def test_fast_and_plain_steps_train_alike(world, tmp_path):
+    """Three optimiser steps by either step: Adam divides by gradients near zero, so the tolerance is loose."""
+    fast, _ = run(world, tmp_path / "fast", 3, step="fast")
+    plain, _ = run(world, tmp_path / "plain", 3, step="plain")
+    for name, value in fast.model.trained().items():
+        torch.testing.assert_close(value, plain.model.trained()[name], atol=5e-3, rtol=1e-2, msg=name)
