@@ -48,7 +48,9 @@ class Model(nn.Module):
         return nn.functional.normalize(features, dim=-1)
 
     def embed_text(self, texts):
-        return self.embed_images(torch.tensor([COLOURS[text[0] if isinstance(text, list) else text] for text in texts], dtype=torch.float32))
+        return self.embed_images(
+            torch.tensor([COLOURS[text[0] if isinstance(text, list) else text] for text in texts], dtype=torch.float32)
+        )
 
     def trained(self):
         return {}
