@@ -37,7 +37,10 @@ def test_wheel_holds_configurations_and_towers(wheel):
 
 def test_installed_package_finds_its_own_configurations(wheel, tmp_path):
     zipfile.ZipFile(wheel).extractall(tmp_path)
-    code = "from fromage.models.frozen import TOY; from fromage.training.configs import find_config; print(find_config('cc3m.yaml'), TOY.is_dir())"
+    code = (
+        "from fromage.models.frozen import TOY; from fromage.training.configs import find_config; "
+        "print(find_config('cc3m.yaml'), TOY.is_dir())"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env={"PYTHONPATH": str(tmp_path), "PATH": ""},
                           capture_output=True, text=True, check=True)  # fmt: skip
     found, towers = done.stdout.split()
