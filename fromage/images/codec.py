@@ -10,6 +10,7 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from fromage.errors import BrokenSample
 
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")  # no other decoder of Pillow sees a file: some start programs or never end
 SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp", "gif")
 MAX_PIXELS = 89_478_485  # Pillow's own line between a large image and a decompression bomb
 STRANGERS_PIXELS = 25_000_000  # of what the web or a visitor sends: one takes up to 16 bytes a pixel to decode
@@ -31,9 +32,9 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
 def opened(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """The image that a file's bytes hold, its header read. Raises BrokenSample where there is none, or too large a one."""
     try:
-        image = Image.open(io.BytesIO(data))
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError:
-        raise BrokenSample("undecodable image: no known format") from None
+        raise BrokenSample("undecodable image: not JPEG, PNG, WebP, BMP or GIF") from None
     except Image.DecompressionBombError:  # Pillow's limit, which lies above ours
         raise BrokenSample(f"undecodable image: too large, of more than {max_pixels:,} pixels") from None
     except Exception as error:  # on broken bytes Pillow raises nearly anything

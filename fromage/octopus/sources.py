@@ -24,6 +24,7 @@ from fromage.checkpoints.safe_pickle import load_plain
 from fromage.checks import check_whole
 from fromage.data.annotations import malformed, read_annotations
 from fromage.errors import UserError, first_line
+from fromage.images.codec import FORMATS
 from fromage.octopus.boxes import SPELLED, clipped, read_spelled, reading_order, share
 from fromage.octopus.examples import Box, Example
 
@@ -319,7 +320,7 @@ class Instructions(Listed):
         if not self.padded:
             return clipped(left, top, right, bottom)
         try:
-            with Image.open(image) as opened:  # the size alone, nothing is decoded
+            with Image.open(image, formats=FORMATS) as opened:  # the size alone, nothing is decoded
                 width, height = opened.size
         except OSError:  # missing or broken, which is counted with the images
             return clipped(left, top, right, bottom)

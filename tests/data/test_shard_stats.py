@@ -55,7 +55,7 @@ def test_every_kind_of_trouble_is_counted_and_named(mixed):
     assert found["shards"] == 3
     assert found["usable"] == 5 + kept
     assert found["samples"] == found["usable"] + found["broken"]
-    assert found["causes"]["undecodable image"]["first"] == [f"{mixed}/a.tar#junk (no known format)"]
+    assert found["causes"]["undecodable image"]["first"] == [f"{mixed}/a.tar#junk (not JPEG, PNG, WebP, BMP or GIF)"]
     assert found["causes"]["unreadable or truncated"]["first"][0].startswith(f"{mixed}/c.tar (after")
     assert found["smallest_image"]["size"] == [4, 4]
     assert found["largest_image"] == {"name": f"{mixed}/b.tar#wide", "size": [60, 10]}
