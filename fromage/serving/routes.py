@@ -96,6 +96,7 @@ async def search(body: SearchRequest, request: Request) -> SearchReply:
     return await _attended(request, desk.search(body), desk.capacity.timeout)
 
 
+@router.get("/pictures/{name}", include_in_schema=False)  # its path before version 0.2
 @router.get(
     "/images/{name}",
     response_class=Response,

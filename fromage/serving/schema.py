@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, model_validator
 
 from fromage.generation.decoding import Decoding
 
@@ -18,7 +18,10 @@ PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGP4z8AAAAMBAQD
 Words = Annotated[str, Field(max_length=CHARACTERS)]
 Images = Annotated[
     bool,
-    Field(description="Send the images found, not only their ids; of those that have gone the next best takes the place."),
+    Field(
+        description="Send the images found, not only their ids; of those that have gone the next best takes the place.",
+        validation_alias=AliasChoices("images", "pictures"),  # its name before version 0.2
+    ),
 ]
 ImageId = Annotated[str, Field(pattern="^[0-9a-f]{16}$", description="Names an image of the index.")]
 
@@ -66,7 +69,7 @@ class FoundImage(BaseModel):
 class Found(Strict):
     """What stands in an answer in the place of a [RET]."""
 
-    type: Literal["images"] = "images"
+    type: Literal["images", "pictures"] = "images"  # pictures: before version 0.2
     hits: Annotated[list[FoundImage], Field(max_length=IMAGES)]
 
 

@@ -61,6 +61,13 @@ def test_images_come_when_asked_for_and_no_path_ever(client, folder):
     assert client.post("/search", json={"query": "x"}).json()["hits"][0]["image"] is None
 
 
+def test_names_of_before_version_0_2_are_understood(client):
+    best = client.post("/search", json={"query": "x", "pictures": True}).json()["hits"][0]
+    assert best["image"] and client.get(f"/pictures/{best['id']}").content == client.get(f"/images/{best['id']}").content
+    sent_back = {"type": "pictures", "hits": [{"id": best["id"]}]}
+    assert client.post("/search", json={"query": [sent_back]}).json()["hits"][0]["id"] == best["id"]
+
+
 @pytest.mark.parametrize("name", ["0" * 16, "0", "..%2F..%2Fetc%2Fpasswd", "../healthz", "%00", "red.png", "F" * 16])
 def test_only_images_of_the_index_are_served(client, name):
     assert client.get(f"/images/{name}").status_code in (404, 422) or name == "../healthz"
