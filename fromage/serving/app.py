@@ -28,11 +28,14 @@ try:
     from fastapi.exceptions import RequestValidationError
 
     from fromage.serving.body_limit import BodyLimit
+    from fromage.serving.connections import limited
+    from fromage.serving.hosts import HostGuard
     from fromage.serving.request_handler import RequestHandler
     from fromage.serving.routes import STATUS, router, status_of
 except ImportError as error:
     raise UserError(f"the server needs {error.name}: pip install 'fromage[serve]'") from error
 
+FAULTS = 8  # of a malformed request that are reported
 CONNECTIONS = 512  # at a time, idle ones included: a process may have about a thousand files open
 
 
@@ -50,7 +53,12 @@ def serve(
         raise UserError(f"{host}, port {port}: cannot listen there ({first_line(error)}); give another --port") from error
     listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # else each reply waits 40 ms for an acknowledgement
     app = create_app(model, index, style, capacity)
-    config = uvicorn.Config(app, timeout_graceful_shutdown=int(capacity.timeout) + 1, limit_concurrency=CONNECTIONS)
+    config = uvicorn.Config(
+        HostGuard(app, host),
+        http=limited(capacity.timeout),
+        timeout_graceful_shutdown=int(capacity.timeout) + 1,
+        limit_concurrency=CONNECTIONS,
+    )
     shown = f"[{host}]" if ":" in host else host
     print(f"http://{shown}:{listening.getsockname()[1]}  (what it can do: /docs)", flush=True)
     with suppress(KeyboardInterrupt):
@@ -87,7 +95,7 @@ def create_app(
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         desk.open()
         yield
-        desk.batcher.close()
+        desk.close()
         await asyncio.to_thread(desk.batcher.join)
 
     app = FastAPI(title="FROMAGe", description="Text and images in, text and images out.", lifespan=lifespan)
@@ -106,8 +114,9 @@ async def _refused(request: Request, error: Exception) -> Response:
 
 
 async def _malformed(request: Request, error: Any) -> Response:
-    """Without the input itself, which may be large, and no JSON."""
-    return _json({"detail": [{key: fault[key] for key in ("loc", "msg", "type")} for fault in error.errors()]}, 422)
+    """The first faults, without the input itself, which may be large, and no JSON."""
+    faults = [{key: fault[key] for key in ("loc", "msg", "type")} for fault in error.errors()[:FAULTS]]
+    return _json({"detail": faults}, 422)
 
 
 def _json(content: Any, status: int, headers: dict[str, str] | None = None) -> Response:

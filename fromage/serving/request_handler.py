@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import base64
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import chain, zip_longest
 from typing import Any, TypeVar
 
-from anyio import CapacityLimiter, to_thread
 from PIL import Image
 
 from fromage.errors import BrokenSample, UserError
@@ -57,7 +57,13 @@ class RequestHandler:
     def open(self) -> None:
         """Start the thread that owns the model."""
         self.batcher = Batcher(self.capacity)
-        self._threads = {kind: CapacityLimiter(count) for kind, count in THREADS.items()}
+        self._threads = {kind: ThreadPoolExecutor(count, kind) for kind, count in THREADS.items()}
+
+    def close(self) -> None:
+        """Refuse what waits and what comes."""
+        self.batcher.close()
+        for pool in self._threads.values():
+            pool.shutdown(wait=False, cancel_futures=True)
 
     async def chat(self, request: ChatRequest) -> ChatReply:
         """The answer to a conversation."""
@@ -118,8 +124,11 @@ class RequestHandler:
             shown.hits, shown.images = [hit for hit, _ in opened], [image for _, image in opened]
 
     async def _in_thread(self, kind: str, work: Callable[..., T], *args: Any) -> T:
-        """Do what takes long without the model, beside the requests that come meanwhile. kind: of THREADS."""
-        return await to_thread.run_sync(partial(work, *args), limiter=self._threads[kind])
+        """Do what takes long without the model, beside the requests that come meanwhile. kind: of THREADS.
+
+        Work that has begun keeps its thread to its end, also when its client has gone.
+        """
+        return await asyncio.get_running_loop().run_in_executor(self._threads[kind], partial(work, *args))
 
     async def _asked(self, request: ChatRequest) -> Asked:
         self.batcher.admit()

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from fromage.generation.decoding import Decoding
 
@@ -30,6 +31,14 @@ class Strict(BaseModel):
     """A request, or part of one: fields it does not know are refused, and so is a 5 in quotes."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _only_known_fields(cls, value: Any) -> Any:
+        """One fault for all unknown fields: pydantic makes one for each, of which a request may hold a million."""
+        if isinstance(value, dict) and (unknown := value.keys() - cls.model_fields.keys() - {"pictures"}):
+            raise PydanticCustomError("extra_forbidden", "unknown field {name}", {"name": repr(next(iter(unknown)))[:60]})
+        return value
 
 
 class Text(Strict):

@@ -10,7 +10,6 @@ import hypothesis
 import pytest
 import schemathesis
 import torch
-from anyio import CapacityLimiter
 from fastapi.testclient import TestClient
 from PIL import Image
 from schemathesis.checks import load_all_checks
@@ -100,7 +99,7 @@ def test_full_size_images_do_not_pile_up(app, client, monkeypatch):
     monkeypatch.setattr(app.state.desk.ids, "open", opening)
     monkeypatch.setattr("fromage.retrieval.results.open_image", opening)
     monkeypatch.setattr("fromage.retrieval.results.POOL", ThreadPoolExecutor(1))
-    monkeypatch.setitem(app.state.desk._threads, "found", CapacityLimiter(1))
+    monkeypatch.setitem(app.state.desk._threads, "found", ThreadPoolExecutor(1))
     hits = client.post("/search", json={"query": "a", "k": 6, "images": True}).json()["hits"]
     shown = {"type": "images", "hits": [{"id": hit["id"]} for hit in hits]}
     assert captions(client.post("/search", json={"query": [shown]}))

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from fromage.errors import UserError
 from fromage.models.fromage import Fromage
+from fromage.serving.hosts import HostGuard
 
 try:
     import gradio as gr
@@ -110,7 +111,7 @@ def _serve(blocks: gr.Blocks, host: str, port: int) -> str:
             mcp_server=False,
             theme=THEME,
             css=CSS,
-            app_kwargs={"middleware": [Middleware(Guard)], "openapi_url": None},
+            app_kwargs={"middleware": [Middleware(HostGuard, host=host), Middleware(Guard)], "openapi_url": None},
         )
     except (OSError, OverflowError) as error:
         raise UserError(

@@ -1,0 +1,55 @@
+"""Which names a server answers to: a web page elsewhere must not talk to it through a visitor's browser.
+
+A browser sends the name it looked up as Host, and the page's own origin as Origin. A page can have its name resolve to this
+machine (DNS rebinding), but it cannot make a browser send an IP address or localhost in its place.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import socket
+from typing import Any
+from urllib.parse import urlsplit
+
+VARIABLE = "FROMAGE_ALLOWED_HOSTS"  # further names, with commas between, such as those of a reverse proxy
+
+
+class HostGuard:
+    """ASGI middleware: 403 where Host or Origin is a name that is neither local nor allowed. IP addresses always pass."""
+
+    def __init__(self, app: Any, host: str) -> None:
+        """host: the name or address that the server listens at; it is allowed."""
+        self.app = app
+        named = os.environ.get(VARIABLE, "").split(",")
+        self.allowed = {name.strip().lower() for name in (host, socket.gethostname(), "localhost", *named)} - {""}
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Pass a request on, or refuse it."""
+        if scope["type"] in ("http", "websocket"):
+            headers = dict(scope["headers"])
+            hosts = [f"//{headers.get(b'host', b'').decode('latin-1')}"]
+            hosts += [headers[b"origin"].decode("latin-1")] if b"origin" in headers else []
+            if not all(self._known(host) for host in hosts):
+                return await self._refuse(scope, send)
+        return await self.app(scope, receive, send)
+
+    def _known(self, address: str) -> bool:
+        try:
+            name = (urlsplit(address).hostname or "").rstrip(".")
+        except ValueError:
+            return False
+        if name in self.allowed or name.endswith(".localhost"):
+            return True
+        try:
+            return bool(ipaddress.ip_address(name))
+        except ValueError:
+            return False
+
+    async def _refuse(self, scope: Any, send: Any) -> None:
+        if scope["type"] == "websocket":
+            return await send({"type": "websocket.close", "code": 1008})
+        body = f'{{"detail": "this name is not allowed; name it in {VARIABLE}"}}'.encode()
+        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+        await send({"type": "http.response.start", "status": 403, "headers": headers})
+        return await send({"type": "http.response.body", "body": body})

@@ -1,0 +1,151 @@
+"""What one client cannot do to the others: hold connections, threads or the event loop, or speak through a browser."""
+
+import asyncio
+import socket
+import threading
+import time
+from contextlib import contextmanager
+
+import pytest
+import uvicorn
+from fastapi.testclient import TestClient
+from served import sent
+
+from fromage.serving.connections import limited
+from fromage.serving.hosts import VARIABLE, HostGuard
+
+
+async def answer(scope, receive, send):
+    """An application that answers 'here'."""
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"4")]})
+    await send({"type": "http.response.body", "body": b"here"})
+
+
+@contextmanager
+def listening(app, **how):
+    """The application on a port of this machine."""
+    server = uvicorn.Server(uvicorn.Config(app, log_level="critical", lifespan="off", http=limited(**how)))
+    socket_ = socket.create_server(("127.0.0.1", 0))
+    thread = threading.Thread(target=server.run, args=([socket_],), daemon=True)
+    thread.start()
+    try:
+        yield socket_.getsockname()
+    finally:
+        server.should_exit = server.force_exit = True
+        thread.join(10)
+
+
+def said(connection, seconds=5.0):
+    """What comes until the server closes; None if it does not within so many seconds."""
+    connection.settimeout(seconds)
+    got = b""
+    try:
+        while data := connection.recv(4096):
+            got += data
+    except TimeoutError:
+        return None
+    except ConnectionError:
+        pass
+    return got
+
+
+def test_a_head_that_does_not_end_is_cut_off_and_a_whole_one_is_answered():
+    with listening(answer, seconds=0.3) as address:
+        half, silent = socket.create_connection(address), socket.create_connection(address)
+        half.sendall(b"GET / HTTP/1.1\r\nX: ")
+        whole = socket.create_connection(address)
+        whole.sendall(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
+        time.sleep(0.1)
+        assert b"here" in whole.recv(4096)
+        whole.sendall(b"GET / HTTP/1.1\r\n")  # the next head on the same connection
+        assert [said(each) for each in (half, silent, whole)] == [b"", b"", b""]
+
+
+def test_a_client_that_does_not_read_is_cut_off():
+    async def flood(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200})
+        task = asyncio.create_task(receive())
+        while not task.done() or (task.result()["type"] == "http.request" and (task := asyncio.create_task(receive()))):
+            await send({"type": "http.response.body", "body": b"x" * (1 << 20), "more_body": True})
+            await asyncio.sleep(0)
+        flooded.set()
+
+    flooded = threading.Event()
+    with listening(flood, seconds=0.3) as address:
+        client = socket.create_connection(address)
+        client.sendall(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
+        assert flooded.wait(10), "the answer is still being written"
+
+
+def test_one_address_has_so_many_connections_and_gets_them_back():
+    with listening(answer, seconds=30, per_address=3) as address:
+        held = [socket.create_connection(address) for _ in range(3)]
+        time.sleep(0.1)
+        assert said(socket.create_connection(address)) == b""
+        held.pop().close()
+        time.sleep(0.1)
+        free = socket.create_connection(address)
+        free.sendall(b"GET / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
+        assert b"here" in said(free)
+
+
+def test_any_number_of_unknown_fields_is_one_fault(client):
+    body = {"query": "a"} | {f"{i:x}": 1 for i in range(50_000)}
+    faults = client.post("/search", json=body).json()["detail"]
+    assert len(faults) == 1 and faults[0]["type"] == "extra_forbidden"
+    many = {"query": [{"type": "text", "text": 1}] * 64}
+    assert len(client.post("/search", json=many).json()["detail"]) == 8
+
+
+def test_work_keeps_its_thread_when_its_client_has_gone(app, client, folder, monkeypatch):
+    """Four threads open what is sent, however many clients hang up meanwhile."""
+    running, most, go = [], [0], threading.Event()
+
+    def slow(*_):
+        running.append(1)
+        most[0] = max(most[0], len(running))
+        go.wait(5)
+        running.pop()
+        raise ValueError
+
+    monkeypatch.setattr("fromage.serving.request_handler.decode_image", slow)
+    handler = app.state.desk
+
+    async def hang_up():
+        from fromage.serving.schema import SearchRequest
+
+        request = SearchRequest.model_validate({"query": [sent(folder / "red.png")]})
+        for _ in range(12):
+            task = asyncio.create_task(handler.search(request))
+            await asyncio.sleep(0.02)
+            task.cancel()
+        await asyncio.sleep(0.1)
+
+    client.portal.call(hang_up)
+    go.set()
+    assert most[0] == 4
+
+
+@pytest.mark.parametrize(
+    ("host", "origin", "passes"),
+    [
+        ("localhost:8000", None, True),
+        ("127.0.0.1:8000", "http://127.0.0.1:8000", True),
+        ("[::1]:8000", None, True),
+        ("192.168.0.7", None, True),
+        ("gallery.example", None, True),  # the name it listens at
+        ("proxy.example", "https://proxy.example", True),  # named by the user
+        ("evil.example", None, False),
+        ("localhost", "http://evil.example", False),
+        ("localhost", "null", False),
+        ("localhost.evil.example", None, False),
+        ("[::1", None, False),
+        ("", None, False),
+    ],
+)
+def test_other_names_are_refused(host, origin, passes, monkeypatch):
+    monkeypatch.setenv(VARIABLE, "proxy.example, other.example")
+    headers = {"host": host} | ({"origin": origin} if origin else {})
+    reply = TestClient(HostGuard(answer, "gallery.example")).post("/", headers=headers)
+    assert reply.status_code == (200 if passes else 403), reply.text
+    assert passes or VARIABLE in reply.json()["detail"]
