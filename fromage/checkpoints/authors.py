@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fromage.checkpoints.format import Saved, differences, dtype_name
+from fromage.checkpoints.format import Saved, differences, dtype_name, parameter_shapes
 from fromage.checkpoints.safe_pickle import read_pickle
 from fromage.data.tokenizer import IMAGE, RET
 from fromage.errors import UserError, first_line
@@ -107,22 +107,13 @@ def _read_tensors(file: Path, k: int, q: int) -> dict[str, Tensor]:
         state[row] = state[row].unsqueeze(0)  # (d) -> (1, d)
     if scale in state and state[scale].shape == (1,):
         state[scale] = state[scale].squeeze(0)  # (1) -> ()
-    if differs := differences(state, _shapes(state, k, q)):
+    ours = {name: state[theirs] for name, theirs in THEIRS.items() if theirs in state}
+    want = {THEIRS[name]: shape for name, shape in parameter_shapes(ours, k, q).items()}
+    if differs := differences(state, want):
         raise UserError(f"{file}: not of the layout that {ARGS} describes ({differs})")
     if odd := {str(v.dtype) for v in state.values()} - {"torch.float32", "torch.bfloat16", "torch.float16"}:
         raise UserError(f"{file}: holds {', '.join(sorted(odd))}; save it in float32, bfloat16 or float16")
     return {ours: state[theirs].contiguous() for ours, theirs in THEIRS.items()}
-
-
-def _shapes(state: dict[str, Tensor], k: int, q: int) -> dict[str, tuple[int, ...]]:
-    """The shapes of all tensors under the authors' names; d and m are those of the [RET] row and of W_i."""
-    d, m = (
-        state[name].shape[-1:].numel() if name in state else 0 for name in (THEIRS["ret.input"], THEIRS["image_head.weight"])
-    )
-    shapes: dict[str, tuple[int, ...]] = {"ret.input": (1, d), "logit_scale": ()}
-    for name, (rows, width) in {"visual_prefix": (d * k, m), "text_head": (q, d), "image_head": (q, m)}.items():
-        shapes |= {f"{name}.weight": (rows, width), f"{name}.bias": (rows,)}
-    return {THEIRS[name]: shape for name, shape in shapes.items()}
 
 
 def write_authors(saved: Saved, folder: str | Path, visual_encoder: str | None = None) -> None:

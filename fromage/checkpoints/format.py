@@ -142,6 +142,18 @@ def dtype_name(name: str) -> str:
     return name
 
 
+def parameter_shapes(tensors: Mapping[str, Tensor], k: int, q: int) -> dict[str, tuple[int, ...]]:
+    """The shapes of a model's parameters by name: W_c (d k, m), W_t (q, d), W_i (q, m), e_RET (1, d), logit_scale ().
+
+    d and m are read off the tensors of e_RET and W_i; 0 where these are missing.
+    """
+    d, m = (tensors[name].shape[-1:].numel() if name in tensors else 0 for name in ("ret.input", "image_head.weight"))
+    shapes: dict[str, tuple[int, ...]] = {"ret.input": (1, d), "logit_scale": ()}
+    for name, (rows, width) in {"visual_prefix": (d * k, m), "text_head": (q, d), "image_head": (q, m)}.items():
+        shapes |= {f"{name}.weight": (rows, width), f"{name}.bias": (rows,)}
+    return shapes
+
+
 def differences(tensors: Mapping[str, Tensor], want: Mapping[str, tuple[int, ...]]) -> str:
     """How names and shapes differ from those wanted, in words: the first three; '' if they do not."""
     have = {name: tuple(value.shape) for name, value in tensors.items()}

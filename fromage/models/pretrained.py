@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from fromage.checkpoints.format import DTYPES, Saved, differences, dtype_name
+from fromage.checkpoints.format import DTYPES, Saved, differences, dtype_name, parameter_shapes
 from fromage.checkpoints.lightning import PREFIX
 from fromage.errors import UserError
 from fromage.models.frozen import check_device
@@ -28,6 +28,7 @@ def build(cls: type[Fromage], saved: Saved, device: str = "cpu", **options: Any)
     elsewhere = {"vision_weights": None} if "vision" in options else {}
     check_device(device)
     settings = _arguments(cls, saved.settings) | elsewhere | options
+    check_sizes(saved.tensors, settings.get("k"), settings.get("q"), saved.source)
     model = cls.load(**(settings | {"dtype": dtype_name(dtype)}))
     check_trained(saved.tensors, model, saved.source)
     ids = {name: saved.added_tokens.get(name, own) for name, own in _added_tokens(model).items()}
@@ -39,6 +40,18 @@ def build(cls: type[Fromage], saved: Saved, device: str = "cpu", **options: Any)
     if saved.fingerprint and not options and model.fingerprint() != saved.fingerprint:
         warnings.warn(f"{saved.source}: its image tower is not the one it was saved with; indexes differ too", stacklevel=3)
     return model.to(device).eval()
+
+
+def check_sizes(tensors: Mapping[str, Tensor], k: Any, q: Any, source: str) -> None:
+    """Raise UserError unless saved parameters are finite numbers of the k and q on record: nothing is built before that."""
+    for name, value in tensors.items():
+        if not value.is_floating_point() or not value.isfinite().all():
+            raise UserError(f"{source}: {name} holds no finite numbers ({value.dtype}); fetch it again, or train anew")
+    if not (type(k) is type(q) is int and min(k, q) > 0):
+        raise UserError(f"{source}: k {k!r} and q {q!r} are not both numbers from 1; give those it was trained with")
+    want = parameter_shapes(tensors, k, q)
+    if differs := differences({name: value for name, value in tensors.items() if name in want}, want):
+        raise UserError(f"{source}: of another architecture ({differs}); give the lm, vision, k and q it was trained with")
 
 
 def _added_tokens(model: Fromage) -> dict[str, int]:

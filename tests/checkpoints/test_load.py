@@ -3,6 +3,7 @@
 import json
 import random
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import huggingface_hub
@@ -18,6 +19,7 @@ from fromage.cli.main import main
 from fromage.errors import UserError
 from fromage.models.fromage import Fromage, load_model
 from fromage.models.frozen import TOY
+from fromage.models.pretrained import build, describe
 
 TEXTS = ["a red star on the left.", "a ring"]
 
@@ -268,3 +270,24 @@ def test_a_damaged_pickle_is_refused_or_whole(seed, model, tmp_path):
         assert "last.ckpt" in str(error)
     else:
         assert all(torch.equal(state[name], value) for name, value in whole.items())
+
+
+@pytest.mark.parametrize(("key", "value"), [("k", 4000), ("k", 10**9), ("k", -1), ("q", 10**9), ("k", "1"), ("q", None)])
+def test_what_a_file_claims_is_compared_with_its_tensors_before_it_is_built(saved_model, key, value, monkeypatch):
+    monkeypatch.setattr("fromage.models.fromage.load_vision", lambda *_: pytest.fail("built"))
+    wrong = replace(saved_model, settings=saved_model.settings | {key: value})
+    with pytest.raises(UserError, match=r"of another architecture|are not both numbers"):
+        build(Fromage, wrong)
+
+
+@pytest.mark.parametrize(
+    "spoil", [lambda v: v * float("nan"), lambda v: v.to(torch.int8), lambda v: v.bool(), lambda v: v.cfloat()]
+)
+def test_weights_are_finite_floating_point_numbers(saved_model, spoil):
+    with pytest.raises(UserError, match="holds no finite numbers"):
+        build(Fromage, replace(saved_model, tensors={name: spoil(v) for name, v in saved_model.tensors.items()}))
+
+
+@pytest.fixture(scope="module")
+def saved_model():
+    return describe(Fromage.load(q=8))
