@@ -1,10 +1,11 @@
 # make demo    train on the toy world, evaluate, index, search: runs/demo
 # make test    every test
-# Both set up .venv on first use, from setup.cfg and constraints.txt.
+# make docs    the documentation as a site: site/
+# Each sets up .venv on first use, from setup.cfg and constraints.txt.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint types clean
+.PHONY: demo test lint types docs clean
 demo: .venv/ready
 	$(BIN)/fromage toy demo --out runs/demo
 
@@ -17,6 +18,9 @@ lint: .venv/ready
 types: .venv/ready
 	$(BIN)/mypy
 
+docs: .venv/ready
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 .venv/ready: setup.cfg constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; name it: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
 	$(PYTHON) -m venv .venv
@@ -24,4 +28,4 @@ types: .venv/ready
 	@touch $@
 
 clean:
-	rm -rf .venv build dist *.egg-info runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist site *.egg-info runs .pytest_cache .mypy_cache .ruff_cache .hypothesis

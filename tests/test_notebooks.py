@@ -20,7 +20,7 @@ NAMES = [path.stem for path in NOTEBOOKS]
 @pytest.fixture(scope="module")
 def tour(tmp_path_factory):
     """The tour of `make demo` through a smaller world, with three steps of training."""
-    from fromage.apps import toy_demo as tours
+    from fromage.apps import toy_demo
     from fromage.toy.world import make_world
 
     small = partial(make_world, stories=20, dialogues=20, refs=1, progress=False)
@@ -29,8 +29,9 @@ def tour(tmp_path_factory):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # beside other work, many threads wait for each other in so small a model
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tours, "make_world", small)
-        tours.demo(out, pairs=100, scenes=30, options=[*few, "--data.batch_size=32", "--trainer.enable_progress_bar=false"])
+        patch.setattr(toy_demo, "make_world", small)
+        options = [*few, "--data.batch_size=32", "--trainer.enable_progress_bar=false"]
+        toy_demo.demo(out, pairs=100, scenes=30, options=options)
     torch.set_num_threads(threads)
     return out
 
@@ -38,13 +39,13 @@ def tour(tmp_path_factory):
 @pytest.fixture(scope="module")
 def octopus(world, tmp_path_factory):
     """The toy Octopus and its counterpart after two steps, on the small world."""
-    from fromage.apps import octopus_demo as octopus_tour
+    from fromage.apps import octopus_demo
 
     out = tmp_path_factory.mktemp("octopus")
     (out / "world").symlink_to(world)
     few = ["--model.init=null", "--trainer.max_steps=2", "--trainer.limit_val_batches=0", "--data.batch_size=4"]
-    for name, configs in (("stage3", octopus_tour.STAGES[2:]), ("sequential", octopus_tour.SEQUENTIAL)):
-        octopus_tour.train_once(out, name, configs, [*few, "--trainer.enable_progress_bar=false"])
+    for name, configs in (("stage3", octopus_demo.STAGES[2:]), ("sequential", octopus_demo.SEQUENTIAL)):
+        octopus_demo.train_once(out, name, configs, [*few, "--trainer.enable_progress_bar=false"])
     return out
 
 

@@ -110,7 +110,8 @@ def build_index(
 
     Args:
         checkpoint: where the model was loaded from, so that open_index finds it.
-        kind, milvus: as for write_index. The others are those of embed_images.
+        kind: as for write_index.
+        milvus: as for write_index. The others are those of embed_images.
     """
     check_replaceable(out)  # before the hours of embedding
     if milvus:
