@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ from fromage.checks import check_whole
 from fromage.generation.decoding import GREEDY, Decoding, Draft, write
 from fromage.generation.retrieved import Resolve, RetrievedImages, Shown
 from fromage.models.fromage import Fromage
-from fromage.models.prompts import START, ImageInput, Prompt, embed_prompts, encode_images
+from fromage.models.prompts import START, ImageInput, Prompt, Url, embed_prompts, encode_images
 
 if TYPE_CHECKING:
     from fromage.retrieval.faiss_index import ImageIndex
@@ -127,13 +128,18 @@ def stream(
     return read()
 
 
-def caption(model: Fromage, images: ImageInput | Sequence[ImageInput], max_new_tokens: int = 32) -> list[str]:
-    """Greedy captions of images: opened ones, paths, addresses (Url) or features (m,). One image is a list of one.
+def caption(model: Fromage, images: str | ImageInput | Sequence[str | ImageInput], max_new_tokens: int = 32) -> list[str]:
+    """Greedy captions of images: opened ones, paths, addresses or features (m,). One image is a list of one.
 
     max_new_tokens: length of a caption at most, in tokens. Raises UserError for an image that cannot be opened.
     """
-    listed = [images] if isinstance(images, ImageInput) else list(images)
-    return caption_images(model, encode_images(model, listed), max_new_tokens) if listed else []
+    listed = [images] if isinstance(images, (str, ImageInput)) else list(images)
+    named = [_located(image) if isinstance(image, str) else image for image in listed]
+    return caption_images(model, encode_images(model, named), max_new_tokens) if named else []
+
+
+def _located(name: str) -> Path | Url:
+    return Url(name) if name.startswith(("http://", "https://")) else Path(name)
 
 
 def caption_images(model: Fromage, features: Tensor, max_new_tokens: int = 32, batch_size: int = 128) -> list[str]:

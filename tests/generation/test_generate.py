@@ -11,7 +11,7 @@ from PIL import Image
 
 from fromage.data.image_source import Item
 from fromage.errors import UserError
-from fromage.generation.generate import Answer, Decoding, Shown, caption_images, generate, stream
+from fromage.generation.generate import Answer, Decoding, Shown, caption, caption_images, generate, stream
 from fromage.models.prompts import START, encode_images
 from fromage.retrieval.faiss_index import ImageIndex
 from fromage.retrieval.results import load_images
@@ -180,3 +180,13 @@ def test_the_benchmark_runs_and_its_two_sides_agree(tmp_path, monkeypatch):
     report = json.loads((tmp_path / "out.json").read_text())
     assert report["speedup_kv_cache"] > 0 and report["speedup_scoring"] > 0 and len(report["seconds"]) == 4
     assert report["same_tokens"] and report["max_score_error"] < 1e-3
+
+
+def test_captions_of_images_however_they_are_named(toy_model, images):
+    path = images[0]
+    want = caption_images(toy_model, encode_images(toy_model, [path]))
+    for one in (path, str(path), Image.open(path), encode_images(toy_model, [path])[0]):
+        assert caption(toy_model, one) == want
+    assert caption(toy_model, [path, str(path)]) == want * 2 and caption(toy_model, []) == []
+    with pytest.raises(UserError, match=r"gone\.png"):
+        caption(toy_model, "gone.png")
