@@ -41,7 +41,7 @@ from fromage.models.vision.registry import load_patches
 from fromage.octopus.answers import Grounded, answer_ids
 from fromage.octopus.decoding import ground
 from fromage.octopus.examples import Example
-from fromage.octopus.model import QUERY, Octopus, index_tokens
+from fromage.octopus.model import QUERY, Octopus, index_token_names
 from fromage.octopus.module import load_octopus
 from fromage.octopus.sources import RefCOCO
 from fromage.retrieval.encode import Options
@@ -65,7 +65,7 @@ def build(preset: dict[str, Any], n: int, device: str) -> Octopus:
         config: Any = OPTConfig(word_embed_proj_dim=preset["width"], ffn_dim=4 * preset["width"], **OPT, **sizes)
     else:
         config = LlamaConfig(intermediate_size=11008, **sizes)
-    tokenizer = PromptTokenizer(str(TOY / "opt"), index_tokens(n), (IMAGE, QUERY))
+    tokenizer = PromptTokenizer(str(TOY / "opt"), index_token_names(n), (IMAGE, QUERY))
     with torch.device(device):
         hf = AutoModelForCausalLM.from_config(config, dtype=DTYPES[preset["dtype"]])
     tower = load_patches(preset["vision"], dtype=preset["dtype"], random_weights=True)
@@ -75,7 +75,7 @@ def build(preset: dict[str, Any], n: int, device: str) -> Octopus:
 def forced(model: Octopus, count: int) -> list[int]:
     """The tokens of an answer of so many boxes, </s> behind."""
     boxes = tuple((i / 100, 0.2, 0.5 + i / 100, 0.9) for i in range(count))
-    return answer_ids(Example("", "", ASKED, tuple(range(count)), boxes), model.tokenizer, model.n)
+    return answer_ids(Example("", "", ASKED, tuple(range(count)), boxes), model.tokenizer, model.num_queries)
 
 
 @contextmanager
@@ -117,7 +117,7 @@ def measure(models: dict[str, Octopus], image: Image.Image, rounds: int) -> dict
     report: dict[str, Any] = {
         "device": torch.cuda.get_device_name() if gpu else f"cpu, {torch.get_num_threads()} threads",
         "patches": octopus.vision.shape[0],
-        "queries": octopus.n,
+        "queries": octopus.num_queries,
     }
     for given in GIVEN:
         for count in BOXES:
@@ -147,7 +147,7 @@ def trained(args: argparse.Namespace) -> dict[str, Any]:
     data = RefCOCO(*files, split="val", limit=args.limit)
     image = open_image(data.examples[0].image)
     models = {who: load_octopus(getattr(args, who), args.device) for who in ("octopus", "sequential")}
-    if models["octopus"].n < max(BOXES) or models["sequential"].n:
+    if models["octopus"].num_queries < max(BOXES) or models["sequential"].num_queries:
         raise UserError(f"--octopus wants a model of at least {max(BOXES)} object queries, --sequential one of none")
     report = measure(models, image, args.rounds)
     for who, model in models.items():

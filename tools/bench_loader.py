@@ -35,7 +35,7 @@ from fromage.data.datamodule import CC3M
 from fromage.data.shards import write_shards
 from fromage.data.tokenizer import PromptTokenizer
 from fromage.images.codec import decode_image, is_image
-from fromage.images.transforms import Decoding, halves
+from fromage.images.transforms import JpegDecoding, halves
 from fromage.models.language_model import load_tokenizer
 
 STEP, PAIRS = 0.2, 180  # seconds and pairs of a step that the loader is to keep up with
@@ -57,7 +57,7 @@ def make_shards(photographs: list[bytes], out: Path) -> None:
     write_shards(((f"{i:08d}", data, " ".join(rng.choices(WORDS, k=10)), {}) for i, data in enumerate(photographs)), out)
 
 
-def ours(shards: Path, transform: Any, tokenizer: PromptTokenizer, decoding: Decoding, batch: int) -> Callable[[], Any]:
+def ours(shards: Path, transform: Any, tokenizer: PromptTokenizer, decoding: JpegDecoding, batch: int) -> Callable[[], Any]:
     """Training batches from shards, as `lightning fit` reads them."""
     data = CC3M(str(shards), batch_size=batch, workers=0, shuffle=100, decoding=decoding)
     data.attach(halves(transform)[0], tokenizer)

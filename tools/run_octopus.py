@@ -28,10 +28,10 @@ from fromage.retrieval.encode import Options
 SHORT = ["--model.stage=3", "--model.lr=1e-3", "--trainer.max_steps=400", "--trainer.val_check_interval=400"]
 ABLATIONS = {
     "base": [],
-    "n4": ["--model.n=4"],
-    "n16": ["--model.n=16"],
-    "bottom": ["--model.after=1"],
-    "top": ["--model.after=3"],
+    "n4": ["--model.num_queries=4"],
+    "n16": ["--model.num_queries=16"],
+    "bottom": ["--model.split_layer=1"],
+    "top": ["--model.split_layer=3"],
     "no_relay": ["--model.relay=false"],
 }
 MAIN = ("octopus", "sequential")

@@ -1,4 +1,4 @@
-"""A conversation in a notebook: a line to write in, images to send, and what was said and shown above them."""
+"""A conversation in a notebook: an input line and an upload button below the turns so far."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from PIL import Image
 
 from fromage.errors import BrokenSample, UserError
 from fromage.generation.chat import Chat
-from fromage.generation.retrieved import Shown
+from fromage.generation.retrieved import RetrievedImages
 from fromage.images.codec import decode_image, small, to_png
 
 try:
@@ -17,15 +17,15 @@ try:
 except ImportError as error:
     raise UserError("the chat widget needs ipywidgets; pip install 'fromage[notebooks]'") from error
 
-SIDE = 160  # pixels an image is wide
+SIDE = 160  # width of an image in pixels
 GREY, RED = "#70747c", "#b3261e"
 
 
 class NotebookChat:
-    """The conversation as a widget; `display(NotebookChat(chat).box)`. What is sent is the images, then the line."""
+    """The conversation as a widget: `display(NotebookChat(chat).box)`. A turn is the images, then the line."""
 
     def __init__(self, chat: Chat) -> None:
-        self.chat, self.marks = chat, list[int]()  # where on the page each turn begins
+        self.chat, self.marks = chat, list[int]()  # number of widgets before each turn
         self.said = widgets.VBox()
         self.line = widgets.Text(placeholder="say something", layout=widgets.Layout(flex="1"))
         self.upload = widgets.FileUpload(accept="image/*", multiple=True, description="Images")
@@ -35,7 +35,7 @@ class NotebookChat:
         self.box = widgets.VBox([self.said, widgets.HBox([self.line, self.upload, self.send, self.undo])])
 
     def _send(self, button: Any) -> None:
-        """One turn; the text of the answer grows as it is decoded. Of a turn that fails only the error is left."""
+        """One turn; the text of the answer grows while it is decoded. A failed turn is replaced by its error."""
         before, self.send.disabled = self.said.children, True
         try:
             sent = [decode_image(bytes(file["content"])) for file in self.upload.value]
@@ -52,24 +52,24 @@ class NotebookChat:
         text, answer = "", _words("")
         self._add(*map(_drawn, sent), _words(line, GREY), answer)
         for piece in self.chat.stream(*sent, *([line] if line else [])):
-            if isinstance(piece, Shown):
+            if isinstance(piece, RetrievedImages):
                 text, answer = "", _words("")
                 self._add(*self._shown(piece), answer)
             else:
                 text += piece
                 answer.value = _words(text).value
 
-    def _shown(self, shown: Shown) -> list[Any]:
-        """What stands for a [RET]: its images, each over its score and caption."""
+    def _shown(self, shown: RetrievedImages) -> list[Any]:
+        """The images of a [RET], each above its score and caption."""
         cells = [
             widgets.VBox([_drawn(image), _words(f"#{hit.rank} {hit.score:.3f} {hit.caption}", GREY)])
             for hit, image in zip(shown.hits, shown.images, strict=False)
         ]
-        notes = [*shown.notes, *([f"[an image; {shown.nothing}]"] if shown.nothing else [])]
+        notes = [*shown.notes, *([f"[an image; {shown.why_empty}]"] if shown.why_empty else [])]
         return [widgets.HBox(cells), *(_words(note, GREY) for note in notes)]
 
     def _undo(self, button: Any) -> None:
-        """Take the last turn back, and off the page."""
+        """Remove the last turn from the conversation and the page."""
         if self.marks:
             self.chat.undo()
             self.said.children = self.said.children[: self.marks.pop()]
@@ -83,4 +83,6 @@ def _words(text: str, colour: str = "inherit") -> Any:
 
 
 def _drawn(image: Image.Image) -> Any:
-    return widgets.Image(value=to_png(small(image, 2 * SIDE)), format="png", width=SIDE)  # sharp on dense screens
+    return widgets.Image(
+        value=to_png(small(image, 2 * SIDE)), format="png", width=SIDE
+    )  # twice the size, for high-resolution screens

@@ -1,9 +1,9 @@
-"""A conversation in the terminal: a line is a turn, images go in by path and come out by path.
+"""A conversation in the terminal: each line is a turn; images are given and shown by path.
 
     > Which of these is a star? @sky.jpg or @"my other image.png"
     > /save page.png
 
-Text appears as it is decoded; Ctrl-C stops an answer. Errors are a line, and the conversation goes on.
+Text appears while it is decoded; Ctrl-C stops an answer. An error is printed as one line, and the conversation continues.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from typing import Any, TextIO
 from fromage.apps.screen import Screen
 from fromage.errors import UserError
 from fromage.generation.chat import Chat, Turn
-from fromage.generation.retrieved import Shown
+from fromage.generation.retrieved import RetrievedImages
 from fromage.images.codec import to_png
 from fromage.io import write_files
 from fromage.models.prompts import Part, Url
 from fromage.retrieval.results import Opened, draw_hits
 
-# An image begins a word; the punctuation behind one without quotes belongs to the text.
+# An image is at the start of a word; punctuation after an unquoted path belongs to the text.
 IMAGE = re.compile(r'(?<![^\s(])@(?:"([^"]+)"|([^\s@]\S*?)(?=[.,;:!?)]*(?:\s|$)))')
 DOUBLED = re.compile(r"(?<![^\s(])@@")
 SETTINGS: dict[str, tuple[str, type[int] | type[float]]] = {
@@ -38,11 +38,11 @@ SETTINGS: dict[str, tuple[str, type[int] | type[float]]] = {
 
 
 def talk(chat: Chat, read: Callable[[str], str] = input, out: TextIO | None = None) -> None:
-    """Talk until the input ends.
+    """Run the conversation until the input ends.
 
     Args:
-        read: the next line, shown a prompt, as `input` does; EOFError ends the conversation.
-        out: standard output, unless given.
+        read: prints a prompt and returns the next line, like `input`; EOFError ends the conversation.
+        out: by default standard output.
     """
     session, prompt = Session(chat, Screen(out)), "> " if sys.stdin.isatty() else ""
     if isinstance(sys.stdin, io.TextIOWrapper):
@@ -83,7 +83,7 @@ def parse(line: str) -> list[Part]:
 
 
 def _text(words: str) -> list[Part]:
-    """Nothing for spaces alone; a space before an image is none of the prompt's."""
+    """The text of a part, without spaces before an image; no part for spaces alone."""
     return [DOUBLED.sub("@", words.rstrip())] if words.strip() else []
 
 
@@ -96,27 +96,27 @@ def _image(name: str) -> Part:
 
 
 class Session:
-    """A conversation and the screen it is held on."""
+    """A conversation and its screen."""
 
     def __init__(self, chat: Chat, screen: Screen) -> None:
         self.chat, self.screen = chat, screen
 
     def take(self, line: str) -> None:
-        """A turn or a command. Raises UserError for what cannot be done, and EOFError at the end."""
+        """Run a line: a turn or a command. Raises UserError for an impossible one, and EOFError at the end."""
         line = line.strip()
         if not line.startswith("/") or line.startswith("//"):
             self.turn(parse(line[1:] if line.startswith("//") else line))
             return
         name, _, words = line.partition(" ")
         if name not in COMMANDS:
-            raise UserError(f"{name}: no such command; /help lists them, and // at the front makes a text of it")
+            raise UserError(f"{name}: no such command; /help lists them, and // at the front makes it text")
         argument, _, command = COMMANDS[name]
         if words and not argument:
-            raise UserError(f"{name} {words.strip()}: {name} stands alone; leave out the rest")
+            raise UserError(f"{name} {words.strip()}: {name} takes no argument; leave it out")
         command(self, name, words.strip())
 
     def turn(self, parts: list[Part]) -> None:
-        """Say the parts, and show what comes back as it comes."""
+        """Send the parts, and show the answer while it is decoded."""
         if not parts:
             return
         with closing(self.chat.stream(*parts)) as pieces:  # type: ignore[type-var]
@@ -127,31 +127,31 @@ class Session:
                     self.show(piece)
         self.screen.line("" if self.chat.turns[-1].answer.parts else "(no answer)")
 
-    def show(self, shown: Shown) -> None:
-        """What stands for a [RET]: rank, score, path and caption of each image, and the image."""
+    def show(self, shown: RetrievedImages) -> None:
+        """Show the images of a [RET]: rank, score, path and caption of each, and the image itself."""
         for note in shown.notes:
             self.screen.line(f"  {note}")
-        if shown.nothing:
-            self.screen.line(f"  [an image; {shown.nothing}]")
+        if shown.why_empty:
+            self.screen.line(f"  [an image; {shown.why_empty}]")
         for hit, image in zip_longest(shown.hits, shown.images):
             self.screen.line(hit.line())
             if image:
                 self.screen.image(image)
 
     def reset(self, name: str, words: str) -> None:
-        """Forget all turns."""
+        """Remove all turns."""
         self.chat.reset()
         self.screen.line("(all is forgotten)")
 
     def undo(self, name: str, words: str) -> None:
-        """Take the last turn back."""
+        """Remove the last turn."""
         if not self.chat.turns:
             raise UserError("/undo: there is no turn to take back; say something first")
         self.screen.line(f"(taken back: {_said(self.chat.turns[-1].said)})")
         self.chat.undo()
 
     def set(self, name: str, words: str) -> None:
-        """Exchange a number of the decoding, or tell what it is."""
+        """Change a decoding option, or print its value."""
         field, kind = SETTINGS[name]
         if words:
             try:
@@ -164,12 +164,12 @@ class Session:
         self.screen.line(f"({name[1:]} is {getattr(self.chat.decoding, field)})")
 
     def save(self, name: str, words: str) -> None:
-        """Write a contact sheet of the images shown, under what was said for them."""
+        """Write a contact sheet of all images shown, with the turns they answer."""
         path = Path(words)
         if path.suffix.lower() != ".png":
             raise UserError(f"{name} {words}: name a file that ends in .png")
         if not path.parent.is_dir():
-            raise UserError(f"{name} {words}: there is no folder {path.parent}; make it first, or name another")
+            raise UserError(f"{name} {words}: there is no folder {path.parent}; create it first, or name another")
         pages = [(_said(turn.said), opened) for turn in self.chat.turns if (opened := _opened(turn))]
         if not pages:
             raise UserError(f"{name}: no image has been shown yet; ask for one, or raise /ret-bias")
@@ -185,7 +185,7 @@ class Session:
         self.screen.line('  @sky.jpg @"my sky.jpg" @https://... within a line are images; @@ is an @, // at the front a /')
 
     def quit(self, name: str, words: str) -> None:
-        """End, as the end of the input does."""
+        """End the conversation."""
         raise EOFError
 
 

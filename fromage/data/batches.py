@@ -1,4 +1,4 @@
-"""A stored sample -> a row -> a batch."""
+"""Batches of FROMAGe: a stored sample -> a row (Sample) -> a batch. Captions are truncated in fromage.data.tokenizer."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from fromage.images.transforms import Transform, read_image
 
 
 class Batch(NamedTuple):
-    """Images or their features, and captions. Pixels and features are never both there."""
+    """Images or their features, and captions. A batch has either pixels or features."""
 
     keys: list[str]
     captions: list[str]
     ids: Tensor  # (B, T) int64: bos y_1 ... y_n [RET], right-padded
-    lengths: list[int]  # B: tokens before the padding, [RET] included; on the host, for whoever lays out rows
-    pixels: Tensor | None  # (B, 3, H, W) uint8, resized and cropped, or as another transform gives them
-    features: Tensor | None  # (B, m) stored pooled features, in the dtype of the tower that made them
+    lengths: list[int]  # B: tokens of each caption, [RET] included, without padding; on the host, for packing
+    pixels: Tensor | None  # (B, 3, H, W) uint8, resized and cropped; another transform may give float
+    features: Tensor | None  # (B, m) stored pooled features, in the dtype of their tower
 
     def part(self, start: int, stop: int) -> Batch:
-        """The pairs from start to stop, no further padded than these need."""
+        """The pairs from start to stop, with padding cut to the longest of them."""
         rows: Any = Batch(*(None if field is None else field[start:stop] for field in self))  # type: ignore[arg-type]
         return rows._replace(ids=rows.ids[:, : max(rows.lengths)])
 
@@ -59,7 +59,7 @@ class Decode:
 
 
 def collate(samples: list[Sample], pad_id: int) -> Batch:
-    """Rows -> a batch. Raises UserError where some rows hold features and others images."""
+    """Rows -> a batch. Raises UserError if some rows have features and others images."""
     keys, captions, ids, pixels, features = (list(column) for column in zip(*samples, strict=True))
     if any(p is None for p in pixels) and any(f is None for f in features):
         raise UserError(f"some shards hold features, others only images (near {keys[0]}): name shards of one kind")

@@ -1,7 +1,8 @@
-"""Shards of images (or stored features) and captions -> batches, for training and validation.
+"""The data module of FROMAGe: shards of images (or stored features) and captions -> batches.
 
-Training deals shards out to devices and workers, another order in every epoch; validation deals out whole batches, so that
-every sample comes once, in stored order, whatever the number of devices and workers.
+In training, shards are divided among devices and workers, in a new order each epoch. In validation whole batches are
+divided, so every sample comes exactly once, in stored order, for any number of devices and workers. Exact resume is in
+fromage.data.loader.
 """
 
 from __future__ import annotations
@@ -16,25 +17,16 @@ from fromage.data.features import check_features
 from fromage.data.loader import Loader, Plain, TrainLoader, no_loaders
 from fromage.data.shards import expand
 from fromage.data.streams import TrainStream, ValidationStream
-from fromage.images.transforms import Decoding, Transform, decoding_as
+from fromage.images.transforms import JpegDecoding, Transform, decoding_as
 
 if TYPE_CHECKING:
     from fromage.data.tokenizer import PromptTokenizer
 
 
-# --- samples --------------------------------------------------------------------------------------------------------
-
-
-# --- streams of batches ---------------------------------------------------------------------------------------------
-
-
-# --- the data module ------------------------------------------------------------------------------------------------
-
-
 class CC3M(pl.LightningDataModule):
-    """Pairs of image and caption in webdataset shards, as CC3M comes (paper, section 4); any such shards will do.
+    """Pairs of image and caption in webdataset shards: CC3M (paper, section 4), or any other such shards.
 
-    Shards of stored features (fromage.data.features) are used in the same way: a member npy takes the image's place.
+    Shards can also hold stored features (fromage.data.features): a member npy in place of the image.
     """
 
     def __init__(
@@ -50,9 +42,9 @@ class CC3M(pl.LightningDataModule):
         seed: int = 0,
         samples_per_epoch: int | None = None,
         exact_resume: bool = True,
-        decoding: Decoding = "draft",
+        decoding: JpegDecoding = "draft",
     ) -> None:
-        """Name the data; nothing is read yet.
+        """Set the data; nothing is read yet.
 
         Args:
             train_shards: Training shards: a folder, a pattern with braces (cc3m/{00000..00331}.tar), a glob, a URL, or a
@@ -60,16 +52,16 @@ class CC3M(pl.LightningDataModule):
             val_shards: Validation shards, in the same forms; null for none.
             batch_size: Pairs per training step on each device.
             val_batch_size: Pairs per validation step on each device; null for batch_size.
-            max_tokens: Caption length in tokens, the start token and [RET] included; longer captions are cut before [RET].
+            max_tokens: Maximum caption length in tokens, start token and [RET] included; [RET] is kept by truncation.
             workers: Processes that decode images, per device; 0 decodes in the training process.
-            shuffle: Shuffle buffer in pairs per worker, held undecoded in memory; 0 keeps the stored order.
-            max_broken: Share (0 to 1) of broken samples above which a worker stops the run.
-            seed: Seed of the order of shards and pairs; the epoch adds to it.
-            samples_per_epoch: Training pairs of an epoch over all devices; null for as many as the shards hold.
-            exact_resume: Refuse a checkpoint from the middle of an epoch that was dealt out otherwise (other shards, batch
-                size, shuffle, seed, workers or devices); false begins such an epoch anew.
-            decoding: How JPEGs are read: draft takes a large one at 1/2, 1/4 or 1/8 of its size, while that is at least
-                twice what it is resized to; exact never does. Evaluation and index always take drafts.
+            shuffle: Size of the shuffle buffer in pairs per worker, kept undecoded; 0 keeps the stored order.
+            max_broken: Maximum share (0 to 1) of broken samples; above it a worker stops the run.
+            seed: Seed of the order of shards and pairs; the epoch is added to it.
+            samples_per_epoch: Training pairs per epoch over all devices; null for the number in the shards.
+            exact_resume: Refuse a checkpoint from the middle of an epoch if the data was divided differently (shards, batch
+                size, shuffle, seed, workers or devices); false starts such an epoch again.
+            decoding: How JPEGs are decoded: draft decodes a large one at 1/2, 1/4 or 1/8 of its size, if that is at least
+                twice the size it is resized to; exact never does. Evaluation and index always use draft.
         """
         super().__init__()
         self.train_shards, self.val_shards = train_shards, val_shards
@@ -80,17 +72,17 @@ class CC3M(pl.LightningDataModule):
         self.tokenizer: PromptTokenizer | None = None
 
     def attach(self, transform: Transform, tokenizer: PromptTokenizer) -> None:
-        """Set what images and captions go through, in place of what the trainer's model has."""
+        """Set transform and tokenizer (overrides those of the trainer's model)."""
         self.transform, self.tokenizer = transform, tokenizer
 
     def setup(self, stage: str) -> None:
-        """Look for the shards, before the towers are loaded. Raises UserError for those that are not there."""
+        """Check that the shards exist, before the towers are loaded. Raises UserError for missing shards."""
         for urls in (self.train_shards if stage == "fit" else None, self.val_shards):
             if urls is not None:
                 expand(urls)
 
     def train_dataloader(self) -> TrainLoader:
-        """Shuffled full batches; see TrainStream. Raises UserError for shards that are not there."""
+        """Shuffled full batches; see TrainStream. Raises UserError for missing shards."""
         shards, (rank, world) = self._shards(self.train_shards), self._rank()
         stream = TrainStream(
             shards,
@@ -107,7 +99,7 @@ class CC3M(pl.LightningDataModule):
         return TrainLoader(stream, min(self.workers, len(shards) // world), epoch, self.exact_resume, loop)
 
     def val_dataloader(self) -> Loader | list[Loader]:
-        """All samples once and in order; see ValidationStream. An empty list where there are no validation shards."""
+        """All samples once, in order; see ValidationStream. An empty list if there are no validation shards."""
         if self.val_shards is None:
             return no_loaders()
         shards = self._shards(self.val_shards)
@@ -117,11 +109,11 @@ class CC3M(pl.LightningDataModule):
     test_dataloader = val_dataloader
 
     def predict_dataloader(self) -> Plain:
-        """The validation samples; not as a DataLoader, which Lightning would rebuild with a sampler of its own."""
+        """The validation samples. Not a DataLoader, since Lightning would replace its sampler."""
         return Plain(self.val_dataloader())  # type: ignore[arg-type]
 
     def _shards(self, urls: str | list[str]) -> list[str]:
-        """Expand patterns, and compare stored features with the model's vision tower."""
+        """Expand patterns; check that stored features are of the model's vision tower."""
         shards, model = expand(urls), self._model()
         if model is not None:
             check_features(shards, model.vision, self.decoding)
@@ -131,7 +123,7 @@ class CC3M(pl.LightningDataModule):
         return getattr(getattr(self.trainer, "lightning_module", None), "model", None)
 
     def _rank(self) -> tuple[int, int]:
-        """This device's number and how many there are: the trainer's, else those of the environment."""
+        """Rank and world size, from the trainer or else from the environment."""
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else wds.utils.pytorch_worker_info()[:2]
 
     def _decode(self) -> Decode:

@@ -35,7 +35,7 @@ from fromage.data.shards import (
 )
 from fromage.data.workers import init_worker, plain_errors, worker_share
 from fromage.errors import BrokenSample, UserError
-from fromage.images.transforms import Decoding, Transform, decoding_as, read_image
+from fromage.images.transforms import JpegDecoding, Transform, decoding_as, read_image
 from fromage.io import write_json
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def store_features(
     keep_images: bool = False,
     workers: int = 4,
     max_broken: float = 0.05,
-    decoding: Decoding = "draft",
+    decoding: JpegDecoding = "draft",
 ) -> int:
     """Encode the images of shards (a pattern, see expand) and write shards of features; returns how many were encoded.
 
@@ -113,7 +113,7 @@ def store_features(
             writer.discard()
 
 
-def check_features(shards: str | list[str], vision: VisionTower, decoding: Decoding = "draft") -> None:
+def check_features(shards: str | list[str], vision: VisionTower, decoding: JpegDecoding = "draft") -> None:
     """Raise UserError where features beside any of the shards are not those this tower, preprocessing included, gives."""
     for folder in dict.fromkeys(Path(shard).parent for shard in expand(shards) if "://" not in shard):
         if (folder / FILE).exists():

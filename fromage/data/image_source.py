@@ -1,4 +1,4 @@
-"""The images of a folder or of shards as a stream of tensors, each with its locator and caption."""
+"""The images of a folder or of shards, as a stream of tensors with locators and captions; an index is built from it."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from fromage.errors import BrokenSample, UserError
 from fromage.images.codec import SUFFIXES, is_image
 from fromage.images.transforms import Transform, read_image
 
-FILES_PER_PART = 1024  # of a folder; what a kill can cost
+FILES_PER_PART = 1024  # files of a folder per part; at most this many are encoded again after a kill
 
 
 class Item(NamedTuple):
-    """An image in an index: where open_image finds it, and what is said of it ('' if nothing)."""
+    """An image in an index: its path or locator for open_image, and its caption ('' if none)."""
 
     path: str
     caption: str = ""
 
 
-class Sample(NamedTuple):
-    """An image on its way to the tower. place: among those of its part."""
+class ImageSample(NamedTuple):
+    """An image to be encoded. place: its number within its part."""
 
     place: int
     item: Item
@@ -40,27 +40,30 @@ class Sample(NamedTuple):
     problem: str = ""  # why there is no tensor
 
 
-class Chunk(NamedTuple):
-    """Some images of a part, grouped by the shape of their tensors; the last of a part says so. number: in the part."""
+class ImageBatch(NamedTuple):
+    """Some images of a part, grouped by the shape of their tensors. number: of the batch within its part.
+
+    The last batch of a part is empty and has last=True.
+    """
 
     part: int
     number: int
-    groups: list[tuple[Tensor | None, list[Sample]]]
+    groups: list[tuple[Tensor | None, list[ImageSample]]]
     last: bool
 
 
-Names = tuple[str, ...]  # of a part: one shard, or some files
-Members = dict[str, bytes]  # suffix -> bytes, of one sample
-Lost = Callable[[str, str], None]  # takes the name of what is lost, and the cause
-Reader = Callable[[Names, Lost], Iterator[tuple[str, Members]]]  # part -> (locator, members) of its images
+Names = tuple[str, ...]  # names of a part: one shard, or some files
+Members = dict[str, bytes]  # suffix -> bytes of one sample
+OnLost = Callable[[str, str], None]  # is called with the name of a lost image and the cause
+Reader = Callable[[Names, OnLost], Iterator[tuple[str, Members]]]  # part -> (locator, members) of its images
 
 
-class ImageSource(IterableDataset[Chunk]):
-    """The images of files or shards, in parts which are dealt out among the workers. What is broken becomes a Sample too.
+class ImageSource(IterableDataset[ImageBatch]):
+    """The images of files or shards, in parts that are divided among the workers. A broken image is an ImageSample too.
 
     Attributes:
-        parts: what the images come in; todo are the numbers of those that are read.
-        count: how many images there should be; None if unknown.
+        parts: the parts; todo: the numbers of the parts that are read.
+        count: expected number of images; None if unknown.
     """
 
     def __init__(self, parts: Sequence[Names], read: Reader, transform: Transform, count: int | None) -> None:
@@ -68,34 +71,34 @@ class ImageSource(IterableDataset[Chunk]):
         self.todo, self.batch_size = list(range(len(parts))), 64
 
     def digest(self) -> str:
-        """Changes with the names of the images or shards, and with how they are parted."""
+        """16 hex digits that change with the names of the images or shards and with the division into parts."""
         return hashlib.sha256(json.dumps(self.parts).encode()).hexdigest()[:16]
 
-    def __iter__(self) -> Iterator[Chunk]:
+    def __iter__(self) -> Iterator[ImageBatch]:
         worker, workers = worker_share()
         for part in self.todo[worker::workers]:
             yield from self.chunks(part, self.parts[part])
 
-    def chunks(self, part: int, names: Names) -> Iterator[Chunk]:
-        """The images of one part, of these names, batch by batch."""
+    def chunks(self, part: int, names: Names) -> Iterator[ImageBatch]:
+        """The images of one part, in batches."""
         samples, number = self._samples(names), 0
         while batch := list(islice(samples, self.batch_size)):
-            yield Chunk(part, number, collate(batch), False)
+            yield ImageBatch(part, number, collate(batch), False)
             number += 1
-        yield Chunk(part, number, [], True)
+        yield ImageBatch(part, number, [], True)
 
-    def _samples(self, part: Names) -> Iterator[Sample]:
+    def _samples(self, part: Names) -> Iterator[ImageSample]:
         lost: list[str] = []
         for place, (locator, members) in enumerate(self.read(part, lambda name, cause: lost.append(f"{name}: {cause}"))):
             yield self._sample(place, locator, members)
-        yield from (Sample(0, Item(""), None, problem) for problem in lost)
+        yield from (ImageSample(0, Item(""), None, problem) for problem in lost)
 
-    def _sample(self, place: int, locator: str, members: Members) -> Sample:
+    def _sample(self, place: int, locator: str, members: Members) -> ImageSample:
         item = Item(locator, members.get("txt", b"").decode("utf-8", "replace").strip())
         try:
-            return Sample(place, item, self._tensor(members))
+            return ImageSample(place, item, self._tensor(members))
         except BrokenSample as error:
-            return Sample(place, item, None, f"{locator}: {error}")
+            return ImageSample(place, item, None, f"{locator}: {error}")
 
     def _tensor(self, members: Members) -> Tensor:
         if "npy" in members:
@@ -106,7 +109,7 @@ class ImageSource(IterableDataset[Chunk]):
         return read_image(members[suffix], self.transform)  # (3, H, W)
 
 
-def _read_files(part: Names, lost: Lost, captions: dict[str, str]) -> Iterator[tuple[str, Members]]:
+def _read_files(part: Names, lost: OnLost, captions: dict[str, str]) -> Iterator[tuple[str, Members]]:
     for path in part:
         try:
             data = Path(path).read_bytes()
@@ -116,7 +119,7 @@ def _read_files(part: Names, lost: Lost, captions: dict[str, str]) -> Iterator[t
             yield path, {Path(path).suffix[1:].lower(): data, "txt": captions.get(path, "").encode("utf-8", "replace")}
 
 
-def _read_shard(part: Names, lost: Lost) -> Iterator[tuple[str, Members]]:
+def _read_shard(part: Names, lost: OnLost) -> Iterator[tuple[str, Members]]:
     (shard,) = part
     where = shard if ":" in shard else Path(shard).absolute()
     for sample in read_shard(shard, lost):
@@ -124,15 +127,17 @@ def _read_shard(part: Names, lost: Lost) -> Iterator[tuple[str, Members]]:
 
 
 def find_images(source: str, transform: Transform, captions: Path | None = None) -> ImageSource:
-    """The images of a folder or of webdataset shards; embed_images says what a source may be.
+    """The images of a folder or of webdataset shards; embed_images describes the possible sources.
 
-    Raises UserError where neither is there, and for captions that cannot be read or name none of the images.
+    Raises UserError if there are no images, and for a caption file that cannot be read or names none of them.
     """
     if is_shards(Path(source)):
         if any(map(is_image, Path(source).rglob("*"))):
-            raise UserError(f"{source}: holds images and .tar shards; name the shards alone, {source}/*.tar, or part them")
+            raise UserError(
+                f"{source}: holds images and .tar shards; name the shards alone, {source}/*.tar, or move one of them"
+            )
         if captions is not None:
-            raise UserError(f"{source}: shards bring their captions along; leave out {captions}")
+            raise UserError(f"{source}: shards contain their captions; leave out {captions}")
         shards = expand(source)
         sizes = [size for size in shard_sizes(shards) if size is not None]
         return ImageSource(
@@ -150,7 +155,7 @@ def find_images(source: str, transform: Transform, captions: Path | None = None)
 
 
 def is_shards(source: Path) -> bool:
-    """Whether a source means shards: a folder that holds some, or a name with .tar in it."""
+    """Whether a source is shards: a folder that contains some, or a name with .tar in it."""
     return any(source.glob("*.tar")) if source.is_dir() else ".tar" in str(source)
 
 
@@ -168,14 +173,14 @@ def _read_captions(path: Path, folder: Path) -> dict[str, str]:
         raise UserError(f"{path}: is no caption file ({error!r}); give {{file: caption}} or COCO's caption JSON") from error
 
 
-def collate(samples: list[Sample]) -> list[tuple[Tensor | None, list[Sample]]]:
-    """Stack the tensors of equal shape; the samples come back beside them, without theirs."""
-    groups: dict[torch.Size | None, list[Sample]] = {}
+def collate(samples: list[ImageSample]) -> list[tuple[Tensor | None, list[ImageSample]]]:
+    """Stack tensors of equal shape; returns each stack with its samples, whose own tensors are removed."""
+    groups: dict[torch.Size | None, list[ImageSample]] = {}
     for sample in samples:
         groups.setdefault(None if sample.tensor is None else sample.tensor.shape, []).append(sample)
     return [_stacked(group) for group in groups.values()]
 
 
-def _stacked(group: list[Sample]) -> tuple[Tensor | None, list[Sample]]:
+def _stacked(group: list[ImageSample]) -> tuple[Tensor | None, list[ImageSample]]:
     tensors = [s.tensor for s in group if s.tensor is not None]
     return torch.stack(tensors) if tensors else None, [s._replace(tensor=None) for s in group]

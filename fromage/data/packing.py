@@ -1,4 +1,4 @@
-"""Packing a data set's files, a TSV or COCO's captions and their images, into webdataset shards."""
+"""Packing image files and captions (a TSV, or COCO's caption file) into webdataset shards."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from fromage.errors import BrokenSample, UserError
 from fromage.images.codec import decode_image
 from fromage.io import write_json
 
-JPEG = b"\xff\xd8\xff"  # how a JPEG file begins
+JPEG = b"\xff\xd8\xff"  # first bytes of a JPEG file
 
 
-class Row(NamedTuple):
+class Pair(NamedTuple):
     """One pair before its image is read."""
 
     key: str
@@ -31,7 +31,7 @@ class Row(NamedTuple):
 
 @dataclass
 class PackReport:
-    """What became of the pairs: how many were packed, and by cause the names of those that were not."""
+    """Result of packing: the number of pairs packed, and the names of skipped pairs by cause."""
 
     pairs: int = 0
     names: dict[str, list[str]] = field(default_factory=dict)
@@ -42,19 +42,19 @@ class PackReport:
         return {cause: len(names) for cause, names in self.names.items()}
 
     def skip(self, name: str, why: str) -> None:
-        """Note a pair that is left out; what follows a colon in why is detail."""
+        """Record a skipped pair. why: 'cause' or 'cause: detail'."""
         cause, _, detail = why.partition(": ")
         self.names.setdefault(cause, []).append(f"{name} ({detail})" if detail else name)
 
 
 def pack_tsv(tsv: Path, out: Path, images: Path | None = None, per_shard: int = 1000) -> PackReport:
-    """Pack a TSV of caption<TAB>image's path, one pair a line, into shards; a pair's key is its line number.
+    """Pack a TSV of caption<TAB>image path, one pair per line, into shards; the key of a pair is its line number.
 
-    Paths are relative to images, or to the TSV's folder. JPEG files are copied bit for bit, other images become JPEG.
-    What cannot be used is skipped, and listed in report.json beside the shards.
+    Paths are relative to `images`, by default the TSV's folder. JPEG files are copied unchanged, other images are
+    converted to JPEG. Pairs that cannot be used are skipped and listed in report.json beside the shards.
 
     Raises:
-        UserError: the TSV is missing, out holds shards already, or no pair could be packed.
+        UserError: the TSV is missing, out already contains shards, or no pair could be packed.
     """
     report = PackReport()
     if not tsv.is_file():
@@ -62,7 +62,7 @@ def pack_tsv(tsv: Path, out: Path, images: Path | None = None, per_shard: int = 
     return _pack(_tsv_rows(tsv, images or tsv.parent, report), report, out, per_shard)
 
 
-def _tsv_rows(tsv: Path, images: Path, report: PackReport) -> Iterator[Row]:
+def _tsv_rows(tsv: Path, images: Path, report: PackReport) -> Iterator[Pair]:
     with tsv.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             try:
@@ -72,7 +72,7 @@ def _tsv_rows(tsv: Path, images: Path, report: PackReport) -> Iterator[Row]:
                 continue
             image = rest.partition("\t")[0].strip()
             if image:
-                yield Row(f"{number:09d}", caption, images / image, {"source": image, "line": number})
+                yield Pair(f"{number:09d}", caption, images / image, {"source": image, "line": number})
             elif line.strip():
                 report.skip(f"line {number}", "no tab and image")
 
@@ -82,8 +82,8 @@ def pack_coco(
 ) -> PackReport:
     """Pack a caption file in COCO's format and its folder of images into shards.
 
-    'all' makes a pair of each caption, with the keys IMAGEID_0, IMAGEID_1 ...; 'first' one pair of each image, IMAGEID_0.
-    Images are treated as pack_tsv does.
+    captions: 'all' makes one pair per caption, with keys IMAGEID_0, IMAGEID_1 ...; 'first' one pair per image, IMAGEID_0.
+    Images are converted as in pack_tsv.
 
     Raises:
         UserError: the file is missing or of another format, out holds shards already, or no pair could be packed.
@@ -99,7 +99,7 @@ def pack_coco(
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{annotations} is no caption file of COCO: it lacks images, or annotations with captions") from None
     rows = [
-        Row(f"{key}_{i}", text, images / names[key], {"source": names[key], "image_id": key})
+        Pair(f"{key}_{i}", text, images / names[key], {"source": names[key], "image_id": key})
         for key, said in texts.items()
         for i, text in enumerate(said if captions == "all" else said[:1])
     ]
@@ -109,7 +109,7 @@ def pack_coco(
     return _pack(rows, report, out, per_shard)
 
 
-def _pack(rows: Iterable[Row], report: PackReport, out: Path, per_shard: int) -> PackReport:
+def _pack(rows: Iterable[Pair], report: PackReport, out: Path, per_shard: int) -> PackReport:
     report.pairs = write_shards(_pairs(rows, report), out, per_shard)
     write_json(out / "report.json", {"pairs": report.pairs, "skipped": report.skipped, "names": report.names})
     if not report.pairs:
@@ -118,8 +118,8 @@ def _pack(rows: Iterable[Row], report: PackReport, out: Path, per_shard: int) ->
     return report
 
 
-def _pairs(rows: Iterable[Row], report: PackReport) -> Iterator[tuple[str, bytes, str, dict[str, Any]]]:
-    as_jpeg = lru_cache(maxsize=1)(_as_jpeg)  # the captions of one image follow one another
+def _pairs(rows: Iterable[Pair], report: PackReport) -> Iterator[tuple[str, bytes, str, dict[str, Any]]]:
+    as_jpeg = lru_cache(maxsize=1)(_as_jpeg)  # consecutive captions can have the same image
     for row in tqdm(rows, desc="packing", unit=" pairs"):
         caption = row.caption.strip()
         try:

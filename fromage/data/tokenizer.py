@@ -1,4 +1,4 @@
-"""Text to token ids: the language model's own tokenizer with a few tokens more; for FROMAGe, <|image|> and [RET]."""
+"""Text to token ids: the language model's tokenizer with added tokens (<|image|>, [RET]), and truncation of captions."""
 
 from __future__ import annotations
 
@@ -13,23 +13,22 @@ IMAGE, RET = "<|image|>", "[RET]"
 
 
 class PromptTokenizer:
-    """The tokenizer of a causal LM plus tokens of two kinds: places, then rows.
+    """The tokenizer of a causal LM plus two kinds of added tokens: places, then rows.
 
-    A place marks where something else goes in a sequence of ids, as <|image|> the k embeddings of an image; it has no
-    embedding of its own. A row's embedding is trained (fromage.models.special_tokens), as that of [RET], which asks for
-    an image.
-    FROMAGe's two stand at the authors' ids (50265 and 50266 for OPT).
+    A place is replaced by other embeddings, as <|image|> by the k embeddings of an image; it has no embedding of its own. A
+    row has a trained embedding (fromage.models.special_tokens), as [RET]. FROMAGe's two have the ids of the released code
+    (50265 and 50266 for OPT).
 
     Attributes:
-        added: the ids of the tokens added, by their text.
-        row_ids: of those that are rows, consecutive.
-        vocab_size: tokens of the frozen LM, V; the ids below it are its own.
-        bos_id: what every text starts with (OPT: 2, </s>), or None for an LM without one.
-        pad_id: right padding; always masked, so an LM without padding uses its end-of-text id.
+        added: ids of the added tokens, by text.
+        row_ids: consecutive ids of the rows among them.
+        vocab_size: V, tokens of the frozen LM, with ids below V.
+        bos_id: first token of every text (OPT: 2, </s>), or None.
+        pad_id: id of padding, which is always masked; the end-of-text id if the LM has no padding token.
     """
 
     def __init__(self, folder: str, rows: Sequence[str] = (RET,), places: Sequence[str] = (IMAGE,)) -> None:
-        """Load from a folder or a model hub name. Raises UserError where there is no tokenizer."""
+        """Load from a folder or a hub name. Raises UserError if no tokenizer is found."""
         try:
             self.hf: Any = AutoTokenizer.from_pretrained(folder)
         except Exception as error:
@@ -49,27 +48,27 @@ class PromptTokenizer:
 
     @property
     def image_id(self) -> int:
-        """Of <|image|>."""
+        """Id of <|image|>."""
         return self.added[IMAGE]
 
     @property
     def ret_id(self) -> int:
-        """Of [RET]. Raises KeyError for a tokenizer without it."""
+        """Id of [RET]. Raises KeyError for a tokenizer without it."""
         return self.added[RET]
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text alone: nothing in front, and words like '[RET]' or '</s>' in it read as plain text."""
+        """Ids of a text without a start token; '[RET]' or '</s>' within it are plain text."""
         return self.hf.encode(text, add_special_tokens=False, split_special_tokens=True)
 
     def start(self) -> list[int]:
-        """What stands once in front of a prompt: [bos], or nothing."""
+        """The ids at the front of every prompt: [bos], or none."""
         return [] if self.bos_id is None else [self.bos_id]
 
     def caption(self, text: str, max_tokens: int) -> list[int]:
-        """[bos] y_1 ... y_n [RET], at most max_tokens long; [RET] is kept when the text is cut."""
+        """[bos] y_1 ... y_n [RET], truncated to max_tokens with [RET] kept as the last token, as in the released code."""
         ids = self.start() + self.encode(text)
         return [*ids[: max_tokens - 1], self.ret_id]
 
     def decode(self, ids: list[int]) -> str:
-        """The text of ids, special tokens left out."""
+        """The text of ids, without special tokens."""
         return self.hf.decode([i for i in ids if i < self.vocab_size], skip_special_tokens=True)

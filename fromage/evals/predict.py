@@ -45,7 +45,7 @@ class Asked:
         sizes: Mapping[str, int] | None = None,
     ) -> dict[str, Any]:
         """Of the evaluation `name`, see make_report. The model's figures stand under 'octopus' or 'sequential'."""
-        systems = {"octopus" if self.model.n else "sequential": system} | ({"chance": chance} if chance else {})
+        systems = {"octopus" if self.model.num_queries else "sequential": system} | ({"chance": chance} if chance else {})
         counts = {"examples": len(self.answered), "images": len(self.encoded.row), **(sizes or {})}
         protocol = protocol | {"answers": LENGTH}
         data = self.source.file.name
@@ -55,14 +55,15 @@ class Asked:
 def ask(model: Octopus, source: Listed, options: Options) -> Asked:
     """All answers. Raises UserError for files that are wrong, too many images lost, and where nothing can be asked."""
     examples = list(source)
-    few = [example for example in examples if not model.n or len(example.meant) <= model.n]
+    few = [example for example in examples if not model.num_queries or len(example.meant) <= model.num_queries]
     encoded = encode_files(model, [Path(example.image) for example in few], options)
     kept = [example for example in few if Path(example.image) in encoded.row]
     if not kept:
-        raise UserError(f"{source.file}: every answer points at more objects than the model's {model.n} object queries")
+        few_queries = f"the model's {model.num_queries} object queries"
+        raise UserError(f"{source.file}: every answer points at more objects than {few_queries}")
     patches = dict(zip(encoded.row, encoded.features, strict=True))  # (P, m) each
     asked = [(patches[Path(example.image)], example.instruction) for example in kept]
-    longest = max(len(answer_ids(example, model.tokenizer, model.n)) for example in kept)
+    longest = max(len(answer_ids(example, model.tokenizer, model.num_queries)) for example in kept)
     answers: list[Grounded] = []
     for start in tqdm(range(0, len(asked), options.batch_size), desc="asking", unit="batch", leave=False):
         answers += ground(model, asked[start : start + options.batch_size], longest, options.batch_size)

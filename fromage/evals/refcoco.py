@@ -30,7 +30,7 @@ def evaluate(model: Octopus, data: RefCOCO, options: Options | None = None) -> d
         own.append(judge(answer, wanted))
         chance.append(guess(example.boxes, wanted))
     systems = ({data.split: averaged(figures)} for figures in (own, chance))
-    protocol = PROTOCOL | (HEAD if model.n else {})
+    protocol = PROTOCOL | (HEAD if model.num_queries else {})
     if data.match.pattern:
         protocol |= {"expressions": f"those alone in which {data.match.pattern!r} is found"}
     return asked.report("refcoco", next(systems), protocol, next(systems))

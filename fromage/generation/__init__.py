@@ -1,1 +1,10 @@
-"""Generation: text and retrieved images out of prompts."""
+"""Generation: prompts of text and images -> text and retrieved images.
+
+Where to look:
+
+    generate            answers of text and images; captions
+    decoding            the options, the [RET] bias, sampling, and the decoding loop with its key-value cache
+    retrieved           the images of a generated [RET] (re-ranking of candidates is in fromage.retrieval.ann)
+    score               log-likelihoods of continuations
+    chat                conversations: history and prompt styles
+"""

@@ -4,8 +4,8 @@
     answer = chat.say("Which of these is a star?", Path("sky.jpg"))
     for piece in chat.stream("Show me another one."): ...          # text and images as they are decoded
 
-What was said and shown stands in front of every turn: system prompt, examples, the turns so far. When it grows beyond the
-language model's positions the oldest turns are left out, then the examples, each as a whole with its images.
+The prompt of a turn is system prompt, examples, earlier turns, then the new turn. If it is too long for the language model,
+the oldest turns are left out, then the examples; a turn or example is left out as a whole, with its images.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from fromage.errors import UserError
 from fromage.generation.decoding import Decoding
 from fromage.generation.generate import Answer, stream
-from fromage.generation.retrieved import Resolve, Shown
+from fromage.generation.retrieved import Resolve, RetrievedImages
 from fromage.models.fromage import Fromage
 from fromage.models.prompts import (
     RET,
@@ -42,29 +42,32 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Style:
-    """What stands around the words of a turn.
+    """The text around a turn in the prompt.
 
     Attributes:
-        stop: where an answer ends.
-        history: whether examples and earlier turns stand in front of a turn.
+        before: text before what the user said.
+        between: text between it and the answer.
+        after: text after the answer.
+        stop: texts at which an answer ends.
+        history: whether the prompt contains examples and earlier turns.
     """
 
     before: str
     between: str
-    behind: str
+    after: str
     stop: tuple[str, ...] = ("\n",)
     history: bool = True
 
 
 STYLES = {
-    "dialogue": Style("Q: ", "\nA:", "\n"),  # as the paper prompts
-    "plain": Style("", "", " "),  # what is said is simply gone on from
-    "alone": Style("", "", "", history=False),  # likewise, and each turn by itself: as captions and images in training
+    "dialogue": Style("Q: ", "\nA:", "\n"),  # the paper's dialogue prompts
+    "plain": Style("", "", " "),  # the answer continues the user's text
+    "alone": Style("", "", "", history=False),  # the same without history: like the captions and images of training
 }
 
 
 def find_style(name: str) -> Style:
-    """A style by its name. Raises UserError where there is none."""
+    """A style by its name. Raises UserError for an unknown name."""
     if name not in STYLES:
         raise UserError(f"style {name}: there are {', '.join(STYLES)}")
     return STYLES[name]
@@ -72,7 +75,7 @@ def find_style(name: str) -> Style:
 
 @dataclass
 class Turn:
-    """What the user said and what came back. parts: both as they stand in later prompts, their images as features."""
+    """What the user said, and the answer. parts: both as later prompts contain them, with features for images."""
 
     said: list[Part]
     answer: Answer
@@ -80,7 +83,7 @@ class Turn:
 
 
 class Chat:
-    """One conversation. Several may share a model, as long as only one of them decodes at a time.
+    """One conversation. Several can share a model, if only one of them decodes at a time.
 
     Attributes:
         turns: the conversation so far; `undo` and `reset` shorten it.
@@ -99,38 +102,38 @@ class Chat:
         """Start a conversation.
 
         Args:
-            index: where images are found; None for text alone.
-            decoding: how answers are decoded; it may be exchanged between turns. Its stop texts count beside the style's.
-            style: of STYLES.
-            system: stands at the front as a line or sentence of its own, as the style has it, and is never left out.
-            examples: what was said and answered in few-shot examples, in front of the turns.
-            resolve: how found images are opened; None leaves them unopened, and [RET] alone in the history.
+            index: index of the images to retrieve; None for text-only answers.
+            decoding: decoding options; they can be changed between turns. The style's stop texts are added to theirs.
+            style: a key of STYLES.
+            system: text at the front of every prompt; it is never left out.
+            examples: few-shot examples, (said, answered), before the turns.
+            resolve: how retrieved images are opened; if None they stay unopened, and the history contains [RET] alone.
 
         Raises:
-            UserError: there is no such style, the index was built with another model, or an image cannot be had.
+            UserError: unknown style, an index built with another model, or an image that cannot be opened or fetched.
         """
         if index is not None:
             index.require_model(model)
         self.model, self.index, self.decoding, self.resolve = model, index, decoding or Decoding(), resolve
         self.style, self.turns = find_style(style), list[Turn]()
         front = worded(parts_of(system))
-        self.system = self._encoded([*front, self.style.behind]) if front else []
+        self.system = self._encoded([*front, self.style.after]) if front else []
         self.examples = [self._framed(self._encoded(said), self._encoded(answered)) for said, answered in examples]
 
     def say(self, *parts: Part) -> Answer:
-        """One turn: text, images, files and addresses in any order; what came back."""
+        """One turn of text, images, files and addresses in any order. Returns the answer."""
         for _ in self.stream(*parts):
             pass
         return self.turns[-1].answer
 
-    def stream(self, *parts: Part) -> Generator[str | Shown, None, None]:
-        """The same, piece by piece. A turn that is broken off, by an error or by closing the iterator, leaves no trace.
+    def stream(self, *parts: Part) -> Generator[str | RetrievedImages, None, None]:
+        """The same, piece by piece. A turn that ends early, by an error or by closing the iterator, is not kept.
 
         Raises:
-            UserError: the turn alone is too long for the language model, or an image cannot be had.
+            UserError: the turn alone is too long for the language model, or an image cannot be opened or fetched.
         """
         said = self._encoded(parts)
-        pieces: list[str | Shown] = []
+        pieces: list[str | RetrievedImages] = []
         for piece in stream(self.model, self.prompt(said), self._decoding(), self.index, self.resolve):
             pieces.append(piece)
             yield piece
@@ -138,10 +141,13 @@ class Chat:
         self.turns.append(Turn(list(parts), answer, self._framed(said, self._answered(answer))))
 
     def prompt(self, said: Prompt) -> list[Part]:
-        """The prompt of a turn: as much of the history as the language model has positions for."""
+        """The prompt of a turn: the turn, and as much of the history as fits the language model."""
         ends: list[Part] = [self.style.before, *parts_of(said), self.style.between]
         history = [*self.examples, *(turn.parts for turn in self.turns)] if self.style.history else []
-        droppable = [*range(len(self.examples), len(history)), *range(len(self.examples))]  # oldest turns, then examples
+        droppable = [
+            *range(len(self.examples), len(history)),
+            *range(len(self.examples)),
+        ]  # in this order: oldest turns, then examples
         lengths = [sum(len(part_ids(self.model, part)) for part in block) for block in history]
         room = (max_length(self.model) or math.inf) - self.decoding.max_new_tokens
         spare = room - prompt_length(self.model, [*self.system, *ends]) - sum(lengths)
@@ -151,31 +157,33 @@ class Chat:
             spare += lengths[i]
             history[i] = []
         parts = worded([*self.system, *chain.from_iterable(history), *ends])
-        return [*parts, START] if parts and isinstance(parts[-1], ImageInput) else parts  # as captions stand in training
+        return (
+            [*parts, START] if parts and isinstance(parts[-1], ImageInput) else parts
+        )  # </s> after a final image, as in captioning training
 
     def undo(self) -> None:
-        """Take the last turn back."""
+        """Remove the last turn."""
         del self.turns[-1:]
 
     def reset(self) -> None:
-        """Forget all turns."""
+        """Remove all turns."""
         self.turns.clear()
 
     def _decoding(self) -> Decoding:
         return replace(self.decoding, stop=(*self.decoding.stop, *self.style.stop))
 
     def _encoded(self, parts: Prompt) -> list[Part]:
-        """The parts, each image encoded once and for all."""
+        """The parts with features (m,) in place of images."""
         listed = parts_of(parts)
         features = iter(encode_images(self.model, [part for part in listed if isinstance(part, ImageInput)]))
         return [next(features) if isinstance(part, ImageInput) else part for part in listed]
 
     def _answered(self, answer: Answer) -> list[Part]:
-        """An answer as it stands in later prompts: what was shown in the place of its [RET]."""
+        """An answer as later prompts contain it: the retrieved images in place of each [RET]."""
         parts: list[Part] = []
         for part in answer.parts:
             parts += [part] if isinstance(part, str) else self._encoded(part.images) or [RET]
         return parts
 
     def _framed(self, said: Sequence[Part], answered: Sequence[Part]) -> list[Part]:
-        return worded([self.style.before, *said, self.style.between, *answered, self.style.behind])
+        return worded([self.style.before, *said, self.style.between, *answered, self.style.after])

@@ -1,7 +1,8 @@
-"""Decoding: Hugging Face's own `generate` with its key-value cache, and what is particular here hung on it.
+"""Decoding: the options, the [RET] bias, and the decoding loop.
 
-That is: rules for the [RET] logit, sampling with a generator for each row, and a look at each step's tokens and, where
-the last one was [RET], at the hidden state it left. A batch gives what its prompts give alone.
+The loop is Hugging Face's `generate` with its key-value cache. We add rules for the [RET] logit (RetRules), sampling with a
+random generator per row (GumbelSampler), and hooks that read each step's tokens and the hidden state at each [RET]. A prompt
+has the same answer in a batch as alone.
 """
 
 from __future__ import annotations
@@ -93,7 +94,7 @@ GREEDY = Decoding()
 
 @torch.no_grad()
 def write(model: Fromage, prompts: Prompts, decoding: Decoding, drafts: Sequence[Draft], first: int = 0) -> None:
-    """Decode a batch into its drafts, until all are done. first: number of the first row, for its seed."""
+    """Decode a batch of prompts into its drafts until all are done. first: number of the first row, for its seed."""
     hf, steps = model.lm.hf, Steps(drafts)
     patch_linears(hf)
     with ExitStack() as hooks:
@@ -103,9 +104,9 @@ def write(model: Fromage, prompts: Prompts, decoding: Decoding, drafts: Sequence
         hf.generate(
             inputs_embeds=prompts.embeds,
             attention_mask=prompts.mask.long(),
-            max_new_tokens=decoding.max_new_tokens + 1,  # one more, for a [RET] that comes last
+            max_new_tokens=decoding.max_new_tokens + 1,  # one more step, to read the hidden state of a [RET] that comes last
             min_new_tokens=decoding.min_tokens,
-            repetition_penalty=1.0,  # this and sampling are among our processors, whatever the model's folder wishes
+            repetition_penalty=1.0,  # this and sampling are our processors; the model's generation config is ignored
             do_sample=False,
             num_beams=1,
             logits_processor=LogitsProcessorList(processors(model, decoding, range(first, first + len(drafts)))),
@@ -116,17 +117,17 @@ def write(model: Fromage, prompts: Prompts, decoding: Decoding, drafts: Sequence
 
 
 class Draft:
-    """One answer as it is written: text goes out as soon as it is certain, and for each [RET] its hidden state (d,)."""
+    """One answer while it is decoded. It emits text as soon as it is final, and the hidden state (d,) of each [RET]."""
 
     def __init__(self, model: Fromage, decoding: Decoding, emit: Callable[[str | Tensor], Any]) -> None:
         self.tokenizer, self.decoding, self.emit, self.ends = model.tokenizer, decoding, emit, end_ids(model)
         self.ids: list[int] = []
         self.done = False
         self._words: list[int] = []  # tokens since the last [RET]
-        self._said = 0  # characters of theirs that have gone out
+        self._said = 0  # characters of them that have been emitted
 
     def step(self, token: int, hidden: Tensor) -> None:
-        """token: the next one. hidden: (d,) where the token before it was read; so an answer's last [RET] is read too."""
+        """Take the next token. hidden: (d,) hidden state at the token before it, which matters if that was [RET]."""
         if self.ids and self.ids[-1] == self.tokenizer.ret_id:
             self.emit(hidden.clone())
             self._words, self._said = [], 0
@@ -140,7 +141,7 @@ class Draft:
             return
         self._words.append(token)
         self._say(everything=self._full)
-        if self._full:  # never back to False, which another thread may just have made True
+        if self._full:  # never set to False: another thread may have set it to True
             self.done = True
 
     @property
@@ -160,21 +161,21 @@ class Draft:
 
 
 def certain(text: str, stop: Sequence[str]) -> str:
-    """The text without what the next token may change: half a character, or the beginning of a stop text."""
+    """The part of a text that the next token cannot change: without half characters and beginnings of stop texts."""
     text = text.rstrip("\ufffd")
     held = [n for end in stop for n in range(1, len(end)) if text.endswith(end[:n])]
     return text[: len(text) - max(held, default=0)]
 
 
 def end_ids(model: Fromage) -> list[int]:
-    """The tokens that end an answer: the tokenizer's, and those the language model names besides."""
+    """The tokens that end an answer: the tokenizer's, and those in the language model's generation config."""
     named = getattr(model.lm.hf.generation_config, "eos_token_id", None)
     ids = [model.tokenizer.eos_id, *(named if isinstance(named, list) else [named])]
     return sorted({i for i in ids if i is not None})
 
 
 def processors(model: Fromage, decoding: Decoding, rows: range) -> Iterator[LogitsProcessor]:
-    """What happens to the logits, in order. rows: numbers of the batch's rows."""
+    """The logits processors, in order. rows: numbers of the batch's rows, for their seeds."""
     if decoding.repetition_penalty != 1:
         yield RepetitionPenaltyLogitsProcessor(float(decoding.repetition_penalty))
     yield RetRules(model.tokenizer.ret_id, decoding if model.pooling == "ret" else replace(decoding, max_images=0))
@@ -184,11 +185,15 @@ def processors(model: Fromage, decoding: Decoding, rows: range) -> Iterator[Logi
             yield TopKLogitsWarper(decoding.top_k)
         if decoding.top_p < 1:
             yield TopPLogitsWarper(decoding.top_p)
-        yield Sample(decoding.seed, rows, model.device)
+        yield GumbelSampler(decoding.seed, rows, model.device)
 
 
 class RetRules(LogitsProcessor):
-    """Scale and bias of the [RET] logit, and where [RET] may not come."""
+    """The [RET] bias, and where [RET] is not allowed.
+
+    The released code multiplies the logit by a factor, which moves a negative logit the wrong way. Here a bias is added; the
+    factor is available as authors_ret_scale.
+    """
 
     def __init__(self, ret_id: int, decoding: Decoding) -> None:
         self.ret_id, self.decoding = ret_id, decoding
@@ -199,14 +204,14 @@ class RetRules(LogitsProcessor):
         barred = (ids == self.ret_id).sum(1) >= self.decoding.max_images  # (B,)
         if ids.shape[1] < self.decoding.min_tokens:
             barred = torch.ones_like(barred)
-        scores[:, self.ret_id] = logit.masked_fill(barred, -torch.inf)
-        return scores
+        scores[:, self.ret_id] = logit.masked_fill(barred, -torch.inf)  # (B,)
+        return scores  # (B, V + 2)
 
 
-class Sample(LogitsProcessor):
-    """Sampling as the maximum of logits plus Gumbel noise, with a generator for each row.
+class GumbelSampler(LogitsProcessor):
+    """Sampling as the maximum of logits plus Gumbel noise, with a random generator per row.
 
-    The noise is its own, so that neither the global generator nor the other rows of a batch have a part in it.
+    So the samples of a row depend neither on the global generator nor on the other rows of the batch.
     """
 
     def __init__(self, seed: int | None, rows: range, device: torch.device) -> None:
@@ -214,41 +219,41 @@ class Sample(LogitsProcessor):
         self.generators = [torch.Generator(device).manual_seed(seed + row) for row in rows]
 
     def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
-        """scores (B, V + 2); -ln of an exponential variate is Gumbel noise."""
+        """scores (B, V + 2) -> (B, V + 2); -ln of an exponential variate is Gumbel noise."""
         noise = [torch.empty_like(scores[0]).exponential_(generator=generator) for generator in self.generators]
-        return scores - torch.stack(noise).log()
+        return scores - torch.stack(noise).log()  # (B, V + 2)
 
 
 class Steps(StoppingCriteria):
-    """Hands each step's tokens and hidden states to the drafts. It asks the device once a step, for the tokens."""
+    """Passes each step's tokens and hidden states to the drafts; the device is read once per step, for the tokens."""
 
     def __init__(self, drafts: Sequence[Draft]) -> None:
         self.drafts, self.thread, self.hidden = drafts, get_ident(), torch.empty(0)
 
     def look(self, head: torch.nn.Module, inputs: tuple[Tensor]) -> None:
-        """Hook before the output head, whose input is the hidden states (B, T, d); other threads may use the model too."""
+        """Hook before the output head, whose input is the hidden states (B, T, d). It ignores calls of other threads."""
         if get_ident() == self.thread:
-            self.hidden = inputs[0][:, -1]  # (B, d)
+            self.hidden = inputs[0][:, -1]  # (B, T, d) -> (B, d)
 
     def __call__(self, ids: Tensor, scores: Any, **options: Any) -> Any:
-        """ids (B, t) -> (B,) bool, who is done."""
+        """ids (B, t) of the answers so far -> (B,) bool, which rows are done."""
         for draft, token, hidden in zip(self.drafts, ids[:, -1].tolist(), self.hidden, strict=True):
             if not draft.done:
                 draft.step(token, hidden)
-        return torch.tensor([draft.done for draft in self.drafts], device=ids.device)
+        return torch.tensor([draft.done for draft in self.drafts], device=ids.device)  # (B,)
 
 
 class WholeSequence:
-    """Hook before the language model: prompt and answer so far run again, for decoding without a cache.
+    """Hook before the language model: runs prompt and answer so far again, for decoding without a cache.
 
-    Hugging Face itself knows no such thing for a prompt that is given by its embeddings.
+    Hugging Face does not support this for prompts given as embeddings.
     """
 
     def __init__(self, model: Fromage, prompts: Prompts) -> None:
         self.model, self.embeds, self.mask, self.thread = model, prompts.embeds, prompts.mask.long(), get_ident()
 
     def __call__(self, hf: torch.nn.Module, args: Any, named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        """Put (B, T + t, d) embeddings in the place of the newest ids (B, 1) and the cache."""
+        """Replace the newest ids (B, 1) and the cache by the embeddings (B, T + t, d) of prompt and answer."""
         if get_ident() != self.thread:
             return args, named
         if named.get("input_ids") is not None:

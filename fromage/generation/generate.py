@@ -1,4 +1,4 @@
-"""Generation: interleaved text and images go in, and come out."""
+"""Generation: answers of text and images to prompts of text and images; captions."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fromage.checks import check_whole
 from fromage.generation.decoding import GREEDY, Decoding, Draft, write
-from fromage.generation.retrieved import Resolve, RetrievedImages, Shown
+from fromage.generation.retrieved import ImageRetriever, Resolve, RetrievedImages
 from fromage.models.fromage import Fromage
 from fromage.models.prompts import START, ImageInput, Prompt, Url, embed_prompts, encode_images
 
@@ -24,15 +24,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Answer:
-    """Text and images in the order they came, and the tokens, without the </s> that ended them."""
+    """Text and retrieved images in the order of decoding, and the token ids, without a final </s>."""
 
-    parts: list[str | Shown]
+    parts: list[str | RetrievedImages]
     ids: list[int]
 
     @classmethod
-    def of(cls, pieces: Iterable[str | Shown], ids: Iterable[int] = ()) -> Answer:
-        """From the pieces of `stream`: neighbouring texts become one."""
-        parts: list[str | Shown] = []
+    def of(cls, pieces: Iterable[str | RetrievedImages], ids: Iterable[int] = ()) -> Answer:
+        """Build an answer from the pieces of `stream`; adjacent texts are joined."""
+        parts: list[str | RetrievedImages] = []
         for is_text, group in groupby(pieces, lambda piece: isinstance(piece, str)):
             same: list[Any] = list(group)
             parts += ["".join(same)] if is_text else same
@@ -40,14 +40,14 @@ class Answer:
 
     @property
     def text(self) -> str:
-        """The words alone."""
+        """The text alone, without images."""
         texts = (part.strip() for part in self.parts if isinstance(part, str))
         return " ".join(text for text in texts if text)
 
     @property
-    def shown(self) -> list[Shown]:
-        """What stands for each [RET]."""
-        return [part for part in self.parts if isinstance(part, Shown)]
+    def shown(self) -> list[RetrievedImages]:
+        """The images retrieved for each [RET], in order."""
+        return [part for part in self.parts if isinstance(part, RetrievedImages)]
 
 
 def generate(
@@ -61,14 +61,14 @@ def generate(
     """Answer each prompt.
 
     Args:
-        index: where the images are; built with this very model.
-        resolve: opens the images found, as retrieval.results.load_images does. In place of one that is gone the next best
-            is shown, with a note. Without, Shown.rest goes on where its hits end.
+        index: index of the images to retrieve, built with the same model.
+        resolve: opens the images found, as retrieval.results.load_images does. An image that cannot be opened is replaced
+            by the next best, with a note. If None, images stay unopened, and RetrievedImages.rest has the hits that follow.
         batch_size: prompts decoded at a time.
 
     Raises:
-        UserError: a prompt and its answer are longer than the language model's positions, an image cannot be had, or the
-            index was built with another model.
+        UserError: a prompt and its answer do not fit the language model's positions, an image cannot be opened or fetched,
+            or the index was built with another model.
     """
     check_whole("batch_size", batch_size, 1)
     if index is not None:
@@ -81,9 +81,9 @@ def generate(
         drafts = [Draft(model, decoding, row.append) for row in pieces]
         write(model, embedded, decoding, drafts, start)
         for row, prompt in enumerate(batch):
-            features = embedded.features[embedded.shown[row]]  # (n, m)
-            gallery = RetrievedImages(model, index, resolve, decoding.images_per_ret, prompt, features)
-            answers.append(Answer.of(map(gallery.piece, pieces[row]), drafts[row].ids))
+            features = embedded.features[embedded.shown[row]]  # (images of the prompt, m)
+            retriever = ImageRetriever(model, index, resolve, decoding.images_per_ret, prompt, features)
+            answers.append(Answer.of(map(retriever.piece, pieces[row]), drafts[row].ids))
     return answers
 
 
@@ -93,16 +93,16 @@ def stream(
     decoding: Decoding = GREEDY,
     index: ImageIndex | None = None,
     resolve: Resolve | None = None,
-) -> Iterator[str | Shown]:
-    """The answer to one prompt, piece by piece as it is decoded; Answer.of puts the pieces together.
+) -> Iterator[str | RetrievedImages]:
+    """The answer to one prompt, piece by piece while it is decoded; Answer.of joins the pieces.
 
-    Decoding runs in a thread of its own and goes on while a piece is looked at; closing the iterator stops it.
-    Arguments and errors are those of generate; what is wrong with the prompt is raised at once.
+    Decoding runs in a thread of its own and does not wait for the caller; closing the iterator stops it. Arguments and
+    errors are those of generate; errors in the prompt are raised by this call, not by the iterator.
     """
     if index is not None:
         index.require_model(model)
     embedded = embed_prompts(model, [prompt], decoding.max_new_tokens)
-    gallery = RetrievedImages(model, index, resolve, decoding.images_per_ret, prompt, embedded.features)
+    retriever = ImageRetriever(model, index, resolve, decoding.images_per_ret, prompt, embedded.features)
     pieces: SimpleQueue[Any] = SimpleQueue()
     draft = Draft(model, decoding, pieces.put)
 
@@ -110,17 +110,17 @@ def stream(
         try:
             write(model, embedded, decoding, [draft])
             pieces.put(None)
-        except BaseException as error:  # raised where it is awaited
+        except BaseException as error:  # raised in the caller's thread
             pieces.put(error)
 
-    def read() -> Iterator[str | Shown]:
+    def read() -> Iterator[str | RetrievedImages]:
         thread = Thread(target=work, daemon=True)
         thread.start()
         try:
             while (piece := pieces.get()) is not None:
                 if isinstance(piece, BaseException):
                     raise piece
-                yield gallery.piece(piece)
+                yield retriever.piece(piece)
         finally:
             draft.done = True
             thread.join()
@@ -131,7 +131,7 @@ def stream(
 def caption(model: Fromage, images: str | ImageInput | Sequence[str | ImageInput], max_new_tokens: int = 32) -> list[str]:
     """Greedy captions of images: opened ones, paths, addresses or features (m,). One image is a list of one.
 
-    max_new_tokens: length of a caption at most, in tokens. Raises UserError for an image that cannot be opened.
+    max_new_tokens: maximum length of a caption, in tokens. Raises UserError for an image that cannot be opened.
     """
     listed = [images] if isinstance(images, (str, ImageInput)) else list(images)
     named = [_located(image) if isinstance(image, str) else image for image in listed]
@@ -143,9 +143,10 @@ def _located(name: str) -> Path | Url:
 
 
 def caption_images(model: Fromage, features: Tensor, max_new_tokens: int = 32, batch_size: int = 128) -> list[str]:
-    """Greedy captions of (N, m) image features: [W_c v(x)] [</s>] and on, without [RET], up to the end of the sentence.
+    """Greedy captions of (N, m) image features: continuations of [W_c v(x)] [</s>], without [RET].
 
-    max_new_tokens: length of a caption at most, in tokens. A caption ends at </s> or a line break.
+    max_new_tokens: maximum length of a caption, in tokens. A caption ends at </s> or a line break. As in training, </s>
+    follows the image.
     """
     decoding = Decoding(max_new_tokens, stop="\n", max_images=0)
     return [answer.text for answer in generate(model, [[row, START] for row in features], decoding, batch_size=batch_size)]

@@ -1,4 +1,4 @@
-"""The images of an answer: what each [RET] finds in the image index."""
+"""The images of an answer: each generated [RET] searches the image index (section 3.2)."""
 
 from __future__ import annotations
 
@@ -21,21 +21,23 @@ from fromage.retrieval.results import Hit, Lost, Opened, left_out
 if TYPE_CHECKING:
     from fromage.retrieval.faiss_index import ImageIndex
 
-Resolve = Callable[[Iterable[Hit], int], tuple[list[Opened], list[Lost]]]  # as fromage.retrieval.results.load_images
-SAME = 1 - 1e-3  # cosine from which an image is the same: towers in bfloat16 or float32 and JPEG saved again differ by less
+Resolve = Callable[
+    [Iterable[Hit], int], tuple[list[Opened], list[Lost]]
+]  # (hits, count) -> opened, lost; see fromage.retrieval.results.load_images
+SAME = 1 - 1e-3  # cosine from which two images count as the same; bfloat16 or a re-saved JPEG changes it less
 
 
 @dataclass
-class Shown:
-    """What stands in an answer for a [RET].
+class RetrievedImages:
+    """The images retrieved for one [RET] of an answer.
 
     Attributes:
-        embedding: (q,) unit row, what was searched for.
-        hits: the images found, best first; none without an index.
-        images: the hits opened, where the caller said how.
-        notes: what the reader should know of them, such as that one was gone.
-        rest: the hits behind these, where the images were not opened.
-        nothing: why there are no hits; '' where there are some.
+        embedding: (q,) unit row, the query.
+        hits: the images found, best first; empty without an index.
+        images: the opened images of the hits, if the caller passed `resolve`.
+        notes: messages for the reader, for example that an image could not be opened.
+        rest: the hits that follow, if the images were not opened.
+        why_empty: why there are no hits; '' if there are some.
     """
 
     embedding: np.ndarray = field(repr=False, compare=False)
@@ -43,13 +45,13 @@ class Shown:
     images: list[Image.Image] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     rest: Iterator[Hit] = field(default_factory=lambda: iter(()), repr=False, compare=False)
-    nothing: str = field(default="", compare=False)
+    why_empty: str = field(default="", compare=False)
 
 
-class RetrievedImages:
-    """The images that one answer may show: those of the index but the prompt's own, and none twice.
+class ImageRetriever:
+    """Retrieves the images of one answer from the index: none of the prompt's own images, and none twice.
 
-    An image is known by its name and, since copies of it have others, by its embedding.
+    Images are compared by path and by embedding, since a copy of an image has another path.
     """
 
     def __init__(
@@ -61,34 +63,36 @@ class RetrievedImages:
         prompt: Prompt,
         features: Tensor,
     ) -> None:
-        """count: images for each [RET]. features: (n, m) of the prompt's images."""
+        """count: images per [RET]. features: (n, m) of the prompt's images."""
         self.model, self.index, self.resolve, self.count = model, index, resolve, count
         self.prompt, self.features = prompt, features
 
-    def piece(self, piece: str | Tensor) -> str | Shown:
-        """Text as it is; for a hidden state (d,) at [RET] what it shows."""
+    def piece(self, piece: str | Tensor) -> str | RetrievedImages:
+        """A piece of a draft: text is returned unchanged, a hidden state (d,) at [RET] as its images."""
         return piece if isinstance(piece, str) else self.find(piece)
 
     @torch.no_grad()
-    def find(self, hidden: Tensor) -> Shown:
-        """The images nearest to W_t h + b."""
-        row = self.model.embed_ret(hidden.unsqueeze(0)).cpu().numpy()[0]  # (q,)
+    def find(self, hidden: Tensor) -> RetrievedImages:
+        """hidden (d,) -> the images nearest to W_t h + b, normalised (section 3.2)."""
+        row = self.model.embed_ret(hidden.unsqueeze(0)).cpu().numpy()[0]  # (1, d) -> (q,)
         if self.index is None:
-            return Shown(row, nothing="there is no index to find one in")
+            return RetrievedImages(row, why_empty="there is no index to find one in")
         fresh = self._fresh(self.index, row)
         if self.resolve:
             opened, lost = self.resolve(fresh, self.count)
-            shown = Shown(row, [hit for hit, _ in opened], [image for _, image in opened], left_out(lost))
+            shown = RetrievedImages(row, [hit for hit, _ in opened], [image for _, image in opened], left_out(lost))
         else:
-            lost, shown = [], Shown(row, list(islice(fresh, self.count)), rest=fresh)
+            lost, shown = [], RetrievedImages(row, list(islice(fresh, self.count)), rest=fresh)
         if not shown.hits:
-            shown.nothing = "none of those tried could be opened" if lost else "none is left"
+            shown.why_empty = "none of those tried could be opened" if lost else "none is left"
         self.barred.update(hit.path for hit in [*shown.hits, *(hit for hit, _ in lost)])
-        self.seen = np.concatenate([self.seen, self.index.vectors_of([hit.row for hit in shown.hits])])  # (s, q)
+        self.seen = np.concatenate(
+            [self.seen, self.index.vectors_of([hit.row for hit in shown.hits])]
+        )  # (s, q), s images seen
         return shown
 
     def _fresh(self, index: ImageIndex, row: np.ndarray) -> Iterator[Hit]:
-        """The images nearest to a row (q,) that were not seen, best first; of copies the one that comes first."""
+        """The images nearest to a row (q,), best first, without images seen before and copies of better ones."""
         barred, passed = frozenset(self.barred), np.empty((0, len(row)), np.float32)  # (n, q)
         hits = index.search(row[None], self.count + len(self.seen), barred)[0]
         for hit in index.beyond(row, hits, barred):
@@ -99,12 +103,12 @@ class RetrievedImages:
 
     @cached_property
     def barred(self) -> set[str]:
-        """Paths that must not be found: at first the prompt's images."""
+        """Paths of images that must not be retrieved: initially the prompt's."""
         parts = parts_of(self.prompt)
         paths = {str(path) for part in parts if isinstance(part, Path) for path in (part, part.absolute(), part.resolve())}
         return paths | {str(part) for part in parts if isinstance(part, Url)}
 
     @cached_property
     def seen(self) -> np.ndarray:
-        """Rows (s, q) of images that must not be found: at first the prompt's."""
-        return self.model.embed_images(self.features).float().cpu().numpy()
+        """Embeddings (s, q) of images that must not be retrieved: initially the prompt's."""
+        return self.model.embed_images(self.features).float().cpu().numpy()  # (n, m) -> (n, q)

@@ -24,7 +24,7 @@ from torchvision.transforms.functional import normalize, pil_to_tensor
 from fromage.images.codec import decode_image, is_upright, opened, take_in
 
 Transform = Callable[[Image.Image], Tensor]
-Decoding = Literal["draft", "exact"]
+JpegDecoding = Literal["draft", "exact"]
 
 SPARE = 2
 """How many times what it is resized to a draft measures at least, either way.
@@ -80,7 +80,7 @@ class Frame:
 class Resize:
     """An open_clip transform up to its conversion to floats: image -> (3, H, W) uint8."""
 
-    def __init__(self, whole: Any, steps: list[Any], decoding: Decoding = "draft") -> None:
+    def __init__(self, whole: Any, steps: list[Any], decoding: JpegDecoding = "draft") -> None:
         self.whole, self.steps, self.decoding, self.frame = whole, steps, decoding, _frame(steps)
 
     def __call__(self, image: Image.Image) -> Tensor:
@@ -131,7 +131,7 @@ def read_image(data: bytes, transform: Transform) -> Tensor:
     return transform.read(data) if isinstance(transform, Resize) else transform(decode_image(data))
 
 
-def decoding_as(transform: Transform, decoding: Decoding) -> Transform:
+def decoding_as(transform: Transform, decoding: JpegDecoding) -> Transform:
     """The transform, by which JPEGs are read as drafts where that does not show, or exactly."""
     return Resize(transform.whole, transform.steps, decoding) if isinstance(transform, Resize) else transform
 

@@ -1,4 +1,33 @@
-"""The model: two frozen towers and the trained parameters between them.
+"""The models: frozen towers and the trained parameters between them.
 
-Shapes, everywhere: B batch, T tokens, k embeddings per image, m width of image features, d width of the language model,
-q width of the retrieval space, V tokens of the frozen vocabulary."""
+Where to look:
+
+    fromage             FROMAGe's trained parameters: visual prefix W_c, text head W_t, image head W_i
+    base                the visual prefix as FROMAGe and Octopus share it
+    special_tokens      the [RET] row: one trained row beside a frozen vocabulary
+    language_model      the frozen language model; packed_attention runs it without padding
+    vision              the frozen vision towers
+    prompts             interleaved text and images -> input embeddings
+
+The legend of shapes, for all packages:
+
+    B   examples in a batch
+    T   tokens of a sequence, padding included
+    N   tokens, images or rows in a list without padding
+    k   input embeddings per image
+    m   width of the image features
+    d   width of the language model
+    q   width of the retrieval space
+    V   tokens of the frozen vocabulary
+    n   trained rows beside it: 1 for [RET]; also distinct images of a batch of prompts
+    c   positions whose logits are computed at a time
+    C   continuations that are scored
+    W   devices
+    b, t, s: part of a batch, tokens of an answer so far, images seen so far
+    H, W in (3, H, W): height and width of an image in pixels
+
+    packed attention: S sequences, H attention heads (H' of keys and values), e width of a head, T' keys per query
+    CLIP: e width of the space that images and texts share
+    Octopus: N object queries, P patches per image, A tokens of an answer, L layers and c width of the DETR decoder,
+        K objects per image at most, M objects or tokens of a batch in a list without padding, S cached tokens
+"""

@@ -1,4 +1,4 @@
-"""What FROMAGe and Octopus have in common: a language model whose prompt holds images."""
+"""The visual prefix, as FROMAGe and Octopus share it: a language model whose prompt contains images."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from fromage.models.vision.base import VisionTower
 
 
 class VisualPrefixLM(nn.Module):
-    """A language model and an image tower, joined by a visual prefix: the k input embeddings that an image becomes.
+    """A language model and a vision tower, joined by a visual prefix: each image becomes k input embeddings.
 
-    Letters as in fromage.models.fromage. A subclass says how many and by what map, in visual_prefix and prefix.
+    A subclass defines k and the map: visual_prefix (the layer) and prefix (features -> embeddings).
     """
 
     visual_prefix: nn.Linear
@@ -29,15 +29,15 @@ class VisualPrefixLM(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the trained parameters are."""
+        """The device of the trained parameters."""
         return self.visual_prefix.weight.device
 
     def trained(self) -> dict[str, nn.Parameter]:
-        """The parameters beside the two towers, by name."""
+        """The parameters outside the two towers, by name."""
         return {name: p for name, p in self.named_parameters() if not name.startswith(TOWERS)}
 
     def fingerprint(self) -> str:
-        """16 hex digits that change with any parameter: what a report or an index belongs to."""
+        """16 hex digits that change with any parameter; they name the model in reports and indexes."""
         raise NotImplementedError
 
     def prefix(self, features: Tensor) -> Tensor:
@@ -45,13 +45,13 @@ class VisualPrefixLM(nn.Module):
         raise NotImplementedError
 
     def embed(self, ids: Tensor, prefix: Tensor | None = None) -> Tensor:
-        """(B, T) ids -> (B, T, d) input embeddings; the places of <|image|> are filled from prefix (N, k, d), in order."""
+        """(B, T) ids -> (B, T, d) input embeddings; <|image|> tokens take the rows of prefix (N, k, d), in order."""
         embeds = self.lm.embed(ids)  # (B, T, d)
-        return embeds if prefix is None else fill(embeds, ids == self.tokenizer.image_id, prefix)
+        return embeds if prefix is None else fill(embeds, ids == self.tokenizer.image_id, prefix)  # (B, T, d)
 
 
 def digest(built: str, trained: Mapping[str, Tensor]) -> str:
-    """16 hex digits of what a model is built of, in words, and of its trained parameters."""
+    """16 hex digits of a description of the architecture and of the trained parameters."""
     summed = hashlib.sha256(built.encode())
     for name, p in sorted(trained.items()):
         summed.update(name.encode() + p.detach().float().cpu().numpy().tobytes())
@@ -59,5 +59,5 @@ def digest(built: str, trained: Mapping[str, Tensor]) -> str:
 
 
 def fill(embeds: Tensor, places: Tensor, rows: Tensor) -> Tensor:
-    """(B, T, d) with the places (B, T) bool taken, in order, by rows (..., d)."""
-    return embeds.masked_scatter(places.unsqueeze(-1), rows.to(embeds.dtype))
+    """(B, T, d) in which the places (B, T) bool are replaced, in order, by rows (..., d)."""
+    return embeds.masked_scatter(places.unsqueeze(-1), rows.to(embeds.dtype))  # (B, T, 1) places -> (B, T, d)

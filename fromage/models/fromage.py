@@ -1,13 +1,14 @@
-"""FROMAGe: a frozen language model and a frozen image tower with 5.5 million trained parameters between them.
+"""FROMAGe: a frozen language model and a frozen vision tower with 5.5 million trained parameters between them.
 
-Shapes, here and everywhere: B batch, T text tokens, k places of an image in a sequence, m width of the image features,
-d width of the language model, q width of the shared retrieval space, V tokens of the frozen vocabulary.
+The trained parameters (the legend of shapes is in fromage.models):
 
-    visual prefix   W_c  (d k x m)   an image becomes k input embeddings                            section 3.1
-    [RET]           e    (d)         asks for an image; lives in fromage.models.special_tokens      section 3.2
+    visual prefix   W_c  (d k x m)   image features -> k input embeddings                           section 3.1
+    [RET]           e    (d)         asks for an image; see fromage.models.special_tokens           section 3.2
     text head       W_t  (q x d)     hidden state at [RET] -> retrieval space                       section 3.2
     image head      W_i  (q x m)     image features -> retrieval space                              section 3.2
     logit_scale                      log of the inverse temperature, starts at ln(1 / 0.07)
+
+The released code, and so this one, adds a bias to each of the three maps, which the paper's formulas leave out.
 
 Source: Koh, Salakhutdinov, Fried, "Grounding Language Models to Images for Multimodal Inputs and Outputs", ICML 2023.
 """
@@ -36,31 +37,31 @@ from fromage.models.prompts import RET, Prompt, embed_prompts, parts_of
 from fromage.models.vision.base import VisionTower
 from fromage.models.vision.registry import load_vision
 
-Pooling = Literal["ret", "last"]  # where a text is read for retrieval: at [RET], or at its last word (an ablation)
+Pooling = Literal["ret", "last"]  # which hidden state embeds a text: the one at [RET], or at its last word (an ablation)
 
 
 class Fromage(VisualPrefixLM, ModelHubMixin):
-    """The model. Trained parameters are float32 whatever the towers hold; each is applied in the tower's dtype.
+    """The model. Trained parameters are float32 whatever the dtype of the towers.
 
     Attributes:
-        settings: the arguments of load it was built with; empty if it was built from modules.
-        stored_dtype: what save_pretrained and push_to_hub round trained parameters to; after loading, what the file holds.
+        settings: the arguments of `load`; empty if the model was built from modules.
+        stored_dtype: dtype to which save_pretrained and push_to_hub round; after loading, the dtype of the file.
     """
 
     def __init__(self, lm: LanguageModel, vision: VisionTower, k: int = 1, q: int = 256, pooling: Pooling = "ret") -> None:
         """k: input embeddings per image. q: width of the retrieval space.
 
-        pooling: where texts are read for retrieval. With 'last' the model never answers with images, and 'at [RET]' in
-        what follows means at the last token before it. Raises UserError where a text may then have no token at all.
+        pooling: which hidden state embeds a text. With 'last' the model never answers with images, and "at [RET]" below
+        means at the last token before it. Raises UserError where 'last' is impossible: an empty text would have no token.
         """
         super().__init__(lm, vision, k)
         if pooling == "last" and not lm.tokenizer.start():
             raise UserError(f"{lm.name}: its texts have no start token, so an empty one has no last word; use pooling 'ret'")
         self.q, self.pooling = q, pooling
-        self.visual_prefix = nn.Linear(vision.width, k * lm.width)  # W_c
-        self.text_head = nn.Linear(lm.width, q)  # W_t
-        self.image_head = nn.Linear(vision.width, q)  # W_i
-        self.ret = lm.added  # e_RET
+        self.visual_prefix = nn.Linear(vision.width, k * lm.width)  # W_c: (B, m) -> (B, k d)
+        self.text_head = nn.Linear(lm.width, q)  # W_t: (B, d) -> (B, q)
+        self.image_head = nn.Linear(vision.width, q)  # W_i: (B, m) -> (B, q)
+        self.ret = lm.added  # e_RET (1, d)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         self.settings: dict[str, Any] = {}
         self.stored_dtype = "bfloat16"
@@ -79,9 +80,9 @@ class Fromage(VisualPrefixLM, ModelHubMixin):
         quantize: Quantized | None = None,
         seed: int = 0,
     ) -> Fromage:
-        """Build from names, the trained parameters fresh; see load_lm and load_vision for what a name may be.
+        """Build from names, with newly initialised trained parameters; load_lm and load_vision say what a name may be.
 
-        The same seed gives the same trained parameters, and the same towers where these are random.
+        The same seed gives the same trained parameters, and the same towers where they have random weights.
         """
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -97,10 +98,9 @@ class Fromage(VisualPrefixLM, ModelHubMixin):
     ) -> Fromage:
         """The model of a folder, of a name on the Hugging Face hub or of a Lightning checkpoint, in eval mode.
 
-        dtype: of the towers, in place of the one they were trained under. options: further arguments of load to replace
-        (quantize; lm, vision and vision_weights where the towers lie elsewhere), and revision, token, cache_dir,
-        force_download and local_files_only of the hub. Raises UserError for what is missing or damaged, and
-        for a device that is not there.
+        dtype: dtype of the towers (overrides the one of training). options: further arguments of `load` to override
+        (quantize; lm, vision and vision_weights if the towers have moved), and revision, token, cache_dir, force_download
+        and local_files_only of the hub. Raises UserError for missing or damaged files and for an unknown device.
         """
         hub = {key: options.pop(key) for key in HUB_OPTIONS & options.keys()}
         return build(cls, read_saved(name, **hub), device, dtype=dtype, **options)
@@ -110,59 +110,60 @@ class Fromage(VisualPrefixLM, ModelHubMixin):
     ) -> None:
         """Write the trained parameters as a folder, see fromage.checkpoints.format; push_to_hub uploads what this writes.
 
-        dtype: bfloat16 (11 MB at full size), float16, or float32 (22 MB), which keeps every bit; by default stored_dtype.
-        config and model_card_kwargs are there for push_to_hub: the folder brings its own.
+        dtype: bfloat16 (11 MB at full size), float16, or float32 (22 MB, lossless); by default stored_dtype.
+        config and model_card_kwargs are ignored; ModelHubMixin passes them.
         """
         write_folder(describe(self, dtype), save_directory)
 
     def prefix(self, features: Tensor) -> Tensor:
-        """(B, m) image features -> (B, k, d) input embeddings: W_c v(x) + b."""
+        """(B, m) image features -> (B, k, d) input embeddings: W_c v(x) + b (section 3.1)."""
         return self.visual_prefix(features.float()).unflatten(-1, (self.k, self.lm.width))  # (B, k d) -> (B, k, d)
 
     def embed_images(self, features: Tensor) -> Tensor:
-        """(B, m) image features -> (B, q) unit rows of the retrieval space: W_i v(x) + b, normalised."""
-        return F.normalize(self.image_head(features.float()), dim=-1)
+        """(B, m) image features -> (B, q) unit rows of the retrieval space: W_i v(x) + b, normalised (section 3.2)."""
+        return F.normalize(self.image_head(features.float()), dim=-1)  # (B, m) -> (B, q)
 
     def embed_ret(self, hidden: Tensor) -> Tensor:
-        """(B, d) hidden states at [RET] -> (B, q) unit rows: W_t h + b, normalised."""
-        return F.normalize(self.text_head(hidden.float()), dim=-1)
+        """(B, d) hidden states at [RET] -> (B, q) unit rows: W_t h + b, normalised (section 3.2)."""
+        return F.normalize(self.text_head(hidden.float()), dim=-1)  # (B, d) -> (B, q)
 
     def hidden_at_ret(self, ids: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor]:
-        """Run right-padded texts that end in [RET]: hidden states (B, T, d) and those at [RET] (B, d), see pooling."""
+        """Run right-padded texts (B, T) that end in [RET]: hidden states (B, T, d), and the one at [RET] (B, d)."""
         ends = torch.tensor(lengths, device=ids.device).unsqueeze(1)  # (B, 1)
         hidden = self.lm(self.embed(ids), torch.arange(ids.shape[1], device=ids.device) < ends)  # (B, T, d)
         at = ends - (1 if self.pooling == "ret" else 2)  # (B, 1)
-        return hidden, hidden.gather(1, at.unsqueeze(2).expand(-1, -1, hidden.shape[2])).squeeze(1)
+        return hidden, hidden.gather(1, at.unsqueeze(2).expand(-1, -1, hidden.shape[2])).squeeze(1)  # (B, 1, d) -> (B, d)
 
     @torch.no_grad()
     def embed_text(self, prompts: Sequence[Prompt], batch_size: int = 128) -> Tensor:
-        """Texts, or prompts of text and images -> (B, q) unit rows: each with [RET] behind it, W_t h + b at its end.
+        """Texts, or prompts of text and images -> (B, q) unit rows: [RET] is appended to each, and W_t h + b taken there.
 
-        Raises UserError for prompts that are too long, and for images that cannot be opened.
+        batch_size: prompts encoded at a time. Raises UserError for prompts that are too long and images that cannot be
+        opened.
         """
         check_whole("batch_size", batch_size, 1)
-        behind = [RET] if self.pooling == "ret" else []
+        suffix = [RET] if self.pooling == "ret" else []
         out = [torch.empty(0, self.q, device=self.device)]
         for start in range(0, len(prompts), batch_size):
-            batch = embed_prompts(self, [[*parts_of(prompt), *behind] for prompt in prompts[start : start + batch_size]])
+            batch = embed_prompts(self, [[*parts_of(prompt), *suffix] for prompt in prompts[start : start + batch_size]])
             out.append(self.embed_ret(self.lm(batch.embeds, batch.mask)[:, -1]))  # (b, T, d) -> (b, q)
-        return torch.cat(out)
+        return torch.cat(out)  # (B, q)
 
     def push_to_hub(self, repo_id: str, **hub: Any) -> str:
-        """Upload what save_pretrained writes to the Hugging Face hub; options as of ModelHubMixin. Returns an address."""
+        """Upload what save_pretrained writes to the Hugging Face hub; options of ModelHubMixin. Returns the address."""
         try:
             return super().push_to_hub(repo_id, **hub)
         except UserError:
             raise
         except Exception as error:
             raise UserError(
-                f"{repo_id}: not uploaded ({first_line(error)}); name a repository of yours, hf auth login"
+                f"{repo_id}: not uploaded ({first_line(error)}); name a repository of your own, and log in by hf auth login"
             ) from error
 
     def fingerprint(self, trained: Mapping[str, Tensor] | None = None) -> str:
-        """16 hex digits that change with any trained parameter and with the towers: what an index belongs to.
+        """16 hex digits that change with any trained parameter and with the towers; an index stores them.
 
-        trained: values to count in place of the model's own, such as these rounded to what a file holds.
+        trained: values to use in place of the model's own, such as the values after rounding to a file's dtype.
         """
         built = f"{self.lm.name}|{self.vision.fingerprint()}|{self.k}|{self.q}"
         return digest(built + ("" if self.pooling == "ret" else self.pooling), trained or self.trained())
@@ -174,9 +175,9 @@ def load_model(path: str | Path, device: str = "cpu", **options: Any) -> Fromage
 
 
 def for_disk(saved: Saved, dtype: str | None = None) -> Saved:
-    """Saved parameters complete and rounded to dtype, by default as they are.
+    """Saved parameters with ids and fingerprint, rounded to dtype (None: unchanged).
 
-    What a Lightning checkpoint leaves open, ids and fingerprint, its towers are loaded for; its default is bfloat16.
+    A Lightning checkpoint holds neither ids nor fingerprint: its towers are loaded to get them, and None means bfloat16.
     """
     if not saved.added_tokens:
         return replace(describe(build(Fromage, saved), dtype), source=saved.source)

@@ -1,6 +1,6 @@
-"""What both towers share.
+"""Frozen towers: the base class of the language model and of the vision towers.
 
-Contract: a tower is always in eval mode, none of its parameters has a gradient, and it keeps the dtype it was loaded in.
+Contract: a tower is always in eval mode, its parameters have no gradients, and it keeps the dtype it was loaded in.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ TOY = Path(__file__).parents[1] / "toy" / "backbones"  # the pair that ships wit
 
 
 class FrozenTower(nn.Module):
-    """A module that nothing can set to training mode."""
+    """A module that stays in eval mode."""
 
     def freeze(self) -> None:
-        """Stop gradients to every parameter and switch dropout off for good."""
+        """Stop gradients to every parameter and switch dropout off."""
         self.requires_grad_(False)
         self.eval()
 
@@ -30,7 +30,7 @@ class FrozenTower(nn.Module):
 
 
 def digest_of_samples(module: nn.Module) -> str:
-    """16 hex digits of some numbers of every tensor of a module, the same whatever dtype it is loaded in."""
+    """16 hex digits of a sample of every tensor of a module; they do not depend on its dtype."""
     digest = hashlib.sha256()
     for name, value in sorted(module.state_dict().items()):
         flat = value.flatten()
@@ -40,8 +40,8 @@ def digest_of_samples(module: nn.Module) -> str:
 
 
 def check_device(device: str) -> None:
-    """Raise UserError for a device that is not there: before towers are loaded, not after."""
+    """Raise UserError for a device that PyTorch cannot use; called before towers are loaded."""
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device {device}: there is none here that PyTorch can use; give cpu, cuda or mps") from error
+        raise UserError(f"device {device}: PyTorch cannot use it here; give cpu, cuda or mps") from error

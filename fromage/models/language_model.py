@@ -1,6 +1,6 @@
-"""The frozen language model: any causal LM of Hugging Face, with a few trained token rows.
+"""The frozen language model: any causal LM of Hugging Face, with a few trained token rows (fromage.models.special_tokens).
 
-'toy' names the one that ships with the package; it is loaded by the same code as any other.
+'toy' names the LM that ships with the package; the same code loads it.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ Quantized = Literal["int8", "nf4"]
 
 
 class LanguageModel(FrozenTower):
-    """A frozen causal LM that knows the tokens added to it, as [RET].
+    """A frozen causal LM with added tokens, such as [RET].
 
     Attributes:
         hf: the Hugging Face model; its embedding and head are extended by the added rows, so `hf.generate` works.
-        width: d of the input embeddings, which is also that of the hidden states before the head.
-        added: the trained rows. They belong to the model around this tower (see fromage.models.fromage).
+        width: d, of the input embeddings and of the hidden states before the head.
+        added: the trained rows. They are parameters of the model that contains this tower (fromage.models.fromage).
     """
 
     def __init__(self, hf: Any, tokenizer: PromptTokenizer, name: str) -> None:
@@ -61,12 +61,12 @@ class LanguageModel(FrozenTower):
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the frozen weights are held in; of a quantised tower, what it computes in."""
+        """dtype of the frozen weights; of a quantised tower, the dtype it computes in."""
         return self.hf.get_input_embeddings().weight.dtype
 
     @property
     def blocks(self) -> list[nn.Module]:
-        """The transformer layers: what is compiled, recomputed or sharded one by one."""
+        """The transformer layers, which are compiled, recomputed or sharded one by one."""
         return [module for module in self.hf.base_model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
     def embed(self, ids: Tensor) -> Tensor:
@@ -76,29 +76,29 @@ class LanguageModel(FrozenTower):
     def forward(self, embeds: Tensor, mask: Tensor) -> Tensor:
         """(B, T, d) input embeddings and (B, T) bool mask -> (B, T, d) hidden states after the last layer norm.
 
-        Positions count the tokens that are not masked, so padding anywhere changes nothing.
+        Positions count unmasked tokens only, so padding on either side changes nothing.
         """
         positions = (mask.long().cumsum(1) - 1).clamp(min=0)  # (B, T)
         output = self.hf.base_model(
             inputs_embeds=embeds, attention_mask=mask.long(), position_ids=positions, use_cache=False
         )
-        return output.last_hidden_state
+        return output.last_hidden_state  # (B, T, d)
 
     def cached(self, embeds: Tensor, mask: Tensor, positions: Tensor, cache: Cache) -> Tensor:
-        """(B, T, d) input embeddings at positions (B, T) behind what the cache holds -> (B, T, d) hidden states.
+        """(B, T, d) input embeddings at positions (B, T), which follow the cached tokens -> (B, T, d) hidden states.
 
-        mask: (B, 1, T, S + T) bool, which of the S tokens in the cache and the T new ones each of these sees.
+        mask: (B, 1, T, S + T) bool, which of S cached and T new tokens each new token sees. The cache grows by T tokens.
         """
         output = self.hf.base_model(
             inputs_embeds=embeds, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
         )
-        return output.last_hidden_state
+        return output.last_hidden_state  # (B, T, d)
 
     def packed(self, embeds: Tensor, positions: Tensor, attend: Attend) -> Tensor:
-        """(1, N, d) packed input embeddings at positions (N,) -> (N, d) hidden states; attend says who sees whom."""
+        """(1, N, d) packed input embeddings at positions (N,) -> (N, d) hidden states; see packed_attention for attend."""
         with attending(self.hf.config, attend):
             output = self.hf.base_model(inputs_embeds=embeds, position_ids=positions.unsqueeze(0), use_cache=False)
-        return output.last_hidden_state[0]
+        return output.last_hidden_state[0]  # (1, N, d) -> (N, d)
 
     @property
     def head(self) -> nn.Linear:
@@ -107,25 +107,25 @@ class LanguageModel(FrozenTower):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., d) hidden states -> (..., V + 2) logits in float32; the column of <|image|> is -inf."""
-        return self.capped(self.hf.get_output_embeddings()(hidden).float())
+        return self.capped(self.hf.get_output_embeddings()(hidden).float())  # (..., d) -> (..., V + 2)
 
     @property
     def cap(self) -> float | None:
-        """What tanh keeps logits within (Gemma 2), or None."""
+        """The bound of the logits' soft cap by tanh (Gemma 2), or None."""
         return getattr(self.hf.config, "final_logit_softcapping", None)
 
     def capped(self, logits: Tensor) -> Tensor:
-        """The head's products -> logits."""
+        """Output of the head -> logits, of the same shape."""
         return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
 
 
 def load_tokenizer(name: str) -> PromptTokenizer:
-    """The tokenizer of a language model, by hub name or folder. Raises UserError where there is none within reach."""
+    """The tokenizer of a language model, by hub name or folder. Raises UserError where it is not found."""
     return PromptTokenizer(_folder(name))
 
 
 def _folder(name: str) -> str:
-    """Where a language model lies: its name on the hub, or a folder."""
+    """The name on the hub, or the folder, from which a language model is loaded."""
     folder = str(TOY / "opt") if name == "toy" else name
     if not Path(folder).exists():
         look_for_hub()
@@ -142,15 +142,15 @@ def load_lm(
 ) -> LanguageModel:
     """Load and freeze a causal LM by hub name or folder ('toy': the one in the package). rows, places: see PromptTokenizer.
 
-    random_weights builds the architecture from its configuration alone, for tests and speed measurements. quantize holds the
-    linear layers, but for the head, in int8 (LLM.int8) or in 4 bits (NF4, QLoRA), by bitsandbytes; they compute in dtype.
-    Raises UserError for an unknown name and for weights that are neither on disk nor reachable.
+    random_weights: build the architecture from its configuration alone, for tests and timing. quantize: store the linear
+    layers, except the head, in int8 (LLM.int8) or in 4 bits (NF4, QLoRA) by bitsandbytes; they compute in dtype. Raises
+    UserError for an unknown name and for weights that are neither on disk nor on the hub.
     """
     if quantize and random_weights:
         raise UserError("quantize needs weights to quantise: leave out random_weights, or quantize")
     options = {"dtype": DTYPES[dtype]} | ({"quantization_config": _quantization(quantize, dtype)} if quantize else {})
     if name == "toy":
-        disable_progress_bar()  # of its weights, which are there at once
+        disable_progress_bar()  # its weights load at once
     folder = _folder(name)
     tokenizer = PromptTokenizer(folder, rows, places)
     try:
@@ -164,7 +164,9 @@ def load_lm(
             "give a folder, or fetch it where there is a network: hf download " + name
         ) from error
     for module in hf.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):  # where bitsandbytes repacks 4-bit weights, gradients do not pass
+        if hasattr(
+            module, "support_avx512bf16_for_cpu"
+        ):  # gradients do not pass through 4-bit weights repacked by bitsandbytes
             module.support_avx512bf16_for_cpu = False
     return LanguageModel(hf, tokenizer, name)
 

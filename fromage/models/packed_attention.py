@@ -1,9 +1,10 @@
-"""Sequences of unequal length laid end to end: everything but attention runs on N tokens without padding.
+"""Packed sequences: sequences of unequal length laid end to end, so that only attention computes padding.
 
-A Hugging Face model asks a registered function for its attention. Ours spreads the packed queries, keys and values over
-(S, T) padded rows, where causal attention needs no mask since padding is behind, and gathers the answer back.
+A Hugging Face model calls a registered function for its attention. Ours pads the packed queries, keys and values to (S, T),
+computes causal attention (the padding comes last, so no mask is needed) and removes the padding again. What the tokens
+attend to is an Attend: Causal, OneMore (one new token after cached ones: the one-token backward) or Branches.
 
-Shapes: S sequences, T tokens of the longest, N tokens of all, H heads, e width of a head.
+Shapes: see fromage.models. Here N counts the tokens of all sequences and T those of the longest.
 """
 
 from __future__ import annotations
@@ -26,55 +27,65 @@ NAME = "fromage_packed"
 
 
 def starts(lengths: list[int]) -> list[int]:
-    """Where each of some sequences laid end to end begins."""
+    """The offset of each sequence among the packed tokens."""
     return [0, *accumulate(lengths)][:-1]
 
 
 def to_device(values: Any, device: torch.device) -> Tensor:
-    """Whole numbers or a tensor, known on the host -> there, without waiting for the device."""
+    """Integers or a tensor on the host -> a tensor on the device, copied without waiting for it."""
     tensor = values if isinstance(values, Tensor) else torch.tensor(values, dtype=torch.long)
     return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
-class Rows:
-    """Where the tokens of sequences stand, packed and padded. Laid out on the host: no question to the device."""
+class PackedLayout:
+    """Where the tokens of S sequences are, packed (N, ...) and padded (S, T, ...). Built from lengths known on the host.
+
+    Attributes:
+        count: S.
+        max_seqlen: T, tokens of the longest sequence.
+        positions: (N,) position of each token within its sequence.
+        indices: (N,) place of each token among the S T places of the padded batch.
+        starts: offset of each sequence among the packed tokens.
+    """
 
     def __init__(self, lengths: list[int], device: torch.device) -> None:
         """lengths: tokens of each sequence, at least one."""
-        self.count, self.width = len(lengths), max(lengths)
+        self.count, self.max_seqlen = len(lengths), max(lengths)
         positions = [t for n in lengths for t in range(n)]
-        flat = [s * self.width + t for s, n in enumerate(lengths) for t in range(n)]
-        self.positions, self.flat = to_device([positions, flat], device)  # (N,) within its sequence; (N,) among S T places
+        flat = [s * self.max_seqlen + t for s, n in enumerate(lengths) for t in range(n)]
+        self.positions, self.indices = to_device([positions, flat], device)  # (2, N) -> (N,) each
         self.starts = starts(lengths)
 
-    def spread(self, packed: Tensor) -> Tensor:
-        """(N, ...) -> (S, T, ...), zeros behind each sequence."""
-        return _Spread.apply(packed, self.flat, self.count * self.width).unflatten(0, (self.count, self.width))
+    def pad_input(self, packed: Tensor) -> Tensor:
+        """(N, ...) -> (S, T, ...), zeros after each sequence."""
+        return _PadInput.apply(packed, self.indices, self.count * self.max_seqlen).unflatten(
+            0, (self.count, self.max_seqlen)
+        )
 
-    def gather(self, padded: Tensor) -> Tensor:
+    def unpad_input(self, padded: Tensor) -> Tensor:
         """(S, T, ...) -> (N, ...)."""
-        return _Gather.apply(padded.flatten(0, 1), self.flat)
+        return _UnpadInput.apply(padded.flatten(0, 1), self.indices)
 
 
-class _Spread(torch.autograd.Function):
-    """Each place is written once, so that spread and gather are each other's gradient, without accumulation."""
+class _PadInput(torch.autograd.Function):
+    """Each place is written once, so padding and unpadding are each other's gradient, without accumulation."""
 
     @staticmethod
     def forward(ctx: Any, packed: Tensor, flat: Tensor, places: int) -> Tensor:
         ctx.save_for_backward(flat)
-        return packed.new_zeros(places, *packed.shape[1:]).index_copy_(0, flat, packed)
+        return packed.new_zeros(places, *packed.shape[1:]).index_copy_(0, flat, packed)  # (N, ...) -> (S T, ...)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        return grad.index_select(0, ctx.saved_tensors[0]), None, None
+        return grad.index_select(0, ctx.saved_tensors[0]), None, None  # (S T, ...) -> (N, ...)
 
 
-class _Gather(torch.autograd.Function):
+class _UnpadInput(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, padded: Tensor, flat: Tensor) -> Tensor:
         ctx.save_for_backward(flat)
         ctx.places = len(padded)
-        return padded.index_select(0, flat)
+        return padded.index_select(0, flat)  # (S T, ...) -> (N, ...)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
@@ -82,26 +93,26 @@ class _Gather(torch.autograd.Function):
 
 
 class Attend(Protocol):
-    """How the packed tokens of one forward pass attend, layer by layer.
+    """Attention of the packed tokens of one forward pass, called by each layer.
 
     Attributes:
-        reach: tokens of the longest sequence, those of an earlier pass included.
+        max_seqlen: tokens of the longest sequence, cached ones included.
     """
 
-    reach: int
+    max_seqlen: int
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, weighting: Weighting) -> Tensor:
         """q (N, H, e), k and v (N, H', e) with H' <= H -> (N, H, e)."""
 
 
 class Weighting(NamedTuple):
-    """What a layer does to the products of queries and keys: a factor, and a bound that tanh keeps them within (Gemma 2)."""
+    """How a layer turns products of queries and keys into weights: their scale, and Gemma 2's soft cap (tanh), if any."""
 
     scale: float | None
     cap: float | None
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        """q (S, H, T, e), k and v (S, H', T', e), mask of who sees whom, None if causal -> (S, H, T, e)."""
+        """q (S, H, T, e), k and v (S, H', T', e), bool mask (None: causal) -> (S, H, T, e)."""
         grouped = q.shape[1] != k.shape[1]
         if self.cap is None:
             causal = mask is None
@@ -109,77 +120,94 @@ class Weighting(NamedTuple):
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))  # (S, H, T', e)
         mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril() if mask is None else mask
         products = (q @ k.transpose(2, 3)).float() * (self.scale or q.shape[3] ** -0.5)  # (S, H, T, T')
-        capped = (torch.tanh(products / self.cap) * self.cap).masked_fill(~mask, -torch.inf)
-        return capped.softmax(-1).to(v.dtype) @ v
+        capped = (torch.tanh(products / self.cap) * self.cap).masked_fill(~mask, -torch.inf)  # (S, H, T, T')
+        return capped.softmax(-1).to(v.dtype) @ v  # (S, H, T, T') (S, H, T', e) -> (S, H, T, e)
 
 
 class Causal:
-    """Each token attends to those before it in its sequence. With keep, keys and values stay for OneMore."""
+    """Each token attends to itself and to those before it in its sequence.
 
-    def __init__(self, rows: Rows, keep: bool = False) -> None:
-        self.rows, self.keep, self.reach = rows, keep, rows.width
+    keep: cache keys and values, for OneMore or Branches.
+    """
+
+    def __init__(self, layout: PackedLayout, keep: bool = False) -> None:
+        self.layout, self.keep, self.max_seqlen = layout, keep, layout.max_seqlen
         self.kept: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> keys, values (S, H', T, e)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, weighting: Weighting) -> Tensor:
         """See Attend."""
-        q, k, v = (self.rows.spread(x).transpose(1, 2) for x in (q, k, v))  # (S, H, T, e)
+        q, k, v = (self.layout.pad_input(x).transpose(1, 2) for x in (q, k, v))  # (S, H, T, e)
         if self.keep:
             self.kept[layer] = k, v
-        return self.rows.gather(weighting.attention(q, k, v, None).transpose(1, 2))  # (S, T, H, e) -> (N, H, e)
+        return self.layout.unpad_input(weighting.attention(q, k, v, None).transpose(1, 2))  # (S, T, H, e) -> (N, H, e)
 
 
 class OneMore:
-    """One new token behind each of S sequences, whose keys and values an earlier pass kept: they are used up."""
+    """One new token after each of S sequences, whose keys and values an earlier Causal pass cached.
+
+    Each layer removes its keys and values from the cache once it has used them. This is the second half of the one-token
+    backward (fromage.training.fast_step).
+    """
 
     def __init__(self, before: Causal, lengths: list[int], device: torch.device) -> None:
-        self.kept, self.reach = before.kept, before.rows.width + 1
-        known = torch.arange(before.rows.width).expand(len(lengths), -1) < torch.tensor(lengths).unsqueeze(1)  # (S, T)
-        mask = F.pad(known, (0, 1), value=True)[:, None, None]  # (S, 1, 1, T + 1)
+        self.kept, self.max_seqlen = before.kept, before.layout.max_seqlen + 1
+        cached = torch.arange(before.layout.max_seqlen).expand(len(lengths), -1) < torch.tensor(lengths).unsqueeze(
+            1
+        )  # (S, T)
+        mask = F.pad(cached, (0, 1), value=True)[:, None, None]  # (S, 1, 1, T + 1)
         self.mask = to_device(mask, device)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, weighting: Weighting) -> Tensor:
         """See Attend; here N = S."""
         q, k, v = (x.unsqueeze(2) for x in (q, k, v))  # (S, H, 1, e)
         keys, values = (torch.cat([old, new], 2) for old, new in zip(self.kept.pop(layer), (k, v), strict=True))
-        return weighting.attention(q, keys, values, self.mask).squeeze(2)
+        return weighting.attention(q, keys, values, self.mask).squeeze(
+            2
+        )  # keys (S, H', T + 1, e); (S, H, 1, e) -> (N, H, e)
 
 
 class Branches:
-    """Sequences that go on from one prefix, whose keys and values an earlier pass over it alone kept.
+    """Sequences that continue one prefix, whose keys and values an earlier pass over the prefix cached.
 
-    One attention over prefix and all N tokens: each sees the prefix, and its own sequence up to itself.
+    One attention over the prefix and all N tokens: each token sees the prefix, and its own sequence up to itself.
     """
 
     def __init__(self, prefix: Causal, lengths: list[int], device: torch.device) -> None:
-        self.kept, self.reach = prefix.kept, prefix.rows.width + max(lengths)
+        self.kept, self.max_seqlen = prefix.kept, prefix.layout.max_seqlen + max(lengths)
         owner = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))  # (N,)
         own = (owner[:, None] == owner).tril()  # (N, N)
-        self.mask = to_device(F.pad(own, (prefix.rows.width, 0), value=True), device)  # (N, P + N), P tokens in the prefix
+        self.mask = to_device(
+            F.pad(own, (prefix.layout.max_seqlen, 0), value=True), device
+        )  # (N, T + N), T tokens of the prefix
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, weighting: Weighting) -> Tensor:
         """See Attend."""
         q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))  # (1, H, N, e)
-        keys, values = (torch.cat([old, new], 2) for old, new in zip(self.kept[layer], (k, v), strict=True))
+        keys, values = (
+            torch.cat([old, new], 2) for old, new in zip(self.kept[layer], (k, v), strict=True)
+        )  # (1, H', T + N, e)
         return weighting.attention(q, keys, values, self.mask)[0].transpose(0, 1)  # (1, H, N, e) -> (N, H, e)
 
 
 _attend: ContextVar[Attend | None] = ContextVar("attend", default=None)
 
 
-def who_attends() -> Attend | None:
-    """How the tokens attend within `attending`; None outside, where Hugging Face's own attention runs."""
+def current_attention() -> Attend | None:
+    """The Attend set by `attending`; None outside of it, where Hugging Face's own attention runs."""
     return _attend.get()
 
 
 @torch.compiler.disable
 def _attention(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, **options: Any) -> tuple[Tensor, None]:
-    """What Hugging Face calls: q (1, H, N, e), k and v (1, H', N, e) -> (1, N, H, e)."""
-    attend: Any = who_attends()
+    """The function Hugging Face calls: q (1, H, N, e), k and v (1, H', N, e) -> (1, N, H, e)."""
+    attend: Any = current_attention()
     window = options.get("sliding_window")
-    if window is not None and attend.reach > window:
-        raise UserError(f"{attend.reach} tokens in a sequence: this language model looks back {window} only; shorten it")
+    if window is not None and attend.max_seqlen > window:
+        raise UserError(
+            f"{attend.max_seqlen} tokens in a sequence: this language model looks back {window} only; shorten it"
+        )
     q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # (N, H, e)
-    out = attend(module.layer_idx, q, k, v, Weighting(options.get("scaling"), options.get("softcap")))
+    out = attend(module.layer_idx, q, k, v, Weighting(options.get("scaling"), options.get("softcap")))  # (N, H, e)
     return out.unsqueeze(0), None
 
 
@@ -189,7 +217,7 @@ AttentionMaskInterface.register(NAME, lambda *args, **options: None)
 
 @contextmanager
 def attending(config: Any, attend: Attend) -> Iterator[None]:
-    """Let a Hugging Face model of this configuration attend so, for the calls within."""
+    """Use this attention in the Hugging Face model of this configuration, for the calls within."""
     before, token = config._attn_implementation, _attend.set(attend)
     config._attn_implementation = NAME
     try:

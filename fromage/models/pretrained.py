@@ -1,4 +1,4 @@
-"""Between a model and its file: build the model around saved parameters, and describe a model for saving."""
+"""A model and its file: build a model from saved parameters, and turn a model into what is saved."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
 
 def build(cls: type[Fromage], saved: Saved, device: str = "cpu", **options: Any) -> Fromage:
-    """Load the towers and put the saved parameters between them; options replace arguments of cls.load on record.
+    """Load the towers and the saved parameters; options override the saved arguments of cls.load.
 
-    Raises UserError for a device that is not there, and for parameters of another architecture.
+    Raises UserError for an unknown device and for parameters of another architecture.
     """
     options = {name: value for name, value in options.items() if value is not None}
     dtype = str(options.get("dtype", saved.settings.get("dtype", "float32"))).removeprefix("torch.")
@@ -35,10 +35,10 @@ def build(cls: type[Fromage], saved: Saved, device: str = "cpu", **options: Any)
     if ids != _added_tokens(model):
         raise UserError(f"{saved.source}: made for {ids}, but {model.lm.name} has {_added_tokens(model)}; give its own lm")
     model.load_state_dict(saved.tensors, strict=False)
-    if saved.added_tokens:  # not a Lightning checkpoint, whose float32 is for training on
+    if saved.added_tokens:  # not a Lightning checkpoint, which is float32 for further training
         model.stored_dtype = saved.dtype
     if saved.fingerprint and not options and model.fingerprint() != saved.fingerprint:
-        warnings.warn(f"{saved.source}: its image tower is not the one it was saved with; indexes differ too", stacklevel=3)
+        warnings.warn(f"{saved.source}: its vision tower is not the one it was saved with; indexes differ too", stacklevel=3)
     return model.to(device).eval()
 
 
@@ -59,16 +59,16 @@ def _added_tokens(model: Fromage) -> dict[str, int]:
 
 
 def describe(model: Fromage, dtype: str | None = None) -> Saved:
-    """A model as it goes to disk, its trained parameters rounded to dtype (None: the model's stored_dtype)."""
+    """What is saved of a model: trained parameters rounded to dtype (None: the model's stored_dtype), settings, ids."""
     if not model.settings or model.settings["random_weights"]:
-        raise UserError("a model whose towers have no name to load them by cannot be saved: build it by Fromage.load")
+        raise UserError("a model whose towers cannot be loaded by name cannot be saved: build it by Fromage.load")
     kept = DTYPES[dtype_name(dtype or model.stored_dtype)]
     tensors = {name: p.detach().to("cpu", kept).contiguous() for name, p in model.trained().items()}
     return Saved("this model", tensors, dict(model.settings), _added_tokens(model), model.fingerprint(tensors))
 
 
 def check_checkpoint(checkpoint: dict[str, Any], model: Fromage) -> None:
-    """Raise UserError unless the checkpoint holds just the model's trained parameters, in their shapes."""
+    """Raise UserError unless the checkpoint holds exactly the model's trained parameters, by name and shape."""
     state = checkpoint.get("state_dict", {})
     check_trained({name.removeprefix(PREFIX): value for name, value in state.items()}, model)
 
@@ -83,10 +83,10 @@ def check_trained(tensors: Mapping[str, Tensor], model: Fromage, source: str = "
 
 
 def from_hyperparameters(cls: type[Fromage], h: Mapping[str, Any]) -> Fromage:
-    """A fresh model as the hyperparameters of a Lightning module describe it."""
+    """A newly initialised model, from the hyperparameters of a Lightning module."""
     return cls.load(**_arguments(cls, h))
 
 
 def _arguments(cls: type[Fromage], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Those settings that cls.load takes."""
+    """The settings that are arguments of cls.load."""
     return {name: settings[name] for name in inspect.signature(cls.load).parameters if name in settings}

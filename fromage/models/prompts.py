@@ -1,8 +1,8 @@
-"""Prompts: text and images in any order -> input embeddings of the language model.
+"""Prompts: interleaved text and images -> input embeddings of the language model.
 
-    [</s>] "a cat" [W_c v(x)] "and its dog" ...      </s> once, at the front; each image k embeddings, its visual prefix
+    [</s>] "a cat" [W_c v(x)] "and its dog" ...      </s> once, at the front; an image is its visual prefix, k embeddings
 
-A batch is padded on the left, so that all prompts end where generation begins.
+A batch is padded on the left, so that all prompts end at the position where generation begins.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from fromage.images.codec import take_in
 from fromage.images.open import open_image
 from fromage.models.base import VisualPrefixLM
 
-HALVES = re.compile("[\ud800-\udfff]")  # of characters in UTF-16, which are none
+HALVES = re.compile("[\ud800-\udfff]")  # surrogates: halves of a character in UTF-16, no characters themselves
 
 
 class Url(str):
-    """An image's http(s) address."""
+    """The http(s) address of an image."""
 
 
 class Special(Enum):
-    """Tokens that no text can spell."""
+    """Tokens that text in a prompt cannot produce."""
 
     RET = "[RET]"
     START = "</s>"
@@ -40,12 +40,12 @@ class Special(Enum):
 
 
 RET = Special.RET  # asks for an image
-START = Special.START  # </s> at another place than the front: in training, captions have it behind their image
+START = Special.START  # </s> somewhere other than the front: in captioning training it follows the image
 QUERIES = Special.QUERIES  # all object queries of an Octopus
 
-# Path: an image's file, or 'shard.tar#key'. Tensor: features (m,) of an image encoded before.
+# Path: an image file, or 'shard.tar#key'. Tensor: features (m,) of an image that has been encoded before.
 ImageInput = Image.Image | Path | Url | Tensor
-Part = str | ImageInput | Special  # a plain str is text, whatever it looks like
+Part = str | ImageInput | Special  # a str is always text, never a path or address
 Prompt = Sequence[Part] | Part
 
 
@@ -54,11 +54,11 @@ class Prompts:
     """A batch of B prompts, left-padded to T tokens.
 
     Attributes:
-        ids: (B, T); the places of images hold <|image|>.
-        mask: (B, T) bool, whether there is a token.
+        ids: (B, T); k <|image|> tokens for each image.
+        mask: (B, T) bool, False at padding.
         embeds: (B, T, d).
         features: (n, m) of the distinct images of the batch.
-        shown: for each prompt, the rows of features that it shows, in order.
+        shown: for each prompt, the rows of features of its images, in order.
     """
 
     ids: Tensor
@@ -69,7 +69,7 @@ class Prompts:
 
 
 def parts_of(prompt: Prompt) -> list[Part]:
-    """A prompt as a list; a single part is a prompt too. Raises UserError for what can be no part, or no text."""
+    """A prompt as a list of parts; a single part is a prompt too. Raises UserError for other types and invalid text."""
     parts: list[Part] = list(prompt) if isinstance(prompt, (list, tuple)) else [prompt]  # type: ignore[list-item]
     for part in parts:
         if not isinstance(part, (str, ImageInput, Special)):
@@ -85,7 +85,7 @@ def worded(parts: Sequence[Part]) -> list[Part]:
 
 
 def prompt_ids(model: VisualPrefixLM, prompt: Prompt) -> list[int]:
-    """The token ids of a prompt, no image opened: k times <|image|> for each. Every text is tokenised by itself."""
+    """The token ids of a prompt: k times <|image|> for each image, which is not opened. Each text is tokenised by itself."""
     parts = parts_of(prompt)
     front = [] if any(part is START for part in parts) else model.tokenizer.start()
     return [*front, *chain.from_iterable(part_ids(model, part) for part in parts)]
@@ -99,27 +99,27 @@ def part_ids(model: VisualPrefixLM, part: Part) -> list[int]:
     if part is RET:
         return [tokenizer.ret_id]
     if part is QUERIES:
-        return [tokenizer.added[QUERIES.value]] * int(getattr(model, "n", 0))
+        return [tokenizer.added[QUERIES.value]] * int(getattr(model, "num_queries", 0))
     return tokenizer.start() if part is START else tokenizer.encode(str(part))
 
 
 def prompt_length(model: VisualPrefixLM, prompt: Prompt) -> int:
-    """Tokens of a prompt, </s> at the front and k for each image included; no image is opened."""
+    """Number of tokens of a prompt, including </s> at the front and k for each image; no image is opened."""
     return len(prompt_ids(model, prompt))
 
 
 def max_length(model: VisualPrefixLM) -> int | None:
-    """Tokens that the language model has positions for; None if it sets no limit."""
+    """Longest sequence the language model has positions for, in tokens; None if it sets no limit."""
     return getattr(model.lm.hf.config.get_text_config(), "max_position_embeddings", None)
 
 
 @torch.no_grad()
 def embed_prompts(model: VisualPrefixLM, prompts: Sequence[Prompt], room: int = 0) -> Prompts:
-    """At least one prompt -> a left-padded batch. Each distinct image goes through the tower once, all in one pass.
+    """One or more prompts -> a left-padded batch. The tower encodes each distinct image once, all of them in one pass.
 
-    room: tokens that must find a place behind each prompt. An empty prompt is </s> alone.
-    Raises UserError for prompts that are too long, for images that cannot be had, and for an empty prompt to a language
-    model that has no </s>.
+    room: tokens to be generated after each prompt, which must fit too. An empty prompt is </s> alone. Raises UserError for
+    prompts that are too long, for images that cannot be opened or fetched, and for an empty prompt where the language model
+    has no </s>.
     """
     rows = [prompt_ids(model, prompt) for prompt in prompts]
     _check_lengths(model, [len(row) for row in rows], room)
@@ -129,20 +129,20 @@ def embed_prompts(model: VisualPrefixLM, prompts: Sequence[Prompt], room: int = 
     number = {key: i for i, key in enumerate(distinct)}
     shown = [[number[_key(image)] for image in row] for row in images]
     features = encode_images(model, list(distinct.values()))  # (n, m)
-    prefix = model.prefix(features)[list(chain.from_iterable(shown))]  # (n, k, d) -> one for each place in the batch
-    ids = ids.to(model.device)
+    prefix = model.prefix(features)[list(chain.from_iterable(shown))]  # (n, k, d) -> (images in all prompts, k, d)
+    ids = ids.to(model.device)  # (B, T)
     return Prompts(ids, mask.to(model.device), model.embed(ids, prefix), features, shown)
 
 
 def pad_left(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
-    """Lists of ids -> (B, T) left-padded to the longest, and (B, T) bool, whether there is a token."""
+    """Lists of ids -> (B, T), left-padded to the longest, and (B, T) bool, False at padding."""
     lengths = torch.tensor([len(row) for row in rows]).unsqueeze(1)  # (B, 1)
     ids = pad_sequence([torch.tensor(row, dtype=torch.long) for row in rows], True, pad_id, "left")  # (B, T)
-    return ids, torch.arange(ids.shape[1]) >= ids.shape[1] - lengths
+    return ids, torch.arange(ids.shape[1]) >= ids.shape[1] - lengths  # (B, T) each
 
 
 def _key(image: ImageInput) -> int | str:
-    """The same for the same file, address or object."""
+    """A key that is equal for the same file, address or object."""
     if isinstance(image, Path):
         return str(image.resolve())
     return str(image) if isinstance(image, Url) else id(image)
@@ -151,16 +151,16 @@ def _key(image: ImageInput) -> int | str:
 def _check_lengths(model: VisualPrefixLM, lengths: list[int], room: int) -> None:
     longest, limit = max(lengths), max_length(model)
     if limit is not None and longest + room > limit:
-        behind = f" and {room} behind it" if room else ""
-        raise UserError(f"a prompt of {longest} tokens{behind} is more than the {limit} of the language model; shorten it")
+        after = f" and {room} after it" if room else ""
+        raise UserError(f"a prompt of {longest} tokens{after} is more than the {limit} of the language model; shorten it")
     if not min(lengths):
-        raise UserError("the prompt is empty, and this language model has no token to start from; give it a word")
+        raise UserError("the prompt is empty, and this language model has no start token; write at least one word")
 
 
 def encode_images(model: VisualPrefixLM, images: Sequence[ImageInput]) -> Tensor:
-    """(n, m) image features, in float32; the tower encodes those that are no features yet, in one pass.
+    """n images -> (n, m) features in float32; the tower encodes those that are not features yet, in one pass.
 
-    Raises UserError for an image that cannot be had, and for what can be no features of this tower.
+    Raises UserError for an image that cannot be opened or fetched, and for features that do not fit this tower.
     """
     for image in images:
         if isinstance(image, Tensor) and not (image.shape == model.vision.shape and image.isfinite().all()):
@@ -168,7 +168,7 @@ def encode_images(model: VisualPrefixLM, images: Sequence[ImageInput]) -> Tensor
                 f"an image's features of shape {tuple(image.shape)}: must be {tuple(model.vision.shape)} finite numbers"
             )
     pixels = [model.vision.transform(_open(image)) for image in images if not isinstance(image, Tensor)]
-    made = iter(model.vision(torch.stack(pixels)) if pixels else ())
+    made = iter(model.vision(torch.stack(pixels)) if pixels else ())  # (N, 3, H, W) -> (N, m)
     rows = [image.to(model.device) if isinstance(image, Tensor) else next(made) for image in images]
     return torch.stack([row.float() for row in rows]) if rows else torch.empty(0, *model.vision.shape, device=model.device)
 
@@ -177,10 +177,10 @@ def _open(image: Image.Image | Path | Url) -> Image.Image:
     if isinstance(image, Path):
         return open_image(str(image))
     if isinstance(image, Url):
-        from fromage.images.fetch import fetch_image  # never open_image: the text of an address may name a file
+        from fromage.images.fetch import fetch_image  # not open_image, which would also read local files
 
         return fetch_image(image)
     try:
         return take_in(image)
     except BrokenSample as error:
-        raise UserError(f"an image that was given opened: {error}; give another one") from error
+        raise UserError(f"an image that was passed as an object: {error}; pass another one") from error

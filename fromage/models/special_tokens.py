@@ -1,7 +1,7 @@
-"""Trained token rows beside a frozen vocabulary: the [RET] row.
+"""The [RET] row: trained token embeddings beside a frozen vocabulary (section 3.2; Octopus' index tokens use it too).
 
-The authors resize the embedding matrix, train all of it and zero every gradient row but one. Here the matrix stays
-frozen and a row of its own is trained: the same model with V x d fewer gradients and moments.
+The released code resizes the embedding matrix, makes all of it trainable and zeroes every gradient row but one. Here the
+matrix stays frozen and [RET] has a parameter of its own: the same model, with V x d fewer gradients and Adam moments.
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ from torch import Tensor, nn
 
 
 class AddedTokens(nn.Module):
-    """Rows for n new tokens: e in R^(n x d), at the input and, where the LM ties them, the same rows at the output.
+    """Rows for n new tokens: e in R^(n x d), at the input and, where the LM ties its embeddings, also at the output.
 
     An LM that does not tie its embeddings (LLaMA, Mistral, Qwen) gets a second set at the output, or it could never
     learn to emit the tokens.
     """
 
     def __init__(self, embedding: nn.Embedding, head: nn.Linear, ids: list[int], vocab_size: int, tied: bool) -> None:
-        """ids: consecutive ids of the new tokens, from vocab_size on; those between have no row and are never emitted.
+        """ids: consecutive ids of the new tokens, at least vocab_size; the list may be empty.
 
-        There may be none.
+        Ids between vocab_size and the first of them (<|image|>) have no row and are never emitted.
         """
         super().__init__()
         self.first, self.vocab_size, self.tied = ids[0] if ids else vocab_size, vocab_size, tied
@@ -41,21 +41,24 @@ class AddedTokens(nn.Module):
 
     @torch.no_grad()
     def rescale_(self) -> None:
-        """Bring each input row back to the mean norm of the frozen embeddings, as the authors do after every step."""
-        self.input.mul_(self.mean_norm / self.input.norm(dim=1, keepdim=True).clamp_min(1e-12))
+        """Rescale each input row to the mean norm of the frozen embeddings.
+
+        The released code does this after every step; the paper does not mention it.
+        """
+        self.input.mul_(self.mean_norm / self.input.norm(dim=1, keepdim=True).clamp_min(1e-12))  # (n, d) * (n, 1)
 
 
 def _rows(n: int, d: int, norm: Tensor) -> Tensor:
-    rows = torch.randn(n, d)
+    rows = torch.randn(n, d)  # (n, d)
     return rows / rows.norm(dim=1, keepdim=True) * norm.cpu()
 
 
 class ExtendedEmbedding(nn.Module):
-    """An LM's input embedding with added rows, put in its place so that all of the LM's own code meets them."""
+    """The input embedding of an LM plus the added rows. It replaces the LM's own, so the LM's code uses it unchanged."""
 
     def __init__(self, frozen: nn.Embedding, added: AddedTokens) -> None:
         super().__init__()
-        self.frozen, self._added = frozen, (added,)  # in a tuple: the rows belong to the model, not to the LM
+        self.frozen, self._added = frozen, (added,)  # in a tuple, so that the rows are registered with the model, not the LM
 
     @property
     def weight(self) -> Tensor:
@@ -69,11 +72,11 @@ class ExtendedEmbedding(nn.Module):
         if not len(added.input):
             return frozen
         rows = added.input[(ids - added.first).clamp(0, len(added.input) - 1)]  # (B, T, d)
-        return torch.where((ids >= added.first).unsqueeze(-1), rows.to(frozen.dtype), frozen)
+        return torch.where((ids >= added.first).unsqueeze(-1), rows.to(frozen.dtype), frozen)  # (B, T, d)
 
 
 class ExtendedHead(nn.Module):
-    """An LM's output head with added rows: logits over the V tokens of its tokenizer and the new ones."""
+    """The output head of an LM plus the added rows: logits over the V tokens of its tokenizer and the new ones."""
 
     def __init__(self, frozen: nn.Linear, added: AddedTokens) -> None:
         super().__init__()
@@ -89,5 +92,5 @@ class ExtendedHead(nn.Module):
         added = self._added[0]
         frozen = self.frozen(hidden)[..., : added.vocab_size]  # (..., V)
         new = hidden @ added.output.to(hidden.dtype).T  # (..., n)
-        gap = new.new_full((*new.shape[:-1], added.first - added.vocab_size), -torch.inf)
-        return torch.cat([frozen, gap, new], dim=-1)
+        gap = new.new_full((*new.shape[:-1], added.first - added.vocab_size), -torch.inf)  # (..., first - V)
+        return torch.cat([frozen, gap, new], dim=-1)  # (..., first + n)

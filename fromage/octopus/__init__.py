@@ -1,7 +1,17 @@
-"""Octopus: objects recognised in parallel in the lower layers of a language model, and pointed at from the upper ones.
+"""Octopus: the lower layers of a language model recognise objects in parallel, the upper layers point at them.
 
 A reconstruction of Zhao et al., "Octopus: A Multi-modal LLM with Parallel Recognition and Sequential Understanding",
-NeurIPS 2024, of which no code was published: the abstract, figures and settings are theirs, the rest is ours.
+NeurIPS 2024. No code was published: abstract, figures and settings are theirs, the rest is ours (docs/octopus.md).
+
+Where to look:
+
+    model               the prompt, the two halves of the language model and the relay between them
+    recognition         the DETR decoder: object queries -> boxes and scores
+    matching            Hungarian matching and the detection loss
+    pointing            which object suits an answer's words, for the logits of index tokens
+    step                the training step; module: the three stages
+    decoding, answers   answers with boxes; metrics judges them
+    sources, data       data sets in their published files, and batches of them
 """
 
 from __future__ import annotations

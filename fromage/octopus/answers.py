@@ -1,7 +1,7 @@
-"""Answers that point at objects, as token ids and back: by index tokens, or with their boxes spelled as text.
+"""Answers that point at objects, from and to token ids: with index tokens, or with boxes spelled as text.
 
-By index token (Octopus) a box is one token, <d7> for what object query 7 found. Spelled (the sequential counterpart, as
-Shikra does) it is [0.104,0.250,0.391,0.875]: left, top, right, bottom, three decimals each.
+As an index token (Octopus) a box is one token: <d7> is the box of object query 7. Spelled (sequential counterpart, as in
+Shikra) it is [0.104,0.250,0.391,0.875]: left, top, right, bottom, three decimals each.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ class Grounded:
     """An answer.
 
     Attributes:
-        text: as the model wrote it, index tokens or spelled boxes included.
-        pieces: text, and in their places the boxes (left, top, right, bottom, shares of the image).
-        candidates: every object query's box and score, the best first; none where boxes are spelled.
-        queries: the numbers of the queries pointed at, in order; none where boxes are spelled.
+        text: the answer as the model wrote it, with index tokens or spelled boxes.
+        pieces: text and boxes in order; a box is left, top, right, bottom, relative to the image (0 to 1).
+        candidates: box and score of every object query, best first; empty if boxes are spelled.
+        queries: the numbers of the queries pointed at, in order; empty if boxes are spelled.
     """
 
     text: str
@@ -39,35 +39,36 @@ class Grounded:
 
     @property
     def pointed(self) -> list[tuple[Box, float | None]]:
-        """The boxes pointed at with their scores, of which boxes that are spelled have none."""
+        """The boxes pointed at with their scores; a spelled box has None."""
         scores = dict(self.candidates)
         return [(box, scores.get(box)) for box in self.boxes]
 
     @property
     def words(self) -> str:
-        """The text without what points."""
+        """The text without index tokens and boxes."""
         return " ".join(" ".join(piece for piece in self.pieces if isinstance(piece, str)).split())
 
 
 def ordered(example: Example) -> list[int]:
-    """The numbers of an example's boxes, those meant first, in the answer's order."""
+    """The numbers of an example's boxes: first those the answer points at, in its order, then the others."""
     return [*example.meant, *(i for i in range(len(example.boxes)) if i not in example.meant)]
 
 
-def answer_ids(example: Example, tokenizer: PromptTokenizer, n: int) -> list[int]:
-    """The tokens of an example's answer, </s> behind. The i-th object meant, of those of `ordered`, is <di>: which query
-    that becomes is known when queries and objects are matched. Without queries (n = 0) boxes are spelled.
+def answer_ids(example: Example, tokenizer: PromptTokenizer, num_queries: int) -> list[int]:
+    """The tokens of an example's answer, with </s> at the end.
 
-    Raises UserError where more objects are meant than there are queries.
+    Object i in the order of `ordered` is <di>; the training step replaces i by the number of the matched query. Without
+    queries (num_queries = 0) boxes are spelled. Raises UserError for an answer that points at more objects.
     """
-    if n and len(example.meant) > n:
-        raise UserError(f"{example.key}: points at {len(example.meant)} boxes, more than {n} object queries; raise model.n")
+    if num_queries and len(example.meant) > num_queries:
+        many = f"points at {len(example.meant)} boxes, more than {num_queries} object queries"
+        raise UserError(f"{example.key}: {many}; raise model.num_queries")
     place = {number: i for i, number in enumerate(example.meant)}
     ids: list[int] = []
     for piece in example.answer:
         if isinstance(piece, str):
             ids += tokenizer.encode(piece)
-        elif n:
+        elif num_queries:
             ids.append(tokenizer.row_ids[place[piece]])
         else:
             ids += tokenizer.encode(spelled(example.boxes[piece]))
@@ -75,7 +76,7 @@ def answer_ids(example: Example, tokenizer: PromptTokenizer, n: int) -> list[int
 
 
 def read_text(text: str) -> Grounded:
-    """An answer whose boxes are spelled. What is no box, or one without area, stays text."""
+    """Read an answer with spelled boxes. Boxes without area, and anything else in brackets, stay text."""
     pieces: list[str | Box] = []
     end = 0
     for found in SPELLED.finditer(text):
@@ -87,9 +88,9 @@ def read_text(text: str) -> Grounded:
 
 
 def read_indexed(ids: Sequence[int], tokenizer: PromptTokenizer, boxes: Sequence[Box], scores: Sequence[float]) -> Grounded:
-    """An answer whose index tokens name queries, of which boxes and scores are given.
+    """Read an answer with index tokens, given the boxes and scores of all queries.
 
-    Raises UserError for a query that is not among them.
+    Raises UserError for an index token without a query.
     """
     pieces: list[str | Box] = []
     text, queries = "", []
@@ -101,7 +102,9 @@ def read_indexed(ids: Sequence[int], tokenizer: PromptTokenizer, boxes: Sequence
             continue
         for query in (token - first for token in some):
             if query >= len(boxes):
-                raise UserError(f"the answer names <d{query}>, but only {len(boxes)} objects were looked for; raise model.n")
+                raise UserError(
+                    f"the answer names <d{query}>, but only {len(boxes)} objects were looked for; raise model.num_queries"
+                )
             text, pieces = text + f"<d{query}>", [*pieces, boxes[query]]
             queries.append(query)
     ranked = sorted(zip(boxes, scores, strict=True), key=lambda candidate: -candidate[1])

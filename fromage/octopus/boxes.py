@@ -1,4 +1,4 @@
-"""Boxes on their way in and out: from pixels to shares of an image, in reading order, and as text."""
+"""Boxes: from pixels to relative coordinates, in reading order, and as text."""
 
 from __future__ import annotations
 
@@ -8,27 +8,27 @@ from math import isfinite
 
 from fromage.octopus.examples import Box
 
-NUMBER = r"\s*-?\d+\.\d+\s*"  # with its point: a list of whole numbers is no box
+NUMBER = r"\s*-?\d+\.\d+\s*"  # with a decimal point: a list of integers is no box
 SPELLED = re.compile(rf"\[{NUMBER}(?:,{NUMBER}){{3}}(?:;{NUMBER}(?:,{NUMBER}){{3}})*\]")  # Shikra joins several by ';'
 
 
 def share(left: float, top: float, right: float, bottom: float, width: float, height: float) -> Box | None:
-    """A box in pixels of an image of width x height, as shares of it, clipped to it; None if no area is left of it."""
+    """A box in pixels of an image of width x height -> relative coordinates, clipped to it; None if without area."""
     if not all(isfinite(value) for value in (left, top, right, bottom)):
         return None
     return clipped(left / width, top / height, right / width, bottom / height)
 
 
 def clipped(left: float, top: float, right: float, bottom: float) -> Box | None:
-    """A box in shares, cut off at the image's edge; None if no area is left of it."""
+    """A box in relative coordinates, clipped to the image; None if it has no area."""
     left, top, right, bottom = (min(1.0, max(0.0, value)) for value in (left, top, right, bottom))
     return (left, top, right, bottom) if left < right and top < bottom else None
 
 
 def reading_order(boxes: Sequence[Box]) -> list[int]:
-    """Their numbers by the third of the image their centres are in, left to right, and in a third from top to bottom.
+    """The numbers of the boxes in reading order: by thirds of the image from left to right, in a third from top to bottom.
 
-    Exact positions from left to right would order what stands in a column by chance.
+    The third is that of the box's centre. Exact x positions would order the boxes of a column by chance.
     """
 
     def place(number: int) -> tuple[int, float, float]:
@@ -39,7 +39,7 @@ def reading_order(boxes: Sequence[Box]) -> list[int]:
 
 
 def spelled(box: Box) -> str:
-    """A box as Shikra writes it: '[0.123,0.456,0.789,0.912]'."""
+    """A box in Shikra's format: '[0.123,0.456,0.789,0.912]'."""
     return f"[{','.join(f'{value:.3f}' for value in box)}]"
 
 

@@ -1,4 +1,4 @@
-"""Examples -> batches: prompts in tokens, answers, known objects, and pixels or stored patches."""
+"""Examples -> batches for training: prompts and answers as tokens, known objects, pixels or stored patches."""
 
 from __future__ import annotations
 
@@ -34,19 +34,19 @@ log = logging.getLogger(__name__)
 
 
 class Layout(NamedTuple):
-    """What of a model the tokens of its prompts follow from."""
+    """The parts of a model that determine the tokens of its prompts; worker processes get these only."""
 
     tokenizer: PromptTokenizer
     k: int
-    n: int
+    num_queries: int
     template: list[str]
 
 
 class ResumableSampler(DistributedSampler[Any]):
-    """An order of each epoch's own, shared out among devices; in the first one it may begin behind the first examples."""
+    """A new order in each epoch, divided among devices. For exact resume the first epoch can start at a later example."""
 
     def __init__(self, examples: Dataset[Any], trainer: Any, seed: int, begin: int) -> None:
-        """begin: examples of a device that a run that goes on has seen of its epoch."""
+        """begin: examples per device that a resumed run has already seen in its epoch."""
         super().__init__(examples, trainer.world_size, trainer.global_rank, shuffle=True, seed=seed, drop_last=True)
         self.begin = begin
 
@@ -55,8 +55,8 @@ class ResumableSampler(DistributedSampler[Any]):
         return islice(super().__iter__(), begin, None)
 
 
-class Lessons(Dataset[Any]):
-    """Examples one by one: (example, pixels or patches). Where an image cannot be decoded, the next example comes."""
+class GroundingDataset(Dataset[Any]):
+    """Examples with pixels or patches. If an image cannot be decoded, the next example takes its place."""
 
     def __init__(self, examples: Sequence[Example], transform: Transform, store: PatchStore | None) -> None:
         self.examples, self.transform, self.store = examples, transform, store
@@ -65,7 +65,7 @@ class Lessons(Dataset[Any]):
         return len(self.examples)
 
     def __getitem__(self, number: int) -> tuple[Example, Tensor]:
-        """Raises UserError where no image at all can be decoded."""
+        """Raises UserError if no image can be decoded."""
         for place in range(len(self.examples)):
             example = self.examples[(number + place) % len(self.examples)]
             if self.store is not None:
@@ -78,42 +78,47 @@ class Lessons(Dataset[Any]):
 
 
 class Collate:
-    """Rows of batches -> a batch."""
+    """Examples -> a batch."""
 
     def __init__(self, model: Octopus, stored: bool, ask: bool) -> None:
-        self.layout = Layout(model.tokenizer, model.k, model.n, model.template)  # a worker need not carry the model
+        self.layout = Layout(
+            model.tokenizer, model.k, model.num_queries, model.template
+        )  # a worker need not carry the model
         self.stored, self.ask = stored, ask
 
     def __call__(self, rows: list[tuple[Example, Tensor]]) -> GroundingBatch:
-        """Examples with their pixels or patches -> a batch."""
+        """Examples with pixels (3, H, W) or patches (P, m) -> a batch."""
         examples, tensors = [example for example, _ in rows], torch.stack([tensor for _, tensor in rows])
-        tokenizer, n = self.layout.tokenizer, self.layout.n
+        tokenizer, num_queries = self.layout.tokenizer, self.layout.num_queries
         ids, mask = pad_left([self._prompt(example) for example in examples], tokenizer.pad_id)
-        answers = [torch.tensor(answer_ids(example, tokenizer, n)) for example in examples]
+        answers = [torch.tensor(answer_ids(example, tokenizer, num_queries)) for example in examples]
         lengths = torch.tensor([len(answer) for answer in answers])
         padded = pad_sequence(answers, batch_first=True, padding_value=tokenizer.pad_id)  # (B, A)
         targets = torch.arange(padded.shape[1]) < lengths.unsqueeze(1)
         pixels, patches = (None, tensors) if self.stored else (tensors, None)
-        return GroundingBatch(examples, ids, mask, padded, targets, objects_of(examples, n), pixels, patches)
+        return GroundingBatch(examples, ids, mask, padded, targets, objects_of(examples, num_queries), pixels, patches)
 
     def _prompt(self, example: Example) -> list[int]:
-        some, asks = torch.empty(0), self.ask and self.layout.n > 0  # any tensor stands for the image
+        some, asks = (
+            torch.empty(0),
+            self.ask and self.layout.num_queries > 0,
+        )  # any tensor: only the number of its tokens matters
         marked = fill_template(self.layout.template, some, example.instruction, asks)
         return prompt_ids(self.layout, marked)  # type: ignore[arg-type]
 
 
-def objects_of(examples: Sequence[Example], n: int) -> Objects:
-    """The known objects of examples, those meant first; without queries none, and at most as many as there are queries."""
-    rows = [[example.boxes[i] for i in ordered(example)][:n] for example in examples]
+def objects_of(examples: Sequence[Example], num_queries: int) -> Objects:
+    """The known objects of examples, first those the answers point at; at most num_queries per image."""
+    rows = [[example.boxes[i] for i in ordered(example)][:num_queries] for example in examples]
     boxes = torch.zeros(len(rows), max(map(len, rows)), 4)  # (B, K, 4)
     for row, theirs in zip(boxes, rows, strict=True):
         if theirs:
             row[: len(theirs)] = box_convert(torch.tensor(theirs), "xyxy", "cxcywh")
-    return Objects(boxes, [len(row) for row in rows], [min(len(example.meant), n) for example in examples])
+    return Objects(boxes, [len(row) for row in rows], [min(len(example.meant), num_queries) for example in examples])
 
 
 class OctopusData(pl.LightningDataModule):
-    """Examples of one or several sources, mixed."""
+    """The data module: examples of one or several sources, mixed."""
 
     def __init__(
         self,
@@ -126,17 +131,17 @@ class OctopusData(pl.LightningDataModule):
         max_lost: float = 0.05,
         seed: int = 0,
     ) -> None:
-        """Name the data; nothing is read yet.
+        """Set the data; nothing is read yet.
 
         Args:
-            train: sources of training examples, all of them mixed: of fromage.octopus.sources, or your own class.
+            train: sources of training examples, which are mixed: classes of fromage.octopus.sources, or your own.
             val: sources of validation examples.
             batch_size: examples per training step on each device.
             val_batch_size: examples per validation step on each device; null for batch_size.
-            features: folder of the images' patch features, written on first use; null encodes images in every step.
+            features: folder of stored patch features, written on first use; null encodes images in every step.
             workers: processes that decode images, per device.
-            max_lost: share (0 to 1) of the images that may be missing or broken.
-            seed: seed of the order; the epoch adds to it.
+            max_lost: maximum share (0 to 1) of missing or broken images.
+            seed: seed of the order of examples; the epoch is added to it.
         """
         super().__init__()
         self.sources = {"train": train or [], "val": val or []}
@@ -145,7 +150,7 @@ class OctopusData(pl.LightningDataModule):
         self.examples: dict[str, list[Example]] = {}
 
     def setup(self, stage: str) -> None:
-        """Read the sources. Raises UserError for what is missing, and where there is nothing to train on."""
+        """Read the sources. Raises UserError for missing files and for empty training data."""
         for part, sources in self.sources.items():
             if part not in self.examples and (part == "val" or stage == "fit"):
                 self.examples[part] = self._present([example for source in sources for example in source])
@@ -153,7 +158,7 @@ class OctopusData(pl.LightningDataModule):
             raise UserError("data.train: there is no example; name sources that hold some")
 
     def _present(self, examples: list[Example]) -> list[Example]:
-        """Those whose image is there. Raises UserError where too many are not."""
+        """The examples whose image file exists. Raises UserError if too many are missing."""
         images = {example.image for example in examples}
         missing = {image for image in images if not Path(image).is_file()}
         check_lost([("missing", Path(image)) for image in sorted(missing)], len(images), self.max_lost)
@@ -164,38 +169,41 @@ class OctopusData(pl.LightningDataModule):
         return [example for example in examples if example.image not in missing]
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """Full batches in an order of the epoch's own."""
+        """Full batches, in a new order each epoch."""
         return self._loader("train", self.batch_size, shuffle=True)
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
-        """All examples in stored order; an empty list where there are none."""
+        """All examples in stored order; an empty list if there are none."""
         return self._loader("val", self.val_batch_size, shuffle=False) if self.examples["val"] else no_loaders()
 
     def transfer_batch_to_device(self, batch: GroundingBatch, device: torch.device, dataloader_idx: int) -> GroundingBatch:
-        """Tensors, and the boxes of objects."""
+        """Move tensors and boxes to the device."""
         fields = [field.to(device) if isinstance(field, Tensor | Objects) else field for field in batch]
         return GroundingBatch(*fields)  # type: ignore[arg-type]
 
     def _loader(self, part: str, batch_size: int, shuffle: bool) -> DataLoader[Any]:
         module: Any = self.trainer.lightning_module  # type: ignore[union-attr]
-        examples = [e for e in self.examples[part] if not module.model.n or len(e.meant) <= module.model.n]
+        examples = [
+            e for e in self.examples[part] if not module.model.num_queries or len(e.meant) <= module.model.num_queries
+        ]
+        queries = module.model.num_queries
         if len(examples) < len(self.examples[part]):
             left = len(self.examples[part]) - len(examples)
-            warnings.warn(f"{left} examples point at more than the {module.model.n} object queries: left out", stacklevel=2)
+            warnings.warn(f"{left} examples point at more than the {queries} object queries: left out", stacklevel=2)
         store = self._store(examples, module.model.vision) if self.features else None
         if store is not None:
             examples = [example for example in examples if example.image not in store.lost]
-        if module.model.n and not module.asks and any(example.meant for example in examples):
+        if queries and not module.asks and any(example.meant for example in examples):
             raise UserError(
                 f"data.{part}: some answers point at boxes, and stage 1 has no object queries yet; name captions"
             )
-        lessons = Lessons(examples, module.model.vision.transform, store)
+        dataset = GroundingDataset(examples, module.model.vision.transform, store)
         if shuffle and len(examples) < batch_size:
             raise UserError(f"{len(examples)} training examples are fewer than data.batch_size {batch_size}: lower it")
         return DataLoader(
-            lessons,
+            dataset,
             batch_size,
-            sampler=ResumableSampler(lessons, self.trainer, self.seed, self._seen() * batch_size) if shuffle else None,
+            sampler=ResumableSampler(dataset, self.trainer, self.seed, self._seen() * batch_size) if shuffle else None,
             drop_last=shuffle,
             num_workers=0 if store is not None else self.workers,
             worker_init_fn=init_worker,
@@ -204,13 +212,13 @@ class OctopusData(pl.LightningDataModule):
         )
 
     def _seen(self) -> int:
-        """Batches of this epoch that the run was trained on before it was stopped; Lightning counts them as given."""
+        """Batches of this epoch that were trained on before the run was stopped; Lightning counts them."""
         loop: Any = self.trainer.fit_loop  # type: ignore[union-attr]
         seen = loop.epoch_loop.batch_progress
         return seen.current.ready if loop.restarting and not seen.is_last_batch else 0
 
     def _store(self, examples: Sequence[Example], vision: Any) -> PatchStore:
-        """The patches of all images; one process of several writes them, while the others wait."""
+        """The patches of all images; one process writes them while the others wait."""
         folder, images = Path(self.features or ""), list(dict.fromkeys(example.image for example in examples))
         strategy: Any = self.trainer.strategy  # type: ignore[union-attr]
         if self.trainer.is_global_zero:  # type: ignore[union-attr]

@@ -1,4 +1,4 @@
-"""Ask Octopus: an image and an instruction go in, text that points at boxes comes out."""
+"""Decoding of Octopus: an image and an instruction -> text that points at boxes."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ MAX_NEW_TOKENS = 128
 
 
 def instruction(text: str, question: str = "where is {}?") -> str:
-    """What is asked by a text: itself where it ends as a sentence does, else the question about it.
+    """The instruction for a text: the text itself if it ends in . ? or !, else the question with the text in place of {}.
 
-    Raises UserError for a text without words, and for a question without one place {}.
+    Raises UserError for an empty text, and for a question that does not contain {} exactly once.
     """
     if not (text := text.strip()):
         raise UserError("nothing is asked; write what is meant, such as: the small star left of the ring")
@@ -33,8 +33,8 @@ def ground(
 ) -> list[Grounded]:
     """Greedy answers to (image, instruction) pairs.
 
-    An image may be its patch features (P, m). Each batch is read once; answers go on from its keys and values. Raises
-    UserError for prompts that are too long and images that cannot be had.
+    An image can be given as its patch features (P, m). Prompts are read once; answers continue from the cached keys and
+    values. Raises UserError for prompts that are too long and for images that cannot be opened or fetched.
     """
     check_whole("batch_size", batch_size, 1)
     check_whole("max_new_tokens", max_new_tokens, 1)
@@ -43,32 +43,32 @@ def ground(
         prompts = [model.prompt(*pair) for pair in asked[start : start + batch_size]]
         embedded = embed_prompts(model, prompts, max_new_tokens)
         patches = embedded.features[[shown[-1] for shown in embedded.shown]]  # (B, P, m)
-        reading = model.read(embedded.ids, embedded.mask, embedded.embeds, patches)
-        answers += grounded(model, reading, decode(model, reading, max_new_tokens))
+        prefill = model.read(embedded.ids, embedded.mask, embedded.embeds, patches)
+        answers += grounded(model, prefill, decode(model, prefill, max_new_tokens))
     return answers
 
 
-def decode(model: Octopus, reading: Prefill, max_new_tokens: int) -> list[list[int]]:
-    """Greedy tokens behind a reading of B prompts, without the </s> that ends them. It asks the device once a token."""
-    out: list[list[int]] = [[] for _ in reading.hidden]
-    open_, hidden = set(range(len(out))), reading.hidden  # (B, d)
+def decode(model: Octopus, prefill: Prefill, max_new_tokens: int) -> list[list[int]]:
+    """Greedy tokens after a prefill of B prompts, without the final </s>. The device is read once per token."""
+    out: list[list[int]] = [[] for _ in prefill.hidden]
+    open_, hidden = set(range(len(out))), prefill.hidden  # (B, d)
     while open_:
-        ids = model.logits(hidden.unsqueeze(1), reading)[:, 0].argmax(-1)  # (B, V + 2 + N) -> (B,)
+        ids = model.logits(hidden.unsqueeze(1), prefill)[:, 0].argmax(-1)  # (B, V + 2 + N) -> (B,)
         for row, token in enumerate(ids.tolist()):
             if row in open_ and token != model.tokenizer.eos_id:
                 out[row].append(token)
             if token == model.tokenizer.eos_id or len(out[row]) == max_new_tokens:
                 open_.discard(row)
         if open_:
-            hidden = model.extend(reading, ids.unsqueeze(1))[:, -1]  # (B, 1, d) -> (B, d)
+            hidden = model.extend(prefill, ids.unsqueeze(1))[:, -1]  # (B, 1, d) -> (B, d)
     return out
 
 
-def grounded(model: Octopus, reading: Prefill, out: Sequence[list[int]]) -> list[Grounded]:
-    """Tokens behind a reading -> answers."""
-    if reading.found is None:
+def grounded(model: Octopus, prefill: Prefill, out: Sequence[list[int]]) -> list[Grounded]:
+    """Tokens after a prefill -> answers."""
+    if prefill.found is None:
         return [read_text(model.tokenizer.decode(ids)) for ids in out]
-    boxes, scores = reading.found.corners.tolist(), reading.found.scores.tolist()
+    boxes, scores = prefill.found.corners.tolist(), prefill.found.scores.tolist()
     return [
         read_indexed(ids, model.tokenizer, [tuple(box) for box in theirs], some)
         for ids, theirs, some in zip(out, boxes, scores, strict=True)

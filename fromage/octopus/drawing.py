@@ -1,4 +1,4 @@
-"""An answer drawn: what it points at in colour, the best of what else was found in thin lines."""
+"""Draw an answer: the boxes it points at in colour, the best other candidates in thin lines."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from fromage.images.contact_sheet import INK, WHITE
 from fromage.octopus.answers import Grounded
 from fromage.octopus.examples import Box
 
-# of the boxes pointed at, in turn: told apart on any ground and by the colour-blind (Okabe and Ito)
+# of the boxes pointed at, in turn; distinguishable by the colour-blind (Okabe and Ito)
 COLOURS = ((213, 94, 0), (0, 114, 178), (240, 228, 66), (0, 158, 115), (204, 121, 167), (86, 180, 233))
 OTHERS = (225, 225, 225)
-SIDE = 640  # pixels that the longer side of a drawing has at least
+SIDE = 640  # minimum length of the longer side of a drawing, in pixels
 FAINT = 0.01  # score below which a candidate is not drawn
 
 
 def draw_answer(image: Image.Image, answer: Grounded, top: int = 5) -> Image.Image:
-    """An image with the boxes pointed at, numbered in the answer's order, and at most `top` other candidates, thin.
+    """An image with the boxes pointed at, numbered in the answer's order, and at most `top` other candidates in thin lines.
 
-    Scores stand beside them where there are any; candidates below FAINT are left out. A small image is enlarged; the
-    given one stays as it is.
+    Boxes are labelled with their scores, if any; candidates with a score below FAINT are left out. A small image is
+    enlarged; the given image is not changed.
     """
     page = _enlarged(image)
     chosen = set(answer.boxes)
@@ -36,24 +36,24 @@ def draw_answer(image: Image.Image, answer: Grounded, top: int = 5) -> Image.Ima
 
 
 def _enlarged(image: Image.Image) -> Image.Image:
-    """An RGB copy; of a small image, in as many times its size as brings it to SIDE or beyond."""
+    """An RGB copy; a small image is enlarged by an integer factor to at least SIDE."""
     times = -(-SIDE // max(image.size))
     return image.convert("RGB").resize((times * image.width, times * image.height), Image.Resampling.BICUBIC)
 
 
 def pixels(box: Box, size: tuple[int, int]) -> tuple[float, float, float, float]:
-    """Shares -> pixels of an image of that width and height: left, top, right, bottom."""
+    """A box in relative coordinates -> left, top, right, bottom in pixels of an image of this width and height."""
     left, top, right, bottom = box
     return left * size[0], top * size[1], right * size[0], bottom * size[1]
 
 
 def _unit(page: Image.Image) -> int:
-    """Pixels of a thin line."""
+    """Width of a thin line in pixels."""
     return max(1, max(page.size) // 500)
 
 
 def _frame(page: Image.Image, box: Box, colour: tuple[int, int, int], thick: bool) -> None:
-    """A box's edge, drawn inwards, with a dark line about it that tells it from the image."""
+    """The edge of a box, drawn inwards, with a dark outline around it."""
     width, unit = _unit(page) * (4 if thick else 1), _unit(page)
     left, top, right, bottom = (round(side) for side in pixels(box, page.size))
     right, bottom = max(left, min(right, page.width) - 1), max(top, min(bottom, page.height) - 1)
@@ -63,7 +63,7 @@ def _frame(page: Image.Image, box: Box, colour: tuple[int, int, int], thick: boo
 
 
 def _label(page: Image.Image, box: Box, text: str, colour: tuple[int, int, int]) -> None:
-    """Words on a patch of the box's colour: above its left upper corner, or within it at the edge of the image."""
+    """A label in the box's colour: above its upper left corner, or inside the box at the edge of the image."""
     font, drawing, gap = ImageFont.load_default(max(12, max(page.size) // 45)), ImageDraw.Draw(page), 2 * _unit(page)
     _, _, wide, high = drawing.textbbox((0, 0), text, font)
     left, top, _, _ = pixels(box, page.size)

@@ -1,4 +1,4 @@
-"""What Octopus learns from and is asked: an image, an instruction, and an answer that may point at objects."""
+"""Examples of Octopus: an image, an instruction, and an answer that may point at objects."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
-Box = tuple[float, float, float, float]  # left, top, right, bottom; shares of the image's width and height, 0 to 1
+Box = tuple[float, float, float, float]  # left, top, right, bottom, relative to the image's width and height (0 to 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,10 +15,10 @@ class Example:
 
     Attributes:
         key: its name, unique in its source.
-        image: path of the image's file.
+        image: path of the image file.
         instruction: text of the user.
-        answer: text of the model in pieces; a whole number is a place where it points at the box of that number.
-        boxes: objects of the image that are known, those meant first or not; the ones the answer points at among them.
+        answer: text of the model in pieces; an integer is an index into boxes, where the answer points at that box.
+        boxes: all known objects of the image, including those the answer points at, in any order.
     """
 
     key: str
@@ -29,15 +29,15 @@ class Example:
 
     @property
     def meant(self) -> tuple[int, ...]:
-        """The numbers of the boxes that the answer points at, in its order, each once."""
+        """The numbers of the boxes that the answer points at, in its order, without repetitions."""
         return tuple(dict.fromkeys(piece for piece in self.answer if isinstance(piece, int)))
 
 
 class Source(Protocol):
-    """A data set: what `lightning_configs/octopus_*.yaml` name by class_path and init_args."""
+    """A data set; `lightning_configs/octopus_*.yaml` name sources by class_path and init_args."""
 
     def __iter__(self) -> Iterator[Example]:
-        """Its examples, in stored order. Raises UserError for files that are missing or of another kind."""
+        """The examples, in stored order. Raises UserError for missing files and for files of another format."""
 
     def __len__(self) -> int:
-        """How many there are."""
+        """Number of examples."""

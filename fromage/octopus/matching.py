@@ -1,6 +1,7 @@
-"""DETR's matching and its loss: which query is which known object, and how far off it is.
+"""Hungarian matching of queries and known objects, and the detection loss (Octopus section 3.3, equation 3).
 
-Weights as in DETR (Carion et al., ECCV 2020): 1 for the class, 5 for L1, 2 for generalised IoU, a tenth for NOTHING.
+Weights as in DETR (Carion et al., ECCV 2020): 1 for the class, 5 for L1, 2 for generalised IoU, 0.1 for the class NOTHING.
+Octopus does not give its weights. The paper scores queries with one binary class; the three classes here are ours.
 """
 
 from __future__ import annotations
@@ -18,17 +19,17 @@ from fromage.octopus.recognition import MEANT, NOTHING, OTHER, Detections
 
 CLASS, L1, GIOU = 1.0, 5.0, 2.0
 NOTHING_WEIGHT = 0.1
-FAR = 1e4  # a cost beyond all others
+FAR = 1e4  # larger than any finite cost
 
 
 @dataclass(frozen=True)
 class Objects:
-    """The known objects of a batch's images, those that an answer points at first. K: most of an image.
+    """The known objects of a batch's images, first those that the answers point at.
 
     Attributes:
-        boxes: (B, K, 4) centre x, centre y, width, height, shares of the image; zeros where there is none.
-        counts: B, how many there are; at most as many as there are queries.
-        meant: B, how many of them the answer points at.
+        boxes: (B, K, 4) centre x, centre y, width, height, relative to the image; zeros at padding.
+        counts: B integers, known objects per image; at most as many as there are queries.
+        meant: B integers, how many of them the answer points at.
     """
 
     boxes: Tensor
@@ -40,15 +41,15 @@ class Objects:
         return torch.tensor([MEANT] * self.meant[row] + [OTHER] * (self.counts[row] - self.meant[row]))
 
     def to(self, device: torch.device) -> Objects:
-        """With the boxes there."""
+        """The same objects with the boxes on the device."""
         return Objects(self.boxes.to(device, non_blocking=True), self.counts, self.meant)
 
 
 @torch.no_grad()
 def match(logits: Tensor, boxes: Tensor, objects: Objects) -> Tensor:
-    """One layer's queries and the objects, one to one at the lowest cost (Hungarian): (B, K) int64 numbers of queries.
+    """Match one layer's queries to the objects, one to one, at the lowest cost (Hungarian): (B, K) int64 query numbers.
 
-    logits (B, N, 3), boxes (B, N, 4). The places behind an image's objects hold 0. The assignment runs on the host.
+    logits (B, N, 3), boxes (B, N, 4). Padding holds 0. The assignment runs on the host.
     """
     likely, ours, theirs = logits.float().softmax(-1).cpu(), boxes.float().cpu(), objects.boxes.cpu()
     found = torch.zeros(theirs.shape[:2], dtype=torch.long)  # (B, K)
@@ -57,19 +58,19 @@ def match(logits: Tensor, boxes: Tensor, objects: Objects) -> Tensor:
             continue
         there = theirs[row, :count]  # (count, 4)
         named = -likely[row][:, objects.kinds(row)]  # (N, count)
-        apart = torch.cdist(ours[row], there, p=1)
+        apart = torch.cdist(ours[row], there, p=1)  # (N, count)
         overlap = -generalized_box_iou(*(box_convert(b, "cxcywh", "xyxy") for b in (ours[row], there)))
-        cost = CLASS * named + L1 * apart + GIOU * overlap  # (N, count); not a number where training has gone wrong
+        cost = CLASS * named + L1 * apart + GIOU * overlap  # (N, count); NaN if training diverged
         queries, numbers = linear_sum_assignment(cost.nan_to_num(FAR, FAR, -FAR))
         found[row, torch.from_numpy(numbers)] = torch.from_numpy(queries)
     return found.to(logits.device)
 
 
 def set_loss(found: Detections, objects: Objects) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """The loss of every decoder layer against the objects, summed, each with a matching of its own.
+    """The detection loss (equation 3), summed over the decoder layers, each with its own matching.
 
-    Returns the loss, the last layer's matching (B, K), and the last layer's parts by name: class, l1, giou. Images of
-    which no object is known do not count.
+    Returns the loss, the last layer's matching (B, K), and the last layer's parts by name: class, l1, giou. Images without
+    known objects are left out. As in DETR; the paper does not say whether inner layers have a loss.
     """
     total, parts, matched = found.relay.new_zeros((), dtype=torch.float32), {}, torch.empty(0)
     for logits, boxes in zip(found.logits, found.boxes, strict=True):
@@ -83,9 +84,9 @@ def _layer_loss(logits: Tensor, boxes: Tensor, matched: Tensor, objects: Objects
     device = logits.device
     known = [row for row, count in enumerate(objects.counts) if count]
     if not known:
-        nothing = 0 * (logits.sum() + boxes.sum())  # a gradient of zero, which several devices wait for
+        nothing = 0 * (logits.sum() + boxes.sum())  # a zero gradient, since DDP waits for one
         return {"class": nothing, "l1": nothing, "giou": nothing}
-    rows = to_device([row for row in known for _ in range(objects.counts[row])], device)  # (M,), M objects of all images
+    rows = to_device([row for row in known for _ in range(objects.counts[row])], device)  # (M,), the image of each object
     places = to_device([place for row in known for place in range(objects.counts[row])], device)  # (M,)
     queries = matched[rows, places]  # (M,)
     kinds = torch.full(logits.shape[:2], NOTHING, device=device)  # (B, N)

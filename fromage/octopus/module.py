@@ -1,7 +1,8 @@
-"""Octopus under Lightning: three stages, what each trains, and how a stage takes up the last one's checkpoint."""
+"""The Lightning module of Octopus: three training stages, and how each starts from the checkpoint of the one before."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -14,19 +15,31 @@ from fromage.errors import UserError
 from fromage.models.frozen import check_device
 from fromage.models.language_model import Quantized
 from fromage.octopus.decoding import decode, grounded
-from fromage.octopus.lora import add_low_rank
+from fromage.octopus.lora import add_lora
 from fromage.octopus.model import Octopus
 from fromage.octopus.step import GroundingBatch, image_patches, octopus_step
 from fromage.training.nonfinite import NonFiniteGuard
 
 PREFIX = "model."
+RENAMED = {"n": "num_queries", "after": "split_layer", "c": "decoder_width", "low_rank": "lora_rank"}  # former options
+FORMER_INDEX = "index."  # former prefix of the index tokens' parameters
+
+
+def current_names(settings: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """Settings under today's names, with a warning about former ones. source: where they are from."""
+    old = [name for name in RENAMED if settings.get(name) is not None]
+    if old:
+        told = ", ".join(f"{name} (now {RENAMED[name]})" for name in old)
+        warnings.warn(f"{source}: former names of options: {told}; the next release will not read them", stacklevel=3)
+    kept = {name: value for name, value in settings.items() if name not in RENAMED}
+    return kept | {RENAMED[name]: settings[name] for name in old}
 
 
 class OctopusModule(pl.LightningModule):
-    """The stages of the paper: 1 the visual prefix, on captions; 2 the DETR part; 3 all of it and the language model.
+    """The stages of the paper (section 4.1): 1 visual prefix, on captions; 2 the DETR part; 3 everything and the LM.
 
-    The towers are loaded when the run starts. Checkpoints hold what was trained so far, and the language model only where it
-    was trained.
+    The towers are loaded when the run starts. Checkpoints hold the parameters trained so far, including the language model
+    only if it was trained.
     """
 
     strict_loading = False
@@ -40,14 +53,14 @@ class OctopusModule(pl.LightningModule):
         vision: str = "ViT-L-14-336",
         vision_weights: str | None = "openai",
         vision_layer: int = -2,
-        n: int = 64,
-        after: int | None = None,
-        c: int = 256,
+        num_queries: int = 64,
+        split_layer: int | None = None,
+        decoder_width: int = 256,
         decoder_layers: int = 6,
         heads: int = 8,
         relay: bool = True,
         template: str = "{image}{instruction}{queries}{start}",
-        low_rank: int = 0,
+        lora_rank: int = 0,
         dtype: str = "bfloat16",
         random_weights: bool = False,
         quantize: Quantized | None = None,
@@ -57,41 +70,52 @@ class OctopusModule(pl.LightningModule):
         warmup_steps: int = 100,
         nonfinite: Literal["stop", "skip"] = "stop",
         seed: int = 0,
+        n: int | None = None,
+        after: int | None = None,
+        c: int | None = None,
+        low_rank: int | None = None,
     ) -> None:
-        """Everything a run needs to know of model and optimiser.
+        """Set model and optimiser.
 
         Args:
-            stage: what is trained: 1 the visual prefix, 2 queries, recognizer, pointer, index tokens, 3 all and the LM.
-            init: checkpoint of the stage before, whose trained parameters this one starts from.
+            stage: which parameters are trained: 1 visual prefix; 2 queries, recognizer, pointer, index tokens; 3 all and LM.
+            init: checkpoint of the stage before, with the trained parameters to start from.
             lm: causal language model: a name on the Hugging Face hub, a folder, or 'toy'.
             vision: image tower: a name of open_clip, 'local-dir:FOLDER', 'hf-hub:ORG/NAME', or 'toy'.
             vision_weights: open_clip's tag of the pretrained weights, or a file; ignored where vision names a folder.
-            vision_layer: layer of the tower whose patches are read; -1 is the last.
-            n: object queries; 0 for the sequential counterpart, which spells its boxes.
-            after: layers of the language model below the DETR decoder; null for half.
-            c: width of the DETR decoder, numbers.
-            decoder_layers: its layers.
-            heads: its attention heads.
-            relay: whether what was recognised takes the queries' places in the top layers.
-            template: what stands around {image}, {instruction} and {queries}; {start} is the start token.
-            low_rank: rank of adapters in the language model's layers (LoRA, extra [lora]) in stage 3; 0 trains it whole.
-            dtype: what frozen towers are held and run in: float32, bfloat16 or float16.
+            vision_layer: layer of the tower at which patches are read; -1 is the last.
+            num_queries: number of object queries; 0 for the sequential counterpart, which spells boxes as text.
+            split_layer: layers of the language model below the DETR decoder; null for half.
+            decoder_width: width of the DETR decoder.
+            decoder_layers: layers of the DETR decoder.
+            heads: attention heads of the DETR decoder.
+            relay: whether the decoder's output replaces the queries in the top layers.
+            template: text around {image}, {instruction} and {queries}; {start} is the start token.
+            lora_rank: rank of LoRA adapters in the language model's layers in stage 3 (extra [lora]); 0 trains all of it.
+            dtype: dtype of the frozen towers: float32, bfloat16 or float16.
             random_weights: build the towers without weights, for tests and timing.
-            quantize: hold the language model's layers in int8 or nf4 (4 bits); needs extra [quant], and low_rank in stage 3.
+            quantize: hold the language model's layers in int8 or nf4 (4 bits); extra [quant], and lora_rank in stage 3.
             lr: learning rate of AdamW after warm-up.
-            new_lr: that of what is trained beside the language model in stage 3; null for lr.
-            weight_decay: AdamW's decay of weights per step, times the learning rate.
+            new_lr: learning rate of the parameters outside the language model in stage 3; null for lr.
+            weight_decay: weight decay of AdamW.
             warmup_steps: steps over which the learning rate rises from zero; then it falls to zero along a cosine.
-            nonfinite: what to do about a loss or gradient that is NaN or infinite: stop the run, or skip the update.
-            seed: seed of what is trained.
+            nonfinite: on a NaN or infinite loss or gradient: stop the run, or skip the update.
+            seed: seed of the trained parameters.
+            n: former name of num_queries, for one more release.
+            after: former name of split_layer.
+            c: former name of decoder_width.
+            low_rank: former name of lora_rank.
         """
         super().__init__()
-        self.save_hyperparameters()
+        self.save_hyperparameters(ignore=[*RENAMED])
+        former = current_names({"n": n, "after": after, "c": c, "low_rank": low_rank}, "model")
+        if former:
+            self.save_hyperparameters(former)
         self.h: Any = self.hparams
-        if not n and stage == 2:
-            raise UserError("model.stage 2 trains the object queries, and model.n is 0: choose stage 1 or 3")
-        if quantize and stage == 3 and not low_rank:
-            raise UserError("model.quantize: a quantised language model is trained by adapters only; give model.low_rank")
+        if not self.hparams["num_queries"] and stage == 2:
+            raise UserError("model.stage 2 trains the object queries, and model.num_queries is 0: choose stage 1 or 3")
+        if quantize and stage == 3 and not self.hparams["lora_rank"]:
+            raise UserError("model.quantize: a quantised language model is trained by adapters only; give model.lora_rank")
         self.guard = NonFiniteGuard(nonfinite == "skip", ("answer", "recognition"))
         self._judged: list[dict[str, float]] = []
         self._taken: set[str] = set()  # names of parameters that earlier stages trained
@@ -102,25 +126,25 @@ class OctopusModule(pl.LightningModule):
         return self.h.stage > 1
 
     def configure_model(self) -> None:
-        """Load the towers, once, and the last stage's parameters; freeze what the stage does not train."""
+        """Load the towers, once, and the parameters of the stage before; freeze what this stage does not train."""
         if hasattr(self, "model"):
             return
         self.model = from_hyperparameters(self.h)
         if self.h.init:
-            self._taken = take_up(self.model, self.h.init)
+            self._taken = load_trained(self.model, self.h.init)
         self._freeze()
 
     def _freeze(self) -> None:
         model, stage = self.model, self.h.stage
         model.visual_prefix.requires_grad_(stage != 2)
-        model.index.requires_grad_(bool(model.n) and stage > 1)
-        if model.n:
+        model.index_tokens.requires_grad_(bool(model.num_queries) and stage > 1)
+        if model.num_queries:
             model.recognizer.requires_grad_(stage > 1)
             if not model.relay:
                 model.recognizer.leave.requires_grad_(False)
             model.queries.requires_grad_(stage > 1)
             model.pointer.requires_grad_(stage > 1)
-        if stage == 3 and not self.h.low_rank:
+        if stage == 3 and not self.hparams["lora_rank"]:
             model.lm.hf.requires_grad_(True)
 
     def configure_optimizers(self) -> Any:
@@ -144,37 +168,37 @@ class OctopusModule(pl.LightningModule):
         self.guard.see((out.answer_loss, out.set_loss), batch.keys)
         many = len(batch.examples)
         self.log("train/loss", out.loss.detach(), prog_bar=True, batch_size=many)
-        scalars = {"answer_loss": out.answer_loss, "token_accuracy": out.right}
+        scalars = {"answer_loss": out.answer_loss, "token_accuracy": out.token_accuracy}
         scalars |= {f"{name}_loss": value for name, value in out.parts.items()}
         self.log_dict({f"train/{name}": value.detach() for name, value in scalars.items()}, batch_size=many)
         self.log("train/lr", self.trainer.optimizers[0].param_groups[0]["lr"])
         return out.loss
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """No update from what is not finite."""
+        """Skip the update if a loss or gradient is not finite."""
         self.guard.before_update(optimizer, self.global_step)
 
     def on_train_end(self) -> None:
-        """The last losses are looked at too."""
+        """Check the last losses too."""
         self.guard.check("the last one", wait=True)
 
     def on_validation_epoch_start(self) -> None:
-        """Forget the last validation."""
+        """Reset the results of the last validation."""
         self._judged = []
 
     def validation_step(self, batch: GroundingBatch, index: int) -> None:
-        """Losses, and figures of greedy answers; see fromage.octopus.metrics."""
+        """Losses, and metrics of greedy answers (fromage.octopus.metrics)."""
         from fromage.octopus.metrics import judge
 
         out = octopus_step(self.model, batch)
-        named = {"val/answer_loss": out.answer_loss, "val/token_accuracy": out.right, "val/loss": out.loss}
+        named = {"val/answer_loss": out.answer_loss, "val/token_accuracy": out.token_accuracy, "val/loss": out.loss}
         self.log_dict(named, batch_size=len(batch.examples), sync_dist=True)
         if self.h.stage == 1:
             return
         patches = image_patches(self.model, batch)
         embeds = self.model.embed(batch.ids, self.model.prefix(patches))
-        reading = self.model.read(batch.ids, batch.mask, embeds, patches)
-        answers = grounded(self.model, reading, decode(self.model, reading, batch.answers.shape[1] + 1))
+        prefill = self.model.read(batch.ids, batch.mask, embeds, patches)
+        answers = grounded(self.model, prefill, decode(self.model, prefill, batch.answers.shape[1] + 1))
         for example, answer in zip(batch.examples, answers, strict=True):
             due = "" if example.meant else "".join(piece for piece in example.answer if isinstance(piece, str))
             self._judged.append(judge(answer, [example.boxes[i] for i in example.meant], due))
@@ -189,40 +213,43 @@ class OctopusModule(pl.LightningModule):
             self.log("val/acc", figures["acc_iou50"], prog_bar=True, sync_dist=True)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse to go on from another architecture's."""
-        check_names(self.model, state_of(checkpoint), "the checkpoint to go on from")
+        """Raise UserError for a checkpoint of another architecture."""
+        state = state_of(checkpoint)
+        check_names(self.model, state, "the checkpoint to resume from")
+        checkpoint["state_dict"] = {PREFIX + name: value for name, value in state.items()}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep what is trained, in this stage or before."""
+        """Keep the parameters trained in this stage or before."""
         trained = {name for name, p in self.model.named_parameters() if p.requires_grad} | self._taken
         state = checkpoint["state_dict"].items()
         checkpoint["state_dict"] = {name: value for name, value in state if name.removeprefix(PREFIX) in trained}
 
 
 SETTINGS = (
-    "lm", "vision", "vision_weights", "vision_layer", "n", "after", "c", "decoder_layers", "heads", "relay", "template",
-    "dtype", "random_weights", "quantize", "seed",
+    "lm", "vision", "vision_weights", "vision_layer", "num_queries", "split_layer", "decoder_width", "decoder_layers",
+    "heads", "relay", "template", "dtype", "random_weights", "quantize", "seed",
 )  # fmt: skip
 
 
-PARTS = ("queries", "recognizer.", "pointer.", "index.")  # of a model, trained from stage 2 on
-LEAVE = "recognizer.leave."  # but this not without relay
-SHAPED = ("vision_layer", "n", "after", "c", "decoder_layers", "heads", "relay", "template")  # of what recognises
+PARTS = ("queries", "recognizer.", "pointer.", "index_tokens.")  # parameters trained from stage 2 on
+LEAVE = "recognizer.leave."  # among them, but only with relay
+# settings that the parameters of stage 2 depend on
+SHAPED = ("vision_layer", "num_queries", "split_layer", "decoder_width", "decoder_layers", "heads", "relay", "template")
 
 
 def from_hyperparameters(h: Any) -> Octopus:
-    """A fresh model as the hyperparameters of an OctopusModule describe it, adapters included."""
+    """A newly initialised model from the hyperparameters of an OctopusModule, with adapters if it has any."""
     model = Octopus.load(**{name: h[name] for name in SETTINGS if name in h})
-    if h.get("low_rank") and h["stage"] == 3:
-        add_low_rank(model.lm, h["low_rank"])
+    if h.get("lora_rank") and h["stage"] == 3:
+        add_lora(model.lm, h["lora_rank"])
     return model
 
 
-def take_up(model: Octopus, path: str) -> set[str]:
-    """Put the parameters of a checkpoint into a model; returns their names. Raises UserError for another architecture's."""
+def load_trained(model: Octopus, path: str) -> set[str]:
+    """Load the parameters of a checkpoint; returns their names. Raises UserError for another architecture."""
     checkpoint = read_checkpoint(path)
     state = state_of(checkpoint)
-    theirs = checkpoint["hyper_parameters"]
+    theirs = current_names(checkpoint["hyper_parameters"], path)
     if any(name.startswith("recognizer.") for name in state):
         changed = [name for name, value in model.settings.items() if name in SHAPED and theirs.get(name, value) != value]
         if changed:
@@ -234,14 +261,18 @@ def take_up(model: Octopus, path: str) -> set[str]:
 
 
 def state_of(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
-    """The parameters in a checkpoint of Lightning, by their names in the model."""
-    return {name.removeprefix(PREFIX): value for name, value in checkpoint["state_dict"].items()}
+    """The parameters in a Lightning checkpoint, by their names in the model."""
+    state = {name.removeprefix(PREFIX): value for name, value in checkpoint["state_dict"].items()}
+    return {
+        "index_tokens." + name.removeprefix(FORMER_INDEX) if name.startswith(FORMER_INDEX) else name: value
+        for name, value in state.items()
+    }
 
 
 def check_names(model: Octopus, state: Mapping[str, Tensor], path: str) -> None:
-    """Raise UserError where a state dict is none of this architecture.
+    """Raise UserError for a state dict of another architecture.
 
-    Stage 1's holds the visual prefix alone; another must hold all that stage 2 trains.
+    A checkpoint of stage 1 holds the visual prefix alone; others must hold all parameters of stage 2.
     """
     have = {name: value.shape for name, value in model.state_dict().items()}
     wrong = sorted(name for name, value in state.items() if have.get(name) != value.shape)
@@ -250,21 +281,22 @@ def check_names(model: Octopus, state: Mapping[str, Tensor], path: str) -> None:
         wrong += sorted(name for name in lacking if model.relay or not name.startswith(LEAVE))
     if wrong:
         raise UserError(
-            f"{path}: of another architecture or version ({wrong[0]}); give the settings it was trained with, or train anew"
+            f"{path}: of another architecture or version ({wrong[0]}); give the settings it was trained with, or train again"
         )
 
 
 def load_octopus(path: str, device: str = "cpu") -> Octopus:
-    """The model of a checkpoint of `lightning fit`, in eval mode. Raises UserError where it is none of Octopus's, and for a
-    device that is not there.
+    """The model of a checkpoint of `lightning fit`, in eval mode.
+
+    Raises UserError for a checkpoint that is not of Octopus, and for an unknown device.
     """
     check_device(device)
     checkpoint = read_checkpoint(path)
     if "stage" not in checkpoint["hyper_parameters"]:
         raise UserError(f"{path}: not a checkpoint of Octopus; give one of `lightning fit --config octopus_stage3.yaml`")
-    h = checkpoint["hyper_parameters"]
-    if h["stage"] == 1 and h["n"]:
+    h = current_names(checkpoint["hyper_parameters"], path)
+    if h["stage"] == 1 and h["num_queries"]:
         raise UserError(f"{path}: of stage 1, which trains no object queries; give a checkpoint of stage 2 or 3")
     model = from_hyperparameters(h)
-    take_up(model, path)
+    load_trained(model, path)
     return model.to(device).eval()

@@ -1,10 +1,10 @@
-"""Parallel recognition: a DETR decoder in the middle of the language model turns object queries into boxes.
+"""Parallel recognition: a DETR decoder in the middle of the language model turns object queries into boxes and scores.
 
-Shapes: B batch, N object queries, P patches, m width of the patch features, d width of the language model, c width of the
-decoder, L layers of the decoder. Boxes are (centre x, centre y, width, height), shares of the image.
+Boxes are (centre x, centre y, width, height), relative to the image. The legend of shapes is in fromage.models.
 
-Known of Octopus (NeurIPS 2024): queries pass the bottom layers of the language model, then a DETR decoder that yields boxes,
-and the results go on into the top layers. How they go on, and all sizes, are ours. DETR: Carion et al., ECCV 2020.
+The paper (Octopus, section 3.2): queries pass the bottom layers of the language model, then a DETR decoder that gives boxes,
+and its outputs continue through the top layers. How they return to width d, and the sizes, are ours; so are the three
+classes, where the paper has one binary score. DETR: Carion et al., ECCV 2020.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import MLP, box_convert
 
-MEANT, OTHER, NOTHING = 0, 1, 2  # what a query stands for: an object that the prompt means, another one, none
+MEANT, OTHER, NOTHING = 0, 1, 2  # classes of a query: an object that the prompt means, another object, no object
 
 
 @dataclass(frozen=True)
 class Detections:
-    """What the decoder found.
+    """The output of the decoder.
 
     Attributes:
-        logits: (L, B, N, 3) of MEANT, OTHER and NOTHING, layer by layer; the last layer's count.
-        boxes: (L, B, N, 4).
-        relay: (B, N, d), what takes the queries' places in the top layers.
+        logits: (L, B, N, 3) of MEANT, OTHER and NOTHING, per layer; the last layer gives the result.
+        boxes: (L, B, N, 4), per layer.
+        relay: (B, N, d), the hidden states that replace the queries in the top layers.
     """
 
     logits: Tensor
@@ -37,33 +37,44 @@ class Detections:
 
     @cached_property
     def log_scores(self) -> Tensor:
-        """(B, N): log of how likely each query is what the prompt means."""
+        """(B, N): log-probability that the prompt means a query's object."""
         return self.logits[-1].float().log_softmax(-1)[..., MEANT]
 
     @property
     def scores(self) -> Tensor:
-        """(B, N): how likely each query is what the prompt means, 0 to 1."""
+        """(B, N): probability that the prompt means a query's object."""
         return self.log_scores.exp()
 
     @property
     def corners(self) -> Tensor:
-        """(B, N, 4): left, top, right, bottom."""
+        """(B, N, 4): left, top, right, bottom, clipped to the image."""
         return box_convert(self.boxes[-1], "cxcywh", "xyxy").clamp(0, 1)
 
 
 class Recognizer(nn.Module):
-    """The DETR decoder: queries attend to each other and to the patches, layer by layer; each layer names its boxes.
+    """The DETR decoder: queries attend to each other and to the patches; each layer predicts boxes.
 
-    A query starts from a point of the image of its own, learned, and its box is told from there (as in Conditional DETR):
-    else hundreds of epochs go by until queries have shared out the image. Whether it is meant is told by a product of what
-    it saw and what it was asked for, beside a sum, which learns that far later.
+    Each query has a learned reference point, and its box is predicted relative to it (as in Conditional DETR); without it,
+    queries need hundreds of epochs to specialise on parts of the image. The logit of MEANT has, beside a linear term, a
+    product of what the query saw (decoder state) and what was asked (its hidden state in the language model); the linear
+    term alone learns this far later.
     """
 
-    def __init__(self, d: int, m: int, grid: tuple[int, int], n: int, c: int = 256, layers: int = 6, heads: int = 8) -> None:
-        """grid: rows and columns of patches. n: object queries. The rest in the letters above."""
+    def __init__(
+        self,
+        d: int,
+        m: int,
+        grid: tuple[int, int],
+        num_queries: int,
+        decoder_width: int = 256,
+        layers: int = 6,
+        heads: int = 8,
+    ) -> None:
+        """grid: rows and columns of patches. num_queries: N. decoder_width: c. d, m: as in fromage.models."""
         super().__init__()
+        c = decoder_width
         self.enter, self.look = nn.Linear(d, c), nn.Linear(m, c)
-        self.points = nn.Parameter(_spread(n))  # (N, 2), before the sigmoid
+        self.points = nn.Parameter(_spread(num_queries))  # (N, 2), before the sigmoid
         self.layers = nn.ModuleList(DecoderLayer(c, heads) for _ in range(layers))
         self.norm = nn.LayerNorm(c)
         self.classify = nn.Linear(c, 3)

@@ -1,8 +1,7 @@
-"""Data sets in their published files: RefCOCO/+/g, Flickr30k Entities, instructions as LLaVA writes them, POPE.
+"""Readers of data sets in their published files: RefCOCO/+/g, Flickr30k Entities, LLaVA's instructions, POPE.
 
-Boxes are clipped to the image, and left out where no area is left of them; an example that points at such a one is left
-out too. What is left out is counted, and faults are warned of once. Visual Genome is not read here; its regions as
-LLaVA's instructions contain them are.
+Boxes are clipped to the image. Boxes without area are left out, and so are examples that point at them; both are counted,
+and faults are warned of once. There is no reader for Visual Genome, only for its regions within LLaVA's instructions.
 """
 
 from __future__ import annotations
@@ -31,15 +30,15 @@ from fromage.octopus.examples import Box, Example
 LOST_BOXES = "boxes of no area in their image"
 LOST_ANSWERS = "examples that point at such a box"
 ODD_TURNS = "turns that are no question and answer"
-BROKEN = (KeyError, IndexError, TypeError, ValueError, AttributeError, ZeroDivisionError)  # what odd entries raise
-FAULTS = (LOST_BOXES, LOST_ANSWERS, ODD_TURNS)  # are warned of; the rest is of the data set's making
+BROKEN = (KeyError, IndexError, TypeError, ValueError, AttributeError, ZeroDivisionError)  # raised by malformed entries
+FAULTS = (LOST_BOXES, LOST_ANSWERS, ODD_TURNS)  # faults of the files, which are warned of; other omissions are intended
 
 
 class Listed:
-    """What the readers have in common: files are read on first use.
+    """Base class of the readers; files are read on first use.
 
     Attributes:
-        dropped: after reading, how much was left out, by what it is.
+        dropped: after reading, the number of entries left out, by kind.
     """
 
     def __init__(self, file: Path, limit: int | None) -> None:
@@ -49,12 +48,12 @@ class Listed:
         self.dropped: Counter[str] = Counter()
 
     def read(self) -> Iterator[Example]:
-        """The examples of the files, counting in `dropped` what is none."""
+        """The examples of the files; entries that are left out are counted in `dropped`."""
         raise NotImplementedError
 
     @cached_property
     def examples(self) -> list[Example]:
-        """The first `limit` examples. Raises UserError where there is none, or for files missing or of another kind."""
+        """The first `limit` examples. Raises UserError for no examples, missing files, and files of another format."""
         try:
             found = list(islice(self.read(), self.limit))
         except BROKEN as error:
@@ -73,7 +72,7 @@ class Listed:
         return len(self.examples)
 
     def kept(self, boxes: Iterable[Box | None]) -> tuple[list[Box], list[int | None]]:
-        """The boxes that have an area, and for each given one its number among these."""
+        """The boxes with an area, and for each given box its number among them (None: it has no area)."""
         good: list[Box] = []
         numbers: list[int | None] = []
         for box in boxes:
@@ -86,17 +85,19 @@ class Listed:
 
 
 def asking(question: str) -> str:
-    """A question with one place {} for words. Raises UserError for another."""
+    """The question itself. Raises UserError if it does not contain {} exactly once."""
     if question.count("{}") != 1:
         raise UserError(f"question {question!r}: must hold {{}} once, where the words for the object go")
     return question
 
 
-Shown = tuple[str, tuple[Box, ...], dict[int, int | None]]  # an image, its boxes, each annotation's number among them
+AnnotatedImage = tuple[
+    str, tuple[Box, ...], dict[int, int | None]
+]  # an image, its boxes, each annotation's number among them
 
 
 class RefCOCO(Listed):
-    """RefCOCO, RefCOCO+ and RefCOCOg: a referring expression is an example; the known boxes are the image's instances."""
+    """RefCOCO, RefCOCO+ and RefCOCOg: one example per referring expression; known boxes are the image's instances."""
 
     def __init__(
         self,
@@ -108,16 +109,16 @@ class RefCOCO(Listed):
         limit: int | None = None,
         match: str | None = None,
     ) -> None:
-        """Name the files; nothing is read yet. Raises UserError for a question or a pattern that is none.
+        """Set the files; nothing is read yet. Raises UserError for an invalid question or pattern.
 
         Args:
             refs: refs(unc).p, refs(google).p or refs(umd).p.
-            instances: instances.json that came with it.
+            instances: instances.json of the same data set.
             images: folder of the images that instances.json names, COCO's train2014.
-            split: train, val and, by the file, testA, testB or test.
+            split: train, val and, depending on the file, testA, testB or test.
             question: the instruction; {} stands for the expression.
-            limit: examples at most, the first ones; null for all.
-            match: a regular expression: of the references, those only in which it is found; null for all.
+            limit: maximum number of examples, the first ones; null for all.
+            match: regular expression; only expressions that contain it are used; null for all.
         """
         super().__init__(Path(refs), limit)
         self.instances, self.images, self.split, self.question = Path(instances), Path(images), split, asking(question)
@@ -127,7 +128,7 @@ class RefCOCO(Listed):
             raise UserError(f"match {match!r}: is no regular expression ({error}); correct it") from error
 
     def read(self) -> Iterator[Example]:
-        """A sentence is an example; its answer is the box alone."""
+        """One example per sentence; its answer is the box alone."""
         refs = self._refs()
         _, content = read_annotations(self.instances, ("boxes of COCO",), "instances.json of the same data set")
         try:
@@ -149,12 +150,14 @@ class RefCOCO(Listed):
         except OSError as error:
             raise UserError(f"{self.file}: cannot be read ({error.strerror}); name refs(unc).p or the like") from error
         except Exception as error:  # a broken pickle can raise nearly anything
-            raise UserError(f"{self.file}: is no list of references ({first_line(error)[:200]}); fetch it anew") from error
+            raise UserError(
+                f"{self.file}: is not a list of references ({first_line(error)[:200]}); download it again"
+            ) from error
         if self.split not in splits:
             raise UserError(f"{self.file}: has no split {self.split}; there are {', '.join(splits)}")
         return [ref for ref in refs if ref["split"] == self.split]
 
-    def _images(self, content: dict[str, Any], wanted: set[int]) -> dict[int, Shown]:
+    def _images(self, content: dict[str, Any], wanted: set[int]) -> dict[int, AnnotatedImage]:
         notes: dict[int, list[dict[str, Any]]] = {number: [] for number in wanted}
         for note in content["annotations"]:
             if note["image_id"] in wanted:
@@ -171,7 +174,7 @@ class RefCOCO(Listed):
         )
 
     def _boxes(self, image: dict[str, Any], notes: list[dict[str, Any]]) -> tuple[tuple[Box, ...], dict[int, int | None]]:
-        """The boxes of an image's instances, crowds left out, and each annotation's number among them."""
+        """The boxes of an image's instances without crowds, and the number of each annotation's box."""
         single = [note for note in notes if not note.get("iscrowd")]
         self.dropped["boxes of crowds"] += len(notes) - len(single)
         corners = [(x, y, x + w, y + h) for x, y, w, h in (note["bbox"] for note in single)]
@@ -198,28 +201,28 @@ class RefCOCO(Listed):
 
 
 class Flickr30kEntities(Listed):
-    """Flickr30k Entities: a phrase that has boxes is an example; the known boxes are all of the image's."""
+    """Flickr30k Entities: one example per phrase with boxes; known boxes are all boxes of the image."""
 
     PHRASE = re.compile(r"\[/EN#(\d+)/\S+ ([^\]]+)\]")
 
     def __init__(
         self, folder: str, images: str, split: str = "train", question: str = "where is {}?", limit: int | None = None
     ) -> None:
-        """Name the files; nothing is read yet.
+        """Set the files; nothing is read yet.
 
         Args:
-            folder: folder that holds Sentences, Annotations, and train.txt, val.txt and test.txt.
+            folder: folder with Sentences, Annotations, and train.txt, val.txt and test.txt.
             images: folder of the images, {id}.jpg.
-            split: train, val or test; or the path of another list of ids, one a line.
+            split: train, val or test; or the path of another list of ids, one per line.
             question: the instruction; {} stands for the phrase.
-            limit: examples at most, the first ones; null for all.
+            limit: maximum number of examples, the first ones; null for all.
         """
         ids = Path(folder) / f"{split}.txt"
         super().__init__(Path(split) if not ids.is_file() and Path(split).is_file() else ids, limit)
         self.folder, self.images, self.question = Path(folder), Path(images), asking(question)
 
     def read(self) -> Iterator[Example]:
-        """Where an entity has several boxes the answer points at each, in reading order."""
+        """One example per phrase; if its entity has several boxes, the answer points at each, in reading order."""
         for name in self._text(self.file).split():
             boxes, entities = self._entities(self.folder / "Annotations" / f"{name}.xml")
             image = str(self.images / f"{name}.jpg")
@@ -245,7 +248,7 @@ class Flickr30kEntities(Listed):
             raise malformed(path, error) from error
 
     def _entities(self, path: Path) -> tuple[tuple[Box, ...], dict[str, list[int | None]]]:
-        """An image's boxes, and each entity's numbers among them. Pixels count from 1, the last of a box included."""
+        """The boxes of an image, and the numbers of each entity's boxes. In the files pixels count from 1, inclusive."""
         text = self._text(path)
         try:
             root = ET.fromstring(text)
@@ -266,23 +269,23 @@ EDGES = ("xmin", "ymin", "xmax", "ymax")
 
 
 class Instructions(Listed):
-    """LLaVA's JSON. A question and its answer are an example of their own, also where they follow others on an image."""
+    """Instructions in LLaVA's JSON: one example per question and answer, also in conversations of several turns."""
 
     def __init__(self, file: str, images: str, padded: bool = False, limit: int | None = None) -> None:
-        """Name the files; nothing is read yet.
+        """Set the files; nothing is read yet.
 
         Args:
             file: JSON list of {id, image, conversations: [{from: human, value}, {from: gpt, value}, ...]}.
-            images: folder that the images' names start from.
-            padded: whether boxes are shares of the image padded to a square, as in LLaVA-1.5's own files; false for
-                shares of the image itself.
-            limit: examples at most, the first ones; null for all.
+            images: folder that image names are relative to.
+            padded: whether boxes are relative to the image padded to a square, as in LLaVA-1.5's own files; false:
+                relative to the image itself.
+            limit: maximum number of examples, the first ones; null for all.
         """
         super().__init__(Path(file), limit)
         self.images, self.padded = Path(images), padded
 
     def read(self) -> Iterator[Example]:
-        """Boxes [left,top,right,bottom] in an answer, shares with a decimal point, become numbers; in questions not."""
+        """One example per question and answer. Spelled boxes in answers become box numbers; in questions they stay text."""
         _, entries = read_annotations(self.file, ("instructions of LLaVA",), "a JSON file of LLaVA's instructions")
         for number, entry in enumerate(entries):
             if not isinstance(entry.get("image"), str):
@@ -296,11 +299,11 @@ class Instructions(Listed):
                 if (asked["from"], told["from"]) != ("human", "gpt") or not question or not answer:
                     self.dropped[ODD_TURNS] += 1
                 elif (pointed := self._pointed(answer, image)) is not None:
-                    key = f"{entry.get('id', '')}#{number}.{place}"  # an id is not always of one entry
+                    key = f"{entry.get('id', '')}#{number}.{place}"  # several entries can have the same id
                     yield Example(key, str(image), question, *pointed)
 
     def _pointed(self, text: str, image: Path) -> tuple[tuple[str | int, ...], tuple[Box, ...]] | None:
-        """An answer's pieces and boxes; None, counted, where one of the boxes has no area."""
+        """The pieces and boxes of an answer; None, and counted, if one of the boxes has no area."""
         pieces: list[str | int] = []
         numbers: dict[Box, int] = {}
         end = 0
@@ -322,7 +325,7 @@ class Instructions(Listed):
         try:
             with Image.open(image, formats=FORMATS) as opened:  # the size alone, nothing is decoded
                 width, height = opened.size
-        except OSError:  # missing or broken, which is counted with the images
+        except OSError:  # missing or broken; counted with the images
             return clipped(left, top, right, bottom)
         side = max(width, height)
         x, y = (side - width) / 2, (side - height) / 2
@@ -330,21 +333,21 @@ class Instructions(Listed):
 
 
 class Pope(Listed):
-    """POPE: questions whether something is in an image; the answer is yes or no."""
+    """POPE: yes-or-no questions whether an object is in an image."""
 
     def __init__(self, file: str, images: str, limit: int | None = None) -> None:
-        """Name the files; nothing is read yet.
+        """Set the files; nothing is read yet.
 
         Args:
             file: lines of JSON {question_id, image, text, label}, coco_pope_random.json or the like.
             images: folder of the images.
-            limit: examples at most, the first ones; null for all.
+            limit: maximum number of examples, the first ones; null for all.
         """
         super().__init__(Path(file), limit)
         self.images = Path(images)
 
     def read(self) -> Iterator[Example]:
-        """A line is an example."""
+        """One example per line."""
         try:
             lines = self.file.read_text(encoding="utf-8").splitlines()
         except OSError as error:

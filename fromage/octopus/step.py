@@ -1,4 +1,4 @@
-"""One training step of Octopus: recognise, match, answer."""
+"""The training step of Octopus: recognise, match, answer."""
 
 from __future__ import annotations
 
@@ -15,75 +15,77 @@ from fromage.octopus.model import Octopus
 
 
 class GroundingBatch(NamedTuple):
-    """A batch of prompts about images and the answers to be learned. Pixels and patches are never both there."""
+    """A batch of prompts about images, and their answers. It has either pixels or patches."""
 
     examples: list[Example]
-    ids: Tensor  # (B, T) int64, left-padded; <|image|> and <|query|> in their places
+    ids: Tensor  # (B, T) int64, left-padded; includes <|image|> and <|query|> tokens
     mask: Tensor  # (B, T) bool
     answers: Tensor  # (B, A) int64, right-padded: text, <di> for the i-th object, </s>
-    targets: Tensor  # (B, A) bool, no padding
+    targets: Tensor  # (B, A) bool, False at padding
     objects: Objects
     pixels: Tensor | None  # (B, 3, H, W) uint8
     patches: Tensor | None  # (B, P, m) stored patch features
 
     @property
     def keys(self) -> list[str]:
-        """The examples' names."""
+        """The keys of the examples."""
         return [example.key for example in self.examples]
 
 
 @dataclass(frozen=True)
-class StepOutput:
-    """What a step computes; sums are weighted as in loss.
+class GroundingOutput:
+    """The losses of a step, all scalars.
 
     Attributes:
-        answer_loss: cross-entropy of the answers' tokens.
-        set_loss: that of matching and recognition, 0 without queries.
-        parts: of the latter's last decoder layer, by name.
-        right: share of the answers' tokens foreseen.
+        answer_loss: cross-entropy of the answers' tokens (Octopus, equation 5).
+        set_loss: detection loss (equation 3); 0 without queries.
+        parts: class, l1 and giou loss of the last decoder layer.
+        token_accuracy: share of the answers' tokens with the highest logit.
     """
 
     answer_loss: Tensor
     set_loss: Tensor
     parts: dict[str, Tensor]
-    right: Tensor
+    token_accuracy: Tensor
 
     @property
     def loss(self) -> Tensor:
-        """Their sum."""
+        """The sum of both losses."""
         return self.answer_loss + self.set_loss
 
 
-def image_patches(model: Octopus, lesson: GroundingBatch) -> Tensor:
-    """(B, P, m): stored ones where the batch has them, else the tower's."""
-    return lesson.patches.to(model.device) if lesson.patches is not None else model.vision(lesson.pixels)
+def image_patches(model: Octopus, batch: GroundingBatch) -> Tensor:
+    """(B, P, m) patch features: the stored ones if the batch has them, else computed by the tower."""
+    return batch.patches.to(model.device) if batch.patches is not None else model.vision(batch.pixels)
 
 
-def octopus_step(model: Octopus, lesson: GroundingBatch) -> StepOutput:
-    """Read the prompts, match what was recognised with what is there, and judge the answers that point at the matches.
+def octopus_step(model: Octopus, batch: GroundingBatch) -> GroundingOutput:
+    """Read the prompts, match detections and known objects, and score answers that point at the matched queries.
 
-    The prompts are read once, and the answers, known only after the matching, go on from their keys and values.
+    Prompts are read once. The answers are known after the matching only; they continue from the cached keys and values. In
+    the paper (equation 4) an index token's target is the query with the nearest box; here it is the matched query, which is
+    ours.
     """
-    patches = image_patches(model, lesson)
-    embeds = model.embed(lesson.ids, model.prefix(patches))  # (B, T, d)
-    reading = model.read(lesson.ids, lesson.mask, embeds, patches)
-    recognition, answers = embeds.new_zeros((), dtype=torch.float32), lesson.answers
+    patches = image_patches(model, batch)
+    embeds = model.embed(batch.ids, model.prefix(patches))  # (B, T, d)
+    prefill = model.read(batch.ids, batch.mask, embeds, patches)
+    recognition, answers = embeds.new_zeros((), dtype=torch.float32), batch.answers
     parts: dict[str, Tensor] = {}
-    if reading.found is not None:
-        recognition, matched, parts = set_loss(reading.found, lesson.objects)
+    if prefill.found is not None:
+        recognition, matched, parts = set_loss(prefill.found, batch.objects)
         answers = named(answers, matched, model.tokenizer.row_ids[0])
-    after = model.extend(reading, answers[:, :-1]) if answers.shape[1] > 1 else embeds[:, :0]  # (B, A - 1, d)
-    hidden = torch.cat([reading.hidden.unsqueeze(1), after], 1)  # (B, A, d), each of which foretells a token
-    logits = model.logits(hidden, reading)[lesson.targets]  # (M, V + 2 + N), of M tokens
-    wanted = answers[lesson.targets]  # (M,)
-    right = (logits.argmax(-1) == wanted).float().mean()
-    return StepOutput(F.cross_entropy(logits, wanted), recognition, parts, right)
+    after = model.extend(prefill, answers[:, :-1]) if answers.shape[1] > 1 else embeds[:, :0]  # (B, A - 1, d)
+    hidden = torch.cat([prefill.hidden.unsqueeze(1), after], 1)  # (B, A, d), each predicts a token
+    logits = model.logits(hidden, prefill)[batch.targets]  # (M, V + 2 + N), of M tokens
+    wanted = answers[batch.targets]  # (M,)
+    token_accuracy = (logits.argmax(-1) == wanted).float().mean()
+    return GroundingOutput(F.cross_entropy(logits, wanted), recognition, parts, token_accuracy)
 
 
 def named(answers: Tensor, matched: Tensor, first: int) -> Tensor:
-    """(B, A) answers in which <di> is the i-th object -> <dj>, j the query that is matched (B, K) with it."""
+    """(B, A) answers in which <di> is object i -> answers in which <dj> is its query j = matched[i], matched (B, K)."""
     if not matched.shape[1]:
         return answers
-    pointing = answers >= first
+    pointing = answers >= first  # (B, A)
     places = (answers - first).clamp(0, matched.shape[1] - 1)  # (B, A)
-    return torch.where(pointing, first + matched.gather(1, places), answers)
+    return torch.where(pointing, first + matched.gather(1, places), answers)  # (B, A)

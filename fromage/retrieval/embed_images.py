@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from fromage.checks import check_whole
 from fromage.data.features import check_features
-from fromage.data.image_source import Chunk, ImageSource, Sample, find_images, is_shards
+from fromage.data.image_source import ImageBatch, ImageSample, ImageSource, find_images, is_shards
 from fromage.data.shards import expand
 from fromage.data.workers import init_worker
 from fromage.errors import UserError
@@ -83,12 +83,12 @@ class Done(NamedTuple):
     part: int
     number: int
     rows: list[np.ndarray]  # (n, q) in all
-    good: list[Sample]  # those of the rows
+    good: list[ImageSample]  # those of the rows
     broken: list[str]
     last: bool
 
 
-def embed_chunk(model: Fromage | ImageSide, chunk: Chunk) -> Done:
+def embed_chunk(model: Fromage | ImageSide, chunk: ImageBatch) -> Done:
     """Embed the images of a chunk."""
     done = Done(chunk.part, chunk.number, [], [], [], chunk.last)
     for tensor, samples in chunk.groups:

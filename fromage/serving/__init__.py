@@ -1,1 +1,1 @@
-"""FROMAGe over HTTP: `app` puts it together."""
+"""FROMAGe over HTTP. app: the application; routes -> request_handler -> batching -> model_worker answer a request."""

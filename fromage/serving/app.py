@@ -1,8 +1,8 @@
 """FROMAGe over HTTP: conversations and searches for programs.
 
-One thread owns the model (fromage.serving.batching). Searches that wait are answered together, and so are conversations
-with the same decoding; a streamed conversation is one job of that thread, and the others wait meanwhile. Images are
-decoded and fetched by other threads, before a request comes into the queue and after it has left it.
+One thread owns the model (fromage.serving.batching). Waiting searches are answered as a batch, and so are conversations with
+the same decoding options; a streamed conversation is answered alone while others wait. Other threads decode and fetch
+images, before a request enters the queue and after it has left it.
 
     with TestClient(create_app(model, index)) as client:
         client.post("/search", json={"query": "a red star"}).json()["hits"]
@@ -42,16 +42,18 @@ CONNECTIONS = 512  # at a time, idle ones included: a process may have about a t
 def serve(
     model: Fromage, index: ImageIndex | None, style: str, host: str, port: int, capacity: Capacity | None = None
 ) -> None:
-    """Answer requests until SIGTERM or Ctrl-C: then what is being answered still is, and what waits is refused.
+    """Answer requests until SIGTERM or Ctrl-C; then running requests are finished and waiting ones refused.
 
-    port 0 takes a free one, which is printed. Raises UserError where the address cannot be had.
+    port: 0 for any free port; the address is printed. Raises UserError if the address is not available.
     """
     capacity = capacity or Capacity()
     try:
         listening = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except (OSError, OverflowError) as error:
         raise UserError(f"{host}, port {port}: cannot listen there ({first_line(error)}); give another --port") from error
-    listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # else each reply waits 40 ms for an acknowledgement
+    listening.setsockopt(
+        socket.IPPROTO_TCP, socket.TCP_NODELAY, 1
+    )  # without it each reply waits 40 ms for an acknowledgement
     app = create_app(model, index, style, capacity)
     config = uvicorn.Config(
         HostGuard(app, host),
@@ -62,46 +64,46 @@ def serve(
     shown = f"[{host}]" if ":" in host else host
     print(f"http://{shown}:{listening.getsockname()[1]}  (what it can do: /docs)", flush=True)
     with suppress(KeyboardInterrupt):
-        _Server(config, app.state.desk).run([listening])
+        _Server(config, app.state.handler).run([listening])
 
 
 class _Server(uvicorn.Server):
-    """Refuses what waits as soon as it is told to stop; uvicorn would first let all of it be answered."""
+    """Refuses waiting requests as soon as it must stop; uvicorn alone would first answer all of them."""
 
-    def __init__(self, config: uvicorn.Config, desk: RequestHandler) -> None:
+    def __init__(self, config: uvicorn.Config, handler: RequestHandler) -> None:
         super().__init__(config)
-        self.desk = desk
+        self.handler = handler
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        self.desk.batcher.close()
+        self.handler.batcher.close()
         await super().shutdown(sockets)
 
 
 def create_app(
     model: Fromage, index: ImageIndex | None = None, style: str = "dialogue", capacity: Capacity | None = None
 ) -> FastAPI:
-    """The application; its thread runs between startup and shutdown of its lifespan.
+    """The application; its model thread runs between startup and shutdown of its lifespan.
 
     Args:
-        index: where images are found, built with this very model; None for text alone.
-        style: how turns stand in the prompt, of fromage.generation.chat.STYLES.
+        index: index of the images to retrieve, built with the same model; None for text-only answers.
+        style: prompt style of conversations, a key of fromage.generation.chat.STYLES.
 
     Raises:
-        UserError: there is no such style, or the index was built with another model.
+        UserError: unknown style, or an index built with another model.
     """
-    desk = RequestHandler(model, index, style, capacity or Capacity())
+    handler = RequestHandler(model, index, style, capacity or Capacity())
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        desk.open()
+        handler.open()
         yield
-        desk.close()
-        await asyncio.to_thread(desk.batcher.join)
+        handler.close()
+        await asyncio.to_thread(handler.batcher.join)
 
     app = FastAPI(title="FROMAGe", description="Text and images in, text and images out.", lifespan=lifespan)
-    app.state.desk = desk
+    app.state.handler = handler
     app.include_router(router)
-    app.add_middleware(BodyLimit, requests=desk.capacity.requests, seconds=desk.capacity.timeout)
+    app.add_middleware(BodyLimit, requests=handler.capacity.requests, seconds=handler.capacity.timeout)
     app.add_exception_handler(RequestValidationError, _malformed)
     for kind in STATUS:
         app.add_exception_handler(kind, _refused)
@@ -120,5 +122,5 @@ async def _malformed(request: Request, error: Any) -> Response:
 
 
 def _json(content: Any, status: int, headers: dict[str, str] | None = None) -> Response:
-    """In ASCII, which holds half surrogate pairs too."""
+    """JSON in ASCII, which can contain surrogates."""
     return Response(json.dumps(content), status, headers, "application/json")

@@ -1,7 +1,7 @@
-"""Requests that come together are answered together, by one thread which alone uses the model.
+"""Batching: requests that wait together are answered as a batch, by the one thread that uses the model.
 
-A request that finds the thread idle is answered at once, and those that come meanwhile form the next batch: batches grow
-with the load. After a batch its clients get a moment to come again, or the first of them would be answered alone.
+If the thread is idle a request is answered at once; requests that arrive meanwhile form the next batch, so batches grow with
+the load. After a batch the thread waits a moment for its clients' next requests, or the first would be answered alone.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from typing import Any
 
 from fromage.checks import check_real, check_whole
 
-PAUSE = 0.01  # seconds a request may wait for as many others as were answered before it
+PAUSE = 0.01  # maximum wait, in seconds, for a batch of the size of the last one
 
 Work = Callable[[list[Any]], list[Any]]  # items -> their results, in order
 
 
 @dataclass(frozen=True)
 class Capacity:
-    """What a server takes on. Raises UserError for values that mean nothing.
+    """Limits of a server. Raises UserError for invalid values.
 
     Attributes:
-        batch_size: requests answered together, at most.
-        queue: requests that may wait; beyond it they are refused.
-        timeout: seconds a request may take, its wait included.
+        batch_size: maximum number of requests in a batch.
+        queue: maximum number of waiting requests; further ones are refused.
+        timeout: maximum time of a request in seconds, including its wait.
     """
 
     batch_size: int = 16
@@ -40,16 +40,16 @@ class Capacity:
 
     @property
     def requests(self) -> int:
-        """Requests at hand, at most: from the arrival of their first byte, as their images fill the memory too."""
+        """Maximum number of open requests, from their first byte on, since their images use memory too."""
         return self.batch_size + self.queue
 
 
 class Busy(Exception):
-    """As many requests wait as may."""
+    """The queue is full."""
 
 
 class Closed(Exception):
-    """No more requests are answered."""
+    """The server answers no more requests."""
 
 
 @dataclass(eq=False)
@@ -61,7 +61,7 @@ class _Job:
 
 
 class Batcher:
-    """A queue and the thread that works it off."""
+    """A queue of requests and the thread that answers them."""
 
     def __init__(self, capacity: Capacity) -> None:
         self.capacity, self.closed = capacity, False
@@ -73,22 +73,22 @@ class Batcher:
 
     @property
     def waiting(self) -> int:
-        """Requests that wait; those taken back do not count."""
+        """Number of waiting requests, without cancelled ones."""
         with self._changed:
             self._waiting = [job for job in self._waiting if not job.future.cancelled()]
             return len(self._waiting)
 
     def admit(self) -> None:
-        """Raise what submit would raise now, Busy or Closed."""
+        """Raise Busy or Closed if submit would raise it now."""
         if self.closed:
             raise Closed
         if self.waiting >= self.capacity.queue:
             raise Busy
 
     def submit(self, work: Work, item: Any, group: Hashable | None = None) -> Future[Any]:
-        """Have work([item, ...]) done; a future that is cancelled before its turn is left out.
+        """Queue work([item, ...]); a future that is cancelled before its turn is skipped.
 
-        group: items of equal groups may be handed to work together, which must then be the same; None: alone.
+        group: items with equal groups can be passed to one call of work, which must be the same function; None: alone.
         """
         job = _Job(work, item, group)
         with self._changed:
@@ -98,7 +98,7 @@ class Batcher:
         return job.future
 
     def close(self) -> None:
-        """Refuse what waits and what comes, with Closed; what is being answered still is."""
+        """Refuse waiting and new requests with Closed; the running batch is finished."""
         with self._changed:
             self.closed, refused = True, self._waiting
             self._waiting = []
@@ -108,7 +108,7 @@ class Batcher:
                 job.future.set_exception(Closed())
 
     def join(self) -> None:
-        """Wait until the thread has come to its end, after close."""
+        """Wait for the end of the thread, after close."""
         self._thread.join()
 
     def _run(self) -> None:
@@ -116,7 +116,7 @@ class Batcher:
             self._answer([job for job in self._take() if job.future.set_running_or_notify_cancel()])
 
     def _take(self) -> list[_Job]:
-        """The one that has waited longest, and those that go with it; none if it was taken back, and at the end."""
+        """The oldest request and others of its group; empty if it was cancelled, and at the end."""
         with self._changed:
             self._changed.wait_for(lambda: self._waiting or self.closed)
             self._changed.wait_for(lambda: len(self._waiting) >= self._before or self.closed, PAUSE)
@@ -128,7 +128,7 @@ class Batcher:
             return taken
 
     def _answer(self, jobs: list[_Job]) -> None:
-        """Set the results of some jobs; where together they fail, as through the fault of one, each is done alone."""
+        """Set the results of some jobs; if a batch fails, possibly because of one job, each job is done alone."""
         if not jobs:
             return
         try:

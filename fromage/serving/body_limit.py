@@ -1,4 +1,4 @@
-"""Limits to the size of HTTP requests, to the time in which they must arrive, and to how many are at hand."""
+"""Limits of HTTP requests: their size, the time in which they must arrive, and the number of open ones."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ BUSY = "too many requests wait; try later"
 
 
 class BodyLimit:
-    """ASGI middleware that reads a POST's body before it hands the request on; 429, 413 and 408 where it will not.
+    """ASGI middleware that reads the body of a POST before it passes the request on, or refuses it by 429, 413 or 408.
 
-    No other request here has a body that anyone reads.
+    Bodies of other requests are never read.
     """
 
     def __init__(self, app: ASGIApp, requests: int, seconds: float, size: int = BODY) -> None:
-        """requests: at hand, from their first byte to the last of their answers. seconds: for a whole body. size: bytes."""
+        """requests: maximum number of open requests. seconds: time limit of a whole body. size: maximum size in bytes."""
         self.app, self.free, self.seconds, self.size = app, requests, seconds, size
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """As ASGI has it."""
+        """The ASGI interface."""
         if scope.get("method") != "POST":
             return await self.app(scope, receive, send)
         if not self.free:
@@ -50,7 +50,7 @@ class BodyLimit:
         return await self.app(scope, replay, send)
 
     async def _read(self, scope: Scope, receive: Receive) -> Message:
-        """The body as one message, or that the client has gone. Raises ValueError if it is, or says it is, too large."""
+        """The body as one message, or the message that the client has left. Raises ValueError for too large a body."""
         announced = dict(scope["headers"]).get(b"content-length", b"")
         size, parts = int(announced) if announced.isdigit() else 0, []
         left = self.size

@@ -1,4 +1,4 @@
-"""Names for the images of an index that do not tell where they lie, and the images by these names."""
+"""Ids of the images of an index, which do not reveal their paths, and the images by id."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from fromage.retrieval.item_table import image_id
 
 
 class Gone(UserError):
-    """An image of the index that cannot be opened any more."""
+    """An image of the index that can no longer be opened."""
 
 
 class ImageIds:
-    """Finds and opens the images of an index by their ids, and no other file."""
+    """Opens the images of an index by id; no other file can be opened."""
 
     def __init__(self, index: ImageIndex | None) -> None:
         self._find = index.finder() if index else lambda _: None
@@ -25,7 +25,7 @@ class ImageIds:
         return image_id(path.encode("utf-8", "surrogateescape"))
 
     def open(self, name: str) -> Image.Image:
-        """The image. Raises UserError where there is none, Gone where there was one; neither tells its path."""
+        """The image. Raises UserError for an unknown id, Gone if it can no longer be opened; neither names its path."""
         item = self._find(name)
         if item is None:
             raise UserError(f"image {name}: the index has none of this id; send back ids as they came")

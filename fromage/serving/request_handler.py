@@ -1,4 +1,4 @@
-"""Between the server's requests and the model: images are opened, jobs queued and awaited, answers put into words."""
+"""From HTTP requests to the model thread and back: images are opened, jobs queued and awaited, replies built."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from PIL import Image
 
 from fromage.errors import BrokenSample, UserError
 from fromage.generation.generate import Answer
-from fromage.generation.retrieved import Shown
+from fromage.generation.retrieved import RetrievedImages
 from fromage.images.codec import STRANGERS_PIXELS, decode_image, jpeg
 from fromage.images.fetch import fetch_image
 from fromage.models.fromage import Fromage
@@ -23,36 +23,36 @@ from fromage.retrieval.faiss_index import ImageIndex
 from fromage.retrieval.results import load_images
 from fromage.serving.batching import Batcher, Capacity
 from fromage.serving.image_ids import Gone, ImageIds
-from fromage.serving.model_worker import Asked, ModelWorker
+from fromage.serving.model_worker import ModelRequest, ModelWorker
 from fromage.serving.schema import (
     Address,
     ChatReply,
     ChatRequest,
     Content,
-    Found,
     FoundImage,
     ImagePart,
     Message,
+    RetrievedPart,
     SearchReply,
     SearchRequest,
     Text,
     parts,
 )
 
-THREADS = {"sent": 4, "fetched": 8, "found": 8, "asked for": 4}  # that open images; each kind waits for its own alone
-SMALL, LARGE = 256, 1024  # pixels of an image within a reply, and of one that is asked for by its id
+THREADS = {"sent": 4, "fetched": 8, "found": 8, "asked for": 4}  # that open images, by kind; each kind has its own limit
+SMALL, LARGE = 256, 1024  # maximum side in pixels of an image in a reply, and of one requested by id
 T = TypeVar("T")
 
 
 class RequestHandler:
-    """Takes requests and gives replies.
+    """Answers requests.
 
-    Raises, in the methods that answer: UserError for what is wrong with a request, Busy and Closed of batching.
+    The answering methods raise UserError for a faulty request, and Busy or Closed of fromage.serving.batching.
     """
 
     def __init__(self, model: Fromage, index: ImageIndex | None, style: str, capacity: Capacity) -> None:
         self.model, self.index, self.capacity = model, index, capacity
-        self.answerer, self.ids = ModelWorker(model, index, style), ImageIds(index)
+        self.worker, self.ids = ModelWorker(model, index, style), ImageIds(index)
 
     def open(self) -> None:
         """Start the thread that owns the model."""
@@ -67,27 +67,27 @@ class RequestHandler:
 
     async def chat(self, request: ChatRequest) -> ChatReply:
         """The answer to a conversation."""
-        asked = await self._asked(request)
-        group = asked.group() and ("chat", asked.decoding)
-        answer = await asyncio.wrap_future(self.batcher.submit(self.answerer.chat, asked, group))
+        prepared = await self._prepared(request)
+        group = prepared.group() and ("chat", prepared.decoding)
+        answer = await asyncio.wrap_future(self.batcher.submit(self.worker.chat, prepared, group))
         for shown in answer.shown:
             await self._illustrate(shown, request.images)
         return self.reply(answer)
 
-    async def pieces(self, request: ChatRequest) -> AsyncIterator[str | Shown]:
-        """The same, piece by piece; decoding stops when the iterator is closed."""
-        asked, loop, wanted = await self._asked(request), asyncio.get_running_loop(), True
-        queue: asyncio.Queue[str | Shown | None] = asyncio.Queue()
+    async def pieces(self, request: ChatRequest) -> AsyncIterator[str | RetrievedImages]:
+        """The answer to a conversation, piece by piece; closing the iterator stops decoding."""
+        prepared, loop, wanted = await self._prepared(request), asyncio.get_running_loop(), True
+        queue: asyncio.Queue[str | RetrievedImages | None] = asyncio.Queue()
 
-        def put(piece: str | Shown | None) -> bool:
+        def put(piece: str | RetrievedImages | None) -> bool:
             loop.call_soon_threadsafe(queue.put_nowait, piece)
             return wanted
 
-        future = self.batcher.submit(self.answerer.stream, (asked, put))
+        future = self.batcher.submit(self.worker.stream, (prepared, put))
         future.add_done_callback(lambda _: put(None))
         try:
             while (piece := await queue.get()) is not None:
-                if isinstance(piece, Shown):
+                if isinstance(piece, RetrievedImages):
                     await self._illustrate(piece, request.images)
                 yield piece
             future.result()
@@ -98,13 +98,13 @@ class RequestHandler:
     async def search(self, request: SearchRequest) -> SearchReply:
         """The images nearest to a query."""
         self.batcher.admit()
-        asked = Asked([await self._parts(request.query)], k=request.k)
-        shown = await asyncio.wrap_future(self.batcher.submit(self.answerer.search, asked, "search"))
+        prepared = ModelRequest([await self._parts(request.query)], k=request.k)
+        shown = await asyncio.wrap_future(self.batcher.submit(self.worker.search, prepared, "search"))
         await self._illustrate(shown, request.images)
         return SearchReply(hits=self._found(shown))
 
     async def image(self, name: str) -> bytes:
-        """An image of the index as JPEG. Raises UserError where there is none."""
+        """An image of the index as JPEG. Raises UserError for an unknown id."""
         return await self._in_thread("asked for", lambda: jpeg(self.ids.open(name), LARGE))
 
     def reply(self, answer: Answer) -> ChatReply:
@@ -112,12 +112,12 @@ class RequestHandler:
         content: list[Any] = [self.part(piece) for piece in answer.parts]
         return ChatReply(message=Message(role="assistant", content=content))
 
-    def part(self, piece: str | Shown) -> Text | Found:
+    def part(self, piece: str | RetrievedImages) -> Text | RetrievedPart:
         """A piece of an answer."""
-        return Text(text=piece) if isinstance(piece, str) else Found(hits=self._found(piece))
+        return Text(text=piece) if isinstance(piece, str) else RetrievedPart(hits=self._found(piece))
 
-    async def _illustrate(self, shown: Shown, images: bool) -> None:
-        """Where images are to be sent, open them, small; the next best takes the place of one that has gone."""
+    async def _illustrate(self, shown: RetrievedImages, images: bool) -> None:
+        """If images are wanted, open small versions; the next best hit replaces an image that cannot be opened."""
         if images:
             hits = chain(shown.hits, shown.rest)
             opened, _ = await self._in_thread("found", load_images, hits, len(shown.hits), SMALL)
@@ -130,20 +130,20 @@ class RequestHandler:
         """
         return await asyncio.get_running_loop().run_in_executor(self._threads[kind], partial(work, *args))
 
-    async def _asked(self, request: ChatRequest) -> Asked:
+    async def _prepared(self, request: ChatRequest) -> ModelRequest:
         self.batcher.admit()
         messages = [message.content for message in request.messages]
         if request.messages[0].role != "system":
             messages.insert(0, "")
-        return Asked([await self._parts(content) for content in messages], request.decoding.decoding())
+        return ModelRequest([await self._parts(content) for content in messages], request.decoding.decoding())
 
     async def _parts(self, content: Content) -> list[Part]:
-        """What a prompt is made of, images as the image tower takes them (3, H, W)."""
+        """The parts of a prompt, with pixels (3, H, W) for images."""
         made: list[Part] = []
         for part in parts(content):
             if isinstance(part, Text):
                 made.append(part.text)
-            elif isinstance(part, Found):
+            elif isinstance(part, RetrievedPart):
                 pixels = await asyncio.gather(*(self._in_thread("found", self._shown_before, hit.id) for hit in part.hits))
                 made += [one for one in pixels if one is not None] or [RET]
             else:
@@ -155,14 +155,14 @@ class RequestHandler:
         return self.model.vision.transform(image)
 
     def _shown_before(self, name: str) -> Any:
-        """Pixels of an image of the index; None if it has gone."""
+        """Pixels (3, H, W) of an image of the index; None if it can no longer be opened."""
         try:
             return self._pixels(self.ids.open(name))
         except Gone:
             return None
 
-    def _found(self, shown: Shown) -> list[FoundImage]:
-        """Hits as they are sent, without their paths."""
+    def _found(self, shown: RetrievedImages) -> list[FoundImage]:
+        """Hits for a reply, without their paths."""
         return [
             FoundImage(
                 id=self.ids.of(hit.path),
@@ -188,5 +188,5 @@ def _opened(part: ImagePart | Address) -> Image.Image:
 
 
 def _sound(text: str) -> str:
-    """Text that JSON can hold: file names need not be Unicode."""
+    """Text that JSON can contain; file names can be invalid Unicode."""
     return text.encode("utf-8", "replace").decode()

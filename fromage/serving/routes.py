@@ -1,4 +1,4 @@
-"""The paths of the HTTP server: what each takes, gives and refuses, as its OpenAPI description tells it."""
+"""The routes of the HTTP server, and their OpenAPI description."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastapi.responses import StreamingResponse
 
 from fromage.errors import UserError
 from fromage.generation.generate import Answer
-from fromage.generation.retrieved import Shown
+from fromage.generation.retrieved import RetrievedImages
 from fromage.serving.batching import Busy, Closed
 from fromage.serving.body_limit import BODY, BUSY
 from fromage.serving.request_handler import RequestHandler
@@ -62,7 +62,7 @@ EVENTS = {"text/event-stream": {"schema": EVENT, "example": 'event: text\ndata: 
 
 
 def status_of(error: Exception) -> tuple[int, str]:
-    """The status of a request that failed so, and why."""
+    """HTTP status and message for an exception."""
     for kind, (status, detail) in STATUS.items():
         if isinstance(error, kind):
             return status, detail or str(error)
@@ -77,23 +77,23 @@ def status_of(error: Exception) -> tuple[int, str]:
 async def chat(body: ChatRequest, request: Request) -> Any:
     """Answer a conversation, with words and with images of the index.
 
-    With `stream`, server-sent events: `text` {"text"} and `images` {"hits"} as they are decoded, then `done`, with what
-    is the reply without `stream`; or `error` {"detail"}. To close the connection stops the decoding.
+    With `stream`, server-sent events: `text` {"text"} and `images` {"hits"} while the answer is decoded, then `done` with
+    the reply as without `stream`, or `error` {"detail"}. Closing the connection stops decoding.
     """
-    desk: RequestHandler = request.app.state.desk
+    handler: RequestHandler = request.app.state.handler
     if not body.stream:
-        return await _attended(request, desk.chat(body), desk.capacity.timeout)
-    ends = asyncio.get_running_loop().time() + desk.capacity.timeout
-    pieces = desk.pieces(body)
-    first = await _attended(request, _next(pieces, ends), desk.capacity.timeout)
-    return StreamingResponse(_events(desk, first, pieces, ends), media_type="text/event-stream")
+        return await _attended(request, handler.chat(body), handler.capacity.timeout)
+    ends = asyncio.get_running_loop().time() + handler.capacity.timeout
+    pieces = handler.pieces(body)
+    first = await _attended(request, _next(pieces, ends), handler.capacity.timeout)
+    return StreamingResponse(_events(handler, first, pieces, ends), media_type="text/event-stream")
 
 
 @router.post("/search", responses=REFUSALS)
 async def search(body: SearchRequest, request: Request) -> SearchReply:
     """Find images of the index by words, by an image, or by both."""
-    desk: RequestHandler = request.app.state.desk
-    return await _attended(request, desk.search(body), desk.capacity.timeout)
+    handler: RequestHandler = request.app.state.handler
+    return await _attended(request, handler.search(body), handler.capacity.timeout)
 
 
 @router.get("/pictures/{name}", include_in_schema=False)  # its path before version 0.2
@@ -108,9 +108,9 @@ async def search(body: SearchRequest, request: Request) -> SearchReply:
 )
 async def image(name: ImageId, request: Request) -> Response:
     """An image of the index, as JPEG of at most 1024 pixels a side."""
-    desk: RequestHandler = request.app.state.desk
+    handler: RequestHandler = request.app.state.handler
     try:
-        return Response(await _attended(request, desk.image(name), desk.capacity.timeout), media_type="image/jpeg")
+        return Response(await _attended(request, handler.image(name), handler.capacity.timeout), media_type="image/jpeg")
     except UserError as error:
         raise HTTPException(404, str(error)) from None
 
@@ -118,19 +118,19 @@ async def image(name: ImageId, request: Request) -> Response:
 @router.get("/healthz", responses={503: REFUSALS[503]})
 async def healthz(request: Request) -> Health:
     """Whether the server takes requests."""
-    desk: RequestHandler = request.app.state.desk
-    if desk.batcher.closed:
+    handler: RequestHandler = request.app.state.handler
+    if handler.batcher.closed:
         raise Closed
-    return Health(images=len(desk.index or ()), waiting=desk.batcher.waiting)
+    return Health(images=len(handler.index or ()), waiting=handler.batcher.waiting)
 
 
 async def _attended(request: Request, work: Coroutine[Any, Any, T], seconds: float) -> T:
-    """The outcome of some work, which is broken off when the time is over or the client has gone."""
+    """The result of some work; it is cancelled at the time limit or when the client has left."""
     task, gone = asyncio.create_task(work), asyncio.create_task(_gone(request))
     try:
         await asyncio.wait({task, gone}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
-            raise TimeoutError  # which nobody reads if the client has gone
+            raise TimeoutError  # not read if the client has left
         return task.result()
     finally:
         task.cancel()
@@ -142,24 +142,24 @@ async def _gone(request: Request) -> None:
         pass
 
 
-async def _next(pieces: AsyncIterator[str | Shown], ends: float) -> str | Shown | None:
+async def _next(pieces: AsyncIterator[str | RetrievedImages], ends: float) -> str | RetrievedImages | None:
     async with asyncio.timeout_at(ends):
         return await anext(pieces, None)
 
 
 async def _events(
-    desk: RequestHandler, first: str | Shown | None, pieces: AsyncIterator[str | Shown], ends: float
+    handler: RequestHandler, first: str | RetrievedImages | None, pieces: AsyncIterator[str | RetrievedImages], ends: float
 ) -> AsyncIterator[str]:
-    """An answer as server-sent events, its first piece at hand."""
-    said: list[str | Shown] = []
+    """An answer as server-sent events; `first` is its first piece."""
+    said: list[str | RetrievedImages] = []
     piece = first
     try:
         while piece is not None:
             said.append(piece)
             name = "text" if isinstance(piece, str) else "images"
-            yield _event(name, desk.part(piece).model_dump_json(exclude={"type"}))
+            yield _event(name, handler.part(piece).model_dump_json(exclude={"type"}))
             piece = await _next(pieces, ends)
-        yield _event("done", desk.reply(Answer.of(said)).model_dump_json())
+        yield _event("done", handler.reply(Answer.of(said)).model_dump_json())
     except Exception as error:
         if not isinstance(error, tuple(STATUS)):
             log.exception("a stream broke off")

@@ -1,4 +1,4 @@
-"""What goes over the wire: the requests and replies of the HTTP server, with the limits they are held to."""
+"""Schema of the HTTP server: its requests and replies, with their limits."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fromage.generation.decoding import Decoding
 
 CHARACTERS, IMAGES, URLS, PARTS, MESSAGES = 1 << 15, 32, 4, 64, 64  # of a request
 MOST_TOKENS, MOST_HITS = 512, 50
-RETS, PER_RET = 4, IMAGES // 4  # so that an answer may be sent back
+RETS, PER_RET = 4, IMAGES // 4  # so that a client can send an answer back
 
 PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGP4z8AAAAMBAQDJ/pLvAAAAAElFTkSuQmCC"  # red
 
@@ -28,7 +28,7 @@ ImageId = Annotated[str, Field(pattern="^[0-9a-f]{16}$", description="Names an i
 
 
 class Strict(BaseModel):
-    """A request, or part of one: fields it does not know are refused, and so is a 5 in quotes."""
+    """A request, or part of one: unknown fields are refused, and so are numbers in quotes."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -42,21 +42,21 @@ class Strict(BaseModel):
 
 
 class Text(Strict):
-    """Words. They are text, whatever they look like."""
+    """Text. It is never read as a path, an address or a special token."""
 
     type: Literal["text"] = "text"
     text: Words
 
 
 class ImagePart(Strict):
-    """An image that is sent along: JPEG, PNG, WebP, BMP or GIF."""
+    """An image within the request: JPEG, PNG, WebP, BMP or GIF."""
 
     type: Literal["image"]
     data: Annotated[str, Field(description="The bytes of the file, in base64.", examples=[PIXEL])]
 
 
 class Address(Strict):
-    """An image on the web, which the server fetches; addresses within a private network are refused."""
+    """An image on the web, which the server fetches; addresses in private networks are refused."""
 
     type: Literal["url"]
     url: Annotated[str, Field(max_length=2048, examples=["https://images.example/cat.jpg"])]
@@ -68,21 +68,23 @@ class FoundImage(BaseModel):
     model_config = ConfigDict(allow_inf_nan=False)
 
     id: ImageId
-    rank: Annotated[int, Field(ge=1, description="1 is the best; what is missing in front of it has gone.")] = 1
+    rank: Annotated[
+        int, Field(ge=1, description="1 is the best; missing ranks are images that can no longer be opened.")
+    ] = 1
     score: Annotated[float, Field(description="Cosine with what was searched for.")] = 0.0
     caption: str = ""
     url: Annotated[str | None, Field(description="Its address, if the index is one of images on the web.")] = None
     image: Annotated[str | None, Field(description="A small JPEG of it in base64, if asked for.")] = None
 
 
-class Found(Strict):
-    """What stands in an answer in the place of a [RET]."""
+class RetrievedPart(Strict):
+    """The images retrieved for a [RET] of an answer."""
 
     type: Literal["images", "pictures"] = "images"  # pictures: before version 0.2
     hits: Annotated[list[FoundImage], Field(max_length=IMAGES)]
 
 
-ContentPart = Annotated[Text | ImagePart | Address | Found, Field(discriminator="type")]
+ContentPart = Annotated[Text | ImagePart | Address | RetrievedPart, Field(discriminator="type")]
 Content = Annotated[
     Words | Annotated[list[ContentPart], Field(max_length=PARTS)],
     Field(description="Words, or parts in the order in which they are read: words and images."),
@@ -90,20 +92,20 @@ Content = Annotated[
 
 
 def parts(content: str | Sequence[Any]) -> list[Any]:
-    """Content as a list of parts."""
+    """The content as a list of parts."""
     return [Text(text=content)] if isinstance(content, str) else list(content)
 
 
 def check_said(content: str | Sequence[Any]) -> None:
-    """Raise ValueError for a content that says and shows nothing."""
+    """Raise ValueError for a content without text and images."""
     if all(isinstance(part, Text) and not part.text.strip() for part in parts(content)):
         raise ValueError("there is nothing in it; give some words or an image")
 
 
 def check_size(contents: Iterable[str | Sequence[Any]]) -> None:
-    """Raise ValueError for more than a request may hold in all."""
+    """Raise ValueError if the contents exceed the limits of a request."""
     listed = [part for content in contents for part in parts(content)]
-    shown = sum(len(part.hits) if isinstance(part, Found) else not isinstance(part, Text) for part in listed)
+    shown = sum(len(part.hits) if isinstance(part, RetrievedPart) else not isinstance(part, Text) for part in listed)
     for count, limit, what in (
         (sum(len(part.text) for part in listed if isinstance(part, Text)), CHARACTERS, "characters"),
         (shown, IMAGES, "images"),
@@ -121,7 +123,7 @@ class Message(Strict):
 
 
 class DecodingOptions(Strict):
-    """How the answer is decoded. Requests with the same options are answered together."""
+    """Decoding options. Requests with the same options can be answered as a batch."""
 
     max_new_tokens: Annotated[int, Field(ge=1, le=MOST_TOKENS, description="Length at most, in tokens.")] = 32
     min_tokens: Annotated[int, Field(ge=0, le=MOST_TOKENS, description="Tokens before its end or an image.")] = 0
@@ -141,7 +143,7 @@ class DecodingOptions(Strict):
     images_per_ret: Annotated[int, Field(ge=1, le=PER_RET, description="Images for each [RET].")] = 1
 
     def decoding(self) -> Decoding:
-        """As the decoder takes them. Raises UserError where two of them do not go together."""
+        """The options for the decoder. Raises UserError for options that contradict each other."""
         return Decoding(**self.model_dump())
 
 
@@ -149,9 +151,9 @@ SAID: list[Any] = [{"role": "user", "content": [{"type": "text", "text": "a red 
 
 
 class ChatRequest(Strict):
-    """A conversation so far. The server keeps none: each request brings all that was said.
+    """A conversation so far. The server stores no conversations: each request contains all messages.
 
-    A system message may come first; then user and assistant take turns, and the user has the last word.
+    An optional system message comes first; then user and assistant alternate, and the last message is the user's.
     """
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"messages": SAID, "decoding": {"ret_bias": 10}}]})
@@ -178,7 +180,7 @@ class ChatReply(BaseModel):
 
 
 class SearchRequest(Strict):
-    """A search by words, by an image, or by both, which are then read in their order."""
+    """A search by text, by an image, or by both in the given order."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"query": SAID[0]["content"], "k": 3}]})
 
@@ -200,7 +202,7 @@ class SearchReply(BaseModel):
 
 
 class Health(BaseModel):
-    """That the server is well, and how busy it is."""
+    """The state of the server."""
 
     status: Literal["ok"] = "ok"
     images: Annotated[int, Field(description="In the index.")]
@@ -214,7 +216,7 @@ class Problem(BaseModel):
 
 
 class Fault(BaseModel):
-    """What is wrong with one place of a request."""
+    """An error at one place of a request."""
 
     loc: list[str | int]
     msg: str
@@ -222,6 +224,6 @@ class Fault(BaseModel):
 
 
 class Faults(BaseModel):
-    """What is wrong with the form of a request."""
+    """Errors in the form of a request."""
 
     detail: list[Fault]

@@ -1,4 +1,4 @@
-"""Referring expressions: what one says of the objects it means, which objects those are, and its words."""
+"""Referring expressions: their meanings, the objects they refer to, and their text."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from fromage.toy.scenes import PLACES, SIZES, Scene, Thing
 
-CLEARLY = 0.25  # share of the image: two places differ by 0.3 or not at all, and jitter takes at most 0.05 of that
+CLEARLY = 0.25  # relative to the image; two places differ by 0.3 or not at all, and jitter changes that by at most 0.05
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}  # y grows downwards
 MOST: dict[str, Callable[[Thing], float]] = {
     "leftmost": lambda thing: -PLACES[thing.place][0],
@@ -19,8 +19,8 @@ MOST: dict[str, Callable[[Thing], float]] = {
     "smallest": lambda thing: -SIZES[thing.size],
 }
 ATTRIBUTES = ("shape", "colour", "size", "place")
-SHARES = {"plain": 10, "two": 40, "relation": 40, "most": 10}  # of the kinds that are tried; the plain fit most often
-TRIES = 12  # of kinds
+SHARES = {"plain": 10, "two": 40, "relation": 40, "most": 10}  # how often each kind is tried; plain ones fit most often
+TRIES = 12  # kinds tried per expression
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Meaning:
 
 
 def meant_by(meaning: Meaning, things: Sequence[Thing]) -> tuple[int, ...]:
-    """The numbers of the objects to which all applies that is said; none where the anchor is not a single object."""
+    """The numbers of the objects that fit a meaning; none if its anchor is not a single object."""
     fits = [number for number, thing in enumerate(things) if _applies(meaning, thing)]
     if meaning.relation and meaning.anchor:
         anchors = meant_by(meaning.anchor, things)
@@ -85,7 +85,7 @@ def expression(scene: Scene, index: int, rng: random.Random) -> str:
 def meaning_of(
     scene: Scene, index: int, rng: random.Random, shares: Mapping[str, int] = SHARES, unsaid: str | None = None
 ) -> Meaning:
-    """A random meaning that only object `index` has, nothing in it idle but perhaps the shape.
+    """A random meaning that only object `index` fits; every part of it is needed, except possibly the shape.
 
     Args:
         shares: of the kinds that are tried: attributes alone (none or one beside the shape: plain; two), with a relation,
@@ -106,7 +106,7 @@ def _says(meaning: Meaning, what: str) -> bool:
 
 
 def is_exact(meaning: Meaning, index: int, things: Sequence[Thing]) -> bool:
-    """Whether a meaning has one object alone, and would not without any single part of what it says beside the shape."""
+    """Whether exactly one object fits a meaning, and more would if any part except the shape were left out."""
     if meant_by(meaning, things) != (index,):
         return False
     parts = [{what: None} for what in ("colour", "size", "place", "most") if getattr(meaning, what)]
@@ -115,7 +115,7 @@ def is_exact(meaning: Meaning, index: int, things: Sequence[Thing]) -> bool:
 
 
 def _draw(kind: str, scene: Scene, index: int, rng: random.Random) -> Meaning:
-    """Something that is true of an object, of one of the kinds in SHARES; for a relation, if there is one."""
+    """A meaning of one of the kinds in SHARES that is true of an object; for a relation, if there is one."""
     thing = scene.things[index]
     shape = thing.shape if kind == "two" or rng.random() < 0.8 else None
     among = ("colour", "size", "place") if kind == "plain" else ("colour", "size")
@@ -131,7 +131,7 @@ def _draw(kind: str, scene: Scene, index: int, rng: random.Random) -> Meaning:
 
 
 def _anchor(scene: Scene, index: int, rng: random.Random) -> Meaning:
-    """The shape of an object, with its colour or size where the shape alone is not enough; it may still be not enough."""
+    """The shape of an object, with its colour or size if the shape alone is ambiguous; it can still be ambiguous."""
     thing = scene.things[index]
     plain = Meaning(thing.shape)
     if meant_by(plain, scene.things) == (index,):

@@ -23,7 +23,7 @@ from fromage.toy.writers import CAPTIONS, Paint, coco_header, coco_image, write_
 
 IMAGES = Path("refcoco", "images")
 ASKED = "what is in the picture?"
-PAIRS = 2  # of questions for yes and no about an image
+PAIRS = 2  # pairs of a yes and a no question per image
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Shown:
 
     @property
     def stem(self) -> str:
-        """Its file's name without the ending."""
+        """The name of its file, without suffix."""
         return f"COCO_train2014_{self.number:012d}"
 
 
@@ -78,7 +78,7 @@ def _sentences(scene: Scene, index: int, rng: random.Random, first: int) -> list
 
 
 def write_entities(out: Path, shown: Sequence[Shown], rng: random.Random) -> None:
-    """Flickr30k Entities: five sentences an image with entities marked, their boxes in XML, and a list of ids per split.
+    """Flickr30k Entities: five sentences per image with marked entities, their boxes in XML, and a list of ids per split.
 
     Pixels are counted from 1, and xmax and ymax are those of the last pixel, as published. Objects of one shape are together
     an entity too, of several boxes; the ground is a scene without a box, the time an entity without one.
@@ -111,7 +111,7 @@ def _entities(one: Shown) -> dict[Entity, int]:
 
 
 def _marked(scene: Scene, ids: dict[Entity, int], rng: random.Random) -> str:
-    """One sentence; in half of those about several objects of one shape, these are named together."""
+    """One sentence; half of the sentences about several objects of one shape name these together."""
     groups = [entity for entity in ids if isinstance(entity, tuple) and len(entity) > 1]
     together = [group for group in groups if rng.random() < 0.5]
     named: list[Entity] = [(i,) for i in range(len(scene.things)) if not any(i in group for group in together)]
@@ -123,7 +123,7 @@ def _marked(scene: Scene, ids: dict[Entity, int], rng: random.Random) -> str:
 
 
 def _named(scene: Scene, entity: Entity, rng: random.Random) -> str:
-    """A noun phrase for one object, which no other fits, or for all of a shape: 'two stars'."""
+    """A noun phrase that fits one object only, or one for all objects of a shape: 'two stars'."""
     things = [scene.things[int(index)] for index in entity]
     if len(things) > 1:
         return f"{COUNTS[len(things)]} {words(Meaning(things[0].shape), '', plural=True)}"
@@ -153,7 +153,7 @@ def _annotation(one: Shown, ids: dict[Entity, int]) -> ET.Element:
 
 
 def write_llava(out: Path, shown: Sequence[Shown], more: dict[str, list[tuple[str, Scene]]], rng: random.Random) -> None:
-    """LLaVA's JSON: pretrain_{split}, a caption an image, and instruct_{split}, questions about one in turns.
+    """LLaVA's JSON: pretrain_{split}, one caption per image, and instruct_{split}, several questions per image.
 
     Images are named from the world's folder. more: further images for pretrain, by split, with their scenes.
     """
@@ -172,7 +172,7 @@ def _image(one: Shown) -> str:
 
 
 def _talk(image: str, said: Sequence[tuple[str, str]], image_first: bool) -> dict[str, Any]:
-    """An entry of LLaVA's JSON; the image's place is before or behind the first question, as published."""
+    """An entry of LLaVA's JSON; the image is before or after the first question, as published."""
     lines = [{"from": who, "value": text} for turn in said for who, text in zip(("human", "gpt"), turn, strict=True)]
     first = lines[0]["value"]
     lines[0]["value"] = f"<image>\n{first}" if image_first else f"{first}\n<image>"
@@ -180,7 +180,7 @@ def _talk(image: str, said: Sequence[tuple[str, str]], image_first: bool) -> dic
 
 
 def _told(answer: Answer, boxes: list[list[float]]) -> str:
-    """An answer in text, each object it points at as a box; boxes that follow one another stand close together."""
+    """An answer as text, with boxes for the objects it points at, without spaces between consecutive boxes."""
     texts = [piece if isinstance(piece, str) else _box(boxes[piece]) for piece in answer]
     return " ".join(texts).replace("] [", "][")
 
@@ -193,7 +193,7 @@ def _box(box: list[float]) -> str:
 
 
 def write_pope(out: Path, shown: Sequence[Shown], rng: random.Random) -> None:
-    """POPE: a JSON object per line, for each image questions about what is there and, as many, about what is not."""
+    """POPE: a JSON object per line, for each image as many questions about present objects as about absent ones."""
     (out / "pope").mkdir(parents=True, exist_ok=True)
     for split in dict.fromkeys(one.split for one in shown):
         asked = [(one, pair) for one in shown if one.split == split for pair in _pairs(one.scene, rng)]
@@ -206,7 +206,7 @@ def write_pope(out: Path, shown: Sequence[Shown], rng: random.Random) -> None:
 
 
 def _pairs(scene: Scene, rng: random.Random) -> list[tuple[str, str]]:
-    """PAIRS of questions, none of them twice."""
+    """PAIRS of questions, without repetitions."""
     found: list[tuple[str, str]] = []
     while len(found) < PAIRS:
         yes, no = yes_no(scene, rng)

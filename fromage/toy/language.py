@@ -1,4 +1,4 @@
-"""What is said about scenes: captions, tags, stories, dialogues, and the texts an LM learns from."""
+"""Text about scenes: captions, tags, stories, dialogues, and the training texts of the LM."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ EOS = "</s>"
 
 
 def tag_words() -> list[str]:
-    """Every tag of the world: one word that stands for two attributes, as natural words bundle them."""
+    """All tags of the world. A tag is one word for two attributes, as natural words often are."""
     tags = [c + s for c in COLOURS for s in SHAPES] + [z + s for z in SIZES for s in SHAPES]
     return tags + [p + s for p in PLACES for s in SHAPES] + [t + g for t in TIMES for g in GROUNDS]
 
@@ -35,7 +35,7 @@ def attributes(scene: Scene, rng: random.Random) -> list[str]:
 
 
 def phrase(thing: Thing, rng: random.Random, keep: float = 0.9) -> str:
-    """An object as a noun phrase; size and place are each said with probability keep, colour and shape always."""
+    """An object as a noun phrase; size and place are each included with probability keep, colour and shape always."""
     size = f"{thing.size} " if rng.random() < keep else ""
     place = f" {AT[thing.place]}" if rng.random() < keep else ""
     words = f"{size}{thing.colour} {thing.shape}{place}"
@@ -59,7 +59,7 @@ def caption(scene: Scene, rng: random.Random, keep: float = 0.9) -> str:
 
 @dataclass(frozen=True)
 class Story:
-    """Five scenes and a sentence for each. The last scene is what all sentences together say."""
+    """Five scenes with a sentence each. All sentences together describe the last scene."""
 
     scenes: tuple[Scene, ...]
     sentences: tuple[str, ...]
@@ -82,12 +82,12 @@ def _set(scene: Scene, what: str, value: str) -> Scene:
 
 
 def story(rng: random.Random, split: str) -> Story:
-    """A story about one object that changes: each sentence says one of six attributes of the last scene.
+    """A story about one object that changes: each sentence tells one of six attributes of the last scene.
 
     An image shows what was said so far; what is said only later still looks different. The sixth attribute stays
     unsaid: the images alone show it, the same in all five.
     """
-    while True:  # until all five differ and none but the last is of another split than train
+    while True:  # until all five differ, and all but the last are of the train split
         last = sample_scene(rng, split, n=1)
         thing = last.things[0]
         final = {"shape": thing.shape, "colour": thing.colour, "size": thing.size, "place": thing.place}
@@ -123,7 +123,7 @@ def _yes_no(yes: bool) -> list[str]:
 
 
 def dialogue(scene: Scene, rng: random.Random, rounds: int = 10) -> tuple[str, list[Round]]:
-    """A short caption of a scene's first object and rounds of question and answer that say the rest of the scene."""
+    """A short caption of a scene's first object and rounds of question and answer that tell the rest of the scene."""
     t = scene.things[0]
     it = t.shape
     asked = [
@@ -151,7 +151,7 @@ def dialogue(scene: Scene, rng: random.Random, rounds: int = 10) -> tuple[str, l
 
 
 def answer_pool() -> list[str]:
-    """Every answer a dialogue may hold but for the noun phrases, and as many of these as there are colours and shapes."""
+    """All possible answers except noun phrases, plus one noun phrase for each colour and shape."""
     words = [*COLOURS, *GROUNDS, *TIMES, *AT.values()]
     pool = [form.format(w) for w in words for form in ("{}", "it is {}", "{}, i think")]
     pool += [form.format(s) for s in SIZES for form in ("{}", "it is {}", "quite {}")]
@@ -161,7 +161,7 @@ def answer_pool() -> list[str]:
 
 
 def question_text(rounds: list[Round]) -> str:
-    """Rounds as the paper writes them into a prompt: 'Q: ... A: ...'."""
+    """Rounds in the paper's prompt format: 'Q: ... A: ...'."""
     return " ".join(f"Q: {r.question} A: {r.answer}." for r in rounds)
 
 
@@ -188,13 +188,13 @@ def _some(words: list[str], rng: random.Random, share: float = 0.7) -> list[str]
 
 
 def _recap(scene: Scene, rng: random.Random) -> str:
-    """All of a scene behind 'so:', as tags in random order or as a caption."""
+    """The whole scene after 'so:', as tags in random order or as a caption."""
     return "so: " + (" ".join(tags(scene, rng)) if rng.random() < 0.6 else caption(scene, rng, 1.0))
 
 
 def _story_document(rng: random.Random, split: str) -> str:
-    """A story and its recap; in two of three tags stand behind the sentences, where images stand in a prompt, and in
-    half of all </s> in front of them, as in front of captions."""
+    """A story and its recap. Two of three stories have tags after the sentences, where a prompt has images; half of all
+    have </s> before the tags, as before captions."""
     tale, seen, between = story(rng, split), rng.random() < 0.67, rng.choice((" ", EOS))
     shown = [_some(tags(scene, rng), rng) if seen else [] for scene in tale.scenes[:-1]] + [[]]
     parts = [" ".join([sentence, *words]) for sentence, words in zip(tale.sentences, shown, strict=True)]
@@ -202,7 +202,7 @@ def _story_document(rng: random.Random, split: str) -> str:
 
 
 def _dialogue_document(rng: random.Random, split: str) -> str:
-    """A dialogue, some with the scene's tags and </s> in front, the others with a recap behind."""
+    """A dialogue, with the scene's tags and </s> before it, or with a recap after it."""
     scene = sample_scene(rng, split)
     short, rounds = dialogue(scene, rng, rng.randint(2, 10))
     if rng.random() < 0.3:
@@ -210,12 +210,12 @@ def _dialogue_document(rng: random.Random, split: str) -> str:
     return f"{short} {question_text(rounds)} {_recap(scene, rng)}"
 
 
-SHARES = (26, 13, 8, 24, 15, 7, 7)  # of the kinds of document, in percent
-FIRST_SHARES = (3, 3, 24, 15, 5, 25, 25)  # at first more of what is learned fast: what tags mean, and copying
+SHARES = (26, 13, 8, 24, 15, 7, 7)  # percentages of the kinds of document
+FIRST_SHARES = (3, 3, 24, 15, 5, 25, 25)  # in the first phase, more of what is learned fast: meanings of tags, and copying
 
 
 def _unfolded(scene: Scene, rng: random.Random) -> str:
-    """Tags, </s>, and what they say: the form in which an image prefix precedes a caption."""
+    """Tags, </s>, and their meaning, in the order of image prefix and caption in training."""
     return " ".join(_some(tags(scene, rng), rng, rng.choice((0.6, 1.0)))) + EOS + caption(scene, rng)
 
 

@@ -1,4 +1,4 @@
-"""Questions about a scene, and answers that point at its objects: a number in an answer is that of an object."""
+"""Questions about a scene, and answers that point at its objects: a number in an answer is the number of an object."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ASKS = {"colour": "what colour is {}?", "size": "is {} small or big?", "shape": 
 
 
 def turns(scene: Scene, rng: random.Random) -> list[Turn]:
-    """A question of each kind about a scene, and of yes and no one each, in random order."""
+    """One question of each kind about a scene, and one yes and one no question, in random order."""
     yes, no = yes_no(scene, rng)
     asked = [ask(scene, rng) for ask in (count, attribute, where, relation)]
     return rng.sample([(yes, ("yes",)), (no, ("no",)), *asked], 2 + len(asked))
@@ -36,7 +36,7 @@ def yes_no(scene: Scene, rng: random.Random) -> tuple[str, str]:
 
 
 def absent(scene: Scene, kind: Sequence[str], rng: random.Random) -> Meaning:
-    """What no object of a scene is, and as hard to tell as can be: each word true of some object, or else all but one."""
+    """A description that fits no object, made hard: each word fits some object, or all words but one do."""
     there = {tuple(getattr(thing, what) for what in kind) for thing in scene.things}
     seen = [{values[i] for values in there} for i in range(len(kind))]
     missing = [values for values in product(*(VALUES[what] for what in kind)) if values not in there]
@@ -54,7 +54,7 @@ def count(scene: Scene, rng: random.Random) -> Turn:
 
 
 def attribute(scene: Scene, rng: random.Random) -> Turn:
-    """The colour, size or shape of one object, which the question names without saying it."""
+    """The colour, size or shape of one object; the question names the object without this attribute."""
     what, index = rng.choice(list(ASKS)), rng.randrange(len(scene.things))
     asked = meaning_of(scene, index, rng, unsaid=what)
     return ASKS[what].format(words(asked)), (getattr(scene.things[index], what),)
@@ -72,7 +72,7 @@ def where(scene: Scene, rng: random.Random) -> Turn:
 
 
 def relation(scene: Scene, rng: random.Random) -> Turn:
-    """What is left of (right of, above, below) an object: each said and pointed at, or nothing."""
+    """The objects left of (right of, above, below) an object: each is named and pointed at, or 'nothing'."""
     index, name = rng.randrange(len(scene.things)), rng.choice(list(RELATIONS))
     anchor = meaning_of(scene, index, rng, {"plain": 2, "two": 1})
     found = in_order(scene, meant_by(Meaning(relation=name, anchor=anchor), scene.things))
@@ -98,7 +98,7 @@ def _saying(kind: Sequence[str], values: Sequence[str]) -> Meaning:
 
 
 def _groups(scene: Scene) -> dict[int, list[Meaning]]:
-    """What shape, colour and size say of some objects, in all combinations, by how many objects they mean."""
+    """All combinations of shape, colour and size of some objects, by the number of objects that fit them."""
     found: dict[int, dict[Meaning, None]] = {}
     for index, kind in product(range(len(scene.things)), GROUPS):
         said = _said(scene, index, kind)

@@ -104,7 +104,7 @@ def sample_crowded_scene(rng: random.Random, split: str) -> Scene:
 
 
 def _scatter(shapes: Sequence[str], colours: Sequence[str], rng: random.Random) -> Scene:
-    """A scene of objects of these shapes and colours, all else random."""
+    """A scene of objects of these shapes and colours; everything else is random."""
     places = rng.sample(list(PLACES), len(shapes))
     things = tuple(Thing(s, c, rng.choice(list(SIZES)), p) for s, c, p in zip(shapes, colours, places, strict=True))
     return Scene(things, rng.choice(list(GROUNDS)), rng.choice(TIMES))
@@ -164,7 +164,7 @@ def _outline(shape: str) -> tuple[tuple[float, float], ...]:
 
 
 def _draw_thing(canvas: ImageDraw.ImageDraw, thing: Thing, rng: random.Random, ground: tuple[int, ...]) -> list[float]:
-    """Draw one object; returns its box as COCO has it: x, y, width, height in pixels."""
+    """Draw one object; returns its box in COCO's format: x, y, width, height in pixels."""
     radius = SIZES[thing.size] * rng.uniform(0.95, 1.05)
     cx, cy = (PIXELS * c + rng.uniform(-2.5, 2.5) for c in PLACES[thing.place])
     fill, edge = COLOURS[thing.colour], (10, 10, 10) if thing.colour != "black" else (235, 235, 235)

@@ -31,9 +31,9 @@ from fromage.toy.scenes import (
 
 VERSION = 3
 SPLITS = ("train", "val")
-COCO_TRAIN = 500  # training images with five captions, at most
-FLICKR = 200  # images of Flickr30k's test split, at most
-BLOCK = 4096  # images in flight at once
+COCO_TRAIN = 500  # maximum number of training images with five captions
+FLICKR = 200  # maximum number of images of Flickr30k's test split
+BLOCK = 4096  # images in memory at a time
 
 
 def make_world(
@@ -88,7 +88,7 @@ def _unseen_singles() -> int:
 
 
 def _is_there(out: Path, record: dict[str, Any]) -> bool:
-    """Whether `out` is the world asked for; UserError if it is anything else but missing or an empty folder."""
+    """Whether `out` is already this world. Raises UserError unless it is, is missing, or is an empty folder."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return False
     try:
@@ -101,7 +101,7 @@ def _is_there(out: Path, record: dict[str, Any]) -> bool:
 
 
 def _painter(pool: Executor, bar: tqdm[Any]) -> writers.Paint:
-    """Drawing spread over processes; images come in the order of the jobs, however many processes there are."""
+    """Drawing in several processes; images come in the order of the jobs for any number of processes."""
 
     def paint(jobs: Iterable[writers.Job]) -> Iterator[writers.Drawn]:
         rest = iter(jobs)
@@ -140,5 +140,5 @@ def _write(out: Path, seed: int, counts: dict[str, int], progress: bool) -> None
 
 
 def _rng(seed: int, *names: str) -> random.Random:
-    """A generator of its own for each part, so that one part's count does not change another part's content."""
+    """A separate random generator per part, so that the size of one part does not change the content of another."""
     return random.Random("/".join((str(seed), *names)))

@@ -20,7 +20,7 @@ from fromage.data.shards import write_shards
 from fromage.toy.language import Round, Story, answer_pool, caption, dialogue, story
 from fromage.toy.scenes import PIXELS, Scene, draw
 
-Job = tuple[Scene, int]  # a scene and the number its jitter is drawn from
+Job = tuple[Scene, int]  # a scene, and the seed of its jitter
 Drawn = tuple[bytes, list[list[float]]]  # a JPEG file and one box (x, y, width, height in pixels) per object
 Paint = Callable[[Iterable[Job]], Iterator[Drawn]]
 
@@ -28,12 +28,12 @@ JPEG_QUALITY = 92
 PER_SHARD = 1024
 CAPTIONS = 5
 CANDIDATES = 100
-FIRST_ID = {"train": 1_000_001, "val": 1}  # image ids of the two splits of a data set never meet
+FIRST_ID = {"train": 1_000_001, "val": 1}  # so that image ids of the two splits never overlap
 DATE = "2023-01-31 00:00:00"
 
 
 def encode(job: Job) -> Drawn:
-    """Draw a scene as a JPEG file, its boxes cut off at the image's edge."""
+    """Draw a scene as a JPEG file, with its boxes clipped to the image."""
     image, boxes = draw(*job)
     file = io.BytesIO()
     image.save(file, "JPEG", quality=JPEG_QUALITY)
@@ -70,13 +70,13 @@ def _size() -> dict[str, int]:
 
 
 def write_cc3m(out: Path, split: str, scenes: list[Scene], rng: random.Random, paint: Paint) -> None:
-    """Webdataset shards as the ready-made copies of CC3M have them: jpg, txt, json, one caption per image."""
+    """Webdataset shards in the format of the ready-made copies of CC3M: jpg, txt, json, one caption per image."""
 
     def samples() -> Iterator[tuple[str, bytes, str, dict[str, Any]]]:
         jobs = list(zip(scenes, _ids(scenes, split), strict=True))
         for i, (scene, (jpeg, _)) in enumerate(zip(scenes, paint(jobs), strict=True)):
             key, text = f"{i:09d}", caption(scene, rng)
-            if split == "train" and rng.random() < 0.3:  # as people write
+            if split == "train" and rng.random() < 0.3:  # as in captions by people
                 text = text.removesuffix(".")
             meta = {"key": key, "caption": text, "url": "", "status": "success", "error_message": None, "exif": "{}"}
             yield key, jpeg, text, meta | _size() | {"sha256": hashlib.sha256(jpeg).hexdigest(), "scene": scene.key}
@@ -92,13 +92,13 @@ def _captions(scene: Scene, rng: random.Random) -> list[str]:
 
 
 def coco_header(what: str) -> dict[str, Any]:
-    """What COCO's files begin with."""
+    """The header of COCO's files."""
     info = {"description": what, "url": "", "version": "1.0", "year": 2023, "contributor": "", "date_created": DATE}
     return {"info": info, "licenses": [{"id": 1, "name": "Apache License 2.0", "url": ""}]}
 
 
 def coco_image(image_id: int, name: str, scene: Scene) -> dict[str, Any]:
-    """An entry of the images in COCO's files."""
+    """An entry of `images` in COCO's files."""
     entry = {"id": image_id, "file_name": name, "license": 1, "coco_url": "", "flickr_url": "", "date_captured": DATE}
     return entry | _size() | {"scene": scene.key}
 
@@ -118,7 +118,7 @@ def write_coco(out: Path, split: str, scenes: list[Scene], rng: random.Random, p
 
 
 def write_flickr30k(out: Path, split: str, scenes: list[Scene], rng: random.Random, paint: Paint) -> None:
-    """Flickr30k as in Karpathy's splits: a split's images with five captions each, raw and in tokens."""
+    """Flickr30k in the format of Karpathy's splits: a split's images with five captions each, raw and in tokens."""
     ids = _ids(scenes, split)
     names = [f"{i}.jpg" for i in ids]
     write_images(out / "flickr30k" / "flickr30k-images", names, list(zip(scenes, ids, strict=True)), paint)
@@ -174,7 +174,7 @@ def _numbered(texts: set[str]) -> dict[str, int]:
 
 
 def _candidates(said: Round, rng: random.Random) -> list[str]:
-    """The answer, those that mean the same, and wrong ones up to CANDIDATES, in random order."""
+    """The answer, equivalent ones, and wrong ones up to CANDIDATES in all, in random order."""
     right = [said.answer, *said.same]
     wrong = [a for a in answer_pool() if a not in right]
     listed = right + rng.sample(wrong, CANDIDATES - len(right))

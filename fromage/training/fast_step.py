@@ -1,17 +1,18 @@
-"""The exact fast training step: the plain step's losses and gradients at a fraction of the work.
+"""The fast training step, with the one-token backward: the reference step's losses and gradients at a fraction of the work.
 
 Why each shortcut is exact:
 
-1.  The retrieval pass needs no backward but for one token. Its only trained input is e_RET, and [RET] comes last: under
-    causal attention nothing before it depends on a trained parameter. The captions run once without gradient and leave
-    their keys and values; the [RET] tokens alone run with gradient on these.
+1.  The one-token backward: the retrieval pass needs a backward for one token only. Its only trained input is e_RET, and
+    [RET] comes last: under causal attention nothing before it depends on a trained parameter. The captions run once without
+    gradient, and their keys and values are cached; then the [RET] tokens alone run with gradient, attending to the cache.
 2.  Its next-token loss trains only the [RET] row of the head. With h the frozen hidden states,
     loss = logaddexp(lse, h . e_RET) - z, where lse, the log-sum-exp over the frozen vocabulary, and z, the target's
     logit, carry no gradient.
-3.  Captioning needs the whole backward, through activations; but no [RET] and no padding, which are never targets.
-4.  Sequences are packed end to end (fromage.models.packed_attention), so no token of padding is computed but in attention.
-5.  Each image is encoded once for both objectives.
-6.  Cross-entropy runs in chunks of positions that have a target; no vocabulary-sized tensor is kept for the backward.
+3.  Captioning needs the full backward, but neither [RET] nor padding, which are never targets.
+4.  Sequences are packed end to end (fromage.models.packed_attention), so padding is computed in attention only.
+5.  Each image is encoded once for both objectives (the released code encodes it twice).
+6.  Cross-entropy runs in chunks of positions that have a target; no tensor of the size of the vocabulary is kept for the
+    backward.
 7.  The layout comes from lengths known on the host: nothing in the step waits for the device.
 """
 
@@ -26,28 +27,28 @@ from torch.utils.checkpoint import checkpoint
 
 from fromage.data.batches import Batch
 from fromage.models.fromage import Fromage
-from fromage.models.packed_attention import Causal, OneMore, Rows, starts, to_device
+from fromage.models.packed_attention import Causal, OneMore, PackedLayout, starts, to_device
 from fromage.training.losses import device_weight, frozen_head_loss, frozen_log_sum_exp, info_nce
 from fromage.training.reference_step import ALL, StepOutput, Weights, check_captions, image_features, no_captioning, targets
 
 
 def fast_step(model: Fromage, batch: Batch, paired: bool, weights: Weights = ALL, chunk: int = 0) -> StepOutput:
-    """What reference_step returns, to rounding.
+    """The output of reference_step, up to rounding.
 
     Args:
         paired: whether two examples share a captioning sequence.
         weights: of the losses of the two passes.
-        chunk: examples whose activations exist at a time; 0 for all. With fewer, the negatives are still those of the whole
+        chunk: examples whose activations are in memory at a time; 0 for all. InfoNCE still uses the negatives of the whole
             batch: its embeddings are kept, and the chunks run again one by one in the backward (GradCache: Gao et al.,
             "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup", 2021).
     """
     check_captions(model, batch)
-    parts = chunks(batch, chunk + chunk % 2) if chunk else [batch]  # a pair is not to be parted
+    parts = chunks(batch, chunk + chunk % 2) if chunk else [batch]  # an even number, so that pairs stay together
     features = [image_features(model, part) for part in parts]  # (b, m) each
     run = again_in_backward if len(parts) > 1 else part_losses
     done = [run(model, part, v, paired, weights) for part, v in zip(parts, features, strict=True)]
-    sums = [torch.stack(one[:3]) * (targets(part) / targets(batch)) for part, one in zip(parts, done, strict=True)]
-    captioning_loss, text_loss, caption_accuracy = torch.stack(sums).sum(0)
+    sums = [torch.stack(one[:3]) * (targets(part) / targets(batch)) for part, one in zip(parts, done, strict=True)]  # (3,)
+    captioning_loss, text_loss, caption_accuracy = torch.stack(sums).sum(0)  # (parts, 3) -> scalars
     images, texts = (torch.cat([one[i] for one in done]) for i in (3, 4))  # (B, q) each
     contrastive_loss, retrieval_accuracy = info_nce(images, texts, model.logit_scale)
     weight = device_weight(targets(batch), batch.ids.device)
@@ -56,14 +57,14 @@ def fast_step(model: Fromage, batch: Batch, paired: bool, weights: Weights = ALL
 
 
 def chunks(batch: Batch, size: int) -> list[Batch]:
-    """Parts of `size` examples; one without a word, on which a language model cannot run, joins the part before."""
+    """Parts of `size` examples; a part without any word, which a language model cannot run on, joins the one before."""
     B = len(batch.lengths)
     worded = [i for i in range(0, B, size) if targets(batch.part(i, i + size))]
     return [batch.part(i, j) for i, j in pairwise([0, *worded[1:], B])]
 
 
 def part_losses(model: Fromage, batch: Batch, features: Tensor, paired: bool, weights: Weights) -> tuple[Tensor, ...]:
-    """Captioning loss, text loss, share of tokens foreseen; and both sides' embeddings, (B, q) each."""
+    """Captioning loss, text loss, token accuracy of captioning; image and text embeddings, (B, q) each."""
     run = weights.captioning != 0
     captioning_loss, caption_accuracy = captioning(model, batch, features, paired) if run else no_captioning(model.device)
     text_loss, at_ret = retrieval_text(model, batch)
@@ -74,35 +75,38 @@ again_in_backward = partial(checkpoint, part_losses, use_reentrant=False, preser
 
 
 def captioning(model: Fromage, batch: Batch, features: Tensor, paired: bool) -> tuple[Tensor, Tensor]:
-    """Next-token loss of [W_c v(x)] [</s> y_1 ... y_n], packed, and the share of tokens foreseen: shortcuts 3, 4 and 6."""
+    """Next-token loss of [W_c v(x)] [</s> y_1 ... y_n], packed, and its token accuracy (equation 1): shortcuts 3, 4, 6."""
     k, lengths = model.k, [n - 1 for n in batch.lengths]  # without [RET]
-    words = Rows(batch.lengths, batch.ids.device)
-    packed = words.gather(batch.ids[:, : words.width])  # (sum of lengths,)
-    places = packed.new_full((k,), model.tokenizer.image_id)
+    words = PackedLayout(batch.lengths, batch.ids.device)
+    packed = words.unpad_input(batch.ids[:, : words.max_seqlen])  # (sum of lengths,)
+    places = packed.new_full((k,), model.tokenizer.image_id)  # (k,)
     bounds = pairwise([*words.starts, len(packed)])
     parts = [(places, packed[a : b - 1]) for a, b in bounds]
     ids = torch.cat(list(chain.from_iterable(parts)))  # (N,)
     each = [k + n for n in lengths]
-    rows = Rows([sum(each[i : i + 2]) for i in range(0, len(each), 2)] if paired else each, ids.device)
+    rows = PackedLayout([sum(each[i : i + 2]) for i in range(0, len(each), 2)] if paired else each, ids.device)
     embeds = model.embed(ids.unsqueeze(0), model.prefix(features))  # (1, N, d)
     hidden = model.lm.packed(embeds, rows.positions, Causal(rows))  # (N, d)
     at = [start + k - 1 + t for start, n in zip(starts(each), lengths, strict=True) for t in range(n)]
-    before = to_device(at, ids.device)  # the places before each word
-    return frozen_head_loss(hidden.index_select(0, before), ids[before + 1], model.lm)
+    before = to_device(at, ids.device)  # (N - B k,), the position before each word
+    return frozen_head_loss(hidden.index_select(0, before), ids[before + 1], model.lm)  # hidden (N, d) -> (N - B k, d)
 
 
 def retrieval_text(model: Fromage, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Next-token loss of [</s> y_1 ... y_n [RET]], and the hidden states (B, d) at [RET]: shortcuts 1 and 2."""
+    """Next-token loss of [</s> y_1 ... y_n [RET]], and the hidden states (B, d) at [RET]: shortcuts 1 and 2.
+
+    The loss is that of the released code; the paper has no formula for it (see reference_step).
+    """
     device, lengths = batch.ids.device, [n - 1 for n in batch.lengths]
-    rows = Rows(lengths, device)
-    ids = rows.gather(batch.ids[:, : rows.width])  # (N,), without [RET]
+    rows = PackedLayout(lengths, device)
+    ids = rows.unpad_input(batch.ids[:, : rows.max_seqlen])  # (N,), without [RET]
     before = Causal(rows, keep=True)
     with torch.no_grad():
         hidden = model.lm.packed(model.lm.embed(ids.unsqueeze(0)), rows.positions, before)  # (N, d)
-        targets = rows.gather(batch.ids[:, 1 : rows.width + 1])  # (N,): y_1 ... y_n [RET]
+        targets = rows.unpad_input(batch.ids[:, 1 : rows.max_seqlen + 1])  # (N,): y_1 ... y_n [RET]
         lse, z = frozen_log_sum_exp(hidden, targets, model.lm)  # (N,) each; z is 0 where [RET] is the target
     ret_logit = model.lm.capped((hidden @ model.lm.added.output[0].to(hidden.dtype)).float())  # (N,)
-    is_ret = targets == model.tokenizer.ret_id
+    is_ret = targets == model.tokenizer.ret_id  # (N,)
     text_loss = (torch.logaddexp(lse, ret_logit) - torch.where(is_ret, ret_logit, z)).mean()
 
     if model.pooling == "last":

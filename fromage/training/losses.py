@@ -1,7 +1,7 @@
-"""The two kinds of loss: next-token cross-entropy and InfoNCE in both directions.
+"""The losses: next-token cross-entropy (equation 1) and InfoNCE in both directions (equations 2 to 4).
 
-next_token_loss is the plain form. frozen_head_loss and frozen_log_sum_exp are the same cross-entropy for a head of which
-only the added rows are trained: in chunks, with the gradient of the hidden states taken on the way.
+next_token_loss is the reference. frozen_head_loss and frozen_log_sum_exp are the same cross-entropy for a head in which only
+the added rows are trained: in chunks, with the gradient of the hidden states computed in the forward.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ CHUNK = 1024  # positions whose logits exist at a time
 
 
 def next_token_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of the token that follows, averaged over all targets: equation 1 of the paper.
+    """Cross-entropy of the next token, averaged over all targets: equation 1 of the paper.
 
-    logits (B, T, V) at position t are judged against labels (B, T) at t + 1; -100 is no target. Returns the loss and the
-    share of targets whose logit is the highest, both scalars.
+    logits (B, T, V + 2) at position t predict labels (B, T) at t + 1; -100 is no target. Returns the loss and the token
+    accuracy, both scalars. As in the paper and the released code.
     """
-    logits, labels = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()  # (B (T - 1), V), (B (T - 1))
-    right = (logits.argmax(-1) == labels).sum() / (labels >= 0).sum()
-    return F.cross_entropy(logits.float(), labels, ignore_index=-100), right
+    logits, labels = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()  # (B (T - 1), V + 2), (B (T - 1),)
+    accuracy = (logits.argmax(-1) == labels).sum() / (labels >= 0).sum()
+    return F.cross_entropy(logits.float(), labels, ignore_index=-100), accuracy
 
 
 def frozen_head_loss(hidden: Tensor, targets: Tensor, lm: LanguageModel) -> tuple[Tensor, Tensor]:
-    """Mean cross-entropy of targets (N,) given hidden states (N, d), all of them targets, and the share foreseen.
+    """Mean cross-entropy of targets (N,) given hidden states (N, d), and the token accuracy.
 
     Gradients reach hidden and the added rows.
     """
@@ -39,13 +39,13 @@ def frozen_head_loss(hidden: Tensor, targets: Tensor, lm: LanguageModel) -> tupl
 
 
 class _FrozenHeadLoss(torch.autograd.Function):
-    """With p = softmax(W h): d loss / d h = W^T (p - onehot) / N, computed chunk by chunk beside the loss itself."""
+    """With p = softmax(W h): d loss / d h = W^T (p - onehot) / N, computed chunk by chunk together with the loss."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, rows: Tensor, targets: Tensor, lm: LanguageModel) -> tuple[Tensor, Tensor]:
         V, first, weight = lm.added.vocab_size, lm.added.first, lm.head.weight[: lm.added.vocab_size]  # (V, d)
         grad_hidden, grad_rows = torch.empty_like(hidden), torch.zeros_like(rows)
-        loss, right = hidden.new_zeros((), dtype=torch.float32), hidden.new_zeros((), dtype=torch.float32)
+        loss, accuracy = hidden.new_zeros((), dtype=torch.float32), hidden.new_zeros((), dtype=torch.float32)
         for h, t, out in zip(hidden.split(CHUNK), targets.split(CHUNK), grad_hidden.split(CHUNK), strict=True):
             e, z = lm.head(h)[:, :V].float(), (h @ rows.to(h.dtype).T).float()  # (c, V), (c, n): frozen and added logits
             e, z = lm.capped(e), lm.capped(z)
@@ -54,10 +54,10 @@ class _FrozenHeadLoss(torch.autograd.Function):
             of_frozen, of_added = t.clamp(max=V - 1), (t - first).clamp(min=0)  # columns
             target = torch.where(is_added, z.gather(1, of_added), e.gather(1, of_frozen))  # (c, 1)
             top = torch.maximum(e.amax(1, keepdim=True), z.amax(1, keepdim=True))  # (c, 1)
-            e, z = e.sub_(top).exp_(), z.sub_(top).exp_()  # few passes over (c, V): they take as long as memory does
+            e, z = e.sub_(top).exp_(), z.sub_(top).exp_()  # in place: passes over (c, V) are limited by memory bandwidth
             s = e.sum(1, keepdim=True) + z.sum(1, keepdim=True)  # (c, 1), so that p = e / s
             loss += (s.log() + top - target).sum()
-            right += (target >= top).sum()
+            accuracy += (target >= top).sum()
             if hidden.requires_grad:
                 e.scatter_add_(1, of_frozen, -s * ~is_added)
                 z.scatter_add_(1, of_added, -s * is_added)  # now e and z are s (p - onehot)
@@ -65,12 +65,12 @@ class _FrozenHeadLoss(torch.autograd.Function):
                     e, z = e.mul_(slopes[0]), z.mul_(slopes[1])
                 scale = 1 / (s * len(hidden))  # (c, 1)
                 back = torch.addmm(z.to(h.dtype) @ rows.to(h.dtype), e.to(h.dtype), weight)  # (c, d)
-                torch.mul(back, scale, out=out)
+                torch.mul(back, scale, out=out)  # (c, d), a view of grad_hidden
                 grad_rows += ((z * scale).to(h.dtype).T @ h).to(rows.dtype)  # (n, d)
         ctx.save_for_backward(grad_hidden, grad_rows)
-        right /= len(hidden)
-        ctx.mark_non_differentiable(right)
-        return loss / len(hidden), right
+        accuracy /= len(hidden)
+        ctx.mark_non_differentiable(accuracy)
+        return loss / len(hidden), accuracy
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
@@ -80,7 +80,7 @@ class _FrozenHeadLoss(torch.autograd.Function):
 
 @torch.no_grad()
 def frozen_log_sum_exp(hidden: Tensor, targets: Tensor, lm: LanguageModel) -> tuple[Tensor, Tensor]:
-    """Log-sum-exp over the frozen vocabulary and the targets' logits, (N,) float32 each; 0 where the target is added."""
+    """Log-sum-exp over the frozen vocabulary and the targets' logits, (N,) float32 each; an added token's is 0."""
     V, lses, zs = lm.added.vocab_size, [], []
     for h, t in zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True):
         logits = lm.capped(lm.head(h)[:, :V].float())  # (c, V)
@@ -91,21 +91,22 @@ def frozen_log_sum_exp(hidden: Tensor, targets: Tensor, lm: LanguageModel) -> tu
 
 
 def info_nce(images: Tensor, texts: Tensor, logit_scale: Tensor) -> tuple[Tensor, Tensor]:
-    """InfoNCE both ways, averaged: equations 2 to 4 of the paper, with its learned temperature.
+    """InfoNCE in both directions, averaged: equations 2 to 4 of the paper, with its learned temperature.
 
-    images, texts: (B, q) unit rows that belong together by position; logit_scale: scalar, log of 1 / temperature. The
-    negatives are those of all devices. Returns the loss and the share of pairs found first, averaged over directions.
+    images, texts: (B, q) unit rows; row i of both is a pair. logit_scale: scalar, log of 1 / temperature. The negatives are
+    those of all W devices. Returns the loss and the share of pairs that rank first, averaged over directions. (In the
+    released run logit_scale was bfloat16, too coarse to move at this learning rate; here it is float32 and learns.)
     """
     images, texts = gather_with_gradient(images), gather_with_gradient(texts)  # (W B, q) on W devices
     logits = logit_scale.exp() * images @ texts.T  # (W B, W B)
-    target = torch.arange(len(logits), device=logits.device)
+    target = torch.arange(len(logits), device=logits.device)  # (W B,)
     loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
-    right = ((logits.argmax(1) == target).float().mean() + (logits.argmax(0) == target).float().mean()) / 2
-    return loss, right
+    accuracy = ((logits.argmax(1) == target).float().mean() + (logits.argmax(0) == target).float().mean()) / 2
+    return loss, accuracy
 
 
 def devices() -> int:
-    """How many devices share a training step; 1 outside of training, where each evaluates alone."""
+    """Number of devices that share a training step; 1 outside of training, where each device evaluates alone."""
     alone = not (dist.is_available() and dist.is_initialized() and torch.is_grad_enabled())
     return 1 if alone else dist.get_world_size()
 
@@ -134,8 +135,10 @@ class _Gather(torch.autograd.Function):
 
 
 def device_weight(count: int, device: torch.device) -> Tensor | float:
-    """What a mean over this device's count of targets is to be multiplied by, so that DDP's mean over W devices is the
-    mean over all targets: W count / (sum of counts)."""
+    """Weight of this device's mean over `count` targets, so that DDP's mean over W devices is the mean over all targets.
+
+    It is W count / (sum of counts over the devices).
+    """
     if devices() == 1:
         return 1.0
     total = torch.full((), float(count), device=device)

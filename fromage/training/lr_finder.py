@@ -1,4 +1,4 @@
-"""Which learning rate: the range test of Smith, "Cyclical Learning Rates for Training Neural Networks", 2017, 3.3."""
+"""The learning-rate finder: the range test of Smith, "Cyclical Learning Rates for Training Neural Networks", 2017, 3.3."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from fromage.errors import UserError
 from fromage.images.line_chart import line_chart
 from fromage.io import write_files
 
-LOST = 4.0  # times the least loss: the test ends there
+LOST = 4.0  # the test ends at this multiple of the lowest loss
 
 
 class LRFinder(pl.Callback):
-    """Raises the learning rate by one factor at each step up to max_steps; names the one at which the loss fell fastest.
+    """Multiplies the learning rate by a constant factor each step, and finds the rate at which the loss fell fastest.
 
-    Prints it and draws the losses, lr_find.svg, in the logger's folder. (Lightning's finder, in 2.6, halves the first losses
-    in its running mean and compares slopes over the rate itself, of which the least rates have the steepest.)
+    Prints this rate and draws the losses into lr_find.svg in the logger's folder. (Lightning 2.6's own finder has a biased
+    running mean at the start, and compares slopes over the rate instead of its logarithm, which favours the lowest rates.)
     """
 
     def __init__(self, min_lr: float = 1e-6, max_lr: float = 1.0) -> None:
-        """Name the range.
+        """Set the range.
 
         Args:
             min_lr: Learning rate of the first step.
@@ -38,7 +38,7 @@ class LRFinder(pl.Callback):
         self.losses: list[float] = []
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Put the run's own schedule aside."""
+        """Switch the run's own schedule off."""
         trainer.strategy.lr_scheduler_configs = []
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
@@ -49,14 +49,14 @@ class LRFinder(pl.Callback):
         self.rates.append(rate)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Note the loss, the mean of all devices; end the test where all is lost."""
+        """Record the loss, averaged over devices; end the test if it has diverged."""
         loss = float(trainer.strategy.reduce(outputs["loss"].detach(), reduce_op="mean"))
         self.losses.append(loss)
         if not isfinite(loss) or loss > LOST * min(self.losses):
             trainer.should_stop = True
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Print and draw. Raises UserError where the loss never fell."""
+        """Print and draw the result. Raises UserError if the loss never fell."""
         best = steepest([loss for loss in self.losses if isfinite(loss)], max(2, len(self.losses) // 20))
         if best is None:
             raise UserError("learning-rate finder: the loss never fell; raise trainer.max_steps, or try another range")
@@ -70,7 +70,7 @@ class LRFinder(pl.Callback):
 
 
 def steepest(losses: Sequence[float], width: int) -> int | None:
-    """Before which step the loss fell most, by the means of `width` losses on either side; None where it never did."""
+    """The step at which the loss fell most, by the means of `width` losses before and after; None if it never fell."""
     places = range(width, len(losses) - width + 1)
     falls = {i: fmean(losses[i - width : i]) - fmean(losses[i : i + width]) for i in places}
     best = max(falls, key=lambda i: falls[i], default=None)

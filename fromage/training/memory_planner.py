@@ -1,11 +1,11 @@
-"""What a run will need, before anything is downloaded: parameters, memory, work and time.
+"""The memory planner: parameters, memory, work and time of a run, before anything is downloaded.
 
-One training step, forward and backward, runs on tensors that have a shape and no storage (training.meter). The code is
-that of training itself, so the counts hold for any language model and image tower. What autograd keeps is filed under the
-module that had it kept: an attention its queries, keys, values, output and log-sum-exp; a layer norm its input; an
-activation its input or output; a frozen linear layer nothing, since its backward needs its weight alone.
+One training step, forward and backward, runs on fake tensors, which have a shape but no storage (training.meter). It is the
+code of training itself, so the counts hold for any language model and vision tower. Memory that autograd keeps is listed by
+the module that keeps it: an attention keeps queries, keys, values, output and log-sum-exp; a layer norm its input; an
+activation its input or output; a frozen linear layer nothing, since its backward needs the weight only.
 
-Not counted: the device's libraries and kernels' scratch memory, fragmentation, elementwise work, several devices.
+Not counted: libraries of the device, scratch memory of kernels, fragmentation, elementwise work, several devices.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ PARTS = {
 
 @dataclass(frozen=True)
 class Run:
-    """What to plan: names of a configuration, with the defaults of FromageModule and CC3M, and what it does not say."""
+    """The run to plan: options of a configuration, with the defaults of FromageModule and CC3M, and caption lengths."""
 
     lm: str = "facebook/opt-6.7b"
     vision: str = "ViT-L-14"
@@ -62,9 +62,9 @@ class Run:
     dtype: str = "bfloat16"
     step: str = "fast"
     batch_size: int = 180
-    max_tokens: int = 24  # of the longest caption, </s> and [RET] included
+    max_tokens: int = 24  # length of the longest caption, including </s> and [RET]
     max_steps: int = -1  # -1: unknown
-    tokens: float = 13.0  # of the mean caption, </s> included, [RET] not
+    tokens: float = 13.0  # mean length of a caption, including </s>, without [RET]
     stored_features: bool = False
     chunk: int = 0
     activation_checkpointing: bool = False
@@ -79,13 +79,13 @@ class Plan:
     parameters: dict[str, int]
     weights: dict[str, int]  # bytes by part
     batch: int  # bytes
-    transient: dict[str, int]  # bytes of large things that no backward needs, within what the passes say
-    dequantized: int  # bytes of the largest frozen weight while it is used, where the language model is quantised
+    transient: dict[str, int]  # bytes of large tensors that no backward needs; included in the passes
+    dequantized: int  # bytes of the largest frozen weight, dequantised for use; 0 without quantisation
     passes: dict[str, Pass]
 
     @property
     def trained(self) -> int:
-        """Parameters that are trained; all are float32."""
+        """Number of trained parameters; all are float32."""
         return sum(n for part, n in self.parameters.items() if part not in (LM, TOWER))
 
     @property
@@ -95,7 +95,7 @@ class Plan:
 
     @property
     def peak(self) -> dict[str, int]:
-        """Bytes at the moment of most memory, by part."""
+        """Bytes at the peak of memory, by part."""
         names, trained = list(self.passes), 4 * self.trained
         last = max(names, key=lambda name: self.passes[name].peak)
         kept = {name: n for name, n in self.activations.items() if names.index(name) <= names.index(last)}
@@ -110,16 +110,16 @@ class Plan:
 
     @property
     def flop(self) -> int:
-        """Work of a step: two FLOP per multiply-add."""
+        """FLOP of a step, two per multiply-add."""
         return sum(p.flop for p in self.passes.values())
 
     def seconds(self, tflops: float) -> float:
-        """Time of a step on a device that computes so many TFLOP/s all the time."""
+        """Time of a step, in seconds, at a sustained rate in TFLOP/s."""
         return self.flop / (tflops * 1e12)
 
 
 def read_run(config: str, **options: Any) -> Run:
-    """A Run from a configuration file; options that are not None go before it. Raises UserError for values of no use."""
+    """A Run from a configuration file; options that are not None override it. Raises UserError for invalid values."""
     tree = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
     found: dict[str, Any] = {}
     for section in (tree.get(name) for name in ("trainer", "model", "data")):
@@ -134,7 +134,7 @@ def read_run(config: str, **options: Any) -> Run:
     choices = {"dtype": tuple(DTYPES), "step": ("fast", "plain"), "quantize": (None, *get_args(Quantized))}
     for name, known in choices.items():
         if getattr(run, name) not in known:
-            raise UserError(f"{name} {getattr(run, name)}: choose of {', '.join(filter(None, known))}")
+            raise UserError(f"{name} {getattr(run, name)}: choose one of {', '.join(filter(None, known))}")
     if run.batch_size < 1 or not 1 <= run.tokens <= run.max_tokens - 1:
         raise UserError(
             f"batches of {run.batch_size}, captions of {run.tokens:g} tokens and [RET], the longest {run.max_tokens}: "
@@ -144,9 +144,9 @@ def read_run(config: str, **options: Any) -> Run:
 
 
 def plan(run: Run) -> Plan:
-    """Run one step without storage and count. Raises UserError where a tower's configuration is out of reach."""
+    """Run one step on fake tensors and count. Raises UserError if a tower's configuration is not found."""
     fastpath = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # one opaque operation, which would hide its work and memory
+    torch.backends.mha.set_fastpath_enabled(False)  # it is one opaque operation, which hides its work and memory
     try:
         visual = _image_tower(run)
         with FakeTensorMode(allow_non_fake_inputs=True):
@@ -160,7 +160,7 @@ def plan(run: Run) -> Plan:
 
 
 def count(run: Run, model: Fromage, batch: Batch) -> Plan:
-    """The plan of a model and a batch, whether they have storage or not."""
+    """The plan of a model and a batch, of real or fake tensors."""
     parameters, weights = dict.fromkeys(PARTS.values(), 0), Counter[str]()
     for name, p in model.named_parameters():
         part = PARTS[name.partition(".")[0]]
@@ -186,14 +186,14 @@ def count(run: Run, model: Fromage, batch: Batch) -> Plan:
 
 
 def _quantized(weight: Tensor, kind: str | None) -> int:
-    """Bytes of a weight as bitsandbytes holds it: int8 with a float32 scale per row, or NF4 with a byte per block of 64 and
+    """Bytes of a weight in bitsandbytes' format: int8 with a float32 scale per row, or NF4 with a byte per block of 64 and
     a float32 scale per 256 blocks (Dettmers et al., "QLoRA", 2023, section 3)."""
     n = weight.numel()
     return n + 4 * weight.shape[0] if kind == "int8" else n // 2 + n // 64 + 4 * (n // (64 * 256))
 
 
 def _fast(meter: Meter, model: Fromage, batch: Batch) -> None:
-    """fast_step by its parts, unpaired: pairs are padded to no more."""
+    """The parts of fast_step, unpaired; paired captions need no more memory."""
     features = meter.run("the image tower", lambda: image_features(model, batch))
     caption_loss, _ = meter.run("captioning", lambda: captioning(model, batch, features, paired=False))
     text_loss, at_ret = meter.run("the text pass", lambda: retrieval_text(model, batch))
@@ -206,7 +206,7 @@ def _fast(meter: Meter, model: Fromage, batch: Batch) -> None:
 
 
 def _keys_and_values(model: Fromage, batch: Batch) -> int:
-    """Bytes that the text pass holds for its [RET] tokens, padding included."""
+    """Bytes of the keys and values that the text pass caches for its [RET] tokens, including padding."""
     c = model.lm.hf.config.get_text_config()
     heads = getattr(c, "num_key_value_heads", None) or c.num_attention_heads
     width = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
@@ -215,12 +215,12 @@ def _keys_and_values(model: Fromage, batch: Batch) -> int:
 
 
 def _logits(model: Fromage, batch: Batch) -> int:
-    """Bytes of the logits, float32, of the positions treated at a time."""
+    """Bytes of the float32 logits (c, V) that are computed at a time."""
     return 4 * min(CHUNK, sum(batch.lengths) - len(batch.lengths)) * model.lm.added.vocab_size
 
 
 def _image_tower(run: Run) -> Any:
-    """An open_clip image tower on the meta device."""
+    """An open_clip vision tower on the meta device."""
     source = f"local-dir:{TOY / 'clip'}" if run.vision == "toy" else run.vision
     precision = {"float32": "fp32", "bfloat16": "pure_bf16", "float16": "pure_fp16"}[run.dtype]
     logging.disable(logging.WARNING)  # open_clip warns that there are no weights
@@ -237,7 +237,7 @@ def _image_tower(run: Run) -> Any:
 
 
 def lm_config(name: str) -> Any:
-    """The configuration of a causal LM: a folder's, OPT's published sizes by name, or the hub's."""
+    """The configuration of a causal LM: from a folder, from OPT's published sizes by name, or from the hub."""
     folder, size = TOY / "opt" if name == "toy" else Path(name), name.removeprefix("facebook/opt-")
     if not folder.is_dir() and size in OPT:
         layers, width, heads = OPT[size]
@@ -266,7 +266,7 @@ def _model(run: Run, visual: Any) -> Fromage:
 
 
 def caption_lengths(run: Run) -> list[int]:
-    """Tokens of a batch's captions, [RET] included: one of the greatest length, the others as even as the mean demands."""
+    """Lengths of a batch's captions, including [RET]: one of the maximum length, the others equal, with the given mean."""
     most, others = run.max_tokens - 1, run.batch_size - 1
     rest = max(round(run.batch_size * run.tokens) - most, others)
     return [most + 1, *((rest + i) // others + 1 for i in range(others))]
@@ -274,14 +274,14 @@ def caption_lengths(run: Run) -> list[int]:
 
 def _batch(run: Run, model: Fromage) -> Batch:
     lengths, B = caption_lengths(run), run.batch_size
-    ids = torch.zeros(B, max(lengths), dtype=torch.long)
+    ids = torch.zeros(B, max(lengths), dtype=torch.long)  # (B, T)
     if run.stored_features:
         return Batch([], [], ids, lengths, None, torch.zeros(B, model.vision.width))
     return Batch([], [], ids, lengths, torch.zeros(B, 3, *model.vision.image_size, dtype=torch.uint8), None)
 
 
 def report(plan: Plan, tflops: float, share: float) -> str:
-    """The plan as text. tflops: the device's rate; share: how much of it training is assumed to reach."""
+    """The plan as text. tflops: peak rate of the device; share: the part of it (0 to 1) that training reaches."""
     run = plan.run
     what = "stored features" if run.stored_features else "images"
     kept = {f"{name}: {module}": n for name, p in plan.passes.items() for module, n in p.kept.items() if n >= 2**20}
@@ -309,7 +309,7 @@ def report(plan: Plan, tflops: float, share: float) -> str:
 
 
 def _row(name: str, cell: str, size: int | str) -> str:
-    """A line of a table; size: bytes, or the column's title."""
+    """A line of a table. size: bytes, or the title of the column."""
     width = 48 + name.startswith("\n")
     return f"{name:{width}}{cell:>16}" + (f"{size:>10}" if isinstance(size, str) else f"{size / 2**30:10.3f}")
 
@@ -326,7 +326,7 @@ def _work(plan: Plan, tflops: float, share: float) -> Iterator[str]:
 
 
 def as_json(plan: Plan, tflops: float, share: float) -> dict[str, Any]:
-    """Everything a plan says, in bytes, FLOP and seconds."""
+    """The plan as JSON values, in bytes, FLOP and seconds."""
     return asdict(plan) | {
         "trained": plan.trained,
         "activations": plan.activations,

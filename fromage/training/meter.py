@@ -1,4 +1,4 @@
-"""Work and memory of PyTorch calls, counted operation by operation: on real tensors, or on ones without storage."""
+"""FLOP and memory of PyTorch calls, counted operation by operation, on real or fake tensors."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ FLOP: dict[Any, Callable[..., int]] = {  # two per multiply-add of a matrix prod
 
 @dataclass
 class Pass:
-    """Work in FLOP and memory in bytes of one call.
+    """FLOP and memory, in bytes, of one call.
 
     Attributes:
-        before: live when it began.
-        peak: the most that was live while it ran.
-        kept: what it keeps for the backward that no earlier call kept, by the class of the module that had it kept.
+        before: live bytes at its start.
+        peak: maximum of live bytes while it ran.
+        kept: bytes kept for the backward, without those kept by earlier calls, by class of the module that keeps them.
     """
 
     flop: int
@@ -44,12 +44,12 @@ class Pass:
 
     @property
     def transient(self) -> int:
-        """Bytes it needs beyond what it keeps."""
+        """Bytes needed beyond those kept."""
         return max(0, self.peak - self.before - sum(self.kept.values()))
 
 
 class Meter(TorchDispatchMode):
-    """Counts FLOP and live bytes; tensors held from the start are free."""
+    """Counts FLOP and live bytes; tensors in `held` are not counted."""
 
     def __init__(self, held: Iterable[Tensor]) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ class Meter(TorchDispatchMode):
         self.storages: dict[int, Any] = {}
         for tensor in held:
             self._see(tensor, counted=False)
-        self.held = set(self.storages)  # and what has been kept for a backward
+        self.held = set(self.storages)  # plus storages kept for a backward
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -86,7 +86,7 @@ class Meter(TorchDispatchMode):
         self.storages[key] = weakref.ref(storage, gone)
 
     def run(self, name: str, call: Callable[[], Any]) -> Any:
-        """Call, and file the counts under a name in passes."""
+        """Run a call and store its counts in `passes` under a name."""
         kept = Counter[str]()
         flop, before, self.peak = self.flop, self.live, self.live
         with _running_modules() as stack:

@@ -1,4 +1,4 @@
-"""Training: the step, the optimiser, validation and what is logged."""
+"""The Lightning module of FROMAGe: step, optimiser, pairing, validation and logging."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from fromage.training.layers import checkpoint_blocks, compile_blocks
 from fromage.training.nonfinite import NonFiniteGuard
 from fromage.training.reference_step import StepOutput, Weights, image_features, reference_step
 
-SHOWN_FROM = 200  # images of the validation set among which the logged searches look
+SHOWN_FROM = 200  # images of the validation set that the logged searches rank
 
 
 class FromageModule(pl.LightningModule):
     """FROMAGe under Lightning, with the paper's recipe as defaults.
 
-    The towers are loaded when the run starts (configure_model), so a configuration can be read, printed and planned
+    The towers are loaded when the run starts (configure_model), so a configuration can be printed and planned
     without them. Checkpoints hold the trained parameters and the optimiser only.
     """
 
@@ -68,34 +68,34 @@ class FromageModule(pl.LightningModule):
         shown: int = 4,
         seed: int = 0,
     ) -> None:
-        """Everything a run needs to know of model and optimiser.
+        """Set model and optimiser.
 
         Args:
             lm: causal language model: a name on the Hugging Face hub, a folder, or 'toy'.
             vision: image tower: a name of open_clip, 'local-dir:FOLDER', 'hf-hub:ORG/NAME', or 'toy'.
             vision_weights: open_clip's tag of the pretrained weights, or a file; ignored where vision names a folder.
             k: input embeddings per image, in tokens.
-            q: width of the retrieval space, in numbers.
-            pooling: where texts are read for retrieval: at [RET], or at their last word.
-            dtype: what the frozen towers are held and run in: float32, bfloat16 or float16.
+            q: width of the retrieval space.
+            pooling: which hidden state embeds a text: ret, the one at [RET], or last, at its last word.
+            dtype: dtype of the frozen towers: float32, bfloat16 or float16.
             random_weights: build the towers without weights, for tests and timing.
             lr: learning rate of Adam after warm-up.
             betas: Adam's decay rates of its two moments.
             eps: Adam's epsilon.
             warmup_steps: steps over which the learning rate rises linearly from zero.
-            decay_steps: steps after warm-up over which it then falls to zero along a cosine; 0 keeps it constant.
-            pairing: probability that a batch's captioning sequences hold two examples each.
-            captioning_weight: what the captioning loss is multiplied by; with 0 its pass is not run and trains no prefix.
-            retrieval_weight: what the two losses of the retrieval pass are multiplied by; 0 leaves both heads untrained.
-            rescale_ret: bring [RET] back to the mean norm of the frozen embeddings after every step.
+            decay_steps: steps of a cosine decay to zero after warm-up; 0 keeps the learning rate constant.
+            pairing: probability that the captioning sequences of a batch contain two examples each.
+            captioning_weight: weight of the captioning loss; with 0 its pass is not run, and the prefix is not trained.
+            retrieval_weight: weight of the two losses of the retrieval pass; with 0 both heads are not trained.
+            rescale_ret: rescale [RET] to the mean norm of the frozen embeddings after every step, as the released code does.
             step: how losses are computed: fast, or plain as the authors do; the same to rounding.
-            chunk: examples whose activations exist at a time, for batches beyond the memory, with the negatives of the whole
-                batch (GradCache); 0 for all at once. The fast step's only.
-            activation_checkpointing: keep the language model's layer inputs alone and run each layer again in the backward.
-            compile_blocks: torch.compile for the language model's layers.
+            chunk: examples whose activations are in memory at a time, with the negatives of the whole batch (GradCache); 0
+                for all at once. Only for the fast step.
+            activation_checkpointing: keep only the inputs of the language model's layers; run layers again in the backward.
+            compile_blocks: compile the language model's layers with torch.compile.
             quantize: hold the language model's layers in int8 or nf4 (4 bits); needs the extra [quant].
-            nonfinite: what to do about a loss or gradient that is NaN or infinite: stop the run, or skip the update.
-            shown: images logged per validation, in examples.
+            nonfinite: on a NaN or infinite loss or gradient: stop the run, or skip the update.
+            shown: examples whose images are logged per validation.
             seed: seed of the trained parameters and of the pairing.
         """
         super().__init__()
@@ -111,7 +111,7 @@ class FromageModule(pl.LightningModule):
         self._validation: list[tuple[Tensor, Tensor]] = []
         self._to_show: list[tuple[str, Tensor, Tensor | None]] = []
         self._clock = 0.0
-        self.sheets: dict[str, Image.Image] = {}  # the last validation's images, by tag
+        self.sheets: dict[str, Image.Image] = {}  # contact sheets of the last validation, by tag
 
     def configure_model(self) -> None:
         """Load the towers, once."""
@@ -124,15 +124,18 @@ class FromageModule(pl.LightningModule):
                 checkpoint_blocks(self.model.lm)
 
     def _freeze_unused(self) -> None:
-        """What no loss reaches is not trained."""
+        """Freeze the parameters that no loss reaches."""
         model = self.model
         model.visual_prefix.requires_grad_(self.h.captioning_weight > 0)
         for part in (model.text_head, model.image_head, model.logit_scale):
             part.requires_grad_(self.h.retrieval_weight > 0)
-        model.ret.input.requires_grad_(model.pooling == "ret" or model.ret.tied)  # read at the last word, none reads [RET]
+        model.ret.input.requires_grad_(model.pooling == "ret" or model.ret.tied)  # with pooling last no input is [RET]
 
     def configure_optimizers(self) -> Any:
-        """Adam over the trained parameters, linear warm-up, then constant (or a cosine)."""
+        """Adam over the trained parameters; linear warm-up, then constant or a cosine decay.
+
+        The released code starts warm-up at learning rate 0; here the first step has lr / warmup_steps.
+        """
         h = self.h
         trained = [p for p in self.model.trained().values() if p.requires_grad]
         optimizer = torch.optim.Adam(trained, lr=h.lr, betas=tuple(h.betas), eps=h.eps, fused=True)
@@ -144,7 +147,7 @@ class FromageModule(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": both, "interval": "step"}}
 
     def paired(self, step: int) -> bool:
-        """Whether a step's captioning sequences hold two examples: by seed and step alone, so that resuming repeats it."""
+        """Whether a step's captioning sequences contain two examples. It depends on seed and step only, for exact resume."""
         return random.Random(f"{self.h.seed}/{step}").random() < self.h.pairing
 
     def losses(self, batch: Batch, paired: bool) -> StepOutput:
@@ -173,20 +176,20 @@ class FromageModule(pl.LightningModule):
         return out.loss
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """No update from what is not finite."""
+        """Skip the update if a loss or gradient is not finite."""
         self.guard.before_update(optimizer, self.global_step)
 
     def _last_good(self) -> str:
-        """The checkpoint to go on from, should this step fail."""
+        """The checkpoint to resume from if this step fails."""
         saver: Any = self.trainer.checkpoint_callback
         return (saver and (saver.last_model_path or saver.best_model_path)) or "none yet"
 
     def on_train_end(self) -> None:
-        """The last losses are looked at too."""
+        """Check the last losses too."""
         self.guard.check(self._last_good(), wait=True)
 
     def optimizer_step(self, *args: Any, **named: Any) -> None:
-        """A step of Adam, and [RET] back to its norm: before anyone saves a checkpoint of the step."""
+        """A step of Adam, then rescaling of [RET], before a checkpoint of the step can be saved."""
         super().optimizer_step(*args, **named)
         if self.h.rescale_ret:
             self.model.ret.rescale_()
@@ -202,15 +205,15 @@ class FromageModule(pl.LightningModule):
 
     @property
     def stage(self) -> str:
-        """What figures of an evaluation are called: test or val."""
+        """Prefix of the names of logged metrics: test or val."""
         return "test" if self.trainer.testing else "val"
 
     def on_validation_epoch_start(self) -> None:
-        """Forget the last validation."""
+        """Reset the results of the last validation."""
         self._validation, self._to_show, self._clock = [], [], 0.0
 
     def validation_step(self, batch: Batch, index: int, dataloader_idx: int = 0) -> None:
-        """Losses of the unpaired step; both sides' embeddings are kept for the end."""
+        """Losses of the unpaired step; image and text embeddings are kept until the end."""
         out = self.losses(batch, paired=False)
         losses = {"captioning_loss": out.captioning_loss, "text_loss": out.text_loss, "loss": out.loss}
         named = {f"{self.stage}/{name}": value for name, value in losses.items()}
@@ -222,7 +225,7 @@ class FromageModule(pl.LightningModule):
             self._to_show += zip(batch.captions, features, pixels, strict=True)
 
     def on_validation_epoch_end(self) -> None:
-        """Recall@1/5/10 both ways over the whole validation set, and images for TensorBoard and the report."""
+        """Recall@1/5/10 in both directions over the validation set; contact sheets for TensorBoard and the report."""
         parts = gather_parts(self._validation) if self.trainer.world_size > 1 else self._validation
         texts, images = (torch.cat(rows) for rows in zip(*parts, strict=True))  # (N, q) each
         recalls = retrieval_recalls(texts, images)
@@ -234,7 +237,7 @@ class FromageModule(pl.LightningModule):
 
     def _show(self, texts: Tensor, images: Tensor) -> None:
         """Images with their generated captions, and queries with the five images found for them."""
-        thumbnails = [None if pixels is None else to_image(pixels) for _, _, pixels in self._to_show]  # a small gallery
+        thumbnails = [None if pixels is None else to_image(pixels) for _, _, pixels in self._to_show]
         shown = range(min(self.h.shown, len(self._to_show)))
         features = torch.stack([self._to_show[i][1] for i in shown]).to(self.device)
         made = caption_images(self.model, features)
@@ -258,7 +261,7 @@ class FromageModule(pl.LightningModule):
     on_test_epoch_end = on_validation_epoch_end
 
     def predict_step(self, batch: Batch, index: int) -> dict[str, Any]:
-        """Keys, greedy captions and (B, q) embeddings of both sides."""
+        """Keys, greedy captions, and image and text embeddings (B, q)."""
         features = image_features(self.model, batch)
         at_ret = self.model.hidden_at_ret(batch.ids, batch.lengths)[1]  # (B, d)
         return {
@@ -269,23 +272,23 @@ class FromageModule(pl.LightningModule):
         }
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the trained parameters only."""
+        """Keep the trained parameters only; see fromage.checkpoints.lightning."""
         checkpoint["state_dict"] = trained_state(checkpoint["state_dict"])
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another architecture."""
+        """Raise UserError for a checkpoint of another architecture."""
         check_checkpoint(checkpoint, self.model)
 
 
 def gather_parts(parts: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
-    """What all devices hold, however many batches each had."""
+    """The parts (N, q) of all devices; devices can have different numbers of batches."""
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, [(texts.cpu(), images.cpu()) for texts, images in parts])
     return [part for theirs in everyone for part in theirs]
 
 
 def to_image(pixels: Tensor) -> Image.Image:
-    """(3, H, W) pixels, uint8 or normalised (then stretched to the full range) -> an image, for looking at."""
+    """(3, H, W) pixels, uint8 or normalised (then stretched to the full range) -> an image to look at."""
     if pixels.dtype != torch.uint8:
         low, high = pixels.float().aminmax()
         pixels = ((pixels.float() - low) / (high - low).clamp_min(1e-6) * 255).byte()

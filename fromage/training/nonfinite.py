@@ -1,4 +1,4 @@
-"""Losses and gradients that are NaN or infinite: no update from them, and a message that names the samples."""
+"""NaN or infinite losses and gradients: the update is skipped, and a message names the samples."""
 
 from __future__ import annotations
 
@@ -19,35 +19,35 @@ log = logging.getLogger(__name__)
 
 
 class Update(NamedTuple):
-    """What is known of an update, on its way to the host."""
+    """Losses and gradient norm of an update, while they are copied to the host."""
 
     step: int
     keys: list[str]
-    values: Tensor  # (2 + M n,) float32: left out on any device?, norm of gradients, M losses of n micro-batches
-    arrived: torch.cuda.Event | None  # None: it is here
+    values: Tensor  # (2 + M n,) float32: whether skipped, gradient norm, M losses of n micro-batches
+    arrived: torch.cuda.Event | None  # set when the copy is done; None: it is done
 
 
 class NonFiniteGuard:
-    """Watches the losses and gradients of a run, and never waits for the device.
+    """Checks the losses and gradients of a run without waiting for the device.
 
-    An update from anything that is not finite is left out on the device itself, by the `found_inf` that PyTorch's fused
-    optimisers heed; the host learns of it once the figures have come, a step or so later.
+    The device itself skips an update from non-finite values: PyTorch's fused optimisers read `found_inf`. The host learns of
+    it when the values have been copied, about a step later.
     """
 
     def __init__(self, skip: bool, names: Sequence[str]) -> None:
-        """skip: go on after such an update, with a warning; else `check` raises. names: of the losses, M of them."""
+        """skip: continue after a skipped update, with a warning; else `check` raises. names: of the M losses."""
         self.skip, self.skipped, self.names = skip, 0, names
         self._losses: list[Tensor] = []  # (M,) each, since the last update
         self._keys: list[str] = []
         self._updates: deque[Update] = deque()
 
     def see(self, losses: Iterable[Tensor], keys: list[str]) -> None:
-        """Take the losses, scalars in the order of their names, of a micro-batch, and its samples' keys."""
+        """Record the losses of a micro-batch, scalars in the order of their names, and the keys of its samples."""
         self._losses.append(torch.stack([loss.detach().float() for loss in losses]))
         self._keys += keys
 
     def before_update(self, optimizer: torch.optim.Optimizer, step: int) -> None:
-        """Tell a fused optimiser, now that the gradients are there, whether to leave its next update out."""
+        """Tell a fused optimiser whether to skip its next update; called after the backward."""
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         values = torch.cat([torch.nn.utils.get_total_norm(gradients).reshape(1), *self._losses])  # (1 + M n,)
         found = (~values.isfinite().all()).float().reshape(1)
@@ -58,11 +58,11 @@ class NonFiniteGuard:
         self._losses, self._keys = [], []
 
     def check(self, last_good: str, wait: bool = False) -> None:
-        """Read what has come. Raises UserError for an update that was left out, unless these are to be skipped.
+        """Read the values that have arrived. Raises UserError for a skipped update, unless `skip` is set.
 
         Args:
-            last_good: the checkpoint to go on from, for the message.
-            wait: wait for what is on its way.
+            last_good: checkpoint to resume from, for the message.
+            wait: wait for values that are still being copied.
         """
         while self._updates and (wait or self._updates[0].arrived is None or self._updates[0].arrived.query()):
             update = self._updates.popleft()
@@ -86,7 +86,7 @@ class NonFiniteGuard:
 
 
 def _to_host(values: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
-    """Values on their way to the host, and what to ask whether they have come."""
+    """Start copying values to the host; returns the copy and the event that tells when it is done."""
     if not values.is_cuda:
         return values, None
     there = torch.empty(values.shape, pin_memory=True).copy_(values, non_blocking=True)

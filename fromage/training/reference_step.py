@@ -1,13 +1,14 @@
-"""The training step as the authors compute it: the reference for everything faster.
+"""The training step as the released code computes it; the reference for fast_step.
 
-Two passes through the language model, both padded and both with the whole backward:
+Two passes through the language model, both padded and both with a full backward:
 
     captioning   [W_c v(x)] [</s> y_1 ... y_n]     next-token loss on the caption, </s> included; with probability 0.5
                                                    two examples share one sequence: image caption image caption
     retrieval    [</s> y_1 ... y_n [RET]]          next-token loss, [RET] included, and InfoNCE of W_t h_[RET] with W_i v(x)
 
-The loss is the sum of the three, all weights 1. [RET] and padding take no part in captioning. (In the paper's formula the
-retrieval pass has no next-token loss; the released code has it, and without it the model never says [RET] by itself.)
+The loss is the sum of the three, all weights 1. [RET] and padding are never targets of captioning. In the
+paper's formula the retrieval pass has no next-token loss; the released code has one, and so has this step: without it the
+model never emits [RET] by itself. Captions are truncated before, with [RET] kept: fromage.data.tokenizer.
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ from fromage.training.losses import device_weight, info_nce, next_token_loss
 
 
 class Weights(NamedTuple):
-    """What the losses of the two passes are multiplied by. A captioning pass of weight 0 is not run, and its loss is 0."""
+    """Weights of the losses of the two passes. A captioning pass of weight 0 is not run; its loss is 0."""
 
     captioning: float = 1.0
-    retrieval: float = 1.0  # of its next-token loss and of InfoNCE
+    retrieval: float = 1.0  # of its next-token loss and InfoNCE
 
 
 ALL = Weights()
@@ -36,7 +37,12 @@ ALL = Weights()
 
 @dataclass
 class StepOutput:
-    """The three losses and what they got right (shares of 1), all scalars; and both sides' embeddings, (B, q) unit rows."""
+    """The three losses and accuracies (0 to 1), all scalars; image and text embeddings, (B, q) unit rows.
+
+    Attributes:
+        caption_accuracy: token accuracy of captioning.
+        retrieval_accuracy: share of pairs that rank first within the batch, averaged over both directions.
+    """
 
     captioning_loss: Tensor
     text_loss: Tensor
@@ -55,58 +61,59 @@ class StepOutput:
 
 
 def image_features(model: Fromage, batch: Batch) -> Tensor:
-    """(B, m): stored ones where the batch has them, else the tower's."""
+    """(B, m) image features: the stored ones if the batch has them, else computed by the tower."""
     return batch.features.to(model.device) if batch.features is not None else model.vision(batch.pixels)
 
 
 def targets(batch: Batch) -> int:
-    """How many targets either pass has: all tokens of the captions but one each."""
+    """Number of targets of either pass: all tokens of the captions except one each."""
     return sum(batch.lengths) - len(batch.lengths)
 
 
 def check_captions(model: Fromage, batch: Batch) -> None:
-    """Raise UserError for a batch none of whose captions has a word: there is nothing to learn from it."""
+    """Raise UserError if no caption of the batch has a word."""
     if max(batch.lengths) <= len(model.tokenizer.start()) + 1:
         shown = ", ".join(batch.keys[:8]) + (", ..." if len(batch.keys) > 8 else "")
-        raise UserError(f"no caption of this batch has a word (samples {shown}): mend the shards' txt, or raise max_tokens")
+        remedy = "correct the txt files of the shards, or raise max_tokens"
+        raise UserError(f"no caption of this batch has a word (samples {shown}): {remedy}")
 
 
 def captioning_ids(model: Fromage, batch: Batch, paired: bool) -> tuple[Tensor, Tensor]:
-    """The captioning pass's ids and their mask, (B, k + T), or (B / 2, 2 (k + T)) when two examples share a row.
+    """Ids and mask of the captioning pass, (B, k + T), or (B / 2, 2 (k + T)) if two examples share a row.
 
-    [RET] and padding are masked. An odd batch keeps its last example in a row of its own.
+    [RET] and padding are masked. In an odd batch the last example has a row of its own.
     """
     B = len(batch.ids)
     places = batch.ids.new_full((B, model.k), model.tokenizer.image_id)  # (B, k)
-    words = _within(batch, behind=1)  # (B, T), without [RET]
+    words = _within(batch, without=1)  # (B, T), without [RET]
     ids = torch.cat([places, batch.ids.masked_fill(~words, model.tokenizer.pad_id)], 1)  # (B, k + T)
-    mask = torch.cat([torch.ones_like(places, dtype=torch.bool), words], 1)
+    mask = torch.cat([torch.ones_like(places, dtype=torch.bool), words], 1)  # (B, k + T)
     if not paired:
         return ids, mask
     if B % 2:
-        ids = torch.cat([ids, torch.full_like(ids[:1], model.tokenizer.pad_id)])
+        ids = torch.cat([ids, torch.full_like(ids[:1], model.tokenizer.pad_id)])  # (B + 1, k + T)
         mask = torch.cat([mask, torch.zeros_like(mask[:1])])
-    return ids.reshape(-1, 2 * ids.shape[1]), mask.reshape(-1, 2 * mask.shape[1])
+    return ids.reshape(-1, 2 * ids.shape[1]), mask.reshape(-1, 2 * mask.shape[1])  # (B, k + T) -> (B / 2, 2 (k + T))
 
 
-def _within(batch: Batch, behind: int) -> Tensor:
-    """(B, T): whether a place is in the caption, its last `behind` tokens left out."""
-    ends = torch.tensor(batch.lengths, device=batch.ids.device).unsqueeze(1) - behind  # (B, 1)
-    return torch.arange(batch.ids.shape[1], device=batch.ids.device) < ends
+def _within(batch: Batch, without: int) -> Tensor:
+    """(B, T) bool: the positions of each caption, except its last `without` tokens."""
+    ends = torch.tensor(batch.lengths, device=batch.ids.device).unsqueeze(1) - without  # (B, 1)
+    return torch.arange(batch.ids.shape[1], device=batch.ids.device) < ends  # (T,) < (B, 1) -> (B, T)
 
 
 def no_captioning(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Loss and share of tokens foreseen of the captioning pass that is not run: 0."""
+    """Loss and token accuracy of a captioning pass that is not run: 0."""
     return torch.zeros((), device=device), torch.zeros((), device=device)
 
 
 def _captioning(model: Fromage, batch: Batch, paired: bool) -> tuple[Tensor, Tensor]:
-    """Next-token loss of [W_c v(x)] [</s> y_1 ... y_n], padded, and the share of tokens foreseen."""
+    """Next-token loss of [W_c v(x)] [</s> y_1 ... y_n], padded, and its token accuracy (equation 1)."""
     prefix = model.prefix(image_features(model, batch))  # (B, k, d)
     ids, mask = captioning_ids(model, batch, paired)
     hidden = model.lm(model.embed(ids, prefix), mask)  # (B, k + T, d)
-    labels = ids.masked_fill(~mask | (ids == model.tokenizer.image_id), -100)
-    return next_token_loss(model.lm.logits(hidden), labels)
+    labels = ids.masked_fill(~mask | (ids == model.tokenizer.image_id), -100)  # (B, k + T)
+    return next_token_loss(model.lm.logits(hidden), labels)  # (B, k + T, V + 2)
 
 
 def reference_step(model: Fromage, batch: Batch, paired: bool, weights: Weights = ALL) -> StepOutput:
@@ -116,9 +123,9 @@ def reference_step(model: Fromage, batch: Batch, paired: bool, weights: Weights 
     captioning_loss, caption_accuracy = _captioning(model, batch, paired) if run else no_captioning(model.device)
 
     hidden, at_ret = model.hidden_at_ret(batch.ids, batch.lengths)  # (B, T, d), (B, d)
-    text_loss, _ = next_token_loss(model.lm.logits(hidden), batch.ids.masked_fill(~_within(batch, behind=0), -100))
+    text_loss, _ = next_token_loss(model.lm.logits(hidden), batch.ids.masked_fill(~_within(batch, without=0), -100))
 
-    images = model.embed_images(image_features(model, batch))  # (B, q); the authors encode each image twice
+    images = model.embed_images(image_features(model, batch))  # (B, q); as in the released code, images are encoded twice
     texts = model.embed_ret(at_ret)  # (B, q)
     contrastive_loss, retrieval_accuracy = info_nce(images, texts, model.logit_scale)
     weight = device_weight(targets(batch), batch.ids.device)

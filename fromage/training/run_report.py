@@ -1,4 +1,4 @@
-"""The report of a run, in its folder: figures, curves, samples, configuration, versions; of an interrupted run too."""
+"""The report of a run, also of an interrupted one: metrics, curves, samples, configuration, versions."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from fromage.images.line_chart import line_chart
 from fromage.io import write_files
 
 PACKAGES = ("fromage", "torch", "pytorch-lightning", "transformers", "open_clip_torch", "webdataset")
-CHARTS = {  # title: the figures it shows, the group being a line's name
+CHARTS = {  # title: pattern of the metrics; the group is the name of a line
     "training losses": r"train/(\w*loss)",
     "training accuracies": r"train/(\w+)_accuracy",
     "validation losses": r"val/(\w*loss)",
@@ -33,48 +33,48 @@ CHARTS = {  # title: the figures it shows, the group being a line's name
 
 
 class RunReport(pl.Callback):
-    """Writes report.md and its images into the logger's folder: after every validation, and however the run ends.
+    """Writes report.md and its images into the logger's folder, after every validation and at the end of the run.
 
-    What it gathers goes into the checkpoints, so that a resumed run reports on its steps from the first on.
+    Its data is saved in the checkpoints, so the report of a resumed run covers all steps.
     """
 
     def __init__(self) -> None:
         self.curves: dict[str, list[tuple[int, float]]] = {}  # (optimiser steps made, figure)
-        self.examples, self.before = 0, 0.0  # before: seconds of this run before it was resumed
+        self.examples, self.before = 0, 0.0  # before: seconds before the run was resumed
         self.folder: Path | None = None
         self.began, self.commit = time.monotonic(), ""
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Start the clock; ask for the folder, which all devices do together."""
+        """Start the clock; get the folder, a call that all devices must make."""
         self.folder = Path(trainer.log_dir or trainer.default_root_dir)
         self.began, self.commit = time.monotonic() - self.before, git_commit()
 
     def state_dict(self) -> dict[str, Any]:
-        """For the checkpoint."""
+        """The data for the checkpoint."""
         return {"curves": self.curves, "examples": self.examples, "seconds": time.monotonic() - self.began}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """From the checkpoint."""
+        """Restore the data of the checkpoint."""
         self.curves, self.examples, self.before = (state_dict[name] for name in ("curves", "examples", "seconds"))
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Count, and note the figures of the steps that are logged."""
+        """Count examples; record the metrics of logged steps."""
         self.examples += len(batch.keys) * trainer.world_size
         if trainer.global_step % trainer.log_every_n_steps == 0:
             self._note(trainer, "train/")
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Report on a run that goes on."""
+        """Write the report of a running run."""
         if not trainer.sanity_checking:
             self._note(trainer, "val/")
             self._write(trainer, pl_module, "running")
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Report on a whole run."""
+        """Write the report of a finished run."""
         self._write(trainer, pl_module, "finished")
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Report on a run that an error, Ctrl-C or SIGTERM ends."""
+        """Write the report of a run ended by an error, Ctrl-C or SIGTERM."""
         self._write(trainer, pl_module, f"interrupted: {first_line(exception)}")
 
     def _note(self, trainer: pl.Trainer, stage: str) -> None:
@@ -89,23 +89,23 @@ class RunReport(pl.Callback):
         files = {f"{title}.svg": chart.encode() for title, chart in self.charts().items()}
         files |= {f"{tag}.png": to_png(sheet) for tag, sheet in getattr(module, "sheets", {}).items()}
         images = {"report-" + re.sub("[ /]", "-", name): content for name, content in files.items()}
-        config = self.folder / "config.yaml"  # which the command line has written
+        config = self.folder / "config.yaml"  # written by the command line
         settings = config.read_text(encoding="utf-8") if config.is_file() else yaml.safe_dump(dict(module.hparams))
         parts = ["# Run report", rows(self.facts(trainer, outcome)), "## Figures", rows(self.figures())]
         parts += [*(f"![{name}]({name})" for name in images), "## Configuration", f"```yaml\n{settings.strip()}\n```\n"]
         try:
             write_files(self.folder, images | {"report.md": "\n\n".join(parts).encode()})
-        except UserError as error:  # the run matters more
+        except UserError as error:  # the run continues without a report
             warnings.warn(f"no report of the run: {error}", stacklevel=2)
 
     def charts(self) -> dict[str, str]:
-        """An SVG for every title of CHARTS of which something is known."""
+        """An SVG for each title of CHARTS that has data."""
         matches = {title: [re.fullmatch(pattern, name) for name in self.curves] for title, pattern in CHARTS.items()}
         lines = {title: {m[1]: self.curves[m[0]] for m in found if m} for title, found in matches.items()}
         return {title: line_chart(curves, title, x="step") for title, curves in lines.items() if curves}
 
     def figures(self) -> list[list[str]]:
-        """A table: the last value of everything, and the best of validation."""
+        """A table of metrics: last values, and the best ones of validation."""
         table = [["figure", "last", "best", "at step"], ["---", "---:", "---:", "---:"]]
         for name, curve in sorted(self.curves.items()):
             step, best = (min if name.endswith("loss") else max)(curve, key=lambda point: point[1])
@@ -114,7 +114,7 @@ class RunReport(pl.Callback):
         return table
 
     def facts(self, trainer: Any, outcome: str) -> list[list[str]]:
-        """A table: what ran, where, and for how long."""
+        """A table of facts: outcome, duration, devices, versions."""
         saver, device, seconds = trainer.checkpoint_callback, trainer.strategy.root_device, time.monotonic() - self.began
         name = f"{device.type}, {torch.get_num_threads()} threads"
         if device.type == "cuda":
@@ -135,7 +135,7 @@ class RunReport(pl.Callback):
 
 
 def git_commit() -> str:
-    """The commit of the clone that holds the package, '-dirty' behind it where files differ; '' outside of a clone."""
+    """The commit of the clone with this package, with '-dirty' if files differ; '' outside of a clone."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists() or not shutil.which("git"):
         return ""
@@ -144,5 +144,5 @@ def git_commit() -> str:
 
 
 def rows(table: list[list[str]]) -> str:
-    """A table in Markdown; its second row is the rule under the head."""
+    """A table in Markdown; its second row is the line under the header."""
     return "\n".join(f"| {' | '.join(cells)} |" for cells in table)

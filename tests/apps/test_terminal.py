@@ -18,7 +18,7 @@ from fromage.apps.terminal import COMMANDS, parse, talk
 from fromage.generation.chat import Chat
 from fromage.generation.decoding import Decoding
 from fromage.generation.generate import Answer
-from fromage.generation.retrieved import Shown
+from fromage.generation.retrieved import RetrievedImages
 from fromage.models.prompts import Url
 from fromage.retrieval.results import Hit
 
@@ -130,7 +130,7 @@ def test_errors_are_one_line_and_the_conversation_goes_on(model, index, folder, 
         "a star " * 600: "shorten it",
         "/nonsense": "/nonsense: no such command",
         "/undo": "no turn to take back",
-        "/undo 3": "/undo stands alone",
+        "/undo 3": "/undo takes no argument",
         "/save": "ends in .png",
         "/save page.jpg": "ends in .png",
         "/save page.png": "no image has been shown",
@@ -184,7 +184,7 @@ def test_ctrl_c_at_the_prompt_leaves_the_second_time(model):
 def test_nothing_foreign_reaches_the_terminal(model, index, monkeypatch):
     def stream(chat, *parts):
         yield "\x1b]0;model\x07 words\x9b"
-        yield Shown(None, [Hit(1, 0.5, f"/images/{EVIL}", EVIL)], [Image.new("RGB", (8, 8))], [EVIL])
+        yield RetrievedImages(None, [Hit(1, 0.5, f"/images/{EVIL}", EVIL)], [Image.new("RGB", (8, 8))], [EVIL])
         chat.turns.append(type("Turn", (), {"said": list(parts), "answer": Answer(["words"], [])}))
 
     monkeypatch.setattr(Chat, "stream", stream)

@@ -118,11 +118,11 @@ def test_the_web_demo_points_where_a_checkpoint_is_named_or_the_toy_is_trained(c
     monkeypatch.chdir(tmp_path)
     args = {"index": None, "ckpt": None, "octopus": None, "device": "cpu"}
     opened = lambda **given: talk._octopus(SimpleNamespace(**args | given))  # noqa: E731
-    assert opened(octopus=ckpt).n == 4 and opened() is None, "nothing is trained for it"
-    save_untrained(tmp_path / HOME / "stage3" / CHECKPOINT, n=3)
+    assert opened(octopus=ckpt).num_queries == 4 and opened() is None, "nothing is trained for it"
+    save_untrained(tmp_path / HOME / "stage3" / CHECKPOINT, num_queries=3)
     assert opened() is None, "its training did not come to the end"
     (tmp_path / HOME / "stage3" / FINISHED).touch()
-    assert opened().n == 3 and opened(octopus=ckpt).n == 4 and opened(ckpt="own.ckpt") is None
+    assert opened().num_queries == 3 and opened(octopus=ckpt).num_queries == 4 and opened(ckpt="own.ckpt") is None
 
 
 def test_what_is_wrong_is_one_line(ckpt, photo, tmp_path, capsys):

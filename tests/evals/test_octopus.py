@@ -135,7 +135,7 @@ def test_pope_of_right_and_of_wrong_answers(octopus, world, answering):
 
 def test_what_cannot_be_asked_is_counted(world, tmp_path):
     data = Instructions(str(world / "llava/instruct_val.json"), str(world))
-    one = Octopus.load(n=1, c=16, decoder_layers=1, heads=2)
+    one = Octopus.load(num_queries=1, decoder_width=16, decoder_layers=1, heads=2)
     many = sum(len(e.meant) > 1 for e in data)
     asked = ask(one, data, Options(64))
     assert asked.skipped["examples of more objects than queries"] == many == len(data) - len(asked.answered) > 0

@@ -8,7 +8,7 @@ import torch
 from fromage.errors import UserError
 from fromage.generation.chat import Chat
 from fromage.generation.decoding import Decoding
-from fromage.generation.retrieved import Shown
+from fromage.generation.retrieved import RetrievedImages
 from fromage.models.fromage import Fromage
 from fromage.models.prompts import RET, START, prompt_ids, prompt_length
 
@@ -119,7 +119,7 @@ def test_streaming_gives_the_pieces_of_the_answer(model, index):
     chat, other = (Chat(model, index, IMAGES_PLEASE) for _ in range(2))
     pieces = list(chat.stream("a star"))
     answer = other.say("a star")
-    assert any(isinstance(piece, Shown) for piece in pieces)
+    assert any(isinstance(piece, RetrievedImages) for piece in pieces)
     assert "".join(p for p in pieces if isinstance(p, str)) == "".join(p for p in answer.parts if isinstance(p, str))
 
 

@@ -222,7 +222,7 @@ def test_numbers_of_numpy_are_numbers():
 
 
 def test_an_answer_must_have_room(toy_model):
-    with pytest.raises(UserError, match="600 behind it"):
+    with pytest.raises(UserError, match="600 after it"):
         generate(toy_model, ["a"], Decoding(600))
 
 

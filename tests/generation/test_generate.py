@@ -11,7 +11,7 @@ from PIL import Image
 
 from fromage.data.image_source import Item
 from fromage.errors import UserError
-from fromage.generation.generate import Answer, Decoding, Shown, caption, caption_images, generate, stream
+from fromage.generation.generate import Answer, Decoding, RetrievedImages, caption, caption_images, generate, stream
 from fromage.models.prompts import START, encode_images
 from fromage.retrieval.faiss_index import ImageIndex
 from fromage.retrieval.results import load_images
@@ -42,7 +42,11 @@ def gist(answer):
 
 def test_text_and_images_in_the_order_they_came(toy_model, index, prompts):
     for answer in generate(toy_model, prompts, TWO, index):
-        assert [type(part) for part in answer.parts[:3]] == [str, Shown, Shown]  # [RET] [RET] after three tokens
+        assert [type(part) for part in answer.parts[:3]] == [
+            str,
+            RetrievedImages,
+            RetrievedImages,
+        ]  # [RET] [RET] after three tokens
         assert 5 <= len(answer.ids) <= 12 and answer.shown == answer.parts[1:3]
         texts = [part for part in answer.parts if isinstance(part, str)]
         assert answer.text == " ".join(text.strip() for text in texts)
@@ -165,7 +169,7 @@ def test_captions_are_answers_to_the_image_and_the_start(toy_model, images):
 
 
 def test_neighbouring_texts_of_an_answer_become_one():
-    shown = Shown(torch.zeros(2).numpy())
+    shown = RetrievedImages(torch.zeros(2).numpy())
     answer = Answer.of(["a ", "red", shown, shown, " star ", ""], [1, 2])
     assert answer.parts == ["a red", shown, shown, " star "] and answer.text == "a red star" and answer.ids == [1, 2]
 

@@ -193,7 +193,7 @@ def test_the_longest_prompt(toy_model):
     words = "star " * (40 * (limit - 1) // ids)
     length = prompt_length(toy_model, [words])
     embed_prompts(toy_model, [[words]], room=limit - length)
-    with pytest.raises(UserError, match=f"{length} tokens and {limit - length + 1} behind it .* {limit} .*shorten"):
+    with pytest.raises(UserError, match=f"{length} tokens and {limit - length + 1} after it .* {limit} .*shorten"):
         embed_prompts(toy_model, [["a"], [words]], room=limit - length + 1)
 
 

@@ -10,14 +10,14 @@ from fromage.octopus.answers import answer_ids, read_indexed, read_text
 from fromage.octopus.boxes import spelled
 from fromage.octopus.data import objects_of
 from fromage.octopus.examples import Example
-from fromage.octopus.model import QUERY, index_tokens
+from fromage.octopus.model import QUERY, index_token_names
 from fromage.octopus.step import named
 
 A, B, C = (0.1, 0.2, 0.3, 0.4), (0.5, 0.5, 1.0, 0.75), (0.0, 0.0, 0.25, 0.125)
 
 
 def tokenizer(n):
-    return PromptTokenizer(str(TOY / "opt"), index_tokens(n), (IMAGE, QUERY))
+    return PromptTokenizer(str(TOY / "opt"), index_token_names(n), (IMAGE, QUERY))
 
 
 def example(*answer, boxes=(A, B, C)):

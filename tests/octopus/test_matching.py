@@ -92,7 +92,7 @@ def test_every_layer_is_judged():
 @pytest.mark.parametrize("grid", [(2, 2), (3, 5)])
 def test_boxes_lie_in_the_image_and_start_from_the_queries_points(grid):
     torch.manual_seed(0)
-    recognizer = Recognizer(8, 6, grid, 5, c=16, layers=2, heads=2)
+    recognizer = Recognizer(8, 6, grid, 5, decoder_width=16, layers=2, heads=2)
     found = recognizer(torch.randn(2, 5, 8), torch.randn(2, grid[0] * grid[1], 6))
     assert found.boxes.shape == (2, 2, 5, 4) and found.logits.shape == (2, 2, 5, 3) and found.relay.shape == (2, 5, 8)
     assert ((found.boxes > 0) & (found.boxes < 1)).all() and ((found.corners >= 0) & (found.corners <= 1)).all()
@@ -103,7 +103,7 @@ def test_boxes_lie_in_the_image_and_start_from_the_queries_points(grid):
 
 
 def test_the_places_of_patches_tell_them_apart():
-    places = Recognizer(8, 6, (3, 5), 2, c=32, layers=1, heads=2).places
+    places = Recognizer(8, 6, (3, 5), 2, decoder_width=32, layers=1, heads=2).places
     assert torch.cdist(places, places).add(torch.eye(15) * 9).min() > 0.3
 
 

@@ -46,11 +46,11 @@ def test_answers_behind_a_reading_are_those_of_one_pass_over_all(family):
     model = build(family)
     prompts, patches = embedded(model)
     answers = torch.tensor([[5, 9, model.tokenizer.row_ids[1]], [model.tokenizer.row_ids[0], 7, 8], [3, 4, 5]])
-    reading = model.read(prompts.ids, prompts.mask, prompts.embeds, patches)
-    first, rest = reading.hidden, model.extend(reading, answers)
+    prefill = model.read(prompts.ids, prompts.mask, prompts.embeds, patches)
+    first, rest = prefill.hidden, model.extend(prefill, answers)
     ids, mask = torch.cat([prompts.ids, answers], 1), pad(prompts.mask, (0, 3), value=True)
     embeds = torch.cat([prompts.embeds, model.embed(answers)], 1)
-    places = model.asked(ids)
+    places = model.is_query(ids)
     with model._recognising(places, patches, model.words(ids, mask)):
         whole = model.lm.hf.base_model(
             inputs_embeds=embeds, attention_mask=visible(mask, places), position_ids=positions(mask), use_cache=False
@@ -77,13 +77,13 @@ def test_the_queries_hidden_states_depend_on_the_last_one_and_the_words_do_not()
     prompts, patches = embedded(model, ASKED[:1])
     prompts.embeds.requires_grad_()
     seen = {}
-    block = model.lm.blocks[model.after - 1]
+    block = model.lm.blocks[model.split_layer - 1]
     handle = block.register_forward_hook(
         lambda *call: seen.update(hidden=call[2][0] if isinstance(call[2], tuple) else call[2])
     )
     model.read(prompts.ids, prompts.mask, prompts.embeds, patches)
     handle.remove()
-    at = model.asked(prompts.ids)[0].nonzero().flatten().tolist()
+    at = model.is_query(prompts.ids)[0].nonzero().flatten().tolist()
     hidden = seen["hidden"].view(1, prompts.ids.shape[1], -1)
     from_first = torch.autograd.grad(hidden[0, at[0]].sum(), prompts.embeds, retain_graph=True)[0][0]
     from_word = torch.autograd.grad(hidden[0, at[0] - 1].sum(), prompts.embeds)[0][0]
@@ -97,7 +97,7 @@ def test_hidden_states_learn_of_what_was_recognised_by_the_relay_alone(relay):
     (read(model).hidden * torch.randn(32)).sum().backward()
     grads = [p.grad for p in model.recognizer.parameters() if p.grad is not None]
     assert bool(grads) == relay
-    assert model.index.input.grad.abs().sum() > 0  # the names of the queries, either way
+    assert model.index_tokens.input.grad.abs().sum() > 0  # the names of the queries, either way
 
 
 def test_what_is_recognised_depends_on_instruction_and_image():
@@ -126,12 +126,12 @@ def test_an_index_token_is_weighed_by_how_well_its_box_suits_the_words_the_answe
     model = build()
     prompts, patches = embedded(model)
     states = []
-    handle = model.lm.blocks[model.after - 1].register_forward_hook(lambda *call: states.append(call[2]))
-    reading = model.read(prompts.ids, prompts.mask, prompts.embeds, patches)
+    handle = model.lm.blocks[model.split_layer - 1].register_forward_hook(lambda *call: states.append(call[2]))
+    prefill = model.read(prompts.ids, prompts.mask, prompts.embeds, patches)
     handle.remove()
     states = states[0][0] if isinstance(states[0], tuple) else states[0]  # (B, T, d), before anything is relayed
     pointer, none = model.pointer, [model.tokenizer.added[name] for name in ("<|image|>", "<|query|>")]
-    seen = pointer.region(regions(patches, (2, 2), reading.found.boxes[-1]))  # (B, N, c)
+    seen = pointer.region(regions(patches, (2, 2), prefill.found.boxes[-1]))  # (B, N, c)
     hidden, suits = torch.randn(3, 2, 32), torch.zeros(3, 2, 3)
     for row, text in enumerate(ASKED):
         count = len(model.tokenizer.encode(text))
@@ -140,8 +140,8 @@ def test_an_index_token_is_weighed_by_how_well_its_box_suits_the_words_the_answe
         w = pointer.norm(states[row, at])
         weights = (pointer.query(hidden[row]) @ pointer.key(w).T / 4).softmax(-1)
         suits[row] = weights @ pointer.value(w) @ seen[row].T
-    gain = model.logits(hidden, reading) - model.lm.logits(hidden)
-    torch.testing.assert_close(gain[..., -3:], suits + reading.found.scores.log().unsqueeze(1), atol=1e-4, rtol=1e-4)
+    gain = model.logits(hidden, prefill) - model.lm.logits(hidden)
+    torch.testing.assert_close(gain[..., -3:], suits + prefill.found.scores.log().unsqueeze(1), atol=1e-4, rtol=1e-4)
     assert suits.abs().max() > 0.1 and not gain[..., :-3].nan_to_num().any()
     gain[..., -3:].sum().backward()
     assert model.recognizer.classify.weight.grad is None  # the decoder learns nothing of its score by the answer
@@ -152,10 +152,10 @@ def test_answers_teach_the_pointer_and_not_the_boxes(dtype):
     model = build("llama")
     model.lm.hf.to(dtype)
     prompts, patches = embedded(model)
-    reading = model.read(prompts.ids, prompts.mask, prompts.embeds, patches.to(dtype))
-    logits = model.logits(reading.hidden.unsqueeze(1), reading)
+    prefill = model.read(prompts.ids, prompts.mask, prompts.embeds, patches.to(dtype))
+    logits = model.logits(prefill.hidden.unsqueeze(1), prefill)
     assert logits.dtype == torch.float32 and logits[..., -3:].isfinite().all()
-    model.pointer(torch.randn(3, 1, 32).to(dtype), reading.aligned).square().sum().backward()
+    model.pointer(torch.randn(3, 1, 32).to(dtype), prefill.aligned).square().sum().backward()
     assert all(p.grad.abs().sum() > 0 for p in model.pointer.parameters())
     assert all(p.grad is None for p in model.recognizer.parameters())
 
@@ -163,9 +163,9 @@ def test_answers_teach_the_pointer_and_not_the_boxes(dtype):
 def test_without_words_there_is_still_an_answer():
     model = build()
     prompts, patches = embedded(model, ["star", "ring"])
-    reading = model.read(prompts.ids, prompts.mask, prompts.embeds, patches)
-    reading.aligned.mask[0] = False
-    assert model.logits(reading.hidden.unsqueeze(1), reading)[..., -3:].isfinite().all()
+    prefill = model.read(prompts.ids, prompts.mask, prompts.embeds, patches)
+    prefill.aligned.mask[0] = False
+    assert model.logits(prefill.hidden.unsqueeze(1), prefill)[..., -3:].isfinite().all()
 
 
 def test_a_language_model_with_a_projection_before_its_layers_is_refused():
@@ -195,7 +195,7 @@ def test_greedy_answers_do_not_depend_on_the_batch():
 
 
 def test_without_queries_nothing_is_pointed_at():
-    model = build(n=0)
+    model = build(num_queries=0)
     answer = ground(model, [(torch.randn(4, 20), "star")], 5)[0]
     assert answer.candidates == [] and answer.queries == [] and not hasattr(model, "recognizer")
 
@@ -203,12 +203,12 @@ def test_without_queries_nothing_is_pointed_at():
 @pytest.mark.parametrize(
     "options, said",
     [
-        ({"after": 0}, "choose 1"),
-        ({"after": 4}, "choose 1"),
+        ({"split_layer": 0}, "choose 1"),
+        ({"split_layer": 4}, "choose 1"),
         ({"template": "{image}{instruction}"}, "once each"),
         ({"template": "{image}{instruction}{queries}{queries}"}, "once each"),
-        ({"c": 12}, "multiple of 8"),
-        ({"c": 16, "heads": 3}, "of heads"),
+        ({"decoder_width": 12}, "multiple of 8"),
+        ({"decoder_width": 16, "heads": 3}, "of heads"),
         ({"decoder_layers": 0}, "at least 1"),
     ],
 )
@@ -234,12 +234,12 @@ def test_left_padding():
 
 def test_there_is_nothing_to_point_at_where_nothing_was_recognised():
     model = build()
-    reading = read(model)
-    hidden = reading.hidden.detach().unsqueeze(1)  # (B, 1, d)
-    logits, plain = model.logits(hidden, reading), model.lm.logits(hidden)
+    prefill = read(model)
+    hidden = prefill.hidden.detach().unsqueeze(1)  # (B, 1, d)
+    logits, plain = model.logits(hidden, prefill), model.lm.logits(hidden)
     first = model.tokenizer.row_ids[0]
     torch.testing.assert_close(logits[..., :first], plain[..., :first])
-    unasked = replace(reading, found=None, aligned=None)
+    unasked = replace(prefill, found=None, aligned=None)
     assert (model.logits(hidden, unasked)[..., first:] == -torch.inf).all()
-    without = build(n=0)
+    without = build(num_queries=0)
     torch.testing.assert_close(without.logits(hidden, unasked), without.lm.logits(hidden))

@@ -13,10 +13,11 @@ from fromage.cli.main import main
 from fromage.errors import UserError
 from fromage.models.vision.registry import load_patches
 from fromage.octopus import OctopusData, OctopusModule, RefCOCO, load_octopus
-from fromage.octopus.data import Lessons
+from fromage.octopus.data import GroundingDataset
 from fromage.octopus.decoding import ground
 from fromage.octopus.examples import Example
-from fromage.octopus.lora import add_low_rank
+from fromage.octopus.lora import add_lora
+from fromage.octopus.module import RENAMED
 from fromage.training.checkpoint_io import SafeCheckpoint
 from fromage.training.configs import config_folder, find_config
 
@@ -27,6 +28,7 @@ QUICK = [
     "--data.batch_size=4",
     "--trainer.enable_progress_bar=false",
 ]
+SMALL = {"lm": "toy", "vision": "toy", "decoder_layers": 1, "heads": 2, "dtype": "float32"}
 QUICK += ["--trainer.limit_val_batches=1", "--data.val_batch_size=8"]
 
 
@@ -47,7 +49,7 @@ def state(folder, stage):
 def test_each_stage_trains_its_part_and_keeps_what_came_before(trained):
     parts = {s: {name.split(".")[1] for name in state(trained, s)} for s in ("stage1", "stage2", "stage3", "sequential")}
     assert parts["stage1"] == {"visual_prefix"}
-    assert parts["stage2"] == {"visual_prefix", "queries", "recognizer", "pointer", "index"}
+    assert parts["stage2"] == {"visual_prefix", "queries", "recognizer", "pointer", "index_tokens"}
     assert parts["stage3"] == parts["stage2"] | {"lm"}
     assert parts["sequential"] == {"visual_prefix", "lm"}
     one, two, three = (state(trained, s) for s in ("stage1", "stage2", "stage3"))
@@ -124,15 +126,20 @@ def test_in_the_place_of_an_image_that_cannot_be_decoded_stands_the_next(folder,
     whole = str(min(folder.glob("*.png")))
     examples = [Example(name, path, "star", ("yes",), ()) for name, path in (("bad", str(broken)), ("good", whole))]
     transform = load_patches("toy").transform
-    assert [Lessons(examples, transform, None)[i][0].key for i in (0, 1)] == ["good", "good"] and "bad" in caplog.text
+    assert [GroundingDataset(examples, transform, None)[i][0].key for i in (0, 1)] == [
+        "good",
+        "good",
+    ] and "bad" in caplog.text
     with pytest.raises(UserError, match="no image can be decoded"):
-        Lessons(examples[:1], transform, None)[0]
+        GroundingDataset(examples[:1], transform, None)[0]
 
 
 def test_boxes_to_point_at_are_refused_where_nothing_is_asked_yet(trained, world):
     coco = world / "refcoco"
     source = RefCOCO(str(coco / "refs(unc).p"), str(coco / "instances.json"), str(coco / "images"))
-    module = OctopusModule(stage=1, lm="toy", vision="toy", n=4, c=16, decoder_layers=1, heads=2, dtype="float32")
+    module = OctopusModule(
+        stage=1, lm="toy", vision="toy", num_queries=4, decoder_width=16, decoder_layers=1, heads=2, dtype="float32"
+    )
     trainer = pl.Trainer(max_steps=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
     with pytest.raises(UserError, match="stage 1 has no object queries"):
         trainer.fit(module, OctopusData([source], batch_size=4, workers=0))
@@ -141,8 +148,8 @@ def test_boxes_to_point_at_are_refused_where_nothing_is_asked_yet(trained, world
 
 
 def test_other_settings_of_what_recognises_are_refused(trained):
-    words = [*QUICK, "--model.after=1", f"--model.init={trained}/stage2/checkpoints/last.ckpt"]
-    with pytest.raises(UserError, match=r"another architecture \(model.after None, not 1\)"):
+    words = [*QUICK, "--model.split_layer=1", f"--model.init={trained}/stage2/checkpoints/last.ckpt"]
+    with pytest.raises(UserError, match=r"another architecture \(model.split_layer None, not 1\)"):
         octopus_tour.train(trained, octopus_tour.STAGES[2:], words)
 
 
@@ -165,7 +172,9 @@ def test_a_run_that_goes_on_sees_what_it_would_have_seen(world, tmp_path):
         seen = Seen()
         trainer = pl.Trainer(max_steps=steps, accelerator="cpu", logger=False, callbacks=[saver, seen],
                              enable_progress_bar=False, enable_model_summary=False)  # fmt: skip
-        module = OctopusModule(stage=2, lm="toy", vision="toy", n=4, c=16, decoder_layers=1, heads=2, dtype="float32")
+        module = OctopusModule(
+            stage=2, lm="toy", vision="toy", num_queries=4, decoder_width=16, decoder_layers=1, heads=2, dtype="float32"
+        )
         trainer.fit(module, OctopusData([source], batch_size=4, features=str(tmp_path / "patches")), ckpt_path=resume)
         return seen.keys
 
@@ -181,9 +190,9 @@ def test_what_belongs_to_another_model_is_refused(trained, capsys, tmp_path):
         octopus_tour.train(
             trained,
             (octopus_tour.STAGES[1],),
-            [*QUICK, "--model.c=32", f"--model.init={trained}/stage2/checkpoints/last.ckpt"],
+            [*QUICK, "--model.decoder_width=32", f"--model.init={trained}/stage2/checkpoints/last.ckpt"],
         )
-    words = ["fit", "--config=octopus_toy2.yaml", "--model.n=0"]
+    words = ["fit", "--config=octopus_toy2.yaml", "--model.num_queries=0"]
     assert main(words) == 2 and "choose stage 1 or 3" in capsys.readouterr().err
 
 
@@ -198,7 +207,7 @@ def test_what_an_earlier_version_wrote_is_refused(trained, tmp_path, lacks):
         path = tmp_path / f"{name}.ckpt"
         with pytest.raises(UserError, match=rf"{path}: of another architecture or version \({wrong}\)"):
             load_octopus(str(path))
-        with pytest.raises(UserError, match=rf"go on from: of another architecture or version \({wrong}\)"):
+        with pytest.raises(UserError, match=rf"resume from: of another architecture or version \({wrong}\)"):
             octopus_tour.train(trained, octopus_tour.STAGES[1:2], [*QUICK, f"--ckpt_path={path}"])
 
 
@@ -206,14 +215,14 @@ def test_adapters_are_all_that_is_trained_of_the_language_model(trained):
     octopus_tour.train(
         trained,
         (octopus_tour.STAGES[2],),
-        [*QUICK, "--model.low_rank=2", f"--trainer.callbacks.init_args.dirpath={trained}/lora"],
+        [*QUICK, "--model.lora_rank=2", f"--trainer.callbacks.init_args.dirpath={trained}/lora"],
     )
     kept = torch.load(trained / "lora" / "last.ckpt", weights_only=True)["state_dict"]
     of_lm = [name for name in kept if name.startswith("model.lm.")]
     assert of_lm and all("lora_" in name for name in of_lm)
     half = build("llama")
     half.lm.hf.bfloat16()
-    add_low_rank(half.lm, 2)
+    add_lora(half.lm, 2)
     assert {p.dtype for name, p in half.lm.hf.named_parameters() if "lora_" in name} == {torch.float32}
     half.lm(torch.randn(1, 3, 32).bfloat16(), torch.ones(1, 3, dtype=torch.bool)).sum().backward()
     assert len(ground(load_octopus(str(trained / "lora" / "last.ckpt")), [(torch.ones(16, 384), "star")], 3)) == 1
@@ -222,8 +231,33 @@ def test_adapters_are_all_that_is_trained_of_the_language_model(trained):
 def test_the_full_size_stages_have_the_papers_values():
     models = [config["model"]["init_args"] for config in STAGES]
     assert [m["stage"] for m in models] == [1, 2, 3] and [m["lr"] for m in models] == [1e-4, 1e-4, 2e-5]
-    assert {(m["n"], m["after"], m["lm"], m["vision"]) for m in models} == {(64, 16, "lmsys/vicuna-7b-v1.5", "ViT-L-14-336")}
+    assert {(m["num_queries"], m["split_layer"], m["lm"], m["vision"]) for m in models} == {
+        (64, 16, "lmsys/vicuna-7b-v1.5", "ViT-L-14-336")
+    }
     saved = [config["trainer"]["callbacks"][1]["init_args"]["dirpath"] + "/last.ckpt" for config in STAGES]
     assert [m.get("init") for m in models] == [None, *saved[:2]]
     sequential = yaml.safe_load(Path(find_config("octopus_sequential.yaml")).read_text())["model"]["init_args"]
-    assert sequential["n"] == 0 and "stage1" in sequential["init"]
+    assert sequential["num_queries"] == 0 and "stage1" in sequential["init"]
+
+
+def test_options_and_checkpoints_with_former_names_are_read_with_a_warning(trained, tmp_path):
+    with pytest.warns(UserWarning, match=r"n \(now num_queries\), after \(now split_layer\)"):
+        old = OctopusModule(stage=3, n=4, after=1, c=16, low_rank=2, **SMALL)
+    new = OctopusModule(stage=3, num_queries=4, split_layer=1, decoder_width=16, lora_rank=2, **SMALL)
+    assert dict(old.hparams) == dict(new.hparams) == dict(old.hparams_initial) and not RENAMED.keys() & old.hparams.keys()
+
+    path = trained / "stage2" / "checkpoints" / "last.ckpt"
+    stored = torch.load(path, weights_only=True)
+    settings = {**stored["hyper_parameters"]}
+    former = {old: settings.pop(new) for old, new in RENAMED.items()}
+    state = {name.replace("index_tokens.", "index."): value for name, value in stored["state_dict"].items()}
+    assert state.keys() != stored["state_dict"].keys()
+    written = tmp_path / "former.ckpt"
+    torch.save(stored | {"state_dict": state, "hyper_parameters": settings | former}, written)
+    with pytest.warns(UserWarning, match=r"former\.ckpt: former names .* c \(now decoder_width\)"):
+        model = load_octopus(str(written))
+    assert model.fingerprint() == load_octopus(str(path)).fingerprint()
+    words = [*QUICK, "--model.n=8", "--trainer.max_steps=4", f"--ckpt_path={written}", "--model.c=96"]
+    with pytest.warns(UserWarning, match=r"n \(now num_queries\), c \(now decoder_width\)"):
+        octopus_tour.train(trained, octopus_tour.STAGES[1:2], [*words, f"--trainer.callbacks.init_args.dirpath={tmp_path}"])
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 4

@@ -202,7 +202,7 @@ def test_refcoco_files_that_are_wrong(one, tmp_path, world):
         list(RefCOCO(refs, instances, "images", split="testA"))
     with pytest.raises(UserError, match=r"nothing\.p: cannot be read"):
         list(RefCOCO(str(tmp_path / "nothing.p"), instances, "images"))
-    with pytest.raises(UserError, match="is no list of references"):
+    with pytest.raises(UserError, match="is not a list of references"):
         list(RefCOCO(instances, instances, "images"))
     with pytest.raises(UserError, match="captions of COCO, and not boxes of COCO"):
         list(RefCOCO(refs, str(world / "coco/annotations/captions_val2017.json"), "images", split="val"))

@@ -6,7 +6,7 @@ import transformers as hf
 from fromage.data.tokenizer import IMAGE, PromptTokenizer
 from fromage.models.frozen import TOY
 from fromage.models.language_model import LanguageModel
-from fromage.octopus.model import QUERY, Octopus, index_tokens
+from fromage.octopus.model import QUERY, Octopus, index_token_names
 from fromage.octopus.module import OctopusModule
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
@@ -28,19 +28,19 @@ class NoTower(torch.nn.Module):
     shape, width, grid, name = (4, 20), 20, (2, 2), "none"
 
 
-def build(family="opt", n=3, **options):
+def build(family="opt", num_queries=3, **options):
     torch.manual_seed(0)
-    tokenizer = PromptTokenizer(str(TOY / "opt"), index_tokens(n), (IMAGE, QUERY))
+    tokenizer = PromptTokenizer(str(TOY / "opt"), index_token_names(num_queries), (IMAGE, QUERY))
     kind, sizes = FAMILIES[family]
     config = kind(vocab_size=tokenizer.vocab_size + 7, pad_token_id=1, bos_token_id=2, eos_token_id=2, **sizes)
     lm = LanguageModel(hf.AutoModelForCausalLM.from_config(config), tokenizer, family)
-    return Octopus(lm, NoTower(), n, **{"c": 16, "decoder_layers": 2, "heads": 2} | options)
+    return Octopus(lm, NoTower(), num_queries, **{"decoder_width": 16, "decoder_layers": 2, "heads": 2} | options)
 
 
-def save_untrained(path, n=4):
-    """Write a checkpoint as a run on the toy towers would at its beginning; n = 0: of the sequential counterpart."""
+def save_untrained(path, num_queries=4):
+    """Write a checkpoint as a run on the toy towers would at its beginning; no queries: the sequential counterpart."""
     towers = {"lm": "toy", "vision": "toy", "vision_weights": None, "dtype": "float32"}
-    module = OctopusModule(stage=3, n=n, c=16, decoder_layers=1, heads=2, **towers)
+    module = OctopusModule(stage=3, num_queries=num_queries, decoder_width=16, decoder_layers=1, heads=2, **towers)
     module.configure_model()
     trained = {f"model.{name}": p.detach() for name, p in module.model.trained().items()}
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -18,7 +18,7 @@ from PIL import Image
 from test_codec import encoded, make_tar
 
 from fromage.cli.main import main
-from fromage.data.image_source import Chunk, Item, Sample
+from fromage.data.image_source import ImageBatch, ImageSample, Item
 from fromage.errors import UserError
 from fromage.retrieval import embed_ray as ray_embed
 from fromage.retrieval.embed_images import _here, embed_images
@@ -166,8 +166,8 @@ def test_a_ray_that_does_not_start_is_one_line(monkeypatch):
 def test_what_is_wrong_with_a_chunk_comes_through_as_it_is(monkeypatch):
     embedder = object.__new__(ray_embed.Embedder)
     embedder.model = ImageSide(Model())
-    sample = Sample(0, Item("a"), None)
-    row = ray_embed._packed(Chunk(0, 0, [(torch.ones(1, 7), [sample])], True))
+    sample = ImageSample(0, Item("a"), None)
+    row = ray_embed._packed(ImageBatch(0, 0, [(torch.ones(1, 7), [sample])], True))
     job = SimpleNamespace(iter_rows=lambda: [embedder(embedder(row))])
     monkeypatch.setattr(RayJob, "_job", lambda *args: job)
     monkeypatch.setattr(RayJob, "_cluster", lambda self: nullcontext())

@@ -28,7 +28,7 @@ from fromage.serving.batching import Capacity
 def held(app, monkeypatch, name="search"):
     """The model's thread held up at its first request, to see what it is given when it goes on."""
     given, begun, go = [], threading.Event(), threading.Event()
-    work = getattr(app.state.desk.answerer, name)
+    work = getattr(app.state.handler.worker, name)
 
     def wait(asked):
         given.append(len(asked))
@@ -36,7 +36,7 @@ def held(app, monkeypatch, name="search"):
         assert go.wait(10)
         return work(asked)
 
-    monkeypatch.setattr(app.state.desk.answerer, name, wait)
+    monkeypatch.setattr(app.state.handler.worker, name, wait)
     try:
         yield given, begun, go
     finally:
@@ -71,7 +71,7 @@ def test_requests_that_come_meanwhile_are_answered_together_as_alone(app, client
             tasks = [asyncio.create_task(client.post("/search", json={"query": "first"}))]
             await until(begun.is_set)
             tasks += [asyncio.create_task(client.post("/search", json={"query": query, "k": 3})) for query in queries]
-            await until(lambda: app.state.desk.batcher.waiting == len(queries))
+            await until(lambda: app.state.handler.batcher.waiting == len(queries))
             go.set()
             replies = await asyncio.gather(*tasks)
         assert given == [1, 5] and [captions(reply) for reply in replies[1:]] == alone
@@ -87,12 +87,12 @@ def test_beyond_the_queue_it_is_429_and_in_time_504(model, index, monkeypatch):
             tasks = [asyncio.create_task(client.post("/search", json={"query": "a"}))]
             await until(begun.is_set)
             tasks += [asyncio.create_task(client.post("/search", json={"query": "a"})) for _ in range(2)]
-            await until(lambda: app.state.desk.batcher.waiting == 2)
+            await until(lambda: app.state.handler.batcher.waiting == 2)
             for path, body in (("/search", {"query": "a"}), ("/chat", SAY), ("/chat", SAY | {"stream": True})):
                 refused = await client.post(path, json=body)
                 assert refused.status_code == 429 and int(refused.headers["retry-after"]) > 0
             assert [reply.status_code for reply in await asyncio.gather(*tasks)] == [504] * 3
-            assert app.state.desk.batcher.waiting == 0, "taken back"
+            assert app.state.handler.batcher.waiting == 0, "taken back"
 
     running(app, case)
 
@@ -122,7 +122,7 @@ def test_beyond_what_may_be_at_hand_no_request_is_read(model, index, monkeypatch
 
 def test_an_image_asked_for_by_its_id_has_a_time_out_and_makes_no_other_wait(model, index, monkeypatch):
     app, go = create_app(model, index, "plain", Capacity(timeout=1.0)), threading.Event()
-    monkeypatch.setattr(app.state.desk.ids, "open", lambda name: go.wait(30))
+    monkeypatch.setattr(app.state.handler.ids, "open", lambda name: go.wait(30))
 
     async def case(client):
         slow = [asyncio.create_task(client.get("/images/" + "0" * 16)) for _ in range(20)]
@@ -162,8 +162,8 @@ def test_closing_refuses_what_waits_and_answers_what_runs(app, monkeypatch):
             tasks = [asyncio.create_task(client.post("/search", json={"query": "a"}))]
             await until(begun.is_set)
             tasks += [asyncio.create_task(client.post("/chat", json=SAY | {"stream": way})) for way in (False, True)]
-            await until(lambda: app.state.desk.batcher.waiting == 2)
-            app.state.desk.batcher.close()
+            await until(lambda: app.state.handler.batcher.waiting == 2)
+            app.state.handler.batcher.close()
             go.set()
             assert [reply.status_code for reply in await asyncio.gather(*tasks)] == [200, 503, 503]
         assert (await client.get("/healthz")).status_code == 503
@@ -178,7 +178,7 @@ LONG = {"max_new_tokens": 480, "min_tokens": 480, "max_images": 0}  # seconds of
 def address(app):
     """Host and port of a real server, in a thread."""
     listening = socket.create_server(("127.0.0.1", 0))
-    server = _Server(uvicorn.Config(app, log_level="error"), app.state.desk)
+    server = _Server(uvicorn.Config(app, log_level="error"), app.state.handler)
     thread = threading.Thread(target=server.run, args=([listening],))
     thread.start()
     yield listening.getsockname()
@@ -194,7 +194,7 @@ def post(address, path, body):
 
 
 def test_closing_a_stream_stops_its_decoding(app, address, monkeypatch):
-    put, over, work = [], threading.Event(), app.state.desk.answerer.stream
+    put, over, work = [], threading.Event(), app.state.handler.worker.stream
 
     def counted(asked):
         ((request, send),) = asked
@@ -202,7 +202,7 @@ def test_closing_a_stream_stops_its_decoding(app, address, monkeypatch):
         over.set()
         return done
 
-    monkeypatch.setattr(app.state.desk.answerer, "stream", counted)
+    monkeypatch.setattr(app.state.handler.worker, "stream", counted)
     connection, response = post(address, "/chat", SAY | {"stream": True, "decoding": LONG})
     reply = response()
     assert reply.readline() == b"event: text\n"
@@ -217,10 +217,10 @@ def test_who_has_gone_is_not_answered(app, address, monkeypatch):
         assert begun.wait(10)
         gone = [post(address, "/search", {"query": "a"})[0], post(address, "/chat", SAY)[0]]
         gone.append(post(address, "/chat", SAY | {"stream": True})[0])
-        asyncio.run(until(lambda: app.state.desk.batcher.waiting == 3))
+        asyncio.run(until(lambda: app.state.handler.batcher.waiting == 3))
         for connection in gone:
             connection.close()
-        asyncio.run(until(lambda: app.state.desk.batcher.waiting == 0))
+        asyncio.run(until(lambda: app.state.handler.batcher.waiting == 0))
         go.set()
         assert first[1]().status == 200 and given == [1]
 

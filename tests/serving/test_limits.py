@@ -109,7 +109,7 @@ def test_work_keeps_its_thread_when_its_client_has_gone(app, client, folder, mon
         raise ValueError
 
     monkeypatch.setattr("fromage.serving.request_handler.decode_image", slow)
-    handler = app.state.desk
+    handler = app.state.handler
 
     async def hang_up():
         from fromage.serving.schema import SearchRequest

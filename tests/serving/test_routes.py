@@ -96,10 +96,10 @@ def test_full_size_images_do_not_pile_up(app, client, monkeypatch):
         alive.append(sum(each() is not None for each in opened))
         return image
 
-    monkeypatch.setattr(app.state.desk.ids, "open", opening)
+    monkeypatch.setattr(app.state.handler.ids, "open", opening)
     monkeypatch.setattr("fromage.retrieval.results.open_image", opening)
     monkeypatch.setattr("fromage.retrieval.results.POOL", ThreadPoolExecutor(1))
-    monkeypatch.setitem(app.state.desk._threads, "found", ThreadPoolExecutor(1))
+    monkeypatch.setitem(app.state.handler._threads, "found", ThreadPoolExecutor(1))
     hits = client.post("/search", json={"query": "a", "k": 6, "images": True}).json()["hits"]
     shown = {"type": "images", "hits": [{"id": hit["id"]} for hit in hits]}
     assert captions(client.post("/search", json={"query": [shown]}))
@@ -168,7 +168,7 @@ def test_a_stream_that_fails_says_so(app, client, monkeypatch):
         asked[0][1]("a red")
         raise UserError("the star has set")
 
-    monkeypatch.setattr(app.state.desk.answerer, "stream", broken)
+    monkeypatch.setattr(app.state.handler.worker, "stream", broken)
     said = events(client.post("/chat", json=SAY | {"stream": True}))
     assert said == [("text", {"text": "a red"}), ("error", {"detail": "the star has set"})]
     too_long = {"messages": [{"role": "user", "content": "star " * 2000}], "stream": True}

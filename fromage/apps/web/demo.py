@@ -1,8 +1,8 @@
-"""The web demo: talk with a model and search its index, in a browser.
+"""The web demo: chat with a model and search its index, in a browser.
 
-Each visitor has a conversation of their own, kept as its turns, from which the page is drawn anew. The model works for
-one visitor at a time. Nothing of this machine can be read through the page: what is sent is decoded here, what is shown
-is written into a temporary folder, and nothing but this folder is served. It is gone when the demo ends.
+Each visitor has their own conversation, stored as turns, from which the page is drawn. The model serves one visitor at a
+time. Visitors cannot read files of this machine: uploads are decoded here, shown images are written into a temporary folder,
+and only this folder is served. It is deleted when the demo ends.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ if TYPE_CHECKING:
     from fromage.retrieval.faiss_index import ImageIndex
 
 CACHE = "GRADIO_TEMP_DIR"
-UPLOAD = "20mb"  # of one file
-SESSIONS = 200  # conversations kept; beyond it the one that rested longest is forgotten
+UPLOAD = "20mb"  # maximum size of one file
+SESSIONS = 200  # conversations kept; beyond it the least recently used one is deleted
 QUEUE = 64  # requests that may wait
 KEPT = 24 * 3600  # seconds that images stay in the temporary folder
 MODEL: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1}  # the events that use the model
-PLAIN: dict[str, Any] = {"render_markdown": False, "latex_delimiters": [], "show_label": False}  # words as they are
+PLAIN: dict[str, Any] = {"render_markdown": False, "latex_delimiters": [], "show_label": False}  # plain text
 THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
 CSS = """
 .gradio-container {max-width: 1200px !important; margin: 0 auto !important}
@@ -71,10 +71,10 @@ def launch(
 def running(
     model: Fromage, index: ImageIndex | None, style: str, host: str, port: int, octopus: Octopus | None = None
 ) -> Iterator[str]:
-    """The demo, served in the background; gives its address."""
+    """The demo, served in the background; yields its address."""
     with _cache():
-        visits = Sessions(model, index, style)
-        blocks = page(visits, Pointing(octopus, visits.lock) if octopus else None)
+        sessions = Sessions(model, index, style)
+        blocks = page(sessions, Pointing(octopus, sessions.lock) if octopus else None)
         try:
             yield _serve(blocks, host, port)
         finally:
@@ -83,7 +83,7 @@ def running(
 
 @contextmanager
 def _cache() -> Iterator[None]:
-    """Gradio's folder for uploads and images shown: by default, one for all that runs on the machine, for good."""
+    """A temporary folder for uploads and shown images; Gradio's default is one permanent folder for all its demos."""
     before = os.environ.get(CACHE)
     with tempfile.TemporaryDirectory(prefix="fromage-") as folder:
         os.environ[CACHE] = folder
@@ -120,39 +120,41 @@ def _serve(blocks: gr.Blocks, host: str, port: int) -> str:
     return address.rstrip("/")
 
 
-def page(visits: Sessions, pointing: Pointing | None = None) -> gr.Blocks:
-    """Two tabs, the conversation and the plain search; with an Octopus a third one, in which it points."""
-    about = ABOUT + (FINDS.format(count=len(visits.index)) if visits.index else NO_INDEX)
+def page(sessions: Sessions, pointing: Pointing | None = None) -> gr.Blocks:
+    """The page: tabs for conversation and search, and with an Octopus a third one for pointing at objects."""
+    about = ABOUT + (FINDS.format(count=len(sessions.index)) if sessions.index else NO_INDEX)
     with GuardedBlocks(title="FROMAGe", analytics_enabled=False, delete_cache=(600, KEPT)) as blocks:
         gr.Markdown(about)
         with gr.Tab("Chat"):
-            _chat(visits)
+            _chat(sessions)
         with gr.Tab("Search"):
-            _search(visits)
+            _search(sessions)
         if pointing:
             with gr.Tab("Point"):
                 _point(pointing)
     return blocks.queue(max_size=QUEUE)
 
 
-def _chat(visits: Sessions) -> None:
+def _chat(sessions: Sessions) -> None:
     turns = gr.State([])
     with gr.Row():
         with gr.Column(scale=3):
             shown = gr.Chatbot(height="58vh", buttons=[], allow_file_downloads=False, **PLAIN)
-            box = _box(visits, MAX_SENT)
+            box = _box(sessions, MAX_SENT)
             with gr.Row():
                 stop, undo, new = (gr.Button(name, size="md", min_width=80) for name in ("Stop", "Undo", "New"))
         with gr.Column(scale=1):
-            settings = _settings(visits)
-    asked = box.submit(visits.answer, [box, turns, *settings], [box, shown, turns], **MODEL)
+            settings = _settings(sessions)
+    asked = box.submit(sessions.answer, [box, turns, *settings], [box, shown, turns], **MODEL)
     stop.click(conversation, turns, shown, cancels=asked, queue=False)
-    undo.click(visits.undo, turns, [shown, turns], **MODEL)
+    undo.click(sessions.undo, turns, [shown, turns], **MODEL)
     gr.on([new.click, shown.clear], lambda: ([], []), None, [shown, turns], cancels=asked, queue=False)
 
 
-def _box(visits: Sessions, files: int) -> gr.MultimodalTextbox:
-    such_as = f", such as: {visits.index.items[0].caption[:80]}" if visits.index and visits.index.items[0].caption else ""
+def _box(sessions: Sessions, files: int) -> gr.MultimodalTextbox:
+    such_as = (
+        f", such as: {sessions.index.items[0].caption[:80]}" if sessions.index and sessions.index.items[0].caption else ""
+    )
     return _message_box(f"words, an image, or both{such_as}", files)
 
 
@@ -165,7 +167,7 @@ def _message_box(placeholder: str, files: int) -> gr.MultimodalTextbox:
     )
 
 
-def _settings(visits: Sessions) -> list[gr.Slider]:
+def _settings(sessions: Sessions) -> list[gr.Slider]:
     """In the order of Sessions.answer."""
     gr.Markdown("### How answers are made")
     return [
@@ -176,17 +178,17 @@ def _settings(visits: Sessions) -> list[gr.Slider]:
     ]
 
 
-def _search(visits: Sessions) -> None:
-    if visits.index is None:
+def _search(sessions: Sessions) -> None:
+    if sessions.index is None:
         gr.Markdown("There is no index to search: the demo was started without `--index`.")
         return
     with gr.Row():
         with gr.Column(scale=3):
-            box = _box(visits, 1)
+            box = _box(sessions, 1)
         with gr.Column(scale=1):
             count = gr.Slider(1, 24, 8, step=1, label="Images")
     found = gr.Gallery(show_label=False, height="auto", buttons=[], interactive=False)
-    box.submit(visits.search, [box, count], found, **MODEL)
+    box.submit(sessions.search, [box, count], found, **MODEL)
 
 
 def _point(pointing: Pointing) -> None:

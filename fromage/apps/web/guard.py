@@ -1,4 +1,4 @@
-"""What keeps the web demo to itself: its page loads nothing from elsewhere, its server fetches nothing for anyone."""
+"""Security of the web demo: its page loads nothing from other hosts, and its server fetches no addresses."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ POLICY = b"default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; frame-a
 
 
 class GuardedBlocks(gr.Blocks):
-    """Takes uploaded files only. Gradio itself refuses paths of this machine, but would fetch web addresses.
+    """Accepts uploaded files only: Gradio refuses local paths by itself, but would fetch web addresses.
 
-    And takes no values that the page could not have sent, at which Gradio, or what it calls, would fail.
+    It also refuses values that the page cannot send and on which Gradio would fail.
     """
 
     def validate_inputs(self, block_fn: Any, inputs: list[Any]) -> None:
-        """Refuse a call before Gradio looks for its files."""
+        """Refuse a call before Gradio reads its files."""
         super().validate_inputs(block_fn, inputs)
-        if '"path": "http' in json.dumps(inputs):  # within a text the quotes would be escaped
+        if '"path": "http' in json.dumps(inputs):  # in a text the quotes would be escaped
             raise gr.Error("send the image itself, not its address", print_exception=False)
         for block, value in zip(block_fn.inputs, inputs, strict=False):
             if isinstance(block, gr.Slider) and not (isinstance(value, Real) and isfinite(value)):
@@ -37,7 +37,7 @@ def _is_message(value: Any) -> bool:
 
 
 class Guard:
-    """ASGI middleware: tells the browser to load nothing from elsewhere, and refuses paths that hold an address."""
+    """ASGI middleware: forbids the browser to load from other hosts, and refuses paths that contain an address."""
 
     def __init__(self, app: Any) -> None:
         self.app = app

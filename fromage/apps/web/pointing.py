@@ -1,4 +1,4 @@
-"""What visitors of the web demo ask of Octopus: an image and words go in, the image comes back with boxes drawn."""
+"""Octopus in the web demo: an image and a text in, the image with boxes out."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from threading import Lock
 
 from PIL import Image
 
-from fromage.apps.web.sessions import Message, drawn, read, warn
+from fromage.apps.web.sessions import GradioMessage, drawn, read, warn
 from fromage.errors import UserError
 from fromage.octopus.decoding import ground, instruction
 from fromage.octopus.drawing import draw_answer
@@ -16,13 +16,13 @@ LENGTH = 128  # new tokens at most
 
 
 class Pointing:
-    """One Octopus, used by one visitor at a time. Nothing is kept of what they send."""
+    """One Octopus, used by one visitor at a time. Uploads are not kept."""
 
     def __init__(self, octopus: Octopus, lock: Lock) -> None:
         self.octopus, self.lock = octopus, lock
 
-    def point(self, sent: Message) -> tuple[str | None, str]:
-        """The drawing, as a file, and the answer in words and marks such as <d3>. What fails is a warning."""
+    def point(self, sent: GradioMessage) -> tuple[str | None, str]:
+        """The drawing, as a file, and the answer with index tokens such as <d3>. An error is shown as a warning."""
         try:
             image, asked = one_of_each(sent)
             with self.lock:
@@ -33,8 +33,8 @@ class Pointing:
         return drawn(draw_answer(image, answer)), answer.text if answer.boxes else f"{answer.text} (points at nothing)"
 
 
-def one_of_each(sent: Message) -> tuple[Image.Image, str]:
-    """The image and the instruction of a box. Raises UserError where it holds anything else."""
+def one_of_each(sent: GradioMessage) -> tuple[Image.Image, str]:
+    """The image and the instruction of a message. Raises UserError for any other contents."""
     match read(sent):
         case [Image.Image() as image, str(text)]:
             return image, instruction(text)

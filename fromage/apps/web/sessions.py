@@ -1,4 +1,4 @@
-"""What visitors of the web demo ask of the model, and their conversations as Gradio shows them."""
+"""Sessions of the web demo: answers and searches for visitors, and conversations in Gradio's format."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fromage.errors import BrokenSample, UserError
 from fromage.generation.chat import Chat, Turn
 from fromage.generation.decoding import Decoding
 from fromage.generation.generate import Answer
-from fromage.generation.retrieved import Shown
+from fromage.generation.retrieved import RetrievedImages
 from fromage.images.codec import STRANGERS_PIXELS, decode_image, jpeg, small
 from fromage.models.fromage import Fromage
 from fromage.models.prompts import Part
@@ -32,27 +32,27 @@ if TYPE_CHECKING:
 
 MAX_SENT = 8  # images in a message
 MAX_TEXT = 20_000  # characters in a message
-LARGE = 4096  # pixels of the longer side of an image that was sent
-SIDE = 1024  # and of an image on the page
-MAX_TURNS = 100  # of a conversation that are kept; a language model has positions for fewer
-Message = dict[str, Any]  # of Gradio: in a conversation its role and contents, in a box its text and files
+LARGE = 4096  # maximum side of an uploaded image, in pixels
+SIDE = 1024  # maximum side of an image on the page, in pixels
+MAX_TURNS = 100  # turns kept of a conversation; language models have positions for fewer
+GradioMessage = dict[str, Any]  # Gradio's: role and contents in a conversation, text and files in an input box
 SECRET = token_bytes(16)
 GONE = "(better ones could not be opened)"  # in place of notes that name paths
 
 
 @dataclass
-class Said:
-    """A turn that is over. parts: for the model, its images as features. page: for the visitor, as files."""
+class PageTurn:
+    """A finished turn. parts: for the model, with features for images. page: for the visitor, with files for images."""
 
     parts: list[Part]
-    page: list[Message]
+    page: list[GradioMessage]
 
 
-Turns = list[Said]
+Turns = list[PageTurn]
 
 
 class Sessions:
-    """One model and its index, used by one visitor at a time. Of the visitors nothing is kept: their turns come and go."""
+    """One model and its index, used by one visitor at a time. The turns are kept by Gradio, not here."""
 
     def __init__(self, model: Fromage, index: ImageIndex | None, style: str) -> None:
         """Raises UserError for an index of another model."""
@@ -61,9 +61,9 @@ class Sessions:
         self.model, self.index, self.style, self.lock = model, index, style, Lock()
 
     def answer(
-        self, sent: Message, turns: Turns, ret_bias: float, temperature: float, images: int, length: int
-    ) -> Iterator[tuple[Any, list[Message], Turns]]:
-        """One turn as it is decoded: what stands in the box, the conversation, its turns. What fails is a warning."""
+        self, sent: GradioMessage, turns: Turns, ret_bias: float, temperature: float, images: int, length: int
+    ) -> Iterator[tuple[Any, list[GradioMessage], Turns]]:
+        """One turn while it is decoded: contents of the input box, the conversation, its turns. Errors are warnings."""
         chat = Chat(self.model, self.index, style=self.style)
         chat.turns = [Turn([], Answer([], []), turn.parts) for turn in turns]
         before = conversation(turns)
@@ -75,14 +75,14 @@ class Sessions:
             for answered in self._growing(chat, said):
                 page[1] = message("assistant", answered)
                 yield gr.skip(), [*before, *page], turns
-            turns = [*turns, Said(chat.turns[-1].parts, page)][-MAX_TURNS:]
+            turns = [*turns, PageTurn(chat.turns[-1].parts, page)][-MAX_TURNS:]
             yield gr.skip(), conversation(turns), turns
         except UserError as error:
             warn(error)
             yield {"text": sent["text"], "files": []}, before, turns
 
     def _growing(self, chat: Chat, said: list[Part]) -> Iterator[list[Any]]:
-        """The answer so far as the page shows it, piece by piece; an image is drawn once. Closing it ends the decoding."""
+        """The answer so far in Gradio's format, after each piece; each image is written once. Closing it stops decoding."""
         shown, text = list[Any](), ""
         with self.lock, closing(chat.stream(*said)) as stream:
             for piece in stream:
@@ -92,12 +92,12 @@ class Sessions:
                     shown, text = [*shown, *contents(text), *contents(piece)], ""
                 yield [*shown, *contents(text)]
 
-    def undo(self, turns: Turns) -> tuple[list[Message], Turns]:
+    def undo(self, turns: Turns) -> tuple[list[GradioMessage], Turns]:
         """The conversation without its last turn."""
         return conversation(turns[:-1]), turns[:-1]
 
-    def search(self, sent: Message, count: int) -> list[tuple[str, str]]:
-        """The images of the index nearest to words, to an image, or to both, best first: files, captions."""
+    def search(self, sent: GradioMessage, count: int) -> list[tuple[str, str]]:
+        """The images of the index nearest to a text, an image, or both, best first: (file, caption) each."""
         assert self.index is not None  # the page has no tab for it without one
         try:
             with self.lock:
@@ -112,8 +112,8 @@ class Sessions:
         return [(drawn(image), caption(hit)) for hit, image in opened]
 
 
-def read(sent: Message) -> list[Part]:
-    """What a box holds: images, then words, which are never taken for a path or address. Raises UserError."""
+def read(sent: GradioMessage) -> list[Part]:
+    """The contents of an input box: images, then text, which is never a path or address. Raises UserError."""
     files, text = sent["files"], sent["text"].strip()
     if not files and not text:
         raise UserError("nothing was sent; write some words or add an image")
@@ -123,43 +123,43 @@ def read(sent: Message) -> list[Part]:
 
 
 def uploaded(path: str) -> Image.Image:
-    """A file that was sent. Raises UserError for anything but an image."""
+    """The image of an uploaded file. Raises UserError for other files."""
     try:
         return small(decode_image(Path(path).read_bytes(), STRANGERS_PIXELS), LARGE)
     except BrokenSample as error:
         raise UserError(f"{Path(path).name}: {error}; send another image") from error
 
 
-def conversation(turns: Turns) -> list[Message]:
-    """Turns as Gradio's Chatbot shows them, their images for as long as the files are kept."""
+def conversation(turns: Turns) -> list[GradioMessage]:
+    """Turns in the format of Gradio's Chatbot; deleted image files are replaced by text."""
     messages = [each for turn in turns for each in turn.page]
     return [message(each["role"], [kept(content) for content in each["content"]]) for each in messages]
 
 
-def message(role: str, shown: list[Any]) -> Message:
+def message(role: str, shown: list[Any]) -> GradioMessage:
     """Contents as one message."""
     return {"role": role, "content": shown or ["(no answer)"]}
 
 
 def kept(content: Any) -> Any:
-    """Text, or an image's file if it is still there."""
+    """Text, or an image file if it still exists."""
     return content if isinstance(content, str) or Path(content["path"]).exists() else "(an image that is kept no longer)"
 
 
 def contents(part: Any) -> list[Any]:
-    """A part as Gradio shows it: texts, and files of images, those found with their captions."""
+    """A part in Gradio's format: texts, and image files, with captions if they were retrieved."""
     if isinstance(part, Image.Image):
         return [{"path": drawn(part), "alt_text": "an image that was sent"}]
-    if not isinstance(part, Shown):
+    if not isinstance(part, RetrievedImages):
         return [escape(part, quote=False)] if part.strip() else []
     found: list[Any] = []
     for hit, image in zip(part.hits, part.images, strict=True):
         found += [{"path": drawn(image), "alt_text": hit.caption}, escape(caption(hit), quote=False)]
-    return found + ([GONE] if part.notes else []) if found else [f"[an image; {part.nothing}]"]
+    return found + ([GONE] if part.notes else []) if found else [f"[an image; {part.why_empty}]"]
 
 
 def drawn(image: Image.Image) -> str:
-    """Path of the image in the folder that is served, under a name that cannot be guessed."""
+    """Write an image into the served folder, under a name that cannot be guessed; returns its path."""
     data = jpeg(image, SIDE)
     path = Path(get_upload_folder(), blake2b(data, key=SECRET, digest_size=16).hexdigest() + ".jpg")
     part = path.with_name(f".{token_hex(8)}")
@@ -169,7 +169,7 @@ def drawn(image: Image.Image) -> str:
 
 
 def caption(hit: Hit) -> str:
-    """What stands under an image found; its path is nobody's business."""
+    """The caption of a retrieved image, without its path, which visitors must not see."""
     return f"#{hit.rank}  {hit.score:.2f}  {hit.caption}".rstrip()
 
 

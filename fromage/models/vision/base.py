@@ -1,7 +1,7 @@
-"""The contract of a vision tower, v(x) in R^m, and of the text tower beside it.
+"""The contract of a vision tower, v(x) in R^m, and of its text tower.
 
-A new kind of tower is a subclass with `encode` and `load`, about 20 lines (fromage.models.vision.timm is one), and a line
-in fromage.models.vision.registry.
+A new kind of tower is a subclass with `encode` and `load`, about 20 lines (example: fromage.models.vision.timm), plus one
+line in fromage.models.vision.registry.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from fromage.errors import UserError
-from fromage.images.transforms import Decoding, decoding_as, halves
+from fromage.images.transforms import JpegDecoding, decoding_as, halves
 from fromage.models.frozen import FrozenTower, digest_of_samples
 
 
 class TextTower(ABC):
-    """The text side of a contrastive pair: what images and texts are compared by, as the baseline of retrieval.
+    """The text side of a contrastive pair such as CLIP; the baseline of retrieval compares images and texts with it.
 
-    e is the width of the pair's joint space.
+    e is the width of the space that images and texts share.
     """
 
     @abstractmethod
@@ -35,22 +35,22 @@ class TextTower(ABC):
 
 
 class VisionTower(FrozenTower, ABC):
-    """A frozen image tower: images -> features, of shape (m,) pooled or (P, m) at P patches.
+    """A frozen vision tower: images -> features, pooled (m,) or at P patches (P, m).
 
     Attributes:
-        visual: the module that encode runs.
+        visual: the module that `encode` runs.
         transform: PIL image -> (3, H, W) uint8, the tower's own resize and crop; normalisation is part of the forward.
-        image_size: (H, W) that encode takes, in pixels.
-        shape: of the features of one image: (m,), or (P, m) for patches.
+        image_size: (H, W) of the input of `encode`, in pixels.
+        shape: shape of the features of one image: (m,), or (P, m) for patches.
         width: m.
-        grid: rows and columns of patches, P in all; None for pooled features.
+        grid: rows and columns of patches, P = rows x columns; None for pooled features.
     """
 
     visual: Any
     grid: tuple[int, int] | None = None
 
     def __init__(self, visual: nn.Module, transform: Any, name: str, image_size: int | Sequence[int]) -> None:
-        """transform: PIL image -> (3, H, W); one that ends in ToTensor and Normalize is split, see halves."""
+        """transform: PIL image -> (3, H, W); ToTensor and Normalize at its end become part of forward (see halves)."""
         super().__init__()
         self.visual, self.name = visual, name
         self.transform, self.normalise = halves(transform)
@@ -74,7 +74,7 @@ class VisionTower(FrozenTower, ABC):
 
     @classmethod
     def check(cls, name: str, weights: str | None) -> None:
-        """Raise UserError for names and weights that load would refuse, as far as that is known without loading."""
+        """Raise UserError for names and weights that `load` would refuse, as far as this is known without loading."""
 
     @classmethod
     def load_patches(cls, name: str, weights: str | None, layer: int, dtype: str, random_weights: bool) -> VisionTower:
@@ -82,12 +82,12 @@ class VisionTower(FrozenTower, ABC):
         raise UserError(f"vision tower {name}: gives no patches; choose a tower of open_clip")
 
     def text_tower(self) -> TextTower | None:
-        """The text side of the pair this tower is from, or None where there is none."""
+        """The text tower trained with this vision tower, or None if there is none."""
         return None
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the frozen weights are held in."""
+        """dtype of the frozen weights."""
         return next(self.visual.parameters()).dtype
 
     @torch.no_grad()
@@ -97,9 +97,11 @@ class VisionTower(FrozenTower, ABC):
         pixels = pixels.to(parameter.device, non_blocking=True)
         if pixels.dtype == torch.uint8 and self.normalise:
             pixels = self.normalise(pixels)
-        return self.encode(pixels.to(parameter.dtype)).contiguous()  # a ViT gives a view that would keep all tokens alive
+        return self.encode(
+            pixels.to(parameter.dtype)
+        ).contiguous()  # (B, *shape); a ViT returns a view, which would keep all its tokens in memory
 
-    def fingerprint(self, decoding: Decoding = "draft") -> dict[str, str]:
-        """What stored features depend on: the tower's name, its weights (a digest of samples) and the preprocessing."""
+    def fingerprint(self, decoding: JpegDecoding = "draft") -> dict[str, str]:
+        """The identity of stored features: the tower's name, its weights (a digest of samples) and the preprocessing."""
         shown = re.sub(r" at 0x[0-9a-f]+|\s+", " ", str(decoding_as(self.transform, decoding)))
         return {"tower": self.name, "weights": digest_of_samples(self.visual), "preprocessing": shown}

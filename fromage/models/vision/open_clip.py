@@ -1,4 +1,4 @@
-"""Towers of open_clip: CLIP, SigLIP, ConvNeXt and all others it lists, pooled or at their patches, and their text sides."""
+"""Vision towers of open_clip (CLIP, SigLIP, ConvNeXt, ...), pooled or at their patches, and their text towers."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from fromage.models.vision.base import TextTower, VisionTower
 
 
 class OpenClipTower(VisionTower):
-    """A frozen open_clip image tower, pooled before CLIP's projection: v(x) in R^m.
+    """A frozen open_clip vision tower, pooled before CLIP's projection: v(x) in R^m, as in the released code.
 
-    For the ViTs of CLIP this is the class token after the final layer norm, what Hugging Face calls pooler_output.
+    For CLIP's ViTs this is the class token after the final layer norm, Hugging Face's pooler_output.
     """
 
     def __init__(self, clip: Any, transform: Any, name: str, source: tuple[Any, ...] | None = None) -> None:
-        """source: arguments of load_clip that give the whole of this CLIP; None where it has no name."""
+        """source: arguments of load_clip that load this CLIP with its text tower; None if it has no name."""
         self.source = source
         super().__init__(_without_projection(clip.visual), transform, name, clip.visual.image_size)
 
@@ -55,7 +55,7 @@ class OpenClipTower(VisionTower):
         return self.visual(pixels)
 
     def text_tower(self) -> OpenClipText | None:
-        """CLIP's own text tower, loaded now."""
+        """CLIP's own text tower; it is loaded by this call."""
         if self.source is None:
             return None
         text: Any = OpenClipText(*self.source)
@@ -64,14 +64,14 @@ class OpenClipTower(VisionTower):
 
 
 class OpenClipPatches(OpenClipTower):
-    """A frozen open_clip image tower read at its patches, (P, m) an image, before its last layer as LLaVA reads it.
+    """A frozen open_clip vision tower read at its patches, (P, m) per image, by default before its last layer as in LLaVA.
 
-    It sees the whole image, pressed into its square, so that a place is the same share of either. Each patch comes at mean
-    0 and variance 1, whatever the layer's scale.
+    The whole image is resized to the tower's square without a crop, so that relative coordinates stay valid. Each patch is
+    normalised to mean 0 and variance 1.
     """
 
     def __init__(self, clip: Any, name: str, layer: int = -2) -> None:
-        """layer: which of the tower's layers (of a ResNet, its stages) is read; -1 is the last."""
+        """layer: which layer of the tower (of a ResNet, which stage) is read; -1 is the last."""
         self.layer = layer
         squash = open_clip.transform.merge_preprocess_dict(
             open_clip.get_model_preprocess_cfg(clip), {"resize_mode": "squash"}
@@ -85,39 +85,39 @@ class OpenClipPatches(OpenClipTower):
         found = self.visual.forward_intermediates(pixels, **layers)["image_intermediates"][0]  # (B, m, rows, columns)
         self.grid = (found.shape[2], found.shape[3])
         patches = found.flatten(2).transpose(1, 2)  # (B, P, m)
-        return F.layer_norm(patches.float(), patches.shape[-1:]).to(pixels.dtype)
+        return F.layer_norm(patches.float(), patches.shape[-1:]).to(pixels.dtype)  # (B, P, m)
 
 
 class OpenClipText(TextTower, nn.Module):
     """CLIP's text tower, and its projection of the features that OpenClipTower gives."""
 
     def __init__(self, name: str, weights: str | None = None, dtype: str = "float32", random_weights: bool = False) -> None:
-        """Arguments of load_clip. Raises UserError as it does, and for a CLIP that does not project images."""
+        """Arguments and errors of load_clip. Raises UserError also for a CLIP whose images have no projection."""
         super().__init__()
         self.clip, _, self.tokenize = load_clip(name, weights, dtype, random_weights)
         self.project = _projection(self.clip.visual)
-        del self.clip.visual  # the tower has it
+        del self.clip.visual  # OpenClipTower holds it
 
     @torch.no_grad()
     def embed_features(self, features: Tensor) -> Tensor:
         """(N, m) image features -> (N, e) unit rows."""
-        return F.normalize(self.project(features.float()), dim=-1)
+        return F.normalize(self.project(features.float()), dim=-1)  # (N, m) -> (N, e)
 
     @torch.no_grad()
     def embed_text(self, texts: Sequence[str]) -> Tensor:
-        """Texts -> (N, e) unit rows; what is beyond CLIP's 77 tokens is cut off, as in the paper."""
+        """N texts -> (N, e) unit rows; texts are cut to CLIP's 77 tokens, as in the paper."""
         ids = self.tokenize(list(texts)).to(self.clip.logit_scale.device)  # (N, 77)
-        return F.normalize(self.clip.encode_text(ids).float(), dim=-1)
+        return F.normalize(self.clip.encode_text(ids).float(), dim=-1)  # (N, e)
 
 
 def load_clip(
     name: str, pretrained: str | None = None, dtype: str = "float32", random_weights: bool = False
 ) -> tuple[Any, Any, Any]:
-    """An open_clip model whole, in eval mode: (model, image transform, text tokenizer).
+    """A complete open_clip model in eval mode: (model, image transform, text tokenizer).
 
-    name: a model of open_clip ('ViT-L-14'), 'local-dir:FOLDER', 'hf-hub:ORG/NAME', or 'toy'. pretrained: open_clip's tag
-    or a file, which only a model of open_clip needs; random_weights leaves that one without.
-    Raises UserError for unknown names and weights that are neither on disk nor within reach.
+    name: a model of open_clip ('ViT-L-14'), 'local-dir:FOLDER', 'hf-hub:ORG/NAME', or 'toy'. pretrained: open_clip's tag or
+    a file, needed for a model of open_clip only, and ignored with random_weights. Raises UserError for unknown names and for
+    weights that are neither on disk nor on the hub.
     """
     pretrained = None if random_weights else clip_weights(name, pretrained)
     source = f"local-dir:{TOY / 'clip'}" if name == "toy" else name
@@ -125,7 +125,7 @@ def load_clip(
     if not source.startswith("local-dir:") and (pretrained or ":" in source) and not Path(pretrained or "").is_file():
         look_for_hub()
     silent = logging.root.manager.disable
-    logging.disable(logging.ERROR)  # open_clip logs what the error below says, and that random weights are random
+    logging.disable(logging.ERROR)  # open_clip logs what the error below says, and warns of random weights
     try:
         model, _, transform = open_clip.create_model_and_transforms(
             source, pretrained=pretrained, precision=precision, force_quick_gelu=_wants_quick_gelu(source, pretrained)
@@ -142,9 +142,9 @@ def load_clip(
 
 
 def clip_weights(name: str, pretrained: str | None) -> str | None:
-    """Which weights load_clip takes: those that are given, or None where the name brings its own.
+    """The weights that load_clip loads: the given ones, or None where the name includes them.
 
-    Raises UserError for a name that open_clip does not know, and for one whose weights are missing.
+    Raises UserError for a name that open_clip does not know, and for missing weights.
     """
     if name == "toy" or ":" in name:
         return None
@@ -160,7 +160,7 @@ def clip_weights(name: str, pretrained: str | None) -> str | None:
 
 
 def _wants_quick_gelu(name: str, pretrained: str | None) -> bool:
-    """Whether weights were trained with x sigmoid(1.702 x), as OpenAI's were; open_clip would but warn."""
+    """Whether the weights were trained with QuickGELU, x sigmoid(1.702 x), as OpenAI's were; open_clip only warns of it."""
     return bool((open_clip.get_pretrained_cfg(name, pretrained) or {}).get("quick_gelu")) if pretrained else False
 
 
@@ -170,7 +170,7 @@ def _full_name(name: str, pretrained: str | None, random_weights: bool) -> str:
 
 
 def _without_projection(visual: Any) -> Any:
-    """Take CLIP's projection off an open_clip image tower: a ViT, a ResNet with attention pooling, or one of timm's."""
+    """Remove CLIP's projection from an open_clip vision tower: a ViT, a ResNet with attention pooling, or one of timm's."""
     if getattr(visual, "proj", None) is not None:
         visual.proj = None
     elif hasattr(visual, "attnpool"):
@@ -185,21 +185,21 @@ def _without_projection(visual: Any) -> Any:
 
 
 def split_head(visual: Any) -> tuple[nn.Sequential, nn.Sequential]:
-    """The head of one of timm's towers in open_clip (SigLIP, ConvNeXt ...): its pooling, and what is behind it."""
+    """The head of a timm tower in open_clip (SigLIP, ConvNeXt ...): its pooling, and the layers after it."""
     parts = dict(visual.head.named_children())
-    pooling = [parts.pop("pool")] if "pool" in parts else []  # most pool in their trunk
+    pooling = [parts.pop("pool")] if "pool" in parts else []  # most timm towers pool in their trunk
     return nn.Sequential(*pooling), nn.Sequential(*parts.values())
 
 
 def _projection(visual: Any) -> nn.Module:
-    """m -> e: what an open_clip image tower has behind its pooled features, which without_projection takes off."""
+    """(N, m) -> (N, e): the layers of an open_clip vision tower after pooling, which _without_projection removes."""
     if getattr(visual, "proj", None) is not None:  # a ViT
-        behind: Any = nn.Linear(visual.proj.shape[0], visual.proj.shape[1], bias=False)
-        behind.weight = nn.Parameter(visual.proj.detach().T)  # (m, e) -> (e, m)
+        after_pooling: Any = nn.Linear(visual.proj.shape[0], visual.proj.shape[1], bias=False)
+        after_pooling.weight = nn.Parameter(visual.proj.detach().T)  # (m, e) -> (e, m)
     elif hasattr(visual, "attnpool"):  # a ResNet
-        behind = visual.attnpool.c_proj
+        after_pooling = visual.attnpool.c_proj
     else:
-        behind = split_head(visual)[1] if hasattr(visual, "trunk") else None
-    if behind is None:
-        raise UserError(f"CLIP's {type(visual).__name__} has no projection behind its pooling; leave it out by --no-clip")
-    return behind.float().requires_grad_(False)
+        after_pooling = split_head(visual)[1] if hasattr(visual, "trunk") else None
+    if after_pooling is None:
+        raise UserError(f"CLIP's {type(visual).__name__} has no projection after its pooling; leave it out by --no-clip")
+    return after_pooling.float().requires_grad_(False)

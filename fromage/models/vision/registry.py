@@ -1,4 +1,4 @@
-"""Vision towers by name: the prefix before the colon names the kind; names without a known prefix are open_clip's."""
+"""The registry of vision towers: a prefix such as timm: names the kind; names without a known prefix are open_clip's."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ KINDS: dict[str, type[VisionTower]] = {"timm": TimmTower}
 
 
 def load_vision(name: str, weights: str | None = None, dtype: str = "float32", random_weights: bool = False) -> VisionTower:
-    """Load and freeze the vision tower of a name, as in a configuration.
+    """Load and freeze a vision tower by its name in a configuration.
 
-    weights: a tag or file, where the name does not bring its own; random_weights builds the architecture alone. Raises
-    UserError for unknown names, and for weights that are neither on disk nor within reach.
+    weights: a tag or file, where the name does not include them; random_weights builds the architecture alone. Raises
+    UserError for unknown names, and for weights that are neither on disk nor on the hub.
     """
     return _kind(name).load(name, weights, dtype, random_weights)
 
@@ -21,12 +21,12 @@ def load_vision(name: str, weights: str | None = None, dtype: str = "float32", r
 def load_patches(
     name: str, weights: str | None = None, layer: int = -2, dtype: str = "float32", random_weights: bool = False
 ) -> VisionTower:
-    """The same tower read at the patches of a layer, (P, m) an image; -1 is its last. Raises UserError for no such layer."""
+    """The same tower read at the patches of a layer, (P, m) per image; -1 is the last. Raises UserError for other layers."""
     return _kind(name).load_patches(name, weights, layer, dtype, random_weights)
 
 
 def check_vision(name: str, weights: str | None = None) -> None:
-    """Raise UserError for a tower that load_vision would refuse by its name alone; nothing is loaded."""
+    """Raise UserError for a name or weights that load_vision would refuse; nothing is loaded."""
     _kind(name).check(name, weights)
 
 

@@ -1,4 +1,4 @@
-"""Towers of timm: any of its image models, by `timm:NAME`, or `timm:NAME@FILE` for weights on disk."""
+"""Vision towers of timm: any of its image models, as `timm:NAME`, or `timm:NAME@FILE` for weights on disk."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class TimmTower(VisionTower):
 
     @classmethod
     def load(cls, name: str, weights: str | None, dtype: str, random_weights: bool) -> TimmTower:
-        """name: 'timm:NAME' (weights from the model hub), or 'timm:NAME@FILE'; weights: a file, in place of @FILE."""
+        """name: 'timm:NAME' (weights from the hub), or 'timm:NAME@FILE'; weights: a file, instead of @FILE."""
         model, _, file = name.removeprefix("timm:").partition("@")
         file = file or weights or ""
         try:

@@ -23,7 +23,7 @@ from fromage.apps.web.demo import launch, running
 from fromage.apps.web.sessions import SIDE, Sessions, contents, conversation, read
 from fromage.errors import UserError
 from fromage.generation.chat import Chat
-from fromage.generation.retrieved import Shown
+from fromage.generation.retrieved import RetrievedImages
 from fromage.octopus.model import Octopus
 from fromage.retrieval.results import Hit
 
@@ -52,7 +52,7 @@ def caption():
 
 @pytest.fixture(scope="module")
 def octopus():
-    return Octopus.load(n=4, c=16, decoder_layers=1, heads=2)
+    return Octopus.load(num_queries=4, decoder_width=16, decoder_layers=1, heads=2)
 
 
 @pytest.fixture(scope="module")
@@ -248,10 +248,10 @@ def test_an_image_comes_back_with_boxes_drawn(address, folder):
 
 def talk(model, index, folder, count):
     """So many turns with an image each way; conversation and turns at the end."""
-    visits, turns = Sessions(model, index, "plain"), []
+    sessions, turns = Sessions(model, index, "plain"), []
     for _ in range(count):
         sent = {"text": "a star", "files": [str(folder / "red.png")]}
-        *_, (_, shown, turns) = visits.answer(sent, turns, *SETTINGS)
+        *_, (_, shown, turns) = sessions.answer(sent, turns, *SETTINGS)
     return shown, turns
 
 
@@ -276,18 +276,18 @@ def test_of_a_long_conversation_the_end_is_kept(model, index, folder, tmp_path, 
 
 
 def test_an_answer_that_is_broken_off_leaves_no_turn_and_no_lock(model, index):
-    visits, turns = Sessions(model, index, "plain"), []
-    answer = visits.answer({"text": "a star", "files": []}, turns, -20, 0, 1, 30)
+    sessions, turns = Sessions(model, index, "plain"), []
+    answer = sessions.answer({"text": "a star", "files": []}, turns, -20, 0, 1, 30)
     for _ in range(3):
         next(answer)
-    assert visits.lock.locked()
+    assert sessions.lock.locked()
     answer.close()
-    assert not visits.lock.locked() and not turns
+    assert not sessions.lock.locked() and not turns
 
 
 def test_without_an_index_there_is_text(model):
-    visits, turns = Sessions(model, None, "dialogue"), []
-    *_, (_, shown, turns) = visits.answer({"text": "a star", "files": []}, turns, 20, 0, 1, 4)
+    sessions, turns = Sessions(model, None, "dialogue"), []
+    *_, (_, shown, turns) = sessions.answer({"text": "a star", "files": []}, turns, 20, 0, 1, 4)
     assert "[an image; there is no index to find one in]" in shown[1]["content"] and len(turns) == 1
     with running(model, None, "dialogue", "127.0.0.1", free_port()) as address:
         page = httpx.get(f"{address}/config").text
@@ -332,11 +332,15 @@ def test_without_gradio_the_remedy_is_told(monkeypatch):
 
 def test_what_is_shown_is_text_and_small(tmp_path, monkeypatch):
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
-    shown = Shown(None, [Hit(1, 0.5, "/secret/place.png", EVIL)], [Image.new("RGB", (3000, 20))], ["left out #1: /secret"])
+    shown = RetrievedImages(
+        None, [Hit(1, 0.5, "/secret/place.png", EVIL)], [Image.new("RGB", (3000, 20))], ["left out #1: /secret"]
+    )
     image, caption, note = contents(shown)
     assert "<" not in caption and "0.50" in caption and "secret" not in note
     assert Image.open(image["path"]).size[0] == SIDE and Path(image["path"]).parent == tmp_path
-    assert contents(Shown(None, notes=["left out #1: /secret"], nothing="none is there")) == ["[an image; none is there]"]
+    assert contents(RetrievedImages(None, notes=["left out #1: /secret"], why_empty="none is there")) == [
+        "[an image; none is there]"
+    ]
     assert contents("<b>") == ["&lt;b&gt;"] and contents(" ") == []
 
 
