@@ -28,8 +28,9 @@ if TYPE_CHECKING:
     from fromage.octopus.model import Octopus as Octopus
     from fromage.octopus.module import OctopusModule as OctopusModule
     from fromage.octopus.module import load_octopus as load_octopus
+    from fromage.retrieval.base import ImageIndex as ImageIndex
     from fromage.retrieval.build import build_index as build_index
-    from fromage.retrieval.faiss_index import ImageIndex as ImageIndex
+    from fromage.retrieval.faiss_index import FaissIndex as FaissIndex
     from fromage.retrieval.open_index import open_index as open_index
     from fromage.retrieval.open_index import search_index as search_index
     from fromage.retrieval.results import Hit as Hit
@@ -44,10 +45,11 @@ _MODULES = {  # public name: its module; a test holds it equal to the imports ab
     "CC3M": "fromage.data.datamodule",
     "Chat": "fromage.generation.chat",
     "Decoding": "fromage.generation.decoding",
+    "FaissIndex": "fromage.retrieval.faiss_index",
     "Fromage": "fromage.models.fromage",
     "FromageModule": "fromage.training.module",
     "Hit": "fromage.retrieval.results",
-    "ImageIndex": "fromage.retrieval.faiss_index",
+    "ImageIndex": "fromage.retrieval.base",
     "LRFinder": "fromage.training.lr_finder",
     "Octopus": "fromage.octopus.model",
     "OctopusData": "fromage.octopus.data",

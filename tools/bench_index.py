@@ -26,11 +26,13 @@ import numpy as np
 import torch
 
 from fromage.data.image_source import Item
-from fromage.retrieval.ann import FLAT, RERANK_FACTOR, lists_kind
+from fromage.retrieval.ann import lists_kind
+from fromage.retrieval.base import FLAT, ImageIndex
 from fromage.retrieval.build import write_index
-from fromage.retrieval.faiss_index import ImageIndex, unit
 from fromage.retrieval.index_folder import CANDIDATES
 from fromage.retrieval.item_table import Embedded, to_batch
+from fromage.retrieval.open_index import load_index
+from fromage.retrieval.rerank import RERANK_FACTOR, unit
 
 WIDTH, CHUNK, BATCHES = 256, 1 << 16, (1, 256)
 
@@ -129,8 +131,8 @@ def measure(rows: np.ndarray, mixture: Mixture, folder: Path, args: argparse.Nam
     """All figures, of an index that is built, saved and opened."""
     kind, tensor, stream = args.kind or lists_kind(len(rows)), torch.from_numpy(rows), batches(rows)
     build = timed(lambda: write_index(folder, stream, WIDTH, "bench", kind=kind))
-    index = ImageIndex.load(folder, None)
-    opening = statistics.median(timed(lambda: ImageIndex.load(folder, None)) for _ in range(5))
+    index = load_index(folder)
+    opening = statistics.median(timed(lambda: load_index(folder)) for _ in range(5))
     seconds = rates(index, tensor, mixture, args.rounds, k)
     size = {path.name: path.stat().st_size / len(rows) for path in folder.iterdir()}
     assert index.candidates

@@ -42,7 +42,7 @@ def run_server(port: int, index: str | None, threads: int, batch_size: int) -> N
 
     from fromage.data.image_source import Item
     from fromage.models.fromage import Fromage
-    from fromage.retrieval.faiss_index import ImageIndex
+    from fromage.retrieval.faiss_index import FaissIndex
     from fromage.retrieval.open_index import open_index
     from fromage.serving.app import Capacity, serve
 
@@ -53,7 +53,7 @@ def run_server(port: int, index: str | None, threads: int, batch_size: int) -> N
         model, opened = open_index(index)
     else:
         model, rows = Fromage.load(), np.random.default_rng(0).standard_normal((ROWS, 256))
-        opened = ImageIndex.build(rows, [Item(f"https://images.example/{i}.jpg") for i in range(ROWS)], model.fingerprint())
+        opened = FaissIndex.build(rows, [Item(f"https://images.example/{i}.jpg") for i in range(ROWS)], model.fingerprint())
     serve(model, opened, "plain", HOST, port, Capacity(batch_size=batch_size))
 
 

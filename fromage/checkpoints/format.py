@@ -12,9 +12,8 @@ nothing.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from fromage.errors import UserError, first_line
+from fromage.identity import FolderKind
 from fromage.io import as_json, write_files
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -34,6 +34,12 @@ CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 KINDS = {  # settings on record
     "lm": str, "vision": str, "vision_weights": str | None, "k": int, "q": int, "pooling": str, "dtype": str
 }  # fmt: skip
+PARAMETERS = FolderKind(
+    CONFIG,
+    "trained parameters",
+    format=(FORMAT, VERSION),
+    keys=frozenset({*KINDS, "added_tokens", "fingerprint", "sha256"} - {"pooling"}),  # older folders do not say pooling
+)
 
 
 @dataclass(frozen=True)
@@ -75,18 +81,12 @@ def read_folder(folder: Path) -> Saved:
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    try:
-        config = {"pooling": "ret"} | json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        if (config["format"], config["version"]) != (FORMAT, VERSION):
-            raise ValueError(f"of another format or version than {FORMAT} {VERSION}")
-        kinds = KINDS | {"added_tokens": dict, "fingerprint": str | None, "sha256": str}
-        wrong = [name for name, kind in kinds.items() if not isinstance(config[name], kind)]
-        if wrong:
-            raise ValueError(f"{wrong[0]} cannot be {config[wrong[0]]!r}")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = f"no {error} in {CONFIG}" if isinstance(error, KeyError) else first_line(error)
-        hint = "give the .ckpt within" if any(folder.glob("*.ckpt")) else "fromage import and fromage export write them"
-        raise UserError(f"{folder}: no readable folder of trained parameters ({reason}); {hint}") from error
+    hint = "give the .ckpt within" if any(folder.glob("*.ckpt")) else "fromage import and fromage export write them"
+    kind = replace(PARAMETERS, again=hint)
+    config = {"pooling": "ret"} | kind.read(folder)
+    for name, wanted in (KINDS | {"added_tokens": dict, "fingerprint": str | None, "sha256": str}).items():
+        if not isinstance(config[name], wanted):
+            raise kind.unreadable(folder, f"{name} cannot be {config[name]!r}")
     return config
 
 
@@ -94,11 +94,11 @@ def write_folder(saved: Saved, folder: str | Path) -> None:
     """Write a folder; one that is there already keeps its card, and files of others, and is replaced in all else.
 
     Each file is whole. What is killed between the two leaves new weights under the old config, which read_folder refuses.
-    Raises UserError where another model is in the way, and where it cannot be written.
+    Raises UserError where something else is in the way, and where it cannot be written.
     """
     folder = Path(folder)
     if (folder / WEIGHTS).exists() or (folder / CONFIG).exists():
-        _check_ours(folder)
+        PARAMETERS.require_own(folder)
     content = safetensors.torch.save(saved.tensors, {"format": "pt"})
     config = {"format": FORMAT, "version": VERSION, "pooling": "ret"}
     config |= {name: value for name, value in saved.settings.items() if name in KINDS}
@@ -106,15 +106,6 @@ def write_folder(saved: Saved, folder: str | Path) -> None:
     config |= {"sha256": hashlib.sha256(content).hexdigest()}
     files = {WEIGHTS: content, CARD: _card(config, saved).encode(), CONFIG: as_json(config)}
     write_files(folder, {name: data for name, data in files.items() if name != CARD or not (folder / CARD).exists()})
-
-
-def _check_ours(folder: Path) -> None:
-    try:
-        ours = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["format"] == FORMAT
-    except (OSError, ValueError, KeyError, TypeError):
-        ours = False
-    if not ours:
-        raise UserError(f"{folder}: holds another model; choose another folder or remove it")
 
 
 def _card(config: dict[str, Any], saved: Saved) -> str:

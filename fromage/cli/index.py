@@ -11,8 +11,8 @@ from fromage.errors import UserError
 
 if TYPE_CHECKING:
     from fromage.retrieval.ann import ANNIndex
+    from fromage.retrieval.base import ImageIndex
     from fromage.retrieval.embed_ray import RayJob
-    from fromage.retrieval.faiss_index import ImageIndex
 
 
 def _tell(index: ImageIndex, where: Path) -> None:
@@ -101,14 +101,14 @@ def import_authors(args: argparse.Namespace) -> None:
 
 def info(args: argparse.Namespace) -> None:
     """Print what an index is."""
-    from fromage.retrieval.faiss_index import ImageIndex
     from fromage.retrieval.index_folder import MILVUS, check_files, read_about
+    from fromage.retrieval.open_index import load_index
 
     about = read_about(args.index)
     check_files(args.index, about, full=args.check)
     size = sum(file["bytes"] for file in about.pop("files").values())
     if MILVUS in about:
-        about |= {"count": len(ImageIndex.load(args.index, None))} | about.pop(MILVUS)
+        about |= {"count": len(load_index(args.index))} | about.pop(MILVUS)
         sound = "Milvus answers, and the collection is there"
     else:
         about["bytes_per_image"] = round(size / about["count"])

@@ -8,7 +8,6 @@ KEY.jpg (or beside it), and features.json names the tower.
 from __future__ import annotations
 
 import io
-import json
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,13 +34,20 @@ from fromage.data.shards import (
 )
 from fromage.data.workers import init_worker, plain_errors, worker_share
 from fromage.errors import BrokenSample, UserError
+from fromage.identity import FolderKind
 from fromage.images.transforms import JpegDecoding, Transform, decoding_as, read_image
-from fromage.io import write_json
 
 if TYPE_CHECKING:
     from fromage.models.vision.base import VisionTower
 
-FILE = "features.json"
+FEATURES = FolderKind(
+    "features.json",
+    "features",
+    of="tower",
+    remedy="load that tower, or store the features in another folder",
+    again="store the features again",
+    foreign="*.tar",
+)
 
 
 def to_npy(features: Tensor) -> bytes:
@@ -84,7 +90,8 @@ def store_features(
             max_broken of a worker's samples are broken.
     """
     sources = expand(shards)
-    _open_folder(out, sources, vision.fingerprint(decoding))
+    _check_names(sources)
+    FEATURES.begin(out, vision.fingerprint(decoding))
     done = read_sizes(out)
     todo = [s for s in sources if not (shard_name(s) in done and (out / shard_name(s)).is_file())]
     stream = ImageStream(todo, decoding_as(vision.transform, decoding), batch_size, max_broken)
@@ -116,33 +123,15 @@ def store_features(
 def check_features(shards: str | list[str], vision: VisionTower, decoding: JpegDecoding = "draft") -> None:
     """Raise UserError where features beside any of the shards are not those this tower, preprocessing included, gives."""
     for folder in dict.fromkeys(Path(shard).parent for shard in expand(shards) if "://" not in shard):
-        if (folder / FILE).exists():
-            _compare(folder, vision.fingerprint(decoding))
+        if (folder / FEATURES.file).exists():
+            FEATURES.require(folder, vision.fingerprint(decoding))
 
 
-def _open_folder(out: Path, sources: list[str], wanted: dict[str, str]) -> None:
-    """Make sure that what is in a folder, if anything, was begun with the same tower; name the tower there."""
-    twice = [name for name, n in Counter(map(shard_name, sources)).items() if n > 1]
+def _check_names(shards: list[str]) -> None:
+    """Raise UserError where two shards would be stored under one name."""
+    twice = [name for name, n in Counter(map(shard_name, shards)).items() if n > 1]
     if twice:
         raise UserError(f"several shards are called {twice[0]}: store each folder's features in a folder of its own")
-    if (out / FILE).exists():
-        _compare(out, wanted)
-    elif any(out.glob("*.tar")):
-        raise UserError(f"{out} holds shards but no {FILE}: name another folder for the features")
-    else:
-        out.mkdir(parents=True, exist_ok=True)
-        write_json(out / FILE, wanted)
-
-
-def _compare(folder: Path, wanted: dict[str, str]) -> None:
-    try:
-        stored = dict(json.loads((folder / FILE).read_text("utf-8")))
-    except (ValueError, TypeError):
-        raise UserError(f"{folder / FILE} is not a JSON object: store the features again") from None
-    for what in sorted(stored.keys() | wanted.keys()):
-        if stored.get(what) != wanted.get(what):
-            found = f"{what} {stored.get(what)!r} there, {wanted.get(what)!r} in the model"
-            raise UserError(f"the features in {folder} are another tower's ({found}): load that tower, or store them again")
 
 
 def _members(raw: Raw, keep_images: bool) -> dict[str, bytes]:
@@ -166,7 +155,7 @@ class Chunk(NamedTuple):
 
 
 class ImageStream(IterableDataset[Chunk]):
-    """The images of shards, preprocessed. A worker takes every so-manieth shard and gives it whole and in order."""
+    """The images of shards, preprocessed. Worker w of W takes the shards w, w + W, ...; each comes whole and in order."""
 
     def __init__(self, shards: list[str], transform: Transform, batch_size: int, max_broken: float) -> None:
         self.shards = list(zip(shards, shard_sizes(shards), strict=True))

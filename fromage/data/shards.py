@@ -32,7 +32,7 @@ from PIL import Image
 
 from fromage.errors import BrokenSample, UserError
 from fromage.images.codec import SUFFIXES, decode_image
-from fromage.io import write_json
+from fromage.io import WholeFile, write_json
 
 log = logging.getLogger(__name__)
 Raw = dict[str, Any]  # a stored sample: '__key__', and the members' bytes by extension
@@ -104,9 +104,9 @@ class ShardWriter:
     """A tar that gets its name, and its line in sizes.json, when close() finds it whole. Equal samples, equal bytes."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self.part = path, path.with_name(f".{path.name}.part")
+        self.path, self.whole = path, WholeFile(path)
         self.keys: set[str] = set()
-        self.file = self.part.open("wb")
+        self.file = self.whole.part.open("wb")
         self.tar = wds.TarWriter(self.file, encoder=False, mtime=0, user="fromage", group="fromage")
 
     def write(self, key: str, members: dict[str, bytes]) -> None:
@@ -120,7 +120,7 @@ class ShardWriter:
         """Finish the tar, give it its name and record its size."""
         self.tar.close()
         self.file.close()
-        self.part.replace(self.path)
+        self.whole.keep()
         sizes = read_sizes(self.path.parent) | {self.path.name: len(self.keys)}
         write_json(self.path.parent / "sizes.json", dict(sorted(sizes.items())))
 
@@ -128,7 +128,7 @@ class ShardWriter:
         """Drop a tar that was not closed; harmless after close()."""
         self.tar.close()
         self.file.close()
-        self.part.unlink(missing_ok=True)
+        self.whole.discard()
 
 
 def read_sizes(folder: Path) -> dict[str, int]:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,8 @@ from tqdm import tqdm
 from fromage.errors import UserError, first_line
 from fromage.evals.dialogues import Dialogue, spoken
 from fromage.generation.score import score
-from fromage.io import as_json, write_files
+from fromage.identity import FolderKind
+from fromage.io import write_files
 from fromage.models.fromage import Fromage
 from fromage.models.prompts import START, Part
 from fromage.retrieval.metrics import mean_reciprocal_rank, ndcg, ranks_among, recall_at
@@ -106,21 +106,22 @@ def _about(model: Fromage, dialogues: Sequence[Dialogue]) -> dict[str, Any]:
     return {"checkpoint": model.fingerprint(), "dialogues": digest, "protocols": list(PROTOCOLS)}
 
 
+SCORES = FolderKind(
+    "about.json",
+    "scores",
+    of="checkpoint, or of other dialogues",
+    remedy="name another --scores",
+    again="remove it and run it again",
+)
+
+
 class Scores:
     """One file for each dialogue, 000000.npy and on, beside about.json; in memory only where there is no folder."""
 
     def __init__(self, folder: Path | None, about: dict[str, Any]) -> None:
         self.folder = folder
-        if folder is None:
-            return
-        path = folder / "about.json"
-        if path.is_file():
-            if _read(path, lambda: json.loads(path.read_text())) != about:
-                raise UserError(f"{folder}: holds scores of another checkpoint or of other dialogues; name another --scores")
-        elif folder.is_dir() and any(folder.iterdir()):
-            raise UserError(f"{folder}: holds something else than scores; name another --scores")
-        else:
-            write_files(folder, {path.name: as_json(about)})
+        if folder is not None:
+            SCORES.begin(folder, about)
 
     def _path(self, number: int) -> Path:
         assert self.folder is not None
@@ -132,7 +133,10 @@ class Scores:
     def get(self, number: int) -> np.ndarray:
         """Scores that are there. Raises UserError for a file that is damaged."""
         path = self._path(number)
-        return _read(path, lambda: np.load(path))
+        try:
+            return np.load(path)
+        except (OSError, ValueError, EOFError) as error:
+            raise UserError(f"{path}: is damaged ({first_line(error)}); remove it and run it again") from error
 
     def put(self, number: int, scores: np.ndarray) -> np.ndarray:
         """Keep scores, under their name only when whole; returns them."""
@@ -141,10 +145,3 @@ class Scores:
             np.save(file, scores)
             write_files(self.folder, {self._path(number).name: file.getvalue()})
         return scores
-
-
-def _read(path: Path, how: Callable[[], Any]) -> Any:
-    try:
-        return how()
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{path}: is damaged ({first_line(error)}); remove it and run it again") from error

@@ -37,7 +37,7 @@ from fromage.models.prompts import (
 from fromage.retrieval.results import load_images
 
 if TYPE_CHECKING:
-    from fromage.retrieval.faiss_index import ImageIndex
+    from fromage.retrieval.base import ImageIndex
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from fromage.models.fromage import Fromage
 from fromage.models.prompts import START, ImageInput, Prompt, Url, embed_prompts, encode_images
 
 if TYPE_CHECKING:
-    from fromage.retrieval.faiss_index import ImageIndex
+    from fromage.retrieval.base import ImageIndex
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from fromage.models.prompts import Prompt, Url, parts_of
 from fromage.retrieval.results import Hit, Lost, Opened, left_out
 
 if TYPE_CHECKING:
-    from fromage.retrieval.faiss_index import ImageIndex
+    from fromage.retrieval.base import ImageIndex
 
 Resolve = Callable[
     [Iterable[Hit], int], tuple[list[Opened], list[Lost]]

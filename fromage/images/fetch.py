@@ -27,6 +27,7 @@ from PIL import Image
 
 from fromage.errors import BrokenSample, UserError, first_line
 from fromage.images.codec import STRANGERS_PIXELS, decode_image
+from fromage.io import WholeFile
 
 TRANSIENT = {408, 425, 429, 500, 502, 503, 504}  # answers after which another attempt may succeed
 REDIRECTS = {301, 302, 303, 307, 308}
@@ -89,13 +90,8 @@ def fetch_image(
 
 def _keep(path: Path, data: bytes, limit: int) -> None:
     """Write a file of the cache, whole or not at all, and remove the ones used longest ago beyond the limit."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
-    try:
-        partial.write_bytes(data)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with WholeFile(path, shared=True) as part:
+        part.write_bytes(data)
     files = sorted((entry.stat().st_mtime, entry.stat().st_size, entry.path) for entry in os.scandir(path.parent))
     excess = sum(size for _, size, _ in files) - limit
     for _, size, name in files:

@@ -29,6 +29,14 @@ class FrozenTower(nn.Module):
         return super().train(False)
 
 
+def hold(owner: nn.Module, name: str, module: nn.Module) -> None:
+    """Set an attribute of a module without registering it: the parameters of `module` belong to another one.
+
+    owner.parameters(), state_dict() and to() do not reach it; the module that it belongs to takes care of that.
+    """
+    object.__setattr__(owner, name, module)
+
+
 def digest_of_samples(module: nn.Module) -> str:
     """16 hex digits of a sample of every tensor of a module; they do not depend on its dtype."""
     digest = hashlib.sha256()

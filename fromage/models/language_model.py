@@ -21,7 +21,7 @@ from fromage.checkpoints.format import DTYPES
 from fromage.checkpoints.hub import look_for_hub
 from fromage.data.tokenizer import IMAGE, RET, PromptTokenizer
 from fromage.errors import UserError, first_line
-from fromage.models.frozen import TOY, FrozenTower
+from fromage.models.frozen import TOY, FrozenTower, hold
 from fromage.models.packed_attention import Attend, attending
 from fromage.models.special_tokens import AddedTokens, ExtendedEmbedding, ExtendedHead
 
@@ -37,6 +37,8 @@ class LanguageModel(FrozenTower):
         added: the trained rows. They are parameters of the model that contains this tower (fromage.models.fromage).
     """
 
+    added: AddedTokens
+
     def __init__(self, hf: Any, tokenizer: PromptTokenizer, name: str) -> None:
         super().__init__()
         embedding, head = hf.get_input_embeddings(), hf.get_output_embeddings()
@@ -50,14 +52,9 @@ class LanguageModel(FrozenTower):
         self.freeze()
         tied = head.weight is embedding.weight
         added = AddedTokens(embedding, head, tokenizer.row_ids, tokenizer.vocab_size, tied)
-        self._added = (added,)
+        hold(self, "added", added)
         hf.set_input_embeddings(ExtendedEmbedding(embedding, added))
         hf.set_output_embeddings(ExtendedHead(head, added))
-
-    @property
-    def added(self) -> AddedTokens:
-        """The trained rows beside the frozen vocabulary."""
-        return self._added[0]
 
     @property
     def dtype(self) -> torch.dtype:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from fromage.models.frozen import hold
+
 
 class AddedTokens(nn.Module):
     """Rows for n new tokens: e in R^(n x d), at the input and, where the LM ties its embeddings, also at the output.
@@ -56,9 +58,12 @@ def _rows(n: int, d: int, norm: Tensor) -> Tensor:
 class ExtendedEmbedding(nn.Module):
     """The input embedding of an LM plus the added rows. It replaces the LM's own, so the LM's code uses it unchanged."""
 
+    added: AddedTokens
+
     def __init__(self, frozen: nn.Embedding, added: AddedTokens) -> None:
         super().__init__()
-        self.frozen, self._added = frozen, (added,)  # in a tuple, so that the rows are registered with the model, not the LM
+        self.frozen = frozen
+        hold(self, "added", added)  # the rows belong to the model, not to the LM
 
     @property
     def weight(self) -> Tensor:
@@ -67,7 +72,7 @@ class ExtendedEmbedding(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """(B, T) ids -> (B, T, d)."""
-        added = self._added[0]
+        added = self.added
         frozen = self.frozen(ids.clamp(max=added.vocab_size - 1))  # (B, T, d)
         if not len(added.input):
             return frozen
@@ -78,9 +83,12 @@ class ExtendedEmbedding(nn.Module):
 class ExtendedHead(nn.Module):
     """The output head of an LM plus the added rows: logits over the V tokens of its tokenizer and the new ones."""
 
+    added: AddedTokens
+
     def __init__(self, frozen: nn.Linear, added: AddedTokens) -> None:
         super().__init__()
-        self.frozen, self._added = frozen, (added,)
+        self.frozen = frozen
+        hold(self, "added", added)
 
     @property
     def weight(self) -> Tensor:
@@ -89,7 +97,7 @@ class ExtendedHead(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """(..., d) -> (..., first + n); ids between V and the first added one get -inf."""
-        added = self._added[0]
+        added = self.added
         frozen = self.frozen(hidden)[..., : added.vocab_size]  # (..., V)
         new = hidden @ added.output.to(hidden.dtype).T  # (..., n)
         gap = new.new_full((*new.shape[:-1], added.first - added.vocab_size), -torch.inf)  # (..., first - V)

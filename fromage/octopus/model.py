@@ -32,7 +32,7 @@ from transformers import DynamicCache
 from fromage.data.tokenizer import IMAGE
 from fromage.errors import UserError
 from fromage.models.base import VisualPrefixLM, digest, fill
-from fromage.models.frozen import digest_of_samples
+from fromage.models.frozen import digest_of_samples, hold
 from fromage.models.language_model import LanguageModel, Quantized, load_lm
 from fromage.models.prompts import QUERIES, START, ImageInput, Part, worded
 from fromage.models.vision.base import VisionTower
@@ -78,6 +78,7 @@ class Octopus(VisualPrefixLM):
     """
 
     vision: VisionTower
+    _above: nn.Module
 
     def __init__(
         self,
@@ -130,7 +131,7 @@ class Octopus(VisualPrefixLM):
                 lm.width, vision.width, vision.grid, num_queries, decoder_width, decoder_layers, heads
             )
             self.pointer = Pointer(lm.width, vision.width, vision.grid, decoder_width)
-            self._above = (lm.blocks[self.split_layer],)  # first layer above the decoder; in a tuple, not registered again
+            hold(self, "_above", lm.blocks[self.split_layer])  # first layer above the decoder; the LM registers it
         self.settings: dict[str, Any] = {}
 
     @classmethod
@@ -252,7 +253,7 @@ class Octopus(VisualPrefixLM):
         if not self.num_queries or not places.any():
             yield found
             return
-        handle = self._above[0].register_forward_pre_hook(between)
+        handle = self._above.register_forward_pre_hook(between)
         try:
             yield found
         finally:

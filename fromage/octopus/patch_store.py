@@ -15,33 +15,27 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from fromage.data.workers import init_worker
-from fromage.errors import UserError
-from fromage.io import write_json
+from fromage.identity import FolderKind
+from fromage.io import WholeFile
 from fromage.models.vision.base import VisionTower
 from fromage.retrieval.encode import Files
 
-ABOUT, LINES, ROWS, LOCK = "tower.json", "images.jsonl", "patches.bf16", "lock"
+LINES, ROWS, LOCK = "pictures.jsonl", "patches.bf16", "lock"
+IMAGE = "picture"  # key of the image in each line: its name in stores that were written before it was called so
+STORE = FolderKind("tower.json", "patch features", of="tower")
 
 
 class PatchStore:
     """A folder of patch features (P, m) in bfloat16, by image; it grows, and a kill loses the last few images at most.
 
-    tower.json names the tower; images.jsonl has a line for each image: a row's number or why it is lost, and the file's
+    tower.json names the tower; pictures.jsonl has a line for each image: a row's number or why it is lost, and the file's
     stamp, by which an image that was replaced is encoded again; patches.bf16 holds the rows. Opening only reads.
     """
 
     def __init__(self, folder: Path, vision: VisionTower) -> None:
         """Open a folder, or begin one. Raises UserError where it holds another tower's features, or something else."""
         self.folder, self.vision = folder, vision
-        about = {**vision.fingerprint(), "shape": list(vision.shape)}
-        if (folder / ABOUT).exists():
-            if json.loads((folder / ABOUT).read_text("utf-8")) != about:
-                raise UserError(f"{folder}: holds patches of another tower; name another folder, or remove it")
-        elif folder.exists() and any(folder.iterdir()):
-            raise UserError(f"{folder}: holds no patches, but something else; name another folder")
-        else:
-            folder.mkdir(parents=True, exist_ok=True)
-            write_json(folder / ABOUT, about)
+        STORE.begin(folder, {**vision.fingerprint(), "shape": list(vision.shape)})
         self._read()
         self._mapped: Any = ()
 
@@ -52,16 +46,15 @@ class PatchStore:
         lines = path.read_text("utf-8").splitlines(keepends=True) if path.exists() else []
         found = [json.loads(line) for line in lines if line.endswith("\n")]
         self._entries = [entry for entry in found if entry.get("row", -1) < stored]
-        known = {entry["image"]: entry for entry in self._entries}  # the last line about an image counts
+        known = {entry[IMAGE]: entry for entry in self._entries}  # the last line about an image counts
         self.rows = {image: entry["row"] for image, entry in known.items() if "row" in entry}
         self.lost = {image: entry["lost"] for image, entry in known.items() if "lost" in entry}
         self._stamps = {image: entry.get("stamp") for image, entry in known.items()}
 
     def _mend(self) -> int:
         """Cut off what is half written; returns how many rows there are. For the one process that adds."""
-        temporary = self.folder / f"{LINES}.new"
-        temporary.write_text("".join(json.dumps(entry) + "\n" for entry in self._entries), "utf-8")
-        temporary.replace(self.folder / LINES)
+        with WholeFile(self.folder / LINES) as part:
+            part.write_text("".join(json.dumps(entry) + "\n" for entry in self._entries), "utf-8")
         count = max((entry.get("row", -1) for entry in self._entries), default=-1) + 1
         with (self.folder / ROWS).open("ab") as file:
             file.truncate(count * self._bytes_of_a_row())
@@ -103,7 +96,7 @@ class PatchStore:
                     rows.write(encoded.to("cpu", torch.bfloat16).view(torch.uint16).numpy().tobytes())
                     rows.flush()
                 for image, pixels in some:
-                    entry: dict[str, Any] = {"image": image, "stamp": stamps[image]}
+                    entry: dict[str, Any] = {IMAGE: image, "stamp": stamps[image]}
                     if isinstance(pixels, Tensor):
                         entry["row"], count = count, count + 1
                     else:

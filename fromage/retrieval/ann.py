@@ -18,11 +18,12 @@ import faiss
 import numpy as np
 
 from fromage.errors import UserError
+from fromage.retrieval.base import FLAT
+from fromage.retrieval.rerank import RERANK_FACTOR
 
-FLAT, FLAT_UP_TO = "flat", 1_000_000  # rows
+FLAT_UP_TO = 1_000_000  # rows
 TRAINED_ON, PER_LIST = 1 << 17, 40  # rows to train on: so many, or so many per list if that is more
 MEASURED_WITH = 256  # queries of each sort
-RERANK_FACTOR = 5  # candidates per image that is asked for, and as many as for ten at least
 RECALL = 0.97  # of the ten nearest, which the search is set to reach
 CHUNK = 1 << 16  # rows
 
@@ -68,7 +69,7 @@ class ANNIndex:
 
     @classmethod
     def train(cls, kind: str, vectors: np.ndarray, seed: int = 0) -> ANNIndex:
-        """An index of a kind, trained on a sample of (N, q) rows, none of which is in it. Raises UserError likewise."""
+        """An index of a kind, trained on a sample of (N, q) rows, none of which is in it. Raises UserError as empty does."""
         made = cls.empty(kind, vectors.shape[1])
         size = min(max(TRAINED_ON, PER_LIST * _lists(made.index)), len(vectors))
         sample = np.random.default_rng(seed).choice(len(vectors), size, replace=False)
@@ -91,7 +92,7 @@ class ANNIndex:
         if setting:
             faiss.ParameterSpace().set_index_parameters(self.index, setting)  # type: ignore[arg-type]
 
-    def near(self, rows: np.ndarray, n: int) -> list[np.ndarray]:
+    def search(self, rows: np.ndarray, n: int) -> list[np.ndarray]:
         """For each of (B, q) unit rows the positions of n candidates, or of as many as are found."""
         _, positions = self.index.search(rows, min(n, self.index.ntotal))  # (B, n)
         return [found[found >= 0] for found in positions]
@@ -115,8 +116,8 @@ class ANNIndex:
         meant = _nearest(vectors, texts, 10)
         for setting in self._settings():
             self.set(setting)
-            self.recall = self._share(alike, self.near(images, RERANK_FACTOR * 10 + 1))
-            self.text_recall = self._share(meant, self.near(texts, RERANK_FACTOR * 10)) if len(texts) else None
+            self.recall = self._share(alike, self.search(images, RERANK_FACTOR * 10 + 1))
+            self.text_recall = self._share(meant, self.search(texts, RERANK_FACTOR * 10)) if len(texts) else None
             if self.recall >= RECALL and (self.text_recall is None or self.text_recall >= RECALL):
                 return
 

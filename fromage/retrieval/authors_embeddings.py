@@ -17,8 +17,8 @@ import numpy as np
 from fromage.checkpoints.safe_pickle import Admitted, load_plain
 from fromage.data.image_source import Item
 from fromage.errors import UserError, first_line
-from fromage.retrieval.faiss_index import unit
 from fromage.retrieval.item_table import Embedded, to_batch
+from fromage.retrieval.rerank import unit
 
 CHUNK = 1 << 16  # rows
 

@@ -8,26 +8,24 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from fromage.errors import UserError
 from fromage.models.fromage import Fromage
 from fromage.models.prompts import max_length, prompt_length
-from fromage.retrieval import milvus_index as milvus_index
-from fromage.retrieval.ann import FLAT, MEASURED_WITH, ANNIndex, check_kind, default_kind
+from fromage.retrieval.ann import MEASURED_WITH, ANNIndex, default_kind
+from fromage.retrieval.base import FLAT, ImageIndex
 from fromage.retrieval.embed_images import embed_images
 from fromage.retrieval.embedding_store import EmbeddingStore
-from fromage.retrieval.faiss_index import ImageIndex, open_rows, unit, write_rows
-from fromage.retrieval.index_folder import CANDIDATES, check_replaceable, replacing
-from fromage.retrieval.item_table import Embedded, keep_mask
-from fromage.retrieval.milvus_collection import reach
-from fromage.retrieval.milvus_index import MilvusIndex
+from fromage.retrieval.index_folder import ABOUT, check_replaceable, read_about
+from fromage.retrieval.item_table import Embedded, without
+from fromage.retrieval.open_index import BACKENDS, backend_of, load_index
+from fromage.retrieval.rerank import unit
 
 
 def write_index(
@@ -49,19 +47,18 @@ def write_index(
         kind: see fromage.retrieval.ann; None chooses by the number of rows.
         trained: an index of the kind, which holds the first of the rows or none.
         texts: (n, q) unit rows that texts ask with, to measure an approximate kind with.
-        milvus: where the rows go in place of this disk, see fromage.retrieval.milvus_collection; kind is then one of Milvus.
+        milvus: where the rows go in place of this disk, see fromage.retrieval.milvus_client; kind is then one of Milvus.
     """
-    if milvus:
-        return milvus_index.write(out, rows, width, fingerprint, checkpoint, kind, milvus)
-    check_kind(kind, width)
-    old = milvus_index.former(out)
-    with replacing(out) as new:
-        write_rows(new, rows)
-        index = ImageIndex(*open_rows(new, width), fingerprint, checkpoint, texts=texts)
-        index.prepare(kind or default_kind(len(index)), trained)
-        index.finish(new)
-    milvus_index.drop(old)
-    return ImageIndex.load(out, fingerprint)
+    old = read_about(Path(out)) if (Path(out) / ABOUT).exists() else None
+    backend = BACKENDS[_backend(milvus)]
+    index = backend.write(out, rows, width, fingerprint, checkpoint, kind, trained, texts, milvus or "")
+    if old:
+        BACKENDS[backend_of(old)].drop(old)
+    return index
+
+
+def _backend(milvus: str | None) -> str:
+    return "milvus" if milvus else "faiss"
 
 
 def build(
@@ -114,10 +111,7 @@ def build_index(
         milvus: as for write_index. The others are those of embed_images.
     """
     check_replaceable(out)  # before the hours of embedding
-    if milvus:
-        reach(milvus)
-    else:
-        check_kind(kind, model.q)
+    BACKENDS[_backend(milvus)].check(kind, model.q, milvus or "")
     out = Path(out).resolve()
     beside = out.with_name(f".{out.name}.{model.fingerprint()}.embeddings")
     store = embed_images(model, images, beside, batch_size, workers, captions, checkpoint)
@@ -128,78 +122,33 @@ def build_index(
 
 def add(folder: str | Path, store: EmbeddingStore) -> ImageIndex:
     """Put embeddings behind those of an index, which keeps its kind; images that are there already stay as they are."""
-    index = ImageIndex.load(folder, None)
-    index.require(store.about["fingerprint"], folder)
-    if isinstance(index, MilvusIndex):
-        index.add(_rows(store))
-        index.save(folder)
-        return index
-    rows = chain(index.rows(), _without(_rows(store), index.paths()))
-    return _rewrite(folder, index, rows, _learnt(folder, index))
+    return load_index(folder, store.about["fingerprint"]).add(folder, _rows(store))
 
 
 def remove(folder: str | Path, paths: Sequence[str]) -> ImageIndex:
     """Take images out of an index, every one at these paths. Raises UserError for a path that is not there."""
-    index = ImageIndex.load(folder, None)
-    names = [path.encode("utf-8", "surrogateescape") for path in paths]
-    if isinstance(index, MilvusIndex):
-        rows = index.collection.rows_of(names)
-        _require(folder, names, rows)
-        index.remove([row for found in rows.values() for row in found])
-        index.save(folder)
-        return index
-    barred = pa.chunked_array([pa.array(names, pa.binary())])
-    _require(folder, names, set(index.paths().filter(pc.is_in(index.paths(), value_set=barred)).to_pylist()))
-    trained = _learnt(folder, index)
-    if trained:
-        trained.index.reset()  # forgets the rows, not the training
-    return _rewrite(folder, index, _without(index.rows(), barred), trained)
-
-
-def _require(folder: str | Path, names: Iterable[bytes], there: Collection[bytes]) -> None:
-    if gone := [name for name in names if name not in there]:
-        name = gone[0].decode("utf-8", "replace")
-        raise UserError(f"{folder}: has no image {name}; give paths as `fromage search` prints them")
+    return load_index(folder).remove(folder, paths)
 
 
 def merge(folders: Sequence[str | Path], out: str | Path, kind: str | None = None, milvus: str | None = None) -> ImageIndex:
-    """Write one index of several. Of images at the same path the first counts. kind: the first one's, unless given."""
-    indexes = [ImageIndex.load(folder, None) for folder in folders]
-    first = indexes[0]
-    for index, folder in zip(indexes, folders, strict=True):
-        index.require(first.fingerprint, folder)
+    """Write one index of several. Of images at the same path the first counts.
+
+    kind: None is that of the first, where this is of the same backend as the one written.
+    """
+    first = load_index(folders[0])
+    indexes = [first, *(load_index(folder, first.fingerprint) for folder in folders[1:])]
     parts, seen = [first.rows()], first.paths()
     for index in indexes[1:]:
-        parts.append(_without(index.rows(), seen))
+        parts.append(without(index.rows(), seen))
         seen = pa.chunked_array([*seen.chunks, *index.paths().chunks], pa.binary())
-    if milvus or isinstance(first, MilvusIndex):  # the one's names of kinds mean nothing to the other
-        of = first.width, first.fingerprint, first.checkpoint
-        return write_index(out, chain(*parts), *of, kind, milvus=milvus)
-    trained = _learnt(folders[0], first) if kind in (None, first.kind) else None
     texts = np.concatenate([index.texts for index in indexes])  # (n, q)
-    first.texts = texts[:: max(1, len(texts) // MEASURED_WITH)]
-    return _rewrite(out, first, chain(*parts), trained, kind)
-
-
-def _rewrite(
-    out: str | Path, like: ImageIndex, rows: Iterable[Embedded], trained: ANNIndex | None, kind: str | None = None
-) -> ImageIndex:
-    about = like.width, like.fingerprint, like.checkpoint
-    return write_index(out, rows, *about, kind or like.kind, trained, like.texts)
-
-
-def _learnt(folder: str | Path, index: ImageIndex) -> ANNIndex | None:
-    """The candidates of a saved index, in memory, where they can be changed."""
-    old = index.candidates
-    return old and ANNIndex.read(Path(folder) / CANDIDATES, old.kind, old.setting, old.recall, mapped=False)
+    trained = None
+    if first.backend == _backend(milvus):  # one backend's names of kinds mean nothing to another
+        trained = first.learnt(folders[0]) if kind in (None, first.kind) else None
+        kind = kind or first.kind
+    of = first.width, first.fingerprint, first.checkpoint
+    return write_index(out, chain(*parts), *of, kind, trained, texts[:: max(1, len(texts) // MEASURED_WITH)], milvus)
 
 
 def _rows(store: EmbeddingStore) -> Iterator[Embedded]:
     return ((unit(rows, str(store.folder)), items) for rows, items in store.batches())
-
-
-def _without(rows: Iterable[Embedded], barred: pa.ChunkedArray) -> Iterator[Embedded]:
-    """The rows whose items are at none of the barred paths."""
-    for vectors, items in rows:
-        keep = keep_mask(items, barred)
-        yield vectors[keep], items.filter(pa.array(keep))

@@ -21,12 +21,21 @@ import pyarrow.parquet as pq
 
 from fromage.data.image_source import Item
 from fromage.errors import UserError, first_line
-from fromage.io import as_json, write_files
+from fromage.identity import FolderKind
+from fromage.io import WholeFile
 from fromage.retrieval.item_table import SCHEMA, Embedded, to_batch
 
 ABOUT, FORMAT, VERSION = "embeddings.json", "fromage-embeddings", 1
 DTYPES = ("float32", "float16")
-KEYS = {"fingerprint", "checkpoint", "source", "width", "dtype", "parts"}  # what embeddings.json says besides
+STORE = FolderKind(
+    ABOUT,
+    "embeddings",
+    of="run",
+    again="make some with: fromage index embed",
+    format=(FORMAT, VERSION),
+    keys=frozenset({"fingerprint", "checkpoint", "source", "width", "dtype", "parts"}),
+    ignored=frozenset({"checkpoint"}),  # a path, which may change
+)
 
 
 class EmbeddingStore:
@@ -41,31 +50,12 @@ class EmbeddingStore:
 
         about: fingerprint and checkpoint of the model, digest of the source, width q, dtype, number of parts.
         """
-        folder = Path(folder)
-        if (folder / ABOUT).exists():
-            there = cls.open(folder)
-            differs = [name for name in sorted(KEYS - {"checkpoint"}) if there.about[name] != about[name]]
-            if differs:
-                name = differs[0]
-                said = f"{name} {there.about[name]}, not {about[name]}"
-                raise UserError(f"{folder}: holds embeddings of another run ({said}); choose another folder or remove it")
-            return there
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise UserError(f"{folder}: exists and holds no embeddings; choose another folder")
-        write_files(folder, {ABOUT: as_json({"format": FORMAT, "version": VERSION, **about})})
-        return cls(folder, about)
+        return cls(Path(folder), STORE.begin(Path(folder), about))
 
     @classmethod
     def open(cls, folder: str | Path) -> EmbeddingStore:
         """The store in a folder. Raises UserError if there is none that can be read."""
-        folder = Path(folder)
-        try:
-            about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
-            if (about["format"], about["version"]) != (FORMAT, VERSION) or not about.keys() >= KEYS:
-                raise ValueError("of another format or version")
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{folder}: holds no embeddings ({error}); make some with: fromage index embed") from error
-        return cls(folder, about)
+        return cls(Path(folder), STORE.read(Path(folder)))
 
     def _path(self, part: int) -> Path:
         return self.folder / f"{part:05d}.parquet"
@@ -85,12 +75,12 @@ class EmbeddingStore:
             names=["key", "path", "caption", "embedding"],
             metadata={"fingerprint": self.about["fingerprint"], "broken": json.dumps(list(broken))},
         )
-        whole, partial = self._path(part), self.folder / f".{part:05d}.parquet.part"
+        path = self._path(part)
         try:
-            pq.write_table(table, partial)
-            partial.replace(whole)
+            with WholeFile(path) as file:
+                pq.write_table(table, file)
         except OSError as error:
-            raise UserError(f"{whole}: cannot be written ({first_line(error)}); make room and run it again") from error
+            raise UserError(f"{path}: cannot be written ({first_line(error)}); make room and run it again") from error
 
     def _open(self, part: int) -> pq.ParquetFile:
         path = self._path(part)

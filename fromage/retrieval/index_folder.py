@@ -4,7 +4,7 @@
     items.arrow    path and caption of each row
     index.faiss    what proposes candidates, for kinds that are not flat
     texts.f32      (n, q) unit rows of captions as searched for, with which these are measured; where there were some
-    index.json     format, count, width, fingerprint, kind, and the files' sizes and digests; written last
+    index.json     format, backend, count, width, fingerprint, kind, and the files' sizes and digests; written last
 
 All but index.json are mapped into memory when the index is opened, so that millions of rows open at once. Of an index in
 Milvus there is index.json alone, which names the server and the collection.
@@ -13,28 +13,63 @@ Milvus there is index.json alone, which names the server and the collection.
 from __future__ import annotations
 
 import hashlib
-import json
-import os
-import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+import numpy as np
+import pyarrow as pa
 
 from fromage.errors import UserError, first_line
+from fromage.identity import FolderKind
+from fromage.io import set_aside, whole_folder, write_json
+from fromage.retrieval.item_table import Embedded, ItemTable, write_items
 
 FORMAT, VERSION = "fromage-index", 2
 VECTORS, ITEMS, CANDIDATES, TEXTS, ABOUT = "vectors.f32", "items.arrow", "index.faiss", "texts.f32", "index.json"
-KEYS = {"count", "width", "fingerprint", "checkpoint", "kind", "setting", "recall_at_10", "files"}
+INDEX = FolderKind(
+    ABOUT,
+    "an index",
+    again="build one with: fromage index build",
+    format=(FORMAT, VERSION),
+    keys=frozenset({"count", "width", "fingerprint", "checkpoint", "kind", "setting", "recall_at_10", "files"}),
+)
 MILVUS = "milvus"  # the key of what only an index in Milvus says: uri and collection
 BLOCK, BLOCKS = 1 << 16, 64  # bytes; a spot digest reads so many blocks, spread over the file
+
+
+def write_rows(folder: Path, rows: Iterable[Embedded]) -> None:
+    """Write unit vectors and items, some at a time, into a new folder."""
+
+    def items(file: IO[bytes]) -> Iterator[pa.RecordBatch]:
+        for vectors, batch in rows:
+            file.write(vectors.astype("<f4", copy=False).tobytes())
+            yield batch
+
+    with (folder / VECTORS).open("wb") as file:
+        write_items(folder / ITEMS, items(file))
+
+
+def open_rows(folder: Path, width: int) -> tuple[np.ndarray, ItemTable]:
+    """Map what write_rows wrote into memory: (N, width) vectors, and the items. Raises UserError if the two do not fit."""
+    if not (folder / VECTORS).stat().st_size:
+        raise UserError("an index needs at least one image; none is left")
+    numbers, items = np.memmap(folder / VECTORS, "<f4", "r"), ItemTable.open(folder / ITEMS)
+    if len(numbers) != len(items) * width:
+        raise UserError(f"{folder}: {len(items)} images and {len(numbers)} numbers do not fit; build the index again")
+    return numbers.reshape(len(items), width), items
 
 
 def seal(folder: Path, about: dict[str, Any]) -> None:
     """Write index.json over the finished files of a folder."""
     files = {path.name: _file(path) for path in sorted(folder.iterdir())}
-    about = {"format": FORMAT, "version": VERSION, **about, "files": files}
-    (folder / ABOUT).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / ABOUT, sealed(about, files))
+
+
+def sealed(about: dict[str, Any], files: dict[str, Any]) -> dict[str, Any]:
+    """All of index.json; files: by name, their size and digests."""
+    return {"format": FORMAT, "version": VERSION, **about, "files": files}
 
 
 def _file(path: Path) -> dict[str, Any]:
@@ -58,24 +93,12 @@ def _spot_digest(path: Path) -> str:
 
 def read_about(folder: Path) -> dict[str, Any]:
     """What index.json says. Raises UserError where there is no index, or one of another version."""
-    if not folder.exists() and _aside(folder).exists():
-        raise UserError(f"{folder}: saving was interrupted; the former index is whole: rename {_aside(folder)} to {folder}")
-    try:
-        about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
-        known = (about["format"], about["version"]) == (FORMAT, VERSION) and about.keys() >= KEYS
-        if not known or not _complete(about):
-            raise ValueError("of another format or version")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{folder}: is no readable index ({error}); build one with: fromage index build") from error
+    if not folder.exists() and (aside := set_aside(folder)).exists():
+        raise UserError(f"{folder}: saving was interrupted; the former index is whole: rename {aside} to {folder}")
+    about = INDEX.read(folder)
+    if not isinstance(about["files"], dict):
+        raise INDEX.unreadable(folder, "it names no files")
     return about
-
-
-def _complete(about: dict[str, Any]) -> bool:
-    """Whether what is said of files, or of Milvus, is what an index needs."""
-    files = about["files"].keys()
-    if MILVUS in about:
-        return not files and {"uri", "collection"} <= about[MILVUS].keys()
-    return {VECTORS, ITEMS} <= files <= {VECTORS, ITEMS, CANDIDATES, TEXTS}
 
 
 def check_files(folder: Path, about: dict[str, Any], full: bool = False) -> None:
@@ -96,10 +119,9 @@ def check_replaceable(folder: str | Path) -> None:
     folder = Path(folder).resolve()
     if not folder.exists():
         return
-    files = {p.name for p in folder.iterdir()} if folder.is_dir() else set()
-    if files != {ABOUT} and not {VECTORS, ITEMS, ABOUT} <= files <= {VECTORS, ITEMS, CANDIDATES, TEXTS, ABOUT}:
-        raise UserError(f"{folder}: exists and is not an index (or not only); choose another place or remove it")
-    read_about(folder)
+    INDEX.require_own(folder)
+    if {path.name for path in folder.iterdir()} - {ABOUT} - read_about(folder)["files"].keys():
+        raise INDEX.something_else(folder)
 
 
 @contextmanager
@@ -110,32 +132,9 @@ def replacing(folder: str | Path) -> Iterator[Path]:
     """
     folder = Path(folder).resolve()
     check_replaceable(folder)
-    new, old = folder.with_name(f".{folder.name}.{os.getpid()}.new"), _aside(folder)
-    shutil.rmtree(new, ignore_errors=True)
     try:
-        new.mkdir(parents=True)
-        yield new
-        _swap(new, folder, old)
+        with whole_folder(folder) as new:
+            yield new
     except (OSError, RuntimeError) as error:  # FAISS raises the latter
         still = "what was there before still is" if folder.exists() else "make room, or choose another place"
         raise UserError(f"{folder}: the index cannot be written ({first_line(error)}); {still}") from error
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _aside(folder: Path) -> Path:
-    return folder.with_name(f".{folder.name}.old")
-
-
-def _swap(new: Path, folder: Path, old: Path) -> None:
-    if not folder.exists():
-        new.rename(folder)
-        return
-    shutil.rmtree(old, ignore_errors=True)  # left by a process that was killed here
-    folder.rename(old)
-    try:
-        new.rename(folder)
-    except BaseException:
-        old.rename(folder)
-        raise

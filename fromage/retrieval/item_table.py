@@ -6,7 +6,7 @@ Paths and captions are bytes here: file names need not be Unicode, and Python's 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from fromage.data.image_source import Item
+from fromage.errors import UserError
 
 SCHEMA = pa.schema([("path", pa.binary()), ("caption", pa.binary())])
 Embedded = tuple[np.ndarray, pa.RecordBatch]  # (n, q) rows of the retrieval space, and the items they are of
@@ -83,6 +84,25 @@ class ItemTable(Sequence[Item]):
 def keep_mask(batch: pa.RecordBatch, barred: pa.ChunkedArray) -> np.ndarray:
     """Which items of a batch are at none of the barred paths: (n,) truth values."""
     return np.asarray(pc.invert(pc.is_in(batch.column("path"), value_set=barred)))
+
+
+def without(rows: Iterable[Embedded], barred: pa.ChunkedArray) -> Iterator[Embedded]:
+    """The rows whose items are at none of the barred paths."""
+    for vectors, items in rows:
+        keep = keep_mask(items, barred)
+        yield vectors[keep], items.filter(pa.array(keep))
+
+
+def encoded(paths: Iterable[str]) -> list[bytes]:
+    """Paths as they stand in the columns."""
+    return [path.encode("utf-8", "surrogateescape") for path in paths]
+
+
+def check_there(folder: str | Path, paths: Iterable[bytes], there: Collection[bytes]) -> None:
+    """Raise UserError for the first path that an index has no image of; folder: of the index."""
+    if gone := [path for path in paths if path not in there]:
+        name = gone[0].decode("utf-8", "replace")
+        raise UserError(f"{folder}: has no image {name}; give paths as `fromage search` prints them")
 
 
 def write_items(path: Path, batches: Iterable[pa.RecordBatch]) -> None:

@@ -5,17 +5,13 @@
     path, caption
     embedding  q float32 at unit length, searched by inner product
 
-A name that ends in .db is a folder of Milvus Lite, which one process at a time can use; any other is the address of a
-server, whose token is taken from FROMAGE_MILVUS_TOKEN and never stored.
+Where it is: see fromage.retrieval.milvus_client.
 """
 
 from __future__ import annotations
 
-import logging
-import os
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -23,20 +19,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from fromage.data.image_source import Item
-from fromage.errors import UserError, first_line
+from fromage.errors import UserError
 from fromage.retrieval.item_table import SCHEMA, Embedded, image_id, to_batch
+from fromage.retrieval.milvus_client import LITE, SECONDS, asking, connect
 
 if TYPE_CHECKING:
     from pymilvus import MilvusClient
 
-TOKEN = "FROMAGE_MILVUS_TOKEN"  # environment variable
-LITE = ".db"
 ID = "picture"  # the field of image_id: its name in collections that were written before it was called so
 CHUNK = 1 << 10  # rows sent at once
 MOST = 1 << 14  # rows that Milvus gives at once
 TEXT = (1 << 16) - 1  # bytes of a text that Milvus takes; longer captions are cut
-SECONDS = 60.0  # for an answer
-UNREACHED = {2}  # code of pymilvus
 ODD = {0xDC80 + i: 0xF780 + i for i in range(128)}  # Python's stand-ins for bytes that are no Unicode, to private characters
 PLAIN = {there: here for here, there in ODD.items()}
 
@@ -195,56 +188,6 @@ class Collection:
     def _query(self, which: str, fields: Sequence[str] = ("row", "path", "caption", "embedding"), **more: Any) -> list[Any]:
         with asking(self.uri):
             return list(self.client.query(self.name, filter=which, output_fields=list(fields), timeout=SECONDS, **more))
-
-
-def connect(uri: str) -> MilvusClient:
-    """A connection to Milvus. Raises UserError where there is none, or pymilvus is missing."""
-    try:
-        from pymilvus import MilvusClient
-    except ImportError as error:
-        raise UserError("an index in Milvus needs pymilvus: pip install 'fromage[milvus]'") from error
-    for name in ("pymilvus", "milvus_lite", "grpc"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)  # what goes wrong is told below, once
-    with asking(uri):
-        return MilvusClient(uri, token=os.environ.get(TOKEN, ""), timeout=SECONDS)
-
-
-def reach(uri: str) -> None:
-    """Raise UserError unless there is a Milvus that answers; no connection is kept."""
-    connect(located(uri)).close()
-
-
-@contextmanager
-def asking(uri: str) -> Iterator[None]:
-    """Raise UserError for what Milvus refuses or does not answer."""
-    import grpc
-    from pymilvus import MilvusException
-
-    try:
-        yield
-    except (MilvusException, grpc.RpcError) as error:
-        cause = error.message if isinstance(error, MilvusException) else error.details()
-        raise UserError(f"Milvus at {uri}: {first_line(Exception(cause))}{_hint(uri, error)}") from error
-
-
-def _hint(uri: str, error: Exception) -> str:
-    """The remedy, where Milvus was not reached; what it refuses it explains itself."""
-    if uri.endswith(LITE):
-        return "; one process at a time can use it" if "Open local" in str(error) else ""
-    code = getattr(error, "code", None)
-    silent = not isinstance(code, int) or code in UNREACHED
-    return f"; see that the server runs, and what {TOKEN} says" if silent else ""
-
-
-def located(uri: str) -> str:
-    """A place for later: the absolute path of a .db, or an address as it is. Raises UserError for what is neither."""
-    if uri.startswith(("http://", "https://", "tcp://", "unix:")):
-        if "@" in uri:
-            raise UserError(f"{uri.partition('//')[0]}//...: an address is stored, so it may hold no password; set {TOKEN}")
-        return uri
-    if not uri.endswith(LITE):
-        raise UserError(f"{uri}: is neither the address of a Milvus (http://host:19530) nor a path that ends in .db")
-    return str(Path(uri).absolute())
 
 
 def parse_kind(kind: str) -> tuple[str, dict[str, int]]:

@@ -19,25 +19,30 @@ import pyarrow as pa
 from fromage.data.image_source import Item
 from fromage.errors import UserError
 from fromage.io import as_json, write_files
-from fromage.retrieval.ann import FLAT, FLAT_UP_TO
-from fromage.retrieval.faiss_index import ImageIndex, Near
-from fromage.retrieval.index_folder import ABOUT, FORMAT, MILVUS, VERSION, check_replaceable, read_about, replacing, seal
-from fromage.retrieval.item_table import Embedded, keep_mask
-from fromage.retrieval.milvus_collection import Collection, located
+from fromage.retrieval.ann import FLAT_UP_TO, ANNIndex
+from fromage.retrieval.base import FLAT, ImageIndex
+from fromage.retrieval.index_folder import ABOUT, INDEX, MILVUS, check_replaceable, replacing, seal, sealed
+from fromage.retrieval.item_table import Embedded, check_there, encoded, keep_mask
+from fromage.retrieval.milvus_client import located, reach
+from fromage.retrieval.milvus_collection import Collection
+from fromage.retrieval.rerank import Near
 
 
 class MilvusIndex(ImageIndex):
     """An index in Milvus. Neither its vectors nor its items are here: ask vectors_of, finder, paths and rows."""
 
+    backend = "milvus"
+
     def __init__(self, collection: Collection, fingerprint: str, checkpoint: str = "") -> None:
-        self.collection, self.fingerprint, self.checkpoint = collection, fingerprint, checkpoint
-        self.candidates, self.texts = None, np.empty((0, self.width), np.float32)
-        self._known = (lambda: None, [])  # see require_model
+        self.collection = collection
+        super().__init__(fingerprint, checkpoint)
 
     @classmethod
-    def open(cls, about: dict[str, Any]) -> MilvusIndex:
-        """The index that an index.json tells of. Raises UserError where Milvus or the collection is away."""
-        where = about[MILVUS]
+    def open(cls, folder: Path, about: dict[str, Any]) -> MilvusIndex:
+        """The index of a folder whose index.json says `about`. Raises UserError where Milvus or the collection is away."""
+        where = about.get(MILVUS)
+        if not isinstance(where, dict) or not where.keys() >= {"uri", "collection"}:
+            raise INDEX.unreadable(folder, "it names no collection")
         collection = Collection(where["uri"], where["collection"], about["width"], about["kind"])
         collection.load()
         return cls(collection, about["fingerprint"], about["checkpoint"])
@@ -71,88 +76,110 @@ class MilvusIndex(ImageIndex):
         """All vectors with their items, in order, some at a time."""
         return self.collection.all()
 
-    def _nearest(self, rows: np.ndarray, n: int) -> list[Near]:
-        found = self.collection.near(rows, n) if len(rows) else []
+    def nearest(self, queries: np.ndarray, n: int) -> list[Near]:
+        """The n rows that Milvus finds nearest to each of (B, q) unit queries."""
+        found = self.collection.near(queries, n) if len(queries) else []  # (n, q) vectors for each of B
         return [Near(f.rows, f.vectors, f.items.__getitem__, len(f.rows) < n) for f in found]
-
-    _proposed = _nearest
 
     def about(self) -> dict[str, Any]:
         """What index.json says; count is of the time when it was written."""
-        where = {MILVUS: {"uri": self.collection.uri, "collection": self.collection.name}}
-        recall = 1.0 if self.kind == FLAT else None  # not measured
-        return super().about() | {"setting": "", "recall_at_10": recall} | where
-
-    def finish(self, folder: Path) -> None:
-        """Write index.json into a new folder."""
-        seal(folder, self.about())
+        return {
+            "backend": self.backend,
+            "count": len(self),
+            "width": self.width,
+            "kind": self.kind,
+            "fingerprint": self.fingerprint,
+            "checkpoint": self.checkpoint,
+            "setting": "",
+            "recall_at_10": 1.0 if self.kind == FLAT else None,  # not measured
+            MILVUS: {"uri": self.collection.uri, "collection": self.collection.name},
+        }
 
     def save(self, folder: str | Path) -> None:
         """Write index.json: anew into the index's own folder, or into another one for the same collection."""
         check_replaceable(folder)
-        about = {"format": FORMAT, "version": VERSION, **self.about(), "files": {}}
-        write_files(Path(folder), {ABOUT: as_json(about)})
+        write_files(Path(folder), {ABOUT: as_json(sealed(self.about(), {}))})
 
-    def add(self, rows: Iterable[Embedded]) -> None:
-        """Put rows behind those that are there, but for images that are there already. A killed run may be repeated."""
+    def add(self, folder: str | Path, rows: Iterable[Embedded]) -> MilvusIndex:
+        """The index in this folder with rows put behind its own. A run that was killed may be repeated."""
         self.collection.insert((fresh for some in rows if len((fresh := self._fresh(*some))[1])), self.collection.end())
+        self.save(folder)
+        return self
 
     def _fresh(self, vectors: np.ndarray, items: pa.RecordBatch) -> Embedded:
         there = pa.array(list(self.collection.rows_of(items.column("path").to_pylist())), pa.binary())
         keep = keep_mask(items, pa.chunked_array([there]))
         return vectors[keep], items.filter(pa.array(keep))
 
-    def remove(self, rows: Sequence[int]) -> None:
-        """Take rows out. Raises UserError if none would be left."""
+    def remove(self, folder: str | Path, paths: Sequence[str]) -> MilvusIndex:
+        """The index in this folder without the images at these paths. Raises UserError for a path that is not there."""
+        names = encoded(paths)
+        found = self.collection.rows_of(names)
+        check_there(folder, names, found)
+        rows = [row for some in found.values() for row in some]
         if len(rows) == len(self):
             raise UserError("an index needs at least one image; none is left")
         self.collection.delete(rows)
+        self.save(folder)
+        return self
 
+    @classmethod
+    def check(cls, kind: str | None, width: int, where: str = "") -> None:
+        """Raise UserError unless there is a Milvus at `where` that answers; kinds are checked when one is made."""
+        reach(where)
 
-def write(
-    out: str | Path, rows: Iterable[Embedded], width: int, fingerprint: str, checkpoint: str, kind: str | None, uri: str
-) -> MilvusIndex:
-    """Put unit rows into a new collection and name it in the folder out; a collection which that named before is dropped.
+    @classmethod
+    def write(
+        cls,
+        out: str | Path,
+        rows: Iterable[Embedded],
+        width: int,
+        fingerprint: str,
+        checkpoint: str = "",
+        kind: str | None = None,
+        trained: ANNIndex | None = None,
+        texts: np.ndarray | None = None,
+        where: str = "",
+    ) -> MilvusIndex:
+        """Put unit rows into a new collection and name it in the folder out; trained and texts are not used.
 
-    What is killed leaves its collection, named fromage_..., to be dropped by hand.
+        What is killed leaves its collection, named fromage_..., to be dropped by hand.
 
-    Args:
-        kind: None is flat for up to a million rows, and beyond what Milvus takes by itself.
-        uri: see fromage.retrieval.milvus_collection.
-    """
-    check_replaceable(out)
-    uri = located(uri)
-    if Path(out).resolve() in Path(uri).parents:
-        raise UserError(f"{uri}: lies in the folder of the index, which is replaced as a whole; name another place")
-    collection = Collection.create(uri, fingerprint, width, kind or FLAT)
-    try:
-        count = collection.insert(rows)
-        if not count:
-            raise UserError("an index needs at least one image; none was given")
-        if kind is None and count > FLAT_UP_TO:
-            collection.kind = "autoindex"
-        collection.index()
-        index, old = MilvusIndex(collection, fingerprint, checkpoint), former(out)
-        with replacing(out) as new:
-            index.finish(new)
-    except BaseException:
-        with suppress(UserError):  # the first one counts
-            collection.drop()
-        raise
-    drop(old)
-    return index
+        Args:
+            kind: None is flat for up to a million rows, and beyond what Milvus takes by itself.
+            where: see fromage.retrieval.milvus_client.
+        """
+        check_replaceable(out)
+        uri = located(where)
+        if Path(out).resolve() in Path(uri).parents:
+            raise UserError(f"{uri}: lies in the folder of the index, which is replaced as a whole; name another place")
+        collection = Collection.create(uri, fingerprint, width, kind or FLAT)
+        try:
+            _fill(collection, rows, kind)
+            index = cls(collection, fingerprint, checkpoint)
+            with replacing(out) as new:
+                seal(new, index.about())
+        except BaseException:
+            with suppress(UserError):  # the first one counts
+                collection.drop()
+            raise
+        return index
 
-
-def former(out: str | Path) -> dict[str, Any] | None:
-    """What index.json of a folder says that is to be written; None where there is none."""
-    return read_about(Path(out)) if (Path(out) / ABOUT).exists() else None
-
-
-def drop(about: dict[str, Any] | None) -> None:
-    """Drop the collection of an index that has been replaced, if it was in Milvus; warns where that fails."""
-    if about and MILVUS in about:
+    @classmethod
+    def drop(cls, about: dict[str, Any]) -> None:
+        """Drop the collection of an index that has been replaced; warns where that fails."""
         where = about[MILVUS]
         try:
             Collection(where["uri"], where["collection"], about["width"], about["kind"]).drop()
         except UserError as error:
             warnings.warn(f"the former collection {where['collection']} stays: {error}", stacklevel=3)
+
+
+def _fill(collection: Collection, rows: Iterable[Embedded], kind: str | None) -> None:
+    """Put rows into a new collection and make it searchable. Raises UserError where there is no row."""
+    count = collection.insert(rows)
+    if not count:
+        raise UserError("an index needs at least one image; none was given")
+    if kind is None and count > FLAT_UP_TO:
+        collection.kind = "autoindex"
+    collection.index()

@@ -19,7 +19,7 @@ from typing import Any
 
 from fromage.errors import UserError, first_line
 from fromage.models.fromage import Fromage
-from fromage.retrieval.faiss_index import ImageIndex
+from fromage.retrieval.base import ImageIndex
 from fromage.serving.batching import Capacity
 
 try:

@@ -6,7 +6,7 @@ from PIL import Image
 
 from fromage.errors import UserError
 from fromage.images.open import open_image
-from fromage.retrieval.faiss_index import ImageIndex
+from fromage.retrieval.base import ImageIndex
 from fromage.retrieval.item_table import image_id
 
 
@@ -18,7 +18,7 @@ class ImageIds:
     """Opens the images of an index by id; no other file can be opened."""
 
     def __init__(self, index: ImageIndex | None) -> None:
-        self._find = index.finder() if index else lambda _: None
+        self._find = index.finder() if index is not None else lambda _: None
 
     def of(self, path: str) -> str:
         """The id of an image."""

@@ -17,7 +17,7 @@ from fromage.generation.generate import Answer, generate, stream
 from fromage.generation.retrieved import RetrievedImages
 from fromage.models.fromage import Fromage
 from fromage.models.prompts import Part
-from fromage.retrieval.faiss_index import ImageIndex
+from fromage.retrieval.base import ImageIndex
 from fromage.retrieval.queries import embed_queries
 
 IMAGES = 32  # images encoded at a time

@@ -19,7 +19,7 @@ from fromage.images.codec import STRANGERS_PIXELS, decode_image, jpeg
 from fromage.images.fetch import fetch_image
 from fromage.models.fromage import Fromage
 from fromage.models.prompts import RET, Part
-from fromage.retrieval.faiss_index import ImageIndex
+from fromage.retrieval.base import ImageIndex
 from fromage.retrieval.results import load_images
 from fromage.serving.batching import Batcher, Capacity
 from fromage.serving.image_ids import Gone, ImageIds

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
-import shutil
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
 from itertools import islice, product
@@ -15,6 +13,8 @@ from typing import Any
 from tqdm import tqdm
 
 from fromage.errors import UserError
+from fromage.identity import FolderKind
+from fromage.io import whole_folder, write_json
 from fromage.toy import grounding, writers
 from fromage.toy.scenes import (
     COLOURS,
@@ -30,6 +30,7 @@ from fromage.toy.scenes import (
 )
 
 VERSION = 3
+WORLD = FolderKind("world.json", "a toy world", of="version, or of other arguments", remedy="choose another --out")
 SPLITS = ("train", "val")
 COCO_TRAIN = 500  # maximum number of training images with five captions
 FLICKR = 200  # maximum number of images of Flickr30k's test split
@@ -58,18 +59,14 @@ def make_world(
     counts = {"train": train, "val": val, "stories": stories, "dialogues": dialogues, "refs": refs}
     record: dict[str, Any] = {"version": VERSION, "seed": seed, "counts": counts}
     _check_counts(counts)
-    if _is_there(out, record):
+    if WORLD.find(out, record):
         return record | {"made": False}
-    draft = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
-        draft.mkdir(parents=True)
-        _write(draft, seed, counts, progress)
-        (draft / "world.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        draft.replace(out)
+        with whole_folder(out) as draft:
+            _write(draft, seed, counts, progress)
+            write_json(draft / WORLD.file, record)
     except OSError as error:
         raise UserError(f"{out}: cannot write the toy world there ({error}); choose another --out") from error
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
     return record | {"made": True}
 
 
@@ -85,19 +82,6 @@ def _unseen_singles() -> int:
     """The number of validation scenes of one object: a story ends on one, and no two on the same."""
     things = (Thing(*words) for words in product(SHAPES, COLOURS, SIZES, PLACES))
     return sum(Scene((t,), g, when).split == "val" for t in things for g, when in product(GROUNDS, TIMES))
-
-
-def _is_there(out: Path, record: dict[str, Any]) -> bool:
-    """Whether `out` is already this world. Raises UserError unless it is, is missing, or is an empty folder."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return False
-    try:
-        found = json.loads((out / "world.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise UserError(f"{out}: exists and is not a toy world; choose another --out or remove it") from None
-    if found != record:
-        raise UserError(f"{out}: holds a toy world made with other arguments ({found}); choose another --out or remove it")
-    return True
 
 
 def _painter(pool: Executor, bar: tqdm[Any]) -> writers.Paint:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import io
 import os
 import warnings
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 from fromage.checkpoints.safe_pickle import read_pickle
 from fromage.errors import UserError
+from fromage.io import WholeFile
 
 LAST, BEFORE = "last.ckpt", "last-1.ckpt"
 TERMINATED = 128 + 15  # the exit code of what SIGTERM ends
@@ -40,20 +40,16 @@ class SafeCheckpointIO(TorchCheckpointIO):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         path, buffer = Path(path), io.BytesIO()
-        part = path.with_name(f".{path.name}.part")
         torch.save(checkpoint, buffer)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with part.open("wb") as file:
-                file.write(buffer.getbuffer())
-                file.flush()
-                os.fsync(file.fileno())
-            self._keep(path)
-            part.replace(path)
+            with WholeFile(path) as part:
+                with part.open("wb") as file:
+                    file.write(buffer.getbuffer())
+                    file.flush()
+                    os.fsync(file.fileno())
+                self._keep(path)
             self.damaged.discard(path)
         except OSError as error:
-            with suppress(OSError):
-                part.unlink(missing_ok=True)
             there = "the one before it is untouched" if path.exists() else "there is none before it"
             said = f"cannot be written ({error.strerror}), {there}; make room, then go on with --ckpt_path last"
             raise UserError(f"checkpoint {path}: {said}") from error
@@ -62,11 +58,10 @@ class SafeCheckpointIO(TorchCheckpointIO):
         """Give the last checkpoint, if it is sound, the name of the one before it."""
         if path.name != LAST or not path.exists() or path in self.damaged:
             return
-        link = path.with_name(f".{BEFORE}.part")
-        link.unlink(missing_ok=True)
         try:
-            os.link(path, link)
-            link.replace(path.with_name(BEFORE))
+            with WholeFile(path.with_name(BEFORE)) as link:
+                link.unlink(missing_ok=True)
+                os.link(path, link)
         except OSError:  # a file system without links: for a moment there is no last one, but there is the one before
             path.replace(path.with_name(BEFORE))
 

@@ -67,7 +67,7 @@ def test_torn_and_missing_files_are_named(folder):
         read_folder(folder)
     for config in ((folder / CONFIG).read_text()[:50], "[]", "\x00"):
         (folder / CONFIG).write_text(config)
-        with pytest.raises(UserError, match="no readable folder"):
+        with pytest.raises(UserError, match="cannot be read as trained parameters"):
             read_folder(folder)
 
 
@@ -107,7 +107,7 @@ def test_a_folder_of_something_else_is_refused_and_left_alone(saved, tmp_path):
     other = tmp_path / "opt"
     shutil.copytree(TOY / "opt", other)
     before = content(other)
-    with pytest.raises(UserError, match="holds another model"):
+    with pytest.raises(UserError, match="something else than trained"):
         write_folder(saved, other)
     assert content(other) == before
     with pytest.raises(UserError, match="cannot be written"):

@@ -12,7 +12,8 @@ from test_faiss_index import COLOURS, Model, rows, write_colours
 
 from fromage.cli.main import main
 from fromage.data.image_source import Item
-from fromage.retrieval.faiss_index import ImageIndex
+from fromage.retrieval.faiss_index import FaissIndex
+from fromage.retrieval.open_index import load_index
 
 
 @pytest.fixture
@@ -32,7 +33,7 @@ def test_every_stage(ckpt, tmp_path, capsys):
     assert main(["index", "embed", "--ckpt", ckpt, "--images", str(images / "red"), "--out", at("red")]) == 0
     assert main(["index", "build", "--embeddings", at("red"), "--out", at("index")]) == 0
     assert main(["index", "add", at("index"), "--embeddings", at("all")]) == 0
-    assert ImageIndex.load(at("index"), "f00d").items[0].path == red
+    assert load_index(at("index"), "f00d").items[0].path == red
     assert main(["index", "build", *some, "--out", at("other"), "--kind", "IVF1,Flat"]) == 0
     assert main(["index", "remove", at("other"), blue]) == 0
     assert main(["index", "merge", at("other"), at("index"), "--out", at("merged")]) == 0
@@ -56,7 +57,7 @@ def test_the_authors_embeddings(ckpt, tmp_path, capsys):
     path = tmp_path / "cc3m_embeddings.pkl"
     path.write_bytes(pickle.dumps({"paths": urls, "embeddings": rows(3, q=3)}))
     assert main(["index", "import", str(path), "--ckpt", ckpt, "--out", str(tmp_path / "index")]) == 0
-    assert [item.path for item in ImageIndex.load(tmp_path / "index", "f00d").items] == urls
+    assert [item.path for item in load_index(tmp_path / "index", "f00d").items] == urls
 
 
 def test_the_checkpoint_of_an_import_may_be_a_name_on_the_hub(ckpt, tmp_path, monkeypatch):
@@ -65,13 +66,13 @@ def test_the_checkpoint_of_an_import_may_be_a_name_on_the_hub(ckpt, tmp_path, mo
     path.write_bytes(pickle.dumps({"paths": ["https://images.example/a.jpg"], "embeddings": rows(1, q=3)}))
     for name, found in (("someone/fromage", "someone/fromage"), ("a.ckpt", ckpt)):
         assert main(["index", "import", str(path), "--ckpt", name, "--out", str(tmp_path / "index")]) == 0
-        assert ImageIndex.load(tmp_path / "index", "f00d").checkpoint == found
+        assert load_index(tmp_path / "index", "f00d").checkpoint == found
 
 
 def test_what_a_stranger_named_is_printed_without_control_characters(ckpt, tmp_path):
     """In a process of its own: its standard output refuses what is not Unicode."""
     items = [Item(b"r\xff.png".decode("utf-8", "surrogateescape"), "a \x1b]0;title\a star")]
-    ImageIndex.build(rows(1, q=3), items, "f00d", ckpt).save(tmp_path / "index")
+    FaissIndex.build(rows(1, q=3), items, "f00d", ckpt).save(tmp_path / "index")
     program = (
         "import fromage.retrieval.open_index, test_faiss_index; from fromage.cli.main import main\n"
         "fromage.retrieval.open_index.load_model = lambda path, device: test_faiss_index.Model()\n"
@@ -106,8 +107,8 @@ def test_what_is_wrong_is_one_line(ckpt, tmp_path, capsys):
         (["index", "build", *out, "--embeddings", str(tmp_path), "--captions", "x"], "either"),
         (["index", "build", "--embeddings", str(tmp_path), "--out", f"{ckpt}/out"], "no folder that can be written to"),
         (["search", "blue", "--index", str(tmp_path), "--png", str(tmp_path / "x.jpg")], "ends in .png"),
-        (["index", "merge", str(tmp_path), *out], "no readable index"),
-        (["index", "info", str(tmp_path)], "no readable index"),
+        (["index", "merge", str(tmp_path), *out], "cannot be read as an index"),
+        (["index", "info", str(tmp_path)], "cannot be read as an index"),
         (["search", "--index", str(tmp_path)], "--image"),
         (["search", "--index", str(tmp_path), "--image", "gone.jpg"], "gone.jpg"),
     ):

@@ -117,7 +117,7 @@ def test_another_tower_is_refused(tmp_path):
     check_features(str(out), Vision())
     check_features(source, Vision(name="other"))
     for act in (lambda v: check_features(str(out), v), lambda v: store_features(source, out, v, workers=0)):
-        with pytest.raises(UserError, match="tower 'tiny' there, 'other' in the model"):
+        with pytest.raises(UserError, match="tower 'tiny' there, 'other' here"):
             act(Vision(name="other"))
 
 
@@ -163,7 +163,7 @@ def test_broken_samples_are_left_out_until_they_are_too_many(tmp_path):
 
 def test_folders_that_hold_something_else_are_refused(tmp_path):
     source = shards(tmp_path / "s")
-    with pytest.raises(UserError, match=r"no features\.json"):
+    with pytest.raises(UserError, match=r"something else than features"):
         store_features(source, tmp_path / "s", Vision(), workers=0)
     with pytest.raises(UserError, match=r"several shards are called 00000\.tar"):
         store_features([source, shards(tmp_path / "t")], tmp_path / "f", Vision(), workers=0)

@@ -13,7 +13,7 @@ from fromage.data.image_source import Item
 from fromage.errors import UserError
 from fromage.generation.generate import Answer, Decoding, RetrievedImages, caption, caption_images, generate, stream
 from fromage.models.prompts import START, encode_images
-from fromage.retrieval.faiss_index import ImageIndex
+from fromage.retrieval.faiss_index import FaissIndex
 from fromage.retrieval.results import load_images
 
 TWO = Decoding(12, min_tokens=3, ret_bias=60.0, max_images=2, images_per_ret=2)
@@ -27,7 +27,7 @@ def images(world):
 @pytest.fixture
 def index(toy_model, images):
     rows = toy_model.embed_images(encode_images(toy_model, images[:20])).detach().numpy()  # (N, q)
-    return ImageIndex.build(rows, [Item(str(path)) for path in images[:20]], toy_model.fingerprint())
+    return FaissIndex.build(rows, [Item(str(path)) for path in images[:20]], toy_model.fingerprint())
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from PIL import Image
 from fromage.data.image_source import Item
 from fromage.generation.retrieved import ImageRetriever
 from fromage.models.prompts import Url, encode_images
-from fromage.retrieval.faiss_index import ImageIndex
+from fromage.retrieval.faiss_index import FaissIndex
 from fromage.retrieval.results import load_images
 
 
@@ -32,7 +32,7 @@ def folder(world, tmp_path):
 def index(toy_model, folder):
     paths = sorted(folder.iterdir())
     rows = torch.cat([toy_model.embed_images(encode_images(toy_model, [path])) for path in paths])  # (N, q)
-    return ImageIndex.build(rows.detach().numpy(), [Item(str(path)) for path in paths], toy_model.fingerprint())
+    return FaissIndex.build(rows.detach().numpy(), [Item(str(path)) for path in paths], toy_model.fingerprint())
 
 
 @pytest.fixture
@@ -76,7 +76,7 @@ def test_images_of_the_prompt_are_known_by_name(toy_model, index, hidden, folder
     monkeypatch.chdir(folder)
     for same in (Path(first), Path(first).relative_to(folder), folder / "." / Path(first).name):
         assert retriever(toy_model, index, [same]).find(hidden).hits[0].path == second
-    other = ImageIndex.build(index.vectors[:1], [index.items[0]._replace(path="https://a.org/b.jpg")], "")
+    other = FaissIndex.build(index.vectors[:1], [index.items[0]._replace(path="https://a.org/b.jpg")], "")
     assert retriever(toy_model, other, [Url("https://a.org/b.jpg")]).find(hidden).hits == []
 
 
@@ -93,7 +93,7 @@ def test_a_copy_is_known_though_it_was_embedded_in_bfloat16_or_saved_again(toy_m
     Image.open(first).save(tmp_path / "again.jpg", quality=97, subsampling=0)
     noise = np.random.default_rng(0).normal(size=index.vectors.shape).astype(np.float32)
     rounded = index.vectors + 1e-2 * noise / np.linalg.norm(noise, axis=1, keepdims=True)  # cosines of 1 - 5e-5
-    other = ImageIndex.build(rounded, [item._replace(path=f"of {item.path}") for item in index.items], "")
+    other = FaissIndex.build(rounded, [item._replace(path=f"of {item.path}") for item in index.items], "")
     for same in (Path(first), tmp_path / "again.jpg"):
         found = retriever(toy_model, other, [same], count=len(index)).find(hidden).hits
         assert f"of {first}" not in [hit.path for hit in found] and found
@@ -103,7 +103,7 @@ def test_many_copies_in_the_index(toy_model, index, hidden):
     """More of them than are asked for at first."""
     vectors = np.concatenate([np.repeat(index.vectors[:1], 40, axis=0), index.vectors[3:5]])
     items = [index.items[0]._replace(path=f"{i}.jpg") for i in range(42)]
-    many = ImageIndex.build(vectors, items, "")
+    many = FaissIndex.build(vectors, items, "")
     found = retriever(toy_model, many, [Path(index.items[0].path)], count=42).find(hidden)
     assert {hit.path for hit in found.hits} <= {"40.jpg", "41.jpg"}
 

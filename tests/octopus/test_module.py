@@ -116,7 +116,7 @@ def test_a_world_with_as_many_images_is_kept_and_what_is_none_is_told(tmp_path, 
         octopus_tour.make(tmp_path)
         assert made == [tmp_path / "world"]
     about.write_text("[torn")
-    with pytest.raises(UserError, match="not a toy world"):
+    with pytest.raises(UserError, match="cannot be read as a toy world"):
         octopus_tour.make(tmp_path)
 
 

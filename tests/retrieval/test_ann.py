@@ -4,7 +4,9 @@ from test_faiss_index import items, rows
 
 from fromage.errors import UserError
 from fromage.retrieval.ann import ANNIndex, default_kind, lists_kind
-from fromage.retrieval.faiss_index import ImageIndex, unit
+from fromage.retrieval.faiss_index import FaissIndex
+from fromage.retrieval.open_index import load_index
+from fromage.retrieval.rerank import unit
 
 KINDS = ["IVF16,Flat", "IVF16,SQ8", "HNSW16", "IVF8,PQ8x4", "PCA16,IVF8,SQ8", "SQ8"]
 
@@ -16,11 +18,11 @@ def embeddings():
 
 @pytest.fixture(scope="module", params=KINDS)
 def approximate(request, embeddings):
-    return ImageIndex.build(embeddings, items(2000), "f00d", kind=request.param)
+    return FaissIndex.build(embeddings, items(2000), "f00d", kind=request.param)
 
 
 def test_what_is_found_has_its_exact_score_and_most_of_the_true_nearest_are_found(approximate, embeddings):
-    flat, queries = ImageIndex.build(embeddings, items(2000), "f00d"), rows(50, q=16, seed=1)
+    flat, queries = FaissIndex.build(embeddings, items(2000), "f00d"), rows(50, q=16, seed=1)
     scores = {hit.path: hit.score for hit in flat.search(queries[:1], 2000)[0]}
     for hit in approximate.search(queries[:1], 10)[0]:
         assert hit.score == scores[hit.path]
@@ -33,7 +35,7 @@ def test_what_is_found_has_its_exact_score_and_most_of_the_true_nearest_are_foun
 
 def test_an_approximate_index_is_saved_with_its_kind_setting_and_recall(approximate, tmp_path):
     approximate.save(tmp_path / "index")
-    loaded, queries = ImageIndex.load(tmp_path / "index", "f00d"), rows(5, q=16, seed=2)
+    loaded, queries = load_index(tmp_path / "index", "f00d"), rows(5, q=16, seed=2)
     assert loaded.kind == approximate.kind
     assert loaded.candidates.setting == approximate.candidates.setting
     assert loaded.candidates.recall == approximate.candidates.recall
@@ -41,9 +43,9 @@ def test_an_approximate_index_is_saved_with_its_kind_setting_and_recall(approxim
 
 
 def test_where_candidates_run_out_every_row_is_looked_at(embeddings):
-    index = ImageIndex.build(embeddings, items(2000), "", kind="IVF64,Flat")
+    index = FaissIndex.build(embeddings, items(2000), "", kind="IVF64,Flat")
     index.candidates.set("nprobe=1")
-    flat = ImageIndex.build(embeddings, items(2000), "")
+    flat = FaissIndex.build(embeddings, items(2000), "")
     queries, excluded = rows(3, q=16, seed=1), {f"{i}.jpg" for i in range(0, 1500)}
     assert index.search(queries, 400, excluded) == flat.search(queries, 400, excluded)
     assert [len(hits) for hits in index.search(queries, 5000)] == [2000] * 3
@@ -53,13 +55,13 @@ def test_more_thorough_settings_find_more(embeddings):
     candidates = ANNIndex.train("IVF64,Flat", embeddings)
     candidates.grow(embeddings, embeddings[:0])
     assert candidates.recall >= 0.97 and candidates.text_recall is None
-    one = ANNIndex(candidates.index, "IVF64,Flat", "nprobe=1").near(embeddings[:20], 30)
+    one = ANNIndex(candidates.index, "IVF64,Flat", "nprobe=1").search(embeddings[:20], 30)
     assert all(len(near) <= 30 and (near >= 0).all() for near in one)
     truth = (embeddings[:20] @ embeddings.T).argsort(1)[:, -30:]
     shares = {}
     for setting in ("nprobe=1", "nprobe=8", "nprobe=64"):
         candidates.set(setting)
-        near = candidates.near(embeddings[:20], 30)
+        near = candidates.search(embeddings[:20], 30)
         shares[setting] = np.mean([len(set(a) & set(b)) / 30 for a, b in zip(near, truth, strict=True)])
     assert shares["nprobe=1"] < shares["nprobe=8"] < shares["nprobe=64"] == 1
 
@@ -75,7 +77,7 @@ def test_texts_that_lie_apart_from_the_images_make_the_search_more_thorough():
     assert nprobe[0] < nprobe[1] and asked.text_recall >= 0.97
     asked.set(alone.setting)
     truth = (texts @ images.T).argsort(1)[:, -10:]
-    share = lambda: np.mean([np.isin(t, near).mean() for t, near in zip(truth, asked.near(texts, 50), strict=True)])  # noqa: E731
+    share = lambda: np.mean([np.isin(t, near).mean() for t, near in zip(truth, asked.search(texts, 50), strict=True)])  # noqa: E731
     assert share() < 0.97
     asked.tune(images, texts)
     assert asked.text_recall == pytest.approx(share(), abs=1e-3)
@@ -84,11 +86,11 @@ def test_texts_that_lie_apart_from_the_images_make_the_search_more_thorough():
 @pytest.mark.parametrize("kind", ["IVF4096,SQ8", "no such kind", "IVF4,PQ7", ""])
 def test_kinds_that_cannot_be_made_are_refused(kind):
     with pytest.raises(UserError, match=f"kind {kind}(: | of 100 images: )FAISS cannot"):
-        ImageIndex.build(rows(100, q=16), items(100), "", kind=kind)
+        FaissIndex.build(rows(100, q=16), items(100), "", kind=kind)
 
 
 def test_kinds_by_size():
     assert default_kind(1) == default_kind(1_000_000) == "flat"
     assert default_kind(1_000_001) == lists_kind(1_000_000) == "IVF4096,SQ8"
     assert lists_kind(3_300_000) == "IVF8192,SQ8"
-    assert ImageIndex.build(rows(3), items(3), "", kind="Flat").kind == "flat"
+    assert FaissIndex.build(rows(3), items(3), "", kind="Flat").kind == "flat"

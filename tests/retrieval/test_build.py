@@ -11,8 +11,9 @@ from fromage.errors import UserError
 from fromage.retrieval import build as index_builder
 from fromage.retrieval.build import add, build, build_index, merge, remove
 from fromage.retrieval.embedding_store import EmbeddingStore
-from fromage.retrieval.faiss_index import ImageIndex, unit
-from fromage.retrieval.open_index import search_index
+from fromage.retrieval.faiss_index import FaissIndex
+from fromage.retrieval.open_index import load_index, search_index
+from fromage.retrieval.rerank import unit
 
 
 def store(folder, embeddings, things, fingerprint="f00d", per_part=7, dtype="float32"):
@@ -27,7 +28,7 @@ def store(folder, embeddings, things, fingerprint="f00d", per_part=7, dtype="flo
 
 def same(index, embeddings, things):
     """Whether an index answers as a flat one of these rows does."""
-    flat, queries = ImageIndex.build(embeddings, things, "f00d"), rows(4, q=embeddings.shape[1], seed=9)
+    flat, queries = FaissIndex.build(embeddings, things, "f00d"), rows(4, q=embeddings.shape[1], seed=9)
     assert list(index.items) == list(things)
     np.testing.assert_allclose(index.vectors, flat.vectors, atol=1e-6)
     found, true = index.search(queries, 5), flat.search(queries, 5)
@@ -100,7 +101,7 @@ def test_what_cannot_be_edited_is_refused_and_stays(tmp_path):
         merge([folder], tmp_path / "merged", "IVF64,Flat")
     with pytest.raises(UserError, match="zero rows"):
         build(store(tmp_path / "c", 0 * rows(5), items(5)), folder)
-    assert len(ImageIndex.load(folder, "f00d")) == 5
+    assert len(load_index(folder, "f00d")) == 5
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "c", "index", "other"]
 
 
@@ -132,11 +133,11 @@ def test_a_build_that_was_killed_does_not_embed_again(tmp_path, monkeypatch):
 
 def test_a_place_that_is_taken_and_a_kind_that_is_none_are_refused_before_the_work(tmp_path, monkeypatch):
     monkeypatch.setattr(index_builder, "embed_images", lambda *args: pytest.fail("hours of work"))
-    with pytest.raises(UserError, match="not an index"):
+    with pytest.raises(UserError, match="something else than an index"):
         build_index(Model(), tmp_path, tmp_path)
     with pytest.raises(UserError, match=r"kind IVF,SQ8: FAISS cannot"):
         build_index(Model(), tmp_path, tmp_path / "index", kind="IVF,SQ8")
-    monkeypatch.setattr(index_builder, "write_rows", lambda *args: pytest.fail("minutes of writing"))
+    monkeypatch.setattr("fromage.retrieval.faiss_index.write_rows", lambda *args: pytest.fail("minutes of writing"))
     with pytest.raises(UserError, match=r"kind IVF,SQ8: FAISS cannot"):
         build(store(tmp_path / "a", rows(5), items(5)), tmp_path / "index", "IVF,SQ8")
 
@@ -166,7 +167,7 @@ def test_an_approximate_index_is_measured_with_captions_too_and_again_when_it_ch
     for each, some in ((added, range(200)), (left, range(100, 200)), (merged, [*range(100, 200), *range(100)])):
         np.testing.assert_array_equal(each.texts, index.texts)
         near = (each.texts @ unit(embeddings[some], "").T).argsort(1)[:, -10:]
-        found = each.candidates.near(each.texts, 50)
+        found = each.candidates.search(each.texts, 50)
         shares = [np.isin(true, positions).mean() for true, positions in zip(near, found, strict=True)]
         assert each.candidates.text_recall == pytest.approx(np.mean(shares), abs=1e-3)
     with pytest.raises(UserError, match="another checkpoint"):

@@ -250,18 +250,18 @@ def test_a_killed_process_loses_and_doubles_nothing(images, tmp_path):
 def test_a_store_of_something_else_is_refused(images, tmp_path, monkeypatch):
     out = tmp_path / "out"
     module.embed_images(Model(), images, out)
-    with pytest.raises(UserError, match="dtype float32, not float16"):
+    with pytest.raises(UserError, match=r"dtype .float32. there, .float16. here"):
         module.embed_images(Model(), images, out, dtype="float16")
     with pytest.raises(UserError, match="float32 or float16"):
         module.embed_images(Model(), images, out, dtype="int8")
     with monkeypatch.context() as patch:
         patch.setattr(Model, "fingerprint", lambda self: "beef")
-        with pytest.raises(UserError, match="fingerprint f00d, not beef"):
+        with pytest.raises(UserError, match=r"fingerprint .f00d. there, .beef. here"):
             module.embed_images(Model(), images, out)
     (images / "99.bmp").write_bytes((images / "00.bmp").read_bytes())
     with pytest.raises(UserError, match="another run"):
         module.embed_images(Model(), images, out)
-    with pytest.raises(UserError, match="holds no embeddings"):
+    with pytest.raises(UserError, match="something else than embeddings"):
         module.embed_images(Model(), images, images)
 
 
@@ -321,7 +321,7 @@ def test_a_store_that_is_not_whole_is_refused(images, tmp_path):
         list(store.batches())
     for text in ("[]", "{", '{"format": "fromage-embeddings", "version": 1}'):
         (out / "embeddings.json").write_text(text)
-        with pytest.raises(UserError, match="holds no embeddings"):
+        with pytest.raises(UserError, match="cannot be read as embeddings"):
             EmbeddingStore.open(out)
 
 

@@ -13,11 +13,10 @@ from torch import nn
 from fromage.data.image_source import Item
 from fromage.errors import UserError
 from fromage.models.fromage import Fromage
-from fromage.retrieval import faiss_index as index_module
 from fromage.retrieval import index_folder
 from fromage.retrieval import open_index as open_index_module
-from fromage.retrieval.faiss_index import ImageIndex
-from fromage.retrieval.open_index import open_index, search_index
+from fromage.retrieval.faiss_index import FaissIndex
+from fromage.retrieval.open_index import load_index, open_index, search_index
 
 COLOURS = {"blue": (0, 0, 255), "green": (0, 255, 0), "red": (255, 0, 0)}
 
@@ -86,7 +85,7 @@ def test_search_is_the_brute_force_product(data):
     embeddings = np.array(data.draw(st.lists(vector, min_size=1, max_size=30)), dtype=np.float32)
     queries = np.array(data.draw(st.lists(vector, min_size=1, max_size=4)), dtype=np.float32)
     k, barred = data.draw(st.integers(1, 40)), data.draw(st.sets(st.integers(0, 35), max_size=8))
-    index = ImageIndex.build(embeddings, items(len(embeddings)), "")
+    index = FaissIndex.build(embeddings, items(len(embeddings)), "")
     found = index.search(queries, k, {f"{i}.jpg" for i in barred})
 
     unit = embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True)
@@ -100,7 +99,7 @@ def test_search_is_the_brute_force_product(data):
 
 def test_equal_rows_keep_their_order_in_any_batch():
     embeddings = np.repeat(rows(3, q=37), 100, axis=0)  # 100 equal rows each: more than FAISS is asked for at first
-    index, queries = ImageIndex.build(embeddings, items(300), ""), rows(50, q=37, seed=1)
+    index, queries = FaissIndex.build(embeddings, items(300), ""), rows(50, q=37, seed=1)
     together = index.search(queries, 7)
     assert together == [index.search(query[None], 7)[0] for query in queries]
     for hits in together:
@@ -111,25 +110,25 @@ def test_equal_rows_keep_their_order_in_any_batch():
 
 def test_many_images_agree_with_torch():
     embeddings, queries = rows(2000, q=64), rows(30, q=64, seed=1)
-    found = ImageIndex.build(embeddings, items(2000), "").search(queries, 10)
+    found = FaissIndex.build(embeddings, items(2000), "").search(queries, 10)
     cosine = nn.functional.cosine_similarity(torch.tensor(queries)[:, None], torch.tensor(embeddings)[None], dim=-1)
     best = cosine.topk(10).indices.tolist()
     assert [[int(hit.path[:-4]) for hit in hits] for hits in found] == best
 
 
 def test_the_same_path_twice_is_excluded_twice():
-    index = ImageIndex.build(rows(3), [Item("a"), Item("b"), Item("a")], "")
+    index = FaissIndex.build(rows(3), [Item("a"), Item("b"), Item("a")], "")
     assert [hit.path for hit in index.search(rows(1), 5, {"a"})[0]] == ["b"]
     assert index.search(rows(1), 5, {"a", "b"}) == [[]]
 
 
 def test_search_of_no_query():
-    assert ImageIndex.build(rows(3), items(3), "").search(np.empty((0, 4)), 2) == []
+    assert FaissIndex.build(rows(3), items(3), "").search(np.empty((0, 4)), 2) == []
 
 
 @pytest.mark.parametrize("queries", [rows(1, q=5), rows(1)[0], 0 * rows(1), np.nan * rows(1)])
 def test_bad_searches_are_refused(queries):
-    index = ImageIndex.build(rows(3), items(3), "")
+    index = FaissIndex.build(rows(3), items(3), "")
     with pytest.raises(UserError):
         index.search(queries, 1)
     with pytest.raises(UserError, match="whole number from 1"):
@@ -139,7 +138,7 @@ def test_bad_searches_are_refused(queries):
 @pytest.mark.parametrize("embeddings", [rows(0), rows(2), rows(3)[0], 0 * rows(3), np.inf * rows(3)])
 def test_bad_builds_are_refused(embeddings):
     with pytest.raises(UserError):
-        ImageIndex.build(embeddings, items(3 if len(embeddings) else 0), "")
+        FaissIndex.build(embeddings, items(3 if len(embeddings) else 0), "")
 
 
 # --- save and load ----------------------------------------------------------------------------------------------------
@@ -148,10 +147,10 @@ def test_bad_builds_are_refused(embeddings):
 @settings(max_examples=15, deadline=None)
 @given(st.lists(st.tuples(st.text(), st.text()), min_size=1, max_size=5))
 def test_what_is_saved_is_loaded(tmp_path_factory, pairs):
-    index = ImageIndex.build(rows(len(pairs)), [Item(*pair) for pair in pairs], "f00d", "runs/a.ckpt")
+    index = FaissIndex.build(rows(len(pairs)), [Item(*pair) for pair in pairs], "f00d", "runs/a.ckpt")
     folder = tmp_path_factory.mktemp("saved") / "deep" / "index"
     index.save(folder)
-    loaded = ImageIndex.load(folder, "f00d")
+    loaded = load_index(folder, "f00d")
     assert (loaded.items, loaded.fingerprint, loaded.checkpoint) == (index.items, "f00d", "runs/a.ckpt")
     assert loaded.search(rows(2), 9) == index.search(rows(2), 9)
     assert sorted(p.name for p in folder.parent.iterdir()) == ["index"]
@@ -159,22 +158,22 @@ def test_what_is_saved_is_loaded(tmp_path_factory, pairs):
 
 def test_file_names_outside_unicode_survive(tmp_path):
     odd = b"caf\xe9.jpg".decode("utf-8", "surrogateescape")  # what Linux makes of a Latin-1 file name
-    ImageIndex.build(rows(1), [Item(odd, "two\nlines\u2028")], "").save(tmp_path / "index")
-    assert ImageIndex.load(tmp_path / "index", None).items == [Item(odd, "two\nlines\u2028")]
+    FaissIndex.build(rows(1), [Item(odd, "two\nlines\u2028")], "").save(tmp_path / "index")
+    assert load_index(tmp_path / "index").items == [Item(odd, "two\nlines\u2028")]
 
 
 @pytest.mark.parametrize("name", ["vectors.f32", "items.arrow", "index.faiss"])
 def test_damage_is_refused(tmp_path, name):
     folder = tmp_path / "index"
-    ImageIndex.build(rows(9), items(9), "", kind="IVF2,Flat").save(folder)
+    FaissIndex.build(rows(9), items(9), "", kind="IVF2,Flat").save(folder)
     data = bytearray((folder / name).read_bytes())
     data[len(data) // 2] ^= 1
     (folder / name).write_bytes(data)
     with pytest.raises(UserError, match=name):
-        ImageIndex.load(folder, None)
+        load_index(folder)
     (folder / name).unlink()
     with pytest.raises(UserError, match=name):
-        ImageIndex.load(folder, None)
+        load_index(folder)
 
 
 STRANGE = [
@@ -192,32 +191,32 @@ STRANGE = [
 
 @pytest.mark.parametrize("change", STRANGE)
 def test_a_strange_index_json_is_refused(tmp_path, change):
-    ImageIndex.build(rows(9), items(9), "").save(tmp_path / "index")
+    FaissIndex.build(rows(9), items(9), "").save(tmp_path / "index")
     about = tmp_path / "index" / "index.json"
     about.write_text("[]" if change is None else json.dumps(json.loads(about.read_text()) | change))
     with pytest.raises(UserError, match="index"):
-        ImageIndex.load(tmp_path / "index", None)
+        load_index(tmp_path / "index")
 
 
 def test_the_index_of_another_checkpoint_is_refused(tmp_path):
-    ImageIndex.build(rows(2), items(2), "aaaa", "old.ckpt").save(tmp_path / "index")
+    FaissIndex.build(rows(2), items(2), "aaaa", "old.ckpt").save(tmp_path / "index")
     with pytest.raises(UserError, match=r"aaaa \(old.ckpt\), not with bbbb.*fromage index build"):
-        ImageIndex.load(tmp_path / "index", "bbbb")
+        load_index(tmp_path / "index", "bbbb")
 
 
 def test_there_is_no_index(tmp_path):
     with pytest.raises(UserError, match="fromage index build"):
-        ImageIndex.load(tmp_path / "none", None)
+        load_index(tmp_path / "none")
 
 
 def test_only_an_index_is_replaced(tmp_path):
-    index = ImageIndex.build(rows(2), items(2), "")
+    index = FaissIndex.build(rows(2), items(2), "")
     (tmp_path / "file").write_text("mine")
     (tmp_path / "folder").mkdir()
     index.save(tmp_path / "index")
     (tmp_path / "index" / "notes.txt").write_text("mine")
     for name in ("file", "folder", "index"):
-        with pytest.raises(UserError, match="not an index"):
+        with pytest.raises(UserError, match="something else than an index"):
             index.save(tmp_path / name)
     assert (tmp_path / "index" / "notes.txt").read_text() == "mine"
     assert not list(tmp_path.glob(".*"))
@@ -231,34 +230,34 @@ class Killed(BaseException):
 @pytest.mark.parametrize("error", [Killed, OSError, RuntimeError])
 def test_an_interrupted_save_leaves_the_old_index(tmp_path, monkeypatch, when, error):
     folder, rename = tmp_path / "index", type(tmp_path).rename
-    ImageIndex.build(rows(2), items(2), "old").save(folder)
+    FaissIndex.build(rows(2), items(2), "old").save(folder)
 
     def fail(*args):
         raise error("interrupted")
 
     if when == "items":
-        monkeypatch.setattr(index_module, "write_items", fail)
+        monkeypatch.setattr(index_folder, "write_items", fail)
     elif when == "digests":
         monkeypatch.setattr(index_folder, "_digest", fail)
     else:
         new_in = lambda path, to: fail() if path.name.endswith(".new") else rename(path, to)  # noqa: E731
         monkeypatch.setattr(type(tmp_path), "rename", new_in)
     with pytest.raises(Killed if error is Killed else UserError):
-        ImageIndex.build(rows(3), items(3), "new").save(folder)
+        FaissIndex.build(rows(3), items(3), "new").save(folder)
     monkeypatch.undo()
-    assert len(ImageIndex.load(folder, "old")) == 2
+    assert len(load_index(folder, "old")) == 2
     assert [p.name for p in tmp_path.iterdir()] == ["index"]
 
 
 def test_a_process_killed_between_the_renames_is_explained_and_mended(tmp_path):
     folder, aside = tmp_path / "index", tmp_path / ".index.old"
-    ImageIndex.build(rows(2), items(2), "old").save(folder)
+    FaissIndex.build(rows(2), items(2), "old").save(folder)
     folder.rename(aside)
     with pytest.raises(UserError, match="rename"):
-        ImageIndex.load(folder, None)
+        load_index(folder)
     shutil.copytree(aside, folder)
-    ImageIndex.build(rows(3), items(3), "new").save(folder)
-    assert len(ImageIndex.load(folder, "new")) == 3
+    FaissIndex.build(rows(3), items(3), "new").save(folder)
+    assert len(load_index(folder, "new")) == 3
     assert not aside.exists()
 
 
@@ -266,12 +265,12 @@ def test_a_large_file_that_is_torn_is_noticed_at_once_and_any_damage_by_the_full
     monkeypatch.setattr(index_folder, "BLOCK", 64)
     monkeypatch.setattr(index_folder, "BLOCKS", 4)
     folder, n = tmp_path / "index", 4000
-    ImageIndex.build(rows(n), items(n), "").save(folder)
+    FaissIndex.build(rows(n), items(n), "").save(folder)
     path, about = folder / "vectors.f32", index_folder.read_about(folder)
     data = path.read_bytes()
     path.write_bytes(data[: len(data) // 2] + bytes(len(data) - len(data) // 2))  # the second half never reached the disk
     with pytest.raises(UserError, match="vectors"):
-        ImageIndex.load(folder, None)
+        load_index(folder)
     path.write_bytes(data[:100] + bytes([data[100] ^ 1]) + data[101:])  # between the blocks that are looked at
     index_folder.check_files(folder, about)
     with pytest.raises(UserError, match="vectors"):
@@ -281,8 +280,8 @@ def test_a_large_file_that_is_torn_is_noticed_at_once_and_any_damage_by_the_full
 
 
 def test_a_saved_index_is_not_read_into_memory(tmp_path):
-    ImageIndex.build(rows(9), items(9), "").save(tmp_path / "index")
-    assert isinstance(ImageIndex.load(tmp_path / "index", None).vectors, np.memmap)
+    FaissIndex.build(rows(9), items(9), "").save(tmp_path / "index")
+    assert isinstance(load_index(tmp_path / "index").vectors, np.memmap)
 
 
 # --- with a model -----------------------------------------------------------------------------------------------------
@@ -293,7 +292,7 @@ def test_an_index_finds_its_checkpoint(tmp_path, monkeypatch):
     monkeypatch.setattr(open_index_module, "load_model", loaded)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.ckpt").touch()
-    ImageIndex.build(rows(3), items(3), "f00d", str(tmp_path / "a.ckpt")).save("index")
+    FaissIndex.build(rows(3), items(3), "f00d", str(tmp_path / "a.ckpt")).save("index")
     model, index = open_index("index")
     assert (model.path, len(index)) == (str(tmp_path / "a.ckpt"), 3)
     (tmp_path / "a.ckpt").rename("b.ckpt")
@@ -307,15 +306,15 @@ def test_an_index_finds_its_checkpoint(tmp_path, monkeypatch):
 
 def test_search_for_texts():
     colours = np.array(list(COLOURS.values()), dtype=np.float32)
-    index = ImageIndex.build(colours, [Item(name) for name in COLOURS], "f00d")
+    index = FaissIndex.build(colours, [Item(name) for name in COLOURS], "f00d")
     assert [row[0].path for row in search_index(Model(), index, ["red", "blue"], 2)] == ["red", "blue"]
     assert search_index(Model(), index, [], 2) == []
     with pytest.raises(UserError, match="built with checkpoint beef"):
-        search_index(Model(), ImageIndex.build(colours, [Item(name) for name in COLOURS], "beef"), ["red"])
+        search_index(Model(), FaissIndex.build(colours, [Item(name) for name in COLOURS], "beef"), ["red"])
 
 
 def test_a_model_is_digested_once_and_again_when_it_has_changed(toy_model, monkeypatch):
-    index = ImageIndex.build(rows(3, q=32), items(3), toy_model.fingerprint())
+    index = FaissIndex.build(rows(3, q=32), items(3), toy_model.fingerprint())
     kept = {name: p.clone() for name, p in toy_model.trained().items()}
     digests, fingerprint = [], Fromage.fingerprint
     monkeypatch.setattr(Fromage, "fingerprint", lambda self: digests.append(self) or fingerprint(self))
@@ -340,11 +339,11 @@ def test_a_model_is_digested_once_and_again_when_it_has_changed(toy_model, monke
 def test_a_model_loaded_in_inference_mode_has_an_index_too():
     with torch.inference_mode():
         model = Fromage.load(k=2, q=32)
-    ImageIndex.build(rows(3, q=32), items(3), model.fingerprint()).require_model(model)
+    FaissIndex.build(rows(3, q=32), items(3), model.fingerprint()).require_model(model)
 
 
 def test_what_can_be_no_query():
-    index = ImageIndex.build(rows(9), items(9), "")
+    index = FaissIndex.build(rows(9), items(9), "")
     for queries, k, named in (("a red star", 3, "texts"), ([["red"]], 3, "texts"), (rows(1), "3", "k is '3'")):
         with pytest.raises(UserError, match=named):
             index.search(queries, k)
@@ -352,7 +351,7 @@ def test_what_can_be_no_query():
 
 @pytest.mark.parametrize("kind", ["flat", "IVF4,SQ8"])
 def test_beyond_the_hits_of_a_search_there_are_all_others(kind):
-    index, query = ImageIndex.build(rows(200), items(200), "", kind=kind), rows(1, seed=5)
+    index, query = FaissIndex.build(rows(200), items(200), "", kind=kind), rows(1, seed=5)
     barred = {"3.jpg", "7.jpg"}
     hits = index.search(query, 3, barred)[0]
     found = list(index.beyond(query[0], hits, barred))

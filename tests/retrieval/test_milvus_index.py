@@ -19,9 +19,9 @@ from fromage.generation.decoding import Decoding
 from fromage.generation.generate import generate
 from fromage.retrieval.build import add, build, build_index, merge, remove, write_index
 from fromage.retrieval.embedding_store import EmbeddingStore
-from fromage.retrieval.faiss_index import ImageIndex
+from fromage.retrieval.faiss_index import FaissIndex
 from fromage.retrieval.item_table import image_id, to_batch
-from fromage.retrieval.open_index import open_index, search_index
+from fromage.retrieval.open_index import load_index, open_index, search_index
 from fromage.serving.app import create_app
 from fromage.serving.image_ids import ImageIds
 
@@ -44,7 +44,7 @@ def client(db):
 
 
 def flat(embeddings, things):
-    return ImageIndex.build(embeddings, things, "f00d", "a.ckpt")
+    return FaissIndex.build(embeddings, things, "f00d", "a.ckpt")
 
 
 def in_milvus(folder, db, embeddings, things, kind=None):
@@ -105,7 +105,7 @@ def test_other_kinds_are_those_of_milvus_and_their_scores_are_exact(db, tmp_path
     assert np.mean([len({h.row for h in a} & {h.row for h in b}) / 10 for a, b in pairs]) > 0.9
     made = client.describe_index(index.collection.name, "embedding")
     assert (made["index_type"], made["metric_type"]) == (kind.split(",")[0].upper(), "IP")
-    assert ImageIndex.load(tmp_path / "index", "f00d").kind == kind
+    assert load_index(tmp_path / "index", "f00d").kind == kind
 
 
 def test_adding_removing_and_merging_are_building_anew(db, tmp_path, client):
@@ -127,7 +127,20 @@ def test_adding_removing_and_merging_are_building_anew(db, tmp_path, client):
         remove(tmp_path / "one", ["1.jpg", "7.jpg"])
     with pytest.raises(UserError, match="none is left"):
         remove(tmp_path / "one", [f"{i}.jpg" for i in [*left, 40]])
-    same(ImageIndex.load(tmp_path / "one", "f00d"), *take([*left, 40]))
+    again = load_index(tmp_path / "one", "f00d")
+    same(again, *take([*left, 40]))
+    assert (again.first(), load_index(tmp_path / "two").first()) == (things[1], things[20])
+
+
+def test_an_index_json_of_a_former_version_names_no_backend(db, tmp_path):
+    in_milvus(tmp_path / "index", db, rows(5), items(5))
+    about = json.loads((tmp_path / "index" / "index.json").read_text())
+    assert about.pop("backend") == "milvus"
+    (tmp_path / "index" / "index.json").write_text(json.dumps(about))
+    same(load_index(tmp_path / "index", "f00d"), rows(5), items(5))
+    (tmp_path / "index" / "index.json").write_text(json.dumps(about | {"backend": "other"}))
+    with pytest.raises(UserError, match="'other' is none of faiss, milvus"):
+        load_index(tmp_path / "index")
 
 
 def test_an_add_that_was_killed_may_be_repeated(db, tmp_path, monkeypatch):
@@ -155,10 +168,10 @@ def test_an_index_that_is_built_anew_drops_its_collection_and_a_failed_one_leave
     ):
         with pytest.raises(UserError, match=named):
             in_milvus(folder, db, broken, items(len(broken)), kind)
-    assert mine() == {two.collection.name} and len(ImageIndex.load(folder, "f00d")) == 4
+    assert mine() == {two.collection.name} and len(load_index(folder, "f00d")) == 4
     flat(rows(2), items(2)).save(tmp_path / "other")
     build(store(tmp_path / "a", rows(5), items(5)), folder)
-    assert not mine() and len(ImageIndex.load(folder, "f00d")) == 5
+    assert not mine() and len(load_index(folder, "f00d")) == 5
     with pytest.raises(UserError, match="lies in the folder"):
         in_milvus(tmp_path / "new", str(tmp_path / "new" / "x.db"), rows(4), items(4))
 
@@ -259,7 +272,7 @@ def test_what_is_wrong_is_one_line(ckpt, db, tmp_path, capsys, client):
         assert named in said and said.count("\n") == 1 and "secret" not in said
     assert not (tmp_path / "out").exists() and not (tmp_path / "moved.db").exists()
     with pytest.raises(UserError, match=r"f00d.*not with beef"):
-        ImageIndex.load(tmp_path / "index", "beef")
+        load_index(tmp_path / "index", "beef")
 
 
 def test_without_pymilvus_it_says_what_to_install(tmp_path, monkeypatch):
@@ -284,7 +297,7 @@ def test_a_server_by_its_address_and_what_is_said_when_it_goes(tmp_path, monkeyp
     server, lite, port = start_server_in_thread(data_dir=str(tmp_path / "served"), host="127.0.0.1", port=0)
     embeddings, things = rows(41), items(41)
     index = in_milvus(tmp_path / "index", f"http://127.0.0.1:{port}", embeddings, things)
-    same(ImageIndex.load(tmp_path / "index", "f00d"), embeddings, things)
+    same(load_index(tmp_path / "index", "f00d"), embeddings, things)
     server.stop(grace=0)
     lite.close()
     monkeypatch.setattr(milvus_collection, "SECONDS", 0.5)

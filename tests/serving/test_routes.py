@@ -19,7 +19,7 @@ from fromage.data.image_source import Item
 from fromage.errors import UserError
 from fromage.generation.chat import Chat
 from fromage.generation.decoding import Decoding
-from fromage.retrieval.faiss_index import ImageIndex
+from fromage.retrieval.faiss_index import FaissIndex
 from fromage.retrieval.item_table import image_id
 from fromage.serving.app import create_app
 from fromage.serving.image_ids import ImageIds
@@ -108,14 +108,14 @@ def test_full_size_images_do_not_pile_up(app, client, monkeypatch):
 
 def test_ids_are_known_before_they_are_first_asked_for(model, folder):
     rows, items = torch.eye(32)[:2].numpy(), [Item(str(folder / name)) for name in ("red.png", "blue.png")]
-    index = ImageIndex.build(rows, items, model.fingerprint())
+    index = FaissIndex.build(rows, items, model.fingerprint())
     ids = ImageIds(index)
     index.items = list(index.items)  # which has no slices to go through
     assert [ids._find(ids.of(item.path)) for item in items] == items
 
 
 def test_ids_alone_may_be_sent_back_and_images_that_have_gone(model, index, tmp_path):
-    gone = ImageIndex.build(index.vectors[:1], [Item(str(tmp_path / "gone.png"))], model.fingerprint())
+    gone = FaissIndex.build(index.vectors[:1], [Item(str(tmp_path / "gone.png"))], model.fingerprint())
     shown = {"type": "images", "hits": [{"id": image_id(str(tmp_path / "gone.png").encode())}]}
     said = {"role": "user", "content": "a"}
     asked = {"messages": [said, {"role": "assistant", "content": [shown]}, said], "decoding": {"max_new_tokens": 2}}
@@ -133,7 +133,7 @@ def test_ids_alone_may_be_sent_back_and_images_that_have_gone(model, index, tmp_
 
 def test_the_next_best_takes_the_place_of_what_has_gone(model, index, folder, tmp_path):
     items = [Item(str(tmp_path / f"{i}.png"), "gone") for i in range(9)] + [Item(str(folder / "red.png"), "red")]
-    odd = ImageIndex.build(torch.randn(10, 32).numpy(), items, model.fingerprint())
+    odd = FaissIndex.build(torch.randn(10, 32).numpy(), items, model.fingerprint())
     asked = SAY | {"decoding": IMAGES_PLEASE, "images": True}
     with TestClient(create_app(model, odd, "plain")) as client:
         assert captions(client.post("/search", json={"query": "a", "k": 1, "images": True})) == ["red"]
@@ -285,7 +285,7 @@ def test_without_an_index_there_are_words(model):
 
 def test_names_that_are_not_unicode_and_addresses(model, index):
     items = [Item("/tmp/\udcff.png", "caf\udce9"), Item("https://images.example/b.jpg", "b")]
-    odd = ImageIndex.build(index.vectors[:2], items, model.fingerprint())
+    odd = FaissIndex.build(index.vectors[:2], items, model.fingerprint())
     with TestClient(create_app(model, odd)) as client:
         hits = client.post("/search", json={"query": "a"}).json()["hits"]
     assert {(hit["caption"], hit["url"]) for hit in hits} == {("caf?", None), ("b", "https://images.example/b.jpg")}

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from fromage.retrieval.faiss_index import ImageIndex
+from fromage.retrieval.open_index import load_index
 
 SPEC = importlib.util.spec_from_file_location("real_input", Path(__file__).resolve().parents[2] / "tools" / "real_input.py")
 
@@ -17,4 +17,4 @@ def test_the_whole_path_on_photographs(shared_data, tmp_path):
     recalls = tool.run(shared_data, tmp_path, steps=12, kills=("fit",), compare=True)
     assert set(recalls) == {f"{way}_r{k}" for way in ("t2i", "i2t") for k in (1, 5, 10)}
     assert json.loads((tmp_path / "shards" / "report.json").read_text())["pairs"] == 641
-    assert len(ImageIndex.load(tmp_path / "index", None)) == 128 and Image.open(tmp_path / "searches.png").width > 400
+    assert len(load_index(tmp_path / "index")) == 128 and Image.open(tmp_path / "searches.png").width > 400

@@ -98,7 +98,7 @@ def test_a_world_of_other_arguments_is_refused(world, change):
 
 def test_a_folder_of_other_things_is_refused_and_untouched(tmp_path):
     (tmp_path / "thesis.txt").write_text("chapter one")
-    with pytest.raises(UserError, match="not a toy world"):
+    with pytest.raises(UserError, match="something else than a toy world"):
         make_world(tmp_path, **COUNTS, progress=False)
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
 

@@ -30,7 +30,7 @@ from fromage.apps.web.sessions import MAX_SENT, Sessions, conversation
 
 if TYPE_CHECKING:
     from fromage.octopus.model import Octopus
-    from fromage.retrieval.faiss_index import ImageIndex
+    from fromage.retrieval.base import ImageIndex
 
 CACHE = "GRADIO_TEMP_DIR"
 UPLOAD = "20mb"  # maximum size of one file
@@ -152,9 +152,8 @@ def _chat(sessions: Sessions) -> None:
 
 
 def _box(sessions: Sessions, files: int) -> gr.MultimodalTextbox:
-    such_as = (
-        f", such as: {sessions.index.items[0].caption[:80]}" if sessions.index and sessions.index.items[0].caption else ""
-    )
+    caption = sessions.index.first().caption if sessions.index else ""
+    such_as = f", such as: {caption[:80]}" if caption else ""
     return _message_box(f"words, an image, or both{such_as}", files)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from html import escape
 from pathlib import Path
-from secrets import token_bytes, token_hex
+from secrets import token_bytes
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
@@ -22,13 +22,14 @@ from fromage.generation.decoding import Decoding
 from fromage.generation.generate import Answer
 from fromage.generation.retrieved import RetrievedImages
 from fromage.images.codec import STRANGERS_PIXELS, decode_image, jpeg, small
+from fromage.io import WholeFile
 from fromage.models.fromage import Fromage
 from fromage.models.prompts import Part
 from fromage.retrieval.queries import embed_queries
 from fromage.retrieval.results import Hit, load_images
 
 if TYPE_CHECKING:
-    from fromage.retrieval.faiss_index import ImageIndex
+    from fromage.retrieval.base import ImageIndex
 
 MAX_SENT = 8  # images in a message
 MAX_TEXT = 20_000  # characters in a message
@@ -162,9 +163,8 @@ def drawn(image: Image.Image) -> str:
     """Write an image into the served folder, under a name that cannot be guessed; returns its path."""
     data = jpeg(image, SIDE)
     path = Path(get_upload_folder(), blake2b(data, key=SECRET, digest_size=16).hexdigest() + ".jpg")
-    part = path.with_name(f".{token_hex(8)}")
-    part.write_bytes(data)
-    part.replace(path)
+    with WholeFile(path, shared=True) as part:
+        part.write_bytes(data)
     return str(path)
 
 

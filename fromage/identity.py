@@ -1,0 +1,95 @@
+"""Folders that belong to one thing, as stored features to their tower: what they belong to, and refusing another's."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fromage.errors import UserError, first_line
+from fromage.io import as_json, write_files
+
+OWN = {"format", "version"}  # keys that say what the file is, not what the folder belongs to
+
+
+@dataclass(frozen=True)
+class FolderKind:
+    """A kind of folder that says in a JSON file what its content belongs to.
+
+    Attributes:
+        file: name of the JSON file.
+        holds: what such a folder holds, for messages.
+        of: what that belongs to, for messages.
+        remedy: what to do about a folder that belongs to another, for messages.
+        again: how to make such a folder, for messages.
+        format, version: what the file says it is; None where it says neither.
+        keys: what the file must say beside these.
+        ignored: keys that two folders of the same thing may differ in.
+        foreign: pattern of the files that a folder without the JSON file must not hold.
+    """
+
+    file: str
+    holds: str
+    of: str = ""
+    remedy: str = "name another folder, or remove it"
+    again: str = "remove it and make it again"
+    format: tuple[str, int] | None = None
+    keys: frozenset[str] = frozenset()
+    ignored: frozenset[str] = frozenset()
+    foreign: str = "*"
+
+    def read(self, folder: Path) -> dict[str, Any]:
+        """What the file says. Raises UserError where it is missing, damaged or of another format or version."""
+        try:
+            about = json.loads((folder / self.file).read_text(encoding="utf-8"))
+            if not isinstance(about, dict):
+                raise ValueError("not a JSON object")
+            if self.format and (about.get("format"), about.get("version")) != self.format:
+                raise ValueError("of another format or version")
+            if missing := sorted(self.keys - about.keys()):
+                raise ValueError(f"no {missing[0]!r}")
+        except (OSError, ValueError) as error:
+            raise self.unreadable(folder, first_line(error)) from error
+        return about
+
+    def require(self, folder: Path, about: dict[str, Any]) -> dict[str, Any]:
+        """What the file says. Raises UserError, beside that of read, where it belongs to another than `about`."""
+        there = self.read(folder)
+        ignored = self.ignored | (OWN if self.format else set())
+        for key in sorted((there.keys() | about.keys()) - ignored):
+            if there.get(key) != about.get(key):
+                differs = f"{key} {there.get(key)!r} there, {about.get(key)!r} here"
+                raise UserError(f"{folder}: holds {self.holds} of another {self.of} ({differs}); {self.remedy}")
+        return there
+
+    def require_own(self, folder: Path) -> None:
+        """Raise UserError for a folder that is not of this kind, whatever it belongs to."""
+        try:
+            self.read(folder)
+        except UserError as error:
+            raise self.something_else(folder) from error
+
+    def find(self, folder: Path, about: dict[str, Any]) -> dict[str, Any] | None:
+        """What the file says; None where the folder is empty or not there. Raises UserError for all else."""
+        if (folder / self.file).exists():
+            return self.require(folder, about)
+        if folder.is_dir() and any(folder.glob(self.foreign)):
+            raise self.something_else(folder)
+        return None
+
+    def begin(self, folder: Path, about: dict[str, Any]) -> dict[str, Any]:
+        """Take up a folder that belongs to `about`, or begin one; returns what its file says. Raises as find does."""
+        if (there := self.find(folder, about)) is not None:
+            return there
+        named = dict(zip(("format", "version"), self.format, strict=True)) if self.format else {}
+        write_files(folder, {self.file: as_json(named | about)})
+        return named | about
+
+    def unreadable(self, folder: Path, cause: str) -> UserError:
+        """What is raised for a folder of this kind that cannot be used."""
+        return UserError(f"{folder}: cannot be read as {self.holds} ({self.file}: {cause}); {self.again}")
+
+    def something_else(self, folder: Path) -> UserError:
+        """What is raised for a folder, or a file, that is not of this kind."""
+        return UserError(f"{folder}: holds something else than {self.holds}; name another folder, or remove it")

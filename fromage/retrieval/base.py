@@ -1,0 +1,212 @@
+"""The image index: what every kind of it gives, and the search, which is the same for all kinds.
+
+q is the width of the shared retrieval space, N the number of images in the index, B that of the queries. A subclass names
+rows near a query (nearest, propose); fromage.retrieval.rerank scores them exactly. To add a backend, write its subclass and
+name it in fromage.retrieval.open_index.BACKENDS.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+from weakref import ref
+
+import numpy as np
+import pyarrow as pa
+
+from fromage.checks import check_whole
+from fromage.data.image_source import Item
+from fromage.errors import UserError
+from fromage.retrieval.item_table import Embedded, ItemTable
+from fromage.retrieval.rerank import NEAR_TIE, RERANK_FACTOR, Near, rerank, unit
+from fromage.retrieval.results import Hit
+
+if TYPE_CHECKING:
+    from fromage.models.fromage import Fromage
+    from fromage.retrieval.ann import ANNIndex
+
+FLAT = "flat"  # the kind that compares a query with every row
+State = list[tuple[int, int]]  # of parameters: address and version of each
+
+
+class ImageIndex(ABC):
+    """An index over unit rows, where the inner product is the cosine.
+
+    Attributes:
+        backend: name of the kind of index in index.json.
+        fingerprint: of the model that embedded the images; only this model's queries mean anything here.
+        checkpoint: path that model was loaded from; '' if not known.
+        candidates: what proposes rows, where this program and not a server holds it; None in a flat index.
+        texts: (n, q) unit rows of captions as searched for, with which candidates are measured; often none.
+    """
+
+    backend: ClassVar[str]
+    candidates: ANNIndex | None = None
+
+    def __init__(self, fingerprint: str, checkpoint: str = "", texts: np.ndarray | None = None) -> None:
+        self.fingerprint, self.checkpoint = fingerprint, checkpoint
+        self.texts = np.empty((0, self.width), np.float32) if texts is None else texts
+        self._known: tuple[Callable[[], Fromage | None], State] = (lambda: None, [])  # see require_model
+
+    # --- what each kind of index gives --------------------------------------------------------------------------------
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """N."""
+
+    @property
+    @abstractmethod
+    def width(self) -> int:
+        """q."""
+
+    @property
+    @abstractmethod
+    def kind(self) -> str:
+        """'flat', or the name that the backend has for how it searches."""
+
+    @abstractmethod
+    def nearest(self, queries: np.ndarray, n: int) -> list[Near]:
+        """The n rows nearest to each of (B, q) unit queries, up to the rounding of float32."""
+
+    def propose(self, queries: np.ndarray, n: int) -> list[Near]:
+        """As nearest, but a kind that is not flat may miss some."""
+        return self.nearest(queries, n)
+
+    @abstractmethod
+    def vectors_of(self, rows: Sequence[int]) -> np.ndarray:
+        """(n, q) vectors of the rows that hits name."""
+
+    @abstractmethod
+    def finder(self) -> Callable[[str], Item | None]:
+        """What finds an image by its id (fromage.retrieval.item_table.image_id)."""
+
+    @abstractmethod
+    def paths(self) -> pa.ChunkedArray:
+        """All paths, as bytes."""
+
+    @abstractmethod
+    def rows(self) -> Iterator[Embedded]:
+        """All vectors with their items, in order, some at a time."""
+
+    @abstractmethod
+    def about(self) -> dict[str, Any]:
+        """What index.json says of the index."""
+
+    @abstractmethod
+    def save(self, folder: str | Path) -> None:
+        """Write the index as a folder, whole or not at all. Raises UserError where anything but an index is there."""
+
+    @abstractmethod
+    def add(self, folder: str | Path, rows: Iterable[Embedded]) -> ImageIndex:
+        """The index in this folder with rows put behind its own; images that are there already stay as they are."""
+
+    @abstractmethod
+    def remove(self, folder: str | Path, paths: Sequence[str]) -> ImageIndex:
+        """The index in this folder without the images at these paths. Raises UserError for a path that is not there."""
+
+    @classmethod
+    @abstractmethod
+    def open(cls, folder: Path, about: dict[str, Any]) -> ImageIndex:
+        """The index of a folder whose index.json says `about`. Raises UserError where it is damaged or out of reach."""
+
+    @classmethod
+    @abstractmethod
+    def write(
+        cls,
+        out: str | Path,
+        rows: Iterable[Embedded],
+        width: int,
+        fingerprint: str,
+        checkpoint: str = "",
+        kind: str | None = None,
+        trained: ANNIndex | None = None,
+        texts: np.ndarray | None = None,
+        where: str = "",
+    ) -> ImageIndex:
+        """Write unit rows as an index; where: address of a backend that is not this disk. See build.write_index."""
+
+    @classmethod
+    @abstractmethod
+    def check(cls, kind: str | None, width: int, where: str = "") -> None:
+        """Raise UserError for a kind that cannot be made for rows of width q, and for a backend that is out of reach."""
+
+    @classmethod
+    @abstractmethod
+    def drop(cls, about: dict[str, Any]) -> None:
+        """Remove what an index that has been replaced has outside its folder; about: what its index.json said."""
+
+    def learnt(self, folder: str | Path) -> ANNIndex | None:
+        """The candidates of the index in this folder, in memory, where they can be changed; None where there are none."""
+        return None
+
+    # --- what all kinds share -----------------------------------------------------------------------------------------
+
+    def search(self, queries: np.ndarray, k: int, exclude: Collection[str] | None = None) -> list[list[Hit]]:
+        """The k images nearest to each query (B, q), best first, fewer if there are not as many.
+
+        Scores are exact in every kind. A flat index finds the true nearest, equal scores in the order of the index,
+        whatever else is in the batch. The other kinds rank the nearest of their candidates.
+
+        Args:
+            queries: rows of any length but zero.
+            k: images per query, at least 1.
+            exclude: paths that must not be found.
+        """
+        check_whole("k", k, 1)
+        rows = unit(queries, "the query")  # (B, q)
+        if rows.shape[1] != self.width:
+            raise UserError(f"queries are {rows.shape[1]} wide, the index {self.width}; use the model that built the index")
+        excluded = frozenset(exclude or ())
+        if self.kind == FLAT:
+            return self._exact(rows, k, excluded)
+        nearby = self.propose(rows, RERANK_FACTOR * max(10, k + len(excluded)))
+        found = [rerank(row, near, k, excluded)[0] for row, near in zip(rows, nearby, strict=True)]
+        return [
+            hits if len(hits) == k else self._exact(row[None], k, excluded)[0]  # the candidates ran out
+            for row, hits in zip(rows, found, strict=True)
+        ]
+
+    def _exact(self, rows: np.ndarray, k: int, excluded: frozenset[str]) -> list[list[Hit]]:
+        """The true k nearest to each of (B, q)."""
+        first = self.nearest(rows, k + len(excluded) + 1)  # n for each of B
+        return [self._settle(row, near, k, excluded) for row, near in zip(rows, first, strict=True)]
+
+    def _settle(self, row: np.ndarray, near: Near, k: int, excluded: frozenset[str]) -> list[Hit]:
+        """Rank what is near a query (q,), and ask for more until the last of it is clearly worse than the k-th."""
+        hits, worst = rerank(row, near, k, excluded)
+        while not near.whole and (len(hits) < k or worst > hits[-1].score - NEAR_TIE):
+            near = self.nearest(row[None], 2 * len(near.rows))[0]
+            hits, worst = rerank(row, near, k, excluded)
+        return hits
+
+    def beyond(self, query: np.ndarray, hits: Sequence[Hit], exclude: Collection[str] | None = None) -> Iterator[Hit]:
+        """The hits of a search for one query (q,), and then all behind them: searched for as they are asked for."""
+        given: set[int] = set()
+        while len(hits) > len(given):
+            for hit in hits:
+                if hit.row not in given:  # approximate kinds may rank otherwise when they are asked for more
+                    given.add(hit.row)
+                    yield hit._replace(rank=len(given))
+            hits = self.search(query[None], 2 * len(given), exclude)[0]
+
+    def first(self) -> Item:
+        """The first image."""
+        return ItemTable([next(items for _, items in self.rows() if len(items))])[0]
+
+    def require(self, fingerprint: str, folder: str | Path = "the index") -> None:
+        """Raise UserError unless the model of this fingerprint built the index; folder is where it lies, for the message."""
+        if fingerprint != self.fingerprint:
+            raise UserError(
+                f"{folder}: built with checkpoint {self.fingerprint} ({self.checkpoint or 'path unknown'}), not with "
+                f"{fingerprint}; give the checkpoint it was built with, or build it again: fromage index build"
+            )
+
+    def require_model(self, model: Fromage) -> None:
+        """As require, of a model. It is digested once, and again when it has been trained or loaded anew since."""
+        model_then, state_then = self._known
+        state = [(p.data_ptr(), -1 if p.is_inference() else p._version) for p in model.trained().values()]
+        if model_then() is not model or state_then != state:
+            self.require(model.fingerprint())
+            self._known = ref(model), state

@@ -1,0 +1,112 @@
+"""Files and folders are written whole or not at all."""
+
+import multiprocessing
+import os
+import threading
+
+import pytest
+
+from fromage.errors import UserError
+from fromage.io import WholeFile, set_aside, whole_folder, write_files
+
+
+def content(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_file_takes_its_name_at_the_end_of_the_block(tmp_path):
+    path = tmp_path / "deep" / "a"
+    with WholeFile(path) as part:
+        part.write_bytes(b"new")
+        assert not path.exists()
+    assert content(path.parent) == {"a": b"new"}
+
+
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+def test_a_block_that_fails_leaves_the_former_file_and_no_part(tmp_path, error):
+    path = tmp_path / "a"
+    path.write_bytes(b"old")
+    with pytest.raises(error), WholeFile(path) as part:
+        part.write_bytes(b"ne")
+        raise error
+    assert content(tmp_path) == {"a": b"old"}
+
+
+def test_a_block_that_writes_nothing_is_an_error(tmp_path):
+    with pytest.raises(FileNotFoundError), WholeFile(tmp_path / "a"):
+        pass
+    assert content(tmp_path) == {}
+
+
+def killed(path):
+    with WholeFile(path) as part:
+        part.write_bytes(b"ne")
+        os._exit(9)
+
+
+def test_a_kill_leaves_the_former_file_and_the_next_writer_takes_over_the_part(tmp_path):
+    path = tmp_path / "a"
+    path.write_bytes(b"old")
+    writer = multiprocessing.get_context("fork").Process(target=killed, args=(path,))
+    writer.start()
+    writer.join()
+    assert writer.exitcode == 9 and path.read_bytes() == b"old"
+    with WholeFile(path) as part:
+        part.write_bytes(b"new")
+    assert content(tmp_path) == {"a": b"new"}
+
+
+def test_threads_that_share_a_file_write_a_part_each(tmp_path):
+    parts, barrier = set(), threading.Barrier(4)
+
+    def write(text):
+        with WholeFile(tmp_path / "a", shared=True) as part:
+            part.write_bytes(text)
+            barrier.wait()
+            parts.add(part)
+
+    threads = [threading.Thread(target=write, args=(bytes([i]) * 1000,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    (data,) = content(tmp_path).values()
+    assert len(parts) == 4 and len(data) == 1000 and len(set(data)) == 1
+
+
+def test_of_several_files_none_is_replaced_unless_all_are_on_disk(tmp_path):
+    write_files(tmp_path, {"a": b"1", "b": b"2"})
+    (tmp_path / ".c.part").mkdir()  # cannot be written
+    with pytest.raises(UserError, match="cannot be written"):
+        write_files(tmp_path, {"a": b"3", "c": b"4"})
+    (tmp_path / ".c.part").rmdir()
+    assert content(tmp_path) == {"a": b"1", "b": b"2"}
+
+
+def test_a_folder_replaces_the_former_one_when_it_is_whole(tmp_path):
+    folder = tmp_path / "deep" / "out"
+    for text in (b"old", b"new"):
+        with whole_folder(folder) as new:
+            (new / text.decode()).write_bytes(text)
+        assert content(folder) == {text.decode(): text}
+    with pytest.raises(KeyError), whole_folder(folder) as new:
+        (new / "half").touch()
+        raise KeyError
+    assert content(folder) == {"new": b"new"} and [path.name for path in folder.parent.iterdir()] == ["out"]
+
+
+def test_where_the_second_renaming_fails_the_former_folder_is_back(tmp_path, monkeypatch):
+    folder, rename = tmp_path / "out", type(tmp_path).rename
+    with whole_folder(folder) as new:
+        (new / "old").touch()
+
+    def fails(path, to):
+        if path.name.endswith(".new"):
+            assert set_aside(folder).exists()
+            raise OSError("interrupted")
+        return rename(path, to)
+
+    monkeypatch.setattr(type(tmp_path), "rename", fails)
+    with pytest.raises(OSError, match="interrupted"), whole_folder(folder):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["out"] and set(content(folder)) == {"old"}
