@@ -36,8 +36,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fromage.cli.data import share
-from fromage.cli.verb import natural, out_folder, positive
+from fromage.cli.options import fraction, natural, out_folder, positive
 from fromage.data.shards import read_sizes
 from fromage.errors import UserError
 from fromage.images.fetch import cache_folder
@@ -335,7 +334,7 @@ def parser() -> argparse.ArgumentParser:
     root.add_argument("--timeout", type=positive, default=10, help="seconds to wait for an answer (10)")
     root.add_argument("--retries", type=natural, default=1, help="further attempts at an address (1)")
     again = "fetch shards again of which less than this share came, as after a failure of the network"
-    root.add_argument("--refetch-below", type=share, default=0.0, metavar="SHARE", help=again)
+    root.add_argument("--refetch-below", type=fraction, default=0.0, metavar="SHARE", help=again)
     return root
 
 

@@ -21,6 +21,7 @@ from typing import Any, TextIO
 from fromage.apps.screen import Screen
 from fromage.errors import UserError
 from fromage.generation.chat import Chat, Turn
+from fromage.generation.options import HELP, LIMITS, is_whole
 from fromage.generation.retrieved import RetrievedImages
 from fromage.images.codec import to_png
 from fromage.io import write_files
@@ -30,11 +31,8 @@ from fromage.retrieval.results import Opened, draw_hits
 # An image is at the start of a word; punctuation after an unquoted path belongs to the text.
 IMAGE = re.compile(r'(?<![^\s(])@(?:"([^"]+)"|([^\s@]\S*?)(?=[.,;:!?)]*(?:\s|$)))')
 DOUBLED = re.compile(r"(?<![^\s(])@@")
-SETTINGS: dict[str, tuple[str, type[int] | type[float]]] = {
-    "/ret-bias": ("ret_bias", float),
-    "/temperature": ("temperature", float),
-    "/images": ("images_per_ret", int),
-}
+SETTINGS = {f"/{name.replace('_', '-')}": name for name in LIMITS}  # command: option of the decoding
+OLD_COMMANDS = {"/images": "/images-per-ret", "/pictures": "/images-per-ret"}  # for one release
 
 
 def talk(chat: Chat, read: Callable[[str], str] = input, out: TextIO | None = None) -> None:
@@ -108,6 +106,9 @@ class Session:
             self.turn(parse(line[1:] if line.startswith("//") else line))
             return
         name, _, words = line.partition(" ")
+        if name in OLD_COMMANDS:
+            self.screen.complain(f"{name} is the old name of {OLD_COMMANDS[name]}; the next release will not know it")
+            name = OLD_COMMANDS[name]
         if name not in COMMANDS:
             raise UserError(f"{name}: no such command; /help lists them, and // at the front makes it text")
         argument, _, command = COMMANDS[name]
@@ -152,7 +153,8 @@ class Session:
 
     def set(self, name: str, words: str) -> None:
         """Change a decoding option, or print its value."""
-        field, kind = SETTINGS[name]
+        field = SETTINGS[name]
+        kind = int if is_whole(field) else float
         if words:
             try:
                 number: dict[str, Any] = {field: kind(words)}
@@ -181,7 +183,7 @@ class Session:
     def help(self, name: str, words: str) -> None:
         """List the commands."""
         for command, (argument, does, _) in COMMANDS.items():
-            self.screen.line(f"  {command + ' ' + argument:16} {does}")
+            self.screen.line(f"  {command + ' ' + argument:21} {does}")
         self.screen.line('  @sky.jpg @"my sky.jpg" @https://... within a line are images; @@ is an @, // at the front a /')
 
     def quit(self, name: str, words: str) -> None:
@@ -200,9 +202,7 @@ def _said(parts: list[Part]) -> str:
 COMMANDS: dict[str, tuple[str, str, Callable[[Session, str, str], None]]] = {
     "/reset": ("", "forget the conversation", Session.reset),
     "/undo": ("", "take the last turn back", Session.undo),
-    "/ret-bias": ("X", "added to the logit of [RET]: more images, or fewer", Session.set),
-    "/temperature": ("X", "of sampling; 0 is greedy", Session.set),
-    "/images": ("N", "images for each [RET]", Session.set),
+    **{command: ("N" if is_whole(name) else "X", HELP[name].rstrip("."), Session.set) for command, name in SETTINGS.items()},
     "/save": ("FILE.png", "draw the images shown so far into a file", Session.save),
     "/help": ("", "this list", Session.help),
     "/quit": ("", "end, as Ctrl-D does", Session.quit),

@@ -1,170 +1,198 @@
-"""Verbs before and around training: the toy world, shards, stored features, the plan of a run."""
+"""Commands before and around training: the toy world, shards, stored features, the plan of a run, parameters on disk."""
 
 from __future__ import annotations
 
-import argparse
-from dataclasses import fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import ClassVar, Literal
 
-from fromage.cli.verb import DEVICE, JSON, OUT, Verbs, natural, option, out_folder, out_png, positive, save_json
-
-PER_SHARD = option("--per-shard", type=positive, default=1000, help="pairs per shard")
-
-
-def share(text: str) -> float:
-    """A number from 0 to 1."""
-    if not 0 <= (value := float(text)) <= 1:
-        raise ValueError
-    return value
+from fromage.cli.options import DType, save_json, save_png
 
 
-def toy_make(args: argparse.Namespace) -> None:
-    """Write the toy world."""
+def toy_make(*, out: Path, seed: int = 0, train: int = 8192, val: int = 1000, refs: int = 500) -> None:
+    """Write the toy world.
+
+    Args:
+        seed: seed of the scenes
+        train: training pairs
+        val: validation pairs, scenes never seen in training
+        refs: images of several objects with words for each, per split
+    """
     from fromage.toy.world import make_world
 
-    print(make_world(args.out, args.seed, args.train, args.val, refs=args.refs))
+    print(make_world(out, seed, train, val, refs=refs))
 
 
-def toy_demo(args: argparse.Namespace) -> None:
+def toy_demo(*, out: Path = Path("runs/demo")) -> None:
     """Make a world, train on it, evaluate, index and search."""
     from fromage.apps.toy_demo import demo
 
-    demo(args.out)
+    demo(out)
 
 
-def shards_tsv(args: argparse.Namespace) -> None:
-    """Pack a TSV of caption and image."""
+def shards_tsv(tsv: Path, *, out: Path, images: Path | None = None, per_shard: int = 1000) -> None:
+    """Pack a TSV of caption and image into shards.
+
+    Args:
+        tsv: lines of caption, tab, image
+        images: folder that the images' paths start from (default: the TSV's own)
+    """
     from fromage.data.packing import pack_tsv
 
-    print(pack_tsv(args.tsv, args.out, args.images, args.per_shard))
+    print(pack_tsv(tsv, out, images, per_shard))
 
 
-def shards_coco(args: argparse.Namespace) -> None:
-    """Pack a COCO caption file and its images."""
+def shards_coco(
+    annotations: Path, *, images: Path, out: Path, captions: Literal["all", "first"] = "all", per_shard: int = 1000
+) -> None:
+    """Pack a COCO caption file and its images into shards.
+
+    Args:
+        annotations: COCO caption JSON
+        captions: captions used per image
+    """
     from fromage.data.packing import pack_coco
 
-    print(pack_coco(args.annotations, args.images, args.out, args.per_shard, args.captions))
+    print(pack_coco(annotations, images, out, per_shard, captions))
 
 
-def shards_check(args: argparse.Namespace) -> None:
-    """Report what shards hold: broken samples by cause, duplicates, lengths, sizes."""
+def shards_check(
+    shards: list[str], *, max_broken: float = 0.05, tokenizer: str | None = None, samples: int = 20, workers: int = 4,
+    json: Path | None = None, png: Path | None = None,
+) -> None:  # fmt: skip
+    """Report what shards hold: broken samples by cause, duplicates, lengths, sizes.
+
+    Args:
+        shards: folders, patterns or brace expressions of shards
+        tokenizer: language model in whose tokens captions are counted (default: words are counted)
+        png: draw random samples with their captions into this file
+    """
     import sys
 
     from fromage.data.shard_stats import check_shards, count_words
-    from fromage.images.codec import to_png
-    from fromage.io import write_files
 
     measure, unit = count_words, "words"
-    if args.tokenizer:
+    if tokenizer:
         from fromage.models.language_model import load_tokenizer
 
-        tokenizer, unit = load_tokenizer(args.tokenizer), "tokens"
-        measure = lambda text: len(tokenizer.caption(text, sys.maxsize))  # noqa: E731
-    report = check_shards(args.shards, args.max_broken, args.workers, args.samples, measure, unit)
+        loaded, unit = load_tokenizer(tokenizer), "tokens"
+        measure = lambda text: len(loaded.caption(text, sys.maxsize))  # noqa: E731
+    report = check_shards(shards, max_broken, workers, samples, measure, unit)
     print(report.text())
-    if args.json:
-        save_json(args.json, report.figures())
-    if args.png:
-        write_files(args.png.parent, {args.png.name: to_png(report.image())})
+    save_json(json, report.figures())
+    if png:
+        save_png(png, report.image())
 
 
-def features(args: argparse.Namespace) -> None:
-    """Store each image's pooled features in place of it, or beside it."""
+def features(
+    shards: str, *, out: Path, vision: str = "ViT-L-14", vision_weights: str = "openai", dtype: DType = "float32",
+    batch_size: int = 256, decoding: Literal["draft", "exact"] = "draft", keep_images: bool = False, device: str = "cpu",
+) -> None:  # fmt: skip
+    """Store each image's pooled features in place of it, or beside it.
+
+    Args:
+        shards: folder, pattern or brace expression of shards
+        dtype: number type in which the image tower runs
+        decoding: how JPEGs are decoded, as in a configuration
+        keep_images: keep the images beside their features
+    """
     from fromage.data.features import store_features
     from fromage.models.vision.registry import load_vision
 
-    vision = load_vision(args.vision, args.vision_weights, args.dtype).to(args.device)
-    done = store_features(args.shards, args.out, vision, args.batch_size, args.keep_images, decoding=args.decoding)
-    print(f"{done} samples -> {args.out}")
+    tower = load_vision(vision, vision_weights, dtype).to(device)
+    print(f"{store_features(shards, out, tower, batch_size, keep_images, decoding=decoding)} samples -> {out}")
 
 
-def plan(args: argparse.Namespace) -> None:
-    """Count a run's parameters, memory, work and time, without weights."""
+@dataclass(kw_only=True)
+class Overrides:
+    """What to plan in place of what the configuration says.
+
+    Attributes:
+        vision: image tower (overrides the config)
+        dtype: number type of the frozen towers (overrides the config)
+        step: training step, fast or reference (overrides the config)
+        batch_size: pairs per step and device (overrides the config)
+        max_tokens: tokens of the longest caption, with </s> and [RET] (overrides the config)
+        tokens: tokens of the mean caption, with </s>, without [RET] (default: 13)
+        chunk: examples whose activations exist at one time (overrides the config)
+        quantize: number type of the language model's layers (overrides the config)
+        activation_checkpointing: compute each layer again in the backward pass (overrides the config)
+        stored_features: train on features from `fromage features`
+    """
+
+    checked_later: ClassVar[bool] = True  # together with the configuration
+    lm: str | None = None
+    vision: str | None = None
+    dtype: DType | None = None
+    step: str | None = None
+    batch_size: int | None = None
+    max_tokens: int | None = None
+    tokens: float | None = None
+    chunk: int | None = None
+    quantize: Literal["int8", "nf4"] | None = None
+    activation_checkpointing: bool = False
+    stored_features: bool = False
+
+
+def plan(
+    *, config: str, overrides: Overrides, device_tflops: float = 150, share: float = 0.5, json: Path | None = None
+) -> None:
+    """Count a run's parameters, memory, work and time, without weights.
+
+    Args:
+        device_tflops: the device's rate in TFLOP/s; an A6000 in bfloat16 has 150
+        share: share of that rate that training is assumed to reach, 0 to 1
+    """
     from fromage.training.configs import find_config
-    from fromage.training.memory_planner import Run, as_json, plan, read_run, report
+    from fromage.training.memory_planner import as_json, plan, read_run, report
 
-    options = {f.name: getattr(args, f.name) for f in fields(Run) if hasattr(args, f.name)}
-    counted = plan(read_run(find_config(args.config), **options))
-    print(report(counted, args.device_tflops, args.share))
-    if args.json:
-        save_json(args.json, as_json(counted, args.device_tflops, args.share))
+    given = {name: value for name, value in asdict(overrides).items() if value is not False}  # a switch is only set
+    counted = plan(read_run(find_config(config), **given))
+    print(report(counted, device_tflops, share))
+    save_json(json, as_json(counted, device_tflops, share))
 
 
-VERBS: Verbs = {
-    ("toy", "make"): (
-        toy_make,
-        [
-            OUT,
-            option("--seed", type=int, default=0),
-            option("--train", type=int, default=8192, help="training pairs"),
-            option("--val", type=int, default=1000, help="validation pairs, scenes never seen in training"),
-            option("--refs", type=int, default=500, help="images of several objects with words for each, per split"),
-        ],
-    ),
-    ("toy", "demo"): (toy_demo, [option("--out", type=out_folder, default=Path("runs/demo"), help="run folder")]),
-    ("shards", "tsv"): (
-        shards_tsv,
-        [
-            option("tsv", type=Path, help="lines of caption, tab, image"),
-            OUT,
-            option("--images", type=Path, help="folder the images' paths start from (the TSV's own)"),
-            PER_SHARD,
-        ],
-    ),
-    ("shards", "coco"): (
-        shards_coco,
-        [
-            option("annotations", type=Path, help="COCO caption JSON"),
-            option("--images", type=Path, required=True, help="folder of its images"),
-            OUT,
-            option("--captions", choices=("all", "first"), default="all", help="captions used per image"),
-            PER_SHARD,
-        ],
-    ),
-    ("shards", "check"): (
-        shards_check,
-        [
-            option("shards", nargs="+", help="folders, patterns or brace expressions of shards"),
-            option("--max-broken", type=share, default=0.05, help="share of broken samples that training is to allow"),
-            option("--tokenizer", help="count captions in this language model's tokens (words)"),
-            option("--samples", type=natural, default=20, help="samples on the contact sheet"),
-            option("--workers", type=natural, default=4, help="processes that decode"),
-            JSON,
-            option("--png", type=out_png, help="draw random samples with their captions"),
-        ],
-    ),
-    ("features",): (
-        features,
-        [
-            option("shards", help="folder, pattern or brace expression of shards"),
-            OUT,
-            option("--vision", default="ViT-L-14", help="image tower, as in a configuration"),
-            option("--vision-weights", default="openai", help="its weights, as in a configuration"),
-            option("--dtype", default="float32", choices=("float32", "bfloat16", "float16")),
-            option("--batch-size", type=positive, default=256, help="images per batch"),
-            option("--decoding", default="draft", choices=("draft", "exact"), help="of JPEGs, as in a configuration"),
-            option("--keep-images", action="store_true", help="keep the images beside their features"),
-            DEVICE,
-        ],
-    ),
-    ("plan",): (
-        plan,
-        [
-            option("--config", "-c", required=True, help="configuration, as for fit"),
-            option("--lm", help="language model, in place of the configuration's"),
-            option("--vision", help="image tower, likewise"),
-            option("--dtype", choices=("float32", "bfloat16", "float16"), help="of the towers, likewise"),
-            option("--step", choices=("fast", "plain"), help="way of training, likewise"),
-            option("--batch-size", type=int, help="pairs per step and device, likewise"),
-            option("--max-tokens", type=int, help="tokens of the longest caption, </s> and [RET] included, likewise"),
-            option("--tokens", type=float, help="tokens of the mean caption, </s> included, [RET] not (13)"),
-            option("--chunk", type=int, help="examples whose activations exist at a time, likewise"),
-            option("--quantize", choices=("int8", "nf4"), help="of the language model's layers, likewise"),
-            option("--activation-checkpointing", action="store_const", const=True, help="recompute layers, likewise"),
-            option("--stored-features", action="store_const", const=True, help="train on features from `fromage features`"),
-            option("--device-tflops", type=float, default=150, help="the device's rate in TFLOP/s; 150: an A6000 in bf16"),
-            option("--share", type=float, default=0.5, help="share of that rate which training is assumed to reach"),
-            JSON,
-        ],
-    ),
-}
+def import_weights(
+    source: Path, *, out: Path, lm: str | None = None, vision: str | None = None, vision_weights: str | None = None,
+    dtype: DType = "bfloat16",
+) -> None:  # fmt: skip
+    """Turn the authors' released files into a folder of ours; no tower is loaded.
+
+    Args:
+        source: folder of pretrained_ckpt.pth.tar and model_args.json, or the former
+        lm: language model (overrides model_args.json)
+        vision: image tower, as in a configuration (overrides model_args.json)
+        dtype: number type of the towers when the folder is loaded
+    """
+    from fromage.checkpoints.authors import read_authors
+    from fromage.checkpoints.format import write_folder
+    from fromage.models.vision.registry import check_vision
+
+    saved = read_authors(source, lm, vision, vision_weights, dtype)
+    check_vision(saved.settings["vision"], saved.settings["vision_weights"])  # now, not when the folder is loaded
+    write_folder(saved, out)
+    print(f"{sum(t.numel() for t in saved.tensors.values()):,} parameters -> {out}")
+
+
+def export_weights(
+    *, ckpt: str, out: Path, format: Literal["ours", "authors"] = "ours", dtype: DType | None = None,
+    visual_encoder: str | None = None,
+) -> None:  # fmt: skip
+    """Write trained parameters as a folder to publish, or as the authors' files.
+
+    Args:
+        format: a folder for from_pretrained, or the authors' files
+        dtype: number type of the parameters (default: a folder's own; bfloat16 for a Lightning checkpoint)
+        visual_encoder: with --format authors: the image tower's name on the Hugging Face hub
+    """
+    from fromage.checkpoints.authors import write_authors
+    from fromage.checkpoints.format import write_folder
+    from fromage.checkpoints.load import read_saved
+    from fromage.models.fromage import for_disk
+
+    saved = for_disk(read_saved(ckpt), dtype)
+    if format == "ours":
+        write_folder(saved, out)
+    else:
+        write_authors(saved, out, visual_encoder)
+    print(f"{sum(t.numel() for t in saved.tensors.values()):,} parameters -> {out}")

@@ -1,179 +1,195 @@
-"""Verbs of evaluation: FROMAGe's tables, each beside the frozen CLIP and chance, and those of Octopus."""
+"""Commands of evaluation: FROMAGe's tables, each beside the frozen CLIP and chance, and those of Octopus."""
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Callable
-from dataclasses import fields
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from fromage.cli.verb import DEVICE, JSON, QUESTION, Option, Verbs, natural, option, out_folder, positive, save_json
+from fromage.cli.options import save_json
 
-
-def coco(args: argparse.Namespace) -> None:
-    """Captions and images of COCO: recall both ways."""
-    _captions(args, "coco")
+QUESTION = "where is {}?"
 
 
-def flickr30k(args: argparse.Namespace) -> None:
-    """Captions and images of Flickr30k: recall both ways."""
-    _captions(args, "flickr30k")
+@dataclass(kw_only=True)
+class Run:
+    """What every evaluation takes."""
+
+    ckpt: str
+    json: Path | None = None
+    limit: int | None = None
+    device: str = "cpu"
+
+    def model(self) -> Any:
+        """The FROMAGe of the checkpoint."""
+        from fromage.models.fromage import load_model
+
+        return load_model(self.ckpt, self.device)
+
+    def tell(self, report: dict[str, Any]) -> None:
+        """Print a report as tables, and write it."""
+        from fromage.evals.report import markdown, table
+
+        print(table(report))
+        if report["headline"]:
+            print("\n" + markdown(report))
+        save_json(self.json, report)
 
 
-def _captions(args: argparse.Namespace, name: Any) -> None:
-    from fromage.evals.caption_sets import read_captions
-    from fromage.evals.coco import evaluate
+@dataclass(kw_only=True)
+class ImageRun(Run):
+    """What an evaluation on image files takes.
 
-    data = read_captions(args.annotations, args.images, name, args.split, args.limit)
-    _tell(args, evaluate(_model(args), data, name, _options(args), args.captioning))
+    Attributes:
+        max_lost: share of the images that may be missing or broken, 0 to 1
+    """
+
+    images: Path
+    batch_size: int = 64
+    workers: int = 0
+    max_lost: float = 0.05
+
+    def options(self) -> Any:
+        """As the evaluations take them."""
+        from fromage.retrieval.encode import Options
+
+        return Options(**{field.name: getattr(self, field.name) for field in fields(Options) if hasattr(self, field.name)})
+
+    def point(self, evaluate: Callable[..., dict[str, Any]], data: Any) -> None:
+        """Evaluate an Octopus."""
+        from fromage.octopus.module import load_octopus
+
+        len(data)  # what is wrong with the files is told before towers are loaded
+        self.tell(evaluate(load_octopus(self.ckpt, self.device), data, self.options()))
 
 
-def vist(args: argparse.Namespace) -> None:
-    """Stories of VIST: which image is the last one."""
+@dataclass(kw_only=True)
+class RetrievalRun(ImageRun):
+    """What a retrieval table takes.
+
+    Attributes:
+        clip: leave out the frozen CLIP's figures
+    """
+
+    clip: bool = True
+
+
+@dataclass(kw_only=True)
+class CaptionRun(RetrievalRun):
+    """What a caption set takes.
+
+    Attributes:
+        split: which of Karpathy's splits
+        captioning: caption the images too: BLEU, METEOR, ROUGE-L, CIDEr; needs Java
+    """
+
+    split: Literal["train", "val", "test"] = "test"
+    captioning: bool = False
+
+    def captions(self, annotations: Path, name: Any) -> None:
+        """Evaluate on a caption set."""
+        from fromage.evals.caption_sets import read_captions
+        from fromage.evals.coco import evaluate
+
+        data = read_captions(annotations, self.images, name, self.split, self.limit)
+        self.tell(evaluate(self.model(), data, name, self.options(), self.captioning))
+
+
+def coco(annotations: Path, *, run: CaptionRun) -> None:
+    """Captions and images of COCO: recall both ways.
+
+    Args:
+        annotations: captions_val2017.json, or Karpathy's dataset_coco.json
+    """
+    run.captions(annotations, "coco")
+
+
+def flickr30k(annotations: Path, *, run: CaptionRun) -> None:
+    """Captions and images of Flickr30k: recall both ways.
+
+    Args:
+        annotations: Karpathy's dataset_flickr30k.json
+    """
+    run.captions(annotations, "flickr30k")
+
+
+def vist(annotations: Path, *, run: RetrievalRun) -> None:
+    """Stories of VIST: which image is the last one.
+
+    Args:
+        annotations: val.story-in-sequence.json
+    """
     from fromage.evals.vist import evaluate, read_stories
 
-    data = read_stories(args.annotations, args.images, args.limit)
-    _tell(args, evaluate(_model(args), data, _options(args)))
+    data = read_stories(annotations, run.images, run.limit)
+    run.tell(evaluate(run.model(), data, run.options()))
 
 
-def visdial(args: argparse.Namespace) -> None:
-    """Dialogues of VisDial: rank answers, and find the image."""
+def visdial(annotations: Path, *, dense: Path, answers: bool = True, scores: Path | None = None, run: RetrievalRun) -> None:
+    """Dialogues of VisDial: rank answers, and find the image.
+
+    Args:
+        annotations: visdial_1.0_val.json
+        dense: visdial_1.0_val_dense_annotations.json
+        answers: find the image from the dialogue, and rank no answers
+    """
     from fromage.evals.dialogues import read_dialogues
     from fromage.evals.visdial import evaluate
 
-    data = read_dialogues(args.annotations, args.dense, args.images, args.limit)
-    _tell(args, evaluate(_model(args), data, _options(args), args.answers, args.scores))
+    data = read_dialogues(annotations, dense, run.images, run.limit)
+    run.tell(evaluate(run.model(), data, run.options(), answers, scores))
 
 
-def few_shot(args: argparse.Namespace) -> None:
-    """Learning from examples in the prompt, on the toy world."""
+def few_shot(*, world: Path, shots: Sequence[int] = (0, 1, 2, 4), run: Run) -> None:
+    """Learning from examples in the prompt, on the toy world.
+
+    Args:
+        world: folder of `fromage toy make`
+        shots: numbers of examples in front of a question
+    """
     from fromage.evals.few_shot import evaluate
 
-    _tell(args, evaluate(_model(args), args.world, args.shots, args.limit))
+    run.tell(evaluate(run.model(), world, shots, run.limit))
 
 
-def refcoco(args: argparse.Namespace) -> None:
-    """Octopus: referring expressions of RefCOCO, RefCOCO+ or RefCOCOg, the object meant among all."""
+def refcoco(
+    refs: Path, *, instances: Path, split: str = "val", question: str = QUESTION, match: str | None = None, run: ImageRun
+) -> None:
+    """Octopus: referring expressions of RefCOCO, RefCOCO+ or RefCOCOg, the object meant among all.
+
+    Args:
+        refs: refs(unc).p, refs(google).p or refs(umd).p
+        instances: instances.json that came with it
+        split: val, and depending on the file testA, testB, test or train
+        match: evaluate only expressions that match this regular expression, such as '(left|right)'
+    """
     from fromage.evals.refcoco import evaluate
     from fromage.octopus.sources import RefCOCO
 
-    refs, instances, images = (str(path) for path in (args.refs, args.instances, args.images))
-    _ask(args, evaluate, RefCOCO(refs, instances, images, args.split, args.question, args.limit, args.match))
+    run.point(evaluate, RefCOCO(str(refs), str(instances), str(run.images), split, question, run.limit, match))
 
 
-def pope(args: argparse.Namespace) -> None:
-    """Octopus: questions of POPE, whether something is in an image."""
+def pope(file: Path, *, run: ImageRun) -> None:
+    """Octopus: questions of POPE, whether something is in an image.
+
+    Args:
+        file: coco_pope_random.json or another of POPE's
+    """
     from fromage.evals.pope import evaluate
     from fromage.octopus.sources import Pope
 
-    _ask(args, evaluate, Pope(str(args.file), str(args.images), args.limit))
+    run.point(evaluate, Pope(str(file), str(run.images), run.limit))
 
 
-def instructions(args: argparse.Namespace) -> None:
-    """Octopus: instructions of LLaVA's kind, answers that point at several objects among them."""
+def instructions(file: Path, *, padded: bool = False, run: ImageRun) -> None:
+    """Octopus: instructions of LLaVA's kind, answers that point at several objects among them.
+
+    Args:
+        file: JSON of LLaVA's instructions
+        padded: boxes are shares of the image padded to a square
+    """
     from fromage.evals.instructions import evaluate
     from fromage.octopus.sources import Instructions
 
-    _ask(args, evaluate, Instructions(str(args.file), str(args.images), args.padded, args.limit))
-
-
-def _ask(args: argparse.Namespace, evaluate: Callable[..., dict[str, Any]], data: Any) -> None:
-    from fromage.octopus.module import load_octopus
-
-    len(data)  # what is wrong with the files is told before towers are loaded
-    _tell(args, evaluate(load_octopus(args.ckpt, args.device), data, _options(args)))
-
-
-def _model(args: argparse.Namespace) -> Any:
-    from fromage.models.fromage import load_model
-
-    return load_model(args.ckpt, args.device)
-
-
-def _options(args: argparse.Namespace) -> Any:
-    from fromage.retrieval.encode import Options
-
-    return Options(**{field.name: getattr(args, field.name) for field in fields(Options) if hasattr(args, field.name)})
-
-
-def _tell(args: argparse.Namespace, report: dict[str, Any]) -> None:
-    from fromage.evals.report import markdown, table
-
-    print(table(report))
-    if report["headline"]:
-        print("\n" + markdown(report))
-    if args.json:
-        save_json(args.json, report)
-
-
-COMMON: list[Option] = [
-    option("--ckpt", required=True, help="checkpoint of `lightning fit`; of FROMAGe also a folder or hub name"),
-    JSON,
-    option("--limit", type=positive, help="look at the first so many only (images, stories, dialogues, examples)"),
-    DEVICE,
-]
-FILES: list[Option] = [
-    *COMMON,
-    option("--images", type=Path, required=True, help="folder of the images"),
-    option("--batch-size", type=positive, default=64, help="texts or images in a pass"),
-    option("--workers", type=natural, default=0, help="processes that decode images"),
-    option("--max-lost", type=float, default=0.05, help="share of the images that may be missing or broken"),
-]
-IMAGES: list[Option] = [*FILES, option("--no-clip", dest="clip", action="store_false", help="without the baseline")]
-CAPTIONS: list[Option] = [
-    *IMAGES,
-    option("--split", choices=("train", "val", "test"), default="test", help="of Karpathy's splits"),
-    option("--captioning", action="store_true", help="caption the images too: BLEU, METEOR, ROUGE-L, CIDEr; wants Java"),
-]
-VERBS: Verbs = {
-    ("eval", "coco"): (
-        coco,
-        [option("annotations", type=Path, help="captions_val2017.json, or dataset_coco.json of Karpathy"), *CAPTIONS],
-    ),
-    ("eval", "flickr30k"): (
-        flickr30k,
-        [option("annotations", type=Path, help="dataset_flickr30k.json of Karpathy"), *CAPTIONS],
-    ),
-    ("eval", "vist"): (vist, [option("annotations", type=Path, help="val.story-in-sequence.json"), *IMAGES]),
-    ("eval", "visdial"): (
-        visdial,
-        [
-            option("annotations", type=Path, help="visdial_1.0_val.json"),
-            option("--dense", type=Path, required=True, help="visdial_1.0_val_dense_annotations.json"),
-            option("--no-answers", dest="answers", action="store_false", help="image from dialogue only"),
-            option(
-                "--scores", type=out_folder, help="folder of answers' scores, by which a run that was killed is taken up"
-            ),
-            *IMAGES,
-        ],
-    ),
-    ("eval", "refcoco"): (
-        refcoco,
-        [
-            option("refs", type=Path, help="refs(unc).p, refs(google).p or refs(umd).p"),
-            option("--instances", type=Path, required=True, help="instances.json that came with it"),
-            option("--split", default="val", help="val, and by the file testA, testB, test or train"),
-            QUESTION,
-            option("--match", metavar="REGEX", help="only expressions in which this is found, such as '(left|right)'"),
-            *FILES,
-        ],
-    ),
-    ("eval", "pope"): (pope, [option("file", type=Path, help="coco_pope_random.json or another of POPE's"), *FILES]),
-    ("eval", "instructions"): (
-        instructions,
-        [
-            option("file", type=Path, help="JSON of LLaVA's instructions"),
-            option("--padded", action="store_true", help="boxes are shares of the image padded to a square"),
-            *FILES,
-        ],
-    ),
-    ("eval", "few-shot"): (
-        few_shot,
-        [
-            option("--world", type=Path, required=True, help="folder of `fromage toy make`"),
-            option("--shots", type=int, nargs="+", default=[0, 1, 2, 4], help="examples in front of a question"),
-            *COMMON,
-        ],
-    ),
-}
+    run.point(evaluate, Instructions(str(file), str(run.images), padded, run.limit))

@@ -1,74 +1,158 @@
-"""One command line under two names, `lightning` and `fromage`.
-
-    fit, validate, test, predict     Lightning's own verbs; a configuration is found as given, else in lightning_configs/
-    toy make, toy demo               the synthetic world, and the tour of `make demo`
-    shards tsv, shards coco          pairs on disk -> webdataset shards
-    shards check                     what shards hold: broken samples, duplicates, lengths, sizes
-    features                         shards -> shards with stored image features
-    plan                             what a run will need: parameters, memory, work, time
-    import, export                   the authors' released files -> a folder of trained parameters, and back
-    index embed, index build         images -> embeddings -> an image index
-    index add, remove, merge         change an index
-    index import, index info         the authors' embeddings -> an index; what an index is
-    search                           questions to an index, in words or images
-    ground                           Octopus: words -> the boxes of what they mean in an image
-    eval coco, flickr30k, vist, visdial   the tables of the paper; eval few-shot: examples in the prompt
-    eval refcoco, pope, instructions      Octopus: which object is meant, what is there, several objects
-    chat, demo, serve                a conversation: in the terminal, in a browser, over HTTP
-
-What a user can mend is one line on stderr and exit code 2, and so is Ctrl-C, with 130; --debug shows the traceback.
-"""
+"""One command line under two names, `lightning` and `fromage`: a table of functions, whose signatures give the options."""
 
 from __future__ import annotations
 
-import argparse
 import os
 import signal
 import sys
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from fromage.cli import data, evals, ground, index, search, talk, weights
-from fromage.cli.verb import Verbs
+from fromage.cli import data, evals, find, index, talk
+from fromage.cli.command import Function, call, parser_of, respelled
 from fromage.errors import UserError
+from fromage.training.configs import near
 from fromage.training.fit import FITTING, fitting
 
-PARTS = (data, evals, ground, index, search, talk, weights)
-VERBS: Verbs = {words: verb for part in PARTS for words, verb in part.VERBS.items()}
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
+
+USAGE = """usage: fromage COMMAND [options]        (fromage COMMAND --help lists a command's options)
+
+{commands}
+
+A configuration (`fit --config cc3m.yaml`) is found as given, else in lightning_configs/. Options take dashes or underscores.
+What a user can mend is one line on stderr and exit code 2; after Ctrl-C the code is 130. --debug shows the traceback.
+--version prints the version. Completion: eval "$(fromage completion bash)" in .bashrc, or zsh, needs `pip install shtab`."""
 
 
-def parser() -> argparse.ArgumentParser:
-    """The parser of our own verbs."""
-    root = argparse.ArgumentParser(prog="fromage", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    levels: dict[tuple[str, ...], Any] = {(): root.add_subparsers(required=True, metavar="VERB")}
+def completion(shell: Literal["bash", "zsh", "tcsh"]) -> None:
+    """Print a script that completes commands and options in a shell.
+
+    Args:
+        shell: for which shell: bash, zsh or tcsh
+    """
+    try:
+        import shtab
+    except ImportError as error:
+        raise UserError("completion needs shtab; pip install shtab") from error
+    print(shtab.complete(parser(), shell, root_prefix="fromage"))
+
+
+COMMANDS: dict[str, Function] = {
+    "toy make": data.toy_make,
+    "toy demo": data.toy_demo,
+    "shards tsv": data.shards_tsv,
+    "shards coco": data.shards_coco,
+    "shards check": data.shards_check,
+    "features": data.features,
+    "plan": data.plan,
+    "import": data.import_weights,
+    "export": data.export_weights,
+    "index embed": index.embed,
+    "index build": index.build,
+    "index add": index.add,
+    "index remove": index.remove,
+    "index merge": index.merge,
+    "index import": index.import_authors,
+    "index info": index.info,
+    "search": find.search,
+    "ground": find.ground,
+    "eval coco": evals.coco,
+    "eval flickr30k": evals.flickr30k,
+    "eval vist": evals.vist,
+    "eval visdial": evals.visdial,
+    "eval few-shot": evals.few_shot,
+    "eval refcoco": evals.refcoco,
+    "eval pope": evals.pope,
+    "eval instructions": evals.instructions,
+    "chat": talk.chat,
+    "demo": talk.demo,
+    "serve": talk.serve,
+    "completion": completion,
+}
+RENAMED = {  # options that keep their old names for one release
+    "features": {"--keep-pictures": "--keep-images"},
+    "chat": {"--pictures": "--images-per-ret", "--images": "--images-per-ret"},
+}
+
+
+def usage(group: str = "") -> str:
+    """The help of everything, or of the commands that begin with a word."""
+    lines = {name: f"Lightning's {name}" for name in FITTING} | {
+        name: (run.__doc__ or "").splitlines()[0].rstrip(".") for name, run in COMMANDS.items()
+    }
+    listed = [f"  {name:20} {does}" for name, does in lines.items() if name.startswith(group)]
+    return "\n".join(listed) if group else USAGE.format(commands="\n".join(listed))
+
+
+def named(words: list[str]) -> tuple[str, list[str]]:
+    """The command that a line begins with, and the rest of the line. Raises UserError where there is none."""
+    for count in (2, 1):
+        if (name := " ".join(words[:count])) in COMMANDS:
+            return name, words[count:]
+    group = f"{words[0]} " if words and any(name.startswith(f"{words[0]} ") for name in COMMANDS) else ""
+    if set(words[len(group) > 0 :][:1]) & {"-h", "--help"}:
+        print(usage(group))
+        raise SystemExit(0)
+    known = [name for name in (*COMMANDS, *FITTING) if name.startswith(group)]
+    word = " ".join(words[: 2 if group else 1])
+    if word == group.strip():
+        raise UserError(f"name a command: {', '.join(known)} (fromage --help)")
+    raise UserError(f"{word}: no such command{near(word, known)} (fromage {group}--help)")
+
+
+def parse(words: list[str]) -> tuple[Function, dict[str, Any]]:
+    """The function of a command line, and what its options say. Raises SystemExit for --help and wrong options."""
+    name, rest = named(words)
+    rest, warned = respelled(rest, RENAMED.get(name, {}))
+    for text in warned:
+        warnings.warn(text, FutureWarning, stacklevel=2)
+    reader = parser_of(name, COMMANDS[name])
+    for before, word in zip(["", *rest], rest, strict=False):
+        if not word or (word.startswith("--") and word.endswith("=")):  # Path("") would be the current folder
+            reader.error(f"argument {word or before}: is empty; name something, or leave it out")
+    return COMMANDS[name], vars(reader.parse_args(rest))
+
+
+def parser() -> ArgumentParser:
+    """The parser of all commands in one, for completion."""
+    from jsonargparse import ArgumentParser
+
+    root = ArgumentParser(prog="fromage")
+    levels: dict[str, Any] = {"": root.add_subcommands()}
     for name in FITTING:
-        levels[()].add_parser(name, help=f"Lightning's {name}", add_help=False)
-    for words, (run, options) in VERBS.items():
-        if len(words) == 2 and words[:1] not in levels:
-            within = ", ".join(other[1] for other in VERBS if other[0] == words[0])
-            levels[words[:1]] = levels[()].add_parser(words[0], help=within).add_subparsers(required=True, metavar="VERB")
-        summary = (run.__doc__ or "").rstrip(".")
-        verb = levels[words[:-1]].add_parser(words[-1], help=summary, description=summary)
-        for names, settings in options:
-            verb.add_argument(*names, **settings)
-        verb.set_defaults(run=run)
+        levels[""].add_subcommand(name, ArgumentParser())
+    for name, function in COMMANDS.items():
+        group, _, last = name.rpartition(" ")
+        if group not in levels:
+            levels[""].add_subcommand(group, inner := ArgumentParser())
+            levels[group] = inner.add_subcommands()
+        levels[group].add_subcommand(last, parser_of(name, function))
     return root
+
+
+def run(words: list[str]) -> None:
+    """Run a command line."""
+    if words[:1] == ["--version"]:
+        from fromage import __version__
+
+        print(f"fromage {__version__}")
+    elif words and words[0] in FITTING:
+        fitting(words)  # whose trainer has its own ways with signals
+    else:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as by Ctrl-C: what is temporary goes
+        call(*parse(words))
+    sys.stdout.flush()
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command line; returns the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
-    words = [word for word in words if word != "--debug"]
     warnings.showwarning = _warn  # type: ignore[assignment]
     try:
-        if words and words[0] in FITTING:
-            fitting(words)  # whose trainer has its own ways with signals
-        else:
-            signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as by Ctrl-C: what is temporary goes
-            args = parser().parse_args(words)
-            args.run(args)
-            sys.stdout.flush()
+        run([word for word in words if word != "--debug"])
     except (UserError, KeyboardInterrupt) as error:
         if debug:
             raise

@@ -1,108 +1,98 @@
-"""Verbs of conversation: in the terminal, in a browser, over HTTP."""
+"""Commands of conversation: in the terminal, in a browser, over HTTP."""
 
 from __future__ import annotations
 
-import argparse
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from fromage.cli.verb import DEVICE, Option, Verbs, option
+from fromage.generation.options import Decoding
 
 
-def chat(args: argparse.Namespace) -> None:
-    """Talk in the terminal, with images by path."""
+@dataclass(kw_only=True)
+class Opening:
+    """The model to talk with.
+
+    Attributes:
+        ckpt: checkpoint, folder or hub name (default: with no --index either, the toy world, made on first use)
+        index: folder of `fromage index build`, where images are found
+        style: how turns stand in the prompt (default: dialogue; for the toy world alone)
+    """
+
+    ckpt: str | None = None
+    index: Path | None = None
+    style: Literal["dialogue", "plain", "alone"] | None = None
+    device: str = "cpu"
+
+    def open(self) -> tuple[Any, Any, str]:
+        """Model, index (or None) and style of conversation: as named, else those of the toy world."""
+        from fromage.models.fromage import load_model
+        from fromage.retrieval.open_index import open_index
+
+        if self.index:
+            return *open_index(self.index, self.ckpt, self.device), self.style or "dialogue"
+        if self.ckpt:
+            return load_model(self.ckpt, self.device), None, self.style or "dialogue"
+        from fromage.apps.toy_demo import conversation_index
+
+        return *open_index(conversation_index(Path("runs/demo")), None, self.device), self.style or "alone"
+
+    def octopus(self, ckpt: str | None) -> Any:
+        """The one that is named; beside the toy FROMAGe the toy one, if it was trained already; or None."""
+        from fromage.apps.octopus_demo import HOME, trained
+        from fromage.octopus.module import load_octopus
+
+        path = ckpt or (None if self.index or self.ckpt else trained(Path(HOME)))
+        return load_octopus(str(path), self.device) if path else None
+
+
+@dataclass(kw_only=True)
+class Address:
+    """Where a server listens.
+
+    Attributes:
+        host: address to listen at; 0.0.0.0 lets other machines in
+        port: port to listen at
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 7860
+
+
+def chat(*, opening: Opening, system: str | None = None, decoding: Decoding) -> None:
+    """Talk in the terminal, with images by path.
+
+    Args:
+        system: text in front of everything
+    """
     from fromage.apps.terminal import talk
+    from fromage.generation.chat import Chat
 
-    talk(_conversation(args))
+    model, index, style = opening.open()
+    talk(Chat(model, index, decoding, style, system or ()))
 
 
-def demo(args: argparse.Namespace) -> None:
-    """Talk and search in a browser."""
+def demo(*, opening: Opening, octopus: str | None = None, address: Address) -> None:
+    """Talk and search in a browser.
+
+    Args:
+        octopus: checkpoint of Octopus, for a tab in which it points at what is meant
+    """
     from fromage.apps.web.demo import launch
 
-    model, index, style = _opened(args)
-    launch(model, index, style, args.host, args.port, _octopus(args))
+    model, index, style = opening.open()
+    launch(model, index, style, address.host, address.port, opening.octopus(octopus))
 
 
-def _octopus(args: argparse.Namespace) -> Any:
-    """The one that is named; beside the toy FROMAGe the toy one, if it was trained already; or None."""
-    from fromage.apps.octopus_demo import HOME, trained
-    from fromage.octopus.module import load_octopus
+def serve(*, opening: Opening, address: Address, batch_size: int = 16, queue: int = 64, timeout: float = 60.0) -> None:
+    """Answer programs over HTTP.
 
-    path = args.octopus or (None if args.index or args.ckpt else trained(Path(HOME)))
-    return load_octopus(str(path), args.device) if path else None
-
-
-def serve(args: argparse.Namespace) -> None:
-    """Answer programs over HTTP."""
+    Args:
+        batch_size: requests answered together
+        queue: requests that may wait; beyond it the answer is 429
+        timeout: time a request may take, in seconds
+    """
     from fromage.serving.app import Capacity, serve
 
-    model, index, style = _opened(args)
-    serve(model, index, style, args.host, args.port, Capacity(args.batch_size, args.queue, args.timeout))
-
-
-def _opened(args: argparse.Namespace) -> tuple[Any, Any, str]:
-    """Model, index (or None) and style of conversation: as named, else those of the toy world."""
-    from fromage.models.fromage import load_model
-    from fromage.retrieval.open_index import open_index
-
-    if args.index:
-        return *open_index(args.index, args.ckpt, args.device), args.style or "dialogue"
-    if args.ckpt:
-        return load_model(args.ckpt, args.device), None, args.style or "dialogue"
-    from fromage.apps.toy_demo import conversation_index
-
-    return *open_index(conversation_index(Path("runs/demo")), None, args.device), args.style or "alone"
-
-
-def _conversation(args: argparse.Namespace) -> Any:
-    from fromage.generation.chat import Chat
-    from fromage.generation.decoding import Decoding
-
-    model, index, style = _opened(args)
-    decoding = Decoding(
-        max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature,
-        ret_bias=args.ret_bias,
-        images_per_ret=args.images,
-    )
-    return Chat(model, index, decoding, style, args.system or ())
-
-
-MODEL: list[Option] = [
-    option("--ckpt", help="checkpoint, folder or hub name; without it and --index, the toy world, made on first use"),
-    option("--index", type=Path, help="folder of `fromage index build`, where images are found"),
-    option("--style", choices=("dialogue", "plain", "alone"), help="how turns stand in the prompt (dialogue; toy: alone)"),
-    DEVICE,
-]
-ADDRESS: list[Option] = [
-    option("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0 lets other machines in"),
-    option("--port", type=int, default=7860, help="port to listen at"),
-]
-VERBS: Verbs = {
-    ("chat",): (
-        chat,
-        [
-            *MODEL,
-            option("--system", help="text in front of everything"),
-            option("--max-new-tokens", type=int, default=32, help="length of an answer at most, tokens"),
-            option("--temperature", type=float, default=0.0, help="of sampling; 0 is greedy"),
-            option("--ret-bias", type=float, default=0.0, help="added to the logit of [RET]: more images, or fewer"),
-            option("--images", type=int, default=1, help="images for each [RET]"),
-        ],
-    ),
-    ("demo",): (
-        demo,
-        [*MODEL, option("--octopus", help="checkpoint of Octopus, for a tab in which it points at what is meant"), *ADDRESS],
-    ),
-    ("serve",): (
-        serve,
-        [
-            *MODEL,
-            *ADDRESS,
-            option("--batch-size", type=int, default=16, help="requests answered together"),
-            option("--queue", type=int, default=64, help="requests that may wait; beyond it the answer is 429"),
-            option("--timeout", type=float, default=60.0, help="seconds a request may take"),
-        ],
-    ),
-}
+    model, index, style = opening.open()
+    serve(model, index, style, address.host, address.port, Capacity(batch_size, queue, timeout))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from threading import get_ident
 from typing import Any
 
@@ -28,66 +28,10 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from fromage.checks import check_real, check_whole
-from fromage.errors import UserError
 from fromage.generation.cpu_linear import patch_linears
+from fromage.generation.options import Decoding as Decoding
 from fromage.models.fromage import Fromage
 from fromage.models.prompts import Prompts
-
-
-@dataclass(frozen=True)
-class Decoding:
-    """How an answer is decoded. Raises UserError for values that mean nothing.
-
-    Attributes:
-        max_new_tokens: length of the answer at most, in tokens, [RET] included.
-        min_tokens: tokens before which neither </s> nor [RET] comes.
-        temperature: of sampling; 0 is greedy, and the next two then count for nothing.
-        top_p: sample among the likeliest tokens that together have this probability.
-        top_k: sample among so many tokens; 0 for all.
-        repetition_penalty: divides the logits of tokens that the answer holds already; 1 leaves them.
-        stop: texts at which the answer ends; they are no part of it.
-        seed: of sampling; row i of a batch samples with seed + i. None draws one.
-        ret_bias: added to the logit of [RET].
-        authors_ret_scale: multiplies it before, as the released code does; a negative logit then moves the wrong way.
-        max_images: [RET] in an answer at most.
-        images_per_ret: images for each [RET].
-        use_cache: keep keys and values; without, the whole sequence runs again for every token.
-    """
-
-    max_new_tokens: int = 32
-    min_tokens: int = 0
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    repetition_penalty: float = 1.0
-    stop: Sequence[str] = ()
-    seed: int | None = None
-    ret_bias: float = 0.0
-    authors_ret_scale: float = 1.0
-    max_images: int = 1
-    images_per_ret: int = 1
-    use_cache: bool = True
-
-    def __post_init__(self) -> None:
-        check_whole("max_new_tokens", self.max_new_tokens, 1)
-        check_whole("min_tokens", self.min_tokens, 0, self.max_new_tokens)
-        if self.temperature != 0:
-            check_real("temperature", self.temperature, 1e-3, 100, "0 (greedy) or ")
-        check_real("top_p", self.top_p, 1e-6, 1)
-        check_whole("top_k", self.top_k, 0)
-        check_real("repetition_penalty", self.repetition_penalty, 1e-3, 1e6)
-        stop = (self.stop,) if isinstance(self.stop, str) else self.stop
-        if not isinstance(stop, Sequence) or not all(isinstance(text, str) and text for text in stop):
-            raise UserError(f"stop is {self.stop!r}; it must be texts that are not empty")
-        object.__setattr__(self, "stop", tuple(stop))
-        if self.seed is not None:
-            check_whole("seed", self.seed, 0, 2**63)
-        check_real("ret_bias", self.ret_bias, -1e6, 1e6)
-        check_real("authors_ret_scale", self.authors_ret_scale, -1e6, 1e6)
-        check_whole("max_images", self.max_images, 0)
-        check_whole("images_per_ret", self.images_per_ret, 1, 1000)
-
 
 GREEDY = Decoding()
 

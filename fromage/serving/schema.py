@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, create_model, model_validator
 from pydantic_core import PydanticCustomError
 
-from fromage.generation.decoding import Decoding
+from fromage.generation.options import DEFAULTS, HELP, LIMITS, Decoding, Limits, is_whole
 
 CHARACTERS, IMAGES, URLS, PARTS, MESSAGES = 1 << 15, 32, 4, 64, 64  # of a request
-MOST_TOKENS, MOST_HITS = 512, 50
-RETS, PER_RET = 4, IMAGES // 4  # so that a client can send an answer back
+MOST_HITS = 50
 
 PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGP4z8AAAAMBAQDJ/pLvAAAAAElFTkSuQmCC"  # red
 
@@ -122,29 +121,37 @@ class Message(Strict):
     content: Content
 
 
-class DecodingOptions(Strict):
+class _DecodingOptions(Strict):
     """Decoding options. Requests with the same options can be answered as a batch."""
-
-    max_new_tokens: Annotated[int, Field(ge=1, le=MOST_TOKENS, description="Length at most, in tokens.")] = 32
-    min_tokens: Annotated[int, Field(ge=0, le=MOST_TOKENS, description="Tokens before its end or an image.")] = 0
-    temperature: Annotated[float, Field(ge=0, le=10, description="Of sampling; 0 is greedy.")] = 0.0
-    top_p: Annotated[float, Field(gt=0, le=1, description="Sample among the tokens of this probability.")] = 1.0
-    top_k: Annotated[int, Field(ge=0, le=100_000, description="Sample among so many tokens; 0 for all.")] = 0
-    repetition_penalty: Annotated[float, Field(ge=0.1, le=10, description="Divides logits of tokens used; 1: none.")] = 1.0
-    stop: Annotated[
-        list[Annotated[str, Field(min_length=1, max_length=64)]],
-        Field(max_length=8, description="Texts at which the answer ends, besides those of the server's style."),
-    ] = []
-    seed: Annotated[int | None, Field(ge=0, lt=1 << 32, description="Of sampling; the same gives the same.")] = None
-    ret_bias: Annotated[float, Field(ge=-1e4, le=1e4, description="Added to the logit of [RET]: more images, or fewer.")] = (
-        0.0
-    )
-    max_images: Annotated[int, Field(ge=0, le=RETS, description="[RET] in an answer at most; 0 for text alone.")] = 1
-    images_per_ret: Annotated[int, Field(ge=1, le=PER_RET, description="Images for each [RET].")] = 1
 
     def decoding(self) -> Decoding:
         """The options for the decoder. Raises UserError for options that contradict each other."""
         return Decoding(**self.model_dump())
+
+
+def _served(name: str, limits: Limits) -> tuple[Any, Any]:
+    """Type and default of a field of DecodingOptions."""
+    kind: Any = int if is_whole(name) else float
+    least, most = (kind(bound) for bound in limits.served or ())
+    default = DEFAULTS[name]
+    return Annotated[kind | None if default is None else kind, Field(ge=least, le=most, description=HELP[name])], default
+
+
+Stop = Annotated[
+    list[Annotated[str, Field(min_length=1, max_length=64)]],
+    Field(max_length=8, description="Texts at which the answer ends, besides those of the server's style."),
+]
+if TYPE_CHECKING:
+    DecodingOptions = _DecodingOptions
+else:
+    DecodingOptions = create_model(
+        "DecodingOptions",
+        __base__=_DecodingOptions,
+        __doc__=_DecodingOptions.__doc__,
+        __module__=__name__,
+        **{name: _served(name, limits) for name, limits in LIMITS.items() if limits.served},
+        stop=(Stop, []),
+    )
 
 
 SAID: list[Any] = [{"role": "user", "content": [{"type": "text", "text": "a red star"}, {"type": "image", "data": PIXEL}]}]

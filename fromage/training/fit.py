@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import logging
+import re
 import warnings
+from importlib import import_module
+from inspect import signature
 
 from fromage.errors import UserError
-from fromage.training.configs import with_configs_found
+from fromage.training.configs import near, with_configs_found
 
 FITTING = ("fit", "validate", "test", "predict")
 
@@ -47,9 +50,28 @@ def fitting(argv: list[str]) -> None:
             args=with_configs_found(argv),
         )
     except argparse.ArgumentError as error:
-        raise UserError(" ".join(str(error).split())[:500] + " (fromage " + argv[0] + " --help)") from error
+        raise UserError(_told(error, argv[0])) from error
     except ValueError as error:  # jsonargparse's, around what a model's or data module's own check said
         said: BaseException | None = error
         while said is not None and not isinstance(said, UserError):
             said = said.__cause__
         raise said or error from None
+
+
+def _told(error: argparse.ArgumentError, command: str) -> str:
+    """What was wrong, in a line, and the option that was probably meant."""
+    said = " ".join(str(error).split())
+    unknown = re.search(r"Problem with given class_path '([\w.]+)': Option '([\w.]+)' is not accepted", said)
+    if unknown:
+        section = "model" if 'key "model"' in said else "data"
+        said = f"{section}.{unknown[2]}: {unknown[1]} has no such option" + near(
+            unknown[2], _options(unknown[1]), f"--{section}."
+        )
+    elif unknown := re.search(r"unrecognized arguments: --trainer\.(\w+)", said):
+        said += near(unknown[1], _options("pytorch_lightning.Trainer"), "--trainer.")
+    return f"{said[:500]} (fromage {command} --help)"
+
+
+def _options(class_path: str) -> list[str]:
+    module, _, name = class_path.rpartition(".")
+    return list(signature(getattr(import_module(module), name)).parameters)

@@ -33,6 +33,7 @@ from fromage.models.fromage import Fromage
 from fromage.models.frozen import TOY
 from fromage.models.language_model import LanguageModel, Quantized
 from fromage.models.vision.open_clip import OpenClipTower
+from fromage.training.configs import present_step
 from fromage.training.fast_step import captioning, fast_step, retrieval_text
 from fromage.training.layers import checkpoint_blocks
 from fromage.training.losses import CHUNK, info_nce
@@ -125,13 +126,14 @@ def read_run(config: str, **options: Any) -> Run:
     for section in (tree.get(name) for name in ("trainer", "model", "data")):
         found |= section.get("init_args", section) if isinstance(section, dict) else {}
     found |= {name: value for name, value in options.items() if value is not None}
+    found["step"] = present_step(found.get("step", Run.step))
     kinds: dict[str, Any] = {f.name: str if f.default is None else type(f.default) for f in fields(Run)}
     given = {name: (kind, found[name]) for name, kind in kinds.items() if found.get(name) is not None}
     try:
         run = Run(**{name: kind(value) for name, (kind, value) in given.items()})
     except (TypeError, ValueError) as error:
         raise UserError(f"configuration {config}: {error}") from error
-    choices = {"dtype": tuple(DTYPES), "step": ("fast", "plain"), "quantize": (None, *get_args(Quantized))}
+    choices = {"dtype": tuple(DTYPES), "step": ("fast", "reference"), "quantize": (None, *get_args(Quantized))}
     for name, known in choices.items():
         if getattr(run, name) not in known:
             raise UserError(f"{name} {getattr(run, name)}: choose one of {', '.join(filter(None, known))}")
@@ -178,7 +180,7 @@ def count(run: Run, model: Fromage, batch: Batch) -> Plan:
             "a chunk of logits": _logits(model, batch),
         }
     else:
-        step = reference_step if run.step == "plain" else partial(fast_step, chunk=run.chunk)
+        step = reference_step if run.step == "reference" else partial(fast_step, chunk=run.chunk)
         loss = meter.run("the forward", lambda: step(model, batch, paired=False).loss)
         meter.run("the backward", loss.backward)
     largest = max((p.nbytes for p in linear), default=0)

@@ -22,6 +22,7 @@ from fromage.models.fromage import Fromage, Pooling
 from fromage.models.language_model import Quantized
 from fromage.models.pretrained import check_checkpoint, from_hyperparameters
 from fromage.retrieval.metrics import retrieval_recalls
+from fromage.training.configs import present_step
 from fromage.training.fast_step import fast_step
 from fromage.training.layers import checkpoint_blocks, compile_blocks
 from fromage.training.nonfinite import NonFiniteGuard
@@ -59,7 +60,7 @@ class FromageModule(pl.LightningModule):
         captioning_weight: float = 1.0,
         retrieval_weight: float = 1.0,
         rescale_ret: bool = True,
-        step: Literal["fast", "plain"] = "fast",
+        step: Literal["fast", "reference"] = "fast",
         chunk: int = 0,
         activation_checkpointing: bool = False,
         compile_blocks: bool = False,
@@ -88,7 +89,7 @@ class FromageModule(pl.LightningModule):
             captioning_weight: weight of the captioning loss; with 0 its pass is not run, and the prefix is not trained.
             retrieval_weight: weight of the two losses of the retrieval pass; with 0 both heads are not trained.
             rescale_ret: rescale [RET] to the mean norm of the frozen embeddings after every step, as the released code does.
-            step: how losses are computed: fast, or plain as the authors do; the same to rounding.
+            step: how losses are computed: fast, or reference as in the authors' code; the same to rounding.
             chunk: examples whose activations are in memory at a time, with the negatives of the whole batch (GradCache); 0
                 for all at once. Only for the fast step.
             activation_checkpointing: keep only the inputs of the language model's layers; run layers again in the backward.
@@ -99,13 +100,14 @@ class FromageModule(pl.LightningModule):
             seed: seed of the trained parameters and of the pairing.
         """
         super().__init__()
+        step = present_step(step)  # type: ignore[assignment]  # also of a checkpoint
         self.save_hyperparameters()
         self.h: Any = self.hparams
         if not (captioning_weight >= 0 and retrieval_weight >= 0 and captioning_weight + retrieval_weight > 0):
             raise UserError("model.captioning_weight and model.retrieval_weight: choose numbers from 0 on, not both 0")
         if chunk < 0:
             raise UserError(f"model.chunk {chunk}: choose a number of examples, or 0 for all at once")
-        if chunk and step == "plain":
+        if chunk and step == "reference":
             raise UserError("model.chunk is the fast step's: leave out model.chunk, or choose model.step fast")
         self.guard = NonFiniteGuard(nonfinite == "skip", ("captioning", "text", "contrastive"))
         self._validation: list[tuple[Tensor, Tensor]] = []
@@ -153,7 +155,7 @@ class FromageModule(pl.LightningModule):
     def losses(self, batch: Batch, paired: bool) -> StepOutput:
         """The losses of a batch, by the configured step."""
         weights = Weights(self.h.captioning_weight, self.h.retrieval_weight)
-        if self.h.step == "plain":
+        if self.h.step == "reference":
             return reference_step(self.model, batch, paired, weights)
         return fast_step(self.model, batch, paired, weights, self.h.chunk)
 

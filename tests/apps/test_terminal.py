@@ -97,7 +97,7 @@ def test_text_comes_as_the_conversation_itself_gives_it(model, index, folder):
 
 def test_images_are_printed_with_rank_score_path_and_caption(model, index, folder):
     chat = Chat(model, index, IMAGES_PLEASE)
-    shown = said(chat, "/images 5", f'a star @"{folder / "red.png"}"')
+    shown = said(chat, "/images-per-ret 5", f'a star @"{folder / "red.png"}"')
     hits = chat.turns[0].answer.shown[0].hits
     assert {Path(hit.path) for hit in hits} == set(folder.iterdir()) - {folder / "red.png", folder / "notes.png"}, (
         "not the user's own"
@@ -138,8 +138,8 @@ def test_errors_are_one_line_and_the_conversation_goes_on(model, index, folder, 
         "/ret-bias much": "wants a number",
         "/ret-bias nan": "/ret-bias is nan",
         "/temperature -1": "temperature is -1.0",
-        "/images 0": "/images is 0",
-        "/images 1.5": "wants a whole number",
+        "/images-per-ret 0": "/images-per-ret is 0",
+        "/images-per-ret 1.5": "wants a whole number",
         "/nonsense\x1b[31m": "no such command",
     }
     shown = said(chat, *wrong, "a star")
@@ -204,9 +204,14 @@ def test_printable_text_is_left_alone_and_all_text_becomes_printable(text):
 
 def test_settings_are_exchanged_and_told(model):
     chat = Chat(model)
-    shown = said(chat, "/ret-bias 2.5", "/temperature 0.7", "/images 3", "/images")
+    shown = said(chat, "/ret-bias 2.5", "/temperature 0.7", "/images-per-ret 3", "/images")
     assert (chat.decoding.ret_bias, chat.decoding.temperature, chat.decoding.images_per_ret) == (2.5, 0.7, 3)
-    assert shown.splitlines() == ["(ret-bias is 2.5)", "(temperature is 0.7)", "(images is 3)", "(images is 3)"]
+    assert shown.splitlines() == [
+        "(ret-bias is 2.5)",
+        "(temperature is 0.7)",
+        "(images-per-ret is 3)",
+        "(images-per-ret is 3)",
+    ]
 
 
 def test_undo_reset_and_quit(model):

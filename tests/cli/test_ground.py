@@ -11,8 +11,9 @@ from PIL import Image
 from tiny_octopus import save_untrained
 
 from fromage.apps.octopus_demo import CHECKPOINT, FINISHED, HOME
-from fromage.cli.ground import as_json
-from fromage.cli.main import main, talk
+from fromage.cli.find import as_json
+from fromage.cli.main import main
+from fromage.cli.talk import Opening
 from fromage.errors import UserError
 from fromage.octopus.answers import Grounded, read_text
 from fromage.octopus.decoding import instruction
@@ -116,8 +117,7 @@ def test_without_a_checkpoint_the_toy_one_is_taken(ckpt, photo, monkeypatch, cap
 
 def test_the_web_demo_points_where_a_checkpoint_is_named_or_the_toy_is_trained(ckpt, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    args = {"index": None, "ckpt": None, "octopus": None, "device": "cpu"}
-    opened = lambda **given: talk._octopus(SimpleNamespace(**args | given))  # noqa: E731
+    opened = lambda octopus=None, **given: Opening(**given).octopus(octopus)  # noqa: E731
     assert opened(octopus=ckpt).num_queries == 4 and opened() is None, "nothing is trained for it"
     save_untrained(tmp_path / HOME / "stage3" / CHECKPOINT, num_queries=3)
     assert opened() is None, "its training did not come to the end"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fromage.cli.main import VERBS, main
+from fromage.cli.main import COMMANDS, main
 from fromage.errors import UserError
 from fromage.training.configs import config_folder, find_config
 
@@ -128,17 +128,21 @@ def test_debug_shows_the_traceback():
     assert code == 1 and "Traceback" in stderr
 
 
+def stopped(number):
+    return lambda: signal.raise_signal(number)
+
+
 def test_ctrl_c_and_sigterm_are_one_line_and_a_code_of_their_own(monkeypatch, capsys):
     for number in (signal.SIGINT, signal.SIGTERM):
-        monkeypatch.setitem(VERBS, ("plan",), (lambda args, number=number: signal.raise_signal(number), []))
+        monkeypatch.setitem(COMMANDS, "plan", stopped(number))
         assert main(["plan"]) == 130
         assert capsys.readouterr().err == "fromage: stopped\n"
 
 
 def test_a_warning_is_one_line():
     program = (
-        "import sys, warnings; from fromage.cli.main import VERBS, main\n"
-        "VERBS['plan',] = (lambda args: warnings.warn('two are left out'), [])\n"
+        "import sys, warnings; from fromage.cli.main import COMMANDS, main\n"
+        "COMMANDS['plan'] = lambda: warnings.warn('two are left out')\n"
         "main(['plan'])"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
@@ -147,8 +151,8 @@ def test_a_warning_is_one_line():
 
 def test_a_reader_that_has_seen_enough_gets_no_traceback():
     program = (
-        "import sys; from fromage.cli.main import VERBS, main\n"
-        "VERBS['plan',] = (lambda args: [print('a line', flush=True) for _ in iter(sys.stdin.readline, '')], [])\n"
+        "import sys; from fromage.cli.main import COMMANDS, main\n"
+        "COMMANDS['plan'] = lambda: [print('a line', flush=True) for _ in iter(sys.stdin.readline, '')]\n"
         "sys.exit(main(['plan']))"
     )
     process = subprocess.Popen([sys.executable, "-c", program], stdin=-1, stdout=-1, stderr=-1, text=True)
@@ -161,7 +165,11 @@ def test_a_reader_that_has_seen_enough_gets_no_traceback():
 
 
 def test_help_lists_all_verbs_and_tells_defaults(capsys):
-    for words, told in ((["--help"], "embed, build, add"), (["demo", "--help"], "(7860)"), (["search", "--help"], "(5)")):
+    for words, told in (
+        (["--help"], "index add "),
+        (["demo", "--help"], "default: 7860"),
+        (["search", "--help"], "default: 5"),
+    ):
         with pytest.raises(SystemExit):
             main(words)
         assert told in capsys.readouterr().out

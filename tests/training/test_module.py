@@ -130,7 +130,7 @@ def test_chunks_that_cannot_be_are_refused():
     with pytest.raises(UserError, match="chunk -1"):
         FromageModule(**TOY, chunk=-1)
     with pytest.raises(UserError, match="fast"):
-        FromageModule(**TOY, chunk=8, step="plain")
+        FromageModule(**TOY, chunk=8, step="reference")
 
 
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"PK\x03\x04torn"])
@@ -168,6 +168,6 @@ def test_images_reach_tensorboard(world, tmp_path):
 def test_fast_and_plain_steps_train_alike(world, tmp_path):
     """Three optimiser steps by either step: Adam divides by gradients near zero, so the tolerance is loose."""
     fast, _ = run(world, tmp_path / "fast", 3, step="fast")
-    plain, _ = run(world, tmp_path / "plain", 3, step="plain")
+    plain, _ = run(world, tmp_path / "plain", 3, step="reference")
     for name, value in fast.model.trained().items():
         torch.testing.assert_close(value, plain.model.trained()[name], atol=5e-3, rtol=1e-2, msg=name)

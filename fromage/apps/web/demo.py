@@ -26,7 +26,8 @@ except ImportError as error:
 
 from fromage.apps.web.guard import Guard, GuardedBlocks
 from fromage.apps.web.pointing import Pointing
-from fromage.apps.web.sessions import MAX_SENT, Sessions, conversation
+from fromage.apps.web.sessions import MAX_SENT, SLIDERS, Sessions, conversation
+from fromage.generation.options import DEFAULTS, HELP, LIMITS
 
 if TYPE_CHECKING:
     from fromage.octopus.model import Octopus
@@ -169,12 +170,14 @@ def _message_box(placeholder: str, files: int) -> gr.MultimodalTextbox:
 def _settings(sessions: Sessions) -> list[gr.Slider]:
     """In the order of Sessions.answer."""
     gr.Markdown("### How answers are made")
-    return [
-        gr.Slider(-20, 20, 0, step=0.5, label="[RET] bias", info="higher: more images"),
-        gr.Slider(0, 2, 0, step=0.1, label="Temperature", info="0: always the likeliest word"),
-        gr.Slider(1, 8, 1, step=1, label="Images for each [RET]"),
-        gr.Slider(1, 128, 32, step=1, label="Length", info="new tokens at most"),
-    ]
+    return [_slider(name) for name in SLIDERS]
+
+
+def _slider(name: str) -> gr.Slider:
+    limits = LIMITS[name]
+    assert limits.slider is not None
+    least, most, step = limits.slider
+    return gr.Slider(least, most, DEFAULTS[name], step=step, label=limits.label, info=HELP[name])
 
 
 def _search(sessions: Sessions) -> None:

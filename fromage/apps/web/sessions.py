@@ -18,8 +18,8 @@ from PIL import Image
 
 from fromage.errors import BrokenSample, UserError
 from fromage.generation.chat import Chat, Turn
-from fromage.generation.decoding import Decoding
 from fromage.generation.generate import Answer
+from fromage.generation.options import Decoding, is_whole
 from fromage.generation.retrieved import RetrievedImages
 from fromage.images.codec import STRANGERS_PIXELS, decode_image, jpeg, small
 from fromage.io import WholeFile
@@ -35,6 +35,7 @@ MAX_SENT = 8  # images in a message
 MAX_TEXT = 20_000  # characters in a message
 LARGE = 4096  # maximum side of an uploaded image, in pixels
 SIDE = 1024  # maximum side of an image on the page, in pixels
+SLIDERS = ("ret_bias", "temperature", "images_per_ret", "max_new_tokens")  # decoding options on the page
 MAX_TURNS = 100  # turns kept of a conversation; language models have positions for fewer
 GradioMessage = dict[str, Any]  # Gradio's: role and contents in a conversation, text and files in an input box
 SECRET = token_bytes(16)
@@ -62,7 +63,13 @@ class Sessions:
         self.model, self.index, self.style, self.lock = model, index, style, Lock()
 
     def answer(
-        self, sent: GradioMessage, turns: Turns, ret_bias: float, temperature: float, images: int, length: int
+        self,
+        sent: GradioMessage,
+        turns: Turns,
+        ret_bias: float,
+        temperature: float,
+        images_per_ret: int,
+        max_new_tokens: int,
     ) -> Iterator[tuple[Any, list[GradioMessage], Turns]]:
         """One turn while it is decoded: contents of the input box, the conversation, its turns. Errors are warnings."""
         chat = Chat(self.model, self.index, style=self.style)
@@ -70,7 +77,7 @@ class Sessions:
         before = conversation(turns)
         try:
             said = read(sent)
-            chat.decoding = Decoding(int(length), temperature=temperature, ret_bias=ret_bias, images_per_ret=int(images))
+            chat.decoding = _decoding(ret_bias, temperature, images_per_ret, max_new_tokens)
             page = [message("user", [content for part in said for content in contents(part)]), message("assistant", [])]
             yield {"text": "", "files": []}, [*before, page[0]], turns
             for answered in self._growing(chat, said):
@@ -111,6 +118,11 @@ class Sessions:
         if lost:
             gr.Info(GONE)
         return [(drawn(image), caption(hit)) for hit, image in opened]
+
+
+def _decoding(*values: float) -> Decoding:
+    """The values of the sliders, in the order of SLIDERS."""
+    return Decoding(**{name: int(v) if is_whole(name) else v for name, v in zip(SLIDERS, values, strict=True)})  # type: ignore[arg-type]
 
 
 def read(sent: GradioMessage) -> list[Part]:

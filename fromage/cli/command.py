@@ -1,0 +1,117 @@
+"""Commands from signatures: parameters, types, defaults and docstring of a function become arguments, options and --help.
+
+A parameter before the `*` is a positional argument, one after it an option. A bool is a switch: `--name`, or `--no-name`
+where the default is True. A sequence of texts is an option to repeat, one of numbers an option that takes several. A
+dataclass stands for options of its fields. What a docstring does not say of a parameter, fromage.cli.options does.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import is_dataclass
+from inspect import Parameter, getmro, isclass, signature
+from types import NoneType
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
+
+from fromage.cli.options import BARE, SHARED, SHORT
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
+
+Function = Callable[..., Any]
+Argument = tuple[list[str], dict[str, Any]]  # names and settings of add_argument
+
+
+def parser_of(name: str, function: Function) -> ArgumentParser:
+    """The parser of one command."""
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(
+        prog=f"fromage {name}",
+        description=(function.__doc__ or "").partition("Args:")[0].strip(),
+        formatter_class=argparse.HelpFormatter,  # jsonargparse's own prints types and defaults of Python
+    )
+    for names, settings in _arguments(function):
+        parser.add_argument(*names, **settings)
+    return parser
+
+
+def call(function: Function, values: dict[str, Any]) -> Any:
+    """Call a command's function, or make a dataclass, with what the parser read."""
+    hints = get_type_hints(function)
+    given = {name: hints[name] for name in signature(function).parameters}
+    made = {name: call(kind, values) for name, kind in given.items() if isclass(kind) and is_dataclass(kind)}
+    return function(**{name: values[name] for name in given if name not in made} | made)
+
+
+def _arguments(owner: Any) -> Iterator[Argument]:
+    hints, texts = get_type_hints(owner), _texts(owner)
+    for name, parameter in signature(owner).parameters.items():
+        if is_dataclass(hints[name]):
+            yield from _arguments(hints[name])
+        else:
+            text, check = SHARED.get(name, ("", None))
+            check = None if getattr(owner, "checked_later", False) else check
+            option = isclass(owner) or parameter.kind is Parameter.KEYWORD_ONLY
+            yield (_option if option else _positional)(name, hints[name], parameter.default, texts.get(name, text), check)
+
+
+def _texts(owner: Any) -> dict[str, str]:
+    """What the docstring says of each parameter; of a dataclass, also what the docstrings of its bases say."""
+    from docstring_parser import parse
+
+    docs = [each.__doc__ or "" for each in (getmro(owner)[::-1] if isclass(owner) else (owner,))]
+    params = [param for doc in docs for param in parse(doc).params]
+    return {param.arg_name: " ".join((param.description or "").rstrip(".").split()) for param in params}
+
+
+def _positional(name: str, hint: Any, default: Any, text: str, check: Any) -> Argument:
+    kind, several = _kind(hint)
+    settings: dict[str, Any] = {"type": check or kind, "help": _plain(text)}
+    if default is not Parameter.empty:
+        settings |= {"default": list(default) if several else default}
+    return [name], settings | ({"nargs": "+" if default is Parameter.empty else "*"} if several else {})
+
+
+def _option(name: str, hint: Any, default: Any, text: str, check: Any) -> Argument:
+    dashed = ("--" if name[1:] else "-") + name.replace("_", "-")
+    if hint is bool:
+        switch = {"action": "store_false" if default else "store_true", "dest": name, "help": _plain(text)}
+        return ["--no-" + dashed[2:] if default else dashed], switch
+    kind, several = _kind(hint)
+    required = default is Parameter.empty
+    if not required and default not in (None, (), ""):
+        text += f" (default: {' '.join(map(str, default)) if several else default})"
+    settings = {"type": check or kind, "help": _plain(text), "dest": name, "required": required}
+    settings |= {} if required else {"default": list(default) if several else default}
+    if several:
+        settings |= {"action": "append"} if kind is str else {"nargs": "+"}
+    if name in BARE:
+        settings |= {"nargs": "?", "const": BARE[name]}
+    return [*([SHORT[name]] if name in SHORT else []), dashed], settings
+
+
+def _kind(hint: Any) -> tuple[Any, bool]:
+    """The type of one word of a parameter, and whether it takes several words."""
+    if NoneType in get_args(hint):
+        (hint,) = (each for each in get_args(hint) if each is not NoneType)
+    several = get_origin(hint) not in (None, Literal)
+    return (get_args(hint)[0], True) if several else (hint, False)
+
+
+def _plain(text: str) -> str:
+    return text.replace("%", "%%")
+
+
+def respelled(words: Sequence[str], renamed: dict[str, str]) -> tuple[list[str], list[str]]:
+    """Options with dashes in place of underscores and under their present names; and a warning for each old name."""
+    out, warned = list(words), []
+    for i, word in enumerate(words[: words.index("--") if "--" in words else None]):
+        name, equals, value = word.partition("=")
+        if name.startswith("--"):
+            name = "--" + name[2:].replace("_", "-")
+            if name in renamed:
+                warned.append(f"{name} is the old name of {renamed[name]}; the next release will not know it")
+            out[i] = renamed.get(name, name) + equals + value
+    return out, warned

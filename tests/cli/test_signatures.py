@@ -1,0 +1,202 @@
+"""Commands derived from signatures: what their options say, their help, old names, completion, and a quick start."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from fromage.cli.main import COMMANDS, RENAMED, main, parse
+from fromage.cli.talk import Opening
+from fromage.errors import UserError
+from fromage.generation.options import DEFAULTS, HELP, LIMITS, Decoding
+from fromage.training.configs import OLD_CLASSES, present
+
+HEAVY = ("torch", "transformers", "pytorch_lightning", "open_clip", "numpy", "PIL", "gradio", "fastapi")
+LINES = {  # command line: what it says of some options, defaults among them
+    "toy make --out w --train 5": {"out": Path("w"), "train": 5, "val": 1000, "refs": 500, "seed": 0},
+    "toy demo": {"out": Path("runs/demo")},
+    "shards tsv a.tsv --out o --per-shard 7": {"tsv": Path("a.tsv"), "images": None, "per_shard": 7},
+    "shards coco c.json --images i --out o --captions first": {"annotations": Path("c.json"), "captions": "first"},
+    "shards check a b --max-broken 0.5 --png p.PNG": {"shards": ["a", "b"], "max_broken": 0.5, "png": Path("p.PNG")},
+    "features s --out o --keep-images --batch_size 3": {"keep_images": True, "batch_size": 3, "vision_weights": "openai"},
+    "plan -c toy.yaml --batch-size 9 --stored-features": {"config": "toy.yaml", "batch_size": 9, "stored_features": True},
+    "import d --out o --vision toy": {"source": Path("d"), "vision": "toy", "dtype": "bfloat16"},
+    "export --ckpt c --out o --format authors": {"ckpt": "c", "format": "authors", "dtype": None},
+    "index embed --ckpt c --images i --out o --ray": {"ckpt": Path("c"), "ray": "local", "actors": 1, "gpus": None},
+    "index embed --ckpt c --images i --out o --ray=auto --gpus 0.5": {"ray": "auto", "gpus": 0.5},
+    "index build --embeddings e --out o --kind IVF8,Flat": {"embeddings": Path("e"), "kind": "IVF8,Flat", "images": None},
+    "index add i --embeddings e": {"index": Path("i"), "embeddings": Path("e")},
+    "index remove i a b": {"index": Path("i"), "path": ["a", "b"]},
+    "index merge i j --out o": {"index": [Path("i"), Path("j")], "milvus": None},
+    "index import p q --ckpt c --out o": {"pickle": [Path("p"), Path("q")]},
+    "index info i --check": {"check": True},
+    "search null 1e3 --index i --image a --image b -k 2": {"text": ["null", "1e3"], "image": ["a", "b"], "k": 2},
+    "search --index i": {"text": [], "image": [], "k": 5},
+    "ground i.png star --top 0": {"image": "i.png", "text": "star", "top": 0, "question": "where is {}?"},
+    "eval coco a --ckpt c --images i --no-clip": {"clip": False, "limit": None, "max_lost": 0.05, "split": "test"},
+    "eval flickr30k a --ckpt c --images i --captioning": {"captioning": True, "clip": True},
+    "eval vist a --ckpt c --images i --limit 3": {"limit": 3},
+    "eval visdial a --dense d --ckpt c --images i --no-answers": {"answers": False, "dense": Path("d"), "scores": None},
+    "eval few-shot --world w --ckpt c --shots 1 2": {"shots": [1, 2]},
+    "eval few-shot --world w --ckpt c": {"shots": [0, 1, 2, 4]},
+    "eval refcoco r --instances n --ckpt c --images i --match x": {"match": "x", "split": "val"},
+    "eval pope f --ckpt c --images i": {"file": Path("f"), "workers": 0},
+    "eval instructions f --ckpt c --images i --padded": {"padded": True},
+    "chat --ret_bias -3 --max-new-tokens 8 --stop . --stop x": {"ret_bias": -3.0, "max_new_tokens": 8, "stop": [".", "x"]},
+    "demo --port 80 --style alone": {"port": 80, "host": "127.0.0.1", "style": "alone"},
+    "serve --queue 2": {"queue": 2, "timeout": 60.0, "batch_size": 16},
+    "completion bash": {"shell": "bash"},
+}
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_a_line_says_what_it_always_said(line):
+    function, values = parse(line.split())
+    assert function in COMMANDS.values() and {name: values[name] for name in LINES[line]} == LINES[line]
+
+
+def test_every_command_is_among_these_lines():
+    assert {parse(line.split())[0] for line in LINES} == set(COMMANDS.values())
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_explains_every_option(name, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([*name.split(), "--help"])
+    told = capsys.readouterr().out
+    assert stop.value.code == 0 and told.startswith(f"usage: fromage {name}") and "likewise" not in told
+    rows = told.partition("\n\n")[2].splitlines()
+    for row, after in zip(rows, [*rows[1:], ""], strict=True):
+        if row.startswith("  -"):
+            assert "  " in row.strip() or after.startswith("      "), f"{row}: not explained"
+
+
+def test_a_function_gets_what_was_said(monkeypatch):
+    def command(*, opening: Opening, decoding: Decoding, k: int = 5) -> None:
+        """Do nothing."""
+        got.append((opening, decoding, k))
+
+    got: list = []
+    monkeypatch.setitem(COMMANDS, "chat", command)
+    monkeypatch.setitem(command.__globals__, "Opening", Opening)
+    assert main(["chat", "--ckpt", "c", "--images-per-ret", "2", "--no-use-cache", "-k", "3"]) == 0
+    assert got == [(Opening(ckpt="c"), Decoding(images_per_ret=2, use_cache=False), 3)]
+    assert main(["chat", "--max-new-tokens", "0"]) == 2
+
+
+def test_old_names_warn():
+    for command, renamed in RENAMED.items():
+        for old, new in renamed.items():
+            rest = ["s", "--out", "o", old] if command == "features" else [f"{old}=2"]
+            with pytest.warns(FutureWarning, match=f"{old} is the old name of {new}"):
+                values = parse([command, *rest])[1]
+            assert values[new[2:].replace("-", "_")] in (True, 2)
+
+
+def test_old_configurations_are_read_with_a_warning(tmp_path, capsys):
+    old = tmp_path / "old.yaml"
+    old.write_text(
+        "trainer:\n  callbacks:\n    - class_path: fromage.run_report.RunReport\n"
+        "model:\n  class_path: fromage.lightning_module.FromageModule\n  init_args: {lm: toy, step: plain}\n"
+        "data:\n  class_path: fromage.data.CC3M\n  init_args: {train_shards: x}\n"
+    )
+    for words in (["--config", str(old)], [f"--config={old}", "--model.step", "plain"]):
+        with pytest.raises(SystemExit) as stop:
+            main(["fit", *words, "--print_config"])
+        printed = capsys.readouterr()
+        told = yaml.safe_load(printed.out)
+        assert stop.value.code == 0 and told["model"]["init_args"]["step"] == "reference"
+        assert told["model"]["class_path"].endswith("FromageModule") and told["data"]["class_path"].endswith("CC3M")
+        assert all(name in printed.err for name in ("run_report.RunReport", "data.CC3M", "step plain", "fromage.RunReport"))
+
+
+def test_every_old_class_has_a_present_one():
+    import fromage
+
+    for old, new in OLD_CLASSES.items():
+        with pytest.warns(FutureWarning, match=old):
+            assert present(f"class_path: {old}  # it") == f"class_path: {new}  # it"
+        assert hasattr(fromage, new.removeprefix("fromage."))
+    untouched = "class_path: fromage.data.CC3Mother\nstyle: plain\nnext_step: plain\n--model.step=fast"
+    assert present(untouched) == untouched
+
+
+def test_a_step_keeps_its_old_name_for_a_release(tmp_path):
+    from fromage.training.memory_planner import read_run
+    from fromage.training.module import FromageModule
+
+    (tmp_path / "c.yaml").write_text("model: {step: plain}")
+    with pytest.warns(FutureWarning, match="model.step reference"):
+        assert read_run(str(tmp_path / "c.yaml")).step == "reference"
+    with pytest.warns(FutureWarning, match="model.step reference"):
+        assert FromageModule(lm="toy", vision="toy", vision_weights=None, step="plain").h.step == "reference"
+
+
+@pytest.mark.parametrize(
+    ("words", "meant"),
+    [
+        (["fit", "--config", "toy.yaml", "--model.wormup_steps=3"], "did you mean --model.warmup_steps?"),
+        (["fit", "--config", "toy.yaml", "--data.batchsize=3"], "did you mean --data.batch_size?"),
+        (["fit", "--config", "toy.yaml", "--trainer.max_stepz=3"], "did you mean --trainer.max_steps?"),
+        (["eval", "vost"], "did you mean eval vist?"),
+        (["serch"], "did you mean search?"),
+        (["index"], "name a command: index embed"),
+        ([], "name a command"),
+    ],
+)
+def test_what_was_meant_is_told(words, meant, capsys):
+    assert main(words) == 2 and meant in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [(["--help"], 0), (["--version"], 0), (["index", "--help"], 0), (["serch"], 2), (["search"], 2), (["search", "-h"], 0),
+     (["chat", "--help"], 0), (["eval", "coco", "--bogus"], 2)],
+)  # fmt: skip
+def test_help_version_and_wrong_words_load_no_heavy_module(words, code):
+    program = (
+        "import sys; from fromage.cli.main import main\n"
+        f"try: code = main({words!r})\n"
+        "except SystemExit as stop: code = stop.code\n"
+        f"print(code or 0, [name for name in {HEAVY!r} if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == f"{code} []"
+
+
+def test_the_package_runs_and_tells_its_version():
+    done = subprocess.run([sys.executable, "-m", "fromage", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("fromage ") and done.stdout.strip()[-1].isdigit()
+
+
+def test_bash_completes_commands_and_options(tmp_path, capsys):
+    pytest.importorskip("shtab")
+    assert main(["completion", "bash"]) == 0
+    script = tmp_path / "completion.sh"
+    script.write_text(capsys.readouterr().out)
+    for line, found in (("index bu", "build"), ("index build --embe", "--embeddings"), ("fi", "fit"), ("eval po", "pope")):
+        words = ["fromage", *line.split()]
+        ask = (
+            f"source {script}; COMP_WORDS=({' '.join(words)}); COMP_CWORD={len(words) - 1}; COMP_LINE='{' '.join(words)}'\n"
+            f"_shtab_fromage fromage {words[-1]} {words[-2]}; echo ${{COMPREPLY[@]}}"
+        )
+        done = subprocess.run(["bash", "-c", ask], capture_output=True, text=True)
+        assert found in done.stdout.split(), (line, done)
+
+
+def test_the_options_of_an_answer_stand_once():
+    schema = pytest.importorskip("fromage.serving.schema")
+    properties = schema.DecodingOptions.model_json_schema()["properties"]
+    served = {name for name, limits in LIMITS.items() if limits.served}
+    assert properties.keys() == served | {"stop"} and HELP.keys() == DEFAULTS.keys()
+    for name in served:
+        assert (properties[name]["description"], properties[name]["default"]) == (HELP[name], DEFAULTS[name])
+        least, most = LIMITS[name].served
+        for bound in (least, most):
+            getattr(schema.DecodingOptions(**{"max_new_tokens": 512, name: type(DEFAULTS[name] or 0)(bound)}), name)
+        with pytest.raises(ValueError, match=name):
+            schema.DecodingOptions(**{name: most + 1})
+    with pytest.raises(UserError, match="min_tokens"):
+        Decoding(max_new_tokens=3, min_tokens=4)
