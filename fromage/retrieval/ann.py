@@ -72,7 +72,7 @@ class ANNIndex:
         """An index of a kind, trained on a sample of (N, q) rows, none of which is in it. Raises UserError as empty does."""
         made = cls.empty(kind, vectors.shape[1])
         size = min(max(TRAINED_ON, PER_LIST * _lists(made.index)), len(vectors))
-        sample = np.random.default_rng(seed).choice(len(vectors), size, replace=False)
+        sample = np.random.default_rng(seed).choice(len(vectors), size, replace=False)  # (size,)
         with _made(f"{kind} of {len(vectors)} images"):
             made.index.train(np.ascontiguousarray(vectors[np.sort(sample)]))
         return made
@@ -111,9 +111,9 @@ class ANNIndex:
             texts: (n, q) unit rows that texts ask with, or none.
         """
         asked = np.random.default_rng(seed).choice(len(vectors), min(MEASURED_WITH, len(vectors)), replace=False)
-        images = np.ascontiguousarray(vectors[asked])
+        images = np.ascontiguousarray(vectors[asked])  # (n, q)
         alike = [near[near != i][:10] for near, i in zip(_nearest(vectors, images, 11), asked, strict=True)]
-        meant = _nearest(vectors, texts, 10)
+        meant = _nearest(vectors, texts, 10)  # (n, 10)
         for setting in self._settings():
             self.set(setting)
             self.recall = self._share(alike, self.search(images, RERANK_FACTOR * 10 + 1))

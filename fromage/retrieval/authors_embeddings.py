@@ -86,7 +86,7 @@ def read_embeddings(path: str | Path, width: int) -> tuple[np.ndarray, list[str]
     path = Path(path)
     try:
         data = load_plain(path, ADMITTED)
-        urls, rows = data["paths"], data["embeddings"]
+        urls, rows = data["paths"], data["embeddings"]  # N, (N, q)
         whole = isinstance(rows, (np.ndarray, _Array))
         rows = np.asarray(rows if whole else [np.ravel(row) for row in rows], dtype=np.float32)
     except OSError as error:

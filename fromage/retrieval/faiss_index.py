@@ -53,7 +53,7 @@ class FaissIndex(ImageIndex):
         candidates: ANNIndex | None = None,
         texts: np.ndarray | None = None,
     ) -> None:
-        self.vectors, self.items, self.candidates = vectors, items, candidates
+        self.vectors, self.items, self.candidates = vectors, items, candidates  # (N, q), N
         super().__init__(fingerprint, checkpoint, texts)
 
     @classmethod

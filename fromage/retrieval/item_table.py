@@ -37,7 +37,7 @@ class ItemTable(Sequence[Item]):
 
     def __init__(self, batches: Sequence[pa.RecordBatch]) -> None:
         self.batches = list(batches)
-        self.starts = np.cumsum([0, *map(len, self.batches)])
+        self.starts = np.cumsum([0, *map(len, self.batches)])  # (batches + 1,)
 
     @classmethod
     def open(cls, path: Path) -> ItemTable:
@@ -67,7 +67,7 @@ class ItemTable(Sequence[Item]):
         paths = (path for batch in self.slices(CHUNK) for path in batch.column("path").to_pylist())
         digests = np.fromiter((int(image_id(path), 16) for path in paths), np.uint64)  # (N,)
         rows = np.argsort(digests, kind="stable")  # (N,)
-        digests = digests[rows]
+        digests = digests[rows]  # (N,), rising
 
         def find(name: str) -> Item | None:
             wanted = np.uint64(int(name, 16))

@@ -181,7 +181,7 @@ class Collection:
             yield found.vectors, to_batch(found.items)
 
     def _found(self, entities: Sequence[dict[str, Any]]) -> Found:
-        rows = np.array([entity["row"] for entity in entities], np.int64)
+        rows = np.array([entity["row"] for entity in entities], np.int64)  # (n,)
         vectors = np.array([entity["embedding"] for entity in entities], np.float32).reshape(len(rows), self.width)
         return Found(rows, vectors, [_item(entity) for entity in entities])
 
