@@ -11,9 +11,6 @@ import json
 import logging
 import os
 import re
-import select
-import shlex
-import signal
 import tarfile
 import time
 import zlib
@@ -23,13 +20,14 @@ from contextlib import suppress
 from functools import cache
 from itertools import groupby, islice
 from pathlib import Path
-from subprocess import PIPE, Popen, TimeoutExpired
+from subprocess import TimeoutExpired
 from typing import Any, TypeVar
 
 import webdataset as wds
 from braceexpand import braceexpand
 from PIL import Image
 
+from fromage.data.shard_streams import check_protocol, is_remote, open_shard, read_remote_json
 from fromage.errors import BrokenSample, UserError
 from fromage.images.codec import SUFFIXES, decode_image
 from fromage.io import WholeFile, write_json
@@ -38,9 +36,7 @@ log = logging.getLogger(__name__)
 Raw = dict[str, Any]  # a stored sample: '__key__', and the members' bytes by extension
 T = TypeVar("T")
 CHECK_FROM = 100  # samples; a smaller stream is judged at its end
-CURL = "curl --fail --silent --show-error --location --globoff --connect-timeout 30 --speed-limit 1024 --speed-time 60"
 ATTEMPTS = 3  # to read a shard that comes over the network
-PATIENCE = 120  # seconds without a byte from a command after which it counts as failed
 MAX_CAPTION = 65536  # bytes; what is longer is a page that was taken for a caption
 
 
@@ -50,11 +46,11 @@ MAX_CAPTION = 65536  # bytes; what is longer is a page that was taken for a capt
 def expand(urls: str | list[str]) -> list[str]:
     """Name every shard that patterns stand for, in order.
 
-    A pattern is a path or URL with or without braces (00{000..331}.tar), a glob, or a folder (all its *.tar). http, https,
-    s3 and gs URLs become commands of curl, aws and gsutil; other URLs are left as they are.
+    A pattern is a path or URL with or without braces (00{000..331}.tar), a glob, or a folder (all its *.tar). fsspec reads
+    the URLs: http, https and hf as installed, s3 with s3fs, gs with gcsfs. 'pipe:COMMAND' is what a command writes.
 
     Raises:
-        UserError: a shard is missing, or a pattern means no shard.
+        UserError: a shard is missing, a pattern means no shard, or nothing installed reads such URLs.
     """
     patterns = [urls] if isinstance(urls, str) else list(urls)
     if not patterns:
@@ -73,13 +69,10 @@ def _braces(pattern: str) -> list[str]:
 
 def _shards(name: str) -> list[str]:
     """The shards of one name without braces."""
-    if name.startswith("s3://"):
-        return [f"pipe:aws s3 cp {shlex.quote(name)} -"]
-    if name.startswith("gs://"):
-        return [f"pipe:gsutil cat {shlex.quote(name)}"]
-    if name.startswith(("http://", "https://")):
-        return [f"pipe:{CURL} {shlex.quote(name)}"]
-    if name.startswith("pipe:") or "://" in name:
+    if name.startswith("pipe:"):
+        return [name]
+    if is_remote(name):
+        check_protocol(name)
         return [name]
     path = Path(name).expanduser()
     if path.is_file():
@@ -135,17 +128,37 @@ def read_sizes(folder: Path) -> dict[str, int]:
     """The pairs of each shard of a folder, by file name, as sizes.json has them; empty where there is none."""
     path = folder / "sizes.json"
     try:
-        return {str(name): int(count) for name, count in json.loads(path.read_text("utf-8")).items()}
+        return _sizes(json.loads(path.read_text("utf-8")))
     except FileNotFoundError:
         return {}
     except (ValueError, AttributeError, TypeError):
         raise UserError(f"{path} is not a JSON object of shard names and counts: correct or remove it") from None
 
 
+def _sizes(found: Any) -> dict[str, int]:
+    return {str(name): int(count) for name, count in found.items()}
+
+
+def _remote_sizes(folder: str) -> dict[str, int]:
+    """read_sizes of a URL. What cannot be read is logged: the epoch then has no known length."""
+    try:
+        return _sizes(read_remote_json(f"{folder}/sizes.json") or {})
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        log.warning("no sizes of the shards in %s: sizes.json cannot be read (%s)", folder, error)
+        return {}
+
+
 def shard_sizes(shards: list[str]) -> list[int | None]:
-    """How many pairs each shard holds, None where no sizes.json says so."""
-    folder = cache(read_sizes)
-    return [folder(Path(s).parent).get(Path(s).name) if "://" not in s else None for s in shards]
+    """How many pairs each shard holds, None where no sizes.json beside it says so."""
+    local, remote = cache(read_sizes), cache(_remote_sizes)
+
+    def size(shard: str) -> int | None:
+        if not is_remote(shard):
+            return local(Path(shard).parent).get(Path(shard).name)
+        folder, _, name = shard.rpartition("/")
+        return None if shard.startswith("pipe:") or "?" in shard else remote(folder).get(name)
+
+    return [size(shard) for shard in shards]
 
 
 def write_shards(samples: Iterable[tuple[str, bytes, str, dict[str, Any]]], out: Path, per_shard: int = 1000) -> int:
@@ -182,11 +195,11 @@ def read_shard(shard: str, lost: Callable[[str, str], None]) -> Iterator[Raw]:
     yielded.
     """
     done, cause = 0, ""
-    for attempt in range(ATTEMPTS if "pipe:" in shard or "://" in shard else 1):
+    for attempt in range(ATTEMPTS if is_remote(shard) else 1):
         time.sleep(2 * attempt)
         stream = None
         try:
-            stream = CommandReader(shard.removeprefix("pipe:")) if shard.startswith("pipe:") else wds.gopen(shard)
+            stream = open_shard(shard)
             for sample in islice(_samples(stream, shard, lost), done, None):
                 done += 1
                 yield sample
@@ -204,30 +217,6 @@ def read_shard(shard: str, lost: Callable[[str, str], None]) -> Iterator[Raw]:
                 with suppress(OSError):
                     stream.close()
     lost(shard_name(shard), cause)
-
-
-class CommandReader:
-    """What a command writes, to read. One that fails or writes nothing for PATIENCE seconds raises OSError at that point."""
-
-    def __init__(self, command: str) -> None:
-        self.process = Popen(command, shell=True, stdout=PIPE, bufsize=0, start_new_session=True)
-        self.output: Any = self.process.stdout
-
-    def read(self, size: int) -> bytes:
-        """Up to so many bytes; none at the end."""
-        if not select.select([self.output], [], [], PATIENCE)[0]:
-            raise OSError(f"nothing came for {PATIENCE} seconds")
-        data = self.output.read(size)
-        if not data and (code := self.process.wait(PATIENCE)):
-            raise OSError(f"the command failed with exit code {code}")
-        return data
-
-    def close(self) -> None:
-        """End the command and whatever it started."""
-        if self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
-        self.output.close()
 
 
 def _samples(stream: Any, shard: str, lost: Callable[[str, str], None]) -> Iterator[Raw]:

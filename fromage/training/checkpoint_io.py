@@ -33,6 +33,7 @@ class SafeCheckpointIO(TorchCheckpointIO):
 
     def __init__(self) -> None:
         self.damaged: set[Path] = set()
+        self.steps: dict[Path, int | None] = {}  # the global step of each file that was written
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         """Write a checkpoint. Raises UserError where the disk does not take it; what was there then still is."""
@@ -49,6 +50,7 @@ class SafeCheckpointIO(TorchCheckpointIO):
                     os.fsync(file.fileno())
                 self._keep(path)
             self.damaged.discard(path)
+            self.steps[path] = checkpoint.get("global_step")
         except OSError as error:
             there = "the one before it is untouched" if path.exists() else "there is none before it"
             said = f"cannot be written ({error.strerror}), {there}; make room, then go on with --ckpt_path last"
@@ -107,13 +109,20 @@ class SafeCheckpoint(ModelCheckpoint):
             super().on_exception(trainer, pl_module, exception)
             return
         exception.code = TERMINATED
-        if not trainer.validating and not trainer.fit_loop.epoch_loop._should_accumulate():
-            self._save_now(trainer)
+        mid_step = (trainer.fit_loop.batch_idx + 1) % trainer.accumulate_grad_batches and not trainer.is_last_batch
+        if trainer.state.fn == "fit" and not (trainer.validating or trainer.sanity_checking or mid_step):
+            self._save_now(trainer, pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save the last steps, however many they are."""
-        self._save_now(trainer)
+        self._save_now(trainer, pl_module)
 
-    def _save_now(self, trainer: pl.Trainer) -> None:
-        if not self._should_skip_saving_checkpoint(trainer):
-            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+    def _save_now(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write the last checkpoint, unless it is of this step already."""
+        if trainer.fast_dev_run or not self.save_last:
+            return
+        super().on_train_end(trainer, pl_module)  # recent versions of Lightning write the first one, if there is none yet
+        self.last_model_path = self.last_model_path or self.format_checkpoint_name({}, self.CHECKPOINT_NAME_LAST)
+        steps = getattr(trainer.strategy.checkpoint_io, "steps", {})  # known to the first device only
+        if trainer.strategy.broadcast(steps.get(Path(self.last_model_path)) != trainer.global_step):
+            trainer.save_checkpoint(self.last_model_path, self.save_weights_only)

@@ -115,7 +115,9 @@ def gather_with_gradient(rows: Tensor) -> Tensor:
     """(B, q) on each of W devices -> (W B, q) on all of them, in rank order, with gradients to every device's own rows.
 
     The backward sums what all devices send, so that the mean over devices that DDP takes afterwards is the gradient of
-    one process with the whole batch.
+    one process with the whole batch. PyTorch has no public function for it that serves here: all_gather of
+    torch.distributed.nn.functional is deprecated in 2.14, and what replaces it is in a private module whose names differ
+    between 2.5 and 2.14.
     """
     return rows if devices() == 1 else _Gather.apply(rows)
 

@@ -284,7 +284,7 @@ def test_a_truncated_shard_is_skipped_with_its_name(tmp_path, caplog, workers):
 
 @pytest.mark.parametrize(("command", "workers"), [("sleep 600", 2), ("exit 3", 0), ("echo no tar", 0)])
 def test_an_address_that_stalls_or_fails_is_named_and_never_waited_for(tmp_path, monkeypatch, command, workers):
-    monkeypatch.setattr("fromage.data.shards.PATIENCE", 0.3)
+    monkeypatch.setattr("fromage.data.shard_streams.PATIENCE", 0.3)
     monkeypatch.setattr("fromage.data.shards.ATTEMPTS", 1)
     both = [shards(tmp_path / "s"), f"pipe:{command} # gone.tar"]
     data = module(both, both, workers=workers, max_broken=0.5, samples_per_epoch=24)

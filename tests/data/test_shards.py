@@ -4,15 +4,16 @@ import io
 import json
 import os
 import socket
+import sys
 import tarfile
 import threading
 from pathlib import Path
 
+import fsspec
 import pytest
 from PIL import Image
 
 from fromage.data.shards import (
-    CURL,
     Broken,
     expand,
     image_of,
@@ -105,17 +106,33 @@ def test_expand_names_what_is_missing(tmp_path):
         expand([])
 
 
-def test_urls_are_quoted_for_the_shell():
-    s3, web = expand(["s3://b/{0..0}.tar", "https://h/x.tar?a=1&b=$(id)"])
-    assert s3 == "pipe:aws s3 cp s3://b/0.tar -"
-    assert web.endswith(" 'https://h/x.tar?a=1&b=$(id)'")
-    assert "--fail" in web
-    assert "--connect-timeout" in web
-    assert expand("gs://b/x.tar") == ["pipe:gsutil cat gs://b/x.tar"]
+def test_urls_and_commands_are_left_as_they_are():
+    web = ["https://h/0.tar?a=1&b=$(id)", "https://h/1.tar?a=1&b=$(id)"]
+    assert expand("https://h/{0..1}.tar?a=1&b=$(id)") == web
     assert expand("hdfs://b/x.tar") == ["hdfs://b/x.tar"]
+    assert expand("hf://datasets/a/b/x.tar") == ["hf://datasets/a/b/x.tar"]
     assert expand("pipe:cat x.tar") == ["pipe:cat x.tar"]
-    assert [shard_name(s) for s in (s3, web, "/a.tar/b.tar")] == ["0.tar", "x.tar", "b.tar"]
-    assert expand("https://h/" + "x" * 5000 + ".tar")[0].startswith("pipe:curl")
+    assert [shard_name(s) for s in (web[0], "pipe:cat 's/x.tar' -", "/a.tar/b.tar")] == ["0.tar", "x.tar", "b.tar"]
+    assert expand("https://h/" + "x" * 5000 + ".tar")[0].startswith("https")
+
+
+@pytest.mark.parametrize(("url", "package"), [("s3://b/x.tar", "s3fs"), ("gs://b/x.tar", "gcsfs")])
+def test_the_package_that_reads_a_protocol_is_named_before_anything_runs(monkeypatch, url, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(UserError, match=rf"{package}.*pipe:COMMAND"):
+        expand(url)
+    with pytest.raises(UserError, match="not known"):
+        expand("odd://b/x.tar")
+
+
+def test_shards_come_from_any_file_system_of_fsspec(tmp_path):
+    memory = fsspec.filesystem("memory")
+    write_shards(pairs(3), tmp_path / "s", per_shard=2)
+    for file in (tmp_path / "s").iterdir():
+        memory.pipe(f"/s/{file.name}", file.read_bytes())
+    shards = expand("memory://s/{00000..00001}.tar")
+    assert shard_sizes(shards) == [2, 1]
+    assert [sample["__key__"] for shard in shards for sample in read(shard)[0]] == ["k000", "k001", "k002"]
 
 
 @pytest.fixture
@@ -135,24 +152,62 @@ def test_shards_come_over_http(server, tmp_path, monkeypatch):
     monkeypatch.setattr("time.sleep", lambda _: None)
     write_shards(pairs(4), tmp_path / "s", per_shard=2)
     shards = expand(f"{server}/s/{{00000..00002}}.tar")
-    assert shard_sizes(shards) == [None] * 3
+    assert shard_sizes(shards) == [2, 2, None]
     assert [len(read(shard)[0]) for shard in shards] == [2, 2, 0]
     ((name, cause),) = read(shards[2])[1]
     assert name == "00002.tar"
     assert "unreadable" in cause
 
 
+@pytest.mark.parametrize("sizes", ["[1]", "no JSON"])
+def test_sizes_that_cannot_be_read_over_http_are_logged(server, tmp_path, caplog, sizes):
+    (tmp_path / "sizes.json").write_text(sizes)
+    assert shard_sizes([f"{server}/00000.tar"]) == [None]
+    assert "sizes.json cannot be read" in caplog.text
+    (tmp_path / "sizes.json").unlink()
+    caplog.clear()
+    assert shard_sizes([f"{server}/00000.tar", "pipe:cat x.tar", f"{server}/x.tar?a=1"]) == [None] * 3
+    assert caplog.text == ""
+
+
 def test_a_server_that_stalls_is_given_up(tmp_path, monkeypatch):
     monkeypatch.setattr("time.sleep", lambda _: None)
-    monkeypatch.setattr("fromage.data.shards.CURL", CURL.replace("--speed-time 60", "--speed-time 1"))
+    monkeypatch.setattr("fromage.data.shard_streams.STALLED", 0.3)
     with socket.create_server(("127.0.0.1", 0)) as stalled:  # takes connections and never answers
         samples, lost = read(*expand(f"http://127.0.0.1:{stalled.getsockname()[1]}/00007.tar"))
     assert samples == []
     assert [name for name, _ in lost] == ["00007.tar"]
 
 
+def test_a_server_that_breaks_off_is_asked_again(tmp_path, monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    write_shards(pairs(4), tmp_path / "s")
+    tar, asked = (tmp_path / "s/00000.tar").read_bytes(), []
+
+    class BreaksOff(http.server.BaseHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+        def do_HEAD(self):
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(tar)))
+            self.end_headers()
+
+        def do_GET(self):
+            asked.append(self.path)
+            self.do_HEAD()
+            self.wfile.write(tar if len(asked) > 2 else tar[:8000])
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), BreaksOff) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        samples, lost = read(f"http://127.0.0.1:{running.server_port}/00000.tar")
+        running.shutdown()
+    assert [s["__key__"] for s in samples] == ["k000", "k001", "k002", "k003"]
+    assert not lost and len(asked) == 3
+
+
 def test_a_command_that_stalls_is_ended(tmp_path, monkeypatch):
-    monkeypatch.setattr("fromage.data.shards.PATIENCE", 0.5)
+    monkeypatch.setattr("fromage.data.shard_streams.PATIENCE", 0.5)
     monkeypatch.setattr("fromage.data.shards.ATTEMPTS", 1)
     write_shards(pairs(4), tmp_path / "s")
     (tmp_path / "cut.tar").write_bytes((tmp_path / "s/00000.tar").read_bytes()[:8000])

@@ -1,18 +1,21 @@
 """Images fetched from a server on this machine that does what servers do."""
 
+import gzip
 import socket
 import threading
 import time
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import httpcore
+import httpx
 import pytest
 from PIL import Image
 from test_codec import encoded
 
 from fromage.errors import UserError
-from fromage.images import fetch as remote
-from fromage.images.fetch import Limits, cache_folder, fetch_image, is_public
+from fromage.images.fetch import Limits, cache_folder, fetch_image
+from fromage.images.guarded_transport import GuardedBackend, GuardedTransport, is_public
 from fromage.images.open import open_image
 
 RED = encoded(Image.new("RGB", (8, 6), (255, 0, 0)))
@@ -87,6 +90,12 @@ class Server(BaseHTTPRequestHandler):
     def moved(self):
         self.answer(301, Location="red?moved")
 
+    def inside(self):
+        self.answer(302, b"x" * 1000, Location="http://10.0.0.1/red")
+
+    def zipped(self):
+        self.answer(200, gzip.compress(RED), **{"Content-Encoding": "gzip"})
+
     def away(self):
         self.answer(302, Location="file:///etc/passwd")
 
@@ -120,7 +129,7 @@ FAILURES = {
     "/gone": ("answers 410", 1),
     "/text": ("undecodable", 1),
     "/broken": ("answers 500", 3),
-    "/short": ("IncompleteRead", 3),
+    "/short": ("without sending complete message body", 3),
     "/loop": ("more than 3 redirects", 4),
     "/away": ("no http or https", 1),
     "/endless": ("larger than", 1),
@@ -161,20 +170,29 @@ def test_a_resolver_that_does_not_answer_is_left_behind(fetch, monkeypatch):
     assert over.wait(10)
 
 
+def answers(*addresses):
+    """A stand-in for getaddrinfo: these addresses, whatever the host; an address is itself."""
+
+    def resolve(host, port, *_, **__):
+        found = [host] if host[0].isdecimal() else addresses
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (ip, port)) for ip in found]
+
+    return resolve
+
+
 def test_all_addresses_of_a_host_share_the_time_there_is(monkeypatch):
     tried = []
 
     class Deaf:
-        def __init__(self, *args):
-            self.settimeout, self.close = tried.append, tried.copy
+        def connect_tcp(self, address, port, timeout, *_):
+            tried.append(timeout)
+            raise httpcore.ConnectTimeout("timed out")
 
-        def connect(self, address):
-            raise TimeoutError("timed out")
-
-    monkeypatch.setattr(socket, "socket", Deaf)
-    found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (f"8.8.8.{i}", 80)) for i in range(20)]
-    with pytest.raises(TimeoutError):
-        remote._connect(found, 3.0, time.monotonic() + 1)
+    monkeypatch.setattr(socket, "getaddrinfo", answers(*(f"8.8.8.{i}" for i in range(20))))
+    backend = GuardedBackend(time.monotonic() + 1, connect=3.0)
+    backend.inner = Deaf()
+    with pytest.raises(httpcore.ConnectTimeout):
+        backend.connect_tcp("many.example", 80)
     assert len(tried) == 4 and max(tried) <= 1
 
 
@@ -236,12 +254,29 @@ PRIVATE += [
     "::10.0.0.1",
     "2002:7f00:1::",
     "64:ff9b::7f00:1",
+    "64:ff9b:1::808:808",
+    "192.0.0.8",
+    "192.88.99.1",
+    "198.18.0.1",
+    "203.0.113.5",
+    "240.0.0.1",
+    "255.255.255.255",
+    "2001:0:4136:e378:8000:63bf:3fff:fdd2",  # Teredo
+    "2001:db8::1",
+    "3fff::1",
+    "5f00::1",
+    "fec0::1",
+    "ff02::1",
+    "100::1",
+    "::ffff:0:7f00:1",
 ]
 
 
 def test_which_addresses_are_public():
     assert [address for address in PRIVATE if is_public(address)] == []
-    assert all(map(is_public, ["8.8.8.8", "2606:4700::1111", "::ffff:8.8.8.8", "::8.8.8.8", "64:ff9b::808:808"]))
+    assert all(
+        map(is_public, ["8.8.8.8", "2606:4700::1111", "::ffff:8.8.8.8", "::8.8.8.8", "64:ff9b::808:808", "2002:808:808::"])
+    )
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "[::1]", "0x7f.1", "2130706433", "0", "[::ffff:127.0.0.1]"])
@@ -252,27 +287,82 @@ def test_this_machine_is_not_asked(server, host, tmp_path):
     assert Server.seen == []
 
 
-def test_one_private_address_among_a_hosts_is_enough_and_redirects_are_checked_too(server, tmp_path, monkeypatch):
-    port = int(server.rpartition(":")[2])
-    answers = {"both.example": ["8.8.8.8", "127.0.0.1"], "inner.example": ["127.0.0.1"]}
+@pytest.fixture
+def connected(server, monkeypatch):
+    """The addresses that connections went to; the server of this module stands at all of them."""
+    seen, connect = [], httpcore.SyncBackend.connect_tcp
 
-    def resolve(host, port, **_):
-        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (ip, port)) for ip in answers[host]]
+    def to_server(backend, address, port, *options):
+        seen.append(address)
+        return connect(backend, "127.0.0.1", int(server.rpartition(":")[2]), *options)
 
-    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    monkeypatch.setattr(httpcore.SyncBackend, "connect_tcp", to_server)
+    return seen
+
+
+def test_one_private_address_among_a_hosts_is_enough(connected, tmp_path, monkeypatch):
+    monkeypatch.setattr(socket, "getaddrinfo", answers("8.8.8.8", "127.0.0.1"))
     with pytest.raises(UserError, match="private network"):
-        fetch_image(f"http://both.example:{port}/red", QUICK, tmp_path)
-    monkeypatch.setattr(
-        remote, "_get", lambda url, *_: f"http://inner.example:{port}/red" if "open" in url.netloc else get(url, *_)
-    )
-    with pytest.raises(UserError, match="private network"):
-        fetch_image("http://open.example/a", QUICK, tmp_path)
-    fetch_image(f"http://inner.example:{port}/red", QUICK, tmp_path, allow_private=True)
+        fetch_image("http://both.example/red", QUICK, tmp_path)
+    assert connected == []
+    fetch_image("http://both.example/red", QUICK, tmp_path, allow_private=True)
     with pytest.raises(UserError, match="private network"):  # not from the cache either
-        fetch_image(f"http://inner.example:{port}/red", QUICK, tmp_path)
+        fetch_image("http://both.example/red", QUICK, tmp_path)
 
 
-get = remote._get
+def test_redirects_are_checked_too(connected, tmp_path, monkeypatch):
+    monkeypatch.setattr(socket, "getaddrinfo", answers("8.8.8.8"))
+    with pytest.raises(UserError, match="private network"):
+        fetch_image("http://open.example/inside", QUICK, tmp_path)
+    assert connected == ["8.8.8.8"]
+
+
+def test_the_address_that_was_checked_is_the_one_connected_to(connected, tmp_path, monkeypatch):
+    asked = []
+
+    def rebinding(host, port, *_, **__):
+        if host == "rebinding.example":
+            asked.append(host)
+        return answers("8.8.8.8" if len(asked) == 1 else "127.0.0.1")(host, port)
+
+    monkeypatch.setattr(socket, "getaddrinfo", rebinding)
+    assert fetch_image("http://rebinding.example/red", QUICK, tmp_path).size == (8, 6)
+    assert connected == ["8.8.8.8"] and len(asked) == 1
+
+
+def test_tls_and_the_host_header_keep_the_name(monkeypatch):
+    sent = []
+
+    class Wire(httpcore.MockStream):
+        def write(self, buffer, timeout=None):
+            sent.append(buffer)
+
+        def start_tls(self, ssl_context, server_hostname=None, timeout=None):
+            assert ssl_context.check_hostname
+            sent.append(server_hostname)
+            return self
+
+    class Network:
+        def connect_tcp(self, address, *_):
+            sent.append(address)
+            return Wire([b"HTTP/1.1 204 No Content\r\n\r\n"])
+
+    monkeypatch.setattr(socket, "getaddrinfo", answers("8.8.8.8"))
+    monkeypatch.setattr(httpcore, "SyncBackend", Network)
+    with httpx.Client(transport=GuardedTransport(time.monotonic() + 5, 1.0), timeout=None) as client:
+        assert client.get("https://name.example/a").status_code == 204
+    address, name, head = sent[0], sent[1], b"".join(sent[2:])
+    assert (address, name) == ("8.8.8.8", "name.example") and b"\r\nHost: name.example\r\n" in head
+
+
+def test_a_compressed_answer_is_not_unpacked(fetch):
+    with pytest.raises(UserError, match="undecodable"):
+        fetch("/zipped")
+
+
+def test_proxies_are_not_used(fetch, monkeypatch):
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+    assert fetch("/red").size == (8, 6)
 
 
 # --- the cache ----------------------------------------------------------------------------------------------------------

@@ -14,12 +14,14 @@ from pathlib import Path
 import pytest
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.utilities.exceptions import SIGTERMException
 from test_module import TOY
 
 from fromage.cli.main import main
 from fromage.data.datamodule import CC3M
 from fromage.errors import UserError
-from fromage.training.checkpoint_io import BEFORE, LAST, TERMINATED, SafeCheckpointIO
+from fromage.training.checkpoint_io import BEFORE, LAST, TERMINATED, SafeCheckpoint, SafeCheckpointIO
+from fromage.training.module import FromageModule
 
 
 def checkpoint(step):
@@ -249,8 +251,6 @@ def test_an_explicit_damaged_checkpoint_is_refused(tmp_path, capsys):
 @pytest.mark.filterwarnings("ignore")
 def test_any_step_and_the_end_of_training_can_be_gone_on_from(world, tmp_path):
     """Also where training ends between two checkpoints, and at an epoch's end."""
-    from fromage.training.checkpoint_io import SafeCheckpoint
-    from fromage.training.module import FromageModule
 
     def fit(out, steps, resume=None):
         pl.seed_everything(0)
@@ -267,3 +267,41 @@ def test_any_step_and_the_end_of_training_can_be_gone_on_from(world, tmp_path):
         fit(tmp_path / str(steps), steps)
         rest = fit(tmp_path / str(steps), 5, resume="last")
         assert all(torch.equal(rest[name], value) for name, value in whole.items()), steps
+
+
+class Terminated(pl.Callback):
+    """Ends training behind a batch as SIGTERM does."""
+
+    def __init__(self, batch):
+        self.batch = batch
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if batch_idx == self.batch:
+            raise SIGTERMException
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("batch", "saved"), [(0, None), (1, 1), (2, 1), (3, 2)])
+def test_sigterm_saves_whole_steps_only(world, tmp_path, batch, saved):
+    saver = SafeCheckpoint(tmp_path, save_last=True, save_top_k=0, every_n_train_steps=1)
+    data = CC3M(str(world / "cc3m" / "train"), batch_size=4, max_tokens=40, workers=0, samples_per_epoch=48)
+    trainer = pl.Trainer(accelerator="cpu", logger=False, callbacks=[Terminated(batch), saver], accumulate_grad_batches=2,
+                         enable_progress_bar=False, enable_model_summary=False)  # fmt: skip
+    with pytest.raises(SIGTERMException) as ended:
+        trainer.fit(FromageModule(**TOY), data)
+    assert ended.value.code == TERMINATED
+    found = torch.load(tmp_path / LAST, weights_only=True)["global_step"] if (tmp_path / LAST).exists() else None
+    assert found == saved
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_end_of_training_is_not_written_twice(world, tmp_path):
+    """So the checkpoint before the last one stays an earlier one; and a trial run writes none."""
+    for trial in (True, False):
+        saver = SafeCheckpoint(tmp_path, save_last=True, save_top_k=0, every_n_train_steps=1)
+        data = CC3M(str(world / "cc3m" / "train"), batch_size=4, max_tokens=40, workers=0, samples_per_epoch=48)
+        trainer = pl.Trainer(max_steps=2, accelerator="cpu", logger=False, callbacks=[saver], fast_dev_run=trial,
+                             enable_progress_bar=False, enable_model_summary=False)  # fmt: skip
+        trainer.fit(FromageModule(**TOY), data)
+        steps = {p.name: torch.load(p, weights_only=True)["global_step"] for p in tmp_path.glob("*.ckpt")}
+        assert steps == ({} if trial else {LAST: 2, BEFORE: 1})
