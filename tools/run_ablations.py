@@ -62,11 +62,11 @@ def judge(model: Fromage, world: Path, answers: int) -> dict[str, float]:
     stories, talks = world / "vist", world / "visdial"
     noted = talks / "visdial_1.0_val.json", talks / "visdial_1.0_val_dense_annotations.json", talks / "images" / "val"
     reports = [
-        coco.evaluate(model, read_captions(captions, world / "coco" / "val2017"), "coco"),
+        coco.evaluate(model, read_captions(captions, world / "coco" / "val2017")),
         vist.evaluate(model, vist.read_stories(stories / "sis" / "val.story-in-sequence.json", stories / "images" / "val")),
         visdial.evaluate(model, read_dialogues(*noted, answers), answers=True),
         visdial.evaluate(model, read_dialogues(*noted), answers=False),  # of all dialogues, over those of a few
-        few_shot.evaluate(model, world, limit=100),
+        few_shot.evaluate(model, few_shot.read_world(world, limit=100)),
     ]
     figures = {"captions.right": name_things(model, world)}
     for report in reports:

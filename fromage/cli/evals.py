@@ -93,7 +93,7 @@ class CaptionRun(RetrievalRun):
         from fromage.evals.coco import evaluate
 
         data = read_captions(annotations, self.images, name, self.split, self.limit)
-        self.tell(evaluate(self.model(), data, name, self.options(), self.captioning))
+        self.tell(evaluate(self.model(), data, self.options(), self.captioning))
 
 
 def coco(annotations: Path, *, run: CaptionRun) -> None:
@@ -148,9 +148,10 @@ def few_shot(*, world: Path, shots: Sequence[int] = (0, 1, 2, 4), run: Run) -> N
         world: folder of `fromage toy make`
         shots: numbers of examples in front of a question
     """
-    from fromage.evals.few_shot import evaluate
+    from fromage.evals.few_shot import evaluate, read_world
 
-    run.tell(evaluate(run.model(), world, shots, run.limit))
+    data = read_world(world, run.limit)
+    run.tell(evaluate(run.model(), data, shots=shots))
 
 
 def refcoco(

@@ -1,15 +1,16 @@
-"""Annotation files as their publishers give them: read, and told apart."""
+"""Annotation files as their publishers give them: read, and recognised by what their first entries hold."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from fromage.errors import UserError
 
-# What a file is, by what its first entries hold; the first that fits counts.
+# Kind of a file -> test of its content; the first that fits counts.
 KINDS: dict[str, Callable[[Any], bool]] = {
     "captions of COCO": lambda c: "caption" in c["annotations"][0] and "file_name" in c["images"][0],
     "boxes of COCO": lambda c: "bbox" in c["annotations"][0],
@@ -35,7 +36,7 @@ def _last_round(content: Any) -> dict[str, Any]:
 
 
 def kind_of(content: Any) -> str:
-    """What the content of an annotation file is; 'of no known kind' else."""
+    """The kind of an annotation file by its content, one of KINDS or 'of no known kind'."""
     for kind, fits in KINDS.items():
         try:
             if fits(content):
@@ -46,9 +47,15 @@ def kind_of(content: Any) -> str:
 
 
 def read_annotations(path: Path, wanted: tuple[str, ...], remedy: str) -> tuple[str, Any]:
-    """The kind of an annotation file and its content.
+    """The kind of an annotation file, and its content.
 
-    remedy: the names of files that would do. Raises UserError unless the file is there, and of one of the kinds wanted.
+    Args:
+        path: a JSON file.
+        wanted: kinds that are accepted, of KINDS.
+        remedy: names of files that would be accepted, for the error.
+
+    Raises:
+        UserError: the file is missing, is no JSON, or is of another kind.
     """
     try:
         content = json.loads(path.read_bytes())
@@ -62,5 +69,14 @@ def read_annotations(path: Path, wanted: tuple[str, ...], remedy: str) -> tuple[
 
 
 def malformed(path: Path, error: Exception) -> UserError:
-    """For a file whose later entries are not like its first ones."""
+    """The error for a file whose later entries are not like its first ones."""
     return UserError(f"{path}: an entry is broken ({error!r}); fetch the file anew")
+
+
+@contextmanager
+def parsing(path: Path) -> Iterator[None]:
+    """Turn what odd entries of a file raise into UserError."""
+    try:
+        yield
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        raise malformed(path, error) from error

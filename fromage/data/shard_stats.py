@@ -1,4 +1,4 @@
-"""What shards hold, before training: what is broken and why, what comes twice, how long captions and how large images are.
+"""Statistics of shards before training: broken samples by cause, duplicates, lengths of captions, sizes of images.
 
 Samples are read and decoded as in training, so what is counted as broken here is what training would leave out.
 """
@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
+from tabulate import tabulate
 from torch.utils.data import DataLoader, IterableDataset
 from tqdm import tqdm
 
@@ -33,23 +34,23 @@ Measure = Callable[[str], int]  # the length of a caption
 
 
 def count_words(text: str) -> int:
-    """The words of a caption, as spaces part them."""
+    """Words of a caption, separated by white space."""
     return len(text.split())
 
 
-class Look(NamedTuple):
-    """What is kept of a stored sample, or of a loss that belongs to none (the torn end of a shard)."""
+class Record(NamedTuple):
+    """What is kept of a sample of a shard, or of a loss that belongs to no sample, such as the torn end of a shard."""
 
     shard: str
     key: str = ""
     broken: str = ""  # 'cause: detail', as BrokenSample has it
     lost: int = 0  # samples that sizes.json promises and the shard does not hold
     length: int = 0  # of the caption, as it is measured
-    size: tuple[int, int] | None = None  # width and height; None for stored features
+    size: tuple[int, int] | None = None  # width and height in pixels; None for stored features
     image: int = 0  # digests of the image's bytes, and of caption and image
     pair: int = 0
-    draw: int = 0  # where the sample stands in a random order of all
-    shown: tuple[bytes, str] | None = None  # a small JPEG and the caption, of those that may come first in that order
+    draw: int = 0  # the sample's place in a random order of all
+    shown: tuple[bytes, str] | None = None  # a small JPEG and the caption, of candidates for the contact sheet
 
     @property
     def name(self) -> str:
@@ -58,45 +59,45 @@ class Look(NamedTuple):
 
 
 def digest(*parts: bytes) -> int:
-    """64 bits of the parts: among ten million samples two fall together by chance in one run of four hundred thousand."""
+    """A hash of 64 bits: ten million samples hold a collision with a probability of 1 in 400,000."""
     return int.from_bytes(blake2b(b"\0".join(parts), digest_size=8).digest(), "big")
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
-class Losses(Broken):
-    """Remembers what could not be used, and never stops."""
+class CollectedLosses(Broken):
+    """Collects what could not be used, without a limit."""
 
     def __init__(self) -> None:
         super().__init__(limit=1.0)
         self.found: list[tuple[str, str]] = []
 
     def lose(self, shard: str, cause: str) -> None:
-        """Remember a shard that cannot be read to its end, or a member that belongs to no sample."""
+        """Collect a shard that cannot be read to its end, or a member that belongs to no sample."""
         self.found.append((shard, " ".join(cause.split())))
 
 
-class Walk(IterableDataset[Look]):
-    """Every sample of the shards; a worker takes every so-manieth shard."""
+class RecordReader(IterableDataset[Record]):
+    """A record of every sample; worker w of W reads the shards w, w + W, w + 2 W and so on."""
 
     def __init__(self, shards: list[str], measure: Measure, shown: int) -> None:
         self.shards = list(zip(shards, shard_sizes(shards), strict=True))
         self.measure, self.shown = measure, shown
-        self.first: list[int] = []  # a heap of the negative draws of those that may be shown
+        self.first: list[int] = []  # a heap of the negative draws of the candidates so far
 
-    def __iter__(self) -> Iterator[Look]:
+    def __iter__(self) -> Iterator[Record]:
         worker, workers = worker_share()
         for shard in self.shards[worker::workers]:
-            losses, name = Losses(), shard[0] if Path(shard[0]).is_file() else shard_name(shard[0])
+            losses, name = CollectedLosses(), shard[0] if Path(shard[0]).is_file() else shard_name(shard[0])
             for raw in read_shards([shard], losses):
-                yield self.look(name, raw)
+                yield self.record(name, raw)
             for _, cause in losses.found:
-                yield Look(name, broken=cause)
-            yield Look(name, lost=losses.missing)
+                yield Record(name, broken=cause)
+            yield Record(name, lost=losses.missing)
 
-    def look(self, shard: str, raw: Raw) -> Look:
-        """What is to be known of a stored sample."""
+    def record(self, shard: str, raw: Raw) -> Record:
+        """Decode a sample and measure it."""
         key, image = raw["__key__"], None
         try:
             caption = caption_of(raw)
@@ -105,17 +106,17 @@ class Walk(IterableDataset[Look]):
             else:
                 image = image_of(raw)
         except BrokenSample as error:
-            return Look(shard, key, str(error))
+            return Record(shard, key, str(error))
         data = next(raw[kind] for kind in ("npy", *SUFFIXES) if kind in raw)
-        look = Look(shard, key, "", 0, self.measure(caption), None, digest(data), digest(caption.encode(), data))
+        record = Record(shard, key, "", 0, self.measure(caption), None, digest(data), digest(caption.encode(), data))
         if image is None:
-            return look
+            return record
         draw = digest(shard.encode(), key.encode())
-        shown = (jpeg(image, TILE), caption) if self.may_be_shown(draw) else None
-        return look._replace(size=image.size, draw=draw, shown=shown)
+        shown = (jpeg(image, TILE), caption) if self.is_candidate(draw) else None
+        return record._replace(size=image.size, draw=draw, shown=shown)
 
-    def may_be_shown(self, draw: int) -> bool:
-        """Whether a sample is among the first of the random order so far."""
+    def is_candidate(self, draw: int) -> bool:
+        """Whether a sample is among the first `shown` of the random order, as far as samples were read."""
         if len(self.first) < self.shown:
             heapq.heappush(self.first, -draw)
             return True
@@ -126,10 +127,11 @@ class Walk(IterableDataset[Look]):
 
 
 class ShardReport:
-    """The figures of shards, and samples of them.
+    """Statistics of shards, and some samples drawn at random.
 
     Attributes:
-        bad, seen: per shard, as training counts them: broken samples and all, the promised ones that are missing included.
+        bad, seen: broken samples, and all samples, of each shard as training counts them; both include those that
+            sizes.json promises and the shard does not hold.
     """
 
     def __init__(self, max_broken: float, unit: str = "words", shown: int = 20) -> None:
@@ -146,16 +148,16 @@ class ShardReport:
         self.sheet: list[tuple[int, str, tuple[bytes, str]]] = []
         self.shown = shown
 
-    def add(self, look: Look) -> None:
-        """Count what was seen."""
-        self.seen[look.shard] += look.lost + bool(look.key or look.broken)
-        if look.lost:
-            self._broken(look.shard, "fewer than sizes.json says", f"{look.shard} ({look.lost} missing)", look.lost)
-        elif look.broken:
-            cause, _, detail = look.broken.partition(": ")
-            self._broken(look.shard, cause, f"{look.name} ({detail})" if detail else look.name, 1)
-        elif look.key:
-            self._usable(look)
+    def add(self, record: Record) -> None:
+        """Count a record."""
+        self.seen[record.shard] += record.lost + bool(record.key or record.broken)
+        if record.lost:
+            self._broken(record.shard, "fewer than sizes.json says", f"{record.shard} ({record.lost} missing)", record.lost)
+        elif record.broken:
+            cause, _, detail = record.broken.partition(": ")
+            self._broken(record.shard, cause, f"{record.name} ({detail})" if detail else record.name, 1)
+        elif record.key:
+            self._usable(record)
 
     def _broken(self, shard: str, cause: str, name: str, count: int) -> None:
         self.bad[shard] += count
@@ -163,32 +165,32 @@ class ShardReport:
         if len(self.causes[cause]) < EXAMPLES:
             self.causes[cause].append(name)
 
-    def _usable(self, look: Look) -> None:
-        self.names.append(look.name)
-        self.keys.append(digest(look.key.encode()))
-        self.images.append(look.image)
-        self.pairs.append(look.pair)
-        self.lengths.append(look.length)
-        if look.size is not None:
-            self.widths.append(look.size[0])
-            self.heights.append(look.size[1])
-            sized = (look.size[0] * look.size[1], look.name, look.size)
+    def _usable(self, record: Record) -> None:
+        self.names.append(record.name)
+        self.keys.append(digest(record.key.encode()))
+        self.images.append(record.image)
+        self.pairs.append(record.pair)
+        self.lengths.append(record.length)
+        if record.size is not None:
+            self.widths.append(record.size[0])
+            self.heights.append(record.size[1])
+            sized = (record.size[0] * record.size[1], record.name, record.size)
             self.smallest, self.largest = min(self.smallest or sized, sized), max(self.largest or sized, sized)
-        if look.shown:
-            self.sheet = heapq.nsmallest(self.shown, [*self.sheet, (look.draw, look.name, look.shown)])
+        if record.shown:
+            self.sheet = heapq.nsmallest(self.shown, [*self.sheet, (record.draw, record.name, record.shown)])
 
     @property
     def share(self) -> float:
-        """Broken samples of all, 0 to 1."""
+        """Share of the samples that are broken, 0 to 1."""
         return self.bad.total() / max(1, self.seen.total())
 
     @property
     def accepted(self) -> bool:
-        """Whether training would go through the shards; it needs one sample at least."""
+        """Whether training would accept the shards: few enough are broken, and one sample at least can be used."""
         return bool(self.names) and self.share <= self.max_broken
 
     def figures(self) -> dict[str, Any]:
-        """Everything that was counted, as JSON can hold it."""
+        """All statistics, ready for JSON; lengths in self.unit, sizes in pixels, shares 0 to 1."""
         worst = {name: self.bad[name] / self.seen[name] for name, _ in self.bad.most_common()}
         return {
             "shards": len(self.seen),
@@ -213,31 +215,30 @@ class ShardReport:
         }
 
     def _twice(self, digests: array[int]) -> dict[str, Any]:
-        """How many samples repeat one that came before, and the first of these with whom they repeat."""
+        """How many samples repeat an earlier one, and the first of them beside those that they repeat."""
         values = np.frombuffer(digests, np.uint64)
         order = np.argsort(values, kind="stable")
-        again = np.flatnonzero(values[order[1:]] == values[order[:-1]])  # places in the order, equal to the next
+        again = np.flatnonzero(values[order[1:]] == values[order[:-1]])  # places whose digest equals the next one
         pairs = sorted((int(order[i + 1]), int(order[i])) for i in again)[:EXAMPLES]
         return {"count": len(again), "first": [f"{self.names[later]} = {self.names[earlier]}" for later, earlier in pairs]}
 
     def text(self) -> str:
-        """The report, to read."""
+        """The report for a terminal."""
         found = self.figures()
         lines = [f"{found['shards']} shards, {found['samples']} samples: {found['usable']} usable, {found['broken']} broken"]
         lines += [f"  {c['count']:7} {cause}: {', '.join(c['first'])}" for cause, c in found["causes"].items()]
         lines += [f"  {t['count']:7} with the {what} of another: {', '.join(t['first'])}"
                   for what, t in found["twice"].items() if t["count"]]  # fmt: skip
-        lines += [" " * 18 + "".join(f"{name:>9}" for name in QUANTILES)]
-        for what in (f"caption_{self.unit}", "image_width", "image_height"):
-            if found[what]:
-                lines.append(f"{what.replace('_', ' '):18}" + "".join(f"{value:9}" for value in found[what].values()))
+        measured = (f"caption_{self.unit}", "image_width", "image_height")
+        rows = [[what.replace("_", " "), *found[what].values()] for what in measured if found[what]]
+        lines.append(tabulate(rows, ["", *QUANTILES], tablefmt="plain"))
         for what in ("smallest_image", "largest_image"):
             if one := found[what]:
                 lines.append(f"{what.replace('_', ' ')}: {one['size'][0]} x {one['size'][1]}, {one['name']}")
         return "\n".join([*lines, self.verdict()])
 
     def verdict(self) -> str:
-        """In one line, whether training would accept the shards."""
+        """One line: whether training would accept the shards, and the worst shard."""
         broken = f"{self.share:.1%} broken, max_broken allows {self.max_broken:.1%}"
         worst = max(self.bad, key=lambda name: self.bad[name] / self.seen[name], default=None)
         by = f"; worst {worst}, {self.bad[worst] / self.seen[worst]:.1%}" if worst else ""
@@ -250,7 +251,7 @@ class ShardReport:
 
 
 def quantiles(values: Sequence[int]) -> dict[str, int]:
-    """Some quantiles, each one of the values; none of nothing."""
+    """QUANTILES of values, each one of the values itself; an empty dictionary for no values."""
     if not values:
         return {}
     found = np.quantile(np.asarray(values), list(QUANTILES.values()), method="nearest")
@@ -265,29 +266,29 @@ def check_shards(
     measure: Measure = count_words,
     unit: str = "words",
 ) -> ShardReport:
-    """Walk shards (a pattern, see fromage.data.shards.expand) with a progress bar.
+    """Read all samples of shards, with a progress bar.
 
     Args:
-        shards: what to look at.
-        max_broken: share of broken samples that training is to allow, 0 to 1. Training holds each worker's part to it, and
-            stops there and then; the report judges all shards together.
+        shards: patterns of shards, see fromage.data.shards.expand.
+        max_broken: share of broken samples that training is to allow, 0 to 1. Training applies it to each worker's shards
+            as it reads them; the report applies it to all shards together.
         workers: processes that decode; 0 decodes in this one.
-        shown: samples to draw at random, for the contact sheet. The same whatever the number of workers.
-        measure: the length of a caption.
-        unit: what that is counted in.
+        shown: samples on the contact sheet, drawn at random; the same ones with any number of workers.
+        measure: gives the length of a caption.
+        unit: of that length.
 
     Raises:
         UserError: a shard is missing.
     """
-    walk = Walk(expand(shards), measure, shown)
+    reader = RecordReader(expand(shards), measure, shown)
     report = ShardReport(max_broken, unit, shown)
-    sizes = [size for _, size in walk.shards]
+    sizes = [size for _, size in reader.shards]
     total = None if None in sizes else sum(size or 0 for size in sizes)
     loader = DataLoader(
-        walk, batch_size=None, num_workers=min(workers, len(walk.shards)), collate_fn=tuple, worker_init_fn=init_worker
+        reader, batch_size=None, num_workers=min(workers, len(reader.shards)), collate_fn=tuple, worker_init_fn=init_worker
     )
     with tqdm(total=total, desc="shards", unit=" samples") as bar:
-        for look in (Look(*row) for row in loader):
-            report.add(look)
-            bar.update(bool(look.key))
+        for record in (Record(*row) for row in loader):
+            report.add(record)
+            bar.update(bool(record.key))
     return report

@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from fromage.data.annotations import malformed, read_annotations
+from fromage.data.annotations import parsing, read_annotations
 from fromage.errors import UserError
 
+Dataset = Literal["coco", "flickr30k"]
 CAPTIONS = 5  # of an image, in all the published protocols; COCO has a sixth and seventh for a few
 SPLITS = {"train": ("train", "restval"), "val": ("val",), "test": ("test",)}
 FILES = {"coco": "captions_val2017.json, or dataset_coco.json of Karpathy's splits", "flickr30k": "dataset_flickr30k.json"}
@@ -20,23 +21,25 @@ KINDS = {
 
 @dataclass(frozen=True)
 class CaptionSet:
-    """Images and what is said of each; captions[i] belong to images[i].
+    """Images and their captions; captions[i] belong to images[i].
 
     Attributes:
-        name: where it is from.
-        dropped: what the file holds besides, by cause.
+        name: file and split.
+        dataset: whose published figures a report shows.
+        dropped: what else the file holds, by cause.
     """
 
     name: str
     images: list[Path]
     captions: list[list[str]]
+    dataset: Dataset = "coco"
     dropped: dict[str, int] = field(default_factory=dict)
 
 
 def read_captions(
     annotations: Path,
     images: Path,
-    dataset: Literal["coco", "flickr30k"] = "coco",
+    dataset: Dataset = "coco",
     split: str = "test",
     limit: int | None = None,
 ) -> CaptionSet:
@@ -52,11 +55,9 @@ def read_captions(
         UserError: the file is missing, broken or of another data set, or has no image in the split.
     """
     kind, content = read_annotations(annotations, KINDS[dataset], FILES[dataset])
-    try:
-        name, said = _coco(content) if kind == "captions of COCO" else _karpathy(content, split)
-        pairs = [(file, [text for raw in texts if (text := raw.strip())]) for file, texts in said]
-    except (KeyError, IndexError, TypeError, AttributeError) as error:
-        raise malformed(annotations, error) from error
+    with parsing(annotations):
+        name, listed = _coco(content) if kind == "captions of COCO" else _karpathy(content, split)
+        pairs = [(file, [text for raw in texts if (text := raw.strip())]) for file, texts in listed]
     good = [(file, texts) for file, texts in pairs if texts][:limit]
     if not good:
         raise UserError(f"{annotations}: holds no image with a caption in the split {split}; choose another split or file")
@@ -64,6 +65,7 @@ def read_captions(
         f"{annotations.name}, {name}",
         [_place(images, file) for file, _ in good],
         [texts[:CAPTIONS] for _, texts in good],
+        dataset,
         {
             "images without a caption": sum(not texts for _, texts in pairs),
             "captions beyond the fifth": sum(max(0, len(texts) - CAPTIONS) for _, texts in good),
@@ -72,10 +74,10 @@ def read_captions(
 
 
 def _coco(content: dict[str, Any]) -> tuple[str, list[tuple[str, list[str]]]]:
-    said: dict[int, list[str]] = {image["id"]: [] for image in content["images"]}
+    captions: dict[int, list[str]] = {image["id"]: [] for image in content["images"]}
     for note in content["annotations"]:
-        said[note["image_id"]].append(note["caption"])
-    return "all images", [(image["file_name"], said[image["id"]]) for image in content["images"]]
+        captions[note["image_id"]].append(note["caption"])
+    return "all images", [(image["file_name"], captions[image["id"]]) for image in content["images"]]
 
 
 def _karpathy(content: dict[str, Any], split: str) -> tuple[str, list[tuple[str, list[str]]]]:

@@ -1,4 +1,4 @@
-"""Generated captions against those of people: BLEU-1 to 4, METEOR, ROUGE-L and CIDEr, by COCO's own programs."""
+"""Generated captions compared with those of people: BLEU-1 to 4, METEOR, ROUGE-L and CIDEr, by COCO's own programs."""
 
 from __future__ import annotations
 
@@ -11,28 +11,33 @@ from pathlib import Path
 from fromage.errors import UserError
 
 
-def caption_figures(made: Sequence[str], said: Sequence[Sequence[str]]) -> dict[str, float]:
-    """All six in percent, of captions made and, for each, those that people gave; no captions, no figures.
-
-    Raises UserError where pycocoevalcap or Java, in which two of its programs are written, is not installed.
-    """
+def check_installed() -> None:
+    """Raise UserError where pycocoevalcap or Java, in which two of its programs are written, is not installed."""
     try:
-        from pycocoevalcap.bleu.bleu import Bleu
-        from pycocoevalcap.cider.cider import Cider
-        from pycocoevalcap.meteor.meteor import Meteor
-        from pycocoevalcap.rouge.rouge import Rouge
-        from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
+        import pycocoevalcap.bleu.bleu  # noqa: F401
     except ImportError as error:
         raise UserError("captions are measured by pycocoevalcap: pip install 'fromage[evals]', or leave them out") from error
     if shutil.which("java") is None:
         raise UserError("captions are measured by programs in Java: install a Java runtime, or leave them out")
-    if not made:
-        return {}
+
+
+def caption_figures(made: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
+    """bleu1 to bleu4, meteor, rouge_l and cider, each in percent, of one caption and some references for each image.
+
+    Raises UserError as check_installed does.
+    """
+    check_installed()
+    from pycocoevalcap.bleu.bleu import Bleu
+    from pycocoevalcap.cider.cider import Cider
+    from pycocoevalcap.meteor.meteor import Meteor
+    from pycocoevalcap.rouge.rouge import Rouge
+    from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
+
     wanted, given = (  # the tokenizer pairs texts with lines, of which a line break of any kind begins another
         PTBTokenizer().tokenize(
             {i: [{"caption": " ".join(text.split())} for text in texts] for i, texts in enumerate(listed)}
         )
-        for listed in (said, [[text] for text in made])
+        for listed in (references, [[text] for text in made])
     )
     figures: dict[str, float] = {}
     with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):  # its scorers print as they count

@@ -1,4 +1,4 @@
-"""The baseline of retrieval: the frozen CLIP whose image tower the model has, by its own two towers."""
+"""The baseline of retrieval: the frozen CLIP whose image tower the model has, by CLIP's own two towers."""
 
 from __future__ import annotations
 

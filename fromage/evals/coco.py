@@ -1,20 +1,22 @@
-"""Captions and images find each other: COCO and Flickr30k, several captions for each image."""
+"""COCO and Flickr30k: captions find images and images find captions, with several captions for each image.
+
+Protocol: R@1, 5 and 10 and the median rank both ways over the whole gallery ("5k" for COCO's test split), and the mean over
+galleries of 1,000 images ("1k"). FROMAGe's paper has no such table.
+"""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from fromage.evals.base import RetrievalRun, Retriever
 from fromage.evals.caption_sets import CaptionSet
-from fromage.evals.captioning import caption_figures
-from fromage.evals.clip import load_clip_baseline
-from fromage.evals.report import Figures, System, make_report
+from fromage.evals.captioning import caption_figures, check_installed
+from fromage.evals.report import Report, System
 from fromage.generation.generate import caption_images
 from fromage.models.fromage import Fromage
-from fromage.retrieval.encode import Options, encode_files, in_batches
-from fromage.retrieval.metrics import chance, rank_figures, ranks
+from fromage.retrieval.encode import Options
+from fromage.retrieval.metrics import rank_figures, ranks
 
 FOLD = 1000  # images of a gallery of the 1k protocol
 PROTOCOL = {
@@ -24,76 +26,65 @@ PROTOCOL = {
     "ranks": "exact; ties count against the model",
     "clip": "both towers of the frozen CLIP; captions beyond its 77 tokens are cut",
 }
-LISTED = {"coco": {"fromage": {"text_to_image": {"r1": 23.4}, "image_to_text": {"r1": 26.8}}}}
-WHOSE = {"coco": {"in brackets": "a third party's listing, which neither the paper nor its authors confirm"}}
+HEADLINE = ("text_to_image", "image_to_text")
+LISTED = {"fromage": {"text_to_image": {"r1": 23.4}, "image_to_text": {"r1": 26.8}}}
+LISTED_BY = {"in brackets": "a third party's listing, which neither the paper nor its authors confirm"}
 
 
 @torch.no_grad()
-def evaluate(
-    model: Fromage, data: CaptionSet, name: str = "coco", options: Options | None = None, captioning: bool = False
-) -> dict[str, Any]:
-    """Recalls both ways, in full and by thousands, of FROMAGe, of its CLIP and of chance.
+def evaluate(model: Fromage, data: CaptionSet, options: Options | None = None, captioning: bool = False) -> Report:
+    """Recalls both ways of FROMAGe, CLIP and chance, in percent.
 
-    name: coco or flickr30k, for the published figures. captioning: caption every image as well, which takes longest.
-    Raises UserError for too many images lost, and where what measures captions is not installed.
+    captioning: caption every image too, which takes longest; see fromage.evals.captioning.
+    Raises UserError for a vision tower without text tower, for too many images lost, and where what measures captions is
+    not installed.
     """
-    options = options or Options()
     if captioning:
-        caption_figures([], [])  # fails at once where it must
-    encoded = encode_files(model, data.images, options)
-    kept = [(path, said) for path, said in zip(data.images, data.captions, strict=True) if path in encoded.row]
-    texts = [text for _, said in kept for text in said]
-    owner = torch.tensor([i for i, (_, said) in enumerate(kept) for _ in said], device=model.device)  # (texts,)
-    features = encoded.of([path for path, _ in kept])  # (M, m)
-    size = options.batch_size
-    embedded = in_batches(model.embed_text, texts, size, "captions"), model.embed_images(features)
-    systems = {"fromage": both_ways(*embedded, owner)}
-    if options.clip:
-        clip = load_clip_baseline(model)
-        embedded = in_batches(clip.embed_text, texts, size, "captions, CLIP"), clip.embed_features(features)
-        systems["clip"] = both_ways(*embedded, owner)
-    systems["chance"] = by_chance(len(kept), len(texts), systems["fromage"])
+        check_installed()
+    run = RetrievalRun(model, data.name, data.images, options)
+    kept = run.keep(list(zip(data.images, data.captions, strict=True)), lambda pair: pair[:1])
+    texts = [text for _, captions in kept for text in captions]
+    owner = torch.tensor([i for i, (_, captions) in enumerate(kept) for _ in captions], device=model.device)  # (N,)
+    features = run.encoded.of([path for path, _ in kept])  # (M, m)
+    each = max(1, round(len(texts) / len(kept)))
+
+    def recalls(system: Retriever) -> System:
+        return both_ways(system.embed_text(texts, "captions"), system.embed_images(features), owner)
+
+    figures = run.compare(recalls, lambda setting: gallery_of(setting, len(kept), each))
     if captioning:
-        made = caption_images(model, features, batch_size=size)
-        systems["fromage"]["captioning"] = caption_figures(made, [said for _, said in kept])
+        made = caption_images(model, features, batch_size=run.options.batch_size)
+        figures["fromage"]["captioning"] = caption_figures(made, [captions for _, captions in kept])
     sizes = {"gallery": len(kept), "queries": len(texts)}
-    paper, headline = LISTED.get(name, {}), ("text_to_image", "image_to_text")
-    protocol = PROTOCOL | WHOSE.get(name, {})
-    return make_report(name, model, systems, protocol, data.name, sizes, encoded, data.dropped, paper, headline)
+    protocol, listed = (PROTOCOL | LISTED_BY, LISTED) if data.dataset == "coco" else (PROTOCOL, {})
+    return run.report(data.dataset, figures, sizes, data.dropped, protocol, listed, HEADLINE)
 
 
 def both_ways(texts: Tensor, images: Tensor, owner: Tensor) -> System:
-    """Figures of texts (N, q) and images (M, q), unit rows, both ways; owner (N,) is the image of each text.
+    """Figures of texts (N, e) and images (M, e), unit rows, both ways; owner (N,) is the image of each text.
 
-    From 2,000 images on, galleries of 1,000 are evaluated as well, as text_to_image_1k and image_to_text_1k.
+    From 2,000 images on, the settings text_to_image_1k and image_to_text_1k are evaluated too.
     """
-    system = _both_ways(texts, images, owner)
-    folds = [_both_ways(*fold) for fold in _folds(texts, images, owner)]
-    for way in list(system) if folds else ():
-        system[f"{way}_1k"] = {name: sum(f[way][name] for f in folds) / len(folds) for name in system[way]}
-    return system
+    system = _recalls(texts, images, owner)
+    if len(images) < 2 * FOLD:
+        return system
+    folds = []
+    for start in range(0, len(images) - FOLD + 1, FOLD):
+        here = (owner >= start) & (owner < start + FOLD)  # (N,)
+        folds.append(_recalls(texts[here], images[start : start + FOLD], owner[here] - start))
+    means = {way: {name: sum(f[way][name] for f in folds) / len(folds) for name in system[way]} for way in system}
+    return system | {f"{way}_1k": figures for way, figures in means.items()}
 
 
-def _both_ways(texts: Tensor, images: Tensor, owner: Tensor) -> System:
-    own = torch.arange(len(images), device=images.device)
+def _recalls(texts: Tensor, images: Tensor, owner: Tensor) -> System:
+    own = torch.arange(len(images), device=images.device)  # (M,)
     return {
         "text_to_image": rank_figures(ranks(texts, images, owner)),
         "image_to_text": rank_figures(ranks(images, texts, own, labels=owner)),
     }
 
 
-def _folds(texts: Tensor, images: Tensor, owner: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
-    starts = range(0, len(images) - FOLD + 1, FOLD) if len(images) >= 2 * FOLD else ()
-    inside = [(start, (owner >= start) & (owner < start + FOLD)) for start in starts]
-    return [(texts[here], images[start : start + FOLD], owner[here] - start) for start, here in inside]
-
-
-def by_chance(images: int, captions: int, like: System) -> System:
-    """Random order, for the settings of another system."""
-
-    def figures(setting: str) -> Figures:
-        gallery = min(FOLD, images) if setting.endswith("_1k") else images
-        each = max(1, round(captions / images))
-        return chance(gallery * each, each) if setting.startswith("image_to_text") else chance(gallery)
-
-    return {setting: figures(setting) for setting in like}
+def gallery_of(setting: str, images: int, each: int) -> tuple[int, int]:
+    """Items of a setting's gallery, and how many of them are a query's own; of `each` captions an image."""
+    gallery = min(FOLD, images) if setting.endswith("_1k") else images
+    return (gallery * each, each) if setting.startswith("image_to_text") else (gallery, 1)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fromage.data.annotations import malformed, read_annotations
+from fromage.data.annotations import malformed, parsing, read_annotations
 from fromage.errors import UserError
 
 CANDIDATES = "dialogues of VisDial 1.0 with candidates", "visdial_1.0_val.json"
@@ -48,66 +48,69 @@ class Dialogues:
 
 
 def read_dialogues(annotations: Path, dense: Path, images: Path, limit: int | None = None) -> Dialogues:
-    """VisDial's validation dialogues; images are images/VisualDialog_val2018_000000123456.jpg.
+    """VisDial's validation dialogues, with images/VisualDialog_val2018_000000123456.jpg and on.
 
-    dense: the file of ratings; in it rounds count from 1. limit: dialogues at most; None for all.
+    Args:
+        annotations: visdial_1.0_val.json.
+        dense: visdial_1.0_val_dense_annotations.json, the ratings; in it rounds count from 1.
+        images: folder of the images.
+        limit: dialogues at most; None for all.
+
     Raises UserError for files that are missing, broken, of another kind or version, or of different dialogues.
     """
     _, content = read_annotations(annotations, (CANDIDATES[0],), CANDIDATES[1])
     rated = _ratings(dense)
-    try:
+    with parsing(annotations):
         data = content["data"]
         listed = data["dialogs"][:limit]
-        if lacking := [talk["image_id"] for talk in listed if talk["image_id"] not in rated]:
+        if lacking := [dialogue["image_id"] for dialogue in listed if dialogue["image_id"] not in rated]:
             raise UserError(
                 f"{dense}: has no ratings for {len(lacking)} of the dialogues ({lacking[:3]}); take both of one split"
             )
         name = f"VisualDialog_{content['split']}2018_{{:012d}}.jpg"
         dialogues = [
-            Dialogue(images / name.format(talk["image_id"]), _rounds(talk, data), *rated[talk["image_id"]])
-            for talk in listed
+            Dialogue(images / name.format(dialogue["image_id"]), _rounds(dialogue, data), *rated[dialogue["image_id"]])
+            for dialogue in listed
         ]
         _check(dialogues)
-    except (KeyError, IndexError, TypeError, ValueError) as error:
-        raise malformed(annotations, error) from error
-    for talk in dialogues:
-        if not 0 <= talk.rated < len(talk.rounds) or len(talk.relevance) != len(talk.rounds[talk.rated].candidates):
-            raise malformed(dense, ValueError(f"the ratings of {talk.image.name} are not of its candidates"))
+    for dialogue in dialogues:
+        if not 0 <= dialogue.rated < len(dialogue.rounds) or len(dialogue.relevance) != len(
+            dialogue.rounds[dialogue.rated].candidates
+        ):
+            raise malformed(dense, ValueError(f"the ratings of {dialogue.image.name} are not of its candidates"))
     return Dialogues(annotations.name, dialogues)
 
 
 def _ratings(dense: Path) -> dict[int, tuple[int, list[float]]]:
     """Image -> the round that was rated, from 0, and the relevance of its candidates."""
     _, ratings = read_annotations(dense, (DENSE[0],), DENSE[1])
-    try:
+    with parsing(dense):
         return {note["image_id"]: (int(note["round_id"]) - 1, list(map(float, note["gt_relevance"]))) for note in ratings}
-    except (KeyError, TypeError, ValueError) as error:
-        raise malformed(dense, error) from error
 
 
-def _rounds(talk: dict[str, Any], data: dict[str, list[str]]) -> list[Round]:
+def _rounds(dialogue: dict[str, Any], data: dict[str, list[str]]) -> list[Round]:
     questions, answers = data["questions"], data["answers"]
     return [
         Round(
-            questions[said["question"]] + "?",
-            answers[said["answer"]],
-            [answers[i] for i in said["answer_options"]],
-            said["gt_index"],
+            questions[turn["question"]] + "?",
+            answers[turn["answer"]],
+            [answers[i] for i in turn["answer_options"]],
+            turn["gt_index"],
         )
-        for said in talk["dialog"]
+        for turn in dialogue["dialog"]
     ]
 
 
 def _check(dialogues: list[Dialogue]) -> None:
     """Raise ValueError for dialogues of unequal shape, and for right answers that belong to others."""
-    shapes = {(len(talk.rounds), len(said.candidates)) for talk in dialogues for said in talk.rounds}
+    shapes = {(len(dialogue.rounds), len(turn.candidates)) for dialogue in dialogues for turn in dialogue.rounds}
     if len(shapes) != 1:
         raise ValueError(f"rounds and candidates vary: {sorted(shapes)[:3]}")
-    for talk in dialogues:
-        if any(said.candidates[said.right] != said.answer for said in talk.rounds):
-            raise ValueError(f"gt_index of {talk.image.name} names another answer")
+    for dialogue in dialogues:
+        if any(turn.candidates[turn.right] != turn.answer for turn in dialogue.rounds):
+            raise ValueError(f"gt_index of {dialogue.image.name} names another answer")
 
 
 def spoken(rounds: Sequence[Round]) -> str:
     """Rounds on one line: 'Q: ...? A: ... .'"""
-    return " ".join(f"Q: {said.question} A: {said.answer}." for said in rounds)
+    return " ".join(f"Q: {turn.question} A: {turn.answer}." for turn in rounds)

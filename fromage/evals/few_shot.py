@@ -1,25 +1,32 @@
-"""Learning from examples in the prompt, as a number on the toy world: captions, and answers to questions."""
+"""Learning from examples in the prompt, on the toy world: captions, and answers to questions (cf. section 4.3).
+
+Protocol: N images with captions, or with a question and its answer, then an image left open, which the model completes
+greedily. The figure is the share of completions that are right, for each N.
+"""
 
 from __future__ import annotations
 
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fromage.errors import UserError
+from fromage.evals.base import Run
 from fromage.evals.caption_sets import read_captions
 from fromage.evals.dialogues import Dialogue, read_dialogues
-from fromage.evals.report import System, make_report
+from fromage.evals.report import Report, System
 from fromage.generation.decoding import Decoding
 from fromage.generation.generate import generate
 from fromage.models.fromage import Fromage
 from fromage.models.prompts import START, Part
-from fromage.retrieval.encode import Options, encode_files
+from fromage.retrieval.encode import Options
 from fromage.toy.scenes import Scene, names_colour_and_shape
 
 DECODING = Decoding(24, stop=(".", "\n"), max_images=0)
@@ -31,62 +38,36 @@ PROTOCOL = {
 
 
 class Shot(NamedTuple):
-    """An image's features (m,), what the prompt asks behind it, and what is said then."""
+    """An image, the prompt behind it, the text that follows, and whether a completion is right."""
 
-    features: Tensor
-    asked: str
-    said: str
-
-    def parts(self, answered: bool = True) -> list[Part]:
-        """As in training: image, </s>, text."""
-        return [self.features, START, *filter(None, (self.asked, self.said if answered else ""))]
+    image: Path
+    prompt: str
+    text: str
+    accepts: Callable[[str], bool]
 
 
-@torch.no_grad()
-def evaluate(model: Fromage, world: Path, shots: Sequence[int] = (0, 1, 2, 4), limit: int | None = None) -> dict[str, Any]:
-    """Shares that are right, in percent, of captions and of answers behind so many examples.
+@dataclass(frozen=True)
+class ToyWorld:
+    """Shots to caption and to answer, from the validation data of a toy world."""
 
-    world: what `fromage toy make` wrote. limit: images of either kind at most; None for all.
-    Raises UserError for another folder, and for more examples than there are.
+    name: str
+    captions: list[Shot]
+    questions: list[Shot]
+
+
+def read_world(world: Path, limit: int | None = None) -> ToyWorld:
+    """The captions and questions of what `fromage toy make` wrote. limit: of either kind at most; None for all.
+
+    Raises UserError for another folder.
     """
     listed = world / "coco" / "annotations" / "captions_val2017.json"
-    captions = read_captions(listed, world / "coco" / "val2017")
+    data = read_captions(listed, world / "coco" / "val2017")
     scenes = single_scenes(listed)
-    pairs = zip(captions.images, captions.captions, strict=True)
-    said = [(path, texts[0]) for path, texts in pairs if path.name in scenes][:limit]
+    pairs = [(path, texts[0]) for path, texts in zip(data.images, data.captions, strict=True) if path.name in scenes]
+    captions = [Shot(path, "", text, partial(names_colour_and_shape, scene=scenes[path.name])) for path, text in pairs]
     dense = world / "visdial" / "visdial_1.0_val_dense_annotations.json"
-    talks = read_dialogues(dense.with_name("visdial_1.0_val.json"), dense, dense.parent / "images" / "val", limit).dialogues
-    images = [path for path, _ in said], [talk.image for talk in talks]
-    encoded = encode_files(model, [*images[0], *images[1]], Options(max_lost=0))
-    captioned = [Shot(row, "", text) for row, (_, text) in zip(encoded.of(images[0]), said, strict=True)]
-    asked = [question(talk, row) for row, talk in zip(encoded.of(images[1]), talks, strict=True)]
-    system: System = {}
-    for n in shots:
-        made = complete(model, captioned, n)
-        right = [names_colour_and_shape(text, scenes[path.name]) for text, path in zip(made, images[0], strict=True)]
-        system[f"captioning_{n}"] = {"right": 100 * sum(right) / len(right)}
-    for n in shots:
-        right = [text in accepted(talk) for text, talk in zip(complete(model, asked, n), talks, strict=True)]
-        system[f"questions_{n}"] = {"right": 100 * sum(right) / len(right)}
-    sizes = {"captions": len(captioned), "questions": len(asked)}
-    return make_report("few-shot", model, {"fromage": system}, PROTOCOL, world.name, sizes, encoded, {}, {}, ())
-
-
-def complete(model: Fromage, shots: Sequence[Shot], n: int) -> list[str]:
-    """What the model says at each image behind n others that are answered."""
-    if not 0 <= n < len(shots):
-        raise UserError(f"{n} examples in front of a question: there are 0 to {len(shots) - 1}")
-    prompts = [
-        [part for other in examples(i, n, len(shots)) for part in shots[other].parts()] + shot.parts(answered=False)
-        for i, shot in enumerate(shots)
-    ]
-    return [answer.text for answer in generate(model, prompts, DECODING)]
-
-
-def examples(number: int, n: int, count: int) -> list[int]:
-    """n numbers below count, but for `number`, in random order: more are longer at the front."""
-    others = [i for i in range(count) if i != number]
-    return random.Random(number).sample(others, len(others))[:n][::-1]
+    dialogues = read_dialogues(dense.with_name("visdial_1.0_val.json"), dense, dense.parent / "images" / "val", limit)
+    return ToyWorld(world.name, captions[:limit], [question(dialogue) for dialogue in dialogues.dialogues])
 
 
 def single_scenes(captions: Path) -> dict[str, Scene]:
@@ -98,13 +79,50 @@ def single_scenes(captions: Path) -> dict[str, Scene]:
     return found
 
 
-def question(talk: Dialogue, features: Tensor) -> Shot:
-    """The rated question of a dialogue, alone."""
-    rated = talk.rounds[talk.rated]
-    return Shot(features, f"Q: {rated.question} A:", f" {rated.answer}.")
+def question(dialogue: Dialogue) -> Shot:
+    """The rated question of a dialogue, alone. Right is a candidate that at least half of the people called right."""
+    rated = dialogue.rounds[dialogue.rated]
+    right = {text for text, relevance in zip(rated.candidates, dialogue.relevance, strict=True) if relevance >= 0.5}
+    return Shot(dialogue.image, f"Q: {rated.question} A:", f" {rated.answer}.", right.__contains__)
 
 
-def accepted(talk: Dialogue) -> set[str]:
-    """The candidates that at least half of the people called right."""
-    candidates = talk.rounds[talk.rated].candidates
-    return {text for text, relevance in zip(candidates, talk.relevance, strict=True) if relevance >= 0.5}
+@torch.no_grad()
+def evaluate(model: Fromage, data: ToyWorld, options: Options | None = None, shots: Sequence[int] = (0, 1, 2, 4)) -> Report:
+    """Shares of captions and answers that are right, in percent, behind each number of examples in shots.
+
+    Raises UserError for too many images lost, and for more examples than there are.
+    """
+    run = Run(model, data.name, [shot.image for shot in (*data.captions, *data.questions)], options)
+    captions, questions = (run.keep(some, lambda shot: [shot.image]) for some in (data.captions, data.questions))
+    system: System = {}
+    for task, listed in (("captioning", captions), ("questions", questions)):
+        features = run.encoded.of([shot.image for shot in listed])  # (S, m)
+        for n in shots:
+            made = complete(model, listed, features, n, run.options.batch_size)
+            right = [shot.accepts(text) for shot, text in zip(listed, made, strict=True)]
+            system[f"{task}_{n}"] = {"right": 100 * sum(right) / len(right)}
+    sizes = {"captions": len(captions), "questions": len(questions)}
+    return run.report("few-shot", {"fromage": system}, sizes, {}, PROTOCOL)
+
+
+def complete(model: Fromage, shots: Sequence[Shot], features: Tensor, n: int, batch_size: int = 64) -> list[str]:
+    """The model's text at each image behind n others with theirs; features (S, m) of the S images."""
+    if not 0 <= n < len(shots):
+        raise UserError(f"{n} examples in front of a question: there are 0 to {len(shots) - 1}")
+
+    def parts(number: int, answered: bool) -> list[Part]:
+        """As in training: image, </s>, text."""
+        shot = shots[number]
+        return [features[number], START, *filter(None, (shot.prompt, shot.text if answered else ""))]
+
+    prompts = [
+        [part for other in examples(i, n, len(shots)) for part in parts(other, True)] + parts(i, False)
+        for i in range(len(shots))
+    ]
+    return [answer.text for answer in generate(model, prompts, DECODING, batch_size=batch_size)]
+
+
+def examples(number: int, n: int, count: int) -> list[int]:
+    """n numbers below count, but for `number`, in random order: more are longer at the front."""
+    others = [i for i in range(count) if i != number]
+    return random.Random(number).sample(others, len(others))[:n][::-1]

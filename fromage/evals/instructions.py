@@ -1,12 +1,16 @@
-"""Instructions as LLaVA writes them: answers that point at one or several objects, and answers in text alone."""
+"""Instructions as LLaVA writes them: answers that point at one or several objects, and answers in text alone.
+
+Protocol: figures by the number of objects that the right answer points at. A measure of ours, not of a paper.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from collections import defaultdict
 
-from fromage.evals.predict import ask
+from fromage.evals.predict import predict
+from fromage.evals.report import Figures, Report
 from fromage.octopus.examples import Example
-from fromage.octopus.metrics import averaged, judge
+from fromage.octopus.metrics import box_metrics, mean_percent
 from fromage.octopus.model import Octopus
 from fromage.octopus.sources import Instructions
 from fromage.retrieval.encode import Options
@@ -17,18 +21,18 @@ PROTOCOL = {
 }
 
 
-def evaluate(model: Octopus, data: Instructions, options: Options | None = None) -> dict[str, Any]:
-    """Figures by the number of objects that the right answer points at. Raises UserError as ask does."""
-    asked = ask(model, data, options or Options())
-    judged: dict[str, list[dict[str, float]]] = {}
-    for example, answer in sorted(asked.answered, key=lambda pair: len(pair[0].meant)):
+def evaluate(model: Octopus, data: Instructions, options: Options | None = None) -> Report:
+    """Figures in percent: 'text', '1_object', '2_objects' and so on. Raises UserError as predict does."""
+    predictions = predict(model, data, options)
+    metrics: dict[str, list[Figures]] = defaultdict(list)
+    for example, answer in sorted(predictions.pairs, key=lambda pair: len(pair[0].meant)):
         words = " ".join(piece for piece in example.answer if isinstance(piece, str))
         wanted = [example.boxes[piece] for piece in example.answer if isinstance(piece, int)]
-        figures = {name: value for name, value in judge(answer, wanted, words).items() if name in PROTOCOL}
-        judged.setdefault(setting(example), []).append(figures)
-    system = {name: averaged(figures) for name, figures in judged.items()}
-    counts = {f"answers_{name}": len(figures) for name, figures in judged.items()}
-    return asked.report("instructions", system, PROTOCOL, sizes=counts)
+        found = box_metrics(answer, wanted, words)
+        metrics[setting(example)].append({name: found[name] for name in found if name in PROTOCOL})
+    figures = {name: mean_percent(some) for name, some in metrics.items()}
+    sizes = {f"answers_{name}": len(some) for name, some in metrics.items()}
+    return predictions.report("instructions", figures, PROTOCOL, sizes=sizes)
 
 
 def setting(example: Example) -> str:

@@ -1,72 +1,67 @@
-"""An Octopus is asked what a data set asks: each image is encoded once, what cannot be asked is counted."""
+"""Predictions of Octopus for a data set: each image is encoded once, and answered greedily; what is left out is counted."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
 from fromage.errors import UserError
-from fromage.evals.report import System, make_report
+from fromage.evals.base import Run
+from fromage.evals.report import Report, System
 from fromage.octopus.answers import Grounded, answer_ids
 from fromage.octopus.decoding import ground
 from fromage.octopus.examples import Example
 from fromage.octopus.model import Octopus
 from fromage.octopus.sources import Listed
-from fromage.retrieval.encode import Encoded, Options, encode_files
+from fromage.retrieval.encode import Options
 
 LENGTH = "greedy, and at most as long as the longest right answer of the data is in the model's tokens"
 
 
-@dataclass(frozen=True)
-class Asked:
-    """A data set's examples and what a model answered.
+class Predictions:
+    """A data set's examples with the model's answers, `pairs`, in stored order; `skipped` counts what was left out."""
 
-    Attributes:
-        answered: examples with their answers, in stored order.
-        skipped: what was left out beside the images lost, by cause.
-    """
-
-    model: Octopus
-    source: Listed
-    answered: list[tuple[Example, Grounded]]
-    encoded: Encoded
-    skipped: dict[str, int]
+    def __init__(self, run: Run, pairs: list[tuple[Example, Grounded]], skipped: dict[str, int]) -> None:
+        self.run, self.pairs, self.skipped = run, pairs, skipped
 
     def report(
         self,
         name: str,
-        system: System,
-        protocol: dict[str, str],
+        figures: System,
+        protocol: Mapping[str, str],
         chance: System | None = None,
         sizes: Mapping[str, int] | None = None,
-    ) -> dict[str, Any]:
-        """Of the evaluation `name`, see make_report. The model's figures stand under 'octopus' or 'sequential'."""
-        systems = {"octopus" if self.model.num_queries else "sequential": system} | ({"chance": chance} if chance else {})
-        counts = {"examples": len(self.answered), "images": len(self.encoded.row), **(sizes or {})}
-        protocol = protocol | {"answers": LENGTH}
-        data = self.source.file.name
-        return make_report(name, self.model, systems, protocol, data, counts, self.encoded, self.skipped, {}, ())
+    ) -> Report:
+        """See Run.report. The model's figures are under 'octopus', or under 'sequential' where it spells boxes as text."""
+        systems = {"octopus" if self.run.model.num_queries else "sequential": figures} | (
+            {"chance": chance} if chance else {}
+        )
+        counts = {"examples": len(self.pairs), "images": len(self.run.encoded.row), **(sizes or {})}
+        return self.run.report(name, systems, counts, self.skipped, {**protocol, "answers": LENGTH})
 
 
-def ask(model: Octopus, source: Listed, options: Options) -> Asked:
-    """All answers. Raises UserError for files that are wrong, too many images lost, and where nothing can be asked."""
+def predict(model: Octopus, source: Listed, options: Options | None = None) -> Predictions:
+    """Answers to all examples whose image is there and that point at no more objects than the model has queries.
+
+    Raises UserError for files that are wrong, too many images lost, and where no example is left.
+    """
     examples = list(source)
     few = [example for example in examples if not model.num_queries or len(example.meant) <= model.num_queries]
-    encoded = encode_files(model, [Path(example.image) for example in few], options)
-    kept = [example for example in few if Path(example.image) in encoded.row]
-    if not kept:
-        few_queries = f"the model's {model.num_queries} object queries"
-        raise UserError(f"{source.file}: every answer points at more objects than {few_queries}")
-    patches = dict(zip(encoded.row, encoded.features, strict=True))  # (P, m) each
-    asked = [(patches[Path(example.image)], example.instruction) for example in kept]
+    if not few:
+        raise UserError(
+            f"{source.file}: every answer points at more objects than the model's {model.num_queries} object queries"
+        )
+    run = Run(model, source.file.name, [Path(example.image) for example in few], options)
+    kept = run.keep(few, lambda example: [Path(example.image)])
+    patches = dict(zip(run.encoded.row, run.encoded.features, strict=True))  # (P, m) each
+    prompts = [(patches[Path(example.image)], example.instruction) for example in kept]
     longest = max(len(answer_ids(example, model.tokenizer, model.num_queries)) for example in kept)
+    size = run.options.batch_size
     answers: list[Grounded] = []
-    for start in tqdm(range(0, len(asked), options.batch_size), desc="asking", unit="batch", leave=False):
-        answers += ground(model, asked[start : start + options.batch_size], longest, options.batch_size)
-    skipped = dict(source.dropped) | {"examples with a lost image": len(few) - len(kept)}
+    for start in tqdm(range(0, len(prompts), size), desc="predicting", unit="batch", leave=False):
+        answers += ground(model, prompts[start : start + size], longest, size)
+    skipped = {"examples with a lost image": len(few) - len(kept)}
     skipped["examples of more objects than queries"] = len(examples) - len(few)
-    return Asked(model, source, list(zip(kept, answers, strict=True)), encoded, skipped)
+    return Predictions(run, list(zip(kept, answers, strict=True)), dict(source.dropped) | skipped)

@@ -1,11 +1,13 @@
-"""RefCOCO, RefCOCO+ and RefCOCOg: which object do these words mean?"""
+"""RefCOCO, RefCOCO+ and RefCOCOg: which object do these words mean?
+
+Protocol: an answer is right where the first box that it points at has an IoU of at least 0.5 with the object's.
+"""
 
 from __future__ import annotations
 
-from typing import Any
-
-from fromage.evals.predict import ask
-from fromage.octopus.metrics import TOP, averaged, guess, judge
+from fromage.evals.predict import predict
+from fromage.evals.report import Report
+from fromage.octopus.metrics import TOP, box_metrics, chance_metrics, mean_percent
 from fromage.octopus.model import Octopus
 from fromage.octopus.sources import RefCOCO
 from fromage.retrieval.encode import Options
@@ -16,21 +18,21 @@ PROTOCOL = {
     "chance": "to be expected of a random one of the image's known boxes",
 }
 HEAD = {
-    "head_top1, head_iou": "likewise, of the box with the DETR head's highest score, whatever the answer",
+    "head_top1, head_iou": "accuracy and IoU of the box with the DETR head's highest score, whatever the answer",
     f"head_recall_top{TOP}": f"whether one of the {TOP} with the highest scores is right",
 }
 
 
-def evaluate(model: Octopus, data: RefCOCO, options: Options | None = None) -> dict[str, Any]:
-    """Figures of the split, beside chance. Raises UserError as ask does."""
-    asked = ask(model, data, options or Options())
+def evaluate(model: Octopus, data: RefCOCO, options: Options | None = None) -> Report:
+    """Figures of the split in percent, beside chance. Raises UserError as predict does."""
+    predictions = predict(model, data, options)
     own, chance = [], []
-    for example, answer in asked.answered:
+    for example, answer in predictions.pairs:
         wanted = [example.boxes[i] for i in example.meant]
-        own.append(judge(answer, wanted))
-        chance.append(guess(example.boxes, wanted))
-    systems = ({data.split: averaged(figures)} for figures in (own, chance))
+        own.append(box_metrics(answer, wanted))
+        chance.append(chance_metrics(example.boxes, wanted))
     protocol = PROTOCOL | (HEAD if model.num_queries else {})
     if data.match.pattern:
         protocol |= {"expressions": f"those alone in which {data.match.pattern!r} is found"}
-    return asked.report("refcoco", next(systems), protocol, next(systems))
+    figures, expected = ({data.split: mean_percent(metrics)} for metrics in (own, chance))
+    return predictions.report("refcoco", figures, protocol, expected)

@@ -1,34 +1,86 @@
-"""Visual Dialog: which answer is the right one, and which image is talked about? (section 4.2, table 2)"""
+"""Visual Dialog (VisDial 1.0): which answer is the right one, and which image is talked about? (section 4.2, table 2)
+
+Two tasks, each in two protocols, ours and the released code's, by which the paper's figures were made:
+
+    answers, answers_authors          rank 100 candidates for each answer: ANSWER_PROTOCOLS says how they differ
+    N_rounds, N_rounds_authors        N rounds find their image; with _authors an image finds its N rounds
+"""
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
-from fromage.errors import UserError
-from fromage.evals.answers import PROTOCOLS, answer_figures, chance_figures, score_answers
-from fromage.evals.clip import load_clip_baseline
+from fromage.evals.answers import ScoreStore, identity
+from fromage.evals.base import RetrievalRun, Retriever
 from fromage.evals.dialogues import Dialogue, Dialogues, spoken
-from fromage.evals.report import System, make_report
+from fromage.evals.report import Figures, Report, System
+from fromage.generation.score import score
 from fromage.models.fromage import Fromage
-from fromage.retrieval.encode import Options, encode_files, in_batches
-from fromage.retrieval.metrics import chance, rank_figures, ranks
+from fromage.models.prompts import START, Part
+from fromage.retrieval.encode import Options
+from fromage.retrieval.metrics import mean_reciprocal_rank, ndcg, rank_figures, ranks, ranks_among, recall_at
 
 AUTHORS = "_authors"
+
+
+# --- the protocols of answers ----------------------------------------------------------------------------------------
+
+
+class AnswerProtocol(NamedTuple):
+    """How candidates are scored and rated.
+
+    Attributes:
+        prompt: (dialogue, round, features (m,) of its image) -> what a candidate continues.
+        candidate: the text that is scored.
+        unshifted: whether the logits at a token are compared with this token, not the next one; see generation.score.
+        rated_offset: rounds from the one that people rated to the one whose scores NDCG takes.
+    """
+
+    prompt: Callable[[Dialogue, int, Tensor], list[Part]]
+    candidate: str
+    unshifted: bool
+    rated_offset: int
+
+    def scores(self, model: Fromage, dialogue: Dialogue, number: int, features: Tensor) -> Tensor:
+        """(C,) of a round's candidates, in nats; features (m,)."""
+        texts = [self.candidate.format(text) for text in dialogue.rounds[number].candidates]
+        return score(model, self.prompt(dialogue, number, features), texts, self.unshifted).total
+
+
+def our_prompt(dialogue: Dialogue, number: int, features: Tensor) -> list[Part]:
+    """The image, </s>, the rounds before on one line, and the question as far as 'A:'."""
+    before = spoken(dialogue.rounds[:number])
+    return [features, START, f"{before} Q: {dialogue.rounds[number].question} A:".strip()]
+
+
+def authors_prompt(dialogue: Dialogue, number: int, features: Tensor) -> list[Part]:
+    """The released code's: a line for each question and each answer, and </s> in front of the candidate."""
+    lines = [f"Q: {turn.question}\nA: {turn.answer}\n" for turn in dialogue.rounds[:number]]
+    return [features, START, "".join(lines) + f"Q: {dialogue.rounds[number].question}\nA: ", START]
+
+
+ANSWER_PROTOCOLS = {
+    "answers": AnswerProtocol(our_prompt, " {}.", unshifted=False, rated_offset=0),
+    # the released code counts rounds from 0 where the file counts from 1, so its NDCG is of the round behind the rated one
+    "answers_authors": AnswerProtocol(authors_prompt, "{}", unshifted=True, rated_offset=1),
+}
 PROTOCOL = {
     "answers": "log-likelihood of ' candidate.' behind image, </s>, rounds as 'Q: ...? A: ....' and 'Q: ...? A:'",
-    "answers_authors": "the released code's: rounds as lines, </s> in front of the candidate, logits at a token judged "
-    "against this very token, and NDCG of the round behind the rated one",
+    "answers_authors": "the released code's: rounds as lines, </s> in front of the candidate, logits at a token compared "
+    "with this very token, and NDCG of the round behind the rated one",
     "N_rounds": "the image of a dialogue among all, by 'Q: ...? A: ....' of its first N rounds and [RET], without caption",
     "N_rounds_authors": "the released code's way round: the dialogue of an image among all",
     "clip": "the rounds as one text, cut at 77 tokens",
     "ranks": "exact; ties count against the model; in NDCG they share their places' gain",
 }
-HEADLINE = (*PROTOCOLS, "1_rounds", "5_rounds", "10_rounds", "10_rounds_authors")
+HEADLINE = (*ANSWER_PROTOCOLS, "1_rounds", "5_rounds", "10_rounds", "10_rounds_authors")
 PAPER = {
     "fromage": {
         "answers_authors": {"ndcg": 16.6, "mrr": 22.0, "r1": 17.6, "r5": 20.0, "r10": 24.4},
@@ -38,46 +90,98 @@ PAPER = {
 }
 
 
+# --- the evaluation --------------------------------------------------------------------------------------------------
+
+
 @torch.no_grad()
 def evaluate(
     model: Fromage, data: Dialogues, options: Options | None = None, answers: bool = True, scores: Path | None = None
-) -> dict[str, Any]:
-    """Answers ranked, in both protocols; and images found with 0 to all rounds, both ways, beside CLIP and chance.
+) -> Report:
+    """Both tasks in both protocols: answers ranked, and images found with 0 to all rounds, beside CLIP and chance.
 
-    answers: whether answers are ranked, which takes longest. scores: a folder to take it up from, see score_answers.
-    Raises UserError for too many images lost, and as score_answers does.
+    answers: whether answers are ranked, which takes longest. scores: a folder to resume that from, see score_answers.
+    Raises UserError for a vision tower without text tower, for too many images lost, and as score_answers does.
     """
-    options = options or Options()
-    encoded = encode_files(model, [talk.image for talk in data.dialogues], options)
-    talks = [talk for talk in data.dialogues if talk.image in encoded.row]
-    if not talks:
-        raise UserError(f"{data.name}: no image of its dialogues can be had; name the right --images")
-    features = encoded.of([talk.image for talk in talks])  # (D, m)
-    size, counts = options.batch_size, range(len(talks[0].rounds) + 1)
-    embed = partial(model.embed_text, batch_size=size)
-    queries = {n: in_batches(embed, _said(talks, n), size, f"{n} rounds") for n in counts}
-    systems = {"fromage": curve(queries, model.embed_images(features))}
-    if options.clip:
-        clip = load_clip_baseline(model)
-        texts = {n: in_batches(clip.embed_text, _said(talks, n), size, f"{n} rounds, CLIP") for n in counts}
-        systems["clip"] = curve(texts, clip.embed_features(features))
-    systems["chance"] = {setting: chance(len(talks)) for setting in systems["fromage"]}
+    run = RetrievalRun(model, data.name, [dialogue.image for dialogue in data.dialogues], options)
+    dialogues = run.keep(data.dialogues, lambda dialogue: [dialogue.image])
+    features = run.encoded.of([dialogue.image for dialogue in dialogues])  # (D, m)
+
+    def recalls(system: Retriever) -> System:
+        texts = {n: [spoken(dialogue.rounds[:n]) for dialogue in dialogues] for n in range(len(dialogues[0].rounds) + 1)}
+        queries = {n: system.embed_text(some, f"{n} rounds") for n, some in texts.items()}
+        return image_retrieval(queries, system.embed_images(features))
+
+    figures = run.compare(recalls, lambda setting: (len(dialogues), 1))
     if answers:
-        made = score_answers(model, talks, features, scores)
-        ranked = {name: answer_figures(made[name], talks, name.endswith(AUTHORS)) for name in PROTOCOLS}
-        systems["fromage"] = ranked | systems["fromage"]
-        systems["chance"] |= dict.fromkeys(PROTOCOLS, chance_figures(talks))
-    sizes = {"gallery": len(talks), "queries": len(talks), "candidates": len(talks[0].rounds[0].candidates)}
-    skipped = {"dialogues with a lost image": len(data.dialogues) - len(talks)}
-    return make_report("visdial", model, systems, PROTOCOL, data.name, sizes, encoded, skipped, PAPER, HEADLINE)
+        scored = score_answers(model, dialogues, features, scores)
+        ranked = {name: answer_figures(scored[name], dialogues, ANSWER_PROTOCOLS[name].rated_offset) for name in scored}
+        figures["fromage"] = ranked | figures["fromage"]
+        figures["chance"] |= dict.fromkeys(ranked, chance_figures(dialogues))
+    sizes = {"gallery": len(dialogues), "queries": len(dialogues), "candidates": len(dialogues[0].rounds[0].candidates)}
+    skipped = {"dialogues with a lost image": len(data.dialogues) - len(dialogues)}
+    return run.report("visdial", figures, sizes, skipped, PROTOCOL, PAPER, HEADLINE)
 
 
-def _said(talks: list[Dialogue], rounds: int) -> list[str]:
-    return [spoken(talk.rounds[:rounds]) for talk in talks]
+def image_retrieval(queries: dict[int, Tensor], images: Tensor) -> System:
+    """Figures by the number of rounds in a query, both ways; queries (D, e) of each number, image i of query i."""
+    own = torch.arange(len(images), device=images.device)  # (D,)
+    ours = {f"{n}_rounds": rank_figures(ranks(rows, images, own)) for n, rows in queries.items()}
+    return ours | {f"{n}_rounds{AUTHORS}": rank_figures(ranks(images, rows, own)) for n, rows in queries.items()}
 
 
-def curve(queries: dict[int, Tensor], images: Tensor) -> System:
-    """Figures by the number of rounds in a query, (D, e) each, and of the other way round; image i belongs to query i."""
-    own = torch.arange(len(images), device=images.device)
-    right_way = {f"{n}_rounds": rank_figures(ranks(rows, images, own)) for n, rows in queries.items()}
-    return right_way | {f"{n}_rounds{AUTHORS}": rank_figures(ranks(images, rows, own)) for n, rows in queries.items()}
+def score_answers(
+    model: Fromage, dialogues: Sequence[Dialogue], features: Tensor, folder: Path | None = None
+) -> dict[str, Tensor]:
+    """(D, R, C) scores of C candidates in R rounds of D dialogues, by protocol; features (D, m) of the images.
+
+    folder: where each dialogue's scores are kept; what is there already, from a run that was killed, is not computed again.
+    Raises UserError for a folder with scores of another model or of other dialogues.
+    """
+    store = ScoreStore(folder, identity(model, dialogues, tuple(ANSWER_PROTOCOLS)))
+    rows = [
+        store.get(number) if number in store else store.put(number, dialogue_scores(model, dialogue, own))
+        for number, (dialogue, own) in enumerate(
+            zip(tqdm(dialogues, desc="ranking answers", unit="dialogue"), features, strict=True)
+        )
+    ]  # (2, R, C) each
+    return dict(zip(ANSWER_PROTOCOLS, torch.from_numpy(np.stack(rows, 1)), strict=True))
+
+
+def dialogue_scores(model: Fromage, dialogue: Dialogue, features: Tensor) -> np.ndarray:
+    """(2, R, C) scores of one dialogue's candidates in nats, of each protocol; features (m,)."""
+    rounds = range(len(dialogue.rounds))
+    scored = [how.scores(model, dialogue, number, features) for how in ANSWER_PROTOCOLS.values() for number in rounds]
+    both = torch.stack(scored).unflatten(0, (len(ANSWER_PROTOCOLS), len(rounds)))  # (2 R, C) -> (2, R, C)
+    return both.float().cpu().numpy()
+
+
+# --- figures of answers ----------------------------------------------------------------------------------------------
+
+
+def answer_figures(scores: Tensor, dialogues: Sequence[Dialogue], rated_offset: int = 0) -> Figures:
+    """NDCG over the rated rounds; MRR, recalls and mean rank over all; scores (D, R, C). All but the rank in percent.
+
+    rated_offset: see AnswerProtocol. Behind a dialogue's last round comes the next one's first; behind the last, none.
+    """
+    flat = scores.flatten(0, 1)  # (D, R, C) -> (D R, C)
+    right = torch.tensor([turn.right for dialogue in dialogues for turn in dialogue.rounds])  # (D R,)
+    rank = ranks_among(flat, torch.arange(scores.shape[2]) == right.unsqueeze(1))  # (D R,)
+    places = [number * scores.shape[1] + dialogue.rated + rated_offset for number, dialogue in enumerate(dialogues)]
+    inside = [i for i, place in enumerate(places) if place < len(flat)]
+    relevance = torch.tensor([dialogues[i].relevance for i in inside], dtype=torch.float32)  # (D, C)
+    figures = {"ndcg": ndcg(flat[[places[i] for i in inside]], relevance)} if inside else {}
+    return figures | {"mrr": mean_reciprocal_rank(rank), **recall_at(rank), "mean_rank": rank.float().mean().item()}
+
+
+def chance_figures(dialogues: Sequence[Dialogue]) -> Figures:
+    """What answer_figures gives for a random order, in expectation."""
+    count = len(dialogues[0].rounds[0].candidates)
+    discount = 1 / torch.arange(2.0, count + 2, dtype=torch.float64).log2()  # (C,)
+    gains = []
+    for dialogue in dialogues:
+        best = torch.tensor(sorted(dialogue.relevance, reverse=True), dtype=torch.float64)  # (C,)
+        places = slice(int((best > 0).sum()))
+        gains.append((best.mean() * discount[places].sum() / (best * discount)[places].sum()).nan_to_num().item())
+    recalls = {f"r{k}": 100 * min(1, k / count) for k in (1, 5, 10)}
+    reciprocal = sum(1 / rank for rank in range(1, count + 1)) / count
+    return {"ndcg": 100 * sum(gains) / len(gains), "mrr": 100 * reciprocal, **recalls, "mean_rank": (count + 1) / 2}

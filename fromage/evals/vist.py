@@ -1,43 +1,53 @@
-"""Visual Storytelling: which image belongs to the last sentence of a story? (section 4.1, table 1)"""
+"""Visual Storytelling (VIST): which image belongs to the last sentence of a story? (section 4.1, table 1)
+
+What a query shows of a story's five sentences and first four images is in SETTINGS; each is evaluated in two galleries:
+
+    5_captions_4_images                        ours: </s>, sentence, image, ..., sentence, [RET]
+    5_captions_4_images_authors                the released code's: </s> before every sentence
+    ..._context_kept                           the gallery with the story's own first four images, which are left out else
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fromage.data.annotations import malformed, read_annotations
+from fromage.data.annotations import parsing, read_annotations
 from fromage.errors import UserError
-from fromage.evals.clip import load_clip_baseline
-from fromage.evals.report import System, make_report
+from fromage.evals.base import RetrievalRun, Retriever
+from fromage.evals.report import Report, System
 from fromage.images.codec import SUFFIXES
 from fromage.models.fromage import Fromage
 from fromage.models.prompts import START, Part
-from fromage.models.vision.base import TextTower
-from fromage.retrieval.encode import Options, encode_files, in_batches
-from fromage.retrieval.metrics import chance, rank_figures, ranks
+from fromage.retrieval.encode import Options
+from fromage.retrieval.metrics import rank_figures, ranks
 
 LENGTH = 5  # images, and sentences, of a story
-SETTINGS: dict[str, tuple[range, range]] = {  # which sentences and which images are shown
-    "1_caption": (range(4, 5), range(0)),
-    "5_captions": (range(5), range(0)),
-    "5_captions_4_images": (range(5), range(4)),
-    "4_images": (range(0), range(4)),
-}
-KEPT, AUTHORS = "_context_kept", "_authors"
-PROTOCOL = {
-    "query": "</s>, sentence, image, ..., sentence, [RET]",
-    "..._authors": "with </s> before every sentence, as the released code has it",
-    "gallery": "all annotated images but the story's own before its last; in ..._context_kept with these",
-    "skipped stories": "those with an image that cannot be had, and those that are not of five images",
-    "clip": "all sentences as one text, cut at 77 tokens; with images, the mean of its unit rows and theirs (our choice)",
-    "ranks": "exact; ties count against the model",
+NONE, ALL, FIRST, LAST = range(0), range(LENGTH), range(LENGTH - 1), range(LENGTH - 1, LENGTH)
+KEPT = "_context_kept"
+
+
+class Setting(NamedTuple):
+    """What a query shows of a story; authors: with </s> before every sentence, as the released code has it."""
+
+    sentences: range
+    images: range
+    authors: bool = False
+
+
+SETTINGS = {
+    "1_caption": Setting(LAST, NONE),
+    "5_captions": Setting(ALL, NONE),
+    "5_captions_4_images": Setting(ALL, FIRST),
+    "4_images": Setting(NONE, FIRST),
+    "5_captions_authors": Setting(ALL, NONE, authors=True),
+    "5_captions_4_images_authors": Setting(ALL, FIRST, authors=True),
 }
 PAPER = {
     "fromage": {
@@ -51,7 +61,15 @@ PAPER = {
         "5_captions_4_images": {"r1": 2.4, "r5": 21.3, "r10": 34.0},
     },
 }
-PROTOCOLS = {at: (at, False) for at in SETTINGS} | {at + AUTHORS: (at, True) for at in ("5_captions", "5_captions_4_images")}
+PAPER["fromage"] = {at: PAPER["fromage"].get(at.removesuffix("_authors"), {}) for at in SETTINGS}
+PROTOCOL = {
+    "query": "</s>, sentence, image, ..., sentence, [RET]",
+    "..._authors": "with </s> before every sentence, as the released code has it",
+    "gallery": "all annotated images but the story's own before its last; in ..._context_kept with these",
+    "skipped stories": "those with an image that cannot be had, and those that are not of five images",
+    "clip": "all sentences as one text, cut at 77 tokens; with images, the mean of its unit rows and theirs (our choice)",
+    "ranks": "exact; ties count against the model",
+}
 
 
 @dataclass(frozen=True)
@@ -84,14 +102,12 @@ def read_stories(annotations: Path, images: Path, limit: int | None = None) -> S
     """
     wanted, remedy = ("stories in sequence of VIST",), "val.story-in-sequence.json of VIST's SIS-with-labels"
     _, content = read_annotations(annotations, wanted, remedy)
-    told: dict[str, list[tuple[int, str, str]]] = {}
-    try:
+    noted: dict[str, list[tuple[int, str, str]]] = {}
+    with parsing(annotations):
         for (note,) in content["annotations"]:
             line = int(note["worker_arranged_photo_order"]), note["text"], note["photo_flickr_id"]
-            told.setdefault(note["story_id"], []).append(line)
-    except (KeyError, TypeError, ValueError) as error:
-        raise malformed(annotations, error) from error
-    some = dict(list(told.items())[:limit])
+            noted.setdefault(note["story_id"], []).append(line)
+    some = dict(list(noted.items())[:limit])
     places = {photo: _place(images, photo) for lines in some.values() for _, _, photo in lines}
     stories = [
         Story([text for _, text, _ in lines], [places[photo] for _, _, photo in lines])
@@ -109,64 +125,58 @@ def _place(images: Path, photo: str) -> Path:
 
 
 @torch.no_grad()
-def evaluate(model: Fromage, data: Stories, options: Options | None = None) -> dict[str, Any]:
-    """Recalls of the last image in every setting, of FROMAGe, of its CLIP and of chance.
+def evaluate(model: Fromage, data: Stories, options: Options | None = None) -> Report:
+    """R@1, 5, 10 and the median rank of the last image in every setting, of FROMAGe, CLIP and chance, in percent.
 
-    Raises UserError for too many images lost.
+    Raises UserError for a vision tower without text tower, and for too many images lost.
     """
-    options = options or Options()
-    encoded = encode_files(model, data.images, options)
-    stories = [story for story in data.stories if all(path in encoded.row for path in story.images)]
-    if not stories:
-        raise UserError(f"{data.name}: no story has all its images; name the right --images")
-    rows = torch.tensor([[encoded.row[p] for p in story.images] for story in stories], device=model.device)  # (S, 5)
+    run = RetrievalRun(model, data.name, data.images, options)
+    stories = run.keep(data.stories, lambda story: story.images)
+    features = run.encoded.features  # (M, m)
+    numbers = [[run.encoded.row[path] for path in story.images] for story in stories]
+    rows = torch.tensor(numbers, device=model.device)  # (S, 5)
 
-    def judged(embedded: dict[str, Tensor], gallery: Tensor) -> System:
-        """Ranks of the last images by (S, e) queries of each setting in the gallery (M, e)."""
-        system: System = {}
-        for setting, queries in embedded.items():
-            for name, excluded in ((setting, rows[:, :-1]), (setting + KEPT, None)):
-                system[name] = rank_figures(ranks(queries, gallery, rows[:, -1], excluded=excluded))
-        return system
+    def recalls(system: Retriever) -> System:
+        gallery = system.embed_images(features)  # (M, e)
+        if system.name == "clip":
+            embedded = {at: clip_queries(system, at, stories, gallery[rows]) for at in SETTINGS if not SETTINGS[at].authors}
+        else:
+            embedded = {at: prompt_queries(system, at, stories, features[rows]) for at in SETTINGS}
+        figures: System = {}
+        for at, queries in embedded.items():
+            for name, excluded in ((at, rows[:, :-1]), (at + KEPT, None)):
+                figures[name] = rank_figures(ranks(queries, gallery, rows[:, -1], excluded=excluded))
+        return figures
 
-    own = {name: _queries(model, name, stories, encoded.features[rows], options) for name in PROTOCOLS}
-    systems = {"fromage": judged(own, model.embed_images(encoded.features))}
-    if options.clip:
-        clip = load_clip_baseline(model)
-        gallery = clip.embed_features(encoded.features)  # (M, e)
-        systems["clip"] = judged({at: _clip_queries(clip, at, stories, gallery[rows], options) for at in SETTINGS}, gallery)
-    shown = len(encoded.row)
-    systems["chance"] = {at: chance(shown if at.endswith(KEPT) else shown - LENGTH + 1) for at in systems["fromage"]}
-    sizes = {"gallery": shown, "queries": len(stories)}
-    paper = PAPER | {"fromage": {name: PAPER["fromage"].get(at, {}) for name, (at, _) in PROTOCOLS.items()}}
+    shown = len(features)
+    figures = run.compare(recalls, lambda setting: (shown if setting.endswith(KEPT) else shown - LENGTH + 1, 1))
     skipped = {"stories with a lost image": len(data.stories) - len(stories), "stories of other lengths": data.other}
-    return make_report("vist", model, systems, PROTOCOL, data.name, sizes, encoded, skipped, paper, list(PROTOCOLS))
+    sizes = {"gallery": shown, "queries": len(stories)}
+    return run.report("vist", figures, sizes, skipped, PROTOCOL, PAPER, list(SETTINGS))
 
 
-def story_prompt(protocol: str, sentences: Sequence[str], images: Sequence[Any]) -> list[Part]:
-    """Sentences and images of a story in order, those that the setting shows."""
-    setting, authors = PROTOCOLS[protocol]
-    said, shown = SETTINGS[setting]
+def story_prompt(setting: Setting, sentences: Sequence[str], images: Sequence[Any]) -> list[Part]:
+    """Sentences and images of a story in order, those that the setting shows; [RET] comes behind them."""
     parts: list[Part] = []
     for i in range(LENGTH):
-        sentence: list[Part] = [START, sentences[i]] if authors else [" " + sentences[i] if parts else sentences[i]]
-        parts += sentence if i in said else []
-        parts += [images[i]] if i in shown else []
+        if i in setting.sentences:
+            parts += [START, sentences[i]] if setting.authors else [" " + sentences[i] if parts else sentences[i]]
+        if i in setting.images:
+            parts.append(images[i])
     return parts
 
 
-def _queries(model: Fromage, protocol: str, stories: Sequence[Story], features: Tensor, options: Options) -> Tensor:
-    """(S, q) unit rows; features (S, 5, m)."""
-    prompts = [story_prompt(protocol, story.sentences, own) for story, own in zip(stories, features, strict=True)]
-    embed = partial(model.embed_text, batch_size=options.batch_size)
-    return in_batches(embed, prompts, options.batch_size, protocol)
+def prompt_queries(fromage: Retriever, name: str, stories: Sequence[Story], features: Tensor) -> Tensor:
+    """FROMAGe's queries: (S, q) unit rows; features (S, 5, m)."""
+    shown = zip(stories, features, strict=True)
+    return fromage.embed_text([story_prompt(SETTINGS[name], story.sentences, images) for story, images in shown], name)
 
 
-def _clip_queries(clip: TextTower, setting: str, stories: Sequence[Story], images: Tensor, options: Options) -> Tensor:
-    """(S, e) unit rows; images (S, 5, e) unit rows."""
-    said, shown = SETTINGS[setting]
-    rows = list(images[:, list(shown)].unbind(1))  # (S, e) each
-    if said:
-        texts = [" ".join(story.sentences[i] for i in said) for story in stories]
-        rows.append(in_batches(clip.embed_text, texts, options.batch_size, f"{setting}, CLIP"))
-    return F.normalize(torch.stack(rows).mean(0), dim=-1)
+def clip_queries(clip: Retriever, name: str, stories: Sequence[Story], images: Tensor) -> Tensor:
+    """CLIP's queries: (S, e) unit rows, the mean of the sentences' row and the images'; images (S, 5, e) unit rows."""
+    setting = SETTINGS[name]
+    rows = list(images[:, list(setting.images)].unbind(1))  # (S, e) each
+    if setting.sentences:
+        texts = [" ".join(story.sentences[i] for i in setting.sentences) for story in stories]
+        rows.append(clip.embed_text(texts, name))
+    return F.normalize(torch.stack(rows).mean(0), dim=-1)  # (n, S, e) -> (S, e)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping, Sequence
 from math import isfinite
+from typing import Any
 
 Points = Sequence[tuple[float, float]]
 SIZE = (6.4, 3.2)  # inches
 FEW = 20  # points, each of which gets a dot
 # Texts stay texts, and equal charts are equal files.
-STYLE = {"svg.fonttype": "none", "svg.hashsalt": "fromage", "font.size": 9, "text.parse_math": False}
+STYLE: Any = {"svg.fonttype": "none", "svg.hashsalt": "fromage", "font.size": 9, "text.parse_math": False}
 
 
 def line_chart(lines: Mapping[str, Points], title: str = "", x: str = "", y: str = "") -> str:

@@ -1,4 +1,4 @@
-"""How well boxes were pointed at: by the answer, and by the DETR head's scores alone."""
+"""How well an answer points: by the boxes it names, and by the DETR head's scores alone."""
 
 from __future__ import annotations
 
@@ -12,45 +12,54 @@ from torchvision.ops import box_iou
 from fromage.octopus.answers import Grounded
 from fromage.octopus.examples import Box
 
-RIGHT = 0.5  # IoU from which a box counts as found
+FOUND = 0.5  # IoU from which a box counts as found, as in RefCOCO's measure
 TOP = 5  # of the head's candidates
 
 
-def judge(answer: Grounded, wanted: Sequence[Box], words: str = "") -> dict[str, float]:
-    """Figures of one answer that ought to point at the wanted boxes, 0 to 1; what cannot be judged is left out.
+def box_metrics(answer: Grounded, wanted: Sequence[Box], words: str = "") -> dict[str, float]:
+    """Metrics of one answer that ought to point at the wanted boxes, 0 to 1.
 
-    acc_iou50 and mean_iou: of the first box pointed at against the wanted one, where a single one is wanted (RefCOCO's
-    measure). all_found: as many boxes as wanted, and each with a partner of IoU 0.5. head_top1: the highest score's box in
-    place of the answer's; head_recall_top5: whether one of the five is right. words: whether they are those that are due.
+    With one wanted box, as RefCOCO measures it:
+        acc_iou50, mean_iou: of the first box pointed at.
+        head_top1, head_iou: of the head's box with the highest score, whatever the answer; none where there is no head.
+        head_recall_top5: whether one of the five with the highest scores is found.
+    With one or more:
+        all_found: as many boxes as wanted, and each with a partner of IoU 0.5.
+    With words:
+        words: whether the answer's words are these.
     """
-    figures: dict[str, float] = {}
+    metrics: dict[str, float] = {}
     if len(wanted) == 1:
-        first = overlaps(answer.boxes[:1], wanted)  # (1 or 0, 1)
-        best = float(first.max()) if first.numel() else 0.0
-        figures |= {"acc_iou50": float(best >= RIGHT), "mean_iou": best}
+        metrics |= _of_first(overlaps(answer.boxes[:1], wanted)[:, 0], "acc_iou50", "mean_iou")
         if answer.candidates:
             heads = overlaps([box for box, _ in answer.candidates], wanted)[:, 0]  # (N,), best score first
-            figures |= {"head_top1": float(heads[0] >= RIGHT), "head_iou": float(heads[0])}
-            figures["head_recall_top5"] = float(heads[:TOP].max() >= RIGHT)
+            metrics |= _of_first(heads, "head_top1", "head_iou")
+            metrics["head_recall_top5"] = float(heads[:TOP].max() >= FOUND)
     if wanted:
-        figures["all_found"] = float(all_found(answer.boxes, wanted))
+        metrics["all_found"] = float(all_found(answer.boxes, wanted))
     if words:
-        figures["words"] = float(answer.words == " ".join(words.split()))
-    return figures
+        metrics["words"] = float(answer.words == " ".join(words.split()))
+    return metrics
 
 
-def guess(known: Sequence[Box], wanted: Sequence[Box]) -> dict[str, float]:
-    """Figures to be expected of a random one of the known boxes, where a single one is wanted."""
+def _of_first(ious: Tensor, accuracy: str, mean: str) -> dict[str, float]:
+    """Whether the first of IoUs (N,) is high enough, and that IoU; of none, zero."""
+    first = float(ious[0]) if len(ious) else 0.0
+    return {accuracy: float(first >= FOUND), mean: first}
+
+
+def chance_metrics(known: Sequence[Box], wanted: Sequence[Box]) -> dict[str, float]:
+    """acc_iou50 and mean_iou, 0 to 1, expected of a random one of the known boxes, where a single one is wanted."""
     reached = overlaps(known, wanted)[:, 0]  # (K,)
-    return {"acc_iou50": float((reached >= RIGHT).float().mean()), "mean_iou": float(reached.mean())}
+    return {"acc_iou50": float((reached >= FOUND).float().mean()), "mean_iou": float(reached.mean())}
 
 
 def all_found(boxes: Sequence[Box], wanted: Sequence[Box]) -> bool:
     """Whether boxes and wanted ones are partners, one to one, of IoU 0.5."""
     if len(boxes) != len(wanted):
         return False
-    right = (overlaps(boxes, wanted) >= RIGHT).numpy()
-    return bool(right[linear_sum_assignment(~right)].all())
+    found = (overlaps(boxes, wanted) >= FOUND).numpy()
+    return bool(found[linear_sum_assignment(~found)].all())
 
 
 def overlaps(boxes: Sequence[Box], wanted: Sequence[Box]) -> Tensor:
@@ -58,9 +67,9 @@ def overlaps(boxes: Sequence[Box], wanted: Sequence[Box]) -> Tensor:
     return box_iou(torch.tensor(boxes).view(-1, 4), torch.tensor(wanted).view(-1, 4))
 
 
-def averaged(figures: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Means in percent over the answers that have the figure; mean_iou and head_iou too."""
-    names = dict.fromkeys(name for one in figures for name in one)
+def mean_percent(metrics: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Means in percent, of each metric over the answers that have it; mean_iou and head_iou too."""
+    names = dict.fromkeys(name for one in metrics for name in one)
     return {
-        name: 100 * sum(one[name] for one in figures if name in one) / sum(name in one for one in figures) for name in names
+        name: 100 * sum(one[name] for one in metrics if name in one) / sum(name in one for one in metrics) for name in names
     }

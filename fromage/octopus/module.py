@@ -117,7 +117,7 @@ class OctopusModule(pl.LightningModule):
         if quantize and stage == 3 and not self.hparams["lora_rank"]:
             raise UserError("model.quantize: a quantised language model is trained by adapters only; give model.lora_rank")
         self.guard = NonFiniteGuard(nonfinite == "skip", ("answer", "recognition"))
-        self._judged: list[dict[str, float]] = []
+        self._metrics: list[dict[str, float]] = []
         self._taken: set[str] = set()  # names of parameters that earlier stages trained
 
     @property
@@ -184,11 +184,11 @@ class OctopusModule(pl.LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         """Reset the results of the last validation."""
-        self._judged = []
+        self._metrics = []
 
     def validation_step(self, batch: GroundingBatch, index: int) -> None:
         """Losses, and metrics of greedy answers (fromage.octopus.metrics)."""
-        from fromage.octopus.metrics import judge
+        from fromage.octopus.metrics import box_metrics
 
         out = octopus_step(self.model, batch)
         named = {"val/answer_loss": out.answer_loss, "val/token_accuracy": out.token_accuracy, "val/loss": out.loss}
@@ -201,13 +201,13 @@ class OctopusModule(pl.LightningModule):
         answers = grounded(self.model, prefill, decode(self.model, prefill, batch.answers.shape[1] + 1))
         for example, answer in zip(batch.examples, answers, strict=True):
             due = "" if example.meant else "".join(piece for piece in example.answer if isinstance(piece, str))
-            self._judged.append(judge(answer, [example.boxes[i] for i in example.meant], due))
+            self._metrics.append(box_metrics(answer, [example.boxes[i] for i in example.meant], due))
 
     def on_validation_epoch_end(self) -> None:
         """Means over the validation set, in percent."""
-        from fromage.octopus.metrics import averaged
+        from fromage.octopus.metrics import mean_percent
 
-        figures = averaged(self._judged)
+        figures = mean_percent(self._metrics)
         self.log_dict({f"val/{name}": value for name, value in figures.items()}, sync_dist=True)
         if "acc_iou50" in figures:
             self.log("val/acc", figures["acc_iou50"], prog_bar=True, sync_dist=True)

@@ -1,4 +1,4 @@
-"""What an evaluation encodes: each image once, in batches, with a bar; what cannot be had is counted and named."""
+"""Image files encoded by a vision tower: each once, in batches; images that are missing or broken are counted and named."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from fromage.images.transforms import Transform, read_image
 from fromage.models.base import VisualPrefixLM
 
 Item = TypeVar("Item")
-NAMED = 20  # of the images that cannot be had
 
 
 @dataclass(frozen=True)
@@ -28,9 +27,9 @@ class Options:
 
     Attributes:
         batch_size: texts or images in a pass.
-        workers: processes that decode images.
+        workers: processes that decode images; 0 decodes in this one.
         max_lost: share of the images, 0 to 1, that may be missing or broken.
-        clip: whether the frozen CLIP is evaluated as well.
+        clip: whether the frozen CLIP is evaluated as a baseline.
     """
 
     batch_size: int = 64
@@ -41,11 +40,12 @@ class Options:
 
 @dataclass(frozen=True)
 class Encoded:
-    """Features (n, *shape) of the images that could be had, on the model's device: (n, m), or patches (n, P, m).
+    """Features of images.
 
     Attributes:
-        row: of each such image in features.
-        lost: (cause, path) of the others.
+        features: (n, m) pooled, or patches (n, P, m), float32 on the model's device.
+        row: path of an image -> its row in features.
+        lost: (cause, path) of the images that have none; causes are 'missing' and 'broken'.
     """
 
     features: Tensor
@@ -53,7 +53,7 @@ class Encoded:
     lost: list[tuple[str, Path]]
 
     def of(self, paths: Sequence[Path]) -> Tensor:
-        """(len(paths), *shape)."""
+        """Features of N paths, (N, m) or (N, P, m). Raises KeyError for an image that is lost."""
         return self.features[[self.row[path] for path in paths]]
 
     def counts(self) -> dict[str, int]:
@@ -62,7 +62,7 @@ class Encoded:
 
 
 class Files(Dataset[Any]):
-    """Images as the tower wants them, (3, H, W) each, or why one cannot be had."""
+    """Images transformed for a vision tower, (3, H, W) uint8 each; for a lost one the cause, 'missing' or 'broken'."""
 
     def __init__(self, paths: list[Path], transform: Transform) -> None:
         self.paths, self.transform = paths, transform
@@ -81,7 +81,7 @@ class Files(Dataset[Any]):
 
 @torch.no_grad()
 def encode_files(model: VisualPrefixLM, paths: Sequence[Path], options: Options) -> Encoded:
-    """Encode each distinct image once. Raises UserError where more than options.max_lost cannot be had."""
+    """Encode each distinct image once. Raises UserError where more than options.max_lost are missing or broken."""
     distinct = list(dict.fromkeys(paths))
     check_lost([("missing", path) for path in distinct if not path.is_file()], len(distinct), options.max_lost)
     files = Files(distinct, model.vision.transform)
@@ -97,13 +97,13 @@ def encode_files(model: VisualPrefixLM, paths: Sequence[Path], options: Options)
         good += [path for path, pixels in some if isinstance(pixels, Tensor)]
         lost += [(cause, path) for path, cause in some if isinstance(cause, str)]
         if pixels := [pixels for _, pixels in some if isinstance(pixels, Tensor)]:
-            rows.append(model.vision(torch.stack(pixels)).float())
+            rows.append(model.vision(torch.stack(pixels)).float())  # (b, 3, H, W) -> (b, m) or (b, P, m)
     check_lost(lost, len(distinct), options.max_lost)
     return Encoded(torch.cat(rows), {path: i for i, path in enumerate(good)}, lost)
 
 
 def check_lost(lost: list[tuple[str, Path]], count: int, max_lost: float) -> None:
-    """Raise UserError where too many of `count` images are lost, or all."""
+    """Raise UserError where more than the share max_lost of `count` images is lost, or all of them."""
     if lost and (len(lost) > max_lost * count or len(lost) == count):
         some = ", ".join(f"{path} ({cause})" for cause, path in lost[:3])
         raise UserError(
@@ -113,6 +113,6 @@ def check_lost(lost: list[tuple[str, Path]], count: int, max_lost: float) -> Non
 
 
 def in_batches(embed: Callable[[Any], Tensor], items: Sequence[Item], size: int, what: str) -> Tensor:
-    """embed over `size` items at a time, its rows one below the other, with a bar."""
+    """(N, e) rows of N items, which embed takes `size` at a time, with a progress bar named `what`."""
     starts = tqdm(range(0, len(items), size), desc=what, unit="batch", leave=False)
-    return torch.cat([embed(items[start : start + size]) for start in starts])
+    return torch.cat([embed(items[start : start + size]) for start in starts])  # (b, e) each -> (N, e)

@@ -1,4 +1,4 @@
-"""Figures of a ranking: exact ranks, chunked, with ties against the model, and what is made of them."""
+"""Exact ranks, with ties counted against the model, and metrics of ranks: recall, median, MRR, NDCG, chance."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torchmetrics.functional.retrieval import retrieval_normalized_dcg
 
-TIE = 1e-12  # products of the same unit rows, in float64, differ by less, wherever BLAS puts them
+TIE = 1e-12  # equal dot products of unit rows differ by less in float64, whatever the order in which BLAS sums
 
 
 def ranks(
@@ -20,14 +20,17 @@ def ranks(
     labels: Tensor | None = None,
     excluded: Tensor | None = None,
 ) -> Tensor:
-    """The rank, from 1, of each query's own item among the gallery: one more than the others that score as high or higher.
+    """(N,) ranks, from 1, of each query's own item in the gallery: 1 + the other items that score as high or higher.
 
-    Unit rows queries (N, q) and gallery (M, q), targets (N,) indices into the gallery -> (N,), on the CPU. Memory grows
-    with chunk x M only. A score that is not a number ranks last.
+    A score that is not a number ranks last. Memory grows with chunk x M, not with N x M. The result is on the CPU.
 
     Args:
-        labels: (M,) labels of the items, where targets are labels too; of several own items the best one counts.
-        excluded: (N, e) indices of items that are no part of a query's gallery; its own items always are.
+        queries: (N, q) unit rows.
+        gallery: (M, q) unit rows.
+        targets: (N,) indices of the own items, or, with labels, their label.
+        chunk: queries at a time.
+        labels: (M,) labels of the items; of several own items the best one counts.
+        excluded: (N, x) indices of items to leave out of a query's gallery; its own items stay.
     """
     queries, gallery = queries.cpu().double(), gallery.cpu().double()  # not every device has float64
     targets, labels = targets.cpu(), torch.arange(len(gallery)) if labels is None else labels.cpu()
@@ -44,34 +47,34 @@ def ranks(
 
 
 def ranks_among(scores: Tensor, own: Tensor, tie: float = 0.0) -> Tensor:
-    """(N, M) scores, and which items are a query's own, (N, M) bool -> (N,) ranks, from 1, of the best of these.
+    """(N,) ranks, from 1, of the best of a query's own items by scores (N, M); own (N, M) bool marks them.
 
     tie: scores that differ by no more are equal.
     """
     best = scores.masked_fill(~own, -torch.inf).amax(1, keepdim=True)  # (N, 1)
-    return 1 + (~own & ~(scores < best - tie)).sum(1)
+    return 1 + (~own & ~(scores < best - tie)).sum(1)  # (N, M) -> (N,)
 
 
 def recall_at(rank: Tensor, ks: tuple[int, ...] = (1, 5, 10)) -> dict[str, float]:
-    """Share of ranks (N,) at most k, in percent, as {'r1': ..., 'r5': ..., 'r10': ...}."""
+    """R@k of ranks (N,), the share of ranks up to k, in percent: {'r1': ..., 'r5': ..., 'r10': ...}."""
     return {f"r{k}": 100 * (rank <= k).float().mean().item() for k in ks}
 
 
 def rank_figures(rank: Tensor) -> dict[str, float]:
-    """Recalls of ranks (N,), in percent, and the median rank."""
+    """R@1, R@5 and R@10 of ranks (N,), in percent, and the median rank."""
     return recall_at(rank) | {"median_rank": float(statistics.median(rank.tolist()))}
 
 
 def mean_reciprocal_rank(rank: Tensor) -> float:
-    """Of ranks (N,), in percent."""
+    """MRR of ranks (N,), in percent."""
     return 100 * (1 / rank.double()).mean().item()
 
 
 def ndcg(scores: Tensor, relevance: Tensor) -> float:
-    """Normalised discounted cumulative gain of (N, C) scores, in percent, over as many places as there are relevant items.
+    """Normalised discounted cumulative gain of N rankings by scores (N, C), mean in percent; relevance (N, C), 0 to 1.
 
-    relevance (N, C) in [0, 1]. As VisDial has it: linear gain, each ranking cut at the number of items with relevance
-    above 0. Items that tie share the gain of their places.
+    As VisDial's challenge defines it: linear gain, each ranking cut at its number of items with relevance above 0. Items
+    that tie share the gain of their places.
     """
     rows = [
         retrieval_normalized_dcg(row, wanted, top_k=max(1, int((wanted > 0).sum())))
@@ -81,7 +84,7 @@ def ndcg(scores: Tensor, relevance: Tensor) -> float:
 
 
 def chance(gallery: int, own: int = 1) -> dict[str, float]:
-    """What rank_figures gives in expectation for a random order, of a query with so many own items in the gallery."""
+    """rank_figures expected of a random order of `gallery` items, of which `own` are the query's."""
 
     def within(k: int) -> float:
         return 1 - math.comb(max(gallery - k, 0), own) / math.comb(gallery, own)
@@ -91,7 +94,7 @@ def chance(gallery: int, own: int = 1) -> dict[str, float]:
 
 
 def retrieval_recalls(texts: Tensor, images: Tensor) -> dict[str, float]:
-    """Recalls both ways of N pairs, texts and images (N, q) unit rows: {'t2i_r1': ..., 'i2t_r1': ...} in percent."""
+    """R@1, 5 and 10 both ways of N pairs, texts and images (N, q) unit rows, in percent: {'t2i_r1': ..., 'i2t_r1': ...}."""
     own = torch.arange(len(texts), device=texts.device)
     both = {"t2i": ranks(texts, images, own), "i2t": ranks(images, texts, own)}
     return {f"{way}_{name}": value for way, rank in both.items() for name, value in recall_at(rank).items()}

@@ -119,7 +119,7 @@ class SafeCheckpoint(ModelCheckpoint):
 
     def _save_now(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the last checkpoint, unless it is of this step already."""
-        if trainer.fast_dev_run or not self.save_last:
+        if trainer.fast_dev_run or not self.save_last:  # type: ignore[attr-defined]
             return
         super().on_train_end(trainer, pl_module)  # recent versions of Lightning write the first one, if there is none yet
         self.last_model_path = self.last_model_path or self.format_checkpoint_name({}, self.CHECKPOINT_NAME_LAST)

@@ -90,7 +90,7 @@ def test_samples_are_drawn_without_favour(tmp_path):
     assert check_shards(str(tmp_path / "s"), shown=0).sheet == []
 
 
-def test_stored_features_are_looked_at_too(tmp_path):
+def test_stored_features_are_checked(tmp_path):
     import torch
 
     tar(tmp_path / "x.tar", *[(k, {"npy": to_npy(torch.full((3,), v)), "txt": b"x"}) for k, v in (("a", 1.0), ("b", 2.0))],
@@ -128,7 +128,7 @@ def test_bad_options_are_refused(tmp_path, capsys):
         main(["shards", "check", str(tmp_path), "--max-broken", "1.5"])
 
 
-def test_names_open(mixed):
+def test_names_in_the_report_can_be_opened(mixed):
     report = check_shards(str(mixed / "b.tar"))
     assert open_image(report.figures()["largest_image"]["name"]).size == (60, 10)
 

@@ -2,6 +2,7 @@
 
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -20,7 +21,7 @@ from fromage.evals import coco
 from fromage.evals.caption_sets import CaptionSet, read_captions
 from fromage.evals.captioning import caption_figures
 from fromage.evals.clip import load_clip_baseline
-from fromage.evals.coco import both_ways, by_chance, evaluate
+from fromage.evals.coco import both_ways, evaluate, gallery_of
 from fromage.evals.coco_lightning import CocoCaptions, CocoModule
 from fromage.evals.report import markdown, table
 from fromage.images.open import open_image
@@ -65,7 +66,8 @@ def test_from_two_thousand_on_there_are_galleries_of_a_thousand(monkeypatch):
     parts = [both_ways(texts[2 * i : 2 * i + 20], images[i : i + 10], owner[:20]) for i in (0, 10)]
     for way in ("text_to_image", "image_to_text"):
         assert system[f"{way}_1k"]["r1"] == pytest.approx(sum(part[way]["r1"] for part in parts) / 2)
-    assert by_chance(25, 50, system)["text_to_image_1k"]["r1"] == pytest.approx(10)
+    assert gallery_of("text_to_image_1k", 25, 2) == (10, 1) and gallery_of("image_to_text_1k", 25, 2) == (20, 2)
+    assert gallery_of("text_to_image", 25, 2) == (25, 1) and gallery_of("image_to_text", 25, 2) == (50, 2)
     assert "text_to_image_1k" not in both_ways(texts[:20], images[:10], owner[:20])
 
 
@@ -78,7 +80,8 @@ def test_a_report_has_everything_and_chance_is_beaten_by_clip(toy_model, data):
     assert report["fromage"].keys() == report["clip"].keys() == report["chance"].keys()
     lines = table(report).splitlines()
     assert any(line.startswith("text_to_image  clip") for line in lines) and "(23.4)" in table(report)
-    assert "third party's" in table(report) and "third party's" not in table(evaluate(toy_model, data, "flickr30k"))
+    flickr = evaluate(toy_model, replace(data, dataset="flickr30k"))
+    assert "third party's" in table(report) and "third party's" not in table(flickr)
     head, _, *rows = markdown(report).splitlines()
     assert len(rows) == 3 and len({line.count("|") for line in (head, *rows)}) == 1
     assert "clip" not in evaluate(toy_model, data, options=Options(clip=False))

@@ -8,17 +8,17 @@ from tiny_octopus import save_untrained
 
 from fromage.cli.main import main
 from fromage.errors import UserError
-from fromage.evals import predict as asking
+from fromage.evals import predict as predicting
 from fromage.evals.instructions import evaluate as evaluate_instructions
 from fromage.evals.pope import coin, figures
 from fromage.evals.pope import evaluate as evaluate_pope
-from fromage.evals.predict import ask
+from fromage.evals.predict import predict
 from fromage.evals.refcoco import evaluate as evaluate_refcoco
 from fromage.evals.report import table
 from fromage.models.fromage import Fromage
 from fromage.octopus.answers import Grounded
 from fromage.octopus.decoding import ground
-from fromage.octopus.metrics import guess
+from fromage.octopus.metrics import chance_metrics
 from fromage.octopus.model import Octopus
 from fromage.octopus.module import load_octopus
 from fromage.octopus.sources import Instructions, Pope, RefCOCO
@@ -49,8 +49,8 @@ def answering(monkeypatch):
 
     def patch(source, answer):
         right = iter(list(source))
-        told = lambda model, asked, *options: [answer(next(right)) for _ in asked]  # noqa: E731
-        monkeypatch.setattr(asking, "ground", told)
+        told = lambda model, prompts, *options: [answer(next(right)) for _ in prompts]  # noqa: E731
+        monkeypatch.setattr(predicting, "ground", told)
 
     return patch
 
@@ -59,7 +59,7 @@ def pieces(example, box=lambda box: box):
     return [piece if isinstance(piece, str) else box(example.boxes[piece]) for piece in example.answer]
 
 
-def test_right_answers_are_worth_a_hundred_and_the_head_is_judged_apart(octopus, world, answering):
+def test_right_answers_are_worth_a_hundred_and_the_head_is_measured_apart(octopus, world, answering):
     data = refcoco(world, limit=12)
     answering(data, lambda e: Grounded("", pieces(e), [(FAR, 0.9), (e.boxes[e.meant[0]], 0.5)], [1]))
     report = evaluate_refcoco(octopus, data, Options(5))
@@ -87,16 +87,16 @@ def test_a_report_names_the_pattern_it_is_of(octopus, world, answering):
 
 
 def test_chance_is_the_mean_over_the_known_boxes():
-    assert guess([A, B, FAR, A], [A]) == {"acc_iou50": 0.5, "mean_iou": 0.5}
+    assert chance_metrics([A, B, FAR, A], [A]) == {"acc_iou50": 0.5, "mean_iou": 0.5}
 
 
 def test_answers_do_not_depend_on_the_batch_and_images_are_encoded_once(octopus, world, monkeypatch):
     encoded, vision = [], octopus.vision.forward
     monkeypatch.setattr(octopus.vision, "forward", lambda pixels: encoded.append(len(pixels)) or vision(pixels))
-    many, few = (ask(octopus, refcoco(world, limit=9), Options(size)) for size in (9, 2))
-    assert [a.text for _, a in many.answered] == [a.text for _, a in few.answered]
-    assert sum(encoded) == 2 * len({example.image for example, _ in many.answered}) < 18
-    example, answer = many.answered[-1]
+    many, few = (predict(octopus, refcoco(world, limit=9), Options(size)) for size in (9, 2))
+    assert [a.text for _, a in many.pairs] == [a.text for _, a in few.pairs]
+    assert sum(encoded) == 2 * len({example.image for example, _ in many.pairs}) < 18
+    example, answer = many.pairs[-1]
     (alone,) = ground(octopus, [(Image.open(example.image), example.instruction)], 2)
     assert answer.text.startswith(alone.text)
 
@@ -133,16 +133,16 @@ def test_pope_of_right_and_of_wrong_answers(octopus, world, answering):
         assert own["accuracy"] == own["f1"] == share and own["yes"] == 50 == chance["accuracy"] and own["neither"] == 0
 
 
-def test_what_cannot_be_asked_is_counted(world, tmp_path):
+def test_examples_of_too_many_objects_are_counted(world, tmp_path):
     data = Instructions(str(world / "llava/instruct_val.json"), str(world))
     one = Octopus.load(num_queries=1, decoder_width=16, decoder_layers=1, heads=2)
     many = sum(len(e.meant) > 1 for e in data)
-    asked = ask(one, data, Options(64))
-    assert asked.skipped["examples of more objects than queries"] == many == len(data) - len(asked.answered) > 0
+    predictions = predict(one, data, Options(64))
+    assert predictions.skipped["examples of more objects than queries"] == many == len(data) - len(predictions.pairs) > 0
     talk = [{"from": "human", "value": "where?"}, {"from": "gpt", "value": "[0.1,0.1,0.2,0.2][0.3,0.3,0.4,0.4]"}]
     (tmp_path / "several.json").write_text(json.dumps([{"image": data.examples[0].image, "conversations": talk}]))
     with pytest.raises(UserError, match="more objects than the model's 1 object queries"):
-        ask(one, Instructions(str(tmp_path / "several.json"), ""), Options())
+        predict(one, Instructions(str(tmp_path / "several.json"), ""), Options())
 
 
 def test_lost_images_are_counted(octopus, tmp_path):

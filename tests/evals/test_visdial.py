@@ -6,10 +6,18 @@ import pytest
 import torch
 
 from fromage.errors import UserError
-from fromage.evals import answers
-from fromage.evals.answers import PROTOCOLS, answer_figures, authors_prompt, chance_figures, prompt, score_answers
+from fromage.evals import visdial
 from fromage.evals.dialogues import Dialogue, Dialogues, Round, read_dialogues
-from fromage.evals.visdial import curve, evaluate
+from fromage.evals.visdial import (
+    ANSWER_PROTOCOLS,
+    answer_figures,
+    authors_prompt,
+    chance_figures,
+    evaluate,
+    image_retrieval,
+    our_prompt,
+    score_answers,
+)
 from fromage.models.prompts import embed_prompts
 from fromage.retrieval.encode import Options, encode_files
 
@@ -45,12 +53,12 @@ def whole_pass(model, parts, text, unshifted):
 def test_scores_are_those_of_whole_passes_in_the_words_of_each_protocol(toy_model, data):
     features = features_of(toy_model, data)
     scores, talk = score_answers(toy_model, data.dialogues, features), data.dialogues[1]
-    assert {name: tuple(s.shape) for name, s in scores.items()} == dict.fromkeys(PROTOCOLS, (2, 2, 7))
+    assert {name: tuple(s.shape) for name, s in scores.items()} == dict.fromkeys(ANSWER_PROTOCOLS, (2, 2, 7))
     said = talk.rounds
-    corrected, theirs = prompt(talk, 1, features[1]), authors_prompt(talk, 1, features[1])
+    corrected, theirs = our_prompt(talk, 1, features[1]), authors_prompt(talk, 1, features[1])
     assert corrected[2] == f"Q: {said[0].question} A: {said[0].answer}. Q: {said[1].question} A:"
     assert theirs[2] == f"Q: {said[0].question}\nA: {said[0].answer}\nQ: {said[1].question}\nA: "
-    assert prompt(talk, 0, features[1])[2] == f"Q: {said[0].question} A:"
+    assert our_prompt(talk, 0, features[1])[2] == f"Q: {said[0].question} A:"
     for c, text in enumerate(said[1].candidates):
         assert float(scores["answers"][1, 1, c]) == pytest.approx(
             whole_pass(toy_model, corrected, f" {text}.", False), abs=1e-3
@@ -63,7 +71,7 @@ def test_scores_are_those_of_whole_passes_in_the_words_of_each_protocol(toy_mode
 def test_a_run_that_was_killed_goes_on_and_gives_the_same(toy_model, data, tmp_path, monkeypatch):
     features, folder = features_of(toy_model, data), tmp_path / "scores"
     want = score_answers(toy_model, data.dialogues, features)
-    ranked, plain = [], answers.dialogue_scores
+    ranked, plain = [], visdial.dialogue_scores
 
     def dies_at_the_second(*args):
         if len(ranked) == 1:
@@ -71,15 +79,15 @@ def test_a_run_that_was_killed_goes_on_and_gives_the_same(toy_model, data, tmp_p
         ranked.append(args)
         return plain(*args)
 
-    monkeypatch.setattr(answers, "dialogue_scores", dies_at_the_second)
+    monkeypatch.setattr(visdial, "dialogue_scores", dies_at_the_second)
     with pytest.raises(KeyboardInterrupt):
         score_answers(toy_model, data.dialogues, features, folder)
     (folder / ".000001.part").write_bytes(b"half a fi")
     ranked.clear()
-    monkeypatch.setattr(answers, "dialogue_scores", lambda *args: ranked.append(args) or plain(*args))
+    monkeypatch.setattr(visdial, "dialogue_scores", lambda *args: ranked.append(args) or plain(*args))
     got = score_answers(toy_model, data.dialogues, features, folder)
     assert len(ranked) == 1, "the first dialogue was there"
-    for name in PROTOCOLS:
+    for name in ANSWER_PROTOCOLS:
         torch.testing.assert_close(got[name], want[name])
     score_answers(toy_model, data.dialogues, features, folder)
     assert len(ranked) == 1
@@ -116,7 +124,7 @@ def test_figures_by_hand(data):
     assert figures["mean_rank"] == 13 / 4 and (figures["r1"], figures["r5"], figures["r10"]) == (25, 75, 100)
     best = d[0] + 0.5 * d[1]
     assert figures["ndcg"] == pytest.approx(100 * (d[0] / best + d[1] / best) / 2, rel=1e-5)
-    authors = answer_figures(scores, data.dialogues, authors=True)  # round 1 of the first; the second's is past the end
+    authors = answer_figures(scores, data.dialogues, rated_offset=1)  # round 1 of the first; the second's is past the end
     assert authors["ndcg"] == pytest.approx(100 * 0.5 * d[1] / best, rel=1e-5) and authors["mrr"] == figures["mrr"]
 
 
@@ -130,7 +138,7 @@ def test_chance_is_the_mean_of_random_scores(data):
 def test_the_curve_both_ways():
     """Three images; the queries of one round all say the first, those of two rounds find their own."""
     images, same = torch.eye(3), torch.eye(3)[[0, 0, 0]]
-    found = curve({1: same, 2: images}, images)
+    found = image_retrieval({1: same, 2: images}, images)
     assert found["1_rounds"]["r1"] == pytest.approx(100 / 3) and found["2_rounds"]["r1"] == 100
     assert found["1_rounds_authors"]["r1"] == 0, "for each image all dialogues tie"
     assert found["2_rounds_authors"]["r1"] == 100
@@ -140,7 +148,7 @@ def test_the_whole_evaluation(toy_model, data, tmp_path):
     report = evaluate(toy_model, data, scores=tmp_path / "scores")
     assert report["gallery"] == 2 and report["candidates"] == 7
     assert {"answers", "answers_authors", "0_rounds", "2_rounds", "2_rounds_authors"} <= report["fromage"].keys()
-    assert "answers" not in report["clip"] and report["clip"].keys() | set(PROTOCOLS) == report["chance"].keys()
+    assert "answers" not in report["clip"] and report["clip"].keys() | set(ANSWER_PROTOCOLS) == report["chance"].keys()
     assert report["fromage"]["answers"].keys() == {"ndcg", "mrr", "r1", "r5", "r10", "mean_rank"}
     assert report["paper"]["fromage"]["answers_authors"]["mrr"] == 22.0
     gone = Dialogue(tmp_path / "gone.jpg", *[getattr(data.dialogues[0], n) for n in ("rounds", "rated", "relevance")])

@@ -1,0 +1,116 @@
+"""What the benchmarks share: images encoded once, what is lost left out, queries embedded by each system, the report."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+from torch import Tensor
+
+from fromage.errors import UserError
+from fromage.evals.clip import load_clip_baseline
+from fromage.evals.report import Report, System
+from fromage.models.base import VisualPrefixLM
+from fromage.models.fromage import Fromage
+from fromage.retrieval.encode import Options, encode_files, in_batches
+from fromage.retrieval.metrics import chance
+
+Item = TypeVar("Item")
+PACKAGES = ("fromage", "torch", "torchvision", "transformers", "open_clip_torch", "torchmetrics")
+NAMED = 20  # lost images that a report names
+
+
+class Run:
+    """One run of a benchmark: of a model on a data set, `data` in the report, whose images are `encoded` once."""
+
+    def __init__(self, model: VisualPrefixLM, data: str, images: Sequence[Path], options: Options | None) -> None:
+        """Encode each distinct image. Raises UserError where more than options.max_lost of them are lost."""
+        self.model, self.data, self.options = model, data, options or Options()
+        self.encoded = encode_files(model, images, self.options)
+
+    def keep(self, items: Sequence[Item], images: Callable[[Item], Sequence[Path]]) -> list[Item]:
+        """The items of which all images were encoded. Raises UserError where there is none."""
+        kept = [item for item in items if all(path in self.encoded.row for path in images(item))]
+        if not kept:
+            raise UserError(f"{self.data}: no entry has all its images; name the right --images")
+        return kept
+
+    def report(
+        self,
+        name: str,
+        figures: Mapping[str, System],
+        sizes: Mapping[str, int],
+        skipped: Mapping[str, int],
+        protocol: Mapping[str, str],
+        paper: Mapping[str, System] | None = None,
+        headline: Sequence[str] = (),
+    ) -> Report:
+        """Everything about the run, ready for JSON; keys as the arguments, `name` as evaluation, each system by its name.
+
+        Args:
+            figures: setting -> figures of each system; shares in percent.
+            sizes: of the gallery, and how many queries there were.
+            skipped: what was left out beside the images lost, by cause.
+            protocol: what settings and figures mean.
+            paper: published figures; those of settings that were run are kept.
+            headline: settings that are columns of the Markdown table; without any there is none.
+        """
+        published = {who: {at: f for at, f in (paper or {}).get(who, {}).items() if at in figures[who]} for who in figures}
+        return {
+            "evaluation": name,
+            **{who: {at: _rounded(f) for at, f in settings.items()} for who, settings in figures.items()},
+            "paper": {who: settings for who, settings in published.items() if settings},
+            "protocol": dict(protocol),
+            "data": self.data,
+            "headline": list(headline),
+            **sizes,
+            "skipped": {**self.encoded.counts(), **skipped},
+            "lost": [f"{path} ({cause})" for cause, path in self.encoded.lost[:NAMED]],
+            "checkpoint": self.model.fingerprint(),
+            "versions": {"python": platform.python_version(), **{package: version(package) for package in PACKAGES}},
+        }
+
+
+def _rounded(figures: Mapping[str, float]) -> dict[str, float]:
+    return {name: round(value, 4) for name, value in figures.items()}
+
+
+class Retriever(NamedTuple):
+    """A system, fromage or clip, that embeds texts and images as unit rows of one space, e wide.
+
+    text takes N texts, FROMAGe's also N prompts with images, embed_images (N, m) features; both give (N, e).
+    """
+
+    name: str
+    text: Callable[[Any], Tensor]
+    embed_images: Callable[[Tensor], Tensor]
+    batch_size: int
+
+    def embed_text(self, texts: Sequence[Any], what: str) -> Tensor:
+        """N texts -> (N, e), with a progress bar."""
+        return in_batches(self.text, texts, self.batch_size, f"{what}, {self.name}")
+
+
+class RetrievalRun(Run):
+    """A run of a retrieval benchmark; `systems` are FROMAGe and, unless options.clip is false, the frozen CLIP."""
+
+    def __init__(self, model: Fromage, data: str, images: Sequence[Path], options: Options | None) -> None:
+        """As of Run. Raises UserError for a vision tower without text tower, before the first image is encoded."""
+        options = options or Options()
+        size = options.batch_size
+        self.systems = [Retriever("fromage", partial(model.embed_text, batch_size=size), model.embed_images, size)]
+        if options.clip:
+            clip = load_clip_baseline(model)
+            self.systems.append(Retriever("clip", clip.embed_text, clip.embed_features, size))
+        super().__init__(model, data, images, options)
+
+    def compare(
+        self, figures: Callable[[Retriever], System], gallery: Callable[[str], tuple[int, int]]
+    ) -> dict[str, System]:
+        """Figures of every system, and of chance: gallery gives a setting's items, and how many are a query's own."""
+        found = {system.name: figures(system) for system in self.systems}
+        return found | {"chance": {setting: chance(*gallery(setting)) for setting in found["fromage"]}}

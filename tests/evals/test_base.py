@@ -1,0 +1,69 @@
+"""What the benchmarks share: CLIP is looked for first, what is lost is left out, and the report keeps what belongs to it."""
+
+import pytest
+import torch
+
+from fromage.errors import UserError
+from fromage.evals import coco, visdial, vist
+from fromage.evals.base import Run
+from fromage.evals.caption_sets import read_captions
+from fromage.evals.dialogues import read_dialogues
+from fromage.evals.report import markdown, table
+from fromage.evals.vist import read_stories
+from fromage.retrieval.encode import Options
+
+
+@pytest.fixture
+def benchmarks(world):
+    talks = world / "visdial"
+    files = "visdial_1.0_val.json", "visdial_1.0_val_dense_annotations.json", "images/val"
+    return {
+        coco: read_captions(world / "coco" / "annotations" / "captions_val2017.json", world / "coco" / "val2017", limit=3),
+        vist: read_stories(world / "vist" / "sis" / "val.story-in-sequence.json", world / "vist" / "images" / "val", 1),
+        visdial: read_dialogues(*(talks / name for name in files), limit=2),
+    }
+
+
+def test_a_tower_without_text_tower_is_refused_before_the_first_image(toy_model, benchmarks, monkeypatch):
+    encoded, forward = [], toy_model.vision.forward
+    monkeypatch.setattr(toy_model.vision, "forward", lambda pixels: encoded.append(len(pixels)) or forward(pixels))
+    monkeypatch.setattr(toy_model.vision, "text_tower", lambda: None)
+    for module, data in benchmarks.items():
+        with pytest.raises(UserError, match=r"no text tower.*--no-clip"):
+            module.evaluate(toy_model, data)
+        assert not encoded
+    monkeypatch.setattr(visdial, "score_answers", lambda *rest: {})
+    for module, data in benchmarks.items():
+        report = module.evaluate(toy_model, data, Options(clip=False))
+        assert encoded and "clip" not in report and "clip" not in report["paper"]
+        encoded.clear()
+
+
+def test_what_has_a_lost_image_is_left_out(toy_model, benchmarks, tmp_path):
+    images = [*benchmarks[coco].images, tmp_path / "gone.png"]
+    run = Run(toy_model, "data.json", images, Options(max_lost=0.5))
+    assert run.keep([images[:2], images[2:]], lambda pair: pair) == [images[:2]]
+    with pytest.raises(UserError, match=r"data\.json: no entry has all its images"):
+        run.keep([images[3:]], lambda paths: paths)
+
+
+@torch.no_grad()
+def test_a_report_is_printed_with_published_figures_of_its_settings_alone(toy_model, benchmarks):
+    run = Run(toy_model, "data.json", benchmarks[coco].images, None)
+    figures = {"fromage": {"a": {"r1": 12.34567, "r5": 50.0}, "b": {"right": 7.0}}, "chance": {"a": {"r1": 1.0, "r5": 5.0}}}
+    paper = {"fromage": {"a": {"r5": 60.0}, "c": {"r1": 1.0}}, "clip": {"a": {"r1": 2.0}}}
+    report = run.report("some", figures, {"gallery": 3}, {"entries": 2}, {"a": "first"}, paper, ("a", "c"))
+    assert report["fromage"]["a"] == {"r1": 12.3457, "r5": 50.0} and report["paper"] == {"fromage": {"a": {"r5": 60.0}}}
+    assert report["skipped"] == {"images missing": 0, "images broken": 0, "entries": 2} and report["lost"] == []
+    assert table(report).split("\n\n") == [
+        "some: data.json\ngallery 3; skipped: 2 entries",
+        "              r1           r5\na  fromage  12.3  50.0 (60.0)\na  chance    1.0          5.0",
+        "            right\nb  fromage    7.0",
+        "a: first",
+    ]
+    assert markdown(report).splitlines() == [
+        "| some, R@1 / 5 / 10 in % | a |",
+        "| --- | --- |",
+        f"| fromage {toy_model.fingerprint()} | 12.3 / 50.0 (60.0) |",
+        "| chance | 1.0 / 5.0 |",
+    ]
