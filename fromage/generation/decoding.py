@@ -28,7 +28,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from fromage.generation.cpu_linear import patch_linears
+from fromage.generation.cpu_linear import FewRowLinears
 from fromage.generation.options import Decoding as Decoding
 from fromage.models.fromage import Fromage
 from fromage.models.prompts import Prompts
@@ -40,8 +40,8 @@ GREEDY = Decoding()
 def write(model: Fromage, prompts: Prompts, decoding: Decoding, drafts: Sequence[Draft], first: int = 0) -> None:
     """Decode a batch of prompts into its drafts until all are done. first: number of the first row, for its seed."""
     hf, steps = model.lm.hf, Steps(drafts)
-    patch_linears(hf)
     with ExitStack() as hooks:
+        hooks.enter_context(FewRowLinears())
         hooks.enter_context(hf.get_output_embeddings().register_forward_pre_hook(steps.look))
         if not decoding.use_cache:
             hooks.enter_context(hf.register_forward_pre_hook(WholeSequence(model, prompts), with_kwargs=True))

@@ -116,6 +116,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_untouched(two, tmp_path):
 
 def save_on_and_on(path, tell):
     """Checkpoints, one after the other, and the step of each that is written."""
+    torch.set_num_threads(1)  # OpenMP's threads do not outlive a fork, and a child that asks for them waits for good
     store = SafeCheckpointIO()
     for step in range(1, 10_000):
         store.save_checkpoint(checkpoint(step) | {"more": torch.full((100_000,), step)}, path)
@@ -126,7 +127,7 @@ def test_a_kill_while_a_checkpoint_is_written_costs_that_one_at_most(tmp_path):
     rng, last = random.Random(0), tmp_path / LAST
     for _ in range(10):
         told, tell = multiprocessing.Pipe(duplex=False)
-        writer = multiprocessing.get_context("fork").Process(target=save_on_and_on, args=(last, tell))
+        writer = multiprocessing.get_context("fork").Process(target=save_on_and_on, args=(last, tell), daemon=True)
         writer.start()
         tell.close()
         step = told.recv()
