@@ -25,7 +25,7 @@ def is_image(path: Path) -> bool:
 
 
 def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """The image that a file's bytes hold, as take_in makes it. Raises BrokenSample likewise, and where there is none."""
+    """The image that a file's bytes hold, as take_in makes it. Raises BrokenSample as it does, and for bytes of no image."""
     return take_in(opened(data, max_pixels), max_pixels)
 
 
