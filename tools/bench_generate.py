@@ -5,7 +5,8 @@
 
 Generation: 32 tokens behind a prompt of 100 tokens, one image among them. The authors run prompt and answer again for
 every token, the logits of all places with it; here keys and values are kept. Scoring: 100 answers of 3 to 7 tokens to
-that prompt, one whole pass each against one pass of the prompt that all of them share.
+that prompt, one whole pass each against one pass of the prompt that all of them share. `--static` adds Hugging Face's
+static cache, which on a card it compiles and replays as CUDA graphs, where it offers that for input embeddings.
 """
 
 from __future__ import annotations
@@ -14,16 +15,17 @@ import argparse
 import json
 import random
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from bench_step import PRESETS, build
+from on_device import Save, device_name, elapsed, keep_nothing
 from torch import Tensor
 
-from fromage.generation.generate import Decoding, generate
+from fromage.generation.generate import generate
+from fromage.generation.options import Decoding
 from fromage.generation.score import score
 from fromage.models.fromage import Fromage
 from fromage.models.prompts import Prompt, embed_prompts, prompt_length
@@ -59,6 +61,24 @@ def generate_as_authors(model: Fromage, prompt: Prompt) -> list[int]:
 
 
 @torch.no_grad()
+def generate_static(model: Fromage, prompt: Prompt) -> list[int]:
+    """Greedy, without [RET], by Hugging Face's static cache: keys and values at fixed addresses, as CUDA graphs need."""
+    prompts = embed_prompts(model, [prompt])
+    ids = model.lm.hf.generate(
+        inputs_embeds=prompts.embeds,
+        attention_mask=prompts.mask.long(),
+        max_new_tokens=NEW,
+        min_new_tokens=NEW,
+        do_sample=False,
+        suppress_tokens=[model.tokenizer.ret_id, model.tokenizer.eos_id],
+        pad_token_id=model.tokenizer.pad_id,
+        eos_token_id=model.tokenizer.eos_id,
+        cache_implementation="static",
+    )
+    return ids[0].tolist()
+
+
+@torch.no_grad()
 def score_one_by_one(model: Fromage, prompt: Prompt, texts: list[str]) -> Tensor:
     """(C,) log-likelihoods, a whole pass for each."""
     totals = []
@@ -76,16 +96,12 @@ def seconds_of(calls: dict[str, Callable[[], Any]], rounds: int, device: torch.d
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds + 1):
         for name, call in calls.items():
-            began = time.perf_counter()
-            call()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            times[name].append(time.perf_counter() - began)
+            times[name].append(elapsed(call, device))
     return {name: statistics.median(taken[1:]) for name, taken in times.items()}
 
 
-def measure(preset: str, device: str, rounds: int) -> dict[str, Any]:
-    """Both comparisons, and whether the two sides agree."""
+def measure(preset: str, device: str, rounds: int, static: bool = False, save: Save = keep_nothing) -> dict[str, Any]:
+    """Both comparisons, and whether the two sides agree. save is given the figures before the static cache is tried."""
     torch.manual_seed(0)
     model, rng = with_words(build(PRESETS[preset], device)), random.Random(0)
     image = torch.randn(model.vision.width, device=device)
@@ -102,15 +118,33 @@ def measure(preset: str, device: str, rounds: int) -> dict[str, Any]:
     slow, fast, one_by_one, shared = (call() for call in calls.values())
     taken = seconds_of(calls, rounds, model.device)
     again, kept, each, once = taken.values()
-    return {
+    report = {
         "preset": preset,
-        "device": torch.cuda.get_device_name() if model.device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads",
+        "device": device_name(model.device),
         "speedup_kv_cache": again / kept,
         "speedup_scoring": each / once,
         "seconds": taken,
+        "tokens_per_second": {"whole sequence": NEW / again, "cached": NEW / kept},
         "same_tokens": slow == fast,
         "max_score_error": float((one_by_one - shared).abs().max()),
     }
+    save(report)
+    if static:
+        report["static_cache"] = with_static_cache(model, prompt, rounds, fast)
+        save(report)
+    return report
+
+
+def with_static_cache(model: Fromage, prompt: Prompt, rounds: int, expected: list[int]) -> dict[str, Any]:
+    """Tokens per second with the static cache, and whether it was compiled; or why it is not offered."""
+    try:
+        ids = generate_static(model, prompt)
+    except Exception as error:  # which versions offer it is what is to be found out
+        return {"offered": False, "why": f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"}
+    taken = seconds_of({"static": lambda: generate_static(model, prompt)}, rounds, model.device)["static"]
+    compiled = "_compiled_call" in vars(model.lm.hf)  # Hugging Face keeps there what it compiled
+    figures = {"offered": True, "compiled": compiled, "seconds": taken, "tokens_per_second": NEW / taken}
+    return figures | {"same_tokens": ids == expected}
 
 
 def main(words: list[str] | None = None) -> None:
@@ -119,15 +153,18 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--preset", choices=PRESETS, default="cpu")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=3, help="timed rounds; one of each side")
+    parser.add_argument("--static", action="store_true", help="try the static cache too")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(words)
-    report = measure(args.preset, args.device, args.rounds)
+    report = measure(args.preset, args.device, args.rounds, args.static)
     for name, taken in report["seconds"].items():
         print(f"{name:36}{taken:10.3f} s")
     print(
         f"key-value cache {report['speedup_kv_cache']:.1f} x, scoring {report['speedup_scoring']:.1f} x; {report['device']}"
     )
     print(f"same tokens: {report['same_tokens']}; largest difference of scores {report['max_score_error']:.1e} nats")
+    if args.static:
+        print(f"static cache: {report['static_cache']}")
     if args.json:
         args.json.write_text(json.dumps(report, indent=1) + "\n")
 

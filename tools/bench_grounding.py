@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 from bench_generate import seconds_of
+from on_device import device_name
 from PIL import Image
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig
@@ -103,34 +104,33 @@ def answer(model: Octopus, image: ImageInput, count: int) -> Grounded:
     return told
 
 
-def measure(models: dict[str, Octopus], image: Image.Image, rounds: int) -> dict[str, Any]:
+def measure(models: dict[str, Octopus], image: Image.Image, rounds: int, boxes: Sequence[int] = BOXES) -> dict[str, Any]:
     """Both sides and how they compare, by the number of boxes."""
     calls: dict[str, Callable[[], Any]] = {}
     for who, model in models.items():
         features = model.vision(model.vision.transform(image).unsqueeze(0))[0]  # (P, m)
-        for count in (0, *BOXES):
+        for count in (0, *boxes):
             calls[f"{who} {count}"] = partial(answer, model, features, count)
             calls[f"{who} {count}_from_pixels"] = partial(answer, model, image, count)
     octopus = models["octopus"]
     taken = seconds_of(calls, rounds, octopus.device)
-    gpu = octopus.device.type == "cuda"
     report: dict[str, Any] = {
-        "device": torch.cuda.get_device_name() if gpu else f"cpu, {torch.get_num_threads()} threads",
+        "device": device_name(octopus.device),
         "patches": octopus.vision.shape[0],
         "queries": octopus.num_queries,
     }
     for given in GIVEN:
-        for count in BOXES:
+        for count in boxes:
             slow, fast = (taken[f"{who} {count}{given}"] for who in ("sequential", "octopus"))
             report[f"speedup_{named(count)}{given}"] = round(slow / fast, 2)
-    return report | {who: one_side(model, who, taken) for who, model in models.items()}
+    return report | {who: one_side(model, who, taken, boxes) for who, model in models.items()}
 
 
-def one_side(model: Octopus, who: str, taken: dict[str, float]) -> dict[str, Any]:
+def one_side(model: Octopus, who: str, taken: dict[str, float], boxes: Sequence[int]) -> dict[str, Any]:
     """What a box costs, and the times of one side, with the prefill's share in them."""
     figures: dict[str, Any] = {"tokens_per_box": (len(forced(model, 8)) - len(forced(model, 3))) / 5}
     for given in GIVEN:
-        prefill, whole = taken[f"{who} 0{given}"], {count: taken[f"{who} {count}{given}"] for count in BOXES}
+        prefill, whole = taken[f"{who} 0{given}"], {count: taken[f"{who} {count}{given}"] for count in boxes}
         figures[f"seconds{given}"] = {"prefill": prefill} | {named(count): each for count, each in whole.items()}
         figures[f"prefill_share{given}"] = {named(count): round(prefill / each, 3) for count, each in whole.items()}
     return figures

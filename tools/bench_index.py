@@ -2,6 +2,7 @@
 
     python tools/bench_index.py                   # a million embeddings 256 wide, about three minutes on two cores
     python tools/bench_index.py --rows 3300000    # as many as CC3M's
+    python tools/bench_index.py --device cuda     # and the brute force on a card beside it
 
 Embeddings of images are not uniform noise: here they are drawn around centres, which are drawn around fewer centres
 themselves, and their spread falls off from dimension to dimension. Queries are new draws from the same. The whole search
@@ -19,11 +20,13 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import faiss
 import numpy as np
 import torch
+from on_device import Save, device_name, elapsed, keep_nothing
 
 from fromage.data.image_source import Item
 from fromage.retrieval.ann import lists_kind
@@ -68,8 +71,28 @@ def batches(rows: np.ndarray) -> Iterator[Embedded]:
 
 
 def brute(rows: torch.Tensor, queries: np.ndarray, k: int) -> np.ndarray:
-    """(B, k) nearest rows by the whole product."""
-    return (torch.from_numpy(queries) @ rows.T).topk(k).indices.numpy()
+    """(B, k) nearest rows by the whole product, where the rows are."""
+    return (torch.from_numpy(queries).to(rows.device) @ rows.T).topk(k).indices.cpu().numpy()
+
+
+def brute_rates(rows: torch.Tensor, mixture: Mixture, rounds: int, k: int) -> dict[int, float]:
+    """Median seconds per query of the whole product alone, at each size of batch, where the rows are."""
+    seconds: dict[int, float] = {}
+    for size in BATCHES:
+        draws = [mixture.rows(size) for _ in range(rounds + 1)]
+        times = [elapsed(partial(brute, rows, queries, k), rows.device) for queries in draws]
+        seconds[size] = statistics.median(times[1:]) / size  # the first warms up
+    return seconds
+
+
+def on_card(rows: np.ndarray, mixture: Mixture, rounds: int, k: int, device: str) -> dict[str, object]:
+    """The brute force with all rows on a device: queries per second, the device's name, bytes that the rows take there."""
+    there = torch.from_numpy(rows).to(device)
+    rates = {n: round(1 / s, 1) for n, s in brute_rates(there, mixture, rounds, k).items()}
+    queries = mixture.rows(64)
+    near, known = brute(there, queries, k), brute(torch.from_numpy(rows), queries, k)
+    same = float(np.mean([len({*a} & {*b}) / k for a, b in zip(near, known, strict=True)]))
+    return {"device": device_name(device), "queries_per_second": rates, "bytes": there.nbytes, "same_as_cpu": same}
 
 
 def timed(call: Callable[[], object]) -> float:
@@ -102,8 +125,8 @@ def rates(index: ImageIndex, rows: torch.Tensor, mixture: Mixture, rounds: int, 
     return {way: {size: statistics.median(times) for size, times in by.items()} for way, by in seconds.items()}
 
 
-def main() -> None:
-    """Read the command line, build, measure, print a table and write JSON."""
+def options(words: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--kind", help="FAISS factory string; by default what is recommended for so many rows")
@@ -111,20 +134,34 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9, help="timed rounds of each way and size of batch")
     parser.add_argument("--queries", type=int, default=512, help="queries the recall is measured with")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", help="time the brute force there too, such as cuda")
     parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
+    args = parser.parse_args(words)
     if args.kind and args.kind.lower() == FLAT:
         parser.error("--kind flat: is the brute force itself; give an approximate kind")
+    return args
+
+
+def main() -> None:
+    """Read the command line, build, measure, print a table and write JSON."""
+    args = options()
+    report = run(args)
+    print("\n".join(f"{name:28} {value}" for name, value in report.items()))
+    if args.json:
+        args.json.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def run(args: argparse.Namespace, save: Save = keep_nothing) -> dict[str, object]:
+    """All figures for the options of `main`; save is given those of the device before the index is built."""
     torch.set_num_threads(args.threads)
     faiss.omp_set_num_threads(args.threads)
     mixture = Mixture(max(10, args.rows // 200), args.seed)
     rows = np.concatenate([mixture.rows(min(CHUNK, args.rows - start)) for start in range(0, args.rows, CHUNK)])
     k = min(10, args.rows)
+    found = {"on_device": on_card(rows, mixture, args.rounds, k, args.device)} if args.device else {}
+    save({"rows": len(rows), **found})
     with tempfile.TemporaryDirectory() as folder:
-        report = measure(rows, mixture, Path(folder) / "index", args, k)
-    print("\n".join(f"{name:28} {value}" for name, value in report.items()))
-    if args.json:
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
+        return measure(rows, mixture, Path(folder) / "index", args, k) | found
 
 
 def measure(rows: np.ndarray, mixture: Mixture, folder: Path, args: argparse.Namespace, k: int) -> dict[str, object]:

@@ -9,6 +9,12 @@ import pytest
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "bench_index.py"
 
 
+@pytest.fixture(autouse=True)
+def as_script(monkeypatch):
+    """Python puts a script's folder on its path."""
+    monkeypatch.syspath_prepend(TOOL.parent)
+
+
 def test_the_bench_runs_and_writes_its_figures(tmp_path, monkeypatch, capsys):
     out = tmp_path / "bench.json"
     words = ["--rows", "3000", "--rounds", "1", "--queries", "20", "--threads", "1", "--json", str(out)]
