@@ -17,6 +17,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+
+def _every_head(flop: Callable[..., int], first: int) -> Callable[..., int]:
+    """Count an attention whose heads share keys and values, which PyTorch up to 2.11 refuses, as if each had its own.
+
+    first: which argument the queries are; keys and values follow.
+    """
+
+    def count(*args: Any, **named: Any) -> int:
+        q, k, v = args[first : first + 3]  # (S, H, T, e), and two (S, H', T', e)
+        k, v = (x[:, :1].expand(-1, q.shape[1], -1, -1) for x in (k, v))  # (S, H, T', e)
+        return flop(*args[:first], q, k, v, *args[first + 3 :], **named)
+
+    return count
+
+
 _aten: Any = torch.ops.aten
 FLOP: dict[Any, Callable[..., int]] = {  # two per multiply-add of a matrix product, convolution or attention
     **flop_registry,
@@ -24,6 +39,11 @@ FLOP: dict[Any, Callable[..., int]] = {  # two per multiply-add of a matrix prod
     _aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
         _aten._scaled_dot_product_flash_attention_backward
     ],
+}
+FLOP |= {
+    op: _every_head(flop, 1 if "backward" in str(op) else 0)
+    for op, flop in FLOP.items()
+    if "_scaled_dot_product_" in str(op)
 }
 
 

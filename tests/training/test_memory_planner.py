@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from transformers import LlamaConfig, OPTConfig, OPTForCausalLM
 
 from fromage.cli.main import main
@@ -28,6 +29,7 @@ from fromage.training.memory_planner import (
     plan,
     read_run,
 )
+from fromage.training.meter import Meter
 from fromage.training.module import FromageModule
 
 GIB = 2**30
@@ -245,3 +247,16 @@ def test_recomputing_and_chunks_keep_less_and_do_more(small):
     model, batch = real(small)
     checkpoint_blocks(model.lm)
     assert count(small, model, batch).passes["captioning"].peak == again.passes["captioning"].peak
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+def test_heads_that_share_keys_and_values_work_as_much_as_if_each_had_its_own(kv_heads):
+    """Two products of T x e x T for each of 4 heads forward, five backward: one is computed again."""
+    q, k, v = (torch.randn(2, heads, 16, 8, requires_grad=True) for heads in (4, kv_heads, kv_heads))
+    meter = Meter([q, k, v])
+    attend = lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)  # noqa: E731
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.FLASH_ATTENTION):
+        out = meter.run("forward", attend)
+    meter.run("backward", out.sum().backward)
+    product = 2 * 2 * 4 * 16 * 8 * 16
+    assert (meter.passes["forward"].flop, meter.passes["backward"].flop) == (2 * product, 5 * product)
