@@ -182,9 +182,9 @@ SECTIONS: dict[str, Callable[[Figures], Iterator[str]]] = {
 }  # fmt: skip
 
 
-def targets(rows: Iterable[Figures]) -> str:
-    """Wanted, found, met or missed."""
-    verdict = {True: "met", False: "missed", None: "not measured"}
+def targets(rows: Iterable[Figures], dry_run: bool = False) -> str:
+    """Wanted, found, met or missed; a dry run meets and misses nothing."""
+    verdict = {True: "met", False: "missed", None: "not measured"} | ({True: "-", False: "-"} if dry_run else {})
     lines = ([r["target"], r["wanted"], number(r["found"]), verdict[r["met"]]] for r in rows)
     return table("target | wanted | found | ", lines)
 
@@ -211,7 +211,7 @@ def report(run: Figures) -> str:
     lines = [f"## {card}", about]
     if run["dry_run"]:
         lines.append("**A dry run: tiny sizes on a CPU. None of these figures is a result.**")
-    lines.append(targets(run["targets"]))
+    lines.append(targets(run["targets"], run["dry_run"]))
     for key, entry in parts.items():
         lines += part(key, entry)
     return "\n\n".join(lines)
