@@ -17,7 +17,7 @@ A bare machine with PyTorch and transformers but no network lacks some packages.
 
 and on the machine either of
 
-    python3 tools/gpu_kit.py OUT --find-links DIR  # unpacks them into a temporary folder that goes first on sys.path
+    python3 tools/gpu_kit.py OUT --from-wheels DIR  # unpacks them into a temporary folder that goes first on sys.path
     python3 -m pip install --no-index --no-deps --target SITE DIR/*.whl && PYTHONPATH=SITE python3 tools/gpu_kit.py OUT
 """
 
@@ -242,7 +242,7 @@ def options(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--budget", type=float, default=BUDGET, help="seconds for all parts together")
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes on a CPU")
     parser.add_argument("--commit", help="what to write down as the commit, where there is no git")
-    parser.add_argument("--find-links", type=Path, metavar="DIR", help="folder of wheels to import from")
+    parser.add_argument("--from-wheels", type=Path, metavar="DIR", help="folder of wheels to import from")
     parser.add_argument("--wheels", type=Path, metavar="DIR", help="collect wheels for a bare machine there, and end")
     parser.add_argument("--part", help=argparse.SUPPRESS)  # run this one here: see fork
     args = parser.parse_args(words)
@@ -268,7 +268,7 @@ def main(words: list[str] | None = None) -> int:
         results = Results(args.out, about, args.only, PARTS)
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
-    sys.path[:0] = [str(ROOT), *gpu_wheels.unpacked(args.find_links)]
+    sys.path[:0] = [str(ROOT), *gpu_wheels.unpacked(args.from_wheels)]
     try:
         import gpu_parts  # once, before the parts are forked; CUDA is asked in them alone
     except Exception as error:
