@@ -50,7 +50,7 @@ class Text(Strict):
 class ImagePart(Strict):
     """An image within the request: JPEG, PNG, WebP, BMP or GIF."""
 
-    type: Literal["image"]
+    type: Literal["image", "picture"]  # picture: before version 0.2
     data: Annotated[str, Field(description="The bytes of the file, in base64.", examples=[PIXEL])]
 
 

@@ -60,9 +60,10 @@ def test_images_come_when_asked_for_and_no_path_ever(client, folder):
     assert client.post("/search", json={"query": "x"}).json()["hits"][0]["image"] is None
 
 
-def test_names_of_before_version_0_2_are_understood(client):
+def test_names_of_before_version_0_2_are_understood(client, folder):
     best = client.post("/search", json={"query": "x", "pictures": True}).json()["hits"][0]
     assert best["image"] and client.get(f"/pictures/{best['id']}").content == client.get(f"/images/{best['id']}").content
+    assert client.post("/search", json={"query": [sent(folder / "red.png") | {"type": "picture"}]}).status_code == 200
     sent_back = {"type": "pictures", "hits": [{"id": best["id"]}]}
     assert client.post("/search", json={"query": [sent_back]}).json()["hits"][0]["id"] == best["id"]
 
