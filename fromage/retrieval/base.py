@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 from weakref import ref
@@ -29,6 +30,28 @@ if TYPE_CHECKING:
 
 FLAT = "flat"  # the kind that compares a query with every row
 State = list[tuple[int, int]]  # of parameters: address and version of each
+
+
+@dataclass(frozen=True)
+class IndexSpec:
+    """What a new index is to be.
+
+    Attributes:
+        width: q.
+        fingerprint: of the model that embedded the rows; checkpoint is where it lies, if that is known.
+        kind: a name that the backend knows; None chooses by the number of rows.
+        trained: candidates of the kind, which hold the first of the rows or none.
+        texts: (n, q) unit rows that texts ask with, to measure an approximate kind with.
+        where: address of a backend that is not this disk.
+    """
+
+    width: int
+    fingerprint: str
+    checkpoint: str = ""
+    kind: str | None = None
+    trained: ANNIndex | None = None
+    texts: np.ndarray | None = None
+    where: str = ""
 
 
 class ImageIndex(ABC):
@@ -113,19 +136,8 @@ class ImageIndex(ABC):
 
     @classmethod
     @abstractmethod
-    def write(
-        cls,
-        out: str | Path,
-        rows: Iterable[Embedded],
-        width: int,
-        fingerprint: str,
-        checkpoint: str = "",
-        kind: str | None = None,
-        trained: ANNIndex | None = None,
-        texts: np.ndarray | None = None,
-        where: str = "",
-    ) -> ImageIndex:
-        """Write unit rows as an index; where: address of a backend that is not this disk. See build.write_index."""
+    def write(cls, out: str | Path, rows: Iterable[Embedded], spec: IndexSpec) -> ImageIndex:
+        """Write unit rows as an index in the folder out."""
 
     @classmethod
     @abstractmethod

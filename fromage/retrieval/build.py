@@ -19,7 +19,7 @@ from fromage.errors import UserError
 from fromage.models.fromage import Fromage
 from fromage.models.prompts import max_length, prompt_length
 from fromage.retrieval.ann import MEASURED_WITH, ANNIndex, default_kind
-from fromage.retrieval.base import FLAT, ImageIndex
+from fromage.retrieval.base import FLAT, ImageIndex, IndexSpec
 from fromage.retrieval.embed_images import embed_images
 from fromage.retrieval.embedding_store import EmbeddingStore
 from fromage.retrieval.index_folder import ABOUT, check_replaceable, read_about
@@ -51,7 +51,8 @@ def write_index(
     """
     old = read_about(Path(out)) if (Path(out) / ABOUT).exists() else None
     backend = BACKENDS[_backend(milvus)]
-    index = backend.write(out, rows, width, fingerprint, checkpoint, kind, trained, texts, milvus or "")
+    spec = IndexSpec(width, fingerprint, checkpoint, kind, trained, texts, milvus or "")
+    index = backend.write(out, rows, spec)
     if old:
         BACKENDS[backend_of(old)].drop(old)
     return index

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 from fromage.data.image_source import Item
 from fromage.errors import UserError
 from fromage.retrieval.ann import ANNIndex, check_kind, default_kind
-from fromage.retrieval.base import FLAT, ImageIndex
+from fromage.retrieval.base import FLAT, ImageIndex, IndexSpec
 from fromage.retrieval.index_folder import (
     CANDIDATES,
     INDEX,
@@ -180,24 +180,13 @@ class FaissIndex(ImageIndex):
         check_kind(kind, width)
 
     @classmethod
-    def write(
-        cls,
-        out: str | Path,
-        rows: Iterable[Embedded],
-        width: int,
-        fingerprint: str,
-        checkpoint: str = "",
-        kind: str | None = None,
-        trained: ANNIndex | None = None,
-        texts: np.ndarray | None = None,
-        where: str = "",
-    ) -> FaissIndex:
-        """Stream unit rows into a folder; see build.write_index."""
-        check_kind(kind, width)
+    def write(cls, out: str | Path, rows: Iterable[Embedded], spec: IndexSpec) -> FaissIndex:
+        """Stream unit rows into a folder."""
+        check_kind(spec.kind, spec.width)
         with replacing(out) as new:
             write_rows(new, rows)
-            index = cls(*open_rows(new, width), fingerprint, checkpoint, texts=texts)
-            index._prepare(kind or default_kind(len(index)), trained)
+            index = cls(*open_rows(new, spec.width), spec.fingerprint, spec.checkpoint, texts=spec.texts)
+            index._prepare(spec.kind or default_kind(len(index)), spec.trained)
             index._finish(new)
         return cls.open(out := Path(out).resolve(), INDEX.read(out))
 
@@ -222,8 +211,8 @@ class FaissIndex(ImageIndex):
         return self._rewrite(folder, without(self.rows(), barred), trained)
 
     def _rewrite(self, folder: str | Path, rows: Iterable[Embedded], trained: ANNIndex | None) -> FaissIndex:
-        of = self.width, self.fingerprint, self.checkpoint
-        return self.write(folder, rows, *of, self.kind, trained, self.texts)
+        spec = IndexSpec(self.width, self.fingerprint, self.checkpoint, self.kind, trained, self.texts)
+        return self.write(folder, rows, spec)
 
     def learnt(self, folder: str | Path) -> ANNIndex | None:
         """The candidates of the index in this folder, in memory, where they can be changed; None in a flat index."""

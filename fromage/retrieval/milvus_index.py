@@ -19,8 +19,8 @@ import pyarrow as pa
 from fromage.data.image_source import Item
 from fromage.errors import UserError
 from fromage.io import as_json, write_files
-from fromage.retrieval.ann import FLAT_UP_TO, ANNIndex
-from fromage.retrieval.base import FLAT, ImageIndex
+from fromage.retrieval.ann import FLAT_UP_TO
+from fromage.retrieval.base import FLAT, ImageIndex, IndexSpec
 from fromage.retrieval.index_folder import ABOUT, INDEX, MILVUS, check_replaceable, replacing, seal, sealed
 from fromage.retrieval.item_table import Embedded, check_there, encoded, keep_mask
 from fromage.retrieval.milvus_client import located, reach
@@ -129,34 +129,20 @@ class MilvusIndex(ImageIndex):
         reach(where)
 
     @classmethod
-    def write(
-        cls,
-        out: str | Path,
-        rows: Iterable[Embedded],
-        width: int,
-        fingerprint: str,
-        checkpoint: str = "",
-        kind: str | None = None,
-        trained: ANNIndex | None = None,
-        texts: np.ndarray | None = None,
-        where: str = "",
-    ) -> MilvusIndex:
-        """Put unit rows into a new collection and name it in the folder out; trained and texts are not used.
+    def write(cls, out: str | Path, rows: Iterable[Embedded], spec: IndexSpec) -> MilvusIndex:
+        """Put unit rows into a new collection and name it in the folder out; spec.trained and spec.texts are not used.
 
-        What is killed leaves its collection, named fromage_..., to be dropped by hand.
-
-        Args:
-            kind: None is flat for up to a million rows, and beyond what Milvus takes by itself.
-            where: see fromage.retrieval.milvus_client.
+        Kind None is flat for up to a million rows, and beyond what Milvus takes by itself; for spec.where see
+        fromage.retrieval.milvus_client. What is killed leaves its collection, named fromage_..., to be dropped by hand.
         """
         check_replaceable(out)
-        uri = located(where)
+        uri = located(spec.where)
         if Path(out).resolve() in Path(uri).parents:
             raise UserError(f"{uri}: lies in the folder of the index, which is replaced as a whole; name another place")
-        collection = Collection.create(uri, fingerprint, width, kind or FLAT)
+        collection = Collection.create(uri, spec.fingerprint, spec.width, spec.kind or FLAT)
         try:
-            _fill(collection, rows, kind)
-            index = cls(collection, fingerprint, checkpoint)
+            _fill(collection, rows, spec.kind)
+            index = cls(collection, spec.fingerprint, spec.checkpoint)
             with replacing(out) as new:
                 seal(new, index.about())
         except BaseException:
