@@ -20,9 +20,11 @@ if TYPE_CHECKING:
     from fromage.generation.generate import generate as generate
     from fromage.generation.generate import stream as stream
     from fromage.generation.score import score as score
+    from fromage.generation.score import score_prompts as score_prompts
     from fromage.models.fromage import Fromage as Fromage
     from fromage.models.fromage import load_model as load_model
     from fromage.models.prompts import RET as RET
+    from fromage.models.prompts import Starts as Starts
     from fromage.models.prompts import Url as Url
     from fromage.octopus.data import OctopusData as OctopusData
     from fromage.octopus.model import Octopus as Octopus
@@ -55,6 +57,7 @@ _MODULES = {  # public name: its module; a test holds it equal to the imports ab
     "OctopusData": "fromage.octopus.data",
     "OctopusModule": "fromage.octopus.module",
     "RET": "fromage.models.prompts",
+    "Starts": "fromage.models.prompts",
     "RunReport": "fromage.training.run_report",
     "SafeCheckpoint": "fromage.training.checkpoint_io",
     "ShardedTowers": "fromage.training.strategy",
@@ -67,6 +70,7 @@ _MODULES = {  # public name: its module; a test holds it equal to the imports ab
     "load_octopus": "fromage.octopus.module",
     "open_index": "fromage.retrieval.open_index",
     "score": "fromage.generation.score",
+    "score_prompts": "fromage.generation.score",
     "search_index": "fromage.retrieval.open_index",
     "stream": "fromage.generation.generate",
 }

@@ -105,10 +105,10 @@ def measure(preset: str, device: str, rounds: int, static: bool = False, save: S
     torch.manual_seed(0)
     model, rng = with_words(build(PRESETS[preset], device)), random.Random(0)
     image = torch.randn(model.vision.width, device=device)
-    prompt: Prompt = [words(rng, 49), image, words(rng, 49)]
+    prompt: Prompt = [words(rng, 49), image, words(rng, 48)]  # and </s> twice
     assert prompt_length(model, prompt) == PROMPT
     texts = [words(rng, rng.randint(3, 7)) for _ in range(CANDIDATES)]
-    plain = Decoding(NEW, min_tokens=NEW, max_images=0)
+    plain = Decoding(NEW, min_new_tokens=NEW, max_images=0)
     calls: dict[str, Callable[[], Any]] = {
         "generate, the whole sequence again": lambda: generate_as_authors(model, prompt),
         "generate, keys and values kept": lambda: generate(model, [prompt], plain)[0].ids,

@@ -83,7 +83,7 @@ def body(path: str, number: int) -> bytes:
     """A request; one number, one sentence."""
     rng = np.random.default_rng(number)
     said = " ".join(str(rng.choice(words)) for words in WORDS)
-    decoding = {"max_new_tokens": TOKENS, "min_tokens": TOKENS, "max_images": 0}
+    decoding = {"max_new_tokens": TOKENS, "min_new_tokens": TOKENS, "max_images": 0}
     asked = {"messages": [{"role": "user", "content": said}], "decoding": decoding}
     return json.dumps({"query": said, "k": 5} if path == "search" else asked).encode()
 

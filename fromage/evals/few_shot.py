@@ -25,7 +25,7 @@ from fromage.evals.report import Report, System
 from fromage.generation.decoding import Decoding
 from fromage.generation.generate import generate
 from fromage.models.fromage import Fromage
-from fromage.models.prompts import START, Part
+from fromage.models.prompts import Part
 from fromage.retrieval.encode import Options
 from fromage.toy.scenes import Scene, names_colour_and_shape
 
@@ -111,9 +111,8 @@ def complete(model: Fromage, shots: Sequence[Shot], features: Tensor, n: int, ba
         raise UserError(f"{n} examples in front of a question: there are 0 to {len(shots) - 1}")
 
     def parts(number: int, answered: bool) -> list[Part]:
-        """As in training: image, </s>, text."""
         shot = shots[number]
-        return [features[number], START, *filter(None, (shot.prompt, shot.text if answered else ""))]
+        return [features[number], *filter(None, (shot.prompt, shot.text if answered else ""))]
 
     prompts = [
         [part for other in examples(i, n, len(shots)) for part in parts(other, True)] + parts(i, False)

@@ -23,16 +23,15 @@ from fromage.generation.retrieved import Resolve, RetrievedImages
 from fromage.models.fromage import Fromage
 from fromage.models.prompts import (
     RET,
-    START,
     ImageInput,
     Part,
     Prompt,
     encode_images,
+    is_text,
+    joined,
     max_length,
-    part_ids,
     parts_of,
     prompt_length,
-    worded,
 )
 from fromage.retrieval.results import load_images
 
@@ -50,6 +49,7 @@ class Style:
         after: text after the answer.
         stop: texts at which an answer ends.
         history: whether the prompt contains examples and earlier turns.
+        images_first: whether the images of a turn with one text come first, then `before`, as in the released dialogues.
     """
 
     before: str
@@ -57,10 +57,20 @@ class Style:
     after: str
     stop: tuple[str, ...] = ("\n",)
     history: bool = True
+    images_first: bool = False
+
+    def ask(self, said: Prompt) -> list[Part]:
+        """What the user said as the prompt contains it, up to where the answer begins."""
+        parts = joined(parts_of(said))
+        if self.images_first and sum(map(is_text, parts)) <= 1:
+            parts.sort(key=is_text)
+        first = next((i for i, part in enumerate(parts) if not isinstance(part, ImageInput)), len(parts))
+        first = first if self.images_first else 0
+        return joined([*parts[:first], self.before, *parts[first:], self.between])
 
 
 STYLES = {
-    "dialogue": Style("Q: ", "\nA:", "\n"),  # the paper's dialogue prompts
+    "dialogue": Style("Q: ", "\nA:", "\n", images_first=True),  # the paper's dialogue prompts
     "plain": Style("", "", " "),  # the answer continues the user's text
     "alone": Style("", "", "", history=False),  # the same without history: like the captions and images of training
 }
@@ -116,7 +126,7 @@ class Chat:
             index.require_model(model)
         self.model, self.index, self.decoding, self.resolve = model, index, decoding or Decoding(), resolve
         self.style, self.turns = find_style(style), list[Turn]()
-        front = worded(parts_of(system))
+        front = joined(parts_of(system))
         self.system = self._encoded([*front, self.style.after]) if front else []
         self.examples = [self._framed(self._encoded(said), self._encoded(answered)) for said, answered in examples]
 
@@ -142,24 +152,22 @@ class Chat:
 
     def prompt(self, said: Prompt) -> list[Part]:
         """The prompt of a turn: the turn, and as much of the history as fits the language model."""
-        ends: list[Part] = [self.style.before, *parts_of(said), self.style.between]
+        asked = self.style.ask(said)
         history = [*self.examples, *(turn.parts for turn in self.turns)] if self.style.history else []
-        droppable = [
-            *range(len(self.examples), len(history)),
-            *range(len(self.examples)),
-        ]  # in this order: oldest turns, then examples
-        lengths = [sum(len(part_ids(self.model, part)) for part in block) for block in history]
+        droppable = [*range(len(self.examples), len(history)), *range(len(self.examples))]  # oldest turns, then examples
         room = (max_length(self.model) or math.inf) - self.decoding.max_new_tokens
-        spare = room - prompt_length(self.model, [*self.system, *ends]) - sum(lengths)
-        for i in droppable:
-            if spare >= 0:
-                break
-            spare += lengths[i]
-            history[i] = []
-        parts = worded([*self.system, *chain.from_iterable(history), *ends])
-        return (
-            [*parts, START] if parts and isinstance(parts[-1], ImageInput) else parts
-        )  # </s> after a final image, as in captioning training
+        start = len(self.model.tokenizer.start())
+        lengths = [prompt_length(self.model, block) - start for block in history]  # joined texts can differ by some tokens
+        spare = room - prompt_length(self.model, [*self.system, *asked]) - sum(lengths)
+        while True:
+            while droppable and spare < 0:
+                left_out = droppable.pop(0)
+                spare += lengths[left_out]
+                history[left_out] = []
+            parts = joined([*self.system, *chain.from_iterable(history), *asked])
+            spare = room - prompt_length(self.model, parts)
+            if spare >= 0 or not droppable:
+                return parts
 
     def undo(self) -> None:
         """Remove the last turn."""
@@ -186,4 +194,4 @@ class Chat:
         return parts
 
     def _framed(self, said: Sequence[Part], answered: Sequence[Part]) -> list[Part]:
-        return worded([self.style.before, *said, self.style.between, *answered, self.style.after])
+        return joined([*self.style.ask(said), *answered, self.style.after])

@@ -49,7 +49,7 @@ def write(model: Fromage, prompts: Prompts, decoding: Decoding, drafts: Sequence
             inputs_embeds=prompts.embeds,
             attention_mask=prompts.mask.long(),
             max_new_tokens=decoding.max_new_tokens + 1,  # one more step, to read the hidden state of a [RET] that comes last
-            min_new_tokens=decoding.min_tokens,
+            min_new_tokens=decoding.min_new_tokens,
             repetition_penalty=1.0,  # this and sampling are our processors; the model's generation config is ignored
             do_sample=False,
             num_beams=1,

@@ -16,7 +16,7 @@ from fromage.checks import check_whole
 from fromage.generation.decoding import GREEDY, Decoding, Draft, write
 from fromage.generation.retrieved import ImageRetriever, Resolve, RetrievedImages
 from fromage.models.fromage import Fromage
-from fromage.models.prompts import START, ImageInput, Prompt, Url, embed_prompts, encode_images
+from fromage.models.prompts import ImageInput, Prompt, Starts, Url, embed_prompts, encode_images
 
 if TYPE_CHECKING:
     from fromage.retrieval.base import ImageIndex
@@ -57,6 +57,7 @@ def generate(
     index: ImageIndex | None = None,
     resolve: Resolve | None = None,
     batch_size: int = 64,
+    starts: Starts = Starts.EACH,
 ) -> list[Answer]:
     """Answer each prompt.
 
@@ -65,6 +66,7 @@ def generate(
         resolve: opens the images found, as retrieval.results.load_images does. An image that cannot be opened is replaced
             by the next best, with a note. If None, images stay unopened, and RetrievedImages.rest has the hits that follow.
         batch_size: prompts decoded at a time.
+        starts: where </s> stands in the prompts.
 
     Raises:
         UserError: a prompt and its answer do not fit the language model's positions, an image cannot be opened or fetched,
@@ -76,7 +78,7 @@ def generate(
     answers = []
     for start in range(0, len(prompts), batch_size):
         batch = prompts[start : start + batch_size]
-        embedded = embed_prompts(model, batch, decoding.max_new_tokens)
+        embedded = embed_prompts(model, batch, decoding.max_new_tokens, starts)
         pieces: list[list[Any]] = [[] for _ in batch]
         drafts = [Draft(model, decoding, row.append) for row in pieces]
         write(model, embedded, decoding, drafts, start)
@@ -93,6 +95,7 @@ def stream(
     decoding: Decoding = GREEDY,
     index: ImageIndex | None = None,
     resolve: Resolve | None = None,
+    starts: Starts = Starts.EACH,
 ) -> Iterator[str | RetrievedImages]:
     """The answer to one prompt, piece by piece while it is decoded; Answer.of joins the pieces.
 
@@ -101,7 +104,7 @@ def stream(
     """
     if index is not None:
         index.require_model(model)
-    embedded = embed_prompts(model, [prompt], decoding.max_new_tokens)
+    embedded = embed_prompts(model, [prompt], decoding.max_new_tokens, starts)
     retriever = ImageRetriever(model, index, resolve, decoding.images_per_ret, prompt, embedded.features)
     pieces: SimpleQueue[Any] = SimpleQueue()
     draft = Draft(model, decoding, pieces.put)
@@ -149,4 +152,4 @@ def caption_images(model: Fromage, features: Tensor, max_new_tokens: int = 32, b
     follows the image.
     """
     decoding = Decoding(max_new_tokens, stop="\n", max_images=0)
-    return [answer.text for answer in generate(model, [[row, START] for row in features], decoding, batch_size=batch_size)]
+    return [answer.text for answer in generate(model, list(features), decoding, batch_size=batch_size)]

@@ -44,7 +44,8 @@ class Decoding:
 
     Attributes:
         max_new_tokens: length of the answer at most, in tokens, with [RET].
-        min_tokens: tokens before which neither </s> nor [RET] comes.
+        min_tokens: tokens before which no [RET] comes.
+        min_new_tokens: tokens before which no </s> comes, as in Hugging Face's `generate`.
         temperature: temperature of sampling; 0 is greedy, and top_p and top_k then count for nothing.
         top_p: sample among the likeliest tokens that together have this probability.
         top_k: sample among this many tokens; 0 for all.
@@ -61,6 +62,7 @@ class Decoding:
 
     max_new_tokens: int = _number(32, 1, served=(1, 512), slider=(1, 128, 1), label="Length")
     min_tokens: int = _number(0, 0, served=(0, 512))
+    min_new_tokens: int = _number(0, 0, served=(0, 512))
     temperature: float = _number(0.0, 1e-3, 100, served=(0, 10), slider=(0, 2, 0.1), label="Temperature", zero="greedy")
     top_p: float = _number(1.0, 1e-6, 1, served=(1e-6, 1))
     top_k: int = _number(0, 0, served=(0, 100_000))
@@ -82,7 +84,8 @@ class Decoding:
                 check_whole(name, value, limits.least, limits.most)
             else:
                 check_real(name, value, limits.least, limits.most, f"0 ({limits.zero}) or " if limits.zero else "")
-        check_whole("min_tokens", self.min_tokens, 0, self.max_new_tokens)
+        for name in ("min_tokens", "min_new_tokens"):
+            check_whole(name, getattr(self, name), 0, self.max_new_tokens)
         stop = (self.stop,) if isinstance(self.stop, str) else self.stop
         if not isinstance(stop, Sequence) or not all(isinstance(text, str) and text for text in stop):
             raise UserError(f"stop is {self.stop!r}; it must be texts that are not empty")

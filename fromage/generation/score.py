@@ -1,7 +1,8 @@
-"""Scoring: the log-likelihood of texts that continue an interleaved prompt. VisDial's answer ranking uses it.
+"""Scoring: the log-likelihood of texts that continue an interleaved prompt, and of the text of whole prompts.
 
-The prompt runs once and its keys and values are cached; the continuations attend to them, packed without padding. VisDial's
-two protocols, corrected and as released, differ in `unshifted`; see fromage.evals.visdial.
+In `score` the prompt runs once and its keys and values are cached; the continuations attend to them, packed without padding.
+VisDial's answer ranking uses it: its two protocols, corrected and as released, differ in `unshifted`; see
+fromage.evals.visdial.
 """
 
 from __future__ import annotations
@@ -10,20 +11,22 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from fromage.checks import check_whole
 from fromage.errors import UserError
 from fromage.models.fromage import Fromage
 from fromage.models.language_model import LanguageModel
 from fromage.models.packed_attention import Branches, Causal, PackedLayout, to_device
-from fromage.models.prompts import Prompt, embed_prompts
+from fromage.models.prompts import Prompt, Starts, embed_prompts
 
 CHUNK = 512  # tokens of continuations that run at a time; a longer continuation runs alone
 LOGITS = 128  # positions whose logits are computed at a time
 
 
 class LogLikelihoods(NamedTuple):
-    """Log-likelihoods of C continuations: their sums over tokens, (C,) float32 in nats, and numbers of tokens, (C,)."""
+    """Log-likelihoods of C texts: their sums over tokens, (C,) float32 in nats, and numbers of tokens, (C,)."""
 
     total: Tensor
     tokens: Tensor
@@ -35,11 +38,18 @@ class LogLikelihoods(NamedTuple):
 
 
 @torch.no_grad()
-def score(model: Fromage, prompt: Prompt, continuations: Sequence[str], unshifted: bool = False) -> LogLikelihoods:
+def score(
+    model: Fromage,
+    prompt: Prompt,
+    continuations: Sequence[str],
+    unshifted: bool = False,
+    starts: Starts = Starts.EACH,
+) -> LogLikelihoods:
     """log p(continuation | prompt) of each continuation, in nats, over the vocabulary with [RET].
 
     Prompt and continuation are tokenised separately. unshifted: score the logits at each token with this token itself, not
-    with the next one. That is no likelihood, but it is how the released code ranks VisDial's answers.
+    with the next one. That is no likelihood, but it is how the released code ranks VisDial's answers. starts: where </s>
+    stands in the prompt.
 
     Raises:
         UserError: a continuation is empty, or prompt and continuation do not fit the language model's positions.
@@ -49,7 +59,7 @@ def score(model: Fromage, prompt: Prompt, continuations: Sequence[str], unshifte
         if not row:
             raise UserError(f"continuation {number} is empty; there is nothing to score in it")
     counts = torch.tensor([len(row) for row in rows], dtype=torch.long, device=model.device)  # (C,)
-    prompted = embed_prompts(model, [prompt], max(map(len, rows), default=0))
+    prompted = embed_prompts(model, [prompt], max(map(len, rows), default=0), starts)
     prefix = Causal(PackedLayout([prompted.ids.shape[1]], model.device), keep=True)  # one sequence, S = 1
     last = model.lm.packed(prompted.embeds, prefix.layout.positions, prefix)[-1:]  # (1, T, d) -> (1, d)
     if unshifted:
@@ -57,6 +67,32 @@ def score(model: Fromage, prompt: Prompt, continuations: Sequence[str], unshifte
     first = torch.tensor([row[0] for row in rows], dtype=torch.long, device=model.device)  # (C,)
     rest = branch_totals(model.lm, prefix, [row[:-1] for row in rows], [row[1:] for row in rows])
     return LogLikelihoods(model.lm.logits(last)[0].log_softmax(-1)[first] + rest, counts)  # (C,) each
+
+
+@torch.no_grad()
+def score_prompts(
+    model: Fromage, prompts: Sequence[Prompt], batch_size: int = 64, starts: Starts = Starts.EACH
+) -> LogLikelihoods:
+    """log p of the text of whole prompts, in nats: of every token behind an earlier one, images excepted.
+
+    [image, "a cat"] is scored as captioning trains it: </s> behind the image counts too. batch_size: prompts that run at a
+    time, packed. Raises UserError for a prompt without such a token, and as embed_prompts does.
+    """
+    check_whole("batch_size", batch_size, 1)
+    totals, counts = [torch.zeros(0, device=model.device)], [torch.zeros(0, dtype=torch.long, device=model.device)]
+    for begin in range(0, len(prompts), batch_size):
+        batch = embed_prompts(model, prompts[begin : begin + batch_size], starts=starts)
+        layout = PackedLayout(batch.mask.sum(1).tolist(), model.device)
+        hidden = model.lm.packed(batch.embeds[batch.mask].unsqueeze(0), layout.positions, Causal(layout))  # (N, d)
+        scored = (batch.ids != model.tokenizer.image_id)[:, 1:] & batch.mask[:, :-1]  # (B, T - 1): a token behind another
+        if not bool((tokens := scored.sum(1)).all()):
+            raise UserError("a prompt to score has no text behind its first token; write at least one word")
+        before = F.pad(scored, (0, 1))[batch.mask]  # (N,): the tokens in front of those
+        rows = scored.nonzero()[:, 0]  # (S,)
+        likelihoods = log_likelihoods(model.lm, hidden[before], batch.ids[:, 1:][scored])  # (S,)
+        totals.append(torch.zeros(len(tokens), device=model.device).index_add_(0, rows, likelihoods))
+        counts.append(tokens)
+    return LogLikelihoods(torch.cat(totals), torch.cat(counts))  # (C,) each
 
 
 def branch_totals(lm: LanguageModel, prefix: Causal, rows: list[list[int]], targets: list[list[int]]) -> Tensor:

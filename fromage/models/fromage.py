@@ -33,7 +33,7 @@ from fromage.errors import UserError, first_line
 from fromage.models.base import VisualPrefixLM, digest
 from fromage.models.language_model import LanguageModel, Quantized, load_lm
 from fromage.models.pretrained import build, describe
-from fromage.models.prompts import RET, Prompt, embed_prompts, parts_of
+from fromage.models.prompts import RET, Prompt, Starts, embed_prompts, parts_of
 from fromage.models.vision.base import VisionTower
 from fromage.models.vision.registry import load_vision
 
@@ -135,17 +135,18 @@ class Fromage(VisualPrefixLM, ModelHubMixin):
         return hidden, hidden.gather(1, at.unsqueeze(2).expand(-1, -1, hidden.shape[2])).squeeze(1)  # (B, 1, d) -> (B, d)
 
     @torch.no_grad()
-    def embed_text(self, prompts: Sequence[Prompt], batch_size: int = 128) -> Tensor:
+    def embed_text(self, prompts: Sequence[Prompt], batch_size: int = 128, starts: Starts = Starts.ONCE) -> Tensor:
         """Texts, or prompts of text and images -> (B, q) unit rows: [RET] is appended to each, and W_t h + b taken there.
 
-        batch_size: prompts encoded at a time. Raises UserError for prompts that are too long and images that cannot be
-        opened.
+        batch_size: prompts encoded at a time. starts: where </s> stands. Raises UserError for prompts that are too long and
+        images that cannot be opened.
         """
         check_whole("batch_size", batch_size, 1)
         suffix = [RET] if self.pooling == "ret" else []
         out = [torch.empty(0, self.q, device=self.device)]
         for start in range(0, len(prompts), batch_size):
-            batch = embed_prompts(self, [[*parts_of(prompt), *suffix] for prompt in prompts[start : start + batch_size]])
+            some = [[*parts_of(prompt), *suffix] for prompt in prompts[start : start + batch_size]]
+            batch = embed_prompts(self, some, starts=starts)
             out.append(self.embed_ret(self.lm(batch.embeds, batch.mask)[:, -1]))  # (b, T, d) -> (b, q)
         return torch.cat(out)  # (B, q)
 

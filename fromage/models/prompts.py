@@ -1,18 +1,22 @@
 """Prompts: interleaved text and images -> input embeddings of the language model.
 
-    [</s>] "a cat" [W_c v(x)] "and its dog" ...      </s> once, at the front; an image is its visual prefix, k embeddings
+    [W_c v(x)] [</s>] "a cat and" [W_c v(y)] [</s>] "its dog" ...      an image is its visual prefix, k embeddings
 
-A batch is padded on the left, so that all prompts end at the position where generation begins.
+In training an image stands in front of the </s> of its caption, in one such pair or two, and a caption that [RET] closes has
+one </s>. `Starts` names the forms of prompts that follow from this. A batch is padded on the left, so that all prompts end at
+the position where generation begins.
 """
 
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
-from itertools import chain
+from itertools import chain, groupby
 from pathlib import Path
+from typing import TypeGuard
 
 import torch
 from PIL import Image
@@ -40,8 +44,25 @@ class Special(Enum):
 
 
 RET = Special.RET  # asks for an image
-START = Special.START  # </s> somewhere other than the front: in captioning training it follows the image
+START = Special.START  # </s> at a place of one's own; a prompt that has one gets no other
 QUERIES = Special.QUERIES  # all object queries of an Octopus
+
+
+class Starts(Enum):
+    """Where </s> stands in a prompt. It always stands behind the images that lead, as in captioning training.
+
+    Attributes:
+        EACH: behind every image too, a last one included: text that follows an image begins as a caption does in training.
+            For generated and scored text.
+        ONCE: nowhere else: a text that [RET] closes has one </s> in training. For retrieval queries.
+        RELEASED: in front of each text as it was passed, adjacent ones too, and not behind a last image: the exact form of
+            the released code.
+    """
+
+    EACH = "each"
+    ONCE = "once"
+    RELEASED = "released"
+
 
 # Path: an image file, or 'shard.tar#key'. Tensor: features (m,) of an image that has been encoded before.
 ImageInput = Image.Image | Path | Url | Tensor
@@ -79,16 +100,48 @@ def parts_of(prompt: Prompt) -> list[Part]:
     return parts
 
 
-def worded(parts: Sequence[Part]) -> list[Part]:
-    """Parts without empty texts."""
-    return [part for part in parts if not (isinstance(part, str) and not part)]
+def is_text(part: Part | None) -> TypeGuard[str]:
+    """Whether a part is text, and no address of an image."""
+    return isinstance(part, str) and not isinstance(part, Url)
 
 
-def prompt_ids(model: VisualPrefixLM, prompt: Prompt) -> list[int]:
-    """The token ids of a prompt: k times <|image|> for each image, which is not opened. Each text is tokenised by itself."""
+def joined(parts: Sequence[Part]) -> list[Part]:
+    """Parts with adjacent texts joined to one, since a tokenizer puts a space with the word behind it; empty ones left out.
+
+    Spaces at the end of a text in front of [RET] are stripped: in training no caption ends in one.
+    """
+    out: list[Part] = []
+    for text, group in groupby(parts, is_text):
+        run: list[Part] = list(group)
+        if run[0] is RET and out and is_text(out[-1]):
+            run[:0] = filter(None, [out.pop().rstrip()])  # type: ignore[union-attr]
+        out += filter(None, ["".join(map(str, run))]) if text else run
+    return out
+
+
+def started(parts: Sequence[Part], starts: Starts) -> list[Part]:
+    """Parts with START where the form has it; parts that hold one already are unchanged."""
+    if any(part is START for part in parts):
+        return list(parts)
+    out: list[Part] = []
+    for part in (*parts, None) if starts is not Starts.RELEASED else parts:  # None: the end
+        opens = not out or isinstance(out[-1], ImageInput) or (starts is Starts.RELEASED and is_text(part))
+        if starts is Starts.ONCE and opens:
+            opens = all(isinstance(earlier, ImageInput) for earlier in out)
+        if opens and not isinstance(part, ImageInput):
+            out.append(START)
+        if part is not None:
+            out.append(part)
+    return out
+
+
+def prompt_ids(model: VisualPrefixLM, prompt: Prompt, starts: Starts = Starts.EACH) -> list[int]:
+    """The token ids of a prompt: k times <|image|> for each image, which is not opened."""
     parts = parts_of(prompt)
-    front = [] if any(part is START for part in parts) else model.tokenizer.start()
-    return [*front, *chain.from_iterable(part_ids(model, part) for part in parts)]
+    if any(is_text(part) and RET.value in str(part) for part in parts):
+        warnings.warn("'[RET]' within a text is plain text; to ask for an image, pass fromage.RET as a part", stacklevel=2)
+    listed = [part for part in parts if not is_text(part) or part] if starts is Starts.RELEASED else joined(parts)
+    return list(chain.from_iterable(part_ids(model, part) for part in started(listed, starts)))
 
 
 def part_ids(model: VisualPrefixLM, part: Part) -> list[int]:
@@ -103,9 +156,9 @@ def part_ids(model: VisualPrefixLM, part: Part) -> list[int]:
     return tokenizer.start() if part is START else tokenizer.encode(str(part))
 
 
-def prompt_length(model: VisualPrefixLM, prompt: Prompt) -> int:
-    """Number of tokens of a prompt, including </s> at the front and k for each image; no image is opened."""
-    return len(prompt_ids(model, prompt))
+def prompt_length(model: VisualPrefixLM, prompt: Prompt, starts: Starts = Starts.EACH) -> int:
+    """Number of tokens of a prompt, including each </s> and k for each image; no image is opened."""
+    return len(prompt_ids(model, prompt, starts))
 
 
 def max_length(model: VisualPrefixLM) -> int | None:
@@ -114,14 +167,14 @@ def max_length(model: VisualPrefixLM) -> int | None:
 
 
 @torch.no_grad()
-def embed_prompts(model: VisualPrefixLM, prompts: Sequence[Prompt], room: int = 0) -> Prompts:
+def embed_prompts(model: VisualPrefixLM, prompts: Sequence[Prompt], room: int = 0, starts: Starts = Starts.EACH) -> Prompts:
     """One or more prompts -> a left-padded batch. The tower encodes each distinct image once, all of them in one pass.
 
     room: tokens to be generated after each prompt, which must fit too. An empty prompt is </s> alone. Raises UserError for
     prompts that are too long, for images that cannot be opened or fetched, and for an empty prompt where the language model
     has no </s>.
     """
-    rows = [prompt_ids(model, prompt) for prompt in prompts]
+    rows = [prompt_ids(model, prompt, starts) for prompt in prompts]
     _check_lengths(model, [len(row) for row in rows], room)
     ids, mask = pad_left(rows, model.tokenizer.pad_id)  # (B, T) each
     images = [[part for part in parts_of(prompt) if isinstance(part, ImageInput)] for prompt in prompts]

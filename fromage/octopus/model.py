@@ -34,7 +34,7 @@ from fromage.errors import UserError
 from fromage.models.base import VisualPrefixLM, digest, fill
 from fromage.models.frozen import digest_of_samples, hold
 from fromage.models.language_model import LanguageModel, Quantized, load_lm
-from fromage.models.prompts import QUERIES, START, ImageInput, Part, worded
+from fromage.models.prompts import QUERIES, START, ImageInput, Part, joined
 from fromage.models.vision.base import VisionTower
 from fromage.models.vision.registry import load_patches
 from fromage.octopus.pointing import Aligned, Pointer
@@ -265,7 +265,7 @@ def fill_template(template: Sequence[str], image: ImageInput | None, instruction
     slots: dict[str, Part | None] = {"{image}": image, "{instruction}": instruction, "{start}": START}
     slots["{queries}"] = QUERIES if ask else None
     parts = [slots.get(part, part) for part in template]
-    return worded([part for part in parts if part is not None])
+    return joined([part for part in parts if part is not None])
 
 
 def positions(mask: Tensor) -> Tensor:

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from fromage.models.fromage import Fromage
-from fromage.models.prompts import ImageInput, Prompt, encode_images, parts_of, worded
+from fromage.models.prompts import ImageInput, Prompt, encode_images, joined, parts_of
 
 
 @torch.no_grad()
 def embed_queries(model: Fromage, queries: Sequence[Prompt]) -> Tensor:
     """Queries -> (B, q) unit rows: an image alone as it is embedded in an index, all else with [RET] behind it."""
     rows = torch.empty(len(queries), model.q, device=model.device)  # (B, q)
-    listed = [worded(parts_of(query)) for query in queries]
+    listed = [joined(parts_of(query)) for query in queries]
     alone = [i for i, query in enumerate(listed) if len(query) == 1 and isinstance(query[0], ImageInput)]
     others = [i for i in range(len(listed)) if i not in alone]
     if alone:

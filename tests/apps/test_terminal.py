@@ -162,7 +162,7 @@ def broken_off(chat, *parts):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sends a signal")
 def test_a_signal_while_decoding_stops_the_decoding_thread(model):
-    chat = Chat(model, decoding=Decoding(max_new_tokens=400, min_tokens=400, max_images=0))
+    chat = Chat(model, decoding=Decoding(max_new_tokens=400, min_new_tokens=400, max_images=0))
 
     class Out(io.StringIO):
         def write(self, text):

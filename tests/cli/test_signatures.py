@@ -198,5 +198,6 @@ def test_the_options_of_an_answer_stand_once():
             getattr(schema.DecodingOptions(**{"max_new_tokens": 512, name: type(DEFAULTS[name] or 0)(bound)}), name)
         with pytest.raises(ValueError, match=name):
             schema.DecodingOptions(**{name: most + 1})
-    with pytest.raises(UserError, match="min_tokens"):
-        Decoding(max_new_tokens=3, min_tokens=4)
+    for name in ("min_tokens", "min_new_tokens"):
+        with pytest.raises(UserError, match=name):
+            Decoding(max_new_tokens=3, **{name: 4})

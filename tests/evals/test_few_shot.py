@@ -9,7 +9,7 @@ from fromage.errors import UserError
 from fromage.evals import few_shot
 from fromage.evals.dialogues import Dialogue, Round
 from fromage.evals.few_shot import Shot, complete, evaluate, examples, question, read_world
-from fromage.models.prompts import START
+from fromage.models.prompts import prompt_ids
 
 
 def test_examples_are_others_and_more_of_them_are_longer_at_the_front():
@@ -26,8 +26,12 @@ def test_prompts_hold_the_examples_answered_and_the_question_open(toy_model, mon
     monkeypatch.setattr(few_shot, "generate", lambda model, prompts, decoding, batch_size: seen.extend(prompts) or [])
     complete(toy_model, shots, features, 1)
     other = examples(0, 1, 3)[0]
-    assert seen[0][1:4] == [START, f"Q{other} A:", f" a{other}."] and seen[0][5:] == [START, "Q0 A:"]
-    assert seen[0][0].equal(features[other]) and seen[0][4].equal(features[0])
+    assert seen[0][1:3] == [f"Q{other} A:", f" a{other}."] and seen[0][4:] == ["Q0 A:"]
+    assert seen[0][0].equal(features[other]) and seen[0][3].equal(features[0])
+    start, places = toy_model.tokenizer.start(), [toy_model.tokenizer.image_id] * toy_model.k
+    words = [toy_model.tokenizer.encode(text) for text in (f"Q{other} A: a{other}.", "Q0 A:")]
+    want = [*places, *start, *words[0], *places, *start, *words[1]]
+    assert prompt_ids(toy_model, seen[0]) == want, "each pair as in training"
     with pytest.raises(UserError, match="0 to 2"):
         complete(toy_model, shots, features, 3)
 

@@ -100,7 +100,7 @@ def test_a_ret_is_embedded_where_it_is_read(model, prompts, length):
 def test_the_first_place_where_it_may_come(toy_model, prompts):
     ret = toy_model.tokenizer.ret_id
     for least in (0, 1, 4):
-        for answer in generate(toy_model, prompts, Decoding(8, min_tokens=least, ret_bias=1e4)):
+        for answer in generate(toy_model, prompts, Decoding(8, min_tokens=least, min_new_tokens=least, ret_bias=1e4)):
             assert answer.ids.index(ret) == least and answer.ids.count(ret) == 1
     (answer,) = generate(toy_model, ["a"], Decoding(1, ret_bias=1e4))
     assert answer.ids == [ret] and len(answer.parts) == 1
@@ -130,7 +130,7 @@ def test_no_end_before_the_least_length(toy_model, monkeypatch):
     monkeypatch.setattr(toy_model.tokenizer, "eos_id", free.ids[2])  # now the third token is the end
     monkeypatch.setattr(toy_model.lm.hf.generation_config, "eos_token_id", None)
     assert generate(toy_model, ["a"], Decoding(8, max_images=0))[0].ids == free.ids[: free.ids.index(free.ids[2])]
-    longer = generate(toy_model, ["a"], Decoding(8, min_tokens=6, max_images=0))[0].ids
+    longer = generate(toy_model, ["a"], Decoding(8, min_new_tokens=6, max_images=0))[0].ids
     assert len(longer) >= 6 and free.ids[2] not in longer
 
 
@@ -181,7 +181,7 @@ def test_sampling_follows_the_distribution(toy_model):
         logits = toy_model.lm.logits(toy_model.lm(batch.embeds, batch.mask))[0, -1]
     logits[toy_model.tokenizer.ret_id] = -torch.inf
     want = (logits / 0.7).softmax(-1)
-    options = {"temperature": 0.7, "seed": 0, "max_images": 0, "min_tokens": 1}
+    options = {"temperature": 0.7, "seed": 0, "max_images": 0, "min_new_tokens": 1}
     want[toy_model.tokenizer.eos_id] = 0
     drawn = generate(toy_model, ["a"] * 2000, Decoding(1, **options), batch_size=500)
     got = torch.bincount(torch.tensor([answer.ids[0] for answer in drawn]), minlength=len(want)) / 2000
@@ -195,8 +195,8 @@ def test_sampling_follows_the_distribution(toy_model):
 
 def test_repetition_penalty_counts_the_answer_only(toy_model):
     prompt = "a small red heart"
-    free = generate(toy_model, [prompt], Decoding(24, min_tokens=24, max_images=0))[0].ids
-    strict = generate(toy_model, [prompt], Decoding(24, min_tokens=24, max_images=0, repetition_penalty=1e6))[0].ids
+    free = generate(toy_model, [prompt], Decoding(24, min_new_tokens=24, max_images=0))[0].ids
+    strict = generate(toy_model, [prompt], Decoding(24, min_new_tokens=24, max_images=0, repetition_penalty=1e6))[0].ids
     assert strict[0] == free[0] and len(set(free)) < len(set(strict)) == 24
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 from fromage.data.image_source import Item
 from fromage.errors import UserError
 from fromage.generation.generate import Answer, Decoding, RetrievedImages, caption, caption_images, generate, stream
-from fromage.models.prompts import START, encode_images
+from fromage.models.prompts import encode_images
 from fromage.retrieval.faiss_index import FaissIndex
 from fromage.retrieval.results import load_images
 
@@ -97,7 +97,7 @@ def test_a_stream_is_the_answer_in_pieces(toy_model, index, prompts):
 
 def test_a_stream_gives_a_piece_before_the_answer_is_whole(toy_model, monkeypatch):
     slowed(toy_model, monkeypatch)
-    seen = [time.monotonic() for _ in stream(toy_model, "a", Decoding(8, max_images=0, min_tokens=8))]
+    seen = [time.monotonic() for _ in stream(toy_model, "a", Decoding(8, max_images=0, min_new_tokens=8))]
     assert len(seen) > 4 and seen[-1] - seen[0] > 0.02 * (len(seen) - 2)  # at the pace of the language model
 
 
@@ -113,7 +113,7 @@ def slowed(model, monkeypatch, seconds=0.02):
 def test_closing_a_stream_stops_decoding(toy_model, monkeypatch, how):
     steps = slowed(toy_model, monkeypatch)
     before = threading.active_count()
-    pieces = stream(toy_model, "a", Decoding(300, min_tokens=300, max_images=0))
+    pieces = stream(toy_model, "a", Decoding(300, min_new_tokens=300, max_images=0))
     next(pieces)
     if how == "close":
         pieces.close()
@@ -162,7 +162,7 @@ def test_two_streams_at_a_time(toy_model, index):
 def test_captions_are_answers_to_the_image_and_the_start(toy_model, images):
     features = encode_images(toy_model, images[:3])
     made = caption_images(toy_model, features, max_new_tokens=10)
-    answers = generate(toy_model, [[path, START] for path in images[:3]], Decoding(10, stop="\n", max_images=0))
+    answers = generate(toy_model, [[path] for path in images[:3]], Decoding(10, stop="\n", max_images=0))
     assert made == [answer.text for answer in answers] and all(made)
     assert made == caption_images(toy_model, features, max_new_tokens=10, batch_size=2)
     assert caption_images(toy_model, torch.empty(0, toy_model.vision.width)) == []
@@ -194,3 +194,20 @@ def test_captions_of_images_however_they_are_named(toy_model, images):
     assert caption(toy_model, [path, str(path)]) == want * 2 and caption(toy_model, []) == []
     with pytest.raises(UserError, match=r"gone\.png"):
         caption(toy_model, "gone.png")
+
+
+def test_min_tokens_bars_ret_and_min_new_tokens_the_end(toy_model, monkeypatch):
+    head = toy_model.lm.hf.get_output_embeddings()
+    forward, end = head.forward, toy_model.tokenizer.eos_id
+
+    def eager_to_end(hidden):
+        logits = forward(hidden)
+        logits[..., end] += 1e4
+        return logits
+
+    monkeypatch.setattr(head, "forward", eager_to_end)
+    assert [len(answer.ids) for answer in generate(toy_model, ["a", "a star"], Decoding(8, min_tokens=5))] == [0, 0]
+    answers = generate(toy_model, ["a", "a star"], Decoding(8, min_new_tokens=5, ret_bias=2e4))
+    assert all(len(answer.ids) == 5 and answer.ids[0] == toy_model.tokenizer.ret_id for answer in answers)
+    (answer,) = generate(toy_model, ["a"], Decoding(8, min_tokens=5, min_new_tokens=6, ret_bias=2e4))
+    assert answer.ids.index(toy_model.tokenizer.ret_id) == 5 and len(answer.ids) == 6

@@ -4,12 +4,14 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from fromage.data.batches import Batch
 from fromage.errors import UserError
-from fromage.generation.score import score
+from fromage.generation.score import score, score_prompts
 from fromage.models.fromage import Fromage
 from fromage.models.language_model import LanguageModel, load_lm
-from fromage.models.prompts import embed_prompts, max_length
+from fromage.models.prompts import RET, Starts, embed_prompts, encode_images, max_length
 from fromage.models.vision.registry import load_vision
+from fromage.training.reference_step import reference_step
 
 TEXTS = ["a red star", "blue", "a small ring on the left of a big green square, at night.", "star", "on the sea"]
 
@@ -81,3 +83,29 @@ def test_nothing_to_score(model, prompt):
 def test_too_long(model, prompt):
     with pytest.raises(UserError, match="shorten"):
         score(model, prompt, ["star " * max_length(model)])
+
+
+@torch.no_grad()
+def test_a_caption_as_a_whole_prompt_has_the_loss_of_captioning(model, world):
+    images = encode_images(model, sorted((world / "coco" / "val2017").glob("*"))[:3])
+    texts = ["a red star.", "blue", "a small ring, at night, on the left of it."]
+    rows = [model.tokenizer.caption(text, 99) for text in texts]
+    ids = torch.nn.utils.rnn.pad_sequence(list(map(torch.tensor, rows)), True, model.tokenizer.pad_id)
+    batch = Batch(["a", "b", "c"], texts, ids, list(map(len, rows)), None, images)
+    loss = reference_step(model, batch, paired=False).captioning_loss
+    scores = score_prompts(model, [[image, text] for image, text in zip(images, texts, strict=True)], batch_size=2)
+    assert scores.tokens.tolist() == [len(row) - 1 for row in rows], "</s> behind the image is scored, [RET] is not there"
+    torch.testing.assert_close(-scores.total.sum() / scores.tokens.sum(), loss, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_the_parts_of_a_whole_prompt_add_up(model, prompt):
+    whole = score_prompts(model, [["a star"], [*prompt, " red"], ["a", RET]], starts=Starts.ONCE)
+    rest = score(model, prompt, [" red"], starts=Starts.ONCE)
+    before = score_prompts(model, [prompt], starts=Starts.ONCE)
+    torch.testing.assert_close(whole.total[1], before.total[0] + rest.total[0], atol=1e-3, rtol=1e-4)
+    assert whole.tokens[1] == before.tokens[0] + rest.tokens[0]
+    assert whole.tokens[2] == 1 + len(model.tokenizer.encode("a")), "[RET] is scored"
+    assert score_prompts(model, []).total.shape == (0,)
+    with pytest.raises(UserError, match="no text behind its first token"):
+        score_prompts(model, [["a"], []])

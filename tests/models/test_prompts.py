@@ -9,7 +9,17 @@ from fromage.errors import UserError
 from fromage.generation.decoding import Decoding
 from fromage.generation.generate import generate
 from fromage.models.fromage import Fromage
-from fromage.models.prompts import RET, START, Url, embed_prompts, encode_images, max_length, prompt_ids, prompt_length
+from fromage.models.prompts import (
+    RET,
+    START,
+    Starts,
+    Url,
+    embed_prompts,
+    encode_images,
+    max_length,
+    prompt_ids,
+    prompt_length,
+)
 from fromage.retrieval.embed_images import embed_opened
 from fromage.retrieval.queries import embed_queries
 
@@ -31,18 +41,77 @@ def mixed(images):
     ]
 
 
-def test_layout(toy_model, images):
-    tokenizer, image = toy_model.tokenizer, [toy_model.tokenizer.image_id] * 2
-    ids = prompt_ids(toy_model, ["a red", images[0], " star", RET])
-    assert ids == [*tokenizer.start(), *tokenizer.encode("a red"), *image, *tokenizer.encode(" star"), tokenizer.ret_id]
-    assert prompt_ids(toy_model, [images[0], START]) == image + tokenizer.start()
-    assert prompt_ids(toy_model, []) == tokenizer.start()
+def spelled(model, prompt, starts=Starts.EACH):
+    """A prompt's tokens as a string: < </s>, # one token of an image, @ [RET]; texts as decoded."""
+    tokenizer, out, words = model.tokenizer, "", []
+    marks = {tokenizer.bos_id: "<", tokenizer.image_id: "#", tokenizer.ret_id: "@"}
+    for token in [*prompt_ids(model, prompt, starts), tokenizer.pad_id + 10**9]:
+        if token not in marks and token < 10**9:
+            words.append(token)
+            continue
+        out += tokenizer.hf.decode(words) + marks.get(token, "")
+        words = []
+    return out
+
+
+@pytest.mark.parametrize(
+    ("prompt", "each", "once", "released"),
+    [
+        (["A", "a"], "##<a", "##<a", "##<a"),
+        (["A", "B", "a"], "####<a", "####<a", "####<a"),
+        (["A"], "##<", "##<", "##"),
+        (["A", RET], "##<@", "##<@", "##<@"),
+        (["a", RET], "<a@", "<a@", "<a@"),
+        ([RET], "<@", "<@", "<@"),
+        (["a", "A", " star"], "<a##< star", "<a## star", "<a##< star"),
+        (["A", "a", "B", "star"], "##<a##<star", "##<a##star", "##<a##<star"),
+        (["a", "A", RET], "<a##<@", "<a##@", "<a##<@"),
+        (["a", "A"], "<a##<", "<a##", "<a##"),
+        (["a", " star", "A", " and", " ring"], "<a star##< and ring", "<a star## and ring", "<a< star##< and< ring"),
+        (["a ", RET, " star"], "<a@ star", "<a@ star", "<a @< star"),
+        (["A", START, "a", "B", "star"], "##<a##star", "##<a##star", "##<a##star"),
+        ([], "<", "<", ""),
+    ],
+)
+def test_where_start_tokens_stand(toy_model, images, prompt, each, once, released):
+    shown = {"A": images[0], "B": images[1]}
+    parts = [shown.get(part, part) if isinstance(part, str) else part for part in prompt]
+    assert [spelled(toy_model, parts, starts) for starts in Starts] == [each, once, released]
+
+
+def test_a_captioned_image_stands_as_in_training(toy_model, images):
+    caption = toy_model.tokenizer.caption("a red star.", 24)[:-1]
+    places = [toy_model.tokenizer.image_id] * 2
+    pair = [images[0], "a red star.", images[1], "a red star."]
+    assert prompt_ids(toy_model, pair[:2]) == [*places, *caption]
+    assert prompt_ids(toy_model, pair) == [*places, *caption, *places, *caption]
+    assert prompt_ids(toy_model, ["a red star.", RET], Starts.ONCE) == toy_model.tokenizer.caption("a red star.", 24)
     assert prompt_ids(toy_model, "a red") == prompt_ids(toy_model, ["a red"])
+
+
+def test_adjacent_texts_are_one_string(toy_model, images):
+    tokenizer = toy_model.tokenizer
+    whole = [*tokenizer.start(), *tokenizer.encode("Q: What is a star?")]
+    assert prompt_ids(toy_model, ["Q: ", "", "What is a ", "star?"]) == whole
+    assert prompt_ids(toy_model, ["Q: ", "What is a ", "star?"], Starts.RELEASED) != whole
+    assert prompt_ids(toy_model, ["a star  ", " ", RET]) == [
+        *tokenizer.start(),
+        *tokenizer.encode("a star"),
+        tokenizer.ret_id,
+    ]
+
+
+def test_ret_within_a_text_is_plain_and_said_to_be(toy_model, recwarn):
+    with pytest.warns(UserWarning, match=r"'\[RET\]' within a text is plain text.*fromage\.RET"):
+        ids = prompt_ids(toy_model, ["show me a star [RET]"])
+    assert toy_model.tokenizer.ret_id not in ids
+    prompt_ids(toy_model, ["show me a star", RET])
+    assert not len(recwarn)
 
 
 def test_lengths_are_counted_without_opening_images(toy_model, tmp_path):
     prompt = ["a", tmp_path / "missing.jpg", Url("https://nowhere.invalid/a.jpg"), RET]
-    assert prompt_length(toy_model, prompt) == 1 + len(toy_model.tokenizer.encode("a")) + 2 * 2 + 1
+    assert prompt_length(toy_model, prompt) == 1 + len(toy_model.tokenizer.encode("a")) + 2 * 2 + 1 + 1
 
 
 def test_text_is_never_a_path_or_a_special_token(toy_model, images):
@@ -56,7 +125,7 @@ def test_embeddings_are_the_parts_own(toy_model, images):
     batch = embed_prompts(toy_model, [[images[0], "a", images[1]]])
     words = toy_model.lm.embed(batch.ids)
     prefix = toy_model.prefix(features)
-    want = torch.cat([words[0, :1], prefix[0], words[0, 3:-2], prefix[1]])
+    want = torch.cat([prefix[0], words[0, 2:-3], prefix[1], words[0, -1:]])
     torch.testing.assert_close(batch.embeds[0], want)
     torch.testing.assert_close(batch.features, features)
     assert batch.shown == [[0, 1]]

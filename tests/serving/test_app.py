@@ -171,7 +171,7 @@ def test_closing_refuses_what_waits_and_answers_what_runs(app, monkeypatch):
     running(app, case)
 
 
-LONG = {"max_new_tokens": 480, "min_tokens": 480, "max_images": 0}  # seconds of decoding
+LONG = {"max_new_tokens": 480, "min_new_tokens": 480, "max_images": 0}  # seconds of decoding
 
 
 @pytest.fixture
