@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from math import inf
 from numbers import Integral, Real
 
 from fromage.errors import UserError
+
+HALVES = re.compile("[\ud800-\udfff]")  # surrogates: halves of a character in UTF-16, no characters themselves
 
 
 def check_whole(name: str, value: object, least: float, most: float = inf) -> None:

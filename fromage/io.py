@@ -1,17 +1,76 @@
-"""Writing whole or not at all: a part is written beside the name, and takes the name when it is on disk."""
+"""Reading texts of any Unicode encoding, and writing whole or not at all: a part beside a name takes that at the end."""
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
 import shutil
+import tarfile
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from fromage.checks import HALVES
 from fromage.errors import UserError
+
+MAX_MEMBER = 1 << 27  # bytes of a member of a tar: what a compressed tar claims costs its sender nothing
+MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
+
+
+def encoding_of(start: bytes, name: object) -> str:
+    """The encoding of a text that begins so: what its byte order mark says, else UTF-8. Raises UserError for null bytes."""
+    encoding = next((encoding for mark, encoding in MARKS.items() if start.startswith(mark)), "utf-8")
+    if encoding == "utf-8" and b"\0" in start[:64]:
+        raise UserError(f"{name}: holds null bytes, as UTF-16 without a byte order mark does; save it as UTF-8")
+    return encoding
+
+
+def decode_text(data: bytes, name: object) -> str:
+    """Bytes of a file as text. Raises UserError, which names the line, where they are not what encoding_of says."""
+    encoding = encoding_of(data, name)
+    try:
+        return data.decode(encoding)
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{name}: line {line} is not {encoding.upper()[:6].rstrip('-')}; save the file as UTF-8") from None
+
+
+def read_text(path: Path, wanted: str) -> str:
+    """The text of a file that a user names. Raises UserError for one that cannot be read; wanted: what to name instead."""
+    try:
+        return decode_text(path.read_bytes(), path)
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the path
+        raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error}); name {wanted}") from error
+
+
+def read_json(path: Path, wanted: str) -> Any:
+    """What a JSON file that a user names holds. Raises UserError as read_text does, and where it is no JSON."""
+    return parse_json(read_text(path, wanted), path, wanted)
+
+
+def parse_json(text: str, name: object, wanted: str) -> Any:
+    """What a JSON text holds. Raises UserError, which gives the place, where it is none; name: of its file."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        said = "is empty" if not text.strip() else f"is no JSON, or broken in line {error.lineno}, column {error.colno}"
+    except RecursionError:
+        said = "is nested too deep"
+    except ValueError:
+        said = "holds a number of too many digits"
+    raise UserError(f"{name}: {said}; name {wanted}") from None
+
+
+def odd_member(member: tarfile.TarInfo) -> str:
+    """Why a member of a tar is not read; '' if it is."""
+    if not member.isreg() or member.issparse():
+        return "is no plain file"
+    if member.size > MAX_MEMBER:
+        return "is enormous"
+    return "has a name that is not UTF-8" if HALVES.search(member.name) else ""
 
 
 class WholeFile:

@@ -1,14 +1,122 @@
-"""Annotation files as their publishers give them: read, and recognised by what their first entries hold."""
+"""Annotation files as their publishers give them: read, recognised by what their first entries hold, and checked.
+
+A format is a value of `Wanted`: {"image_id": ID, "caption": TEXT} is a mapping that holds both, [NUMBER] a list of numbers,
+(NUMBER,) * 4 a list of four. Each published format is checked once, where it is read, by `fitting`; behind that its entries are what they ought to be.
+"""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from math import isfinite
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
+from fromage.checks import HALVES
 from fromage.errors import UserError
+from fromage.io import read_json
+
+MAX_ODD = 0.05  # share of a file's entries that may be odd
+
+
+class Kind(NamedTuple):
+    """What a field may be: its name for messages, and a test."""
+
+    name: str
+    fits: Callable[[Any], bool]
+
+
+Wanted: TypeAlias = "Kind | Mapping[str, Wanted] | Sequence[Wanted]"
+Skip = Callable[[str, str], None]  # is told the name of an odd entry, and 'cause: detail'
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and not HALVES.search(value)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return (_is_whole(value) and abs(value) < 1e300) or (isinstance(value, float) and isfinite(value))
+
+
+TEXT = Kind("a text", _is_text)
+FILE = Kind("a file name", lambda value: _is_text(value) and bool(value) and "\0" not in value)
+WHOLE = Kind("a whole number", _is_whole)
+DIGITS = Kind("a whole number", lambda value: _is_whole(value) or (isinstance(value, str) and value.isdecimal()))
+NUMBER = Kind("a number", _is_number)
+ID = Kind("a number or text", lambda value: _is_whole(value) or _is_text(value))
+
+
+def optional(kind: Kind) -> Kind:
+    """The same, or null; a mapping may lack it."""
+    return Kind(kind.name, lambda value: value is None or kind.fits(value))
+
+
+def below(count: int) -> Kind:
+    """A whole number from 0 to count - 1."""
+    return Kind(f"a whole number below {count}", lambda value: _is_whole(value) and 0 <= value < count)
+
+
+def problem(value: Any, wanted: Wanted) -> str:
+    """What is odd about a value, to stand behind its name: '.caption is null, not a text'; '' where nothing is."""
+    if isinstance(wanted, Kind):
+        return "" if wanted.fits(value) else f" is {shown(value)}, not {wanted.name}"
+    if not isinstance(wanted, Mapping):
+        if not isinstance(value, list):
+            return f" is {shown(value)}, not a list"
+        if isinstance(wanted, tuple) and len(value) != len(wanted):
+            return f" is a list of {len(value)}, not of {len(wanted)}"
+        return next((f"[{i}]{odd}" for i, item in enumerate(value) if (odd := problem(item, wanted[0]))), "")
+    if not isinstance(value, dict):
+        return f" is {shown(value)}, not an object with {', '.join(wanted)}"
+    for name, kind in wanted.items():
+        if name not in value and not (isinstance(kind, Kind) and kind.fits(None)):
+            return f" lacks {name}"
+        if odd := problem(value.get(name), kind):
+            return f".{name}{odd}"
+    return ""
+
+
+def shown(value: Any) -> str:
+    """A value of JSON in a message."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, str):
+        return "a text with half a character" if HALVES.search(value) else f"the text {value[:40]!r}"
+    if isinstance(value, (list, dict)):
+        return f"{'a list' if isinstance(value, list) else 'an object'}{'' if value else ' of nothing'}"
+    return str(value)[:40]
+
+
+def fitting(path: Path, name: str, entries: Any, wanted: Wanted, skip: Skip | None = None) -> list[Any]:
+    """The entries of a list, called name, that are as its format has them.
+
+    skip is told of each of the others. Without it they are warned of, and more than MAX_ODD of them refuse the file.
+    Raises UserError for those, and where there is no list.
+    """
+    if not isinstance(entries, list):
+        raise UserError(f"{path}: {name} is {shown(entries)}, not a list; fetch the file anew")
+    odd = {number: cause for number, entry in enumerate(entries) if (cause := problem(entry, wanted))}
+    leave_out(path, [f"{name}[{number}]{cause}" for number, cause in odd.items()], len(entries), skip)
+    return [entry for number, entry in enumerate(entries) if number not in odd]
+
+
+def leave_out(path: Path, odd: list[str], count: int, skip: Skip | None = None) -> None:
+    """Tell of odd entries, as fitting does; count: of all entries."""
+    if skip:
+        for cause in odd:
+            skip(cause.partition(" ")[0], f"odd entry: {cause}")
+        return
+    told = f"{path}: {len(odd)} of {count} entries are odd ({odd[0]})" if odd else ""
+    if len(odd) > MAX_ODD * count:
+        raise UserError(f"{told}; fetch the file anew, or correct it")
+    if odd:
+        warnings.warn(f"{told} and left out", stacklevel=3)
+
 
 # Kind of a file -> test of its content; the first that fits counts.
 KINDS: dict[str, Callable[[Any], bool]] = {
@@ -41,7 +149,7 @@ def kind_of(content: Any) -> str:
         try:
             if fits(content):
                 return kind
-        except (KeyError, IndexError, TypeError):
+        except (KeyError, IndexError, TypeError, RecursionError):
             continue
     return "of no known kind"
 
@@ -57,20 +165,16 @@ def read_annotations(path: Path, wanted: tuple[str, ...], remedy: str) -> tuple[
     Raises:
         UserError: the file is missing, is no JSON, or is of another kind.
     """
-    try:
-        content = json.loads(path.read_bytes())
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); name {remedy}") from error
-    except ValueError as error:
-        raise UserError(f"{path}: no JSON, or broken ({error}); name {remedy}") from error
+    content = read_json(path, remedy)
     if (kind := kind_of(content)) not in wanted:
         raise UserError(f"{path}: is {kind}, and not {' or '.join(wanted)}; name {remedy}")
     return kind, content
 
 
 def malformed(path: Path, error: Exception) -> UserError:
-    """The error for a file whose later entries are not like its first ones."""
-    return UserError(f"{path}: an entry is broken ({error!r}); fetch the file anew")
+    """The error for a file whose entries are not as its format has them, from what an odd one raised."""
+    odd = f"lacks {error.args[0]!r}" if isinstance(error, KeyError) and error.args else "is not as its format has it"
+    return UserError(f"{path}: an entry {odd}; fetch the file anew")
 
 
 @contextmanager
@@ -80,3 +184,28 @@ def parsing(path: Path) -> Iterator[None]:
         yield
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         raise malformed(path, error) from error
+
+
+class CocoCaptions(NamedTuple):
+    """What a caption file in COCO's format says. files: image id -> file name; captions: image id -> texts."""
+
+    files: dict[Any, str]
+    captions: dict[Any, list[str]]
+
+
+def coco_captions(path: Path, content: Any, skip: Skip | None = None) -> CocoCaptions:
+    """The content of a caption file in COCO's format, checked; skip: as of fitting."""
+    images = fitting(path, "images", content["images"], {"id": ID, "file_name": FILE}, skip)
+    notes = fitting(path, "annotations", content["annotations"], {"image_id": ID, "caption": TEXT}, skip)
+    files = {image["id"]: image["file_name"] for image in images}
+    captions: dict[Any, list[str]] = {key: [] for key in files}
+    strays = [
+        f"annotations of image {shown(note['image_id'])}, which is missing"
+        for note in notes
+        if note["image_id"] not in files
+    ]
+    leave_out(path, strays, len(notes), skip)
+    for note in notes:
+        if note["image_id"] in files:
+            captions[note["image_id"]].append(note["caption"])
+    return CocoCaptions(files, captions)

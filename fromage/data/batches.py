@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 from fromage.data.features import from_npy
 from fromage.data.shards import Raw, caption_of, image_file
 from fromage.data.tokenizer import PromptTokenizer
-from fromage.errors import UserError
+from fromage.errors import BrokenSample, UserError
 from fromage.images.transforms import Transform, read_image
 
 
@@ -42,20 +42,32 @@ class Sample(NamedTuple):
     features: Tensor | None  # (m,)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Decode:
-    """A stored sample -> a row of a batch."""
+    """A stored sample -> a row of a batch.
+
+    Attributes:
+        width: m of stored features; None until the first ones are seen, whose width it then is.
+    """
 
     transform: Transform
     tokenizer: PromptTokenizer
     max_tokens: int
+    width: int | None = None
 
     def __call__(self, raw: Raw) -> Sample:
         """Raises BrokenSample."""
         caption = caption_of(raw)
-        features = from_npy(raw["npy"]) if "npy" in raw else None
+        features = self._features(raw["npy"]) if "npy" in raw else None
         pixels = read_image(image_file(raw), self.transform) if features is None else None
         return Sample(raw["__key__"], caption, self.tokenizer.caption(caption, self.max_tokens), pixels, features)
+
+    def _features(self, data: bytes) -> Tensor:
+        features = from_npy(data)  # (m,)
+        self.width = self.width or len(features)
+        if len(features) != self.width:
+            raise BrokenSample(f"features of another width: {len(features)}, not {self.width}")
+        return features
 
 
 def collate(samples: list[Sample], pad_id: int) -> Batch:

@@ -132,4 +132,5 @@ class CC3M(pl.LightningDataModule):
         tokenizer = self.tokenizer or (model and model.tokenizer)
         if transform is None or tokenizer is None:
             raise RuntimeError("CC3M needs a transform and a tokenizer: call attach(transform, tokenizer), or use a Trainer")
-        return Decode(decoding_as(transform, self.decoding), tokenizer, self.max_tokens)
+        width = getattr(model and model.vision, "width", None)
+        return Decode(decoding_as(transform, self.decoding), tokenizer, self.max_tokens, width)

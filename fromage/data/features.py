@@ -33,7 +33,7 @@ from fromage.data.shards import (
     shard_sizes,
 )
 from fromage.data.workers import init_worker, plain_errors, worker_share
-from fromage.errors import BrokenSample, UserError
+from fromage.errors import BrokenSample, UserError, first_line
 from fromage.identity import FolderKind
 from fromage.images.transforms import JpegDecoding, Transform, decoding_as, read_image
 
@@ -62,8 +62,8 @@ def from_npy(data: bytes) -> Tensor:
     """What to_npy stored: (m,). Raises BrokenSample for anything else."""
     try:
         bits = torch.from_numpy(np.load(io.BytesIO(data), allow_pickle=False))
-    except (ValueError, EOFError, TypeError, OSError) as error:
-        raise BrokenSample(f"unreadable features: {error}") from None
+    except Exception as error:  # NumPy evaluates the header as Python's literals, which raises nearly anything
+        raise BrokenSample(f"unreadable features: {first_line(error)}") from None
     features = bits.view(torch.bfloat16) if bits.dtype == torch.uint16 else bits
     if features.ndim != 1 or not features.is_floating_point() or not features.isfinite().all():
         raise BrokenSample(f"features are not a finite vector: {tuple(features.shape)} {features.dtype}")

@@ -14,12 +14,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
+from fromage.data.annotations import FILE, TEXT, coco_captions, kind_of, leave_out, problem, shown
 from fromage.data.features import from_npy
 from fromage.data.shards import expand, read_shard, shard_sizes
 from fromage.data.workers import worker_share
 from fromage.errors import BrokenSample, UserError
 from fromage.images.codec import SUFFIXES, is_image
 from fromage.images.transforms import Transform, read_image
+from fromage.io import read_json
 
 FILES_PER_PART = 1024  # files of a folder per part; at most this many are encoded again after a kill
 
@@ -161,16 +163,17 @@ def is_shards(source: Path) -> bool:
 
 def _read_captions(path: Path, folder: Path) -> dict[str, str]:
     """File -> first caption, from {"a.jpg": "text" or ["text", ...]} or COCO's caption JSON, names relative to folder."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        if "annotations" in data:
-            names = {image["id"]: image["file_name"] for image in data["images"]}
-            pairs = [(names[a["image_id"]], a["caption"]) for a in data["annotations"]]
-        else:
-            pairs = [(name, text if isinstance(text, str) else text[0]) for name, text in data.items()]
-        return {str(folder / name): text for name, text in reversed(pairs)}  # reversed: the first caption stays
-    except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: is no caption file ({error!r}); give {{file: caption}} or COCO's caption JSON") from error
+    remedy = "{file: caption} as JSON, or COCO's caption file"
+    data = read_json(path, remedy)
+    if kind_of(data) == "captions of COCO":
+        files, captions = coco_captions(path, data)
+        return {str(folder / files[key]): texts[0] for key, texts in captions.items() if texts}
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: is {shown(data)}, not an object; name {remedy}")
+    said = {name: texts if isinstance(texts, list) and texts else [texts] for name, texts in data.items()}
+    odd = {name: cause for name, texts in said.items() if (cause := problem(name, FILE) or problem(texts[0], TEXT))}
+    leave_out(path, [f"the caption of {shown(name)}{cause}" for name, cause in odd.items()], len(said))
+    return {str(folder / name): texts[0] for name, texts in said.items() if name not in odd}
 
 
 def collate(samples: list[ImageSample]) -> list[tuple[Tensor | None, list[ImageSample]]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-import json
+from codecs import BOM_UTF8
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -12,10 +12,11 @@ from typing import Any, Literal, NamedTuple
 
 from tqdm import tqdm
 
+from fromage.data.annotations import coco_captions, read_annotations
 from fromage.data.shards import write_shards
 from fromage.errors import BrokenSample, UserError
 from fromage.images.codec import decode_image
-from fromage.io import write_json
+from fromage.io import decode_text, encoding_of, write_json
 
 JPEG = b"\xff\xd8\xff"  # first bytes of a JPEG file
 
@@ -63,18 +64,28 @@ def pack_tsv(tsv: Path, out: Path, images: Path | None = None, per_shard: int = 
 
 
 def _tsv_rows(tsv: Path, images: Path, report: PackReport) -> Iterator[Pair]:
+    for number, line in enumerate(_lines(tsv), 1):
+        try:
+            caption, _, rest = (line if isinstance(line, str) else line.decode()).strip("\r\n").partition("\t")
+        except UnicodeDecodeError:
+            report.skip(f"line {number}", "not UTF-8")
+            continue
+        image = rest.partition("\t")[0].strip()
+        if image and "\0" not in image:
+            yield Pair(f"{number:09d}", caption, images / image, {"source": image, "line": number})
+        elif line.strip():
+            report.skip(f"line {number}", "null byte in the image's name" if image else "no tab and image")
+
+
+def _lines(tsv: Path) -> Iterator[str | bytes]:
+    """The lines of a text file; bytes where it is UTF-8, of which a line may be broken."""
     with tsv.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                caption, _, rest = line.decode("utf-8-sig").strip("\r\n").partition("\t")
-            except UnicodeDecodeError:
-                report.skip(f"line {number}", "not UTF-8")
-                continue
-            image = rest.partition("\t")[0].strip()
-            if image:
-                yield Pair(f"{number:09d}", caption, images / image, {"source": image, "line": number})
-            elif line.strip():
-                report.skip(f"line {number}", "no tab and image")
+        encoding = encoding_of(lines.peek(64), tsv)
+        if encoding == "utf-16":
+            yield from decode_text(lines.read(), tsv).splitlines()
+        elif encoding == "utf-8-sig":
+            lines.read(len(BOM_UTF8))
+        yield from lines
 
 
 def pack_coco(
@@ -88,22 +99,14 @@ def pack_coco(
     Raises:
         UserError: the file is missing or of another format, out holds shards already, or no pair could be packed.
     """
-    try:
-        content = json.loads(annotations.read_bytes())
-        names = {image["id"]: image["file_name"] for image in content["images"]}
-        texts: dict[int, list[str]] = {key: [] for key in names}
-        for note in content["annotations"]:
-            texts[note["image_id"]].append(note["caption"])
-    except OSError as error:
-        raise UserError(f"{annotations} cannot be read ({error.strerror}): name COCO's caption file") from None
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{annotations} is no caption file of COCO: it lacks images, or annotations with captions") from None
+    report = PackReport()
+    _, content = read_annotations(annotations, ("captions of COCO",), "COCO's caption file, as captions_train2017.json")
+    names, texts = coco_captions(annotations, content, report.skip)
     rows = [
         Pair(f"{key}_{i}", text, images / names[key], {"source": names[key], "image_id": key})
         for key, said in texts.items()
         for i, text in enumerate(said if captions == "all" else said[:1])
     ]
-    report = PackReport()
     for key in (key for key, said in texts.items() if not said):
         report.skip(str(key), "image without caption")
     return _pack(rows, report, out, per_shard)

@@ -30,13 +30,14 @@ from PIL import Image
 from fromage.data.shard_streams import check_protocol, is_remote, open_shard, read_remote_json
 from fromage.errors import BrokenSample, UserError
 from fromage.images.codec import SUFFIXES, decode_image
-from fromage.io import WholeFile, write_json
+from fromage.io import MAX_MEMBER, WholeFile, odd_member, write_json
 
 log = logging.getLogger(__name__)
 Raw = dict[str, Any]  # a stored sample: '__key__', and the members' bytes by extension
 T = TypeVar("T")
 CHECK_FROM = 100  # samples; a smaller stream is judged at its end
 ATTEMPTS = 3  # to read a shard that comes over the network
+META = re.compile(r"__[^/]*__($|/)")  # members that webdataset keeps for itself
 MAX_CAPTION = 65536  # bytes; what is longer is a page that was taken for a caption
 
 
@@ -224,8 +225,27 @@ def _samples(stream: Any, shard: str, lost: Callable[[str, str], None]) -> Itera
         lost(shard_name(shard), f"unusable member: {error.args[0]}")
         return True
 
-    files = wds.tariterators.tar_file_expander([{"url": shard, "stream": stream}], eof_value=None)
-    return wds.tariterators.group_by_keys(files, handler=report)
+    return wds.tariterators.group_by_keys(_members(stream, shard, lost), handler=report)
+
+
+def _members(stream: Any, shard: str, lost: Callable[[str, str], None]) -> Iterator[Raw]:
+    """The files of a tar, read in order. A member that is no plain one is lost, and not read.
+
+    Raises tarfile.ReadError for a member that claims to be enormous: to pass over it, tarfile would count up to there.
+    """
+    with tarfile.open(fileobj=stream, mode="r|*") as tar:
+        for member in tar:
+            if member.isdir() or META.match(member.name):
+                continue
+            if member.size > MAX_MEMBER:
+                raise tarfile.ReadError(f"member {member.name} claims {member.size:,} bytes, more than {MAX_MEMBER:,}")
+            if why := odd_member(member):
+                lost(shard_name(shard), f"unusable member: {member.name.encode('utf-8', 'replace').decode()} {why}")
+                continue
+            file = tar.extractfile(member)
+            assert file  # a plain file
+            yield {"fname": member.name, "data": file.read(), "__url__": shard}
+            tar.members = []  # type: ignore[attr-defined]  # tarfile remembers every member it has seen
 
 
 def caption_of(raw: Raw) -> str:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from fromage.data.annotations import parsing, read_annotations
+from fromage.data.annotations import FILE, TEXT, Wanted, coco_captions, fitting, optional, read_annotations
 from fromage.errors import UserError
 
 Dataset = Literal["coco", "flickr30k"]
@@ -17,6 +17,8 @@ KINDS = {
     "coco": ("captions of COCO", "Karpathy's split of COCO"),
     "flickr30k": ("Karpathy's split of Flickr30k",),
 }
+
+KARPATHY: Wanted = {"filename": FILE, "filepath": optional(TEXT), "split": TEXT, "sentences": [{"raw": TEXT}]}
 
 
 @dataclass(frozen=True)
@@ -55,9 +57,8 @@ def read_captions(
         UserError: the file is missing, broken or of another data set, or has no image in the split.
     """
     kind, content = read_annotations(annotations, KINDS[dataset], FILES[dataset])
-    with parsing(annotations):
-        name, listed = _coco(content) if kind == "captions of COCO" else _karpathy(content, split)
-        pairs = [(file, [text for raw in texts if (text := raw.strip())]) for file, texts in listed]
+    name, listed = _coco(annotations, content) if kind == "captions of COCO" else _karpathy(annotations, content, split)
+    pairs = [(file, [text for raw in texts if (text := raw.strip())]) for file, texts in listed]
     good = [(file, texts) for file, texts in pairs if texts][:limit]
     if not good:
         raise UserError(f"{annotations}: holds no image with a caption in the split {split}; choose another split or file")
@@ -73,19 +74,17 @@ def read_captions(
     )
 
 
-def _coco(content: dict[str, Any]) -> tuple[str, list[tuple[str, list[str]]]]:
-    captions: dict[int, list[str]] = {image["id"]: [] for image in content["images"]}
-    for note in content["annotations"]:
-        captions[note["image_id"]].append(note["caption"])
-    return "all images", [(image["file_name"], captions[image["id"]]) for image in content["images"]]
+def _coco(path: Path, content: dict[str, Any]) -> tuple[str, list[tuple[str, list[str]]]]:
+    files, captions = coco_captions(path, content)
+    return "all images", [(file, captions[key]) for key, file in files.items()]
 
 
-def _karpathy(content: dict[str, Any], split: str) -> tuple[str, list[tuple[str, list[str]]]]:
+def _karpathy(path: Path, content: dict[str, Any], split: str) -> tuple[str, list[tuple[str, list[str]]]]:
     if split not in SPLITS:
         raise UserError(f"split {split}: there are {', '.join(SPLITS)}")
     return f"split {split}", [
         ("/".join(filter(None, (image.get("filepath"), image["filename"]))), [s["raw"] for s in image["sentences"]])
-        for image in content["images"]
+        for image in fitting(path, "images", content["images"], KARPATHY)
         if image["split"] in SPLITS[split]
     ]
 

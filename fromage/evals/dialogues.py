@@ -7,7 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fromage.data.annotations import malformed, parsing, read_annotations
+from fromage.data.annotations import (
+    NUMBER,
+    TEXT,
+    WHOLE,
+    Wanted,
+    below,
+    fitting,
+    parsing,
+    problem,
+    read_annotations,
+)
 from fromage.errors import UserError
 
 CANDIDATES = "dialogues of VisDial 1.0 with candidates", "visdial_1.0_val.json"
@@ -60,9 +70,14 @@ def read_dialogues(annotations: Path, dense: Path, images: Path, limit: int | No
     """
     _, content = read_annotations(annotations, (CANDIDATES[0],), CANDIDATES[1])
     rated = _ratings(dense)
+    data = content["data"]
+    for name in ("questions", "answers"):
+        if odd := problem(data.get(name), [TEXT]):
+            raise UserError(f"{annotations}: data.{name}{odd}; fetch the file anew")
+    questions, answers = below(len(data["questions"])), below(len(data["answers"]))
+    turn: Wanted = {"question": questions, "answer": answers, "answer_options": [answers], "gt_index": WHOLE}
+    listed = fitting(annotations, "data.dialogs", data["dialogs"], {"image_id": WHOLE, "dialog": [turn]})[:limit]
     with parsing(annotations):
-        data = content["data"]
-        listed = data["dialogs"][:limit]
         if lacking := [dialogue["image_id"] for dialogue in listed if dialogue["image_id"] not in rated]:
             raise UserError(
                 f"{dense}: has no ratings for {len(lacking)} of the dialogues ({lacking[:3]}); take both of one split"
@@ -72,20 +87,22 @@ def read_dialogues(annotations: Path, dense: Path, images: Path, limit: int | No
             Dialogue(images / name.format(dialogue["image_id"]), _rounds(dialogue, data), *rated[dialogue["image_id"]])
             for dialogue in listed
         ]
-        _check(dialogues)
+    _check(annotations, dialogues)
     for dialogue in dialogues:
         if not 0 <= dialogue.rated < len(dialogue.rounds) or len(dialogue.relevance) != len(
             dialogue.rounds[dialogue.rated].candidates
         ):
-            raise malformed(dense, ValueError(f"the ratings of {dialogue.image.name} are not of its candidates"))
+            raise UserError(
+                f"{dense}: the ratings of {dialogue.image.name} are not of its candidates; take both of one split"
+            )
     return Dialogues(annotations.name, dialogues)
 
 
 def _ratings(dense: Path) -> dict[int, tuple[int, list[float]]]:
     """Image -> the round that was rated, from 0, and the relevance of its candidates."""
     _, ratings = read_annotations(dense, (DENSE[0],), DENSE[1])
-    with parsing(dense):
-        return {note["image_id"]: (int(note["round_id"]) - 1, list(map(float, note["gt_relevance"]))) for note in ratings}
+    notes = fitting(dense, "ratings", ratings, {"image_id": WHOLE, "round_id": WHOLE, "gt_relevance": [NUMBER]})
+    return {note["image_id"]: (note["round_id"] - 1, list(map(float, note["gt_relevance"]))) for note in notes}
 
 
 def _rounds(dialogue: dict[str, Any], data: dict[str, list[str]]) -> list[Round]:
@@ -101,14 +118,14 @@ def _rounds(dialogue: dict[str, Any], data: dict[str, list[str]]) -> list[Round]
     ]
 
 
-def _check(dialogues: list[Dialogue]) -> None:
-    """Raise ValueError for dialogues of unequal shape, and for right answers that belong to others."""
+def _check(path: Path, dialogues: list[Dialogue]) -> None:
+    """Raise UserError for dialogues of unequal shape, and for right answers that belong to others."""
     shapes = {(len(dialogue.rounds), len(turn.candidates)) for dialogue in dialogues for turn in dialogue.rounds}
     if len(shapes) != 1:
-        raise ValueError(f"rounds and candidates vary: {sorted(shapes)[:3]}")
+        raise UserError(f"{path}: rounds and candidates vary: {sorted(shapes)[:3]}; fetch the file anew")
     for dialogue in dialogues:
-        if any(turn.candidates[turn.right] != turn.answer for turn in dialogue.rounds):
-            raise ValueError(f"gt_index of {dialogue.image.name} names another answer")
+        if any(turn.answer not in turn.candidates[turn.right :][:1] for turn in dialogue.rounds):
+            raise UserError(f"{path}: gt_index of {dialogue.image.name} names another answer; fetch the file anew")
 
 
 def spoken(rounds: Sequence[Round]) -> str:

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fromage.data.annotations import parsing, read_annotations
+from fromage.data.annotations import DIGITS, ID, TEXT, fitting, read_annotations
 from fromage.errors import UserError
 from fromage.evals.base import RetrievalRun, Retriever
 from fromage.evals.report import Report, System
@@ -31,6 +31,7 @@ from fromage.retrieval.metrics import rank_figures, ranks
 LENGTH = 5  # images, and sentences, of a story
 NONE, ALL, FIRST, LAST = range(0), range(LENGTH), range(LENGTH - 1), range(LENGTH - 1, LENGTH)
 KEPT = "_context_kept"
+NOTE = {"worker_arranged_photo_order": DIGITS, "text": TEXT, "photo_flickr_id": ID, "story_id": ID}  # of a sentence
 
 
 class Setting(NamedTuple):
@@ -103,10 +104,9 @@ def read_stories(annotations: Path, images: Path, limit: int | None = None) -> S
     wanted, remedy = ("stories in sequence of VIST",), "val.story-in-sequence.json of VIST's SIS-with-labels"
     _, content = read_annotations(annotations, wanted, remedy)
     noted: dict[str, list[tuple[int, str, str]]] = {}
-    with parsing(annotations):
-        for (note,) in content["annotations"]:
-            line = int(note["worker_arranged_photo_order"]), note["text"], note["photo_flickr_id"]
-            noted.setdefault(note["story_id"], []).append(line)
+    for (note,) in fitting(annotations, "annotations", content["annotations"], (NOTE,)):
+        line = int(note["worker_arranged_photo_order"]), note["text"], str(note["photo_flickr_id"])
+        noted.setdefault(str(note["story_id"]), []).append(line)
     some = dict(list(noted.items())[:limit])
     places = {photo: _place(images, photo) for lines in some.values() for _, _, photo in lines}
     stories = [

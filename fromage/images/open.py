@@ -9,6 +9,7 @@ from PIL import Image
 
 from fromage.errors import BrokenSample, UserError
 from fromage.images.codec import SUFFIXES, decode_image
+from fromage.io import odd_member
 
 
 def open_image(locator: str) -> Image.Image:
@@ -35,6 +36,8 @@ def _member(shard: str, key: str) -> bytes:
     with tarfile.open(shard) as tar:
         for member in tar:
             stem, _, suffix = member.name.rpartition(".")
-            if stem == key and suffix.lower() in SUFFIXES and (file := tar.extractfile(member)):
+            if stem != key or suffix.lower() not in SUFFIXES or odd_member(member):
+                continue
+            if file := tar.extractfile(member):
                 return file.read()
     raise UserError(f"{shard}: holds no image with the key {key}; was the shard written anew?")

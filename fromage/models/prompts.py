@@ -3,13 +3,12 @@
     [W_c v(x)] [</s>] "a cat and" [W_c v(y)] [</s>] "its dog" ...      an image is its visual prefix, k embeddings
 
 In training an image stands in front of the </s> of its caption, in one such pair or two, and a caption that [RET] closes has
-one </s>. `Starts` names the forms of prompts that follow from this. A batch is padded on the left, so that all prompts end at
-the position where generation begins.
+one </s>. `Starts` names the forms of prompts that follow from this. A batch is padded on the left, so that all prompts end
+where generation begins.
 """
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,12 +22,11 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from fromage.checks import HALVES
 from fromage.errors import BrokenSample, UserError
 from fromage.images.codec import take_in
 from fromage.images.open import open_image
 from fromage.models.base import VisualPrefixLM
-
-HALVES = re.compile("[\ud800-\udfff]")  # surrogates: halves of a character in UTF-16, no characters themselves
 
 
 class Url(str):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import warnings
 
 import pytest
 
@@ -76,20 +77,96 @@ def test_another_version_of_visdial_is_named(world, tmp_path):
         read("visdial", world, path)
 
 
-@pytest.mark.parametrize(
-    "kind", ["captions of COCO", "stories in sequence of VIST", "dialogues of VisDial 1.0 with candidates"]
-)
-def test_an_entry_that_is_broken_further_down(world, tmp_path, kind):
+ODD = {
+    "captions of COCO": [
+        ("annotations", {"image_id": 3}, r"annotations\[7\] lacks caption"),
+        ("annotations", {"image_id": 3, "caption": None}, r"annotations\[7\]\.caption is null, not a text"),
+        ("annotations", {"image_id": 3, "caption": ["a"]}, r"annotations\[7\]\.caption is a list, not a text"),
+        ("annotations", {"image_id": 3, "caption": "half \ud83d"}, r"half a character, not a text"),
+        ("annotations", {"image_id": [], "caption": "a"}, r"image_id is a list of nothing, not a number or text"),
+        ("annotations", {"image_id": -5, "caption": "a"}, r"annotations of image -5, which is missing"),
+        ("annotations", "a", r"annotations\[7\] is the text 'a', not an object with image_id, caption"),
+        ("images", {"id": 10**9, "file_name": None}, r"images\[7\]\.file_name is null, not a file name"),
+        ("images", {"id": 10**9, "file_name": "a\0.jpg"}, r"not a file name"),
+    ],
+    "stories in sequence of VIST": [
+        ("annotations", [], r"annotations\[7\] is a list of 0, not of 1"),
+        ("annotations", [{"text": "a", "photo_flickr_id": "1", "story_id": "1", "worker_arranged_photo_order": "first"}],
+         r"worker_arranged_photo_order is the text 'first', not a whole number"),
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "where", "entry", "said"), [(k, *case) for k, cases in ODD.items() for case in cases])
+def test_a_single_odd_entry_is_told_and_left_out_and_many_refuse_the_file(world, tmp_path, kind, where, entry, said):
     content = json.loads(paths(world)[kind].read_text())
-    if "data" in content:
-        content["data"]["dialogs"][1]["dialog"][3]["gt_index"] = 100
+    path, dataset = tmp_path / "a.json", {"c": "coco", "s": "vist"}[kind[0]]
+    if (where == "annotations" and dataset == "coco") or dataset == "vist":
+        content[where][7] = entry
     else:
-        content["annotations"][7] = content["annotations"][7][:0] if "stories" in kind else {"id": 3}
+        content[where].insert(7, entry)
+    path.write_text(json.dumps(content))
+    with pytest.warns(UserWarning, match=rf"a\.json: 1 of \d+ entries are odd \(.*{said}.*\) and left out"):
+        assert read(dataset, world, path)
+    content[where] = [content[where][0], *[entry] * 10, *content[where][1:50]]
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"a\.json: \d+ of \d+ entries are odd .*fetch the file anew"):
+        read(dataset, world, path)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("gt_index", 100, "names another answer"),
+        ("gt_index", None, r"dialog\[3\]\.gt_index is null, not a whole number"),
+        ("question", 10**6, r"question is 1000000, not a whole number below"),
+        ("answer_options", "all", r"answer_options is the text 'all', not a list"),
+    ],
+)
+def test_a_dialogue_that_is_odd(world, tmp_path, field, value, said):
+    content = json.loads(paths(world)["dialogues of VisDial 1.0 with candidates"].read_text())
+    content["data"]["dialogs"][1]["dialog"][3][field] = value
     path = tmp_path / "a.json"
     path.write_text(json.dumps(content))
-    dataset = {"c": "coco", "s": "vist", "d": "visdial"}[kind[0]]
-    with pytest.raises(UserError, match=r"a\.json: an entry is broken"):
-        read(dataset, world, path)
+    with pytest.raises(UserError, match=rf"a\.json: .*{said}"):
+        warnings.simplefilter("error")
+        try:
+            read("visdial", world, path)
+        except UserWarning as warning:
+            raise UserError(*warning.args) from warning
+
+
+@pytest.mark.parametrize("name", ["questions", "answers", "dialogs"])
+def test_parts_of_visdial_that_are_no_lists(world, tmp_path, name):
+    content = json.loads(paths(world)["dialogues of VisDial 1.0 with candidates"].read_text())
+    content["data"][name] = content["data"][name][:1] + [None] if name != "dialogs" else content["data"][name][:1] + [3]
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=rf"a\.json: .*data\.{name}\[1\] is (null|3), not"):
+        read("visdial", world, tmp_path / "a.json")
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (b"", "is empty"),
+        (b'{"a": 1,}', "broken in line 1, column 9"),
+        (b"[" * 100_000, "nested too deep"),
+        (b'{"images": [' + b"9" * 5000 + b"]}", "too many digits"),
+        (b'{"a":\n"caf\xe9"}', "line 2 is not UTF-8; save the file as UTF-8"),
+        ("{}".encode("utf-16-le"), "null bytes, as UTF-16 without a byte order mark"),
+    ],
+)
+def test_what_is_no_json_is_told_in_words(tmp_path, data, said):
+    (tmp_path / "a.json").write_bytes(data)
+    with pytest.raises(UserError, match=rf"a\.json: .*{said}"):
+        read("coco", tmp_path, tmp_path / "a.json")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-8"])
+def test_json_of_any_unicode_encoding(world, tmp_path, encoding):
+    path = tmp_path / "a.json"
+    path.write_text(paths(world)["captions of COCO"].read_text(), encoding=encoding)
+    assert read("coco", world, path).captions == read("coco", world, paths(world)["captions of COCO"]).captions
 
 
 def test_the_coco_sample(shared_data):
@@ -173,7 +250,12 @@ def test_ratings_of_other_dialogues(world, tmp_path):
     path = paths(world)["dialogues of VisDial 1.0 with candidates"]
     with pytest.raises(UserError, match="of one split"):
         read_dialogues(path, tmp_path / "dense.json", world)
-    for broken in ({"gt_relevance": [1] * 99}, {"round_id": 11}, {"round_id": "x"}, {"gt_relevance": ["x"] * 100}):
-        (tmp_path / "dense.json").write_text(json.dumps([ratings[0] | broken, *ratings[1:]]))
-        with pytest.raises(UserError, match=r"dense\.json: an entry is broken"):
-            read_dialogues(path, tmp_path / "dense.json", world)
+    cases = [({"gt_relevance": [1] * 99}, "not of its candidates"), ({"round_id": 11}, "not of its candidates")]
+    cases += [
+        ({"round_id": "x"}, r"entries are odd \(ratings\[0\]\.round_id"),
+        ({"gt_relevance": ["x"] * 100}, "not a number"),
+    ]
+    for broken, said in cases:
+        (tmp_path / "dense.json").write_text(json.dumps([ratings[0] | broken, *ratings[1:]][:5]))
+        with pytest.raises(UserError, match=rf"dense\.json: .*{said}"):
+            read_dialogues(path, tmp_path / "dense.json", world, limit=5)

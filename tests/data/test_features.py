@@ -1,6 +1,7 @@
 import io
 import json
 import types
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -8,10 +9,13 @@ import torch
 from PIL import Image
 from torch import nn
 
+from fromage.data.batches import Decode, collate
 from fromage.data.datamodule import CC3M
 from fromage.data.features import check_features, from_npy, store_features, to_npy
-from fromage.data.shards import expand, read_shard, read_sizes, write_shards
+from fromage.data.shards import Broken, decoded, expand, read_shard, read_sizes, write_shards
+from fromage.data.tokenizer import PromptTokenizer
 from fromage.errors import BrokenSample, UserError
+from fromage.models.frozen import TOY
 
 
 def transform(image):
@@ -167,3 +171,24 @@ def test_folders_that_hold_something_else_are_refused(tmp_path):
         store_features(source, tmp_path / "s", Vision(), workers=0)
     with pytest.raises(UserError, match=r"several shards are called 00000\.tar"):
         store_features([source, shards(tmp_path / "t")], tmp_path / "f", Vision(), workers=0)
+
+
+@pytest.mark.parametrize("bit", range(0, 8 * 128, 5))
+def test_a_flipped_bit_of_a_header_is_a_broken_sample_or_harmless(bit):
+    data = bytearray(to_npy(torch.ones(12)))
+    data[bit // 8] ^= 1 << bit % 8
+    with suppress(BrokenSample):
+        assert from_npy(bytes(data)).ndim == 1
+
+
+def test_features_of_another_width_are_skipped_and_named():
+    def stored(width):
+        return {"__key__": f"k{width}", "npy": to_npy(torch.ones(width)), "txt": b"a star"}
+
+    tokenizer = PromptTokenizer(str(TOY / "opt"))
+    for width in (None, 12):
+        broken = Broken(0.5)
+        decode = Decode(lambda image: image, tokenizer, 40, width)
+        rows = list(decoded([stored(12), stored(5), stored(12)], decode, broken))
+        assert collate(rows, 0).features.shape == (2, 12)
+        assert broken.bad == 1 and broken.last[0] == "k5 (features of another width: 5, not 12)"

@@ -1,5 +1,6 @@
 import io
 import json
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -53,7 +54,7 @@ def test_pack_tsv_of_nothing_is_an_error(tmp_path):
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"images": [{"id": 1}], "annotations": []}'])
 def test_pack_coco_refuses_other_files(tmp_path, content):
     (tmp_path / "c.json").write_text(content)
-    with pytest.raises(UserError, match="no caption file"):
+    with pytest.raises(UserError, match=r"c\.json: is .*captions_train2017"):
         pack_coco(tmp_path / "c.json", tmp_path, tmp_path / "s")
 
 
@@ -69,3 +70,30 @@ def test_pack_coco_sample(tmp_path):
     assert first["__key__"] == f"{int(Path(source).stem)}_0"
     report = pack_coco(coco / "captions_val2017_sample.json", coco / "val2017", tmp_path / "first", captions="first")
     assert report.pairs == 128
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-be"])
+def test_a_tsv_of_any_unicode_encoding(tmp_path, encoding):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.jpg")
+    text = "\ufeffein Bär\ta.jpg\r\nzwei\ta.jpg\r\n" if encoding == "utf-16-be" else "ein Bär\ta.jpg\r\nzwei\ta.jpg\r\n"
+    (tmp_path / "a.tsv").write_text(text, encoding=encoding, newline="")
+    assert pack_tsv(tmp_path / "a.tsv", tmp_path / "s").pairs == 2
+    with tarfile.open(tmp_path / "s" / "00000.tar") as tar:
+        assert tar.extractfile("000000001.txt").read().decode() == "ein Bär"
+
+
+def test_a_tsv_in_utf16_without_a_mark_is_told(tmp_path):
+    (tmp_path / "a.tsv").write_text("a\ta.jpg\n", encoding="utf-16-le")
+    with pytest.raises(UserError, match="null bytes, as UTF-16 without a byte order mark.*save it as UTF-8"):
+        pack_tsv(tmp_path / "a.tsv", tmp_path / "s")
+
+
+def test_odd_entries_of_a_caption_file_are_skipped_and_named(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.jpg")
+    images = [{"id": 1, "file_name": "a.jpg"}, {"id": 2, "file_name": None}]
+    said = ["a", None, 5, ["a", "b"], "half \ud83d"]
+    notes = [{"image_id": 1, "caption": text} for text in said] + [{"image_id": 2, "caption": "b"}]
+    (tmp_path / "c.json").write_text(json.dumps({"images": images, "annotations": notes}))
+    report = pack_coco(tmp_path / "c.json", tmp_path, tmp_path / "s")
+    assert (report.pairs, report.skipped) == (1, {"odd entry": 6})
+    assert report.names["odd entry"][1] == "annotations[1].caption (annotations[1].caption is null, not a text)"

@@ -268,3 +268,52 @@ def test_images_of_every_mode_become_rgb(kind, mode):
 def test_undecodable_images_are_broken(data):
     with pytest.raises(BrokenSample, match=r"^undecodable image: "):
         image_of({"jpg": data})
+
+
+def odd_tar(path):
+    """A shard with a good sample, and beside it members that are links, a device, too large, or named in Latin-1."""
+    with tarfile.open(path, "w:gz", format=tarfile.USTAR_FORMAT, encoding="latin-1") as tar:
+
+        def add(name, data=b"", **fields):
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            for field, value in fields.items():
+                setattr(member, field, value)
+            tar.addfile(member, io.BytesIO(data))
+
+        add("a.jpg", type=tarfile.SYMTYPE, linkname="../elsewhere.jpg")
+        add("a.jpg", image())
+        add("a.txt", b"a star")
+        add("b.jpg", type=tarfile.LNKTYPE, linkname="a.jpg")
+        add("c.jpg", type=tarfile.CHRTYPE)
+        add("folder", type=tarfile.DIRTYPE)
+        add("caf\xe9.txt", b"a ring")
+        add("__meta__", b"x")
+
+
+def test_a_member_that_is_no_plain_file_is_counted_and_named(tmp_path):
+    odd_tar(tmp_path / "0.tar")
+    lost = []
+    samples = list(read_shard(str(tmp_path / "0.tar"), lambda *told: lost.append(told)))
+    assert [sample["__key__"] for sample in samples] == ["a"] and samples[0]["jpg"] == image()
+    told = [cause.removeprefix("unusable member: ") for name, cause in lost if name == "0.tar"]
+    assert told == [
+        "a.jpg is no plain file", "b.jpg is no plain file", "c.jpg is no plain file", "caf?.txt has a name that is not UTF-8",
+    ]  # fmt: skip
+
+
+def test_what_a_member_claims_is_not_allocated(tmp_path):
+    huge = tarfile.TarInfo("a.jpg")
+    huge.size = 1 << 40
+    (tmp_path / "0.tar").write_bytes(huge.tobuf() + b"x" * 1024)
+    sparse = tarfile.TarInfo("b.jpg")
+    sparse.type, sparse.size = tarfile.GNUTYPE_SPARSE, 0
+    header = bytearray(sparse.tobuf(tarfile.GNU_FORMAT))
+    header[483:495] = b"77777777777\0"  # the real size: 8 GiB
+    header[148:156] = b"%06o\0 " % (sum(header[:148]) + sum(header[156:512]) + 8 * 32)
+    (tmp_path / "1.tar").write_bytes(bytes(header) + bytes(10240 - 512))
+    lost = []
+    for name in ("0.tar", "1.tar"):
+        assert list(read_shard(str(tmp_path / name), lambda *told: lost.append(told))) == []
+    assert any("member a.jpg claims 1,099,511,627,776 bytes, more than 134,217,728" in cause for _, cause in lost)
+    assert any("b.jpg claims 8,589,934,591 bytes" in cause for _, cause in lost)
