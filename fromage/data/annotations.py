@@ -1,7 +1,7 @@
 """Annotation files as their publishers give them: read, recognised by what their first entries hold, and checked.
 
 A format is a value of `Wanted`: {"image_id": ID, "caption": TEXT} is a mapping that holds both, [NUMBER] a list of numbers,
-(NUMBER,) * 4 a list of four. Each published format is checked once, where it is read, by `fitting`; behind that its entries are what they ought to be.
+(NUMBER,) * 4 a list of four. Each published format is checked once, where it is read, by `fitting`.
 """
 
 from __future__ import annotations
