@@ -139,7 +139,7 @@ def test_a_dialogue_that_is_odd(world, tmp_path, field, value, said):
 @pytest.mark.parametrize("name", ["questions", "answers", "dialogs"])
 def test_parts_of_visdial_that_are_no_lists(world, tmp_path, name):
     content = json.loads(paths(world)["dialogues of VisDial 1.0 with candidates"].read_text())
-    content["data"][name] = content["data"][name][:1] + [None] if name != "dialogs" else content["data"][name][:1] + [3]
+    content["data"][name] = [content["data"][name][0], 3 if name == "dialogs" else None]
     (tmp_path / "a.json").write_text(json.dumps(content))
     with pytest.raises(UserError, match=rf"a\.json: .*data\.{name}\[1\] is (null|3), not"):
         read("visdial", world, tmp_path / "a.json")
@@ -252,7 +252,7 @@ def test_ratings_of_other_dialogues(world, tmp_path):
         read_dialogues(path, tmp_path / "dense.json", world)
     cases = [({"gt_relevance": [1] * 99}, "not of its candidates"), ({"round_id": 11}, "not of its candidates")]
     cases += [
-        ({"round_id": "x"}, r"entries are odd \(ratings\[0\]\.round_id"),
+        ({"round_id": "x"}, r"are odd \(ratings\[0\]\.round_id"),
         ({"gt_relevance": ["x"] * 100}, "not a number"),
     ]
     for broken, said in cases:

@@ -84,7 +84,7 @@ def test_a_tsv_of_any_unicode_encoding(tmp_path, encoding):
 
 def test_a_tsv_in_utf16_without_a_mark_is_told(tmp_path):
     (tmp_path / "a.tsv").write_text("a\ta.jpg\n", encoding="utf-16-le")
-    with pytest.raises(UserError, match="null bytes, as UTF-16 without a byte order mark.*save it as UTF-8"):
+    with pytest.raises(UserError, match=r"null bytes, as UTF-16 without a byte order mark.*save it as UTF-8"):
         pack_tsv(tmp_path / "a.tsv", tmp_path / "s")
 
 

@@ -298,7 +298,8 @@ def test_a_member_that_is_no_plain_file_is_counted_and_named(tmp_path):
     assert [sample["__key__"] for sample in samples] == ["a"] and samples[0]["jpg"] == image()
     told = [cause.removeprefix("unusable member: ") for name, cause in lost if name == "0.tar"]
     assert told == [
-        "a.jpg is no plain file", "b.jpg is no plain file", "c.jpg is no plain file", "caf?.txt has a name that is not UTF-8",
+        "a.jpg is no plain file", "b.jpg is no plain file", "c.jpg is no plain file",
+        "caf?.txt has a name that is not UTF-8",
     ]  # fmt: skip
 
 
