@@ -30,6 +30,16 @@ def world(tmp_path_factory):
     return out
 
 
+@pytest.fixture(scope="session")
+def captioned_world(world, tmp_path_factory):
+    """Shards of the toy world's 60 COCO images with five captions each: train/ and val/."""
+    from fromage.data.packing import pack_coco
+
+    out = tmp_path_factory.mktemp("captioned")
+    pack_coco(world / "coco/annotations/captions_val2017.json", world / "coco/val2017", out, 9, val_fraction=0.4)
+    return out
+
+
 @pytest.fixture
 def toy_model():
     """FROMAGe on the toy towers, k = 2, its trained parameters fresh."""

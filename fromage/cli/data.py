@@ -30,8 +30,10 @@ def toy_demo(*, out: Path = Path("runs/demo")) -> None:
     demo(out)
 
 
-def shards_tsv(tsv: Path, *, out: Path, images: Path | None = None, per_shard: int = 1000) -> None:
-    """Pack a TSV of caption and image into shards.
+def shards_tsv(
+    tsv: Path, *, out: Path, images: Path | None = None, per_shard: int = 1000, val_fraction: float = 0.0
+) -> None:
+    """Pack a TSV of caption and image into shards, each image once with all its captions.
 
     Args:
         tsv: lines of caption, tab, image
@@ -39,21 +41,36 @@ def shards_tsv(tsv: Path, *, out: Path, images: Path | None = None, per_shard: i
     """
     from fromage.data.packing import pack_tsv
 
-    print(pack_tsv(tsv, out, images, per_shard))
+    print(pack_tsv(tsv, out, images, per_shard, val_fraction).text())
+
+
+def shards_jsonl(
+    jsonl: Path, *, out: Path, images: Path | None = None, per_shard: int = 1000, val_fraction: float = 0.0
+) -> None:
+    """Pack JSON lines of image and captions into shards, each image once with all its captions.
+
+    Args:
+        jsonl: lines {"image": path, "captions": [text, ...]}
+        images: folder that the images' paths start from (default: the file's own)
+    """
+    from fromage.data.packing import pack_jsonl
+
+    print(pack_jsonl(jsonl, out, images, per_shard, val_fraction).text())
 
 
 def shards_coco(
-    annotations: Path, *, images: Path, out: Path, captions: Literal["all", "first"] = "all", per_shard: int = 1000
-) -> None:
-    """Pack a COCO caption file and its images into shards.
+    annotations: Path, *, images: Path, out: Path, captions: Literal["all", "first"] = "all", per_shard: int = 1000,
+    val_fraction: float = 0.0,
+) -> None:  # fmt: skip
+    """Pack a COCO caption file and its images into shards, each image once with all its captions.
 
     Args:
         annotations: COCO caption JSON
-        captions: captions used per image
+        captions: captions packed per image
     """
     from fromage.data.packing import pack_coco
 
-    print(pack_coco(annotations, images, out, per_shard, captions))
+    print(pack_coco(annotations, images, out, per_shard, captions, val_fraction).text())
 
 
 def shards_check(

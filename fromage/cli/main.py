@@ -43,6 +43,7 @@ COMMANDS: dict[str, Function] = {
     "toy make": data.toy_make,
     "toy demo": data.toy_demo,
     "shards tsv": data.shards_tsv,
+    "shards jsonl": data.shards_jsonl,
     "shards coco": data.shards_coco,
     "shards check": data.shards_check,
     "features": data.features,

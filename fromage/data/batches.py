@@ -1,7 +1,12 @@
-"""Batches of FROMAGe: a stored sample -> a row (Sample) -> a batch. Captions are truncated in fromage.data.tokenizer."""
+"""Batches of FROMAGe: a stored sample -> a row (Sample) -> a batch. Captions are truncated in fromage.data.tokenizer.
+
+An image counts once however many captions it has. Training draws one of them in each epoch; validation has all of them.
+"""
 
 from __future__ import annotations
 
+import random
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -10,14 +15,25 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from fromage.data.features import from_npy
-from fromage.data.shards import Raw, caption_of, image_file
+from fromage.data.shards import Raw, captions_of, image_file
 from fromage.data.tokenizer import PromptTokenizer
 from fromage.errors import BrokenSample, UserError
 from fromage.images.transforms import Transform, read_image
 
+EPOCH = "__epoch__"  # of a stored sample, set by the training stream: the pass that it is read in
+
+
+class Texts(NamedTuple):
+    """The captions of a batch's images behind the first one of each."""
+
+    captions: list[str]  # N
+    ids: Tensor  # (N, T) int64, as of Batch
+    lengths: list[int]  # N, as of Batch
+    rows: list[int]  # N: which image of the batch each belongs to
+
 
 class Batch(NamedTuple):
-    """Images or their features, and captions. A batch has either pixels or features."""
+    """Images or their features, and a caption of each. A batch has either pixels or features."""
 
     keys: list[str]
     captions: list[str]
@@ -25,19 +41,32 @@ class Batch(NamedTuple):
     lengths: list[int]  # B: tokens of each caption, [RET] included, without padding; on the host, for packing
     pixels: Tensor | None  # (B, 3, H, W) uint8, resized and cropped; another transform may give float
     features: Tensor | None  # (B, m) stored pooled features, in the dtype of their tower
+    more: Texts | None = None  # of validation: the images' other captions
 
     def part(self, start: int, stop: int) -> Batch:
-        """The pairs from start to stop, with padding cut to the longest of them."""
-        rows: Any = Batch(*(None if field is None else field[start:stop] for field in self))  # type: ignore[arg-type]
+        """The pairs from start to stop, with padding cut to the longest of them, without other captions."""
+        rows: Any = Batch(*(None if field is None else field[start:stop] for field in self._replace(more=None)))  # type: ignore[arg-type]
         return rows._replace(ids=rows.ids[:, : max(rows.lengths)])
+
+    def others(self) -> Iterator[Texts]:
+        """The captions in `more`, at most B at a time, with padding cut to the longest of them."""
+        B, more = len(self.keys), self.more
+        for start in range(0, len(more.rows), B) if more else ():
+            part = Texts(*(field[start : start + B] for field in more))  # type: ignore[union-attr,arg-type]
+            yield part._replace(ids=part.ids[:, : max(part.lengths)])
+
+    @property
+    def owners(self) -> Tensor:
+        """(B + N,) int64: which image of the batch each caption belongs to, first captions first, then those in `more`."""
+        return torch.tensor([*range(len(self.keys)), *(self.more.rows if self.more else [])])
 
 
 class Sample(NamedTuple):
     """One row of a batch."""
 
     key: str
-    caption: str
-    ids: list[int]
+    captions: list[str]  # at least one
+    ids: list[list[int]]  # of each caption
     pixels: Tensor | None  # (3, H, W)
     features: Tensor | None  # (m,)
 
@@ -48,19 +77,26 @@ class Decode:
 
     Attributes:
         width: m of stored features; None until the first ones are seen, whose width it then is.
+        captions: of an image, how many are used at most; None for all.
+        seed: of the caption that training draws.
     """
 
     transform: Transform
     tokenizer: PromptTokenizer
     max_tokens: int
+    captions: int | None = None
+    seed: int = 0
     width: int | None = None
 
     def __call__(self, raw: Raw) -> Sample:
         """Raises BrokenSample."""
-        caption = caption_of(raw)
+        captions = captions_of(raw)[: self.captions]
+        if EPOCH in raw:
+            captions = [captions[drawn(len(captions), self.seed, raw["__key__"], raw[EPOCH])]]
         features = self._features(raw["npy"]) if "npy" in raw else None
         pixels = read_image(image_file(raw), self.transform) if features is None else None
-        return Sample(raw["__key__"], caption, self.tokenizer.caption(caption, self.max_tokens), pixels, features)
+        ids = [self.tokenizer.caption(caption, self.max_tokens) for caption in captions]
+        return Sample(raw["__key__"], captions, ids, pixels, features)
 
     def _features(self, data: bytes) -> Tensor:
         features = from_npy(data)  # (m,)
@@ -70,6 +106,14 @@ class Decode:
         return features
 
 
+def drawn(n: int, seed: int, key: str, epoch: int) -> int:
+    """Which of n captions an image has in an epoch: within n epochs each comes once, in an order of its own each time."""
+    if n == 1:
+        return 0
+    turn, place = divmod(epoch, n)
+    return random.Random(f"{seed}/{key}/{turn}").sample(range(n), n)[place]
+
+
 def collate(samples: list[Sample], pad_id: int) -> Batch:
     """Rows -> a batch. Raises UserError if some rows have features and others images."""
     keys, captions, ids, pixels, features = (list(column) for column in zip(*samples, strict=True))
@@ -77,9 +121,23 @@ def collate(samples: list[Sample], pad_id: int) -> Batch:
         raise UserError(f"some shards hold features, others only images (near {keys[0]}): name shards of one kind")
     return Batch(
         keys,
-        captions,
-        pad_sequence([torch.tensor(row) for row in ids], batch_first=True, padding_value=pad_id),  # (B, T)
-        [len(row) for row in ids],
+        [said[0] for said in captions],
+        *padded([rows[0] for rows in ids], pad_id),
         None if pixels[0] is None else torch.stack(pixels),  # (B, 3, H, W)
         None if features[0] is None else torch.stack(features),  # (B, m)
+        others(samples, pad_id),
     )
+
+
+def others(samples: list[Sample], pad_id: int) -> Texts | None:
+    """The captions behind the first one of each row; None where there are none."""
+    if not (rows := [i for i, sample in enumerate(samples) for _ in sample.captions[1:]]):
+        return None
+    captions = [text for sample in samples for text in sample.captions[1:]]
+    return Texts(captions, *padded([row for sample in samples for row in sample.ids[1:]], pad_id), rows)
+
+
+def padded(ids: list[list[int]], pad_id: int) -> tuple[Tensor, list[int]]:
+    """Token ids of B texts -> (B, T), right-padded, and the length of each."""
+    rows = [torch.tensor(row) for row in ids]
+    return pad_sequence(rows, batch_first=True, padding_value=pad_id), [len(row) for row in ids]

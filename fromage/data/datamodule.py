@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytorch_lightning as pl
 import webdataset as wds
 
+from fromage.checks import check_whole
 from fromage.data.batches import Decode
 from fromage.data.features import check_features
 from fromage.data.loader import Loader, Plain, TrainLoader, no_loaders
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 class CC3M(pl.LightningDataModule):
     """Pairs of image and caption in webdataset shards: CC3M (paper, section 4), or any other such shards.
 
+    An image with several captions is one sample. Training draws one of them in each epoch, by seed, epoch and key: within
+    n epochs each of n captions comes once. In validation each caption searches for its image.
     Shards can also hold stored features (fromage.data.features): a member npy in place of the image.
     """
 
@@ -43,6 +46,7 @@ class CC3M(pl.LightningDataModule):
         samples_per_epoch: int | None = None,
         exact_resume: bool = True,
         decoding: JpegDecoding = "draft",
+        captions_per_image: int | None = None,
     ) -> None:
         """Set the data; nothing is read yet.
 
@@ -62,12 +66,16 @@ class CC3M(pl.LightningDataModule):
                 size, shuffle, seed, workers or devices); false starts such an epoch again.
             decoding: How JPEGs are decoded: draft decodes a large one at 1/2, 1/4 or 1/8 of its size, if that is at least
                 twice the size it is resized to; exact never does. Evaluation and index always use draft.
+            captions_per_image: Captions of an image that are used, the first ones; null for all. 1 draws none.
         """
         super().__init__()
+        if captions_per_image is not None:
+            check_whole("data.captions_per_image", captions_per_image, 1)
         self.train_shards, self.val_shards = train_shards, val_shards
         self.batch_size, self.val_batch_size = batch_size, val_batch_size or batch_size
         self.max_tokens, self.workers, self.shuffle, self.max_broken = max_tokens, workers, shuffle, max_broken
         self.seed, self.samples_per_epoch, self.exact_resume, self.decoding = seed, samples_per_epoch, exact_resume, decoding
+        self.captions_per_image = captions_per_image
         self.transform: Transform | None = None
         self.tokenizer: PromptTokenizer | None = None
 
@@ -133,4 +141,5 @@ class CC3M(pl.LightningDataModule):
         if transform is None or tokenizer is None:
             raise RuntimeError("CC3M needs a transform and a tokenizer: call attach(transform, tokenizer), or use a Trainer")
         width = getattr(model and model.vision, "width", None)
-        return Decode(decoding_as(transform, self.decoding), tokenizer, self.max_tokens, width)
+        how = decoding_as(transform, self.decoding)
+        return Decode(how, tokenizer, self.max_tokens, self.captions_per_image, self.seed, width)

@@ -23,7 +23,7 @@ from fromage.data.shards import (
     Broken,
     Raw,
     ShardWriter,
-    caption_of,
+    captions_of,
     decoded,
     expand,
     image_file,
@@ -135,7 +135,7 @@ def _check_names(shards: list[str]) -> None:
 
 
 def _members(raw: Raw, keep_images: bool) -> dict[str, bytes]:
-    """What a stored sample keeps of its source: caption, meta and, if asked, the image."""
+    """What a stored sample keeps of its source: captions, meta and, if asked, the image."""
     return {k: v for k, v in raw.items() if not k.startswith("__") and (keep_images or k in ("txt", "json"))}
 
 
@@ -162,8 +162,8 @@ class ImageStream(IterableDataset[Chunk]):
         self.transform, self.batch_size, self.max_broken = transform, batch_size, max_broken
 
     def decode(self, raw: Raw) -> tuple[Raw, Tensor]:
-        """A stored sample and its pixels (3, H, W). Raises BrokenSample, for its caption as well."""
-        caption_of(raw)
+        """A stored sample and its pixels (3, H, W). Raises BrokenSample, for its captions as well."""
+        captions_of(raw)
         return raw, read_image(image_file(raw), self.transform)
 
     def __iter__(self) -> Iterator[Chunk]:

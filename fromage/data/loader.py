@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from fromage.data.streams import Stream, TrainStream
 
 log = logging.getLogger(__name__)
+BEFORE = {"data.captions_per_image": None}  # what a layout meant that was written when there was no such option
 
 
 class Loader(DataLoader):
@@ -140,7 +141,7 @@ class TrainLoader(Loader):
         self.epoch, self.start = state["epoch"] + state.get("whole", False), self._beginning()
         if state.get("whole"):
             return
-        differs = self.differences(state.get("layout", {}))
+        differs = self.differences(BEFORE | state.get("layout", {}))
         if not differs:
             mine = next(device for device in state["devices"] if device["rank"] == self.dataset.rank)
             self.start = ResumeState(mine["given"], mine["turn"], mine["places"])

@@ -1,4 +1,4 @@
-"""Statistics of shards before training: broken samples by cause, duplicates, lengths of captions, sizes of images.
+"""Statistics of shards before training: broken samples by cause, duplicates, captions and their lengths, sizes of images.
 
 Samples are read and decoded as in training, so what is counted as broken here is what training would leave out.
 """
@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from tqdm import tqdm
 
 from fromage.data.features import from_npy
-from fromage.data.shards import Broken, Raw, caption_of, expand, image_of, read_shards, shard_name, shard_sizes
+from fromage.data.shards import Broken, Raw, captions_of, expand, image_of, read_shards, shard_name, shard_sizes
 from fromage.data.workers import init_worker, worker_share
 from fromage.errors import BrokenSample
 from fromage.images.codec import SUFFIXES, jpeg
@@ -45,12 +45,12 @@ class Record(NamedTuple):
     key: str = ""
     broken: str = ""  # 'cause: detail', as BrokenSample has it
     lost: int = 0  # samples that sizes.json promises and the shard does not hold
-    length: int = 0  # of the caption, as it is measured
+    lengths: tuple[int, ...] = ()  # of its captions, as they are measured
     size: tuple[int, int] | None = None  # width and height in pixels; None for stored features
-    image: int = 0  # digests of the image's bytes, and of caption and image
+    image: int = 0  # digests of the image's bytes, and of captions and image
     pair: int = 0
     draw: int = 0  # the sample's place in a random order of all
-    shown: tuple[bytes, str] | None = None  # a small JPEG and the caption, of candidates for the contact sheet
+    shown: tuple[bytes, str] | None = None  # a small JPEG and the captions, of candidates for the contact sheet
 
     @property
     def name(self) -> str:
@@ -100,7 +100,7 @@ class RecordReader(IterableDataset[Record]):
         """Decode a sample and measure it."""
         key, image = raw["__key__"], None
         try:
-            caption = caption_of(raw)
+            captions = captions_of(raw)
             if "npy" in raw:
                 from_npy(raw["npy"])
             else:
@@ -108,11 +108,12 @@ class RecordReader(IterableDataset[Record]):
         except BrokenSample as error:
             return Record(shard, key, str(error))
         data = next(raw[kind] for kind in ("npy", *SUFFIXES) if kind in raw)
-        record = Record(shard, key, "", 0, self.measure(caption), None, digest(data), digest(caption.encode(), data))
+        lengths, pair = tuple(map(self.measure, captions)), digest(*(text.encode() for text in captions), data)
+        record = Record(shard, key, "", 0, lengths, None, digest(data), pair)
         if image is None:
             return record
         draw = digest(shard.encode(), key.encode())
-        shown = (jpeg(image, TILE), caption) if self.is_candidate(draw) else None
+        shown = (jpeg(image, TILE), "\n".join(captions)) if self.is_candidate(draw) else None
         return record._replace(size=image.size, draw=draw, shown=shown)
 
     def is_candidate(self, draw: int) -> bool:
@@ -142,7 +143,8 @@ class ShardReport:
         self.counts: Counter[str] = Counter()
         self.names: list[str] = []  # of the samples that can be used
         self.keys, self.images, self.pairs = array("Q"), array("Q"), array("Q")
-        self.lengths, self.widths, self.heights = array("I"), array("I"), array("I")
+        self.lengths, self.widths, self.heights = array("I"), array("I"), array("I")  # of all captions, of all images
+        self.each = array("I")  # captions of each image
         self.smallest: tuple[int, str, tuple[int, int]] | None = None
         self.largest: tuple[int, str, tuple[int, int]] | None = None
         self.sheet: list[tuple[int, str, tuple[bytes, str]]] = []
@@ -170,7 +172,8 @@ class ShardReport:
         self.keys.append(digest(record.key.encode()))
         self.images.append(record.image)
         self.pairs.append(record.pair)
-        self.lengths.append(record.length)
+        self.lengths.extend(record.lengths)
+        self.each.append(len(record.lengths))
         if record.size is not None:
             self.widths.append(record.size[0])
             self.heights.append(record.size[1])
@@ -196,6 +199,7 @@ class ShardReport:
             "shards": len(self.seen),
             "samples": self.seen.total(),
             "usable": len(self.names),
+            "captions": len(self.lengths),
             "broken": self.bad.total(),
             "broken_share": self.share,
             "max_broken": self.max_broken,
@@ -207,6 +211,7 @@ class ShardReport:
                 "image": self._twice(self.images),
                 "image and caption": self._twice(self.pairs),
             },
+            "captions_per_image": quantiles(self.each),
             f"caption_{self.unit}": quantiles(self.lengths),
             "image_width": quantiles(self.widths),
             "image_height": quantiles(self.heights),
@@ -226,10 +231,13 @@ class ShardReport:
         """The report for a terminal."""
         found = self.figures()
         lines = [f"{found['shards']} shards, {found['samples']} samples: {found['usable']} usable, {found['broken']} broken"]
+        lines += [f"{found['usable']} images with {found['captions']} captions"]
         lines += [f"  {c['count']:7} {cause}: {', '.join(c['first'])}" for cause, c in found["causes"].items()]
         lines += [f"  {t['count']:7} with the {what} of another: {', '.join(t['first'])}"
                   for what, t in found["twice"].items() if t["count"]]  # fmt: skip
-        measured = (f"caption_{self.unit}", "image_width", "image_height")
+        if found["twice"]["image"]["count"]:
+            lines.append("  copies compete in validation: pack each image once with all its captions (fromage shards)")
+        measured = ("captions_per_image", f"caption_{self.unit}", "image_width", "image_height")
         rows = [[what.replace("_", " "), *found[what].values()] for what in measured if found[what]]
         lines.append(tabulate(rows, ["", *QUANTILES], tablefmt="plain"))
         for what in ("smallest_image", "largest_image"):
@@ -245,7 +253,7 @@ class ShardReport:
         return f"training would {'accept' if self.accepted else 'refuse'} these shards: {broken}{by}"
 
     def image(self) -> Image.Image:
-        """The samples drawn at random, with their captions."""
+        """The samples drawn at random, each with its captions."""
         tiles = [(Image.open(io.BytesIO(data)), f"{name}\n{caption}") for _, name, (data, caption) in self.sheet]
         return contact_sheet([(f"{len(tiles)} of {len(self.names)} samples, drawn at random", tiles)], TILE)
 

@@ -1,7 +1,8 @@
 """Webdataset shards: naming them, writing and reading them.
 
-A shard is a tar of about a thousand pairs. A pair is three members that share a key: KEY.jpg, KEY.txt (the caption) and
-KEY.json (whatever else is known of it). The file sizes.json beside the shards says how many pairs each one holds.
+A shard is a tar of about a thousand samples. A sample is three members that share a key: KEY.jpg, KEY.txt (the caption, or
+the first of several) and KEY.json (whatever else is known of it; "captions" lists all captions where there are several).
+The file sizes.json beside the shards says how many samples each one holds.
 """
 
 from __future__ import annotations
@@ -126,7 +127,7 @@ class ShardWriter:
 
 
 def read_sizes(folder: Path) -> dict[str, int]:
-    """The pairs of each shard of a folder, by file name, as sizes.json has them; empty where there is none."""
+    """The samples of each shard of a folder, by file name, as sizes.json has them; empty where there is none."""
     path = folder / "sizes.json"
     try:
         return _sizes(json.loads(path.read_text("utf-8")))
@@ -150,7 +151,7 @@ def _remote_sizes(folder: str) -> dict[str, int]:
 
 
 def shard_sizes(shards: list[str]) -> list[int | None]:
-    """How many pairs each shard holds, None where no sizes.json beside it says so."""
+    """How many samples each shard holds, None where no sizes.json beside it says so."""
     local, remote = cache(read_sizes), cache(_remote_sizes)
 
     def size(shard: str) -> int | None:
@@ -162,14 +163,19 @@ def shard_sizes(shards: list[str]) -> list[int | None]:
     return [size(shard) for shard in shards]
 
 
+def check_no_shards(folder: Path) -> None:
+    """Raise UserError where a folder holds shards already."""
+    if any(folder.glob("*.tar")):
+        raise UserError(f"{folder} holds shards already: name another folder, or remove them first")
+
+
 def write_shards(samples: Iterable[tuple[str, bytes, str, dict[str, Any]]], out: Path, per_shard: int = 1000) -> int:
     """Write (key, JPEG bytes, caption, meta) as 00000.tar, 00001.tar ... of a new folder; returns how many there were.
 
     Raises:
         UserError: the folder holds shards already, or a key cannot be one.
     """
-    if any(out.glob("*.tar")):
-        raise UserError(f"{out} holds shards already: name another folder, or remove them first")
+    check_no_shards(out)
     out.mkdir(parents=True, exist_ok=True)
     total = 0
     for number, group in groupby(enumerate(samples), key=lambda item: item[0] // per_shard):
@@ -248,19 +254,43 @@ def _members(stream: Any, shard: str, lost: Callable[[str, str], None]) -> Itera
             tar.members = []  # type: ignore[attr-defined]  # tarfile remembers every member it has seen
 
 
-def caption_of(raw: Raw) -> str:
-    """The caption without surrounding space. Raises BrokenSample where it is missing, empty, enormous or not UTF-8."""
-    if "txt" not in raw:
+def captions_of(raw: Raw) -> list[str]:
+    """All captions, at least one, without surrounding space: the list "captions" of KEY.json, else what KEY.txt holds.
+
+    Raises BrokenSample where they are missing, empty, enormous, not UTF-8 or not text.
+    """
+    listed = _listed_captions(raw.get("json", b""))
+    if listed is None and "txt" not in raw:
         raise BrokenSample("no caption: member txt is missing")
-    if len(raw["txt"]) > MAX_CAPTION:
-        raise BrokenSample(f"caption too long: {len(raw['txt'])} bytes")
-    try:
-        text = raw["txt"].decode("utf-8").strip()
-    except UnicodeDecodeError:
-        raise BrokenSample("caption is not UTF-8") from None
-    if not text:
+    texts = [text for one in ([raw["txt"]] if listed is None else listed) if (text := _caption(one))]
+    if not texts:
         raise BrokenSample("empty caption")
-    return text
+    return texts
+
+
+def _listed_captions(data: bytes) -> list[Any] | None:
+    """The list "captions" of a sample's JSON; None where there is none."""
+    if b'"captions"' not in data:  # others' JSON can be large
+        return None
+    try:
+        found = json.loads(data)
+    except (ValueError, RecursionError):
+        return None
+    listed = found.get("captions") if isinstance(found, dict) else None
+    return listed if isinstance(listed, list) else None
+
+
+def _caption(said: Any) -> str:
+    """One caption from its bytes, or from the text of a JSON, without surrounding space."""
+    if not isinstance(said, bytes | str):
+        raise BrokenSample(f"caption is not text: {type(said).__name__} among the captions of member json")
+    try:
+        data = said.encode() if isinstance(said, str) else said  # half a character of a JSON cannot be encoded
+        if len(data) > MAX_CAPTION:
+            raise BrokenSample(f"caption too long: {len(data)} bytes")
+        return data.decode("utf-8").strip()
+    except UnicodeError:
+        raise BrokenSample("caption is not UTF-8") from None
 
 
 def image_of(raw: Raw) -> Image.Image:

@@ -15,7 +15,7 @@ import webdataset as wds
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
-from fromage.data.batches import Batch, Decode, Sample, collate
+from fromage.data.batches import EPOCH, Batch, Decode, Sample, collate
 from fromage.data.shards import Broken, Raw, decoded, read_shards, shard_name, shard_sizes
 from fromage.data.workers import worker_share
 from fromage.errors import UserError
@@ -142,6 +142,7 @@ class TrainStream(Stream):
             "data.batch_size": self.batch_size,
             "data.shuffle": self.shuffle,
             "data.seed": self.seed,
+            "data.captions_per_image": self.decode.captions,
             "devices": self.world,
             "batches per epoch": self.batches,
         }
@@ -158,13 +159,17 @@ class TrainStream(Stream):
         return [b - a for a, b in pairwise(bounds)]
 
     def passes(self, part: list[tuple[str, int | None]], epoch: int, worker: int, broken: Broken) -> Iterator[Raw]:
-        """A worker's stored samples, shuffled: one pass, or passes without end where the epoch's length is known."""
+        """A worker's stored samples, shuffled: one pass, or passes without end where the epoch's length is known.
+
+        Each says as EPOCH which epoch it draws its caption for; a further pass draws as the next epoch does.
+        """
         for number in range(1) if self.batches is None else count():
             raws = read_shards(self.shuffled(part, epoch, number) if number else part, broken)
             if self.shuffle:
                 rng = random.Random(f"{self.seed}/{epoch}/{number}/{self.rank}/{worker}")
                 raws = wds.shuffle(self.shuffle, initial=self.shuffle, rng=rng)(raws)
-            yield from raws
+            for raw in raws:
+                yield raw | {EPOCH: epoch + number}
             broken.check(end=True)
             if not broken.good:
                 raise UserError(f"there is no sample to train on in {', '.join(shard_name(s) for s, _ in part[:5])}")

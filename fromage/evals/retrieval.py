@@ -1,4 +1,4 @@
-"""Recall on validation batches: single captions and images of one gallery, by FROMAGe and by the frozen CLIP."""
+"""Recall on validation batches: their captions and images as one gallery, by FROMAGe and by the frozen CLIP."""
 
 from __future__ import annotations
 
@@ -7,20 +7,16 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from fromage.data.batches import Batch
+from fromage.data.batches import Batch, Texts
 from fromage.evals.clip import load_clip_baseline
 from fromage.models.fromage import Fromage
-from fromage.retrieval.metrics import retrieval_recalls
-from fromage.training.reference_step import image_features
+from fromage.retrieval.metrics import Gallery, joined, retrieval_recalls
+from fromage.training.reference_step import image_features, text_embeddings
 
 
 def evaluate(model: Fromage, batches: Iterable[Batch]) -> dict[str, float]:
-    """t2i_r1, i2t_r1 and on, in percent, of all pairs of the batches: each caption, read at [RET], against all images."""
-
-    def embed_text(batch: Batch) -> Tensor:
-        return model.embed_ret(model.hidden_at_ret(batch.ids.to(model.device), batch.lengths)[1])  # (B, T) -> (B, q)
-
-    return _recalls(model, batches, embed_text, model.embed_images)
+    """t2i_r1, i2t_r1 and on, in percent, of all captions of the batches, read at [RET], and all their images."""
+    return _recalls(model, batches, lambda texts: text_embeddings(model, texts), model.embed_images)
 
 
 def evaluate_clip(model: Fromage, batches: Iterable[Batch]) -> dict[str, float]:
@@ -29,13 +25,18 @@ def evaluate_clip(model: Fromage, batches: Iterable[Batch]) -> dict[str, float]:
     Raises UserError for a vision tower without text tower.
     """
     clip = load_clip_baseline(model)
-    return _recalls(model, batches, lambda batch: clip.embed_text(batch.captions), clip.embed_features)
+    return _recalls(model, batches, lambda texts: clip.embed_text(texts.captions), clip.embed_features)
 
 
 @torch.no_grad()
 def _recalls(
-    model: Fromage, batches: Iterable[Batch], embed_text: Callable[[Batch], Tensor], embed_images: Callable[[Tensor], Tensor]
+    model: Fromage,
+    batches: Iterable[Batch],
+    embed_text: Callable[[Batch | Texts], Tensor],
+    embed_images: Callable[[Tensor], Tensor],
 ) -> dict[str, float]:
-    rows = [(embed_text(batch), embed_images(image_features(model, batch))) for batch in batches]  # (B, e) each
-    texts, images = (torch.cat(some) for some in zip(*rows, strict=True))  # (N, e)
-    return retrieval_recalls(texts, images)
+    parts = []
+    for batch in batches:
+        texts = torch.cat([embed_text(batch), *map(embed_text, batch.others())])  # (N, e)
+        parts.append(Gallery(texts, embed_images(image_features(model, batch)), batch.owners))
+    return retrieval_recalls(*joined(parts))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -93,8 +95,36 @@ def chance(gallery: int, own: int = 1) -> dict[str, float]:
     return recalls | {"median_rank": float(next(k for k in range(1, gallery + 1) if within(k) >= 0.5))}
 
 
-def retrieval_recalls(texts: Tensor, images: Tensor) -> dict[str, float]:
-    """R@1, 5 and 10 both ways of N pairs, texts and images (N, q) unit rows, in percent: {'t2i_r1': ..., 'i2t_r1': ...}."""
-    own = torch.arange(len(texts), device=texts.device)
-    both = {"t2i": ranks(texts, images, own), "i2t": ranks(images, texts, own)}
+class Gallery(NamedTuple):
+    """Images and the texts that belong to them, one or more each."""
+
+    texts: Tensor  # (N, q) unit rows
+    images: Tensor  # (M, q) unit rows
+    owners: Tensor  # (N,) int64: which image each text belongs to
+
+    def to(self, device: str) -> Gallery:
+        """The same on a device."""
+        return Gallery(*(field.to(device) for field in self))
+
+
+def joined(parts: Iterable[Gallery]) -> Gallery:
+    """One gallery of several: (N, q), (M, q), (N,)."""
+    texts, images, owners, count = [], [], [], 0
+    for part in parts:
+        texts.append(part.texts)
+        images.append(part.images)
+        owners.append(part.owners + count)
+        count += len(part.images)
+    return Gallery(torch.cat(texts), torch.cat(images), torch.cat(owners))
+
+
+def retrieval_recalls(texts: Tensor, images: Tensor, owners: Tensor | None = None) -> dict[str, float]:
+    """R@1, 5 and 10 both ways of a Gallery, in percent: {'t2i_r1': ..., 'i2t_r1': ...}.
+
+    t2i: of each text, whether its image is found. i2t: of each image, whether one of its texts is. Without owners text i
+    belongs to image i.
+    """
+    owners = torch.arange(len(texts)) if owners is None else owners
+    own = torch.arange(len(images))  # (M,)
+    both = {"t2i": ranks(texts, images, owners), "i2t": ranks(images, texts, own, labels=owners)}  # (N,), (M,)
     return {f"{way}_{name}": value for way, rank in both.items() for name, value in recall_at(rank).items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+import warnings
 from typing import Any, Literal
 
 import numpy as np
@@ -21,12 +22,12 @@ from fromage.images.contact_sheet import contact_sheet
 from fromage.models.fromage import Fromage, Pooling
 from fromage.models.language_model import Quantized
 from fromage.models.pretrained import check_checkpoint, from_hyperparameters
-from fromage.retrieval.metrics import retrieval_recalls
+from fromage.retrieval.metrics import Gallery, joined, retrieval_recalls
 from fromage.training.configs import present_step
 from fromage.training.fast_step import fast_step
 from fromage.training.layers import checkpoint_blocks, compile_blocks
 from fromage.training.nonfinite import NonFiniteGuard
-from fromage.training.reference_step import StepOutput, Weights, image_features, reference_step
+from fromage.training.reference_step import StepOutput, Weights, image_features, reference_step, text_embeddings
 
 SHOWN_FROM = 200  # images of the validation set that the logged searches rank
 
@@ -110,7 +111,7 @@ class FromageModule(pl.LightningModule):
         if chunk and step == "reference":
             raise UserError("model.chunk is the fast step's: leave out model.chunk, or choose model.step fast")
         self.guard = NonFiniteGuard(nonfinite == "skip", ("captioning", "text", "contrastive"))
-        self._validation: list[tuple[Tensor, Tensor]] = []
+        self._validation: list[Gallery] = []
         self._to_show: list[tuple[str, Tensor, Tensor | None]] = []
         self._clock = 0.0
         self.sheets: dict[str, Image.Image] = {}  # contact sheets of the last validation, by tag
@@ -215,30 +216,37 @@ class FromageModule(pl.LightningModule):
         self._validation, self._to_show, self._clock = [], [], 0.0
 
     def validation_step(self, batch: Batch, index: int, dataloader_idx: int = 0) -> None:
-        """Losses of the unpaired step; image and text embeddings are kept until the end."""
+        """Losses of the unpaired step with each image's first caption; embeddings of all captions are kept until the end."""
         out = self.losses(batch, paired=False)
         losses = {"captioning_loss": out.captioning_loss, "text_loss": out.text_loss, "loss": out.loss}
         named = {f"{self.stage}/{name}": value for name, value in losses.items()}
         self.log_dict(named, batch_size=len(batch.keys), sync_dist=True)
-        self._validation.append((out.texts, out.images))
+        texts = torch.cat([out.texts, *(text_embeddings(self.model, some) for some in batch.others())])  # (N, q)
+        self._validation.append(Gallery(texts, out.images, batch.owners))
         if len(self._to_show) < SHOWN_FROM:
             features = image_features(self.model, batch).cpu()
             pixels = [None] * len(features) if batch.pixels is None else list(batch.pixels.cpu())
             self._to_show += zip(batch.captions, features, pixels, strict=True)
 
     def on_validation_epoch_end(self) -> None:
-        """Recall@1/5/10 in both directions over the validation set; contact sheets for TensorBoard and the report."""
-        parts = gather_parts(self._validation) if self.trainer.world_size > 1 else self._validation
-        texts, images = (torch.cat(rows) for rows in zip(*parts, strict=True))  # (N, q) each
-        recalls = retrieval_recalls(texts, images)
+        """Recall@1/5/10 in both directions over the validation set; contact sheets for TensorBoard and the report.
+
+        An image is found by each of its captions, and finds any of them.
+        """
+        gallery = joined(gather_parts(self._validation) if self.trainer.world_size > 1 else self._validation)
+        if copies := len(gallery.images) - len(gallery.images.unique(dim=0)):
+            found = f"{copies} of {len(gallery.images)} validation images equal another, so recall counts them as not found"
+            warnings.warn(f"{found}: pack each image once with all its captions (fromage shards)", stacklevel=2)
+        recalls = retrieval_recalls(*gallery)
         self.log_dict({f"{self.stage}/{name}": value for name, value in recalls.items()}, sync_dist=True)
         self.log(f"{self.stage}/r1", recalls["t2i_r1"], prog_bar=True, sync_dist=True)
         if self.trainer.is_global_zero and self.h.shown:
-            self._show(texts, images)
+            self._show(gallery)
         self._validation, self._to_show = [], []
 
-    def _show(self, texts: Tensor, images: Tensor) -> None:
-        """Images with their generated captions, and queries with the five images found for them."""
+    def _show(self, gallery: Gallery) -> None:
+        """Images with their generated captions, and queries, first captions, with the five images found for them."""
+        first = {owner: row for row, owner in reversed(list(enumerate(gallery.owners.tolist())))}  # image -> its first text
         thumbnails = [None if pixels is None else to_image(pixels) for _, _, pixels in self._to_show]
         shown = range(min(self.h.shown, len(self._to_show)))
         features = torch.stack([self._to_show[i][1] for i in shown]).to(self.device)
@@ -248,7 +256,7 @@ class FromageModule(pl.LightningModule):
         )
         rows = []
         for i in shown:
-            scores, best = (texts[i] @ images[: len(thumbnails)].T).topk(min(5, len(thumbnails)))
+            scores, best = (gallery.texts[first[i]] @ gallery.images[: len(thumbnails)].T).topk(min(5, len(thumbnails)))
             rows.append((self._to_show[i][0], [(thumbnails[j], f"{s:.2f}") for s, j in zip(scores, best, strict=True)]))
         self._add_sheet(f"{self.stage}/search", rows)
 
@@ -263,14 +271,13 @@ class FromageModule(pl.LightningModule):
     on_test_epoch_end = on_validation_epoch_end
 
     def predict_step(self, batch: Batch, index: int) -> dict[str, Any]:
-        """Keys, greedy captions, and image and text embeddings (B, q)."""
+        """Keys, greedy captions, and image and text embeddings (B, q), of the first captions."""
         features = image_features(self.model, batch)
-        at_ret = self.model.hidden_at_ret(batch.ids, batch.lengths)[1]  # (B, d)
         return {
             "keys": batch.keys,
             "captions": caption_images(self.model, features),
             "images": self.model.embed_images(features),
-            "texts": self.model.embed_ret(at_ret),
+            "texts": text_embeddings(self.model, batch),
         }
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -282,10 +289,10 @@ class FromageModule(pl.LightningModule):
         check_checkpoint(checkpoint, self.model)
 
 
-def gather_parts(parts: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
-    """The parts (N, q) of all devices; devices can have different numbers of batches."""
+def gather_parts(parts: list[Gallery]) -> list[Gallery]:
+    """The parts of all devices; devices can have different numbers of batches."""
     everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, [(texts.cpu(), images.cpu()) for texts, images in parts])
+    dist.all_gather_object(everyone, [part.to("cpu") for part in parts])
     return [part for theirs in everyone for part in theirs]
 
 

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fromage.data.batches import Batch
+from fromage.data.batches import Batch, Texts
 from fromage.errors import UserError
 from fromage.models.fromage import Fromage
 from fromage.training.losses import device_weight, info_nce, next_token_loss
@@ -63,6 +63,11 @@ class StepOutput:
 def image_features(model: Fromage, batch: Batch) -> Tensor:
     """(B, m) image features: the stored ones if the batch has them, else computed by the tower."""
     return batch.features.to(model.device) if batch.features is not None else model.vision(batch.pixels)
+
+
+def text_embeddings(model: Fromage, texts: Batch | Texts) -> Tensor:
+    """(B, q) unit rows of captions, read at [RET]."""
+    return model.embed_ret(model.hidden_at_ret(texts.ids.to(model.device), texts.lengths)[1])  # (B, T) -> (B, q)
 
 
 def targets(batch: Batch) -> int:

@@ -15,8 +15,8 @@ from torch import nn
 
 from fromage.data.datamodule import CC3M
 from fromage.data.features import to_npy
-from fromage.data.shards import write_shards
-from fromage.errors import UserError
+from fromage.data.shards import captions_of, write_shards
+from fromage.errors import BrokenSample, UserError
 
 
 class Tokenizer:
@@ -48,6 +48,16 @@ def huge():
 def shards(folder, n=24, per_shard=4, bad=(), jpeg=b"broken"):
     """Sample i has the caption 'number i' and an image whose red is i; those in bad cannot be decoded."""
     rows = [(f"k{i:03d}", jpeg if i in bad else image((i, 0, 0)), f"number {i}", {}) for i in range(n)]
+    write_shards(rows, folder, per_shard)
+    return str(folder)
+
+
+def captioned(folder, n=24, each=5, per_shard=4):
+    """As `shards`, but image i has the captions 'i.0', 'i.1' ..."""
+    rows = []
+    for i in range(n):
+        said = [f"{i}.{j}" for j in range(each)]
+        rows.append((f"k{i:03d}", image((i, 0, 0)), said[0], {"captions": said}))
     write_shards(rows, folder, per_shard)
     return str(folder)
 
@@ -387,3 +397,92 @@ def test_lightning_ends_an_epoch_of_unknown_length(tmp_path):
     recorder = fit(tmp_path / "a", CC3M(folder, folder, 5, workers=0), max_epochs=2)
     assert [epoch for epoch, _ in recorder.seen] == [0] * 4 + [1] * 4
     assert len(recorder.validated) == 48
+
+
+# --- several captions an image ----------------------------------------------------------------------------------------
+
+
+def said(loader):
+    """Key -> the caption of an epoch."""
+    return {key: text for batch in loader for key, text in zip(batch.keys, batch.captions, strict=True)}
+
+
+def test_an_image_of_several_captions_is_one_sample_and_each_caption_comes_once_in_as_many_epochs(tmp_path):
+    folder = captioned(tmp_path / "s")
+    loader = module(folder, seed=3).train_dataloader()
+    assert len(loader) == 6
+    epochs = [said(loader) for _ in range(10)]
+    assert all(len(epoch) == 24 for epoch in epochs)
+    for key in epochs[0]:
+        texts = {f"{int(key[1:])}.{j}" for j in range(5)}
+        assert {epoch[key] for epoch in epochs[:5]} == {epoch[key] for epoch in epochs[5:]} == texts
+    orders = {tuple(epoch[key][-1] for epoch in epochs) for key in epochs[0]}
+    assert len(orders) > 20, "each image has an order of its own"
+
+
+def test_the_drawn_caption_follows_from_seed_epoch_and_key_alone(tmp_path):
+    folder = captioned(tmp_path / "s")
+    one = module(folder, seed=3).train_dataloader()
+    first, second = said(one), said(one)
+    other = module(folder, seed=3, workers=2, batch_size=6, shuffle=0).train_dataloader()
+    assert [said(other), said(other)] == [first, second] and first != second
+    assert said(module(folder, seed=4).train_dataloader()) != first
+    later = module(folder, seed=3).train_dataloader()
+    later.epoch = 1
+    assert said(later) == second
+
+
+def test_a_further_pass_of_an_epoch_draws_anew(tmp_path):
+    loader = module(captioned(tmp_path / "s"), samples_per_epoch=48, shuffle=0).train_dataloader()
+    texts = [text for batch in loader for text in batch.captions]
+    assert [text.split(".")[0] for text in texts[:24]] == [text.split(".")[0] for text in texts[24:]]
+    assert not any(a == b for a, b in zip(texts[:24], texts[24:], strict=True))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_validation_has_all_captions_of_an_image_or_the_first_ones(tmp_path, workers):
+    folder = captioned(tmp_path / "s", 10, 3)
+    (a, b, c) = module("unused", folder, workers=workers).val_dataloader()
+    assert a.captions == [f"{i}.0" for i in range(4)] and a.more.captions == [f"{i}.{j}" for i in range(4) for j in (1, 2)]
+    assert a.more.rows == [0, 0, 1, 1, 2, 2, 3, 3] and a.owners.tolist() == [*range(4), *a.more.rows]
+    assert a.more.ids[0].tolist() == [2, *map(ord, "0.1"), 999] and a.more.lengths == [5] * 8
+    assert a.pixels.shape[0] == len(a.keys) == 4 and len(c.keys) == 2
+    parts = list(b.others())
+    assert [len(part.rows) for part in parts] == [4, 4] and parts[1].captions == ["6.1", "6.2", "7.1", "7.2"]
+    few = list(module("unused", folder, captions_per_image=2, workers=workers).val_dataloader())
+    assert few[0].more.captions == [f"{i}.1" for i in range(4)]
+    assert next(iter(module("unused", folder, captions_per_image=1).val_dataloader())).more is None
+    assert set(said(module(folder, captions_per_image=1).train_dataloader()).values()) <= {f"{i}.0" for i in range(10)}
+    with pytest.raises(UserError, match="captions_per_image is 0"):
+        module("unused", captions_per_image=0)
+
+
+def test_images_of_one_and_of_several_captions_mix(tmp_path):
+    about = {"a": b'{"captions": ["one", " two "]}', "b": b'{"n": 1}', "c": b'{"captions": ["three"]}'}
+    path = tar(tmp_path / "x.tar", *[(key, {"jpg": image(), "txt": b"txt", "json": data}) for key, data in about.items()])
+    (batch,) = module("unused", path).val_dataloader()
+    assert (batch.captions, batch.more.captions, batch.more.rows) == (["one", "txt", "three"], ["two"], [0])
+
+
+@pytest.mark.parametrize(
+    ("data", "texts"),
+    [
+        (b'{"captions": ["a", "", " b"]}', ["a", "b"]),
+        (b'{"captions": {"en": "a"}}', ["txt"]),  # another's field
+        (b'{"of": {"captions": ["a"]}}', ["txt"]),
+        (b'{"captions": [', ["txt"]),
+        (b'{"captions": ' + b"[" * 100_000, ["txt"]),
+        (b'["captions"]', ["txt"]),
+        (b'{"captions": []}', "empty caption"),
+        (b'{"captions": ["a", null]}', "caption is not text: NoneType"),
+        (b'{"captions": ["a", "\\ud83d"]}', "caption is not UTF-8"),
+        (b'{"captions": ["' + b"x" * 70_000 + b'"]}', "caption too long: 70000 bytes"),
+    ],
+)
+def test_captions_of_a_sample(data, texts):
+    raw = {"__key__": "a", "txt": b"txt", "json": data}
+    if isinstance(texts, list):
+        assert captions_of(raw) == texts
+    else:
+        with pytest.raises(BrokenSample, match=texts):
+            captions_of(raw)

@@ -12,7 +12,7 @@ from torch import nn
 from fromage.data.batches import Decode, collate
 from fromage.data.datamodule import CC3M
 from fromage.data.features import check_features, from_npy, store_features, to_npy
-from fromage.data.shards import Broken, decoded, expand, read_shard, read_sizes, write_shards
+from fromage.data.shards import Broken, captions_of, decoded, expand, read_shard, read_sizes, write_shards
 from fromage.data.tokenizer import PromptTokenizer
 from fromage.errors import BrokenSample, UserError
 from fromage.models.frozen import TOY
@@ -58,6 +58,12 @@ def shards(folder, n=10, bad=()):
     return str(folder)
 
 
+def red(i):
+    buffer = io.BytesIO()
+    Image.new("RGB", (6, 6), (i, 0, 0)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
 def batch(folder, vision):
     data = CC3M("unused", str(folder), val_batch_size=100, workers=0)
     data.attach(vision.transform, Tokenizer())
@@ -93,6 +99,19 @@ def test_stored_features_are_those_of_the_images(tmp_path, dtype, workers):
     first = next(read_shard(expand(str(tmp_path / "f"))[0], print))
     assert first.keys() - {"__key__", "__url__"} == {"npy", "txt", "json"}
     assert json.loads(first["json"]) == {"n": 0}
+
+
+def test_an_image_of_several_captions_is_encoded_and_stored_once(tmp_path):
+    said = [[f"{i}.{j}" for j in range(1 + i % 3)] for i in range(6)]
+    rows = [(f"k{i}", red(i), texts[0], {"captions": texts}) for i, texts in enumerate(said)]
+    write_shards(rows, tmp_path / "s", per_shard=4)
+    vision = Vision()
+    assert store_features(str(tmp_path / "s"), tmp_path / "f", vision, workers=0) == vision.shown == 6
+    stored = [raw for shard in expand(str(tmp_path / "f")) for raw in read_shard(shard, print)]
+    assert [captions_of(raw) for raw in stored] == said
+    of_features, of_images = batch(tmp_path / "f", vision), batch(tmp_path / "s", vision)
+    assert of_features.more._replace(ids=0) == of_images.more._replace(ids=0)
+    assert of_features.more.ids.equal(of_images.more.ids)
 
 
 def test_images_may_be_kept(tmp_path):
@@ -188,7 +207,7 @@ def test_features_of_another_width_are_skipped_and_named():
     tokenizer = PromptTokenizer(str(TOY / "opt"))
     for width in (None, 12):
         broken = Broken(0.5)
-        decode = Decode(lambda image: image, tokenizer, 40, width)
+        decode = Decode(lambda image: image, tokenizer, 40, width=width)
         rows = list(decoded([stored(12), stored(5), stored(12)], decode, broken))
         assert collate(rows, 0).features.shape == (2, 12)
         assert broken.bad == 1 and broken.last[0] == "k5 (features of another width: 5, not 12)"

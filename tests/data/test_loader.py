@@ -8,7 +8,7 @@ import warnings
 from pathlib import Path
 
 import pytest
-from test_datamodule import CC3M, keys, module, shards
+from test_datamodule import CC3M, captioned, keys, module, shards
 
 from fromage.data.loader import TrainLoader
 from fromage.errors import UserError
@@ -76,9 +76,38 @@ def test_the_share_of_broken_samples_is_judged_as_without_a_break(tmp_path):
     assert len(rows(taken_up)) == 11  # with the first 90 forgotten, 20 of 110 would stop it
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_run_that_goes_on_draws_the_captions_that_were_left(tmp_path, workers):
+    folder = captioned(tmp_path / "s", n=30)
+
+    def loader():
+        return module(folder, batch_size=3, workers=workers, shuffle=7).train_dataloader()
+
+    def texts(batches):
+        return [batch.captions for batch in batches]
+
+    whole = loader()
+    epochs = [texts(whole) for _ in range(3)]
+    begun, taken_up = loader(), loader()
+    texts(begun)
+    assert texts(itertools.islice(begun, 4)) == epochs[1][:4]
+    taken_up.load_state_dict(begun.state_dict())
+    assert [texts(taken_up), texts(taken_up)] == [epochs[1][4:], epochs[2]]
+
+
+def test_a_checkpoint_written_before_there_were_several_captions_goes_on(data):
+    begun, taken_up = data().train_dataloader(), data().train_dataloader()
+    first = rows(itertools.islice(begun, 2))
+    state = begun.state_dict()
+    del state["layout"]["data.captions_per_image"]
+    taken_up.load_state_dict(state)
+    assert first + rows(taken_up) == rows(data().train_dataloader())
+
+
 @pytest.mark.parametrize(
     ("other", "name"),
     [
+        ({"captions_per_image": 2}, r"data\.captions_per_image None \(now 2\)"),
         ({"workers": 1}, r"data\.workers 2 \(now 1\)"),
         ({"batch_size": 4}, r"data\.batch_size 3 \(now 4\)"),
         ({"shuffle": 0}, r"data\.shuffle 7 \(now 0\)"),

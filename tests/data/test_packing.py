@@ -7,8 +7,9 @@ import pytest
 from PIL import Image
 from test_shards import SHARED, image, read
 
-from fromage.data.packing import pack_coco, pack_tsv
-from fromage.data.shards import read_sizes
+from fromage.cli.main import main
+from fromage.data.packing import pack_coco, pack_jsonl, pack_tsv
+from fromage.data.shards import captions_of, read_sizes
 from fromage.errors import UserError
 
 
@@ -61,15 +62,110 @@ def test_pack_coco_refuses_other_files(tmp_path, content):
 @pytest.mark.skipif(not (SHARED / "coco_sample").is_dir(), reason="the COCO sample is not here")
 def test_pack_coco_sample(tmp_path):
     coco = SHARED / "coco_sample"
-    report = pack_coco(coco / "captions_val2017_sample.json", coco / "val2017", tmp_path / "all", per_shard=200)
-    assert (report.pairs, report.skipped) == (641, {})
-    assert list(read_sizes(tmp_path / "all").values()) == [200, 200, 200, 41]
+    report = pack_coco(coco / "captions_val2017_sample.json", coco / "val2017", tmp_path / "all", per_shard=50)
+    assert (report.images, report.pairs, report.skipped) == (128, 641, {})
+    assert list(read_sizes(tmp_path / "all").values()) == [50, 50, 28]
     first = read(tmp_path / "all/00000.tar")[0][0]
-    source = json.loads(first["json"])["source"]
-    assert first["jpg"] == (coco / "val2017" / source).read_bytes()
-    assert first["__key__"] == f"{int(Path(source).stem)}_0"
+    about = json.loads(first["json"])
+    assert first["jpg"] == (coco / "val2017" / about["source"]).read_bytes()
+    assert first["__key__"] == str(int(Path(about["source"]).stem))
+    published = json.loads((coco / "captions_val2017_sample.json").read_text())["annotations"]
+    assert about["captions"] == [a["caption"].strip() for a in published if a["image_id"] == about["image_id"]]
     report = pack_coco(coco / "captions_val2017_sample.json", coco / "val2017", tmp_path / "first", captions="first")
-    assert report.pairs == 128
+    assert (report.images, report.pairs) == (128, 128)
+    assert captions_of(read(tmp_path / "first/00000.tar")[0][0]) == about["captions"][:1]
+
+
+@pytest.fixture
+def photographs(tmp_path):
+    """A folder of forty images."""
+    folder = tmp_path / "photographs"
+    folder.mkdir()
+    for i in range(40):
+        (folder / f"{i}.jpg").write_bytes(image(colour=i))
+    return folder
+
+
+def packed(folder):
+    """Key -> captions of all samples of a folder of shards."""
+    samples = [sample for shard in sorted(folder.glob("*.tar")) for sample in read(shard)[0]]
+    assert len({json.loads(sample["json"])["source"] for sample in samples}) == len(samples)
+    assert all(sample["txt"].decode() == json.loads(sample["json"])["captions"][0] for sample in samples)
+    return {sample["__key__"]: captions_of(sample) for sample in samples}
+
+
+SAID = [("0.jpg", "a"), ("1.jpg", "b"), ("./0.jpg", " c "), ("2.jpg", "d"), ("0.jpg", " "), ("1.jpg", "e"), ("0.jpg", "f")]
+GROUPED = {"000000001": ["a", "c", "f"], "000000002": ["b", "e"], "000000004": ["d"]}
+
+
+def test_an_image_on_several_lines_of_a_tsv_is_packed_once(photographs, tmp_path):
+    (photographs / "captions.tsv").write_text("".join(f"{text}\t{name}\n" for name, text in SAID))
+    report = pack_tsv(photographs / "captions.tsv", tmp_path / "s")
+    assert (report.images, report.pairs, report.skipped) == (3, 6, {"empty caption": 1})
+    assert packed(tmp_path / "s") == GROUPED and read_sizes(tmp_path / "s") == {"00000.tar": 3}
+    assert json.loads((tmp_path / "s/report.json").read_text())["pairs"] == 6
+
+
+def test_json_lines_give_one_caption_or_several(photographs, tmp_path):
+    lines = [json.dumps({"image": name, "caption": text}) for name, text in SAID]
+    lines += ["", '{"file_name": "3.jpg", "text": "g"}', '{"image": "3.jpg", "captions": ["h", "g"]}']
+    lines += [
+        "junk",
+        "[" * 100_000,
+        "7",
+        '{"image": "3.jpg"}',
+        '{"image": 3, "caption": "x"}',
+        '{"image": "4.jpg", "captions": ["x", 5]}',
+    ]
+    (photographs / "captions.jsonl").write_text("\n".join(lines))
+    report = pack_jsonl(photographs / "captions.jsonl", tmp_path / "s")
+    assert report.skipped == {"empty caption": 1, "no JSON": 2, "no image and captions": 4}
+    assert packed(tmp_path / "s") == GROUPED | {"000000009": ["g", "h", "g"]}
+    with pytest.raises(UserError, match="is missing"):
+        pack_jsonl(photographs / "none.jsonl", tmp_path / "t")
+
+
+def write_tsv(folder, names):
+    (folder / "x.tsv").write_text("".join(f"{kind} {name}\t{name}\n" for kind in ("one", "two") for name in names))
+    return folder / "x.tsv"
+
+
+def test_a_split_follows_from_the_images_names_and_stays_when_there_are_more(photographs, tmp_path):
+    names = sorted(path.name for path in photographs.glob("*.jpg"))
+    sides = {}
+    for out, some in (("a", names), ("b", names[30:5:-1])):
+        report = pack_tsv(write_tsv(photographs, some), tmp_path / out, val_fraction=0.25)
+        sides[out] = {side: packed(tmp_path / out / side) for side in ("train", "val")}
+        assert report.images == len(some) and report.pairs == 2 * len(some)
+        assert all(len(said) == 2 for side in sides[out].values() for said in side.values()), "an image is on one side"
+        assert report.folders == {str(tmp_path / out / side): len(found) for side, found in sides[out].items()}
+    whole, part = ({side: {said[0] for said in found.values()} for side, found in sides[out].items()} for out in "ab")
+    assert 3 <= len(whole["val"]) <= 17 and not whole["val"] & whole["train"]
+    assert part["val"] <= whole["val"] and part["train"] <= whole["train"]
+
+
+def test_a_split_without_an_image_on_one_side_is_refused_before_anything_is_packed(photographs, tmp_path):
+    tsv = write_tsv(photographs, ["1.jpg", "2.jpg"])
+    with pytest.raises(UserError, match=r"val: none of 2 images falls there; change --val-fraction 0\.0001"):
+        pack_tsv(tsv, tmp_path / "s", val_fraction=1e-4)
+    with pytest.raises(UserError, match="val_fraction is"):
+        pack_tsv(tsv, tmp_path / "s", val_fraction=1.5)
+    assert not (tmp_path / "s").exists()
+    pack_tsv(write_tsv(photographs, [f"{i}.jpg" for i in range(40)]), tmp_path / "s" / "val")
+    with pytest.raises(UserError, match="val holds shards already"):
+        pack_tsv(photographs / "x.tsv", tmp_path / "s", val_fraction=0.5)
+    assert not (tmp_path / "s" / "train").exists()
+
+
+def test_the_verb_says_where_what_went_and_names_the_first_of_the_missing(photographs, tmp_path, capsys):
+    tsv = write_tsv(photographs, [*(f"{i}.jpg" for i in range(40)), *(f"gone{i}.jpg" for i in range(5))])
+    assert main(["shards", "tsv", str(tsv), "--out", str(tmp_path / "s"), "--val-fraction", "0.5"]) == 0
+    first, *more = capsys.readouterr().out.splitlines()
+    assert first.startswith("40 images with 80 captions packed: ") and f"{tmp_path}/s/train, " in first
+    assert first.endswith(f"in {tmp_path}/s/val")
+    (missing,) = more
+    assert "5 skipped, missing image" in missing and missing.count("photographs/gone") == 3
+    assert missing.endswith("and 2 more in report.json")
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-be"])

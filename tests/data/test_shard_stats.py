@@ -71,6 +71,26 @@ def test_what_comes_twice_is_found_by_key_image_and_pair(mixed):
     assert twice["image and caption"] == {"count": 1, "first": [f"{b}#same = {b}#twice"]}
 
 
+def test_images_and_captions_are_counted(tmp_path):
+    said = [["one"], ["one two", "three", "four five six"], ["x y", "z"]]
+    about = [
+        {"jpg": image((i, 0, 0)), "txt": b"x", "json": json.dumps({"captions": s}).encode()} for i, s in enumerate(said)
+    ]
+    tar(tmp_path / "x.tar", *[(f"k{i}", members) for i, members in enumerate(about)])
+    report = check_shards(f"{tmp_path}/x.tar", shown=3)
+    found = report.figures()
+    assert (found["samples"], found["usable"], found["captions"]) == (3, 3, 6)
+    assert (found["captions_per_image"]["min"], found["captions_per_image"]["max"]) == (1, 3)
+    assert (found["caption_words"]["min"], found["caption_words"]["max"]) == (1, 3)
+    assert "3 images with 6 captions\n" in report.text() and found["twice"]["image"]["count"] == 0
+    assert {texts for _, _, (_, texts) in report.sheet} == {"\n".join(texts) for texts in said}
+
+
+def test_copies_of_an_image_come_with_the_remedy(tmp_path):
+    tar(tmp_path / "x.tar", ("a_0", {"jpg": RED, "txt": b"one"}), ("a_1", {"jpg": RED, "txt": b"two"}))
+    assert "pack each image once with all its captions" in check_shards(f"{tmp_path}/x.tar").text()
+
+
 def test_workers_find_the_same(mixed):
     one, two = check_shards(str(mixed), shown=3), check_shards(str(mixed), shown=3, workers=2)
     a, b = one.figures(), two.figures()

@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 from torchmetrics.functional.retrieval import retrieval_reciprocal_rank
 
 from fromage.retrieval.metrics import (
+    Gallery,
     chance,
+    joined,
     mean_reciprocal_rank,
     ndcg,
     rank_figures,
@@ -67,6 +69,30 @@ def test_what_is_excluded_is_as_if_it_were_not_there_and_own_items_stay(n, m, se
 def test_a_gallery_of_equals_finds_nothing_first():
     rows = torch.ones(5, 2)
     assert retrieval_recalls(rows, rows)["t2i_r1"] == 0
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 9), st.integers(0, 10_000))
+def test_recalls_of_several_texts_an_image_and_of_parts_are_as_counted(m, seed):
+    generator, rng = torch.Generator().manual_seed(seed), random.Random(seed)
+    owners = [*range(m), *(rng.randrange(m) for _ in range(rng.randrange(12)))]
+    texts = torch.randint(-1, 2, (len(owners), 3), generator=generator).float()
+    images = torch.randint(-1, 2, (m, 3), generator=generator).float()
+    cut = rng.randrange(m + 1)
+    sides = [[row for row, owner in enumerate(owners) if (owner < cut) == first] for first in (True, False)]
+    parts = [
+        Gallery(texts[rows], images[start:stop], torch.tensor([owners[row] - start for row in rows], dtype=torch.long))
+        for rows, start, stop in zip(sides, (0, cut), (cut, m), strict=True)
+    ]
+    scores = (texts @ images.T).tolist()
+    places = {
+        "t2i": [oracle(row, {owner}) for row, owner in zip(scores, owners, strict=True)],
+        "i2t": [
+            oracle([row[i] for row in scores], {row for row, owner in enumerate(owners) if owner == i}) for i in range(m)
+        ],
+    }
+    want = {f"{way}_{k}": v for way, rank in places.items() for k, v in recall_at(torch.tensor(rank)).items()}
+    assert retrieval_recalls(*joined(parts)) == pytest.approx(want, rel=1e-5)
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 1024])

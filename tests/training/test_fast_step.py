@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
-from fromage.data.batches import Batch
+from fromage.data.batches import Batch, Texts
 from fromage.data.tokenizer import PromptTokenizer
 from fromage.errors import UserError
 from fromage.models.fromage import Fromage
@@ -117,6 +117,15 @@ def test_same_losses_and_gradients(models, kind, k, paired):
 @example(lengths=[1, 1, 5, 1], paired=False, which=("untied", 1), chunk=2, seed=0)  # a chunk without a word
 def test_any_lengths_batch_sizes_and_chunks(models, lengths, paired, which, chunk, seed):
     compare(models[which], make_batch(models[which], lengths, seed), paired, partial(fast_step, chunk=chunk))
+
+
+@pytest.mark.parametrize("chunk", [0, 2])
+def test_other_captions_of_a_batch_change_no_loss_and_no_gradient(models, chunk):
+    model, step = models["untied", 4], partial(fast_step, chunk=chunk)
+    batch = make_batch(model, [5, 12, 3, 24])
+    more = Texts(["x"] * 2, batch.ids[:2], batch.lengths[:2], [0, 3])
+    (a, plain), (b, grads) = run(step, model, batch, True), run(step, model, batch._replace(more=more), True)
+    assert torch.equal(a.loss, b.loss) and all(torch.equal(grads[name], value) for name, value in plain.items())
 
 
 @pytest.mark.parametrize("weights", [Weights(0, 1), Weights(1, 0), Weights(0.5, 2)])

@@ -1,5 +1,8 @@
 """The life cycle: fit, what stays frozen, what a checkpoint holds, resuming."""
 
+import json
+from dataclasses import replace
+
 import pytest
 import pytorch_lightning as pl
 import torch
@@ -7,7 +10,10 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from test_fast_step import build, make_batch
 
 from fromage.data.datamodule import CC3M
+from fromage.data.shards import expand, read_shard, write_shards
 from fromage.errors import UserError
+from fromage.evals.caption_sets import read_captions
+from fromage.evals.coco import evaluate as evaluate_coco
 from fromage.models.fromage import load_model
 from fromage.training.fast_step import fast_step
 from fromage.training.module import FromageModule
@@ -17,10 +23,11 @@ TOY = {"lm": "toy", "vision": "toy", "vision_weights": None, "dtype": "float32",
 
 
 def run(world, out, steps, ckpt_path=None, callbacks=(), **options):
-    """Fit on the toy world; returns the module."""
+    """Fit on the toy world, or on a folder of shards train/ and val/; returns the module."""
     pl.seed_everything(0)
     module = FromageModule(**{**TOY, **options})
-    data = CC3M(str(world / "cc3m" / "train"), str(world / "cc3m" / "val"), batch_size=16, max_tokens=40, workers=0)
+    folder = world / "cc3m" if (world / "cc3m").exists() else world
+    data = CC3M(str(folder / "train"), str(folder / "val"), batch_size=16, max_tokens=40, workers=0)
     saver = ModelCheckpoint(out, save_last=True, every_n_train_steps=1, enable_version_counter=False)
     trainer = pl.Trainer(
         max_steps=steps,
@@ -83,6 +90,60 @@ def test_resuming_gives_the_weights_of_an_uninterrupted_run(fitted, world, tmp_p
     assert trainer.global_step == 8
     for name, value in module.model.trained().items():
         assert torch.equal(value, resumed.model.trained()[name]), name
+
+
+def test_resuming_in_mid_epoch_draws_the_same_captions(captioned_world, tmp_path):
+    class Seen(pl.Callback):
+        def __init__(self):
+            self.captions = []
+
+        def on_train_batch_start(self, trainer, module, batch, index):
+            self.captions.append((trainer.global_step, tuple(batch.captions)))
+
+    whole, before, after = Seen(), Seen(), Seen()
+    straight, _ = run(captioned_world, tmp_path / "a", 6, callbacks=[whole])  # two steps an epoch
+    run(captioned_world, tmp_path / "b", 3, callbacks=[before])
+    resumed, _ = run(captioned_world, tmp_path / "b", 6, ckpt_path="last", callbacks=[after])
+    assert before.captions + after.captions == whole.captions and len({said for _, said in whole.captions}) == 6
+    for name, value in straight.model.trained().items():
+        assert torch.equal(value, resumed.model.trained()[name]), name
+
+
+def validated(folder, module, **data):
+    """The figures of `lightning validate` on a folder of shards."""
+    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)
+    (figures,) = trainer.validate(module, CC3M("unused", str(folder), workers=0, max_tokens=40, **data), verbose=False)
+    return figures
+
+
+@pytest.mark.parametrize("batch_size", [7, 64])
+def test_validation_recalls_are_those_of_the_published_protocol(fitted, captioned_world, world, batch_size):
+    """Five captions an image: each finds its image, an image any of its captions, as `fromage eval coco` counts."""
+    module, coco = fitted[1], world / "coco"
+    figures = validated(captioned_world / "val", module, batch_size=batch_size)
+    data = read_captions(coco / "annotations" / "captions_val2017.json", coco / "val2017")
+    raws = [raw for shard in expand(str(captioned_world / "val")) for raw in read_shard(shard, print)]
+    here = {json.loads(raw["json"])["source"] for raw in raws}
+    keep = [i for i, path in enumerate(data.images) if path.name in here]
+    some = replace(data, images=[data.images[i] for i in keep], captions=[data.captions[i] for i in keep])
+    want = evaluate_coco(module.model.eval(), some)["fromage"]
+    assert 10 < len(keep) < 50 and figures["val/t2i_r10"] > 0
+    for way, setting in (("t2i", "text_to_image"), ("i2t", "image_to_text")):
+        assert {k: figures[f"val/{way}_{k}"] for k in ("r1", "r5", "r10")} == pytest.approx(
+            {k: want[setting][k] for k in ("r1", "r5", "r10")}, rel=1e-4
+        )
+    first = validated(captioned_world / "val", module, batch_size=batch_size, captions_per_image=1)
+    assert figures["val/loss"] == pytest.approx(first["val/loss"], rel=1e-5), "losses are of the first caption"
+
+
+def test_an_image_that_was_packed_for_each_of_its_captions_is_warned_of(fitted, world, tmp_path):
+    raw = next(read_shard(expand(str(world / "cc3m" / "val"))[0], print))
+    texts = ["a star", "a ring", "a cross"]
+    write_shards([(text, raw["jpg"], text, {}) for text in texts], tmp_path / "s")
+    with pytest.warns(UserWarning, match="2 of 3 validation images equal another.*pack each image once"):
+        assert validated(tmp_path / "s", fitted[1])["val/t2i_r1"] == 0
+    write_shards([("k", raw["jpg"], texts[0], {"captions": texts})], tmp_path / "t")
+    assert validated(tmp_path / "t", fitted[1])["val/t2i_r1"] == 100
 
 
 def test_learning_rate_warms_up_and_ret_keeps_its_norm(fitted):
