@@ -9,6 +9,7 @@ from typing import Any
 
 from fromage.errors import UserError, first_line
 from fromage.io import as_json, write_files
+from fromage.locks import LOCK
 
 OWN = {"format", "version"}  # keys that say what the file is, not what the folder belongs to
 
@@ -74,7 +75,7 @@ class FolderKind:
         """What the file says; None where the folder is empty or not there. Raises UserError for all else."""
         if (folder / self.file).exists():
             return self.require(folder, about)
-        if folder.is_dir() and any(folder.glob(self.foreign)):
+        if folder.is_dir() and any(path.name != LOCK for path in folder.glob(self.foreign)):
             raise self.something_else(folder)
         return None
 

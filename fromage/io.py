@@ -1,8 +1,12 @@
-"""Reading texts of any Unicode encoding, and writing whole or not at all: a part beside a name takes that at the end."""
+"""Reading texts of any Unicode encoding, and writing whole or not at all: a part takes the name when it is on disk.
+
+What a disk refuses, since it is full or may not be written to, is a UserError.
+"""
 
 from __future__ import annotations
 
 import codecs
+import errno
 import json
 import os
 import shutil
@@ -15,6 +19,50 @@ from typing import Any
 
 from fromage.checks import HALVES
 from fromage.errors import UserError
+from fromage.locks import LOCK, held
+
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+REFUSED = FULL | {errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
+
+
+def disk_error(error: OSError, path: Path | None = None, kept: str = "") -> UserError | None:
+    """What to tell of a disk that is full, fails, or may not be written to; None for an error of another kind.
+
+    path: what was being written; where the error names a file elsewhere, this one is named. kept: what is there still, and
+    how to go on.
+    """
+    if error.errno not in REFUSED:
+        return None
+    named, did = error.filename, "opened"
+    if path is not None and (not isinstance(named, str) or Path(named).parent in (path, path.parent)):
+        named, did = path, "written"
+        kept = kept or ("what was there before is untouched" if path.exists() else "nothing is left of it")
+    elif error.errno in FULL:
+        did = "written"
+    mend = "make room" if error.errno in FULL else "see to its permissions"
+    parts = [f"{named or 'a file'}: cannot be {did} ({os.strerror(error.errno or 0)})", kept]
+    return UserError("; ".join([*filter(None, parts), f"{mend}, or name another place"]))
+
+
+@contextmanager
+def writing(path: Path, kept: str = "") -> Iterator[None]:
+    """Raise UserError where the disk refuses what the block writes; see disk_error."""
+    try:
+        yield
+    except OSError as error:
+        if (told := disk_error(error, path, kept)) is None:
+            raise
+        raise told from error
+
+
+def check_new(path: Path, overwrite: bool = False) -> None:
+    """Raise UserError for a file, or a folder that holds anything, that is there already and may not be replaced."""
+    there = any(inside.name != LOCK for inside in path.iterdir()) if path.is_dir() else os.path.lexists(path)
+    if there and not overwrite:
+        raise UserError(
+            f"{path}: is there already; name another place, or replace it: --overwrite, in Python overwrite=True"
+        )
+
 
 MAX_MEMBER = 1 << 27  # bytes of a member of a tar: what a compressed tar claims costs its sender nothing
 MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
@@ -86,8 +134,12 @@ class WholeFile:
         part: where it is written.
     """
 
-    def __init__(self, path: Path, shared: bool = False) -> None:
-        """shared: several threads or processes may write this file at the same time, each its own part."""
+    def __init__(self, path: Path, shared: bool = False, kept: str = "") -> None:
+        """shared: several threads or processes may write this file at the same time, each its own part.
+
+        kept: for the message of a disk that is full, what is there then and how to go on.
+        """
+        self.kept = kept
         own = f".{os.getpid()}.{threading.get_ident()}" if shared else ""
         self.path, self.part = path, path.with_name(f".{path.name}{own}.part")
 
@@ -101,13 +153,17 @@ class WholeFile:
             self.part.unlink(missing_ok=True)
 
     def __enter__(self) -> Path:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with writing(self.path, self.kept):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
         return self.part
 
-    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *where: object) -> None:
         try:
-            if kind is None:
-                self.keep()
+            with writing(self.path, self.kept):
+                if isinstance(error, OSError):
+                    raise error
+                if kind is None:
+                    self.keep()
         finally:
             self.discard()
 
@@ -144,12 +200,18 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     """A new folder for the block to fill. At the end it takes the name `folder`, and replaces a folder that is there.
 
     A block that fails leaves the former folder. So does a kill, but for one between the two renames: then the former folder
-    is at set_aside(folder).
+    is at set_aside(folder). Raises UserError where another process is writing it.
     """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with held(folder, beside=True):
+        yield from _filled(folder)
+
+
+def _filled(folder: Path) -> Iterator[Path]:
     new, old = folder.with_name(f".{folder.name}.{os.getpid()}.new"), set_aside(folder)
     shutil.rmtree(new, ignore_errors=True)
     try:
-        new.mkdir(parents=True)
+        new.mkdir()
         yield new
         _swap(new, folder, old)
     finally:

@@ -1,6 +1,9 @@
 """What is slow to make is made once: the toy towers and a small toy world."""
 
+import multiprocessing
 import os
+import resource
+import signal
 from pathlib import Path
 
 import pytest
@@ -92,3 +95,37 @@ def index(model, folder, caption):
     paths = [folder / f"{colour}.png" for colour in COLOURS]
     rows = embed_opened(model, [Image.open(path) for path in paths])
     return FaissIndex.build(rows, [Item(str(path), caption or path.stem) for path in paths], model.fingerprint())
+
+
+@pytest.fixture
+def disk():
+    """disk(n): from now on a file that grows beyond n bytes meets what a full disk is to it; disk() ends that."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    set_to = lambda limit=before[0]: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))  # noqa: E731
+    yield set_to
+    set_to()
+
+
+def _keep(folder, beside, tell):
+    from fromage.locks import held
+
+    with held(folder, beside):
+        tell.send(os.getpid())
+        signal.pause()
+
+
+@pytest.fixture
+def other_writer():
+    """Starts a process that holds a folder until the test ends; returns its pid."""
+    fork, started = multiprocessing.get_context("fork"), []
+
+    def start(folder, beside=False):
+        told, tell = fork.Pipe(duplex=False)
+        started.append(fork.Process(target=_keep, args=(folder, beside, tell), daemon=True))
+        started[-1].start()
+        return told.recv()
+
+    yield start
+    for process in started:
+        process.kill()
+        process.join()

@@ -1,13 +1,16 @@
 """Files and folders are written whole or not at all."""
 
+import errno
 import multiprocessing
 import os
 import threading
+from pathlib import Path
 
 import pytest
 
 from fromage.errors import UserError
-from fromage.io import WholeFile, set_aside, whole_folder, write_files
+from fromage.io import WholeFile, check_new, set_aside, whole_folder, write_files, writing
+from fromage.locks import LOCK
 
 
 def content(folder):
@@ -110,3 +113,51 @@ def test_where_the_second_renaming_fails_the_former_folder_is_back(tmp_path, mon
     with pytest.raises(OSError, match="interrupted"), whole_folder(folder):
         pass
     assert [path.name for path in tmp_path.iterdir()] == ["out"] and set(content(folder)) == {"old"}
+
+
+def test_a_full_disk_is_told_with_what_is_kept_and_leaves_no_part(tmp_path, disk):
+    path = tmp_path / "a"
+    path.write_bytes(b"old")
+    disk(2000)
+    with pytest.raises(UserError, match=r"a: .*\(File too large\); .* before is untouched; make"), WholeFile(path) as part:
+        part.write_bytes(bytes(4000))
+    kept = WholeFile(tmp_path / "b", kept="three shards are kept")
+    with pytest.raises(UserError, match=r"b: .*; three shards are kept; make room"), kept as part, part.open("wb") as file:
+        file.write(bytes(4000))
+    assert content(tmp_path) == {"a": b"old"}
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            OSError(errno.ENOSPC, "x"),
+            r"out: cannot be written \(No space left on device\); nothing is left of it; make room",
+        ),
+        (OSError(errno.EDQUOT, "x"), "Disk quota exceeded"),
+        (PermissionError(errno.EACCES, "x", "/mnt/out"), r"out: cannot be written \(Permission denied\).*permissions"),
+        (OSError(errno.EROFS, "x", "/mnt/.out.part"), r"/mnt/out: cannot be written \(Read-only file system\)"),
+        (PermissionError(errno.EACCES, "x", "/home/photo.jpg"), r"^/home/photo.jpg: cannot be opened \(Permission denied\)"),
+    ],
+)
+def test_what_a_disk_refuses_is_one_line(error, said):
+    with pytest.raises(UserError, match=said) as told, writing(Path("/mnt/out")):
+        raise error
+    assert len(str(told.value).splitlines()) == 1
+
+
+def test_errors_of_another_kind_stay_what_they_are():
+    with pytest.raises(IsADirectoryError), writing(Path("/mnt/out")):
+        raise IsADirectoryError(errno.EISDIR, "x")
+
+
+def test_what_is_there_is_not_replaced_without_a_word(tmp_path):
+    check_new(tmp_path / "new")
+    check_new(tmp_path)  # an empty folder
+    (tmp_path / LOCK).touch()
+    check_new(tmp_path)
+    (tmp_path / "a").touch()
+    for path in (tmp_path, tmp_path / "a"):
+        with pytest.raises(UserError, match=r"is there already.*--overwrite"):
+            check_new(path)
+        check_new(path, overwrite=True)

@@ -167,7 +167,7 @@ def run(args: argparse.Namespace, save: Save = keep_nothing) -> dict[str, object
 def measure(rows: np.ndarray, mixture: Mixture, folder: Path, args: argparse.Namespace, k: int) -> dict[str, object]:
     """All figures, of an index that is built, saved and opened."""
     kind, tensor, stream = args.kind or lists_kind(len(rows)), torch.from_numpy(rows), batches(rows)
-    build = timed(lambda: write_index(folder, stream, WIDTH, "bench", kind=kind))
+    build = timed(lambda: write_index(folder, stream, WIDTH, "bench", kind=kind, overwrite=True))
     index = load_index(folder)
     opening = statistics.median(timed(lambda: load_index(folder)) for _ in range(5))
     seconds = rates(index, tensor, mixture, args.rounds, k)

@@ -61,11 +61,11 @@ def run(data: Path, out: Path, steps: int, judged: int = 373) -> dict[str, Any]:
         ["fit", "--config", "octopus_coco_sample.yaml", f"--trainer.max_steps={steps}", f"--model.lm={out / 'opt'}",
          f"--model.vision=local-dir:{out / 'clip'}", f"--data.train={json.dumps([source])}",
          f"--data.features={out / 'patches'}", f"--trainer.logger.init_args.save_dir={out}",
-         f"--trainer.callbacks.init_args.dirpath={checkpoint.parent}"],
+         f"--trainer.callbacks.init_args.dirpath={checkpoint.parent}", "--overwrite"],
         ["ground", photo, listed[0]["conversations"][0]["value"].removeprefix("<image>\n"), "--ckpt", str(checkpoint),
-         "--png", str(out / "answer.png"), "--json", str(out / "answer.json")],
+         "--png", str(out / "answer.png"), "--json", str(out / "answer.json"), "--overwrite"],
         ["eval", "instructions", str(asked), "--images", images, "--ckpt", str(checkpoint),
-         "--limit", str(judged), "--json", str(out / "report.json")],
+         "--limit", str(judged), "--json", str(out / "report.json"), "--overwrite"],
     ]  # fmt: skip
     for words in verbs:
         print("\n$ fromage", *words, flush=True)

@@ -7,6 +7,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+import yaml
+
 from fromage.io import write_files
 from fromage.toy.world import make_world
 from fromage.training.configs import find_config
@@ -78,10 +80,15 @@ def trained(out: Path, name: str = "stage3") -> Path | None:
 
 
 def train(out: Path, configs: Sequence[str], options: Sequence[str] = (), shared: Path | None = None) -> None:
-    """`lightning fit` with configurations whose paths begin in `out`, or in `shared`, in place of runs/octopus."""
+    """`lightning fit` with configurations whose paths begin in `out`, or in `shared`, in place of runs/octopus.
+
+    Checkpoints are out / RUN / CHECKPOINT; those of a run that is not gone on with are replaced.
+    """
     placed = {}
-    for name in configs:
+    for name in configs:  # the last one names the run
         text = Path(find_config(name)).read_text(encoding="utf-8")
         placed[name] = PLACES.sub(lambda found: f"{(shared or out) if found[1] else out}{found[1] or ''}", text)
     write_files(out / "configs", {name: text.encode() for name, text in placed.items()})
-    fitting(["fit", *(word for name in configs for word in ("--config", str(out / "configs" / name))), *options])
+    run = yaml.safe_load(text)["trainer"]["logger"]["init_args"]["name"]
+    words = [f"--trainer.callbacks.init_args.dirpath={out / run / CHECKPOINT.parent}", "--overwrite", *options]
+    fitting(["fit", *(word for name in configs for word in ("--config", str(out / "configs" / name))), *words])

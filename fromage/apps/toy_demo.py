@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -64,7 +63,7 @@ def demo(out: Path, pairs: int = 8192, scenes: int = 1000, options: Sequence[str
         coco = world / "coco"
         captions = coco / "annotations" / "captions_val2017.json"
         index, _ = (
-            build_index(models[k], str(coco / "val2017"), out / name, captions=captions, checkpoint=runs[k])
+            build_index(models[k], str(coco / "val2017"), out / name, captions=captions, checkpoint=runs[k], overwrite=True)
             for k, name in ((1, "index"), (4, CONVERSATION))
         )
         asked = queries(json.loads(captions.read_text()))
@@ -86,12 +85,12 @@ def timed(name: str, seconds: dict[str, float]) -> Iterator[None]:
 
 
 def train(out: Path, k: int, world: Path, stored: Path, options: Sequence[str]) -> Path:
-    """`lightning fit` with k places per image, from the start; returns the last checkpoint."""
+    """`lightning fit` with k places per image, from the start; returns the last checkpoint. A former one is replaced."""
     checkpoints = out / "checkpoints"
-    shutil.rmtree(checkpoints, ignore_errors=True)
     words = [f"--data.train_shards={stored}", f"--data.val_shards={world / 'cc3m' / 'val'}", f"--model.k={k}"]
     words += [f"--trainer.logger.init_args.save_dir={out.parent}", f"--trainer.logger.init_args.name={out.name}"]
-    fitting(["fit", "--config", "toy.yaml", *words, f"--trainer.callbacks.init_args.dirpath={checkpoints}", *options])
+    words += [f"--trainer.callbacks.init_args.dirpath={checkpoints}", "--overwrite"]
+    fitting(["fit", "--config", "toy.yaml", *words, *options])
     return checkpoints / "last.ckpt"
 
 

@@ -18,7 +18,7 @@ from fromage.checkpoints.format import Saved, differences, dtype_name, parameter
 from fromage.checkpoints.safe_pickle import read_pickle
 from fromage.data.tokenizer import IMAGE, RET
 from fromage.errors import UserError, first_line
-from fromage.io import as_json, write_files
+from fromage.io import as_json, check_new, write_files
 
 PICKLE, ARGS = "pretrained_ckpt.pth.tar", "model_args.json"
 NAMES = {
@@ -116,12 +116,15 @@ def _read_tensors(file: Path, k: int, q: int) -> dict[str, Tensor]:
     return {ours: state[theirs].contiguous() for ours, theirs in THEIRS.items()}
 
 
-def write_authors(saved: Saved, folder: str | Path, visual_encoder: str | None = None) -> None:
+def write_authors(saved: Saved, folder: str | Path, visual_encoder: str | None = None, overwrite: bool = False) -> None:
     """Write pretrained_ckpt.pth.tar and model_args.json into a folder, in the dtypes saved holds.
 
     visual_encoder: the image tower's name on the Hugging Face hub; known for OpenAI's CLIPs. Raises UserError for a model
-    the format has no room for, and for an image tower without such a name.
+    the format has no room for, for an image tower without such a name, and where such files are there already, unless
+    overwrite is true.
     """
+    for name in (PICKLE, ARGS):
+        check_new(Path(folder) / name, overwrite)
     if saved.tensors.keys() != THEIRS.keys():
         raise UserError(
             f"{saved.source}: the head of {saved.settings['lm']} is not tied to its embedding; the authors' format has no "

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from fromage.errors import UserError, first_line
 from fromage.identity import FolderKind
-from fromage.io import as_json, write_files
+from fromage.io import as_json, check_new, write_files
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TOWERS = ("lm.", "vision.")  # prefixes of parameters that are never saved
@@ -90,15 +90,17 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def write_folder(saved: Saved, folder: str | Path) -> None:
-    """Write a folder; one that is there already keeps its card, and files of others, and is replaced in all else.
+def write_folder(saved: Saved, folder: str | Path, overwrite: bool = False) -> None:
+    """Write a folder; with overwrite one that is there keeps its card, and files of others, and is replaced in all else.
 
     Each file is whole. What is killed between the two leaves new weights under the old config, which read_folder refuses.
-    Raises UserError where something else is in the way, and where it cannot be written.
+    Raises UserError where such a folder is there already, or something else, and where it cannot be written.
     """
     folder = Path(folder)
     if (folder / WEIGHTS).exists() or (folder / CONFIG).exists():
         PARAMETERS.require_own(folder)
+    for name in (CONFIG, WEIGHTS):
+        check_new(folder / name, overwrite)
     content = safetensors.torch.save(saved.tensors, {"format": "pt"})
     config = {"format": FORMAT, "version": VERSION, "pooling": "ret"}
     config |= {name: value for name, value in saved.settings.items() if name in KINDS}

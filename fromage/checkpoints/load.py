@@ -10,7 +10,7 @@ from huggingface_hub import snapshot_download
 
 from fromage.checkpoints.format import CONFIG, WEIGHTS, Saved, read_folder
 from fromage.checkpoints.hub import look_for_hub
-from fromage.checkpoints.lightning import PREFIX, read_checkpoint
+from fromage.checkpoints.lightning import PREFIX, checkpoint_file, last_checkpoint, read_checkpoint
 from fromage.errors import UserError, first_line
 
 HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*(?<!\.ckpt)")
@@ -19,9 +19,9 @@ HUB_OPTIONS = {"revision", "token", "cache_dir", "force_download", "local_files_
 
 def read_saved(path: str | Path, **hub: Any) -> Saved:
     """Trained parameters from any place load_model takes, without towers."""
-    if Path(path).is_dir():
+    if Path(path).is_dir() and ((Path(path) / CONFIG).exists() or not last_checkpoint(Path(path))):
         return read_folder(Path(path))
-    if Path(path).is_file() or not HUB_NAME.fullmatch(str(path)):
+    if Path(path).exists() or not HUB_NAME.fullmatch(str(path)):
         return _from_lightning(path)
     look_for_hub()
     try:
@@ -38,6 +38,7 @@ def read_saved(path: str | Path, **hub: Any) -> Saved:
 
 
 def _from_lightning(path: str | Path) -> Saved:
+    path = checkpoint_file(path)
     checkpoint = read_checkpoint(path)
     tensors = {name.removeprefix(PREFIX): value for name, value in checkpoint.get("state_dict", {}).items()}
     return Saved(str(path), tensors, dict(checkpoint["hyper_parameters"]), {})

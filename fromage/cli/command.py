@@ -3,6 +3,7 @@
 A parameter before the `*` is a positional argument, one after it an option. A bool is a switch: `--name`, or `--no-name`
 where the default is True. A sequence of texts is an option to repeat, one of numbers an option that takes several. A
 dataclass stands for options of its fields. What a docstring does not say of a parameter, fromage.cli.options does.
+A command that writes a file by name has --overwrite too.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from inspect import Parameter, getmro, isclass, signature
 from types import NoneType
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
-from fromage.cli.options import BARE, SHARED, SHORT
+from fromage.cli.options import BARE, FILES, SHARED, SHORT
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -32,8 +33,12 @@ def parser_of(name: str, function: Function) -> ArgumentParser:
         description=(function.__doc__ or "").partition("Args:")[0].strip(),
         formatter_class=argparse.HelpFormatter,  # jsonargparse's own prints types and defaults of Python
     )
-    for names, settings in _arguments(function):
+    arguments = list(_arguments(function))
+    for names, settings in arguments:
         parser.add_argument(*names, **settings)
+    known = {name for names, _ in arguments for name in names}
+    if known & {f"--{name}" for name in FILES} and "--overwrite" not in known:
+        parser.add_argument("--overwrite", action="store_true", help=SHARED["overwrite"][0])
     return parser
 
 

@@ -31,7 +31,13 @@ def toy_demo(*, out: Path = Path("runs/demo")) -> None:
 
 
 def shards_tsv(
-    tsv: Path, *, out: Path, images: Path | None = None, per_shard: int = 1000, val_fraction: float = 0.0
+    tsv: Path,
+    *,
+    out: Path,
+    images: Path | None = None,
+    per_shard: int = 1000,
+    val_fraction: float = 0.0,
+    overwrite: bool = False,
 ) -> None:
     """Pack a TSV of caption and image into shards, each image once with all its captions.
 
@@ -41,11 +47,17 @@ def shards_tsv(
     """
     from fromage.data.packing import pack_tsv
 
-    print(pack_tsv(tsv, out, images, per_shard, val_fraction).text())
+    print(pack_tsv(tsv, out, images, per_shard, val_fraction, overwrite).text())
 
 
 def shards_jsonl(
-    jsonl: Path, *, out: Path, images: Path | None = None, per_shard: int = 1000, val_fraction: float = 0.0
+    jsonl: Path,
+    *,
+    out: Path,
+    images: Path | None = None,
+    per_shard: int = 1000,
+    val_fraction: float = 0.0,
+    overwrite: bool = False,
 ) -> None:
     """Pack JSON lines of image and captions into shards, each image once with all its captions.
 
@@ -55,12 +67,12 @@ def shards_jsonl(
     """
     from fromage.data.packing import pack_jsonl
 
-    print(pack_jsonl(jsonl, out, images, per_shard, val_fraction).text())
+    print(pack_jsonl(jsonl, out, images, per_shard, val_fraction, overwrite).text())
 
 
 def shards_coco(
     annotations: Path, *, images: Path, out: Path, captions: Literal["all", "first"] = "all", per_shard: int = 1000,
-    val_fraction: float = 0.0,
+    val_fraction: float = 0.0, overwrite: bool = False,
 ) -> None:  # fmt: skip
     """Pack a COCO caption file and its images into shards, each image once with all its captions.
 
@@ -70,7 +82,7 @@ def shards_coco(
     """
     from fromage.data.packing import pack_coco
 
-    print(pack_coco(annotations, images, out, per_shard, captions, val_fraction).text())
+    print(pack_coco(annotations, images, out, per_shard, captions, val_fraction, overwrite).text())
 
 
 def shards_check(
@@ -171,7 +183,7 @@ def plan(
 
 def import_weights(
     source: Path, *, out: Path, lm: str | None = None, vision: str | None = None, vision_weights: str | None = None,
-    dtype: DType = "bfloat16",
+    dtype: DType = "bfloat16", overwrite: bool = False,
 ) -> None:  # fmt: skip
     """Turn the authors' released files into a folder of ours; no tower is loaded.
 
@@ -187,13 +199,13 @@ def import_weights(
 
     saved = read_authors(source, lm, vision, vision_weights, dtype)
     check_vision(saved.settings["vision"], saved.settings["vision_weights"])  # now, not when the folder is loaded
-    write_folder(saved, out)
+    write_folder(saved, out, overwrite)
     print(f"{sum(t.numel() for t in saved.tensors.values()):,} parameters -> {out}")
 
 
 def export_weights(
     *, ckpt: str, out: Path, format: Literal["ours", "authors"] = "ours", dtype: DType | None = None,
-    visual_encoder: str | None = None,
+    visual_encoder: str | None = None, overwrite: bool = False,
 ) -> None:  # fmt: skip
     """Write trained parameters as a folder to publish, or as the authors' files.
 
@@ -209,7 +221,7 @@ def export_weights(
 
     saved = for_disk(read_saved(ckpt), dtype)
     if format == "ours":
-        write_folder(saved, out)
+        write_folder(saved, out, overwrite)
     else:
-        write_authors(saved, out, visual_encoder)
+        write_authors(saved, out, visual_encoder, overwrite)
     print(f"{sum(t.numel() for t in saved.tensors.values()):,} parameters -> {out}")

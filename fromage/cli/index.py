@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from fromage.errors import UserError
 
@@ -20,6 +20,7 @@ class Target:
     out: Path
     kind: str | None = None
     milvus: str | None = None
+    overwrite: bool = False
 
 
 @dataclass(kw_only=True)
@@ -84,10 +85,10 @@ def build(
     if embeddings:
         store = EmbeddingStore.open(embeddings)
         model = load_model(ckpt, reading.device) if ckpt else None
-        index = index_builder.build(store, target.out, target.kind, model, target.milvus)
+        index = index_builder.build(store, target.out, target.kind, model, target.milvus, target.overwrite)
     else:
         assert images and ckpt
-        how = reading.batch_size, reading.workers, reading.captions, ckpt, target.kind, target.milvus
+        how = reading.batch_size, reading.workers, reading.captions, ckpt, target.kind, target.milvus, target.overwrite
         index = index_builder.build_index(load_model(ckpt, reading.device), images, target.out, *how)
     _tell(index, target.out)
 
@@ -115,7 +116,7 @@ def merge(index: list[Path], *, target: Target) -> None:
     """Merge indexes of the same checkpoint; of images at the same path the first counts."""
     from fromage.retrieval import build as index_builder
 
-    _tell(index_builder.merge(index, target.out, target.kind, target.milvus), target.out)
+    _tell(index_builder.merge(index, target.out, target.kind, target.milvus, target.overwrite), target.out)
 
 
 def import_authors(pickle: list[Path], *, ckpt: Path, target: Target) -> None:
@@ -131,7 +132,8 @@ def import_authors(pickle: list[Path], *, ckpt: Path, target: Target) -> None:
 
     model = load_model(ckpt)
     of = model.q, model.fingerprint(), located(ckpt)
-    _tell(write_index(target.out, rows_of(pickle, model.q), *of, target.kind, milvus=target.milvus), target.out)
+    how: dict[str, Any] = {"milvus": target.milvus, "overwrite": target.overwrite}
+    _tell(write_index(target.out, rows_of(pickle, model.q), *of, target.kind, **how), target.out)
 
 
 def info(index: Path, *, check: bool = False) -> None:

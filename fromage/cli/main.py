@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from fromage.cli import data, evals, find, index, talk
 from fromage.cli.command import Function, call, parser_of, respelled
+from fromage.cli.options import check_out
 from fromage.errors import UserError
+from fromage.io import disk_error
 from fromage.training.configs import near
 from fromage.training.fit import FITTING, fitting
 
@@ -113,7 +115,9 @@ def parse(words: list[str]) -> tuple[Function, dict[str, Any]]:
     for before, word in zip(["", *rest], rest, strict=False):
         if not word or (word.startswith("--") and word.endswith("=")):  # Path("") would be the current folder
             reader.error(f"argument {word or before}: is empty; name something, or leave it out")
-    return COMMANDS[name], vars(reader.parse_args(rest))
+    values = vars(reader.parse_args(rest))
+    check_out(values)
+    return COMMANDS[name], values
 
 
 def parser() -> ArgumentParser:
@@ -163,6 +167,11 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # what reads on, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
+    except OSError as error:  # a disk that is full or may not be written to, wherever that is met
+        if debug or (told := disk_error(error)) is None:
+            raise
+        print(f"fromage: {told}", file=sys.stderr)
+        return 2
     return 0
 
 

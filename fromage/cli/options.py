@@ -74,6 +74,7 @@ SHARED: dict[str, tuple[str, Check | None]] = {
     "milvus": ("build in Milvus: its address, or a path that ends in .db; --kind is then flat, HNSW,M=32 ...", None),
     "out": ("folder to write", out_folder),
     "per_shard": ("images per shard", positive),
+    "overwrite": ("replace what is there already", None),
     "png": ("draw into this file", out_png),
     "question": ("question that an expression is put into, in place of {}", None),
     "val_fraction": ("share of the images that go to OUT/val, the others to OUT/train (default: 0, all to OUT)", fraction),
@@ -88,8 +89,18 @@ SHARED: dict[str, tuple[str, Check | None]] = {
     "scores": ("folder of the answers' scores; a run that was killed continues from it", out_folder),
     "top": ("other candidates that are drawn, at most", natural),
 }
+FILES = [name for name, (_, check) in SHARED.items() if check in (out_file, out_png)]
 SHORT = {"config": "-c"}
 BARE = {"ray": "local"}  # the value of an option that is given without one
+
+
+def check_out(values: dict[str, Any]) -> None:
+    """Raise UserError where a file that a command is to write is there already and --overwrite is not given."""
+    from fromage.io import check_new
+
+    for name in FILES:
+        if isinstance(values.get(name), Path):
+            check_new(values[name], values["overwrite"])
 
 
 def save_json(path: Path | None, value: Any) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytorch_lightning as pl
 import webdataset as wds
 
-from fromage.checks import check_whole
+from fromage.checks import check_real, check_whole
 from fromage.data.batches import Decode
 from fromage.data.features import check_features
 from fromage.data.loader import Loader, Plain, TrainLoader, no_loaders
@@ -48,7 +48,7 @@ class CC3M(pl.LightningDataModule):
         decoding: JpegDecoding = "draft",
         captions_per_image: int | None = None,
     ) -> None:
-        """Set the data; nothing is read yet.
+        """Set the data; nothing is read yet. Raises UserError for numbers out of range.
 
         Args:
             train_shards: Training shards: a folder, a pattern with braces (cc3m/{00000..00331}.tar), a glob, a URL, or a
@@ -71,6 +71,12 @@ class CC3M(pl.LightningDataModule):
         super().__init__()
         if captions_per_image is not None:
             check_whole("data.captions_per_image", captions_per_image, 1)
+        check_whole("data.batch_size", batch_size, 1)
+        check_whole("data.val_batch_size", val_batch_size or batch_size, 1)
+        check_whole("data.workers", workers, 0)
+        check_whole("data.shuffle", shuffle, 0)
+        check_whole("data.samples_per_epoch", 1 if samples_per_epoch is None else samples_per_epoch, 1)
+        check_real("data.max_broken", max_broken, 0, 1)
         self.train_shards, self.val_shards = train_shards, val_shards
         self.batch_size, self.val_batch_size = batch_size, val_batch_size or batch_size
         self.max_tokens, self.workers, self.shuffle, self.max_broken = max_tokens, workers, shuffle, max_broken

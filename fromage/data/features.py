@@ -11,7 +11,7 @@ import io
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 from tqdm import tqdm
 
+from fromage.data.shard_streams import is_remote
 from fromage.data.shards import (
     Broken,
     Raw,
@@ -36,6 +37,7 @@ from fromage.data.workers import init_worker, plain_errors, worker_share
 from fromage.errors import BrokenSample, UserError, first_line
 from fromage.identity import FolderKind
 from fromage.images.transforms import JpegDecoding, Transform, decoding_as, read_image
+from fromage.locks import held
 
 if TYPE_CHECKING:
     from fromage.models.vision.base import VisionTower
@@ -46,6 +48,7 @@ FEATURES = FolderKind(
     of="tower",
     remedy="load that tower, or store the features in another folder",
     again="store the features again",
+    ignored=frozenset({"source"}),  # for those who read them; see store_features
     foreign="*.tar",
 )
 
@@ -86,14 +89,39 @@ def store_features(
     taken up by the next call: a shard that is finished is not done again. decoding: as of fromage.data.datamodule.CC3M.
 
     Raises:
-        UserError: out holds the features of another tower or other shards, two shards share a name, or more than
-            max_broken of a worker's samples are broken.
+        UserError: out holds the features of another tower or other shards, another process writes it, two shards share a
+            name, the disk is full, or more than max_broken of a worker's samples are broken.
     """
     sources = expand(shards)
     _check_names(sources)
-    FEATURES.begin(out, vision.fingerprint(decoding))
-    done = read_sizes(out)
-    todo = [s for s in sources if not (shard_name(s) in done and (out / shard_name(s)).is_file())]
+    with held(out):
+        todo = _to_do(sources, out, vision.fingerprint(decoding))
+        return _store(todo, out, vision, batch_size, keep_images, workers, max_broken, decoding)
+
+
+def _to_do(sources: list[str], out: Path, tower: dict[str, Any]) -> list[str]:
+    """The shards whose features are not there yet. Raises UserError where those that are there are of other shards."""
+    of = sorted({s.rpartition("/")[0] if is_remote(s) else str(Path(s).absolute().parent) for s in sources})
+    there = FEATURES.begin(out, tower | {"source": of}).get("source", of)
+    sizes = read_sizes(out)
+    done = [s for s in sources if shard_name(s) in sizes and (out / shard_name(s)).is_file()]
+    if done and there != of:
+        differs = f"{shard_name(done[0])} there is of {', '.join(there)}, here of {', '.join(of)}"
+        moved = f"where shards have only moved, correct source in {FEATURES.file}"
+        raise UserError(f"{out}: holds features of other shards ({differs}); name another folder; {moved}")
+    return [s for s in sources if s not in done]
+
+
+def _store(
+    todo: list[str],
+    out: Path,
+    vision: VisionTower,
+    batch_size: int,
+    keep_images: bool,
+    workers: int,
+    max_broken: float,
+    decoding: JpegDecoding,
+) -> int:
     stream = ImageStream(todo, decoding_as(vision.transform, decoding), batch_size, max_broken)
     loader = DataLoader(stream, batch_size=None, num_workers=min(workers, len(todo)), worker_init_fn=init_worker)
     sizes = [size for _, size in stream.shards]
@@ -104,7 +132,7 @@ def store_features(
         for chunk in plain_errors(loader):
             name = shard_name(chunk.shard)
             if name not in writers:
-                writers[name] = ShardWriter(out / name)
+                writers[name] = ShardWriter(out / name, "shards that are finished are kept, and the same command goes on")
             writer = writers[name]
             if chunk.pixels is None:
                 writer.close()

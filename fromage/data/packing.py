@@ -78,7 +78,12 @@ class PackReport:
 
 
 def pack_tsv(
-    tsv: Path, out: Path, images: Path | None = None, per_shard: int = 1000, val_fraction: float = 0.0
+    tsv: Path,
+    out: Path,
+    images: Path | None = None,
+    per_shard: int = 1000,
+    val_fraction: float = 0.0,
+    overwrite: bool = False,
 ) -> PackReport:
     """Pack a TSV of caption<TAB>image path into shards; an image's key is the number of its first line.
 
@@ -90,6 +95,9 @@ def pack_tsv(
         per_shard: images per shard.
         val_fraction: share of the images, 0 to 1, that go to out/val, the others to out/train; 0 writes one set into out. An
             image's side follows from a hash of its path as it stands in the file, and stays when the file grows.
+        overwrite: replace shards that are there.
+
+    overwrite: replace shards that out already contains.
 
     Raises:
         UserError: the TSV is missing, out already contains shards, no pair could be packed, or one side has no image.
@@ -97,7 +105,7 @@ def pack_tsv(
     report = PackReport()
     if not tsv.is_file():
         raise UserError(f"{tsv} is missing: name a file with a caption, a tab and an image's path on each line")
-    return _pack(_tsv_rows(tsv, images or tsv.parent, report), report, out, per_shard, val_fraction)
+    return _pack(_tsv_rows(tsv, images or tsv.parent, report), report, out, per_shard, val_fraction, overwrite)
 
 
 def _tsv_rows(tsv: Path, images: Path, report: PackReport) -> Iterator[Pair]:
@@ -126,7 +134,12 @@ def _lines(path: Path, report: PackReport) -> Iterator[tuple[int, str]]:
 
 
 def pack_jsonl(
-    jsonl: Path, out: Path, images: Path | None = None, per_shard: int = 1000, val_fraction: float = 0.0
+    jsonl: Path,
+    out: Path,
+    images: Path | None = None,
+    per_shard: int = 1000,
+    val_fraction: float = 0.0,
+    overwrite: bool = False,
 ) -> PackReport:
     """Pack JSON lines {"image": path, "captions": [text, ...]} into shards, as pack_tsv does.
 
@@ -138,7 +151,7 @@ def pack_jsonl(
     report = PackReport()
     if not jsonl.is_file():
         raise UserError(f'{jsonl} is missing: name a file of lines {{"image": path, "captions": [text, ...]}}')
-    return _pack(_jsonl_rows(jsonl, images or jsonl.parent, report), report, out, per_shard, val_fraction)
+    return _pack(_jsonl_rows(jsonl, images or jsonl.parent, report), report, out, per_shard, val_fraction, overwrite)
 
 
 def _jsonl_rows(jsonl: Path, images: Path, report: PackReport) -> Iterator[Pair]:
@@ -165,6 +178,7 @@ def pack_coco(
     per_shard: int = 1000,
     captions: Literal["first", "all"] = "all",
     val_fraction: float = 0.0,
+    overwrite: bool = False,
 ) -> PackReport:
     """Pack a caption file in COCO's format and its folder of images into shards; keys are the images' ids.
 
@@ -183,18 +197,21 @@ def pack_coco(
     ]
     for key in (key for key, said in texts.items() if not said):
         report.skip(str(key), "image without caption")
-    return _pack(rows, report, out, per_shard, val_fraction)
+    return _pack(rows, report, out, per_shard, val_fraction, overwrite)
 
 
-def _pack(rows: Iterable[Pair], report: PackReport, out: Path, per_shard: int, val_fraction: float) -> PackReport:
+def _pack(
+    rows: Iterable[Pair], report: PackReport, out: Path, per_shard: int, val_fraction: float, overwrite: bool
+) -> PackReport:
     check_real("val_fraction", val_fraction, 0, 1)
     sets = {out: by_image(rows, report)}
     if val_fraction:
         sets = split(sets[out], out, val_fraction)
     for folder in sets:
-        check_no_shards(folder)
+        if not overwrite:
+            check_no_shards(folder)
     for folder, samples in sets.items():
-        report.folders[str(folder)] = write_shards(_encoded(samples, report), folder, per_shard)
+        report.folders[str(folder)] = write_shards(_encoded(samples, report), folder, per_shard, overwrite)
     report.images = sum(report.folders.values())
     counts = {"images": report.images, "pairs": report.pairs, "folders": report.folders}
     write_json(out / "report.json", counts | {"skipped": report.skipped, "names": report.names})

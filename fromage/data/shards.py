@@ -31,7 +31,8 @@ from PIL import Image
 from fromage.data.shard_streams import check_protocol, is_remote, open_shard, read_remote_json
 from fromage.errors import BrokenSample, UserError
 from fromage.images.codec import SUFFIXES, decode_image
-from fromage.io import MAX_MEMBER, WholeFile, odd_member, write_json
+from fromage.io import MAX_MEMBER, WholeFile, odd_member, write_json, writing
+from fromage.locks import held
 
 log = logging.getLogger(__name__)
 Raw = dict[str, Any]  # a stored sample: '__key__', and the members' bytes by extension
@@ -98,10 +99,12 @@ def shard_name(shard: str) -> str:
 class ShardWriter:
     """A tar that gets its name, and its line in sizes.json, when close() finds it whole. Equal samples, equal bytes."""
 
-    def __init__(self, path: Path) -> None:
-        self.path, self.whole = path, WholeFile(path)
+    def __init__(self, path: Path, kept: str) -> None:
+        """kept: for the message of a full disk, what is there then and how to go on."""
+        self.path, self.kept, self.whole = path, kept, WholeFile(path)
         self.keys: set[str] = set()
-        self.file = self.whole.part.open("wb")
+        with writing(path, kept):
+            self.file = self.whole.part.open("wb")
         self.tar = wds.TarWriter(self.file, encoder=False, mtime=0, user="fromage", group="fromage")
 
     def write(self, key: str, members: dict[str, bytes]) -> None:
@@ -109,20 +112,23 @@ class ShardWriter:
         if not key or "." in key.rpartition("/")[2] or key in self.keys:
             raise UserError(f"sample key {key!r} is empty, holds a dot or is used twice: give every sample its own key")
         self.keys.add(key)
-        self.tar.write({"__key__": key, **members})
+        with writing(self.path, self.kept):
+            self.tar.write({"__key__": key, **members})
 
     def close(self) -> None:
         """Finish the tar, give it its name and record its size."""
-        self.tar.close()
-        self.file.close()
-        self.whole.keep()
+        with writing(self.path, self.kept):
+            self.tar.close()
+            self.file.close()
+            self.whole.keep()
         sizes = read_sizes(self.path.parent) | {self.path.name: len(self.keys)}
         write_json(self.path.parent / "sizes.json", dict(sorted(sizes.items())))
 
     def discard(self) -> None:
         """Drop a tar that was not closed; harmless after close()."""
-        self.tar.close()
-        self.file.close()
+        for file in (self.tar, self.file):
+            with suppress(OSError):  # what is still in memory does not get onto a full disk
+                file.close()
         self.whole.discard()
 
 
@@ -166,20 +172,35 @@ def shard_sizes(shards: list[str]) -> list[int | None]:
 def check_no_shards(folder: Path) -> None:
     """Raise UserError where a folder holds shards already."""
     if any(folder.glob("*.tar")):
-        raise UserError(f"{folder} holds shards already: name another folder, or remove them first")
+        raise UserError(f"{folder} holds shards already: name another folder, or replace them with --overwrite")
 
 
-def write_shards(samples: Iterable[tuple[str, bytes, str, dict[str, Any]]], out: Path, per_shard: int = 1000) -> int:
+def write_shards(
+    samples: Iterable[tuple[str, bytes, str, dict[str, Any]]], out: Path, per_shard: int = 1000, overwrite: bool = False
+) -> int:
     """Write (key, JPEG bytes, caption, meta) as 00000.tar, 00001.tar ... of a new folder; returns how many there were.
 
+    overwrite: shards that are there are removed when there is a first sample to write.
+
     Raises:
-        UserError: the folder holds shards already, or a key cannot be one.
+        UserError: the folder holds shards already, another process writes it, the disk is full, or a key cannot be one.
     """
-    check_no_shards(out)
-    out.mkdir(parents=True, exist_ok=True)
+    if not overwrite:
+        check_no_shards(out)  # before the lock, which makes the folder
+    with held(out):
+        return _write_shards(samples, out, per_shard, overwrite)
+
+
+def _write_shards(
+    samples: Iterable[tuple[str, bytes, str, dict[str, Any]]], out: Path, per_shard: int, overwrite: bool
+) -> int:
     total = 0
     for number, group in groupby(enumerate(samples), key=lambda item: item[0] // per_shard):
-        shard = ShardWriter(out / f"{number:05d}.tar")
+        if number == 0 and overwrite:
+            for old in (*out.glob("*.tar"), out / "sizes.json"):
+                old.unlink(missing_ok=True)
+        kept = f"whole shards before it: {number}; to begin again, give --overwrite"
+        shard = ShardWriter(out / f"{number:05d}.tar", kept)
         try:
             for _, (key, jpeg, caption, meta) in group:
                 text = json.dumps(meta, ensure_ascii=False)

@@ -66,7 +66,7 @@ def fetch_image(
         image = decode_image(data, limits.pixels)
     except (Refused, BrokenSample, httpx.HTTPError, *CONNECTION_ERRORS) as error:
         raise UserError(f"{url[:200]}: {first_line(error)}; choose another image or try later") from error
-    with suppress(OSError):  # a full or read-only disk costs time, not the image
+    with suppress(OSError, UserError):  # a full or read-only disk costs time, not the image
         _keep(kept, data, limits.cache)
     return image
 

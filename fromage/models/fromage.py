@@ -113,7 +113,7 @@ class Fromage(VisualPrefixLM, ModelHubMixin):
         dtype: bfloat16 (11 MB at full size), float16, or float32 (22 MB, lossless); by default stored_dtype.
         config and model_card_kwargs are ignored; ModelHubMixin passes them.
         """
-        write_folder(describe(self, dtype), save_directory)
+        write_folder(describe(self, dtype), save_directory, overwrite=True)
 
     def prefix(self, features: Tensor) -> Tensor:
         """(B, m) image features -> (B, k, d) input embeddings: W_c v(x) + b (section 3.1)."""

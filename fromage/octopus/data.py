@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from torchvision.ops import box_convert
 
+from fromage.checks import check_real, check_whole
 from fromage.data.loader import no_loaders
 from fromage.data.tokenizer import PromptTokenizer
 from fromage.data.workers import init_worker
@@ -131,7 +132,7 @@ class OctopusData(pl.LightningDataModule):
         max_lost: float = 0.05,
         seed: int = 0,
     ) -> None:
-        """Set the data; nothing is read yet.
+        """Set the data; nothing is read yet. Raises UserError for numbers out of range.
 
         Args:
             train: sources of training examples, which are mixed: classes of fromage.octopus.sources, or your own.
@@ -144,6 +145,10 @@ class OctopusData(pl.LightningDataModule):
             seed: seed of the order of examples; the epoch is added to it.
         """
         super().__init__()
+        check_whole("data.batch_size", batch_size, 1)
+        check_whole("data.val_batch_size", val_batch_size or batch_size, 1)
+        check_whole("data.workers", workers, 0)
+        check_real("data.max_lost", max_lost, 0, 1)
         self.sources = {"train": train or [], "val": val or []}
         self.batch_size, self.val_batch_size, self.features = batch_size, val_batch_size or batch_size, features
         self.workers, self.max_lost, self.seed = workers, max_lost, seed

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from fromage.data.workers import init_worker
 from fromage.identity import FolderKind
-from fromage.io import WholeFile
+from fromage.io import WholeFile, writing
 from fromage.models.vision.base import VisionTower
 from fromage.retrieval.encode import Files
 
@@ -71,7 +71,8 @@ class PatchStore:
         stamps = {image: stamp_of(Path(image)) for image in images}
         if all(self._is_known(*each) for each in stamps.items()):
             return
-        with (self.folder / LOCK).open("w") as lock:
+        kept = "what is stored is kept, and the same command goes on"
+        with writing(self.folder, kept), (self.folder / LOCK).open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             self._read()
             todo = [Path(image) for image, stamp in stamps.items() if not self._is_known(image, stamp)]

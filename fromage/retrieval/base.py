@@ -43,6 +43,7 @@ class IndexSpec:
         trained: candidates of the kind, which hold the first of the rows or none.
         texts: (n, q) unit rows that texts ask with, to measure an approximate kind with.
         where: address of a backend that is not this disk.
+        overwrite: an index that is there may be replaced.
     """
 
     width: int
@@ -52,6 +53,7 @@ class IndexSpec:
     trained: ANNIndex | None = None
     texts: np.ndarray | None = None
     where: str = ""
+    overwrite: bool = False
 
 
 class ImageIndex(ABC):
@@ -118,8 +120,11 @@ class ImageIndex(ABC):
         """What index.json says of the index."""
 
     @abstractmethod
-    def save(self, folder: str | Path) -> None:
-        """Write the index as a folder, whole or not at all. Raises UserError where anything but an index is there."""
+    def save(self, folder: str | Path, overwrite: bool = False) -> None:
+        """Write the index as a folder, whole or not at all.
+
+        Raises UserError where an index is there that may not be replaced, or anything else.
+        """
 
     @abstractmethod
     def add(self, folder: str | Path, rows: Iterable[Embedded]) -> ImageIndex:

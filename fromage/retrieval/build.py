@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from fromage.errors import UserError
+from fromage.locks import held
 from fromage.models.fromage import Fromage
 from fromage.models.prompts import max_length, prompt_length
 from fromage.retrieval.ann import MEASURED_WITH, ANNIndex, default_kind
@@ -38,8 +39,9 @@ def write_index(
     trained: ANNIndex | None = None,
     texts: np.ndarray | None = None,
     milvus: str | None = None,
+    overwrite: bool = False,
 ) -> ImageIndex:
-    """Write unit rows as an index.
+    """Write unit rows as an index. Raises UserError where one is there already and may not be replaced.
 
     Args:
         width: q.
@@ -48,13 +50,14 @@ def write_index(
         trained: an index of the kind, which holds the first of the rows or none.
         texts: (n, q) unit rows that texts ask with, to measure an approximate kind with.
         milvus: where the rows go in place of this disk, see fromage.retrieval.milvus_client; kind is then one of Milvus.
+        overwrite: replace an index that is there.
     """
-    old = read_about(Path(out)) if (Path(out) / ABOUT).exists() else None
-    backend = BACKENDS[_backend(milvus)]
-    spec = IndexSpec(width, fingerprint, checkpoint, kind, trained, texts, milvus or "")
-    index = backend.write(out, rows, spec)
-    if old:
-        BACKENDS[backend_of(old)].drop(old)
+    spec = IndexSpec(width, fingerprint, checkpoint, kind, trained, texts, milvus or "", overwrite)
+    with held(out, beside=True):
+        old = read_about(Path(out)) if (Path(out) / ABOUT).exists() else None
+        index = BACKENDS[_backend(milvus)].write(out, rows, spec)
+        if old:
+            BACKENDS[backend_of(old)].drop(old)
     return index
 
 
@@ -68,20 +71,21 @@ def build(
     kind: str | None = None,
     model: Fromage | None = None,
     milvus: str | None = None,
+    overwrite: bool = False,
 ) -> ImageIndex:
     """Index what embed_images stored.
 
     model: the one that embedded the images; with it an approximate kind is measured with their captions too. Raises
-    UserError for another. milvus: as for write_index.
+    UserError for another. milvus, overwrite: as for write_index.
     """
-    check_replaceable(out)
+    check_replaceable(out, overwrite)
     about = store.about
     if model and model.fingerprint() != about["fingerprint"]:
         raise UserError(f"{store.folder}: embedded with another checkpoint than this; give its own, or embed anew")
     kind = kind if milvus else kind or default_kind(len(store))
     texts = _texts(store, model) if model and kind and not milvus and kind.lower() != FLAT else None
     of = about["width"], about["fingerprint"], about["checkpoint"]
-    return write_index(out, _rows(store), *of, kind, texts=texts, milvus=milvus)
+    return write_index(out, _rows(store), *of, kind, texts=texts, milvus=milvus, overwrite=overwrite)
 
 
 def _texts(store: EmbeddingStore, model: Fromage) -> np.ndarray | None:
@@ -103,39 +107,50 @@ def build_index(
     checkpoint: str | Path | None = None,
     kind: str | None = None,
     milvus: str | None = None,
+    overwrite: bool = False,
 ) -> ImageIndex:
     """Embed images and save their index as the folder out; what is embedded outlasts a kill, beside out.
 
     Args:
         checkpoint: where the model was loaded from, so that open_index finds it.
         kind: as for write_index.
-        milvus: as for write_index. The others are those of embed_images.
+        milvus, overwrite: as for write_index. The others are those of embed_images.
     """
-    check_replaceable(out)  # before the hours of embedding
+    check_replaceable(out, overwrite)  # before the hours of embedding
     BACKENDS[_backend(milvus)].check(kind, model.q, milvus or "")
     out = Path(out).resolve()
     beside = out.with_name(f".{out.name}.{model.fingerprint()}.embeddings")
-    store = embed_images(model, images, beside, batch_size, workers, captions, checkpoint)
-    index = build(store, out, kind, model, milvus)
-    shutil.rmtree(beside)
+    with held(out, beside=True):
+        store = embed_images(model, images, beside, batch_size, workers, captions, checkpoint)
+        index = build(store, out, kind, model, milvus, overwrite)
+        shutil.rmtree(beside)
     return index
 
 
 def add(folder: str | Path, store: EmbeddingStore) -> ImageIndex:
     """Put embeddings behind those of an index, which keeps its kind; images that are there already stay as they are."""
-    return load_index(folder, store.about["fingerprint"]).add(folder, _rows(store))
+    with held(folder, beside=True):  # or what another process puts there between reading and writing would be lost
+        return load_index(folder, store.about["fingerprint"]).add(folder, _rows(store))
 
 
 def remove(folder: str | Path, paths: Sequence[str]) -> ImageIndex:
     """Take images out of an index, every one at these paths. Raises UserError for a path that is not there."""
-    return load_index(folder).remove(folder, paths)
+    with held(folder, beside=True):
+        return load_index(folder).remove(folder, paths)
 
 
-def merge(folders: Sequence[str | Path], out: str | Path, kind: str | None = None, milvus: str | None = None) -> ImageIndex:
+def merge(
+    folders: Sequence[str | Path],
+    out: str | Path,
+    kind: str | None = None,
+    milvus: str | None = None,
+    overwrite: bool = False,
+) -> ImageIndex:
     """Write one index of several. Of images at the same path the first counts.
 
-    kind: None is that of the first, where this is of the same backend as the one written.
+    kind: None is that of the first, where this is of the same backend as the one written. overwrite: as for write_index.
     """
+    check_replaceable(out, overwrite)
     first = load_index(folders[0])
     indexes = [first, *(load_index(folder, first.fingerprint) for folder in folders[1:])]
     parts, seen = [first.rows()], first.paths()
@@ -148,7 +163,8 @@ def merge(folders: Sequence[str | Path], out: str | Path, kind: str | None = Non
         trained = first.learnt(folders[0]) if kind in (None, first.kind) else None
         kind = kind or first.kind
     of = first.width, first.fingerprint, first.checkpoint
-    return write_index(out, chain(*parts), *of, kind, trained, texts[:: max(1, len(texts) // MEASURED_WITH)], milvus)
+    some = texts[:: max(1, len(texts) // MEASURED_WITH)]
+    return write_index(out, chain(*parts), *of, kind, trained, some, milvus, overwrite)
 
 
 def _rows(store: EmbeddingStore) -> Iterator[Embedded]:

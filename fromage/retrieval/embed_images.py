@@ -6,7 +6,7 @@ import shutil
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,12 +15,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from fromage.checkpoints.format import CONFIG
+from fromage.checkpoints.lightning import last_checkpoint
 from fromage.checks import check_whole
 from fromage.data.features import check_features
 from fromage.data.image_source import ImageBatch, ImageSample, ImageSource, find_images, is_shards
 from fromage.data.shards import expand
 from fromage.data.workers import init_worker
 from fromage.errors import UserError
+from fromage.locks import held
 from fromage.retrieval.embedding_store import DTYPES, EmbeddingStore
 
 if TYPE_CHECKING:
@@ -43,7 +46,8 @@ def embed_images(
 
     A run that was killed is taken up by the next call; what it loses is the parts it was at: a shard, or some thousand
     files, per worker. Shards may hold stored features (npy) in place of images. What is broken is left out with a
-    warning. Raises UserError if nothing is left, and if out holds the embeddings of another model or source.
+    warning. Raises UserError if nothing is left, if out holds the embeddings of another model or source, and where another
+    process is writing it.
 
     Args:
         model: both towers on the device to be used.
@@ -62,18 +66,13 @@ def embed_images(
     images = find_images(str(source), model.vision.transform, None if captions is None else Path(captions))
     if is_shards(Path(source)):
         check_features(expand(str(source)), model.vision)
-    store = EmbeddingStore.begin(
-        out,
-        fingerprint=model.fingerprint(),
-        checkpoint=located(checkpoint),
-        source=images.digest(),
-        width=model.q,
-        dtype=dtype,
-        parts=len(images.parts),
-    )
-    images.todo, images.batch_size = store.missing(), batch_size
-    _fill(store, ray.embed(model, images) if ray else _here(model, images, workers), images.count)
-    _report(store, source)
+    about: dict[str, Any] = {"fingerprint": model.fingerprint(), "checkpoint": located(checkpoint)}
+    about |= {"source": images.digest(), "width": model.q, "dtype": dtype, "parts": len(images.parts)}
+    with held(out):
+        store = EmbeddingStore.begin(out, **about)
+        images.todo, images.batch_size = store.missing(), batch_size
+        _fill(store, ray.embed(model, images) if ray else _here(model, images, workers), images.count)
+        _report(store, source)
     return store
 
 
@@ -162,5 +161,8 @@ def _report(store: EmbeddingStore, source: str | Path) -> None:
 
 
 def located(checkpoint: str | Path | None) -> str:
-    """A checkpoint's place for later: an absolute path, or a name on the hub as it is."""
-    return str(Path(checkpoint).absolute()) if checkpoint and Path(checkpoint).exists() else str(checkpoint or "")
+    """A checkpoint's place for later: an absolute path, of a run's folder the file, or a name on the hub as it is."""
+    if not checkpoint or not Path(checkpoint).exists():
+        return str(checkpoint or "")
+    file = None if (Path(checkpoint) / CONFIG).exists() else last_checkpoint(Path(checkpoint))
+    return str((file or Path(checkpoint)).absolute())

@@ -76,11 +76,8 @@ class EmbeddingStore:
             metadata={"fingerprint": self.about["fingerprint"], "broken": json.dumps(list(broken))},
         )
         path = self._path(part)
-        try:
-            with WholeFile(path) as file:
-                pq.write_table(table, file)
-        except OSError as error:
-            raise UserError(f"{path}: cannot be written ({first_line(error)}); make room and run it again") from error
+        with WholeFile(path, kept="parts that are finished are kept, and the same command goes on") as file:
+            pq.write_table(table, file)
 
     def _open(self, part: int) -> pq.ParquetFile:
         path = self._path(part)

@@ -142,9 +142,9 @@ class FaissIndex(ImageIndex):
             "text_recall_at_10": recalls[1],
         }
 
-    def save(self, folder: str | Path) -> None:
-        """Write the index as a folder, whole or not at all; an index that is there is replaced at once."""
-        with replacing(folder) as new:
+    def save(self, folder: str | Path, overwrite: bool = False) -> None:
+        """See ImageIndex.save; an index that is there is replaced at once."""
+        with replacing(folder, overwrite) as new:
             write_rows(new, self.rows())
             self._finish(new)
 
@@ -183,7 +183,7 @@ class FaissIndex(ImageIndex):
     def write(cls, out: str | Path, rows: Iterable[Embedded], spec: IndexSpec) -> FaissIndex:
         """Stream unit rows into a folder."""
         check_kind(spec.kind, spec.width)
-        with replacing(out) as new:
+        with replacing(out, spec.overwrite) as new:
             write_rows(new, rows)
             index = cls(*open_rows(new, spec.width), spec.fingerprint, spec.checkpoint, texts=spec.texts)
             index._prepare(spec.kind or default_kind(len(index)), spec.trained)
@@ -211,7 +211,7 @@ class FaissIndex(ImageIndex):
         return self._rewrite(folder, without(self.rows(), barred), trained)
 
     def _rewrite(self, folder: str | Path, rows: Iterable[Embedded], trained: ANNIndex | None) -> FaissIndex:
-        spec = IndexSpec(self.width, self.fingerprint, self.checkpoint, self.kind, trained, self.texts)
+        spec = IndexSpec(self.width, self.fingerprint, self.checkpoint, self.kind, trained, self.texts, overwrite=True)
         return self.write(folder, rows, spec)
 
     def learnt(self, folder: str | Path) -> ANNIndex | None:

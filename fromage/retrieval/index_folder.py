@@ -23,7 +23,7 @@ import pyarrow as pa
 
 from fromage.errors import UserError, first_line
 from fromage.identity import FolderKind
-from fromage.io import set_aside, whole_folder, write_json
+from fromage.io import check_new, set_aside, whole_folder, write_json
 from fromage.retrieval.item_table import Embedded, ItemTable, write_items
 
 FORMAT, VERSION = "fromage-index", 2
@@ -114,24 +114,26 @@ def check_files(folder: Path, about: dict[str, Any], full: bool = False) -> None
             raise UserError(f"{path}: is missing or damaged (its digest differs); build the index again")
 
 
-def check_replaceable(folder: str | Path) -> None:
-    """Raise UserError unless an index may be saved here: nothing is here yet, or an index and no other file."""
+def check_replaceable(folder: str | Path, overwrite: bool) -> None:
+    """Raise UserError unless an index may be saved here: nothing is there, or an index alone, which may be replaced."""
     folder = Path(folder).resolve()
     if not folder.exists():
         return
     INDEX.require_own(folder)
     if {path.name for path in folder.iterdir()} - {ABOUT} - read_about(folder)["files"].keys():
         raise INDEX.something_else(folder)
+    check_new(folder, overwrite)
 
 
 @contextmanager
-def replacing(folder: str | Path) -> Iterator[Path]:
+def replacing(folder: str | Path, overwrite: bool) -> Iterator[Path]:
     """A new folder to fill, which takes the name, and the place of an index that is there, once it is whole.
 
-    Raises UserError where anything but an index is in the way, and when the disk is full.
+    Raises UserError where an index that may not be replaced, or anything else, is in the way, where another process is
+    writing it, and when the disk is full.
     """
     folder = Path(folder).resolve()
-    check_replaceable(folder)
+    check_replaceable(folder, overwrite)
     try:
         with whole_folder(folder) as new:
             yield new

@@ -95,15 +95,15 @@ class MilvusIndex(ImageIndex):
             MILVUS: {"uri": self.collection.uri, "collection": self.collection.name},
         }
 
-    def save(self, folder: str | Path) -> None:
+    def save(self, folder: str | Path, overwrite: bool = False) -> None:
         """Write index.json: anew into the index's own folder, or into another one for the same collection."""
-        check_replaceable(folder)
+        check_replaceable(folder, overwrite)
         write_files(Path(folder), {ABOUT: as_json(sealed(self.about(), {}))})
 
     def add(self, folder: str | Path, rows: Iterable[Embedded]) -> MilvusIndex:
         """The index in this folder with rows put behind its own. A run that was killed may be repeated."""
         self.collection.insert((fresh for some in rows if len((fresh := self._fresh(*some))[1])), self.collection.end())
-        self.save(folder)
+        self.save(folder, overwrite=True)
         return self
 
     def _fresh(self, vectors: np.ndarray, items: pa.RecordBatch) -> Embedded:
@@ -120,7 +120,7 @@ class MilvusIndex(ImageIndex):
         if len(rows) == len(self):
             raise UserError("an index needs at least one image; none is left")
         self.collection.delete(rows)
-        self.save(folder)
+        self.save(folder, overwrite=True)
         return self
 
     @classmethod
@@ -135,7 +135,7 @@ class MilvusIndex(ImageIndex):
         Kind None is flat for up to a million rows, and beyond what Milvus takes by itself; for spec.where see
         fromage.retrieval.milvus_client. What is killed leaves its collection, named fromage_..., to be dropped by hand.
         """
-        check_replaceable(out)
+        check_replaceable(out, spec.overwrite)
         uri = located(spec.where)
         if Path(out).resolve() in Path(uri).parents:
             raise UserError(f"{uri}: lies in the folder of the index, which is replaced as a whole; name another place")
@@ -143,7 +143,7 @@ class MilvusIndex(ImageIndex):
         try:
             _fill(collection, rows, spec.kind)
             index = cls(collection, spec.fingerprint, spec.checkpoint)
-            with replacing(out) as new:
+            with replacing(out, spec.overwrite) as new:
                 seal(new, index.about())
         except BaseException:
             with suppress(UserError):  # the first one counts

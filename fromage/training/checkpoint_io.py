@@ -7,7 +7,11 @@ from __future__ import annotations
 
 import io
 import os
+import signal
+import sys
+import threading
 import warnings
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +21,13 @@ from lightning_fabric.plugins.io.torch_io import TorchCheckpointIO
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
+from fromage.checkpoints.lightning import BEFORE, LAST, last_checkpoint
 from fromage.checkpoints.safe_pickle import read_pickle
 from fromage.errors import UserError
 from fromage.io import WholeFile
+from fromage.locks import held
 
-LAST, BEFORE = "last.ckpt", "last-1.ckpt"
-TERMINATED = 128 + 15  # the exit code of what SIGTERM ends
+TERMINATED, INTERRUPTED = 128 + signal.SIGTERM, 128 + signal.SIGINT  # exit codes of what these end
 
 
 class SafeCheckpointIO(TorchCheckpointIO):
@@ -33,6 +38,7 @@ class SafeCheckpointIO(TorchCheckpointIO):
 
     def __init__(self) -> None:
         self.damaged: set[Path] = set()
+        self.loaded: Path | None = None  # what a run goes on from
         self.steps: dict[Path, int | None] = {}  # the global step of each file that was written
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
@@ -42,19 +48,15 @@ class SafeCheckpointIO(TorchCheckpointIO):
             return
         path, buffer = Path(path), io.BytesIO()
         torch.save(checkpoint, buffer)
-        try:
-            with WholeFile(path) as part:
-                with part.open("wb") as file:
-                    file.write(buffer.getbuffer())
-                    file.flush()
-                    os.fsync(file.fileno())
-                self._keep(path)
-            self.damaged.discard(path)
-            self.steps[path] = checkpoint.get("global_step")
-        except OSError as error:
-            there = "the one before it is untouched" if path.exists() else "there is none before it"
-            said = f"cannot be written ({error.strerror}), {there}; make room, then go on with --ckpt_path last"
-            raise UserError(f"checkpoint {path}: {said}") from error
+        there = "the one before it is untouched" if path.exists() else "there is none before it"
+        with WholeFile(path, kept=f"{there}; go on with --ckpt_path last") as part:
+            with part.open("wb") as file:
+                file.write(buffer.getbuffer())
+                file.flush()
+                os.fsync(file.fileno())
+            self._keep(path)
+        self.damaged.discard(path)
+        self.steps[path] = checkpoint.get("global_step")
 
     def _keep(self, path: Path) -> None:
         """Give the last checkpoint, if it is sound, the name of the one before it."""
@@ -64,7 +66,10 @@ class SafeCheckpointIO(TorchCheckpointIO):
             with WholeFile(path.with_name(BEFORE)) as link:
                 link.unlink(missing_ok=True)
                 os.link(path, link)
-        except OSError:  # a file system without links: for a moment there is no last one, but there is the one before
+        except (
+            OSError,
+            UserError,
+        ):  # a file system without links: for a moment there is no last one, but there is the one before
             path.replace(path.with_name(BEFORE))
 
     def load_checkpoint(
@@ -77,7 +82,7 @@ class SafeCheckpointIO(TorchCheckpointIO):
         """
         if "://" in str(path):
             return super().load_checkpoint(path, map_location, weights_only)
-        path = Path(path)
+        self.loaded = path = Path(path)
         before = path.with_name(BEFORE)
         try:
             return read_pickle(path)
@@ -91,31 +96,86 @@ class SafeCheckpointIO(TorchCheckpointIO):
 
 
 class SafeCheckpoint(ModelCheckpoint):
-    """A ModelCheckpoint that saves by SafeCheckpointIO, at the end of training too, and when SIGTERM ends it.
+    """A ModelCheckpoint that saves by SafeCheckpointIO, at the end of training too, and when SIGTERM or Ctrl-C ends it.
 
-    On SIGTERM the step under way is finished and saved, and the exit code is 143. In the middle of a step of several batches
-    (accumulate_grad_batches), or of a validation, nothing is saved: resuming goes on from the checkpoint before.
+    On SIGTERM the step under way is finished and saved, and the exit code is 143; on the first Ctrl-C too, and it is 130; a
+    second Ctrl-C ends at once. In the middle of a step of several batches (accumulate_grad_batches), or of a validation,
+    nothing is saved: resuming goes on from the checkpoint before.
+
+    While a run lasts it holds its folder. One with the checkpoints of another run is refused, unless `overwrite` is true.
     """
 
+    def __init__(self, dirpath: str | Path | None = None, *, overwrite: bool = False, **options: Any) -> None:
+        """Set where and when to save.
+
+        Args:
+            dirpath: folder of the checkpoints; null for `checkpoints` in the folder that the logger gives each run.
+            overwrite: remove checkpoints of another run that are there.
+            options: of Lightning's ModelCheckpoint.
+        """
+        super().__init__(dirpath, **options)
+        self.overwrite, self.interrupted = overwrite, False
+        self._hold, self._holds = ExitStack(), False
+
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Take over the reading and writing, unless the trainer was given a plugin for that."""
+        """Take over the reading and writing, unless the trainer was given a plugin for that; take hold of the folder."""
         super().setup(trainer, pl_module, stage)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = SafeCheckpointIO()
+        if stage != "fit" or trainer.fast_dev_run or "://" in str(self.dirpath):  # type: ignore[attr-defined]
+            return
+        said = None
+        if trainer.is_global_zero:
+            try:
+                self._hold.enter_context(held(str(self.dirpath)))
+            except UserError as error:
+                said = str(error)
+        if said := trainer.strategy.broadcast(said):  # so that no device waits for the first
+            raise UserError(said)
+        self._holds = True
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """See that no other run's checkpoints are lost. From now on Ctrl-C waits for the end of a step, unless ignored."""
+        super().on_train_start(trainer, pl_module)
+        store = trainer.strategy.checkpoint_io
+        if self._holds and isinstance(store, SafeCheckpointIO):
+            others = check_free(Path(str(self.dirpath)), store.loaded, self.overwrite)
+            trainer.strategy.barrier("checkpoints of another run")
+            for path in others if trainer.is_global_zero else ():
+                path.unlink()
+        handled = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        if handled and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, self._interrupt)
+            self._hold.callback(signal.signal, signal.SIGINT, signal.default_int_handler)
+
+    def _interrupt(self, *_: object) -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        self.interrupted = True
+        print("stopping behind this step; a second Ctrl-C stops at once", file=sys.stderr)
+        os.kill(os.getpid(), signal.SIGTERM)  # which Lightning heeds behind a step, on all devices
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Save on SIGTERM, and say by the exit code that the run is not at its end."""
-        if not isinstance(exception, SIGTERMException):
-            super().on_exception(trainer, pl_module, exception)
-            return
-        exception.code = TERMINATED
-        mid_step = (trainer.fit_loop.batch_idx + 1) % trainer.accumulate_grad_batches and not trainer.is_last_batch
-        if trainer.state.fn == "fit" and not (trainer.validating or trainer.sanity_checking or mid_step):
-            self._save_now(trainer, pl_module)
+        """Save on SIGTERM and Ctrl-C, and say by the exit code that the run is not at its end."""
+        try:
+            if not isinstance(exception, SIGTERMException):
+                super().on_exception(trainer, pl_module, exception)
+                return
+            exception.code = INTERRUPTED if self.interrupted else TERMINATED
+            mid_step = (trainer.fit_loop.batch_idx + 1) % trainer.accumulate_grad_batches and not trainer.is_last_batch
+            if trainer.state.fn == "fit" and not (trainer.validating or trainer.sanity_checking or mid_step):
+                self._save_now(trainer, pl_module)
+        finally:
+            self._hold.close()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save the last steps, however many they are."""
         self._save_now(trainer, pl_module)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Leave the folder to others."""
+        super().teardown(trainer, pl_module, stage)
+        self._hold.close()
+        self._holds = False
 
     def _save_now(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the last checkpoint, unless it is of this step already."""
@@ -126,3 +186,23 @@ class SafeCheckpoint(ModelCheckpoint):
         steps = getattr(trainer.strategy.checkpoint_io, "steps", {})  # known to the first device only
         if trainer.strategy.broadcast(steps.get(Path(self.last_model_path)) != trainer.global_step):
             trainer.save_checkpoint(self.last_model_path, self.save_weights_only)
+
+
+def goes_on(folder: Path, resumed: str | Path | None) -> bool:
+    """Whether a run that begins from `resumed` goes on with the one that has its checkpoints in a folder."""
+    last = last_checkpoint(folder)
+    return resumed is not None and last is not None and Path(resumed).resolve() == last.resolve()
+
+
+def check_free(folder: Path, resumed: str | Path | None, overwrite: bool) -> list[Path]:
+    """The checkpoints in a folder that are of another run than the one that begins from `resumed`.
+
+    Raises UserError where there are some, and they may not be replaced.
+    """
+    found = [] if goes_on(folder, resumed) else sorted(folder.glob("*.ckpt"))
+    if found and not overwrite:
+        raise UserError(
+            f"{found[0]}: is of another run, and would be lost; go on with that run by --ckpt_path last, replace it by "
+            "--overwrite, or name another dirpath"
+        )
+    return found

@@ -5,39 +5,79 @@ from __future__ import annotations
 import argparse
 import logging
 import re
+import sys
 import warnings
 from importlib import import_module
 from inspect import signature
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from fromage.errors import UserError
 from fromage.training.configs import near, with_configs_found
+
+if TYPE_CHECKING:
+    import pytorch_lightning as pl
 
 FITTING = ("fit", "validate", "test", "predict")
 
 
 def fitting(argv: list[str]) -> None:
-    """fit, validate, test, predict: LightningCLI over any module and data module, configured by files and options."""
-    import pytorch_lightning as pl
-    from pytorch_lightning.cli import LightningCLI
+    """fit, validate, test, predict: LightningCLI over any module and data module, configured by files and options.
 
-    from fromage.checkpoints.lightning import read_checkpoint
+    Raises:
+        UserError: something is wrong with the options, the data or the disk.
+        KeyboardInterrupt: after Ctrl-C; the message says what was saved and how to go on.
+    """
+    import pytorch_lightning as pl
+    from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
+    from pytorch_lightning.utilities.exceptions import MisconfigurationException, SIGTERMException
+
+    from fromage.checkpoints.lightning import checkpoint_file, read_checkpoint
+    from fromage.io import disk_error
+    from fromage.training import runs
+    from fromage.training.checkpoint_io import INTERRUPTED
+
+    trainers: list[pl.Trainer] = []
 
     class CLI(LightningCLI):
         """Looks at the checkpoint before anything is loaded, and lets options count, not the checkpoint's own ones."""
+
+        def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+            parser.add_argument("--overwrite", action="store_true", help="replace the checkpoints of another run")
 
         def _parse_ckpt_path(self) -> None:
             pass
 
         def before_instantiate_classes(self) -> None:
-            path = self.config[self.subcommand].get("ckpt_path")
-            if path and path not in ("last", "best", "hpc", "registry"):
-                read_checkpoint(path)
+            config = self.config[self.subcommand]
+            if config.ckpt_path == "last":
+                config.ckpt_path = str(runs.newest(config) or "last")  # a damaged one is noticed when it is loaded
+            elif config.ckpt_path and config.ckpt_path not in ("best", "hpc", "registry"):
+                config.ckpt_path = str(checkpoint_file(config.ckpt_path))
+                read_checkpoint(config.ckpt_path)
+            if self.subcommand == "fit" and not config.trainer.fast_dev_run:
+                runs.prepare(config)
+
+        def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+            try:
+                return super().instantiate_trainer(**kwargs)
+            except (TypeError, ValueError) as error:  # of an option of the trainer
+                raise MisconfigurationException(str(error)) from error
+
+        def after_instantiate_classes(self) -> None:
+            trainers.append(self.trainer)
+            for callback in self.trainer.checkpoint_callbacks:
+                if self.config[self.subcommand].overwrite and hasattr(callback, "overwrite"):
+                    callback.overwrite = True
+
+        def after_fit(self) -> None:
+            if self.trainer.is_global_zero:
+                print("\n".join(_left(self.trainer)))
 
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec")
     warnings.filterwarnings("ignore", message=".*(does not have many workers|LightningCLI's args parameter|in eval mode).*")
-    logging.getLogger("pytorch_lightning.utilities.rank_zero").addFilter(
-        lambda record: "litlogger" not in record.getMessage()
-    )
+    for name in ("utilities.rank_zero", "trainer.connectors.signal_connector"):
+        logging.getLogger(f"pytorch_lightning.{name}").addFilter(_is_told)
     try:
         CLI(
             pl.LightningModule,
@@ -51,11 +91,55 @@ def fitting(argv: list[str]) -> None:
         )
     except argparse.ArgumentError as error:
         raise UserError(_told(error, argv[0])) from error
+    except MisconfigurationException as error:
+        raise UserError(f"{' '.join(str(error).split())[:500]} (fromage {argv[0]} --help)") from error
     except ValueError as error:  # jsonargparse's, around what a model's or data module's own check said
         said: BaseException | None = error
         while said is not None and not isinstance(said, UserError):
             said = said.__cause__
         raise said or error from None
+    except OSError as error:  # a logger's, or of a configuration that is written beside it
+        where = Path(trainers[0].log_dir or trainers[0].default_root_dir) if trainers and not error.filename else None
+        if (told := disk_error(error, where, "checkpoints are kept; go on with --ckpt_path last")) is None:
+            raise
+        raise told from error
+    except SIGTERMException as stop:
+        if stop.code != INTERRUPTED:
+            print(f"fromage: terminated; {_stopped(trainers[0])}", file=sys.stderr)
+            raise
+        raise KeyboardInterrupt(_stopped(trainers[0])) from None
+    except SystemExit as stop:  # Lightning's way with Ctrl-C
+        if not isinstance(stop.__context__, KeyboardInterrupt):
+            raise
+        raise KeyboardInterrupt(*map(_stopped, trainers)) from None
+
+
+def _is_told(record: logging.LogRecord) -> bool:
+    return not any(noise in record.getMessage() for noise in ("litlogger", "Received SIGTERM"))
+
+
+def _left(trainer: pl.Trainer) -> list[str]:
+    """What a fit that came to its end has left, in lines."""
+    from fromage.training.run_report import RunReport
+
+    saver: Any = trainer.checkpoint_callback
+    saved = saver and (saver.last_model_path or saver.best_model_path)
+    lines = [f"checkpoint: {saved} (step {trainer.global_step})"] if saved else []
+    folders = [callback.folder for callback in trainer.callbacks if isinstance(callback, RunReport)]  # type: ignore[attr-defined]
+    return lines + [f"report: {folder / 'report.md'}" for folder in folders if folder and (folder / "report.md").exists()]
+
+
+def _stopped(trainer: pl.Trainer) -> str:
+    """Where a fit that was stopped can be gone on with."""
+    from fromage.checkpoints.lightning import last_checkpoint
+
+    saver: Any = trainer.checkpoint_callback
+    found = last_checkpoint(Path(saver.dirpath)) if saver and saver.dirpath else None
+    if trainer.state.fn != "fit" or found is None:
+        return "no checkpoint was written"
+    step = getattr(trainer.strategy.checkpoint_io, "steps", {}).get(found)
+    what = f"saved {found}" if step == trainer.global_step else f"the last checkpoint is {found}"
+    return f"{what}{'' if step is None else f' (step {step})'}; the same command with --ckpt_path last goes on"
 
 
 def _told(error: argparse.ArgumentError, command: str) -> str:

@@ -100,6 +100,8 @@ def test_towers_may_be_named_otherwise_and_exported_under_a_name(tmp_path):
     with pytest.raises(UserError, match=r"toy.*--visual-encoder"):
         write_authors(read_folder(tmp_path / "ours"), tmp_path / "back")
     write_authors(read_folder(tmp_path / "ours"), tmp_path / "back", "someone/a-clip")
+    with pytest.raises(UserError, match=r"is there already.*--overwrite"):
+        write_authors(read_folder(tmp_path / "ours"), tmp_path / "back", "someone/a-clip")
     assert json.loads((tmp_path / "back" / ARGS).read_text())["visual_encoder"] == "someone/a-clip"
 
 

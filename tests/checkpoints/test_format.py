@@ -74,7 +74,7 @@ def test_torn_and_missing_files_are_named(folder):
 def test_parameters_of_another_saving_are_found(saved, folder):
     """As if saving over a folder had been killed between its two files."""
     config = (folder / CONFIG).read_bytes()
-    write_folder(replace(saved, tensors={"ret.input": torch.zeros(1, 24)}), folder)
+    write_folder(replace(saved, tensors={"ret.input": torch.zeros(1, 24)}), folder, overwrite=True)
     (folder / CONFIG).write_bytes(config)
     with pytest.raises(UserError, match="digest"):
         read_folder(folder)
@@ -90,14 +90,21 @@ def test_saving_that_fails_leaves_what_was_there(saved, folder, monkeypatch):
 
     monkeypatch.setattr(Path, "write_bytes", until_full)
     with pytest.raises(UserError, match="No space left"):
-        write_folder(replace(saved, tensors={"ret.input": torch.zeros(1, 24)}), folder)
+        write_folder(replace(saved, tensors={"ret.input": torch.zeros(1, 24)}), folder, overwrite=True)
     assert content(folder) == before
 
 
 def test_saving_again_replaces_the_parameters_and_keeps_the_card(saved, folder):
     (folder / CARD).write_text("mine")
-    write_folder(replace(saved, tensors={"ret.input": torch.zeros(1, 24)}), folder)
+    write_folder(replace(saved, tensors={"ret.input": torch.zeros(1, 24)}), folder, overwrite=True)
     assert list(read_folder(folder).tensors) == ["ret.input"] and (folder / CARD).read_text() == "mine"
+
+
+def test_a_folder_that_is_there_is_replaced_only_where_that_is_said(saved, folder):
+    before = content(folder)
+    with pytest.raises(UserError, match=r"config\.json: is there already.*--overwrite"):
+        write_folder(replace(saved, tensors={"ret.input": torch.zeros(1, 24)}), folder)
+    assert content(folder) == before
 
 
 def test_a_folder_of_something_else_is_refused_and_left_alone(saved, tmp_path):

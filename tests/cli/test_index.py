@@ -65,7 +65,7 @@ def test_the_checkpoint_of_an_import_may_be_a_name_on_the_hub(ckpt, tmp_path, mo
     path = tmp_path / "e.pkl"
     path.write_bytes(pickle.dumps({"paths": ["https://images.example/a.jpg"], "embeddings": rows(1, q=3)}))
     for name, found in (("someone/fromage", "someone/fromage"), ("a.ckpt", ckpt)):
-        assert main(["index", "import", str(path), "--ckpt", name, "--out", str(tmp_path / "index")]) == 0
+        assert main(["index", "import", str(path), "--ckpt", name, "--out", str(tmp_path / "index"), "--overwrite"]) == 0
         assert load_index(tmp_path / "index", "f00d").checkpoint == found
 
 

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from fromage.cli.command import parser_of
 from fromage.cli.main import COMMANDS, main
+from fromage.cli.options import FILES
 from fromage.errors import UserError
 from fromage.training.configs import config_folder, find_config
 
@@ -37,6 +39,7 @@ def fast(world, tmp_path_factory):
     out = tmp_path_factory.mktemp("cli")
     return [
         "--config=toy.yaml",
+        "--overwrite",
         f"--data.train_shards={world}/cc3m/train",
         f"--data.val_shards={world}/cc3m/val",
         "--data.batch_size=16",
@@ -128,15 +131,70 @@ def test_debug_shows_the_traceback():
     assert code == 1 and "Traceback" in stderr
 
 
+@pytest.fixture
+def ctrl_c():
+    """Ctrl-C does here what it does at a terminal, also under a runner that was started with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def stopped(number):
     return lambda: signal.raise_signal(number)
 
 
-def test_ctrl_c_and_sigterm_are_one_line_and_a_code_of_their_own(monkeypatch, capsys):
+def test_ctrl_c_and_sigterm_are_one_line_and_a_code_of_their_own(monkeypatch, capsys, ctrl_c):
     for number in (signal.SIGINT, signal.SIGTERM):
         monkeypatch.setitem(COMMANDS, "plan", stopped(number))
         assert main(["plan"]) == 130
         assert capsys.readouterr().err == "fromage: stopped\n"
+
+
+def test_a_file_that_is_there_is_replaced_only_where_that_is_said(tmp_path, capsys):
+    plan = ["plan", "--config", "toy.yaml", "--json", str(tmp_path / "plan.json")]
+    assert main(plan) == 0
+    (tmp_path / "plan.json").write_text("mine")
+    (tmp_path / "a.png").write_text("mine")
+    capsys.readouterr()
+    for words in (plan, ["search", "a star", "--index", "none", "--png", str(tmp_path / "a.png")]):
+        assert main(words) == 2
+        assert "is there already" in (said := capsys.readouterr().err) and "--overwrite" in said
+    assert (tmp_path / "plan.json").read_text() == (tmp_path / "a.png").read_text() == "mine"
+    assert main([*plan, "--overwrite"]) == 0 and "mine" not in (tmp_path / "plan.json").read_text()
+
+
+def test_every_command_that_writes_has_overwrite_or_goes_on():
+    """What is left: folders that are taken up where they belong to the same work, and refused otherwise."""
+    writes = {name for name in COMMANDS if {"out", *FILES} & set(option_names(name))}
+    assert {name for name in writes if "overwrite" not in option_names(name)} == {
+        "toy make", "toy demo", "features", "index embed"
+    }  # fmt: skip
+
+
+def option_names(command):
+    return [action.dest for action in parser_of(command, COMMANDS[command])._actions]
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(28, "No space left on device"), "a file: cannot be written (No space left on device); make room"),
+        (OSError(27, "x", "/mnt/a"), "/mnt/a: cannot be written (File too large); make room, or name another place"),
+        (PermissionError(13, "x", "/mnt/a"), "/mnt/a: cannot be opened (Permission denied); see to its permissions"),
+        (OSError(30, "x", "/mnt/a"), "/mnt/a: cannot be opened (Read-only file system)"),
+    ],
+)
+def test_what_a_disk_refuses_is_one_line_wherever_it_is_met(error, said, monkeypatch, capsys):
+    def fails(*, config: str) -> None:
+        """Fails."""
+        raise error
+
+    monkeypatch.setitem(COMMANDS, "plan", fails)
+    assert main(["plan", "--config", "a"]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith(f"fromage: {said}")
+    with pytest.raises(OSError, match=error.strerror):
+        main(["plan", "--config", "a", "--debug"])
 
 
 def test_a_warning_is_one_line():

@@ -211,3 +211,31 @@ def test_features_of_another_width_are_skipped_and_named():
         rows = list(decoded([stored(12), stored(5), stored(12)], decode, broken))
         assert collate(rows, 0).features.shape == (2, 12)
         assert broken.bad == 1 and broken.last[0] == "k5 (features of another width: 5, not 12)"
+
+
+def test_features_of_other_shards_of_the_same_name_are_refused(tmp_path):
+    source, out = shards(tmp_path / "s"), tmp_path / "f"
+    store_features(source, out, Vision(), workers=0)
+    with pytest.raises(UserError, match=r"of other shards \(00000\.tar there is of .*/s, here of .*/t\); name another"):
+        store_features(shards(tmp_path / "t"), out, Vision(), workers=0)
+    about = out / "features.json"
+    about.write_text(json.dumps({k: v for k, v in json.loads(about.read_text()).items() if k != "source"}))
+    assert store_features(source, out, Vision(), workers=0) == 0  # as it was written before
+
+
+def test_a_full_disk_is_one_line_and_the_same_command_goes_on(tmp_path, disk):
+    source, out = shards(tmp_path / "s"), tmp_path / "f"
+    disk(2000)
+    with pytest.raises(
+        UserError, match=r"00000\.tar: cannot be written \(File too large\); shards that are finished are kept"
+    ):
+        store_features(source, out, Vision(), workers=0)
+    assert sorted(p.name for p in out.iterdir()) == ["features.json"]
+    disk()
+    assert store_features(source, out, Vision(), workers=0) == 10
+
+
+def test_a_folder_that_another_process_writes_is_refused(tmp_path, other_writer):
+    pid = other_writer(tmp_path / "f")
+    with pytest.raises(UserError, match=f"f: process {pid} is writing it"):
+        store_features(shards(tmp_path / "s"), tmp_path / "f", Vision(), workers=0)

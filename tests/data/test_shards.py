@@ -318,3 +318,29 @@ def test_what_a_member_claims_is_not_allocated(tmp_path):
         assert list(read_shard(str(tmp_path / name), lambda *told: lost.append(told))) == []
     assert any("member a.jpg claims 1,099,511,627,776 bytes, more than 134,217,728" in cause for _, cause in lost)
     assert any("b.jpg claims 8,589,934,591 bytes" in cause for _, cause in lost)
+
+
+def test_shards_are_replaced_only_where_that_is_said(tmp_path):
+    written = lambda n: [(str(i), b"jpg", "words", {}) for i in range(n)]  # noqa: E731
+    assert write_shards(written(3), tmp_path, per_shard=1) == 3
+    with pytest.raises(UserError, match=r"holds shards already.*--overwrite"):
+        write_shards(written(1), tmp_path)
+    assert write_shards([], tmp_path, overwrite=True) == 0  # nothing to put in their place
+    assert len(list(tmp_path.glob("*.tar"))) == 3
+    assert write_shards(written(1), tmp_path, overwrite=True) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["00000.tar", "sizes.json"]
+    assert read_sizes(tmp_path) == {"00000.tar": 1}
+
+
+def test_a_full_disk_is_one_line_and_leaves_whole_shards(tmp_path, disk):
+    samples = [("a", b"jpg", "words", {}), ("b", bytes(20_000), "words", {})]
+    disk(12_000)
+    with pytest.raises(UserError, match=r"00001\.tar: cannot be written \(File too large\); whole shards before it: 1"):
+        write_shards(samples, tmp_path, per_shard=1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["00000.tar", "sizes.json"]
+
+
+def test_shards_that_another_process_writes_are_refused(tmp_path, other_writer):
+    pid = other_writer(tmp_path / "out")
+    with pytest.raises(UserError, match=f"out: process {pid} is writing it"):
+        write_shards([("a", b"jpg", "words", {})], tmp_path / "out", overwrite=True)

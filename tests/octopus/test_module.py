@@ -100,7 +100,7 @@ def test_paths_are_put_in_place_once(tmp_path, monkeypatch):
     octopus_tour.train(study / "seed0", octopus_tour.STAGES[2:], shared=study)
     placed = (study / "seed0" / "configs" / "octopus_toy3.yaml").read_text()
     assert "refs: runs/octopus_study/world/refcoco" in placed and "features: runs/octopus_study/patches" in placed
-    assert "init: runs/octopus_study/seed0/stage2/checkpoints" in placed and "seed0_study" not in placed
+    assert "init: runs/octopus_study/seed0/stage2 " in placed and "seed0_study" not in placed
 
 
 def test_a_world_with_as_many_images_is_kept_and_what_is_none_is_told(tmp_path, monkeypatch):
@@ -234,7 +234,8 @@ def test_the_full_size_stages_have_the_papers_values():
     assert {(m["num_queries"], m["split_layer"], m["lm"], m["vision"]) for m in models} == {
         (64, 16, "lmsys/vicuna-7b-v1.5", "ViT-L-14-336")
     }
-    saved = [config["trainer"]["callbacks"][1]["init_args"]["dirpath"] + "/last.ckpt" for config in STAGES]
+    loggers = [config["trainer"]["logger"]["init_args"] for config in STAGES]
+    saved = [f"{logger['save_dir']}/{logger['name']}" for logger in loggers]
     assert [m.get("init") for m in models] == [None, *saved[:2]]
     sequential = yaml.safe_load(Path(find_config("octopus_sequential.yaml")).read_text())["model"]["init_args"]
     assert sequential["num_queries"] == 0 and "stage1" in sequential["init"]

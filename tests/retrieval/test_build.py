@@ -1,5 +1,7 @@
 """Indexes made of embeddings and of other indexes, against a flat one of the same rows."""
 
+import multiprocessing
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -84,6 +86,65 @@ def test_merging_into_another_kind(tmp_path):
     assert (index.kind, len(index)) == ("IVF8,Flat", 300)
 
 
+def add_in_a_process(folder, embeddings, barrier, tell):
+    barrier.wait()
+    try:
+        add(folder, embeddings)
+        tell.send("added")
+    except UserError as error:
+        tell.send(str(error))
+
+
+def test_of_two_processes_that_add_at_once_none_loses_what_the_other_added(tmp_path):
+    fork, folder = multiprocessing.get_context("fork"), tmp_path / "index"
+    build(store(tmp_path / "a", rows(1000), items(1000)), folder)
+    mine = [store(tmp_path / n, rows(300), [Item(f"{n}/{i}.jpg") for i in range(300)]) for n in "bc"]
+    for _ in range(3):
+        barrier, (told, tell) = fork.Barrier(2), fork.Pipe(duplex=False)
+        processes = [fork.Process(target=add_in_a_process, args=(folder, each, barrier, tell)) for each in mine]
+        for process in processes:
+            process.start()
+        said = [told.recv() for _ in processes]
+        for process in processes:
+            process.join()
+        assert len(load_index(folder)) == 1000 + 300 * said.count("added")
+        assert all(text == "added" or "is writing it" in text for text in said)
+        build(store(tmp_path / "a", rows(1000), items(1000)), folder, overwrite=True)
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_an_index_that_another_process_writes_is_refused_before_the_work(tmp_path, other_writer, monkeypatch):
+    folder, made = tmp_path / "index", store(tmp_path / "a", rows(5), items(5))
+    build(made, folder)
+    pid = other_writer(folder, beside=True)
+    monkeypatch.setattr(index_builder, "embed_images", lambda *args: pytest.fail("hours of work"))
+    monkeypatch.setattr("fromage.retrieval.faiss_index.write_rows", lambda *args: pytest.fail("minutes of writing"))
+    for act in (
+        lambda: add(folder, made),
+        lambda: remove(folder, ["1.jpg"]),
+        lambda: build(made, folder, overwrite=True),
+        lambda: merge([folder], folder, overwrite=True),
+        lambda: build_index(Model(), tmp_path, folder, overwrite=True),
+    ):
+        with pytest.raises(UserError, match=f"index: process {pid} is writing it"):
+            act()
+    assert len(load_index(folder)) == 5
+
+
+def test_an_index_is_replaced_only_where_that_is_said(tmp_path, monkeypatch):
+    folder, made = tmp_path / "index", store(tmp_path / "a", rows(5), items(5))
+    build(made, folder)
+    monkeypatch.setattr(index_builder, "embed_images", lambda *args: pytest.fail("hours of work"))
+    for act in (
+        lambda: build(made, folder),
+        lambda: merge([folder], folder),
+        lambda: build_index(Model(), tmp_path, folder),
+    ):
+        with pytest.raises(UserError, match=r"index: is there already.*--overwrite"):
+            act()
+    assert len(build(store(tmp_path / "b", rows(3), items(3)), folder, overwrite=True)) == 3
+
+
 def test_what_cannot_be_edited_is_refused_and_stays(tmp_path):
     folder = tmp_path / "index"
     build(store(tmp_path / "a", rows(5), items(5)), folder)
@@ -100,7 +161,7 @@ def test_what_cannot_be_edited_is_refused_and_stays(tmp_path):
     with pytest.raises(UserError, match="IVF64"):
         merge([folder], tmp_path / "merged", "IVF64,Flat")
     with pytest.raises(UserError, match="zero rows"):
-        build(store(tmp_path / "c", 0 * rows(5), items(5)), folder)
+        build(store(tmp_path / "c", 0 * rows(5), items(5)), folder, overwrite=True)
     assert len(load_index(folder, "f00d")) == 5
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "c", "index", "other"]
 

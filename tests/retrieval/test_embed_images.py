@@ -289,16 +289,20 @@ def test_when_it_is_stopped_it_says_that_the_command_goes_on(images, tmp_path, m
         module.embed_images(Model(), images, tmp_path / "out")
 
 
-def test_a_store_that_cannot_be_written_says_so(images, tmp_path, monkeypatch):
+def test_a_store_that_cannot_be_written_says_so(images, tmp_path, disk):
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="cannot be written"):
+    with pytest.raises(UserError, match="a file is in the way"):
         module.embed_images(Model(), images, tmp_path / "file" / "out")
+    disk(1000)
+    kept = r"00000\.parquet: cannot be written \(File too large\); parts .* are kept, and the same command goes on"
+    with pytest.raises(UserError, match=kept):
+        module.embed_images(Model(), images, tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["embeddings.json"]
 
-    def full(table, path):
-        raise OSError("No space left on device")
 
-    monkeypatch.setattr("pyarrow.parquet.write_table", full)
-    with pytest.raises(UserError, match=r"00000\.parquet.*No space left"):
+def test_a_store_that_another_process_adds_to_is_refused(images, tmp_path, other_writer):
+    pid = other_writer(tmp_path / "out")
+    with pytest.raises(UserError, match=f"out: process {pid} is writing it"):
         module.embed_images(Model(), images, tmp_path / "out")
 
 

@@ -222,6 +222,16 @@ def test_only_an_index_is_replaced(tmp_path):
     assert not list(tmp_path.glob(".*"))
 
 
+def test_an_index_is_replaced_only_where_that_is_said(tmp_path):
+    old, new = FaissIndex.build(rows(2), items(2), ""), FaissIndex.build(rows(3), items(3), "")
+    old.save(tmp_path / "index")
+    with pytest.raises(UserError, match=r"index: is there already.*--overwrite"):
+        new.save(tmp_path / "index")
+    assert len(load_index(tmp_path / "index")) == 2
+    new.save(tmp_path / "index", overwrite=True)
+    assert len(load_index(tmp_path / "index")) == 3
+
+
 class Killed(BaseException):
     """Stands for the signal that ends a process in the middle."""
 
@@ -243,7 +253,7 @@ def test_an_interrupted_save_leaves_the_old_index(tmp_path, monkeypatch, when, e
         new_in = lambda path, to: fail() if path.name.endswith(".new") else rename(path, to)  # noqa: E731
         monkeypatch.setattr(type(tmp_path), "rename", new_in)
     with pytest.raises(Killed if error is Killed else UserError):
-        FaissIndex.build(rows(3), items(3), "new").save(folder)
+        FaissIndex.build(rows(3), items(3), "new").save(folder, overwrite=True)
     monkeypatch.undo()
     assert len(load_index(folder, "old")) == 2
     assert [p.name for p in tmp_path.iterdir()] == ["index"]
@@ -256,7 +266,7 @@ def test_a_process_killed_between_the_renames_is_explained_and_mended(tmp_path):
     with pytest.raises(UserError, match="rename"):
         load_index(folder)
     shutil.copytree(aside, folder)
-    FaissIndex.build(rows(3), items(3), "new").save(folder)
+    FaissIndex.build(rows(3), items(3), "new").save(folder, overwrite=True)
     assert len(load_index(folder, "new")) == 3
     assert not aside.exists()
 

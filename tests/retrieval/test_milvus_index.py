@@ -47,9 +47,11 @@ def flat(embeddings, things):
     return FaissIndex.build(embeddings, things, "f00d", "a.ckpt")
 
 
-def in_milvus(folder, db, embeddings, things, kind=None):
+def in_milvus(folder, db, embeddings, things, kind=None, overwrite=True):
     unit = embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True)
-    return write_index(folder, [(unit, to_batch(things))], unit.shape[1], "f00d", "a.ckpt", kind, milvus=db)
+    return write_index(
+        folder, [(unit, to_batch(things))], unit.shape[1], "f00d", "a.ckpt", kind, milvus=db, overwrite=overwrite
+    )
 
 
 def same(index, embeddings, things):
@@ -159,6 +161,9 @@ def test_an_index_that_is_built_anew_drops_its_collection_and_a_failed_one_leave
     before, folder = set(client.list_collections()), tmp_path / "index"
     mine = lambda: set(client.list_collections()) - before  # noqa: E731
     one = in_milvus(folder, db, rows(3), items(3))
+    with pytest.raises(UserError, match="is there already"):
+        in_milvus(folder, db, rows(4), items(4), overwrite=False)
+    assert mine() == {one.collection.name}
     two = in_milvus(folder, db, rows(4), items(4))
     assert mine() == {two.collection.name} != {one.collection.name}
     for broken, kind, named in (
@@ -170,7 +175,7 @@ def test_an_index_that_is_built_anew_drops_its_collection_and_a_failed_one_leave
             in_milvus(folder, db, broken, items(len(broken)), kind)
     assert mine() == {two.collection.name} and len(load_index(folder, "f00d")) == 4
     flat(rows(2), items(2)).save(tmp_path / "other")
-    build(store(tmp_path / "a", rows(5), items(5)), folder)
+    build(store(tmp_path / "a", rows(5), items(5)), folder, overwrite=True)
     assert not mine() and len(load_index(folder, "f00d")) == 5
     with pytest.raises(UserError, match="lies in the folder"):
         in_milvus(tmp_path / "new", str(tmp_path / "new" / "x.db"), rows(4), items(4))

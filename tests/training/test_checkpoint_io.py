@@ -106,7 +106,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_untouched(two, tmp_path):
     before, limits = two[1].read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))  # no file may grow beyond
     try:
-        with pytest.raises(UserError, match=r"last\.ckpt: cannot be written \(File too large\), the one before.*make room"):
+        with pytest.raises(UserError, match=r"last\.ckpt: cannot be written \(File too large\); the one before.*make room"):
             two[0].save_checkpoint(checkpoint(3), two[1])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

@@ -47,7 +47,7 @@ def test_every_command_in_an_overlays_head_names_configurations_that_are_there()
 
 def test_debug_takes_a_few_steps_of_the_real_run(shards, world, capsys):
     assert fit("--config=debug.yaml", *shards, f"--data.val_shards={world}/cc3m/val") == 0
-    saved = torch.load("runs/debug/checkpoints/last.ckpt", weights_only=True)
+    saved = torch.load("runs/debug/version_0/checkpoints/last.ckpt", weights_only=True)
     assert saved["global_step"] == 4 and saved["hyper_parameters"]["lm"] == "toy" and saved["hyper_parameters"]["lr"] == 3e-4
     report = Path("runs/debug/version_0/report.md").read_text()
     assert "| outcome | finished |" in report and "val/t2i_r1" in report
