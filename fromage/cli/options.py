@@ -58,7 +58,7 @@ def out_png(text: str) -> Path:
 # name: what a command's docstring need not repeat, and the check of its words. One name means one thing everywhere.
 SHARED: dict[str, tuple[str, Check | None]] = {
     "batch_size": ("images or texts per batch", positive),
-    "captions": ("COCO caption JSON, or JSON of {file name: caption}, for a folder of images", None),
+    "captions": ("captions of a folder of images: .tsv, .jsonl, COCO's JSON or JSON of {file name: caption}", None),
     "ckpt": ("checkpoint of `lightning fit`, folder or hub name", None),
     "config": ("configuration, as for `lightning fit`", None),
     "device": ("cpu, cuda or mps", None),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import islice
@@ -16,6 +17,7 @@ from torch.utils.data import IterableDataset
 
 from fromage.data.annotations import FILE, TEXT, coco_captions, kind_of, leave_out, problem, shown
 from fromage.data.features import from_npy
+from fromage.data.packing import PackReport, by_image, jsonl_pairs, tsv_pairs
 from fromage.data.shards import expand, read_shard, shard_sizes
 from fromage.data.workers import worker_share
 from fromage.errors import BrokenSample, UserError
@@ -23,6 +25,7 @@ from fromage.images.codec import SUFFIXES, is_image
 from fromage.images.transforms import Transform, read_image
 from fromage.io import read_json
 
+PAIRS = {".tsv": tsv_pairs, ".jsonl": jsonl_pairs}
 FILES_PER_PART = 1024  # files of a folder per part; at most this many are encoded again after a kill
 
 
@@ -162,8 +165,14 @@ def is_shards(source: Path) -> bool:
 
 
 def _read_captions(path: Path, folder: Path) -> dict[str, str]:
-    """File -> first caption, from {"a.jpg": "text" or ["text", ...]} or COCO's caption JSON, names relative to folder."""
-    remedy = "{file: caption} as JSON, or COCO's caption file"
+    """File -> first caption, names relative to folder.
+
+    From a TSV or JSON lines as they are packed, from {"a.jpg": "text" or ["text", ...]}, or from COCO's caption JSON.
+    """
+    if (read := PAIRS.get(path.suffix.lower())) and path.is_file():
+        rows = by_image(read(path, folder, PackReport()), PackReport())
+        return {os.path.normpath(row.image): row.captions[0] for row in rows}
+    remedy = "COCO's caption file, {file: caption} as JSON, .tsv or .jsonl"
     data = read_json(path, remedy)
     if kind_of(data) == "captions of COCO":
         files, captions = coco_captions(path, data)

@@ -105,10 +105,11 @@ def pack_tsv(
     report = PackReport()
     if not tsv.is_file():
         raise UserError(f"{tsv} is missing: name a file with a caption, a tab and an image's path on each line")
-    return _pack(_tsv_rows(tsv, images or tsv.parent, report), report, out, per_shard, val_fraction, overwrite)
+    return _pack(tsv_pairs(tsv, images or tsv.parent, report), report, out, per_shard, val_fraction, overwrite)
 
 
-def _tsv_rows(tsv: Path, images: Path, report: PackReport) -> Iterator[Pair]:
+def tsv_pairs(tsv: Path, images: Path, report: PackReport) -> Iterator[Pair]:
+    """The pairs of a TSV; images: folder that paths are relative to. Lines that are no pair go to the report."""
     for number, line in _lines(tsv, report):
         caption, _, rest = line.partition("\t")
         image = rest.partition("\t")[0].strip()
@@ -151,10 +152,11 @@ def pack_jsonl(
     report = PackReport()
     if not jsonl.is_file():
         raise UserError(f'{jsonl} is missing: name a file of lines {{"image": path, "captions": [text, ...]}}')
-    return _pack(_jsonl_rows(jsonl, images or jsonl.parent, report), report, out, per_shard, val_fraction, overwrite)
+    return _pack(jsonl_pairs(jsonl, images or jsonl.parent, report), report, out, per_shard, val_fraction, overwrite)
 
 
-def _jsonl_rows(jsonl: Path, images: Path, report: PackReport) -> Iterator[Pair]:
+def jsonl_pairs(jsonl: Path, images: Path, report: PackReport) -> Iterator[Pair]:
+    """The pairs of JSON lines, as tsv_pairs gives them."""
     for number, line in _lines(jsonl, report):
         try:
             entry = json.loads(line) if line.strip() else None

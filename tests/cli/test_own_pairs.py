@@ -48,5 +48,8 @@ def test_from_a_folder_to_a_search(photographs, capsys):
     assert torch.load(saved, weights_only=True)["global_step"] == 4
     report = (photographs / "runs/debug/version_0/report.md").read_text()
     assert "val/t2i_r1" in report and "runs/own/features/val" in report
-    did(capsys, "index", "build", "--ckpt", str(saved), "--images", "photographs", "--out", "runs/own/index")
-    assert "photographs/" in did(capsys, "search", "--index", "runs/own/index", "a red star.")
+    said = ["--images", "photographs", "--captions", "photographs/captions.tsv"]
+    did(capsys, "index", "build", "--ckpt", str(saved), *said, "--out", "runs/own/index")
+    found = did(capsys, "search", "--index", "runs/own/index", "a red star.", "-k", "60")
+    first = [line.partition("\t")[0] for line in (photographs / "photographs/captions.tsv").open()][:60]
+    assert all(caption in found for caption in first)

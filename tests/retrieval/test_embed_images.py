@@ -129,6 +129,22 @@ def test_captions_of_a_folder(tmp_path):
         assert [item.caption for item in found] == ["blau", "", "rot"]
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("c.tsv", "blau\tblue/a.png\nrot\t./red/a.png\nroter\tred/a.png\n"),
+        ("c.jsonl", '{"image": "blue/a.png", "captions": ["blau", "b"]}\n{"file_name": "red/a.png", "text": "rot"}\n'),
+    ],
+)
+def test_captions_of_a_folder_as_they_are_packed(tmp_path, name, text):
+    folder = write_colours(tmp_path / "images")
+    (tmp_path / name).write_text(text)
+    _, found = embed_images(Model(), folder, captions=tmp_path / name)
+    assert [item.caption for item in found] == ["blau", "", "rot"]
+    with pytest.raises(UserError, match="cannot be read"):
+        embed_images(Model(), folder, captions=tmp_path / f"none.{name}")
+
+
 @pytest.mark.parametrize("data", ["{}", "[1]", "{", '{"a.png": []}', '{"annotations": [{}]}', '{"other.png": "text"}'])
 def test_bad_captions_are_refused(tmp_path, data):
     (tmp_path / "captions.json").write_text(data)
