@@ -89,4 +89,4 @@ def _is_at(path: Path, file: IO[str]) -> bool:
 
 def _busy(folder: Path, holder: str) -> UserError:
     by = f"process {holder}" if holder.strip().isdigit() else "another process"
-    return UserError(f"{folder}: {by} is writing it; wait until it ends, or name another folder")
+    return UserError(f"{folder}: is in use by {by}, which writes it; wait until it ends, or name another folder")

@@ -36,7 +36,7 @@ def holder(request, tmp_path):
 def test_a_second_process_is_refused_by_folder_and_pid_and_a_kill_frees_the_folder(holder, tmp_path):
     process, beside = holder
     for folder in (tmp_path / "out", str(tmp_path / "." / "out")):
-        with pytest.raises(UserError, match=rf"out: process {process.pid} is writing it") as refused, held(folder, beside):
+        with pytest.raises(UserError, match=rf"out: in use by process {process.pid}") as refused, held(folder, beside):
             pass
         assert len(str(refused.value).splitlines()) == 1
     process.kill()
@@ -67,7 +67,7 @@ def test_blocks_of_one_thread_may_be_nested_and_another_thread_is_refused(tmp_pa
             run()
         run()  # still held after the inner block
     run()
-    assert [f"process {os.getpid()} is writing it" in text for text in said] == [True, True, False] and said[2] == "held"
+    assert [f"in use by process {os.getpid()}" in text for text in said] == [True, True, False] and said[2] == "held"
 
 
 def linger(ready, go):

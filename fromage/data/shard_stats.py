@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from fromage.data.features import from_npy
 from fromage.data.shards import Broken, Raw, captions_of, expand, image_of, read_shards, shard_name, shard_sizes
-from fromage.data.workers import init_worker, worker_share
+from fromage.data.workers import init_worker, plain_errors, worker_share
 from fromage.errors import BrokenSample
 from fromage.images.codec import SUFFIXES, jpeg
 from fromage.images.contact_sheet import contact_sheet
@@ -296,7 +296,7 @@ def check_shards(
         reader, batch_size=None, num_workers=min(workers, len(reader.shards)), collate_fn=tuple, worker_init_fn=init_worker
     )
     with tqdm(total=total, desc="shards", unit=" samples") as bar:
-        for record in (Record(*row) for row in loader):
+        for record in (Record(*row) for row in plain_errors(loader)):
             report.add(record)
             bar.update(bool(record.key))
     return report

@@ -7,12 +7,13 @@ import os
 import signal
 import sys
 from collections.abc import Iterable, Iterator
+from multiprocessing.queues import Queue
 from threading import Thread
 from typing import TypeVar
 
 from torch.utils.data import get_worker_info
 
-from fromage.errors import UserError
+from fromage.errors import UserError, first_line
 
 T = TypeVar("T")
 GRACE = 30  # seconds a worker outlives a SIGTERM that its whole job gets, for the step and the checkpoint under way
@@ -20,13 +21,22 @@ PR_SET_PDEATHSIG = 1  # of prctl(2): the signal that a process gets when its par
 
 
 def init_worker(_: int) -> None:
-    """What a DataLoader's worker does first: see to it that it ends with its parent, and to signals until then."""
+    """What a DataLoader's worker does first: see to it that it ends with its parent, and to signals until then.
+
+    It ends too when it cannot hand a batch over, where shared memory is full or files may not grow: multiprocessing would
+    drop the batch, and its reader wait for good.
+    """
+    Queue._on_queue_feeder_error = staticmethod(_end)  # type: ignore[attr-defined]
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # else the tokenizer warns of the fork
     if sys.platform == "linux":  # a killed parent leaves workers that wait for a reader of their queue, for good
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if hasattr(signal, "sigwaitinfo"):  # not on macOS
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         Thread(target=_await_sigterm, daemon=True).start()
+
+
+def _end(*_: object) -> None:
+    os._exit(1)
 
 
 def _await_sigterm() -> None:
@@ -43,8 +53,16 @@ def worker_share() -> tuple[int, int]:
 
 
 def plain_errors(batches: Iterable[T]) -> Iterator[T]:
-    """Pass batches on; a UserError of a worker, which comes with its traceback in the message, becomes one line again."""
+    """Pass batches on; a UserError of a worker, which comes with its traceback in the message, becomes one line again.
+
+    Raises UserError for a worker that ended before its work did, too.
+    """
     try:
         yield from batches
     except UserError as error:
         raise UserError(str(error).rstrip().rsplit("UserError: ", 1)[-1]) from None
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        cause = "it was killed, or shared memory (/dev/shm) is full, or files may not grow"
+        raise UserError(f"{first_line(error)}: {cause}; make room there, or use fewer workers") from error

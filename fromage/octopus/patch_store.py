@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from fromage.data.workers import init_worker
+from fromage.data.workers import init_worker, plain_errors
 from fromage.identity import FolderKind
 from fromage.io import WholeFile, writing
 from fromage.models.vision.base import VisionTower
@@ -89,7 +89,7 @@ class PatchStore:
         loader: Any = DataLoader(files, batch_size, num_workers=workers, collate_fn=list, worker_init_fn=init_worker)
         done = 0
         with (self.folder / ROWS).open("ab") as rows, (self.folder / LINES).open("a", encoding="utf-8") as lines:
-            for batch in tqdm(loader, desc="patches", unit="batch", disable=not todo):
+            for batch in tqdm(plain_errors(loader), "patches", len(loader), unit="batch", disable=not todo):
                 some = list(zip(map(str, todo[done : done + len(batch)]), batch, strict=True))
                 done += len(batch)
                 if good := [pixels for _, pixels in some if isinstance(pixels, Tensor)]:

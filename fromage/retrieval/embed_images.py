@@ -21,7 +21,7 @@ from fromage.checks import check_whole
 from fromage.data.features import check_features
 from fromage.data.image_source import ImageBatch, ImageSample, ImageSource, find_images, is_shards
 from fromage.data.shards import expand
-from fromage.data.workers import init_worker
+from fromage.data.workers import init_worker, plain_errors
 from fromage.errors import UserError
 from fromage.locks import held
 from fromage.retrieval.embedding_store import DTYPES, EmbeddingStore
@@ -102,7 +102,7 @@ def embed_chunk(model: Fromage | ImageSide, chunk: ImageBatch) -> Done:
 def _here(model: Fromage, images: ImageSource, workers: int) -> Iterator[Done]:
     """Embed the parts to do in this process."""
     loader = DataLoader(images, batch_size=None, num_workers=min(workers, len(images.todo)), worker_init_fn=init_worker)
-    return (embed_chunk(model, chunk) for chunk in loader)
+    return (embed_chunk(model, chunk) for chunk in plain_errors(loader))
 
 
 def _fill(store: EmbeddingStore, chunks: Iterable[Done], count: int | None) -> None:

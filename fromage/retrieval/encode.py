@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from fromage.data.workers import init_worker
+from fromage.data.workers import init_worker, plain_errors
 from fromage.errors import BrokenSample, UserError
 from fromage.images.transforms import Transform, read_image
 from fromage.models.base import VisualPrefixLM
@@ -91,7 +91,7 @@ def encode_files(model: VisualPrefixLM, paths: Sequence[Path], options: Options)
     rows = [torch.empty(0, *model.vision.shape, device=model.device)]
     good: list[Path] = []
     lost: list[tuple[str, Path]] = []
-    for batch in tqdm(loader, desc="encoding images", unit="batch", leave=False):
+    for batch in tqdm(plain_errors(loader), "encoding images", len(loader), unit="batch", leave=False):
         start = len(good) + len(lost)
         some = list(zip(distinct[start : start + len(batch)], batch, strict=True))
         good += [path for path, pixels in some if isinstance(pixels, Tensor)]

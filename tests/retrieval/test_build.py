@@ -108,7 +108,7 @@ def test_of_two_processes_that_add_at_once_none_loses_what_the_other_added(tmp_p
         for process in processes:
             process.join()
         assert len(load_index(folder)) == 1000 + 300 * said.count("added")
-        assert all(text == "added" or "is writing it" in text for text in said)
+        assert all(text == "added" or "in use by" in text for text in said)
         build(store(tmp_path / "a", rows(1000), items(1000)), folder, overwrite=True)
     assert not list(tmp_path.glob(".*"))
 
@@ -126,7 +126,7 @@ def test_an_index_that_another_process_writes_is_refused_before_the_work(tmp_pat
         lambda: merge([folder], folder, overwrite=True),
         lambda: build_index(Model(), tmp_path, folder, overwrite=True),
     ):
-        with pytest.raises(UserError, match=f"index: process {pid} is writing it"):
+        with pytest.raises(UserError, match=f"index: in use by process {pid}"):
             act()
     assert len(load_index(folder)) == 5
 

@@ -100,7 +100,7 @@ def test_a_run_in_a_folder_that_another_process_writes_is_refused_and_leaves_no_
     before = {path: path.read_bytes() for path in Path("runs").rglob("*") if path.is_file() and path.name != ".lock"}
     capsys.readouterr()
     assert fit(*words) == 2
-    assert f"process {pid} is writing it" in capsys.readouterr().err.strip().splitlines()[-1]
+    assert f"in use by process {pid}" in capsys.readouterr().err.strip().splitlines()[-1]
     assert {path: path.read_bytes() for path in before} == before and not Path("runs/toy/version_1").exists()
 
 
