@@ -1,5 +1,6 @@
 """The authors' released files, read and written: a torch pickle of the trained parameters beside model_args.json.
 
+What their training writes, with towers, optimiser and a scheduler in it, is read too: only its tensors are looked at.
 Tensors are renamed and otherwise left as they are, dtype included, so that a file comes through both ways bit for bit. No
 tower is loaded for it. Their format ties [RET]'s two rows: a model with a second row at the output does not fit.
 """
@@ -29,6 +30,9 @@ NAMES = {
 THEIRS = {f"{ours}.{part}": f"{theirs}.{part}" for ours, theirs in NAMES.items() for part in ("weight", "bias")}
 THEIRS |= {"ret.input": "ret_input_embeddings.weight", "logit_scale": "model.logit_scale"}
 FROZEN = ("model.lm.", "model.visual_model.", "model.input_embeddings.")  # copies of the towers, where they were left in
+TABLES = ("model.input_embeddings.weight", "model.lm.model.decoder.embed_tokens.weight")  # the row of [RET] is in them too
+GILL = {"gen_emb_dim", "ret_emb_dim", "num_clip_tokens", "gen_token_idx"}  # keys of its model_args.json
+GILL_HEADS = ("model.gen_text_hidden_fcs.", "model.ret_text_hidden_fcs.")
 # Hugging Face's CLIPs compute with QuickGELU, as towers of these names do whatever file their weights come from; load_clip
 # builds the plain names so for the tag 'openai' only.
 CLIPS = {
@@ -55,20 +59,21 @@ def read_authors(
     """
     file = _find_pickle(Path(path))
     args = _read_args(file.parent / ARGS)
+    ret = args["retrieval_token_idx"]
     if vision is None and args["visual_encoder"] not in CLIPS:
         raise UserError(f"{file.parent / ARGS}: unknown image tower {args['visual_encoder']}; name it by --vision")
     clip: dict[str, Any] = {"vision": vision, "vision_weights": vision_weights}
     if vision is None:
         clip = {"vision": CLIPS[args["visual_encoder"]], "vision_weights": vision_weights or "openai"}
     sizes = {"k": args["n_visual_tokens"], "q": args["shared_emb_dim"]}
-    ret = args["retrieval_token_idx"]
     settings = {"lm": lm or args["opt_version"], **clip, **sizes, "dtype": dtype_name(dtype)}
-    return Saved(str(file), _read_tensors(file, **sizes), settings, {IMAGE: ret - 1, RET: ret})
+    settings |= {"input_prompt": args["input_prompt"]}
+    return Saved(str(file), _read_tensors(file, **sizes, ret=ret), settings, {IMAGE: ret - 1, RET: ret})
 
 
 def _find_pickle(path: Path) -> Path:
-    if path.is_file():
-        return path
+    if path.is_file() or (path / PICKLE).is_file():
+        return path if path.is_file() else path / PICKLE
     found = sorted(p for p in path.glob("*") if p.name.endswith((".pth.tar", ".pth", ".pt", ".bin")))
     if len(found) != 1:
         names = ", ".join(p.name for p in found) or "none"
@@ -80,29 +85,50 @@ def _read_args(path: Path) -> dict[str, Any]:
     """model_args.json, its fields checked; retrieval_token_idx as a number."""
     try:
         args = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(args, dict) and args.keys() & GILL:
+            raise _gill(path)
         ret = args["retrieval_token_idx"]
         args["retrieval_token_idx"] = ret[0] if isinstance(ret, list) and len(ret) == 1 else ret
+        args["input_prompt"] = args.get("input_prompt") or ""
         kinds = {"opt_version": str, "visual_encoder": str, "n_visual_tokens": int, "shared_emb_dim": int}
-        for name, kind in (kinds | {"retrieval_token_idx": int}).items():
+        for name, kind in (kinds | {"retrieval_token_idx": int, "input_prompt": str}).items():
             if not isinstance(args[name], kind):
                 raise ValueError(f"{name} cannot be {args[name]!r}")
         if args.get("text_emb_layers", [-1]) != [-1]:
             raise ValueError(f"text_emb_layers {args['text_emb_layers']}: only the last layer, [-1], is supported")
     except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = f"no {error} in it" if isinstance(error, KeyError) else first_line(error)
+        reason = getattr(error, "strerror", None) or first_line(error)
+        reason = f"no {error} in it" if isinstance(error, KeyError) else reason
         raise UserError(f"{path}: missing, damaged or of another layout ({reason}); fetch it again") from error
     return args
 
 
-def _read_tensors(file: Path, k: int, q: int) -> dict[str, Tensor]:
-    """The pickle's trained parameters under our names, in their dtypes. Raises UserError unless just these are there."""
-    content = read_pickle(file)
+def _gill(path: Path) -> UserError:
+    return UserError(
+        f"{path}: is of GILL, not of FROMAGe: it asks for images by several [IMG] tokens, which heads of its own read "
+        "(ret_text_hidden_fcs, gen_text_hidden_fcs), and has no [RET]; no part of it makes a FROMAGe: import FROMAGe's files"
+    )
+
+
+def _read_tensors(file: Path, k: int, q: int, ret: int) -> dict[str, Tensor]:
+    """The pickle's trained parameters under our names, in their dtypes. Raises UserError unless just these are there.
+
+    ret: number of the row of [RET] in the embedding, where the file has the embedding in place of the row.
+    """
+    content = read_pickle(file, foreign=True)
     state = content.get("state_dict") if isinstance(content, dict) else None
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"{file}: not a checkpoint of the authors: no 'state_dict' of tensors in it")
-    state = {name.removeprefix("module."): value for name, value in state.items()}
-    state = {name: value for name, value in state.items() if not name.startswith(FROZEN)}
+    state = {str(name).removeprefix("module."): value for name, value in state.items()}
+    if any(name.startswith(GILL_HEADS) for name in state):
+        raise _gill(file)
     row, scale = THEIRS["ret.input"], THEIRS["logit_scale"]
+    table = next((state[name] for name in TABLES if name in state), None)  # (V, d)
+    if row not in state and table is not None:
+        if not (table.ndim == 2 and 0 <= ret < len(table)):
+            raise UserError(f"{file}: its embedding of {tuple(table.shape)} has no row {ret} for [RET], which {ARGS} names")
+        state[row] = table[ret : ret + 1].clone()  # (1, d)
+    state = {name: value for name, value in state.items() if not name.startswith(FROZEN)}
     if row in state and state[row].ndim == 1:
         state[row] = state[row].unsqueeze(0)  # (d) -> (1, d)
     if scale in state and state[scale].shape == (1,):
@@ -113,6 +139,8 @@ def _read_tensors(file: Path, k: int, q: int) -> dict[str, Tensor]:
         raise UserError(f"{file}: not of the layout that {ARGS} describes ({differs})")
     if odd := {str(v.dtype) for v in state.values()} - {"torch.float32", "torch.bfloat16", "torch.float16"}:
         raise UserError(f"{file}: holds {', '.join(sorted(odd))}; save it in float32, bfloat16 or float16")
+    if wrong := [name for name, value in state.items() if not value.isfinite().all()]:
+        raise UserError(f"{file}: {wrong[0]} holds numbers that are not finite; fetch it again, or train anew")
     return {ours: state[theirs].contiguous() for ours, theirs in THEIRS.items()}
 
 
@@ -137,6 +165,7 @@ def write_authors(saved: Saved, folder: str | Path, visual_encoder: str | None =
     args = {"opt_version": saved.settings["lm"], "visual_encoder": visual_encoder or _clip_name(saved.settings)}
     args |= {"n_visual_tokens": saved.settings["k"], "shared_emb_dim": saved.settings["q"], "text_emb_layers": [-1]}
     args |= {"retrieval_token_idx": saved.added_tokens[RET], **UNUSED}
+    args |= {"input_prompt": prompt} if (prompt := saved.settings.get("input_prompt")) else {}
     content = io.BytesIO()
     torch.save({"state_dict": {THEIRS[name]: value for name, value in saved.tensors.items()}}, content)
     write_files(Path(folder), {PICKLE: content.getvalue(), ARGS: as_json(args)})

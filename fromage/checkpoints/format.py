@@ -1,8 +1,8 @@
 """Trained parameters as a folder, to keep, hand on and publish.
 
-It holds config.json (format and version, names of the towers, k, q, the towers' dtype, ids of the added tokens, the
-fingerprint, the digest of the weights), model.safetensors (5.5 million numbers at full size: 11 MB in bfloat16, 22 MB in
-float32) and README.md, its card. The towers are not in it, and nothing here needs them.
+It holds config.json (format and version, names of the towers, k, q, the towers' dtype, the text that captions begin behind,
+ids of the added tokens, the fingerprint, the digest of the weights), model.safetensors (5.5 million numbers at full size:
+11 MB in bfloat16, 22 MB in float32) and README.md, its card. The towers are not in it, and nothing here needs them.
 
 A folder in float32 gives back the model bit for bit, fingerprint included. In bfloat16 the parameters are rounded once:
 the fingerprint on record, and that of every index built with the folder, is the rounded model's. Saving it again rounds
@@ -32,13 +32,15 @@ TOWERS = ("lm.", "vision.")  # prefixes of parameters that are never saved
 FORMAT, VERSION = "fromage", 1
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 KINDS = {  # settings on record
-    "lm": str, "vision": str, "vision_weights": str | None, "k": int, "q": int, "pooling": str, "dtype": str
+    "lm": str, "vision": str, "vision_weights": str | None, "k": int, "q": int, "pooling": str, "dtype": str,
+    "input_prompt": str,
 }  # fmt: skip
+NOT_SAID: dict[str, Any] = {"pooling": "ret", "input_prompt": ""}  # by older folders
 PARAMETERS = FolderKind(
     CONFIG,
     "trained parameters",
     format=(FORMAT, VERSION),
-    keys=frozenset({*KINDS, "added_tokens", "fingerprint", "sha256"} - {"pooling"}),  # older folders do not say pooling
+    keys=frozenset({*KINDS, "added_tokens", "fingerprint", "sha256"} - NOT_SAID.keys()),
 )
 
 
@@ -83,7 +85,7 @@ def read_folder(folder: Path) -> Saved:
 def _read_config(folder: Path) -> dict[str, Any]:
     hint = "give the .ckpt within" if any(folder.glob("*.ckpt")) else "fromage import and fromage export write them"
     kind = replace(PARAMETERS, again=hint)
-    config = {"pooling": "ret"} | kind.read(folder)
+    config = NOT_SAID | kind.read(folder)
     for name, wanted in (KINDS | {"added_tokens": dict, "fingerprint": str | None, "sha256": str}).items():
         if not isinstance(config[name], wanted):
             raise kind.unreadable(folder, f"{name} cannot be {config[name]!r}")
@@ -102,7 +104,7 @@ def write_folder(saved: Saved, folder: str | Path, overwrite: bool = False) -> N
     for name in (CONFIG, WEIGHTS):
         check_new(folder / name, overwrite)
     content = safetensors.torch.save(saved.tensors, {"format": "pt"})
-    config = {"format": FORMAT, "version": VERSION, "pooling": "ret"}
+    config = {"format": FORMAT, "version": VERSION} | NOT_SAID
     config |= {name: value for name, value in saved.settings.items() if name in KINDS}
     config |= {"added_tokens": saved.added_tokens, "fingerprint": saved.fingerprint}
     config |= {"sha256": hashlib.sha256(content).hexdigest()}

@@ -188,7 +188,7 @@ def import_weights(
     """Turn the authors' released files into a folder of ours; no tower is loaded.
 
     Args:
-        source: folder of pretrained_ckpt.pth.tar and model_args.json, or the former
+        source: folder of pretrained_ckpt.pth.tar (or another checkpoint of theirs) and model_args.json, or the former
         lm: language model (overrides model_args.json)
         vision: image tower, as in a configuration (overrides model_args.json)
         dtype: number type of the towers when the folder is loaded

@@ -123,7 +123,7 @@ def import_authors(pickle: list[Path], *, ckpt: Path, target: Target) -> None:
     """Build an index of the authors' embeddings pickles, which hold URLs in place of paths.
 
     Args:
-        pickle: files of {'paths': [...], 'embeddings': array}
+        pickle: files of {'paths': [...], 'embeddings': array, or list of arrays or tensors}
     """
     from fromage.models.fromage import load_model
     from fromage.retrieval.authors_embeddings import rows_of

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +13,15 @@ import numpy as np
 from fromage.errors import UserError, first_line
 from fromage.evals.dialogues import Dialogue
 from fromage.identity import FolderKind
+from fromage.images.transforms import Framing
 from fromage.io import write_files
 from fromage.models.fromage import Fromage
 
 
-def identity(model: Fromage, dialogues: Sequence[Dialogue], protocols: Sequence[str]) -> dict[str, Any]:
-    """What scores belong to: a model, dialogues in order, and what they are scored by."""
+def identity(model: Fromage, dialogues: Sequence[Dialogue], protocols: Mapping[str, Framing]) -> dict[str, Any]:
+    """What scores belong to: a model, dialogues in order, and the protocols, each with the framing of its images."""
     digest = hashlib.sha256(repr([(talk.image.name, talk.rounds) for talk in dialogues]).encode()).hexdigest()[:16]
-    return {"checkpoint": model.fingerprint(), "dialogues": digest, "protocols": list(protocols)}
+    return {"checkpoint": model.fingerprint(), "dialogues": digest, "protocols": dict(protocols)}
 
 
 SCORES = FolderKind(

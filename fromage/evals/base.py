@@ -14,6 +14,7 @@ from torch import Tensor
 from fromage.errors import UserError
 from fromage.evals.clip import load_clip_baseline
 from fromage.evals.report import Report, System
+from fromage.images.transforms import Framing
 from fromage.models.base import VisualPrefixLM
 from fromage.models.fromage import Fromage
 from fromage.retrieval.encode import Options, encode_files, in_batches
@@ -27,10 +28,20 @@ NAMED = 20  # lost images that a report names
 class Run:
     """One run of a benchmark: of a model on a data set, `data` in the report, whose images are `encoded` once."""
 
-    def __init__(self, model: VisualPrefixLM, data: str, images: Sequence[Path], options: Options | None) -> None:
-        """Encode each distinct image. Raises UserError where more than options.max_lost of them are lost."""
+    def __init__(
+        self,
+        model: VisualPrefixLM,
+        data: str,
+        images: Sequence[Path],
+        options: Options | None,
+        framings: Sequence[Framing] = ("own",),
+    ) -> None:
+        """Encode each distinct image, in the framings of the protocols that are run.
+
+        Raises UserError where more than options.max_lost of them are lost.
+        """
         self.model, self.data, self.options = model, data, options or Options()
-        self.encoded = encode_files(model, images, self.options)
+        self.encoded = encode_files(model, images, self.options, framings)
 
     def keep(self, items: Sequence[Item], images: Callable[[Item], Sequence[Path]]) -> list[Item]:
         """The items of which all images were encoded. Raises UserError where there is none."""
@@ -98,7 +109,14 @@ class Retriever(NamedTuple):
 class RetrievalRun(Run):
     """A run of a retrieval benchmark; `systems` are FROMAGe and, unless options.clip is false, the frozen CLIP."""
 
-    def __init__(self, model: Fromage, data: str, images: Sequence[Path], options: Options | None) -> None:
+    def __init__(
+        self,
+        model: Fromage,
+        data: str,
+        images: Sequence[Path],
+        options: Options | None,
+        framings: Sequence[Framing] = ("own",),
+    ) -> None:
         """As of Run. Raises UserError for a vision tower without text tower, before the first image is encoded."""
         options = options or Options()
         size = options.batch_size
@@ -106,7 +124,7 @@ class RetrievalRun(Run):
         if options.clip:
             clip = load_clip_baseline(model)
             self.systems.append(Retriever("clip", clip.embed_text, clip.embed_features, size))
-        super().__init__(model, data, images, options)
+        super().__init__(model, data, images, options, framings)
 
     def compare(
         self, figures: Callable[[Retriever], System], gallery: Callable[[str], tuple[int, int]]

@@ -57,6 +57,9 @@ def evaluate(model: Fromage, data: CaptionSet, options: Options | None = None, c
         figures["fromage"]["captioning"] = caption_figures(made, [captions for _, captions in kept])
     sizes = {"gallery": len(kept), "queries": len(texts)}
     protocol, listed = (PROTOCOL | LISTED_BY, LISTED) if data.dataset == "coco" else (PROTOCOL, {})
+    if captioning:
+        behind = f" behind {model.input_prompt!r}, which is not part of them" if model.input_prompt else ""
+        protocol |= {"captioning": f"greedy captions{behind}, against all of the image's"}
     return run.report(data.dataset, figures, sizes, data.dropped, protocol, listed, HEADLINE)
 
 

@@ -8,7 +8,7 @@ Two tasks, each in two protocols, ours and the released code's, by which the pap
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +22,7 @@ from fromage.evals.base import RetrievalRun, Retriever
 from fromage.evals.dialogues import Dialogue, Dialogues, spoken
 from fromage.evals.report import Figures, Report, System
 from fromage.generation.score import score
+from fromage.images.transforms import Framing
 from fromage.models.fromage import Fromage
 from fromage.models.prompts import START, Part
 from fromage.retrieval.encode import Options
@@ -41,12 +42,14 @@ class AnswerProtocol(NamedTuple):
         candidate: the text that is scored.
         unshifted: whether the logits at a token are compared with this token, not the next one; see generation.score.
         rated_offset: rounds from the one that people rated to the one whose scores NDCG takes.
+        framing: how the image becomes the tower's input.
     """
 
     prompt: Callable[[Dialogue, int, Tensor], list[Part]]
     candidate: str
     unshifted: bool
     rated_offset: int
+    framing: Framing
 
     def scores(self, model: Fromage, dialogue: Dialogue, number: int, features: Tensor) -> Tensor:
         """(C,) of a round's candidates, in nats; features (m,)."""
@@ -67,16 +70,19 @@ def authors_prompt(dialogue: Dialogue, number: int, features: Tensor) -> list[Pa
 
 
 ANSWER_PROTOCOLS = {
-    "answers": AnswerProtocol(our_prompt, " {}.", unshifted=False, rated_offset=0),
+    "answers": AnswerProtocol(our_prompt, " {}.", unshifted=False, rated_offset=0, framing="own"),
     # the released code counts rounds from 0 where the file counts from 1, so its NDCG is of the round behind the rated one
-    "answers_authors": AnswerProtocol(authors_prompt, "{}", unshifted=True, rated_offset=1),
+    "answers_authors": AnswerProtocol(authors_prompt, "{}", unshifted=True, rated_offset=1, framing="square"),
 }
 PROTOCOL = {
     "answers": "log-likelihood of ' candidate.' behind image, </s>, rounds as 'Q: ...? A: ....' and 'Q: ...? A:'",
-    "answers_authors": "the released code's: rounds as lines, </s> in front of the candidate, logits at a token compared "
-    "with this very token, and NDCG of the round behind the rated one",
+    "answers_authors": "the released code's: image pressed into the tower's square, whatever its shape; rounds as lines; "
+    "</s> in front of the candidate; logits at a token compared with this very token; and NDCG of the round that follows "
+    "the rated one",
     "N_rounds": "the image of a dialogue among all, by 'Q: ...? A: ....' of its first N rounds and [RET], without caption",
-    "N_rounds_authors": "the released code's way round: the dialogue of an image among all",
+    "N_rounds_authors": "the released code's way round: the dialogue of an image among all; images pressed into the tower's "
+    "square, whatever their shape, those of CLIP too",
+    "images": "as the tower takes them, resized and cropped in the middle, but for ..._authors",
     "clip": "the rounds as one text, cut at 77 tokens",
     "ranks": "exact; ties count against the model; in NDCG they share their places' gain",
 }
@@ -102,18 +108,19 @@ def evaluate(
     answers: whether answers are ranked, which takes longest. scores: a folder to resume that from, see score_answers.
     Raises UserError for a vision tower without text tower, for too many images lost, and as score_answers does.
     """
-    run = RetrievalRun(model, data.name, [dialogue.image for dialogue in data.dialogues], options)
+    framings: tuple[Framing, ...] = ("own", "square")
+    run = RetrievalRun(model, data.name, [dialogue.image for dialogue in data.dialogues], options, framings)
     dialogues = run.keep(data.dialogues, lambda dialogue: [dialogue.image])
-    features = run.encoded.of([dialogue.image for dialogue in dialogues])  # (D, m)
+    views = {how: run.encoded.of([dialogue.image for dialogue in dialogues], how) for how in framings}  # (D, m) each
 
     def recalls(system: Retriever) -> System:
         texts = {n: [spoken(dialogue.rounds[:n]) for dialogue in dialogues] for n in range(len(dialogues[0].rounds) + 1)}
         queries = {n: system.embed_text(some, f"{n} rounds") for n, some in texts.items()}
-        return image_retrieval(queries, system.embed_images(features))
+        return image_retrieval(queries, *(system.embed_images(views[how]) for how in framings))
 
     figures = run.compare(recalls, lambda setting: (len(dialogues), 1))
     if answers:
-        scored = score_answers(model, dialogues, features, scores)
+        scored = score_answers(model, dialogues, views, scores)
         ranked = {name: answer_figures(scored[name], dialogues, ANSWER_PROTOCOLS[name].rated_offset) for name in scored}
         figures["fromage"] = ranked | figures["fromage"]
         figures["chance"] |= dict.fromkeys(ranked, chance_figures(dialogues))
@@ -122,36 +129,39 @@ def evaluate(
     return run.report("visdial", figures, sizes, skipped, PROTOCOL, PAPER, HEADLINE)
 
 
-def image_retrieval(queries: dict[int, Tensor], images: Tensor) -> System:
-    """Figures by the number of rounds in a query, both ways; queries (D, e) of each number, image i of query i."""
+def image_retrieval(queries: dict[int, Tensor], images: Tensor, squares: Tensor) -> System:
+    """Figures by the number of rounds in a query, both ways; queries (D, e) of each number, image i of query i.
+
+    images, squares: (D, e), of the tower's own framing, and of images pressed into its square as the released code has them.
+    """
     own = torch.arange(len(images), device=images.device)  # (D,)
     ours = {f"{n}_rounds": rank_figures(ranks(rows, images, own)) for n, rows in queries.items()}
-    return ours | {f"{n}_rounds{AUTHORS}": rank_figures(ranks(images, rows, own)) for n, rows in queries.items()}
+    return ours | {f"{n}_rounds{AUTHORS}": rank_figures(ranks(squares, rows, own)) for n, rows in queries.items()}
 
 
 def score_answers(
-    model: Fromage, dialogues: Sequence[Dialogue], features: Tensor, folder: Path | None = None
+    model: Fromage, dialogues: Sequence[Dialogue], views: Mapping[Framing, Tensor], folder: Path | None = None
 ) -> dict[str, Tensor]:
-    """(D, R, C) scores of C candidates in R rounds of D dialogues, by protocol; features (D, m) of the images.
+    """(D, R, C) scores of C candidates in R rounds of D dialogues, by protocol; views: features (D, m) by framing.
 
     folder: where each dialogue's scores are kept; what is there already, from a run that was killed, is not computed again.
     Raises UserError for a folder with scores of another model or of other dialogues.
     """
-    store = ScoreStore(folder, identity(model, dialogues, tuple(ANSWER_PROTOCOLS)))
+    store = ScoreStore(folder, identity(model, dialogues, {name: how.framing for name, how in ANSWER_PROTOCOLS.items()}))
     rows = [
-        store.get(number) if number in store else store.put(number, dialogue_scores(model, dialogue, own))
-        for number, (dialogue, own) in enumerate(
-            zip(tqdm(dialogues, desc="ranking answers", unit="dialogue"), features, strict=True)
-        )
+        store.get(number)
+        if number in store
+        else store.put(number, dialogue_scores(model, dialogue, {how: features[number] for how, features in views.items()}))
+        for number, dialogue in enumerate(tqdm(dialogues, desc="ranking answers", unit="dialogue"))
     ]  # (2, R, C) each
     return dict(zip(ANSWER_PROTOCOLS, torch.from_numpy(np.stack(rows, 1)), strict=True))
 
 
-def dialogue_scores(model: Fromage, dialogue: Dialogue, features: Tensor) -> np.ndarray:
-    """(2, R, C) scores of one dialogue's candidates in nats, of each protocol; features (m,)."""
-    rounds = range(len(dialogue.rounds))
-    scored = [how.scores(model, dialogue, number, features) for how in ANSWER_PROTOCOLS.values() for number in rounds]
-    both = torch.stack(scored).unflatten(0, (len(ANSWER_PROTOCOLS), len(rounds)))  # (2 R, C) -> (2, R, C)
+def dialogue_scores(model: Fromage, dialogue: Dialogue, views: Mapping[Framing, Tensor]) -> np.ndarray:
+    """(2, R, C) scores of one dialogue's candidates in nats, of each protocol; views: features (m,) by framing."""
+    rounds, protocols = range(len(dialogue.rounds)), ANSWER_PROTOCOLS.values()
+    scored = [how.scores(model, dialogue, number, views[how.framing]) for how in protocols for number in rounds]
+    both = torch.stack(scored).unflatten(0, (len(protocols), len(rounds)))  # (2 R, C) -> (2, R, C)
     return both.float().cpu().numpy()
 
 

@@ -3,7 +3,7 @@
 What a query shows of a story's five sentences and first four images is in SETTINGS; each is evaluated in two galleries:
 
     5_captions_4_images                        ours: </s>, sentence, image, ..., sentence, [RET]
-    5_captions_4_images_authors                the released code's: </s> before every sentence
+    5_captions_4_images_authors                the released code's: see Protocol
     ..._context_kept                           the gallery with the story's own first four images, which are left out else
 """
 
@@ -23,6 +23,7 @@ from fromage.errors import UserError
 from fromage.evals.base import RetrievalRun, Retriever
 from fromage.evals.report import Report, System
 from fromage.images.codec import SUFFIXES
+from fromage.images.transforms import Framing
 from fromage.models.fromage import Fromage
 from fromage.models.prompts import START, Part
 from fromage.retrieval.encode import Options
@@ -34,12 +35,32 @@ KEPT = "_context_kept"
 NOTE = {"worker_arranged_photo_order": DIGITS, "text": TEXT, "photo_flickr_id": ID, "story_id": ID}  # of a sentence
 
 
+class Protocol(NamedTuple):
+    """How stories become queries and galleries.
+
+    Attributes:
+        start_each: whether </s> stands before every sentence, or once.
+        filed: whether a story is told in the order of the file, or as its images were arranged.
+        framing: how images become the tower's input.
+        bars_own: whether the right image, too, is barred where the story has shown it before.
+    """
+
+    start_each: bool
+    filed: bool
+    framing: Framing
+    bars_own: bool
+
+
+CORRECTED = Protocol(start_each=False, filed=False, framing="own", bars_own=False)
+AUTHORS = Protocol(start_each=True, filed=True, framing="square", bars_own=True)
+
+
 class Setting(NamedTuple):
-    """What a query shows of a story; authors: with </s> before every sentence, as the released code has it."""
+    """What a query shows of a story, by which protocol."""
 
     sentences: range
     images: range
-    authors: bool = False
+    protocol: Protocol = CORRECTED
 
 
 SETTINGS = {
@@ -47,8 +68,9 @@ SETTINGS = {
     "5_captions": Setting(ALL, NONE),
     "5_captions_4_images": Setting(ALL, FIRST),
     "4_images": Setting(NONE, FIRST),
-    "5_captions_authors": Setting(ALL, NONE, authors=True),
-    "5_captions_4_images_authors": Setting(ALL, FIRST, authors=True),
+    "1_caption_authors": Setting(LAST, NONE, AUTHORS),
+    "5_captions_authors": Setting(ALL, NONE, AUTHORS),
+    "5_captions_4_images_authors": Setting(ALL, FIRST, AUTHORS),
 }
 PAPER = {
     "fromage": {
@@ -62,23 +84,36 @@ PAPER = {
         "5_captions_4_images": {"r1": 2.4, "r5": 21.3, "r10": 34.0},
     },
 }
-PAPER["fromage"] = {at: PAPER["fromage"].get(at.removesuffix("_authors"), {}) for at in SETTINGS}
+PAPER = {who: {at: figures.get(at.removesuffix("_authors"), {}) for at in SETTINGS} for who, figures in PAPER.items()}
 PROTOCOL = {
-    "query": "</s>, sentence, image, ..., sentence, [RET]",
-    "..._authors": "with </s> before every sentence, as the released code has it",
+    "query": "</s>, sentence, image, ..., sentence, [RET], as the story was arranged",
+    "images": "as the tower takes them, resized and cropped in the middle",
+    "..._authors": "the released code's: </s> before every sentence; images pressed into the tower's square, whatever their "
+    "shape; sentences and images in the order of the file; a right image that the story has shown before is barred too",
     "gallery": "all annotated images but the story's own before its last; in ..._context_kept with these",
     "skipped stories": "those with an image that cannot be had, and those that are not of five images",
-    "clip": "all sentences as one text, cut at 77 tokens; with images, the mean of its unit rows and theirs (our choice)",
+    "clip": "all sentences as one text, cut at 77 tokens; with images, the mean of its unit rows and theirs (our choice); "
+    "in ..._authors its images, order and bar are those of the released code",
     "ranks": "exact; ties count against the model",
 }
 
 
 @dataclass(frozen=True)
 class Story:
-    """Five sentences and the five images they were written for, in order."""
+    """Five sentences and the five images they were written for, as these were arranged.
+
+    Attributes:
+        filed: numbers of the five in the order of the file.
+    """
 
     sentences: list[str]
     images: list[Path]
+    filed: tuple[int, ...] = tuple(ALL)
+
+    def told(self, filed: bool) -> Story:
+        """The story as it was arranged, or in the order of the file."""
+        order = self.filed if filed else ALL
+        return Story([self.sentences[i] for i in order], [self.images[i] for i in order])
 
 
 @dataclass(frozen=True)
@@ -109,14 +144,17 @@ def read_stories(annotations: Path, images: Path, limit: int | None = None) -> S
         noted.setdefault(str(note["story_id"]), []).append(line)
     some = dict(list(noted.items())[:limit])
     places = {photo: _place(images, photo) for lines in some.values() for _, _, photo in lines}
-    stories = [
-        Story([text for _, text, _ in lines], [places[photo] for _, _, photo in lines])
-        for lines in map(sorted, some.values())
-        if len(lines) == LENGTH
-    ]
+    stories = [_story(lines, places) for lines in some.values() if len(lines) == LENGTH]
     if not stories:
         raise UserError(f"{annotations}: holds no story of {LENGTH} images; fetch the file anew")
     return Stories(annotations.name, stories, list(places.values()), len(some) - len(stories))
+
+
+def _story(lines: list[tuple[int, str, str]], places: dict[str, Path]) -> Story:
+    """(place, sentence, photo) of each in the order of the file -> the story."""
+    arranged = sorted(range(len(lines)), key=lines.__getitem__)
+    sentences, photos = [lines[i][1] for i in arranged], [lines[i][2] for i in arranged]
+    return Story(sentences, [places[photo] for photo in photos], tuple(map(arranged.index, range(len(lines)))))
 
 
 def _place(images: Path, photo: str) -> Path:
@@ -130,25 +168,28 @@ def evaluate(model: Fromage, data: Stories, options: Options | None = None) -> R
 
     Raises UserError for a vision tower without text tower, and for too many images lost.
     """
-    run = RetrievalRun(model, data.name, data.images, options)
+    run = RetrievalRun(model, data.name, data.images, options, [how.framing for how in (CORRECTED, AUTHORS)])
     stories = run.keep(data.stories, lambda story: story.images)
-    features = run.encoded.features  # (M, m)
-    numbers = [[run.encoded.row[path] for path in story.images] for story in stories]
-    rows = torch.tensor(numbers, device=model.device)  # (S, 5)
+    views = run.encoded.views  # (M, m) each
 
     def recalls(system: Retriever) -> System:
-        gallery = system.embed_images(features)  # (M, e)
-        if system.name == "clip":
-            embedded = {at: clip_queries(system, at, stories, gallery[rows]) for at in SETTINGS if not SETTINGS[at].authors}
-        else:
-            embedded = {at: prompt_queries(system, at, stories, features[rows]) for at in SETTINGS}
+        galleries = {framing: system.embed_images(features) for framing, features in views.items()}  # (M, e) each
         figures: System = {}
-        for at, queries in embedded.items():
+        for at, setting in SETTINGS.items():
+            how = setting.protocol
+            told = [story.told(how.filed) for story in stories]
+            numbers = [[run.encoded.row[path] for path in story.images] for story in told]
+            rows, gallery = torch.tensor(numbers, device=model.device), galleries[how.framing]  # (S, 5), (M, e)
+            if system.name == "clip":
+                queries = clip_queries(system, at, told, gallery[rows])  # (S, e)
+            else:
+                queries = prompt_queries(system, at, told, views[how.framing][rows])  # (S, e)
             for name, excluded in ((at, rows[:, :-1]), (at + KEPT, None)):
-                figures[name] = rank_figures(ranks(queries, gallery, rows[:, -1], excluded=excluded))
+                rank = ranks(queries, gallery, rows[:, -1], excluded=excluded, own_stays=not how.bars_own)  # (S,)
+                figures[name] = rank_figures(rank)
         return figures
 
-    shown = len(features)
+    shown = len(run.encoded.row)
     figures = run.compare(recalls, lambda setting: (shown if setting.endswith(KEPT) else shown - LENGTH + 1, 1))
     skipped = {"stories with a lost image": len(data.stories) - len(stories), "stories of other lengths": data.other}
     sizes = {"gallery": shown, "queries": len(stories)}
@@ -156,11 +197,12 @@ def evaluate(model: Fromage, data: Stories, options: Options | None = None) -> R
 
 
 def story_prompt(setting: Setting, sentences: Sequence[str], images: Sequence[Any]) -> list[Part]:
-    """Sentences and images of a story in order, those that the setting shows; [RET] comes behind them."""
+    """Sentences and images of a story as it is told, those that the setting shows; [RET] comes behind them."""
     parts: list[Part] = []
     for i in range(LENGTH):
         if i in setting.sentences:
-            parts += [START, sentences[i]] if setting.authors else [" " + sentences[i] if parts else sentences[i]]
+            each = setting.protocol.start_each
+            parts += [START, sentences[i]] if each else [" " + sentences[i] if parts else sentences[i]]
         if i in setting.images:
             parts.append(images[i])
     return parts

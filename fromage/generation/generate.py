@@ -146,10 +146,11 @@ def _located(name: str) -> Path | Url:
 
 
 def caption_images(model: Fromage, features: Tensor, max_new_tokens: int = 32, batch_size: int = 128) -> list[str]:
-    """Greedy captions of (N, m) image features: continuations of [W_c v(x)] [</s>], without [RET].
+    """Greedy captions of (N, m) image features: continuations of [W_c v(x)] [</s> input_prompt], without [RET].
 
     max_new_tokens: maximum length of a caption, in tokens. A caption ends at </s> or a line break. As in training, </s>
-    follows the image.
+    follows the image. The model's input_prompt, if it has one, stands behind it and is not part of the captions.
     """
     decoding = Decoding(max_new_tokens, stop="\n", max_images=0)
-    return [answer.text for answer in generate(model, list(features), decoding, batch_size=batch_size)]
+    prompts = [[row, model.input_prompt] for row in features]  # an empty text is none
+    return [answer.text for answer in generate(model, prompts, decoding, batch_size=batch_size)]

@@ -10,7 +10,7 @@ which is called a draft: see SPARE.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -21,10 +21,12 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 from torchvision.transforms.functional import normalize, pil_to_tensor
 
+from fromage.errors import BrokenSample
 from fromage.images.codec import decode_image, is_upright, opened, take_in
 
 Transform = Callable[[Image.Image], Tensor]
 JpegDecoding = Literal["draft", "exact"]
+Framing = Literal["own", "square"]  # a tower's own resize and crop, or Squash in place of them
 
 SPARE = 2
 """How many times what it is resized to a draft measures at least, either way.
@@ -106,6 +108,48 @@ class Resize:
         return f"{self.whole!r}{how}"  # stored features depend on all of it
 
 
+class Squash:
+    """The whole image pressed into the tower's square, whatever its shape -> (3, H, W) uint8, as the released evaluations.
+
+    Pillow's own numbers: Image.resize, bicubic but for palettes, then RGB. EXIF turns nothing, and transparency is dropped.
+    """
+
+    def __init__(self, size: tuple[int, int], then: Transform | None) -> None:
+        """size: (H, W). then: what follows where the tower's transform is not in halves; None for nothing."""
+        self.size, self.then = size, then
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        """Of an opened image."""
+        square = image.resize(self.size[::-1]).convert("RGB")
+        return self.then(square) if self.then else pil_to_tensor(square)
+
+    def read(self, data: bytes) -> Tensor:
+        """Of a file's bytes. Raises BrokenSample as decode_image does."""
+        image = opened(data)
+        try:
+            return self(image)
+        except Exception as error:  # on broken bytes Pillow raises nearly anything
+            raise BrokenSample(f"undecodable image: {error}") from None
+
+    def __repr__(self) -> str:
+        return f"pressed into {self.size} by Pillow" + (f", then {self.then!r}" if self.then else "")
+
+
+class Several:
+    """V transforms of the same image, whose results are of one shape -> (V, 3, H, W)."""
+
+    def __init__(self, transforms: Sequence[Transform]) -> None:
+        self.transforms = transforms
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        """Of an image that is decoded."""
+        return torch.stack([transform(image) for transform in self.transforms])  # (V, 3, H, W)
+
+    def read(self, data: bytes) -> Tensor:
+        """Of a file's bytes, by each in its own way. Raises BrokenSample as decode_image does."""
+        return torch.stack([read_image(data, transform) for transform in self.transforms])  # (V, 3, H, W)
+
+
 class Normalise:
     """The other half: (B, 3, H, W) uint8 -> float32, on the device where they are."""
 
@@ -128,12 +172,19 @@ def halves(transform: Any) -> tuple[Any, Normalise | None]:
 
 def read_image(data: bytes, transform: Transform) -> Tensor:
     """A file's bytes through a transform -> (3, H, W). Raises BrokenSample as decode_image does."""
-    return transform.read(data) if isinstance(transform, Resize) else transform(decode_image(data))
+    return transform.read(data) if isinstance(transform, (Resize, Squash, Several)) else transform(decode_image(data))
 
 
 def decoding_as(transform: Transform, decoding: JpegDecoding) -> Transform:
     """The transform, by which JPEGs are read as drafts where that does not show, or exactly."""
     return Resize(transform.whole, transform.steps, decoding) if isinstance(transform, Resize) else transform
+
+
+def framed_as(transform: Transform, framing: Framing, size: tuple[int, int]) -> Transform:
+    """The transform of a tower whose input is of size (H, W), with that framing in place of its own."""
+    if framing == "own":
+        return transform
+    return Squash(size, None if isinstance(transform, Resize) else transform)
 
 
 def jpeg_pixels(data: bytes, size: tuple[int, int], scale: int) -> Tensor | None:

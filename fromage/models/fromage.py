@@ -45,6 +45,7 @@ class Fromage(VisualPrefixLM, ModelHubMixin):
 
     Attributes:
         settings: the arguments of `load`; empty if the model was built from modules.
+        input_prompt: text in front of every caption that is generated, not part of it.
         stored_dtype: dtype to which save_pretrained and push_to_hub round; after loading, the dtype of the file.
     """
 
@@ -64,6 +65,7 @@ class Fromage(VisualPrefixLM, ModelHubMixin):
         self.ret = lm.added  # e_RET (1, d)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         self.settings: dict[str, Any] = {}
+        self.input_prompt = ""
         self.stored_dtype = "bfloat16"
 
     @classmethod
@@ -79,17 +81,20 @@ class Fromage(VisualPrefixLM, ModelHubMixin):
         random_weights: bool = False,
         quantize: Quantized | None = None,
         seed: int = 0,
+        input_prompt: str = "",
     ) -> Fromage:
         """Build from names, with newly initialised trained parameters; load_lm and load_vision say what a name may be.
 
-        The same seed gives the same trained parameters, and the same towers where they have random weights.
+        The same seed gives the same trained parameters, and the same towers where they have random weights. input_prompt:
+        text that captions are generated behind, such as the released model's "A picture of".
         """
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             tower = load_vision(vision, vision_weights, dtype, random_weights)
             model = cls(load_lm(lm, dtype, random_weights, quantize), tower, k, q, pooling)
         model.settings = {"lm": lm, "vision": vision, "vision_weights": vision_weights, "k": k, "q": q, "dtype": dtype}
-        model.settings |= {"pooling": pooling, "random_weights": random_weights}
+        model.settings |= {"pooling": pooling, "random_weights": random_weights, "input_prompt": input_prompt}
+        model.input_prompt = input_prompt
         return model
 
     @classmethod

@@ -45,6 +45,8 @@ def build(cls: type[Fromage], saved: Saved, device: str = "cpu", **options: Any)
 def check_sizes(tensors: Mapping[str, Tensor], k: Any, q: Any, source: str) -> None:
     """Raise UserError unless saved parameters are finite numbers of the k and q on record: nothing is built before that."""
     for name, value in tensors.items():
+        if value.nbytes > value.untyped_storage().nbytes():
+            raise UserError(f"{source}: {name} claims more numbers than are stored; fetch it again, or train anew")
         if not value.is_floating_point() or not value.isfinite().all():
             raise UserError(f"{source}: {name} holds no finite numbers ({value.dtype}); fetch it again, or train anew")
     if not (type(k) is type(q) is int and min(k, q) > 0):

@@ -1,7 +1,8 @@
-"""The authors' embeddings of CC3M: pickles of {'paths': [URL, ...], 'embeddings': N rows of width q}, not normalised.
+"""The authors' embeddings: pickles of {'paths': [URL, ...], 'embeddings': N rows of width q}, not normalised.
 
-NumPy trusts what a pickle says of an array's memory; here only lists, texts, numbers and arrays of these are admitted, and
-the arrays are made by us.
+The rows are an array, as released of CC3M, or a list of arrays or of tensors, as their extract_img_embs.py writes it. NumPy
+trusts what a pickle says of an array's memory; here only lists, texts, numbers, tensors and arrays of numbers are admitted,
+and the arrays are made by us, over the file's own bytes.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
-from fromage.checkpoints.safe_pickle import Admitted, load_plain
+from fromage.checkpoints.safe_pickle import TENSORS, Admitted, Inert, StandIn, load_plain
 from fromage.data.image_source import Item
 from fromage.errors import UserError, first_line
 from fromage.retrieval.item_table import Embedded, to_batch
@@ -30,7 +32,7 @@ def _latin1(text: str, encoding: str) -> bytes:
     return text.encode("latin1")
 
 
-class _Dtype:
+class _Dtype(StandIn):
     """In place of numpy's dtype: a kind of number, and the order of its bytes; flags and fields are not read."""
 
     def __init__(self, name: str, *how: object) -> None:
@@ -42,7 +44,7 @@ class _Dtype:
         self.numpy = self.numpy.newbyteorder(state[1])
 
 
-class _Array:
+class _Array(StandIn):
     """In place of numpy's array, which _reconstruct makes empty and the pickle then fills."""
 
     def __init__(self, *how: object) -> None:
@@ -70,6 +72,8 @@ ADMITTED: Admitted = {
     ("numpy", "ndarray"): None,  # only named, as what _reconstruct is to make
     ("numpy", "dtype"): _Dtype,
     ("_codecs", "encode"): _latin1,
+    ("collections", "OrderedDict"): Inert,  # a tensor's hooks, of which it has none
+    **TENSORS,
 }
 for _core in ("numpy.core", "numpy._core"):  # of NumPy 1 and 2
     ADMITTED[f"{_core}.multiarray", "_reconstruct"] = _Array
@@ -87,8 +91,10 @@ def read_embeddings(path: str | Path, width: int) -> tuple[np.ndarray, list[str]
     try:
         data = load_plain(path, ADMITTED)
         urls, rows = data["paths"], data["embeddings"]  # N, (N, q)
-        whole = isinstance(rows, (np.ndarray, _Array))
-        rows = np.asarray(rows if whole else [np.ravel(row) for row in rows], dtype=np.float32)
+        size = path.stat().st_size
+        rows = _stacked(rows, size) if isinstance(rows, list) else _values(rows)
+        if sum(map(len, urls)) > size:
+            raise ValueError("its paths are longer than the file")
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); give the authors' embeddings pickle") from error
     except Exception as error:  # a broken pickle can raise nearly anything
@@ -99,6 +105,38 @@ def read_embeddings(path: str | Path, width: int) -> tuple[np.ndarray, list[str]
     if not isinstance(urls, list) or len(urls) != len(rows) or not all(isinstance(url, str) for url in urls):
         raise UserError(f"{path}: 'paths' is not a list of {len(rows)} texts, one per embedding; get the file again")
     return rows, urls
+
+
+def _values(numbers: Any) -> np.ndarray:
+    """An array, a tensor or a list of numbers as float32."""
+    if isinstance(numbers, list):
+        while len(numbers) == 1 and isinstance(numbers[0], list):
+            numbers = numbers[0]
+        if any(not isinstance(number, (int, float, np.number)) for number in numbers):
+            raise ValueError("an embedding is no list of numbers")
+    elif not isinstance(numbers, (np.ndarray, _Array, Tensor)):
+        raise ValueError(f"an embedding is of the type {type(numbers).__name__}")
+    return np.asarray(numbers.detach().float() if isinstance(numbers, Tensor) else numbers, dtype=np.float32)
+
+
+def _row(numbers: Any) -> np.ndarray:
+    """(q,) of one embedding, whose dimensions of one are left out."""
+    values = _values(numbers)
+    return values.reshape(values.shape[-1:]) if values.size == values.shape[-1:][0] else values
+
+
+def _stacked(rows: list[Any], size: int) -> np.ndarray:
+    """N embeddings of q numbers each -> (N, q). size: of the file in bytes; a file may name one embedding many times."""
+    first = _row(rows[0]) if rows else np.empty(0, np.float32)  # (q,)
+    if len(rows) * first.size > size:
+        raise ValueError(f"{len(rows)} embeddings of {first.size} numbers in a file of {size} bytes")
+    out = np.empty((len(rows), first.size), np.float32)  # (N, q)
+    for number, row in enumerate(rows):
+        values = _row(row)  # (q,)
+        if values.shape != first.shape or values.ndim != 1:
+            raise ValueError(f"embedding {number} has the shape {values.shape}, the first one {first.shape}")
+        out[number] = values
+    return out
 
 
 def rows_of(paths: Sequence[str | Path], width: int) -> Iterator[Embedded]:

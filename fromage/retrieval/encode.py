@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from fromage.data.workers import init_worker, plain_errors
 from fromage.errors import BrokenSample, UserError
-from fromage.images.transforms import Transform, read_image
+from fromage.images.transforms import Framing, Several, Transform, framed_as, read_image
 from fromage.models.base import VisualPrefixLM
 
 Item = TypeVar("Item")
@@ -43,18 +43,23 @@ class Encoded:
     """Features of images.
 
     Attributes:
-        features: (n, m) pooled, or patches (n, P, m), float32 on the model's device.
-        row: path of an image -> its row in features.
+        views: features by framing: (n, m) pooled, or patches (n, P, m), float32 on the model's device.
+        row: path of an image -> its row in each of these.
         lost: (cause, path) of the images that have none; causes are 'missing' and 'broken'.
     """
 
-    features: Tensor
+    views: dict[Framing, Tensor]
     row: dict[Path, int]
     lost: list[tuple[str, Path]]
 
-    def of(self, paths: Sequence[Path]) -> Tensor:
+    @property
+    def features(self) -> Tensor:
+        """Those of the tower's own framing."""
+        return self.views["own"]
+
+    def of(self, paths: Sequence[Path], framing: Framing = "own") -> Tensor:
         """Features of N paths, (N, m) or (N, P, m). Raises KeyError for an image that is lost."""
-        return self.features[[self.row[path] for path in paths]]
+        return self.views[framing][[self.row[path] for path in paths]]
 
     def counts(self) -> dict[str, int]:
         """How many images were lost, by cause."""
@@ -80,15 +85,21 @@ class Files(Dataset[Any]):
 
 
 @torch.no_grad()
-def encode_files(model: VisualPrefixLM, paths: Sequence[Path], options: Options) -> Encoded:
-    """Encode each distinct image once. Raises UserError where more than options.max_lost are missing or broken."""
+def encode_files(
+    model: VisualPrefixLM, paths: Sequence[Path], options: Options, framings: Sequence[Framing] = ("own",)
+) -> Encoded:
+    """Encode each distinct image once in each framing; one that is lost in any has no features.
+
+    Raises UserError where more than options.max_lost are missing or broken.
+    """
     distinct = list(dict.fromkeys(paths))
     check_lost([("missing", path) for path in distinct if not path.is_file()], len(distinct), options.max_lost)
-    files = Files(distinct, model.vision.transform)
+    vision = model.vision
+    files = Files(distinct, Several([framed_as(vision.transform, how, vision.image_size) for how in framings]))
     loader: Any = DataLoader(
         files, options.batch_size, num_workers=options.workers, collate_fn=list, worker_init_fn=init_worker
     )
-    rows = [torch.empty(0, *model.vision.shape, device=model.device)]
+    views = {framing: [torch.empty(0, *vision.shape, device=model.device)] for framing in framings}
     good: list[Path] = []
     lost: list[tuple[str, Path]] = []
     for batch in tqdm(plain_errors(loader), "encoding images", len(loader), unit="batch", leave=False):
@@ -97,9 +108,11 @@ def encode_files(model: VisualPrefixLM, paths: Sequence[Path], options: Options)
         good += [path for path, pixels in some if isinstance(pixels, Tensor)]
         lost += [(cause, path) for path, cause in some if isinstance(cause, str)]
         if pixels := [pixels for _, pixels in some if isinstance(pixels, Tensor)]:
-            rows.append(model.vision(torch.stack(pixels)).float())  # (b, 3, H, W) -> (b, m) or (b, P, m)
+            for rows, framed in zip(views.values(), torch.stack(pixels, 1), strict=True):  # (V, b, 3, H, W)
+                rows.append(vision(framed).float())  # (b, 3, H, W) -> (b, m) or (b, P, m)
     check_lost(lost, len(distinct), options.max_lost)
-    return Encoded(torch.cat(rows), {path: i for i, path in enumerate(good)}, lost)
+    whole = {framing: torch.cat(rows) for framing, rows in views.items()}  # (n, m) or (n, P, m)
+    return Encoded(whole, {path: i for i, path in enumerate(good)}, lost)
 
 
 def check_lost(lost: list[tuple[str, Path]], count: int, max_lost: float) -> None:

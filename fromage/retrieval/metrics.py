@@ -21,6 +21,7 @@ def ranks(
     chunk: int = 1024,
     labels: Tensor | None = None,
     excluded: Tensor | None = None,
+    own_stays: bool = True,
 ) -> Tensor:
     """(N,) ranks, from 1, of each query's own item in the gallery: 1 + the other items that score as high or higher.
 
@@ -32,7 +33,8 @@ def ranks(
         targets: (N,) indices of the own items, or, with labels, their label.
         chunk: queries at a time.
         labels: (M,) labels of the items; of several own items the best one counts.
-        excluded: (N, x) indices of items to leave out of a query's gallery; its own items stay.
+        excluded: (N, x) indices of items to leave out of a query's gallery.
+        own_stays: whether a query's own items stay there all the same; if not, one that is left out ranks last.
     """
     queries, gallery = queries.cpu().double(), gallery.cpu().double()  # not every device has float64
     targets, labels = targets.cpu(), torch.arange(len(gallery)) if labels is None else labels.cpu()
@@ -43,7 +45,7 @@ def ranks(
         own = labels == targets[some].unsqueeze(1)  # (chunk, M)
         if excluded is not None:
             gone = torch.zeros_like(own).scatter_(1, excluded[some].cpu(), True)
-            scores.masked_fill_(gone & ~own, -torch.inf)
+            scores.masked_fill_(gone & ~own if own_stays else gone, -torch.inf)
         out.append(ranks_among(scores, own, TIE))
     return torch.cat(out) if out else targets.new_empty(0)
 

@@ -70,24 +70,25 @@ class Run:
     chunk: int = 0
     activation_checkpointing: bool = False
     quantize: str | None = None
+    freeze_temperature: bool = False
 
 
 @dataclass
 class Plan:
-    """Counts of parameters by part, bytes, and FLOP per step, of one device."""
+    """Counts of parameters by part, bytes, and FLOP per step, of one device.
+
+    Attributes:
+        trained: number of trained parameters; all are float32.
+    """
 
     run: Run
     parameters: dict[str, int]
+    trained: int
     weights: dict[str, int]  # bytes by part
     batch: int  # bytes
     transient: dict[str, int]  # bytes of large tensors that no backward needs; included in the passes
     dequantized: int  # bytes of the largest frozen weight, dequantised for use; 0 without quantisation
     passes: dict[str, Pass]
-
-    @property
-    def trained(self) -> int:
-        """Number of trained parameters; all are float32."""
-        return sum(n for part, n in self.parameters.items() if part not in (LM, TOWER))
 
     @property
     def activations(self) -> dict[str, int]:
@@ -184,7 +185,8 @@ def count(run: Run, model: Fromage, batch: Batch) -> Plan:
         loss = meter.run("the forward", lambda: step(model, batch, paired=False).loss)
         meter.run("the backward", loss.backward)
     largest = max((p.nbytes for p in linear), default=0)
-    return Plan(run, parameters, dict(weights), sum(t.nbytes for t in given), transient, largest, meter.passes)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return Plan(run, parameters, trained, dict(weights), sum(t.nbytes for t in given), transient, largest, meter.passes)
 
 
 def _quantized(weight: Tensor, kind: str | None) -> int:
@@ -264,7 +266,9 @@ def _model(run: Run, visual: Any) -> Fromage:
         vocab_size=rows, image_id=rows, ret_id=rows + 1, row_ids=[rows + 1], pad_id=0, start=lambda: [0]
     )
     clip = SimpleNamespace(visual=visual.to_empty(device="cpu"))
-    return Fromage(LanguageModel(hf, tokens, run.lm), OpenClipTower(clip, None, run.vision), run.k, run.q)
+    model = Fromage(LanguageModel(hf, tokens, run.lm), OpenClipTower(clip, None, run.vision), run.k, run.q)
+    model.logit_scale.requires_grad_(not run.freeze_temperature)
+    return model
 
 
 def caption_lengths(run: Run) -> list[int]:
@@ -330,7 +334,6 @@ def _work(plan: Plan, tflops: float, share: float) -> Iterator[str]:
 def as_json(plan: Plan, tflops: float, share: float) -> dict[str, Any]:
     """The plan as JSON values, in bytes, FLOP and seconds."""
     return asdict(plan) | {
-        "trained": plan.trained,
         "activations": plan.activations,
         "peak": plan.peak,
         "peak_bytes": sum(plan.peak.values()),

@@ -29,6 +29,7 @@ from fromage.training.layers import checkpoint_blocks, compile_blocks
 from fromage.training.nonfinite import NonFiniteGuard
 from fromage.training.reference_step import StepOutput, Weights, image_features, reference_step, text_embeddings
 
+FREEZING = ("freeze_temperature", "captioning_weight", "retrieval_weight", "pooling")  # options that decide what is trained
 SHOWN_FROM = 200  # images of the validation set that the logged searches rank
 
 
@@ -56,11 +57,13 @@ class FromageModule(pl.LightningModule):
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
         warmup_steps: int = 100,
+        warmup_from_zero: bool = False,
         decay_steps: int = 0,
         pairing: float = 0.5,
         captioning_weight: float = 1.0,
         retrieval_weight: float = 1.0,
         rescale_ret: bool = True,
+        freeze_temperature: bool = False,
         step: Literal["fast", "reference"] = "fast",
         chunk: int = 0,
         activation_checkpointing: bool = False,
@@ -85,11 +88,14 @@ class FromageModule(pl.LightningModule):
             betas: Adam's decay rates of its two moments.
             eps: Adam's epsilon.
             warmup_steps: steps over which the learning rate rises linearly from zero.
+            warmup_from_zero: warm up one step later, with a first step of learning rate 0, as the released code does.
             decay_steps: steps of a cosine decay to zero after warm-up; 0 keeps the learning rate constant.
             pairing: probability that the captioning sequences of a batch contain two examples each.
             captioning_weight: weight of the captioning loss; with 0 its pass is not run, and the prefix is not trained.
             retrieval_weight: weight of the two losses of the retrieval pass; with 0 both heads are not trained.
             rescale_ret: rescale [RET] to the mean norm of the frozen embeddings after every step, as the released code does.
+            freeze_temperature: keep the temperature of the contrastive loss at 0.07; in the released bfloat16 run it could
+                not move.
             step: how losses are computed: fast, or reference as in the authors' code; the same to rounding.
             chunk: examples whose activations are in memory at a time, with the negatives of the whole batch (GradCache); 0
                 for all at once. Only for the fast step.
@@ -132,17 +138,20 @@ class FromageModule(pl.LightningModule):
         model.visual_prefix.requires_grad_(self.h.captioning_weight > 0)
         for part in (model.text_head, model.image_head, model.logit_scale):
             part.requires_grad_(self.h.retrieval_weight > 0)
+        if self.h.freeze_temperature:
+            model.logit_scale.requires_grad_(False)
         model.ret.input.requires_grad_(model.pooling == "ret" or model.ret.tied)  # with pooling last no input is [RET]
 
     def configure_optimizers(self) -> Any:
         """Adam over the trained parameters; linear warm-up, then constant or a cosine decay.
 
-        The released code starts warm-up at learning rate 0; here the first step has lr / warmup_steps.
+        The first step has lr / warmup_steps; with warmup_from_zero, as in the released code, 0, and the second has that.
         """
         h = self.h
         trained = [p for p in self.model.trained().values() if p.requires_grad]
         optimizer = torch.optim.Adam(trained, lr=h.lr, betas=tuple(h.betas), eps=h.eps, fused=True)
-        warmup = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / max(1, h.warmup_steps)))
+        first = 0 if h.warmup_from_zero and h.warmup_steps else 1
+        warmup = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + first) / max(1, h.warmup_steps)))
         if not h.decay_steps:
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": warmup, "interval": "step"}}
         cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, h.decay_steps)
@@ -280,13 +289,28 @@ class FromageModule(pl.LightningModule):
             "texts": text_embeddings(self.model, batch),
         }
 
+    def _fitting(self) -> bool:
+        try:
+            return self.trainer.state.fn == "fit"
+        except RuntimeError:  # there is no trainer
+            return False
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the trained parameters only; see fromage.checkpoints.lightning."""
         checkpoint["state_dict"] = trained_state(checkpoint["state_dict"])
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Raise UserError for a checkpoint of another architecture."""
+        """Raise UserError for a checkpoint of another architecture, and to resume one that trained other parameters."""
         check_checkpoint(checkpoint, self.model)
+        states = checkpoint.get("optimizer_states") if self._fitting() else None
+        then = sum(len(group["params"]) for group in states[0]["param_groups"]) if states else None
+        now = sum(p.requires_grad for p in self.model.trained().values())
+        if then not in (None, now):
+            options = ", ".join(f"model.{name}" for name in FREEZING)
+            raise UserError(
+                f"checkpoint: {then} parameter tensors were trained, and now {now} would be; to resume, give {options} "
+                "as they were then"
+            )
 
 
 def gather_parts(parts: list[Gallery]) -> list[Gallery]:

@@ -2,7 +2,9 @@
 
 import json
 import pickle
+from collections import OrderedDict
 
+import numpy as np
 import open_clip
 import pytest
 import torch
@@ -118,6 +120,7 @@ def without(name):
         (without("") | {"model.extra": torch.zeros(2)}, {}, r"model.extra is \(2,\), wanted none"),
         (without(""), {"n_visual_tokens": 4}, r"model.visual_embeddings.bias is \(24,\), wanted \(96,\)"),
         (without(""), {"n_visual_tokens": "1"}, "n_visual_tokens"),
+        (without(""), {"input_prompt": ["A", "B"]}, "input_prompt cannot be"),
         (without(""), {"text_emb_layers": [-1, 12]}, "text_emb_layers"),
         (without(""), {"retrieval_token_idx": [50266, 50267]}, "retrieval_token_idx"),
         (published(d=24, m=16, q=8, dtype=torch.float64), {}, "torch.float64"),
@@ -130,6 +133,92 @@ def test_what_does_not_fit_is_named(state, args, named, tmp_path):
         read_authors(small(tmp_path / "theirs", state, **args))
 
 
+def unpruned(state, ret=50266, rows=50267):
+    """What the released training writes: the whole model under DDP, the optimiser, and a scheduler that holds another."""
+    d = state["ret_input_embeddings.weight"].shape[1]
+    table = torch.randn(rows, d).bfloat16()
+    table[min(ret, rows - 1)] = state["ret_input_embeddings.weight"][0]
+    trained = {name: torch.nn.Parameter(value) for name, value in state.items() if name.startswith("model.")}
+    optimizer = torch.optim.AdamW(trained.values(), 1e-3)
+    whole = {**trained, "model.lm.model.decoder.embed_tokens.weight": table, "model.input_embeddings.weight": table}
+    whole |= {"model.lm.model.decoder.layers.0.fc1.bias": torch.zeros(3), "model.visual_model.bias": torch.zeros(2)}
+    schedule = vars(torch.optim.lr_scheduler.StepLR(optimizer, 5)).copy()
+    schedule |= {"after_scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 5), "total_epoch": 100}
+    del schedule["optimizer"]
+    named = {f"module.{name}": value.detach() for name, value in whole.items()}
+    return {"epoch": 1, "state_dict": OrderedDict(named), "best_score": np.float64(3.5),
+            "optimizer": optimizer.state_dict(), "scheduler": schedule}  # fmt: skip
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_what_the_released_training_writes_is_read_without_pruning(zipped, tmp_path):
+    state = published(d=24, m=16, q=8)
+    theirs, want = small(tmp_path / "theirs", state), read_authors(small(tmp_path / "pruned", state))
+    (theirs / PICKLE).unlink()
+    content = unpruned(state)
+    torch.save(content, theirs / "ckpt.pth.tar", _use_new_zipfile_serialization=zipped)
+    with pytest.raises(pickle.UnpicklingError):
+        torch.load(theirs / "ckpt.pth.tar", weights_only=True)
+    found = read_authors(theirs)
+    assert found.settings == want.settings and found.added_tokens == want.added_tokens
+    assert all(torch.equal(found.tensors[name], value) for name, value in want.tensors.items())
+    assert main(["import", str(theirs), "--out", str(tmp_path / "ours")]) == 0
+    assert (tmp_path / "ours" / WEIGHTS).stat().st_size < 5000
+    torch.save(unpruned(state, rows=50266), theirs / "ckpt.pth.tar")
+    with pytest.raises(UserError, match=r"\(50266, 24\) has no row 50266 for \[RET\]"):
+        read_authors(theirs)
+
+
+def test_the_published_file_is_preferred_among_several(tmp_path):
+    theirs = small(tmp_path / "theirs")
+    torch.save({"state_dict": {"1.weight": torch.zeros(2)}}, theirs / "ckpt_best.pth.tar")
+    assert read_authors(theirs).source == str(theirs / PICKLE)
+    torch.save(unpruned(published(d=24, m=16, q=8)), theirs / "ckpt.pth.tar")
+    (theirs / PICKLE).unlink()
+    with pytest.raises(UserError, match=r"ckpt\.pth\.tar, ckpt_best\.pth\.tar; give the file"):
+        read_authors(theirs)
+    read_authors(theirs / "ckpt.pth.tar")
+
+
+GILL = {
+    "opt_version": "facebook/opt-6.7b", "freeze_lm": True, "visual_encoder": "openai/clip-vit-large-patch14",
+    "freeze_vm": True, "n_visual_tokens": 4, "ret_emb_dim": 256, "gen_emb_dim": 768, "text_emb_layers": [-1],
+    "text_fc_mode": "gill_mapper", "ret_text_fc_mode": "linear", "num_tokens": 8, "num_clip_tokens": 77,
+    "share_ret_gen": True, "retrieval_token_idx": list(range(50266, 50274)), "gen_token_idx": list(range(50266, 50274)),
+}  # fmt: skip
+
+
+def test_gills_files_are_called_so(tmp_path, capsys):
+    parts = ("ret_text_hidden_fcs.0.model", "gen_text_hidden_fcs.0.fc", "input_embeddings")
+    state = {"model.logit_scale": torch.zeros(())} | {f"model.{part}.weight": torch.zeros(8, 24) for part in parts}
+    theirs = write(tmp_path / "gill", state)
+    torch.save({"state_dict": {}}, theirs / "decision_model.pth.tar")
+    with pytest.raises(UserError, match=r"pretrained_ckpt\.pth\.tar: is of GILL, not of FROMAGe: .*\[IMG\] tokens"):
+        read_authors(theirs)
+    (theirs / ARGS).write_text(json.dumps(GILL))
+    assert main(["import", str(theirs), "--out", str(tmp_path / "ours")]) == 2
+    said = capsys.readouterr().err
+    assert "model_args.json: is of GILL, not of FROMAGe" in said and said.count("\n") == 1
+    assert not (tmp_path / "ours").exists()
+
+
+def test_the_prompt_of_captions_is_kept_both_ways(tmp_path):
+    theirs = small(tmp_path / "theirs", input_prompt="A picture of")
+    assert main(["import", str(theirs), "--out", str(tmp_path / "ours")]) == 0
+    assert json.loads((tmp_path / "ours" / CONFIG).read_text())["input_prompt"] == "A picture of"
+    write_authors(read_folder(tmp_path / "ours"), tmp_path / "back")
+    assert json.loads((tmp_path / "back" / ARGS).read_text())["input_prompt"] == "A picture of"
+    assert read_authors(small(tmp_path / "none", input_prompt=None)).settings["input_prompt"] == ""
+
+
+def test_numbers_that_are_none_are_refused(tmp_path):
+    for value in (float("nan"), float("inf")):
+        state = published(d=24, m=16, q=8)
+        state["model.visual_fc.weight"][3, 3] = value
+        with pytest.raises(UserError, match=r"model.visual_fc.weight holds numbers that are not finite"):
+            read_authors(small(tmp_path / "theirs", state))
+
+
 def test_missing_and_damaged_files_are_named(tmp_path):
     theirs = small(tmp_path / "theirs")
     for content, named in (("{", ARGS), ("[]", ARGS), ("{}", "retrieval_token_idx")):
@@ -139,6 +228,7 @@ def test_missing_and_damaged_files_are_named(tmp_path):
     (theirs / ARGS).unlink()
     with pytest.raises(UserError, match=ARGS):
         read_authors(theirs)
+    (theirs / PICKLE).rename(theirs / "ckpt.pth.tar")
     (theirs / "second.pt").touch()
     with pytest.raises(UserError, match=r"second\.pt"):
         read_authors(theirs)

@@ -1,5 +1,6 @@
 """A folder of trained parameters on disk, without any towers: written whole, read only if sound."""
 
+import json
 import random
 import shutil
 from dataclasses import replace
@@ -13,7 +14,7 @@ from fromage.errors import UserError
 from fromage.models.frozen import TOY
 
 SETTINGS = {"lm": "facebook/opt-125m", "vision": "ViT-B-32", "vision_weights": "openai", "k": 1, "q": 8}
-SETTINGS |= {"pooling": "ret", "dtype": "bfloat16"}
+SETTINGS |= {"pooling": "ret", "dtype": "bfloat16", "input_prompt": "A picture of"}
 
 
 @pytest.fixture
@@ -119,3 +120,13 @@ def test_a_folder_of_something_else_is_refused_and_left_alone(saved, tmp_path):
     assert content(other) == before
     with pytest.raises(UserError, match="cannot be written"):
         write_folder(saved, other / CONFIG / "folder")
+
+
+def test_an_older_folder_has_no_prompt(folder):
+    config = json.loads((folder / CONFIG).read_text())
+    del config["input_prompt"]
+    (folder / CONFIG).write_text(json.dumps(config))
+    assert read_folder(folder).settings["input_prompt"] == ""
+    (folder / CONFIG).write_text(json.dumps(config | {"input_prompt": 3}))
+    with pytest.raises(UserError, match="input_prompt cannot be 3"):
+        read_folder(folder)

@@ -291,3 +291,14 @@ def test_weights_are_finite_floating_point_numbers(saved_model, spoil):
 @pytest.fixture(scope="module")
 def saved_model():
     return describe(Fromage.load(q=8))
+
+
+def test_a_checkpoint_whose_tensor_claims_more_numbers_than_it_holds_is_refused_before_they_are_made(model, tmp_path):
+    path = lightning_checkpoint(model, tmp_path / "a.ckpt")
+    content = torch.load(path, weights_only=True)
+    content["state_dict"]["model.image_head.weight"] = torch.zeros(1).expand(16, 1 << 40)
+    content["state_dict"]["model.visual_prefix.weight"] = torch.zeros(1).expand(2 * 192, 1 << 40)
+    torch.save(content, path)
+    assert path.stat().st_size < 1 << 20
+    with pytest.raises(UserError, match="claims more numbers than are stored"):
+        load_model(path)

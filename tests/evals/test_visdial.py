@@ -1,12 +1,18 @@
 """Dialogues: ranked answers in both protocols, scores that outlive a kill, images by rounds."""
 
+import json
 import math
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from torchvision.transforms.functional import pil_to_tensor
 
 from fromage.errors import UserError
 from fromage.evals import visdial
+from fromage.evals.clip import load_clip_baseline
 from fromage.evals.dialogues import Dialogue, Dialogues, Round, read_dialogues
 from fromage.evals.visdial import (
     ANSWER_PROTOCOLS,
@@ -37,7 +43,7 @@ def data(world):
 
 
 def features_of(model, data):
-    return encode_files(model, [talk.image for talk in data.dialogues], Options()).features
+    return encode_files(model, [talk.image for talk in data.dialogues], Options(), ("own", "square")).views
 
 
 @torch.no_grad()
@@ -55,10 +61,10 @@ def test_scores_are_those_of_whole_passes_in_the_words_of_each_protocol(toy_mode
     scores, talk = score_answers(toy_model, data.dialogues, features), data.dialogues[1]
     assert {name: tuple(s.shape) for name, s in scores.items()} == dict.fromkeys(ANSWER_PROTOCOLS, (2, 2, 7))
     said = talk.rounds
-    corrected, theirs = our_prompt(talk, 1, features[1]), authors_prompt(talk, 1, features[1])
+    corrected, theirs = our_prompt(talk, 1, features["own"][1]), authors_prompt(talk, 1, features["square"][1])
     assert corrected[2] == f"Q: {said[0].question} A: {said[0].answer}. Q: {said[1].question} A:"
     assert theirs[2] == f"Q: {said[0].question}\nA: {said[0].answer}\nQ: {said[1].question}\nA: "
-    assert our_prompt(talk, 0, features[1])[2] == f"Q: {said[0].question} A:"
+    assert our_prompt(talk, 0, features["own"][1])[2] == f"Q: {said[0].question} A:"
     for c, text in enumerate(said[1].candidates):
         assert float(scores["answers"][1, 1, c]) == pytest.approx(
             whole_pass(toy_model, corrected, f" {text}.", False), abs=1e-3
@@ -99,7 +105,7 @@ def test_a_run_that_was_killed_goes_on_and_gives_the_same(toy_model, data, tmp_p
 
 def test_scores_of_another_model_or_of_other_dialogues_are_refused(toy_model, data, tmp_path):
     features, folder = features_of(toy_model, data), tmp_path / "scores"
-    score_answers(toy_model, data.dialogues[:1], features[:1], folder)
+    score_answers(toy_model, data.dialogues[:1], features, folder)
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="file: cannot be written"):
         score_answers(toy_model, data.dialogues, features, tmp_path / "file")
@@ -108,7 +114,7 @@ def test_scores_of_another_model_or_of_other_dialogues_are_refused(toy_model, da
     with torch.no_grad():
         toy_model.logit_scale += 1
     with pytest.raises(UserError, match="another checkpoint"):
-        score_answers(toy_model, data.dialogues[:1], features[:1], folder)
+        score_answers(toy_model, data.dialogues[:1], features, folder)
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "one.txt").touch()
     with pytest.raises(UserError, match="something else"):
@@ -138,10 +144,48 @@ def test_chance_is_the_mean_of_random_scores(data):
 def test_the_curve_both_ways():
     """Three images; the queries of one round all say the first, those of two rounds find their own."""
     images, same = torch.eye(3), torch.eye(3)[[0, 0, 0]]
-    found = image_retrieval({1: same, 2: images}, images)
+    found = image_retrieval({1: same, 2: images}, images, images)
     assert found["1_rounds"]["r1"] == pytest.approx(100 / 3) and found["2_rounds"]["r1"] == 100
     assert found["1_rounds_authors"]["r1"] == 0, "for each image all dialogues tie"
     assert found["2_rounds_authors"]["r1"] == 100
+    assert image_retrieval({2: images}, images, images.flip(0))["2_rounds_authors"]["r1"] == pytest.approx(100 / 3)
+
+
+@torch.no_grad()
+def test_the_authors_protocols_see_the_image_pressed_into_a_square(toy_model, data, tmp_path, monkeypatch):
+    for number, talk in enumerate(data.dialogues):
+        image = Image.fromarray(np.random.default_rng(number).integers(0, 256, (4, 9, 3), dtype=np.uint8))
+        image.resize((180, 80)).save(tmp_path / f"{number}.png")
+        data.dialogues[number] = replace(talk, image=tmp_path / f"{number}.png")
+    vision, asked, found = toy_model.vision, {}, []
+    whole = [Image.open(talk.image) for talk in data.dialogues]
+    own = vision(torch.stack([vision.transform(image) for image in whole])).float()
+    squares = vision(torch.stack([pil_to_tensor(image.resize(vision.image_size[::-1])) for image in whole])).float()
+    assert (own - squares).abs().amax() > 1e-2
+    for name in ("our_prompt", "authors_prompt"):
+        keep = getattr(visdial, name)
+        note = lambda *args, name=name, keep=keep: asked.setdefault(name, []).append(args[2]) or keep(*args)  # noqa: E731
+        at = "answers" if name == "our_prompt" else "answers_authors"
+        monkeypatch.setitem(ANSWER_PROTOCOLS, at, ANSWER_PROTOCOLS[at]._replace(prompt=note))
+    monkeypatch.setattr(visdial, "image_retrieval", lambda *args: found.append(args) or image_retrieval(*args))
+    report = evaluate(toy_model, data)
+    for name, features in (("our_prompt", own), ("authors_prompt", squares)):
+        torch.testing.assert_close(torch.stack(asked[name]), features.repeat_interleave(2, 0))
+    clip = load_clip_baseline(toy_model)
+    for (_, images, pressed), embed in zip(found, (toy_model.embed_images, clip.embed_features), strict=True):
+        torch.testing.assert_close(images, embed(own))
+        torch.testing.assert_close(pressed, embed(squares))
+    assert all("square" in report["protocol"][at] for at in ("answers_authors", "N_rounds_authors"))
+
+
+def test_scores_of_another_framing_are_refused(toy_model, data, tmp_path, monkeypatch):
+    features = features_of(toy_model, data)
+    score_answers(toy_model, data.dialogues[:1], features, tmp_path)
+    for protocols in (list(ANSWER_PROTOCOLS), dict.fromkeys(ANSWER_PROTOCOLS, "own")):
+        about = json.loads((tmp_path / "about.json").read_text()) | {"protocols": protocols}
+        (tmp_path / "about.json").write_text(json.dumps(about))
+        with pytest.raises(UserError, match="name another --scores"):
+            score_answers(toy_model, data.dialogues[:1], features, tmp_path)
 
 
 def test_the_whole_evaluation(toy_model, data, tmp_path):

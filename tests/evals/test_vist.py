@@ -1,12 +1,15 @@
 """Stories: what a query shows, what is in the gallery, what is left out."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
+from torchvision.transforms.functional import pil_to_tensor
 
 from fromage.errors import UserError
 from fromage.evals.clip import load_clip_baseline
-from fromage.evals.vist import KEPT, SETTINGS, Stories, evaluate, read_stories, story_prompt
+from fromage.evals.vist import KEPT, SETTINGS, Stories, Story, evaluate, read_stories, story_prompt
 from fromage.models.prompts import RET, START, prompt_ids
 from fromage.retrieval.encode import Options, encode_files
 
@@ -61,7 +64,7 @@ def test_recalls_are_as_counted_with_the_context_excluded_and_kept(toy_model, da
     gallery, clip = toy_model.embed_images(encoded.features), load_clip_baseline(toy_model)
     theirs = clip.embed_features(encoded.features)
     for name, setting in SETTINGS.items():
-        said, shown, authors = setting
+        said, shown, _ = setting
         prompts = [story_prompt(setting, s.sentences, encoded.of(s.images)) for s in data.stories]
         queries = toy_model.embed_text(prompts)
         rows = []
@@ -74,11 +77,11 @@ def test_recalls_are_as_counted_with_the_context_excluded_and_kept(toy_model, da
             want = by_hand(queries, gallery, data.stories, encoded, kept)
             assert report["fromage"][at]["r5"] == pytest.approx(want)
             assert report["chance"][at]["r5"] == pytest.approx(100 * 5 / (25 if kept else 21), abs=1e-3)
-            assert (at in report["clip"]) is not authors
-            if not authors:
-                want = by_hand(rows, theirs, data.stories, encoded, kept)
-                assert report["clip"][at]["r5"] == pytest.approx(want)
-    assert all(report["paper"]["fromage"]["5_captions_4_images" + way]["r1"] == 18.2 for way in ("", "_authors"))
+            want = by_hand(rows, theirs, data.stories, encoded, kept)
+            assert report["clip"][at]["r5"] == pytest.approx(want)
+    for way in ("", "_authors"):
+        assert report["paper"]["fromage"]["5_captions_4_images" + way]["r1"] == 18.2
+        assert report["paper"]["clip"]["1_caption" + way]["r1"] == 11.9
 
 
 def test_a_story_with_a_lost_image_is_skipped_and_its_other_images_stay(toy_model, data, tmp_path):
@@ -92,3 +95,57 @@ def test_a_story_with_a_lost_image_is_skipped_and_its_other_images_stay(toy_mode
     assert report["skipped"]["stories with a lost image"] == 1 and report["skipped"]["stories of other lengths"] == 3
     with pytest.raises(UserError, match="some: no entry has all its images"):
         evaluate(toy_model, Stories("some", stories[:1], images, 0), Options(clip=False))
+
+
+@pytest.fixture
+def wide(data, tmp_path):
+    """The stories with images that are twice as wide as high, told backwards in their file."""
+    rng = np.random.default_rng(0)
+
+    def drawn(path):
+        if not (out := tmp_path / f"{path.stem}.png").exists():
+            Image.fromarray(rng.integers(0, 256, (4, 8, 3), dtype=np.uint8)).resize((130, 65)).save(out)
+        return out
+
+    stories = [Story(s.sentences, [drawn(path) for path in s.images], (4, 3, 2, 1, 0)) for s in data.stories]
+    return Stories("wide", stories, [drawn(path) for path in data.images], 0)
+
+
+@torch.no_grad()
+def test_the_authors_protocol_has_squares_in_the_order_of_the_file_for_both_systems(toy_model, wide, monkeypatch):
+    asked = {}
+
+    def note(queries, gallery, targets, excluded=None, own_stays=True):
+        asked.setdefault(gallery.shape[1], []).append((queries, gallery, targets, excluded, own_stays))
+        return torch.ones(len(queries), dtype=torch.long)
+
+    monkeypatch.setattr("fromage.evals.vist.ranks", note)
+    evaluate(toy_model, wide)
+    vision, clip = toy_model.vision, load_clip_baseline(toy_model)
+    squares = torch.stack([pil_to_tensor(Image.open(path).resize(vision.image_size[::-1])) for path in wide.images])
+    pixels = {"own": torch.stack([vision.transform(Image.open(path)) for path in wide.images]), "square": squares}
+    number = {path: i for i, path in enumerate(wide.images)}
+    for embed in (toy_model.embed_images, clip.embed_features):
+        galleries = {how: embed(vision(some).float()) for how, some in pixels.items()}
+        assert (galleries["own"] - galleries["square"]).abs().amax() > 1e-2
+        seen = asked.pop(galleries["own"].shape[1])
+        for at, (name, setting) in enumerate(SETTINGS.items()):
+            authors = name.endswith("_authors")
+            _, gallery, targets, excluded, own_stays = seen[2 * at]
+            torch.testing.assert_close(gallery, galleries["square" if authors else "own"])
+            order = [story.images[::-1] if authors else story.images for story in wide.stories]
+            assert targets.tolist() == [number[images[-1]] for images in order] and own_stays is not authors
+            assert excluded.tolist() == [[number[path] for path in images[:-1]] for images in order]
+            assert setting.protocol.start_each is authors and seen[2 * at + 1][3] is None
+
+
+def test_a_right_image_that_was_shown_before_is_barred_by_the_authors_protocol_alone(toy_model, wide):
+    again = [Story(s.sentences, [s.images[4], *s.images[1:4], s.images[4]]) for s in wide.stories]
+    images = [path for story in again for path in story.images[:4]]
+    report = evaluate(toy_model, Stories("again", again, images, 0))
+    for who in ("fromage", "clip"):
+        for at in SETTINGS:
+            assert (report[who][at]["median_rank"] == 20) is at.endswith("_authors")
+            assert report[who][at + KEPT]["median_rank"] < 20
+    said = report["protocol"]["..._authors"]
+    assert all(word in said for word in ("square", "order of the file", "barred", "</s> before every sentence"))

@@ -12,7 +12,8 @@ from PIL import Image
 from fromage.data.image_source import Item
 from fromage.errors import UserError
 from fromage.generation.generate import Answer, Decoding, RetrievedImages, caption, caption_images, generate, stream
-from fromage.models.prompts import encode_images
+from fromage.models.fromage import load_model
+from fromage.models.prompts import encode_images, prompt_ids
 from fromage.retrieval.faiss_index import FaissIndex
 from fromage.retrieval.results import load_images
 
@@ -166,6 +167,20 @@ def test_captions_are_answers_to_the_image_and_the_start(toy_model, images):
     assert made == [answer.text for answer in answers] and all(made)
     assert made == caption_images(toy_model, features, max_new_tokens=10, batch_size=2)
     assert caption_images(toy_model, torch.empty(0, toy_model.vision.width)) == []
+
+
+def test_captions_of_a_model_with_a_prompt_are_what_follows_it(toy_model, images, tmp_path):
+    toy_model.save_pretrained(tmp_path, "float32")
+    without, model = load_model(tmp_path), load_model(tmp_path, input_prompt="a red")
+    features = encode_images(model, images[:3])
+    made = caption_images(model, features, max_new_tokens=10)
+    prompts = [[path, "a red"] for path in images[:3]]
+    assert made == [answer.text for answer in generate(model, prompts, Decoding(10, stop="\n", max_images=0))]
+    assert made == caption(model, images[:3], max_new_tokens=10) and not any(text.startswith("a red") for text in made)
+    assert without.input_prompt == "" and caption_images(without, features, max_new_tokens=10) != made
+    assert prompt_ids(model, prompts[0])[: model.k + 1] == [model.tokenizer.image_id] * model.k + model.tokenizer.start()
+    model.save_pretrained(tmp_path / "again", "float32")
+    assert load_model(tmp_path / "again").input_prompt == "a red" and model.fingerprint() == without.fingerprint()
 
 
 def test_neighbouring_texts_of_an_answer_become_one():

@@ -17,7 +17,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from fromage.errors import BrokenSample
 from fromage.images.codec import MAX_ASPECT, decode_image
-from fromage.images.transforms import SPARE, Frame, decoding_as, halves, jpeg_pixels
+from fromage.images.transforms import SPARE, Frame, decoding_as, framed_as, halves, jpeg_pixels, read_image
 
 SIDES = st.integers(1, 9000)
 
@@ -77,6 +77,28 @@ def test_every_pretrained_tower_of_open_clip_is_read_the_quick_way():
 
 def test_a_transform_of_another_kind_is_left_whole():
     assert halves(len) == (len, None) and decoding_as(len, "exact") is len
+
+
+@pytest.mark.parametrize(("mode", "kind"), [("RGB", "JPEG"), ("L", "JPEG"), ("CMYK", "JPEG"), ("RGBA", "PNG"), ("P", "PNG")])
+@pytest.mark.parametrize("size", [(300, 70), (70, 300), (900, 400), (64, 64), (9, 30)])
+def test_a_square_framing_is_pillows_resize_of_the_whole(size, mode, kind, tmp_path):
+    noise(size).convert(mode).save(path := tmp_path / "a.image", kind)
+    own = halves(clips(size=64))[0]
+    square = framed_as(own, "square", (64, 64))
+    want = pil_to_tensor(Image.open(path).resize((64, 64)).convert("RGB"))
+    assert torch.equal(read_image(path.read_bytes(), square), want) and torch.equal(square(Image.open(path)), want)
+    if size[0] != size[1]:
+        assert not torch.equal(read_image(path.read_bytes(), own), want)
+    assert framed_as(own, "own", (64, 64)) is own
+
+
+def test_a_square_framing_is_the_towers_height_and_width_and_its_own_transform_where_that_is_whole():
+    image = noise((90, 50))
+    assert framed_as(halves(clips(size=64))[0], "square", (40, 30))(image).shape == (3, 40, 30)
+    whole = lambda image: torch.tensor(image.size)  # noqa: E731
+    assert framed_as(whole, "square", (40, 30))(image).tolist() == [30, 40]
+    with pytest.raises(BrokenSample, match="undecodable"):
+        read_image(jpeg(image)[:300], framed_as(len, "square", (40, 30)))
 
 
 def test_the_tower_takes_bytes_and_normalised_pixels(toy_model):

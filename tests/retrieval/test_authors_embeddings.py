@@ -1,10 +1,12 @@
 import os
 import pickle
 import struct
+import tracemalloc
 from collections import OrderedDict
 
 import numpy as np
 import pytest
+import torch
 from test_faiss_index import rows
 
 from fromage.errors import UserError
@@ -45,6 +47,58 @@ def test_arrays_of_numpy_1(tmp_path, protocol):
 def test_numbers_of_numpy(tmp_path):
     path = write(tmp_path / "e.pkl", {"paths": URLS, "embeddings": [list(row) for row in rows(6)]})
     np.testing.assert_array_equal(read_embeddings(path, 4)[0], rows(6))
+
+
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_lists_of_tensors_as_extract_img_embs_writes_them(tmp_path, dtype, protocol):
+    wanted = torch.from_numpy(rows(6)).to(dtype)
+    for data in ([row.clone() for row in wanted], list(wanted), [row[None] for row in wanted], wanted):
+        path = write(tmp_path / "e.pkl", {"paths": URLS, "embeddings": data}, protocol)
+        embeddings, urls = read_embeddings(path, 4)
+        np.testing.assert_array_equal(embeddings, wanted.float().numpy())
+        assert embeddings.dtype == np.float32 and urls == URLS
+    rows_of_it = list(rows_of([path], 4))
+    np.testing.assert_allclose(np.linalg.norm(rows_of_it[0][0], axis=1), 1, rtol=1e-6)
+
+
+def test_a_single_embedding_stays_a_row(tmp_path):
+    for data in (rows(1), list(rows(1)), [torch.from_numpy(rows(1)[0])]):
+        path = write(tmp_path / "e.pkl", {"paths": URLS[:1], "embeddings": data})
+        assert read_embeddings(path, 4)[0].shape == (1, 4)
+
+
+def test_ragged_rows_are_named_and_shift_no_other(tmp_path):
+    ragged = [*rows(2), rows(1, q=3)[0], rows(1, q=5)[0], *rows(2)]  # as many numbers as six rows of four
+    for data in (ragged, [torch.from_numpy(row.copy()) for row in ragged], [row.tolist() for row in ragged]):
+        with pytest.raises(UserError, match=r"e\.pkl.*embedding 2 has the shape \(3,\), the first one \(4,\)"):
+            read_embeddings(write(tmp_path / "e.pkl", {"paths": URLS, "embeddings": data}), 4)
+
+
+def test_what_a_file_names_many_times_does_not_grow(tmp_path):
+    row, url = rows(1, q=4096)[0], "u" * 4096
+    for data in (
+        {"paths": URLS * 1000, "embeddings": [row] * 6000},
+        {"paths": URLS * 1000, "embeddings": [torch.from_numpy(row)] * 6000},
+        {"paths": [url] * 6000, "embeddings": rows(6000)},
+    ):
+        path = write(tmp_path / "e.pkl", data)
+        assert path.stat().st_size < 1 << 18
+        with pytest.raises(UserError, match=r"e\.pkl.*(of 4096 numbers in a file of|paths are longer than the file)"):
+            read_embeddings(path, 4096)
+    with pytest.raises(UserError, match=r"e\.pkl"):
+        read_embeddings(write(tmp_path / "e.pkl", {"paths": URLS, "embeddings": [torch.zeros(1).expand(4096)] * 6}), 4096)
+
+
+def test_a_released_array_is_not_copied(tmp_path):
+    wanted = rows(1 << 12, q=256)
+    path = write(tmp_path / "e.pkl", {"paths": [str(i) for i in range(len(wanted))], "embeddings": wanted})
+    tracemalloc.start()
+    embeddings, _ = read_embeddings(path, 256)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    np.testing.assert_array_equal(embeddings, wanted)
+    assert peak < wanted.nbytes / 2
 
 
 class Malicious:

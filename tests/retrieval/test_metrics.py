@@ -149,3 +149,10 @@ def test_chance_is_what_all_orders_give(gallery, own):
     got = chance(gallery, own)
     assert {k: v for k, v in got.items() if k != "median_rank"} == pytest.approx(recall_at(best), rel=1e-4)
     assert (best <= got["median_rank"]).float().mean() >= 0.5 > (best < got["median_rank"]).float().mean()
+
+
+def test_a_right_item_that_is_left_out_ranks_last_where_it_does_not_stay():
+    queries = gallery = torch.eye(5)
+    targets, excluded = torch.arange(5), torch.tensor([[0, 1], [2, 3], [2, 4], [0, 1], [4, 0]])
+    assert ranks(queries, gallery, targets, excluded=excluded).tolist() == [1] * 5
+    assert ranks(queries, gallery, targets, excluded=excluded, own_stays=False).tolist() == [5, 1, 5, 1, 5]

@@ -23,6 +23,7 @@ from fromage.training.memory_planner import (
     Run,
     _image_tower,
     _model,
+    as_json,
     caption_lengths,
     count,
     lm_config,
@@ -103,6 +104,15 @@ def test_the_paper_configuration_is_counted_without_its_weights(options, gflop, 
     assert counted.parameters[LM] == 6_658_473_984
     assert counted.flop / 180 / 1e9 == pytest.approx(gflop, rel=tolerance)  # counted by hand: 13 GFLOP a token and pass
     assert sum(counted.peak.values()) < 48 * GIB
+
+
+def test_a_frozen_temperature_is_not_counted_as_trained(small, tmp_path):
+    (tmp_path / "a.yaml").write_text("model: {lm: toy, vision: toy, dtype: float32, freeze_temperature: true}")
+    frozen = plan(replace(read_run(str(tmp_path / "a.yaml")), batch_size=small.batch_size))
+    free = plan(replace(frozen.run, freeze_temperature=False))
+    assert frozen.trained == free.trained - 1 and frozen.parameters == free.parameters
+    assert free.peak["their Adam moments"] - frozen.peak["their Adam moments"] == 8
+    assert as_json(frozen, 1, 1)["trained"] == frozen.trained
 
 
 def test_kept_activations_are_those_of_a_real_captioning_pass(small):

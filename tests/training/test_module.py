@@ -181,6 +181,74 @@ def test_whatever_is_trained_has_a_gradient(kind, weights, pooling):
         assert p.requires_grad == (p.grad is not None), name
 
 
+@pytest.mark.parametrize("step", ["fast", "reference"])
+def test_a_frozen_temperature_is_in_the_checkpoint_and_nowhere_else(step, fitted, world, tmp_path):
+    module, trainer = run(world, tmp_path, 2, step=step, freeze_temperature=True)
+    model = module.model
+    assert torch.equal(model.logit_scale, fitted[0]["logit_scale"]) and model.logit_scale.grad is None
+    held = [p for group in trainer.optimizers[0].param_groups for p in group["params"]]
+    assert len(held) == len(model.trained()) - 1 and all(p is not model.logit_scale for p in held)
+    assert all(not torch.equal(fitted[0][name], p) for name, p in model.trained().items() if name != "logit_scale")
+    assert float(trainer.callback_metrics["train/temperature"]) == pytest.approx(0.07)
+    checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert checkpoint["state_dict"]["model.logit_scale"] == model.logit_scale
+    assert len(checkpoint["optimizer_states"][0]["state"]) == len(held)
+    assert load_model(tmp_path / "last.ckpt").fingerprint() == model.fingerprint()
+    resumed, _ = run(world, tmp_path, 3, ckpt_path="last", step=step, freeze_temperature=True)
+    assert torch.equal(resumed.model.logit_scale, fitted[0]["logit_scale"])
+
+
+@pytest.mark.parametrize("chunk", [0, 4])
+def test_a_frozen_temperature_changes_no_other_gradient(chunk):
+    found = []
+    for frozen in (False, True):
+        module = FromageModule(**TOY, freeze_temperature=frozen, chunk=chunk)
+        module.model = build("tied", 1)
+        module._freeze_unused()
+        out = module.losses(make_batch(module.model, [5, 12, 3, 8, 9, 4]), False)
+        out.loss.backward()
+        found.append((out.loss, {name: p.grad for name, p in module.model.trained().items()}))
+    (loss, grads), (frozen_loss, frozen_grads) = found
+    assert grads.pop("logit_scale").abs() > 0 and frozen_grads.pop("logit_scale") is None
+    assert torch.equal(loss, frozen_loss) and all(torch.equal(grads[name], grad) for name, grad in frozen_grads.items())
+
+
+def test_resuming_with_other_parameters_trained_is_one_line(fitted, world, tmp_path):
+    last = str(fitted[3] / "last.ckpt")
+    with pytest.raises(UserError, match=r"8 parameter tensors were trained, and now 7 .*freeze_temperature"):
+        run(world, tmp_path, 9, ckpt_path=last, freeze_temperature=True)
+
+
+class Rates(pl.Callback):
+    """The learning rate of each step, as the optimiser takes it."""
+
+    def __init__(self):
+        self.rates = []
+
+    def on_before_optimizer_step(self, trainer, module, optimizer):
+        self.rates.append(optimizer.param_groups[0]["lr"] / TOY["lr"])
+
+
+@pytest.mark.parametrize(
+    ("options", "want"),
+    [
+        ({}, [0.25, 0.5, 0.75, 1, 1, 1]),
+        ({"warmup_from_zero": True}, [0, 0.25, 0.5, 0.75, 1, 1]),  # step n of the released code: min(1, n / warmup_steps)
+        ({"warmup_from_zero": True, "warmup_steps": 0}, [1] * 6),
+        ({"warmup_from_zero": True, "decay_steps": 4}, [0, 0.25, 0.5, 0.75, 1, (1 + 0.5**0.5) / 2]),
+    ],
+)
+def test_warm_up_from_zero_is_one_step_later(options, want, world, tmp_path):
+    rates = Rates()
+    run(world, tmp_path, 6, callbacks=[rates], **{"warmup_steps": 4, **options})
+    assert rates.rates == pytest.approx(want)
+
+
+def test_the_first_step_from_zero_moves_nothing_but_the_norm_of_ret(fitted, world, tmp_path):
+    module, _ = run(world, tmp_path, 1, warmup_from_zero=True, rescale_ret=False)
+    assert all(torch.equal(fitted[0][name], p) for name, p in module.model.trained().items())
+
+
 @pytest.mark.parametrize("weights", [(0, 0), (-1, 1), (float("nan"), 1)])
 def test_weights_that_train_nothing_are_refused(weights):
     with pytest.raises(UserError, match="captioning_weight"):
