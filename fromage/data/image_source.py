@@ -170,9 +170,12 @@ def _read_captions(path: Path, folder: Path) -> dict[str, str]:
     From a TSV or JSON lines as they are packed, from {"a.jpg": "text" or ["text", ...]}, or from COCO's caption JSON.
     """
     if (read := PAIRS.get(path.suffix.lower())) and path.is_file():
-        rows = by_image(read(path, folder, PackReport()), PackReport())
+        report = PackReport()
+        rows = by_image(read(path, folder, report), report)
+        lost = [f"{name}: {cause}" for cause, names in report.names.items() for name in names]
+        leave_out(path, lost, len(lost) + sum(len(row.captions) for row in rows))
         return {os.path.normpath(row.image): row.captions[0] for row in rows}
-    remedy = "COCO's caption file, {file: caption} as JSON, .tsv or .jsonl"
+    remedy = "a .tsv or .jsonl of captions, {file: caption} as JSON, or COCO's caption file"
     data = read_json(path, remedy)
     if kind_of(data) == "captions of COCO":
         files, captions = coco_captions(path, data)

@@ -143,6 +143,9 @@ def test_captions_of_a_folder_as_they_are_packed(tmp_path, name, text):
     assert [item.caption for item in found] == ["blau", "", "rot"]
     with pytest.raises(UserError, match="cannot be read"):
         embed_images(Model(), folder, captions=tmp_path / f"none.{name}")
+    (tmp_path / name).write_text("junk\n" + text)
+    with pytest.raises(UserError, match=r"1 of 4 entries are odd \(line 1"):
+        embed_images(Model(), folder, captions=tmp_path / name)
 
 
 @pytest.mark.parametrize("data", ["{}", "[1]", "{", '{"a.png": []}', '{"annotations": [{}]}', '{"other.png": "text"}'])
