@@ -11,12 +11,16 @@ from typing import Any
 
 import torch
 
+from fromage.checkpoints.format import GENERATION
 from fromage.data.batches import Batch
 from fromage.data.datamodule import CC3M
 from fromage.data.features import store_features
 from fromage.evals.retrieval import evaluate, evaluate_clip
 from fromage.generation.generate import caption_images
+from fromage.generation.options import Decoding
+from fromage.generation.preset import Preset
 from fromage.images.open import open_image
+from fromage.io import write_json
 from fromage.models.fromage import Fromage, load_model
 from fromage.retrieval.build import build_index
 from fromage.retrieval.open_index import search_index
@@ -26,6 +30,18 @@ from fromage.toy.world import make_world
 from fromage.training.fit import fitting
 
 CONVERSATION = "index_k4"  # of the model with the better captions
+PRESET = Preset(  # what suits the models of the tour
+    style="alone",  # each turn by itself: they were trained on captions alone
+    decoding=Decoding(ret_bias=2.0, images_per_ret=4, end_at_image=True),
+    name="toy FROMAGe",
+    about="A toy, trained in minutes: it knows drawings of coloured shapes, and captions such as those below.",
+    examples=(
+        "a small red star at night.",
+        "a purple heart on the grass.",
+        "on the snow by day, a big yellow circle at the top.",
+        "a small blue ring at the left and a big green square at the right.",
+    ),
+)
 
 
 def conversation_index(out: Path) -> Path:
@@ -91,6 +107,7 @@ def train(out: Path, k: int, world: Path, stored: Path, options: Sequence[str]) 
     words += [f"--trainer.logger.init_args.save_dir={out.parent}", f"--trainer.logger.init_args.name={out.name}"]
     words += [f"--trainer.callbacks.init_args.dirpath={checkpoints}", "--overwrite"]
     fitting(["fit", "--config", "toy.yaml", *words, *options])
+    write_json(checkpoints / GENERATION, PRESET.stored())
     return checkpoints / "last.ckpt"
 
 

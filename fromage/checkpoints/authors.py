@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fromage.checkpoints.format import Saved, differences, dtype_name, parameter_shapes
+from fromage.checkpoints.format import GENERATION, Saved, differences, dtype_name, parameter_shapes, read_generation
 from fromage.checkpoints.safe_pickle import read_pickle
 from fromage.data.tokenizer import IMAGE, RET
 from fromage.errors import UserError, first_line
@@ -68,7 +68,8 @@ def read_authors(
     sizes = {"k": args["n_visual_tokens"], "q": args["shared_emb_dim"]}
     settings = {"lm": lm or args["opt_version"], **clip, **sizes, "dtype": dtype_name(dtype)}
     settings |= {"input_prompt": args["input_prompt"]}
-    return Saved(str(file), _read_tensors(file, **sizes, ret=ret), settings, {IMAGE: ret - 1, RET: ret})
+    tensors, generation = _read_tensors(file, **sizes, ret=ret), read_generation(file.parent)
+    return Saved(str(file), tensors, settings, {IMAGE: ret - 1, RET: ret}, generation=generation)
 
 
 def _find_pickle(path: Path) -> Path:
@@ -168,7 +169,8 @@ def write_authors(saved: Saved, folder: str | Path, visual_encoder: str | None =
     args |= {"input_prompt": prompt} if (prompt := saved.settings.get("input_prompt")) else {}
     content = io.BytesIO()
     torch.save({"state_dict": {THEIRS[name]: value for name, value in saved.tensors.items()}}, content)
-    write_files(Path(folder), {PICKLE: content.getvalue(), ARGS: as_json(args)})
+    files = {PICKLE: content.getvalue(), ARGS: as_json(args)}
+    write_files(Path(folder), files | ({GENERATION: as_json(saved.generation)} if saved.generation else {}))
 
 
 def _clip_name(settings: dict[str, Any]) -> str:

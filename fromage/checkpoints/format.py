@@ -12,6 +12,7 @@ nothing.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import reduce
@@ -31,6 +32,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 TOWERS = ("lm.", "vision.")  # prefixes of parameters that are never saved
 FORMAT, VERSION = "fromage", 1
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
+GENERATION = "generation.json"  # how to talk with the model, beside any kind of weights; see fromage.generation.preset
+GENERATION_SIZE = 1 << 16  # bytes of it, at most
 KINDS = {  # settings on record
     "lm": str, "vision": str, "vision_weights": str | None, "k": int, "q": int, "pooling": str, "dtype": str,
     "input_prompt": str,
@@ -54,6 +57,7 @@ class Saved:
         settings: arguments of Fromage.load that build the model around them.
         added_tokens: ids of <|image|> and [RET]; empty in a Lightning checkpoint.
         fingerprint: of the model with these parameters; None where it was written without its towers.
+        generation: content of generation.json, not checked; None where there is none.
     """
 
     source: str
@@ -61,6 +65,7 @@ class Saved:
     settings: dict[str, Any]
     added_tokens: dict[str, int]
     fingerprint: str | None = None
+    generation: dict[str, Any] | None = None
 
     @property
     def dtype(self) -> str:
@@ -79,7 +84,26 @@ def read_folder(folder: Path) -> Saved:
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{folder / WEIGHTS}: missing or damaged ({first_line(error)}); fetch or export it again") from error
     settings = {name: config[name] for name in KINDS}
-    return Saved(str(folder), tensors, settings, config["added_tokens"], config["fingerprint"])
+    generation = read_generation(folder)
+    return Saved(str(folder), tensors, settings, config["added_tokens"], config["fingerprint"], generation)
+
+
+def read_generation(folder: Path) -> dict[str, Any] | None:
+    """The JSON object in generation.json; None where there is none. Raises UserError for anything else."""
+    path = folder / GENERATION
+    if not path.exists():
+        return None
+    try:
+        with path.open("rb") as file:
+            content = file.read(GENERATION_SIZE + 1)
+        if len(content) > GENERATION_SIZE:
+            raise ValueError(f"larger than {GENERATION_SIZE >> 10} KiB")
+        stored = json.loads(content)
+        if not isinstance(stored, dict):
+            raise ValueError("no JSON object")
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: cannot be read ({first_line(error)}); mend it, or remove it") from error
+    return stored
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -109,7 +133,10 @@ def write_folder(saved: Saved, folder: str | Path, overwrite: bool = False) -> N
     config |= {"added_tokens": saved.added_tokens, "fingerprint": saved.fingerprint}
     config |= {"sha256": hashlib.sha256(content).hexdigest()}
     files = {WEIGHTS: content, CARD: _card(config, saved).encode(), CONFIG: as_json(config)}
+    files |= {GENERATION: as_json(saved.generation)} if saved.generation else {}
     write_files(folder, {name: data for name, data in files.items() if name != CARD or not (folder / CARD).exists()})
+    if not saved.generation:
+        (folder / GENERATION).unlink(missing_ok=True)  # of the model that was replaced
 
 
 def _card(config: dict[str, Any], saved: Saved) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 from huggingface_hub import snapshot_download
 
-from fromage.checkpoints.format import CONFIG, WEIGHTS, Saved, read_folder
+from fromage.checkpoints.format import CONFIG, GENERATION, WEIGHTS, Saved, read_folder, read_generation
 from fromage.checkpoints.hub import look_for_hub
 from fromage.checkpoints.lightning import PREFIX, checkpoint_file, last_checkpoint, read_checkpoint
 from fromage.errors import UserError, first_line
@@ -25,7 +25,7 @@ def read_saved(path: str | Path, **hub: Any) -> Saved:
         return _from_lightning(path)
     look_for_hub()
     try:
-        folder = snapshot_download(str(path), allow_patterns=[CONFIG, WEIGHTS], **hub)
+        folder = snapshot_download(str(path), allow_patterns=[CONFIG, WEIGHTS, GENERATION], **hub)
     except Exception as error:
         reason = first_line(error)
         raise UserError(
@@ -41,4 +41,5 @@ def _from_lightning(path: str | Path) -> Saved:
     path = checkpoint_file(path)
     checkpoint = read_checkpoint(path)
     tensors = {name.removeprefix(PREFIX): value for name, value in checkpoint.get("state_dict", {}).items()}
-    return Saved(str(path), tensors, dict(checkpoint["hyper_parameters"]), {})
+    generation = read_generation(Path(path).parent)
+    return Saved(str(path), tensors, dict(checkpoint["hyper_parameters"]), {}, generation=generation)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, make_dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 
-from fromage.generation.options import Decoding
+from fromage.generation.options import DEFAULTS, Decoding
 
 
 @dataclass(kw_only=True)
@@ -16,26 +16,36 @@ class Opening:
     Attributes:
         ckpt: checkpoint, folder or hub name (default: with no --index either, the toy world, made on first use)
         index: folder of `fromage index build`, where images are found
-        style: how turns stand in the prompt (default: dialogue; for the toy world alone)
+        style: how turns stand in the prompt (default: as the model's generation.json says, else dialogue)
+        system: text in front of everything
     """
 
     ckpt: str | None = None
     index: Path | None = None
     style: Literal["dialogue", "plain", "alone"] | None = None
+    system: str | None = None
     device: str = "cpu"
 
-    def open(self) -> tuple[Any, Any, str]:
-        """Model, index (or None) and style of conversation: as named, else those of the toy world."""
+    def open(self) -> tuple[Any, Any, Any]:
+        """Model, index (or None) and Preset: as named, else those of the toy world."""
+        from fromage.apps.toy_demo import PRESET
+        from fromage.generation.preset import read_preset
+
+        model, index = self._open()
+        toy = not self.index and not self.ckpt and model.generation is None  # of a run before there was generation.json
+        return model, index, (PRESET if toy else read_preset(model.generation)).over(self.style, self.system)
+
+    def _open(self) -> tuple[Any, Any]:
         from fromage.models.fromage import load_model
         from fromage.retrieval.open_index import open_index
 
         if self.index:
-            return *open_index(self.index, self.ckpt, self.device), self.style or "dialogue"
+            return open_index(self.index, self.ckpt, self.device)
         if self.ckpt:
-            return load_model(self.ckpt, self.device), None, self.style or "dialogue"
+            return load_model(self.ckpt, self.device), None
         from fromage.apps.toy_demo import conversation_index
 
-        return *open_index(conversation_index(Path("runs/demo")), None, self.device), self.style or "alone"
+        return open_index(conversation_index(Path("runs/demo")), None, self.device)
 
     def octopus(self, ckpt: str | None) -> Any:
         """The one that is named; beside the toy FROMAGe the toy one, if it was trained already; or None."""
@@ -59,20 +69,44 @@ class Address:
     port: int = 7860
 
 
-def chat(*, opening: Opening, system: str | None = None, decoding: Decoding) -> None:
-    """Talk in the terminal, with images by path.
+class _Given:
+    """Options of an answer where they were given; the model's generation.json says the others."""
 
-    Args:
-        system: text in front of everything
-    """
+    def __post_init__(self) -> None:
+        Decoding(**self.options())  # what means nothing is refused before any work
+
+    def options(self) -> dict[str, Any]:
+        """Those that were given, by name."""
+        return {name: value for name, value in vars(self).items() if value not in (None, [], _UNSAID[name])}
+
+
+_UNSAID = {name: value if isinstance(value, (bool, tuple)) else None for name, value in DEFAULTS.items()}
+if TYPE_CHECKING:
+    Given = _Given
+else:
+    Given = make_dataclass(
+        "Given",
+        [
+            (name, kind if isinstance(_UNSAID[name], (bool, tuple)) else kind | None, _UNSAID[name])
+            for name, kind in get_type_hints(Decoding).items()
+        ],
+        bases=(_Given,),
+        kw_only=True,
+        namespace={"__doc__": Decoding.__doc__},
+    )
+
+
+def chat(*, opening: Opening, decoding: Given) -> None:
+    """Talk in the terminal, with images by path."""
     from fromage.apps.terminal import talk
     from fromage.generation.chat import Chat
 
-    model, index, style = opening.open()
-    talk(Chat(model, index, decoding, style, system or ()))
+    model, index, preset = opening.open()
+    preset = preset.over(decoding=decoding.options())
+    talk(Chat(model, index, preset.decoding, preset.style, preset.system))
 
 
-def demo(*, opening: Opening, octopus: str | None = None, address: Address) -> None:
+def demo(*, opening: Opening, octopus: str | None = None, address: Address, decoding: Given) -> None:
     """Talk and search in a browser.
 
     Args:
@@ -80,11 +114,14 @@ def demo(*, opening: Opening, octopus: str | None = None, address: Address) -> N
     """
     from fromage.apps.web.demo import launch
 
-    model, index, style = opening.open()
-    launch(model, index, style, address.host, address.port, opening.octopus(octopus))
+    model, index, preset = opening.open()
+    preset = preset.over(decoding=decoding.options())
+    launch(model, index, None, address.host, address.port, opening.octopus(octopus), preset)
 
 
-def serve(*, opening: Opening, address: Address, batch_size: int = 16, queue: int = 64, timeout: float = 60.0) -> None:
+def serve(
+    *, opening: Opening, address: Address, batch_size: int = 16, queue: int = 64, timeout: float = 60.0, decoding: Given
+) -> None:
     """Answer programs over HTTP.
 
     Args:
@@ -94,5 +131,6 @@ def serve(*, opening: Opening, address: Address, batch_size: int = 16, queue: in
     """
     from fromage.serving.app import Capacity, serve
 
-    model, index, style = opening.open()
-    serve(model, index, style, address.host, address.port, Capacity(batch_size, queue, timeout))
+    model, index, preset = opening.open()
+    preset = preset.over(decoding=decoding.options())
+    serve(model, index, None, address.host, address.port, Capacity(batch_size, queue, timeout), preset)

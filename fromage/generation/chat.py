@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from fromage.errors import UserError
 from fromage.generation.decoding import Decoding
 from fromage.generation.generate import Answer, stream
+from fromage.generation.preset import read_preset
 from fromage.generation.retrieved import Resolve, RetrievedImages
 from fromage.models.fromage import Fromage
 from fromage.models.prompts import (
@@ -104,12 +105,12 @@ class Chat:
         model: Fromage,
         index: ImageIndex | None = None,
         decoding: Decoding | None = None,
-        style: str = "dialogue",
-        system: Prompt = (),
+        style: str | None = None,
+        system: Prompt | None = None,
         examples: Sequence[tuple[Prompt, Prompt]] = (),
         resolve: Resolve | None = load_images,
     ) -> None:
-        """Start a conversation.
+        """Start a conversation. What is None is as the model's generation.json says, if it has one (see preset.py).
 
         Args:
             index: index of the images to retrieve; None for text-only answers.
@@ -124,9 +125,10 @@ class Chat:
         """
         if index is not None:
             index.require_model(model)
-        self.model, self.index, self.decoding, self.resolve = model, index, decoding or Decoding(), resolve
-        self.style, self.turns = find_style(style), list[Turn]()
-        front = joined(parts_of(system))
+        preset = read_preset(model.generation)
+        self.model, self.index, self.decoding, self.resolve = model, index, decoding or preset.decoding, resolve
+        self.style, self.turns = find_style(preset.style if style is None else style), list[Turn]()
+        front = joined(parts_of(preset.system if system is None else system))
         self.system = self._encoded([*front, self.style.after]) if front else []
         self.examples = [self._framed(self._encoded(said), self._encoded(answered)) for said, answered in examples]
 

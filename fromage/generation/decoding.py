@@ -75,6 +75,9 @@ class Draft:
         if self.ids and self.ids[-1] == self.tokenizer.ret_id:
             self.emit(hidden.clone())
             self._words, self._said = [], 0
+            if self.decoding.end_at_image and self.ids.count(self.tokenizer.ret_id) >= self.decoding.max_images:
+                self.done = True
+                return
         if token in self.ends or self._full:
             self._say(everything=True)
             self.done = True

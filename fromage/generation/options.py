@@ -57,6 +57,7 @@ class Decoding:
             wrong way.
         max_images: [RET] in an answer at most; 0 for text alone.
         images_per_ret: images for each [RET].
+        end_at_image: the answer ends at its last [RET], behind which training shows no text.
         use_cache: run the whole sequence again for every token, without kept keys and values.
     """
 
@@ -73,6 +74,7 @@ class Decoding:
     authors_ret_scale: float = _number(1.0, -1e6, 1e6)
     max_images: int = _number(1, 0, served=(0, 4))
     images_per_ret: int = _number(1, 1, 1000, served=(1, 8), slider=(1, 8, 1), label="Images for each [RET]")
+    end_at_image: bool = False
     use_cache: bool = True
 
     def __post_init__(self) -> None:

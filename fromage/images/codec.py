@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from contextlib import suppress
 from pathlib import Path
 
@@ -14,9 +15,13 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")  # no other decoder of Pillow se
 SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp", "gif")
 MAX_PIXELS = 89_478_485  # Pillow's own line between a large image and a decompression bomb
 STRANGERS_PIXELS = 25_000_000  # of what the web or a visitor sends: one takes up to 16 bytes a pixel to decode
+MAX_SCANS = 64  # of a JPEG, each a pass over all its pixels; progressive files have ten or so
+MAX_SEGMENTS = 10_000  # of a JPEG, tables and metadata; read one by one before its pixels
 MAX_ASPECT = 100  # a strip of 1 x 20,000 pixels passes the first limit, and explodes when its short side is scaled up
 WHITE = (255, 255, 255)
 ORIENTATION = ExifTags.Base.Orientation
+JPEG_MARKER = re.compile(rb"\xff+([\x01-\xcf\xd8-\xfe])")  # what is neither a pixel's byte nor a restart between pixels
+JPEG_SCAN, JPEG_END = 0xDA, 0xD9
 
 
 def is_image(path: Path) -> bool:
@@ -30,7 +35,15 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
 
 
 def opened(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """The image that a file's bytes hold, its header read. Raises BrokenSample where there is none, or too large a one."""
+    """The image that a file's bytes hold, its header read. Raises BrokenSample where there is none, or too large a one.
+
+    Too large is also what costs far more than its size says: a JPEG of very many scans, and a WebP whose canvas Pillow would
+    allocate as it opens it.
+    """
+    if data.startswith(b"\xff\xd8"):
+        _check_scans(data)
+    elif data[:4] == b"RIFF" and data[8:16] == b"WEBPVP8X":
+        _check_size((1 + int.from_bytes(data[24:27], "little"), 1 + int.from_bytes(data[27:30], "little")), max_pixels)
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError:
@@ -39,7 +52,7 @@ def opened(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
         raise BrokenSample(f"undecodable image: too large, of more than {max_pixels:,} pixels") from None
     except Exception as error:  # on broken bytes Pillow raises nearly anything
         raise BrokenSample(f"undecodable image: {error}") from None
-    _check_size(image, max_pixels)
+    _check_size(image.size, max_pixels)
     return image
 
 
@@ -48,7 +61,7 @@ def take_in(image: Image.Image, max_pixels: int = MAX_PIXELS) -> Image.Image:
 
     Raises BrokenSample for one that cannot be decoded, or is beyond max_pixels or MAX_ASPECT.
     """
-    _check_size(image, max_pixels)
+    _check_size(image.size, max_pixels)
     try:
         image.load()
         if not is_upright(image):
@@ -56,7 +69,7 @@ def take_in(image: Image.Image, max_pixels: int = MAX_PIXELS) -> Image.Image:
                 image = ImageOps.exif_transpose(image)
         return _to_rgb(image)
     except Exception as error:
-        raise BrokenSample(f"undecodable image: {error}") from None
+        raise BrokenSample(f"undecodable image: {str(error) or 'takes too much memory'}") from None
 
 
 def is_upright(image: Image.Image) -> bool:
@@ -66,8 +79,22 @@ def is_upright(image: Image.Image) -> bool:
     return True
 
 
-def _check_size(image: Image.Image, max_pixels: int) -> None:
-    width, height = image.size
+def _check_scans(data: bytes) -> None:
+    """Raise BrokenSample for a JPEG of more scans or segments than a decoder should be asked to go through."""
+    at, scans = 2, 0
+    for _ in range(MAX_SEGMENTS):
+        marker = JPEG_MARKER.search(data, at)
+        if marker is None or marker[1][0] == JPEG_END:
+            return
+        scans += marker[1][0] == JPEG_SCAN
+        if scans > MAX_SCANS:
+            raise BrokenSample(f"undecodable image: a JPEG of more than {MAX_SCANS} scans")
+        at = marker.end() + int.from_bytes(data[marker.end() : marker.end() + 2], "big")  # behind the segment
+    raise BrokenSample(f"undecodable image: a JPEG of more than {MAX_SEGMENTS:,} segments")
+
+
+def _check_size(size: tuple[int, int], max_pixels: int) -> None:
+    width, height = size
     if not 0 < width * height <= max_pixels or max(width, height) > MAX_ASPECT * min(width, height):
         raise BrokenSample(f"undecodable image: {width} x {height} pixels are too large or too narrow")
 

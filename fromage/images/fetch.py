@@ -16,7 +16,8 @@ import httpx
 from PIL import Image
 
 from fromage.errors import BrokenSample, UserError, first_line
-from fromage.images.codec import STRANGERS_PIXELS, decode_image
+from fromage.images.codec import STRANGERS_PIXELS
+from fromage.images.decode_process import decode_apart
 from fromage.images.guarded_transport import CONNECTION_ERRORS, GuardedTransport, Refused
 from fromage.io import WholeFile
 
@@ -58,12 +59,12 @@ def fetch_image(
     limits, folder = limits or Limits(), cache or cache_folder()
     kept = folder / hashlib.sha256(f"{allow_private} {url}".encode("utf-8", "replace")).hexdigest()
     with suppress(OSError, BrokenSample):
-        image = decode_image(kept.read_bytes(), limits.pixels)
+        image = decode_apart(kept.read_bytes(), limits.pixels)
         os.utime(kept)  # used lately
         return image
     try:
         data = _attempts(url, limits, allow_private)
-        image = decode_image(data, limits.pixels)
+        image = decode_apart(data, limits.pixels)
     except (Refused, BrokenSample, httpx.HTTPError, *CONNECTION_ERRORS) as error:
         raise UserError(f"{url[:200]}: {first_line(error)}; choose another image or try later") from error
     with suppress(OSError, UserError):  # a full or read-only disk costs time, not the image

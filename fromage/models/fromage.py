@@ -46,6 +46,7 @@ class Fromage(VisualPrefixLM, ModelHubMixin):
     Attributes:
         settings: the arguments of `load`; empty if the model was built from modules.
         input_prompt: text in front of every caption that is generated, not part of it.
+        generation: content of generation.json, how to talk with the model (fromage.generation.preset); None: nothing said.
         stored_dtype: dtype to which save_pretrained and push_to_hub round; after loading, the dtype of the file.
     """
 
@@ -67,6 +68,7 @@ class Fromage(VisualPrefixLM, ModelHubMixin):
         self.settings: dict[str, Any] = {}
         self.input_prompt = ""
         self.stored_dtype = "bfloat16"
+        self.generation: dict[str, Any] | None = None
 
     @classmethod
     def load(

@@ -22,7 +22,7 @@ from fromage.checkpoints.hub import look_for_hub
 from fromage.data.tokenizer import IMAGE, RET, PromptTokenizer
 from fromage.errors import UserError, first_line
 from fromage.models.frozen import TOY, FrozenTower, hold
-from fromage.models.packed_attention import Attend, attending
+from fromage.models.packed_attention import Attend, attending, route
 from fromage.models.special_tokens import AddedTokens, ExtendedEmbedding, ExtendedHead
 
 Quantized = Literal["int8", "nf4"]
@@ -50,6 +50,7 @@ class LanguageModel(FrozenTower):
         self.hf, self.tokenizer, self.name = hf, tokenizer, name
         self.width: int = embedding.weight.shape[1]
         self.freeze()
+        route(hf.config)
         tied = head.weight is embedding.weight
         added = AddedTokens(embedding, head, tokenizer.row_ids, tokenizer.vocab_size, tied)
         hold(self, "added", added)
@@ -93,7 +94,7 @@ class LanguageModel(FrozenTower):
 
     def packed(self, embeds: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """(1, N, d) packed input embeddings at positions (N,) -> (N, d) hidden states; see packed_attention for attend."""
-        with attending(self.hf.config, attend):
+        with attending(attend):
             output = self.hf.base_model(inputs_embeds=embeds, position_ids=positions.unsqueeze(0), use_cache=False)
         return output.last_hidden_state[0]  # (1, N, d) -> (N, d)
 

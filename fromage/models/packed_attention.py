@@ -1,17 +1,21 @@
 """Packed sequences: sequences of unequal length laid end to end, so that only attention computes padding.
 
-A Hugging Face model calls a registered function for its attention. Ours pads the packed queries, keys and values to (S, T),
-computes causal attention (the padding comes last, so no mask is needed) and removes the padding again. What the tokens
-attend to is an Attend: Causal, OneMore (one new token after cached ones: the one-token backward) or Branches.
+A Hugging Face model calls a registered function for its attention. Ours stands in front of the model's own (`route`)
+and asks in each call whether this thread runs packed sequences (`attending`); if not, the model's own answers, so that
+one thread can decode while another scores. For packed sequences ours pads queries, keys and values to (S, T), computes
+causal attention (the padding comes last, so no mask is needed) and removes the padding again. What the tokens attend to
+is an Attend: Causal, OneMore (one new token after cached ones: the one-token backward) or Branches.
 
 Shapes: see fromage.models. Here N counts the tokens of all sequences and T those of the longest.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from itertools import accumulate
 from typing import Any, NamedTuple, Protocol
 
@@ -23,7 +27,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from fromage.errors import UserError
 
-NAME = "fromage_packed"
+PREFIX = "fromage_packed_or_"  # before the name of the attention that a model was loaded with
 
 
 def starts(lengths: list[int]) -> list[int]:
@@ -197,31 +201,49 @@ def current_attention() -> Attend | None:
     return _attend.get()
 
 
+def route(config: Any) -> None:
+    """Have the Hugging Face model of this configuration ask `current_attention` in each call, from now on.
+
+    Where none is set, the attention it was loaded with answers.
+    """
+    own = str(config._attn_implementation)
+    if own.startswith(PREFIX):
+        return
+    name = PREFIX + own
+    if name not in AttentionInterface():
+        AttentionInterface.register(name, partial(_attention, own))
+        if own in AttentionMaskInterface():
+            AttentionMaskInterface.register(name, partial(_mask, own))
+    config._attn_implementation = name
+
+
+def _mask(own: str, *args: Any, **options: Any) -> Any:
+    return AttentionMaskInterface()[own](*args, **options) if current_attention() is None else None
+
+
 @torch.compiler.disable
-def _attention(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, **options: Any) -> tuple[Tensor, None]:
-    """The function Hugging Face calls: q (1, H, N, e), k and v (1, H', N, e) -> (1, N, H, e)."""
-    attend: Any = current_attention()
+def _attention(own: str, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, **options: Any) -> Any:
+    """The function Hugging Face calls; for packed tokens q (1, H, N, e), k and v (1, H', N, e) -> (1, N, H, e)."""
+    attend = current_attention()
+    if attend is None:
+        eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+        return AttentionInterface().get_interface(own, eager)(module, q, k, v, mask, **options)
     window = options.get("sliding_window")
     if window is not None and attend.max_seqlen > window:
         raise UserError(
             f"{attend.max_seqlen} tokens in a sequence: this language model looks back {window} only; shorten it"
         )
     q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # (N, H, e)
-    out = attend(module.layer_idx, q, k, v, Weighting(options.get("scaling"), options.get("softcap")))  # (N, H, e)
+    layer: Any = module.layer_idx
+    out = attend(layer, q, k, v, Weighting(options.get("scaling"), options.get("softcap")))  # (N, H, e)
     return out.unsqueeze(0), None
 
 
-AttentionInterface.register(NAME, _attention)
-AttentionMaskInterface.register(NAME, lambda *args, **options: None)
-
-
 @contextmanager
-def attending(config: Any, attend: Attend) -> Iterator[None]:
-    """Use this attention in the Hugging Face model of this configuration, for the calls within."""
-    before, token = config._attn_implementation, _attend.set(attend)
-    config._attn_implementation = NAME
+def attending(attend: Attend) -> Iterator[None]:
+    """Use this attention in the calls within, those of this thread, of models that `route` has seen."""
+    token = _attend.set(attend)
     try:
         yield
     finally:
-        config._attn_implementation = before
         _attend.reset(token)

@@ -35,6 +35,7 @@ def build(cls: type[Fromage], saved: Saved, device: str = "cpu", **options: Any)
     if ids != _added_tokens(model):
         raise UserError(f"{saved.source}: made for {ids}, but {model.lm.name} has {_added_tokens(model)}; give its own lm")
     model.load_state_dict(saved.tensors, strict=False)
+    model.generation = saved.generation
     if saved.added_tokens:  # not a Lightning checkpoint, which is float32 for further training
         model.stored_dtype = saved.dtype
     if saved.fingerprint and not options and model.fingerprint() != saved.fingerprint:
@@ -66,7 +67,8 @@ def describe(model: Fromage, dtype: str | None = None) -> Saved:
         raise UserError("a model whose towers cannot be loaded by name cannot be saved: build it by Fromage.load")
     kept = DTYPES[dtype_name(dtype or model.stored_dtype)]
     tensors = {name: p.detach().to("cpu", kept).contiguous() for name, p in model.trained().items()}
-    return Saved("this model", tensors, dict(model.settings), _added_tokens(model), model.fingerprint(tensors))
+    fingerprint, generation = model.fingerprint(tensors), model.generation
+    return Saved("this model", tensors, dict(model.settings), _added_tokens(model), fingerprint, generation)
 
 
 def check_checkpoint(checkpoint: dict[str, Any], model: Fromage) -> None:

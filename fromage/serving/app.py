@@ -17,7 +17,8 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
-from fromage.errors import UserError, first_line
+from fromage.errors import UserError
+from fromage.generation.preset import Preset, read_preset
 from fromage.models.fromage import Fromage
 from fromage.retrieval.base import ImageIndex
 from fromage.serving.batching import Capacity
@@ -28,41 +29,33 @@ try:
     from fastapi.exceptions import RequestValidationError
 
     from fromage.serving.body_limit import BodyLimit
-    from fromage.serving.connections import limited
-    from fromage.serving.hosts import HostGuard
+    from fromage.serving.connections import address, guarded, open_port
     from fromage.serving.request_handler import RequestHandler
     from fromage.serving.routes import STATUS, router, status_of
 except ImportError as error:
     raise UserError(f"the server needs {error.name}: pip install 'fromage[serve]'") from error
 
 FAULTS = 8  # of a malformed request that are reported
-CONNECTIONS = 512  # at a time, idle ones included: a process may have about a thousand files open
 
 
 def serve(
-    model: Fromage, index: ImageIndex | None, style: str, host: str, port: int, capacity: Capacity | None = None
+    model: Fromage,
+    index: ImageIndex | None,
+    style: str | None,
+    host: str,
+    port: int,
+    capacity: Capacity | None = None,
+    preset: Preset | None = None,
 ) -> None:
     """Answer requests until SIGTERM or Ctrl-C; then running requests are finished and waiting ones refused.
 
     port: 0 for any free port; the address is printed. Raises UserError if the address is not available.
     """
     capacity = capacity or Capacity()
-    try:
-        listening = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
-    except (OSError, OverflowError) as error:
-        raise UserError(f"{host}, port {port}: cannot listen there ({first_line(error)}); give another --port") from error
-    listening.setsockopt(
-        socket.IPPROTO_TCP, socket.TCP_NODELAY, 1
-    )  # without it each reply waits 40 ms for an acknowledgement
-    app = create_app(model, index, style, capacity)
-    config = uvicorn.Config(
-        HostGuard(app, host),
-        http=limited(capacity.timeout),
-        timeout_graceful_shutdown=int(capacity.timeout) + 1,
-        limit_concurrency=CONNECTIONS,
-    )
-    shown = f"[{host}]" if ":" in host else host
-    print(f"http://{shown}:{listening.getsockname()[1]}  (what it can do: /docs)", flush=True)
+    listening = open_port(host, port)
+    app = create_app(model, index, style, capacity, preset)
+    config = guarded(app, host, capacity.timeout, timeout_graceful_shutdown=int(capacity.timeout) + 1)
+    print(f"{address(host, listening)}  (what it can do: /docs)", flush=True)
     with suppress(KeyboardInterrupt):
         _Server(config, app.state.handler).run([listening])
 
@@ -80,18 +73,24 @@ class _Server(uvicorn.Server):
 
 
 def create_app(
-    model: Fromage, index: ImageIndex | None = None, style: str = "dialogue", capacity: Capacity | None = None
+    model: Fromage,
+    index: ImageIndex | None = None,
+    style: str | None = None,
+    capacity: Capacity | None = None,
+    preset: Preset | None = None,
 ) -> FastAPI:
     """The application; its model thread runs between startup and shutdown of its lifespan.
 
     Args:
         index: index of the images to retrieve, built with the same model; None for text-only answers.
-        style: prompt style of conversations, a key of fromage.generation.chat.STYLES.
+        style: prompt style of conversations, a key of fromage.generation.chat.STYLES; None: the preset's.
+        preset: what requests leave open; None: the model's generation.json.
 
     Raises:
         UserError: unknown style, or an index built with another model.
     """
-    handler = RequestHandler(model, index, style, capacity or Capacity())
+    preset = (preset or read_preset(model.generation)).over(style)
+    handler = RequestHandler(model, index, preset, capacity or Capacity())
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

@@ -8,24 +8,27 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 BODY = 32 << 20  # bytes of a request
+SLOW = 2.0  # seconds after which a body that is still arriving gives its place to the next request, if all are taken
 BUSY = "too many requests wait; try later"
 
 
 class BodyLimit:
     """ASGI middleware that reads the body of a POST before it passes the request on, or refuses it by 429, 413 or 408.
 
-    Bodies of other requests are never read.
+    Bodies of other requests are never read. Who only begins bodies keeps nobody out: where all places are taken, the body
+    that has been arriving for longest, and for more than SLOW seconds, is refused in favour of the next request.
     """
 
     def __init__(self, app: ASGIApp, requests: int, seconds: float, size: int = BODY) -> None:
         """requests: maximum number of open requests. seconds: time limit of a whole body. size: maximum size in bytes."""
         self.app, self.free, self.seconds, self.size = app, requests, seconds, size
+        self.arriving: dict[asyncio.Timeout, float] = {}  # until when, and since when; the oldest first
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """The ASGI interface."""
         if scope.get("method") != "POST":
             return await self.app(scope, receive, send)
-        if not self.free:
+        if self.free <= 0 and not self._give_way():
             return await JSONResponse({"detail": BUSY}, 429, {"Retry-After": "1"})(scope, receive, send)
         self.free -= 1
         try:
@@ -33,10 +36,24 @@ class BodyLimit:
         finally:
             self.free += 1
 
+    def _give_way(self) -> bool:
+        """End the slowest body; whether there is one."""
+        now = asyncio.get_running_loop().time()
+        oldest = next(iter(self.arriving), None)
+        if oldest is None or now - self.arriving[oldest] < SLOW:
+            return False
+        oldest.reschedule(now)
+        del self.arriving[oldest]
+        return True
+
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            async with asyncio.timeout(self.seconds):
-                body = await self._read(scope, receive)
+            async with asyncio.timeout(self.seconds) as arriving:
+                self.arriving[arriving] = asyncio.get_running_loop().time()
+                try:
+                    body = await self._read(scope, receive)
+                finally:
+                    self.arriving.pop(arriving, None)
         except (TimeoutError, ValueError) as error:
             status, detail = (
                 (413, str(error)) if isinstance(error, ValueError) else (408, "the request took too long to arrive")

@@ -1,15 +1,44 @@
-"""Limits to connections that uvicorn does not set: slow senders, clients that do not read, many from one address."""
+"""Ports, and limits of connections beyond uvicorn's: slow senders, clients that do not read, many of one address."""
 
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections import Counter
 from typing import Any, ClassVar
 
+import uvicorn
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
+from fromage.errors import UserError, first_line
+from fromage.serving.hosts import HostGuard
+
+CONNECTIONS = 512  # at a time, idle ones included: a process may have about a thousand files open
 PER_ADDRESS = 256  # connections of one address at a time; behind a reverse proxy all clients have the proxy's
 HEAD = 20.0  # seconds in which the head of a request must arrive, at most
+
+
+def open_port(host: str, port: int) -> socket.socket:
+    """A socket that listens; port 0: at any free port. Raises UserError where that is not possible."""
+    try:
+        listening = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except (OSError, OverflowError) as error:
+        raise UserError(f"{host}, port {port}: cannot listen there ({first_line(error)}); give another --port") from error
+    # without it each reply waits 40 ms for an acknowledgement
+    listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return listening
+
+
+def address(host: str, listening: socket.socket) -> str:
+    """The address of a socket that listens, for a browser on this machine."""
+    shown = "localhost" if host == "0.0.0.0" else f"[{host}]" if ":" in host else host
+    return f"http://{shown}:{listening.getsockname()[1]}"
+
+
+def guarded(app: Any, host: str, seconds: float, **options: Any) -> uvicorn.Config:
+    """How uvicorn serves an application: to names that are allowed, within the limits of this module. options: uvicorn's."""
+    limits: dict[str, Any] = {"http": limited(seconds), "limit_concurrency": CONNECTIONS}
+    return uvicorn.Config(HostGuard(app, host), **(limits | options))
 
 
 def limited(seconds: float, per_address: int = PER_ADDRESS) -> type[asyncio.Protocol]:

@@ -14,8 +14,10 @@ from PIL import Image
 
 from fromage.errors import BrokenSample, UserError
 from fromage.generation.generate import Answer
+from fromage.generation.preset import Preset
 from fromage.generation.retrieved import RetrievedImages
-from fromage.images.codec import STRANGERS_PIXELS, decode_image, jpeg
+from fromage.images.codec import jpeg
+from fromage.images.decode_process import decode_apart
 from fromage.images.fetch import fetch_image
 from fromage.models.fromage import Fromage
 from fromage.models.prompts import RET, Part
@@ -50,9 +52,9 @@ class RequestHandler:
     The answering methods raise UserError for a faulty request, and Busy or Closed of fromage.serving.batching.
     """
 
-    def __init__(self, model: Fromage, index: ImageIndex | None, style: str, capacity: Capacity) -> None:
-        self.model, self.index, self.capacity = model, index, capacity
-        self.worker, self.ids = ModelWorker(model, index, style), ImageIds(index)
+    def __init__(self, model: Fromage, index: ImageIndex | None, preset: Preset, capacity: Capacity) -> None:
+        self.model, self.index, self.preset, self.capacity = model, index, preset, capacity
+        self.worker, self.ids = ModelWorker(model, index, preset.style), ImageIds(index)
 
     def open(self) -> None:
         """Start the thread that owns the model."""
@@ -134,8 +136,9 @@ class RequestHandler:
         self.batcher.admit()
         messages = [message.content for message in request.messages]
         if request.messages[0].role != "system":
-            messages.insert(0, "")
-        return ModelRequest([await self._parts(content) for content in messages], request.decoding.decoding())
+            messages.insert(0, self.preset.system)
+        decoding = request.decoding.over(self.preset.decoding)
+        return ModelRequest([await self._parts(content) for content in messages], decoding)
 
     async def _parts(self, content: Content) -> list[Part]:
         """The parts of a prompt, with pixels (3, H, W) for images."""
@@ -180,7 +183,7 @@ def _opened(part: ImagePart | Address) -> Image.Image:
     if isinstance(part, Address):
         return fetch_image(part.url)
     try:
-        return decode_image(base64.b64decode(part.data, validate=True), STRANGERS_PIXELS)
+        return decode_apart(base64.b64decode(part.data, validate=True))
     except ValueError as error:
         raise UserError(f"an image's data is not base64 ({error}); encode the file's bytes") from error
     except BrokenSample as error:

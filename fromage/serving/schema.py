@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, create_model, model_validator
@@ -122,11 +123,11 @@ class Message(Strict):
 
 
 class _DecodingOptions(Strict):
-    """Decoding options. Requests with the same options can be answered as a batch."""
+    """Decoding options, where they differ from those the server was started with. Requests with equal ones form a batch."""
 
-    def decoding(self) -> Decoding:
-        """The options for the decoder. Raises UserError for options that contradict each other."""
-        return Decoding(**self.model_dump())
+    def over(self, decoding: Decoding) -> Decoding:
+        """The server's options with those of the request. Raises UserError for options that contradict each other."""
+        return replace(decoding, **self.model_dump(exclude_unset=True))
 
 
 def _served(name: str, limits: Limits) -> tuple[Any, Any]:
@@ -150,6 +151,7 @@ else:
         __doc__=_DecodingOptions.__doc__,
         __module__=__name__,
         **{name: _served(name, limits) for name, limits in LIMITS.items() if limits.served},
+        end_at_image=(bool, Field(False, description=HELP["end_at_image"])),
         stop=(Stop, []),
     )
 

@@ -26,16 +26,16 @@ def compile_blocks(lm: LanguageModel) -> None:
 def checkpoint_blocks(lm: LanguageModel) -> None:
     """Activation checkpointing (Chen et al., 2016): a layer keeps its input only and runs again in the backward."""
     for block in lm.blocks:
-        block.forward = partial(_recomputed, lm.hf.config, block.forward)  # type: ignore[method-assign]
+        block.forward = partial(_recomputed, block.forward)  # type: ignore[method-assign]
 
 
-def _recomputed(config: Any, forward: Callable[..., Any], *args: Any, **named: Any) -> Any:
+def _recomputed(forward: Callable[..., Any], *args: Any, **named: Any) -> Any:
     attend = current_attention()
     if not torch.is_grad_enabled() or isinstance(attend, OneMore):  # few tokens, and OneMore has removed its cache
         return forward(*args, **named)
 
     def run(*args: Any, **named: Any) -> Any:  # again in the backward, outside of the caller's `attending`
-        with nullcontext() if attend is None else attending(config, attend):
+        with nullcontext() if attend is None else attending(attend):
             return forward(*args, **named)
 
     return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False, **named)

@@ -2,7 +2,9 @@ import json
 
 from PIL import Image
 
-from fromage.apps.toy_demo import demo
+from fromage.apps.toy_demo import PRESET, demo
+from fromage.generation.chat import STYLES, Chat
+from fromage.models.fromage import load_model
 from fromage.toy.scenes import Scene, names_colour_and_shape
 
 
@@ -20,6 +22,8 @@ def test_the_tour_runs_and_leaves_report_and_image(tmp_path, capsys):
     assert report["clip"]["t2i_r1"] > 50, "the toy CLIP knows its world"
     assert {"train", "after_install"} <= set(report["seconds"]) and set(report["captions_right"]) == {"k1", "k4"}
     assert Image.open(tmp_path / "demo" / "searches.png").width > 400
+    preset = Chat(load_model(tmp_path / "demo" / "k4" / "checkpoints" / "last.ckpt"))
+    assert preset.style is STYLES["alone"] and preset.decoding == PRESET.decoding, "the first chat works"
     assert "recall in %" in capsys.readouterr().out
 
 

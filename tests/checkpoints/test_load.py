@@ -13,7 +13,7 @@ from safetensors import safe_open
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 import fromage.checkpoints.load
-from fromage.checkpoints.format import CARD, CONFIG, WEIGHTS, read_folder
+from fromage.checkpoints.format import CARD, CONFIG, GENERATION, WEIGHTS, read_folder
 from fromage.checkpoints.lightning import read_checkpoint
 from fromage.cli.main import main
 from fromage.errors import UserError
@@ -131,7 +131,7 @@ def test_load_model_takes_a_lightning_checkpoint_a_folder_and_a_hub_name(model, 
     assert run.fingerprint() == model.fingerprint()
     there, hub = load_model(str(folder)), Fromage.from_pretrained("someone/fromage-toy", revision="v1")
     assert there.fingerprint() == hub.fingerprint()
-    assert asked == {"name": "someone/fromage-toy", "revision": "v1", "allow_patterns": [CONFIG, WEIGHTS]}
+    assert asked == {"name": "someone/fromage-toy", "revision": "v1", "allow_patterns": [CONFIG, WEIGHTS, GENERATION]}
 
 
 def test_a_name_that_is_nowhere_is_named(monkeypatch, tmp_path):

@@ -3,10 +3,12 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 import yaml
 
+from fromage.cli.command import call
 from fromage.cli.main import COMMANDS, RENAMED, main, parse
 from fromage.cli.talk import Opening
 from fromage.errors import UserError
@@ -191,7 +193,7 @@ def test_the_options_of_an_answer_stand_once():
     schema = pytest.importorskip("fromage.serving.schema")
     properties = schema.DecodingOptions.model_json_schema()["properties"]
     served = {name for name, limits in LIMITS.items() if limits.served}
-    assert properties.keys() == served | {"stop"} and HELP.keys() == DEFAULTS.keys()
+    assert properties.keys() == served | {"stop", "end_at_image"} and HELP.keys() == DEFAULTS.keys()
     for name in served:
         assert (properties[name]["description"], properties[name]["default"]) == (HELP[name], DEFAULTS[name])
         least, most = LIMITS[name].served
@@ -202,3 +204,15 @@ def test_the_options_of_an_answer_stand_once():
     for name in ("min_tokens", "min_new_tokens"):
         with pytest.raises(UserError, match=name):
             Decoding(max_new_tokens=3, **{name: 4})
+
+
+def test_options_of_an_answer_come_before_the_models_own():
+    """What is not said is left to generation.json; what means nothing is refused before any work."""
+    function, values = parse(["chat", "--ret-bias", "0", "--stop", "x", "--end-at-image", "--no-use-cache"])
+    given = call(get_type_hints(function)["decoding"], values)
+    assert given.options() == {"ret_bias": 0.0, "stop": ["x"], "end_at_image": True, "use_cache": False}
+    function, values = parse(["serve"])
+    assert call(get_type_hints(function)["decoding"], values).options() == {}
+    function, values = parse(["demo", "--max-new-tokens", "0"])
+    with pytest.raises(UserError, match="max_new_tokens"):
+        call(get_type_hints(function)["decoding"], values)

@@ -1,16 +1,22 @@
 """Scores of continuations against whole passes, one for each."""
 
+import threading
+
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fromage.data.batches import Batch
 from fromage.errors import UserError
+from fromage.generation.decoding import Decoding
+from fromage.generation.generate import stream
 from fromage.generation.score import score, score_prompts
 from fromage.models.fromage import Fromage
 from fromage.models.language_model import LanguageModel, load_lm
+from fromage.models.packed_attention import Causal, PackedLayout, attending, route
 from fromage.models.prompts import RET, Starts, embed_prompts, encode_images, max_length
 from fromage.models.vision.registry import load_vision
+from fromage.training.fast_step import fast_step
 from fromage.training.reference_step import reference_step
 
 TEXTS = ["a red star", "blue", "a small ring on the left of a big green square, at night.", "star", "on the sea"]
@@ -109,3 +115,62 @@ def test_the_parts_of_a_whole_prompt_add_up(model, prompt):
     assert score_prompts(model, []).total.shape == (0,)
     with pytest.raises(UserError, match="no text behind its first token"):
         score_prompts(model, [["a"], []])
+
+
+LONG = Decoding(max_new_tokens=90, min_new_tokens=90, max_images=0)
+
+
+def captioning(model):
+    """Losses of a training step over two captions."""
+    rows = [model.tokenizer.caption(text, 99) for text in TEXTS[:2]]
+    ids = torch.nn.utils.rnn.pad_sequence(list(map(torch.tensor, rows)), True, model.tokenizer.pad_id)
+    features = torch.linspace(-1, 1, 2 * model.vision.width).reshape(2, -1)
+    return fast_step(model, Batch(["a", "b"], TEXTS[:2], ids, list(map(len, rows)), None, features), paired=False)
+
+
+def test_scores_and_training_between_the_pieces_of_an_answer(model):
+    answer, scores = list(stream(model, "a red", LONG)), score(model, "a", TEXTS).total
+    losses = captioning(model)
+    pieces = stream(model, "a red", LONG)
+    got = [next(pieces)]
+    for _ in range(3):
+        torch.testing.assert_close(score(model, "a", TEXTS).total, scores)
+        torch.testing.assert_close(captioning(model).captioning_loss, losses.captioning_loss)
+        got.append(next(pieces))
+    assert "".join([*got, *pieces]) == "".join(answer)
+
+
+def test_two_threads_score_while_a_third_decodes(model):
+    answer, scores, failed = "".join(stream(model, "a red", LONG)), score(model, "a", TEXTS).total, []
+
+    def work():
+        try:
+            for _ in range(8):
+                torch.testing.assert_close(score(model, "a", TEXTS).total, scores)
+        except BaseException as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    said = ["".join(stream(model, "a red", LONG)) for _ in range(2)]
+    for thread in threads:
+        thread.join()
+    assert said == [answer] * 2 and not failed
+
+
+def test_a_model_keeps_the_attention_it_was_loaded_with():
+    """Eager attention is a function of the model's own module; packed sequences do without it."""
+    torch.manual_seed(1)
+    config = LlamaConfig(vocab_size=80, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+    config._attn_implementation = "eager"
+    hf, embeds = LlamaForCausalLM(config).eval(), torch.randn(1, 6, 32)
+    with torch.no_grad():
+        alone = hf.model(inputs_embeds=embeds).last_hidden_state
+        route(config)
+        route(config)
+        torch.testing.assert_close(hf.model(inputs_embeds=embeds).last_hidden_state, alone, rtol=0, atol=0)
+        layout = PackedLayout([6], embeds.device)
+        with attending(Causal(layout)):
+            packed = hf.model(inputs_embeds=embeds, position_ids=layout.positions[None], use_cache=False).last_hidden_state
+    torch.testing.assert_close(packed, alone, rtol=1e-4, atol=1e-5)

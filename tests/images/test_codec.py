@@ -1,20 +1,17 @@
 import io
 import tarfile
+import tracemalloc
+from contextlib import suppress
 
 import pytest
-from PIL import Image
+from hostile import apng, encoded, gif, text_bomb, webp
+from PIL import Image, ImageFile
 
 from fromage.errors import BrokenSample, UserError
 from fromage.images.codec import MAX_ASPECT, decode_image, jpeg, small
 from fromage.images.open import open_image
 
 RED, WHITE = (255, 0, 0), (255, 255, 255)
-
-
-def encoded(image, kind="PNG", **options):
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
 
 
 def make_tar(path, members):
@@ -93,7 +90,7 @@ def test_what_cannot_be_opened_is_named(tmp_path):
 def test_decompression_bomb_is_not_decoded(monkeypatch):
     large, bomb = (encoded(Image.new("1", (width, 10_000))) for width in (3_000, 9_000))
     assert decode_image(encoded(Image.new("RGB", (10, 10))), max_pixels=100).size == (10, 10)
-    monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("decoded"))
     for data, limit in ((bomb, {}), (large, {"max_pixels": 25_000_000})):
         with pytest.raises(BrokenSample, match="too large"):
             decode_image(data, **limit)
@@ -117,6 +114,47 @@ def test_small_images_and_jpegs_without_metadata():
 def test_no_other_decoder_of_pillow_sees_a_file(kind, monkeypatch):
     file = io.BytesIO()
     Image.new("RGB", (64, 64), "red").save(file, kind)
-    monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("decoded"))
     with pytest.raises(BrokenSample, match="not JPEG, PNG, WebP, BMP or GIF"):
         decode_image(file.getvalue())
+
+
+def test_a_size_is_that_of_the_pixels_and_not_what_a_header_announces(monkeypatch):
+    assert decode_image(webp(9, 9)).size == (9, 9) and decode_image(gif((4, 4), (8, 8))).size == (8, 8)
+    assert decode_image(apng(8, 8, (8, 8))).size == (8, 8)
+    lying = gif((8, 8), (60_000, 60_000)), gif((60_000, 60_000), (8, 8)), apng(8, 8, (9_000, 9_000))
+    canvas = webp(16_383, 16_383)
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("decoded"))
+    for data in lying:
+        with pytest.raises(BrokenSample, match="undecodable"):
+            decode_image(data)
+    monkeypatch.setattr(Image, "open", lambda *args, **options: pytest.fail("opened: it allocates the canvas"))
+    with pytest.raises(BrokenSample, match="too large"):
+        decode_image(canvas)
+
+
+@pytest.mark.parametrize("kind", ["zTXt", "iTXt", "iCCP"])
+def test_text_beside_the_pixels_is_not_inflated_without_end(kind):
+    tracemalloc.start()
+    try:
+        data = text_bomb(kind)
+        tracemalloc.reset_peak()
+        with suppress(BrokenSample):
+            decode_image(data)
+        assert tracemalloc.get_traced_memory()[1] < 10 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_jpeg_of_many_scans_is_refused_and_one_of_ten_is_not():
+    image = Image.effect_noise((64, 64), 50).convert("RGB")
+    data = encoded(image, "JPEG", progressive=True)
+    at = data.rindex(b"\xff\xda")
+    scan = data[at:-2]
+    assert decode_image(data + b"\xff\xda" * 1000).size == (64, 64), "what follows the image does not count"
+    with pytest.raises(BrokenSample, match="more than 64 scans"):
+        decode_image(data[:at] + scan * 100 + b"\xff\xd9")
+    with pytest.raises(BrokenSample, match="segments"):
+        decode_image(data[:2] + b"\xff\xfe\0\2" * 20_000 + data[2:])
+    photo = encoded(image, "JPEG", exif=b"Exif\0\0" + b"\xff\xda" * 900)
+    assert decode_image(photo).size == (64, 64), "a thumbnail in the metadata does not count"

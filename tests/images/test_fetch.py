@@ -10,10 +10,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import httpcore
 import httpx
 import pytest
+from hostile import endless
 from PIL import Image
 from test_codec import encoded
 
 from fromage.errors import UserError
+from fromage.images.decode_process import DECODERS
 from fromage.images.fetch import Limits, cache_folder, fetch_image
 from fromage.images.guarded_transport import GuardedBackend, GuardedTransport, is_public
 from fromage.images.open import open_image
@@ -96,6 +98,9 @@ class Server(BaseHTTPRequestHandler):
     def zipped(self):
         self.answer(200, gzip.compress(RED), **{"Content-Encoding": "gzip"})
 
+    def heavy(self):
+        self.answer(200, endless())
+
     def away(self):
         self.answer(302, Location="file:///etc/passwd")
 
@@ -144,6 +149,12 @@ def test_what_is_no_image_is_one_line_and_only_what_may_pass_is_asked_for_again(
         fetch(path, Limits(connect=0.5, total=5, size=4000, redirects=3))
     assert str(failure.value).startswith(server + path) and "\n" not in str(failure.value)
     assert len(Server.seen) == asked
+
+
+def test_what_decodes_without_end_is_given_up(fetch, monkeypatch):
+    monkeypatch.setattr(DECODERS, "seconds", 0.5)
+    with pytest.raises(UserError, match="longer than"):
+        fetch("/heavy", Limits(total=20))
 
 
 @pytest.mark.parametrize("path", ["/silent", "/slow", "/headers_one_by_one"])

@@ -120,6 +120,34 @@ def test_beyond_what_may_be_at_hand_no_request_is_read(model, index, monkeypatch
     running(app, case)
 
 
+def test_bodies_that_only_begin_keep_nobody_out(model, index, monkeypatch):
+    monkeypatch.setattr("fromage.serving.body_limit.SLOW", 0.3)
+    app = create_app(model, index, "plain", Capacity(batch_size=1, queue=1))
+
+    async def case(client):
+        async def drip():
+            while True:
+                begun.append(True)
+                await asyncio.sleep(0.05)
+                yield b" "
+
+        begun = []
+        tasks = [asyncio.create_task(client.post("/search", content=drip())) for _ in range(2)]
+        await until(lambda: len(begun) >= 2)
+        assert (await client.post("/search", json={"query": "a"})).status_code == 429, "they may be about to end"
+        await asyncio.sleep(0.4)
+        for _ in range(3):
+            assert (await client.post("/search", json={"query": "a"})).status_code == 200
+        ended = [task for task in tasks if task.done()]
+        assert len(ended) == 1 and ended[0].result().status_code == 408, "one place was needed"
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+        assert (await client.post("/search", json={"query": "a"})).status_code == 200
+
+    running(app, case)
+
+
 def test_an_image_asked_for_by_its_id_has_a_time_out_and_makes_no_other_wait(model, index, monkeypatch):
     app, go = create_app(model, index, "plain", Capacity(timeout=1.0)), threading.Event()
     monkeypatch.setattr(app.state.handler.ids, "open", lambda name: go.wait(30))

@@ -1,6 +1,7 @@
 """What one client cannot do to the others: hold connections, threads or the event loop, or speak through a browser."""
 
 import asyncio
+import base64
 import socket
 import threading
 import time
@@ -9,8 +10,10 @@ from contextlib import contextmanager
 import pytest
 import uvicorn
 from fastapi.testclient import TestClient
+from hostile import endless
 from served import sent
 
+from fromage.images.decode_process import DECODERS
 from fromage.serving.connections import limited
 from fromage.serving.hosts import VARIABLE, HostGuard
 
@@ -108,7 +111,7 @@ def test_work_keeps_its_thread_when_its_client_has_gone(app, client, folder, mon
         running.pop()
         raise ValueError
 
-    monkeypatch.setattr("fromage.serving.request_handler.decode_image", slow)
+    monkeypatch.setattr("fromage.serving.request_handler.decode_apart", slow)
     handler = app.state.handler
 
     async def hang_up():
@@ -124,6 +127,21 @@ def test_work_keeps_its_thread_when_its_client_has_gone(app, client, folder, mon
     client.portal.call(hang_up)
     go.set()
     assert most[0] == 4
+
+
+def test_an_image_that_decodes_without_end_is_given_up_and_the_server_answers_meanwhile(client, monkeypatch):
+    monkeypatch.setattr(DECODERS, "seconds", 1.0)
+    image = {"type": "image", "data": base64.b64encode(endless()).decode()}
+    slow = threading.Thread(target=lambda: replies.append(client.post("/search", json={"query": [image]})))
+    replies = []
+    slow.start()
+    began = time.monotonic()
+    while slow.is_alive():
+        asked = time.monotonic()
+        assert client.get("/healthz").status_code == 200 and time.monotonic() - asked < 1
+        time.sleep(0.05)
+    assert replies[0].status_code == 400 and "longer than 1 s" in replies[0].json()["detail"]
+    assert time.monotonic() - began < 8
 
 
 @pytest.mark.parametrize(

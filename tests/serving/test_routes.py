@@ -324,3 +324,20 @@ def fuzz(app, method, path, mode):
 def test_fuzzed_from_its_schema(app, method, path):
     fuzz(app, method, path, schemathesis.GenerationMode.POSITIVE)
     fuzz(app, method, path, schemathesis.GenerationMode.NEGATIVE)
+
+
+def test_what_a_request_leaves_open_the_models_preset_says(model, index, monkeypatch):
+    monkeypatch.setattr(model, "generation", {"style": "plain", "system": "a world", "decoding": {"max_new_tokens": 3,
+                        "ret_bias": 20, "images_per_ret": 2}})  # fmt: skip
+    app, seen = create_app(model, index), []
+    work = app.state.handler.worker.chat
+    monkeypatch.setattr(app.state.handler.worker, "chat", lambda asked: seen.extend(asked) or work(asked))
+    with TestClient(app) as client:
+        for body in (
+            SAY,
+            SAY | {"decoding": {"ret_bias": 0}},
+            {"messages": [{"role": "system", "content": "b"}] + SAY["messages"]},
+        ):
+            assert client.post("/chat", json=body).status_code == 200
+    assert [(one.decoding.ret_bias, one.decoding.max_new_tokens, one.messages[0]) for one in seen] == [
+        (20, 3, ["a world"]), (0, 3, ["a world"]), (20, 3, ["b"])]  # fmt: skip

@@ -11,23 +11,29 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from threading import Event
+from functools import partial
+from html import escape
+from pathlib import Path
+from threading import Event, Thread
 from typing import TYPE_CHECKING, Any
 
 from fromage.errors import UserError
 from fromage.models.fromage import Fromage
-from fromage.serving.hosts import HostGuard
 
 try:
     import gradio as gr
-    from starlette.middleware import Middleware
+    import uvicorn
+    from fastapi import FastAPI
 except ImportError as error:
     raise UserError("the web demo needs Gradio; pip install 'fromage[demo]'") from error
 
 from fromage.apps.web.guard import Guard, GuardedBlocks
 from fromage.apps.web.pointing import Pointing
 from fromage.apps.web.sessions import MAX_SENT, SLIDERS, Sessions, conversation
-from fromage.generation.options import DEFAULTS, HELP, LIMITS
+from fromage.apps.web.shelf import shelf_at
+from fromage.generation.options import HELP, LIMITS
+from fromage.generation.preset import Preset
+from fromage.serving.connections import address, guarded, open_port
 
 if TYPE_CHECKING:
     from fromage.octopus.model import Octopus
@@ -37,18 +43,28 @@ CACHE = "GRADIO_TEMP_DIR"
 UPLOAD = "20mb"  # maximum size of one file
 SESSIONS = 200  # conversations kept; beyond it the least recently used one is deleted
 QUEUE = 64  # requests that may wait
-KEPT = 24 * 3600  # seconds that images stay in the temporary folder
+KEPT = 24 * 3600  # seconds that images stay in the temporary folder, if there is room for them (shelf)
+SECONDS = 60.0  # in which a page must take what is sent to it
 MODEL: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1}  # the events that use the model
 PLAIN: dict[str, Any] = {"render_markdown": False, "latex_delimiters": [], "show_label": False}  # plain text
 THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
 CSS = """
 .gradio-container {max-width: 1200px !important; margin: 0 auto !important}
 .message-buttons {display: none !important}  /* sharing with strangers */
-.message img {min-width: 128px; object-fit: contain !important}
+.message img {width: min(144px, 24vw); object-fit: contain !important}
+.bot.message, .user.message {display: flex !important; flex-wrap: wrap}  /* images in a row, texts below */
+.message.panel-full-width {flex: 1 1 100%; width: auto !important}
+.message.component {flex: 0 0 auto !important}
+.message-content .md {white-space: pre-line}
 .grid-wrap {max-height: none !important}
 .grid-container {grid-template-columns: repeat(auto-fill, minmax(min(220px, 40%), 1fr)) !important}
 .caption-label {white-space: normal !important; display: -webkit-box !important; -webkit-box-orient: vertical;
-  -webkit-line-clamp: 2; padding-bottom: 0 !important; border-bottom: 4px solid transparent !important}
+  -webkit-line-clamp: 6; padding-bottom: 0 !important; border-bottom: 4px solid transparent !important;
+  left: 0 !important; right: 0 !important; max-width: 100% !important; line-height: 1.3 !important}
+.grid-wrap .thumbnail-lg {aspect-ratio: auto !important; display: flex !important; flex-direction: column}
+.grid-wrap .thumbnail-lg img {aspect-ratio: 1; height: auto !important}
+.grid-wrap .caption-label {position: static !important; flex: 1; width: 100%; text-align: left}
+.about {margin: 0}
 """
 ABOUT = """# FROMAGe
 A frozen language model that sees images and answers with images. Send words, images, or both."""
@@ -57,10 +73,16 @@ NO_INDEX = " It was started without an index of images, so it answers in text al
 
 
 def launch(
-    model: Fromage, index: ImageIndex | None, style: str, host: str, port: int, octopus: Octopus | None = None
+    model: Fromage,
+    index: ImageIndex | None,
+    style: str | None,
+    host: str,
+    port: int,
+    octopus: Octopus | None = None,
+    preset: Preset | None = None,
 ) -> None:
-    """Serve the demo until Ctrl-C. style: of fromage.generation.chat.STYLES. Raises UserError where the port is taken."""
-    with running(model, index, style, host, port, octopus) as address:
+    """Serve the demo until Ctrl-C; style and preset as of Sessions. Raises UserError where the port is taken."""
+    with running(model, index, style, host, port, octopus, preset) as address:
         print(f"the demo is at {address} (Ctrl-C ends it)", flush=True)
         try:
             Event().wait()
@@ -70,55 +92,65 @@ def launch(
 
 @contextmanager
 def running(
-    model: Fromage, index: ImageIndex | None, style: str, host: str, port: int, octopus: Octopus | None = None
+    model: Fromage,
+    index: ImageIndex | None,
+    style: str | None,
+    host: str,
+    port: int,
+    octopus: Octopus | None = None,
+    preset: Preset | None = None,
 ) -> Iterator[str]:
     """The demo, served in the background; yields its address."""
-    with _cache():
-        sessions = Sessions(model, index, style)
+    with open_port(host, port) as listening, _cache() as folder:
+        sessions = Sessions(model, index, style, preset)
         blocks = page(sessions, Pointing(octopus, sessions.lock) if octopus else None)
+        shelf = shelf_at(str(folder))
+        shelf.forget = blocks.upload_file_set.discard
+        options = {"log_level": "warning", "timeout_graceful_shutdown": 1}
+        server = uvicorn.Server(guarded(Guard(_app(blocks, host, port), shelf), host, SECONDS, **options))
+        thread = Thread(target=server.run, args=([listening],), daemon=True)
+        thread.start()
         try:
-            yield _serve(blocks, host, port)
+            yield address(host, listening)
         finally:
             blocks.close(verbose=False)
+            server.should_exit = True
+            thread.join(5)
 
 
 @contextmanager
-def _cache() -> Iterator[None]:
+def _cache() -> Iterator[Path]:
     """A temporary folder for uploads and shown images; Gradio's default is one permanent folder for all its demos."""
     before = os.environ.get(CACHE)
     with tempfile.TemporaryDirectory(prefix="fromage-") as folder:
         os.environ[CACHE] = folder
         try:
-            yield
+            yield Path(folder)
         finally:
             os.environ.pop(CACHE) if before is None else os.environ.update({CACHE: before})
 
 
-def _serve(blocks: gr.Blocks, host: str, port: int) -> str:
-    try:
-        _, address, _ = blocks.launch(
-            server_name=host,
-            server_port=port,
-            share=False,
-            inbrowser=False,
-            quiet=True,
-            prevent_thread_lock=True,
-            max_file_size=UPLOAD,
-            state_session_capacity=SESSIONS,
-            footer_links=[],
-            run_history=False,
-            enable_monitoring=False,
-            ssr_mode=False,
-            mcp_server=False,
-            theme=THEME,
-            css=CSS,
-            app_kwargs={"middleware": [Middleware(HostGuard, host=host), Middleware(Guard)], "openapi_url": None},
-        )
-    except (OSError, OverflowError) as error:
-        raise UserError(
-            f"{host}:{port}: cannot listen there; is the port taken, or no port? choose another --port"
-        ) from error
-    return address.rstrip("/")
+def _app(blocks: gr.Blocks, host: str, port: int) -> FastAPI:
+    """The page as an application."""
+    blocks.has_launched = True  # else Gradio does not look where files lie
+    blocks.state_session_capacity = SESSIONS
+    return gr.mount_gradio_app(
+        FastAPI(openapi_url=None),
+        blocks,
+        "/",
+        server_name=host,
+        server_port=port,
+        show_error=False,
+        max_file_size=UPLOAD,
+        footer_links=[],
+        run_history=False,
+        enable_monitoring=False,
+        ssr_mode=False,
+        mcp_server=False,
+        theme=THEME,
+        css=CSS,
+        app_kwargs={"openapi_url": None},
+    )
 
 
 def page(sessions: Sessions, pointing: Pointing | None = None) -> gr.Blocks:
@@ -126,22 +158,28 @@ def page(sessions: Sessions, pointing: Pointing | None = None) -> gr.Blocks:
     about = ABOUT + (FINDS.format(count=len(sessions.index)) if sessions.index else NO_INDEX)
     with GuardedBlocks(title="FROMAGe", analytics_enabled=False, delete_cache=(600, KEPT)) as blocks:
         gr.Markdown(about)
+        gr.HTML(f'<p class="about">{escape(sessions.model_line())}</p>')
         with gr.Tab("Chat"):
-            _chat(sessions)
+            box, examples = _chat(sessions)
         with gr.Tab("Search"):
             _search(sessions)
         if pointing:
             with gr.Tab("Point"):
                 _point(pointing)
-    return blocks.queue(max_size=QUEUE)
+        for button, text in examples:
+            button.click(partial(dict, text=text, files=[]), None, box, queue=False, api_visibility="private")
+    return blocks.queue(max_size=QUEUE, api_open=False)
 
 
-def _chat(sessions: Sessions) -> None:
+def _chat(sessions: Sessions) -> tuple[gr.MultimodalTextbox, list[tuple[gr.Button, str]]]:
+    """The tab; returns its input box, and buttons with the texts that they put there."""
     turns = gr.State([])
     with gr.Row():
         with gr.Column(scale=3):
             shown = gr.Chatbot(height="58vh", buttons=[], allow_file_downloads=False, **PLAIN)
             box = _box(sessions, MAX_SENT)
+            with gr.Row():
+                examples = [(gr.Button(text, size="sm", min_width=200), text) for text in sessions.preset.examples]
             with gr.Row():
                 stop, undo, new = (gr.Button(name, size="md", min_width=80) for name in ("Stop", "Undo", "New"))
         with gr.Column(scale=1):
@@ -150,6 +188,7 @@ def _chat(sessions: Sessions) -> None:
     stop.click(conversation, turns, shown, cancels=asked, queue=False)
     undo.click(sessions.undo, turns, [shown, turns], **MODEL)
     gr.on([new.click, shown.clear], lambda: ([], []), None, [shown, turns], cancels=asked, queue=False)
+    return box, examples
 
 
 def _box(sessions: Sessions, files: int) -> gr.MultimodalTextbox:
@@ -170,14 +209,14 @@ def _message_box(placeholder: str, files: int) -> gr.MultimodalTextbox:
 def _settings(sessions: Sessions) -> list[gr.Slider]:
     """In the order of Sessions.answer."""
     gr.Markdown("### How answers are made")
-    return [_slider(name) for name in SLIDERS]
+    return [_slider(name, getattr(sessions.preset.decoding, name)) for name in SLIDERS]
 
 
-def _slider(name: str) -> gr.Slider:
+def _slider(name: str, value: float) -> gr.Slider:
     limits = LIMITS[name]
     assert limits.slider is not None
     least, most, step = limits.slider
-    return gr.Slider(least, most, DEFAULTS[name], step=step, label=limits.label, info=HELP[name])
+    return gr.Slider(min(least, value), max(most, value), value, step=step, label=limits.label, info=HELP[name])
 
 
 def _search(sessions: Sessions) -> None:

@@ -1,21 +1,36 @@
-"""Security of the web demo: its page loads nothing from other hosts, and its server fetches no addresses."""
+"""Security of the web demo: what of Gradio's server can be reached, how much may be sent, and what its page may load."""
 
 from __future__ import annotations
 
+import asyncio
 import json
+import re
 from math import isfinite
 from numbers import Real
 from typing import Any
 
 import gradio as gr
+from starlette.responses import PlainTextResponse
 
+from fromage.apps.web.shelf import Shelf
 from fromage.models.prompts import HALVES
+from fromage.serving.body_limit import BodyLimit
 
 POLICY = b"default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; frame-ancestors 'self'"
+FILE = {"_type": "gradio.FileData"}  # what Gradio knows a file by
+UPLOAD = "/gradio_api/upload"
+PATHS = re.compile(  # what the page asks for; Gradio has much more
+    r"/|/(config|theme\.css|favicon\.ico|manifest\.json|robots\.txt)/?|/(assets|static|svelte)/.*|/gradio_api/("
+    r"upload|upload_progress|queue/(join|data)|run/predict|cancel|reset/?|startup-events|theme\.css|heartbeat/\w+|file=(?!.*://).*)"
+)
+OPEN = 64  # POSTs at a time whose bodies are not files, each up to SENT bytes
+SENT = 1 << 20
+UPLOADS, UPLOADED = 4, 64 << 20  # requests at a time that upload files, and bytes of each
+SECONDS = 60.0  # in which what is sent must arrive
 
 
 class GuardedBlocks(gr.Blocks):
-    """Accepts uploaded files only: Gradio refuses local paths by itself, but would fetch web addresses.
+    """Accepts files that were uploaded, and no other path or address, which Gradio would read or fetch.
 
     It also refuses values that the page cannot send and on which Gradio would fail.
     """
@@ -23,24 +38,39 @@ class GuardedBlocks(gr.Blocks):
     def validate_inputs(self, block_fn: Any, inputs: list[Any]) -> None:
         """Refuse a call before Gradio reads its files."""
         super().validate_inputs(block_fn, inputs)
-        if '"path": "http' in json.dumps(inputs):  # in a text the quotes would be escaped
-            raise gr.Error("send the image itself, not its address", print_exception=False)
         for block, value in zip(block_fn.inputs, inputs, strict=False):
             if isinstance(block, gr.Slider) and not (isinstance(value, Real) and isfinite(value)):
                 raise gr.Error(f"{block.label} must be a number", print_exception=False)
             if isinstance(block, gr.MultimodalTextbox) and not _is_message(value):
                 raise gr.Error("a message is its text and its files", print_exception=False)
+            if isinstance(block, gr.MultimodalTextbox) and not all(map(self._is_uploaded, value["files"])):
+                why = "an image was not uploaded, or made room for newer ones; add it again"
+                raise gr.Error(why, print_exception=False)
+
+    def _is_uploaded(self, file: Any) -> bool:
+        return (
+            isinstance(file, dict)
+            and file.get("meta") == FILE
+            and not any(isinstance(value, (dict, list)) for name, value in file.items() if name != "meta")
+            and file.get("path") in self.upload_file_set
+        )
 
 
 def _is_message(value: Any) -> bool:
-    return isinstance(value, dict) and isinstance(text := value.get("text"), str) and not HALVES.search(text)
+    return (
+        isinstance(value, dict)
+        and isinstance(text := value.get("text"), str)
+        and not HALVES.search(text)
+        and isinstance(value.get("files"), list)
+        and not any(isinstance(each, (dict, list)) for name, each in value.items() if name != "files")
+    )
 
 
 class Guard:
-    """ASGI middleware: forbids the browser to load from other hosts, and refuses paths that contain an address."""
+    """ASGI middleware: passes on what the page asks for, within limits, and forbids the browser to load from other hosts."""
 
-    def __init__(self, app: Any) -> None:
-        self.app = app
+    def __init__(self, app: Any, shelf: Shelf) -> None:
+        self.app, self.uploads = BodyLimit(app, OPEN, SECONDS, SENT), UploadLimit(app, shelf)
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Pass a request on, or refuse it."""
@@ -50,8 +80,62 @@ class Guard:
                 message["headers"] = [*message.get("headers", ()), (b"content-security-policy", POLICY)]
             await send(message)
 
-        if "://" in scope.get("path", ""):
-            await send({"type": "http.response.start", "status": 403})
-            await send({"type": "http.response.body"})
+        path = scope.get("path", "")
+        if scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1008})
+        elif scope["type"] == "http" and not PATHS.fullmatch(path):
+            await PlainTextResponse("the page does not ask for this", 404)(scope, receive, send)
         else:
-            await self.app(scope, receive, guarded)
+            await (self.uploads if path == UPLOAD else self.app)(scope, receive, guarded)
+
+
+class UploadLimit:
+    """ASGI middleware: files may be uploaded within limits of size, number and time; older ones make room on the shelf."""
+
+    def __init__(self, app: Any, shelf: Shelf) -> None:
+        self.app, self.shelf = app, shelf
+        self.sizes: list[int] = []  # of what is being uploaded
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Pass an upload on, or refuse it by 411, 413, 429 or 408."""
+        announced = dict(scope["headers"]).get(b"content-length", b"")
+        size = int(announced) if announced.isdigit() else -1
+        if size < 0 or size > UPLOADED:
+            why = f"files of more than {UPLOADED >> 20} MiB at once; send fewer or smaller images"
+            return await PlainTextResponse(why, 411 if size < 0 else 413)(scope, receive, send)
+        if len(self.sizes) >= UPLOADS:
+            return await PlainTextResponse("too many uploads at once; try again in a moment", 429)(scope, receive, send)
+        visitor, reply = str((scope.get("client") or ("",))[0]), _Reply(send)
+        self.sizes.append(size)
+        try:
+            await asyncio.to_thread(self.shelf.make_room, sum(self.sizes), visitor)
+            async with asyncio.timeout(SECONDS):
+                await self.app(scope, receive, reply)
+            self.shelf.uploaded(visitor, reply.paths())
+            await asyncio.to_thread(self.shelf.make_room, 0, visitor)
+        except TimeoutError:
+            if not reply.begun:
+                await PlainTextResponse("the upload took too long", 408)(scope, receive, send)
+        finally:
+            self.sizes.remove(size)
+        return None
+
+
+class _Reply:
+    """Passes a reply on, and keeps a small one."""
+
+    def __init__(self, send: Any) -> None:
+        self.send, self.begun, self.body = send, False, b""
+
+    async def __call__(self, message: Any) -> None:
+        self.begun = True
+        self.body += message.get("body", b"")
+        await self.send(message)
+
+    def paths(self) -> list[str]:
+        """The paths of uploaded files, of which Gradio sends a list."""
+        try:
+            listed = json.loads(self.body)
+        except ValueError:
+            return []
+        return [path for path in listed if isinstance(path, str)] if isinstance(listed, list) else []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from html import escape
 from pathlib import Path
@@ -15,13 +15,17 @@ from typing import TYPE_CHECKING, Any
 import gradio as gr
 from gradio.utils import get_upload_folder
 from PIL import Image
+from torch import Tensor
 
+from fromage.apps.web.shelf import shelf_at
 from fromage.errors import BrokenSample, UserError
 from fromage.generation.chat import Chat, Turn
 from fromage.generation.generate import Answer
-from fromage.generation.options import Decoding, is_whole
+from fromage.generation.options import is_whole
+from fromage.generation.preset import Preset, read_preset
 from fromage.generation.retrieved import RetrievedImages
-from fromage.images.codec import STRANGERS_PIXELS, decode_image, jpeg, small
+from fromage.images.codec import jpeg
+from fromage.images.decode_process import decode_apart
 from fromage.io import WholeFile
 from fromage.models.fromage import Fromage
 from fromage.models.prompts import Part
@@ -37,6 +41,7 @@ LARGE = 4096  # maximum side of an uploaded image, in pixels
 SIDE = 1024  # maximum side of an image on the page, in pixels
 SLIDERS = ("ret_bias", "temperature", "images_per_ret", "max_new_tokens")  # decoding options on the page
 MAX_TURNS = 100  # turns kept of a conversation; language models have positions for fewer
+MAX_KEPT = 2 << 20  # bytes kept of a conversation, with features of its images
 GradioMessage = dict[str, Any]  # Gradio's: role and contents in a conversation, text and files in an input box
 SECRET = token_bytes(16)
 GONE = "(better ones could not be opened)"  # in place of notes that name paths
@@ -49,6 +54,11 @@ class PageTurn:
     parts: list[Part]
     page: list[GradioMessage]
 
+    def size(self) -> int:
+        """Bytes, about: of text, and of features."""
+        features = sum(part.nbytes for part in self.parts if isinstance(part, Tensor))
+        return features + len(str(self.page)) + sum(len(part) for part in self.parts if isinstance(part, str))
+
 
 Turns = list[PageTurn]
 
@@ -56,11 +66,22 @@ Turns = list[PageTurn]
 class Sessions:
     """One model and its index, used by one visitor at a time. The turns are kept by Gradio, not here."""
 
-    def __init__(self, model: Fromage, index: ImageIndex | None, style: str) -> None:
-        """Raises UserError for an index of another model."""
-        if index is not None:
-            index.require_model(model)
-        self.model, self.index, self.style, self.lock = model, index, style, Lock()
+    def __init__(
+        self, model: Fromage, index: ImageIndex | None, style: str | None = None, preset: Preset | None = None
+    ) -> None:
+        """preset: the model's, if None. style: the preset's. Raises UserError for an index of another model."""
+        self.preset = (preset or read_preset(model.generation)).over(style)
+        self.model, self.index, self.lock = model, index, Lock()
+        self._chat()
+
+    def model_line(self) -> str:
+        """The model's name, its towers, and what is to be known of it."""
+        towers = f"{Path(self.model.lm.name).name} + {Path(self.model.vision.name).name}, k = {self.model.k}"
+        named = f"{self.preset.name} ({towers})" if self.preset.name else towers
+        return f"Model: {named}. {self.preset.about}".rstrip()
+
+    def _chat(self) -> Chat:
+        return Chat(self.model, self.index, self.preset.decoding, self.preset.style, self.preset.system)
 
     def answer(
         self,
@@ -72,18 +93,18 @@ class Sessions:
         max_new_tokens: int,
     ) -> Iterator[tuple[Any, list[GradioMessage], Turns]]:
         """One turn while it is decoded: contents of the input box, the conversation, its turns. Errors are warnings."""
-        chat = Chat(self.model, self.index, style=self.style)
+        chat = self._chat()
         chat.turns = [Turn([], Answer([], []), turn.parts) for turn in turns]
         before = conversation(turns)
         try:
             said = read(sent)
-            chat.decoding = _decoding(ret_bias, temperature, images_per_ret, max_new_tokens)
+            chat.decoding = replace(chat.decoding, **_moved(ret_bias, temperature, images_per_ret, max_new_tokens))
             page = [message("user", [content for part in said for content in contents(part)]), message("assistant", [])]
             yield {"text": "", "files": []}, [*before, page[0]], turns
             for answered in self._growing(chat, said):
                 page[1] = message("assistant", answered)
                 yield gr.skip(), [*before, *page], turns
-            turns = [*turns, PageTurn(chat.turns[-1].parts, page)][-MAX_TURNS:]
+            turns = latest([*turns, PageTurn(chat.turns[-1].parts, page)])
             yield gr.skip(), conversation(turns), turns
         except UserError as error:
             warn(error)
@@ -120,9 +141,17 @@ class Sessions:
         return [(drawn(image), caption(hit)) for hit, image in opened]
 
 
-def _decoding(*values: float) -> Decoding:
-    """The values of the sliders, in the order of SLIDERS."""
-    return Decoding(**{name: int(v) if is_whole(name) else v for name, v in zip(SLIDERS, values, strict=True)})  # type: ignore[arg-type]
+def latest(turns: Turns) -> Turns:
+    """The last turns that may be kept of a conversation."""
+    turns = turns[-MAX_TURNS:]
+    while len(turns) > 1 and sum(turn.size() for turn in turns) > MAX_KEPT:
+        turns = turns[1:]
+    return turns
+
+
+def _moved(*values: float) -> dict[str, Any]:
+    """The values of the sliders, in the order of SLIDERS, by option."""
+    return {name: int(value) if is_whole(name) else value for name, value in zip(SLIDERS, values, strict=True)}
 
 
 def read(sent: GradioMessage) -> list[Part]:
@@ -138,7 +167,9 @@ def read(sent: GradioMessage) -> list[Part]:
 def uploaded(path: str) -> Image.Image:
     """The image of an uploaded file. Raises UserError for other files."""
     try:
-        return small(decode_image(Path(path).read_bytes(), STRANGERS_PIXELS), LARGE)
+        return decode_apart(Path(path).read_bytes(), side=LARGE)
+    except OSError:
+        raise UserError(f"{Path(path).name}: made room for newer uploads; add it again") from None
     except BrokenSample as error:
         raise UserError(f"{Path(path).name}: {error}; send another image") from error
 
@@ -165,9 +196,9 @@ def contents(part: Any) -> list[Any]:
         return [{"path": drawn(part), "alt_text": "an image that was sent"}]
     if not isinstance(part, RetrievedImages):
         return [escape(part, quote=False)] if part.strip() else []
-    found: list[Any] = []
-    for hit, image in zip(part.hits, part.images, strict=True):
-        found += [{"path": drawn(image), "alt_text": hit.caption}, escape(caption(hit), quote=False)]
+    pairs = list(zip(part.hits, part.images, strict=True))
+    found: list[Any] = [{"path": drawn(image), "alt_text": hit.caption} for hit, image in pairs]  # a row of thumbnails
+    found += [escape("\n".join(caption(hit) for hit, _ in pairs), quote=False)] if pairs else []
     return found + ([GONE] if part.notes else []) if found else [f"[an image; {part.why_empty}]"]
 
 
@@ -177,6 +208,7 @@ def drawn(image: Image.Image) -> str:
     path = Path(get_upload_folder(), blake2b(data, key=SECRET, digest_size=16).hexdigest() + ".jpg")
     with WholeFile(path, shared=True) as part:
         part.write_bytes(data)
+    shelf_at(get_upload_folder()).wrote(len(data))
     return str(path)
 
 

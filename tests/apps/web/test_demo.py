@@ -187,6 +187,71 @@ def test_large_uploads_are_refused(address, tmp_path):
     assert answer.status_code == 413
 
 
+def test_uploads_are_limited_in_number_and_total_and_older_ones_are_asked_for_again(address, folder, monkeypatch):
+    monkeypatch.setattr("fromage.apps.web.shelf.EACH", 60_000)
+    visitor, url = Visitor(address, "fills the disk"), f"{address}/gradio_api/upload"
+    first = visitor.upload(folder / "red.png")
+    for number in range(30):
+        reply = httpx.post(url, files={"files": (f"{number}.png", bytes([number]) * 20_000)})
+        assert reply.status_code == 200
+    kept = [path for path in Path(os.environ["GRADIO_TEMP_DIR"]).rglob("*.png") if path.stat().st_size == 20_000]
+    assert len(kept) <= 3, "of 30"
+    (end,) = [message for message in visitor.ask("", [first]) if message["msg"] == "process_completed"]
+    assert not end["success"] and "add it again" in json.dumps(end)
+    assert succeeded(visitor.ask("", [visitor.upload(folder / "red.png")]))
+    whole = httpx.post(url, content=b"x" * (65 << 20), headers={"content-type": "multipart/form-data; boundary=x"})
+    assert whole.status_code == 413 and "smaller images" in whole.text
+    endless = httpx.post(url, content=iter([b"x"]), headers={"content-type": "multipart/form-data; boundary=x"})
+    assert endless.status_code == 411
+
+
+def test_few_uploads_run_at_a_time(address, folder, monkeypatch):
+    host, port = address.removeprefix("http://").split(":")
+    held = []
+    for _ in range(4):
+        held.append(socket.create_connection((host, int(port))))
+        held[-1].sendall(b"POST /gradio_api/upload HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99\r\n"
+                         b"Content-Type: multipart/form-data; boundary=x\r\n\r\n--x")  # fmt: skip
+    time.sleep(0.5)
+    reply = httpx.post(f"{address}/gradio_api/upload", files={"files": ("a.png", b"x")})
+    assert reply.status_code == 429 and "in a moment" in reply.text
+    for connection in held:
+        connection.close()
+    time.sleep(0.5)
+    assert httpx.post(f"{address}/gradio_api/upload", files={"files": ("a.png", b"x")}).status_code == 200
+
+
+def test_only_what_the_page_asks_for_is_there(address):
+    http = httpx.Client(base_url=address)
+    for path in ("info", "app_id", "openapi.json", "vibe-code", "stream/a/b/c/playlist.m3u8", "proxy=http://a/"):
+        assert http.get(f"/gradio_api/{path}").status_code == 404, path
+    for path in ("/docs", "/monitoring", "/login_check"):
+        assert http.get(path).status_code == 404, path
+    for path in ("/login", "/gradio_api/run/answer", "/gradio_api/api/answer", "/gradio_api/call/answer",
+                 "/gradio_api/component_server", "/gradio_api/process_recording", "/gradio_api/vibe-edit"):  # fmt: skip
+        assert http.post(path, json={"data": []}).status_code == 404, path
+    events = Visitor(address, "no queue").events
+    for name, data in (
+        ("answer", [{"text": "a", "files": []}, None, *SETTINGS]),
+        ("search", [{"text": "a", "files": []}, 3]),
+    ):
+        sent = {"data": data, "fn_index": events[name], "session_hash": "no queue"}
+        assert http.post("/gradio_api/run/predict", json=sent).status_code == 404, "the model is used in turns"
+    large = http.post("/gradio_api/queue/join", content=b'{"data": ["' + b"x" * (2 << 20) + b'"]}')
+    assert large.status_code == 413
+    deep = http.post("/gradio_api/queue/join", content=b"[" * 100_000, headers={"content-type": "application/json"})
+    assert deep.status_code in (400, 422)
+
+
+def test_a_connection_without_a_request_is_cut_off(model, monkeypatch):
+    monkeypatch.setattr("fromage.apps.web.demo.SECONDS", 0.3)
+    with running(model, None, "plain", "127.0.0.1", port := free_port()):
+        half = socket.create_connection(("127.0.0.1", port))
+        half.sendall(b"GET / HTTP/1.1\r\nX: ")
+        half.settimeout(5)
+        assert half.recv(100) == b""
+
+
 def test_visitors_do_not_see_each_others_conversations(address):
     one, other = Visitor(address, "first"), Visitor(address, "second")
     one.ask("a secret ring")
@@ -272,6 +337,15 @@ def test_of_a_long_conversation_the_end_is_kept(model, index, folder, tmp_path, 
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
     monkeypatch.setattr(web_visits, "MAX_TURNS", 2)
     shown, turns = talk(model, index, folder, 3)
+    assert len(turns) == 2 and len(shown) == 4
+
+
+def test_a_conversation_takes_so_much_memory(model, index, folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    _, turns = talk(model, index, folder, 1)
+    monkeypatch.setattr(web_visits, "MAX_KEPT", 2 * turns[0].size() + 100)
+    assert turns[0].size() > 2 * 4 * model.vision.width, "features of two images"
+    shown, turns = talk(model, index, folder, 4)
     assert len(turns) == 2 and len(shown) == 4
 
 
@@ -409,6 +483,42 @@ def point_in_browser(page, folder):
     box.fill("the star")
     box.press("Enter")
     page.wait_for_function("[...document.images].some(image => image.checkVisibility() && image.naturalWidth > 600)")
+
+
+def test_the_page_names_the_model_and_begins_with_its_preset(model, index, folder, monkeypatch):
+    about = {"style": "plain", "name": EVIL, "about": "It knows six colours.", "examples": ["a red star", EVIL],
+             "decoding": {"ret_bias": 30, "images_per_ret": 3, "max_new_tokens": 4, "end_at_image": True}}  # fmt: skip
+    monkeypatch.setattr(model, "generation", about)
+    with running(model, index, None, "127.0.0.1", free_port()) as address, browser() as opened:
+        config = httpx.get(f"{address}/config").json()
+        sliders = [block["props"]["value"] for block in config["components"] if block["type"] == "slider"]
+        assert sliders[:4] == [30, 0, 3, 4]
+        page = opened.new_page(viewport={"width": 390, "height": 844})
+        page.goto(address)
+        page.get_by_text("It knows six colours.").wait_for()
+        page.get_by_role("button", name="a red star").click()
+        page.wait_for_function("document.querySelector('textarea').value == 'a red star'")
+        page.locator("textarea").first.press("Enter")
+        images = page.locator(".bot.message img")
+        images.nth(2).wait_for()
+        page.locator(".bot.message").get_by_text("#3").wait_for()
+        boxes = [images.nth(number).bounding_box() for number in range(3)]
+        assert boxes[0]["y"] == pytest.approx(boxes[1]["y"], abs=8) and boxes[1]["x"] > boxes[0]["x"] + boxes[0]["width"]
+        assert page.evaluate("window.hacked") is None and page.evaluate("document.documentElement.scrollWidth") <= 390
+        page.get_by_role("button", name="New").click()
+        page.locator(".bot.message").wait_for(state="detached")
+
+
+def test_a_caption_stands_below_its_image(address):
+    with browser() as opened:
+        page = opened.new_page(viewport={"width": 390, "height": 844})
+        page.goto(address)
+        page.get_by_role("tab", name="Search").click()
+        page.locator("textarea:visible").first.fill("a star")
+        page.locator("textarea:visible").first.press("Enter")
+        page.locator(".thumbnail-lg img").nth(5).wait_for()
+        image, words = (page.locator(f".thumbnail-lg {what}").first.bounding_box() for what in ("img", ".caption-label"))
+        assert words["y"] >= image["y"] + image["height"] - 1 and words["width"] > image["width"] - 4
 
 
 def test_the_page_fits_a_telephone(address):
