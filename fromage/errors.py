@@ -12,3 +12,13 @@ class BrokenSample(Exception):
 def first_line(error: BaseException) -> str:
     """What another library's exception says, in one line."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def reason(error: BaseException) -> str:
+    """Why a file cannot be used, in words for people: the system's or a library's, none of Python's own."""
+    if isinstance(error, UserError | BrokenSample):
+        return str(error)
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    builtin = type(error).__module__ in ("builtins", "_struct", "struct", "json.decoder", "zlib", "_pickle", "binascii")
+    return "damaged" if builtin and not (type(error) is OSError and str(error)) else first_line(error)

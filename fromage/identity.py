@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fromage.errors import UserError, first_line
-from fromage.io import as_json, write_files
+from fromage.errors import UserError, reason
+from fromage.io import as_json, parse_json, write_files
 from fromage.locks import LOCK
 
 OWN = {"format", "version"}  # keys that say what the file is, not what the folder belongs to
@@ -43,15 +42,18 @@ class FolderKind:
     def read(self, folder: Path) -> dict[str, Any]:
         """What the file says. Raises UserError where it is missing, damaged or of another format or version."""
         try:
-            about = json.loads((folder / self.file).read_text(encoding="utf-8"))
-            if not isinstance(about, dict):
-                raise ValueError("not a JSON object")
-            if self.format and (about.get("format"), about.get("version")) != self.format:
-                raise ValueError("of another format or version")
-            if missing := sorted(self.keys - about.keys()):
-                raise ValueError(f"no {missing[0]!r}")
-        except (OSError, ValueError) as error:
-            raise self.unreadable(folder, first_line(error)) from error
+            text = (folder / self.file).read_text(encoding="utf-8")
+            about = parse_json(text, "", "")
+        except UserError as error:
+            raise self.unreadable(folder, str(error).strip(": ").partition(";")[0]) from error
+        except (OSError, UnicodeDecodeError) as error:
+            raise self.unreadable(folder, reason(error)) from error
+        if not isinstance(about, dict):
+            raise self.unreadable(folder, "not a JSON object")
+        if self.format and (about.get("format"), about.get("version")) != self.format:
+            raise self.unreadable(folder, "of another format or version")
+        if missing := sorted(self.keys - about.keys()):
+            raise self.unreadable(folder, f"no {missing[0]!r}")
         return about
 
     def require(self, folder: Path, about: dict[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from fromage.data.features import from_npy
 from fromage.data.shards import Raw, captions_of, image_file
 from fromage.data.tokenizer import PromptTokenizer
-from fromage.errors import BrokenSample, UserError
+from fromage.errors import UserError
 from fromage.images.transforms import Transform, read_image
 
 EPOCH = "__epoch__"  # of a stored sample, set by the training stream: the pass that it is read in
@@ -93,17 +93,11 @@ class Decode:
         captions = captions_of(raw)[: self.captions]
         if EPOCH in raw:
             captions = [captions[drawn(len(captions), self.seed, raw["__key__"], raw[EPOCH])]]
-        features = self._features(raw["npy"]) if "npy" in raw else None
+        features = from_npy(raw["npy"], self.width) if "npy" in raw else None
+        self.width = self.width if features is None else len(features)
         pixels = read_image(image_file(raw), self.transform) if features is None else None
         ids = [self.tokenizer.caption(caption, self.max_tokens) for caption in captions]
         return Sample(raw["__key__"], captions, ids, pixels, features)
-
-    def _features(self, data: bytes) -> Tensor:
-        features = from_npy(data)  # (m,)
-        self.width = self.width or len(features)
-        if len(features) != self.width:
-            raise BrokenSample(f"features of another width: {len(features)}, not {self.width}")
-        return features
 
 
 def drawn(n: int, seed: int, key: str, epoch: int) -> int:

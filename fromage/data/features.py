@@ -34,7 +34,7 @@ from fromage.data.shards import (
     shard_sizes,
 )
 from fromage.data.workers import init_worker, plain_errors, worker_share
-from fromage.errors import BrokenSample, UserError, first_line
+from fromage.errors import BrokenSample, UserError
 from fromage.identity import FolderKind
 from fromage.images.transforms import JpegDecoding, Transform, decoding_as, read_image
 from fromage.locks import held
@@ -61,15 +61,28 @@ def to_npy(features: Tensor) -> bytes:
     return buffer.getvalue()
 
 
-def from_npy(data: bytes) -> Tensor:
-    """What to_npy stored: (m,). Raises BrokenSample for anything else."""
+def from_npy(data: bytes, width: int | None = None) -> Tensor:
+    """What to_npy stored: (m,). Raises BrokenSample for anything else; width: m, where that is known.
+
+    NumPy would allocate what the header claims, and a damaged header raises nearly anything.
+    """
     try:
-        bits = torch.from_numpy(np.load(io.BytesIO(data), allow_pickle=False))
-    except Exception as error:  # NumPy evaluates the header as Python's literals, which raises nearly anything
-        raise BrokenSample(f"unreadable features: {first_line(error)}") from None
+        file = io.BytesIO(data)
+        if np.lib.format.read_magic(file) != (1, 0):
+            raise BrokenSample("unreadable features: no .npy as they are stored")
+        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+        if len(shape) != 1 or dtype.hasobject:
+            raise BrokenSample(f"features are not a finite vector: {shape} {dtype}")
+        bits = torch.from_numpy(np.frombuffer(data, dtype, shape[0], file.tell()).copy())
+    except BrokenSample:
+        raise
+    except Exception:
+        raise BrokenSample("unreadable features: a damaged .npy") from None
     features = bits.view(torch.bfloat16) if bits.dtype == torch.uint16 else bits
-    if features.ndim != 1 or not features.is_floating_point() or not features.isfinite().all():
+    if not features.is_floating_point() or not features.isfinite().all():
         raise BrokenSample(f"features are not a finite vector: {tuple(features.shape)} {features.dtype}")
+    if width is not None and len(features) != width:
+        raise BrokenSample(f"features of another width: {len(features)}, not {width}")
     return features
 
 

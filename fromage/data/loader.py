@@ -23,8 +23,15 @@ log = logging.getLogger(__name__)
 BEFORE = {"data.captions_per_image": None}  # what a layout meant that was written when there was no such option
 
 
-class Loader(DataLoader):
+class PlainErrors(DataLoader):
     """A DataLoader whose workers say in one line what a user can mend."""
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        return plain_errors(super().__iter__())
+
+
+class Loader(PlainErrors):
+    """The batches of a stream."""
 
     def __init__(self, stream: Stream, workers: int = 0) -> None:
         super().__init__(
@@ -36,9 +43,6 @@ class Loader(DataLoader):
             worker_init_fn=init_worker,
         )
         warnings.filterwarnings("ignore", r".*IterableDataset. has .__len__")  # the stream shares out its length
-
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        return plain_errors(super().__iter__())
 
 
 class Plain:

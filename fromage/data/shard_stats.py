@@ -84,6 +84,7 @@ class RecordReader(IterableDataset[Record]):
     def __init__(self, shards: list[str], measure: Measure, shown: int) -> None:
         self.shards = list(zip(shards, shard_sizes(shards), strict=True))
         self.measure, self.shown = measure, shown
+        self.width: int | None = None  # of stored features, that of the first ones
         self.first: list[int] = []  # a heap of the negative draws of the candidates so far
 
     def __iter__(self) -> Iterator[Record]:
@@ -102,7 +103,7 @@ class RecordReader(IterableDataset[Record]):
         try:
             captions = captions_of(raw)
             if "npy" in raw:
-                from_npy(raw["npy"])
+                self.width = len(from_npy(raw["npy"], self.width))
             else:
                 image = image_of(raw)
         except BrokenSample as error:

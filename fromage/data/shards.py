@@ -333,7 +333,9 @@ def image_file(raw: Raw) -> bytes:
 class Broken:
     """Counts the samples a worker used and those it could not, logs the latter, and stops when they are too many."""
 
-    def __init__(self, limit: float) -> None:
+    def __init__(self, limit: float, option: str = "max_broken") -> None:
+        """limit: share of the samples, 0 to 1, that may be broken; option: what sets it."""
+        self.option = option
         self.limit, self.good, self.bad, self.lost, self.missing = limit, 0, 0, 0, 0
         self.last: deque[str] = deque(maxlen=5)
 
@@ -361,8 +363,8 @@ class Broken:
         bad = self.bad + self.lost + (self.missing if end else 0)
         seen = bad + self.good
         if (end or seen >= CHECK_FROM) and bad > self.limit * seen:
-            share = f"{bad} of {seen} samples are broken ({bad / seen:.1%}, max_broken allows {self.limit:.1%})"
-            raise UserError(f"{share}; the last: {', '.join(self.last)}; mend or remove them, or raise max_broken")
+            share = f"{bad} of {seen} samples are broken ({bad / seen:.1%}, {self.option} allows {self.limit:.1%})"
+            raise UserError(f"{share}; the last: {', '.join(self.last)}; mend or remove them, or raise {self.option}")
 
 
 def read_shards(shards: Iterable[tuple[str, int | None]], broken: Broken) -> Iterator[Raw]:

@@ -6,17 +6,17 @@ greedily. The figure is the share of completions that are right, for each N.
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fromage.data.annotations import FILE, Kind, fitting, optional, read_annotations
 from fromage.errors import UserError
 from fromage.evals.base import Run
 from fromage.evals.caption_sets import read_captions
@@ -55,6 +55,16 @@ class ToyWorld:
     questions: list[Shot]
 
 
+def _is_scene(key: Any) -> bool:
+    try:
+        return isinstance(key, str) and bool(Scene.parse(key))
+    except ValueError:
+        return False
+
+
+SCENE = Kind("a toy scene", _is_scene)
+
+
 def read_world(world: Path, limit: int | None = None) -> ToyWorld:
     """The captions and questions of what `fromage toy make` wrote. limit: of either kind at most; None for all.
 
@@ -72,8 +82,10 @@ def read_world(world: Path, limit: int | None = None) -> ToyWorld:
 
 def single_scenes(captions: Path) -> dict[str, Scene]:
     """File name -> scene, of the toy world's images of one object. Raises UserError for a file of real images."""
-    images = json.loads(captions.read_bytes())["images"]
-    found = {image["file_name"]: Scene.parse(image["scene"]) for image in images if "+" not in image.get("scene", "+")}
+    _, content = read_annotations(captions, ("captions of COCO",), "a folder of `fromage toy make`")
+    images = fitting(captions, "images", content["images"], {"file_name": FILE, "scene": optional(SCENE)})
+    scenes = {image["file_name"]: image.get("scene") or "+" for image in images}
+    found = {name: Scene.parse(key) for name, key in scenes.items() if "+" not in key}
     if not found:
         raise UserError(f"{captions}: names no toy scene; give --world a folder of `fromage toy make`")
     return found

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from fromage.errors import BrokenSample
+from fromage.errors import BrokenSample, reason
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")  # no other decoder of Pillow sees a file: some start programs or never end
 SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp", "gif")
@@ -27,6 +27,18 @@ JPEG_SCAN, JPEG_END = 0xDA, 0xD9
 def is_image(path: Path) -> bool:
     """Whether a file name says image; hidden files (macOS writes ._name.jpg) do not count."""
     return path.suffix[1:].lower() in SUFFIXES and not path.name.startswith(".")
+
+
+def file_bytes(path: Path) -> bytes:
+    """An image file's bytes. Raises BrokenSample where there is none: a folder, a device, a name that no file can have."""
+    try:
+        if path.exists() and not path.is_file():
+            raise BrokenSample("missing image: no regular file")
+        return path.read_bytes()
+    except OSError as error:
+        raise BrokenSample(f"missing image: {reason(error)}") from None
+    except ValueError:  # a null byte, or half a character
+        raise BrokenSample("missing image: no name of a file") from None
 
 
 def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -51,7 +63,7 @@ def opened(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     except Image.DecompressionBombError:  # Pillow's limit, which lies above ours
         raise BrokenSample(f"undecodable image: too large, of more than {max_pixels:,} pixels") from None
     except Exception as error:  # on broken bytes Pillow raises nearly anything
-        raise BrokenSample(f"undecodable image: {error}") from None
+        raise BrokenSample(f"undecodable image: {reason(error)}") from None
     _check_size(image.size, max_pixels)
     return image
 
@@ -69,7 +81,7 @@ def take_in(image: Image.Image, max_pixels: int = MAX_PIXELS) -> Image.Image:
                 image = ImageOps.exif_transpose(image)
         return _to_rgb(image)
     except Exception as error:
-        raise BrokenSample(f"undecodable image: {str(error) or 'takes too much memory'}") from None
+        raise BrokenSample(f"undecodable image: {reason(error)}") from None
 
 
 def is_upright(image: Image.Image) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -17,10 +16,12 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from torchvision.ops import box_convert
 
 from fromage.checks import check_real, check_whole
-from fromage.data.loader import no_loaders
+from fromage.data.loader import PlainErrors, no_loaders
+from fromage.data.shards import Broken
 from fromage.data.tokenizer import PromptTokenizer
 from fromage.data.workers import init_worker
 from fromage.errors import BrokenSample, UserError
+from fromage.images.codec import file_bytes
 from fromage.images.transforms import Transform, read_image
 from fromage.models.prompts import pad_left, prompt_ids
 from fromage.octopus.answers import answer_ids, ordered
@@ -30,8 +31,6 @@ from fromage.octopus.model import Octopus, fill_template
 from fromage.octopus.patch_store import PatchStore
 from fromage.octopus.step import GroundingBatch
 from fromage.retrieval.encode import check_lost
-
-log = logging.getLogger(__name__)
 
 
 class Layout(NamedTuple):
@@ -57,25 +56,48 @@ class ResumableSampler(DistributedSampler[Any]):
 
 
 class GroundingDataset(Dataset[Any]):
-    """Examples with pixels or patches. If an image cannot be decoded, the next example takes its place."""
+    """Examples with pixels or patches. If an image cannot be decoded, the next example takes its place.
 
-    def __init__(self, examples: Sequence[Example], transform: Transform, store: PatchStore | None) -> None:
+    Each worker counts the images it has seen, and names those it could not decode. Where more than max_lost of them are
+    broken, as of fromage.data.shards.Broken, or of all there are, it stops the run.
+    """
+
+    def __init__(
+        self, examples: Sequence[Example], transform: Transform, store: PatchStore | None, max_lost: float = 0.05
+    ) -> None:
         self.examples, self.transform, self.store = examples, transform, store
+        self.images, self.broken = len({example.image for example in examples}), Broken(max_lost, "data.max_lost")
+        self.seen: set[str] = set()
 
     def __len__(self) -> int:
         return len(self.examples)
 
     def __getitem__(self, number: int) -> tuple[Example, Tensor]:
-        """Raises UserError if no image can be decoded."""
+        """Raises UserError if no image can be decoded, or too many cannot."""
         for place in range(len(self.examples)):
             example = self.examples[(number + place) % len(self.examples)]
             if self.store is not None:
                 return example, self.store[example.image]
             try:
-                return example, read_image(Path(example.image).read_bytes(), self.transform)
-            except (OSError, BrokenSample) as error:
-                log.warning("skipped %s: %s", example.key, error)
-        raise UserError("no image can be decoded; the log names them")
+                pixels = read_image(file_bytes(Path(example.image)), self.transform)
+            except BrokenSample as error:
+                self._count(example, str(error))
+            else:
+                self._count(example)
+                return example, pixels
+        raise UserError(f"no image can be decoded: {', '.join(self.broken.last)}")
+
+    def _count(self, example: Example, cause: str = "") -> None:
+        """Count an example's image, once."""
+        if example.image in self.seen:
+            return
+        self.seen.add(example.image)
+        if cause:
+            self.broken.add(f"{example.key} {example.image}", cause)
+            self.broken.check(end=self.broken.bad > self.broken.limit * self.images)
+        else:
+            self.broken.good += 1
+            self.broken.check()
 
 
 class Collate:
@@ -202,10 +224,10 @@ class OctopusData(pl.LightningDataModule):
             raise UserError(
                 f"data.{part}: some answers point at boxes, and stage 1 has no object queries yet; name captions"
             )
-        dataset = GroundingDataset(examples, module.model.vision.transform, store)
+        dataset = GroundingDataset(examples, module.model.vision.transform, store, self.max_lost)
         if shuffle and len(examples) < batch_size:
             raise UserError(f"{len(examples)} training examples are fewer than data.batch_size {batch_size}: lower it")
-        return DataLoader(
+        return PlainErrors(
             dataset,
             batch_size,
             sampler=ResumableSampler(dataset, self.trainer, self.seed, self._seen() * batch_size) if shuffle else None,

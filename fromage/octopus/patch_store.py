@@ -14,15 +14,22 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from fromage.data.annotations import TEXT, WHOLE, Kind, Wanted, optional, problem
 from fromage.data.workers import init_worker, plain_errors
+from fromage.errors import UserError
 from fromage.identity import FolderKind
-from fromage.io import WholeFile, writing
+from fromage.io import WholeFile, parse_json, writing
 from fromage.models.vision.base import VisionTower
 from fromage.retrieval.encode import Files
 
 LINES, ROWS, LOCK = "pictures.jsonl", "patches.bf16", "lock"
 IMAGE = "picture"  # key of the image in each line: its name in stores that were written before it was called so
-STORE = FolderKind("tower.json", "patch features", of="tower")
+STORE = FolderKind("tower.json", "patch features", of="tower", again="remove it; the next run makes it again")
+
+
+STAMP = Kind("a list of size and time", lambda value: value is None or not problem(value, (WHOLE,) * 2))
+ROW = Kind("the number of a row", lambda value: value is None or (WHOLE.fits(value) and value >= 0))
+STORED: Wanted = {IMAGE: TEXT, "row": ROW, "lost": optional(TEXT), "stamp": STAMP}  # a line
 
 
 class PatchStore:
@@ -43,13 +50,23 @@ class PatchStore:
         """What is stored whole: row, or why it is lost, of each image, and its file's stamp when it was looked at."""
         path, size = self.folder / LINES, self._bytes_of_a_row()
         stored = (self.folder / ROWS).stat().st_size // size if (self.folder / ROWS).exists() else 0
-        lines = path.read_text("utf-8").splitlines(keepends=True) if path.exists() else []
-        found = [json.loads(line) for line in lines if line.endswith("\n")]
+        lines = path.read_text("utf-8", "replace").splitlines(keepends=True) if path.exists() else []
+        found = [self._line(number, line) for number, line in enumerate(lines, 1) if line.endswith("\n")]
         self._entries = [entry for entry in found if entry.get("row", -1) < stored]
         known = {entry[IMAGE]: entry for entry in self._entries}  # the last line about an image counts
         self.rows = {image: entry["row"] for image, entry in known.items() if "row" in entry}
         self.lost = {image: entry["lost"] for image, entry in known.items() if "lost" in entry}
         self._stamps = {image: entry.get("stamp") for image, entry in known.items()}
+
+    def _line(self, number: int, line: str) -> dict[str, Any]:
+        """Raises UserError for a line that is not as they are written."""
+        try:
+            entry = parse_json(line, f"line {number} of {LINES}", "")
+        except UserError as error:
+            raise STORE.unreadable(self.folder, str(error).partition(";")[0]) from error
+        if wrong := problem(entry, STORED):
+            raise STORE.unreadable(self.folder, f"line {number} of {LINES}{wrong}")
+        return entry  # type: ignore[no-any-return]
 
     def _mend(self) -> int:
         """Cut off what is half written; returns how many rows there are. For the one process that adds."""

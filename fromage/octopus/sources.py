@@ -6,14 +6,15 @@ and faults are warned of once. There is no reader for Visual Genome, only for it
 
 from __future__ import annotations
 
-import json
 import re
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from itertools import islice
+from math import inf, isfinite
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 from xml.etree import ElementTree as ET
 
@@ -21,16 +22,39 @@ from PIL import Image
 
 from fromage.checkpoints.safe_pickle import load_plain
 from fromage.checks import check_whole
-from fromage.data.annotations import malformed, read_annotations
-from fromage.errors import UserError, first_line
+from fromage.data.annotations import (
+    FILE,
+    ID,
+    NUMBER,
+    TEXT,
+    WHOLE,
+    Kind,
+    Wanted,
+    fitting,
+    leave_out,
+    optional,
+    problem,
+    read_annotations,
+)
+from fromage.errors import BrokenSample, UserError
 from fromage.images.codec import FORMATS
+from fromage.io import parse_json, read_text
 from fromage.octopus.boxes import SPELLED, clipped, read_spelled, reading_order, share
 from fromage.octopus.examples import Box, Example
 
 LOST_BOXES = "boxes of no area in their image"
 LOST_ANSWERS = "examples that point at such a box"
 ODD_TURNS = "turns that are no question and answer"
-BROKEN = (KeyError, IndexError, TypeError, ValueError, AttributeError, ZeroDivisionError)  # raised by malformed entries
+ODD = "odd entries"
+SIDE = Kind("a number of pixels", lambda value: NUMBER.fits(value) and value > 0)
+IMAGE: Wanted = {"id": WHOLE, "file_name": FILE, "width": SIDE, "height": SIDE}  # of instances.json, as are the next two
+INSTANCE: Wanted = {"id": WHOLE, "image_id": WHOLE, "bbox": (NUMBER,) * 4, "iscrowd": optional(WHOLE)}
+CATEGORY: Wanted = {"id": WHOLE}
+EXPRESSION: Wanted = {"sent": TEXT, "sent_id": WHOLE}
+NUMBERS = dict.fromkeys(("ref_id", "image_id", "category_id", "ann_id"), WHOLE)
+REFERENCE: Wanted = {**NUMBERS, "split": TEXT, "sentences": [EXPRESSION]}  # of refs(unc).p
+TURNS: Wanted = {"conversations": [{"from": TEXT, "value": TEXT}]}  # of LLaVA; image and id may be anything
+QUESTION: Wanted = {"question_id": ID, "image": FILE, "text": TEXT, "label": TEXT}  # of POPE
 FAULTS = (LOST_BOXES, LOST_ANSWERS, ODD_TURNS)  # faults of the files, which are warned of; other omissions are intended
 
 
@@ -46,6 +70,8 @@ class Listed:
             check_whole("limit", limit, 1)
         self.file, self.limit = file, limit
         self.dropped: Counter[str] = Counter()
+        self.odd: list[str] = []  # what is odd about entries that were read one by one
+        self.seen = 0  # of these, and of the others
 
     def read(self) -> Iterator[Example]:
         """The examples of the files; entries that are left out are counted in `dropped`."""
@@ -54,10 +80,9 @@ class Listed:
     @cached_property
     def examples(self) -> list[Example]:
         """The first `limit` examples. Raises UserError for no examples, missing files, and files of another format."""
-        try:
-            found = list(islice(self.read(), self.limit))
-        except BROKEN as error:
-            raise malformed(self.file, error) from error
+        found = list(islice(self.read(), self.limit))
+        leave_out(self.file, self.odd, self.seen)
+        self._drop(ODD, len(self.odd))
         told = ", ".join(f"{count} {what}" for what, count in self.dropped.items() if count)
         if not found:
             raise UserError(f"{self.file}: holds no example{f', but {told}' if told else ''}; name another file or split")
@@ -70,6 +95,16 @@ class Listed:
 
     def __len__(self) -> int:
         return len(self.examples)
+
+    def fitting(self, path: Path, name: str, entries: Any, wanted: Wanted) -> list[Any]:
+        """As fromage.data.annotations.fitting; what is left out is counted."""
+        good = fitting(path, name, entries, wanted)
+        self._drop(ODD, len(entries) - len(good))
+        return good
+
+    def _drop(self, what: str, count: int) -> None:
+        if count:
+            self.dropped[what] += count
 
     def kept(self, boxes: Iterable[Box | None]) -> tuple[list[Box], list[int | None]]:
         """The boxes with an area, and for each given box its number among them (None: it has no area)."""
@@ -131,46 +166,53 @@ class RefCOCO(Listed):
         """One example per sentence; its answer is the box alone."""
         refs = self._refs()
         _, content = read_annotations(self.instances, ("boxes of COCO",), "instances.json of the same data set")
-        try:
-            categories = {category["id"] for category in content["categories"]}
-            images = self._images(content, {ref["image_id"] for ref in refs})
-        except BROKEN as error:
-            raise malformed(self.instances, error) from error
+        listed = self.fitting(self.instances, "categories", content.get("categories"), CATEGORY)
+        categories = {category["id"] for category in listed}
+        images = self._images(content, {ref["image_id"] for ref in refs})
         for ref in refs:
-            if ref["image_id"] not in images:
-                raise self._foreign(ref, f"image {ref['image_id']}")
-            if ref["category_id"] not in categories:
-                raise self._foreign(ref, f"category {ref['category_id']}")
-            yield from self._sentences(ref, *images[ref["image_id"]])
+            self.seen += 1
+            if what := self._foreign(ref, images, categories):
+                self.odd.append(what)
+            else:
+                yield from self._sentences(ref, *images[ref["image_id"]])
 
     def _refs(self) -> list[dict[str, Any]]:
         try:
-            refs = load_plain(self.file)
-            splits = sorted({ref["split"] for ref in refs})
+            listed = load_plain(self.file)
         except OSError as error:
             raise UserError(f"{self.file}: cannot be read ({error.strerror}); name refs(unc).p or the like") from error
         except Exception as error:  # a broken pickle can raise nearly anything
-            raise UserError(
-                f"{self.file}: is not a list of references ({first_line(error)[:200]}); download it again"
-            ) from error
+            cause = f" ({error})" if isinstance(error, UnpicklingError) else ", or damaged"
+            raise UserError(f"{self.file}: is not a list of references{cause}; download it again") from error
+        refs = self.fitting(self.file, "references", listed, REFERENCE)
+        splits = sorted({ref["split"] for ref in refs})
         if self.split not in splits:
             raise UserError(f"{self.file}: has no split {self.split}; there are {', '.join(splits)}")
         return [ref for ref in refs if ref["split"] == self.split]
 
     def _images(self, content: dict[str, Any], wanted: set[int]) -> dict[int, AnnotatedImage]:
         notes: dict[int, list[dict[str, Any]]] = {number: [] for number in wanted}
-        for note in content["annotations"]:
+        for note in self.fitting(self.instances, "annotations", content["annotations"], INSTANCE):
             if note["image_id"] in wanted:
                 notes[note["image_id"]].append(note)
-        listed = [image for image in content["images"] if image["id"] in wanted]
+        images = self.fitting(self.instances, "images", content.get("images"), IMAGE)
+        listed = [image for image in images if image["id"] in wanted]
         return {
             image["id"]: (str(self.images / image["file_name"]), *self._boxes(image, notes[image["id"]])) for image in listed
         }
 
-    def _foreign(self, ref: dict[str, Any], what: str) -> UserError:
-        return UserError(
-            f"{self.file}: reference {ref['ref_id']} is of {what}, which {self.instances} does not hold; "
-            "name the instances.json that came with it"
+    def _foreign(self, ref: dict[str, Any], images: dict[int, AnnotatedImage], categories: set[int]) -> str:
+        """What of a reference instances.json does not hold, for messages; '' where it holds all."""
+        if ref["image_id"] not in images:
+            what = f"image {ref['image_id']}"
+        elif ref["category_id"] not in categories:
+            what = f"category {ref['category_id']}"
+        elif ref["ann_id"] not in images[ref["image_id"]][2]:
+            what = f"annotation {ref['ann_id']} of image {ref['image_id']}"
+        else:
+            return ""
+        return (
+            f"reference {ref['ref_id']} is of {what}, which {self.instances} does not hold: is it the one that came with it?"
         )
 
     def _boxes(self, image: dict[str, Any], notes: list[dict[str, Any]]) -> tuple[tuple[Box, ...], dict[int, int | None]]:
@@ -185,8 +227,6 @@ class RefCOCO(Listed):
     def _sentences(
         self, ref: dict[str, Any], image: str, boxes: tuple[Box, ...], numbers: dict[int, int | None]
     ) -> Iterator[Example]:
-        if ref["ann_id"] not in numbers:
-            raise self._foreign(ref, f"annotation {ref['ann_id']} of image {ref['image_id']}")
         number = numbers[ref["ann_id"]]
         for said in ref["sentences"]:
             if number is None:
@@ -223,10 +263,15 @@ class Flickr30kEntities(Listed):
 
     def read(self) -> Iterator[Example]:
         """One example per phrase; if its entity has several boxes, the answer points at each, in reading order."""
-        for name in self._text(self.file).split():
-            boxes, entities = self._entities(self.folder / "Annotations" / f"{name}.xml")
+        for name in read_text(self.file, ENTITIES).split():
+            self.seen += 1
+            try:
+                boxes, entities = self._entities(self.folder / "Annotations" / f"{name}.xml")
+            except BrokenSample as error:
+                self.odd.append(str(error))
+                continue
             image = str(self.images / f"{name}.jpg")
-            phrases = self.PHRASE.findall(self._text(self.folder / "Sentences" / f"{name}.txt"))
+            phrases = self.PHRASE.findall(read_text(self.folder / "Sentences" / f"{name}.txt", ENTITIES))
             for place, (entity, phrase) in enumerate(phrases):
                 numbers = entities.get(entity, [])
                 if not numbers:
@@ -238,26 +283,22 @@ class Flickr30kEntities(Listed):
                     answer = tuple(theirs[i] for i in reading_order([boxes[number] for number in theirs]))
                     yield Example(f"{name}.{place}", image, self.question.replace("{}", phrase), answer, boxes)
 
-    def _text(self, path: Path) -> str:
-        try:
-            return path.read_text(encoding="utf-8")
-        except OSError as error:
-            wanted = "the folder that holds Sentences, Annotations and train.txt, val.txt, test.txt"
-            raise UserError(f"{path}: cannot be read ({error.strerror}); name {wanted}, and its split") from error
-        except ValueError as error:
-            raise malformed(path, error) from error
-
     def _entities(self, path: Path) -> tuple[tuple[Box, ...], dict[str, list[int | None]]]:
-        """The boxes of an image, and the numbers of each entity's boxes. In the files pixels count from 1, inclusive."""
-        text = self._text(path)
+        """The boxes of an image, and the numbers of each entity's boxes. In the files pixels count from 1, inclusive.
+
+        Raises BrokenSample for a file that is not as it ought to be.
+        """
+        text = read_text(path, ENTITIES)
         try:
             root = ET.fromstring(text)
-            width, height = (float(root.findtext(f"size/{side}", "")) for side in ("width", "height"))
+            width, height = (_pixels(root, f"size/{side}", least=1) for side in ("width", "height"))
             items = [item for item in root.iterfind("object") if item.find("bndbox") is not None]
-            sides = [[float(item.findtext(f"bndbox/{side}", "")) for side in EDGES] for item in items]
+            sides = [[_pixels(item, f"bndbox/{side}") for side in EDGES] for item in items]
             good, numbers = self.kept(share(x - 1, y - 1, right, bottom, width, height) for x, y, right, bottom in sides)
-        except (ET.ParseError, ValueError, ZeroDivisionError) as error:
-            raise malformed(path, error) from error
+        except ET.ParseError as error:
+            raise BrokenSample("{}: is no XML, or broken in line {}, column {}".format(path, *error.position)) from None
+        except BrokenSample as error:
+            raise BrokenSample(f"{path}: {error}") from None
         entities: dict[str, list[int | None]] = {}
         for item, number in zip(items, numbers, strict=True):
             for name in item.iterfind("name"):
@@ -266,6 +307,18 @@ class Flickr30kEntities(Listed):
 
 
 EDGES = ("xmin", "ymin", "xmax", "ymax")
+ENTITIES = "the folder that holds Sentences, Annotations and train.txt, val.txt, test.txt, and its split"
+
+
+def _pixels(item: ET.Element, name: str, least: float = -inf) -> float:
+    """A number of an XML file. Raises BrokenSample where there is none."""
+    try:
+        value = float(text := item.findtext(name, ""))
+    except ValueError:
+        raise BrokenSample(f"{name} is {text[:20]!r}, not a number") from None
+    if not isfinite(value) or value < least:
+        raise BrokenSample(f"{name} is {value:g}")
+    return value
 
 
 class Instructions(Listed):
@@ -287,8 +340,8 @@ class Instructions(Listed):
     def read(self) -> Iterator[Example]:
         """One example per question and answer. Spelled boxes in answers become box numbers; in questions they stay text."""
         _, entries = read_annotations(self.file, ("instructions of LLaVA",), "a JSON file of LLaVA's instructions")
-        for number, entry in enumerate(entries):
-            if not isinstance(entry.get("image"), str):
+        for number, entry in enumerate(self.fitting(self.file, "entries", entries, TURNS)):
+            if not FILE.fits(entry.get("image")):
                 self.dropped["entries without an image, or of several"] += 1
                 continue
             image, turns = self.images / entry["image"], entry["conversations"]
@@ -325,7 +378,12 @@ class Instructions(Listed):
         try:
             with Image.open(image, formats=FORMATS) as opened:  # the size alone, nothing is decoded
                 width, height = opened.size
-        except OSError:  # missing or broken; counted with the images
+        except (
+            OSError,
+            ValueError,
+            SyntaxError,
+            Image.DecompressionBombError,
+        ):  # missing or broken; counted with the images
             return clipped(left, top, right, bottom)
         side = max(width, height)
         x, y = (side - width) / 2, (side - height) / 2
@@ -348,12 +406,28 @@ class Pope(Listed):
 
     def read(self) -> Iterator[Example]:
         """One example per line."""
-        try:
-            lines = self.file.read_text(encoding="utf-8").splitlines()
-        except OSError as error:
-            wanted = "coco_pope_random.json or another of POPE's"
-            raise UserError(f"{self.file}: cannot be read ({error.strerror}); name {wanted}") from error
-        for row in (json.loads(line) for line in lines if line.strip()):
-            if (label := row["label"].strip().lower()) not in ("yes", "no"):
-                raise UserError(f"{self.file}: question {row['question_id']} has the label {label}, not yes or no")
-            yield Example(str(row["question_id"]), str(self.images / row["image"]), row["text"].strip(), (label,))
+        wanted = "coco_pope_random.json or another of POPE's"
+        for number, line in enumerate(read_text(self.file, wanted).split("\n"), 1):
+            if not line.strip():
+                continue
+            self.seen += 1
+            try:
+                row = _question(line)
+            except BrokenSample as error:
+                self.odd.append(f"line {number}{error}")
+            else:
+                label = row["label"].strip().lower()
+                yield Example(str(row["question_id"]), str(self.images / row["image"]), row["text"].strip(), (label,))
+
+
+def _question(line: str) -> dict[str, Any]:
+    """What a line of POPE holds. Raises BrokenSample where it is odd."""
+    try:
+        row = parse_json(line, "", "")
+    except UserError as error:
+        raise BrokenSample(str(error).strip(":").partition(";")[0]) from None
+    if wrong := problem(row, QUESTION):
+        raise BrokenSample(wrong)
+    if row["label"].strip().lower() not in ("yes", "no"):
+        raise BrokenSample(f" has the label {row['label'][:20]}, not yes or no")
+    return row  # type: ignore[no-any-return]

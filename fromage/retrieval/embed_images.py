@@ -93,6 +93,9 @@ def embed_chunk(model: Fromage | ImageSide, chunk: ImageBatch) -> Done:
     for tensor, samples in chunk.groups:
         if tensor is None:
             done.broken.extend(sample.problem for sample in samples)
+        elif tensor.ndim == 2 and tensor.shape[1] != model.vision.width:
+            told = f"features {tensor.shape[1]} wide, not {model.vision.width} as the image tower's"
+            done.broken.extend(f"{sample.item.path}: {told}" for sample in samples)
         else:
             done.rows.append(_embed(model, tensor))
             done.good.extend(samples)
@@ -144,8 +147,6 @@ def embed_opened(model: Fromage, images: Sequence[Image.Image]) -> np.ndarray:
 @torch.no_grad()
 def _embed(model: Fromage | ImageSide, tensor: Tensor) -> np.ndarray:
     """Pixels (B, 3, H, W) or stored features (B, m) -> rows (B, q)."""
-    if tensor.ndim == 2 and tensor.shape[1] != model.vision.width:
-        raise UserError(f"the stored features are {tensor.shape[1]} wide, not {model.vision.width}; use their image tower")
     features = model.vision(tensor.to(model.device)) if tensor.ndim == 4 else tensor.to(model.device)  # (B, m)
     return model.embed_images(features).float().cpu().numpy()
 

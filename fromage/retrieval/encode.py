@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from fromage.data.workers import init_worker, plain_errors
 from fromage.errors import BrokenSample, UserError
+from fromage.images.codec import file_bytes
 from fromage.images.transforms import Framing, Several, Transform, framed_as, read_image
 from fromage.models.base import VisualPrefixLM
 
@@ -77,11 +78,9 @@ class Files(Dataset[Any]):
 
     def __getitem__(self, number: int) -> Tensor | str:
         try:
-            return read_image(self.paths[number].read_bytes(), self.transform)
-        except OSError:
-            return "missing"
-        except BrokenSample:
-            return "broken"
+            return read_image(file_bytes(self.paths[number]), self.transform)
+        except BrokenSample as error:
+            return "missing" if str(error).startswith("missing") else "broken"
 
 
 @torch.no_grad()

@@ -207,7 +207,9 @@ def test_refcoco_files_that_are_wrong(one, tmp_path, world):
     with pytest.raises(UserError, match="captions of COCO, and not boxes of COCO"):
         list(RefCOCO(refs, str(world / "coco/annotations/captions_val2017.json"), "images", split="val"))
     broken, _ = one((0, 0, 50))
-    with pytest.raises(UserError, match=r"instances\.json: an entry is broken"):
+    with pytest.raises(
+        UserError, match=r"instances\.json: 1 of 1 entries are odd \(annotations\[0\]\.bbox is a list of 3, not of 4"
+    ):
         list(RefCOCO(refs, broken, "images", split="val"))
     with pytest.raises(UserError, match=r"must hold .* once"):
         RefCOCO(refs, instances, "images", question="where?")
@@ -285,9 +287,9 @@ def test_entities_that_are_wrong(world, tmp_path):
         list(entities(world, split="tset"))
     source = annotate(tmp_path, ("1", 1, 1, 5, 5))
     (tmp_path / "Annotations/12.xml").write_text("<annotation>")
-    with pytest.raises(UserError, match=r"12\.xml: an entry is broken"):
+    with pytest.raises(UserError, match=r"1 of 1 entries.*12\.xml: is no XML, or broken in line 1, column 12"):
         list(source)
-    with pytest.raises(UserError, match=r"12\.xml: an entry is broken"):
+    with pytest.raises(UserError, match=r"12\.xml: size/width is 0"):
         list(annotate(tmp_path, ("1", 1, 1, 5, 5), size=(0, 100)))
     (tmp_path / "Annotations/12.xml").unlink()
     with pytest.raises(UserError, match=r"12\.xml: cannot be read.*Annotations"):
@@ -380,7 +382,7 @@ def test_instructions_that_are_wrong(world, tmp_path):
         list(Instructions(str(tmp_path / "gone.json"), "images"))
     with pytest.raises(UserError, match="is boxes of COCO, and not instructions of LLaVA"):
         list(Instructions(str(world / "refcoco/instances.json"), "images"))
-    with pytest.raises(UserError, match=r"talks\.json: an entry is broken"):
+    with pytest.raises(UserError, match=r"talks\.json: 1 of 2 entries are odd \(entries\[1\] lacks conversations"):
         list(instructions(tmp_path, talk(("q", "a")), {"image": "a.jpg"}))
     with pytest.raises(UserError, match="holds no example, but 1 entries without an image"):
         list(instructions(tmp_path, talk(("q", "a"), image=None)))
@@ -406,9 +408,12 @@ def test_pope_that_is_wrong(tmp_path):
     (tmp_path / "pope.json").write_text(json.dumps(row) + "\n\n" + json.dumps(row | {"label": "maybe"}))
     with pytest.raises(UserError, match="the label maybe, not yes or no"):
         list(Pope(str(tmp_path / "pope.json"), "images"))
-    for text in ("[", json.dumps({"image": "a.jpg"})):
+    for text, why in (
+        ("[", "is no JSON, or broken in line 1, column 2"),
+        (json.dumps({"image": "a.jpg"}), "lacks question_id"),
+    ):
         (tmp_path / "pope.json").write_text(text)
-        with pytest.raises(UserError, match=r"pope\.json: an entry is broken"):
+        with pytest.raises(UserError, match=rf"pope\.json: 1 of 1 entries are odd \(line 1 {why}"):
             list(Pope(str(tmp_path / "pope.json"), "images"))
     with pytest.raises(UserError, match="cannot be read"):
         list(Pope(str(tmp_path / "gone.json"), "images"))
