@@ -24,6 +24,7 @@ from fromage.evals.clip import load_clip_baseline
 from fromage.evals.coco import both_ways, evaluate, gallery_of
 from fromage.evals.coco_lightning import CocoCaptions, CocoModule
 from fromage.evals.report import markdown, table
+from fromage.generation.generate import caption
 from fromage.images.open import open_image
 from fromage.models.vision.open_clip import OpenClipTower, load_clip
 from fromage.models.vision.open_clip import _projection as projection
@@ -190,7 +191,14 @@ def test_captioning_hands_captions_to_the_scorers(toy_model, data, monkeypatch):
     monkeypatch.setitem(sys.modules, fake.__name__, fake)
     monkeypatch.setattr("shutil.which", lambda name: f"/bin/{name}")
     few = CaptionSet("few", data.images[:3], data.captions[:3])
-    figures = evaluate(toy_model, few, options=Options(clip=False), captioning=True)["fromage"]["captioning"]
+    monkeypatch.setattr(toy_model, "input_prompt", "a red")
+    report = evaluate(toy_model, few, options=Options(clip=False), captioning=True)
+    figures = report["fromage"]["captioning"]
+    made = [texts[0] for texts in seen["given"].values()]
+    assert (
+        made == [text.lower() for text in caption(toy_model, few.images)] and "'a red'" in report["protocol"]["captioning"]
+    )
+    assert "captioning" not in evaluate(toy_model, few, options=Options(clip=False))["protocol"]
     assert figures == {"bleu1": 40, "bleu2": 30, "bleu3": 20, "bleu4": 10, "meteor": 25, "rouge_l": 25, "cider": 25}
     assert [len(texts) for texts in seen["wanted"].values()] == [5, 5, 5] and len(seen["given"]) == 3
     caption_figures(["a\rstar\u2028 "], [["a\x85ring"]])  # lines are what its tokenizer pairs texts by
