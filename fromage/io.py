@@ -189,7 +189,8 @@ def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
         for file in whole:
             file.keep()
     except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error}); choose another folder") from error
+        told = disk_error(error, folder) or UserError(f"{folder}: cannot be written ({error}); choose another folder")
+        raise told from error
     finally:
         for file in whole:
             file.discard()

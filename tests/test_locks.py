@@ -36,7 +36,7 @@ def holder(request, tmp_path):
 def test_a_second_process_is_refused_by_folder_and_pid_and_a_kill_frees_the_folder(holder, tmp_path):
     process, beside = holder
     for folder in (tmp_path / "out", str(tmp_path / "." / "out")):
-        with pytest.raises(UserError, match=rf"out: in use by process {process.pid}") as refused, held(folder, beside):
+        with pytest.raises(UserError, match=rf"out: is in use by process {process.pid}") as refused, held(folder, beside):
             pass
         assert len(str(refused.value).splitlines()) == 1
     process.kill()

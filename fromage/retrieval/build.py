@@ -114,7 +114,8 @@ def build_index(
     Args:
         checkpoint: where the model was loaded from, so that open_index finds it.
         kind: as for write_index.
-        milvus, overwrite: as for write_index. The others are those of embed_images.
+        milvus: as for write_index.
+        overwrite: as for write_index. The others are those of embed_images.
     """
     check_replaceable(out, overwrite)  # before the hours of embedding
     BACKENDS[_backend(milvus)].check(kind, model.q, milvus or "")

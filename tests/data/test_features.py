@@ -237,13 +237,14 @@ def test_a_full_disk_is_one_line_and_the_same_command_goes_on(tmp_path, disk):
 
 def test_a_worker_that_cannot_hand_its_images_over_is_one_line(tmp_path, disk):
     """The parts of memory that processes share are files: with a full /dev/shm the reader would wait for good."""
-    source = shards(tmp_path / "s")
-    disk(100)
+    source, vision = shards(tmp_path / "s"), Vision()
+    vision.transform = lambda image: transform(image).repeat(1, 50, 50)
+    disk(20_000)
     with pytest.raises(UserError, match=r"worker .* exited unexpectedly: .*shared memory \(/dev/shm\) is full"):
-        store_features(source, tmp_path / "f", Vision(), workers=1)
+        store_features(source, tmp_path / "f", vision, workers=1)
 
 
 def test_a_folder_that_another_process_writes_is_refused(tmp_path, other_writer):
     pid = other_writer(tmp_path / "f")
-    with pytest.raises(UserError, match=f"f: in use by process {pid}"):
+    with pytest.raises(UserError, match=f"f: is in use by process {pid}"):
         store_features(shards(tmp_path / "s"), tmp_path / "f", Vision(), workers=0)

@@ -342,5 +342,5 @@ def test_a_full_disk_is_one_line_and_leaves_whole_shards(tmp_path, disk):
 
 def test_shards_that_another_process_writes_are_refused(tmp_path, other_writer):
     pid = other_writer(tmp_path / "out")
-    with pytest.raises(UserError, match=f"out: in use by process {pid}"):
+    with pytest.raises(UserError, match=f"out: is in use by process {pid}"):
         write_shards([("a", b"jpg", "words", {})], tmp_path / "out", overwrite=True)

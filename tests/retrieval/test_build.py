@@ -126,7 +126,7 @@ def test_an_index_that_another_process_writes_is_refused_before_the_work(tmp_pat
         lambda: merge([folder], folder, overwrite=True),
         lambda: build_index(Model(), tmp_path, folder, overwrite=True),
     ):
-        with pytest.raises(UserError, match=f"index: in use by process {pid}"):
+        with pytest.raises(UserError, match=f"index: is in use by process {pid}"):
             act()
     assert len(load_index(folder)) == 5
 

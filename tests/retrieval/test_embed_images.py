@@ -321,7 +321,7 @@ def test_a_store_that_cannot_be_written_says_so(images, tmp_path, disk):
 
 def test_a_store_that_another_process_adds_to_is_refused(images, tmp_path, other_writer):
     pid = other_writer(tmp_path / "out")
-    with pytest.raises(UserError, match=f"out: in use by process {pid}"):
+    with pytest.raises(UserError, match=f"out: is in use by process {pid}"):
         module.embed_images(Model(), images, tmp_path / "out")
 
 
