@@ -1,12 +1,12 @@
 # make demo    train on the toy world, evaluate, index, search: runs/demo
 # make test    every test
 # make docs    the documentation as a site: site/
-# Each sets up .venv on first use, from setup.cfg and constraints.txt.
+# Each sets up .venv on first use, from setup.cfg and constraints.txt: make demo what it needs itself, the others all.
 PYTHON ?= python3
 BIN := .venv/bin
 
 .PHONY: demo test lint types docs clean
-demo: .venv/ready
+demo: .venv/demo
 	$(BIN)/fromage toy demo --out runs/demo
 
 test: .venv/ready
@@ -21,11 +21,13 @@ types: .venv/ready
 docs: .venv/ready
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-.venv/ready: setup.cfg constraints.txt
+.venv/demo: EXTRAS := demo,serve
+.venv/ready: EXTRAS := dev
+.venv/demo .venv/ready: setup.cfg constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; name it: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
-	@touch $@
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[$(EXTRAS)]'
+	@touch .venv/demo $@
 
 clean:
 	rm -rf .venv build dist site *.egg-info runs .pytest_cache .mypy_cache .ruff_cache .hypothesis

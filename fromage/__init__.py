@@ -7,8 +7,9 @@ imported when it is first used, so that `import fromage` itself takes no time.
 from __future__ import annotations
 
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
+
+from fromage.distribution import versions
 
 if TYPE_CHECKING:
     from fromage.data.datamodule import CC3M as CC3M
@@ -79,10 +80,7 @@ __all__ = [*_MODULES]
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
-        try:
-            return version("fromage")
-        except PackageNotFoundError:  # the source alone, not installed
-            return "unknown"
+        return versions(["fromage"])["fromage"]
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_MODULES[name]), name)

@@ -1,10 +1,12 @@
-"""Numbers that a user gives: whether they are of the right kind, and within their bounds."""
+"""What a user gives: numbers of the right kind and within their bounds, lists or one item of them."""
 
 from __future__ import annotations
 
 import re
 from math import inf
 from numbers import Integral, Real
+from pathlib import Path
+from typing import Any
 
 from fromage.errors import UserError
 
@@ -24,3 +26,8 @@ def check_real(name: str, value: object, least: float, most: float, besides: str
 def _check(name: str, value: object, is_number: bool, wanted: str, least: float, most: float) -> None:
     if not is_number or not least <= value <= most:  # type: ignore[operator]
         raise UserError(f"{name} is {value!r}; it must be {wanted} {'on' if most == inf else f'to {most:g}'}")
+
+
+def bare(items: Any, *alone: type) -> list[Any]:
+    """Items as a list: a text or path on its own is one item, never its letters. alone: further types of single items."""
+    return [items] if isinstance(items, (str, Path, *alone)) else list(items)

@@ -1,5 +1,7 @@
 """Errors of what is outside the program: files, options, data."""
 
+from collections.abc import Sequence
+
 
 class UserError(Exception):
     """Something a user can mend, in one line that names the thing and the remedy; the command line prints it alone."""
@@ -22,3 +24,9 @@ def reason(error: BaseException) -> str:
         return error.strerror
     builtin = type(error).__module__ in ("builtins", "_struct", "struct", "json.decoder", "zlib", "_pickle", "binascii")
     return "damaged" if builtin and not (type(error) is OSError and str(error)) else first_line(error)
+
+
+def first_few(names: Sequence[str], between: str = ", ", few: int = 3) -> str:
+    """The first names of a list, and how many more there are."""
+    more = [f"and {len(names) - few} more"] if len(names) > few else []
+    return between.join([*names[:few], *more])

@@ -1,4 +1,4 @@
-"""Reading texts of any Unicode encoding, and writing whole or not at all: a part takes the name when it is on disk.
+"""Reading texts of any Unicode encoding, writing whole or not at all (a part takes the name when it is on disk), and ports.
 
 What a disk refuses, since it is full or may not be written to, is a UserError.
 """
@@ -10,6 +10,7 @@ import errno
 import json
 import os
 import shutil
+import socket
 import tarfile
 import threading
 from collections.abc import Iterator, Mapping
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from fromage.checks import HALVES
-from fromage.errors import UserError
+from fromage.errors import UserError, first_line
 from fromage.locks import LOCK, held
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -236,3 +237,11 @@ def _swap(new: Path, folder: Path, old: Path) -> None:
     except BaseException:
         old.rename(folder)
         raise
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens; port 0 is any free one. Raises UserError where the address is taken or impossible."""
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except (OSError, OverflowError) as error:
+        raise UserError(f"{host}, port {port}: cannot listen there ({first_line(error)}); give another --port") from error

@@ -1,11 +1,17 @@
 """What a wheel holds, and that an installed one finds its configurations and its toy towers."""
 
+import re
 import subprocess
 import sys
 import zipfile
+from configparser import ConfigParser
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+
+import fromage
+from fromage.distribution import DISTRIBUTION, pip_install, versions
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -50,3 +56,39 @@ def test_installed_package_finds_its_own_configurations(wheel, tmp_path):
 def test_shipped_towers_are_small():
     sizes = [p.stat().st_size for p in (ROOT / "fromage" / "toy" / "backbones").rglob("*") if p.is_file()]
     assert 0 < sum(sizes) <= 25 * 2**20
+
+
+def test_messages_name_the_package_as_it_is_installed():
+    config = ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    assert config["metadata"]["name"] == DISTRIBUTION and version(DISTRIBUTION) == fromage.__version__
+    extras = config["options.extras_require"]
+    asked = [re.findall(r"pip_install\((.)(\w+)\1\)", path.read_text("utf-8")) for path in (ROOT / "fromage").rglob("*.py")]
+    named = {extra for found in asked for _, extra in found}
+    assert len(named) > 5 and named <= set(extras) and pip_install("ray") == f"pip install '{DISTRIBUTION}[ray]'"
+    said = [path for path in (*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "notebooks").glob("*"))
+            if re.search(r"pip install '?fromage(?!-torch)", path.read_text("utf-8"))]  # fmt: skip
+    assert not said and versions(["fromage", "no such package"]) == {
+        "fromage": version(DISTRIBUTION),
+        "no such package": "unknown",
+    }
+
+
+def test_the_demo_needs_no_ray_no_milvus_and_no_tools_of_developers():
+    config = ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    makefile = (ROOT / "Makefile").read_text("utf-8")
+    (extras,) = re.findall(r"^\.venv/demo: EXTRAS := (.*)$", makefile, re.MULTILINE)
+    assert "\ndemo: .venv/demo\n" in makefile and "\ntest: .venv/ready\n" in makefile
+    needed = config["options"]["install_requires"] + "".join(config["options.extras_require"][e] for e in extras.split(","))
+    assert not re.search("ray|milvus|pytest|ruff|mkdocs|peft|bitsandbytes|playwright", needed)
+
+
+def test_every_package_of_a_run_has_its_version():
+    """constraints.txt pins what setup.cfg asks for."""
+    config = ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    wanted = "\n".join([config["options"]["install_requires"], *config["options.extras_require"].values()])
+    names = {re.sub("[-_]", "-", found.lower()) for found in re.findall(r"^([\w-]+)", wanted, re.MULTILINE)}
+    pinned = re.findall(r"^([\w-]+)==", (ROOT / "constraints.txt").read_text("utf-8"), re.MULTILINE)
+    assert names - {DISTRIBUTION} <= {re.sub("[-_]", "-", name.lower()) for name in pinned}

@@ -7,6 +7,7 @@ from typing import Any
 
 from PIL import Image
 
+from fromage.distribution import pip_install
 from fromage.errors import BrokenSample, UserError
 from fromage.generation.chat import Chat
 from fromage.generation.retrieved import RetrievedImages
@@ -15,7 +16,7 @@ from fromage.images.codec import decode_image, small, to_png
 try:
     import ipywidgets as widgets
 except ImportError as error:
-    raise UserError("the chat widget needs ipywidgets; pip install 'fromage[notebooks]'") from error
+    raise UserError(f"the chat widget needs ipywidgets: {pip_install('notebooks')}") from error
 
 SIDE = 160  # width of an image in pixels
 GREY, RED = "#70747c", "#b3261e"

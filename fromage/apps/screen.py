@@ -1,4 +1,4 @@
-"""What goes to a terminal: text without control characters, and images where it can draw them."""
+"""What goes to a terminal: lines of text, and images where it can draw them."""
 
 from __future__ import annotations
 
@@ -11,19 +11,12 @@ from typing import TextIO
 from PIL import Image
 
 from fromage.images.codec import small, to_png
+from fromage.printable import PrintableStream, one_line
 
 SIDE = 240  # pixels of a drawn image's longer side, at most
 CHUNK = 4096  # characters of base64 in one escape sequence of kitty's protocol
 ITERM, KITTY = ("iTerm.app", "WezTerm"), ("xterm-kitty", "xterm-ghostty")
 KONSOLE = 220400  # KONSOLE_VERSION of the first one that draws
-
-
-def printable(text: str, keep: str = "") -> str:
-    """Text with a mark in the place of what is neither printable, nor a space, nor kept.
-
-    Captions and a model's words are a stranger's: an escape sequence in them must not reach the terminal.
-    """
-    return "".join(c if c.isprintable() or c in keep else " " if c.isspace() else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 def iterm(png: bytes) -> str:
@@ -66,12 +59,12 @@ class Screen:
 
     def __init__(self, out: TextIO | None = None) -> None:
         """out: standard output, unless given."""
-        self.out, self.fresh = out or sys.stdout, True
+        self.out, self.fresh = PrintableStream(out or sys.stdout), True
         self.draw = protocol(os.environ) if self.out.isatty() else None
 
     def say(self, text: str) -> None:
         """Text as it comes; a line does not begin with a space."""
-        text = printable(text.lstrip() if self.fresh else text, "\n")
+        text = text.lstrip() if self.fresh else text
         if text:
             self._write(text)
             self.fresh = text.endswith("\n")
@@ -79,20 +72,20 @@ class Screen:
     def line(self, text: str = "") -> None:
         """A line of its own; without text, the end of one that was begun."""
         self._write("" if self.fresh else "\n")
-        self._write(printable(text) + "\n" if text else "")
+        self._write(one_line(text) + "\n" if text else "")
         self.fresh = True
 
     def complain(self, text: str) -> None:
         """A line on standard error."""
         self.line()
-        print(f"fromage: {printable(text)}", file=sys.stderr, flush=True)
+        print(f"fromage: {one_line(text)}", file=PrintableStream(sys.stderr), flush=True)
 
     def image(self, image: Image.Image) -> None:
         """Draw an image below, where the terminal can."""
         if self.draw:
-            self._write(self.draw(to_png(small(image, SIDE))) + "\n")
+            self.out.raw.write(self.draw(to_png(small(image, SIDE))) + "\n")
+            self.out.flush()
 
     def _write(self, text: str) -> None:
-        encoding = self.out.encoding or "utf-8"
-        self.out.write(text.encode(encoding, "replace").decode(encoding))
+        self.out.write(text)
         self.out.flush()

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
 
 from fromage.checkpoints.format import CONFIG, GENERATION, WEIGHTS, Saved, read_folder, read_generation
-from fromage.checkpoints.hub import look_for_hub
+from fromage.checkpoints.hub import HUB_NAME, look_for_hub
 from fromage.checkpoints.lightning import PREFIX, checkpoint_file, last_checkpoint, read_checkpoint
 from fromage.errors import UserError, first_line
 
-HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*(?<!\.ckpt)")
 HUB_OPTIONS = {"revision", "token", "cache_dir", "force_download", "local_files_only"}
 
 

@@ -2,25 +2,46 @@
 
 A parameter before the `*` is a positional argument, one after it an option. A bool is a switch: `--name`, or `--no-name`
 where the default is True. A sequence of texts is an option to repeat, one of numbers an option that takes several. A
-dataclass stands for options of its fields. What a docstring does not say of a parameter, fromage.cli.options does.
-A command that writes a file by name has --overwrite too.
+dataclass stands for options of its fields. What a docstring does not say of a parameter, fromage.cli.options does; a path
+without more is a file to read.
+
+A command returns what it has to say, a `Result` or several one after another: text for people, data for programs. Such a
+command has the option --json, and one that writes a file by name has --overwrite. What goes wrong is for standard error.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator, Sequence
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import is_dataclass
 from inspect import Parameter, getmro, isclass, signature
+from pathlib import Path
 from types import NoneType
-from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
-from fromage.cli.options import BARE, FILES, SHARED, SHORT
+from fromage.cli.options import BARE, DEFAULT, FILES, HERE, SHARED, SHORT, Check, save
+from fromage.printable import one_line
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
+    from PIL import Image
 
-Function = Callable[..., Any]
+
+class Result(NamedTuple):
+    """What a command has to say: lines for people; data, ready for JSON, for programs; an image, for terminals that draw."""
+
+    text: str
+    data: Any
+    image: Image.Image | None = None
+
+    @classmethod
+    def of(cls, lines: Iterable[str], data: Any, image: Image.Image | None = None) -> Result:
+        """A result of some lines, in each of which strangers' words make no other line."""
+        return cls("\n".join(map(one_line, lines)), data, image)
+
+
+Function = Callable[..., Result | Iterator[Result] | None]
 Argument = tuple[list[str], dict[str, Any]]  # names and settings of add_argument
 
 
@@ -30,19 +51,59 @@ def parser_of(name: str, function: Function) -> ArgumentParser:
 
     parser = ArgumentParser(
         prog=f"fromage {name}",
+        exit_on_error=False,
         description=(function.__doc__ or "").partition("Args:")[0].strip(),
         formatter_class=argparse.HelpFormatter,  # jsonargparse's own prints types and defaults of Python
     )
-    arguments = list(_arguments(function))
-    for names, settings in arguments:
+    for names, settings in arguments(function):
         parser.add_argument(*names, **settings)
-    known = {name for names, _ in arguments for name in names}
-    if known & {f"--{name}" for name in FILES} and "--overwrite" not in known:
+    known = options_of(function)
+    if "--overwrite" not in known and any(f"--{name}" in known for name in FILES):
         parser.add_argument("--overwrite", action="store_true", help=SHARED["overwrite"][0])
     return parser
 
 
-def call(function: Function, values: dict[str, Any]) -> Any:
+def options_of(function: Function) -> list[str]:
+    """The options of a command, as they are typed."""
+    return [name for names, _ in arguments(function) for name in names if name.startswith("-")]
+
+
+def arguments(function: Function) -> Iterator[Argument]:
+    """Names and settings of what a command takes."""
+    yield from _arguments(function)
+    if speaks(function):
+        yield _option("json", Path | None, None, *SHARED["json"])
+
+
+def speaks(function: Function) -> bool:
+    """Whether a command has something to say, and so the option --json."""
+    return signature(function).return_annotation not in ("None", None, Parameter.empty)
+
+
+def tell(said: Result | Iterable[Result] | None, file: Path | None) -> None:
+    """Print what a command has to say, as it comes: its lines, or with `--json` alone its data, one line of JSON each.
+
+    file: where the data is written besides, when all is said: one result as an object, several as lines of JSON.
+    """
+    several = not isinstance(said, Result)
+    lines: list[str] = []
+    for result in [said] if isinstance(said, Result) else said or ():
+        if file is not None:
+            lines.append(json.dumps(result.data, indent=None if several or file == HERE else 2))
+        print(lines.pop() if file == HERE else result.text, flush=True)
+        if result.image and file != HERE:
+            _draw(result.image)
+    if file not in (None, HERE):
+        save(file, "".join(f"{line}\n" for line in lines).encode())
+
+
+def _draw(image: Image.Image) -> None:
+    from fromage.apps.screen import Screen
+
+    Screen().image(image)
+
+
+def call(function: Callable[..., Any], values: dict[str, Any]) -> Any:
     """Call a command's function, or make a dataclass, with what the parser read."""
     hints = get_type_hints(function)
     given = {name: hints[name] for name in signature(function).parameters}
@@ -57,7 +118,7 @@ def _arguments(owner: Any) -> Iterator[Argument]:
             yield from _arguments(hints[name])
         else:
             text, check = SHARED.get(name, ("", None))
-            check = None if getattr(owner, "checked_later", False) else check
+            check = None if getattr(owner, "checked_later", False) else check or DEFAULT.get(_kind(hints[name])[0])
             option = isclass(owner) or parameter.kind is Parameter.KEYWORD_ONLY
             yield (_option if option else _positional)(name, hints[name], parameter.default, texts.get(name, text), check)
 
@@ -73,7 +134,7 @@ def _texts(owner: Any) -> dict[str, str]:
 
 def _positional(name: str, hint: Any, default: Any, text: str, check: Any) -> Argument:
     kind, several = _kind(hint)
-    settings: dict[str, Any] = {"type": check or kind, "help": _plain(text)}
+    settings: dict[str, Any] = {"type": _checked(kind, check), "help": _plain(text)}
     if default is not Parameter.empty:
         settings |= {"default": list(default) if several else default}
     return [name], settings | ({"nargs": "+" if default is Parameter.empty else "*"} if several else {})
@@ -88,7 +149,7 @@ def _option(name: str, hint: Any, default: Any, text: str, check: Any) -> Argume
     required = default is Parameter.empty
     if not required and default not in (None, (), ""):
         text += f" (default: {' '.join(map(str, default)) if several else default})"
-    settings = {"type": check or kind, "help": _plain(text), "dest": name, "required": required}
+    settings = {"type": _checked(kind, check), "help": _plain(text), "dest": name, "required": required}
     settings |= {} if required else {"default": list(default) if several else default}
     if several:
         settings |= {"action": "append"} if kind is str else {"nargs": "+"}
@@ -103,6 +164,11 @@ def _kind(hint: Any) -> tuple[Any, bool]:
         (hint,) = (each for each in get_args(hint) if each is not NoneType)
     several = get_origin(hint) not in (None, Literal)
     return (get_args(hint)[0], True) if several else (hint, False)
+
+
+def _checked(kind: Any, check: Check | None) -> Any:
+    """The type of a word, which is checked first. jsonargparse asks a second time about what it was given then."""
+    return kind if check is None else lambda word: kind(check(word)) if isinstance(word, str) else word
 
 
 def _plain(text: str) -> str:

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-from fromage.cli.options import DType, save_json, save_png
+from fromage.cli.command import Result
+from fromage.cli.options import DType, save_png
+
+if TYPE_CHECKING:
+    from fromage.checkpoints.format import Saved
+    from fromage.data.packing import PackReport
 
 
-def toy_make(*, out: Path, seed: int = 0, train: int = 8192, val: int = 1000, refs: int = 500) -> None:
+def toy_make(*, out: Path, seed: int = 0, train: int = 8192, val: int = 1000, refs: int = 500) -> Result:
     """Write the toy world.
 
     Args:
@@ -20,7 +25,9 @@ def toy_make(*, out: Path, seed: int = 0, train: int = 8192, val: int = 1000, re
     """
     from fromage.toy.world import make_world
 
-    print(make_world(out, seed, train, val, refs=refs))
+    made = make_world(out, seed, train, val, refs=refs)
+    counts = ", ".join(f"{count} {what}" for what, count in made["counts"].items())
+    return Result(f"{'toy world' if made['made'] else 'the same toy world was there'}: {counts} -> {out}", made)
 
 
 def toy_demo(*, out: Path = Path("runs/demo")) -> None:
@@ -38,7 +45,7 @@ def shards_tsv(
     per_shard: int = 1000,
     val_fraction: float = 0.0,
     overwrite: bool = False,
-) -> None:
+) -> Result:
     """Pack a TSV of caption and image into shards, each image once with all its captions.
 
     Args:
@@ -47,7 +54,7 @@ def shards_tsv(
     """
     from fromage.data.packing import pack_tsv
 
-    print(pack_tsv(tsv, out, images, per_shard, val_fraction, overwrite).text())
+    return _packed(pack_tsv(tsv, out, images, per_shard, val_fraction, overwrite))
 
 
 def shards_jsonl(
@@ -58,7 +65,7 @@ def shards_jsonl(
     per_shard: int = 1000,
     val_fraction: float = 0.0,
     overwrite: bool = False,
-) -> None:
+) -> Result:
     """Pack JSON lines of image and captions into shards, each image once with all its captions.
 
     Args:
@@ -67,13 +74,13 @@ def shards_jsonl(
     """
     from fromage.data.packing import pack_jsonl
 
-    print(pack_jsonl(jsonl, out, images, per_shard, val_fraction, overwrite).text())
+    return _packed(pack_jsonl(jsonl, out, images, per_shard, val_fraction, overwrite))
 
 
 def shards_coco(
     annotations: Path, *, images: Path, out: Path, captions: Literal["all", "first"] = "all", per_shard: int = 1000,
     val_fraction: float = 0.0, overwrite: bool = False,
-) -> None:  # fmt: skip
+) -> Result:  # fmt: skip
     """Pack a COCO caption file and its images into shards, each image once with all its captions.
 
     Args:
@@ -82,13 +89,17 @@ def shards_coco(
     """
     from fromage.data.packing import pack_coco
 
-    print(pack_coco(annotations, images, out, per_shard, captions, val_fraction, overwrite).text())
+    return _packed(pack_coco(annotations, images, out, per_shard, captions, val_fraction, overwrite))
+
+
+def _packed(report: PackReport) -> Result:
+    return Result(report.text(), asdict(report))
 
 
 def shards_check(
     shards: list[str], *, max_broken: float = 0.05, tokenizer: str | None = None, samples: int = 20, workers: int = 4,
-    json: Path | None = None, png: Path | None = None,
-) -> None:  # fmt: skip
+    png: Path | None = None,
+) -> Result:  # fmt: skip
     """Report what shards hold: broken samples by cause, duplicates, lengths, sizes.
 
     Args:
@@ -107,16 +118,15 @@ def shards_check(
         loaded, unit = load_tokenizer(tokenizer), "tokens"
         measure = lambda text: len(loaded.caption(text, sys.maxsize))  # noqa: E731
     report = check_shards(shards, max_broken, workers, samples, measure, unit)
-    print(report.text())
-    save_json(json, report.figures())
     if png:
         save_png(png, report.image())
+    return Result("\n".join([report.text(), *([f"drawn: {png}"] if png else [])]), report.figures())
 
 
 def features(
     shards: str, *, out: Path, vision: str = "ViT-L-14", vision_weights: str = "openai", dtype: DType = "float32",
-    batch_size: int = 256, decoding: Literal["draft", "exact"] = "draft", keep_images: bool = False, device: str = "cpu",
-) -> None:  # fmt: skip
+    batch_size: int = 256, decoding: Literal["draft", "exact"] = "draft", keep_images: bool = False, device: str = "auto",
+) -> Result:  # fmt: skip
     """Store each image's pooled features in place of it, or beside it.
 
     Args:
@@ -126,10 +136,12 @@ def features(
         keep_images: keep the images beside their features
     """
     from fromage.data.features import store_features
+    from fromage.models.frozen import find_device
     from fromage.models.vision.registry import load_vision
 
-    tower = load_vision(vision, vision_weights, dtype).to(device)
-    print(f"{store_features(shards, out, tower, batch_size, keep_images, decoding=decoding)} samples -> {out}")
+    tower = load_vision(vision, vision_weights, dtype).to(find_device(device))
+    count = store_features(shards, out, tower, batch_size, keep_images, decoding=decoding)
+    return Result(f"{count} samples -> {out}", {"samples": count, "out": str(out)})
 
 
 @dataclass(kw_only=True)
@@ -163,9 +175,7 @@ class Overrides:
     stored_features: bool = False
 
 
-def plan(
-    *, config: str, overrides: Overrides, device_tflops: float = 150, share: float = 0.5, json: Path | None = None
-) -> None:
+def plan(*, config: str, overrides: Overrides, device_tflops: float = 150, share: float = 0.5) -> Result:
     """Count a run's parameters, memory, work and time, without weights.
 
     Args:
@@ -177,14 +187,13 @@ def plan(
 
     given = {name: value for name, value in asdict(overrides).items() if value is not False}  # a switch is only set
     counted = plan(read_run(find_config(config), **given))
-    print(report(counted, device_tflops, share))
-    save_json(json, as_json(counted, device_tflops, share))
+    return Result(report(counted, device_tflops, share), as_json(counted, device_tflops, share))
 
 
 def import_weights(
     source: Path, *, out: Path, lm: str | None = None, vision: str | None = None, vision_weights: str | None = None,
     dtype: DType = "bfloat16", overwrite: bool = False,
-) -> None:  # fmt: skip
+) -> Result:  # fmt: skip
     """Turn the authors' released files into a folder of ours; no tower is loaded.
 
     Args:
@@ -200,13 +209,13 @@ def import_weights(
     saved = read_authors(source, lm, vision, vision_weights, dtype)
     check_vision(saved.settings["vision"], saved.settings["vision_weights"])  # now, not when the folder is loaded
     write_folder(saved, out, overwrite)
-    print(f"{sum(t.numel() for t in saved.tensors.values()):,} parameters -> {out}")
+    return _written(saved, out)
 
 
 def export_weights(
     *, ckpt: str, out: Path, format: Literal["ours", "authors"] = "ours", dtype: DType | None = None,
     visual_encoder: str | None = None, overwrite: bool = False,
-) -> None:  # fmt: skip
+) -> Result:  # fmt: skip
     """Write trained parameters as a folder to publish, or as the authors' files.
 
     Args:
@@ -224,4 +233,9 @@ def export_weights(
         write_folder(saved, out, overwrite)
     else:
         write_authors(saved, out, visual_encoder, overwrite)
-    print(f"{sum(t.numel() for t in saved.tensors.values()):,} parameters -> {out}")
+    return _written(saved, out)
+
+
+def _written(saved: Saved, out: Path) -> Result:
+    count = sum(tensor.numel() for tensor in saved.tensors.values())
+    return Result(f"{count:,} parameters -> {out}", {"parameters": count, "out": str(out)})

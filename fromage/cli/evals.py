@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from fromage.cli.options import save_json
+from fromage.cli.command import Result
 
 QUESTION = "where is {}?"
 
@@ -17,9 +17,8 @@ class Run:
     """What every evaluation takes."""
 
     ckpt: str
-    json: Path | None = None
     limit: int | None = None
-    device: str = "cpu"
+    device: str = "auto"
 
     def model(self) -> Any:
         """The FROMAGe of the checkpoint."""
@@ -27,14 +26,11 @@ class Run:
 
         return load_model(self.ckpt, self.device)
 
-    def tell(self, report: dict[str, Any]) -> None:
-        """Print a report as tables, and write it."""
+    def told(self, report: dict[str, Any]) -> Result:
+        """A report as tables."""
         from fromage.evals.report import markdown, table
 
-        print(table(report))
-        if report["headline"]:
-            print("\n" + markdown(report))
-        save_json(self.json, report)
+        return Result("\n\n".join([table(report), *([markdown(report)] if report["headline"] else [])]), report)
 
 
 @dataclass(kw_only=True)
@@ -56,12 +52,12 @@ class ImageRun(Run):
 
         return Options(**{field.name: getattr(self, field.name) for field in fields(Options) if hasattr(self, field.name)})
 
-    def point(self, evaluate: Callable[..., dict[str, Any]], data: Any) -> None:
+    def point(self, evaluate: Callable[..., dict[str, Any]], data: Any) -> Result:
         """Evaluate an Octopus."""
         from fromage.octopus.module import load_octopus
 
         len(data)  # what is wrong with the files is told before towers are loaded
-        self.tell(evaluate(load_octopus(self.ckpt, self.device), data, self.options()))
+        return self.told(evaluate(load_octopus(self.ckpt, self.device), data, self.options()))
 
 
 @dataclass(kw_only=True)
@@ -73,6 +69,16 @@ class RetrievalRun(ImageRun):
     """
 
     clip: bool = True
+
+    def model(self) -> Any:
+        """The FROMAGe of the checkpoint. Raises UserError for a tower without a text tower, before it is loaded."""
+        from fromage.checkpoints.load import read_saved
+        from fromage.models.fromage import load_model
+        from fromage.models.vision.registry import check_text_tower
+
+        if self.clip:
+            check_text_tower(read_saved(self.ckpt).settings.get("vision", ""))
+        return load_model(self.ckpt, self.device)
 
 
 @dataclass(kw_only=True)
@@ -87,34 +93,41 @@ class CaptionRun(RetrievalRun):
     split: Literal["train", "val", "test"] = "test"
     captioning: bool = False
 
-    def captions(self, annotations: Path, name: Any) -> None:
+    def __post_init__(self) -> None:
+        """Raise UserError where what measures captions is not installed."""
+        from fromage.evals.captioning import check_installed
+
+        if self.captioning:
+            check_installed()
+
+    def captions(self, annotations: Path, name: Any) -> Result:
         """Evaluate on a caption set."""
         from fromage.evals.caption_sets import read_captions
         from fromage.evals.coco import evaluate
 
         data = read_captions(annotations, self.images, name, self.split, self.limit)
-        self.tell(evaluate(self.model(), data, self.options(), self.captioning))
+        return self.told(evaluate(self.model(), data, self.options(), self.captioning))
 
 
-def coco(annotations: Path, *, run: CaptionRun) -> None:
+def coco(annotations: Path, *, run: CaptionRun) -> Result:
     """Captions and images of COCO: recall both ways.
 
     Args:
         annotations: captions_val2017.json, or Karpathy's dataset_coco.json
     """
-    run.captions(annotations, "coco")
+    return run.captions(annotations, "coco")
 
 
-def flickr30k(annotations: Path, *, run: CaptionRun) -> None:
+def flickr30k(annotations: Path, *, run: CaptionRun) -> Result:
     """Captions and images of Flickr30k: recall both ways.
 
     Args:
         annotations: Karpathy's dataset_flickr30k.json
     """
-    run.captions(annotations, "flickr30k")
+    return run.captions(annotations, "flickr30k")
 
 
-def vist(annotations: Path, *, run: RetrievalRun) -> None:
+def vist(annotations: Path, *, run: RetrievalRun) -> Result:
     """Stories of VIST: which image is the last one.
 
     Args:
@@ -123,10 +136,12 @@ def vist(annotations: Path, *, run: RetrievalRun) -> None:
     from fromage.evals.vist import evaluate, read_stories
 
     data = read_stories(annotations, run.images, run.limit)
-    run.tell(evaluate(run.model(), data, run.options()))
+    return run.told(evaluate(run.model(), data, run.options()))
 
 
-def visdial(annotations: Path, *, dense: Path, answers: bool = True, scores: Path | None = None, run: RetrievalRun) -> None:
+def visdial(
+    annotations: Path, *, dense: Path, answers: bool = True, scores: Path | None = None, run: RetrievalRun
+) -> Result:
     """Dialogues of VisDial: rank answers, and find the image.
 
     Args:
@@ -138,10 +153,10 @@ def visdial(annotations: Path, *, dense: Path, answers: bool = True, scores: Pat
     from fromage.evals.visdial import evaluate
 
     data = read_dialogues(annotations, dense, run.images, run.limit)
-    run.tell(evaluate(run.model(), data, run.options(), answers, scores))
+    return run.told(evaluate(run.model(), data, run.options(), answers, scores))
 
 
-def few_shot(*, world: Path, shots: Sequence[int] = (0, 1, 2, 4), run: Run) -> None:
+def few_shot(*, world: Path, shots: Sequence[int] = (0, 1, 2, 4), run: Run) -> Result:
     """Learning from examples in the prompt, on the toy world.
 
     Args:
@@ -151,12 +166,12 @@ def few_shot(*, world: Path, shots: Sequence[int] = (0, 1, 2, 4), run: Run) -> N
     from fromage.evals.few_shot import evaluate, read_world
 
     data = read_world(world, run.limit)
-    run.tell(evaluate(run.model(), data, shots=shots))
+    return run.told(evaluate(run.model(), data, shots=shots))
 
 
 def refcoco(
     refs: Path, *, instances: Path, split: str = "val", question: str = QUESTION, match: str | None = None, run: ImageRun
-) -> None:
+) -> Result:
     """Octopus: referring expressions of RefCOCO, RefCOCO+ or RefCOCOg, the object meant among all.
 
     Args:
@@ -168,10 +183,10 @@ def refcoco(
     from fromage.evals.refcoco import evaluate
     from fromage.octopus.sources import RefCOCO
 
-    run.point(evaluate, RefCOCO(str(refs), str(instances), str(run.images), split, question, run.limit, match))
+    return run.point(evaluate, RefCOCO(str(refs), str(instances), str(run.images), split, question, run.limit, match))
 
 
-def pope(file: Path, *, run: ImageRun) -> None:
+def pope(file: Path, *, run: ImageRun) -> Result:
     """Octopus: questions of POPE, whether something is in an image.
 
     Args:
@@ -180,10 +195,10 @@ def pope(file: Path, *, run: ImageRun) -> None:
     from fromage.evals.pope import evaluate
     from fromage.octopus.sources import Pope
 
-    run.point(evaluate, Pope(str(file), str(run.images), run.limit))
+    return run.point(evaluate, Pope(str(file), str(run.images), run.limit))
 
 
-def instructions(file: Path, *, padded: bool = False, run: ImageRun) -> None:
+def instructions(file: Path, *, padded: bool = False, run: ImageRun) -> Result:
     """Octopus: instructions of LLaVA's kind, answers that point at several objects among them.
 
     Args:
@@ -193,4 +208,4 @@ def instructions(file: Path, *, padded: bool = False, run: ImageRun) -> None:
     from fromage.evals.instructions import evaluate
     from fromage.octopus.sources import Instructions
 
-    run.point(evaluate, Instructions(str(file), str(run.images), padded, run.limit))
+    return run.point(evaluate, Instructions(str(file), str(run.images), padded, run.limit))

@@ -2,63 +2,67 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fromage.cli.command import Result
 from fromage.cli.evals import QUESTION
-from fromage.cli.options import save_json, save_png
+from fromage.cli.options import save_png
 from fromage.errors import UserError
 
 if TYPE_CHECKING:
     from fromage.octopus.answers import Grounded
+    from fromage.retrieval.results import Hit
 
 TOY = Path("runs/octopus")  # where the toy Octopus is trained, in minutes
 
 
 def search(
-    text: Sequence[str] = (), *, image: Sequence[str] = (), index: Path, ckpt: Path | None = None, k: int = 5,
-    png: Path | None = None, device: str = "cpu",
-) -> None:  # fmt: skip
-    """Print the images found for each text or image, and draw them.
+    text: Sequence[str] = (), *, image: Sequence[str] = (), index: Path, ckpt: str | None = None, images_per_ret: int = 5,
+    png: Path | None = None, device: str = "auto",
+) -> Iterator[Result]:  # fmt: skip
+    """Find images for texts, for images, or for both together; print them, and draw them.
 
     Args:
-        text: what to look for; several texts make several rows
-        image: an image to look for, file or URL; may be repeated
+        text: what to look for; each text is a query, together with the images of --image
+        image: an image in front of each text, or without text a query of its own: file or URL; may be repeated
         ckpt: checkpoint, when it has moved since the index was built
+        images_per_ret: images per query
         png: draw the images into this file
     """
-    import numpy as np
-
-    from fromage.apps.screen import Screen
     from fromage.images.open import open_image
-    from fromage.retrieval.embed_images import embed_opened
     from fromage.retrieval.open_index import open_index
+    from fromage.retrieval.queries import embed_queries
     from fromage.retrieval.results import draw_hits, left_out, load_images
 
     if not text and not image:
         raise UserError("search: give texts, or images with --image")
-    images = [open_image(path) for path in image]
-    model, opened = open_index(index, ckpt, device)
-    queries = np.concatenate([model.embed_text(text).float().cpu().numpy(), embed_opened(model, images)])  # (B, q)
-    asked, hits = [*text, *image], opened.search(queries, k)
-    screen = Screen()
-    for query, found in zip(asked, hits, strict=True):
-        screen.line(query)
-        for hit in found:
-            screen.line(hit.line())
+    opened = [open_image(path) for path in image]
+    queries: list[Any] = [[*opened, words] for words in text] or list(opened)
+    asked = [" ".join([*(f"@{path}" for path in image), words]) for words in text] or list(image)
+    model, found_in = open_index(index, ckpt, device)
+    rows = embed_queries(model, queries).float().cpu().numpy()  # (B, q)
+    found = found_in.search(rows, images_per_ret)
+    for query, hits in zip(asked, found, strict=True):
+        yield Result.of([query, *(hit.line() for hit in hits)], {"query": query, "hits": [_as_json(hit) for hit in hits]})
     if png:
-        drawn = [load_images(opened.beyond(query, found), k) for query, found in zip(queries, hits, strict=True)]
+        drawn = [load_images(found_in.beyond(row, hits), images_per_ret) for row, hits in zip(rows, found, strict=True)]
         for note in (note for _, lost in drawn for note in left_out(lost)):
-            screen.complain(note)
+            warnings.warn(note, stacklevel=2)
         save_png(png, draw_hits(asked, [pairs for pairs, _ in drawn]))
-        screen.line(f"drawn: {png}")
+        yield Result(f"drawn: {png}", {"drawn": str(png)})
+
+
+def _as_json(hit: Hit) -> dict[str, Any]:
+    return {name: value for name, value in hit._asdict().items() if name != "row"}
 
 
 def ground(
-    image: str, text: str, *, ckpt: str | None = None, question: str = QUESTION, png: Path | None = None,
-    json: Path | None = None, top: int = 5, max_new_tokens: int = 128, device: str = "cpu",
-) -> None:  # fmt: skip
+    image: str, text: str, *, ckpt: str | None = None, question: str = QUESTION, png: Path | None = None, top: int = 5,
+    max_new_tokens: int = 128, device: str = "auto",
+) -> Result:  # fmt: skip
     """Point at what is meant in an image: print Octopus's answer with its boxes, and draw them.
 
     Args:
@@ -67,7 +71,6 @@ def ground(
         ckpt: checkpoint of Octopus (default: the toy one, trained on first use)
         png: draw the boxes into this file
     """
-    from fromage.apps.screen import Screen
     from fromage.images.open import open_image
     from fromage.octopus.decoding import ground, instruction
     from fromage.octopus.drawing import draw_answer
@@ -76,15 +79,12 @@ def ground(
     asked, opened = instruction(text, question), open_image(image)
     model = load_octopus(ckpt or _toy(), device)
     (answer,) = ground(model, [(opened, asked)], max_new_tokens)
-    told, screen = as_json(answer, opened.size), Screen()
-    for line in (asked, f"  {answer.text}", *_lines(told)):
-        screen.line(line)
-    save_json(json, {"image": image, "instruction": asked, **told, "checkpoint": model.fingerprint()})
-    page = draw_answer(opened, answer, top)
-    screen.image(page)
+    told, page = as_json(answer, opened.size), draw_answer(opened, answer, top)
+    lines = [asked, f"  {answer.text}", *_lines(told)]
     if png:
         save_png(png, page)
-        screen.line(f"drawn: {png}")
+        lines.append(f"drawn: {png}")
+    return Result.of(lines, {"image": image, "instruction": asked, **told, "checkpoint": model.fingerprint()}, page)
 
 
 def _toy() -> str:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from fromage.cli.command import Result
 from fromage.errors import UserError
 
 if TYPE_CHECKING:
@@ -30,12 +31,13 @@ class Reading:
     captions: Path | None = None
     batch_size: int = 64
     workers: int = 0
-    device: str = "cpu"
+    device: str = "auto"
 
 
-def _tell(index: ImageIndex, where: Path) -> None:
+def _told(index: ImageIndex, where: Path) -> Result:
     there = f", in Milvus at {index.about()['milvus']['uri']}" if "milvus" in index.about() else ""
-    print(f"index of {len(index)} images, {index.kind}{_recall(index.candidates)}{there} -> {where}")
+    text = f"index of {len(index)} images, {index.kind}{_recall(index.candidates)}{there} -> {where}"
+    return Result(text, {"count": len(index), **index.about(), "out": str(where)})
 
 
 def _recall(candidates: ANNIndex | None) -> str:
@@ -46,9 +48,9 @@ def _recall(candidates: ANNIndex | None) -> str:
 
 
 def embed(
-    *, ckpt: Path, images: str, out: Path, reading: Reading, dtype: Literal["float32", "float16"] = "float32",
+    *, ckpt: str, images: str, out: Path, reading: Reading, dtype: Literal["float32", "float16"] = "float32",
     ray: str | None = None, actors: int = 1, gpus: float | None = None,
-) -> None:  # fmt: skip
+) -> Result:  # fmt: skip
     """Embed images with a checkpoint; continues a run that was killed.
 
     Args:
@@ -57,19 +59,21 @@ def embed(
         ray: run as a Ray job: on this machine, or on the cluster at this address
     """
     from fromage.models.fromage import load_model
+    from fromage.models.frozen import find_device
     from fromage.retrieval.embed_images import embed_images
     from fromage.retrieval.embed_ray import RayJob
 
-    gpus = float(reading.device.startswith("cuda")) if gpus is None else gpus
+    gpus = float(find_device(reading.device).startswith("cuda")) if gpus is None else gpus
     job = RayJob(ray, actors, gpus, reading.workers) if ray else None
     model = load_model(ckpt, "cpu" if job else reading.device)
     how = reading.batch_size, reading.workers, reading.captions, ckpt, dtype, job
-    print(f"{len(embed_images(model, images, out, *how))} embeddings -> {out}")
+    count = len(embed_images(model, images, out, *how))
+    return Result(f"{count} embeddings -> {out}", {"embeddings": count, "out": str(out)})
 
 
 def build(
-    *, embeddings: Path | None = None, images: str | None = None, ckpt: Path | None = None, target: Target, reading: Reading
-) -> None:
+    *, embeddings: Path | None = None, images: str | None = None, ckpt: str | None = None, target: Target, reading: Reading
+) -> Result:
     """Build an index of embeddings, or directly of images.
 
     Args:
@@ -90,18 +94,18 @@ def build(
         assert images and ckpt
         how = reading.batch_size, reading.workers, reading.captions, ckpt, target.kind, target.milvus, target.overwrite
         index = index_builder.build_index(load_model(ckpt, reading.device), images, target.out, *how)
-    _tell(index, target.out)
+    return _told(index, target.out)
 
 
-def add(index: Path, *, embeddings: Path) -> None:
+def add(index: Path, *, embeddings: Path) -> Result:
     """Add embeddings to an index; images that it holds already stay as they are."""
     from fromage.retrieval import build as index_builder
     from fromage.retrieval.embedding_store import EmbeddingStore
 
-    _tell(index_builder.add(index, EmbeddingStore.open(embeddings)), index)
+    return _told(index_builder.add(index, EmbeddingStore.open(embeddings)), index)
 
 
-def remove(index: Path, path: list[str]) -> None:
+def remove(index: Path, path: list[str]) -> Result:
     """Remove images from an index.
 
     Args:
@@ -109,17 +113,17 @@ def remove(index: Path, path: list[str]) -> None:
     """
     from fromage.retrieval import build as index_builder
 
-    _tell(index_builder.remove(index, path), index)
+    return _told(index_builder.remove(index, path), index)
 
 
-def merge(index: list[Path], *, target: Target) -> None:
+def merge(index: list[Path], *, target: Target) -> Result:
     """Merge indexes of the same checkpoint; of images at the same path the first counts."""
     from fromage.retrieval import build as index_builder
 
-    _tell(index_builder.merge(index, target.out, target.kind, target.milvus, target.overwrite), target.out)
+    return _told(index_builder.merge(index, target.out, target.kind, target.milvus, target.overwrite), target.out)
 
 
-def import_authors(pickle: list[Path], *, ckpt: Path, target: Target) -> None:
+def import_authors(pickle: list[Path], *, ckpt: str, target: Target) -> Result:
     """Build an index of the authors' embeddings pickles, which hold URLs in place of paths.
 
     Args:
@@ -133,10 +137,10 @@ def import_authors(pickle: list[Path], *, ckpt: Path, target: Target) -> None:
     model = load_model(ckpt)
     of = model.q, model.fingerprint(), located(ckpt)
     how: dict[str, Any] = {"milvus": target.milvus, "overwrite": target.overwrite}
-    _tell(write_index(target.out, rows_of(pickle, model.q), *of, target.kind, **how), target.out)
+    return _told(write_index(target.out, rows_of(pickle, model.q), *of, target.kind, **how), target.out)
 
 
-def info(index: Path, *, check: bool = False) -> None:
+def info(index: Path, *, check: bool = False) -> Result:
     """Print what an index is.
 
     Args:
@@ -155,6 +159,5 @@ def info(index: Path, *, check: bool = False) -> None:
         about["bytes_per_image"] = round(size / about["count"])
         sound = "sizes and samples of the files are right; --check reads all"
         sound = "every byte is as it was written" if check else sound
-    for name, value in about.items():
-        print(f"{name:18} {'not measured' if value is None else value}")
-    print(sound)
+    lines = [f"{name:18} {'not measured' if value is None else value}" for name, value in about.items()]
+    return Result.of([*lines, sound], about)

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import argparse
+import logging
 import os
+import re
 import signal
 import sys
+import traceback
 import warnings
+from contextlib import redirect_stderr, redirect_stdout
 from typing import TYPE_CHECKING, Any, Literal
 
 from fromage.cli import data, evals, find, index, talk
-from fromage.cli.command import Function, call, parser_of, respelled
-from fromage.cli.options import check_out
+from fromage.cli.command import Function, call, options_of, parser_of, respelled, speaks, tell
+from fromage.cli.options import HERE, check_out
+from fromage.distribution import pip_install
 from fromage.errors import UserError
 from fromage.io import disk_error
+from fromage.printable import PrintableStream, one_line
 from fromage.training.configs import near
 from fromage.training.fit import FITTING, fitting
 
@@ -25,7 +32,7 @@ USAGE = """usage: fromage COMMAND [options]        (fromage COMMAND --help lists
 
 A configuration (`fit --config cc3m.yaml`) is found as given, else in lightning_configs/. Options take dashes or underscores.
 What a user can mend is one line on stderr and exit code 2; after Ctrl-C the code is 130. --debug shows the traceback.
---version prints the version. Completion: eval "$(fromage completion bash)" in .bashrc, or zsh, needs `pip install shtab`."""
+--version prints the version. Completion: eval "$(fromage completion bash)" in .bashrc, or zsh (needs shtab)."""
 
 
 def completion(shell: Literal["bash", "zsh", "tcsh"]) -> None:
@@ -37,7 +44,7 @@ def completion(shell: Literal["bash", "zsh", "tcsh"]) -> None:
     try:
         import shtab
     except ImportError as error:
-        raise UserError("completion needs shtab; pip install shtab") from error
+        raise UserError(f"completion needs shtab: {pip_install('completion')}") from error
     print(shtab.complete(parser(), shell, root_prefix="fromage"))
 
 
@@ -69,6 +76,7 @@ COMMANDS: dict[str, Function] = {
     "eval refcoco": evals.refcoco,
     "eval pope": evals.pope,
     "eval instructions": evals.instructions,
+    "caption": talk.caption,
     "chat": talk.chat,
     "demo": talk.demo,
     "serve": talk.serve,
@@ -106,18 +114,27 @@ def named(words: list[str]) -> tuple[str, list[str]]:
 
 
 def parse(words: list[str]) -> tuple[Function, dict[str, Any]]:
-    """The function of a command line, and what its options say. Raises SystemExit for --help and wrong options."""
+    """The function of a command line, and what its options say. Raises SystemExit for --help."""
     name, rest = named(words)
     rest, warned = respelled(rest, RENAMED.get(name, {}))
     for text in warned:
         warnings.warn(text, FutureWarning, stacklevel=2)
     reader = parser_of(name, COMMANDS[name])
+    rest = [
+        f"{word}={HERE}" if word == "--json" and not after.lower().endswith(".json") else word  # what follows is no file
+        for word, after in zip(rest, [*rest[1:], ""], strict=False)
+    ]
     for before, word in zip(["", *rest], rest, strict=False):
         if not word or (word.startswith("--") and word.endswith("=")):  # Path("") would be the current folder
-            reader.error(f"argument {word or before}: is empty; name something, or leave it out")
-    values = vars(reader.parse_args(rest))
-    check_out(values)
-    return COMMANDS[name], values
+            raise UserError(f"{name}: {word or before}: is empty; name something, or leave it out")
+    try:
+        values = vars(reader.parse_args(rest))
+        check_out(values)
+        return COMMANDS[name], values
+    except argparse.ArgumentError as error:
+        unknown = re.search(r"unrecognized arguments: (--[\w-]+)", str(error))
+        meant = near(unknown[1], options_of(COMMANDS[name])) if unknown else ""
+        raise UserError(f"{name}: {error}{meant} (fromage {name} --help)") from error
 
 
 def parser() -> ArgumentParser:
@@ -147,37 +164,64 @@ def run(words: list[str]) -> None:
         fitting(words)  # whose trainer has its own ways with signals
     else:
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as by Ctrl-C: what is temporary goes
-        call(*parse(words))
+        function, values = parse(words)
+        said = call(function, values)
+        if speaks(function):
+            tell(said, values["json"])
     sys.stdout.flush()
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command line; returns the exit code."""
+    """Run a command line; returns the exit code. What it prints passes `PrintableStream`, tracebacks too."""
     words = list(sys.argv[1:] if argv is None else argv)
-    debug = "--debug" in words
+    log = logging.getLogger("fromage")
+    if not any(isinstance(handler, Lines) for handler in log.handlers):
+        log.addHandler(Lines())
+        log.setLevel(logging.INFO)
+        log.propagate = False
     warnings.showwarning = _warn  # type: ignore[assignment]
+    with redirect_stdout(PrintableStream(sys.stdout)), redirect_stderr(PrintableStream(sys.stderr)):  # type: ignore[type-var]
+        return _code([word for word in words if word != "--debug"], "--debug" in words)
+
+
+def _code(words: list[str], debug: bool) -> int:
+    """Run a command line, and say what went wrong."""
     try:
-        run([word for word in words if word != "--debug"])
+        run(words)
     except (UserError, KeyboardInterrupt) as error:
         if debug:
-            raise
+            traceback.print_exc()
+            return 1
         stopped = isinstance(error, KeyboardInterrupt)
-        print("fromage: " + "; ".join(["stopped"] * stopped + [*map(str, error.args)]), file=sys.stderr)
+        print("fromage: " + one_line("; ".join(["stopped"] * stopped + [*map(str, error.args)])), file=sys.stderr)
         return 130 if stopped else 2
     except BrokenPipeError:  # what reads on, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except OSError as error:  # a disk that is full or may not be written to, wherever that is met
         if debug or (told := disk_error(error)) is None:
-            raise
-        print(f"fromage: {told}", file=sys.stderr)
+            traceback.print_exc()
+            return 1
+        print("fromage: " + one_line(str(told)), file=sys.stderr)
         return 2
+    except Exception:
+        traceback.print_exc()
+        return 1
     return 0
+
+
+class Lines(logging.Handler):
+    """What the package logs, as lines on standard error; of several processes of a run the first one's."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print a record."""
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(one_line(record.getMessage()), file=sys.stderr, flush=True)
 
 
 def _warn(message: Warning | str, *where: Any) -> None:
     """In place of Python's own way, which shows a line of our source."""
-    print(f"warning: {message}", file=sys.stderr)
+    print(f"warning: {one_line(str(message))}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 from argparse import ArgumentTypeError
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 from fromage.errors import UserError
+from fromage.io import set_aside, write_files
 
 DType = Literal["float32", "bfloat16", "float16"]
 Check = Callable[[str], Any]
@@ -50,27 +52,116 @@ def out_file(text: str) -> Path:
 
 def out_png(text: str) -> Path:
     """An image file to write later. Raises UserError for a name that does not end in .png."""
-    if not str(text).lower().endswith(".png"):  # jsonargparse checks a second time, then a path
+    if not text.lower().endswith(".png"):
         raise UserError(f"{text}: name a file that ends in .png")
     return out_file(text)
+
+
+HERE = Path("-")  # in place of a file: standard output
+
+
+def out_json(text: str) -> Path:
+    """A JSON file to write later, or `HERE`. Raises UserError for a name that does not end in .json."""
+    if text != str(HERE) and not text.lower().endswith(".json"):
+        raise UserError(f"{text}: name a file that ends in .json, or say --json alone to print")
+    return HERE if text == str(HERE) else out_file(text)
+
+
+def in_file(text: str) -> Path:
+    """A file to read. Raises UserError where there is none."""
+    path = Path(text)
+    if not path.exists() or path.is_dir():
+        raise UserError(f"{text}: {'is a folder' if path.is_dir() else 'no such file'}; name a file that is there")
+    return path
+
+
+def in_folder(text: str) -> Path:
+    """A folder to read. Raises UserError where there is none."""
+    if not Path(text).is_dir():
+        raise UserError(f"{text}: {'is no folder' if Path(text).exists() else 'no such folder'}; name one that is there")
+    return Path(text)
+
+
+def in_place(text: str) -> Path:
+    """A file or a folder to read. Raises UserError where there is none."""
+    return in_folder(text) if Path(text).is_dir() else in_file(text)
+
+
+PATTERN = re.compile(r"[*?\[{:]|\.tar")  # in names of shards
+
+
+def in_images(text: str) -> str:
+    """A folder of images; what is a pattern, a URL or shards by its name is left to what reads it."""
+    return text if PATTERN.search(text) else str(in_folder(text))
+
+
+def in_shards(text: str) -> str:
+    """Shards: a folder, a file, or a pattern or URL, which are left to what reads them."""
+    return text if PATTERN.search(text) else str(in_place(text))
+
+
+def in_image(text: str) -> str:
+    """An image or a folder of images, or a URL. Raises UserError where there is none."""
+    if not text.startswith(("http://", "https://")) and not Path(text.partition("#")[0]).exists():
+        raise UserError(f"{text}: no such file; name an image that is there, or a URL")
+    return text
+
+
+def in_index(text: str) -> Path:
+    """The folder of an index. Raises UserError where there is none."""
+    if set_aside(Path(text)).exists():  # saving was interrupted
+        from fromage.retrieval.index_folder import read_about
+
+        read_about(Path(text))
+    if not Path(text, "index.json").is_file():
+        raise UserError(f"{text}: cannot be read as an index (no index.json); build one with: fromage index build")
+    return Path(text)
+
+
+def in_checkpoint(text: str) -> str:
+    """A checkpoint: file, folder or name on the hub. Raises UserError for what is none of these."""
+    from fromage.checkpoints.hub import HUB_NAME
+
+    path = Path(text)
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise UserError(f"{text}: a folder without config.json; name a folder of `fromage export` or `fromage import`")
+    if not path.exists() and not HUB_NAME.fullmatch(text):
+        raise UserError(f"checkpoint {text}: no such file; `lightning fit` writes them under its run folder")
+    return text
+
+
+def in_config(text: str) -> str:
+    """A configuration, by name or path. Raises UserError where there is none."""
+    from fromage.training.configs import find_config
+
+    find_config(text)
+    return text
+
+
+def device(text: str) -> str:
+    """The name of a device; whether it is there, PyTorch knows."""
+    if not re.fullmatch(r"auto|cpu|(cuda|mps|xpu)(:\d+)?", text):
+        raise ArgumentTypeError(f"{text}: give auto, cpu, cuda or mps")
+    return text
 
 
 # name: what a command's docstring need not repeat, and the check of its words. One name means one thing everywhere.
 SHARED: dict[str, tuple[str, Check | None]] = {
     "batch_size": ("images or texts per batch", positive),
     "captions": ("captions of a folder of images: .tsv, .jsonl, COCO's JSON or JSON of {file name: caption}", None),
-    "ckpt": ("checkpoint of `lightning fit`, folder or hub name", None),
-    "config": ("configuration, as for `lightning fit`", None),
-    "device": ("cpu, cuda or mps", None),
-    "embeddings": ("folder of `fromage index embed`", None),
-    "images": ("folder of the images", None),
-    "index": ("folder of `fromage index build`", None),
-    "json": ("write all figures into this file", out_file),
-    "k": ("images per query", positive),
+    "ckpt": ("checkpoint of `lightning fit`, folder or hub name", in_checkpoint),
+    "config": ("configuration, as for `lightning fit`", in_config),
+    "device": ("auto (the first there of cuda, mps and cpu), cpu, cuda or mps", device),
+    "embeddings": ("folder of `fromage index embed`", in_folder),
+    "image": ("the image, file or URL", in_image),
+    "images": ("folder of the images", in_images),
+    "images_per_ret": ("images per query", positive),
+    "index": ("folder of `fromage index build`", in_index),
+    "json": ("print JSON alone; with a file's name that ends in .json, write it there besides", out_json),
     "kind": ("flat, or a FAISS factory string such as IVF4096,SQ8 (default: flat up to a million images)", None),
     "limit": ("evaluate only the first N images, stories, dialogues or examples", positive),
     "lm": ("language model (overrides the config)", None),
-    "max_new_tokens": ("length of the answer, in tokens, at most", None),
+    "max_new_tokens": ("length of the answer, in tokens, at most", positive),
     "milvus": ("build in Milvus: its address, or a path that ends in .db; --kind is then flat, HNSW,M=32 ...", None),
     "out": ("folder to write", out_folder),
     "per_shard": ("images per shard", positive),
@@ -85,13 +176,23 @@ SHARED: dict[str, tuple[str, Check | None]] = {
     "actors": ("with --ray: copies of the image tower", positive),
     "gpus": ("with --ray: GPUs of each copy, also 0.5 (default: 1 with --device cuda, else 0)", amount),
     "max_broken": ("share of broken samples that training will allow, 0 to 1", fraction),
+    "max_lost": ("", fraction),
+    "octopus": ("", in_checkpoint),
+    "port": ("", _number(int, 0, 65535)),
+    "queue": ("", positive),
+    "shards": ("", in_shards),
     "samples": ("samples on the contact sheet", natural),
     "scores": ("folder of the answers' scores; a run that was killed continues from it", out_folder),
+    "source": ("", in_place),
+    "timeout": ("", amount),
     "top": ("other candidates that are drawn, at most", natural),
+    "world": ("", in_folder),
 }
-FILES = [name for name, (_, check) in SHARED.items() if check in (out_file, out_png)]
-SHORT = {"config": "-c"}
-BARE = {"ray": "local"}  # the value of an option that is given without one
+DEFAULT: dict[Any, Check] = {Path: in_file}  # checks of types, where the name has none
+SHORT = {"config": "-c", "images_per_ret": "-k"}
+BARE = {"ray": "local", "json": str(HERE)}  # the value of an option that is given without one
+
+FILES = [name for name, (_, check) in SHARED.items() if check in (out_json, out_png)]  # written by name
 
 
 def check_out(values: dict[str, Any]) -> None:
@@ -99,21 +200,17 @@ def check_out(values: dict[str, Any]) -> None:
     from fromage.io import check_new
 
     for name in FILES:
-        if isinstance(values.get(name), Path):
+        if isinstance(values.get(name), Path) and values[name] != HERE:
             check_new(values[name], values["overwrite"])
 
 
-def save_json(path: Path | None, value: Any) -> None:
-    """Write JSON, whole, if a path is given. Raises UserError where the disk does not take it."""
-    from fromage.io import as_json, write_files
-
-    if path:
-        write_files(path.parent, {path.name: as_json(value)})
+def save(path: Path, content: bytes) -> None:
+    """Write a file, whole. Raises UserError where the disk does not take it."""
+    write_files(path.parent, {path.name: content})
 
 
 def save_png(path: Path, image: Any) -> None:
     """Write an image as PNG, whole."""
     from fromage.images.codec import to_png
-    from fromage.io import write_files
 
-    write_files(path.parent, {path.name: to_png(image)})
+    save(path, to_png(image))

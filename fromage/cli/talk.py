@@ -1,12 +1,17 @@
-"""Commands of conversation: in the terminal, in a browser, over HTTP."""
+"""Commands that generate: captions, and conversation in the terminal, in a browser, over HTTP."""
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, make_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 
+from fromage.cli.command import Result
+from fromage.errors import UserError, first_few
 from fromage.generation.options import DEFAULTS, Decoding
+from fromage.io import listen
 
 
 @dataclass(kw_only=True)
@@ -24,7 +29,7 @@ class Opening:
     index: Path | None = None
     style: Literal["dialogue", "plain", "alone"] | None = None
     system: str | None = None
-    device: str = "cpu"
+    device: str = "auto"
 
     def open(self) -> tuple[Any, Any, Any]:
         """Model, index (or None) and Preset: as named, else those of the toy world."""
@@ -45,7 +50,7 @@ class Opening:
             return load_model(self.ckpt, self.device), None
         from fromage.apps.toy_demo import conversation_index
 
-        return open_index(conversation_index(Path("runs/demo")), None, self.device)
+        return open_index(conversation_index(TOY), None, self.device)
 
     def octopus(self, ckpt: str | None) -> Any:
         """The one that is named; beside the toy FROMAGe the toy one, if it was trained already; or None."""
@@ -67,6 +72,44 @@ class Address:
 
     host: str = "127.0.0.1"
     port: int = 7860
+
+    def __post_init__(self) -> None:
+        """Raise UserError where nothing can listen there, before a model is loaded."""
+        listen(self.host, self.port).close()
+
+
+TOY = Path("runs/demo")  # where the toy world and its models are made, in minutes
+
+
+def caption(
+    image: Sequence[str], *, ckpt: str | None = None, max_new_tokens: int = 32, batch_size: int = 32, device: str = "auto"
+) -> Iterator[Result]:
+    """Caption images, a line for each.
+
+    Args:
+        image: files, folders of images, and URLs
+        ckpt: checkpoint, folder or hub name (default: the toy world's, made on first use)
+        max_new_tokens: length of a caption, in tokens, at most
+    """
+    from fromage.images.codec import image_files
+
+    names = [name for each in image for name in (map(str, image_files(Path(each))) if Path(each).is_dir() else [each])]
+    if not names:
+        raise UserError(f"{', '.join(image)}: holds no image; name images, or folders of them")
+    from fromage.generation.generate import caption_files
+
+    lost = []
+    for name, made in caption_files(Opening(ckpt=ckpt, device=device).open()[0], names, max_new_tokens, batch_size):
+        if isinstance(made, str):
+            yield Result.of([f"{name}\t{made}"], {"image": name, "caption": made})
+        else:
+            lost.append(str(made))
+            yield Result.of([f"{name}\t"], {"image": name, "caption": None, "error": str(made)})
+    if lost:
+        told = f"{len(lost)} of {len(names)} images have no caption: {first_few(lost, '; ')}"
+        if len(lost) == len(names):
+            raise UserError(told)
+        warnings.warn(told, stacklevel=2)
 
 
 class _Given:

@@ -21,7 +21,7 @@ from fromage.data.packing import PackReport, by_image, jsonl_pairs, tsv_pairs
 from fromage.data.shards import expand, read_shard, shard_sizes
 from fromage.data.workers import worker_share
 from fromage.errors import BrokenSample, UserError
-from fromage.images.codec import SUFFIXES, is_image
+from fromage.images.codec import SUFFIXES, image_files, is_image
 from fromage.images.transforms import Transform, read_image
 from fromage.io import read_json
 
@@ -149,7 +149,7 @@ def find_images(source: str, transform: Transform, captions: Path | None = None)
             [(shard,) for shard in shards], _read_shard, transform, sum(sizes) if len(sizes) == len(shards) else None
         )
     folder = Path(source).absolute()
-    files = [str(path) for path in sorted(folder.rglob("*")) if is_image(path) and path.is_file()]
+    files = [str(path) for path in image_files(folder)]
     if not files:
         raise UserError(f"{source}: holds neither images ({', '.join(SUFFIXES)}) nor .tar shards; name a folder that does")
     said = _read_captions(captions, folder) if captions else {}

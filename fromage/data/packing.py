@@ -21,7 +21,7 @@ from tqdm import tqdm
 from fromage.checks import check_real
 from fromage.data.annotations import FILE, TEXT, coco_captions, problem, read_annotations
 from fromage.data.shards import check_no_shards, write_shards
-from fromage.errors import BrokenSample, UserError
+from fromage.errors import BrokenSample, UserError, first_few
 from fromage.images.codec import decode_image
 from fromage.io import decode_text, encoding_of, write_json
 
@@ -72,8 +72,8 @@ class PackReport:
         where = ", ".join(f"{count} in {folder}" for folder, count in self.folders.items())
         lines = [f"{self.images} images with {self.pairs} captions packed: {where}"]
         for cause, names in self.names.items():
-            more = f", and {len(names) - SHOWN} more in report.json" if len(names) > SHOWN else ""
-            lines.append(f"  {len(names):7} skipped, {cause}: {', '.join(names[:SHOWN])}{more}")
+            more = " in report.json" if len(names) > SHOWN else ""
+            lines.append(f"  {len(names):7} skipped, {cause}: {first_few(names, few=SHOWN)}{more}")
         return "\n".join(lines)
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor
 
+from fromage.distribution import versions
 from fromage.errors import UserError
 from fromage.evals.clip import load_clip_baseline
 from fromage.evals.report import Report, System
@@ -82,7 +82,7 @@ class Run:
             "skipped": {**self.encoded.counts(), **skipped},
             "lost": [f"{path} ({cause})" for cause, path in self.encoded.lost[:NAMED]],
             "checkpoint": self.model.fingerprint(),
-            "versions": {"python": platform.python_version(), **{package: version(package) for package in PACKAGES}},
+            "versions": {"python": platform.python_version(), **versions(PACKAGES)},
         }
 
 

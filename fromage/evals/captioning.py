@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 
+from fromage.distribution import pip_install
 from fromage.errors import UserError
 
 
@@ -16,7 +17,7 @@ def check_installed() -> None:
     try:
         import pycocoevalcap.bleu.bleu  # noqa: F401
     except ImportError as error:
-        raise UserError("captions are measured by pycocoevalcap: pip install 'fromage[evals]', or leave them out") from error
+        raise UserError(f"captions are measured by pycocoevalcap: {pip_install('evals')}, or leave them out") from error
     if shutil.which("java") is None:
         raise UserError("captions are measured by programs in Java: install a Java runtime, or leave them out")
 

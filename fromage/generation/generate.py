@@ -4,19 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from fromage.checks import check_whole
+from fromage.errors import UserError
 from fromage.generation.decoding import GREEDY, Decoding, Draft, write
 from fromage.generation.retrieved import ImageRetriever, Resolve, RetrievedImages
+from fromage.images.open import open_image
 from fromage.models.fromage import Fromage
-from fromage.models.prompts import ImageInput, Prompt, Starts, Url, embed_prompts, encode_images
+from fromage.models.prompts import ImageInput, Prompt, Starts, Url, embed_prompts, encode_images, listed
+from fromage.retrieval.results import POOL
 
 if TYPE_CHECKING:
     from fromage.retrieval.base import ImageIndex
@@ -75,7 +80,7 @@ def generate(
     check_whole("batch_size", batch_size, 1)
     if index is not None:
         index.require_model(model)
-    answers = []
+    prompts, answers = listed(prompts), []
     for start in range(0, len(prompts), batch_size):
         batch = prompts[start : start + batch_size]
         embedded = embed_prompts(model, batch, decoding.max_new_tokens, starts)
@@ -136,13 +141,33 @@ def caption(model: Fromage, images: str | ImageInput | Sequence[str | ImageInput
 
     max_new_tokens: maximum length of a caption, in tokens. Raises UserError for an image that cannot be opened.
     """
-    listed = [images] if isinstance(images, (str, ImageInput)) else list(images)
-    named = [_located(image) if isinstance(image, str) else image for image in listed]
+    named: list[Any] = [_located(image) if isinstance(image, str) else image for image in listed(images)]
     return caption_images(model, encode_images(model, named), max_new_tokens) if named else []
 
 
 def _located(name: str) -> Path | Url:
     return Url(name) if name.startswith(("http://", "https://")) else Path(name)
+
+
+def caption_files(
+    model: Fromage, names: Sequence[str], max_new_tokens: int = 32, batch_size: int = 32
+) -> Iterator[tuple[str, str | UserError]]:
+    """Each name, a file's or an http(s) address, with the greedy caption of its image, or why it has none; in order."""
+    for start in range(0, len(names), batch_size):
+        some = names[start : start + batch_size]
+        opened = list(POOL.map(partial(_pixels, model), some))
+        pixels = [image for image in opened if isinstance(image, Tensor)]
+        made = iter(caption_images(model, model.vision(torch.stack(pixels)), max_new_tokens) if pixels else ())  # (B, m)
+        yield from (
+            (name, next(made) if isinstance(image, Tensor) else image) for name, image in zip(some, opened, strict=True)
+        )
+
+
+def _pixels(model: Fromage, name: str) -> Tensor | UserError:
+    try:
+        return model.vision.transform(open_image(name))  # (3, H, W)
+    except UserError as error:
+        return error
 
 
 def caption_images(model: Fromage, features: Tensor, max_new_tokens: int = 32, batch_size: int = 128) -> list[str]:

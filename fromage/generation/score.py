@@ -14,12 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fromage.checks import check_whole
+from fromage.checks import bare, check_whole
 from fromage.errors import UserError
 from fromage.models.fromage import Fromage
 from fromage.models.language_model import LanguageModel
 from fromage.models.packed_attention import Branches, Causal, PackedLayout, to_device
-from fromage.models.prompts import Prompt, Starts, embed_prompts
+from fromage.models.prompts import Prompt, Starts, embed_prompts, listed
 
 CHUNK = 512  # tokens of continuations that run at a time; a longer continuation runs alone
 LOGITS = 128  # positions whose logits are computed at a time
@@ -54,7 +54,7 @@ def score(
     Raises:
         UserError: a continuation is empty, or prompt and continuation do not fit the language model's positions.
     """
-    rows = [model.tokenizer.encode(text) for text in continuations]
+    rows = [model.tokenizer.encode(text) for text in bare(continuations)]
     for number, row in enumerate(rows):
         if not row:
             raise UserError(f"continuation {number} is empty; there is nothing to score in it")
@@ -79,6 +79,7 @@ def score_prompts(
     time, packed. Raises UserError for a prompt without such a token, and as embed_prompts does.
     """
     check_whole("batch_size", batch_size, 1)
+    prompts = listed(prompts)
     totals, counts = [torch.zeros(0, device=model.device)], [torch.zeros(0, dtype=torch.long, device=model.device)]
     for begin in range(0, len(prompts), batch_size):
         batch = embed_prompts(model, prompts[begin : begin + batch_size], starts=starts)

@@ -41,6 +41,11 @@ def file_bytes(path: Path) -> bytes:
         raise BrokenSample("missing image: no name of a file") from None
 
 
+def image_files(folder: Path) -> list[Path]:
+    """The images in a folder and the folders in it, by their names, in order."""
+    return [path for path in sorted(folder.rglob("*")) if is_image(path) and path.is_file()]
+
+
 def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """The image that a file's bytes hold, as take_in makes it. Raises BrokenSample as it does, and for bytes of no image."""
     return take_in(opened(data, max_pixels), max_pixels)

@@ -10,6 +10,8 @@ from math import ceil
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from fromage.printable import printable
+
 MARGIN, GAP, MAX_COLUMNS, MIN_WIDTH = 24, 16, 10, 480  # pixels, but for the number of columns
 WHITE, INK, GREY, PALE, RULE = (255, 255, 255), (28, 30, 34), (112, 116, 124), (240, 241, 243), (222, 224, 228)
 WIDE_FONTS = ("DejaVuSans.ttf", "NotoSans-Regular.ttf", "Arial Unicode.ttf", "arial.ttf")  # where the system has one
@@ -73,8 +75,7 @@ def _text_block(text: str, size: int, width: int, max_lines: int, colour: tuple[
 
 def _wrap(text: str, font: Font, width: int, max_lines: int) -> list[str]:
     """Lines no wider than width pixels, broken at spaces where there are any; what does not fit ends in an ellipsis."""
-    printable = "".join(c if c.isprintable() else " " for c in text[:2000])
-    left = " ".join(printable.split())
+    left = " ".join(printable(text[:2000], mark=" ").split())
     lines: list[str] = []
     while left and len(lines) < max_lines:
         fits = max(1, bisect_right(range(len(left) + 1), width, key=lambda n: ceil(font.getlength(left[:n]))) - 1)

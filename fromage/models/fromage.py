@@ -33,7 +33,7 @@ from fromage.errors import UserError, first_line
 from fromage.models.base import VisualPrefixLM, digest
 from fromage.models.language_model import LanguageModel, Quantized, load_lm
 from fromage.models.pretrained import build, describe
-from fromage.models.prompts import RET, Prompt, Starts, embed_prompts, parts_of
+from fromage.models.prompts import RET, ImageInput, Prompt, Starts, embed_prompts, listed, parts_of
 from fromage.models.vision.base import VisionTower
 from fromage.models.vision.registry import load_vision
 
@@ -122,6 +122,12 @@ class Fromage(VisualPrefixLM, ModelHubMixin):
         """
         write_folder(describe(self, dtype), save_directory, overwrite=True)
 
+    def caption(self, images: str | ImageInput | Sequence[str | ImageInput], max_new_tokens: int = 32) -> list[str]:
+        """Greedy captions of images, as fromage.caption gives them."""
+        import fromage
+
+        return fromage.caption(self, images, max_new_tokens)
+
     def prefix(self, features: Tensor) -> Tensor:
         """(B, m) image features -> (B, k, d) input embeddings: W_c v(x) + b (section 3.1)."""
         return self.visual_prefix(features.float()).unflatten(-1, (self.k, self.lm.width))  # (B, k d) -> (B, k, d)
@@ -149,6 +155,7 @@ class Fromage(VisualPrefixLM, ModelHubMixin):
         images that cannot be opened.
         """
         check_whole("batch_size", batch_size, 1)
+        prompts = listed(prompts)
         suffix = [RET] if self.pooling == "ret" else []
         out = [torch.empty(0, self.q, device=self.device)]
         for start in range(0, len(prompts), batch_size):

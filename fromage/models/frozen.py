@@ -47,9 +47,15 @@ def digest_of_samples(module: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def check_device(device: str) -> None:
-    """Raise UserError for a device that PyTorch cannot use; called before towers are loaded."""
+def find_device(name: str) -> str:
+    """A device that PyTorch can use, by name; 'auto' is the first there of cuda, mps and cpu.
+
+    Called before towers are loaded. Raises UserError for one that cannot be used.
+    """
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        torch.empty(0, device=device)
+        torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device {device}: PyTorch cannot use it here; give cpu, cuda or mps") from error
+        raise UserError(f"device {name}: PyTorch cannot use it here; give auto, cpu, cuda or mps") from error
+    return name

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -20,11 +21,13 @@ from transformers.utils.logging import disable_progress_bar
 from fromage.checkpoints.format import DTYPES
 from fromage.checkpoints.hub import look_for_hub
 from fromage.data.tokenizer import IMAGE, RET, PromptTokenizer
+from fromage.distribution import pip_install
 from fromage.errors import UserError, first_line
 from fromage.models.frozen import TOY, FrozenTower, hold
 from fromage.models.packed_attention import Attend, attending, route
 from fromage.models.special_tokens import AddedTokens, ExtendedEmbedding, ExtendedHead
 
+log = logging.getLogger(__name__)
 Quantized = Literal["int8", "nf4"]
 
 
@@ -150,6 +153,7 @@ def load_lm(
     if name == "toy":
         disable_progress_bar()  # its weights load at once
     folder = _folder(name)
+    log.info("loading %s ...", name)
     tokenizer = PromptTokenizer(folder, rows, places)
     try:
         if random_weights:
@@ -171,7 +175,7 @@ def load_lm(
 
 def _quantization(kind: Quantized, dtype: str) -> BitsAndBytesConfig:
     if not is_bitsandbytes_available():
-        raise UserError(f"quantize {kind} needs bitsandbytes: pip install 'fromage[quant]'")
+        raise UserError(f"quantize {kind} needs bitsandbytes: {pip_install('quant')}")
     if kind == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(

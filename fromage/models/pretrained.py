@@ -12,7 +12,7 @@ from torch import Tensor
 from fromage.checkpoints.format import DTYPES, Saved, differences, dtype_name, parameter_shapes
 from fromage.checkpoints.lightning import PREFIX
 from fromage.errors import UserError
-from fromage.models.frozen import check_device
+from fromage.models.frozen import find_device
 
 if TYPE_CHECKING:
     from fromage.models.fromage import Fromage
@@ -26,7 +26,7 @@ def build(cls: type[Fromage], saved: Saved, device: str = "cpu", **options: Any)
     options = {name: value for name, value in options.items() if value is not None}
     dtype = str(options.get("dtype", saved.settings.get("dtype", "float32"))).removeprefix("torch.")
     elsewhere = {"vision_weights": None} if "vision" in options else {}
-    check_device(device)
+    device = find_device(device)
     settings = _arguments(cls, saved.settings) | elsewhere | options
     check_sizes(saved.tensors, settings.get("k"), settings.get("q"), saved.source)
     model = cls.load(**(settings | {"dtype": dtype_name(dtype)}))

@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from fromage.checks import HALVES
+from fromage.checks import HALVES, bare
 from fromage.errors import BrokenSample, UserError
 from fromage.images.codec import take_in
 from fromage.images.open import open_image
@@ -96,6 +96,11 @@ def parts_of(prompt: Prompt) -> list[Part]:
         if isinstance(part, str) and HALVES.search(part):
             raise UserError(f"{part[:50]!r}: holds half a character (a surrogate); leave it out")
     return parts
+
+
+def listed(prompts: Sequence[Prompt] | Part) -> list[Prompt]:
+    """Prompts as a list: one text, path or image on its own is one prompt, never its letters."""
+    return [prompts] if isinstance(prompts, Tensor) and prompts.ndim == 1 else bare(prompts, Image.Image, Special)
 
 
 def is_text(part: Part | None) -> TypeGuard[str]:
@@ -172,6 +177,7 @@ def embed_prompts(model: VisualPrefixLM, prompts: Sequence[Prompt], room: int = 
     prompts that are too long, for images that cannot be opened or fetched, and for an empty prompt where the language model
     has no </s>.
     """
+    prompts = listed(prompts)
     rows = [prompt_ids(model, prompt, starts) for prompt in prompts]
     _check_lengths(model, [len(row) for row in rows], room)
     ids, mask = pad_left(rows, model.tokenizer.pad_id)  # (B, T) each
@@ -213,6 +219,7 @@ def encode_images(model: VisualPrefixLM, images: Sequence[ImageInput]) -> Tensor
 
     Raises UserError for an image that cannot be opened or fetched, and for features that do not fit this tower.
     """
+    images = listed(images)  # type: ignore[assignment]
     for image in images:
         if isinstance(image, Tensor) and not (image.shape == model.vision.shape and image.isfinite().all()):
             raise UserError(

@@ -20,7 +20,7 @@ from fromage.data.loader import PlainErrors, no_loaders
 from fromage.data.shards import Broken
 from fromage.data.tokenizer import PromptTokenizer
 from fromage.data.workers import init_worker
-from fromage.errors import BrokenSample, UserError
+from fromage.errors import BrokenSample, UserError, first_few
 from fromage.images.codec import file_bytes
 from fromage.images.transforms import Transform, read_image
 from fromage.models.prompts import pad_left, prompt_ids
@@ -190,9 +190,7 @@ class OctopusData(pl.LightningDataModule):
         missing = {image for image in images if not Path(image).is_file()}
         check_lost([("missing", Path(image)) for image in sorted(missing)], len(images), self.max_lost)
         if missing:
-            warnings.warn(
-                f"{len(missing)} of {len(images)} images are missing: {', '.join(sorted(missing)[:3])}", stacklevel=2
-            )
+            warnings.warn(f"{len(missing)} of {len(images)} images are missing: {first_few(sorted(missing))}", stacklevel=2)
         return [example for example in examples if example.image not in missing]
 
     def train_dataloader(self) -> DataLoader[Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from fromage.distribution import pip_install
 from fromage.errors import UserError
 from fromage.models.language_model import LanguageModel
 
@@ -16,7 +17,7 @@ def add_lora(lm: LanguageModel, rank: int) -> None:
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
-        raise UserError("model.lora_rank needs peft: pip install 'fromage[lora]'") from error
+        raise UserError(f"model.lora_rank needs peft: {pip_install('lora')}") from error
     blocks = {id(module) for block in lm.blocks for module in block.modules()}
     linear = [name for name, module in lm.hf.named_modules() if id(module) in blocks and isinstance(module, nn.Linear)]
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=linear), lm.hf)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fromage.checkpoints.lightning import read_checkpoint
 from fromage.errors import UserError
-from fromage.models.frozen import check_device
+from fromage.models.frozen import find_device
 from fromage.models.language_model import Quantized
 from fromage.octopus.decoding import decode, grounded
 from fromage.octopus.lora import add_lora
@@ -290,7 +290,7 @@ def load_octopus(path: str, device: str = "cpu") -> Octopus:
 
     Raises UserError for a checkpoint that is not of Octopus, and for an unknown device.
     """
-    check_device(device)
+    device = find_device(device)
     checkpoint = read_checkpoint(path)
     if "stage" not in checkpoint["hyper_parameters"]:
         raise UserError(f"{path}: not a checkpoint of Octopus; give one of `lightning fit --config octopus_stage3.yaml`")

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from fromage.checks import bare
 from fromage.errors import UserError
 from fromage.locks import held
 from fromage.models.fromage import Fromage
@@ -137,7 +138,7 @@ def add(folder: str | Path, store: EmbeddingStore) -> ImageIndex:
 def remove(folder: str | Path, paths: Sequence[str]) -> ImageIndex:
     """Take images out of an index, every one at these paths. Raises UserError for a path that is not there."""
     with held(folder, beside=True):
-        return load_index(folder).remove(folder, paths)
+        return load_index(folder).remove(folder, bare(paths))
 
 
 def merge(
@@ -152,6 +153,7 @@ def merge(
     kind: None is that of the first, where this is of the same backend as the one written. overwrite: as for write_index.
     """
     check_replaceable(out, overwrite)
+    folders = bare(folders)
     first = load_index(folders[0])
     indexes = [first, *(load_index(folder, first.fingerprint) for folder in folders[1:])]
     parts, seen = [first.rows()], first.paths()

@@ -22,7 +22,7 @@ from fromage.data.features import check_features
 from fromage.data.image_source import ImageBatch, ImageSample, ImageSource, find_images, is_shards
 from fromage.data.shards import expand
 from fromage.data.workers import init_worker, plain_errors
-from fromage.errors import UserError
+from fromage.errors import UserError, first_few
 from fromage.locks import held
 from fromage.retrieval.embedding_store import DTYPES, EmbeddingStore
 
@@ -153,7 +153,7 @@ def _embed(model: Fromage | ImageSide, tensor: Tensor) -> np.ndarray:
 
 def _report(store: EmbeddingStore, source: str | Path) -> None:
     good, broken = len(store), store.broken()
-    some = "; ".join(broken[:5]) + ("; ..." if len(broken) > 5 else "")
+    some = first_few(broken, "; ")
     if not good:
         shutil.rmtree(store.folder)  # or the next run would find all done
         raise UserError(f"{source}: no usable image is there. {some}")

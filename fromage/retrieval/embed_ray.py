@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from fromage.data.image_source import ImageSource
+from fromage.distribution import pip_install
 from fromage.errors import UserError, first_line
 from fromage.retrieval.embed_images import Done, embed_chunk
 
@@ -197,7 +198,7 @@ def _plain_errors() -> Iterator[None]:
     try:
         from ray.exceptions import RayError, RayTaskError
     except ImportError as error:
-        raise UserError("a Ray job needs Ray: pip install 'fromage[ray]'") from error
+        raise UserError(f"a Ray job needs Ray: {pip_install('ray')}") from error
     try:
         yield
     except RayTaskError:

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from fromage.data.workers import init_worker, plain_errors
-from fromage.errors import BrokenSample, UserError
+from fromage.errors import BrokenSample, UserError, first_few
 from fromage.images.codec import file_bytes
 from fromage.images.transforms import Framing, Several, Transform, framed_as, read_image
 from fromage.models.base import VisualPrefixLM
@@ -117,10 +117,10 @@ def encode_files(
 def check_lost(lost: list[tuple[str, Path]], count: int, max_lost: float) -> None:
     """Raise UserError where more than the share max_lost of `count` images is lost, or all of them."""
     if lost and (len(lost) > max_lost * count or len(lost) == count):
-        some = ", ".join(f"{path} ({cause})" for cause, path in lost[:3])
+        some = first_few([f"{path} ({cause})" for cause, path in lost])
         raise UserError(
             f"{len(lost)} of {count} images cannot be had, more than {max_lost:.0%}: {some}"
-            f"{', ...' if len(lost) > 3 else ''}; name their folder, or allow more by --max-lost (data.max_lost in training)"
+            f"; name their folder, or allow more by --max-lost (data.max_lost in training)"
         )
 
 

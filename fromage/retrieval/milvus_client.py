@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fromage.distribution import pip_install
 from fromage.errors import UserError, first_line
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ def connect(uri: str) -> MilvusClient:
     try:
         from pymilvus import MilvusClient
     except ImportError as error:
-        raise UserError("an index in Milvus needs pymilvus: pip install 'fromage[milvus]'") from error
+        raise UserError(f"an index in Milvus needs pymilvus: {pip_install('milvus')}") from error
     for name in ("pymilvus", "milvus_lite", "grpc"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # what goes wrong is told below, once
     with asking(uri):

@@ -8,7 +8,7 @@ from typing import Any
 
 from fromage.errors import UserError
 from fromage.models.fromage import Fromage, load_model
-from fromage.models.prompts import Prompt
+from fromage.models.prompts import Prompt, listed
 from fromage.retrieval.base import ImageIndex
 from fromage.retrieval.faiss_index import FaissIndex
 from fromage.retrieval.index_folder import INDEX, MILVUS, read_about
@@ -57,6 +57,6 @@ def search_index(model: Fromage, index: ImageIndex, queries: Sequence[Prompt], k
     Raises UserError for the index of another model.
     """
     index.require_model(model)
-    if not queries:
+    if not (queries := listed(queries)):
         return []
     return index.search(embed_queries(model, queries).float().cpu().numpy(), k)  # (B, q)

@@ -33,7 +33,7 @@ class Hit(NamedTuple):
     row: int = -1
 
     def line(self) -> str:
-        """For a list on the screen; fromage.apps.screen makes it printable."""
+        """For a list on the screen."""
         return f"  {self.rank:3d}  {self.score:.3f}  {self.path}  {self.caption}"
 
 

@@ -17,6 +17,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
+from fromage.distribution import pip_install
 from fromage.errors import UserError
 from fromage.generation.preset import Preset, read_preset
 from fromage.models.fromage import Fromage
@@ -27,15 +28,18 @@ try:
     import uvicorn
     from fastapi import FastAPI, Request, Response
     from fastapi.exceptions import RequestValidationError
+    from fastapi.responses import RedirectResponse
+    from fastapi_offline import FastAPIOffline
 
     from fromage.serving.body_limit import BodyLimit
     from fromage.serving.connections import address, guarded, open_port
     from fromage.serving.request_handler import RequestHandler
     from fromage.serving.routes import STATUS, router, status_of
 except ImportError as error:
-    raise UserError(f"the server needs {error.name}: pip install 'fromage[serve]'") from error
+    raise UserError(f"the server needs {error.name}: {pip_install('serve')}") from error
 
 FAULTS = 8  # of a malformed request that are reported
+DOCS = "/docs"  # the page that says what the server can do
 
 
 def serve(
@@ -55,7 +59,7 @@ def serve(
     listening = open_port(host, port)
     app = create_app(model, index, style, capacity, preset)
     config = guarded(app, host, capacity.timeout, timeout_graceful_shutdown=int(capacity.timeout) + 1)
-    print(f"{address(host, listening)}  (what it can do: /docs)", flush=True)
+    print(f"{address(host, listening)}  (what it can do: {DOCS})", flush=True)
     with suppress(KeyboardInterrupt):
         _Server(config, app.state.handler).run([listening])
 
@@ -99,7 +103,9 @@ def create_app(
         handler.close()
         await asyncio.to_thread(handler.batcher.join)
 
-    app = FastAPI(title="FROMAGe", description="Text and images in, text and images out.", lifespan=lifespan)
+    about = {"title": "FROMAGe", "description": "Text and images in, text and images out."}
+    app = FastAPIOffline(redoc_url=None, lifespan=lifespan, **about)  # its pages need no other server
+    app.add_api_route("/", lambda: RedirectResponse(DOCS), include_in_schema=False)
     app.state.handler = handler
     app.include_router(router)
     app.add_middleware(BodyLimit, requests=handler.capacity.requests, seconds=handler.capacity.timeout)

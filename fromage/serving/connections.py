@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import uvicorn
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
-from fromage.errors import UserError, first_line
+from fromage.io import listen
 from fromage.serving.hosts import HostGuard
 
 CONNECTIONS = 512  # at a time, idle ones included: a process may have about a thousand files open
@@ -20,10 +20,7 @@ HEAD = 20.0  # seconds in which the head of a request must arrive, at most
 
 def open_port(host: str, port: int) -> socket.socket:
     """A socket that listens; port 0: at any free port. Raises UserError where that is not possible."""
-    try:
-        listening = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
-    except (OSError, OverflowError) as error:
-        raise UserError(f"{host}, port {port}: cannot listen there ({first_line(error)}); give another --port") from error
+    listening = listen(host, port)
     # without it each reply waits 40 ms for an acknowledgement
     listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return listening

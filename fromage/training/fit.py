@@ -28,6 +28,7 @@ def fitting(argv: list[str]) -> None:
         UserError: something is wrong with the options, the data or the disk.
         KeyboardInterrupt: after Ctrl-C; the message says what was saved and how to go on.
     """
+    words = with_configs_found(argv)  # before anything is imported that takes time
     import pytorch_lightning as pl
     from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
     from pytorch_lightning.utilities.exceptions import MisconfigurationException, SIGTERMException
@@ -36,6 +37,7 @@ def fitting(argv: list[str]) -> None:
     from fromage.io import disk_error
     from fromage.training import runs
     from fromage.training.checkpoint_io import INTERRUPTED
+    from fromage.training.predictions import PredictionWriter
 
     trainers: list[pl.Trainer] = []
 
@@ -86,8 +88,9 @@ def fitting(argv: list[str]) -> None:
             subclass_mode_data=True,
             save_config_kwargs={"overwrite": True},
             seed_everything_default=0,
+            trainer_defaults={"callbacks": [PredictionWriter()] if argv[0] == "predict" else []},
             parser_kwargs={name: {"exit_on_error": False} for name in FITTING} | {"exit_on_error": False},
-            args=with_configs_found(argv),
+            args=words,
         )
     except argparse.ArgumentError as error:
         raise UserError(_told(error, argv[0])) from error

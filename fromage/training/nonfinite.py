@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fromage.errors import UserError
+from fromage.errors import UserError, first_few
 
 SHOWN = 8  # sample keys in a message
 log = logging.getLogger(__name__)
@@ -75,8 +75,7 @@ class NonFiniteGuard:
         _, norm, *losses = update.values.tolist()
         said = [f"{name} loss {value:.4g}" for name, value in zip(cycle(self.names), losses, strict=False)]
         said += [f"gradient norm {norm:.4g}"]
-        more = f" and {len(update.keys) - SHOWN} more" if len(update.keys) > SHOWN else ""
-        samples = f"samples {', '.join(update.keys[:SHOWN])}{more}; {', '.join(said)}"
+        samples = f"samples {first_few(update.keys, few=SHOWN)}; {', '.join(said)}"
         what = f"step {update.step}: not finite, here or on another device ({samples}); no update was made"
         if not self.skip:
             remedy = "look at the samples or lower model.lr, or leave such updates out with --model.nonfinite skip"

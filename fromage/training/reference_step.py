@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fromage.data.batches import Batch, Texts
-from fromage.errors import UserError
+from fromage.errors import UserError, first_few
 from fromage.models.fromage import Fromage
 from fromage.training.losses import device_weight, info_nce, next_token_loss
 
@@ -78,9 +78,8 @@ def targets(batch: Batch) -> int:
 def check_captions(model: Fromage, batch: Batch) -> None:
     """Raise UserError if no caption of the batch has a word."""
     if max(batch.lengths) <= len(model.tokenizer.start()) + 1:
-        shown = ", ".join(batch.keys[:8]) + (", ..." if len(batch.keys) > 8 else "")
         remedy = "correct the txt files of the shards, or raise max_tokens"
-        raise UserError(f"no caption of this batch has a word (samples {shown}): {remedy}")
+        raise UserError(f"no caption of this batch has a word (samples {first_few(batch.keys)}): {remedy}")
 
 
 def captioning_ids(model: Fromage, batch: Batch, paired: bool) -> tuple[Tensor, Tensor]:

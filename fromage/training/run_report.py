@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import time
 import warnings
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import pytorch_lightning as pl
 import torch
 import yaml
 
+from fromage.distribution import versions
 from fromage.errors import UserError, first_line
 from fromage.images.codec import to_png
 from fromage.images.line_chart import line_chart
@@ -120,7 +120,10 @@ class RunReport(pl.Callback):
         if device.type == "cuda":
             peak = torch.cuda.max_memory_allocated(device) / 2**30
             name = f"{torch.cuda.get_device_name(device)}, at most {peak:.1f} GiB in use"
-        versions = [f"Python {platform.python_version()}", *(f"{package} {version(package)}" for package in PACKAGES)]
+        installed = [
+            f"Python {platform.python_version()}",
+            *(f"{name} {is_at}" for name, is_at in versions(PACKAGES).items()),
+        ]
         return [
             ["outcome", outcome],
             ["---", "---"],
@@ -130,7 +133,7 @@ class RunReport(pl.Callback):
             ["devices", f"{trainer.world_size} x {name}"],
             ["last checkpoint", str((saver and (saver.last_model_path or saver.best_model_path)) or "none")],
             ["commit", self.commit or "not run from a clone"],
-            ["versions", ", ".join(versions)],
+            ["versions", ", ".join(installed)],
         ]
 
 

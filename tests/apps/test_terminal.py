@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from fromage.apps.screen import Screen, iterm, kitty, printable, protocol
+from fromage.apps.screen import Screen, iterm, kitty, protocol
 from fromage.apps.terminal import COMMANDS, parse, talk
 from fromage.generation.chat import Chat
 from fromage.generation.decoding import Decoding
@@ -191,12 +191,6 @@ def test_nothing_foreign_reaches_the_terminal(model, index, monkeypatch):
     shown = said(Chat(model, index), f"say {EVIL}", "/undo")
     assert all(c.isprintable() or c == "\n" for c in shown)
     assert len(shown.splitlines()) == 4 and "not a line of its own" in shown
-
-
-@pytest.mark.parametrize("text", ["plain words", "größe — 猫", "a\tb", "\ud800", "\x7f\x85\u2028\x00"])
-def test_printable_text_is_left_alone_and_all_text_becomes_printable(text):
-    assert printable(text).isprintable() and len(printable(text)) == len(text)
-    assert not text.isprintable() or printable(text) == text
 
 
 # --- commands ---------------------------------------------------------------------------------------------------------

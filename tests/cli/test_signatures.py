@@ -1,5 +1,6 @@
 """Commands derived from signatures: what their options say, their help, old names, completion, and a quick start."""
 
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -8,8 +9,9 @@ from typing import get_type_hints
 import pytest
 import yaml
 
-from fromage.cli.command import call
+from fromage.cli.command import arguments, call
 from fromage.cli.main import COMMANDS, RENAMED, main, parse
+from fromage.cli.options import HERE
 from fromage.cli.talk import Opening
 from fromage.errors import UserError
 from fromage.generation.options import DEFAULTS, HELP, LIMITS, Decoding
@@ -27,7 +29,7 @@ LINES = {  # command line: what it says of some options, defaults among them
     "plan -c toy.yaml --batch-size 9 --stored-features": {"config": "toy.yaml", "batch_size": 9, "stored_features": True},
     "import d --out o --vision toy": {"source": Path("d"), "vision": "toy", "dtype": "bfloat16"},
     "export --ckpt c --out o --format authors": {"ckpt": "c", "format": "authors", "dtype": None},
-    "index embed --ckpt c --images i --out o --ray": {"ckpt": Path("c"), "ray": "local", "actors": 1, "gpus": None},
+    "index embed --ckpt c --images i --out o --ray": {"ckpt": "c", "ray": "local", "actors": 1, "gpus": None},
     "index embed --ckpt c --images i --out o --ray=auto --gpus 0.5": {"ray": "auto", "gpus": 0.5},
     "index build --embeddings e --out o --kind IVF8,Flat": {"embeddings": Path("e"), "kind": "IVF8,Flat", "images": None},
     "index add i --embeddings e": {"index": Path("i"), "embeddings": Path("e")},
@@ -35,8 +37,20 @@ LINES = {  # command line: what it says of some options, defaults among them
     "index merge i j --out o": {"index": [Path("i"), Path("j")], "milvus": None},
     "index import p q --ckpt c --out o": {"pickle": [Path("p"), Path("q")]},
     "index info i --check": {"check": True},
-    "search null 1e3 --index i --image a --image b -k 2": {"text": ["null", "1e3"], "image": ["a", "b"], "k": 2},
-    "search --index i": {"text": [], "image": [], "k": 5},
+    "search null 1e3 --index i --image a --image b -k 2": {
+        "text": ["null", "1e3"],
+        "image": ["a", "b"],
+        "images_per_ret": 2,
+    },
+    "search --index i": {"text": [], "image": [], "images_per_ret": 5, "json": None, "device": "auto"},
+    "search x --index i --json": {"json": HERE, "text": ["x"]},
+    "search --json x --index i": {"json": HERE, "text": ["x"]},
+    "search --json x.JSON --index i": {"json": Path("x.JSON"), "text": []},
+    "caption a i https://x/y.png --max-new-tokens 8": {
+        "image": ["a", "i", "https://x/y.png"],
+        "max_new_tokens": 8,
+        "ckpt": None,
+    },
     "ground i.png star --top 0": {"image": "i.png", "text": "star", "top": 0, "question": "where is {}?"},
     "eval coco a --ckpt c --images i --no-clip": {"clip": False, "limit": None, "max_lost": 0.05, "split": "test"},
     "eval flickr30k a --ckpt c --images i --captioning": {"captioning": True, "clip": True},
@@ -47,6 +61,7 @@ LINES = {  # command line: what it says of some options, defaults among them
     "eval refcoco r --instances n --ckpt c --images i --match x": {"match": "x", "split": "val"},
     "eval pope f --ckpt c --images i": {"file": Path("f"), "workers": 0},
     "eval instructions f --ckpt c --images i --padded": {"padded": True},
+    "chat -k 3": {"images_per_ret": 3},
     "chat --ret_bias -3 --max-new-tokens 8 --stop . --stop x": {"ret_bias": -3.0, "max_new_tokens": 8, "stop": [".", "x"]},
     "demo --port 80 --style alone": {"port": 80, "host": "127.0.0.1", "style": "alone"},
     "serve --queue 2": {"queue": 2, "timeout": 60.0, "batch_size": 16},
@@ -54,12 +69,25 @@ LINES = {  # command line: what it says of some options, defaults among them
 }
 
 
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """The files and folders that the lines name, in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "a.tsv", "b", "c", "c.json", "d", "f", "i.png", "n", "p", "q", "r"):
+        Path(name).touch()
+    for name in ("e", "i", "j", "s", "w"):
+        Path(name).mkdir()
+        Path(name, "index.json").touch()
+
+
+@pytest.mark.usefixtures("place")
 @pytest.mark.parametrize("line", LINES)
 def test_a_line_says_what_it_always_said(line):
     function, values = parse(line.split())
     assert function in COMMANDS.values() and {name: values[name] for name in LINES[line]} == LINES[line]
 
 
+@pytest.mark.usefixtures("place")
 def test_every_command_is_among_these_lines():
     assert {parse(line.split())[0] for line in LINES} == set(COMMANDS.values())
 
@@ -77,18 +105,19 @@ def test_help_explains_every_option(name, capsys):
 
 
 def test_a_function_gets_what_was_said(monkeypatch):
-    def command(*, opening: Opening, decoding: Decoding, k: int = 5) -> None:
+    def command(*, opening: Opening, decoding: Decoding, top: int = 5) -> None:
         """Do nothing."""
-        got.append((opening, decoding, k))
+        got.append((opening, decoding, top))
 
     got: list = []
     monkeypatch.setitem(COMMANDS, "chat", command)
     monkeypatch.setitem(command.__globals__, "Opening", Opening)
-    assert main(["chat", "--ckpt", "c", "--images-per-ret", "2", "--no-use-cache", "-k", "3"]) == 0
-    assert got == [(Opening(ckpt="c"), Decoding(images_per_ret=2, use_cache=False), 3)]
-    assert main(["chat", "--max-new-tokens", "0"]) == 2
+    assert main(["chat", "--ckpt", "someone/c", "--images-per-ret", "2", "--no-use-cache", "--top", "3"]) == 0
+    assert got == [(Opening(ckpt="someone/c"), Decoding(images_per_ret=2, use_cache=False), 3)]
+    assert main(["chat", "--min-tokens", "50"]) == 2
 
 
+@pytest.mark.usefixtures("place")
 def test_old_names_warn():
     for command, renamed in RENAMED.items():
         for old, new in renamed.items():
@@ -216,3 +245,59 @@ def test_options_of_an_answer_come_before_the_models_own():
     function, values = parse(["demo", "--max-new-tokens", "0"])
     with pytest.raises(UserError, match="max_new_tokens"):
         call(get_type_hints(function)["decoding"], values)
+
+
+EARLY = {  # command line: what its only line says, before a heavy library is imported
+    "chat --ckpt none.ckpt": "none.ckpt: no such file",
+    "chat --ckpt .": "a folder without config.json",
+    "search x --index nowhere": "nowhere: cannot be read as an index",
+    "search x --device cud --index nowhere": "give auto, cpu, cuda or mps",
+    "caption gone.jpg": "gone.jpg: no such file",
+    "index build --images nowhere --ckpt a/b --out o": "nowhere: no such folder",
+    "index embed --images . --ckpt a/b --out o --captions gone.json": "gone.json: no such file",
+    "features nowhere --out o": "nowhere: no such folder",
+    "shards tsv . --out o": ".: is a folder",
+    "eval coco gone.json --images . --ckpt a/b": "gone.json: no such file",
+    "eval few-shot --world nowhere --ckpt a/b": "nowhere: no such folder",
+    "import nowhere --out o": "nowhere: no such file",
+    "plan --config nobody.yaml": "configuration nobody.yaml",
+    "fit --config nobody.yaml": "configuration nobody.yaml",
+    "demo --port {taken}": "give another --port",
+    "serve --port {taken}": "give another --port",
+    "serve --port 65536": "from 0 to 65535",
+    "serve --timeout -1": "give a number from 0 on",
+}
+
+
+@pytest.mark.parametrize("line", EARLY)
+def test_what_is_wrong_is_told_before_anything_heavy_is_imported(line, tmp_path):
+    program = (
+        "import sys; from fromage.cli.main import main\n"
+        f"code = main(sys.argv[1:]); print(code, [name for name in {HEAVY!r} if name in sys.modules])"
+    )
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        words = line.format(taken=taken.getsockname()[1]).split()
+        done = subprocess.run([sys.executable, "-c", program, *words], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout == "2 []\n" and done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.startswith("fromage: ") and EARLY[line] in done.stderr
+
+
+def test_what_measures_captions_is_looked_for_at_once(place, monkeypatch, capsys):
+    monkeypatch.setenv("PATH", "")
+    assert main(["eval", "coco", "a", "--images", "i", "--ckpt", "c", "--captioning"]) == 2
+    assert "Java" in capsys.readouterr().err
+
+
+def test_one_name_means_one_thing():
+    """An option has the same text in every command that has it, or none of its own."""
+    meaning: dict = {}
+    for name, function in COMMANDS.items():
+        for names, settings in arguments(function):
+            if names[0].startswith("-"):
+                meaning.setdefault(names[-1], {})[name] = (settings.get("type") is None, settings.get("nargs"))
+    assert all(len(set(kinds.values())) == 1 for kinds in meaning.values()), meaning
+    for option, at in {"--device": "auto", "--images-per-ret": None}.items():
+        given = [settings["default"] for f in COMMANDS.values() for names, settings in arguments(f) if option in names]
+        assert len(given) > 1 and (at is None or set(given) == {at}), option
+    shorts = {names for f in COMMANDS.values() for names, _ in ((tuple(a[0]), a[1]) for a in arguments(f)) if "-k" in names}
+    assert shorts == {("-k", "--images-per-ret")}

@@ -5,9 +5,11 @@ import torch
 from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 
+from fromage.checks import bare
 from fromage.errors import UserError
 from fromage.generation.decoding import Decoding
-from fromage.generation.generate import generate
+from fromage.generation.generate import caption, generate
+from fromage.generation.score import score, score_prompts
 from fromage.models.fromage import Fromage
 from fromage.models.prompts import (
     RET,
@@ -16,6 +18,7 @@ from fromage.models.prompts import (
     Url,
     embed_prompts,
     encode_images,
+    listed,
     max_length,
     prompt_ids,
     prompt_length,
@@ -278,3 +281,14 @@ def test_an_empty_prompt_needs_a_start_token(toy_model, monkeypatch):
     with pytest.raises(UserError, match="empty"):
         embed_prompts(toy_model, [[]])
     assert embed_prompts(toy_model, [["a"]]).mask.all()
+
+
+def test_a_bare_text_or_image_is_one_item_and_never_its_letters(toy_model, images):
+    image = Image.open(images[0])
+    assert [len(listed(one)) for one in ("a star", images[0], image, RET, torch.zeros(4), Url("http://x/y"))] == [1] * 6
+    assert len(listed(["a", "b"])) == len(listed(torch.zeros(2, 4))) == 2 and bare("a b") == ["a b"]
+    assert len(generate(toy_model, "a star", Decoding(2))) == len(embed_queries(toy_model, "a star")) == 1
+    assert torch.equal(toy_model.embed_text("a star"), toy_model.embed_text(["a star"]))
+    assert len(score(toy_model, "a", " red star").total) == len(score_prompts(toy_model, "a star").total) == 1
+    assert toy_model.caption(image) == caption(toy_model, [image]) == toy_model.caption(str(images[0]))
+    assert len(toy_model.caption([image, images[1]])) == 2

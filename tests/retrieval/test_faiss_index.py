@@ -35,7 +35,7 @@ class Vision(nn.Module):
 
 
 class Model(nn.Module):
-    """Embeds an image as its mean colour, and a text as the colour it names."""
+    """Embeds an image as its mean colour, a text as the colour it names, and several parts as their sum."""
 
     device, q = torch.device("cpu"), 3
 
@@ -47,9 +47,12 @@ class Model(nn.Module):
         return nn.functional.normalize(features, dim=-1)
 
     def embed_text(self, texts):
-        return self.embed_images(
-            torch.tensor([COLOURS[text[0] if isinstance(text, list) else text] for text in texts], dtype=torch.float32)
-        )
+        listed = [text if isinstance(text, list) else [text] for text in texts]
+        rows = [sum(self.colour(part) for part in parts) for parts in listed]
+        return self.embed_images(torch.stack(rows))
+
+    def colour(self, part):
+        return torch.tensor(COLOURS[part]) / 255 if isinstance(part, str) else to_tensor(part).mean((1, 2))
 
     def trained(self):
         return {}

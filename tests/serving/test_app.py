@@ -3,6 +3,7 @@
 import asyncio
 import importlib
 import json
+import re
 import signal
 import socket
 import subprocess
@@ -305,9 +306,18 @@ def test_an_index_of_another_model_is_refused(index):
         create_app(Fromage.load(k=1, q=32), index)
 
 
+def test_the_front_page_leads_to_docs_that_need_no_other_server(client):
+    front = client.get("/")
+    assert front.url.path == "/docs" and "http" not in front.text.replace("http://testserver", "")
+    assets = re.findall(r'(?:src|href)="([^"]+)"', front.text)
+    assert any(name.endswith(".js") for name in assets) and any(name.endswith(".css") for name in assets)
+    assert all(name.startswith("/") and client.get(name).status_code == 200 for name in assets)
+    assert client.get("/openapi.json").json()["paths"].keys().isdisjoint({"/", "/docs"})
+
+
 def test_without_its_packages_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "fastapi", None)
     for name in ("app", "routes"):
         monkeypatch.delitem(sys.modules, f"fromage.serving.{name}")
-    with pytest.raises(UserError, match=r"fastapi: pip install 'fromage\[serve\]'"):
+    with pytest.raises(UserError, match=r"fastapi: pip install 'fromage-torch\[serve\]'"):
         importlib.import_module("fromage.serving.app")

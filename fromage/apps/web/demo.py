@@ -17,6 +17,7 @@ from pathlib import Path
 from threading import Event, Thread
 from typing import TYPE_CHECKING, Any
 
+from fromage.distribution import pip_install
 from fromage.errors import UserError
 from fromage.models.fromage import Fromage
 
@@ -25,7 +26,7 @@ try:
     import uvicorn
     from fastapi import FastAPI
 except ImportError as error:
-    raise UserError("the web demo needs Gradio; pip install 'fromage[demo]'") from error
+    raise UserError(f"the web demo needs Gradio: {pip_install('demo')}") from error
 
 from fromage.apps.web.guard import Guard, GuardedBlocks
 from fromage.apps.web.pointing import Pointing

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +46,7 @@ class VisionTower(FrozenTower, ABC):
         grid: rows and columns of patches, P = rows x columns; None for pooled features.
     """
 
+    has_text: ClassVar[bool] = False  # whether towers of this kind come with a text tower
     visual: Any
     grid: tuple[int, int] | None = None
 

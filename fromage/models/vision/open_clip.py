@@ -24,6 +24,8 @@ class OpenClipTower(VisionTower):
     For CLIP's ViTs this is the class token after the final layer norm, Hugging Face's pooler_output.
     """
 
+    has_text = True
+
     def __init__(self, clip: Any, transform: Any, name: str, source: tuple[Any, ...] | None = None) -> None:
         """source: arguments of load_clip that load this CLIP with its text tower; None if it has no name."""
         self.source = source

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fromage.errors import UserError
 from fromage.models.vision.base import VisionTower
 from fromage.models.vision.open_clip import OpenClipTower
 from fromage.models.vision.timm import TimmTower
@@ -28,6 +29,12 @@ def load_patches(
 def check_vision(name: str, weights: str | None = None) -> None:
     """Raise UserError for a name or weights that load_vision would refuse; nothing is loaded."""
     _kind(name).check(name, weights)
+
+
+def check_text_tower(name: str) -> None:
+    """Raise UserError for a vision tower that comes without a text tower; nothing is loaded."""
+    if not _kind(name).has_text:
+        raise UserError(f"the vision tower {name} has no text tower, so no CLIP baseline; leave it out: --no-clip")
 
 
 def _kind(name: str) -> type[VisionTower]:
