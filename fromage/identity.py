@@ -23,7 +23,8 @@ class FolderKind:
         of: what that belongs to, for messages.
         remedy: what to do about a folder that belongs to another, for messages.
         again: how to make such a folder, for messages.
-        format, version: what the file says it is; None where it says neither.
+        format: what the file says it is, its name and version; None where it says neither.
+        reads: former versions that are read too.
         keys: what the file must say beside these.
         ignored: keys that two folders of the same thing may differ in.
         foreign: pattern of the files that a folder without the JSON file must not hold.
@@ -35,6 +36,7 @@ class FolderKind:
     remedy: str = "name another folder, or remove it"
     again: str = "remove it and make it again"
     format: tuple[str, int] | None = None
+    reads: frozenset[int] = frozenset()
     keys: frozenset[str] = frozenset()
     ignored: frozenset[str] = frozenset()
     foreign: str = "*"
@@ -50,11 +52,17 @@ class FolderKind:
             raise self.unreadable(folder, reason(error)) from error
         if not isinstance(about, dict):
             raise self.unreadable(folder, "not a JSON object")
-        if self.format and (about.get("format"), about.get("version")) != self.format:
+        if self.format and (about.get("format"), about.get("version")) not in self._versions():
             raise self.unreadable(folder, "of another format or version")
         if missing := sorted(self.keys - about.keys()):
             raise self.unreadable(folder, f"no {missing[0]!r}")
         return about
+
+    def _versions(self) -> list[tuple[str, int]]:
+        """Formats and versions that are read."""
+        return (
+            [(name, version) for name, newest in [self.format] for version in (newest, *self.reads)] if self.format else []
+        )
 
     def require(self, folder: Path, about: dict[str, Any]) -> dict[str, Any]:
         """What the file says. Raises UserError, beside that of read, where it belongs to another than `about`."""

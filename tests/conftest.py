@@ -16,6 +16,14 @@ COLOURS = ("red", "green", "blue", "white", "black", "yellow")
 SHARED = Path(os.environ.get("FROMAGE_SHARED_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def state(tmp_path_factory):
+    """A secret of the tests' own, which seals what they build."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def shared_data():
     if not SHARED.is_dir():

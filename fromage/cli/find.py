@@ -20,14 +20,15 @@ TOY = Path("runs/octopus")  # where the toy Octopus is trained, in minutes
 
 
 def search(
-    text: Sequence[str] = (), *, image: Sequence[str] = (), index: Path, ckpt: str | None = None, images_per_ret: int = 5,
-    png: Path | None = None, device: str = "auto",
+    text: Sequence[str] = (), *, image: Sequence[str] = (), index: Path, images: Path | None = None,
+    ckpt: str | None = None, images_per_ret: int = 5, png: Path | None = None, device: str = "auto",
 ) -> Iterator[Result]:  # fmt: skip
     """Find images for texts, for images, or for both together; print them, and draw them.
 
     Args:
         text: what to look for; each text is a query, together with the images of --image
         image: an image in front of each text, or without text a query of its own: file or URL; may be repeated
+        images: folder of the index's images, if it has moved or the index is from elsewhere
         ckpt: checkpoint, when it has moved since the index was built
         images_per_ret: images per query
         png: draw the images into this file
@@ -42,7 +43,7 @@ def search(
     opened = [open_image(path) for path in image]
     queries: list[Any] = [[*opened, words] for words in text] or list(opened)
     asked = [" ".join([*(f"@{path}" for path in image), words]) for words in text] or list(image)
-    model, found_in = open_index(index, ckpt, device)
+    model, found_in = open_index(index, ckpt, device, images)
     rows = embed_queries(model, queries).float().cpu().numpy()  # (B, q)
     found = found_in.search(rows, images_per_ret)
     for query, hits in zip(asked, found, strict=True):
@@ -51,6 +52,8 @@ def search(
         drawn = [load_images(found_in.beyond(row, hits), images_per_ret) for row, hits in zip(rows, found, strict=True)]
         for note in (note for _, lost in drawn for note in left_out(lost)):
             warnings.warn(note, stacklevel=2)
+        if not any(pairs for pairs, _ in drawn):
+            raise UserError(f"nothing is drawn, since none of the images can be opened: {png} is not written; see --images")
         save_png(png, draw_hits(asked, [pairs for pairs, _ in drawn]))
         yield Result(f"drawn: {png}", {"drawn": str(png)})
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -123,41 +125,88 @@ def merge(index: list[Path], *, target: Target) -> Result:
     return _told(index_builder.merge(index, target.out, target.kind, target.milvus, target.overwrite), target.out)
 
 
-def import_authors(pickle: list[Path], *, ckpt: str, target: Target) -> Result:
+def sync(index: Path, *, images: Path, ckpt: str | None = None, reading: Reading) -> Iterator[Result]:
+    """Bring an index up to date with its folder of images: new, changed and deleted ones.
+
+    Args:
+        images: folder of the images
+        ckpt: checkpoint, when it has moved since the index was built
+    """
+    from fromage.retrieval.embed_images import named
+    from fromage.retrieval.open_index import model_of
+    from fromage.retrieval.sync import sync as bring
+
+    how = reading.captions, reading.batch_size, reading.workers
+    changed, done = bring(index, images, lambda: model_of(index, ckpt, reading.device), *how)
+    yield Result(str(done), done._asdict())
+    if done.broken:
+        warnings.warn(f"{images}: {len(done.broken)} images are left out: {named(done.broken)}", stacklevel=2)
+    yield _told(changed, index)
+
+
+def trust(index: Path, *, images: Path | None = None) -> Iterator[Result]:
+    """Believe what an index says as if it had been built here: where its images are, its Milvus, its FAISS file.
+
+    Args:
+        images: folder where its images are from now on (default: where it says)
+    """
+    from fromage.retrieval.build import trust as believe
+
+    believed = believe(index, images)
+    yield Result(f"images in {believed.root.path or '(as they are named)'}", {"root": believed.root.path})
+    yield _told(believed, index)
+
+
+def import_authors(pickle: list[Path], *, ckpt: str, images: Path | None = None, target: Target) -> Result:
     """Build an index of the authors' embeddings pickles, which hold URLs in place of paths.
 
     Args:
         pickle: files of {'paths': [...], 'embeddings': array, or list of arrays or tensors}
+        images: folder that paths of files in them are relative to; no other file will be opened
     """
     from fromage.models.fromage import load_model
     from fromage.retrieval.authors_embeddings import rows_of
     from fromage.retrieval.build import write_index
     from fromage.retrieval.embed_images import located
+    from fromage.retrieval.image_root import ImageRoot, Place
 
     model = load_model(ckpt)
     of = model.q, model.fingerprint(), located(ckpt)
-    how: dict[str, Any] = {"milvus": target.milvus, "overwrite": target.overwrite}
-    return _told(write_index(target.out, rows_of(pickle, model.q), *of, target.kind, **how), target.out)
+    root = str(images.absolute()) if images else ""
+    place = Place(ImageRoot(root), confined=True, within=root or str(target.out.absolute()))
+    how: dict[str, Any] = {"milvus": target.milvus, "overwrite": target.overwrite, "place": place}
+    built = write_index(target.out, rows_of(pickle, model.q), *of, target.kind, **how)
+    if said := built.missing().said(target.out, len(built), True):
+        warnings.warn(said, stacklevel=2)
+    return _told(built, target.out)
 
 
-def info(index: Path, *, check: bool = False) -> Result:
+def info(index: Path, *, images: Path | None = None, check: bool = False) -> Result:
     """Print what an index is.
 
     Args:
+        images: folder of its images, if it has moved or the index is from elsewhere
         check: compare the digests of all bytes
     """
     from fromage.retrieval.index_folder import MILVUS, check_files, read_about
     from fromage.retrieval.open_index import load_index
+    from fromage.retrieval.trust import SEAL, is_sealed
 
     about = read_about(index)
     check_files(index, about, full=check)
+    opened = load_index(index, images=images)
+    missing, own = opened.missing(), is_sealed(about)
     size = sum(file["bytes"] for file in about.pop("files").values())
     if MILVUS in about:
-        about |= {"count": len(load_index(index))} | about.pop(MILVUS)
+        about |= {"count": len(opened)} | about.pop(MILVUS)
         sound = "Milvus answers, and the collection is there"
     else:
         about["bytes_per_image"] = round(size / about["count"])
         sound = "sizes and samples of the files are right; --check reads all"
         sound = "every byte is as it was written" if check else sound
+    about[SEAL] = "yes" if own else "no"
+    about |= {"root": opened.root.path} if images or "root" in about else {}
+    if said := missing.said(index, len(opened), own):
+        warnings.warn(said, stacklevel=2)
     lines = [f"{name:18} {'not measured' if value is None else value}" for name, value in about.items()]
     return Result.of([*lines, sound], about)

@@ -63,6 +63,8 @@ COMMANDS: dict[str, Function] = {
     "index build": index.build,
     "index add": index.add,
     "index remove": index.remove,
+    "index sync": index.sync,
+    "index trust": index.trust,
     "index merge": index.merge,
     "index import": index.import_authors,
     "index info": index.info,
@@ -84,7 +86,7 @@ COMMANDS: dict[str, Function] = {
 }
 RENAMED = {  # options that keep their old names for one release
     "features": {"--keep-pictures": "--keep-images"},
-    "chat": {"--pictures": "--images-per-ret", "--images": "--images-per-ret"},
+    "chat": {"--pictures": "--images-per-ret"},
 }
 
 

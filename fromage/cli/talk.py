@@ -23,10 +23,12 @@ class Opening:
         index: folder of `fromage index build`, where images are found
         style: how turns stand in the prompt (default: as the model's generation.json says, else dialogue)
         system: text in front of everything
+        images: folder of the index's images, if it has moved or the index is from elsewhere
     """
 
     ckpt: str | None = None
     index: Path | None = None
+    images: Path | None = None
     style: Literal["dialogue", "plain", "alone"] | None = None
     system: str | None = None
     device: str = "auto"
@@ -45,7 +47,7 @@ class Opening:
         from fromage.retrieval.open_index import open_index
 
         if self.index:
-            return open_index(self.index, self.ckpt, self.device)
+            return open_index(self.index, self.ckpt, self.device, self.images)
         if self.ckpt:
             return load_model(self.ckpt, self.device), None
         from fromage.apps.toy_demo import conversation_index

@@ -22,18 +22,54 @@ from fromage.data.shards import expand, read_shard, shard_sizes
 from fromage.data.workers import worker_share
 from fromage.errors import BrokenSample, UserError
 from fromage.images.codec import SUFFIXES, image_files, is_image
+from fromage.images.open import MAX_FILE, open_regular
 from fromage.images.transforms import Transform, read_image
 from fromage.io import read_json
 
 PAIRS = {".tsv": tsv_pairs, ".jsonl": jsonl_pairs}
+MAX_META = 1 << 14  # bytes of what is kept of an image's own JSON
 FILES_PER_PART = 1024  # files of a folder per part; at most this many are encoded again after a kill
 
 
 class Item(NamedTuple):
-    """An image in an index: its path or locator for open_image, and its caption ('' if none)."""
+    """An image in an index, as texts.
+
+    Attributes:
+        path: its path or locator for open_image.
+        caption: '' if none.
+        meta: what else is known of it, a JSON object; '' if nothing.
+        stamp: its file as it was embedded, see FileStamp; '' if not known.
+    """
 
     path: str
     caption: str = ""
+    meta: str = ""
+    stamp: str = ""
+
+
+class FileStamp(NamedTuple):
+    """A file as it was read: bytes, time of its last change in ns, and digest of the content ('' if not taken)."""
+
+    size: int
+    changed: int
+    digest: str = ""
+
+    @classmethod
+    def of(cls, about: os.stat_result, data: bytes | None = None) -> FileStamp:
+        """The stamp of a file from what the system says of it, and its content."""
+        return cls(about.st_size, about.st_mtime_ns, "" if data is None else hashlib.sha256(data).hexdigest()[:32])
+
+    @classmethod
+    def read(cls, text: str) -> FileStamp | None:
+        """The stamp that str() made; None for other text."""
+        try:
+            size, changed, digest = text.split(" ")
+            return cls(int(size), int(changed), digest)
+        except ValueError:
+            return None
+
+    def __str__(self) -> str:
+        return f"{self.size} {self.changed} {self.digest}"
 
 
 class ImageSample(NamedTuple):
@@ -60,7 +96,7 @@ class ImageBatch(NamedTuple):
 Names = tuple[str, ...]  # names of a part: one shard, or some files
 Members = dict[str, bytes]  # suffix -> bytes of one sample
 OnLost = Callable[[str, str], None]  # is called with the name of a lost image and the cause
-Reader = Callable[[Names, OnLost], Iterator[tuple[str, Members]]]  # part -> (locator, members) of its images
+Reader = Callable[[Names, OnLost], Iterator[tuple[Item, Members]]]  # part -> item and members of each of its images
 
 
 class ImageSource(IterableDataset[ImageBatch]):
@@ -71,9 +107,30 @@ class ImageSource(IterableDataset[ImageBatch]):
         count: expected number of images; None if unknown.
     """
 
-    def __init__(self, parts: Sequence[Names], read: Reader, transform: Transform, count: int | None) -> None:
-        self.parts, self.read, self.transform, self.count = parts, read, transform, count
+    def __init__(
+        self,
+        parts: Sequence[Names],
+        read: Reader,
+        transform: Transform,
+        count: int | None,
+        root: str = "",
+        per_part: int = 1,
+    ) -> None:
+        """root: folder that the files are in, '' for what is none; per_part: names of a part, at most."""
+        self.parts, self.read, self.transform, self.count = list(parts), read, transform, count
+        self.root, self.per_part = root, per_part
         self.todo, self.batch_size = list(range(len(parts))), 64
+
+    def parts_of(self, names: Sequence[str]) -> list[Names]:
+        """Names divided into parts."""
+        return [tuple(names[start : start + self.per_part]) for start in range(0, len(names), self.per_part)]
+
+    def stamp(self, name: str) -> str:
+        """The stamp of a file or shard as it is now, without a digest; '' for what is no file."""
+        try:
+            return str(FileStamp.of(os.stat(name)))  # noqa: PTH116 (a shard's name may be an address)
+        except (OSError, ValueError):
+            return ""
 
     def digest(self) -> str:
         """16 hex digits that change with the names of the images or shards and with the division into parts."""
@@ -94,16 +151,15 @@ class ImageSource(IterableDataset[ImageBatch]):
 
     def _samples(self, part: Names) -> Iterator[ImageSample]:
         lost: list[str] = []
-        for place, (locator, members) in enumerate(self.read(part, lambda name, cause: lost.append(f"{name}: {cause}"))):
-            yield self._sample(place, locator, members)
+        for place, (item, members) in enumerate(self.read(part, lambda name, cause: lost.append(f"{name}: {cause}"))):
+            yield self._sample(place, item, members)
         yield from (ImageSample(0, Item(""), None, problem) for problem in lost)
 
-    def _sample(self, place: int, locator: str, members: Members) -> ImageSample:
-        item = Item(locator, members.get("txt", b"").decode("utf-8", "replace").strip())
+    def _sample(self, place: int, item: Item, members: Members) -> ImageSample:
         try:
             return ImageSample(place, item, self._tensor(members))
         except BrokenSample as error:
-            return ImageSample(place, item, None, f"{locator}: {error}")
+            return ImageSample(place, item, None, f"{item.path}: {error}")
 
     def _tensor(self, members: Members) -> Tensor:
         if "npy" in members:
@@ -114,21 +170,37 @@ class ImageSource(IterableDataset[ImageBatch]):
         return read_image(members[suffix], self.transform)  # (3, H, W)
 
 
-def _read_files(part: Names, lost: OnLost, captions: dict[str, str]) -> Iterator[tuple[str, Members]]:
+def _read_files(part: Names, lost: OnLost, captions: dict[str, str]) -> Iterator[tuple[Item, Members]]:
     for path in part:
         try:
-            data = Path(path).read_bytes()
+            with open_regular(Path(path)) as file:
+                about = os.fstat(file.fileno())
+                data = file.read(MAX_FILE)
         except OSError as error:
-            lost(path, f"cannot be read ({error.strerror})")
+            lost(path, f"cannot be read ({error.strerror or error})")
         else:
-            yield path, {Path(path).suffix[1:].lower(): data, "txt": captions.get(path, "").encode("utf-8", "replace")}
+            item = Item(path, captions.get(path, ""), "", str(FileStamp.of(about, data)))
+            yield item, {Path(path).suffix[1:].lower(): data}
 
 
-def _read_shard(part: Names, lost: OnLost) -> Iterator[tuple[str, Members]]:
+def _read_shard(part: Names, lost: OnLost) -> Iterator[tuple[Item, Members]]:
     (shard,) = part
     where = shard if ":" in shard else Path(shard).absolute()
     for sample in read_shard(shard, lost):
-        yield f"{where}#{sample['__key__']}", {k: v for k, v in sample.items() if isinstance(v, bytes)}
+        members = {k: v for k, v in sample.items() if isinstance(v, bytes)}
+        caption = members.get("txt", b"").decode("utf-8", "replace").strip()
+        yield Item(f"{where}#{sample['__key__']}", caption, _meta(members.get("json", b""))), members
+
+
+def _meta(data: bytes) -> str:
+    """What a shard says of an image, compact; '' for what is no JSON object, and for more than MAX_META bytes."""
+    try:
+        found = json.loads(data) if len(data) <= MAX_META else None
+    except (ValueError, RecursionError):
+        return ""
+    if not isinstance(found, dict) or not found:
+        return ""
+    return json.dumps(found, ensure_ascii=False).encode("utf-8", "replace").decode()
 
 
 def find_images(source: str, transform: Transform, captions: Path | None = None) -> ImageSource:
@@ -145,18 +217,20 @@ def find_images(source: str, transform: Transform, captions: Path | None = None)
             raise UserError(f"{source}: shards contain their captions; leave out {captions}")
         shards = expand(source)
         sizes = [size for size in shard_sizes(shards) if size is not None]
-        return ImageSource(
-            [(shard,) for shard in shards], _read_shard, transform, sum(sizes) if len(sizes) == len(shards) else None
-        )
+        count = sum(sizes) if len(sizes) == len(shards) else None
+        folders = [str(Path(shard).absolute().parent) for shard in shards if ":" not in shard]
+        root = os.path.commonpath(folders) if folders else ""
+        return ImageSource([(shard,) for shard in shards], _read_shard, transform, count, root)
     folder = Path(source).absolute()
     files = [str(path) for path in image_files(folder)]
     if not files:
         raise UserError(f"{source}: holds neither images ({', '.join(SUFFIXES)}) nor .tar shards; name a folder that does")
-    said = _read_captions(captions, folder) if captions else {}
+    said = read_captions(captions, folder) if captions else {}
     if captions and said.keys().isdisjoint(files):
         raise UserError(f"{captions}: names no image of {source}; names in it must be relative to that folder")
-    parts = [tuple(files[start : start + FILES_PER_PART]) for start in range(0, len(files), FILES_PER_PART)]
-    return ImageSource(parts, partial(_read_files, captions=said), transform, len(files))
+    found = ImageSource([], partial(_read_files, captions=said), transform, len(files), str(folder), FILES_PER_PART)
+    found.parts = found.parts_of(files)
+    return found
 
 
 def is_shards(source: Path) -> bool:
@@ -164,7 +238,7 @@ def is_shards(source: Path) -> bool:
     return any(source.glob("*.tar")) if source.is_dir() else ".tar" in str(source)
 
 
-def _read_captions(path: Path, folder: Path) -> dict[str, str]:
+def read_captions(path: Path, folder: Path) -> dict[str, str]:
     """File -> first caption, names relative to folder.
 
     From a TSV or JSON lines as they are packed, from {"a.jpg": "text" or ["text", ...]}, or from COCO's caption JSON.
@@ -179,13 +253,13 @@ def _read_captions(path: Path, folder: Path) -> dict[str, str]:
     data = read_json(path, remedy)
     if kind_of(data) == "captions of COCO":
         files, captions = coco_captions(path, data)
-        return {str(folder / files[key]): texts[0] for key, texts in captions.items() if texts}
+        return {str(folder / files[key]): texts[0].strip() for key, texts in captions.items() if texts}
     if not isinstance(data, dict):
         raise UserError(f"{path}: is {shown(data)}, not an object; name {remedy}")
     said = {name: texts if isinstance(texts, list) and texts else [texts] for name, texts in data.items()}
     odd = {name: cause for name, texts in said.items() if (cause := problem(name, FILE) or problem(texts[0], TEXT))}
     leave_out(path, [f"the caption of {shown(name)}{cause}" for name, cause in odd.items()], len(said))
-    return {str(folder / name): texts[0] for name, texts in said.items() if name not in odd}
+    return {str(folder / name): texts[0].strip() for name, texts in said.items() if name not in odd}
 
 
 def collate(samples: list[ImageSample]) -> list[tuple[Tensor | None, list[ImageSample]]]:

@@ -9,18 +9,24 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from importlib import import_module
+from numbers import Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, overload
 from weakref import ref
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+from PIL import Image
 
 from fromage.checks import check_whole
 from fromage.data.image_source import Item
 from fromage.errors import UserError
-from fromage.retrieval.item_table import Embedded, ItemTable
+from fromage.retrieval.image_root import ImageRoot, Place
+from fromage.retrieval.item_table import Embedded, ItemTable, check_there, encoded, image_id, without
+from fromage.retrieval.missing import CHECKED, Missing, look
 from fromage.retrieval.rerank import NEAR_TIE, RERANK_FACTOR, Near, rerank, unit
 from fromage.retrieval.results import Hit
 
@@ -44,6 +50,7 @@ class IndexSpec:
         texts: (n, q) unit rows that texts ask with, to measure an approximate kind with.
         where: address of a backend that is not this disk.
         overwrite: an index that is there may be replaced.
+        place: where the images are, and whether they may be opened.
     """
 
     width: int
@@ -54,6 +61,7 @@ class IndexSpec:
     texts: np.ndarray | None = None
     where: str = ""
     overwrite: bool = False
+    place: Place = field(default_factory=Place)
 
 
 class ImageIndex(ABC):
@@ -65,13 +73,18 @@ class ImageIndex(ABC):
         checkpoint: path that model was loaded from; '' if not known.
         candidates: what proposes rows, where this program and not a server holds it; None in a flat index.
         texts: (n, q) unit rows of captions as searched for, with which candidates are measured; often none.
+        place: where the images are, and which of them are opened.
+        model: the one whose texts and images `search` takes; None where only rows are searched for.
     """
 
     backend: ClassVar[str]
     candidates: ANNIndex | None = None
+    model: Fromage | None = None
 
-    def __init__(self, fingerprint: str, checkpoint: str = "", texts: np.ndarray | None = None) -> None:
-        self.fingerprint, self.checkpoint = fingerprint, checkpoint
+    def __init__(
+        self, fingerprint: str, checkpoint: str = "", texts: np.ndarray | None = None, place: Place | None = None
+    ) -> None:
+        self.fingerprint, self.checkpoint, self.place = fingerprint, checkpoint, place or Place()
         self.texts = np.empty((0, self.width), np.float32) if texts is None else texts
         self._known: tuple[Callable[[], Fromage | None], State] = (lambda: None, [])  # see require_model
 
@@ -127,16 +140,22 @@ class ImageIndex(ABC):
         """
 
     @abstractmethod
-    def add(self, folder: str | Path, rows: Iterable[Embedded]) -> ImageIndex:
-        """The index in this folder with rows put behind its own; images that are there already stay as they are."""
+    def change(
+        self, folder: str | Path, gone: pa.Array, rows: Iterable[Embedded], root: ImageRoot | None = None
+    ) -> ImageIndex:
+        """The index in this folder without the images at the paths `gone` (bytes), and with rows behind the rest.
+
+        A run that was killed may be repeated. root: what the paths are to be relative to from now on, where the backend
+        can change it; None as before. Raises UserError where no image is left.
+        """
 
     @abstractmethod
-    def remove(self, folder: str | Path, paths: Sequence[str]) -> ImageIndex:
-        """The index in this folder without the images at these paths. Raises UserError for a path that is not there."""
+    def set_place(self, place: Place) -> None:
+        """Look for the images elsewhere; nothing is written."""
 
     @classmethod
     @abstractmethod
-    def open(cls, folder: Path, about: dict[str, Any]) -> ImageIndex:
+    def open(cls, folder: Path, about: dict[str, Any], place: Place) -> ImageIndex:
         """The index of a folder whose index.json says `about`. Raises UserError where it is damaged or out of reach."""
 
     @classmethod
@@ -160,24 +179,125 @@ class ImageIndex(ABC):
 
     # --- what all kinds share -----------------------------------------------------------------------------------------
 
-    def search(self, queries: np.ndarray, k: int, exclude: Collection[str] | None = None) -> list[list[Hit]]:
-        """The k images nearest to each query (B, q), best first, fewer if there are not as many.
+    @classmethod
+    def from_folder(
+        cls,
+        images: str | Path,
+        model: Fromage | str | Path,
+        out: str | Path | None = None,
+        captions: str | Path | None = None,
+        batch_size: int = 64,
+        workers: int = 0,
+        kind: str | None = None,
+    ) -> ImageIndex:
+        """The index of a folder of images, which takes texts and images in `search`: opened where there is one, else made.
+
+            index = ImageIndex.from_folder("photos", "CKPT", "runs/photos")
+            index.search("something at night", k=3)
+
+        Args:
+            images: folder of images, searched to its depth, or shards, or the folder of an index.
+            model: the model, or its checkpoint.
+            out: folder of the index; one that is there is opened as it is (`fromage index sync` takes in what has changed).
+                None keeps the index in memory.
+            captions: and the others are those of fromage.build_index.
+        """
+        build = import_module("fromage.retrieval.build")  # which stands above this module
+        return build.from_folder(images, model, out, captions, batch_size, workers, kind)  # type: ignore[no-any-return]
+
+    def add(self, folder: str | Path, rows: Iterable[Embedded], root: ImageRoot | None = None) -> ImageIndex:
+        """The index in this folder with rows put behind its own; images that are there already stay as they are."""
+        return self.change(folder, pa.array([], pa.binary()), without(rows, self.paths()), root)
+
+    def remove(self, folder: str | Path, paths: str | Sequence[str]) -> ImageIndex:
+        """The index in this folder without the images at these paths. Raises UserError for a path that is not there."""
+        names = encoded([paths] if isinstance(paths, str) else paths)
+        gone = pa.array(names, pa.binary())
+        check_there(folder, names, self.there(gone))
+        return self.change(folder, gone, ())
+
+    def there(self, paths: pa.Array) -> set[bytes]:
+        """Which of the paths, as bytes, the index has an image at."""
+        return set(self.paths().filter(pc.is_in(self.paths(), value_set=paths)).to_pylist())
+
+    @property
+    def root(self) -> ImageRoot:
+        """What the stored paths are relative to."""
+        return self.place.root or ImageRoot()
+
+    def id_of(self, path: str) -> str:
+        """The id of an image, with which `finder` finds it."""
+        return image_id(self.root.store(*encoded([path])))
+
+    def placed(self) -> dict[str, Any]:
+        """What index.json says of where the images are."""
+        return {"root": self.root.path} | ({"confined": True} if self.place.confined else {})
+
+    def missing(self, most: int = CHECKED) -> Missing:
+        """Look whether the images are there and may be opened: all files of up to `most`, a sample of more; no addresses."""
+        return look(self.some(most), self.place.within)
+
+    def some(self, most: int) -> Iterator[Item]:
+        """Up to so many of the images, spread over the index where the backend can."""
+        for _, items in self.rows():
+            yield from ItemTable([items[:most]])
+            most -= len(items)
+            if most <= 0:
+                return
+
+    @overload
+    def search(
+        self, query: str | Path | Image.Image, k: int = 5, exclude: str | Collection[str] | None = None
+    ) -> list[Hit]: ...
+
+    @overload
+    def search(
+        self, query: np.ndarray | Sequence[Any], k: int = 5, exclude: str | Collection[str] | None = None
+    ) -> list[list[Hit]]: ...
+
+    def search(self, query: Any, k: int = 5, exclude: str | Collection[str] | None = None) -> Any:
+        """The k images nearest to a query, best first, fewer if there are not as many.
 
         Scores are exact in every kind. A flat index finds the true nearest, equal scores in the order of the index,
         whatever else is in the batch. The other kinds rank the nearest of their candidates.
 
         Args:
-            queries: rows of any length but zero.
+            query: a text, an image or an image's path, for which the index needs its model; or a list of queries, each one
+                of these or a list of texts and images; or rows (B, q) of any length but zero. For a list and for rows a list
+                of hits comes for each.
             k: images per query, at least 1.
             exclude: paths that must not be found.
         """
         check_whole("k", k, 1)
+        excluded = frozenset([exclude] if isinstance(exclude, str) else exclude or ())
+        if _are_rows(query):
+            return self._search(query, k, excluded)
+        queries = list(query) if isinstance(query, (list, tuple)) else [query]
+        found = self._search(self._embedded(queries), k, excluded) if queries else []
+        return found if isinstance(query, (list, tuple)) else found[0]
+
+    def _embedded(self, queries: Sequence[Any]) -> np.ndarray:
+        """(B, q) rows of texts and images."""
+        from fromage.retrieval.queries import embed_queries
+
+        if self.model is None:
+            raise UserError(
+                "the index was opened without its model, which texts and images need; use open_index or search_index"
+            )
+        self.require_model(self.model)
+        return embed_queries(self.model, queries).float().cpu().numpy()
+
+    def _search(self, queries: np.ndarray, k: int, excluded: frozenset[str]) -> list[list[Hit]]:
         rows = unit(queries, "the query")  # (B, q)
         if rows.shape[1] != self.width:
             raise UserError(f"queries are {rows.shape[1]} wide, the index {self.width}; use the model that built the index")
-        excluded = frozenset(exclude or ())
-        if self.kind == FLAT:
-            return self._exact(rows, k, excluded)
+        found = self._exact(rows, k, excluded) if self.exact else self._approximate(rows, k, excluded)
+        if self.place.within is None:
+            return found
+        return [[hit._replace(within=self.place.within) for hit in hits] for hits in found]
+
+    def _approximate(self, rows: np.ndarray, k: int, excluded: frozenset[str]) -> list[list[Hit]]:
+        """The nearest k of what is proposed to each of (B, q)."""
         nearby = self.propose(rows, RERANK_FACTOR * max(10, k + len(excluded)))
         found = [rerank(row, near, k, excluded)[0] for row, near in zip(rows, nearby, strict=True)]
         return [
@@ -187,18 +307,25 @@ class ImageIndex(ABC):
 
     def _exact(self, rows: np.ndarray, k: int, excluded: frozenset[str]) -> list[list[Hit]]:
         """The true k nearest to each of (B, q)."""
-        first = self.nearest(rows, k + len(excluded) + 1)  # n for each of B
-        return [self._settle(row, near, k, excluded) for row, near in zip(rows, first, strict=True)]
+        n = k + len(excluded) + 1
+        first = self.nearest(rows, n)  # n for each of B
+        return [self._settle(row, near, n, k, excluded) for row, near in zip(rows, first, strict=True)]
 
-    def _settle(self, row: np.ndarray, near: Near, k: int, excluded: frozenset[str]) -> list[Hit]:
-        """Rank what is near a query (q,), and ask for more until the last of it is clearly worse than the k-th."""
+    def _settle(self, row: np.ndarray, near: Near, n: int, k: int, excluded: frozenset[str]) -> list[Hit]:
+        """Rank the n that are near a query (q,), and ask for more until the last of it is clearly worse than the k-th."""
         hits, worst = rerank(row, near, k, excluded)
         while not near.whole and (len(hits) < k or worst > hits[-1].score - NEAR_TIE):
-            near = self.nearest(row[None], 2 * len(near.rows))[0]
+            n *= 2
+            near = self.nearest(row[None], n)[0]
             hits, worst = rerank(row, near, k, excluded)
         return hits
 
-    def beyond(self, query: np.ndarray, hits: Sequence[Hit], exclude: Collection[str] | None = None) -> Iterator[Hit]:
+    @property
+    def exact(self) -> bool:
+        """Whether every row is looked at."""
+        return self.kind == FLAT
+
+    def beyond(self, query: np.ndarray, hits: Sequence[Hit], exclude: str | Collection[str] | None = None) -> Iterator[Hit]:
         """The hits of a search for one query (q,), and then all behind them: searched for as they are asked for."""
         given: set[int] = set()
         while len(hits) > len(given):
@@ -227,3 +354,14 @@ class ImageIndex(ABC):
         if model_then() is not model or state_then != state:
             self.require(model.fingerprint())
             self._known = ref(model), state
+
+
+def _are_rows(query: Any) -> bool:
+    """Whether a query is (B, q) numbers, and no texts or images."""
+    if isinstance(query, (list, tuple)):
+        return bool(query) and all(isinstance(row, (list, tuple, np.ndarray)) and _are_numbers(row) for row in query)
+    return hasattr(query, "__array__") and not isinstance(query, Image.Image)
+
+
+def _are_numbers(row: Any) -> bool:
+    return len(row) > 0 and all(isinstance(number, Real) for number in row)

@@ -7,27 +7,35 @@ what they have learnt, and are measured anew, with the captions they were first 
 from __future__ import annotations
 
 import math
+import os
 import shutil
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pyarrow as pa
 
 from fromage.checks import bare
 from fromage.errors import UserError
+from fromage.io import write_json
 from fromage.locks import held
-from fromage.models.fromage import Fromage
+from fromage.models.fromage import Fromage, load_model
 from fromage.models.prompts import max_length, prompt_length
 from fromage.retrieval.ann import MEASURED_WITH, ANNIndex, default_kind
 from fromage.retrieval.base import FLAT, ImageIndex, IndexSpec
 from fromage.retrieval.embed_images import embed_images
 from fromage.retrieval.embedding_store import EmbeddingStore
-from fromage.retrieval.index_folder import ABOUT, check_replaceable, read_about
-from fromage.retrieval.item_table import Embedded, without
+from fromage.retrieval.faiss_index import FaissIndex
+from fromage.retrieval.image_root import ImageRoot, Place
+from fromage.retrieval.index_folder import ABOUT, check_files, check_replaceable, read_about
+from fromage.retrieval.item_table import Embedded, ItemTable, without
 from fromage.retrieval.open_index import BACKENDS, backend_of, load_index
 from fromage.retrieval.rerank import unit
+from fromage.retrieval.trust import is_sealed, sealed, state_folder
 
 
 def write_index(
@@ -41,6 +49,7 @@ def write_index(
     texts: np.ndarray | None = None,
     milvus: str | None = None,
     overwrite: bool = False,
+    place: Place | None = None,
 ) -> ImageIndex:
     """Write unit rows as an index. Raises UserError where one is there already and may not be replaced.
 
@@ -52,8 +61,9 @@ def write_index(
         texts: (n, q) unit rows that texts ask with, to measure an approximate kind with.
         milvus: where the rows go in place of this disk, see fromage.retrieval.milvus_client; kind is then one of Milvus.
         overwrite: replace an index that is there.
+        place: where the images are; None for the deepest folder that holds them, on the word of this program.
     """
-    spec = IndexSpec(width, fingerprint, checkpoint, kind, trained, texts, milvus or "", overwrite)
+    spec = IndexSpec(width, fingerprint, checkpoint, kind, trained, texts, milvus or "", overwrite, place or Place())
     with held(out, beside=True):
         old = read_about(Path(out)) if (Path(out) / ABOUT).exists() else None
         index = BACKENDS[_backend(milvus)].write(out, rows, spec)
@@ -86,7 +96,9 @@ def build(
     kind = kind if milvus else kind or default_kind(len(store))
     texts = _texts(store, model) if model and kind and not milvus and kind.lower() != FLAT else None
     of = about["width"], about["fingerprint"], about["checkpoint"]
-    return write_index(out, _rows(store), *of, kind, texts=texts, milvus=milvus, overwrite=overwrite)
+    root = about.get("root", "")
+    place = Place(ImageRoot(root) if root else None, store.is_own())
+    return write_index(out, unit_rows(store), *of, kind, texts=texts, milvus=milvus, overwrite=overwrite, place=place)
 
 
 def _texts(store: EmbeddingStore, model: Fromage) -> np.ndarray | None:
@@ -126,16 +138,61 @@ def build_index(
         store = embed_images(model, images, beside, batch_size, workers, captions, checkpoint)
         index = build(store, out, kind, model, milvus, overwrite)
         shutil.rmtree(beside)
+    index.model = model
+    return index
+
+
+def from_folder(
+    images: str | Path,
+    model: Fromage | str | Path,
+    out: str | Path | None = None,
+    captions: str | Path | None = None,
+    batch_size: int = 64,
+    workers: int = 0,
+    kind: str | None = None,
+) -> ImageIndex:
+    """See ImageIndex.from_folder."""
+    checkpoint = model if isinstance(model, (str, Path)) else None
+    model = load_model(model) if isinstance(model, (str, Path)) else model
+    saved = next((Path(each) for each in (out, images) if each is not None and (Path(each) / ABOUT).exists()), None)
+    if saved:
+        index = load_index(saved, model.fingerprint())
+        if saved != Path(images) and index.root.path != str(Path(images).absolute()):
+            index = load_index(saved, model.fingerprint(), images)
+        if said := index.missing().said(saved, len(index), index.place.own):
+            warnings.warn(said, stacklevel=3)
+    elif out is not None:
+        index = build_index(model, images, out, batch_size, workers, captions, checkpoint, kind)
+    else:
+        with TemporaryDirectory() as folder:
+            store = embed_images(model, images, Path(folder) / "store", batch_size, workers, captions, checkpoint)
+            batches = list(unit_rows(store))
+            made = FaissIndex(
+                np.concatenate([rows for rows, _ in batches]), ItemTable([each for _, each in batches]), model.fingerprint()
+            )
+            made._prepare(kind or default_kind(len(made)))
+            index = made
+    index.model = model
     return index
 
 
 def add(folder: str | Path, store: EmbeddingStore) -> ImageIndex:
-    """Put embeddings behind those of an index, which keeps its kind; images that are there already stay as they are."""
+    """Put embeddings behind those of an index, which keeps its kind; images that are there already stay as they are.
+
+    The root of its images becomes the folder that holds both. Embeddings from elsewhere make it one from elsewhere.
+    """
     with held(folder, beside=True):  # or what another process puts there between reading and writing would be lost
-        return load_index(folder, store.about["fingerprint"]).add(folder, _rows(store))
+        index = load_index(folder, store.about["fingerprint"])
+        index.set_place(replace(index.place, own=index.place.own and store.is_own()))
+        return index.add(folder, unit_rows(store), _joint([index.root.path, store.about.get("root", "")]))
 
 
-def remove(folder: str | Path, paths: Sequence[str]) -> ImageIndex:
+def _joint(roots: Sequence[str]) -> ImageRoot | None:
+    """The folder that holds all of some roots; None where one is not known."""
+    return ImageRoot(os.path.commonpath(roots)) if all(roots) else None
+
+
+def remove(folder: str | Path, paths: str | Sequence[str]) -> ImageIndex:
     """Take images out of an index, every one at these paths. Raises UserError for a path that is not there."""
     with held(folder, beside=True):
         return load_index(folder).remove(folder, bare(paths))
@@ -148,7 +205,7 @@ def merge(
     milvus: str | None = None,
     overwrite: bool = False,
 ) -> ImageIndex:
-    """Write one index of several. Of images at the same path the first counts.
+    """Write one index of several. Of images at the same path the first counts. One from elsewhere makes all of it one.
 
     kind: None is that of the first, where this is of the same backend as the one written. overwrite: as for write_index.
     """
@@ -167,8 +224,35 @@ def merge(
         kind = kind or first.kind
     of = first.width, first.fingerprint, first.checkpoint
     some = texts[:: max(1, len(texts) // MEASURED_WITH)]
-    return write_index(out, chain(*parts), *of, kind, trained, some, milvus, overwrite)
+    own = all(index.place.own and not index.place.confined for index in indexes)
+    place = Place(_joint([index.root.path for index in indexes]), own)
+    return write_index(out, chain(*parts), *of, kind, trained, some, milvus, overwrite, place)
 
 
-def _rows(store: EmbeddingStore) -> Iterator[Embedded]:
+def trust(folder: str | Path, images: str | Path | None = None) -> ImageIndex:
+    """Seal an index as one that was built here, so that what it says is believed: paths, Milvus, FAISS file.
+
+    images: the folder where its images are from now on; None for where they were. Raises UserError where it is damaged,
+    and where this machine has no place for its secret.
+    """
+    folder = Path(folder).resolve()
+    about = read_about(folder)
+    check_files(folder, about, full=True)
+    about.pop("confined", None)
+    if images is not None and about.get("root"):
+        about["root"] = str(Path(images).absolute())
+    write_json(folder / ABOUT, sealed(about))
+    if not is_sealed(read_about(folder)):
+        raise UserError(
+            f"{state_folder()}: the secret of this machine cannot be kept there; name a folder in XDG_STATE_HOME"
+        )
+    index = load_index(folder, images=images)
+    if images is not None and not about.get("root"):
+        index.set_place(replace(index.place, within=None))
+        index = index.change(folder, pa.array([], pa.binary()), (), ImageRoot(str(Path(images).absolute())))
+    return index
+
+
+def unit_rows(store: EmbeddingStore) -> Iterator[Embedded]:
+    """All rows of a store at unit length, with their items."""
     return ((unit(rows, str(store.folder)), items) for rows, items in store.batches())

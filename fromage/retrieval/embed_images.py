@@ -6,7 +6,7 @@ import shutil
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from fromage.checkpoints.format import CONFIG
 from fromage.checkpoints.lightning import last_checkpoint
 from fromage.checks import check_whole
 from fromage.data.features import check_features
-from fromage.data.image_source import ImageBatch, ImageSample, ImageSource, find_images, is_shards
+from fromage.data.image_source import FileStamp, ImageBatch, ImageSample, ImageSource, find_images, is_shards
 from fromage.data.shards import expand
 from fromage.data.workers import init_worker, plain_errors
 from fromage.errors import UserError, first_few
@@ -45,7 +45,8 @@ def embed_images(
     """Embed a folder of images or webdataset shards into the folder out: unit rows, in the order of the names.
 
     A run that was killed is taken up by the next call; what it loses is the parts it was at: a shard, or some thousand
-    files, per worker. Shards may hold stored features (npy) in place of images. What is broken is left out with a
+    files, per worker. So is a source that has grown: what is new comes behind, and parts of which a file has changed or
+    gone are embedded again. Shards may hold stored features (npy) in place of images. What is broken is left out with a
     warning. Raises UserError if nothing is left, if out holds the embeddings of another model or source, and where another
     process is writing it.
 
@@ -66,13 +67,27 @@ def embed_images(
     images = find_images(str(source), model.vision.transform, None if captions is None else Path(captions))
     if is_shards(Path(source)):
         check_features(expand(str(source)), model.vision)
-    about: dict[str, Any] = {"fingerprint": model.fingerprint(), "checkpoint": located(checkpoint)}
-    about |= {"source": images.digest(), "width": model.q, "dtype": dtype, "parts": len(images.parts)}
     with held(out):
-        store = EmbeddingStore.begin(out, **about)
-        images.todo, images.batch_size = store.missing(), batch_size
-        _fill(store, ray.embed(model, images) if ray else _here(model, images, workers), images.count)
+        store = embed_source(model, images, out, batch_size, workers, checkpoint, dtype, ray)
         _report(store, source)
+    return store
+
+
+def embed_source(
+    model: Fromage,
+    images: ImageSource,
+    out: str | Path,
+    batch_size: int = 64,
+    workers: int = 0,
+    checkpoint: str | Path | None = None,
+    dtype: str = "float32",
+    ray: RayJob | None = None,
+) -> EmbeddingStore:
+    """As embed_images, but what is left out is not reported, and nothing may be left."""
+    of = {"fingerprint": model.fingerprint(), "checkpoint": located(checkpoint), "width": model.q, "dtype": dtype}
+    store = EmbeddingStore.begin_for(out, images, **of)
+    images.batch_size = batch_size
+    _fill(store, ray.embed(model, images) if ray else _here(model, images, workers), images)
     return store
 
 
@@ -108,31 +123,37 @@ def _here(model: Fromage, images: ImageSource, workers: int) -> Iterator[Done]:
     return (embed_chunk(model, chunk) for chunk in plain_errors(loader))
 
 
-def _fill(store: EmbeddingStore, chunks: Iterable[Done], count: int | None) -> None:
+def _fill(store: EmbeddingStore, chunks: Iterable[Done], images: ImageSource) -> None:
     """Store what is embedded, part by part, in whatever order it comes."""
     parts: dict[int, dict[int, Done]] = {}  # those that are not whole yet
     done = len(store) + len(store.broken())
-    with tqdm(desc="embedding", total=count, initial=done, unit=" images") as bar:
+    with tqdm(desc="embedding", total=images.count, initial=done, unit=" images") as bar:
         try:
             for chunk in chunks:
                 part = parts.setdefault(chunk.part, {})
                 part[chunk.number] = chunk
                 bar.update(len(chunk.good) + len(chunk.broken))
                 if any(chunk.last and chunk.number + 1 == len(part) for chunk in part.values()):
-                    _write(store, chunk.part, [part[number] for number in sorted(part)])
+                    _write(store, images, chunk.part, [part[number] for number in sorted(part)])
                     del parts[chunk.part]
         except KeyboardInterrupt:
             raise KeyboardInterrupt("the same command goes on where it was") from None
 
 
-def _write(store: EmbeddingStore, number: int, chunks: Sequence[Done]) -> None:
+def _write(store: EmbeddingStore, images: ImageSource, number: int, chunks: Sequence[Done]) -> None:
     """Store a part, its rows in the order of the source."""
     good = [sample for chunk in chunks for sample in chunk.good]
     order = sorted(range(len(good)), key=lambda i: good[i].place)
     rows = np.concatenate(
         [np.empty((0, store.about["width"]), np.float32), *(rows for c in chunks for rows in c.rows)]
     )  # (n, q)
-    store.write(number, rows[order], [good[i].item for i in order], [line for chunk in chunks for line in chunk.broken])
+    items = [good[i].item for i in order]
+    read = {item.path: FileStamp.read(item.stamp) for item in items}
+    names = {
+        name: str(stamp._replace(digest="")) if (stamp := read.get(name)) else images.stamp(name)
+        for name in images.parts[number]
+    }
+    store.write(number, rows[order], items, [line for chunk in chunks for line in chunk.broken], names)
 
 
 @torch.no_grad()
@@ -159,6 +180,11 @@ def _report(store: EmbeddingStore, source: str | Path) -> None:
         raise UserError(f"{source}: no usable image is there. {some}")
     if broken:
         warnings.warn(f"{source}: {len(broken)} of {good + len(broken)} images are left out: {some}", stacklevel=3)
+
+
+def named(broken: Sequence[str]) -> str:
+    """The first of what was left out."""
+    return first_few(broken, "; ")
 
 
 def located(checkpoint: str | Path | None) -> str:

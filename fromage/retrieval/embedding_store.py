@@ -1,17 +1,21 @@
 """Embeddings on disk, between embedding and indexing: a folder of Parquet files, and embeddings.json beside them.
 
     embeddings.json   the model (fingerprint, checkpoint), the source they are of, and in how many parts it comes
-    00000.parquet     a part: key, path and caption (strings), embedding (list of q float16 or float32); a row per image
+    00000.parquet     a part: key, path, caption, meta and stamp (strings), embedding (list of q float16 or float32); a row
+                      per image
 
 A part gets its name when it is whole, so that a run which was killed goes on where it was. Each file repeats the model's
-fingerprint in its schema's metadata, and names the images that were left out.
+fingerprint in its schema's metadata, names the images that were left out and the files that it was made of, and seals its
+paths (fromage.retrieval.trust). A source that has grown is gone on with: parts whose files are as they were stay.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -19,11 +23,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from fromage.data.image_source import Item
+from fromage.data.image_source import ImageSource, Item
 from fromage.errors import UserError, first_line
 from fromage.identity import FolderKind
-from fromage.io import WholeFile
-from fromage.retrieval.item_table import SCHEMA, Embedded, to_batch
+from fromage.io import WholeFile, as_json, write_files
+from fromage.retrieval import trust
+from fromage.retrieval.item_table import SCHEMA, Embedded, filled, to_batch
 
 ABOUT, FORMAT, VERSION = "embeddings.json", "fromage-embeddings", 1
 DTYPES = ("float32", "float16")
@@ -34,8 +39,10 @@ STORE = FolderKind(
     again="make some with: fromage index embed",
     format=(FORMAT, VERSION),
     keys=frozenset({"fingerprint", "checkpoint", "source", "width", "dtype", "parts"}),
-    ignored=frozenset({"checkpoint"}),  # a path, which may change
+    ignored=frozenset({"checkpoint", "root"}),  # paths, which may change
 )
+GROWS = frozenset({"source", "parts"})  # keys that change as a source grows
+PATHS = "embeddings' paths"  # what a seal is for
 
 
 class EmbeddingStore:
@@ -48,9 +55,59 @@ class EmbeddingStore:
     def begin(cls, folder: str | Path, **about: Any) -> EmbeddingStore:
         """Start a store, or take up one of the same model, source and dtype. Raises UserError if another is there.
 
-        about: fingerprint and checkpoint of the model, digest of the source, width q, dtype, number of parts.
+        about: fingerprint and checkpoint of the model, digest and root of the source, width q, dtype, number of parts.
         """
         return cls(Path(folder), STORE.begin(Path(folder), about))
+
+    @classmethod
+    def begin_for(cls, folder: str | Path, images: ImageSource, **about: Any) -> EmbeddingStore:
+        """As begin, for a source, which may have grown since: images.parts and images.todo become what is to be embedded.
+
+        Parts whose files are no longer there, or have changed, are embedded again without these.
+        """
+        folder = Path(folder)
+        about |= {"source": images.digest(), "root": images.root, "parts": len(images.parts)}
+        there = replace(STORE, ignored=STORE.ignored | GROWS).find(folder, about)
+        if there is None or not (store := cls(folder, there))._take_up(images):
+            store = cls.begin(folder, **about)
+        images.todo = store.missing()
+        return store
+
+    def _take_up(self, images: ImageSource) -> bool:
+        """Go on with a source that is not as it was; False for another source, of which nothing is here."""
+        same = self.about["source"] == images.digest()
+        now = {name: images.stamp(name) for part in images.parts for name in part}
+        made = {
+            part: self._made_of(part) or (dict.fromkeys(images.parts[part], "") if same else {}) for part in self._parts()
+        }
+        known = {name: stamp for names in made.values() for name, stamp in names.items()}
+        if not same and self.about.get("root") != images.root and not known.keys() <= now.keys():
+            return False
+        stale = {part for part, names in made.items() if any(n not in now or (s and s != now[n]) for n, s in names.items())}
+        if same and not stale and all(tuple(names) == images.parts[part] for part, names in made.items()):
+            return True
+        kept = {part: names for part, names in made.items() if part not in stale}
+        done = {name for names in kept.values() for name in names}
+        left = images.parts_of([name for name in now if name not in done])
+        count = max(len(kept) + len(left), max(kept, default=-1) + 1)
+        free = [part for part in range(count) if part not in kept]
+        left += [()] * (len(free) - len(left))  # where parts have gone
+        parts = {part: tuple(names) for part, names in kept.items()} | dict(zip(free, left, strict=True))
+        self.about |= {"source": images.digest(), "root": images.root, "parts": count}
+        write_files(self.folder, {ABOUT: as_json(self.about)})
+        for part in stale:
+            self._path(part).unlink()
+        images.parts = [parts[part] for part in range(count)]
+        return True
+
+    def _made_of(self, part: int) -> dict[str, str]:
+        """The files or shards that a part was made of, with their stamps; of parts of former versions those of its rows."""
+        file = self._open(part)
+        names = json.loads((file.schema_arrow.metadata or {}).get(b"names", b"{}"))
+        if names or not file.metadata.num_rows:
+            return dict(names)
+        paths = [path for batch in self._read(part, ["path"]) for path in batch.column("path").to_pylist()]
+        return dict.fromkeys((path.partition(".tar#")[0] + ".tar" if ".tar#" in path else path for path in paths), "")
 
     @classmethod
     def open(cls, folder: str | Path) -> EmbeddingStore:
@@ -64,16 +121,32 @@ class EmbeddingStore:
         """Parts that are still to be embedded."""
         return [part for part in range(self.about["parts"]) if not self._path(part).exists()]
 
-    def write(self, part: int, rows: np.ndarray, items: Sequence[Item], broken: Sequence[str]) -> None:
-        """Add a part: (n, q) rows and their items; broken says what was left out, a line each."""
+    def write(
+        self,
+        part: int,
+        rows: np.ndarray,
+        items: Sequence[Item],
+        broken: Sequence[str],
+        names: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
+        """Add a part: (n, q) rows and their items; broken says what was left out, a line each.
+
+        names: of the files or shards that it was made of, with their stamps.
+        """
         values = pa.array(rows.astype(self.about["dtype"], copy=False).ravel())  # (n q)
         keys = [item.path.rpartition(".tar#")[2] if ".tar#" in item.path else Path(item.path).stem for item in items]
-        paths, captions = (column.cast(pa.string(), safe=False) for column in to_batch(items))  # safe: only Unicode
-        named, _ = (column.cast(pa.string(), safe=False) for column in to_batch([Item(key) for key in keys]))
+        batch = to_batch(items)
+        named, *_ = to_batch([Item(key) for key in keys])
+        texts = [column.cast(pa.string(), safe=False) for column in (named, *batch.columns)]  # safe: only Unicode
         table = pa.table(
-            [named, paths, captions, pa.FixedSizeListArray.from_arrays(values, self.about["width"])],
-            names=["key", "path", "caption", "embedding"],
-            metadata={"fingerprint": self.about["fingerprint"], "broken": json.dumps(list(broken))},
+            [*texts, pa.FixedSizeListArray.from_arrays(values, self.about["width"])],
+            names=["key", *SCHEMA.names, "embedding"],
+            metadata={
+                "fingerprint": self.about["fingerprint"],
+                "broken": json.dumps(list(broken)),
+                "names": json.dumps(dict(names)),
+                "seal": trust.seal(PATHS, b"\0".join(batch.column("path").to_pylist())),
+            },
         )
         path = self._path(part)
         with WholeFile(path, kept="parts that are finished are kept, and the same command goes on") as file:
@@ -98,6 +171,15 @@ class EmbeddingStore:
     def __len__(self) -> int:
         """Embeddings that are there."""
         return sum(self._open(part).metadata.num_rows for part in self._parts())
+
+    def is_own(self) -> bool:
+        """Whether all paths are as they were written on this machine. Raises UserError as batches does."""
+        return all(map(self._is_own, self._every()))
+
+    def _is_own(self, part: int) -> bool:
+        paths = [path for batch in self._read(part, ["path"]) for path in batch.column("path").cast(pa.binary()).to_pylist()]
+        said = (self._open(part).schema_arrow.metadata or {}).get(b"seal", b"")
+        return trust.holds(said.decode("ascii", "replace"), PATHS, b"\0".join(paths))
 
     def broken(self) -> list[str]:
         """What was left out of the parts that are there, and why."""
@@ -129,6 +211,10 @@ class EmbeddingStore:
             raise UserError(f"{self._path(part)}: is damaged ({first_line(error)}); remove it and embed again") from error
 
     def _rows(self, batch: pa.RecordBatch) -> Embedded:
-        values = batch.column("embedding").flatten().to_numpy(zero_copy_only=False)  # (n q)
-        items = [batch.column(name).cast(pa.binary()) for name in SCHEMA.names]
-        return values.reshape(len(batch), self.about["width"]).astype(np.float32), pa.record_batch(items, schema=SCHEMA)
+        column = batch.column("embedding")
+        if column.null_count or getattr(column.type, "list_size", None) != self.about["width"]:
+            raise UserError(f"{self.folder}: its rows are not all {self.about['width']} wide; embed again")
+        values = column.flatten().to_numpy(zero_copy_only=False)  # (n q)
+        texts = [(name, batch.column(name).cast(pa.binary())) for name in SCHEMA.names if name in batch.schema.names]
+        items = filled(pa.record_batch([column for _, column in texts], names=[name for name, _ in texts]))
+        return values.reshape(len(batch), self.about["width"]).astype(np.float32), items

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -10,12 +12,12 @@ from typing import Any
 import faiss
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from fromage.data.image_source import Item
 from fromage.errors import UserError
 from fromage.retrieval.ann import ANNIndex, check_kind, default_kind
 from fromage.retrieval.base import FLAT, ImageIndex, IndexSpec
+from fromage.retrieval.image_root import ImageRoot, Place
 from fromage.retrieval.index_folder import (
     CANDIDATES,
     INDEX,
@@ -28,7 +30,7 @@ from fromage.retrieval.index_folder import (
     seal,
     write_rows,
 )
-from fromage.retrieval.item_table import Embedded, ItemTable, check_there, encoded, to_batch, without
+from fromage.retrieval.item_table import Embedded, ItemTable, to_batch, without
 from fromage.retrieval.rerank import Near, unit
 
 CHUNK = 1 << 14  # rows
@@ -52,9 +54,12 @@ class FaissIndex(ImageIndex):
         checkpoint: str = "",
         candidates: ANNIndex | None = None,
         texts: np.ndarray | None = None,
+        place: Place | None = None,
+        kind: str = "",
     ) -> None:
-        self.vectors, self.items, self.candidates = vectors, items, candidates  # (N, q), N
-        super().__init__(fingerprint, checkpoint, texts)
+        """kind: of an index whose candidates are not believed; others have that of their candidates."""
+        self.vectors, self.items, self.candidates, self._kind = vectors, items, candidates, kind  # (N, q), N
+        super().__init__(fingerprint, checkpoint, texts, place)
 
     @classmethod
     def build(
@@ -90,7 +95,12 @@ class FaissIndex(ImageIndex):
     @property
     def kind(self) -> str:
         """'flat', or FAISS's factory string of the candidates."""
-        return self.candidates.kind if self.candidates else FLAT
+        return self.candidates.kind if self.candidates else self._kind or FLAT
+
+    @property
+    def exact(self) -> bool:
+        """Whether every row is looked at."""
+        return self.candidates is None
 
     def vectors_of(self, rows: Sequence[int]) -> np.ndarray:
         """(n, q) vectors of the rows that hits name."""
@@ -104,6 +114,14 @@ class FaissIndex(ImageIndex):
         """All paths, as bytes."""
         return self.items.paths()
 
+    def some(self, most: int) -> Iterator[Item]:
+        """Up to so many of the images, spread over the index."""
+        return (self.items[int(i)] for i in np.linspace(0, len(self) - 1, min(most, len(self))))
+
+    def set_place(self, place: Place) -> None:
+        """Look for the images elsewhere; nothing is written."""
+        self.place, self.items.root = place, place.root or ImageRoot()
+
     def rows(self) -> Iterator[Embedded]:
         """All vectors with their items, in order, some at a time."""
         start = 0
@@ -114,16 +132,17 @@ class FaissIndex(ImageIndex):
     def nearest(self, queries: np.ndarray, n: int) -> list[Near]:
         """The n rows nearest to each of (B, q) unit queries, up to the rounding of float32."""
         positions = faiss.knn(queries, self.vectors, min(n, len(self)), metric=faiss.METRIC_INNER_PRODUCT)[1]  # (B, n)
-        return [self._at(row) for row in positions]
+        return [self._at(row, n >= len(self)) for row in positions]
 
     def propose(self, queries: np.ndarray, n: int) -> list[Near]:
         """What the candidates take for the n nearest to each of (B, q) unit queries."""
         assert self.candidates is not None
-        return [self._at(row) for row in self.candidates.search(queries, n)]
+        return [self._at(row, False) for row in self.candidates.search(queries, n)]
 
-    def _at(self, positions: np.ndarray) -> Near:
+    def _at(self, positions: np.ndarray, whole: bool) -> Near:
+        positions = positions[(positions >= 0) & (positions < len(self))]  # what is damaged proposes others
         item = lambda i: self.items[int(positions[i])]  # noqa: E731
-        return Near(positions, self.vectors[positions], item, len(positions) == len(self))
+        return Near(positions, self.vectors[positions], item, whole)
 
     # --- on disk ------------------------------------------------------------------------------------------------------
 
@@ -140,13 +159,17 @@ class FaissIndex(ImageIndex):
             "setting": self.candidates.setting if self.candidates else "",
             "recall_at_10": recalls[0],
             "text_recall_at_10": recalls[1],
+            **self.placed(),
         }
 
     def save(self, folder: str | Path, overwrite: bool = False) -> None:
         """See ImageIndex.save; an index that is there is replaced at once."""
         with replacing(folder, overwrite) as new:
-            write_rows(new, self.rows())
-            self._finish(new)
+            root = write_rows(new, self.rows(), self.root if self.root.path else None)
+            FaissIndex(
+                *(self.vectors, self.items, self.fingerprint, self.checkpoint, self.candidates, self.texts),
+                place=replace(self.place, root=root),
+            )._finish(new)
 
     def _finish(self, folder: Path) -> None:
         """Write what belongs beside the vectors and items of a new folder."""
@@ -154,25 +177,44 @@ class FaissIndex(ImageIndex):
             self.candidates.write(folder / CANDIDATES)
             if len(self.texts):
                 self.texts.astype("<f4", copy=False).tofile(folder / TEXTS)
-        seal(folder, self.about())
+        seal(folder, self.about(), self.place.own)
 
     @classmethod
-    def open(cls, folder: Path, about: dict[str, Any]) -> FaissIndex:
-        """The index of a folder whose index.json says `about`. Raises UserError where it is damaged."""
+    def open(cls, folder: Path, about: dict[str, Any], place: Place) -> FaissIndex:
+        """The index of a folder whose index.json says `about`. Raises UserError where it is damaged.
+
+        The FAISS file of an index that was not built here is not read: FAISS believes what it says. Every row is looked at.
+        """
         files = about["files"].keys()
         if not {VECTORS, ITEMS} <= files <= {VECTORS, ITEMS, CANDIDATES, TEXTS}:
             raise INDEX.unreadable(folder, "its files are not those of an index")
-        check_files(folder, about)
-        vectors, items = open_rows(folder, about["width"])  # (N, q)
+        check_files(folder, about, full={ITEMS} if place.own else ())
+        vectors, items = open_rows(folder, about["width"], place.root)  # (N, q)
         if len(items) != about["count"] or (about["kind"] == FLAT) == (CANDIDATES in files):
             raise INDEX.unreadable(folder, "tells of another index than is there")
-        index = cls(vectors, items, about["fingerprint"], about["checkpoint"])
-        if about["kind"] != FLAT:
-            known = about["kind"], about["setting"], about["recall_at_10"], about.get("text_recall_at_10")
-            index.candidates = ANNIndex.read(folder / CANDIDATES, *known)
-            if TEXTS in files:
-                index.texts = np.fromfile(folder / TEXTS, "<f4").reshape(-1, index.width)  # (n, q)
+        index = cls(vectors, items, about["fingerprint"], about["checkpoint"], place=place, kind=about["kind"])
+        if TEXTS in files:
+            index.texts = np.fromfile(folder / TEXTS, "<f4")
+            if len(index.texts) % index.width:
+                raise INDEX.unreadable(folder, f"{TEXTS} is of another index")
+            index.texts = index.texts.reshape(-1, index.width)  # (n, q)
+        if CANDIDATES in files and place.own:
+            index._read(folder, about)
+        elif CANDIDATES in files:
+            warnings.warn(
+                f"{folder}: was not built here, so {CANDIDATES} is not believed and every row is compared; "
+                f"if you built it: fromage index trust {folder}",
+                stacklevel=4,
+            )
         return index
+
+    def _read(self, folder: Path, about: dict[str, Any]) -> None:
+        """Read what proposes candidates."""
+        self.candidates = ANNIndex.read(
+            folder / CANDIDATES, about["kind"], about["setting"], about["recall_at_10"], about.get("text_recall_at_10")
+        )
+        if (self.candidates.index.d, self.candidates.index.ntotal) != (self.width, len(self)):
+            raise INDEX.unreadable(folder, f"{CANDIDATES} is of another index")
 
     @classmethod
     def check(cls, kind: str | None, width: int, where: str = "") -> None:
@@ -184,11 +226,14 @@ class FaissIndex(ImageIndex):
         """Stream unit rows into a folder."""
         check_kind(spec.kind, spec.width)
         with replacing(out, spec.overwrite) as new:
-            write_rows(new, rows)
-            index = cls(*open_rows(new, spec.width), spec.fingerprint, spec.checkpoint, texts=spec.texts)
+            place = replace(spec.place, root=write_rows(new, rows, spec.place.root))
+            known = spec.fingerprint, spec.checkpoint
+            index = cls(*open_rows(new, spec.width, place.root), *known, texts=spec.texts, place=place)
             index._prepare(spec.kind or default_kind(len(index)), spec.trained)
             index._finish(new)
-        return cls.open(out := Path(out).resolve(), INDEX.read(out))
+        opened = cls.open(out := Path(out).resolve(), INDEX.read(out), replace(place, own=True))  # these files are ours
+        opened.set_place(place)
+        return opened
 
     @classmethod
     def drop(cls, about: dict[str, Any]) -> None:
@@ -196,23 +241,19 @@ class FaissIndex(ImageIndex):
 
     # --- changing a saved index ---------------------------------------------------------------------------------------
 
-    def add(self, folder: str | Path, rows: Iterable[Embedded]) -> FaissIndex:
-        """The index in this folder with rows put behind its own; what its candidates have learnt is kept."""
-        return self._rewrite(folder, chain(self.rows(), without(rows, self.paths())), self.learnt(folder))
-
-    def remove(self, folder: str | Path, paths: Sequence[str]) -> FaissIndex:
-        """The index in this folder without the images at these paths. Raises UserError for a path that is not there."""
-        names = encoded(paths)
-        barred = pa.chunked_array([pa.array(names, pa.binary())])
-        check_there(folder, names, set(self.paths().filter(pc.is_in(self.paths(), value_set=barred)).to_pylist()))
+    def change(
+        self, folder: str | Path, gone: pa.Array, rows: Iterable[Embedded], root: ImageRoot | None = None
+    ) -> FaissIndex:
+        """The index in this folder without the images at the paths `gone`, and with rows behind; what was learnt is kept."""
         trained = self.learnt(folder)
-        if trained:
+        if trained and len(gone):
             trained.index.reset()  # forgets the rows, not the training
-        return self._rewrite(folder, without(self.rows(), barred), trained)
-
-    def _rewrite(self, folder: str | Path, rows: Iterable[Embedded], trained: ANNIndex | None) -> FaissIndex:
-        spec = IndexSpec(self.width, self.fingerprint, self.checkpoint, self.kind, trained, self.texts, overwrite=True)
-        return self.write(folder, rows, spec)
+        kept = without(self.rows(), pa.chunked_array([gone])) if len(gone) else self.rows()
+        root = root or (ImageRoot(self.root.path) if self.root.path and not self.root.former else None)
+        place = replace(self.place, root=root)
+        known = self.width, self.fingerprint, self.checkpoint, self.kind, trained, self.texts
+        spec = IndexSpec(*known, overwrite=True, place=place)
+        return self.write(folder, chain(kept, rows), spec)
 
     def learnt(self, folder: str | Path) -> ANNIndex | None:
         """The candidates of the index in this folder, in memory, where they can be changed; None in a flat index."""

@@ -1,10 +1,11 @@
 """A saved index on disk: what its folder holds, how it gets there whole, and how damage is noticed.
 
     vectors.f32    (N, q) unit rows, float32, without a header
-    items.arrow    path and caption of each row
+    items.arrow    path, caption, metadata and stamp of each row
     index.faiss    what proposes candidates, for kinds that are not flat
     texts.f32      (n, q) unit rows of captions as searched for, with which these are measured; where there were some
-    index.json     format, backend, count, width, fingerprint, kind, and the files' sizes and digests; written last
+    index.json     format, backend, count, width, fingerprint, kind, root of the images, and the files' sizes and digests;
+                   written last, and sealed (fromage.retrieval.trust)
 
 All but index.json are mapped into memory when the index is opened, so that millions of rows open at once. Of an index in
 Milvus there is index.json alone, which names the server and the collection.
@@ -13,7 +14,7 @@ Milvus there is index.json alone, which names the server and the collection.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -24,52 +25,68 @@ import pyarrow as pa
 from fromage.errors import UserError, first_line
 from fromage.identity import FolderKind
 from fromage.io import check_new, set_aside, whole_folder, write_json
-from fromage.retrieval.item_table import Embedded, ItemTable, write_items
+from fromage.retrieval import trust
+from fromage.retrieval.image_root import ImageRoot, common_root
+from fromage.retrieval.item_table import Embedded, ItemTable, with_paths, write_items
 
-FORMAT, VERSION = "fromage-index", 2
+FORMAT, VERSION = "fromage-index", 3
 VECTORS, ITEMS, CANDIDATES, TEXTS, ABOUT = "vectors.f32", "items.arrow", "index.faiss", "texts.f32", "index.json"
 INDEX = FolderKind(
     ABOUT,
     "an index",
     again="build one with: fromage index build",
     format=(FORMAT, VERSION),
+    reads=frozenset({2}),  # absolute paths, no metadata, no stamps, no seal
     keys=frozenset({"count", "width", "fingerprint", "checkpoint", "kind", "setting", "recall_at_10", "files"}),
 )
+KINDS = {"count": int, "width": int, "fingerprint": str, "checkpoint": str, "kind": str, "setting": str}  # of what it says
 MILVUS = "milvus"  # the key of what only an index in Milvus says: uri and collection
 BLOCK, BLOCKS = 1 << 16, 64  # bytes; a spot digest reads so many blocks, spread over the file
 
 
-def write_rows(folder: Path, rows: Iterable[Embedded]) -> None:
-    """Write unit vectors and items, some at a time, into a new folder."""
+def write_rows(folder: Path, rows: Iterable[Embedded], root: ImageRoot | None = None) -> ImageRoot:
+    """Write unit vectors and items, some at a time, into a new folder; returns what the paths are then relative to.
+
+    root: None for the deepest folder that holds all files.
+    """
 
     def items(file: IO[bytes]) -> Iterator[pa.RecordBatch]:
         for vectors, batch in rows:
             file.write(vectors.astype("<f4", copy=False).tobytes())
-            yield batch
+            yield with_paths(batch, root.stored) if root else batch
 
     with (folder / VECTORS).open("wb") as file:
         write_items(folder / ITEMS, items(file))
+    if root:
+        return root
+    whole = ItemTable.open(folder / ITEMS)
+    root = ImageRoot(common_root(whole.paths().chunks))
+    if root.path:
+        write_items(folder / f"{ITEMS}.part", (with_paths(batch, root.stored) for batch in whole.batches))
+        (folder / f"{ITEMS}.part").replace(folder / ITEMS)
+    return root
 
 
-def open_rows(folder: Path, width: int) -> tuple[np.ndarray, ItemTable]:
+def open_rows(folder: Path, width: int, root: ImageRoot | None = None) -> tuple[np.ndarray, ItemTable]:
     """Map what write_rows wrote into memory: (N, width) vectors, and the items. Raises UserError if the two do not fit."""
     if not (folder / VECTORS).stat().st_size:
         raise UserError("an index needs at least one image; none is left")
-    numbers, items = np.memmap(folder / VECTORS, "<f4", "r"), ItemTable.open(folder / ITEMS)
-    if len(numbers) != len(items) * width:
-        raise UserError(f"{folder}: {len(items)} images and {len(numbers)} numbers do not fit; build the index again")
-    return numbers.reshape(len(items), width), items
+    items, size = ItemTable.open(folder / ITEMS, root), (folder / VECTORS).stat().st_size
+    if size != 4 * len(items) * width:
+        raise UserError(f"{folder}: {len(items)} images and {size} bytes of vectors do not fit; build the index again")
+    return np.memmap(folder / VECTORS, "<f4", "r").reshape(len(items), width), items
 
 
-def seal(folder: Path, about: dict[str, Any]) -> None:
-    """Write index.json over the finished files of a folder."""
-    files = {path.name: _file(path) for path in sorted(folder.iterdir())}
-    write_json(folder / ABOUT, sealed(about, files))
+def seal(folder: Path, about: dict[str, Any], own: bool = True) -> None:
+    """Write index.json over the finished files of a folder. own: as for sealed."""
+    files = {path.name: _file(path) for path in sorted(folder.iterdir()) if path.name != ABOUT}
+    write_json(folder / ABOUT, sealed(about, files, own))
 
 
-def sealed(about: dict[str, Any], files: dict[str, Any]) -> dict[str, Any]:
-    """All of index.json; files: by name, their size and digests."""
-    return {"format": FORMAT, "version": VERSION, **about, "files": files}
+def sealed(about: dict[str, Any], files: dict[str, Any], own: bool = True) -> dict[str, Any]:
+    """All of index.json. files: by name, their size and digests. own: whether it was built here, which it then proves."""
+    whole = {"format": FORMAT, "version": VERSION, **about, "files": files}
+    return trust.sealed(whole) if own else whole
 
 
 def _file(path: Path) -> dict[str, Any]:
@@ -92,25 +109,37 @@ def _spot_digest(path: Path) -> str:
 
 
 def read_about(folder: Path) -> dict[str, Any]:
-    """What index.json says. Raises UserError where there is no index, or one of another version."""
+    """What index.json says. Raises UserError where there is no index, one of another version, or one that makes no sense."""
     if not folder.exists() and (aside := set_aside(folder)).exists():
         raise UserError(f"{folder}: saving was interrupted; the former index is whole: rename {aside} to {folder}")
     about = INDEX.read(folder)
-    if not isinstance(about["files"], dict):
+    for name, kind in KINDS.items():
+        if not isinstance(about[name], kind) or (name == "width" and about[name] < 1):
+            raise INDEX.unreadable(folder, f"{name} is {about[name]!r:.40}")
+    if not isinstance(about["files"], dict) or not all(_is_file(name, said) for name, said in about["files"].items()):
         raise INDEX.unreadable(folder, "it names no files")
+    root = about.get("root", "")
+    if not isinstance(root, str) or (root and not Path(root).is_absolute()) or "\0" in root:
+        raise INDEX.unreadable(folder, f"root is {root!r:.40}, no absolute folder")
     return about
 
 
-def check_files(folder: Path, about: dict[str, Any], full: bool = False) -> None:
+def _is_file(name: str, said: Any) -> bool:
+    """Whether index.json names a file of its folder, with size and digests."""
+    return Path(name).name == name and isinstance(said, dict) and said.keys() >= {"bytes", "spot", "sha256"}
+
+
+def check_files(folder: Path, about: dict[str, Any], full: bool | Container[str] = False) -> None:
     """Raise UserError for a file that is missing or damaged.
 
     Sizes and spot digests are compared, which takes milliseconds whatever the size, and finds any damage in files of up
-    to 4 MB, and torn ones of any size; full: the digests of all bytes.
+    to 4 MB, and torn ones of any size. full: compare the digests of all bytes, of all files or of those named.
     """
+    read = about["files"] if full is True else full or ()
     for name, said in about["files"].items():
         path = folder / name
         whole = path.is_file() and path.stat().st_size == said["bytes"] and _spot_digest(path) == said["spot"]
-        if not whole or (full and _digest(path) != said["sha256"]):
+        if not whole or (name in read and _digest(path) != said["sha256"]):
             raise UserError(f"{path}: is missing or damaged (its digest differs); build the index again")
 
 

@@ -6,7 +6,9 @@ Paths and captions are bytes here: file names need not be Unicode, and Python's 
 from __future__ import annotations
 
 import hashlib
+import struct
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +16,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from fromage.data.image_source import Item
-from fromage.errors import UserError
+from fromage.errors import UserError, first_line
+from fromage.retrieval.image_root import ImageRoot
 
-SCHEMA = pa.schema([("path", pa.binary()), ("caption", pa.binary())])
+SCHEMA = pa.schema([(name, pa.binary()) for name in Item._fields])
+LEAST = {"path", "caption"}  # columns of every table; those of former versions have no others
 Embedded = tuple[np.ndarray, pa.RecordBatch]  # (n, q) rows of the retrieval space, and the items they are of
 CHUNK = 1 << 14  # rows
+START = 8  # bytes of an Arrow file in front of its stream
 
 
 def image_id(path: bytes) -> str:
@@ -33,17 +38,30 @@ def to_batch(items: Sequence[Item]) -> pa.RecordBatch:
 
 
 class ItemTable(Sequence[Item]):
-    """Items by position, read when they are asked for."""
+    """Items by position, read when they are asked for. root: what the paths of the batches are relative to."""
 
-    def __init__(self, batches: Sequence[pa.RecordBatch]) -> None:
-        self.batches = list(batches)
+    def __init__(self, batches: Sequence[pa.RecordBatch], root: ImageRoot | None = None) -> None:
+        self.batches, self.root = list(batches), root or ImageRoot()
         self.starts = np.cumsum([0, *map(len, self.batches)])  # (batches + 1,)
 
     @classmethod
-    def open(cls, path: Path) -> ItemTable:
-        """Map a file of write_items into memory. Raises pyarrow.ArrowInvalid if it is torn."""
-        reader = pa.ipc.open_file(pa.memory_map(str(path)))
-        return cls([reader.get_batch(i) for i in range(reader.num_record_batches)])
+    def open(cls, path: Path, root: ImageRoot | None = None) -> ItemTable:
+        """Map a file of write_items into memory. Raises UserError for what is none, and for an offset beyond its buffer."""
+        try:
+            file = pa.memory_map(str(path))
+            _check_plain(file)
+            file.seek(START)
+            reader = pa.ipc.open_stream(file)  # a file is a stream with an index of it behind, which is not believed
+            if not LEAST <= {*reader.schema.names} <= {*SCHEMA.names} or {*reader.schema.types} != {pa.binary()}:
+                raise ValueError(f"columns {reader.schema.names} are not those of an index")
+            batches = list(reader)
+            for batch in batches:
+                batch.validate(full=True)
+                if any(column.null_count for column in batch.columns):
+                    raise ValueError("an entry is missing")
+        except (OSError, EOFError, ValueError, MemoryError, struct.error, pa.ArrowException) as error:
+            raise UserError(f"{path}: is damaged ({first_line(error)}); build the index again") from error
+        return cls([filled(batch) for batch in batches], root)
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -53,18 +71,19 @@ class ItemTable(Sequence[Item]):
             raise IndexError(position)
         number = int(np.searchsorted(self.starts, position, side="right")) - 1
         place = int(position - self.starts[number])
-        return Item(*(column[place].as_py().decode("utf-8", "surrogateescape") for column in self.batches[number].columns))
+        path, *others = (column[place].as_py() for column in self.batches[number].columns)
+        return Item(*(text.decode("utf-8", "surrogateescape") for text in (self.root.locate(path), *others)))
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sequence) and list(self) == list(other)
 
     def paths(self) -> pa.ChunkedArray:
         """All paths, as bytes."""
-        return pa.chunked_array([batch.column("path") for batch in self.batches], pa.binary())
+        return pa.chunked_array([self.root.located(batch.column("path")) for batch in self.batches], pa.binary())
 
     def finder(self) -> Callable[[str], Item | None]:
-        """What finds an item by the id of its path, the first of several."""
-        paths = (path for batch in self.slices(CHUNK) for path in batch.column("path").to_pylist())
+        """What finds an item by the id of its path as it is stored, the first of several."""
+        paths = (path for batch in self.batches for path in batch.column("path").to_pylist())
         digests = np.fromiter((int(image_id(path), 16) for path in paths), np.uint64)  # (N,)
         rows = np.argsort(digests, kind="stable")  # (N,)
         digests = digests[rows]  # (N,), rising
@@ -78,7 +97,20 @@ class ItemTable(Sequence[Item]):
 
     def slices(self, rows: int) -> Iterator[pa.RecordBatch]:
         """All items, in order, at most so many at a time."""
-        return (batch.slice(start, rows) for batch in self.batches for start in range(0, len(batch), rows))
+        for batch in self.batches:
+            for start in range(0, len(batch), rows):
+                yield with_paths(batch.slice(start, rows), self.root.located)
+
+
+def with_paths(batch: pa.RecordBatch, changed: Callable[[pa.Array], pa.Array]) -> pa.RecordBatch:
+    """Items with other paths."""
+    return pa.record_batch([changed(batch.column("path")), *batch.columns[1:]], schema=SCHEMA)
+
+
+def filled(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """Items with empty texts in the columns that a former version did not have."""
+    empty = pa.repeat(pa.scalar(b""), len(batch))
+    return pa.record_batch([batch.column(n) if n in batch.schema.names else empty for n in SCHEMA.names], schema=SCHEMA)
 
 
 def keep_mask(batch: pa.RecordBatch, barred: pa.ChunkedArray) -> np.ndarray:
@@ -103,6 +135,34 @@ def check_there(folder: str | Path, paths: Iterable[bytes], there: Collection[by
     if gone := [path for path in paths if path not in there]:
         name = gone[0].decode("utf-8", "replace")
         raise UserError(f"{folder}: has no image {name}; give paths as `fromage search` prints them")
+
+
+def _check_plain(file: pa.NativeFile) -> None:
+    """Raise ValueError for compressed buffers, which write_items does not make: they claim any size, which is allocated.
+
+    The metadata of each batch is read as Arrow's format has it: a flatbuffer Message, in it the RecordBatch with field 3 for
+    the compression.
+    """
+    file.seek(START)
+    pa.ipc.read_message(file)  # the schema
+    with suppress(EOFError):
+        while True:
+            data = pa.ipc.read_message(file).metadata.to_pybytes()
+            if _field(data, _field_at(data, struct.unpack_from("<I", data)[0], 2), 3):
+                raise ValueError("its buffers are compressed")
+
+
+def _field(data: bytes, table: int, number: int) -> int:
+    """Where a field of a flatbuffer's table is, relative to the table; 0 where it is not set."""
+    vtable = table - struct.unpack_from("<i", data, table)[0]
+    size = struct.unpack_from("<H", data, vtable)[0]
+    return struct.unpack_from("<H", data, vtable + 4 + 2 * number)[0] if 4 + 2 * number < size else 0
+
+
+def _field_at(data: bytes, table: int, number: int) -> int:
+    """The table that a field of a flatbuffer's table names."""
+    at = table + _field(data, table, number)
+    return at + struct.unpack_from("<I", data, at)[0]
 
 
 def write_items(path: Path, batches: Iterable[pa.RecordBatch]) -> None:

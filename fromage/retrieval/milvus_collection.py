@@ -2,7 +2,7 @@
 
     row        whole number, the primary key; rises in the order of the index, with gaps where images were removed
     picture    image_id of the path, as a signed number: what is looked up without quoting a path
-    path, caption
+    path, caption, meta, stamp   as in fromage.retrieval.item_table; former versions have no meta and no stamp
     embedding  q float32 at unit length, searched by inner product
 
 Where it is: see fromage.retrieval.milvus_client.
@@ -20,6 +20,7 @@ import numpy as np
 
 from fromage.data.image_source import Item
 from fromage.errors import UserError
+from fromage.retrieval.image_root import ImageRoot
 from fromage.retrieval.item_table import SCHEMA, Embedded, image_id, to_batch
 from fromage.retrieval.milvus_client import LITE, SECONDS, asking, connect
 
@@ -43,10 +44,19 @@ class Found(NamedTuple):
 
 
 class Collection:
-    """A collection. uri: path of a .db, or address; name: of the collection; kind: of its index, see parse_kind."""
+    """A collection.
+
+    Attributes:
+        uri: path of a .db, or address.
+        name: of the collection.
+        kind: of its index, see parse_kind.
+        root: what its paths are relative to.
+        texts: names of the texts that it has of each image.
+    """
 
     def __init__(self, uri: str, name: str, width: int, kind: str) -> None:
         self.uri, self.name, self.width, self.kind = uri, name, width, kind
+        self.root, self.texts = ImageRoot(), SCHEMA.names
 
     @classmethod
     def create(cls, uri: str, fingerprint: str, width: int, kind: str) -> Collection:
@@ -61,8 +71,8 @@ class Collection:
         schema = client.create_schema(auto_id=False)
         schema.add_field("row", DataType.INT64, is_primary=True)
         schema.add_field(ID, DataType.INT64)
-        schema.add_field("path", DataType.VARCHAR, max_length=TEXT)
-        schema.add_field("caption", DataType.VARCHAR, max_length=TEXT)
+        for name in SCHEMA.names:
+            schema.add_field(name, DataType.VARCHAR, max_length=TEXT)
         schema.add_field("embedding", DataType.FLOAT_VECTOR, dim=width)
         with asking(uri):
             client.create_collection(collection.name, schema=schema, consistency_level="Strong", timeout=SECONDS)
@@ -83,6 +93,7 @@ class Collection:
             fields = {f["name"]: f["params"] for f in client.describe_collection(self.name, timeout=SECONDS)["fields"]}
             if fields.get("embedding", {}).get("dim") != self.width:
                 raise UserError(f"Milvus at {self.uri}: {self.name} is not the collection of this index; build it again")
+            self.texts = [name for name in SCHEMA.names if name in fields]
             client.load_collection(self.name)
 
     def insert(self, rows: Iterable[Embedded], first: int = 0) -> int:
@@ -90,7 +101,7 @@ class Collection:
         for vectors, batch in rows:
             for start in range(0, len(batch), CHUNK):
                 items = _items(batch.slice(start, CHUNK))
-                data = [_entity(first + i, item, vectors[start + i]) for i, item in enumerate(items)]
+                data = [self._entity(first + i, item, vectors[start + i]) for i, item in enumerate(items)]
                 with asking(self.uri):
                     self.client.insert(self.name, data, timeout=SECONDS)
                 first += len(items)
@@ -128,7 +139,7 @@ class Collection:
                 anns_field="embedding",
                 limit=min(n, MOST),
                 search_params={"metric_type": "IP"},
-                output_fields=["row", "path", "caption", "embedding"],
+                output_fields=["row", *self.texts, "embedding"],
                 timeout=SECONDS,
             )
         return [self._found([hit["entity"] for hit in hits]) for hits in found]
@@ -142,17 +153,17 @@ class Collection:
 
     def with_id(self, name: str) -> Item | None:
         """The image of an id, the first of several."""
-        found = self._query(f"{ID} in [{_signed(name)}]", ["row", "path", "caption"])
-        return _item(min(found, key=lambda entity: entity["row"])) if found else None
+        found = self._query(f"{ID} in [{_signed(name)}]", ["row", *self.texts])
+        return self._item(min(found, key=lambda entity: entity["row"])) if found else None
 
     def rows_of(self, paths: Sequence[bytes]) -> dict[bytes, list[int]]:
         """The rows at each of the paths that are there."""
         found: dict[bytes, list[int]] = {}
         for start in range(0, len(paths), CHUNK):
             some = set(paths[start : start + CHUNK])
-            ids = [_signed(image_id(path)) for path in some]
+            ids = [_signed(image_id(self.root.store(path))) for path in some]
             for entity in self._query(f"{ID} in {ids}", ["row", "path"]):
-                path = _plain(entity["path"]).encode("utf-8", "surrogateescape")
+                path = self.root.locate(_plain(entity["path"]).encode("utf-8", "surrogateescape"))
                 if path in some:  # and not another one of the same id
                     found.setdefault(path, []).append(entity["row"])
         return found
@@ -183,11 +194,24 @@ class Collection:
     def _found(self, entities: Sequence[dict[str, Any]]) -> Found:
         rows = np.array([entity["row"] for entity in entities], np.int64)  # (n,)
         vectors = np.array([entity["embedding"] for entity in entities], np.float32).reshape(len(rows), self.width)
-        return Found(rows, vectors, [_item(entity) for entity in entities])
+        return Found(rows, vectors, [self._item(entity) for entity in entities])
 
-    def _query(self, which: str, fields: Sequence[str] = ("row", "path", "caption", "embedding"), **more: Any) -> list[Any]:
+    def _entity(self, row: int, item: Item, vector: np.ndarray) -> dict[str, Any]:
+        path = self.root.store(item.path.encode("utf-8", "surrogateescape"))
+        texts = item._replace(path=path.decode("utf-8", "surrogateescape"))._asdict()
+        for name in ("caption", "meta", "stamp"):
+            texts[name] = texts[name].translate(ODD).encode()[:TEXT].decode(errors="ignore")
+        texts["path"] = texts["path"].translate(ODD)
+        return {"row": row, ID: _signed(image_id(path)), **{name: texts[name] for name in self.texts}, "embedding": vector}
+
+    def _item(self, entity: dict[str, Any]) -> Item:
+        path, *others = (_plain(entity.get(name, "")) for name in SCHEMA.names)
+        return Item(self.root.locate(path.encode("utf-8", "surrogateescape")).decode("utf-8", "surrogateescape"), *others)
+
+    def _query(self, which: str, fields: Sequence[str] | None = None, **more: Any) -> list[Any]:
+        wanted = ["row", *self.texts, "embedding"] if fields is None else list(fields)
         with asking(self.uri):
-            return list(self.client.query(self.name, filter=which, output_fields=list(fields), timeout=SECONDS, **more))
+            return list(self.client.query(self.name, filter=which, output_fields=wanted, timeout=SECONDS, **more))
 
 
 def parse_kind(kind: str) -> tuple[str, dict[str, int]]:
@@ -203,16 +227,6 @@ def parse_kind(kind: str) -> tuple[str, dict[str, int]]:
 def _items(batch: Any) -> list[Item]:
     columns = [batch.column(name).to_pylist() for name in SCHEMA.names]
     return [Item(*(text.decode("utf-8", "surrogateescape") for text in texts)) for texts in zip(*columns, strict=True)]
-
-
-def _entity(row: int, item: Item, vector: np.ndarray) -> dict[str, Any]:
-    image = _signed(image_id(item.path.encode("utf-8", "surrogateescape")))
-    caption = item.caption.translate(ODD).encode()[:TEXT].decode(errors="ignore")
-    return {"row": row, ID: image, "path": item.path.translate(ODD), "caption": caption, "embedding": vector}
-
-
-def _item(entity: dict[str, Any]) -> Item:
-    return Item(_plain(entity["path"]), _plain(entity["caption"]))
 
 
 def _plain(text: str) -> str:

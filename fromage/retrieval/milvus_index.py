@@ -10,22 +10,27 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from fromage.data.image_source import Item
 from fromage.errors import UserError
 from fromage.io import as_json, write_files
 from fromage.retrieval.ann import FLAT_UP_TO
 from fromage.retrieval.base import FLAT, ImageIndex, IndexSpec
+from fromage.retrieval.image_root import ImageRoot, Place
 from fromage.retrieval.index_folder import ABOUT, INDEX, MILVUS, check_replaceable, replacing, seal, sealed
-from fromage.retrieval.item_table import Embedded, check_there, encoded, keep_mask
+from fromage.retrieval.item_table import Embedded, keep_mask
 from fromage.retrieval.milvus_client import located, reach
 from fromage.retrieval.milvus_collection import Collection
 from fromage.retrieval.rerank import Near
+from fromage.retrieval.trust import is_sealed
 
 
 class MilvusIndex(ImageIndex):
@@ -33,19 +38,32 @@ class MilvusIndex(ImageIndex):
 
     backend = "milvus"
 
-    def __init__(self, collection: Collection, fingerprint: str, checkpoint: str = "") -> None:
+    def __init__(self, collection: Collection, fingerprint: str, checkpoint: str = "", place: Place | None = None) -> None:
         self.collection = collection
-        super().__init__(fingerprint, checkpoint)
+        super().__init__(fingerprint, checkpoint, place=place)
+        self.set_place(self.place)
 
     @classmethod
-    def open(cls, folder: Path, about: dict[str, Any]) -> MilvusIndex:
-        """The index of a folder whose index.json says `about`. Raises UserError where Milvus or the collection is away."""
+    def open(cls, folder: Path, about: dict[str, Any], place: Place) -> MilvusIndex:
+        """The index of a folder whose index.json says `about`. Raises UserError where Milvus or the collection is away.
+
+        An index that was not built here may name any address: it is not connected to, and the token is not sent to it.
+        """
         where = about.get(MILVUS)
         if not isinstance(where, dict) or not where.keys() >= {"uri", "collection"}:
             raise INDEX.unreadable(folder, "it names no collection")
+        if not place.own:
+            raise UserError(
+                f"{folder}: names Milvus at {where['uri']}, and was not built here; if that address is yours: "
+                f"fromage index trust {folder}"
+            )
         collection = Collection(where["uri"], where["collection"], about["width"], about["kind"])
         collection.load()
-        return cls(collection, about["fingerprint"], about["checkpoint"])
+        return cls(collection, about["fingerprint"], about["checkpoint"], place)
+
+    def set_place(self, place: Place) -> None:
+        """Look for the images elsewhere; nothing is written."""
+        self.place, self.collection.root = place, place.root or ImageRoot()
 
     def __len__(self) -> int:
         return self.collection.count()
@@ -93,35 +111,47 @@ class MilvusIndex(ImageIndex):
             "setting": "",
             "recall_at_10": 1.0 if self.kind == FLAT else None,  # not measured
             MILVUS: {"uri": self.collection.uri, "collection": self.collection.name},
+            **self.placed(),
         }
 
     def save(self, folder: str | Path, overwrite: bool = False) -> None:
         """Write index.json: anew into the index's own folder, or into another one for the same collection."""
         check_replaceable(folder, overwrite)
-        write_files(Path(folder), {ABOUT: as_json(sealed(self.about(), {}))})
+        write_files(Path(folder), {ABOUT: as_json(sealed(self.about(), {}, self.place.own))})
 
-    def add(self, folder: str | Path, rows: Iterable[Embedded]) -> MilvusIndex:
-        """The index in this folder with rows put behind its own. A run that was killed may be repeated."""
-        self.collection.insert((fresh for some in rows if len((fresh := self._fresh(*some))[1])), self.collection.end())
+    def change(
+        self, folder: str | Path, gone: pa.Array, rows: Iterable[Embedded], root: ImageRoot | None = None
+    ) -> MilvusIndex:
+        """The index in this folder without the images at the paths `gone`, and with rows behind; `root` stays as it was.
+
+        Nothing is undone where it is killed: what it has done by then stays done.
+        """
+        if self.root.former:
+            raise UserError(f"{folder}: its collection holds absolute paths, as in former versions; build the index again")
+        numbers = [row for some in self.collection.rows_of(gone.to_pylist()).values() for row in some]
+        fresh = (new for some in rows if len((new := self._fresh(*some, gone))[1]))
+        first = next(iter(fresh), None) if len(numbers) == len(self) else None
+        if len(numbers) == len(self) and first is None:
+            raise UserError("an index needs at least one image; none is left")
+        self.collection.insert(fresh if first is None else chain([first], fresh), self.collection.end())
+        self.collection.delete(numbers)
         self.save(folder, overwrite=True)
         return self
 
-    def _fresh(self, vectors: np.ndarray, items: pa.RecordBatch) -> Embedded:
-        there = pa.array(list(self.collection.rows_of(items.column("path").to_pylist())), pa.binary())
+    def _fresh(self, vectors: np.ndarray, items: pa.RecordBatch, gone: pa.Array) -> Embedded:
+        """What of some rows is not there yet, or goes."""
+        paths = items.column("path").filter(pc.invert(pc.is_in(items.column("path"), value_set=gone)))
+        there = pa.array(list(self.collection.rows_of(paths.to_pylist())), pa.binary())
         keep = keep_mask(items, pa.chunked_array([there]))
         return vectors[keep], items.filter(pa.array(keep))
 
-    def remove(self, folder: str | Path, paths: Sequence[str]) -> MilvusIndex:
-        """The index in this folder without the images at these paths. Raises UserError for a path that is not there."""
-        names = encoded(paths)
-        found = self.collection.rows_of(names)
-        check_there(folder, names, found)
-        rows = [row for some in found.values() for row in some]
-        if len(rows) == len(self):
-            raise UserError("an index needs at least one image; none is left")
-        self.collection.delete(rows)
-        self.save(folder, overwrite=True)
-        return self
+    def add(self, folder: str | Path, rows: Iterable[Embedded], root: ImageRoot | None = None) -> MilvusIndex:
+        """The index in this folder with rows put behind its own; images that are there already stay as they are."""
+        return self.change(folder, pa.array([], pa.binary()), rows)
+
+    def there(self, paths: pa.Array) -> set[bytes]:
+        """Which of the paths, as bytes, the index has an image at."""
+        return {*self.collection.rows_of(paths.to_pylist())}
 
     @classmethod
     def check(cls, kind: str | None, width: int, where: str = "") -> None:
@@ -141,10 +171,11 @@ class MilvusIndex(ImageIndex):
             raise UserError(f"{uri}: lies in the folder of the index, which is replaced as a whole; name another place")
         collection = Collection.create(uri, spec.fingerprint, spec.width, spec.kind or FLAT)
         try:
+            collection.root = spec.place.root or ImageRoot()
             _fill(collection, rows, spec.kind)
-            index = cls(collection, spec.fingerprint, spec.checkpoint)
+            index = cls(collection, spec.fingerprint, spec.checkpoint, replace(spec.place, root=collection.root))
             with replacing(out, spec.overwrite) as new:
-                seal(new, index.about())
+                seal(new, index.about(), index.place.own)
         except BaseException:
             with suppress(UserError):  # the first one counts
                 collection.drop()
@@ -155,6 +186,9 @@ class MilvusIndex(ImageIndex):
     def drop(cls, about: dict[str, Any]) -> None:
         """Drop the collection of an index that has been replaced; warns where that fails."""
         where = about[MILVUS]
+        if not is_sealed(about):  # its address is not the user's word
+            warnings.warn(f"the former collection {where['collection']} stays: its index was not built here", stacklevel=3)
+            return
         try:
             Collection(where["uri"], where["collection"], about["width"], about["kind"]).drop()
         except UserError as error:

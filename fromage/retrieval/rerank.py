@@ -35,11 +35,12 @@ def rerank(query: np.ndarray, near: Near, k: int, excluded: frozenset[str] = fro
     """
     vectors = near.vectors.astype(np.float64)  # (n, q)
     scores = (vectors * query).sum(axis=1)  # (n,); a matrix product could give equal rows unequal sums
+    scores[~np.isfinite(scores)] = -1  # of a damaged row
     hits: list[Hit] = []
     for i in np.lexsort((near.rows, -scores)):
         item = near.item(i)
         if item.path not in excluded:
-            hits.append(Hit(len(hits) + 1, float(scores[i]), *item, row=int(near.rows[i])))
+            hits.append(Hit(len(hits) + 1, float(scores[i]), item.path, item.caption, int(near.rows[i]), item.meta))
         if len(hits) == k:
             break
     return hits, scores.min(initial=1)

@@ -2,39 +2,104 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import islice
-from math import inf
-from typing import NamedTuple
+from math import inf, isfinite
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import unquote, urlsplit
 
 from PIL import Image
 
 from fromage.errors import UserError
 from fromage.images.codec import small
 from fromage.images.contact_sheet import contact_sheet
-from fromage.images.open import open_image
+from fromage.images.open import ADDRESSES, open_image
 
 SECONDS = 15.0  # after which no further hits are tried
 THREADS = 8  # that open images, for all who ask
 POOL = ThreadPoolExecutor(THREADS, "images")
+DEPTH = 16  # levels of an image's metadata that are kept
 NOTED = 5  # notes of their own on hits that are left out
 
 
 class Hit(NamedTuple):
-    """An image found. rank starts at 1; score is the cosine with the query; row counts from 0, in the index."""
+    """An image found.
+
+    Attributes:
+        rank: starts at 1.
+        score: the cosine with the query.
+        path: its file, 'shard.tar#key', or address.
+        row: counts from 0, in the index.
+        meta: what else is known of it, as JSON; see metadata.
+        within: the folder that its file must lie in to be opened; None for any.
+    """
 
     rank: int
     score: float
     path: str
     caption: str
     row: int = -1
+    meta: str = ""
+    within: str | None = None
+
+    @property
+    def name(self) -> str:
+        """The file name, without folders: 'red.jpg', '00000.tar#key', the end of an address."""
+        if self.path.startswith(ADDRESSES):
+            try:
+                where = urlsplit(self.path)
+            except ValueError:
+                return self.path
+            return Path(unquote(where.path)).name or where.netloc
+        shard, is_member, key = self.path.partition(".tar#")
+        return f"{Path(shard).name}.tar#{key}" if is_member else Path(self.path).name
+
+    @property
+    def key(self) -> str:
+        """The key within a shard; of other images the file name without its suffix."""
+        _, is_member, key = self.path.partition(".tar#")
+        return key if is_member and not self.path.startswith(ADDRESSES) else Path(self.name).stem
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """What the shard's JSON says of the image, as JSON can say it; empty where there is none."""
+        try:
+            found = json.loads(self.meta) if self.meta else {}
+        except (ValueError, RecursionError):
+            return {}
+        return _plain(found) if isinstance(found, dict) else {}
+
+    @property
+    def label(self) -> str:
+        """The caption, or the file name of an image without one."""
+        return self.caption or self.name
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        own = {"rank": self.rank, "score": self.score, "path": self.path, "name": self.name, "key": self.key}
+        return own | {"caption": self.caption, "metadata": self.metadata}
 
     def line(self) -> str:
         """For a list on the screen."""
         return f"  {self.rank:3d}  {self.score:.3f}  {self.path}  {self.caption}"
+
+
+def _plain(value: Any, depth: int = 0) -> Any:
+    """A value of JSON with sound text, finite numbers, and no more than DEPTH levels."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode()
+    if isinstance(value, float) and not isfinite(value):
+        return None
+    if depth == DEPTH and isinstance(value, (dict, list)):
+        return None
+    if isinstance(value, dict):
+        return {_plain(name): _plain(each, depth + 1) for name, each in value.items()}
+    return [_plain(each, depth + 1) for each in value] if isinstance(value, list) else value
 
 
 Opened = tuple[Hit, Image.Image]
@@ -70,7 +135,7 @@ def load_images(hits: Iterable[Hit], wanted: int, side: float = inf) -> tuple[li
 def _open(hit: Hit, side: float) -> Image.Image | str:
     """The image, or why there is none."""
     try:
-        return small(open_image(hit.path), side)
+        return small(open_image(hit.path, hit.within), side)
     except UserError as error:
         return str(error)
 
@@ -83,5 +148,5 @@ def left_out(lost: Sequence[Lost]) -> list[str]:
 
 def draw_hits(queries: Sequence[str], found: Sequence[Sequence[Opened]]) -> Image.Image:
     """A contact sheet: under each query its images with rank, score and caption."""
-    rows = [[(image, f"#{hit.rank} {hit.score:.3f}\n{hit.caption}") for hit, image in row] for row in found]
+    rows = [[(image, f"#{hit.rank} {hit.score:.3f}\n{hit.label}") for hit, image in row] for row in found]
     return contact_sheet(list(zip(queries, rows, strict=True)))

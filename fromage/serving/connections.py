@@ -15,6 +15,7 @@ from fromage.serving.hosts import HostGuard
 
 CONNECTIONS = 512  # at a time, idle ones included: a process may have about a thousand files open
 PER_ADDRESS = 256  # connections of one address at a time; behind a reverse proxy all clients have the proxy's
+CROWDED = 480  # connections at a time from which on a new one takes the place of the oldest that has not said what it wants
 HEAD = 20.0  # seconds in which the head of a request must arrive, at most
 
 
@@ -44,11 +45,13 @@ def limited(seconds: float, per_address: int = PER_ADDRESS) -> type[asyncio.Prot
     Args:
         seconds: in which a client must take what was written, as far as it is buffered here; at most HEAD seconds of it
             are for the head of a request.
-        per_address: connections of one address at a time; a further one is closed at once.
+        per_address: connections of one address at a time. A further one takes the place of the oldest of them whose request
+            has not arrived, so that half-sent requests lock nobody out; where there is none it is closed at once.
     """
 
     class Limited(AutoHTTPProtocol):  # type: ignore[valid-type, misc]
         open: ClassVar[Counter[str]] = Counter()
+        waiting: ClassVar[dict[Any, str]] = {}  # connections whose request has not arrived, the oldest first: their address
         head: asyncio.TimerHandle | None = None
         unread: asyncio.TimerHandle | None = None
         counted = False
@@ -56,8 +59,15 @@ def limited(seconds: float, per_address: int = PER_ADDRESS) -> type[asyncio.Prot
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
             self.address = str((transport.get_extra_info("peername") or [""])[0])
+            full = self.open[self.address] >= per_address
+            if full or len(self.connections) > CROWDED:
+                among = (other for other, address in self.waiting.items() if not full or address == self.address)
+                if oldest := next(among, None):
+                    oldest.leave()
+                    oldest.transport.abort()
             self.counted = self.open[self.address] < per_address
             self.open[self.address] += self.counted
+            self.waiting[self] = self.address
             self.head = self.loop.call_later(min(seconds, HEAD), transport.abort)
             if not self.counted:
                 transport.abort()
@@ -68,7 +78,9 @@ def limited(seconds: float, per_address: int = PER_ADDRESS) -> type[asyncio.Prot
             if answering:
                 _stop(self.head)
                 self.head = None
+                self.waiting.pop(self, None)
             elif self.head is None:
+                self.waiting[self] = self.address
                 self.head = self.loop.call_later(min(seconds, HEAD), self.transport.abort)
 
         def pause_writing(self) -> None:
@@ -81,10 +93,16 @@ def limited(seconds: float, per_address: int = PER_ADDRESS) -> type[asyncio.Prot
 
         def connection_lost(self, exc: Exception | None) -> None:
             _stop(self.head, self.unread)
+            self.leave()
+            super().connection_lost(exc)
+
+        def leave(self) -> None:
+            """Give its place free."""
+            self.waiting.pop(self, None)
             self.open[self.address] -= self.counted
+            self.counted = False
             if not self.open[self.address]:
                 del self.open[self.address]
-            super().connection_lost(exc)
 
     return Limited
 

@@ -172,6 +172,9 @@ class RequestHandler:
                 rank=hit.rank,
                 score=hit.score,
                 caption=_sound(hit.caption),
+                name=_sound(hit.name),
+                key=_sound(hit.key),
+                metadata=hit.metadata,
                 url=_sound(hit.path) if hit.path.startswith(("http://", "https://")) else None,
                 image=base64.b64encode(jpeg(image, SMALL)).decode() if image else None,
             )

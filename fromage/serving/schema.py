@@ -73,6 +73,9 @@ class FoundImage(BaseModel):
     ] = 1
     score: Annotated[float, Field(description="Cosine with what was searched for.")] = 0.0
     caption: str = ""
+    name: Annotated[str, Field(description="Its file name, without folders.")] = ""
+    key: Annotated[str, Field(description="Its key within a shard, else its file name without the suffix.")] = ""
+    metadata: Annotated[dict[str, Any], Field(description="What the shard's JSON says of it.")] = {}
     url: Annotated[str | None, Field(description="Its address, if the index is one of images on the web.")] = None
     image: Annotated[str | None, Field(description="A small JPEG of it in base64, if asked for.")] = None
 

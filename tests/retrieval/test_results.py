@@ -49,7 +49,7 @@ def test_it_is_searched_on_however_many_have_gone(tmp_path):
 def test_but_not_for_ever(tmp_path, monkeypatch):
     monkeypatch.setattr("fromage.retrieval.results.SECONDS", 0.05)
     gone = (Hit(rank, 0.5, str(tmp_path / "gone.png"), "") for rank in count(1))
-    monkeypatch.setattr("fromage.retrieval.results.open_image", lambda path: time.sleep(0.02) or open_image(path))
+    monkeypatch.setattr("fromage.retrieval.results.open_image", lambda *where: time.sleep(0.02) or open_image(*where))
     opened, lost = load_images(gone, 1)
     assert not opened and lost
 

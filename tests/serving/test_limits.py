@@ -80,16 +80,42 @@ def test_a_client_that_does_not_read_is_cut_off():
         assert flooded.wait(10), "the answer is still being written"
 
 
+WHOLE = b"GET / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
+
+
 def test_one_address_has_so_many_connections_and_gets_them_back():
-    with listening(answer, seconds=30, per_address=3) as address:
+    async def later(scope, receive, send):
+        await asyncio.to_thread(go.wait, 10)
+        await answer(scope, receive, send)
+
+    go = threading.Event()
+    with listening(later, seconds=30, per_address=3) as address:
         held = [socket.create_connection(address) for _ in range(3)]
-        time.sleep(0.1)
-        assert said(socket.create_connection(address)) == b""
-        held.pop().close()
-        time.sleep(0.1)
+        for each in held:
+            each.sendall(WHOLE)
+        time.sleep(0.2)
+        assert said(socket.create_connection(address)) == b"", "those that are being answered keep their places"
+        go.set()
+        assert all(b"here" in said(each) for each in held)
         free = socket.create_connection(address)
-        free.sendall(b"GET / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
+        free.sendall(WHOLE)
         assert b"here" in said(free)
+
+
+def test_half_sent_requests_make_room_for_whole_ones():
+    """One address began more requests than it has places, and goes on: it is answered all the same."""
+    with listening(answer, seconds=30, per_address=3) as address:
+        halves = []
+        for _ in range(12):
+            halves.append(socket.create_connection(address))
+            halves[-1].sendall(b"GET / HTTP/1.1\r\nX: ")
+        time.sleep(0.1)
+        whole = socket.create_connection(address)
+        whole.sendall(WHOLE)
+        assert b"here" in said(whole)
+        assert [said(half) for half in halves[:9]] == [b""] * 9, "the oldest went"
+        halves[-1].sendall(b"a\r\nHost: a\r\nConnection: close\r\n\r\n")
+        assert b"here" in said(halves[-1]), "the youngest stayed"
 
 
 def test_any_number_of_unknown_fields_is_one_fault(client):

@@ -20,7 +20,6 @@ from fromage.errors import UserError
 from fromage.generation.chat import Chat
 from fromage.generation.decoding import Decoding
 from fromage.retrieval.faiss_index import FaissIndex
-from fromage.retrieval.item_table import image_id
 from fromage.serving.app import create_app
 from fromage.serving.image_ids import ImageIds
 
@@ -54,7 +53,8 @@ def test_images_come_when_asked_for_and_no_path_ever(client, folder):
     best = reply.json()["hits"][0]
     small = Image.open(io.BytesIO(base64.b64decode(best["image"])))
     assert small.format == "JPEG" and small.size == (64, 64) and small.getpixel((9, 9))[0] > 250
-    assert str(folder) not in reply.text and "png" not in reply.text and best["url"] is None
+    assert str(folder) not in reply.text and str(folder.parent) not in reply.text and best["url"] is None
+    assert (best["name"], best["key"], best["metadata"]) == ("red.png", "red", {})
     served = client.get(f"/images/{best['id']}")
     assert served.headers["content-type"] == "image/jpeg" and Image.open(io.BytesIO(served.content)).size == (64, 64)
     assert client.post("/search", json={"query": "x"}).json()["hits"][0]["image"] is None
@@ -91,7 +91,7 @@ def test_a_conversation_is_answered_as_chat_answers_it(client, model, index, fol
 def test_full_size_images_do_not_pile_up(app, client, monkeypatch):
     opened, alive = [], []
 
-    def opening(name):
+    def opening(*name):
         image = Image.new("RGB", (2000, 10))
         opened.append(weakref.ref(image))
         alive.append(sum(each() is not None for each in opened))
@@ -112,12 +112,12 @@ def test_ids_are_known_before_they_are_first_asked_for(model, folder):
     index = FaissIndex.build(rows, items, model.fingerprint())
     ids = ImageIds(index)
     index.items = list(index.items)  # which has no slices to go through
-    assert [ids._find(ids.of(item.path)) for item in items] == items
+    assert [ids.find(ids.of(item.path)) for item in items] == items
 
 
 def test_ids_alone_may_be_sent_back_and_images_that_have_gone(model, index, tmp_path):
     gone = FaissIndex.build(index.vectors[:1], [Item(str(tmp_path / "gone.png"))], model.fingerprint())
-    shown = {"type": "images", "hits": [{"id": image_id(str(tmp_path / "gone.png").encode())}]}
+    shown = {"type": "images", "hits": [{"id": ImageIds(gone).of(str(tmp_path / "gone.png"))}]}
     said = {"role": "user", "content": "a"}
     asked = {"messages": [said, {"role": "assistant", "content": [shown]}, said], "decoding": {"max_new_tokens": 2}}
     with TestClient(create_app(model, gone)) as client:

@@ -1,0 +1,197 @@
+"""An index brought up to date with its folder: what is new is added, what has changed is embedded again, what is gone goes.
+
+A file has changed where its content has: size and time of change are looked at first, then a digest. What is embedded is
+kept beside the index until the index is written, so that a run which was killed goes on where it was.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from itertools import chain
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from fromage.data.image_source import FileStamp, Item, find_images, is_shards, read_captions
+from fromage.errors import UserError
+from fromage.images.codec import image_files
+from fromage.images.open import ADDRESSES, read_file
+from fromage.models.fromage import Fromage
+from fromage.retrieval.base import ImageIndex
+from fromage.retrieval.build import unit_rows
+from fromage.retrieval.embed_images import embed_source
+from fromage.retrieval.embedding_store import EmbeddingStore
+from fromage.retrieval.image_root import ImageRoot
+from fromage.retrieval.index_folder import read_about
+from fromage.retrieval.item_table import Embedded, ItemTable, encoded, to_batch
+from fromage.retrieval.open_index import load_index
+from fromage.retrieval.trust import is_sealed, secret
+
+
+class Synced(NamedTuple):
+    """What a sync did, in images. broken: those that cannot be read, a line each; they are not in the index."""
+
+    new: int
+    changed: int
+    deleted: int
+    unchanged: int
+    broken: list[str]
+
+    def __str__(self) -> str:
+        left = f", {len(self.broken):,} left out" if self.broken else ""
+        return f"{self.new:,} new, {self.changed:,} changed, {self.deleted:,} deleted, {self.unchanged:,} unchanged{left}"
+
+
+@dataclass
+class _Difference:
+    """Paths, by what became of their files. touched: the item that is to stand in place of one whose content is the same."""
+
+    new: list[str] = field(default_factory=list)
+    changed: list[str] = field(default_factory=list)
+    deleted: list[str] = field(default_factory=list)
+    touched: dict[str, Item] = field(default_factory=dict)
+    same: int = 0
+    strange: int = 0  # files that are named and not in the folder
+
+
+def sync(
+    folder: str | Path,
+    images: str | Path,
+    model: Fromage | Callable[[], Fromage],
+    captions: str | Path | None = None,
+    batch_size: int = 64,
+    workers: int = 0,
+) -> tuple[ImageIndex, Synced]:
+    """Bring the index in a folder up to date with a folder of images, where its images are from then on.
+
+    The folder may be the one that the index was built from, a part of it, one around it, or the same images elsewhere. Rows
+    at addresses and in shards stay as they are. Images of an index without stamps, of a former version, are embedded again.
+
+    Args:
+        model: that built the index; or what loads it, called where there is something to embed.
+        captions: as for embed_images; captions that differ are taken over.
+
+    Raises:
+        UserError: the folder holds no image, or none of those that the index names in it.
+    """
+    folder, where = Path(folder).resolve(), Path(images).absolute()
+    if not where.is_dir() or is_shards(where):
+        raise UserError(f"{images}: is no folder of images; shards are added with: fromage index embed, fromage index add")
+    index, root = _rooted(folder, where)
+    said = read_captions(Path(captions), where) if captions else {}
+    found = _difference(index, where, said)
+    if found.deleted and not found.same and not found.touched and not found.changed:
+        raise UserError(f"{folder}: none of its images is in {images}; name their folder, or build one: fromage index build")
+    if not found.strange:  # all files that it names were found here
+        index.set_place(replace(index.place, own=True, confined=False))
+    broken: list[str] = []
+    fresh: list[Iterator[Embedded]] = []
+    beside = folder.with_name(f".{folder.name}.{index.fingerprint}.sync")
+    if todo := sorted([*found.new, *found.changed]):
+        store = _embed(index, todo, where, model, captions, beside, batch_size, workers)
+        broken, fresh = store.broken(), [unit_rows(store)]
+    gone = [*found.deleted, *found.changed, *found.touched]
+    if gone or len(todo) > len(broken) or _stale(folder, index, root):
+        rows = chain(_touched(index, found.touched), *fresh)
+        index = index.change(folder, pa.array(encoded(gone), pa.binary()), rows, root)
+    shutil.rmtree(beside, ignore_errors=True)
+    bad = _bad(broken, {*todo})
+    new, changed = (sum(path not in bad for path in paths) for paths in (found.new, found.changed))
+    return index, Synced(new, changed, len(found.deleted), found.same + len(found.touched), broken)
+
+
+def _rooted(folder: Path, where: Path) -> tuple[ImageIndex, ImageRoot]:
+    """The index with its images in the folder `where`, and what its paths are to be relative to."""
+    index, prefix = load_index(folder), os.fsencode(where).rstrip(b"/") + b"/"
+    if any(path.startswith(prefix) for chunk in index.paths().chunks for path in chunk.to_pylist()):  # not moved
+        root = index.root.path
+        return index, ImageRoot(root if root and where.is_relative_to(root) else str(where))
+    return load_index(folder, images=where), ImageRoot(str(where))
+
+
+def _difference(index: ImageIndex, where: Path, said: dict[str, str]) -> _Difference:
+    """How the files of a folder differ from what an index was made of; said: captions by file."""
+    files, found, seen = dict.fromkeys(map(str, image_files(where))), _Difference(), set[str]()
+    if not files:
+        raise UserError(f"{where}: holds no images; name the folder of the images")
+    within = f"{where}{os.sep}"
+    for _, batch in index.rows():
+        for item in ItemTable([batch]):
+            if item.path in files:
+                seen.add(item.path)
+                _compare(item, said.get(item.path, item.caption), found)
+            elif not item.path.startswith(ADDRESSES):
+                inside = item.path.startswith(within) and ".tar#" not in item.path
+                found.strange += not inside
+                found.deleted += [item.path] * inside
+    found.new = [path for path in files if path not in seen]
+    return found
+
+
+def _compare(item: Item, caption: str, found: _Difference) -> None:
+    """Put an image where it belongs."""
+    known = FileStamp.read(item.stamp)
+    try:
+        now = FileStamp.of(os.stat(item.path))  # noqa: PTH116
+    except OSError:  # since it was listed
+        found.deleted.append(item.path)
+        return
+    if known and known[:2] == now[:2] and caption == item.caption:
+        found.same += 1
+    elif known and (known[:2] == now[:2] or _digest(item.path, now) == known.digest):
+        found.touched[item.path] = item._replace(caption=caption, stamp=str(now._replace(digest=known.digest)))
+    else:
+        found.changed.append(item.path)
+
+
+def _digest(path: str, now: FileStamp) -> str:
+    try:
+        return FileStamp.of(os.stat(path), read_file(Path(path))).digest  # noqa: PTH116
+    except OSError:
+        return ""
+
+
+def _embed(
+    index: ImageIndex,
+    todo: list[str],
+    where: Path,
+    model: Fromage | Callable[[], Fromage],
+    captions: str | Path | None,
+    beside: Path,
+    batch_size: int,
+    workers: int,
+) -> EmbeddingStore:
+    """Embed some files of a folder."""
+    made: Fromage = model if hasattr(model, "embed_images") else model()  # type: ignore[assignment, operator]
+    index.require_model(made)
+    source = find_images(str(where), made.vision.transform, Path(captions) if captions else None)
+    source.parts, source.count = source.parts_of(todo), len(todo)
+    return embed_source(made, source, beside, batch_size, workers)
+
+
+def _bad(broken: list[str], paths: set[str]) -> set[str]:
+    """The paths that lines 'path: cause' are about."""
+    pieces = (line.split(": ") for line in broken)
+    return {path for piece in pieces for n in range(1, len(piece)) if (path := ": ".join(piece[:n])) in paths}
+
+
+def _touched(index: ImageIndex, touched: dict[str, Item]) -> Iterator[Embedded]:
+    """The rows of images whose content is the same, with their items as they are now."""
+    for vectors, batch in index.rows() if touched else ():
+        items = list(ItemTable([batch]))
+        at = [i for i, item in enumerate(items) if item.path in touched]
+        if at:
+            yield np.asarray(vectors)[at], to_batch([touched[items[i].path] for i in at])
+
+
+def _stale(folder: Path, index: ImageIndex, root: ImageRoot) -> bool:
+    """Whether index.json says of the images' place what it should not."""
+    about = read_about(folder)
+    own = index.place.own and secret() is not None
+    meant = (root if index.backend == "faiss" else index.root).path, own, index.place.confined
+    return (about.get("root"), is_sealed(about), bool(about.get("confined"))) != meant
