@@ -17,11 +17,13 @@ from fromage.data.image_source import Item
 from fromage.errors import UserError
 from fromage.generation.decoding import Decoding
 from fromage.generation.generate import generate
-from fromage.retrieval.build import add, build, build_index, merge, remove, write_index
+from fromage.retrieval.build import add, build, build_index, merge, remove, trust, write_index
 from fromage.retrieval.embedding_store import EmbeddingStore
 from fromage.retrieval.faiss_index import FaissIndex
 from fromage.retrieval.item_table import image_id, to_batch
 from fromage.retrieval.open_index import load_index, open_index, search_index
+from fromage.retrieval.sync import sync
+from fromage.retrieval.trust import SEAL, sealed
 from fromage.serving.app import create_app
 from fromage.serving.image_ids import ImageIds
 
@@ -138,11 +140,49 @@ def test_an_index_json_of_a_former_version_names_no_backend(db, tmp_path):
     in_milvus(tmp_path / "index", db, rows(5), items(5))
     about = json.loads((tmp_path / "index" / "index.json").read_text())
     assert about.pop("backend") == "milvus"
-    (tmp_path / "index" / "index.json").write_text(json.dumps(about))
+    (tmp_path / "index" / "index.json").write_text(json.dumps(sealed(about)))
     same(load_index(tmp_path / "index", "f00d"), rows(5), items(5))
     (tmp_path / "index" / "index.json").write_text(json.dumps(about | {"backend": "other"}))
     with pytest.raises(UserError, match="'other' is none of faiss, milvus"):
         load_index(tmp_path / "index")
+
+
+def test_an_index_from_elsewhere_sends_the_token_nowhere(tmp_path, monkeypatch, db):
+    """It may name any address: nothing is connected to before the user believes it."""
+    import pymilvus
+
+    in_milvus(tmp_path / "index", db, rows(5), items(5))
+    about = json.loads((tmp_path / "index" / "index.json").read_text())
+    about.pop(SEAL)
+    evil = about | {"milvus": about["milvus"] | {"uri": "http://evil.example:19530"}}
+    monkeypatch.setenv("FROMAGE_MILVUS_TOKEN", "secret")
+    with monkeypatch.context() as patch:
+        patch.setattr(pymilvus, "MilvusClient", lambda *args, **more: pytest.fail(f"connected: {args}, {more}"))
+        for said in (evil, evil | {SEAL: "0" * 64}, about):
+            (tmp_path / "index" / "index.json").write_text(json.dumps(said))
+            with pytest.raises(UserError, match=r"was not built here.*fromage index trust"):
+                load_index(tmp_path / "index")
+        with pytest.warns(UserWarning, match="was not built here"):  # an index in its place drops nothing there
+            build(store(tmp_path / "a", rows(5), items(5)), tmp_path / "index")
+    in_milvus(tmp_path / "other", db, rows(5), items(5))
+    (tmp_path / "other" / "index.json").write_text(json.dumps(json.loads((tmp_path / "other" / "index.json").read_text()) | {SEAL: ""}))
+    same(trust(tmp_path / "other"), rows(5), items(5))
+
+
+def test_it_follows_its_folder_and_travels(tmp_path, db):
+    photos = write_colours(tmp_path / "photos")
+    build_index(Model(), photos, tmp_path / "index", milvus=db)
+    (photos / "red" / "a.png").rename(photos / "red" / "b.png")
+    (photos / "blue" / "a.png").write_bytes((photos / "green" / "a.png").read_bytes())
+    assert sync(tmp_path / "index", photos, Model())[1][:4] == (1, 1, 1, 1)
+    moved = photos.rename(tmp_path / "moved")
+    index, done = sync(tmp_path / "index", moved, lambda: pytest.fail("nothing to embed"))
+    assert done[:4] == (0, 0, 0, 3)
+    index = load_index(tmp_path / "index")
+    paths = [str(moved / name) for name in ("red/b.png", "blue/a.png", "green/a.png")]
+    assert sorted(path.decode() for path in index.paths().to_pylist()) == sorted(paths) and not index.missing().gone
+    assert index.search(np.eye(3, dtype=np.float32)[:1], 1)[0][0].path == paths[0]
+    assert ImageIds(index).open(ImageIds(index).of(paths[0])).getpixel((0, 0)) == (255, 0, 0)
 
 
 def test_an_add_that_was_killed_may_be_repeated(db, tmp_path, monkeypatch):
@@ -260,7 +300,7 @@ def test_what_is_wrong_is_one_line(ckpt, db, tmp_path, capsys, client):
         (moved, {"milvus": about["milvus"] | {"uri": str(tmp_path / "moved.db")}}),
     ):
         folder.mkdir()
-        (folder / "index.json").write_text(json.dumps(about | change))
+        (folder / "index.json").write_text(json.dumps(sealed(about | change)))
     out = ["--embeddings", str(tmp_path / "a"), "--out", str(tmp_path / "out")]
     for words, named in (
         (["search", "red", "--index", str(other)], "not the collection of this index"),
