@@ -84,7 +84,9 @@ def in_folder(text: str) -> Path:
 
 def in_place(text: str) -> Path:
     """A file or a folder to read. Raises UserError where there is none."""
-    return in_folder(text) if Path(text).is_dir() else in_file(text)
+    if not Path(text).exists():
+        raise UserError(f"{text}: no such file or folder; name one that is there")
+    return Path(text)
 
 
 PATTERN = re.compile(r"[*?\[{:]|\.tar")  # in names of shards
