@@ -22,8 +22,10 @@ def reason(error: BaseException) -> str:
         return str(error)
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
+    if isinstance(error, EOFError | MemoryError):
+        return "cut off" if isinstance(error, EOFError) else "takes too much memory"
     builtin = type(error).__module__ in ("builtins", "_struct", "struct", "json.decoder", "zlib", "_pickle", "binascii")
-    return "damaged" if builtin and not (type(error) is OSError and str(error)) else first_line(error)
+    return "damaged" if builtin and not isinstance(error, OSError) else first_line(error)
 
 
 def first_few(names: Sequence[str], between: str = ", ", few: int = 3) -> str:

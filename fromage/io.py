@@ -11,15 +11,13 @@ import json
 import os
 import shutil
 import socket
-import tarfile
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from fromage.checks import HALVES
-from fromage.errors import UserError, first_line
+from fromage.errors import UserError, first_line, reason
 from fromage.locks import LOCK, held
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -65,7 +63,6 @@ def check_new(path: Path, overwrite: bool = False) -> None:
         )
 
 
-MAX_MEMBER = 1 << 27  # bytes of a member of a tar: what a compressed tar claims costs its sender nothing
 MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 
 
@@ -91,8 +88,10 @@ def read_text(path: Path, wanted: str) -> str:
     """The text of a file that a user names. Raises UserError for one that cannot be read; wanted: what to name instead."""
     try:
         return decode_text(path.read_bytes(), path)
-    except (OSError, ValueError) as error:  # ValueError: a null byte in the path
-        raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error}); name {wanted}") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({reason(error)}); name {wanted}") from error
+    except ValueError as error:  # a null byte, or half a character
+        raise UserError(f"{str(path)!r}: cannot be the name of a file; name {wanted}") from error
 
 
 def read_json(path: Path, wanted: str) -> Any:
@@ -111,15 +110,6 @@ def parse_json(text: str, name: object, wanted: str) -> Any:
     except ValueError:
         said = "holds a number of too many digits"
     raise UserError(f"{name}: {said}; name {wanted}") from None
-
-
-def odd_member(member: tarfile.TarInfo) -> str:
-    """Why a member of a tar is not read; '' if it is."""
-    if not member.isreg() or member.issparse():
-        return "is no plain file"
-    if member.size > MAX_MEMBER:
-        return "is enormous"
-    return "has a name that is not UTF-8" if HALVES.search(member.name) else ""
 
 
 class WholeFile:

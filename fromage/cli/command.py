@@ -59,7 +59,7 @@ def parser_of(name: str, function: Function) -> ArgumentParser:
         parser.add_argument(*names, **settings)
     known = options_of(function)
     if "--overwrite" not in known and any(f"--{name}" in known for name in FILES):
-        parser.add_argument("--overwrite", action="store_true", help=SHARED["overwrite"][0])
+        parser.add_argument("--overwrite", action="store_true", help="replace the file that an option names")
     return parser
 
 

@@ -14,7 +14,6 @@ from fromage.errors import UserError
 
 if TYPE_CHECKING:
     from fromage.octopus.answers import Grounded
-    from fromage.retrieval.results import Hit
 
 TOY = Path("runs/octopus")  # where the toy Octopus is trained, in minutes
 
@@ -47,7 +46,7 @@ def search(
     rows = embed_queries(model, queries).float().cpu().numpy()  # (B, q)
     found = found_in.search(rows, images_per_ret)
     for query, hits in zip(asked, found, strict=True):
-        yield Result.of([query, *(hit.line() for hit in hits)], {"query": query, "hits": [_as_json(hit) for hit in hits]})
+        yield Result.of([query, *(hit.line() for hit in hits)], {"query": query, "hits": [hit.as_dict() for hit in hits]})
     if png:
         drawn = [load_images(found_in.beyond(row, hits), images_per_ret) for row, hits in zip(rows, found, strict=True)]
         for note in (note for _, lost in drawn for note in left_out(lost)):
@@ -56,10 +55,6 @@ def search(
             raise UserError(f"nothing is drawn, since none of the images can be opened: {png} is not written; see --images")
         save_png(png, draw_hits(asked, [pairs for pairs, _ in drawn]))
         yield Result(f"drawn: {png}", {"drawn": str(png)})
-
-
-def _as_json(hit: Hit) -> dict[str, Any]:
-    return {name: value for name, value in hit._asdict().items() if name != "row"}
 
 
 def ground(

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from fromage.checks import check_real
 from fromage.data.annotations import FILE, TEXT, coco_captions, problem, read_annotations
 from fromage.data.shards import check_no_shards, write_shards
-from fromage.errors import BrokenSample, UserError, first_few
+from fromage.errors import BrokenSample, UserError, first_few, reason
 from fromage.images.codec import decode_image
 from fromage.io import decode_text, encoding_of, write_json
 
@@ -121,17 +121,25 @@ def tsv_pairs(tsv: Path, images: Path, report: PackReport) -> Iterator[Pair]:
 
 def _lines(path: Path, report: PackReport) -> Iterator[tuple[int, str]]:
     """The lines of a text file with their numbers, from 1; a broken line of UTF-8 is skipped."""
-    with path.open("rb") as lines:
-        encoding = encoding_of(lines.peek(64), path)
-        if encoding == "utf-16":
-            yield from enumerate(decode_text(lines.read(), path).splitlines(), 1)
-        elif encoding == "utf-8-sig":
-            lines.read(len(BOM_UTF8))
-        for number, line in enumerate(lines, 1):
-            try:
-                yield number, line.decode("utf-8").strip("\r\n")
-            except UnicodeDecodeError:
-                report.skip(f"line {number}", "not UTF-8")
+    for number, line in enumerate(_raw_lines(path), 1):
+        try:
+            yield number, (line if isinstance(line, str) else line.decode("utf-8")).strip("\r\n")
+        except UnicodeDecodeError:
+            report.skip(f"line {number}", "not UTF-8")
+
+
+def _raw_lines(path: Path) -> Iterator[str | bytes]:
+    """The lines of a text file, as bytes where they are UTF-8. Raises UserError where it cannot be read."""
+    try:
+        with path.open("rb") as lines:
+            encoding = encoding_of(lines.peek(64), path)
+            if encoding == "utf-16":
+                yield from decode_text(lines.read(), path).splitlines()
+            elif encoding == "utf-8-sig":
+                lines.read(len(BOM_UTF8))
+            yield from lines
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({reason(error)}); name another file") from error
 
 
 def pack_jsonl(

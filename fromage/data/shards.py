@@ -28,10 +28,12 @@ import webdataset as wds
 from braceexpand import braceexpand
 from PIL import Image
 
+from fromage.data.annotations import below, problem
 from fromage.data.shard_streams import check_protocol, is_remote, open_shard, read_remote_json
-from fromage.errors import BrokenSample, UserError
+from fromage.errors import BrokenSample, UserError, reason
 from fromage.images.codec import SUFFIXES, decode_image
-from fromage.io import MAX_MEMBER, WholeFile, odd_member, write_json, writing
+from fromage.images.tars import MAX_MEMBER, plain_files
+from fromage.io import WholeFile, read_json, write_json, writing
 from fromage.locks import held
 
 log = logging.getLogger(__name__)
@@ -39,7 +41,8 @@ Raw = dict[str, Any]  # a stored sample: '__key__', and the members' bytes by ex
 T = TypeVar("T")
 CHECK_FROM = 100  # samples; a smaller stream is judged at its end
 ATTEMPTS = 3  # to read a shard that comes over the network
-META = re.compile(r"__[^/]*__($|/)")  # members that webdataset keeps for itself
+KEYED = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)")  # webdataset's key: all before the first dot of the file's name
+COUNT = below(1 << 40)  # samples of a shard
 MAX_CAPTION = 65536  # bytes; what is longer is a page that was taken for a caption
 
 
@@ -135,24 +138,21 @@ class ShardWriter:
 def read_sizes(folder: Path) -> dict[str, int]:
     """The samples of each shard of a folder, by file name, as sizes.json has them; empty where there is none."""
     path = folder / "sizes.json"
-    try:
-        return _sizes(json.loads(path.read_text("utf-8")))
-    except FileNotFoundError:
-        return {}
-    except (ValueError, AttributeError, TypeError):
-        raise UserError(f"{path} is not a JSON object of shard names and counts: correct or remove it") from None
+    return _sizes(read_json(path, "a folder whose sizes.json is whole, or remove it"), path) if path.exists() else {}
 
 
-def _sizes(found: Any) -> dict[str, int]:
-    return {str(name): int(count) for name, count in found.items()}
+def _sizes(found: Any, name: object) -> dict[str, int]:
+    if not isinstance(found, dict) or any(problem(count, COUNT) for count in found.values()):
+        raise UserError(f"{name} is not a JSON object of shard names and counts: correct or remove it")
+    return found
 
 
 def _remote_sizes(folder: str) -> dict[str, int]:
     """read_sizes of a URL. What cannot be read is logged: the epoch then has no known length."""
     try:
-        return _sizes(read_remote_json(f"{folder}/sizes.json") or {})
-    except (OSError, ValueError, AttributeError, TypeError) as error:
-        log.warning("no sizes of the shards in %s: sizes.json cannot be read (%s)", folder, error)
+        return _sizes(read_remote_json(f"{folder}/sizes.json") or {}, "it")
+    except (OSError, ValueError, RecursionError, UserError) as error:
+        log.warning("no sizes of the shards in %s: sizes.json cannot be read (%s)", folder, reason(error))
         return {}
 
 
@@ -238,8 +238,7 @@ def read_shard(shard: str, lost: Callable[[str, str], None]) -> Iterator[Raw]:
                 lost(shard_name(shard), "empty: holds no sample")
             return
         except (OSError, TimeoutExpired, tarfile.TarError, EOFError, zlib.error) as error:
-            said = next((text for text in error.args if isinstance(text, str)), type(error).__name__)
-            cause = f"unreadable or truncated: after {done} samples, {said}"
+            cause = f"unreadable or truncated: after {done} samples, {reason(error)}"
         finally:
             if stream is not None:
                 with suppress(OSError):
@@ -248,31 +247,29 @@ def read_shard(shard: str, lost: Callable[[str, str], None]) -> Iterator[Raw]:
 
 
 def _samples(stream: Any, shard: str, lost: Callable[[str, str], None]) -> Iterator[Raw]:
-    def report(error: Exception) -> bool:
-        lost(shard_name(shard), f"unusable member: {error.args[0]}")
-        return True
+    """The samples of a tar as webdataset groups them: members that share a key and stand together."""
 
-    return wds.tariterators.group_by_keys(_members(stream, shard, lost), handler=report)
+    def unusable(name: str, why: str) -> None:
+        lost(shard_name(shard), f"unusable member: {name} {why}")
 
-
-def _members(stream: Any, shard: str, lost: Callable[[str, str], None]) -> Iterator[Raw]:
-    """The files of a tar, read in order. A member that is no plain one is lost, and not read.
-
-    Raises tarfile.ReadError for a member that claims to be enormous: to pass over it, tarfile would count up to there.
-    """
-    with tarfile.open(fileobj=stream, mode="r|*") as tar:
-        for member in tar:
-            if member.isdir() or META.match(member.name):
-                continue
-            if member.size > MAX_MEMBER:
-                raise tarfile.ReadError(f"member {member.name} claims {member.size:,} bytes, more than {MAX_MEMBER:,}")
-            if why := odd_member(member):
-                lost(shard_name(shard), f"unusable member: {member.name.encode('utf-8', 'replace').decode()} {why}")
-                continue
-            file = tar.extractfile(member)
-            assert file  # a plain file
-            yield {"fname": member.name, "data": file.read(), "__url__": shard}
-            tar.members = []  # type: ignore[attr-defined]  # tarfile remembers every member it has seen
+    sample: Raw = {}
+    size = 0  # bytes
+    for name, read in plain_files(stream, unusable):
+        if not (parts := KEYED.match(name)):
+            continue
+        key, suffix = parts[1], parts[2].lower()
+        if key != sample.get("__key__"):
+            if len(sample) > 1:
+                yield sample
+            sample, size = {"__key__": key}, 0
+        if suffix in sample:
+            unusable(name, "is there twice")
+        elif (size := size + len(data := read())) > MAX_MEMBER:
+            unusable(name, f"makes a sample of more than {MAX_MEMBER:,} bytes")
+        else:
+            sample[suffix] = data
+    if len(sample) > 1:
+        yield sample
 
 
 def captions_of(raw: Raw) -> list[str]:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import os
 import stat
 import tarfile
+import zlib
 from pathlib import Path
 from typing import BinaryIO
 
 from PIL import Image
 
-from fromage.errors import BrokenSample, UserError
+from fromage.errors import BrokenSample, UserError, reason
 from fromage.images.codec import SUFFIXES, decode_image
-from fromage.io import odd_member
+from fromage.images.tars import plain_files
 
 MAX_FILE = 1 << 29  # bytes of an image file; the largest that can be decoded is a BMP of 358 MB
 ADDRESSES = ("http://", "https://")
@@ -36,9 +37,8 @@ def open_image(locator: str, within: str | Path | None = None) -> Image.Image:
         return decode_image(read_file(path) if key is None else _member(path, key))
     except BrokenSample as error:
         raise UserError(f"{locator}: {error}; repair or remove it") from error
-    except (OSError, ValueError, tarfile.TarError) as error:  # ValueError: a null byte in the path
-        cause = getattr(error, "strerror", None) or error
-        raise UserError(f"{locator}: cannot be read ({cause}); was it moved or deleted?") from error
+    except (OSError, EOFError, ValueError, zlib.error, tarfile.TarError) as error:  # ValueError: a null byte in the path
+        raise UserError(f"{locator}: cannot be read ({reason(error)}); was it moved or deleted?") from error
 
 
 def file_of(locator: str) -> tuple[Path, str | None]:
@@ -78,11 +78,9 @@ def inside(path: Path, folder: Path) -> Path:
 
 
 def _member(shard: Path, key: str) -> bytes:
-    with open_regular(shard) as file, tarfile.open(fileobj=file) as tar:
-        for member in tar:
-            stem, _, suffix = member.name.rpartition(".")
-            if stem != key or suffix.lower() not in SUFFIXES or odd_member(member):
-                continue
-            if data := tar.extractfile(member):
-                return data.read()
+    with open_regular(shard) as file:
+        for name, read in plain_files(file, mode="r"):
+            stem, _, suffix = name.rpartition(".")
+            if stem == key and suffix.lower() in SUFFIXES:
+                return read()
     raise UserError(f"{shard}: holds no image with the key {key}; was the shard written anew?")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import yaml
 
-from fromage.errors import UserError
+from fromage.errors import UserError, reason
 
 
 def config_folder() -> Path:
@@ -33,9 +33,12 @@ def find_config(name: str) -> str:
 def _check_yaml(path: Path) -> None:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
-        raise UserError(f"configuration {path}: cannot be read ({' '.join(str(error).split())})") from error
-    if not isinstance(content, dict):
+    except (yaml.YAMLError, OSError, UnicodeDecodeError, RecursionError) as error:
+        odd = {UnicodeDecodeError: "not UTF-8; save it as UTF-8", RecursionError: "nested too deep"}
+        said = odd.get(type(error)) or " ".join((str(error) if isinstance(error, yaml.YAMLError) else reason(error)).split())
+        raise UserError(f"configuration {path}: cannot be read ({said})") from error
+    sections = content.values() if isinstance(content, dict) else ()
+    if not isinstance(content, dict) or any(isinstance(section, list) for section in sections):
         raise UserError(f"configuration {path}: not a mapping of trainer, model and data; see {config_folder()}")
 
 

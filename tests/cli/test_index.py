@@ -49,7 +49,7 @@ def test_every_stage(ckpt, tmp_path, capsys):
     assert lines[0] == "blue" and blue in lines[1] and lines[3] == "green" and lines[6] == f"drawn: {at('found.png')}"
     assert Image.open(at("found.png")).format == "PNG"
     (images / "blue" / "a.png").unlink()
-    assert main(["search", *words]) == 0
+    assert main(["search", *words, "--overwrite"]) == 0
     assert f"warning: left out #1: {blue}" in capsys.readouterr().err
 
 
@@ -61,7 +61,9 @@ def test_image_and_words_are_one_query_and_images_alone_are_one_each(ckpt, tmp_p
     found = lambda *words: [json.loads(line) for line in said(capsys, "search", *words, "--json", "--index", index)]  # noqa: E731
     (one,) = found("blue", "--image", red, "-k", "3")
     assert one["query"] == f"@{red} blue" and {hit["path"] for hit in one["hits"][:2]} == {red, blue}
-    assert [hit["path"] for hit in one["hits"]][2] == green and one["hits"][0].keys() == {"rank", "score", "path", "caption"}
+    assert [hit["path"] for hit in one["hits"]][2] == green and one["hits"][0].keys() == {
+        "rank", "score", "path", "name", "key", "caption", "metadata",
+    }  # fmt: skip
     assert [one["hits"][0]["path"] for one in found("--image", red, "--image", green)] == [red, green]
     assert [one["query"] for one in found("red", "blue")] == ["red", "blue"]
 

@@ -86,7 +86,7 @@ def test_odd_images_and_broken_ones(tmp_path):
     (tmp_path / "notes.txt").write_text("no image")
     for i in range(6):
         (tmp_path / f"broken{i}.jpg").write_bytes(encoded(red, "JPEG")[: 100 * i])
-    with pytest.warns(UserWarning, match=r"6 of 10 images.*broken0.jpg.*broken4.jpg.*\.\.\."):
+    with pytest.warns(UserWarning, match=r"6 of 10 images.*broken0.jpg.*broken2.jpg.*and 3 more"):
         embeddings, found = embed_images(Model(), tmp_path)
     names = ["alpha.webp", "cmyk.JPG", "palette.gif", "palette.png"]
     assert [item.path for item in found] == [str(tmp_path / name) for name in names]
@@ -277,9 +277,6 @@ def test_a_store_of_something_else_is_refused(images, tmp_path, monkeypatch):
         patch.setattr(Model, "fingerprint", lambda self: "beef")
         with pytest.raises(UserError, match=r"fingerprint .f00d. there, .beef. here"):
             module.embed_images(Model(), images, out)
-    (images / "99.bmp").write_bytes((images / "00.bmp").read_bytes())
-    with pytest.raises(UserError, match="another run"):
-        module.embed_images(Model(), images, out)
     with pytest.raises(UserError, match="something else than embeddings"):
         module.embed_images(Model(), images, images)
 

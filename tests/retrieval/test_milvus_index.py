@@ -163,9 +163,11 @@ def test_an_index_from_elsewhere_sends_the_token_nowhere(tmp_path, monkeypatch, 
             with pytest.raises(UserError, match=r"was not built here.*fromage index trust"):
                 load_index(tmp_path / "index")
         with pytest.warns(UserWarning, match="was not built here"):  # an index in its place drops nothing there
-            build(store(tmp_path / "a", rows(5), items(5)), tmp_path / "index")
+            build(store(tmp_path / "a", rows(5), items(5)), tmp_path / "index", overwrite=True)
     in_milvus(tmp_path / "other", db, rows(5), items(5))
-    (tmp_path / "other" / "index.json").write_text(json.dumps(json.loads((tmp_path / "other" / "index.json").read_text()) | {SEAL: ""}))
+    (tmp_path / "other" / "index.json").write_text(
+        json.dumps(json.loads((tmp_path / "other" / "index.json").read_text()) | {SEAL: ""})
+    )
     same(trust(tmp_path / "other"), rows(5), items(5))
 
 
@@ -322,7 +324,7 @@ def test_what_is_wrong_is_one_line(ckpt, db, tmp_path, capsys, client):
 
 def test_without_pymilvus_it_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pymilvus", None)
-    with pytest.raises(UserError, match=r"fromage\[milvus\]"):
+    with pytest.raises(UserError, match=r"fromage-torch\[milvus\]"):
         in_milvus(tmp_path / "index", str(tmp_path / "a.db"), rows(3), items(3))
 
 

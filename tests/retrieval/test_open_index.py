@@ -88,7 +88,7 @@ def test_the_root_is_the_common_folder_where_none_is_given(photos, tmp_path):
     assert load_index(tmp_path / "index").root.path == str(photos)
     assert [item.path for item in load_index(tmp_path / "index").items] == paths
     urls = ["https://images.example/a.jpg", *paths[1:]]
-    FaissIndex.build(EYE, [Item(path) for path in urls], "f00d").save(tmp_path / "index")
+    FaissIndex.build(EYE, [Item(path) for path in urls], "f00d").save(tmp_path / "index", overwrite=True)
     assert next(item.path for item in load_index(tmp_path / "index", images=tmp_path).items) == urls[0]
 
 
@@ -146,7 +146,7 @@ def test_neither_a_root_nor_a_path_nor_a_link_leads_out(photos, tmp_path):
     for root in ("", str(tmp_path / "home"), "/", str(photos)):
         made = FaissIndex.build(rows(6, q=3), [Item(name) for name in names], "f00d")
         made.place = Place(ImageRoot(root))
-        made.save(index)
+        made.save(index, overwrite=True)
         from_elsewhere(index, root=root)
         (index / "link.png").unlink(missing_ok=True)
         assert opened(load_index(index)) == 0
