@@ -2,11 +2,13 @@ import io
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from pathlib import Path
 
 import colour_tower
 import numpy as np
@@ -277,6 +279,9 @@ def test_a_store_of_something_else_is_refused(images, tmp_path, monkeypatch):
         patch.setattr(Model, "fingerprint", lambda self: "beef")
         with pytest.raises(UserError, match=r"fingerprint .f00d. there, .beef. here"):
             module.embed_images(Model(), images, out)
+    shutil.copytree(images, tmp_path / "others")
+    with pytest.raises(UserError, match="another run"):
+        module.embed_images(Model(), tmp_path / "others", out)
     with pytest.raises(UserError, match="something else than embeddings"):
         module.embed_images(Model(), images, images)
 
@@ -353,3 +358,74 @@ def test_when_nothing_was_usable_the_next_run_begins_anew(tmp_path):
         module.embed_images(Model(), tmp_path / "images", tmp_path / "out")
     Image.new("RGB", (4, 4), (255, 0, 0)).save(image)
     assert len(module.embed_images(Model(), tmp_path / "images", tmp_path / "out")) == 1
+
+
+@pytest.mark.filterwarnings("ignore:.*04.bmp")
+@pytest.mark.parametrize("stamped", [True, False])
+def test_a_folder_that_has_grown_is_gone_on_with(images, tmp_path, monkeypatch, stamped):
+    """New files are embedded alone; parts with a file that has changed or gone are embedded again, the others are not."""
+    out, names = tmp_path / "out", sorted(path.name for path in images.iterdir())
+    if not stamped:  # as former versions stored parts
+        write = EmbeddingStore.write
+        monkeypatch.setattr(EmbeddingStore, "write", lambda self, *args: write(self, *args[:4]))
+    module.embed_images(Model(), images, out)
+    monkeypatch.undo()
+    monkeypatch.setattr(image_source, "FILES_PER_PART", 2)
+    kept = {path.name: path.read_bytes() for path in out.glob("*.parquet")}
+    for name in ("00a.bmp", "98.bmp", "99.bmp"):
+        (images / name).write_bytes((images / names[0]).read_bytes())
+    (images / names[2]).unlink()
+    if stamped:
+        (images / names[6]).write_bytes((images / names[0]).read_bytes())
+    seen, embed = [], Model.embed_images
+    monkeypatch.setattr(Model, "embed_images", lambda self, rows: seen.append(len(rows)) or embed(self, rows))
+    rows, items = rows_and_items(module.embed_images(Model(), images, out, 1))
+    good = [path.name for path in sorted(images.iterdir()) if path.name != "04.bmp"]
+    assert sorted(Path(item.path).name for item in items) == good
+    there = {path.name: path.read_bytes() for path in out.glob("*.parquet")}
+    assert sum(there.get(name) == data for name, data in kept.items()) == len(kept) - 1 - stamped
+    assert sum(seen) == 3 + 1 + 2 * stamped, "the new, and what shared a part with the gone and the changed"
+    wanted = dict(zip(*reversed(rows_and_items(module.embed_images(Model(), images, tmp_path / "anew", 1))), strict=True))
+    for item, row in zip(items, rows, strict=True):
+        np.testing.assert_array_equal(row, next(r for i, r in wanted.items() if i.path == item.path))
+    seen.clear()
+    module.embed_images(Model(), images, out, 1)
+    assert not seen, "nothing is left to do"
+
+
+def test_shards_that_have_come_are_gone_on_with(tmp_path, monkeypatch):
+    from fromage.data.shards import write_shards
+    from fromage.images.codec import to_png
+
+    def shards(*numbers):
+        for n in numbers:
+            folder = tmp_path / f"made{n}"
+            image = to_png(Image.new("RGB", (4, 4), (9 * n, 9, 9)))
+            write_shards([(f"k{n}", image, f"number {n}", {"n": n, "url": "https://images.example"})], folder)
+            (tmp_path / "shards").mkdir(exist_ok=True)
+            (folder / "00000.tar").rename(tmp_path / "shards" / f"{n:05d}.tar")
+
+    shards(1, 3)
+    module.embed_images(Model(), tmp_path / "shards", tmp_path / "out")
+    shards(2)
+    seen, embed = [], Model.embed_images
+    monkeypatch.setattr(Model, "embed_images", lambda self, rows: seen.append(len(rows)) or embed(self, rows))
+    _, items = rows_and_items(module.embed_images(Model(), tmp_path / "shards", tmp_path / "out"))
+    assert seen == [1] and [item.caption for item in items] == ["number 1", "number 3", "number 2"]
+    assert json.loads(items[2].meta)["n"] == 2
+
+
+@pytest.mark.filterwarnings("ignore:.*04.bmp")
+def test_rows_of_another_width_shift_nobody(images, tmp_path):
+    """Foreign embeddings: a row that is missing would give its place to the next."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    store = module.embed_images(Model(), images, tmp_path / "out", dtype="float32")
+    part = tmp_path / "out" / "00000.parquet"
+    table = pq.read_table(part)
+    for column in (pa.array([None, [1.0] * 3], pa.list_(pa.float32(), 3)), pa.array([[1.0] * 2, [1.0] * 4])):
+        odd = table.set_column(table.schema.get_field_index("embedding"), "embedding", column)
+        pq.write_table(odd.replace_schema_metadata(table.schema.metadata), part)
+        with pytest.raises(UserError, match="not all 3 wide"):
+            list(store.batches())
