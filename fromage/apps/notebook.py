@@ -63,7 +63,7 @@ class NotebookChat:
     def _shown(self, shown: RetrievedImages) -> list[Any]:
         """The images of a [RET], each above its score and caption."""
         cells = [
-            widgets.VBox([_drawn(image), _words(f"#{hit.rank} {hit.score:.3f} {hit.caption}", GREY)])
+            widgets.VBox([_drawn(image), _words(f"#{hit.rank} {hit.score:.3f} {hit.label}", GREY)])
             for hit, image in zip(shown.hits, shown.images, strict=False)
         ]
         notes = [*shown.notes, *([f"[an image; {shown.why_empty}]"] if shown.why_empty else [])]

@@ -172,7 +172,7 @@ def import_authors(pickle: list[Path], *, ckpt: str, images: Path | None = None,
 
     model = load_model(ckpt)
     of = model.q, model.fingerprint(), located(ckpt)
-    root = str(images.absolute()) if images else ""
+    root = str(Path(images).absolute()) if images else ""
     place = Place(ImageRoot(root), confined=True, within=root or str(target.out.absolute()))
     how: dict[str, Any] = {"milvus": target.milvus, "overwrite": target.overwrite, "place": place}
     built = write_index(target.out, rows_of(pickle, model.q), *of, target.kind, **how)

@@ -236,6 +236,11 @@ def trust(folder: str | Path, images: str | Path | None = None) -> ImageIndex:
     and where this machine has no place for its secret.
     """
     folder = Path(folder).resolve()
+    with held(folder, beside=True):
+        return _trusted(folder, images)
+
+
+def _trusted(folder: Path, images: str | Path | None) -> ImageIndex:
     about = read_about(folder)
     check_files(folder, about, full=True)
     about.pop("confined", None)

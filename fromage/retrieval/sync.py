@@ -21,6 +21,7 @@ from fromage.data.image_source import FileStamp, Item, find_images, is_shards, r
 from fromage.errors import UserError
 from fromage.images.codec import image_files
 from fromage.images.open import ADDRESSES, read_file
+from fromage.locks import held
 from fromage.models.fromage import Fromage
 from fromage.retrieval.base import ImageIndex
 from fromage.retrieval.build import unit_rows
@@ -82,11 +83,24 @@ def sync(
     folder, where = Path(folder).resolve(), Path(images).absolute()
     if not where.is_dir() or is_shards(where):
         raise UserError(f"{images}: is no folder of images; shards are added with: fromage index embed, fromage index add")
+    with held(folder, beside=True):
+        return _synced(folder, where, model, captions, batch_size, workers)
+
+
+def _synced(
+    folder: Path,
+    where: Path,
+    model: Fromage | Callable[[], Fromage],
+    captions: str | Path | None,
+    batch_size: int,
+    workers: int,
+) -> tuple[ImageIndex, Synced]:
+    """As sync, while no other process writes the index."""
     index, root = _rooted(folder, where)
     said = read_captions(Path(captions), where) if captions else {}
     found = _difference(index, where, said)
     if found.deleted and not found.same and not found.touched and not found.changed:
-        raise UserError(f"{folder}: none of its images is in {images}; name their folder, or build one: fromage index build")
+        raise UserError(f"{folder}: none of its images is in {where}; name their folder, or build one: fromage index build")
     if not found.strange:  # all files that it names were found here
         index.set_place(replace(index.place, own=True, confined=False))
     broken: list[str] = []

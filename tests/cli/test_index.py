@@ -15,6 +15,9 @@ from fromage.cli.main import main
 from fromage.data.image_source import Item
 from fromage.retrieval.faiss_index import FaissIndex
 from fromage.retrieval.open_index import load_index
+from fromage.retrieval.results import load_images
+
+HIT = {"rank", "score", "path", "name", "key", "caption", "metadata"}
 
 
 @pytest.fixture
@@ -61,9 +64,7 @@ def test_image_and_words_are_one_query_and_images_alone_are_one_each(ckpt, tmp_p
     found = lambda *words: [json.loads(line) for line in said(capsys, "search", *words, "--json", "--index", index)]  # noqa: E731
     (one,) = found("blue", "--image", red, "-k", "3")
     assert one["query"] == f"@{red} blue" and {hit["path"] for hit in one["hits"][:2]} == {red, blue}
-    assert [hit["path"] for hit in one["hits"]][2] == green and one["hits"][0].keys() == {
-        "rank", "score", "path", "name", "key", "caption", "metadata",
-    }  # fmt: skip
+    assert [hit["path"] for hit in one["hits"]][2] == green and one["hits"][0].keys() == HIT
     assert [one["hits"][0]["path"] for one in found("--image", red, "--image", green)] == [red, green]
     assert [one["query"] for one in found("red", "blue")] == ["red", "blue"]
 
@@ -154,3 +155,43 @@ def test_what_is_wrong_is_one_line(ckpt, tmp_path, capsys):
         error = capsys.readouterr().err
         assert named in error and error.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_an_index_moves_and_follows_its_images(ckpt, tmp_path, capsys):
+    images, index, page = write_colours(tmp_path / "images"), str(tmp_path / "index"), tmp_path / "found.png"
+    assert main(["index", "build", "--ckpt", ckpt, "--images", str(images), "--out", index]) == 0
+    moved = images.rename(tmp_path / "moved")
+    capsys.readouterr()
+    words = ["search", "red", "--index", index, "-k", "1", "--png", str(page)]
+    assert main(words) == 2 and not page.exists(), "nothing drawn is no success"
+    said = capsys.readouterr().err
+    assert "3 of 3 images are missing" in said and "nothing is drawn" in said and "--images" in said
+    assert main([*words, "--images", str(moved)]) == 0 and page.exists()
+    assert str(moved / "red" / "a.png") in capsys.readouterr().out
+    assert main(["index", "info", index, "--images", str(moved)]) == 0
+    out, err = capsys.readouterr()
+    assert f"root               {moved}" in out and "built_here         yes" in out and not err
+    (moved / "red" / "a.png").rename(moved / "red" / "b.png")
+    (moved / "blue" / "a.png").write_bytes(b"no image")
+    assert main(["index", "sync", index, "--images", str(moved)]) == 0
+    out, err = capsys.readouterr()
+    assert "1 new, 0 changed, 1 deleted, 1 unchanged, 1 left out" in out and "blue/a.png" in err
+    assert main(["index", "sync", index, "--images", str(tmp_path / "no")]) == 2
+    assert main(["chat", "--index", index, "--images", "3"]) == 2 and "3: no such folder" in capsys.readouterr().err
+
+
+def test_a_pickle_from_elsewhere_names_no_file_of_this_machine(ckpt, tmp_path, capsys):
+    private = tmp_path / "home" / "private.png"
+    photos = write_colours(tmp_path / "photos")
+    private.parent.mkdir()
+    Image.new("RGB", (8, 8)).save(private)
+    (photos / "link.png").symlink_to(private)
+    paths = [str(private), "../home/private.png", "link.png", "red/a.png"]
+    (tmp_path / "e.pkl").write_bytes(pickle.dumps({"paths": paths, "embeddings": rows(4, q=3)}))
+    run = ["index", "import", str(tmp_path / "e.pkl"), "--ckpt", ckpt, "--out", str(tmp_path / "index"), "--overwrite"]
+    for more, opened in ([], []), (["--images", str(photos)], [str(photos / "red" / "a.png")]):
+        assert main([*run, *more]) == 0
+        assert "lie outside their folder" in capsys.readouterr().err
+        index = load_index(tmp_path / "index")
+        hits = index.search(rows(1, q=3), 9)[0]
+        assert len(hits) == 4 and [hit.path for hit, _ in load_images(hits, 9)[0]] == opened

@@ -34,6 +34,8 @@ LINES = {  # command line: what it says of some options, defaults among them
     "index build --embeddings e --out o --kind IVF8,Flat": {"embeddings": Path("e"), "kind": "IVF8,Flat", "images": None},
     "index add i --embeddings e": {"index": Path("i"), "embeddings": Path("e")},
     "index remove i a b": {"index": Path("i"), "path": ["a", "b"]},
+    "index sync i --images e --captions c": {"index": Path("i"), "ckpt": None},
+    "index trust i": {"index": Path("i"), "images": None},
     "index merge i j --out o": {"index": [Path("i"), Path("j")], "milvus": None},
     "index import p q --ckpt c --out o": {"pickle": [Path("p"), Path("q")]},
     "index info i --check": {"check": True},

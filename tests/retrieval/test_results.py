@@ -1,3 +1,4 @@
+import json
 import time
 import warnings
 from itertools import count
@@ -62,3 +63,41 @@ def test_hits_are_drawn(tmp_path):
     colours = {colour for _, colour in page.getcolors(1 << 20)}
     assert COLOURS["red"] in colours and COLOURS["blue"] not in colours
     assert isinstance(page, Image.Image)
+
+
+@pytest.mark.parametrize(
+    ("path", "name", "key"),
+    [
+        ("/photos/red one.jpg", "red one.jpg", "red one"),
+        ("/shards/00000.tar#a/k1", "00000.tar#a/k1", "a/k1"),
+        ("https://images.example/a/b%20c.jpg?size=3", "b c.jpg", "b c"),
+        ("https://images.example", "images.example", "images"),
+        ("https://[broken/a.jpg", "https://[broken/a.jpg", "a"),
+        (
+            b"/photos/caf\xe9.jpg".decode(errors="surrogateescape"),
+            b"caf\xe9.jpg".decode(errors="surrogateescape"),
+            "caf\udce9",
+        ),
+    ],
+)
+def test_hits_carry_file_name_and_key(path, name, key):
+    hit = Hit(1, 0.5, path, "")
+    assert (hit.name, hit.key, hit.label) == (name, key, name) and Hit(1, 0.5, path, "a star").label == "a star"
+
+
+def test_hits_carry_metadata_that_json_can_say():
+    meta = '{"id": 7, "text": "a\\ud800", "score": NaN, "deep": ' + "[" * 100 + "]" * 100 + "}"
+    hit = Hit(1, 0.5, "/p/a.jpg", "", meta=meta)
+    assert hit.metadata["id"] == 7 and hit.metadata["text"] == "a?" and hit.metadata["score"] is None
+    json.dumps(hit.as_dict(), allow_nan=False).encode()
+    assert hit.as_dict().keys() == {"rank", "score", "path", "name", "key", "caption", "metadata"}
+    for odd in ("", "[]", "{", "3", "[" * 100_000):
+        assert Hit(1, 0.5, "/p/a.jpg", "", meta=odd).metadata == {}
+
+
+def test_a_hit_without_a_caption_shows_its_file_name(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("fromage.retrieval.results.contact_sheet", drawn.append)
+    image = Image.new("RGB", (4, 4))
+    draw_hits(["red"], [[(Hit(1, 0.5, "/p/a.jpg", ""), image), (Hit(2, 0.5, "/p/b.jpg", "a star"), image)]])
+    assert [text for _, text in drawn[0][0][1]] == ["#1 0.500\na.jpg", "#2 0.500\na star"]

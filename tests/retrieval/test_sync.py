@@ -92,8 +92,7 @@ def test_a_part_of_the_folder_and_one_around_it(index, photos, tmp_path):
     assert sync(index, photos / "red", Model())[1][:4] == (1, 0, 0, 1)
     assert len(load_index(index)) == 4 and load_index(index).root.path == str(photos)
     make(tmp_path / "around.png", "yellow")
-    os.rename(index, tmp_path.parent / f"{tmp_path.name}.index")
-    folder = tmp_path.parent / f"{tmp_path.name}.index"
+    folder = index.rename(tmp_path.parent / f"{tmp_path.name}.index")
     assert sync(folder, tmp_path, Model())[1][:4] == (2, 0, 0, 4)
     assert load_index(folder).root.path == str(tmp_path)
 
@@ -101,7 +100,11 @@ def test_a_part_of_the_folder_and_one_around_it(index, photos, tmp_path):
 def test_another_folder_is_refused_before_it_takes_everything_away(index, photos, tmp_path):
     make(tmp_path / "others" / "x.png", "red")
     (tmp_path / "empty").mkdir()
-    for folder, named in ((tmp_path / "others", "none of its images"), (tmp_path / "empty", "holds no images"), (tmp_path / "no", "no folder")):
+    for folder, named in (
+        (tmp_path / "others", "none of its images"),
+        (tmp_path / "empty", "holds no images"),
+        (tmp_path / "no", "no folder"),
+    ):
         with pytest.raises(UserError, match=named):
             sync(index, folder, never)
     assert len(load_index(index)) == 3
@@ -141,7 +144,7 @@ def test_an_index_of_a_former_version_without_stamps_is_embedded_once_more(index
     from fromage.retrieval.faiss_index import FaissIndex
 
     old = load_index(index)
-    FaissIndex.build(old.vectors, [Item(item.path, item.caption) for item in old.items], "f00d").save(index)
+    FaissIndex.build(old.vectors, [Item(item.path, item.caption) for item in old.items], "f00d").save(index, overwrite=True)
     from_elsewhere(index)
     assert sync(index, photos, Model())[1][:4] == (0, 3, 0, 0)
     assert sync(index, photos, never)[1][:4] == (0, 0, 0, 3) and len(COLOURS) == 3

@@ -213,8 +213,8 @@ def drawn(image: Image.Image) -> str:
 
 
 def caption(hit: Hit) -> str:
-    """The caption of a retrieved image, without its path, which visitors must not see."""
-    return f"#{hit.rank}  {hit.score:.2f}  {hit.caption}".rstrip()
+    """The caption of a retrieved image, or its file name, without its path, which visitors must not see."""
+    return f"#{hit.rank}  {hit.score:.2f}  {hit.label}"
 
 
 def warn(error: UserError) -> None:
