@@ -40,7 +40,6 @@ LINES = {  # command line: what it says of some options, defaults among them
     "index import p q --ckpt c --out o": {"pickle": [Path("p"), Path("q")]},
     "index info i --check": {"check": True},
     "index sync i --images j": {"index": Path("i"), "images": Path("j"), "captions": None},
-    "index trust i": {"index": Path("i"), "images": None},
     "search null 1e3 --index i --image a --image b -k 2": {
         "text": ["null", "1e3"],
         "image": ["a", "b"],
