@@ -77,6 +77,16 @@ def inside(path: Path, folder: Path) -> Path:
     return real
 
 
+def file_bytes(path: Path) -> bytes:
+    """As read_file. Raises BrokenSample where that raises anything: 'missing image: why'."""
+    try:
+        return read_file(path)
+    except OSError as error:
+        raise BrokenSample(f"missing image: {reason(error)}") from None
+    except ValueError:  # a null byte, or half a character
+        raise BrokenSample("missing image: no name of a file") from None
+
+
 def _member(shard: Path, key: str) -> bytes:
     with open_regular(shard) as file:
         for name, read in plain_files(file, mode="r"):
