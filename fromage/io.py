@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from fromage.errors import UserError, first_line, reason
+from fromage.errors import UserError, reason
 from fromage.locks import LOCK, held
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -180,7 +180,9 @@ def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
         for file in whole:
             file.keep()
     except OSError as error:
-        told = disk_error(error, folder) or UserError(f"{folder}: cannot be written ({error}); choose another folder")
+        told = disk_error(error, folder) or UserError(
+            f"{folder}: cannot be written ({reason(error)}); choose another folder"
+        )
         raise told from error
     finally:
         for file in whole:
@@ -234,4 +236,4 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except (OSError, OverflowError) as error:
-        raise UserError(f"{host}, port {port}: cannot listen there ({first_line(error)}); give another --port") from error
+        raise UserError(f"{host}, port {port}: cannot listen there ({reason(error)}); give another --port") from error

@@ -178,7 +178,25 @@ def test_texts_with_a_byte_order_mark_and_crlf_are_read(places, tmp_path, format
     assert told(lambda: read(path)) == []
 
 
-ODD = (None, True, 5, -1, 10**30, 1e400, float("nan"), "", "x", "\ud83d", "a\0b", [], [None], {}, {"a": None}, "../" * 500)
+ODD = (
+    None,
+    True,
+    5,
+    -1,
+    10**30,
+    1e400,
+    float("nan"),
+    "",
+    "x",
+    "\ud83d",
+    "a\0b",
+    [],
+    [None],
+    {},
+    {"a": None},
+    "../" * 500,
+    "x" * 500,
+)
 
 
 def paths_of(value, at=()):
@@ -236,8 +254,10 @@ def test_fields_of_another_type(places, tmp_path, format):
         ("coco", ("annotations", 1, "caption")),
         ("coco", ("annotations", 1, "image_id")),
         ("coco set", ("annotations", 1)),
+        ("coco set", ("images", 1, "file_name")),
         ("captions of an index", ("000000000002.jpg",)),
         ("vist", ("annotations", 1, 0, "text")),
+        ("vist", ("annotations", 1, 0, "photo_flickr_id")),
         ("flickr30k", ("images", 1, "sentences", 0, "raw")),
         ("instances", ("annotations", 1, "bbox", 0)),
     ],

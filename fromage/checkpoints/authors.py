@@ -8,7 +8,6 @@ tower is loaded for it. Their format ties [RET]'s two rows: a model with a secon
 from __future__ import annotations
 
 import io
-import json
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from fromage.checkpoints.format import GENERATION, Saved, differences, dtype_nam
 from fromage.checkpoints.safe_pickle import read_pickle
 from fromage.data.tokenizer import IMAGE, RET
 from fromage.errors import UserError, first_line
-from fromage.io import as_json, check_new, write_files
+from fromage.io import as_json, check_new, read_json, write_files
 
 PICKLE, ARGS = "pretrained_ckpt.pth.tar", "model_args.json"
 NAMES = {
@@ -85,7 +84,7 @@ def _find_pickle(path: Path) -> Path:
 def _read_args(path: Path) -> dict[str, Any]:
     """model_args.json, its fields checked; retrieval_token_idx as a number."""
     try:
-        args = json.loads(path.read_text(encoding="utf-8"))
+        args = read_json(path, "the file that came with the weights")
         if isinstance(args, dict) and args.keys() & GILL:
             raise _gill(path)
         ret = args["retrieval_token_idx"]
@@ -97,10 +96,10 @@ def _read_args(path: Path) -> dict[str, Any]:
                 raise ValueError(f"{name} cannot be {args[name]!r}")
         if args.get("text_emb_layers", [-1]) != [-1]:
             raise ValueError(f"text_emb_layers {args['text_emb_layers']}: only the last layer, [-1], is supported")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = getattr(error, "strerror", None) or first_line(error)
-        reason = f"no {error} in it" if isinstance(error, KeyError) else reason
-        raise UserError(f"{path}: missing, damaged or of another layout ({reason}); fetch it again") from error
+    except (ValueError, KeyError, TypeError) as error:
+        said = {KeyError: f"no {error} in it", TypeError: "no object"}
+        reason = said.get(type(error)) or first_line(error)
+        raise UserError(f"{path}: of another layout ({reason}); fetch it again") from error
     return args
 
 

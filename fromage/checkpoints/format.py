@@ -12,7 +12,6 @@ nothing.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import reduce
@@ -24,9 +23,9 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from fromage.errors import UserError, first_line
+from fromage.errors import BrokenSample, UserError, reason
 from fromage.identity import FolderKind
-from fromage.io import as_json, check_new, write_files
+from fromage.io import as_json, check_new, decode_text, parse_json, write_files
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TOWERS = ("lm.", "vision.")  # prefixes of parameters that are never saved
@@ -79,10 +78,10 @@ def read_folder(folder: Path) -> Saved:
     try:
         content = (folder / WEIGHTS).read_bytes()
         if hashlib.sha256(content).hexdigest() != config["sha256"]:
-            raise ValueError(f"its digest is not the one in {CONFIG}")
+            raise BrokenSample(f"its digest is not the one in {CONFIG}")
         tensors = safetensors.torch.load(content)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"{folder / WEIGHTS}: missing or damaged ({first_line(error)}); fetch or export it again") from error
+    except (OSError, ValueError, BrokenSample, SafetensorError) as error:
+        raise UserError(f"{folder / WEIGHTS}: missing or damaged ({reason(error)}); fetch or export it again") from error
     settings = {name: config[name] for name in KINDS}
     generation = read_generation(folder)
     return Saved(str(folder), tensors, settings, config["added_tokens"], config["fingerprint"], generation)
@@ -97,12 +96,12 @@ def read_generation(folder: Path) -> dict[str, Any] | None:
         with path.open("rb") as file:
             content = file.read(GENERATION_SIZE + 1)
         if len(content) > GENERATION_SIZE:
-            raise ValueError(f"larger than {GENERATION_SIZE >> 10} KiB")
-        stored = json.loads(content)
-        if not isinstance(stored, dict):
-            raise ValueError("no JSON object")
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read ({first_line(error)}); mend it, or remove it") from error
+            raise BrokenSample(f"larger than {GENERATION_SIZE >> 10} KiB")
+    except (OSError, BrokenSample) as error:
+        raise UserError(f"{path}: cannot be read ({reason(error)}); mend it, or remove it") from error
+    stored = parse_json(decode_text(content, path), path, "another folder, or remove it")
+    if not isinstance(stored, dict):
+        raise UserError(f"{path}: cannot be read (no JSON object); mend it, or remove it")
     return stored
 
 

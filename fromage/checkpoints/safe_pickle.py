@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fromage.errors import UserError, first_line
+from fromage.errors import UserError, reason
 
 Admitted = dict[tuple[str, str], Callable[..., Any] | None]  # by module and name, what a pickle gets in their place
 LARGE = 1 << 20  # bytes from which a piece of a mapped file is not copied
@@ -157,7 +157,7 @@ def read_pickle(path: Path, foreign: bool = False) -> Any:
     except pickle.UnpicklingError as error:
         raise UserError(f"checkpoint {path}: is none, or asks to run code when it is read; not read") from error
     except Exception as error:  # a flipped bit can raise anything
-        raise UserError(f"checkpoint {path}: unreadable or not a checkpoint ({first_line(error)[:120]})") from error
+        raise UserError(f"checkpoint {path}: unreadable or not a checkpoint ({reason(error)[:120]})") from error
 
 
 def _check_zip(path: Path) -> None:

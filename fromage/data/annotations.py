@@ -43,8 +43,14 @@ def _is_number(value: Any) -> bool:
     return (_is_whole(value) and abs(value) < 1e300) or (isinstance(value, float) and isfinite(value))
 
 
+def _is_file(value: Any) -> bool:
+    """Whether a disk takes it: no null byte, and no part that is too long."""
+    fits = _is_text(value) and bool(value) and "\0" not in value
+    return fits and len(value) <= 1024 and all(len(part.encode()) < 256 for part in value.split("/"))
+
+
 TEXT = Kind("a text", _is_text)
-FILE = Kind("a file name", lambda value: _is_text(value) and bool(value) and "\0" not in value)
+FILE = Kind("a file name", _is_file)
 WHOLE = Kind("a whole number", _is_whole)
 DIGITS = Kind("a whole number", lambda value: _is_whole(value) or (isinstance(value, str) and value.isdecimal()))
 NUMBER = Kind("a number", _is_number)

@@ -23,6 +23,7 @@ from fromage.data.annotations import FILE, TEXT, coco_captions, problem, read_an
 from fromage.data.shards import check_no_shards, write_shards
 from fromage.errors import BrokenSample, UserError, first_few, reason
 from fromage.images.codec import decode_image
+from fromage.images.open import file_bytes
 from fromage.io import decode_text, encoding_of, write_json
 
 JPEG = b"\xff\xd8\xff"  # first bytes of a JPEG file
@@ -274,10 +275,7 @@ def _encoded(samples: list[Captioned], report: PackReport) -> Iterator[tuple[str
 
 
 def _as_jpeg(path: Path) -> bytes:
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise BrokenSample(f"missing image: {error.strerror}") from None
+    data = file_bytes(path)
     image = decode_image(data)
     if data.startswith(JPEG):
         return data

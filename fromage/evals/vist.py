@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fromage.data.annotations import DIGITS, ID, TEXT, fitting, read_annotations
+from fromage.data.annotations import DIGITS, FILE, ID, TEXT, WHOLE, Kind, fitting, read_annotations
 from fromage.errors import UserError
 from fromage.evals.base import RetrievalRun, Retriever
 from fromage.evals.report import Report, System
@@ -32,7 +32,8 @@ from fromage.retrieval.metrics import rank_figures, ranks
 LENGTH = 5  # images, and sentences, of a story
 NONE, ALL, FIRST, LAST = range(0), range(LENGTH), range(LENGTH - 1), range(LENGTH - 1, LENGTH)
 KEPT = "_context_kept"
-NOTE = {"worker_arranged_photo_order": DIGITS, "text": TEXT, "photo_flickr_id": ID, "story_id": ID}  # of a sentence
+PHOTO = Kind("a number or file name", lambda value: WHOLE.fits(value) or FILE.fits(value))
+NOTE = {"worker_arranged_photo_order": DIGITS, "text": TEXT, "photo_flickr_id": PHOTO, "story_id": ID}  # of a sentence
 
 
 class Protocol(NamedTuple):

@@ -29,18 +29,6 @@ def is_image(path: Path) -> bool:
     return path.suffix[1:].lower() in SUFFIXES and not path.name.startswith(".")
 
 
-def file_bytes(path: Path) -> bytes:
-    """An image file's bytes. Raises BrokenSample where there is none: a folder, a device, a name that no file can have."""
-    try:
-        if path.exists() and not path.is_file():
-            raise BrokenSample("missing image: no regular file")
-        return path.read_bytes()
-    except OSError as error:
-        raise BrokenSample(f"missing image: {reason(error)}") from None
-    except ValueError:  # a null byte, or half a character
-        raise BrokenSample("missing image: no name of a file") from None
-
-
 def image_files(folder: Path) -> list[Path]:
     """The images in a folder and the folders in it, by their names, in order."""
     return [path for path in sorted(folder.rglob("*")) if is_image(path) and path.is_file()]

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 from torchvision.transforms.functional import normalize, pil_to_tensor
 
-from fromage.errors import BrokenSample
+from fromage.errors import BrokenSample, reason
 from fromage.images.codec import decode_image, is_upright, opened, take_in
 
 Transform = Callable[[Image.Image], Tensor]
@@ -129,7 +129,7 @@ class Squash:
         try:
             return self(image)
         except Exception as error:  # on broken bytes Pillow raises nearly anything
-            raise BrokenSample(f"undecodable image: {error}") from None
+            raise BrokenSample(f"undecodable image: {reason(error)}") from None
 
     def __repr__(self) -> str:
         return f"pressed into {self.size} by Pillow" + (f", then {self.then!r}" if self.then else "")

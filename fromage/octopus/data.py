@@ -21,7 +21,7 @@ from fromage.data.shards import Broken
 from fromage.data.tokenizer import PromptTokenizer
 from fromage.data.workers import init_worker
 from fromage.errors import BrokenSample, UserError, first_few
-from fromage.images.codec import file_bytes
+from fromage.images.open import file_bytes
 from fromage.images.transforms import Transform, read_image
 from fromage.models.prompts import pad_left, prompt_ids
 from fromage.octopus.answers import answer_ids, ordered
@@ -68,6 +68,7 @@ class GroundingDataset(Dataset[Any]):
         self.examples, self.transform, self.store = examples, transform, store
         self.images, self.broken = len({example.image for example in examples}), Broken(max_lost, "data.max_lost")
         self.seen: set[str] = set()
+        self.lost: list[tuple[str, Path]] = []
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -94,7 +95,8 @@ class GroundingDataset(Dataset[Any]):
         self.seen.add(example.image)
         if cause:
             self.broken.add(f"{example.key} {example.image}", cause)
-            self.broken.check(end=self.broken.bad > self.broken.limit * self.images)
+            self.lost.append(("broken", Path(example.image)))
+            check_lost(self.lost, self.images, self.broken.limit)
         else:
             self.broken.good += 1
             self.broken.check()

@@ -36,7 +36,7 @@ from fromage.data.annotations import (
     problem,
     read_annotations,
 )
-from fromage.errors import BrokenSample, UserError
+from fromage.errors import BrokenSample, UserError, reason
 from fromage.images.codec import FORMATS
 from fromage.io import parse_json, read_text
 from fromage.octopus.boxes import SPELLED, clipped, read_spelled, reading_order, share
@@ -160,7 +160,7 @@ class RefCOCO(Listed):
         try:
             self.match = re.compile(match or "")
         except (re.error, OverflowError, RecursionError) as error:
-            raise UserError(f"match {match!r}: is no regular expression ({error}); correct it") from error
+            raise UserError(f"match {match!r}: is no regular expression ({reason(error)}); correct it") from error
 
     def read(self) -> Iterator[Example]:
         """One example per sentence; its answer is the box alone."""

@@ -98,7 +98,8 @@ def read_embeddings(path: str | Path, width: int) -> tuple[np.ndarray, list[str]
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); give the authors' embeddings pickle") from error
     except Exception as error:  # a broken pickle can raise nearly anything
-        cause = first_line(error) if not isinstance(error, KeyError) else f"has no {error}"
+        odd = f"has no {error}" if isinstance(error, KeyError) else "damaged, or of another layout"
+        cause = first_line(error) if isinstance(error, ValueError | pickle.UnpicklingError) else odd
         raise UserError(f"{path}: is not {{'paths': [...], 'embeddings': array}} ({cause[:200]}); not read") from error
     if rows.ndim != 2 or rows.shape[1] != width:
         raise UserError(f"{path}: embeddings of shape {rows.shape}; the model's are (rows, {width}); give its checkpoint")

@@ -24,7 +24,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from fromage.data.image_source import ImageSource, Item
-from fromage.errors import UserError, first_line
+from fromage.errors import UserError, reason
 from fromage.identity import FolderKind
 from fromage.io import WholeFile, as_json, write_files
 from fromage.retrieval import trust
@@ -159,7 +159,7 @@ class EmbeddingStore:
             metadata = file.schema_arrow.metadata or {}
             json.loads(metadata[b"broken"])
         except (OSError, KeyError, ValueError, pa.ArrowException) as error:
-            raise UserError(f"{path}: is damaged ({first_line(error)}); remove it and embed again") from error
+            raise UserError(f"{path}: is damaged ({reason(error)}); remove it and embed again") from error
         if metadata[b"fingerprint"].decode() != self.about["fingerprint"]:
             raise UserError(f"{path}: was embedded by another model than {self.folder / ABOUT} says; remove one of them")
         return file
@@ -208,7 +208,7 @@ class EmbeddingStore:
         try:
             yield from file.iter_batches(columns=columns)
         except (OSError, pa.ArrowException) as error:
-            raise UserError(f"{self._path(part)}: is damaged ({first_line(error)}); remove it and embed again") from error
+            raise UserError(f"{self._path(part)}: is damaged ({reason(error)}); remove it and embed again") from error
 
     def _rows(self, batch: pa.RecordBatch) -> Embedded:
         column = batch.column("embedding")

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from fromage.data.workers import init_worker, plain_errors
 from fromage.errors import BrokenSample, UserError, first_few
-from fromage.images.codec import file_bytes
+from fromage.images.open import file_bytes
 from fromage.images.transforms import Framing, Several, Transform, framed_as, read_image
 from fromage.models.base import VisualPrefixLM
 

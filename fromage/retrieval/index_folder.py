@@ -22,7 +22,7 @@ from typing import IO, Any
 import numpy as np
 import pyarrow as pa
 
-from fromage.errors import UserError, first_line
+from fromage.errors import UserError, reason
 from fromage.identity import FolderKind
 from fromage.io import check_new, set_aside, whole_folder, write_json
 from fromage.retrieval import trust
@@ -168,4 +168,4 @@ def replacing(folder: str | Path, overwrite: bool) -> Iterator[Path]:
             yield new
     except (OSError, RuntimeError) as error:  # FAISS raises the latter
         still = "what was there before still is" if folder.exists() else "make room, or choose another place"
-        raise UserError(f"{folder}: the index cannot be written ({first_line(error)}); {still}") from error
+        raise UserError(f"{folder}: the index cannot be written ({reason(error)}); {still}") from error

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fromage.data.image_source import Item
-from fromage.errors import UserError, first_line
+from fromage.errors import UserError
 from fromage.retrieval.results import Hit
 
 RERANK_FACTOR = 5  # candidates per image that is asked for, and as many as for ten at least
@@ -51,7 +51,7 @@ def unit(rows: np.ndarray, whose: str) -> np.ndarray:
     try:
         rows = np.ascontiguousarray(rows, dtype=np.float32)
     except (TypeError, ValueError) as error:
-        raise UserError(f"embeddings of {whose} are no numbers ({first_line(error)}); search_index takes texts") from error
+        raise UserError(f"embeddings of {whose} are no numbers; search_index takes texts") from error
     if rows.ndim != 2:
         raise UserError(f"embeddings of {whose} have the shape {rows.shape}; expected (rows, width)")
     lengths = np.linalg.norm(rows, axis=1, keepdims=True)  # (n, 1)

@@ -188,7 +188,7 @@ def _opened(part: ImagePart | Address) -> Image.Image:
     try:
         return decode_apart(base64.b64decode(part.data, validate=True))
     except ValueError as error:
-        raise UserError(f"an image's data is not base64 ({error}); encode the file's bytes") from error
+        raise UserError("an image's data is not base64; encode the file's bytes") from error
     except BrokenSample as error:
         raise UserError(f"an image that was sent: {error}; send JPEG or PNG") from error
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from fromage.errors import UserError
+from fromage.errors import UserError, reason
 from fromage.identity import FolderKind
 from fromage.io import whole_folder, write_json
 from fromage.toy import grounding, writers
@@ -66,7 +66,7 @@ def make_world(
             _write(draft, seed, counts, progress)
             write_json(draft / WORLD.file, record)
     except OSError as error:
-        raise UserError(f"{out}: cannot write the toy world there ({error}); choose another --out") from error
+        raise UserError(f"{out}: cannot write the toy world there ({reason(error)}); choose another --out") from error
     return record | {"made": True}
 
 

@@ -130,10 +130,7 @@ def read_run(config: str, **options: Any) -> Run:
     found["step"] = present_step(found.get("step", Run.step))
     kinds: dict[str, Any] = {f.name: str if f.default is None else type(f.default) for f in fields(Run)}
     given = {name: (kind, found[name]) for name, kind in kinds.items() if found.get(name) is not None}
-    try:
-        run = Run(**{name: kind(value) for name, (kind, value) in given.items()})
-    except (TypeError, ValueError) as error:
-        raise UserError(f"configuration {config}: {error}") from error
+    run = Run(**{name: _as(kind, value, f"configuration {config}: {name}") for name, (kind, value) in given.items()})
     choices = {"dtype": tuple(DTYPES), "step": ("fast", "reference"), "quantize": (None, *get_args(Quantized))}
     for name, known in choices.items():
         if getattr(run, name) not in known:
@@ -144,6 +141,15 @@ def read_run(config: str, **options: Any) -> Run:
             "give a batch size from 1 on, and tokens from 1 to one less than max_tokens"
         )
     return run
+
+
+def _as(kind: type, value: Any, name: str) -> Any:
+    """A value of a configuration as a kind of number, or a text."""
+    try:
+        return kind(value)
+    except (TypeError, ValueError, OverflowError) as error:
+        wanted = {int: "a whole number", float: "a number"}.get(kind, "a text")
+        raise UserError(f"{name} is {str(value)[:40]!r}, not {wanted}") from error
 
 
 def plan(run: Run) -> Plan:

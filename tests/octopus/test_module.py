@@ -10,6 +10,7 @@ from tiny_octopus import build
 
 from fromage.apps import octopus_demo as octopus_tour
 from fromage.cli.main import main
+from fromage.data.loader import PlainErrors
 from fromage.errors import UserError
 from fromage.models.vision.registry import load_patches
 from fromage.octopus import OctopusData, OctopusModule, RefCOCO, load_octopus
@@ -126,11 +127,11 @@ def test_in_the_place_of_an_image_that_cannot_be_decoded_stands_the_next(folder,
     whole = str(min(folder.glob("*.png")))
     examples = [Example(name, path, "star", ("yes",), ()) for name, path in (("bad", str(broken)), ("good", whole))]
     transform = load_patches("toy").transform
-    assert [GroundingDataset(examples, transform, None)[i][0].key for i in (0, 1)] == [
+    assert [GroundingDataset(examples, transform, None, max_lost=0.5)[i][0].key for i in (0, 1)] == [
         "good",
         "good",
     ] and "bad" in caplog.text
-    with pytest.raises(UserError, match="no image can be decoded"):
+    with pytest.raises(UserError, match=r"1 of 1 images cannot be had.*broken\.jpg \(broken\)"):
         GroundingDataset(examples[:1], transform, None)[0]
 
 
@@ -262,3 +263,26 @@ def test_options_and_checkpoints_with_former_names_are_read_with_a_warning(train
     with pytest.warns(UserWarning, match=r"n \(now num_queries\), c \(now decoder_width\)"):
         octopus_tour.train(trained, octopus_tour.STAGES[1:2], [*words, f"--trainer.callbacks.init_args.dirpath={tmp_path}"])
     assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 4
+
+
+def test_images_that_cannot_be_decoded_are_counted_and_too_many_refused(folder, tmp_path, caplog):
+    """By image, once each, and as soon as more than max_lost of all there are cannot be; from a worker in one line."""
+    whole = [str(path) for path in sorted(folder.glob("*.png"))]
+    for number in range(3):
+        (tmp_path / f"{number}.jpg").write_bytes(b"broken")
+    listed = [Example(f"good{i}", whole[i % len(whole)], "star", ("yes",), ()) for i in range(30)]
+    listed += [Example(f"bad{i}", str(tmp_path / f"{i % 3}.jpg"), "star", ("yes",), ()) for i in range(6)]
+    transform = load_patches("toy").transform
+    some = GroundingDataset(listed, transform, None, max_lost=0.5)
+    for _ in range(3):
+        assert all(some[i][0].key.startswith("good") for i in range(len(listed)))
+    assert (some.broken.good, some.broken.bad) == (len(whole), 3) and caplog.text.count("skipped") == 3
+    for workers in (0, 2):
+        loader = PlainErrors(
+            GroundingDataset(listed, transform, None, max_lost=0.3), 4, num_workers=workers, collate_fn=list
+        )
+        with pytest.raises(
+            UserError,
+            match=r"^3 of 9 images cannot be had, more than 30%: .*0\.jpg \(broken\).*data\.max_lost in training\)$",
+        ):
+            list(loader)

@@ -118,6 +118,13 @@ def test_nothing_usable(tmp_path):
         embed_images(Model(), make_tar(tmp_path / "1.tar", {"a.npy": encoded_npy(np.ones(7))}))
 
 
+def test_stored_features_of_another_width_are_left_out(tmp_path):
+    shard = make_tar(tmp_path / "0.tar", {f"{i}.npy": encoded_npy(np.ones(5 if i == 2 else 3)) for i in range(4)})
+    with pytest.warns(UserWarning, match=r"1 of 4 images.*0\.tar#2: features 5 wide, not 3"):
+        embeddings, found = embed_images(Model(), shard)
+    assert len(embeddings) == 3 and [item.path[-2:] for item in found] == ["#0", "#1", "#3"]
+
+
 def test_captions_of_a_folder(tmp_path):
     folder = write_colours(tmp_path / "images")
     plain = {"red/a.png": "rot", "blue/a.png": ["blau", "noch blauer"], "gone.png": "nichts"}

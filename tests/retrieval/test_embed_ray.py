@@ -170,14 +170,14 @@ def test_what_is_wrong_with_a_chunk_comes_through_as_it_is(monkeypatch):
     sample = ImageSample(0, Item("a"), None)
     row = ray_embed._packed(ImageBatch(0, 0, [(torch.ones(1, 3), [sample])], True))
 
-    def fails(features):
-        raise UserError("the tower is too hot")
+    def refuse(*args):
+        raise UserError("the disk is full; make room")
 
-    monkeypatch.setattr(embedder.model, "embed_images", fails)
+    monkeypatch.setattr(ray_embed, "embed_chunk", refuse)
     job = SimpleNamespace(iter_rows=lambda: [embedder(embedder(row))])
     monkeypatch.setattr(RayJob, "_job", lambda *args: job)
     monkeypatch.setattr(RayJob, "_cluster", lambda self: nullcontext())
-    with pytest.raises(UserError, match="the tower is too hot"):
+    with pytest.raises(UserError, match=r"^the disk is full; make room$"):
         list(RayJob().embed(Model(), SimpleNamespace(todo=[0])))
 
 
