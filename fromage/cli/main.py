@@ -122,8 +122,8 @@ def parse(words: list[str]) -> tuple[Function, dict[str, Any]]:
     for text in warned:
         warnings.warn(text, FutureWarning, stacklevel=2)
     reader = parser_of(name, COMMANDS[name])
-    if {"--help", "-h"} & {*rest}:  # before what stands in front of it is checked
-        reader.parse_args(["--help"])
+    if {"-h", "--help"} & {*rest}:  # whatever is wrong beside it
+        rest = ["--help"]
     rest = [
         f"{word}={HERE}" if word == "--json" and not after.lower().endswith(".json") else word  # what follows is no file
         for word, after in zip(rest, [*rest[1:], ""], strict=False)

@@ -46,7 +46,7 @@ def test_every_stage(ckpt, tmp_path, capsys):
     said = capsys.readouterr().out
     assert all(word in said for word in ("count              3", "IVF1,Flat", "nprobe=1", "10  not measured", "every byte"))
 
-    words = ["blue", "green", "--index", at("merged"), "-k", "2", "--png", at("found.png")]
+    words = ["blue", "green", "--index", at("merged"), "-k", "2", "--png", at("found.png"), "--overwrite"]
     assert main(["search", *words]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "blue" and blue in lines[1] and lines[3] == "green" and lines[6] == f"drawn: {at('found.png')}"

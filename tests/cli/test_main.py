@@ -10,7 +10,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from fromage.cli.command import parser_of
+from fromage.cli.command import options_of, parser_of
 from fromage.cli.main import COMMANDS, main
 from fromage.cli.options import FILES
 from fromage.errors import UserError
@@ -161,10 +161,9 @@ def test_a_file_that_is_there_is_replaced_only_where_that_is_said(tmp_path, caps
     assert main(plan) == 0
     (tmp_path / "plan.json").write_text("mine")
     (tmp_path / "a.png").write_text("mine")
-    monkeypatch.chdir(tmp_path)
-    Path("0.tar").touch()
+    (tmp_path / "index.json").touch()
     capsys.readouterr()
-    for words in (plan, ["shards", "check", "0.tar", "--png", str(tmp_path / "a.png")]):
+    for words in (plan, ["search", "a star", "--index", str(tmp_path), "--png", str(tmp_path / "a.png")]):
         assert main(words) == 2
         assert "is there already" in (said := capsys.readouterr().err) and "--overwrite" in said
     assert (tmp_path / "plan.json").read_text() == (tmp_path / "a.png").read_text() == "mine"
@@ -173,8 +172,12 @@ def test_a_file_that_is_there_is_replaced_only_where_that_is_said(tmp_path, caps
 
 def test_every_command_that_writes_has_overwrite_or_goes_on():
     """What is left: folders that are taken up where they belong to the same work, and refused otherwise."""
-    writes = {name for name in COMMANDS if {"out", *FILES} & set(option_names(name))}
-    assert {name for name in writes if "overwrite" not in option_names(name)} == {"toy demo"}
+    folders = {name for name in COMMANDS if "--out" in options_of(COMMANDS[name])}
+    assert {name for name in folders if "--overwrite" not in options_of(COMMANDS[name])} == {
+        "toy make", "toy demo", "features", "index embed"
+    }  # fmt: skip
+    files = {name for name in COMMANDS if set(FILES) & set(option_names(name))}
+    assert "eval coco" in files and all("overwrite" in option_names(name) for name in files)
 
 
 def option_names(command):
@@ -199,8 +202,21 @@ def test_what_a_disk_refuses_is_one_line_wherever_it_is_met(error, said, monkeyp
     assert main(["plan", "--config", "toy.yaml"]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and lines[0].startswith(f"fromage: {said}")
-    assert main(["plan", "--config", "toy.yaml", "--debug"]) == 1
-    assert "Traceback" in capsys.readouterr().err
+    assert main(["plan", "--config", "toy.yaml", "--debug"]) == 1 and "Traceback" in capsys.readouterr().err
+
+
+def test_reports_are_sentences_with_their_place(world, tmp_path, monkeypatch, capsys):
+    made = {"version": 3, "seed": 0, "counts": {"train": 5, "val": 2}, "made": True}
+    monkeypatch.setattr("fromage.toy.world.make_world", lambda *given, **named: made)
+    assert main(["toy", "make", "--out", str(tmp_path / "w")]) == 0
+    assert capsys.readouterr().out == f"toy world: 5 train, 2 val -> {tmp_path / 'w'}\n"
+    names = [f"{i}.jpg" for i in range(5)]
+    first = next((world / "coco" / "val2017").iterdir())
+    (tmp_path / "a.tsv").write_text("".join(f"a star\t{name}\n" for name in [*names, str(first)]))
+    assert main(["shards", "tsv", str(tmp_path / "a.tsv"), "--out", str(tmp_path / "s")]) == 0
+    said = capsys.readouterr().out
+    assert str(tmp_path / "s") in said and "missing image" in said and "2.jpg" in said and "3.jpg" not in said
+    assert "2 more" in said and not re.search(r"\w+\(\w+=|\{'", said)
 
 
 def test_a_warning_is_one_line():
@@ -233,6 +249,7 @@ def test_help_lists_all_verbs_and_tells_defaults(capsys):
         (["--help"], "index add "),
         (["demo", "--help"], "default: 7860"),
         (["search", "--help"], "default: 5"),
+        (["search", "--index", "nowhere", "--help"], "default: 5"),
     ):
         with pytest.raises(SystemExit):
             main(words)

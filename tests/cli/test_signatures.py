@@ -38,8 +38,9 @@ LINES = {  # command line: what it says of some options, defaults among them
     "index trust i": {"index": Path("i"), "images": None},
     "index merge i j --out o": {"index": [Path("i"), Path("j")], "milvus": None},
     "index import p q --ckpt c --out o": {"pickle": [Path("p"), Path("q")]},
+    "index sync i --images j": {"index": Path("i"), "images": Path("j"), "ckpt": None, "captions": None},
+    "index trust i": {"images": None},
     "index info i --check": {"check": True},
-    "index sync i --images j": {"index": Path("i"), "images": Path("j"), "captions": None},
     "search null 1e3 --index i --image a --image b -k 2": {
         "text": ["null", "1e3"],
         "image": ["a", "b"],
@@ -76,7 +77,7 @@ LINES = {  # command line: what it says of some options, defaults among them
 def place(tmp_path, monkeypatch):
     """The files and folders that the lines name, in the current folder."""
     monkeypatch.chdir(tmp_path)
-    for name in ("a", "a.tsv", "a.jsonl", "b", "c", "c.json", "d", "f", "i.png", "n", "p", "q", "r"):
+    for name in ("a", "a.jsonl", "a.tsv", "b", "c", "c.json", "d", "f", "i.png", "n", "p", "q", "r"):
         Path(name).touch()
     for name in ("e", "i", "j", "s", "w"):
         Path(name).mkdir()
@@ -245,8 +246,10 @@ def test_options_of_an_answer_come_before_the_models_own():
     assert given.options() == {"ret_bias": 0.0, "stop": ["x"], "end_at_image": True, "use_cache": False}
     function, values = parse(["serve"])
     assert call(get_type_hints(function)["decoding"], values).options() == {}
-    function, values = parse(["demo", "--max-new-tokens", "8", "--min-new-tokens", "9"])
-    with pytest.raises(UserError, match="min_new_tokens"):
+    with pytest.raises(UserError, match="max-new-tokens: 0: give a whole number from 1"):
+        parse(["demo", "--max-new-tokens", "0"])
+    function, values = parse(["demo", "--temperature", "-1"])
+    with pytest.raises(UserError, match="temperature"):
         call(get_type_hints(function)["decoding"], values)
 
 
