@@ -39,7 +39,6 @@ LINES = {  # command line: what it says of some options, defaults among them
     "index merge i j --out o": {"index": [Path("i"), Path("j")], "milvus": None},
     "index import p q --ckpt c --out o": {"pickle": [Path("p"), Path("q")]},
     "index sync i --images j": {"index": Path("i"), "images": Path("j"), "ckpt": None, "captions": None},
-    "index trust i": {"images": None},
     "index info i --check": {"check": True},
     "search null 1e3 --index i --image a --image b -k 2": {
         "text": ["null", "1e3"],
