@@ -120,7 +120,7 @@ def shards_check(
     report = check_shards(shards, max_broken, workers, samples, measure, unit)
     if png:
         save_png(png, report.image())
-    return Result("\n".join([report.text(), *([f"drawn: {png}"] if png else [])]), report.figures())
+    return Result("\n".join([*([f"drawn: {png}"] if png else []), report.text()]), report.figures())
 
 
 def features(
