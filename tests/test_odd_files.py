@@ -245,6 +245,24 @@ def test_fields_of_another_type(places, tmp_path, format):
     assert tried > 5
 
 
+@pytest.mark.parametrize(
+    ("format", "at"),
+    [
+        ("coco", ("images",)),
+        ("coco set", ("annotations",)),
+        ("flickr30k", ("images",)),
+        ("vist", ("annotations",)),
+        ("instances", ("annotations",)),
+    ],
+)
+def test_the_very_first_entry_may_be_odd(places, tmp_path, format, at):
+    good, read = places[format]
+    content = json.loads(good.read_text())
+    for odd in (None, 5, {}, []):
+        (path := tmp_path / "a.json").write_text(json.dumps(changed(content, at, [odd, *content[at[0]]])))
+        assert re.search("left out|skipped", told(lambda path=path: read(path))[0])
+
+
 @pytest.mark.parametrize("value", ODD, ids=ascii)
 @pytest.mark.parametrize(
     ("format", "at"),

@@ -114,8 +114,8 @@ def fitting(path: Path, name: str, entries: Any, wanted: Wanted, skip: Skip | No
 def leave_out(path: Path, odd: list[str], count: int, skip: Skip | None = None) -> None:
     """Tell of odd entries, as fitting does; count: of all entries."""
     if skip:
-        for cause in odd:
-            skip(cause.partition(" ")[0], f"odd entry: {cause}")
+        for name, _, why in (cause.partition(" ") for cause in odd):
+            skip(name, f"odd entry: {why}")
         return
     told = f"{path}: {len(odd)} of {count} entries are odd ({odd[0]})" if odd else ""
     if len(odd) > MAX_ODD * count:
@@ -124,20 +124,34 @@ def leave_out(path: Path, odd: list[str], count: int, skip: Skip | None = None) 
         warnings.warn(f"{told} and left out", stacklevel=3)
 
 
+FIRST = 20  # entries by which a file is recognised: the very first one may be odd
+
+
+def _objects(entries: Any) -> list[dict[str, Any]]:
+    """Those of the first entries that are objects."""
+    return [entry for entry in entries[:FIRST] if isinstance(entry, dict)] if isinstance(entries, list) else []
+
+
+def _some(entries: Any, field: str) -> bool:
+    """Whether one of the first entries has a field; an entry may also be a list of objects."""
+    inner = [entry for some in entries[:FIRST] for entry in _objects(some)] if isinstance(entries, list) else []
+    return any(field in entry for entry in (*_objects(entries), *inner))
+
+
 # Kind of a file -> test of its content; the first that fits counts.
 KINDS: dict[str, Callable[[Any], bool]] = {
-    "captions of COCO": lambda c: "caption" in c["annotations"][0] and "file_name" in c["images"][0],
-    "boxes of COCO": lambda c: "bbox" in c["annotations"][0],
-    "Karpathy's split of COCO": lambda c: c["dataset"] == "coco" and "sentences" in c["images"][0],
-    "Karpathy's split of Flickr30k": lambda c: c["dataset"] == "flickr30k" and "sentences" in c["images"][0],
-    "Karpathy's split of another data set": lambda c: "sentences" in c["images"][0] and bool(c["dataset"]),
-    "stories in sequence of VIST": lambda c: "worker_arranged_photo_order" in c["annotations"][0][0],
-    "descriptions in isolation of VIST": lambda c: "photo_flickr_id" in c["annotations"][0][0],
-    "dialogues of VisDial 1.0 with candidates": lambda c: _is_visdial(c, "1.0") and "gt_index" in _last_round(c),
+    "captions of COCO": lambda c: _some(c["annotations"], "caption") and _some(c["images"], "file_name"),
+    "boxes of COCO": lambda c: _some(c["annotations"], "bbox"),
+    "Karpathy's split of COCO": lambda c: c["dataset"] == "coco" and _some(c["images"], "sentences"),
+    "Karpathy's split of Flickr30k": lambda c: c["dataset"] == "flickr30k" and _some(c["images"], "sentences"),
+    "Karpathy's split of another data set": lambda c: _some(c["images"], "sentences") and bool(c["dataset"]),
+    "stories in sequence of VIST": lambda c: _some(c["annotations"], "worker_arranged_photo_order"),
+    "descriptions in isolation of VIST": lambda c: _some(c["annotations"], "photo_flickr_id"),
+    "dialogues of VisDial 1.0 with candidates": lambda c: _is_visdial(c, "1.0") and _in_dialogues(c, "gt_index"),
     "dialogues of VisDial 1.0 without candidates": lambda c: _is_visdial(c, "1.0"),
     "dialogues of another version of VisDial": lambda c: "dialogs" in c["data"],
-    "instructions of LLaVA": lambda c: "from" in c[0]["conversations"][0],
-    "dense annotations of VisDial 1.0": lambda c: "gt_relevance" in c[0],
+    "instructions of LLaVA": lambda c: any(_some(entry.get("conversations"), "from") for entry in _objects(c)),
+    "dense annotations of VisDial 1.0": lambda c: _some(c, "gt_relevance"),
 }
 
 
@@ -145,8 +159,8 @@ def _is_visdial(content: Any, version: str) -> bool:
     return content["version"] == version and "questions" in content["data"]
 
 
-def _last_round(content: Any) -> dict[str, Any]:
-    return content["data"]["dialogs"][0]["dialog"][-1]
+def _in_dialogues(content: Any, field: str) -> bool:
+    return any(_some(dialogue.get("dialog"), field) for dialogue in _objects(content["data"]["dialogs"]))
 
 
 def kind_of(content: Any) -> str:
@@ -155,7 +169,7 @@ def kind_of(content: Any) -> str:
         try:
             if fits(content):
                 return kind
-        except (KeyError, IndexError, TypeError, RecursionError):
+        except (KeyError, TypeError):
             continue
     return "of no known kind"
 

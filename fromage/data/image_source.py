@@ -258,7 +258,7 @@ def read_captions(path: Path, folder: Path) -> dict[str, str]:
         raise UserError(f"{path}: is {shown(data)}, not an object; name {remedy}")
     said = {name: texts if isinstance(texts, list) and texts else [texts] for name, texts in data.items()}
     odd = {name: cause for name, texts in said.items() if (cause := problem(name, FILE) or problem(texts[0], TEXT))}
-    leave_out(path, [f"the caption of {shown(name)}{cause}" for name, cause in odd.items()], len(said))
+    leave_out(path, [f"the caption of {ascii(name)[:60]}{cause}" for name, cause in odd.items()], len(said))
     return {str(folder / name): texts[0].strip() for name, texts in said.items() if name not in odd}
 
 

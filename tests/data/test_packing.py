@@ -192,4 +192,4 @@ def test_odd_entries_of_a_caption_file_are_skipped_and_named(tmp_path):
     (tmp_path / "c.json").write_text(json.dumps({"images": images, "annotations": notes}))
     report = pack_coco(tmp_path / "c.json", tmp_path, tmp_path / "s")
     assert (report.pairs, report.skipped) == (1, {"odd entry": 6})
-    assert report.names["odd entry"][1] == "annotations[1].caption (annotations[1].caption is null, not a text)"
+    assert report.names["odd entry"][1] == "annotations[1].caption (is null, not a text)"
