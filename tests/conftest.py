@@ -105,13 +105,22 @@ def index(model, folder, caption):
     return FaissIndex.build(rows, [Item(str(path), caption or path.stem) for path in paths], model.fingerprint())
 
 
+FILE_SIZE = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+
 @pytest.fixture
 def disk():
     """disk(n): from now on a file that grows beyond n bytes meets what a full disk is to it; disk() ends that."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    set_to = lambda limit=before[0]: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))  # noqa: E731
-    yield set_to
-    set_to()
+    return lambda limit=FILE_SIZE[0]: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, FILE_SIZE[1]))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    """Lift what disk(n) set before pytest tells of the test, in what may be a file too."""
+    try:
+        return (yield)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, FILE_SIZE)
 
 
 def _keep(folder, beside, tell):
