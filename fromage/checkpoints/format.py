@@ -26,6 +26,7 @@ from torch import Tensor
 from fromage.errors import BrokenSample, UserError, reason
 from fromage.identity import FolderKind
 from fromage.io import as_json, check_new, decode_text, parse_json, write_files
+from fromage.printable import printable
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TOWERS = ("lm.", "vision.")  # prefixes of parameters that are never saved
@@ -131,7 +132,7 @@ def write_folder(saved: Saved, folder: str | Path, overwrite: bool = False) -> N
     config |= {name: value for name, value in saved.settings.items() if name in KINDS}
     config |= {"added_tokens": saved.added_tokens, "fingerprint": saved.fingerprint}
     config |= {"sha256": hashlib.sha256(content).hexdigest()}
-    files = {WEIGHTS: content, CARD: _card(config, saved).encode(), CONFIG: as_json(config)}
+    files = {WEIGHTS: content, CARD: printable(_card(config, saved), "\n").encode(), CONFIG: as_json(config)}
     files |= {GENERATION: as_json(saved.generation)} if saved.generation else {}
     write_files(folder, {name: data for name, data in files.items() if name != CARD or not (folder / CARD).exists()})
     if not saved.generation:

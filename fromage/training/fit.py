@@ -18,6 +18,7 @@ from fromage.training.configs import near, with_configs_found
 if TYPE_CHECKING:
     import pytorch_lightning as pl
 
+SECTIONS = ("model", "data", "trainer", "ckpt_path", "seed_everything", "optimizer", "lr_scheduler")  # of a configuration
 FITTING = ("fit", "validate", "test", "predict")
 
 
@@ -154,8 +155,16 @@ def _told(error: argparse.ArgumentError, command: str) -> str:
         said = f"{section}.{unknown[2]}: {unknown[1]} has no such option" + near(
             unknown[2], _options(unknown[1]), f"--{section}."
         )
-    elif unknown := re.search(r"unrecognized arguments: --trainer\.(\w+)", said):
-        said += near(unknown[1], _options("pytorch_lightning.Trainer"), "--trainer.")
+    elif unknown := re.search(r"(?:unrecognized arguments: --|does not accept option ')(\w+)(\.\w+)?", said):
+        section, option = unknown[1], (unknown[2] or "")[1:]
+        said = f"{section}{unknown[2] or ''}: there is no such option"
+        if section == "trainer":
+            said += near(option, _options("pytorch_lightning.Trainer"), "--trainer.")
+        else:
+            said += near(section, SECTIONS, "--")
+    elif unknown := re.search(r"module '([\w.]+)' has no attribute '(\w+)'", said):
+        said = f"class_path {unknown[1]}.{unknown[2]}: there is no such class"
+        said += near(unknown[2], dir(import_module(unknown[1])), f"{unknown[1]}.")
     return f"{said[:500]} (fromage {command} --help)"
 
 

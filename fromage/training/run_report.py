@@ -20,6 +20,7 @@ from fromage.errors import UserError, first_line
 from fromage.images.codec import to_png
 from fromage.images.line_chart import line_chart
 from fromage.io import write_files
+from fromage.printable import printable
 
 PACKAGES = ("fromage", "torch", "pytorch-lightning", "transformers", "open_clip_torch", "webdataset")
 CHARTS = {  # title: pattern of the metrics; the group is the name of a line
@@ -94,7 +95,7 @@ class RunReport(pl.Callback):
         parts = ["# Run report", rows(self.facts(trainer, outcome)), "## Figures", rows(self.figures())]
         parts += [*(f"![{name}]({name})" for name in images), "## Configuration", f"```yaml\n{settings.strip()}\n```\n"]
         try:
-            write_files(self.folder, images | {"report.md": "\n\n".join(parts).encode()})
+            write_files(self.folder, images | {"report.md": printable("\n\n".join(parts), "\n").encode()})
         except UserError as error:  # the run continues without a report
             warnings.warn(f"no report of the run: {error}", stacklevel=2)
 

@@ -127,6 +127,22 @@ def test_bad_input_gets_one_line_and_a_code(fast, checkpoint, tmp_path):
     assert not (tmp_path / "i").exists()
 
 
+@pytest.mark.parametrize(
+    ("wrong", "meant"),
+    [
+        ("trainer: {max_step: 3}", "trainer.max_step: there is no such option; did you mean --trainer.max_steps?"),
+        ("modell: {class_path: fromage.FromageModule}", "did you mean --model?"),
+        ("model: {class_path: fromage.FromageModul}", "did you mean fromage.FromageModule?"),
+        ("model: {class_path: fromage.FromageModule, init_args: {kk: 3}}", "did you mean --model.k?"),
+        ("data: {class_path: fromage.CC3M, init_args: {train_shard: x}}", "did you mean --data.train_shards?"),
+    ],
+)
+def test_a_wrong_key_of_a_configuration_is_asked_about(wrong, meant, tmp_path, capsys):
+    (tmp_path / "a.yaml").write_text(wrong)
+    assert main(["fit", "--config", str(tmp_path / "a.yaml")]) == 2
+    assert meant in (said := capsys.readouterr().err) and said.count("\n") == 1
+
+
 def test_what_a_module_refuses_is_one_line_too(capsys):
     assert main(["fit", "--config", "toy.yaml", "--model.chunk", "-1"]) == 2
     assert capsys.readouterr().err.splitlines()[-1].startswith("fromage: model.chunk -1: choose")

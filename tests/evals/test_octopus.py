@@ -205,7 +205,7 @@ def test_what_is_wrong_is_one_line(checkpoints, verbs, tmp_path, capsys):
     for name, words, said in (
         ("refcoco", [*refs, "--split", "testA", "--ckpt", ckpt], "no split testA"),
         ("refcoco", [*refs, "--question", "where?", "--ckpt", ckpt], "must hold {} once"),
-        ("refcoco", [tmp_path / "no.p", *refs[1:], "--ckpt", tmp_path / "no.ckpt"], "no.p: cannot be read"),
+        ("refcoco", [tmp_path / "no.p", *refs[1:], "--ckpt", tmp_path / "no.ckpt"], "no.p: no such file"),
         ("refcoco", [*refs, "--ckpt", tmp_path / "fromage"], "no such file"),
         ("refcoco", [*refs, "--ckpt", ckpt, "--device", "cuda:99"], "device cuda:99"),
         ("pope", [refs[0], *verbs["pope"][1:], "--ckpt", ckpt], "save it as UTF-8"),

@@ -62,7 +62,7 @@ def out(world, tmp_path_factory):
 
 def test_an_interrupted_run_has_a_report_that_says_why(out):
     facts, _, _ = read(out[0], 0)
-    assert facts["outcome"] == ["interrupted: the disk is full"] and facts["steps"] == ["4 of 5"]
+    assert facts["outcome"] == ["interrupted: the disk \N{REPLACEMENT CHARACTER}]0;owned\N{REPLACEMENT CHARACTER} is full"] and facts["steps"] == ["4 of 5"]
     assert facts["val/t2i_r1"][2] == "2", "validated behind step 2"
 
 
