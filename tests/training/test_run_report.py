@@ -56,13 +56,15 @@ def out(world, tmp_path_factory):
     """A run of five steps that an error ends behind the fourth, which is not saved, and its resumption."""
     out = tmp_path_factory.mktemp("run")
     with pytest.raises(UserError):
-        run(world, out, 5, Stop(4, UserError("the disk is full\nof files")))
+        run(world, out, 5, Stop(4, UserError("the disk \x1b]0;owned\x07 is full\nof files")))
     return out, run(world, out, 5)
 
 
 def test_an_interrupted_run_has_a_report_that_says_why(out):
     facts, _, _ = read(out[0], 0)
-    assert facts["outcome"] == ["interrupted: the disk \N{REPLACEMENT CHARACTER}]0;owned\N{REPLACEMENT CHARACTER} is full"] and facts["steps"] == ["4 of 5"]
+    assert facts["outcome"] == [
+        "interrupted: the disk \N{REPLACEMENT CHARACTER}]0;owned\N{REPLACEMENT CHARACTER} is full"
+    ] and facts["steps"] == ["4 of 5"]
     assert facts["val/t2i_r1"][2] == "2", "validated behind step 2"
 
 
