@@ -99,7 +99,7 @@ def test_beside_a_lightning_checkpoint(talker, tmp_path):
 def test_a_damaged_one_is_one_line(talker, tmp_path, content):
     talker.save_pretrained(tmp_path)
     (tmp_path / GENERATION).write_bytes(content)
-    with pytest.raises(UserError, match=r"generation\.json: cannot be read .*; mend it, or remove it"):
+    with pytest.raises(UserError, match=r"generation\.json: .* or remove it$"):
         load_model(tmp_path)
 
 

@@ -69,5 +69,5 @@ def test_random_weights_are_not_quantised(folder):
 
 def test_a_missing_package_is_named(folder, monkeypatch):
     monkeypatch.setattr("fromage.models.language_model.is_bitsandbytes_available", lambda: False)
-    with pytest.raises(UserError, match=r"fromage\[quant\]"):
+    with pytest.raises(UserError, match=r"fromage-torch\[quant\]"):
         load_lm(str(folder), quantize="int8")

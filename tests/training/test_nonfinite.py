@@ -53,7 +53,7 @@ def test_the_run_stops_with_step_samples_and_last_good_checkpoint(world, tmp_pat
         fit(world, tmp_path, how)
     message = str(stop.value)
     assert f"step {BAD}" in message and str(tmp_path / "last.ckpt") in message and "nonfinite skip" in message
-    named = message.partition("samples ")[2].partition(" and 8 more")[0].split(", ")
+    named = message.partition("samples ")[2].partition(", and 8 more")[0].split(", ")
     assert len(named) == 8 and all(key.isalnum() or "/" in key for key in named)
     assert all(p.isfinite().all() for p in load_model(tmp_path / "last.ckpt").trained().values())
 
