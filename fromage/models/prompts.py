@@ -143,8 +143,8 @@ def prompt_ids(model: VisualPrefixLM, prompt: Prompt, starts: Starts = Starts.EA
     parts = parts_of(prompt)
     if any(is_text(part) and RET.value in str(part) for part in parts):
         warnings.warn("'[RET]' within a text is plain text; to ask for an image, pass fromage.RET as a part", stacklevel=2)
-    listed = [part for part in parts if not is_text(part) or part] if starts is Starts.RELEASED else joined(parts)
-    return list(chain.from_iterable(part_ids(model, part) for part in started(listed, starts)))
+    kept = [part for part in parts if not is_text(part) or part] if starts is Starts.RELEASED else joined(parts)
+    return list(chain.from_iterable(part_ids(model, part) for part in started(kept, starts)))
 
 
 def part_ids(model: VisualPrefixLM, part: Part) -> list[int]:
