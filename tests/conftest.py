@@ -97,11 +97,11 @@ def caption():
 def index(model, folder, caption):
     """An index of the six images of `folder`."""
     from fromage.data.image_source import Item
-    from fromage.retrieval.embed_images import embed_opened
     from fromage.retrieval.faiss_index import FaissIndex
+    from fromage.retrieval.queries import embed_queries
 
     paths = [folder / f"{colour}.png" for colour in COLOURS]
-    rows = embed_opened(model, [Image.open(path) for path in paths])
+    rows = embed_queries(model, [Image.open(path) for path in paths]).numpy()  # (N, q)
     return FaissIndex.build(rows, [Item(str(path), caption or path.stem) for path in paths], model.fingerprint())
 
 

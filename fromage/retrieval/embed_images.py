@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -154,15 +153,6 @@ def _write(store: EmbeddingStore, images: ImageSource, number: int, chunks: Sequ
         for name in images.parts[number]
     }
     store.write(number, rows[order], items, [line for chunk in chunks for line in chunk.broken], names)
-
-
-@torch.no_grad()
-def embed_opened(model: Fromage, images: Sequence[Image.Image]) -> np.ndarray:
-    """(N, q) unit rows of images, each that of its file. Raises UserError for one that is too large or too narrow."""
-    from fromage.models.prompts import encode_images
-
-    rows = [_embed(model, encode_images(model, [image])) for image in images]  # (1, m) features each
-    return np.concatenate([np.empty((0, model.q), np.float32), *rows])
 
 
 @torch.no_grad()
