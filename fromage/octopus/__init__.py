@@ -8,7 +8,6 @@ Where to look:
     model               the prompt, the two halves of the language model and the relay between them
     recognition         the DETR decoder: object queries -> boxes and scores
     matching            Hungarian matching and the detection loss
-    pointing            which object suits an answer's words, for the logits of index tokens
     step                the training step; module: the three stages
     decoding, answers   answers with boxes; metrics judges them
     sources, data       data sets in their published files, and batches of them

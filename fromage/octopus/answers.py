@@ -49,15 +49,10 @@ class Grounded:
         return " ".join(" ".join(piece for piece in self.pieces if isinstance(piece, str)).split())
 
 
-def ordered(example: Example) -> list[int]:
-    """The numbers of an example's boxes: first those the answer points at, in its order, then the others."""
-    return [*example.meant, *(i for i in range(len(example.boxes)) if i not in example.meant)]
-
-
 def answer_ids(example: Example, tokenizer: PromptTokenizer, num_queries: int) -> list[int]:
     """The tokens of an example's answer, with </s> at the end.
 
-    Object i in the order of `ordered` is <di>; the training step replaces i by the number of the matched query. Without
+    The i-th object that the answer points at is <di>; the training step replaces i by the number of its query. Without
     queries (num_queries = 0) boxes are spelled. Raises UserError for an answer that points at more objects.
     """
     if num_queries and len(example.meant) > num_queries:

@@ -24,7 +24,7 @@ from fromage.errors import BrokenSample, UserError, first_few
 from fromage.images.open import file_bytes
 from fromage.images.transforms import Transform, read_image
 from fromage.models.prompts import pad_left, prompt_ids
-from fromage.octopus.answers import answer_ids, ordered
+from fromage.octopus.answers import answer_ids
 from fromage.octopus.examples import Example, Source
 from fromage.octopus.matching import Objects
 from fromage.octopus.model import Octopus, fill_template
@@ -133,13 +133,13 @@ class Collate:
 
 
 def objects_of(examples: Sequence[Example], num_queries: int) -> Objects:
-    """The known objects of examples, first those the answers point at; at most num_queries per image."""
-    rows = [[example.boxes[i] for i in ordered(example)][:num_queries] for example in examples]
+    """The objects that the answers point at; at most num_queries per image."""
+    rows = [[example.boxes[i] for i in example.meant][:num_queries] for example in examples]
     boxes = torch.zeros(len(rows), max(map(len, rows)), 4)  # (B, K, 4)
     for row, theirs in zip(boxes, rows, strict=True):
         if theirs:
             row[: len(theirs)] = box_convert(torch.tensor(theirs), "xyxy", "cxcywh")
-    return Objects(boxes, [len(row) for row in rows], [min(len(example.meant), num_queries) for example in examples])
+    return Objects(boxes, [len(row) for row in rows])
 
 
 class OctopusData(pl.LightningDataModule):

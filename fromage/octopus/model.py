@@ -10,7 +10,6 @@ above, the decoder's output takes the queries' places. The legend of shapes is i
     recognizer                     the DETR decoder: queries -> boxes, scores (fromage.octopus.recognition)             3.2
     relay           (N x d)        decoder output -> hidden states of the queries, plus the embedding of <di>           3.2
     index tokens    (N x d)        trained rows beside the vocabulary (models.special_tokens): <di> points at box i     3.1
-    pointer         (c x d, c x m) which box suits the words the answer attends to (fromage.octopus.pointing)          ours
 
 Without queries it is the sequential counterpart: the same towers and data, with boxes spelled as text (octopus.answers).
 A reconstruction of Zhao et al., NeurIPS 2024; docs/octopus.md says what is known of it and what is ours.
@@ -37,7 +36,6 @@ from fromage.models.language_model import LanguageModel, Quantized, load_lm
 from fromage.models.prompts import QUERIES, START, ImageInput, Part, joined
 from fromage.models.vision.base import VisionTower
 from fromage.models.vision.registry import load_patches
-from fromage.octopus.pointing import Aligned, Pointer
 from fromage.octopus.recognition import Detections, Recognizer
 
 QUERY = QUERIES.value
@@ -58,14 +56,12 @@ class Prefill:
         cache: keys and values of every layer.
         mask: (B, S) bool, cached tokens that are not padding.
         found: the detections; None if the prompts have no queries.
-        aligned: how well each word of the prompts suits the content of each box; None if the prompts have no queries.
     """
 
     hidden: Tensor
     cache: DynamicCache
     mask: Tensor
     found: Detections | None
-    aligned: Aligned | None
 
 
 class Octopus(VisualPrefixLM):
@@ -87,7 +83,7 @@ class Octopus(VisualPrefixLM):
         num_queries: int = 64,
         split_layer: int | None = None,
         decoder_width: int = 256,
-        decoder_layers: int = 6,
+        decoder_layers: int = 4,
         heads: int = 8,
         relay: bool = True,
         template: str = "{image}{instruction}{queries}{start}",
@@ -130,7 +126,6 @@ class Octopus(VisualPrefixLM):
             self.recognizer = Recognizer(
                 lm.width, vision.width, vision.grid, num_queries, decoder_width, decoder_layers, heads
             )
-            self.pointer = Pointer(lm.width, vision.width, vision.grid, decoder_width)
             hold(self, "_above", lm.blocks[self.split_layer])  # first layer above the decoder; the LM registers it
         self.settings: dict[str, Any] = {}
 
@@ -187,11 +182,6 @@ class Octopus(VisualPrefixLM):
         """(B, T) bool: whether a token is an object query."""
         return ids == self.tokenizer.added[QUERY]
 
-    def words(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """(B, T) ids and mask -> (B, T) bool: tokens that are neither image, query, start token nor padding."""
-        start = -1 if self.tokenizer.bos_id is None else self.tokenizer.bos_id  # -1: no token's id
-        return mask & (ids != self.tokenizer.added[IMAGE]) & (ids != start) & ~self.is_query(ids)
-
     def read(self, ids: Tensor, mask: Tensor, embeds: Tensor, patches: Tensor) -> Prefill:
         """Run prompts through both halves of the language model, with the decoder and the relay between them.
 
@@ -199,11 +189,9 @@ class Octopus(VisualPrefixLM):
         have queries, or none.
         """
         places, cache = self.is_query(ids), DynamicCache()  # full cache in every layer; the masks say what is seen
-        with self._recognising(places, patches, self.words(ids, mask)) as found:
+        with self._recognising(places, patches) as found:
             hidden = self.lm.cached(embeds, visible(mask, places), positions(mask), cache)  # (B, T, d)
-        if not found:
-            return Prefill(hidden[:, -1], cache, mask, None, None)
-        return Prefill(hidden[:, -1], cache, mask, *found[0])
+        return Prefill(hidden[:, -1], cache, mask, found[0] if found else None)
 
     def extend(self, prefill: Prefill, ids: Tensor) -> Tensor:
         """(B, A) tokens that continue a prefill -> (B, A, d) hidden states. The prefill grows by these tokens."""
@@ -215,37 +203,29 @@ class Octopus(VisualPrefixLM):
         return self.lm.cached(self.lm.embed(ids), mask, at, prefill.cache)  # (B, A, d)
 
     def logits(self, hidden: Tensor, prefill: Prefill) -> Tensor:
-        """(B, A, d) hidden states after a prefill -> (B, A, V + 2 + N) logits in float32.
+        """(B, A, d) hidden states after a prefill -> (B, A, V + 2 + N) logits in float32 (equation 5).
 
-        The logit of index token i is w_i h + (a S)_i + log s_i: its trained row as for any token; how well the content of
-        its query's box suits the words that h attends to (fromage.octopus.pointing); and the log of its query's score. No
-        gradient flows through the score: the decoder learns it from the objects. The paper has the first term alone
-        (equation 5); the other two are ours. Without detections index tokens have logit -inf.
+        Index tokens are words like any other: row times hidden state. Without detections they have logit -inf.
         """
         logits = self.lm.logits(hidden)
-        if not self.num_queries:
-            return logits
-        named = logits[..., -self.num_queries :]  # (B, A, N), a view
-        if prefill.found is None or prefill.aligned is None:
-            named.fill_(-torch.inf)
-        else:
-            named += self.pointer(hidden, prefill.aligned) + prefill.found.log_scores.detach().unsqueeze(1)
+        if self.num_queries and prefill.found is None:
+            logits[..., -self.num_queries :] = -torch.inf
         return logits
 
     @contextmanager
-    def _recognising(self, places: Tensor, patches: Tensor, words: Tensor) -> Iterator[list[tuple[Detections, Aligned]]]:
+    def _recognising(self, places: Tensor, patches: Tensor) -> Iterator[list[Detections]]:
         """The relay: within this context the language model runs in two halves, with the decoder between them.
 
-        The list receives the detections and alignment of the forward pass. The decoder's output, plus the embedding of
-        <di>, replaces the hidden states of the queries. places, words (B, T) bool; patches (B, P, m).
+        The list receives the detections of the forward pass. The decoder's output, plus the embedding of <di>, replaces the
+        hidden states of the queries. places (B, T) bool; patches (B, P, m).
         """
-        found: list[tuple[Detections, Aligned]] = []
+        found: list[Detections] = []
 
         def between(block: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             hidden = args[0]  # (B, T, d)
             queries = hidden[places].view(len(hidden), self.num_queries, -1)  # (B N, d) -> (B, N, d)
             recognised = self.recognizer(queries, patches)
-            found.append((recognised, self.pointer.align(hidden, words, patches, recognised.boxes[-1])))
+            found.append(recognised)
             relayed = recognised.relay if self.relay else queries
             names = self.index_tokens.input  # (N, d)
             return fill(hidden, places, relayed + names), *args[1:]  # (B, T, d)

@@ -56,7 +56,7 @@ class OctopusModule(pl.LightningModule):
         num_queries: int = 64,
         split_layer: int | None = None,
         decoder_width: int = 256,
-        decoder_layers: int = 6,
+        decoder_layers: int = 4,
         heads: int = 8,
         relay: bool = True,
         template: str = "{image}{instruction}{queries}{start}",
@@ -78,7 +78,7 @@ class OctopusModule(pl.LightningModule):
         """Set model and optimiser.
 
         Args:
-            stage: which parameters are trained: 1 visual prefix; 2 queries, recognizer, pointer, index tokens; 3 all and LM.
+            stage: which parameters are trained: 1 visual prefix; 2 queries, recognizer, index tokens; 3 all and LM.
             init: checkpoint of the stage before, with the trained parameters to start from.
             lm: causal language model: a name on the Hugging Face hub, a folder, or 'toy'.
             vision: image tower: a name of open_clip, 'local-dir:FOLDER', 'hf-hub:ORG/NAME', or 'toy'.
@@ -143,7 +143,6 @@ class OctopusModule(pl.LightningModule):
             if not model.relay:
                 model.recognizer.leave.requires_grad_(False)
             model.queries.requires_grad_(stage > 1)
-            model.pointer.requires_grad_(stage > 1)
         if stage == 3 and not self.hparams["lora_rank"]:
             model.lm.hf.requires_grad_(True)
 
@@ -231,7 +230,7 @@ SETTINGS = (
 )  # fmt: skip
 
 
-PARTS = ("queries", "recognizer.", "pointer.", "index_tokens.")  # parameters trained from stage 2 on
+PARTS = ("queries", "recognizer.", "index_tokens.")  # parameters trained from stage 2 on
 LEAVE = "recognizer.leave."  # among them, but only with relay
 # settings that the parameters of stage 2 depend on
 SHAPED = ("vision_layer", "num_queries", "split_layer", "decoder_width", "decoder_layers", "heads", "relay", "template")

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fromage.octopus.examples import Example
-from fromage.octopus.matching import Objects, set_loss
+from fromage.octopus.matching import Objects, nearest, set_loss
 from fromage.octopus.model import Octopus
 
 
@@ -39,7 +39,7 @@ class GroundingOutput:
     Attributes:
         answer_loss: cross-entropy of the answers' tokens (Octopus, equation 5).
         set_loss: detection loss (equation 3); 0 without queries.
-        parts: class, l1 and giou loss of the last decoder layer.
+        parts: score, l1 and giou loss of the last decoder layer.
         token_accuracy: share of the answers' tokens with the highest logit.
     """
 
@@ -60,11 +60,9 @@ def image_patches(model: Octopus, batch: GroundingBatch) -> Tensor:
 
 
 def octopus_step(model: Octopus, batch: GroundingBatch) -> GroundingOutput:
-    """Read the prompts, match detections and known objects, and score answers that point at the matched queries.
+    """Read the prompts, and score answers that point at the queries with the nearest boxes (equation 4).
 
-    Prompts are read once. The answers are known after the matching only; they continue from the cached keys and values. In
-    the paper (equation 4) an index token's target is the query with the nearest box; here it is the matched query, which is
-    ours.
+    Prompts are read once. The answers are known after the detection only; they continue from the cached keys and values.
     """
     patches = image_patches(model, batch)
     embeds = model.embed(batch.ids, model.prefix(patches))  # (B, T, d)
@@ -72,8 +70,8 @@ def octopus_step(model: Octopus, batch: GroundingBatch) -> GroundingOutput:
     recognition, answers = embeds.new_zeros((), dtype=torch.float32), batch.answers
     parts: dict[str, Tensor] = {}
     if prefill.found is not None:
-        recognition, matched, parts = set_loss(prefill.found, batch.objects)
-        answers = named(answers, matched, model.tokenizer.row_ids[0])
+        recognition, parts = set_loss(prefill.found, batch.objects)
+        answers = named(answers, nearest(prefill.found.boxes[-1], batch.objects), model.tokenizer.row_ids[0])
     after = model.extend(prefill, answers[:, :-1]) if answers.shape[1] > 1 else embeds[:, :0]  # (B, A - 1, d)
     hidden = torch.cat([prefill.hidden.unsqueeze(1), after], 1)  # (B, A, d), each predicts a token
     logits = model.logits(hidden, prefill)[batch.targets]  # (M, V + 2 + N), of M tokens
@@ -82,10 +80,10 @@ def octopus_step(model: Octopus, batch: GroundingBatch) -> GroundingOutput:
     return GroundingOutput(F.cross_entropy(logits, wanted), recognition, parts, token_accuracy)
 
 
-def named(answers: Tensor, matched: Tensor, first: int) -> Tensor:
-    """(B, A) answers in which <di> is object i -> answers in which <dj> is its query j = matched[i], matched (B, K)."""
-    if not matched.shape[1]:
+def named(answers: Tensor, queries: Tensor, first: int) -> Tensor:
+    """(B, A) answers in which <di> is object i -> answers in which <dj> is its query j = queries[i], queries (B, K)."""
+    if not queries.shape[1]:
         return answers
     pointing = answers >= first  # (B, A)
-    places = (answers - first).clamp(0, matched.shape[1] - 1)  # (B, A)
-    return torch.where(pointing, first + matched.gather(1, places), answers)  # (B, A)
+    places = (answers - first).clamp(0, queries.shape[1] - 1)  # (B, A)
+    return torch.where(pointing, first + queries.gather(1, places), answers)  # (B, A)

@@ -11,8 +11,6 @@ from fromage.errors import UserError
 from fromage.models.prompts import embed_prompts, pad_left, prompt_ids
 from fromage.octopus.decoding import ground
 from fromage.octopus.model import Octopus, positions, visible
-from fromage.octopus.pointing import regions
-from fromage.octopus.recognition import MEANT, NOTHING, OTHER
 
 ASKED = ["where is the red star?", "where are the rings by the small blue moon?", "star"]
 
@@ -51,7 +49,7 @@ def test_answers_behind_a_reading_are_those_of_one_pass_over_all(family):
     ids, mask = torch.cat([prompts.ids, answers], 1), pad(prompts.mask, (0, 3), value=True)
     embeds = torch.cat([prompts.embeds, model.embed(answers)], 1)
     places = model.is_query(ids)
-    with model._recognising(places, patches, model.words(ids, mask)):
+    with model._recognising(places, patches):
         whole = model.lm.hf.base_model(
             inputs_embeds=embeds, attention_mask=visible(mask, places), position_ids=positions(mask), use_cache=False
         ).last_hidden_state
@@ -111,61 +109,17 @@ def test_what_is_recognised_depends_on_instruction_and_image():
     assert not torch.allclose(boxes[0], boxes[1])
 
 
-def test_whether_a_query_is_meant_is_a_product_of_what_it_saw_and_what_was_asked():
-    recognizer = build().recognizer
-    hidden, patches = torch.randn(2, 3, 32), torch.randn(2, 4, 20)
-    with torch.no_grad():
-        recognizer.classify.weight.zero_(), recognizer.asked.bias.zero_(), recognizer.enter.weight.zero_()
-    before, after = recognizer(hidden, patches).logits, recognizer(-hidden, patches).logits  # what is seen stays the same
-    alike = before - recognizer.classify.bias  # (L, B, N, 3)
-    torch.testing.assert_close(after - recognizer.classify.bias, -alike)
-    assert alike[..., MEANT].abs().min() > 0 and not alike[..., [OTHER, NOTHING]].any()
-
-
-def test_an_index_token_is_weighed_by_how_well_its_box_suits_the_words_the_answer_is_after_and_by_its_score():
-    model = build()
-    prompts, patches = embedded(model)
-    states = []
-    handle = model.lm.blocks[model.split_layer - 1].register_forward_hook(lambda *call: states.append(call[2]))
-    prefill = model.read(prompts.ids, prompts.mask, prompts.embeds, patches)
-    handle.remove()
-    states = states[0][0] if isinstance(states[0], tuple) else states[0]  # (B, T, d), before anything is relayed
-    pointer, none = model.pointer, [model.tokenizer.added[name] for name in ("<|image|>", "<|query|>")]
-    seen = pointer.region(regions(patches, (2, 2), prefill.found.boxes[-1]))  # (B, N, c)
-    hidden, suits = torch.randn(3, 2, 32), torch.zeros(3, 2, 3)
-    for row, text in enumerate(ASKED):
-        count = len(model.tokenizer.encode(text))
-        at = [i for i, token in enumerate(prompts.ids[row].tolist()) if token not in (*none, model.tokenizer.bos_id, 1)]
-        assert len(at) == count  # the instruction's own tokens
-        w = pointer.norm(states[row, at])
-        weights = (pointer.query(hidden[row]) @ pointer.key(w).T / 4).softmax(-1)
-        suits[row] = weights @ pointer.value(w) @ seen[row].T
-    gain = model.logits(hidden, prefill) - model.lm.logits(hidden)
-    torch.testing.assert_close(gain[..., -3:], suits + prefill.found.scores.log().unsqueeze(1), atol=1e-4, rtol=1e-4)
-    assert suits.abs().max() > 0.1 and not gain[..., :-3].nan_to_num().any()
-    gain[..., -3:].sum().backward()
-    assert model.recognizer.classify.weight.grad is None  # the decoder learns nothing of its score by the answer
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_answers_teach_the_pointer_and_not_the_boxes(dtype):
+def test_an_index_token_is_a_word_like_any_other(dtype):
     model = build("llama")
     model.lm.hf.to(dtype)
     prompts, patches = embedded(model)
     prefill = model.read(prompts.ids, prompts.mask, prompts.embeds, patches.to(dtype))
-    logits = model.logits(prefill.hidden.unsqueeze(1), prefill)
-    assert logits.dtype == torch.float32 and logits[..., -3:].isfinite().all()
-    model.pointer(torch.randn(3, 1, 32).to(dtype), prefill.aligned).square().sum().backward()
-    assert all(p.grad.abs().sum() > 0 for p in model.pointer.parameters())
-    assert all(p.grad is None for p in model.recognizer.parameters())
-
-
-def test_without_words_there_is_still_an_answer():
-    model = build()
-    prompts, patches = embedded(model, ["star", "ring"])
-    prefill = model.read(prompts.ids, prompts.mask, prompts.embeds, patches)
-    prefill.aligned.mask[0] = False
-    assert model.logits(prefill.hidden.unsqueeze(1), prefill)[..., -3:].isfinite().all()
+    logits = model.logits(prefill.hidden.unsqueeze(1), prefill)[:, 0]  # (B, V + 2 + N)
+    rows = model.index_tokens.output.to(dtype)  # (N, d)
+    want = (prefill.hidden @ rows.T).float()
+    torch.testing.assert_close(logits[:, -3:], want)
+    assert logits.dtype == torch.float32
 
 
 def test_a_language_model_with_a_projection_before_its_layers_is_refused():
@@ -239,7 +193,7 @@ def test_there_is_nothing_to_point_at_where_nothing_was_recognised():
     logits, plain = model.logits(hidden, prefill), model.lm.logits(hidden)
     first = model.tokenizer.row_ids[0]
     torch.testing.assert_close(logits[..., :first], plain[..., :first])
-    unasked = replace(prefill, found=None, aligned=None)
+    unasked = replace(prefill, found=None)
     assert (model.logits(hidden, unasked)[..., first:] == -torch.inf).all()
     without = build(num_queries=0)
     torch.testing.assert_close(without.logits(hidden, unasked), without.lm.logits(hidden))

@@ -50,7 +50,7 @@ def state(folder, stage):
 def test_each_stage_trains_its_part_and_keeps_what_came_before(trained):
     parts = {s: {name.split(".")[1] for name in state(trained, s)} for s in ("stage1", "stage2", "stage3", "sequential")}
     assert parts["stage1"] == {"visual_prefix"}
-    assert parts["stage2"] == {"visual_prefix", "queries", "recognizer", "pointer", "index_tokens"}
+    assert parts["stage2"] == {"visual_prefix", "queries", "recognizer", "index_tokens"}
     assert parts["stage3"] == parts["stage2"] | {"lm"}
     assert parts["sequential"] == {"visual_prefix", "lm"}
     one, two, three = (state(trained, s) for s in ("stage1", "stage2", "stage3"))
@@ -197,7 +197,7 @@ def test_what_belongs_to_another_model_is_refused(trained, capsys, tmp_path):
     assert main(words) == 2 and "choose stage 1 or 3" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("lacks", ["pointer.key.weight", "recognizer.leave.bias", "queries"])
+@pytest.mark.parametrize("lacks", ["recognizer.score.weight", "recognizer.leave.bias", "queries"])
 def test_what_an_earlier_version_wrote_is_refused(trained, tmp_path, lacks):
     stored = torch.load(trained / "stage2" / "checkpoints" / "last.ckpt", weights_only=True)
     whole = stored["state_dict"]
