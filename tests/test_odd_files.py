@@ -95,7 +95,7 @@ def places(world, tmp_path_factory):
             lambda path: list(RefCOCO(str(path), str(refs / "instances.json"), str(images), "val")),
         ),
         "llava": (world / "llava" / "instruct_val.json", lambda path: list(Instructions(str(path), str(world)))),
-        "pope": (world / "pope" / "val.json", lambda path: list(Pope(str(path), str(images)))),
+        "pope": (world / "attributes" / "val.json", lambda path: list(Pope(str(path), str(images)))),
         "entities": (world / "flickr30k_entities" / "val.txt", entities),
     }
 

@@ -125,7 +125,7 @@ def test_pope_counts_what_begins_with_yes():
 
 
 def test_pope_of_right_and_of_wrong_answers(octopus, world, answering):
-    data = Pope(str(world / "pope/val.json"), str(world / "refcoco/images"), limit=8)
+    data = Pope(str(world / "pope/coco_pope_random.json"), str(world / "refcoco/images"), limit=8)
     for yes, no, share in (("yes", "no", 100), ("no", "yes", 0)):
         answering(data, lambda e, yes=yes, no=no: Grounded("", [yes if e.answer == ("yes",) else no]))
         report = evaluate_pope(octopus, data)
@@ -164,7 +164,7 @@ def verbs(world):
     coco = world / "refcoco"
     return {
         "refcoco": [coco / "refs(unc).p", "--instances", coco / "instances.json", "--images", coco / "images"],
-        "pope": [world / "pope/val.json", "--images", coco / "images"],
+        "pope": [world / "pope/coco_pope_random.json", "--images", coco / "images"],
         "instructions": [world / "llava/instruct_val.json", "--images", world],
     }
 
@@ -174,7 +174,7 @@ def verbs(world):
     [
         ("refcoco", "octopus", "val", "head_recall_top5"),
         ("refcoco", "sequential", "val", "acc_iou50"),
-        ("pope", "octopus", "val", "f1"),
+        ("pope", "octopus", "coco_pope_random", "f1"),
         ("instructions", "octopus", "1_object", "all_found"),
         ("instructions", "sequential", "text", "words"),
     ],

@@ -61,7 +61,7 @@ def test_spelled_boxes_read_back():
 
 def test_reading_order_of_drawn_scenes_is_that_of_their_places():
     for i, scene in enumerate(sample_scenes(random.Random(0), "train", 100, sample_crowded_scene)):
-        boxes = [share(x, y, x + w, y + h, PIXELS, PIXELS) for x, y, w, h in draw(scene, i)[1]]
+        boxes = [share(x, y, x + w, y + h, PIXELS, PIXELS) for (x, y, w, h), _ in draw(scene, i)[1]]
         assert reading_order(boxes) == in_order(scene, range(len(boxes)))
 
 

@@ -60,5 +60,5 @@ class Instances(Listed):
         corners = [(x, y, x + w, y + h) for x, y, w, h in (note["bbox"] for note in single)]
         good, numbers = self.kept(share(*sides, image["width"], image["height"]) for sides in corners)
         found = {note["id"]: number for note, number in zip(single, numbers, strict=True)}
-        crowds = {note["id"]: None for note in notes if note.get("iscrowd")}
-        return AnnotatedImage(str(self.images / image["file_name"]), tuple(good), found | crowds)
+        found |= {note["id"]: None for note in notes if note.get("iscrowd")}
+        return AnnotatedImage(str(self.images / image["file_name"]), tuple(good), found)
