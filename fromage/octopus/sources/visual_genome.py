@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fromage.checks import check_whole
-from fromage.data.annotations import NUMBER, TEXT, WHOLE, Kind, Wanted, optional, problem, read_annotations
+from fromage.data.annotations import FILE, NUMBER, TEXT, WHOLE, Kind, Wanted, optional, problem, read_annotations
 from fromage.octopus.boxes import reading_order, share
 from fromage.octopus.examples import Example
 from fromage.octopus.sources.listed import HELD_OUT, LOST_ANSWERS, SIDE, Listed, asking
@@ -17,7 +17,10 @@ from fromage.octopus.sources.refcoco import held_out
 
 REGIONS, OBJECTS = "regions of Visual Genome", "objects of Visual Genome"
 ADDRESS = re.compile(r"(VG_100K(?:_2)?/[^/]+\.jpg)$")  # the end of an image's, which is its place in the unpacked archives
-URL = Kind("an address that ends in VG_100K/ID.jpg or VG_100K_2/ID.jpg", lambda v: TEXT.fits(v) and bool(ADDRESS.search(v)))
+URL = Kind(
+    "an address that ends in VG_100K/ID.jpg or VG_100K_2/ID.jpg",
+    lambda value: TEXT.fits(value) and all(map(FILE.fits, ADDRESS.findall(value) or [""])),
+)
 LIST = Kind("a list", lambda value: isinstance(value, list))
 IMAGE: Wanted = {"image_id": WHOLE, "url": URL, "width": SIDE, "height": SIDE, "coco_id": optional(WHOLE)}
 REGION: Wanted = {"phrase": TEXT, **dict.fromkeys(("x", "y", "width", "height"), NUMBER)}

@@ -114,6 +114,7 @@ def test_odd_entries_cost_no_more_than_themselves(tmp_path):
             [IMAGES[0] | {"url": "https://a.b/1.png"}],
             r"url is the text .*VG_100K_2/ID",
         ),
+        ([{"regions": [region("a cat")], "id": 1}], [IMAGES[0] | {"url": f"VG_100K/{'1' * 300}.jpg"}], "url is the text"),
         ([{"regions": [region("a cat")], "id": 1}], [IMAGES[0] | {"width": 0}], "width is 0, not a number of pixels"),
         ([{"regions": [region("a cat")], "id": 1}], [{"a": 1}], "of no known kind, and not images of Visual Genome"),
         (
