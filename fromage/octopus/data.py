@@ -267,8 +267,7 @@ class OctopusData(pl.LightningDataModule):
 
     def transfer_batch_to_device(self, batch: GroundingBatch, device: torch.device, dataloader_idx: int) -> GroundingBatch:
         """Move tensors and boxes to the device."""
-        fields = [field.to(device) if isinstance(field, Tensor | Objects) else field for field in batch]
-        return GroundingBatch(*fields)  # type: ignore[arg-type]
+        return batch.to(device)
 
     def _loader(self, part: str, batch_size: int, shuffle: bool) -> DataLoader[Any]:
         module: Any = self.trainer.lightning_module  # type: ignore[union-attr]

@@ -33,6 +33,10 @@ class GroundingBatch(NamedTuple):
     pixels: Tensor | None  # (B, 3, H, W) uint8
     patches: Tensor | None  # (B, P, m) stored patch features
 
+    def to(self, device: torch.device) -> GroundingBatch:
+        """The same batch with tensors and boxes on the device."""
+        return GroundingBatch(*(field.to(device) if isinstance(field, Tensor | Objects) else field for field in self))
+
     @property
     def keys(self) -> list[str]:
         """The keys of the examples."""
