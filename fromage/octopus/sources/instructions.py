@@ -48,7 +48,7 @@ class Instructions(Listed):
                     self.drop(ODD_TURNS)
                 elif (pointed := self._pointed(answer, image)) is not None:
                     key = f"{entry.get('id', '')}#{number}.{place}"  # several entries can have the same id
-                    yield Example(key, str(image), question, *pointed)
+                    yield Example(key, str(image), question, *pointed, dialogue=f"#{number}")
 
     def _pointed(self, text: str, image: Path) -> tuple[tuple[str | int, ...], tuple[Box, ...]] | None:
         """The pieces and boxes of an answer; None, and counted, if one of the boxes has no area."""
