@@ -176,6 +176,7 @@ SHARED: dict[str, tuple[str, Check | None]] = {
     "workers": ("processes that decode images", natural),
     # of one command each, but with a check
     "actors": ("with --ray: copies of the image tower", positive),
+    "features": ("", out_folder),
     "gpus": ("with --ray: GPUs of each copy, also 0.5 (default: 1 with --device cuda, else 0)", amount),
     "max_broken": ("share of broken samples that training will allow, 0 to 1", fraction),
     "max_lost": ("", fraction),
