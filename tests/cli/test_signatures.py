@@ -77,7 +77,7 @@ LINES = {  # command line: what it says of some options, defaults among them
 def place(tmp_path, monkeypatch):
     """The files and folders that the lines name, in the current folder."""
     monkeypatch.chdir(tmp_path)
-    for name in ("a", "a.jsonl", "a.tsv", "b", "c", "c.json", "d", "f", "i.png", "n", "p", "q", "r"):
+    for name in ("a", "a.jsonl", "a.tsv", "b", "c", "c.json", "d", "f", "g", "i.png", "n", "p", "q", "r"):
         Path(name).touch()
     for name in ("e", "i", "j", "s", "w"):
         Path(name).mkdir()
@@ -300,7 +300,8 @@ def test_one_name_means_one_thing():
     for name, function in COMMANDS.items():
         for names, settings in arguments(function):
             if names[0].startswith("-"):
-                meaning.setdefault(names[-1], {})[name] = (settings.get("type") is None, settings.get("nargs"))
+                several = None if names[-1] == "--split" else settings.get("nargs")  # RefCOCO's are run together
+                meaning.setdefault(names[-1], {})[name] = (settings.get("type") is None, several)
     assert all(len(set(kinds.values())) == 1 for kinds in meaning.values()), meaning
     for option, at in {"--device": "auto", "--images-per-ret": None}.items():
         given = [settings["default"] for f in COMMANDS.values() for names, settings in arguments(f) if option in names]
