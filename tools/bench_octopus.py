@@ -40,9 +40,8 @@ def lesson(model: Octopus, size: int, asks: bool) -> GroundingBatch:
     boxes = tuple((i / 10, 0.1, i / 10 + 0.3, 0.6) for i in range(OBJECTS))
     answer = ("the star ", 0, " and the ring ", 1) if asks else ("a small star left of the big red ring",)
     examples = [Example(f"{i}", "", ASKED, answer, boxes if asks else ()) for i in range(size)]
-    batch = Collate(model, stored=True, ask=asks)(list(zip(examples, patches.cpu(), strict=True)))
-    there = {"ids", "mask", "answers", "targets", "objects", "patches"}
-    return batch._replace(**{name: getattr(batch, name).to(model.device) for name in there})
+    batch = Collate(model, stored=True, ask=asks)([([[e]], p) for e, p in zip(examples, patches.cpu(), strict=True)])
+    return batch.to(model.device)
 
 
 def prepared(model: Octopus, stage: int, rank: int) -> list[torch.nn.Parameter]:

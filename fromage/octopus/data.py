@@ -25,9 +25,9 @@ from fromage.images.open import file_bytes
 from fromage.images.transforms import Transform, read_image
 from fromage.models.prompts import pad_left, prompt_ids
 from fromage.octopus.answers import answer_ids
-from fromage.octopus.examples import Example, Source
+from fromage.octopus.examples import Conversation, Example, Source, rows_of
 from fromage.octopus.matching import Objects
-from fromage.octopus.model import Octopus, fill_template
+from fromage.octopus.model import Octopus, fill_template, image_first
 from fromage.octopus.patch_store import PatchStore
 from fromage.octopus.step import GroundingBatch
 from fromage.retrieval.encode import check_lost
@@ -55,37 +55,41 @@ class ResumableSampler(DistributedSampler[Any]):
         return islice(super().__iter__(), begin, None)
 
 
+Row = list[Conversation]  # about one image
+
+
 class GroundingDataset(Dataset[Any]):
-    """Examples with pixels or patches. If an image cannot be decoded, the next example takes its place.
+    """Rows with the pixels or patches of their image. If it cannot be decoded, the next row takes its place.
 
     Each worker counts the images it has seen, and names those it could not decode. Where more than max_lost of them are
     broken, as of fromage.data.shards.Broken, or of all there are, it stops the run.
     """
 
     def __init__(
-        self, examples: Sequence[Example], transform: Transform, store: PatchStore | None, max_lost: float = 0.05
+        self, rows: Sequence[Row], transform: Transform, store: PatchStore | None, max_lost: float = 0.05
     ) -> None:
-        self.examples, self.transform, self.store = examples, transform, store
-        self.images, self.broken = len({example.image for example in examples}), Broken(max_lost, "data.max_lost")
+        self.rows, self.transform, self.store = rows, transform, store
+        self.images, self.broken = len({row[0][0].image for row in rows}), Broken(max_lost, "data.max_lost")
         self.seen: set[str] = set()
         self.lost: list[tuple[str, Path]] = []
 
     def __len__(self) -> int:
-        return len(self.examples)
+        return len(self.rows)
 
-    def __getitem__(self, number: int) -> tuple[Example, Tensor]:
+    def __getitem__(self, number: int) -> tuple[Row, Tensor]:
         """Raises UserError if no image can be decoded, or too many cannot."""
-        for place in range(len(self.examples)):
-            example = self.examples[(number + place) % len(self.examples)]
+        for place in range(len(self.rows)):
+            row = self.rows[(number + place) % len(self.rows)]
+            example = row[0][0]
             if self.store is not None:
-                return example, self.store[example.image]
+                return row, self.store[example.image]
             try:
                 pixels = read_image(file_bytes(Path(example.image)), self.transform)
             except BrokenSample as error:
                 self._count(example, str(error))
             else:
                 self._count(example)
-                return example, pixels
+                return row, pixels
         raise UserError(f"no image can be decoded: {', '.join(self.broken.last)}")
 
     def _count(self, example: Example, cause: str = "") -> None:
@@ -103,7 +107,7 @@ class GroundingDataset(Dataset[Any]):
 
 
 class Collate:
-    """Examples -> a batch."""
+    """Rows -> a batch."""
 
     def __init__(self, model: Octopus, stored: bool, ask: bool) -> None:
         self.layout = Layout(
@@ -111,17 +115,48 @@ class Collate:
         )  # a worker need not carry the model
         self.stored, self.ask = stored, ask
 
-    def __call__(self, rows: list[tuple[Example, Tensor]]) -> GroundingBatch:
-        """Examples with pixels (3, H, W) or patches (P, m) -> a batch."""
-        examples, tensors = [example for example, _ in rows], torch.stack([tensor for _, tensor in rows])
+    def __call__(self, rows: list[tuple[Row, Tensor]]) -> GroundingBatch:
+        """Conversations with the pixels (3, H, W) or patches (P, m) of their image -> a batch."""
         tokenizer, num_queries = self.layout.tokenizer, self.layout.num_queries
-        ids, mask = pad_left([self._prompt(example) for example in examples], tokenizer.pad_id)
-        answers = [torch.tensor(answer_ids(example, tokenizer, num_queries)) for example in examples]
-        lengths = torch.tensor([len(answer) for answer in answers])
-        padded = pad_sequence(answers, batch_first=True, padding_value=tokenizer.pad_id)  # (B, A)
-        targets = torch.arange(padded.shape[1]) < lengths.unsqueeze(1)
-        pixels, patches = (None, tensors) if self.stored else (tensors, None)
-        return GroundingBatch(examples, ids, mask, padded, targets, objects_of(examples, num_queries), pixels, patches)
+        laid = [self._lay(row) for row, _ in rows]
+        (ids, real), (fed, _) = pad_left([one.ids for one in laid], tokenizer.pad_id), _pad([one.fed for one in laid])
+        T, F = ids.shape[1], fed.shape[1]
+        branch = pad_left([one.branch for one in laid], 0)[0].masked_fill(~real, -1)  # (B, T)
+        answers, targets = _pad([answer for one in laid for answer in one.answers], tokenizer.pad_id)  # (E, A)
+        A, first, places = answers.shape[1], 0, []
+        for number, one in enumerate(laid):
+            shift = T - len(one.ids)  # padding before the row's tokens
+            places += [[number * (T + F) + (T + col if behind else shift + col) for behind, col in at] for at in one.at]
+            fed[number, : len(one.fed)] = torch.tensor([(first + turn) * A + place for turn, place in one.fed_from])
+            first += len(one.answers)
+        pixels = torch.stack([tensor for _, tensor in rows])
+        examples = [turn for row, _ in rows for turns in row for turn in turns]
+        return GroundingBatch(
+            examples, ids, branch, answers, targets, fed, _pad([one.fed for one in laid], -1)[0], _pad(places)[0],
+            objects_of(examples, num_queries), *((None, pixels) if self.stored else (pixels, None)),
+        )  # fmt: skip
+
+    def _lay(self, row: Row) -> _Laid:
+        """The tokens of a row: the shared part, then each conversation as a branch."""
+        laid = _Laid([], [], [], [], [], [])
+        for number, turns in enumerate(row, 1):
+            for turn in turns:
+                prompt, answer = self._prompt(turn), answer_ids(turn, self.layout.tokenizer, self.layout.num_queries)
+                cut = len(prompt) - prompt[::-1].index(self.layout.tokenizer.image_id)  # behind the image
+                if not laid.ids:
+                    laid.add(prompt[:cut], 0)
+                laid.add(prompt[cut:], number)
+                at, turn_number = [(False, len(laid.ids) - 1)], len(laid.answers)
+                if turn is turns[-1]:
+                    at += [(True, len(laid.fed) + place) for place in range(len(answer) - 1)]
+                    laid.fed.extend([number] * (len(answer) - 1))
+                    laid.fed_from.extend((turn_number, place) for place in range(len(answer) - 1))
+                else:
+                    at += [(False, len(laid.ids) + place) for place in range(len(answer) - 1)]
+                    laid.add(answer, number)
+                laid.answers.append(answer)
+                laid.at.append(at)
+        return laid
 
     def _prompt(self, example: Example) -> list[int]:
         some, asks = (
@@ -130,6 +165,29 @@ class Collate:
         )  # any tensor: only the number of its tokens matters
         marked = fill_template(self.layout.template, some, example.instruction, asks)
         return prompt_ids(self.layout, marked)  # type: ignore[arg-type]
+
+
+class _Laid(NamedTuple):
+    """The tokens of a row, before padding."""
+
+    ids: list[int]
+    branch: list[int]
+    answers: list[list[int]]  # of each turn
+    at: list[list[tuple[bool, int]]]  # where each token of an answer is predicted: behind the prompts or in them; the place
+    fed: list[int]  # branches of the tokens behind the prompts
+    fed_from: list[tuple[int, int]]  # the turn and the place in its answer of each
+
+    def add(self, ids: list[int], branch: int) -> None:
+        """More tokens of a branch."""
+        self.ids.extend(ids)
+        self.branch.extend([branch] * len(ids))
+
+
+def _pad(rows: list[list[int]], value: int = 0) -> tuple[Tensor, Tensor]:
+    """Lists of integers -> (B, T), right-padded, and (B, T) bool, False at padding."""
+    lengths = torch.tensor([len(row) for row in rows]).unsqueeze(1)  # (B, 1)
+    padded = pad_sequence([torch.tensor(row, dtype=torch.long) for row in rows], True, value)  # (B, T)
+    return padded, torch.arange(padded.shape[1]) < lengths
 
 
 def objects_of(examples: Sequence[Example], num_queries: int) -> Objects:
@@ -151,6 +209,7 @@ class OctopusData(pl.LightningDataModule):
         val: list[Source] | None = None,
         batch_size: int = 16,
         val_batch_size: int | None = None,
+        per_image: int = 1,
         features: str | None = None,
         workers: int = 4,
         max_lost: float = 0.05,
@@ -161,8 +220,10 @@ class OctopusData(pl.LightningDataModule):
         Args:
             train: sources of training examples, which are mixed: classes of fromage.octopus.sources, or your own.
             val: sources of validation examples.
-            batch_size: examples per training step on each device.
+            batch_size: rows per training step on each device: images, each with its conversations.
             val_batch_size: examples per validation step on each device; null for batch_size.
+            per_image: maximum number of conversations in a row. They share their image, which is read once: the gradients
+                are those of rows of one conversation each, at a fraction of the work.
             features: folder of stored patch features, written on first use; null encodes images in every step.
             workers: processes that decode images, per device.
             max_lost: maximum share (0 to 1) of missing or broken images.
@@ -171,11 +232,12 @@ class OctopusData(pl.LightningDataModule):
         super().__init__()
         check_whole("data.batch_size", batch_size, 1)
         check_whole("data.val_batch_size", val_batch_size or batch_size, 1)
+        check_whole("data.per_image", per_image, 1)
         check_whole("data.workers", workers, 0)
         check_real("data.max_lost", max_lost, 0, 1)
         self.sources = {"train": train or [], "val": val or []}
         self.batch_size, self.val_batch_size, self.features = batch_size, val_batch_size or batch_size, features
-        self.workers, self.max_lost, self.seed = workers, max_lost, seed
+        self.per_image, self.workers, self.max_lost, self.seed = per_image, workers, max_lost, seed
         self.examples: dict[str, list[Example]] = {}
 
     def setup(self, stage: str) -> None:
@@ -205,8 +267,7 @@ class OctopusData(pl.LightningDataModule):
 
     def transfer_batch_to_device(self, batch: GroundingBatch, device: torch.device, dataloader_idx: int) -> GroundingBatch:
         """Move tensors and boxes to the device."""
-        fields = [field.to(device) if isinstance(field, Tensor | Objects) else field for field in batch]
-        return GroundingBatch(*fields)  # type: ignore[arg-type]
+        return batch.to(device)
 
     def _loader(self, part: str, batch_size: int, shuffle: bool) -> DataLoader[Any]:
         module: Any = self.trainer.lightning_module  # type: ignore[union-attr]
@@ -224,9 +285,12 @@ class OctopusData(pl.LightningDataModule):
             raise UserError(
                 f"data.{part}: some answers point at boxes, and stage 1 has no object queries yet; name captions"
             )
-        dataset = GroundingDataset(examples, module.model.vision.transform, store, self.max_lost)
-        if shuffle and len(examples) < batch_size:
-            raise UserError(f"{len(examples)} training examples are fewer than data.batch_size {batch_size}: lower it")
+        rows = rows_of(examples, self.per_image, self.seed) if shuffle else [[[example]] for example in examples]
+        if any(len(turns) + len(row) > 2 for row in rows for turns in row) and not image_first(module.model.template):
+            raise UserError("model.template: the image must come first where prompts share it; or set data.per_image to 1")
+        dataset = GroundingDataset(rows, module.model.vision.transform, store, self.max_lost)
+        if shuffle and len(rows) < batch_size:
+            raise UserError(f"{len(rows)} rows of training examples are fewer than data.batch_size {batch_size}: lower it")
         return PlainErrors(
             dataset,
             batch_size,

@@ -10,7 +10,7 @@ from fromage.checks import check_whole
 from fromage.errors import UserError
 from fromage.models.prompts import ImageInput, embed_prompts
 from fromage.octopus.answers import Grounded, read_indexed, read_text
-from fromage.octopus.model import Octopus, Prefill
+from fromage.octopus.model import Octopus, Prefill, alone
 from fromage.octopus.sources import asking
 
 MAX_NEW_TOKENS = 128
@@ -43,7 +43,7 @@ def ground(
         prompts = [model.prompt(*pair) for pair in asked[start : start + batch_size]]
         embedded = embed_prompts(model, prompts, max_new_tokens)
         patches = embedded.features[[shown[-1] for shown in embedded.shown]]  # (B, P, m)
-        prefill = model.read(embedded.ids, embedded.mask, embedded.embeds, patches)
+        prefill = model.read(embedded.ids, alone(embedded.mask), embedded.embeds, patches)
         answers += grounded(model, prefill, decode(model, prefill, max_new_tokens))
     return answers
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from math import ceil
+from random import Random
 from typing import Protocol
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom, relative to the image's width and height (0 to 1)
@@ -19,6 +21,7 @@ class Example:
         instruction: text of the user.
         answer: text of the model in pieces; an integer is an index into boxes, where the answer points at that box.
         boxes: all known objects of the image, including those the answer points at, in any order.
+        dialogue: the name of the conversation it is a turn of, whose examples follow one another; '': it stands alone.
     """
 
     key: str
@@ -26,11 +29,44 @@ class Example:
     instruction: str
     answer: tuple[str | int, ...]
     boxes: tuple[Box, ...] = ()
+    dialogue: str = ""
 
     @property
     def meant(self) -> tuple[int, ...]:
         """The numbers of the boxes that the answer points at, in its order, without repetitions."""
         return tuple(dict.fromkeys(piece for piece in self.answer if isinstance(piece, int)))
+
+
+Conversation = list[Example]  # turns about one image, in order; only the last answer may point at boxes
+
+
+def conversations(examples: Iterable[Example]) -> Iterator[Conversation]:
+    """The turns of each dialogue together; a dialogue is cut behind an answer that points at boxes.
+
+    A later turn would have to see such an answer's index tokens, which are known only after the recognition.
+    """
+    turns: Conversation = []
+    for example in examples:
+        last = turns[-1] if turns else None
+        if last and (not example.dialogue or (example.dialogue, example.image) != (last.dialogue, last.image) or last.meant):
+            yield turns
+            turns = []
+        turns.append(example)
+    if turns:
+        yield turns
+
+
+def rows_of(examples: Iterable[Example], per_image: int, seed: int) -> list[list[Conversation]]:
+    """Conversations about one image together, in an order of their own, at most per_image in a row; images as they come."""
+    images: dict[str, list[Conversation]] = {}
+    for turns in conversations(examples):
+        images.setdefault(turns[0].image, []).append(turns)
+    rows = []
+    for image, theirs in images.items():
+        Random(f"{seed} {image}").shuffle(theirs)
+        count = ceil(len(theirs) / per_image)
+        rows += [theirs[start::count] for start in range(count)]
+    return rows
 
 
 class Source(Protocol):

@@ -5,6 +5,12 @@
 Below split_layer the language model reads image, instruction and queries; then a DETR decoder turns the queries into boxes;
 above, the decoder's output takes the queries' places. The legend of shapes is in fromage.models.
 
+Several prompts about one image stand in one row, as branches: the image is read once, and each branch sees the image and
+itself alone, at the positions it would have on its own. So a row gives the hidden states of its prompts one by one, exactly.
+
+    branch (B, T)   0: the part that all branches of the row see; 1, 2, ...: a branch; -1: padding
+    E               prompts with queries in all rows, row by row
+
     visual prefix   W_c  (d x m)   a patch becomes an input embedding                                           section 4.1
     object queries  (N x d)        input embeddings after the instruction; they see it, the image and each other        3.2
     recognizer                     the DETR decoder: queries -> boxes, scores (fromage.octopus.recognition)             3.2
@@ -49,19 +55,24 @@ def index_token_names(num_queries: int) -> list[str]:
 
 @dataclass
 class Prefill:
-    """A batch of prompts after their forward pass, ready for answers.
+    """Prompts after their forward pass, ready for answers.
 
     Attributes:
-        hidden: (B, d) hidden states of the prompts' last tokens, which predict the answers' first tokens.
+        states: (B, T, d) hidden states of the prompts.
         cache: keys and values of every layer.
-        mask: (B, S) bool, cached tokens that are not padding.
-        found: the detections; None if the prompts have no queries.
+        branch: (B, S) of the cached tokens.
+        found: the detections of E prompts; None if they have no queries.
     """
 
-    hidden: Tensor
+    states: Tensor
     cache: DynamicCache
-    mask: Tensor
+    branch: Tensor
     found: Detections | None
+
+    @property
+    def hidden(self) -> Tensor:
+        """(B, d) hidden states of the rows' last tokens: of one prompt a row, they predict the answers' first tokens."""
+        return self.states[:, -1]
 
 
 class Octopus(VisualPrefixLM):
@@ -175,35 +186,38 @@ class Octopus(VisualPrefixLM):
         embeds, places = super().embed(ids, prefix), self.is_query(ids)
         if not self.num_queries:
             return embeds
-        rows = self.queries.repeat(len(ids), 1)  # (B N, d); more than needed if some prompts have no queries
-        return fill(embeds, places, rows)
+        number = (places.cumsum(1) - 1) % self.num_queries  # (B, T)
+        return torch.where(places.unsqueeze(-1), self.queries[number].to(embeds.dtype), embeds)  # (B, T, d)
 
     def is_query(self, ids: Tensor) -> Tensor:
         """(B, T) bool: whether a token is an object query."""
         return ids == self.tokenizer.added[QUERY]
 
-    def read(self, ids: Tensor, mask: Tensor, embeds: Tensor, patches: Tensor) -> Prefill:
+    def read(self, ids: Tensor, branch: Tensor, embeds: Tensor, patches: Tensor) -> Prefill:
         """Run prompts through both halves of the language model, with the decoder and the relay between them.
 
-        ids, mask (B, T), left-padded; embeds (B, T, d); patches (B, P, m), which the decoder attends to. Either all prompts
-        have queries, or none.
+        ids, branch (B, T); embeds (B, T, d); patches (B, P, m), which the decoder attends to. Either all prompts have
+        queries, or none.
         """
         places, cache = self.is_query(ids), DynamicCache()  # full cache in every layer; the masks say what is seen
+        sees = seen(branch, branch)  # (B, T, T)
+        mask = (sees | among(places, self.num_queries)).unsqueeze(1)  # (B, 1, T, T)
         with self._recognising(places, patches) as found:
-            hidden = self.lm.cached(embeds, visible(mask, places), positions(mask), cache)  # (B, T, d)
-        return Prefill(hidden[:, -1], cache, mask, found[0] if found else None)
+            states = self.lm.cached(embeds, mask, positions(sees), cache)  # (B, T, d)
+        return Prefill(states, cache, branch, found[0] if found else None)
 
-    def extend(self, prefill: Prefill, ids: Tensor) -> Tensor:
-        """(B, A) tokens that continue a prefill -> (B, A, d) hidden states. The prefill grows by these tokens."""
-        known = F.pad(prefill.mask, (0, ids.shape[1]), value=True)  # (B, S + A)
-        causal = torch.ones(ids.shape[1], known.shape[1], dtype=torch.bool, device=ids.device).tril(prefill.mask.shape[1])
-        mask = (known.unsqueeze(1) & causal).unsqueeze(1)  # (B, 1, A, S + A)
-        at = positions(known)[:, -ids.shape[1] :]  # (B, A)
-        prefill.mask = known
-        return self.lm.cached(self.lm.embed(ids), mask, at, prefill.cache)  # (B, A, d)
+    def extend(self, prefill: Prefill, ids: Tensor, branch: Tensor | None = None) -> Tensor:
+        """(B, A) tokens that continue a prefill -> (B, A, d) hidden states. The prefill grows by these tokens.
+
+        branch: (B, A) of the tokens; None for that of each row's last token.
+        """
+        branch = prefill.branch[:, -1:].expand_as(ids) if branch is None else branch
+        prefill.branch = torch.cat([prefill.branch, branch], 1)  # (B, S + A)
+        sees = seen(branch, prefill.branch)  # (B, A, S + A)
+        return self.lm.cached(self.lm.embed(ids), sees.unsqueeze(1), positions(sees), prefill.cache)  # (B, A, d)
 
     def logits(self, hidden: Tensor, prefill: Prefill) -> Tensor:
-        """(B, A, d) hidden states after a prefill -> (B, A, V + 2 + N) logits in float32 (equation 5).
+        """(..., d) hidden states after a prefill -> (..., V + 2 + N) logits in float32 (equation 5).
 
         Index tokens are words like any other: row times hidden state. Without detections they have logit -inf.
         """
@@ -223,14 +237,15 @@ class Octopus(VisualPrefixLM):
 
         def between(block: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             hidden = args[0]  # (B, T, d)
-            queries = hidden[places].view(len(hidden), self.num_queries, -1)  # (B N, d) -> (B, N, d)
-            recognised = self.recognizer(queries, patches)
+            queries = hidden[places].view(-1, self.num_queries, hidden.shape[-1])  # (E N, d) -> (E, N, d)
+            recognised = self.recognizer(queries, patches, rows)
             found.append(recognised)
             relayed = recognised.relay if self.relay else queries
             names = self.index_tokens.input  # (N, d)
             return fill(hidden, places, relayed + names), *args[1:]  # (B, T, d)
 
-        if not self.num_queries or not places.any():
+        rows = places.nonzero()[:: self.num_queries or 1, 0]  # (E,) the row of each prompt
+        if not len(rows):
             yield found
             return
         handle = self._above.register_forward_pre_hook(between)
@@ -248,18 +263,34 @@ def fill_template(template: Sequence[str], image: ImageInput | None, instruction
     return joined([part for part in parts if part is not None])
 
 
-def positions(mask: Tensor) -> Tensor:
-    """(B, T) bool mask -> (B, T): position of each token, padding not counted."""
-    return (mask.long().cumsum(1) - 1).clamp(min=0)
+def image_first(template: Sequence[str]) -> bool:
+    """Whether instruction and queries stand behind the image, so that prompts can share it."""
+    return all(template.index("{image}") < template.index(slot) for slot in ("{instruction}", "{queries}"))
 
 
-def visible(mask: Tensor, places: Tensor) -> Tensor:
-    """(B, T) bool masks of tokens and of queries -> (B, 1, T, T) bool: which token (row) attends to which (column).
+def alone(mask: Tensor) -> Tensor:
+    """(B, T) bool, False at padding -> (B, T) branch numbers of rows that hold one prompt each."""
+    return mask.long() - 1
 
-    Each token sees itself and those before it; queries also see later queries. Padding sees itself, to avoid NaN.
+
+def seen(new: Tensor, known: Tensor) -> Tensor:
+    """Branch numbers (B, A) of the last tokens of known (B, S) -> (B, A, S) bool: which token (row) sees which (column).
+
+    Each token sees itself, and before it the shared part and its own branch. Padding sees itself, to avoid NaN.
     """
-    T = mask.shape[1]
-    causal = torch.ones(T, T, dtype=torch.bool, device=mask.device).tril()
-    among = places.unsqueeze(1) & places.unsqueeze(2)  # (B, T, T)
-    itself = torch.eye(T, dtype=torch.bool, device=mask.device)
-    return (((causal | among) & mask.unsqueeze(1)) | itself).unsqueeze(1)
+    (_, A), S = new.shape, known.shape[1]
+    before = torch.ones(A, S, dtype=torch.bool, device=new.device).tril(S - A)  # (A, S), oneself included
+    theirs = (known == 0).unsqueeze(1) | (known.unsqueeze(1) == new.unsqueeze(2)) & (known >= 0).unsqueeze(1)  # (B, A, S)
+    itself = torch.eye(S, dtype=torch.bool, device=new.device)[S - A :]  # (A, S)
+    return theirs & before | itself
+
+
+def among(places: Tensor, num_queries: int) -> Tensor:
+    """(B, T) bool, where queries stand -> (B, T, T) bool: queries of one prompt see each other, also later ones."""
+    prompt = torch.where(places, (places.cumsum(1) - 1) // max(1, num_queries), -1)  # (B, T)
+    return (prompt.unsqueeze(1) == prompt.unsqueeze(2)) & places.unsqueeze(1)
+
+
+def positions(sees: Tensor) -> Tensor:
+    """(B, A, S) of `seen` -> (B, A): the position of each token, which is the number of tokens before it that it sees."""
+    return sees.sum(-1) - 1

@@ -22,9 +22,9 @@ class Detections:
     """The output of the decoder.
 
     Attributes:
-        logits: (L, B, N) of the binary score, per layer; the last layer gives the result.
-        boxes: (L, B, N, 4), per layer.
-        relay: (B, N, d), the hidden states that replace the queries in the top layers.
+        logits: (L, E, N) of the binary score, per layer; the last layer gives the result. E prompts.
+        boxes: (L, E, N, 4), per layer.
+        relay: (E, N, d), the hidden states that replace the queries in the top layers.
     """
 
     logits: Tensor
@@ -33,12 +33,12 @@ class Detections:
 
     @property
     def scores(self) -> Tensor:
-        """(B, N): probability that a query is foreground, an object that the prompt is about."""
+        """(E, N): probability that a query is foreground, an object that the prompt is about."""
         return self.logits[-1].float().sigmoid()
 
     @property
     def corners(self) -> Tensor:
-        """(B, N, 4): left, top, right, bottom, clipped to the image."""
+        """(E, N, 4): left, top, right, bottom, clipped to the image."""
         return box_convert(self.boxes[-1], "cxcywh", "xyxy").clamp(0, 1)
 
 
@@ -74,21 +74,24 @@ class Recognizer(nn.Module):
         self.grid = grid
         self.register_buffer("places", waves(_centres(grid), c), persistent=False)  # (P, c)
 
-    def forward(self, hidden: Tensor, patches: Tensor) -> Detections:
-        """hidden (B, N, d) of the queries after the bottom layers, patches (B, P, m) -> what they found."""
+    def forward(self, hidden: Tensor, patches: Tensor, rows: Tensor) -> Detections:
+        """hidden (E, N, d) of the queries after the bottom layers, patches (B, P, m) -> what they found.
+
+        rows: (E,), whose patches each prompt's queries look at.
+        """
         c = self.enter.out_features
-        x = self.enter(hidden.float()) + waves(self.points.sigmoid(), c)  # (B, N, c)
-        memory = self.look(patches.float()) + self.places  # (B, P, c)
+        x = self.enter(hidden.float()) + waves(self.points.sigmoid(), c)  # (E, N, c)
+        memory = (self.look(patches.float()) + self.places)[rows]  # (B, P, c) -> (E, P, c)
         states = []
         for layer in self.layers:
-            x = layer(x, memory)  # (B, N, c)
+            x = layer(x, memory)  # (E, N, c)
             states.append(x)
-        read = self.norm(torch.stack(states))  # (L, B, N, c)
+        read = self.norm(torch.stack(states))  # (L, E, N, c)
         return Detections(self.score(read).squeeze(-1), self._boxes(read), self.leave(read[-1]))
 
     def _boxes(self, read: Tensor) -> Tensor:
-        """(L, B, N, c) -> (L, B, N, 4): centres from the queries' points, sizes free."""
-        moved = self.box(read)  # (L, B, N, 4)
+        """(L, E, N, c) -> (L, E, N, 4): centres from the queries' points, sizes free."""
+        moved = self.box(read)  # (L, E, N, 4)
         return torch.cat([moved[..., :2] + self.points, moved[..., 2:]], -1).sigmoid()
 
 

@@ -15,16 +15,27 @@ from fromage.octopus.model import Octopus
 
 
 class GroundingBatch(NamedTuple):
-    """A batch of prompts about images, and their answers. It has either pixels or patches."""
+    """Images, one a row, prompts about them as branches of the row (fromage.octopus.model), and their answers.
 
-    examples: list[Example]
+    The prompts are read first. A branch's last answer is fed behind them, once it is known which queries it points at;
+    the answers of earlier turns are text, and stand within the prompts. It has either pixels or patches.
+    """
+
+    examples: list[Example]  # E, row by row
     ids: Tensor  # (B, T) int64, left-padded; includes <|image|> and <|query|> tokens
-    mask: Tensor  # (B, T) bool
-    answers: Tensor  # (B, A) int64, right-padded: text, <di> for the i-th object, </s>
-    targets: Tensor  # (B, A) bool, False at padding
+    branch: Tensor  # (B, T) int64
+    answers: Tensor  # (E, A) int64, right-padded: text, <di> for the i-th object, </s>
+    targets: Tensor  # (E, A) bool, False at padding
+    fed: Tensor  # (B, F) int64: which of the E A tokens of answers stand behind the prompts
+    fed_branch: Tensor  # (B, F) int64
+    at: Tensor  # (E, A) int64: which of B (T + F) hidden states predicts the answer's token
     objects: Objects
     pixels: Tensor | None  # (B, 3, H, W) uint8
     patches: Tensor | None  # (B, P, m) stored patch features
+
+    def to(self, device: torch.device) -> GroundingBatch:
+        """The same batch with tensors and boxes on the device."""
+        return GroundingBatch(*(field.to(device) if isinstance(field, Tensor | Objects) else field for field in self))
 
     @property
     def keys(self) -> list[str]:
@@ -63,27 +74,31 @@ def octopus_step(model: Octopus, batch: GroundingBatch) -> GroundingOutput:
     """Read the prompts, and score answers that point at the queries with the nearest boxes (equation 4).
 
     Prompts are read once. The answers are known after the detection only; they continue from the cached keys and values.
+    The loss and its gradients are those of the same examples in rows of their own.
     """
     patches = image_patches(model, batch)
     embeds = model.embed(batch.ids, model.prefix(patches))  # (B, T, d)
-    prefill = model.read(batch.ids, batch.mask, embeds, patches)
+    prefill = model.read(batch.ids, batch.branch, embeds, patches)
     recognition, answers = embeds.new_zeros((), dtype=torch.float32), batch.answers
     parts: dict[str, Tensor] = {}
     if prefill.found is not None:
         recognition, parts = set_loss(prefill.found, batch.objects)
         answers = named(answers, nearest(prefill.found.boxes[-1], batch.objects), model.tokenizer.row_ids[0])
-    after = model.extend(prefill, answers[:, :-1]) if answers.shape[1] > 1 else embeds[:, :0]  # (B, A - 1, d)
-    hidden = torch.cat([prefill.hidden.unsqueeze(1), after], 1)  # (B, A, d), each predicts a token
-    logits = model.logits(hidden, prefill)[batch.targets]  # (M, V + 2 + N), of M tokens
+    hidden = prefill.states  # (B, T, d)
+    if batch.fed.shape[1]:
+        after = model.extend(prefill, answers.flatten()[batch.fed], batch.fed_branch)  # (B, F, d)
+        hidden = torch.cat([hidden, after], 1)  # (B, T + F, d)
+    hidden = hidden.flatten(0, 1)  # (B (T + F), d)
+    logits = model.logits(hidden[batch.at[batch.targets]], prefill)  # (M, V + 2 + N), of M tokens
     wanted = answers[batch.targets]  # (M,)
     token_accuracy = (logits.argmax(-1) == wanted).float().mean()
     return GroundingOutput(F.cross_entropy(logits, wanted), recognition, parts, token_accuracy)
 
 
 def named(answers: Tensor, queries: Tensor, first: int) -> Tensor:
-    """(B, A) answers in which <di> is object i -> answers in which <dj> is its query j = queries[i], queries (B, K)."""
+    """(E, A) answers in which <di> is object i -> answers in which <dj> is its query j = queries[i], queries (E, K)."""
     if not queries.shape[1]:
         return answers
-    pointing = answers >= first  # (B, A)
-    places = (answers - first).clamp(0, queries.shape[1] - 1)  # (B, A)
-    return torch.where(pointing, first + queries.gather(1, places), answers)  # (B, A)
+    pointing = answers >= first  # (E, A)
+    places = (answers - first).clamp(0, queries.shape[1] - 1)  # (E, A)
+    return torch.where(pointing, first + queries.gather(1, places), answers)  # (E, A)

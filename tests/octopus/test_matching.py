@@ -105,12 +105,12 @@ def test_every_layer_is_judged():
 def test_boxes_lie_in_the_image_and_start_from_the_queries_points(grid):
     torch.manual_seed(0)
     recognizer = Recognizer(8, 6, grid, 5, decoder_width=16, layers=2, heads=2)
-    found = recognizer(torch.randn(2, 5, 8), torch.randn(2, grid[0] * grid[1], 6))
+    found = recognizer(torch.randn(2, 5, 8), torch.randn(2, grid[0] * grid[1], 6), torch.arange(2))
     assert found.boxes.shape == (2, 2, 5, 4) and found.logits.shape == (2, 2, 5) and found.relay.shape == (2, 5, 8)
     assert ((found.boxes > 0) & (found.boxes < 1)).all() and ((found.corners >= 0) & (found.corners <= 1)).all()
     torch.nn.init.zeros_(recognizer.box[-2].weight)
     torch.nn.init.zeros_(recognizer.box[-2].bias)
-    at = recognizer(torch.randn(2, 5, 8), torch.randn(2, grid[0] * grid[1], 6)).boxes[-1][..., :2]
+    at = recognizer(torch.randn(2, 5, 8), torch.randn(2, grid[0] * grid[1], 6), torch.arange(2)).boxes[-1][..., :2]
     torch.testing.assert_close(at, recognizer.points.sigmoid().expand(2, -1, -1))
 
 
@@ -123,7 +123,7 @@ def test_score_and_box_are_functions_of_the_relayed_state():
     """A linear probe on what is relayed gives the score exactly, and the decoder's output, from which the box is made."""
     torch.manual_seed(0)
     recognizer = Recognizer(32, 6, (3, 5), 5, decoder_width=16, layers=2, heads=2)
-    found = recognizer(torch.randn(7, 5, 32), torch.randn(7, 15, 6))
+    found = recognizer(torch.randn(7, 5, 32), torch.randn(3, 15, 6), torch.tensor([0, 0, 1, 1, 1, 2, 2]))
     read = (found.relay - recognizer.leave.bias) @ torch.linalg.pinv(recognizer.leave.weight).T  # (B, N, d) -> (B, N, c)
     torch.testing.assert_close(recognizer.score(read).squeeze(-1), found.logits[-1], atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(recognizer._boxes(read), found.boxes[-1], atol=1e-4, rtol=1e-4)

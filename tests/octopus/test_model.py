@@ -10,7 +10,7 @@ from torch.nn.functional import pad
 from fromage.errors import UserError
 from fromage.models.prompts import embed_prompts, pad_left, prompt_ids
 from fromage.octopus.decoding import ground
-from fromage.octopus.model import Octopus, positions, visible
+from fromage.octopus.model import Octopus, alone, among, positions, seen
 
 ASKED = ["where is the red star?", "where are the rings by the small blue moon?", "star"]
 
@@ -23,17 +23,17 @@ def embedded(model, asked=ASKED):
 
 def read(model, asked=ASKED):
     prompts, patches = embedded(model, asked)
-    return model.read(prompts.ids, prompts.mask, prompts.embeds, patches)
+    return model.read(prompts.ids, alone(prompts.mask), prompts.embeds, patches)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_batch_reads_as_single_prompts_do(family):
     model = build(family)
     prompts, patches = embedded(model)
-    together = model.read(prompts.ids, prompts.mask, prompts.embeds, patches)
+    together = model.read(prompts.ids, alone(prompts.mask), prompts.embeds, patches)
     for row, length in enumerate(prompts.mask.sum(1)):
-        alone = [x[row : row + 1, -length:] for x in (prompts.ids, prompts.mask, prompts.embeds)]
-        single = model.read(*alone, patches[row : row + 1])
+        ids, mask, embeds = (x[row : row + 1, -length:] for x in (prompts.ids, prompts.mask, prompts.embeds))
+        single = model.read(ids, alone(mask), embeds, patches[row : row + 1])
         for name in ("boxes", "logits"):
             torch.testing.assert_close(getattr(together.found, name)[:, row], getattr(single.found, name)[:, 0])
         torch.testing.assert_close(together.hidden[row], single.hidden[0], rtol=1e-4, atol=1e-4)
@@ -44,29 +44,52 @@ def test_answers_behind_a_reading_are_those_of_one_pass_over_all(family):
     model = build(family)
     prompts, patches = embedded(model)
     answers = torch.tensor([[5, 9, model.tokenizer.row_ids[1]], [model.tokenizer.row_ids[0], 7, 8], [3, 4, 5]])
-    prefill = model.read(prompts.ids, prompts.mask, prompts.embeds, patches)
+    prefill = model.read(prompts.ids, alone(prompts.mask), prompts.embeds, patches)
     first, rest = prefill.hidden, model.extend(prefill, answers)
     ids, mask = torch.cat([prompts.ids, answers], 1), pad(prompts.mask, (0, 3), value=True)
     embeds = torch.cat([prompts.embeds, model.embed(answers)], 1)
     places = model.is_query(ids)
+    sees = seen(alone(mask), alone(mask))
+    visible = (sees | among(places, model.num_queries)).unsqueeze(1)
     with model._recognising(places, patches):
         whole = model.lm.hf.base_model(
-            inputs_embeds=embeds, attention_mask=visible(mask, places), position_ids=positions(mask), use_cache=False
+            inputs_embeds=embeds, attention_mask=visible, position_ids=positions(sees), use_cache=False
         ).last_hidden_state
     torch.testing.assert_close(torch.cat([first.unsqueeze(1), rest], 1), whole[:, -4:], rtol=1e-4, atol=1e-4)
 
 
 def test_queries_see_each_other_both_ways_and_nothing_sees_what_comes_later():
-    mask = torch.tensor([[False, True, True, True, True, True]])
+    branch = alone(torch.tensor([[False, True, True, True, True, True]]))
     places = torch.tensor([[False, False, False, True, True, False]])
-    sees = visible(mask, places)[0, 0].int().tolist()
-    assert sees == [
+    sees = seen(branch, branch)
+    assert (sees | among(places, 2))[0].int().tolist() == [
         [1, 0, 0, 0, 0, 0],  # padding: itself
         [0, 1, 0, 0, 0, 0],
         [0, 1, 1, 0, 0, 0],
         [0, 1, 1, 1, 1, 0],  # queries
         [0, 1, 1, 1, 1, 0],
         [0, 1, 1, 1, 1, 1],
+    ]
+    assert positions(sees).tolist() == [[0, 0, 1, 2, 3, 4]]
+
+
+def test_a_branch_sees_the_shared_part_and_itself():
+    branch = torch.tensor([[-1, 0, 0, 1, 1, 2, 2]])
+    places = torch.tensor([[False, False, False, True, True, True, True]])
+    sees = seen(branch, branch)
+    assert (sees | among(places, 2))[0].int().tolist() == [
+        [1, 0, 0, 0, 0, 0, 0],
+        [0, 1, 0, 0, 0, 0, 0],
+        [0, 1, 1, 0, 0, 0, 0],
+        [0, 1, 1, 1, 1, 0, 0],  # two queries of the first branch
+        [0, 1, 1, 1, 1, 0, 0],
+        [0, 1, 1, 0, 0, 1, 1],  # and of the second
+        [0, 1, 1, 0, 0, 1, 1],
+    ]
+    assert positions(sees).tolist() == [[0, 0, 1, 2, 3, 2, 3]]
+    assert seen(torch.tensor([[2, 1]]), torch.tensor([[-1, 0, 1, 2, 2, 1]]))[0].int().tolist() == [
+        [0, 1, 0, 1, 1, 0],
+        [0, 1, 1, 0, 0, 1],
     ]
 
 
@@ -79,7 +102,7 @@ def test_the_queries_hidden_states_depend_on_the_last_one_and_the_words_do_not()
     handle = block.register_forward_hook(
         lambda *call: seen.update(hidden=call[2][0] if isinstance(call[2], tuple) else call[2])
     )
-    model.read(prompts.ids, prompts.mask, prompts.embeds, patches)
+    model.read(prompts.ids, alone(prompts.mask), prompts.embeds, patches)
     handle.remove()
     at = model.is_query(prompts.ids)[0].nonzero().flatten().tolist()
     hidden = seen["hidden"].view(1, prompts.ids.shape[1], -1)
@@ -103,7 +126,7 @@ def test_what_is_recognised_depends_on_instruction_and_image():
     boxes = read(model, ["where is the red star?", "where is the blue star?"]).found.boxes[-1]
     assert not torch.allclose(boxes[0], boxes[1])
     same = embed_prompts(model, [model.prompt(torch.ones(4, 20), "star")] * 2)
-    boxes = model.read(same.ids, same.mask, same.embeds, torch.stack([torch.ones(4, 20), torch.randn(4, 20)])).found.boxes[
+    boxes = model.read(same.ids, alone(same.mask), same.embeds, torch.stack([torch.ones(4, 20), torch.randn(4, 20)])).found.boxes[
         -1
     ]
     assert not torch.allclose(boxes[0], boxes[1])
@@ -114,7 +137,7 @@ def test_an_index_token_is_a_word_like_any_other(dtype):
     model = build("llama")
     model.lm.hf.to(dtype)
     prompts, patches = embedded(model)
-    prefill = model.read(prompts.ids, prompts.mask, prompts.embeds, patches.to(dtype))
+    prefill = model.read(prompts.ids, alone(prompts.mask), prompts.embeds, patches.to(dtype))
     logits = model.logits(prefill.hidden.unsqueeze(1), prefill)[:, 0]  # (B, V + 2 + N)
     rows = model.index_tokens.output.to(dtype)  # (N, d)
     want = (prefill.hidden @ rows.T).float()

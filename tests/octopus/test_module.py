@@ -126,13 +126,12 @@ def test_in_the_place_of_an_image_that_cannot_be_decoded_stands_the_next(folder,
     broken.write_bytes(b"no image")
     whole = str(min(folder.glob("*.png")))
     examples = [Example(name, path, "star", ("yes",), ()) for name, path in (("bad", str(broken)), ("good", whole))]
+    rows = [[[example]] for example in examples]
     transform = load_patches("toy").transform
-    assert [GroundingDataset(examples, transform, None, max_lost=0.5)[i][0].key for i in (0, 1)] == [
-        "good",
-        "good",
-    ] and "bad" in caplog.text
+    dataset = GroundingDataset(rows, transform, None, max_lost=0.5)
+    assert [dataset[i][0] for i in (0, 1)] == [rows[1], rows[1]] and "bad" in caplog.text
     with pytest.raises(UserError, match=r"1 of 1 images cannot be had.*broken\.jpg \(broken\)"):
-        GroundingDataset(examples[:1], transform, None)[0]
+        GroundingDataset(rows[:1], transform, None)[0]
 
 
 def test_boxes_to_point_at_are_refused_where_nothing_is_asked_yet(trained, world):
@@ -272,10 +271,11 @@ def test_images_that_cannot_be_decoded_are_counted_and_too_many_refused(folder, 
         (tmp_path / f"{number}.jpg").write_bytes(b"broken")
     listed = [Example(f"good{i}", whole[i % len(whole)], "star", ("yes",), ()) for i in range(30)]
     listed += [Example(f"bad{i}", str(tmp_path / f"{i % 3}.jpg"), "star", ("yes",), ()) for i in range(6)]
+    listed = [[[example]] for example in listed]
     transform = load_patches("toy").transform
     some = GroundingDataset(listed, transform, None, max_lost=0.5)
     for _ in range(3):
-        assert all(some[i][0].key.startswith("good") for i in range(len(listed)))
+        assert all(some[i][0][0][0].key.startswith("good") for i in range(len(listed)))
     assert (some.broken.good, some.broken.bad) == (len(whole), 3) and caplog.text.count("skipped") == 3
     for workers in (0, 2):
         loader = PlainErrors(

@@ -1,0 +1,109 @@
+"""The training step: prompts that share their image give the losses and gradients of prompts on their own."""
+
+import pytest
+import torch
+from tiny_octopus import FAMILIES, build
+
+from fromage.octopus.data import Collate
+from fromage.octopus.examples import Example, conversations, rows_of
+from fromage.octopus.step import octopus_step
+
+BOXES = ((0.1, 0.1, 0.4, 0.5), (0.5, 0.2, 0.9, 0.6), (0.2, 0.6, 0.5, 0.9))
+
+
+def example(key, answer, asked="where is the star?", image="a.jpg", dialogue=""):
+    return Example(key, image, asked, answer, BOXES, dialogue)
+
+
+ALONE = [
+    example("1", (0,)),
+    example("2", ("a star ", 1, " and a ring ", 2), "describe the image"),
+    example("3", ("no",), "is there a moon?"),
+    example("4", (2,), image="b.jpg"),
+    example("5", ("two",), "how many are there?", "b.jpg"),
+]
+TALK = [
+    example("1", ("a red star",), "what is there?", dialogue="x"),
+    example("2", ("two of them",), "how many rings are there?", dialogue="x"),
+    example("3", (1, 2), "where are they?", dialogue="x"),
+]
+
+
+def patches(rows):
+    return [torch.randn(4, 20, generator=torch.Generator().manual_seed(len(row[0][0].image))) for row in rows]
+
+
+def step(model, rows, ask=True):
+    """Losses, and gradients of all parameters."""
+    model.lm.hf.requires_grad_(True)
+    model.zero_grad()
+    batch = Collate(model, stored=True, ask=ask)(list(zip(rows, patches(rows), strict=True)))
+    out = octopus_step(model, batch)
+    out.loss.backward()
+    grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return batch, out, grads
+
+
+def test_conversations_keep_their_turns_together_and_end_behind_an_answer_with_boxes():
+    more = example("4", ("yes",), "are they red?", dialogue="x")
+    other = example("5", ("no",), "are they red?", image="b.jpg", dialogue="x")
+    found = [[turn.key for turn in turns] for turns in conversations([*ALONE[:2], *TALK, more, other])]
+    assert found == [["1"], ["2"], ["1", "2", "3"], ["4"], ["5"]]
+    assert list(conversations([])) == []
+
+
+def test_rows_hold_conversations_about_one_image_each_once():
+    examples = [example(str(number), (0,), image=f"{number % 3}.jpg") for number in range(20)]
+    rows = rows_of(examples, 4, 0)
+    assert sorted(turn.key for row in rows for turns in row for turn in turns) == sorted(e.key for e in examples)
+    assert all(len({turn.image for turns in row for turn in turns}) == 1 for row in rows)
+    assert sorted(map(len, rows)) == [3, 3, 3, 3, 4, 4]
+    assert rows == rows_of(examples, 4, 0) != rows_of(examples, 4, 1)
+    assert [len(row) for row in rows_of(examples, 1, 0)] == [1] * 20
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("ask", [True, False])
+def test_examples_that_share_their_image_have_the_gradients_of_examples_on_their_own(family, ask):
+    model = build(family)
+    examples = ALONE if ask else [one for one in ALONE if not one.meant]
+    together = rows_of(examples, 8, 0)
+    alone = [[turns] for row in together for turns in row]
+    (batch, out, grads), (_, one_by_one, wanted) = step(model, together, ask), step(model, alone, ask)
+    assert len(batch.ids) == 2 and batch.keys == [turns[0].key for row in together for turns in row]
+    torch.testing.assert_close(out.answer_loss, one_by_one.answer_loss, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(out.set_loss, one_by_one.set_loss, rtol=1e-5, atol=1e-6)
+    assert (out.set_loss > 0) == ask
+    assert grads.keys() == wanted.keys()
+    largest = max(grad.abs().max() for grad in wanted.values())
+    for name, grad in grads.items():
+        assert (grad - wanted[name]).abs().max() < 1e-4 * largest, name
+
+
+def test_a_turn_sees_those_before_it_and_each_answer_has_its_loss():
+    model = build()
+    batch, out, _ = step(model, [[TALK]])
+    assert batch.keys == ["1", "2", "3"]
+    # the same turns, each as the last of its conversation
+    counts, losses = [], []
+    for turn in range(3):
+        part, alone, _ = step(model, [[TALK[: turn + 1]]])
+        counts.append(int(part.targets.sum()))
+        losses.append(float(alone.answer_loss) * counts[-1])
+    assert counts[0] < counts[1] < counts[2] == int(batch.targets.sum())
+    first = [step(model, [[[turn]]])[1].answer_loss for turn in TALK]
+    own = counts[0], counts[1] - counts[0]
+    assert abs(losses[0] - float(first[0]) * own[0]) < 1e-3  # nothing stands before the first
+    assert abs(losses[1] - losses[0] - float(first[1]) * own[1]) > 1e-2  # the second reads the first
+    assert abs(float(out.answer_loss) * counts[2] - losses[2]) < 1e-3
+
+
+def test_an_earlier_turn_does_not_depend_on_later_ones():
+    model = build("llama")
+    early, late = (step(model, [[turns]])[0] for turns in (TALK[:2], [TALK[0], example("9", ("no",), "why?", dialogue="x")]))
+    hidden = []
+    for batch in (early, late):
+        prefill = model.read(batch.ids, batch.branch, model.embed(batch.ids, model.prefix(batch.patches)), batch.patches)
+        hidden.append(prefill.states.flatten(0, 1)[batch.at[0][batch.targets[0]]])
+        assert len(prefill.found.boxes[-1]) == 2  # queries of each turn
+    torch.testing.assert_close(*hidden, rtol=1e-4, atol=1e-4)
