@@ -283,7 +283,7 @@ def test_what_is_wrong_is_one_line(checkpoints, verbs, tmp_path, capsys):
         ("refcoco", [*refs, "--split", "val", "all", "--ckpt", ckpt], "all"),
         ("refcoco", [*refs, "--question", "where?", "--ckpt", ckpt], "must hold {} once"),
         ("refcoco", [tmp_path / "no.p", *refs[1:], "--ckpt", tmp_path / "no.ckpt"], "no.p: no such file"),
-        ("refcoco", [*refs, "--ckpt", tmp_path / "fromage"], "no such file"),
+        ("refcoco", [*refs, "--ckpt", tmp_path / "fromage"], "is of FROMAGe, and not of Octopus"),
         ("refcoco", [*refs, "--ckpt", ckpt, "--device", "cuda:99"], "device cuda:99"),
         ("pope", [refs[0], *verbs["pope"][1:], "--ckpt", ckpt], "save it as UTF-8"),
         ("instructions", [refs[2], *verbs["instructions"][1:], "--ckpt", ckpt], "is boxes of COCO"),

@@ -18,7 +18,7 @@ from fromage.octopus.data import GroundingDataset
 from fromage.octopus.decoding import ground
 from fromage.octopus.examples import Example
 from fromage.octopus.lora import add_lora
-from fromage.octopus.module import RENAMED
+from fromage.octopus.checkpoint import RENAMED
 from fromage.training.checkpoint_io import SafeCheckpoint
 from fromage.training.configs import config_folder, find_config
 
