@@ -225,3 +225,28 @@ def instructions(file: Path, *, padded: bool = False, run: OctopusRun) -> Result
 
     data = Instructions(str(file), str(run.images), padded, run.limit)
     return run.point(lambda model, _, options: evaluate(model, data, options), [data])
+
+
+def answers(
+    questions: Path, *, answers_file: Path, annotations: Path | None = None, model_id: str | None = None,
+    max_new_tokens: int = 128, overwrite: bool = False, run: ImageRun,
+) -> Result:  # fmt: skip
+    """Octopus or FROMAGe: answers to questions about images, in a file for the official scorers of VQAv2, GQA and others.
+
+    A run that was killed goes on where it stopped; --overwrite replaces a finished file, and begins another run's anew.
+
+    Args:
+        questions: lines of JSON {question_id, image, text} as in LLaVA's evaluations, or ScienceQA's JSON
+        answers_file: lines of JSON {question_id, prompt, text, answer_id, model_id, metadata}, as LLaVA writes them
+        annotations: v2_mscoco_val2014_annotations.json or another of VQA's form, for VQA accuracy
+        model_id: name of the model in the answers file (default: its kind and fingerprint)
+    """
+    from fromage.cli.models import load_any
+    from fromage.evals.answers import evaluate
+    from fromage.evals.questions import read_questions
+    from fromage.evals.vqa import read_vqa
+
+    data = read_questions(questions, run.images, run.limit)
+    said = read_vqa(annotations) if annotations else None
+    model = load_any(run.ckpt, run.device)
+    return run.told(evaluate(model, data, answers_file, run.options(), max_new_tokens, said, model_id, overwrite))

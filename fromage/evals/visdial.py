@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fromage.evals.answers import ScoreStore, identity
+from fromage.evals.scores import ScoreStore, identity
 from fromage.evals.base import RetrievalRun, Retriever
 from fromage.evals.dialogues import Dialogue, Dialogues, spoken
 from fromage.evals.report import Figures, Report, System

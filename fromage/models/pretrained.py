@@ -99,8 +99,9 @@ def build(cls: type[Any], saved: Saved, device: str = "cpu", **options: Any) -> 
     are not of their type.
     """
     if saved.format != cls.kind:
-        names = LAYOUTS[saved.format].name, LAYOUTS[cls.kind].name
-        raise UserError("{}: is of {}, and not of {}; give one of the latter".format(saved.source, *names))
+        is_of, wanted = LAYOUTS[saved.format].name, LAYOUTS[cls.kind].name
+        remedy = f"give a checkpoint of {wanted}, or a folder that `fromage export` made of one"
+        raise UserError(f"{saved.source}: is of {is_of}, and not of {wanted}; {remedy}")
     saved = cls.present(saved)
     options = {name: value for name, value in options.items() if value is not None}
     dtype = str(options.get("dtype", saved.settings.get("dtype", "float32"))).removeprefix("torch.")

@@ -144,7 +144,7 @@ def test_what_is_wrong_is_one_line(ckpt, photo, tmp_path, capsys):
         ([photo, "  ", "--ckpt", ckpt], "nothing is asked"),
         ([photo, "a star", "--ckpt", ckpt, "--question", "where"], "must hold {} once"),
         ([photo, "a star", "--ckpt", str(tmp_path / "no.ckpt")], "no.ckpt: no such file"),
-        ([photo, "a star", "--ckpt", str(tmp_path / "fromage.ckpt")], "not a checkpoint of Octopus"),
+        ([photo, "a star", "--ckpt", str(tmp_path / "fromage.ckpt")], "is of FROMAGe, and not of Octopus"),
         ([photo, "star " * 600, "--ckpt", ckpt], "512 of the language model; shorten it"),
         ([photo, "a star", "--ckpt", ckpt, "--png", str(tmp_path)], "ends in .png"),
     ):
