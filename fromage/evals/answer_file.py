@@ -66,7 +66,7 @@ class AnswerFile:
             return 0  # killed at its first line
         good = len(first)
         for line in lines:
-            record = _parsed(line) if line.endswith(b"\n") else None
+            record: Any = _parsed(line) if line.endswith(b"\n") else None
             if problem(record, RECORD):
                 break
             self.answered[record["question_id"]] = record

@@ -28,6 +28,7 @@ from fromage.generation.decoding import Decoding
 from fromage.generation.generate import generate
 from fromage.models.fromage import Fromage
 from fromage.models.pretrained import Pretrained
+from fromage.models.prompts import Part
 from fromage.octopus.decoding import MAX_NEW_TOKENS, ground
 from fromage.octopus.model import Octopus
 from fromage.retrieval.encode import Options
@@ -55,7 +56,7 @@ def _(model: Octopus, asked: Asked, max_new_tokens: int) -> list[str]:
 
 @answer.register
 def _(model: Fromage, asked: Asked, max_new_tokens: int) -> list[str]:
-    prompts = [[*([] if image is None else [image]), FROMAGE_PROMPT.format(text)] for image, text in asked]
+    prompts: list[list[Part]] = [[*([] if image is None else [image]), FROMAGE_PROMPT.format(text)] for image, text in asked]
     found = generate(model, prompts, Decoding(max_new_tokens, stop=("\n",), max_images=0), batch_size=len(asked))
     return [each.text for each in found]
 
@@ -89,8 +90,8 @@ def evaluate(
         start = perf_counter()
         for numbers, images in tqdm(stream, "answering", len(stream.batches), unit="batch", leave=False):
             asked = [(image, todo[i].asked) for i, image in zip(numbers, images, strict=True)]
-            texts = answer(model, asked, max_new_tokens) if asked else []
-            file.add([_record(todo[i], text, name) for i, text in zip(numbers, texts, strict=True)])
+            said = answer(model, asked, max_new_tokens) if asked else []
+            file.add([_record(todo[i], text, name) for i, text in zip(numbers, said, strict=True)])
         seconds = perf_counter() - start
         file.finish(question.key for question in data.questions)
     texts = {key: record["text"] for key, record in file.answered.items()}

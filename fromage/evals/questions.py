@@ -1,6 +1,6 @@
 """Questions about images in LLaVA's files for its evaluations: VQAv2, OK-VQA, GQA, VizWiz, ScienceQA and others.
 
-Lines of JSON {question_id, image, text}; or ScienceQA's JSON list of {id, image, conversations}, of which the first turn asks.
+Lines of JSON {question_id, image, text}; or ScienceQA's JSON list of {id, image, conversations}, where the first turn asks.
 Both may lack the image.
 """
 
@@ -44,7 +44,7 @@ class Questions:
 
 
 def read_questions(file: Path, images: Path, limit: int | None = None) -> Questions:
-    """The first `limit` questions of a file. Raises UserError for a file of another format, and for an id that is there twice."""
+    """The first `limit` questions of a file. Raises UserError for another format, and for an id that is there twice."""
     text = read_text(file, WANTED)
     odd: list[str] = []
     entries = _entries(file, text, odd)
@@ -64,14 +64,7 @@ def read_questions(file: Path, images: Path, limit: int | None = None) -> Questi
 
 def _entries(file: Path, text: str, odd: list[str]) -> Iterator[dict[str, Any]]:
     """Entries that are as they ought to be; what is odd about the others is added to `odd`."""
-    if text.lstrip().startswith("["):
-        listed = parse_json(text, file, WANTED)
-        rows = ((f"[{number}]", entry) for number, entry in enumerate(listed))
-    else:
-        lines = ((number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip())
-        rows = ((f"line {number}", _parsed(line)) for number, line in lines)
-    for where, entry in rows:
-        wrong = entry if isinstance(entry, str) else problem(entry, LINE if where.startswith("line") else ENTRY)
+    for where, entry, wrong in _listed(file, text) if text.lstrip().startswith("[") else _lines(text):
         if not wrong and not _question(entry, Path()).asked:
             wrong = " asks nothing"
         if wrong:
@@ -80,12 +73,22 @@ def _entries(file: Path, text: str, odd: list[str]) -> Iterator[dict[str, Any]]:
             yield entry
 
 
-def _parsed(line: str) -> Any:
-    """What a line holds; what is wrong with one that is no JSON, as text."""
-    try:
-        return parse_json(line, "", "")
-    except UserError as error:
-        return " " + str(error).strip(": ").partition(";")[0]
+def _listed(file: Path, text: str) -> Iterator[tuple[str, Any, str]]:
+    """Where an entry stands, the entry, and what is odd about it, of a JSON list."""
+    for number, entry in enumerate(parse_json(text, file, WANTED)):
+        yield f"entry [{number}]", entry, problem(entry, ENTRY)
+
+
+def _lines(text: str) -> Iterator[tuple[str, Any, str]]:
+    """The same of lines of JSON."""
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            try:
+                entry = parse_json(line, "", "")
+            except UserError as error:
+                yield f"line {number}", None, " " + str(error).strip(": ").partition(";")[0]
+            else:
+                yield f"line {number}", entry, problem(entry, LINE)
 
 
 def _question(entry: dict[str, Any], images: Path) -> Question:

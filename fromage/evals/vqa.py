@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from fromage.data.annotations import ID, TEXT, Kind, Wanted, fitting
+from fromage.data.annotations import ID, TEXT, Wanted, fitting, optional
 from fromage.errors import UserError
 from fromage.io import read_json
 
@@ -24,20 +24,16 @@ ARTICLES = {"a", "an", "the"}
 NUMBERS = {"none": "0", "zero": "0", "one": "1", "two": "2", "three": "3", "four": "4", "five": "5", "six": "6"}
 NUMBERS |= {"seven": "7", "eight": "8", "nine": "9", "ten": "10"}
 SPELLED = """
-ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've he's how'd
-how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've needn't not've o'clock oughtn't
-'ow's'at shan't she'd've should've shouldn't shouldn't've somebody'd somebody'd've somebody'll somebody's someone'd someone'd've
-someone'll someone's something'd something'd've something'll that's there'd there'd've there're there's they'd they'd've they'll
-they're they've 'twas wasn't we'd've we've weren't what'll what're what's what've when's where'd where's where've who'd who'd've
-who'll who's who've why'll why're why's won't would've wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll
-you're you've"""
+ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've
+he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've needn't not've
+o'clock oughtn't 'ow's'at shan't she'd've should've shouldn't shouldn't've somebody'd somebody'd've somebody'll
+somebody's someone'd someone'd've someone'll someone's something'd something'd've something'll that's there'd
+there'd've there're there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll
+what're what's what've when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't
+would've wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've
+"""
 CONTRACTIONS = {word.replace("'", ""): word for word in SPELLED.split()}  # without apostrophes -> as it is written
-ANSWERS = Kind("a list of answers", lambda value: isinstance(value, list) and bool(value))
-ANNOTATION: Wanted = {
-    "question_id": ID,
-    "answers": ANSWERS,
-    "answer_type": Kind("a text", lambda v: v is None or TEXT.fits(v)),
-}
+SAID: Wanted = {"question_id": ID, "answers": [{"answer": TEXT}], "answer_type": optional(TEXT)}
 FILE = "v2_mscoco_val2014_annotations.json, or another of VQA's form"
 
 
@@ -53,10 +49,12 @@ def read_vqa(path: Path) -> dict[int | str, Annotated]:
     content = read_json(path, FILE)
     if not isinstance(content, dict) or "annotations" not in content:
         raise UserError(f"{path}: has no annotations; name {FILE}")
-    good = fitting(path, "annotations", content["annotations"], ANNOTATION)
-    said = {note["question_id"]: fitting(path, "answers", note["answers"], {"answer": TEXT}) for note in good}
-    kinds = {note["question_id"]: note.get("answer_type") or "" for note in good}
-    return {key: Annotated([each["answer"] for each in answers], kinds[key]) for key, answers in said.items()}
+    notes = fitting(path, "annotations", content["annotations"], SAID)
+    return {
+        note["question_id"]: Annotated([each["answer"] for each in note["answers"]], note.get("answer_type") or "")
+        for note in notes
+        if note["answers"]
+    }
 
 
 def accuracy(answer: str, said: Sequence[str]) -> float:

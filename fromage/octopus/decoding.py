@@ -37,7 +37,8 @@ def ground(
     """Greedy answers to (image, instruction) pairs.
 
     An image can be given as its patch features (P, m); without one (None), nothing is looked for. Prompts are read once;
-    answers continue from the cached keys and values. Raises UserError for prompts that are too long and for images that cannot be opened or fetched.
+    answers continue from the cached keys and values. Raises UserError for prompts that are too long and for images that
+    cannot be opened or fetched.
     """
     check_whole("batch_size", batch_size, 1)
     check_whole("max_new_tokens", max_new_tokens, 1)

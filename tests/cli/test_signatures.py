@@ -64,6 +64,7 @@ LINES = {  # command line: what it says of some options, defaults among them
     "eval refcoco r --instances n --ckpt c --images i --match x": {"match": "x", "split": ["val"]},
     "eval refcoco r --instances n --ckpt c --images i --split val testA": {"split": ["val", "testA"], "features": None},
     "eval pope f g --ckpt c --images i": {"files": [Path("f"), Path("g")], "workers": 0},
+    "eval answers q --answers-file o.jsonl --ckpt c --images i": {"answers_file": Path("o.jsonl"), "max_new_tokens": 128},
     "eval instructions f --ckpt c --images i --padded": {"padded": True},
     "chat -k 3": {"images_per_ret": 3},
     "chat --ret_bias -3 --max-new-tokens 8 --stop . --stop x": {"ret_bias": -3.0, "max_new_tokens": 8, "stop": [".", "x"]},
