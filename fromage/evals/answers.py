@@ -102,7 +102,7 @@ def evaluate(
     if len(todo) > lost:
         figures["all"]["seconds"] = seconds / (len(todo) - lost)
     figures |= _accuracies(figures["all"], texts, annotations or {})
-    sizes = {"questions": len(data.questions), "answers": len(texts), "answered before": len(data.questions) - len(todo)}
+    sizes = {"questions": len(data.questions), "answers": len(texts), "answered_before": len(data.questions) - len(todo)}
     sizes |= {"images": len(stream.images)} | ({"annotated": len(known)} if annotations is not None else {})
     protocol = {**PROTOCOL, "answers": PROTOCOL["answers"].format(length=max_new_tokens)}
     protocol["seconds"] = SECONDS.format(device=model.device, batch_size=options.batch_size)

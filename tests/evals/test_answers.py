@@ -101,7 +101,7 @@ def test_a_killed_run_goes_on_and_no_half_line_counts(octopus, data, dying, half
     rest = dying(-1)
     rest.clear()
     report = evaluate(octopus, data, out, Options(3), 4)
-    assert sum(map(len, rest)) == 4 and report["answered before"] == 6 and report["answers"] == 10
+    assert sum(map(len, rest)) == 4 and report["answered_before"] == 6 and report["answers"] == 10
     assert out.read_bytes() == whole.read_bytes()
 
 
