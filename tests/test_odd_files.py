@@ -9,6 +9,8 @@ import re
 import struct
 import tarfile
 import warnings
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +30,15 @@ from fromage.evals.questions import read_questions
 from fromage.evals.vist import read_stories
 from fromage.evals.vqa import read_vqa
 from fromage.images.open import open_image
-from fromage.octopus.sources import Flickr30kEntities, Instructions, Pope, RefCOCO
+from fromage.octopus.sources import (
+    CocoObjects,
+    Flickr30kEntities,
+    Flickr30kSpotting,
+    Instructions,
+    Pope,
+    RefCOCO,
+    VisualGenome,
+)
 
 PYTHON = re.compile(  # what no message may hold
     r"Traceback|\b\w+Error\b|Errno|NoneType|<class|not subscriptable|unpack|codec can't|Expecting|embedded null"
@@ -72,13 +82,21 @@ def places(world, tmp_path_factory):
     dense = talks / "visdial_1.0_val_dense_annotations.json"
     captions = world / "coco" / "annotations" / "captions_val2017.json"
 
-    def entities(path):
+    def entities(path, kind=Flickr30kEntities):
         folder = out / f"entities{os.urandom(4).hex()}"
         folder.mkdir()
         for name in ("Sentences", "Annotations"):
             (folder / name).symlink_to(world / "flickr30k_entities" / name)
         (folder / "val.txt").symlink_to(path)
-        return list(Flickr30kEntities(str(folder), str(images), "val"))
+        return list(kind(str(folder), str(images), "val"))
+
+    for name, number in (("image_data", "image_id"), ("region_descriptions", "id"), ("objects", "image_id")):
+        few = json.loads((world / "visual_genome" / f"{name}.json").read_text())
+        many = [entry | {number: entry[number] + 10 * n} for n in range(10) for entry in few]
+        (out / f"{name}.json").write_text(json.dumps(many))
+
+    def regions(path, sizes=out / "image_data.json"):
+        return list(VisualGenome(str(path), str(sizes), str(world / "visual_genome")))
 
     def packed(pack):
         return lambda path: pack(path, out / os.urandom(4).hex(), images)
@@ -99,13 +117,18 @@ def places(world, tmp_path_factory):
             refs / "instances.json",
             lambda path: list(RefCOCO(str(refs / "refs(unc).p"), str(path), str(images), "val")),
         ),
+        "detect": (refs / "instances.json", lambda path: list(CocoObjects(str(path), str(images)))),
+        "regions": (out / "region_descriptions.json", regions),
+        "objects": (out / "objects.json", regions),
+        "sizes": (out / "image_data.json", lambda path: regions(out / "objects.json", path)),
         "refs": (
             refs / "refs(unc).p",
             lambda path: list(RefCOCO(str(path), str(refs / "instances.json"), str(images), "val")),
         ),
         "llava": (world / "llava" / "instruct_val.json", lambda path: list(Instructions(str(path), str(world)))),
-        "pope": (world / "pope" / "val.json", lambda path: list(Pope(str(path), str(images)))),
+        "pope": (world / "attributes" / "val.json", lambda path: list(Pope(str(path), str(images)))),
         "entities": (world / "flickr30k_entities" / "val.txt", entities),
+        "spotting": (world / "flickr30k_entities" / "val.txt", lambda path: entities(path, Flickr30kSpotting)),
         "questions": (out / "questions.jsonl", lambda path: read_questions(path, images)),
         "science": (out / "science.json", lambda path: read_questions(path, images)),
         "vqa": (out / "vqa.json", read_vqa),
@@ -125,15 +148,20 @@ FORMATS = (
     "visdial",
     "ratings",
     "instances",
+    "detect",
+    "regions",
+    "objects",
+    "sizes",
     "refs",
     "llava",
     "pope",
     "entities",
+    "spotting",
     "questions",
     "science",
     "vqa",
 )
-JSON = [name for name in FORMATS if name not in ("tsv", "jsonl", "refs", "pope", "entities", "questions")]
+JSON = [name for name in FORMATS if name not in ("tsv", "jsonl", "refs", "pope", "entities", "spotting", "questions")]
 WHOLE = {  # of a file as a whole: bytes -> bytes
     "empty": lambda data: b"",
     "white space": lambda data: b" \n\n ",
@@ -181,7 +209,7 @@ def test_files_that_are_odd_as_a_whole(places, tmp_path, format):
         said = told(lambda path=path: read(path))
         assert said or name in FINE or change(data) == data or (format, name) in ALSO_FINE, name
     for odd in (tmp_path, tmp_path / "gone.json", Path("a\0b.json"), Path("/proc/self/mem"), tmp_path / ("long" * 100)):
-        assert format == "entities" or told(lambda odd=odd: read(odd))
+        assert format in ("entities", "spotting") or told(lambda odd=odd: read(odd))
 
 
 @pytest.mark.parametrize("format", [name for name in FORMATS if name != "refs"])
@@ -268,13 +296,17 @@ def test_fields_of_another_type(places, tmp_path, format):
         ("flickr30k", ("images",)),
         ("vist", ("annotations",)),
         ("instances", ("annotations",)),
+        ("detect", ("annotations",)),
+        ("regions", (0, "regions")),
+        ("objects", (0, "objects")),
+        ("sizes", ()),
     ],
 )
 def test_the_very_first_entry_may_be_odd(places, tmp_path, format, at):
     good, read = places[format]
     content = json.loads(good.read_text())
     for odd in (None, 5, {}, []):
-        (path := tmp_path / "a.json").write_text(json.dumps(changed(content, at, [odd, *content[at[0]]])))
+        (path := tmp_path / "a.json").write_text(json.dumps(changed(content, at, [odd, *reduce(getitem, at, content)])))
         assert re.search("left out|skipped", told(lambda path=path: read(path))[0])
 
 
@@ -293,6 +325,10 @@ def test_the_very_first_entry_may_be_odd(places, tmp_path, format, at):
         ("vist", ("annotations", 1, 0, "photo_flickr_id")),
         ("flickr30k", ("images", 1, "sentences", 0, "raw")),
         ("instances", ("annotations", 1, "bbox", 0)),
+        ("regions", (1, "regions", 1, "phrase")),
+        ("regions", (1, "regions", 1, "x")),
+        ("objects", (1, "objects", 1, "names")),
+        ("objects", (1, "objects", 1, "names", 0)),
     ],
 )
 def test_one_odd_entry_costs_no_more_than_itself(places, tmp_path, format, at, value):

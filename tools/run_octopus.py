@@ -72,7 +72,7 @@ def train(name: str, out: Path, seed: int, options: list[str]) -> Path:
 
 
 def judge(checkpoint: Path, world: Path, limit: int) -> dict[str, float]:
-    """Figures on scenes never trained on: referring expressions, instructions and POPE's questions, so many of each."""
+    """Figures on scenes never trained on: referring expressions, instructions and yes-or-no questions, so many of each."""
     model, options = load_octopus(str(checkpoint)), Options(batch_size=100)
     files = world / "refcoco" / "refs(unc).p", world / "refcoco" / "instances.json", world / "refcoco" / "images"
     reports = {
@@ -80,7 +80,7 @@ def judge(checkpoint: Path, world: Path, limit: int) -> dict[str, float]:
         "instructions": instructions.evaluate(
             model, Instructions(str(world / "llava" / "instruct_val.json"), str(world), limit=limit), options
         ),
-        "pope": pope.evaluate(model, Pope(str(world / "pope" / "val.json"), str(files[2]), limit), options),
+        "pope": pope.evaluate(model, Pope(str(world / "attributes" / "val.json"), str(files[2]), limit), options),
     }
     return {
         f"{name}.{who}.{setting}.{what}": value

@@ -152,6 +152,9 @@ KINDS: dict[str, Callable[[Any], bool]] = {
     "dialogues of another version of VisDial": lambda c: "dialogs" in c["data"],
     "instructions of LLaVA": lambda c: any(_some(entry.get("conversations"), "from") for entry in _objects(c)),
     "dense annotations of VisDial 1.0": lambda c: _some(c, "gt_relevance"),
+    "regions of Visual Genome": lambda c: _some(c, "regions"),
+    "objects of Visual Genome": lambda c: _some(c, "objects"),
+    "images of Visual Genome": lambda c: _some(c, "url") and _some(c, "coco_id"),
 }
 
 

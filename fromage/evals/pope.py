@@ -38,9 +38,10 @@ PAPER: dict[str, System] = {  # of the Octopus paper
 
 
 def evaluate(model: Octopus, data: Pope | Sequence[Pope], options: Options | None = None) -> Report:
-    """POPE's figures in percent of one or several files, by their names without ending; of several also the mean F1.
+    """Figures in percent of one or several files, by their names without ending; of several also the mean F1.
 
-    Raises UserError as predict does, and for two files of one name.
+    Where the questions of a file are of several kinds, by their `category`, FILE/KIND has those of each. Files that are not
+    POPE's by name are reported as yes-or-no questions. Raises UserError as predict does, and for two files of one name.
     """
     files = listed(data)
     names = [file.file.stem for file in files]
@@ -49,11 +50,15 @@ def evaluate(model: Octopus, data: Pope | Sequence[Pope], options: Options | Non
     predictions = predict(model, files, options)
     own: System = {}
     chance: System = {}
-    for name, pairs in zip(names, predictions.pairs, strict=True):
-        labels = [example.answer == ("yes",) for example, _ in pairs]
-        if not labels:
+    for file, name, pairs in zip(files, names, predictions.pairs, strict=True):
+        if not pairs:
             raise UserError(f"{name}: no question has its image; name the right --images")
-        own[name], chance[name] = figures([answer.words for _, answer in pairs], labels), coin(labels)
+        kinds = sorted({file.kinds[example.key] for example, _ in pairs})
+        for kind in [None, *(kinds if len(kinds) > 1 else [])]:
+            some = [pair for pair in pairs if kind in (None, file.kinds[pair[0].key])]
+            labels = [example.answer == ("yes",) for example, _ in some]
+            setting = name if kind is None else f"{name}/{kind}"
+            own[setting], chance[setting] = figures([answer.words for _, answer in some], labels), coin(labels)
     protocol = PROTOCOL
     if len(files) > 1:
         for system in (own, chance):
@@ -63,7 +68,8 @@ def evaluate(model: Octopus, data: Pope | Sequence[Pope], options: Options | Non
     paper = PAPER if official(files) else {}
     if paper:
         protocol = protocol | {"in brackets": "the paper's figures, since these are POPE's three files of COCO"}
-    return report("pope", [predictions], own, protocol, chance, sizes if len(files) > 1 else {}, paper)
+    title = "pope" if all("pope" in name for name in names) else "yes-or-no questions"
+    return report(title, [predictions], own, protocol, chance, sizes if len(files) > 1 else {}, paper)
 
 
 def official(files: Sequence[Pope]) -> bool:

@@ -11,7 +11,8 @@ from fromage.evals.predict import listed, predict, report
 from fromage.evals.report import Report, System
 from fromage.octopus.metrics import TOP, box_metrics, chance_metrics, mean_percent
 from fromage.octopus.model import Octopus
-from fromage.octopus.sources import LOST_ANSWERS, RefCOCO
+from fromage.octopus.sources import RefCOCO
+from fromage.octopus.sources.listed import LOST_ANSWERS
 from fromage.retrieval.encode import Options
 
 PROTOCOL = {

@@ -25,20 +25,26 @@ if TYPE_CHECKING:
     from fromage.octopus.model import Octopus as Octopus
     from fromage.octopus.module import OctopusModule as OctopusModule
     from fromage.octopus.module import load_octopus as load_octopus
+    from fromage.octopus.sources import CocoObjects as CocoObjects
     from fromage.octopus.sources import Flickr30kEntities as Flickr30kEntities
+    from fromage.octopus.sources import Flickr30kSpotting as Flickr30kSpotting
     from fromage.octopus.sources import Instructions as Instructions
     from fromage.octopus.sources import Pope as Pope
     from fromage.octopus.sources import RefCOCO as RefCOCO
+    from fromage.octopus.sources import VisualGenome as VisualGenome
 
 _MODULES = {
+    "CocoObjects": "fromage.octopus.sources",
     "Example": "fromage.octopus.examples",
     "Flickr30kEntities": "fromage.octopus.sources",
+    "Flickr30kSpotting": "fromage.octopus.sources",
     "Instructions": "fromage.octopus.sources",
     "Octopus": "fromage.octopus.model",
     "OctopusData": "fromage.octopus.data",
     "OctopusModule": "fromage.octopus.module",
     "Pope": "fromage.octopus.sources",
     "RefCOCO": "fromage.octopus.sources",
+    "VisualGenome": "fromage.octopus.sources",
     "ground": "fromage.octopus.decoding",
     "load_octopus": "fromage.octopus.module",
 }

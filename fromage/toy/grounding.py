@@ -1,11 +1,11 @@
-"""The toy world's images of several objects in published formats: RefCOCO, Flickr30k Entities, LLaVA's JSON, POPE.
+"""The toy world's images of several objects in published formats: RefCOCO, Flickr30k Entities, LLaVA's JSON.
 
-Images, scenes and boxes are the same in all of them; see fromage.toy.writers for what writers have in common.
+Images, scenes and boxes are the same in all of them, and fromage.toy.yes_no asks about them too; see fromage.toy.writers for
+what writers have in common.
 """
 
 from __future__ import annotations
 
-import json
 import pickle
 import random
 from collections.abc import Sequence
@@ -17,23 +17,28 @@ from xml.etree import ElementTree as ET
 from fromage.octopus.boxes import share, spelled
 from fromage.toy.expressions import Meaning, expression, meaning_of, words
 from fromage.toy.language import WHEN, caption
-from fromage.toy.questions import COUNTS, Answer, turns, yes_no
-from fromage.toy.scenes import PIXELS, SHAPES, Scene
+from fromage.toy.masks import categories, instance
+from fromage.toy.questions import COUNTS, Answer, turns
+from fromage.toy.scenes import PIXELS, Mark, Scene
 from fromage.toy.writers import CAPTIONS, Paint, coco_header, coco_image, write_images, write_json
 
 IMAGES = Path("refcoco", "images")
 ASKED = "what is in the picture?"
-PAIRS = 2  # pairs of a yes and a no question per image
 
 
 @dataclass(frozen=True)
 class Shown:
-    """An image of the referring scenes; boxes: (x, y, width, height) in pixels, one per object."""
+    """An image of the referring scenes; marks: where its objects are."""
 
     number: int
     split: str
     scene: Scene
-    boxes: list[list[float]]
+    marks: list[Mark]
+
+    @property
+    def boxes(self) -> list[list[float]]:
+        """(x, y, width, height) in pixels, one per object."""
+        return [mark.box for mark in self.marks]
 
     @property
     def stem(self) -> str:
@@ -42,30 +47,29 @@ class Shown:
 
 
 def write_refcoco(out: Path, scenes: dict[str, list[Scene]], rng: random.Random, paint: Paint) -> list[Shown]:
-    """RefCOCO: COCO instances (shapes are the categories) and refs(unc).p, with one to three expressions per object.
+    """RefCOCO: COCO instances (shapes are the categories), and refs(unc).p, with one to three expressions per object.
 
-    As published, file_name in the pickle ends in the number of the annotation; the file is the one instances.json names.
-    Returns the images, which the other writers describe too.
+    Instances have masks. As published, file_name in the pickle ends in the number of the annotation; the file is the one
+    instances.json names. Returns the images, which the other writers describe too.
     """
     drafts = [Shown(i, *pair, []) for i, pair in enumerate(((split, s) for split in scenes for s in scenes[split]), 1)]
     jobs = [(draft.scene, draft.number) for draft in drafts]
-    boxes = write_images(out / IMAGES, [f"{draft.stem}.jpg" for draft in drafts], jobs, paint)
-    shown = [Shown(draft.number, draft.split, draft.scene, found) for draft, found in zip(drafts, boxes, strict=True)]
+    marks = write_images(out / IMAGES, [f"{draft.stem}.jpg" for draft in drafts], jobs, paint)
+    shown = [Shown(draft.number, draft.split, draft.scene, found) for draft, found in zip(drafts, marks, strict=True)]
     annotations: list[dict[str, Any]] = []
     refs: list[dict[str, Any]] = []
     first = 0  # the next sentence's number
     for one in shown:
-        for index, (thing, box) in enumerate(zip(one.scene.things, one.boxes, strict=True)):
-            ann, where = len(annotations) + 1, {"image_id": one.number, "category_id": SHAPES.index(thing.shape) + 1}
-            area = round(box[2] * box[3], 2)
-            annotations.append({"id": ann, **where, "bbox": box, "area": area, "iscrowd": 0, "segmentation": []})
+        for index, (thing, mark) in enumerate(zip(one.scene.things, one.marks, strict=True)):
+            note = instance(ann := len(annotations) + 1, one.number, thing, mark)
+            annotations.append(note)
             said = _sentences(one.scene, index, rng, first)
-            ref = {"ref_id": len(refs), "ann_id": ann, **where, "split": one.split, "file_name": f"{one.stem}_{ann}.jpg"}
+            ref = {"ref_id": len(refs), "ann_id": ann, "image_id": one.number, "category_id": note["category_id"]}
+            ref |= {"split": one.split, "file_name": f"{one.stem}_{ann}.jpg"}
             refs.append(ref | {"sentences": said, "sent_ids": [s["sent_id"] for s in said]})
             first += len(said)
     images = [coco_image(one.number, f"{one.stem}.jpg", one.scene) for one in shown]
-    categories = [{"id": n, "name": shape, "supercategory": "shape"} for n, shape in enumerate(SHAPES, 1)]
-    content = {"images": images, "annotations": annotations, "categories": categories}
+    content = {"images": images, "annotations": annotations, "categories": categories()}
     write_json(out / "refcoco" / "instances.json", coco_header("toy world, referring expressions") | content)
     (out / "refcoco" / "refs(unc).p").write_bytes(pickle.dumps(refs, protocol=2))
     return shown
@@ -81,7 +85,8 @@ def write_entities(out: Path, shown: Sequence[Shown], rng: random.Random) -> Non
     """Flickr30k Entities: five sentences per image with marked entities, their boxes in XML, and a list of ids per split.
 
     Pixels are counted from 1, and xmax and ymax are those of the last pixel, as published. Objects of one shape are together
-    an entity too, of several boxes; the ground is a scene without a box, the time an entity without one.
+    an entity too, of several boxes; the ground is a scene without a box, the time an entity without one. Every sentence
+    names every object, by one to four phrases with boxes.
     """
     folder = out / "flickr30k_entities"
     for name in ("Sentences", "Annotations"):
@@ -190,26 +195,3 @@ def _box(box: list[float]) -> str:
     shares = share(x, y, x + w, y + h, PIXELS, PIXELS)
     assert shares  # drawn in the image
     return spelled(shares)
-
-
-def write_pope(out: Path, shown: Sequence[Shown], rng: random.Random) -> None:
-    """POPE: a JSON object per line, for each image as many questions about present objects as about absent ones."""
-    (out / "pope").mkdir(parents=True, exist_ok=True)
-    for split in dict.fromkeys(one.split for one in shown):
-        asked = [(one, pair) for one in shown if one.split == split for pair in _pairs(one.scene, rng)]
-        rows = [(one, text, label) for one, pair in asked for text, label in zip(pair, ("yes", "no"), strict=True)]
-        lines = [
-            json.dumps({"question_id": n, "image": f"{one.stem}.jpg", "text": text, "label": label})
-            for n, (one, text, label) in enumerate(rows, 1)
-        ]
-        (out / "pope" / f"{split}.json").write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
-def _pairs(scene: Scene, rng: random.Random) -> list[tuple[str, str]]:
-    """PAIRS of questions, without repetitions."""
-    found: list[tuple[str, str]] = []
-    while len(found) < PAIRS:
-        yes, no = yes_no(scene, rng)
-        if not any(yes == pair[0] or no == pair[1] for pair in found):
-            found.append((yes, no))
-    return found

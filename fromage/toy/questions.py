@@ -23,16 +23,17 @@ ASKS = {"colour": "what colour is {}?", "size": "is {} small or big?", "shape": 
 
 def turns(scene: Scene, rng: random.Random) -> list[Turn]:
     """One question of each kind about a scene, and one yes and one no question, in random order."""
-    yes, no = yes_no(scene, rng)
+    yes, no, _ = yes_no(scene, rng)
     asked = [ask(scene, rng) for ask in (count, attribute, where, relation)]
     return rng.sample([(yes, ("yes",)), (no, ("no",)), *asked], 2 + len(asked))
 
 
-def yes_no(scene: Scene, rng: random.Random) -> tuple[str, str]:
-    """Two questions of one form; the answer to the first is yes, to the second no."""
+def yes_no(scene: Scene, rng: random.Random) -> tuple[str, str, str]:
+    """Two questions of one form; the answer to the first is yes, to the second no. Third, what they ask beside the shape."""
     kind = rng.choice(KINDS)
     there, missing = _said(scene, rng.randrange(len(scene.things)), kind), absent(scene, kind, rng)
-    return f"is there {words(there, 'a')}?", f"is there {words(missing, 'a')}?"
+    what = next((name for name in kind if name != "shape"), "shape")
+    return f"is there {words(there, 'a')}?", f"is there {words(missing, 'a')}?", what
 
 
 def absent(scene: Scene, kind: Sequence[str], rng: random.Random) -> Meaning:

@@ -8,6 +8,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
 from PIL import Image, ImageDraw
 
@@ -65,6 +66,21 @@ class Scene:
     def split(self) -> str:
         """'val' for a tenth of all scenes, chosen by their key: the same ones in every world and for every seed."""
         return "val" if zlib.crc32(self.key.encode()) % 10 == 0 else "train"
+
+
+Polygon = list[tuple[float, float]]
+
+
+class Mark(NamedTuple):
+    """Where an object was drawn, in pixels.
+
+    Attributes:
+        box: x, y, width, height, as in COCO.
+        outline: its edge, and after it that of its hole.
+    """
+
+    box: list[float]
+    outline: list[Polygon]
 
 
 def count_scenes() -> int:
@@ -163,29 +179,37 @@ def _outline(shape: str) -> tuple[tuple[float, float], ...]:
     }[shape]
 
 
-def _draw_thing(canvas: ImageDraw.ImageDraw, thing: Thing, rng: random.Random, ground: tuple[int, ...]) -> list[float]:
-    """Draw one object; returns its box in COCO's format: x, y, width, height in pixels."""
+def _circle(x: float, y: float, radius: float) -> Polygon:
+    """A circle as a polygon of 36 corners."""
+    turns = (math.radians(degrees) for degrees in range(0, 360, 10))
+    return [(x + radius * math.cos(turn), y + radius * math.sin(turn)) for turn in turns]
+
+
+def _draw_thing(canvas: ImageDraw.ImageDraw, thing: Thing, rng: random.Random, ground: tuple[int, ...]) -> Mark:
+    """Draw one object."""
     radius = SIZES[thing.size] * rng.uniform(0.95, 1.05)
     cx, cy = (PIXELS * c + rng.uniform(-2.5, 2.5) for c in PLACES[thing.place])
     fill, edge = COLOURS[thing.colour], (10, 10, 10) if thing.colour != "black" else (235, 235, 235)
     if thing.shape in ("circle", "ring"):
         canvas.ellipse((cx - radius, cy - radius, cx + radius, cy + radius), fill, edge)
+        outline = [_circle(cx, cy, radius)]
         if thing.shape == "ring":
             hole = radius * 0.55
             canvas.ellipse((cx - hole, cy - hole, cx + hole, cy + hole), ground, edge)
-        return [round(v, 2) for v in (cx - radius, cy - radius, 2 * radius, 2 * radius)]
+            outline.append(_circle(cx, cy, hole))
+        return Mark([round(v, 2) for v in (cx - radius, cy - radius, 2 * radius, 2 * radius)], outline)
     angle = rng.uniform(-0.12, 0.12)
     sin, cos = math.sin(angle) * radius, math.cos(angle) * radius
     points = [(cx + x * cos - y * sin, cy + x * sin + y * cos) for x, y in _outline(thing.shape)]
     canvas.polygon(points, fill, edge)
     xs, ys = zip(*points, strict=True)
-    return [round(v, 2) for v in (min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys))]
+    return Mark([round(v, 2) for v in (min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys))], [points])
 
 
-def draw(scene: Scene, seed: int = 0) -> tuple[Image.Image, list[list[float]]]:
+def draw(scene: Scene, seed: int = 0) -> tuple[Image.Image, list[Mark]]:
     """Draw a scene, PIXELS square, with jitter and speckles that depend on the scene's key and the seed alone.
 
-    Returns the image and one COCO box (x, y, width, height in pixels) per object, in the order of scene.things.
+    Returns the image and where each object is, in the order of scene.things.
     """
     rng = random.Random(f"{scene.key}/{seed}")
     shade = 1.0 if scene.time == "day" else 0.32
@@ -199,8 +223,7 @@ def draw(scene: Scene, seed: int = 0) -> tuple[Image.Image, list[list[float]]]:
         canvas.line(
             (x, y, x + (length if scene.ground != "grass" else 0), y + (length if scene.ground == "grass" else 0)), speck
         )
-    boxes = [_draw_thing(canvas, thing, rng, ground) for thing in scene.things]
-    return image, boxes
+    return image, [_draw_thing(canvas, thing, rng, ground) for thing in scene.things]
 
 
 def names_colour_and_shape(text: str, scene: Scene) -> bool:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from fromage.errors import UserError, reason
 from fromage.identity import FolderKind
 from fromage.io import whole_folder, write_json
-from fromage.toy import grounding, writers
+from fromage.toy import grounding, visual_genome, writers, yes_no
 from fromage.toy.scenes import (
     COLOURS,
     GROUNDS,
@@ -29,7 +29,7 @@ from fromage.toy.scenes import (
     sample_scenes,
 )
 
-VERSION = 3
+VERSION = 4
 WORLD = FolderKind("world.json", "a toy world", of="version, or of other arguments", remedy="choose another --out")
 SPLITS = ("train", "val")
 COCO_TRAIN = 500  # maximum number of training images with five captions
@@ -51,7 +51,8 @@ def make_world(
 
     train and val count CC3M-style pairs (COCO captions are of the same scenes); stories, dialogues and refs count those of
     val, and train gets as many, except that train dialogues are about the at most 500 images of coco/train2017. refs are
-    the images of RefCOCO, which Flickr30k Entities, LLaVA's instructions and POPE are about as well.
+    the images of RefCOCO, which Flickr30k Entities, LLaVA's instructions, POPE and the questions about attributes are about
+    too; Visual Genome has as many training scenes of its own. A test split is the val of a world of another seed.
     Returns what world.json holds, and `made`: False if the world was there already. Raises UserError for counts out of range
     and for a folder that holds something else.
     """
@@ -100,7 +101,7 @@ def _painter(pool: Executor, bar: tqdm[Any]) -> writers.Paint:
 def _write(out: Path, seed: int, counts: dict[str, int], progress: bool) -> None:
     train, val, stories, dialogues, refs = counts.values()
     few = min(train, COCO_TRAIN)
-    total = train + few + 2 * val + min(val, FLICKR) + 10 * stories + dialogues + 2 * refs
+    total = train + few + 2 * val + min(val, FLICKR) + 10 * stories + dialogues + 3 * refs
     with ProcessPoolExecutor(os.cpu_count()) as pool, tqdm(total=total, unit=" pictures", disable=not progress) as bar:
         paint = _painter(pool, bar)
         scenes = {"train": sample_scenes(_rng(seed, "train"), "train", train)}
@@ -120,7 +121,10 @@ def _write(out: Path, seed: int, counts: dict[str, int], progress: bool) -> None
         shown = grounding.write_refcoco(out, referred, _rng(seed, "refcoco"), paint)
         grounding.write_entities(out, shown, _rng(seed, "entities"))
         grounding.write_llava(out, shown, captioned, _rng(seed, "llava"))
-        grounding.write_pope(out, shown, _rng(seed, "pope"))
+        yes_no.write_attributes(out, shown, _rng(seed, "pope"))  # a name of before, so that the questions stay the same
+        yes_no.write_pope(out, shown, _rng(seed, "pope", "objects"))
+        regions = sample_scenes(_rng(seed, "regions"), "train", refs, sample_crowded_scene)
+        visual_genome.write_visual_genome(out, regions, _rng(seed, "visual_genome"), paint)
 
 
 def _rng(seed: int, *names: str) -> random.Random:

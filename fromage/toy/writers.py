@@ -18,10 +18,11 @@ from typing import Any
 
 from fromage.data.shards import write_shards
 from fromage.toy.language import Round, Story, answer_pool, caption, dialogue, story
-from fromage.toy.scenes import PIXELS, Scene, draw
+from fromage.toy.masks import categories, instance
+from fromage.toy.scenes import PIXELS, Mark, Scene, draw
 
 Job = tuple[Scene, int]  # a scene, and the seed of its jitter
-Drawn = tuple[bytes, list[list[float]]]  # a JPEG file and one box (x, y, width, height in pixels) per object
+Drawn = tuple[bytes, list[Mark]]  # a JPEG file, and where its objects are
 Paint = Callable[[Iterable[Job]], Iterator[Drawn]]
 
 JPEG_QUALITY = 92
@@ -34,10 +35,10 @@ DATE = "2023-01-31 00:00:00"
 
 def encode(job: Job) -> Drawn:
     """Draw a scene as a JPEG file, with its boxes clipped to the image."""
-    image, boxes = draw(*job)
+    image, marks = draw(*job)
     file = io.BytesIO()
     image.save(file, "JPEG", quality=JPEG_QUALITY)
-    return file.getvalue(), [_clipped(*box) for box in boxes]
+    return file.getvalue(), [Mark(_clipped(*mark.box), mark.outline) for mark in marks]
 
 
 def _clipped(x: float, y: float, w: float, h: float) -> list[float]:
@@ -51,14 +52,14 @@ def write_json(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content), encoding="utf-8")
 
 
-def write_images(folder: Path, names: list[str], jobs: list[Job], paint: Paint) -> list[list[list[float]]]:
-    """Write one JPEG per name; returns the boxes of each image."""
+def write_images(folder: Path, names: list[str], jobs: list[Job], paint: Paint) -> list[list[Mark]]:
+    """Write one JPEG per name; returns where the objects of each image are."""
     folder.mkdir(parents=True, exist_ok=True)
-    boxes = []
+    marks = []
     for name, (jpeg, found) in zip(names, paint(jobs), strict=True):
         (folder / name).write_bytes(jpeg)
-        boxes.append(found)
-    return boxes
+        marks.append(found)
+    return marks
 
 
 def _ids(scenes: list[Scene], split: str) -> range:
@@ -104,13 +105,22 @@ def coco_image(image_id: int, name: str, scene: Scene) -> dict[str, Any]:
 
 
 def write_coco(out: Path, split: str, scenes: list[Scene], rng: random.Random, paint: Paint) -> list[tuple[str, Scene]]:
-    """COCO captions in the 2017 layout, five different ones per image; returns the paths in `out`, and scenes."""
+    """COCO in the 2017 layout: five different captions per image, and instances; returns the paths in `out`, and scenes."""
     ids = _ids(scenes, split)
     names = [f"{i:012d}.jpg" for i in ids]
-    write_images(out / "coco" / f"{split}2017", names, list(zip(scenes, ids, strict=True)), paint)
+    marks = write_images(out / "coco" / f"{split}2017", names, list(zip(scenes, ids, strict=True)), paint)
+    images = [coco_image(*entry) for entry in zip(ids, names, scenes, strict=True)]
+    shown = [
+        (i, *pair)
+        for i, scene, some in zip(ids, scenes, marks, strict=True)
+        for pair in zip(scene.things, some, strict=True)
+    ]
+    notes = [instance(n, *one) for n, one in enumerate(shown, FIRST_ID[split])]
+    objects = {"images": images, "annotations": notes, "categories": categories()}
+    write_json(out / "coco" / "annotations" / f"instances_{split}2017.json", coco_header("toy world, instances") | objects)
     said = [(i, text) for i, scene in zip(ids, scenes, strict=True) for text in _captions(scene, rng)]
     content = coco_header("toy world, captions") | {
-        "images": [coco_image(*entry) for entry in zip(ids, names, scenes, strict=True)],
+        "images": images,
         "annotations": [{"image_id": i, "id": n, "caption": text} for n, (i, text) in enumerate(said, FIRST_ID[split])],
     }
     write_json(out / "coco" / "annotations" / f"captions_{split}2017.json", content)

@@ -113,15 +113,15 @@ def test_what_another_run_began_is_refused_without_overwrite(octopus, data, dyin
     fewer = read_questions(data.file, tmp_path, limit=5)
     dying(-1)
     for about, said in (
-        (dict(data=fewer), "questions"),
-        (dict(max_new_tokens=5), "length 4 there, 5 here"),
-        (dict(model_id="x"), "model_id"),
+        ({"data": fewer}, "questions"),
+        ({"max_new_tokens": 5}, "length 4 there, 5 here"),
+        ({"model_id": "x"}, "model_id"),
     ):
         told = {"data": data, "max_new_tokens": 4} | about
         with pytest.raises(UserError, match=rf"answers\.jsonl\.part: answers of another run \({said}.*--overwrite"):
             evaluate(octopus, out=out, options=Options(3), **told)
     other = Fromage.load(k=1, q=8)
-    with pytest.raises(UserError, match="another run .checkpoint"):
+    with pytest.raises(UserError, match=r"another run \(checkpoint"):
         evaluate(other, data, out, Options(3), 4)
     evaluate(other, data, out, Options(3), 4, overwrite=True)
     assert len(lines(out)) == 10

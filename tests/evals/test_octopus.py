@@ -168,18 +168,18 @@ def test_pope_counts_what_begins_with_yes():
 
 
 def test_pope_of_right_and_of_wrong_answers(octopus, world, answering):
-    data = Pope(str(world / "pope/val.json"), str(world / "refcoco/images"), limit=8)
+    data = Pope(str(world / "pope/coco_pope_random.json"), str(world / "refcoco/images"), limit=8)
     for yes, no, share in (("yes", "no", 100), ("no", "yes", 0)):
         answering(data, lambda e, yes=yes, no=no: Grounded("", [yes if e.answer == ("yes",) else no]))
         report = evaluate_pope(octopus, data)
-        own, chance = report["octopus"]["val"], report["chance"]["val"]
+        own, chance = (report[who]["coco_pope_random"] for who in ("octopus", "chance"))
         assert own["accuracy"] == own["f1"] == share and own["yes"] == 50 == chance["accuracy"] and own["neither"] == 0
 
 
 @pytest.fixture
 def three(world, tmp_path):
     """POPE's three files of a few questions each, about the same images."""
-    lines = (world / "pope/val.json").read_text().splitlines()[:12]
+    lines = (world / "pope/coco_pope_random.json").read_text().splitlines()[:12]
     for name in evaluating_pope.OFFICIAL:
         (tmp_path / f"{name}.json").write_text("\n".join(lines))
     return [Pope(str(tmp_path / f"{name}.json"), str(world / "refcoco/images")) for name in evaluating_pope.OFFICIAL]
@@ -196,6 +196,17 @@ def test_popes_splits_are_one_run_with_a_mean(octopus, three, answering, monkeyp
     assert report["examples"] == 36 and report["examples_coco_pope_popular"] == 12 and not report["paper"]
     assert sum(encoded) == report["images"] < 12
     assert report["data"] == "coco_pope_random.json, coco_pope_popular.json, coco_pope_adversarial.json"
+
+
+def test_questions_of_several_kinds_have_figures_by_kind(octopus, world, answering):
+    data = Pope(str(world / "attributes/val.json"), str(world / "refcoco/images"), limit=40)
+    wrong = sorted({data.kinds[example.key] for example in data})[0]
+    answering(data, lambda e: Grounded("", [e.answer[0] if data.kinds[e.key] != wrong else "neither"]))
+    report = evaluate_pope(octopus, data)
+    own = report["octopus"]
+    assert report["evaluation"] == "yes-or-no questions" and len(own) > 2 and own.keys() == report["chance"].keys()
+    assert own[f"val/{wrong}"]["neither"] == 100 > own["val"]["neither"] > 0 and 0 < own["val"]["accuracy"] < 100
+    assert all(own[name]["accuracy"] == 100 for name in own if name not in ("val", f"val/{wrong}"))
 
 
 def test_popes_published_figures_stand_beside_its_three_files_alone(octopus, three, answering, monkeypatch):
@@ -240,7 +251,7 @@ def verbs(world):
     coco = world / "refcoco"
     return {
         "refcoco": [coco / "refs(unc).p", "--instances", coco / "instances.json", "--images", coco / "images"],
-        "pope": [world / "pope/val.json", "--images", coco / "images"],
+        "pope": [world / "pope/coco_pope_random.json", "--images", coco / "images"],
         "instructions": [world / "llava/instruct_val.json", "--images", world],
     }
 
@@ -250,7 +261,7 @@ def verbs(world):
     [
         ("refcoco", "octopus", "val", "head_recall_top5"),
         ("refcoco", "sequential", "val", "acc_iou50"),
-        ("pope", "octopus", "val", "f1"),
+        ("pope", "octopus", "coco_pope_random", "f1"),
         ("instructions", "octopus", "1_object", "all_found"),
         ("instructions", "sequential", "text", "words"),
     ],

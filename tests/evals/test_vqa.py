@@ -27,7 +27,8 @@ def test_accuracy_is_the_mean_over_nine_others():
     [
         ("The Dog.", "dog"), ("two dogs", "2 dogs"), (" A  cat\nand\tan owl", "cat and owl"), ("none", "0"),
         ("1,000", "1000"), ("1.5", "1.5"), ("p.m.", "pm"), ("black/white", "black white"), ("black / white", "black white"),
-        ("yes, it is", "yes it is"), ("t-shirt", "t shirt"), ("dont", "don't"), ("don't", "don't"), ("couldnt've", "couldn't've"),
+        ("yes, it is", "yes it is"), ("t-shirt", "t shirt"), ("dont", "don't"), ("don't", "don't"),
+        ("couldnt've", "couldn't've"),
         ("oclock", "o'clock"), ("im", "im"), ("What?!", "what"),
     ],
 )  # fmt: skip

@@ -89,13 +89,15 @@ def test_drawing_depends_on_scene_and_seed_alone():
 @pytest.mark.parametrize("sample", [sample_scene, sample_crowded_scene])
 def test_boxes_hold_the_objects_and_nothing_is_drawn_outside(sample):
     for i, scene in enumerate(sample_scenes(random.Random(0), "train", 100, sample)):
-        image, boxes = draw(scene, i)
+        image, marks = draw(scene, i)
         pixels = np.asarray(image).astype(int)  # (PIXELS, PIXELS, 3)
         rest = np.ones((PIXELS, PIXELS), bool)
-        for thing, (x, y, w, h) in zip(scene.things, boxes, strict=True):
+        for thing, ((x, y, w, h), outline) in zip(scene.things, marks, strict=True):
             assert x >= 0 and y >= 0 and x + w <= PIXELS + 0.5 and y + h <= PIXELS + 0.5
             rows, columns = _margin(y, h), _margin(x, w)
             inside = pixels[rows, columns]
+            corners = np.concatenate(outline)  # (points, 2)
+            assert np.allclose([*corners.min(0), *np.ptp(corners, 0)], (x, y, w, h), atol=0.26)
             assert (inside == COLOURS[thing.colour]).all(-1).mean() > 0.1, (scene, thing)
             rest[rows, columns] = False
         ground = np.median(pixels[rest], axis=0)

@@ -1,0 +1,85 @@
+"""Instructions in LLaVA's JSON (Liu et al., NeurIPS 2023), boxes spelled in them as in Shikra's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from PIL import Image
+
+from fromage.data.annotations import FILE, TEXT, Wanted, read_annotations
+from fromage.images.codec import FORMATS
+from fromage.octopus.boxes import SPELLED, clipped, read_spelled, share
+from fromage.octopus.examples import Box, Example
+from fromage.octopus.sources.listed import LOST_ANSWERS, ODD_TURNS, Listed
+
+TURNS: Wanted = {"conversations": [{"from": TEXT, "value": TEXT}]}  # image and id may be anything
+
+
+class Instructions(Listed):
+    """Instructions in LLaVA's JSON: one example per question and answer, also in conversations of several turns."""
+
+    def __init__(self, file: str, images: str, padded: bool = False, limit: int | None = None) -> None:
+        """Set the files; nothing is read yet.
+
+        Args:
+            file: JSON list of {id, image, conversations: [{from: human, value}, {from: gpt, value}, ...]}.
+            images: folder that image names are relative to.
+            padded: whether boxes are relative to the image padded to a square, as in LLaVA-1.5's own files; false:
+                relative to the image itself.
+            limit: maximum number of examples, the first ones; null for all.
+        """
+        super().__init__(Path(file), limit)
+        self.images, self.padded = Path(images), padded
+
+    def read(self) -> Iterator[Example]:
+        """One example per question and answer. Spelled boxes in answers become box numbers; in questions they stay text."""
+        _, entries = read_annotations(self.file, ("instructions of LLaVA",), "a JSON file of LLaVA's instructions")
+        for number, entry in enumerate(self.fitting(self.file, "entries", entries, TURNS)):
+            if not FILE.fits(entry.get("image")):
+                self.drop("entries without an image, or of several")
+                continue
+            image, turns = self.images / entry["image"], entry["conversations"]
+            pairs = list(zip(turns[::2], turns[1::2], strict=False))
+            self.drop(ODD_TURNS, len(turns) % 2)
+            for place, (asked, told) in enumerate(pairs):
+                question, answer = (turn["value"].replace("<image>", "").strip() for turn in (asked, told))
+                if (asked["from"], told["from"]) != ("human", "gpt") or not question or not answer:
+                    self.drop(ODD_TURNS)
+                elif (pointed := self._pointed(answer, image)) is not None:
+                    key = f"{entry.get('id', '')}#{number}.{place}"  # several entries can have the same id
+                    yield Example(key, str(image), question, *pointed)
+
+    def _pointed(self, text: str, image: Path) -> tuple[tuple[str | int, ...], tuple[Box, ...]] | None:
+        """The pieces and boxes of an answer; None, and counted, if one of the boxes has no area."""
+        pieces: list[str | int] = []
+        numbers: dict[Box, int] = {}
+        end = 0
+        for found in SPELLED.finditer(text):
+            pieces.append(text[end : found.start()])
+            end = found.end()
+            good, kept = self.kept(self._unpadded(sides, image) for sides in read_spelled(found[0]))
+            if None in kept:
+                self.drop(LOST_ANSWERS)
+                return None
+            pieces += [numbers.setdefault(box, len(numbers)) for box in good]
+        pieces.append(text[end:])
+        return tuple(piece for piece in pieces if piece != ""), tuple(numbers)
+
+    def _unpadded(self, sides: tuple[float, ...], image: Path) -> Box | None:
+        left, top, right, bottom = sides
+        if not self.padded:
+            return clipped(left, top, right, bottom)
+        try:
+            with Image.open(image, formats=FORMATS) as opened:  # the size alone, nothing is decoded
+                width, height = opened.size
+        except (
+            OSError,
+            ValueError,
+            SyntaxError,
+            Image.DecompressionBombError,
+        ):  # missing or broken; counted with the images
+            return clipped(left, top, right, bottom)
+        side = max(width, height)
+        x, y = (side - width) / 2, (side - height) / 2
+        return share(left * side - x, top * side - y, right * side - x, bottom * side - y, width, height)

@@ -1,0 +1,118 @@
+"""RefCOCO, RefCOCO+ and RefCOCOg (Yu et al., ECCV 2016; Mao et al., CVPR 2016): references in pickles, boxes of COCO."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+from fromage.checkpoints.safe_pickle import load_plain
+from fromage.data.annotations import TEXT, WHOLE, Wanted, fitting
+from fromage.errors import UserError, reason
+from fromage.octopus.examples import Example
+from fromage.octopus.sources.instances import AnnotatedImage, Instances
+from fromage.octopus.sources.listed import LOST_ANSWERS, asking
+
+CATEGORY: Wanted = {"id": WHOLE}  # of instances.json
+EXPRESSION: Wanted = {"sent": TEXT, "sent_id": WHOLE}
+NUMBERS = dict.fromkeys(("ref_id", "image_id", "category_id", "ann_id"), WHOLE)
+REFERENCE: Wanted = {**NUMBERS, "split": TEXT, "sentences": [EXPRESSION]}
+SPLIT: Wanted = {"image_id": WHOLE, "split": TEXT}  # all that is asked of a reference that is held out
+
+
+def read_refs(path: Path) -> Any:
+    """What refs(unc).p or the like holds, unchecked. Raises UserError for a file that is missing or no plain pickle."""
+    try:
+        return load_plain(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); name refs(unc).p or the like") from error
+    except Exception as error:  # a broken pickle can raise nearly anything
+        cause = f" ({error})" if isinstance(error, UnpicklingError) else ", or damaged"
+        raise UserError(f"{path}: is not a list of references{cause}; download it again") from error
+
+
+def held_out(files: Sequence[str], kept: str = "train") -> set[int]:
+    """The COCO ids of the images in all splits but one of refs(unc).p and the like. Raises UserError as read_refs does."""
+    refs = [ref for path in map(Path, files) for ref in fitting(path, "references", read_refs(path), SPLIT)]
+    return {ref["image_id"] for ref in refs if ref["split"] != kept}
+
+
+class RefCOCO(Instances):
+    """RefCOCO, RefCOCO+ and RefCOCOg: one example per referring expression; known boxes are the image's instances."""
+
+    def __init__(
+        self,
+        refs: str,
+        instances: str,
+        images: str,
+        split: str = "train",
+        question: str = "where is {}?",
+        limit: int | None = None,
+        match: str | None = None,
+    ) -> None:
+        """Set the files; nothing is read yet. Raises UserError for an invalid question or pattern.
+
+        Args:
+            refs: refs(unc).p, refs(google).p or refs(umd).p.
+            instances: instances.json of the same data set.
+            images: folder of the images that instances.json names, COCO's train2014.
+            split: train, val and, depending on the file, testA, testB or test.
+            question: the instruction; {} stands for the expression.
+            limit: maximum number of examples, the first ones; null for all.
+            match: regular expression; only expressions that contain it are used; null for all.
+        """
+        super().__init__(Path(refs), instances, images, limit)
+        self.split, self.question = split, asking(question)
+        try:
+            self.match = re.compile(match or "")
+        except (re.error, OverflowError, RecursionError) as error:
+            raise UserError(f"match {match!r}: is no regular expression ({reason(error)}); correct it") from error
+
+    def read(self) -> Iterator[Example]:
+        """One example per sentence; its answer is the box alone."""
+        refs, content = self._refs(), self.content()
+        listed = self.fitting(self.instances, "categories", content.get("categories"), CATEGORY)
+        categories = {category["id"] for category in listed}
+        images = self.annotated(content, {ref["image_id"] for ref in refs})
+        for ref in refs:
+            self.seen += 1
+            if what := self._foreign(ref, images, categories):
+                self.odd.append(what)
+            else:
+                yield from self._sentences(ref, images[ref["image_id"]])
+
+    def _refs(self) -> list[dict[str, Any]]:
+        refs = self.fitting(self.file, "references", read_refs(self.file), REFERENCE)
+        splits = sorted({ref["split"] for ref in refs})
+        if self.split not in splits:
+            raise UserError(f"{self.file}: has no split {self.split}; there are {', '.join(splits)}")
+        return [ref for ref in refs if ref["split"] == self.split]
+
+    def _foreign(self, ref: dict[str, Any], images: dict[int, AnnotatedImage], categories: set[int]) -> str:
+        """What of a reference instances.json does not hold, for messages; '' where it holds all."""
+        if ref["image_id"] not in images:
+            what = f"image {ref['image_id']}"
+        elif ref["category_id"] not in categories:
+            what = f"category {ref['category_id']}"
+        elif ref["ann_id"] not in images[ref["image_id"]].numbers:
+            what = f"annotation {ref['ann_id']} of image {ref['image_id']}"
+        else:
+            return ""
+        return (
+            f"reference {ref['ref_id']} is of {what}, which {self.instances} does not hold: is it the one that came with it?"
+        )
+
+    def _sentences(self, ref: dict[str, Any], image: AnnotatedImage) -> Iterator[Example]:
+        number = image.numbers[ref["ann_id"]]
+        for said in ref["sentences"]:
+            if number is None:
+                self.drop(LOST_ANSWERS)
+            elif not (text := said["sent"].strip()):
+                self.drop("expressions without words")
+            elif not self.match.search(text):
+                self.drop("expressions that do not match")
+            else:
+                key = f"{ref['ref_id']}.{said['sent_id']}"
+                yield Example(key, image.path, self.question.replace("{}", text), (number,), image.boxes)
