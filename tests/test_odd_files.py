@@ -26,7 +26,9 @@ from fromage.errors import UserError
 from fromage.evals.caption_sets import read_captions
 from fromage.evals.dialogues import read_dialogues
 from fromage.evals.few_shot import single_scenes
+from fromage.evals.questions import read_questions
 from fromage.evals.vist import read_stories
+from fromage.evals.vqa import read_vqa
 from fromage.images.open import open_image
 from fromage.octopus.sources import (
     CocoObjects,
@@ -69,6 +71,13 @@ def places(world, tmp_path_factory):
     (out / "pairs.tsv").write_text("".join(f"a star\t{name}\n" for name in names))
     (out / "pairs.jsonl").write_text("".join(json.dumps({"image": name, "captions": ["a star"]}) + "\n" for name in names))
     (out / "names.json").write_text(json.dumps(dict.fromkeys(names, "a star")))
+    asked = [{"question_id": i, "image": name, "text": "what?"} for i, name in enumerate(names)]
+    (out / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
+    talk = [{"from": "human", "value": "which?"}, {"from": "gpt", "value": "a star"}]
+    science = [{"id": str(i), "image": name, "conversations": talk} for i, name in enumerate(names)]
+    (out / "science.json").write_text(json.dumps(science))
+    said = [{"question_id": i, "answer_type": "other", "answers": [{"answer": "star"}] * 10} for i in range(40)]
+    (out / "vqa.json").write_text(json.dumps({"annotations": said}))
     vist, talks, refs = world / "vist", world / "visdial", world / "refcoco"
     dense = talks / "visdial_1.0_val_dense_annotations.json"
     captions = world / "coco" / "annotations" / "captions_val2017.json"
@@ -120,6 +129,9 @@ def places(world, tmp_path_factory):
         "pope": (world / "attributes" / "val.json", lambda path: list(Pope(str(path), str(images)))),
         "entities": (world / "flickr30k_entities" / "val.txt", entities),
         "spotting": (world / "flickr30k_entities" / "val.txt", lambda path: entities(path, Flickr30kSpotting)),
+        "questions": (out / "questions.jsonl", lambda path: read_questions(path, images)),
+        "science": (out / "science.json", lambda path: read_questions(path, images)),
+        "vqa": (out / "vqa.json", read_vqa),
     }
 
 
@@ -145,8 +157,11 @@ FORMATS = (
     "pope",
     "entities",
     "spotting",
+    "questions",
+    "science",
+    "vqa",
 )
-JSON = [name for name in FORMATS if name not in ("tsv", "jsonl", "refs", "pope", "entities", "spotting")]
+JSON = [name for name in FORMATS if name not in ("tsv", "jsonl", "refs", "pope", "entities", "spotting", "questions")]
 WHOLE = {  # of a file as a whole: bytes -> bytes
     "empty": lambda data: b"",
     "white space": lambda data: b" \n\n ",

@@ -38,7 +38,7 @@ MAIN = ("octopus", "sequential")
 SHOWN = {
     "refcoco.WHO.val.acc_iou50": "IoU > 0.5",
     "refcoco.WHO.val.mean_iou": "mean IoU",
-    "refcoco.WHO.val.head_top1": "head's best, IoU > 0.5",
+    "refcoco.WHO.val.head_recall_top1": "head's best, IoU > 0.5",
     "refcoco.WHO.val.head_recall_top5": "among head's 5",
     "instructions.WHO.2_objects.all_found": "two objects, both found",
     "instructions.WHO.3_objects.all_found": "three, all found",

@@ -14,7 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fromage.checkpoints.format import GENERATION, Saved, differences, dtype_name, parameter_shapes, read_generation
+from fromage.checkpoints.format import (
+    FORMAT,
+    GENERATION,
+    LAYOUTS,
+    Saved,
+    differences,
+    dtype_name,
+    parameter_shapes,
+    read_generation,
+)
 from fromage.checkpoints.safe_pickle import read_pickle
 from fromage.data.tokenizer import IMAGE, RET
 from fromage.errors import UserError, first_line
@@ -151,6 +160,9 @@ def write_authors(saved: Saved, folder: str | Path, visual_encoder: str | None =
     the format has no room for, for an image tower without such a name, and where such files are there already, unless
     overwrite is true.
     """
+    if saved.format != FORMAT:
+        name = LAYOUTS[saved.format].name
+        raise UserError(f"{saved.source}: is of {name}, and the authors' files are of FROMAGe; export it with --format ours")
     for name in (PICKLE, ARGS):
         check_new(Path(folder) / name, overwrite)
     if saved.tensors.keys() != THEIRS.keys():

@@ -1,8 +1,9 @@
 """Trained parameters as a folder, to keep, hand on and publish.
 
-It holds config.json (format and version, names of the towers, k, q, the towers' dtype, the text that captions begin behind,
-ids of the added tokens, the fingerprint, the digest of the weights), model.safetensors (5.5 million numbers at full size:
-11 MB in bfloat16, 22 MB in float32) and README.md, its card. The towers are not in it, and nothing here needs them.
+It holds config.json (format and version, the arguments that build the model around the towers' names, ids of the added
+tokens, the fingerprint, the digest of the weights), model.safetensors and README.md, its card. The towers are not in it, and
+nothing here needs them. Of FROMAGe these are 5.5 million numbers at full size: 11 MB in bfloat16, 22 MB in float32. Of an
+Octopus whose language model was trained, its parameters are in it too: adapters, or all of them.
 
 A folder in float32 gives back the model bit for bit, fingerprint included. In bfloat16 the parameters are rounded once:
 the fingerprint on record, and that of every index built with the folder, is the rounded model's. Saving it again rounds
@@ -12,7 +13,7 @@ nothing.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import reduce
 from pathlib import Path
@@ -24,27 +25,83 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from fromage.errors import BrokenSample, UserError, reason
-from fromage.identity import FolderKind
+from fromage.identity import OWN, FolderKind
 from fromage.io import as_json, check_new, decode_text, parse_json, write_files
 from fromage.printable import printable
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TOWERS = ("lm.", "vision.")  # prefixes of parameters that are never saved
-FORMAT, VERSION = "fromage", 1
+FORMAT, OCTOPUS = "fromage", "octopus"  # kinds of models that a folder may hold
+VERSION = 1
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 GENERATION = "generation.json"  # how to talk with the model, beside any kind of weights; see fromage.generation.preset
 GENERATION_SIZE = 1 << 16  # bytes of it, at most
-KINDS = {  # settings on record
-    "lm": str, "vision": str, "vision_weights": str | None, "k": int, "q": int, "pooling": str, "dtype": str,
-    "input_prompt": str,
-}  # fmt: skip
-NOT_SAID: dict[str, Any] = {"pooling": "ret", "input_prompt": ""}  # by older folders
-PARAMETERS = FolderKind(
-    CONFIG,
-    "trained parameters",
-    format=(FORMAT, VERSION),
-    keys=frozenset({*KINDS, "added_tokens", "fingerprint", "sha256"} - NOT_SAID.keys()),
-)
+PARAMETERS = FolderKind(CONFIG, "trained parameters", keys=frozenset({"added_tokens", "fingerprint", "sha256"}))
+BESIDE: dict[str, Any] = {"added_tokens": dict, "fingerprint": str | None, "sha256": str}  # the settings, in config.json
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What config.json says of one kind of model.
+
+    Attributes:
+        name: the model's, for people.
+        kinds: types of the settings that every folder has.
+        not_said: values of those that older folders lack.
+        others: whether further settings are kept as they are; what they may be, the model's class knows.
+        card: text of the model card, for the config and the number of parameters.
+    """
+
+    name: str
+    kinds: dict[str, Any]
+    not_said: dict[str, Any]
+    others: bool
+    card: Callable[[dict[str, Any], int], str]
+
+
+def _fromage_card(config: dict[str, Any], count: int) -> str:
+    return f"""---
+library_name: fromage
+tags:
+- arxiv:2301.13823
+---
+# FROMAGe on {config["lm"]} and {config["vision"]}
+
+The {count:,} trained parameters of [FROMAGe](https://arxiv.org/abs/2301.13823) between a frozen language model and a
+frozen image tower, with {config["k"]} input embeddings per image and {config["q"]} dimensions of retrieval. The towers
+are fetched by their names in {CONFIG}.
+
+    from fromage import Fromage
+    model = Fromage.from_pretrained("FOLDER OR NAME OF THIS")
+"""
+
+
+def _octopus_card(config: dict[str, Any], count: int) -> str:
+    return f"""---
+library_name: fromage
+---
+# Octopus on {config["lm"]} and {config["vision"]}
+
+The {count:,} trained parameters of a reconstruction of Octopus (Zhao et al., NeurIPS 2024), a multi-modal language model
+that points at objects, with {config.get("num_queries", 0)} object queries. The language model and the image tower are
+fetched by their names in {CONFIG}.
+
+    from fromage import Octopus
+    model = Octopus.from_pretrained("FOLDER OR NAME OF THIS")
+"""
+
+
+TOWER_KINDS: dict[str, Any] = {"lm": str, "vision": str, "vision_weights": str | None, "dtype": str}
+LAYOUTS = {
+    FORMAT: Layout(
+        "FROMAGe",
+        {**TOWER_KINDS, "k": int, "q": int, "pooling": str, "input_prompt": str},
+        {"pooling": "ret", "input_prompt": ""},
+        False,
+        _fromage_card,
+    ),
+    OCTOPUS: Layout("Octopus", TOWER_KINDS, {}, True, _octopus_card),
+}
 
 
 @dataclass(frozen=True)
@@ -53,11 +110,12 @@ class Saved:
 
     Attributes:
         source: where it was read, for messages.
-        tensors: the trained parameters by the names of Fromage.trained(), in the dtypes of the file.
-        settings: arguments of Fromage.load that build the model around them.
-        added_tokens: ids of <|image|> and [RET]; empty in a Lightning checkpoint.
+        tensors: the trained parameters by their names in the model, in the dtypes of the file.
+        settings: arguments of the model's `load` that build it around them; of a Lightning checkpoint, its hyperparameters.
+        added_tokens: ids of <|image|>, [RET] and the like; empty in a Lightning checkpoint.
         fingerprint: of the model with these parameters; None where it was written without its towers.
         generation: content of generation.json, not checked; None where there is none.
+        format: kind of the model, one of LAYOUTS.
     """
 
     source: str
@@ -66,6 +124,7 @@ class Saved:
     added_tokens: dict[str, int]
     fingerprint: str | None = None
     generation: dict[str, Any] | None = None
+    format: str = FORMAT
 
     @property
     def dtype(self) -> str:
@@ -83,9 +142,10 @@ def read_folder(folder: Path) -> Saved:
         tensors = safetensors.torch.load(content)
     except (OSError, ValueError, BrokenSample, SafetensorError) as error:
         raise UserError(f"{folder / WEIGHTS}: missing or damaged ({reason(error)}); fetch or export it again") from error
-    settings = {name: config[name] for name in KINDS}
-    generation = read_generation(folder)
-    return Saved(str(folder), tensors, settings, config["added_tokens"], config["fingerprint"], generation)
+    settings = {name: config[name] for name in config if name not in OWN | BESIDE.keys()}
+    settings = settings if LAYOUTS[config["format"]].others else {name: settings[name] for name in LAYOUTS[FORMAT].kinds}
+    about = config["added_tokens"], config["fingerprint"], read_generation(folder), config["format"]
+    return Saved(str(folder), tensors, settings, *about)
 
 
 def read_generation(folder: Path) -> dict[str, Any] | None:
@@ -109,8 +169,14 @@ def read_generation(folder: Path) -> dict[str, Any] | None:
 def _read_config(folder: Path) -> dict[str, Any]:
     hint = "give the .ckpt within" if any(folder.glob("*.ckpt")) else "fromage import and fromage export write them"
     kind = replace(PARAMETERS, again=hint)
-    config = NOT_SAID | kind.read(folder)
-    for name, wanted in (KINDS | {"added_tokens": dict, "fingerprint": str | None, "sha256": str}).items():
+    config = kind.read(folder)
+    layout = next((known for name, known in LAYOUTS.items() if config.get("format") == name), None)
+    if layout is None or config.get("version") != VERSION:
+        raise kind.unreadable(folder, "of another format or version")
+    config = layout.not_said | config
+    for name, wanted in (layout.kinds | BESIDE).items():
+        if name not in config:
+            raise kind.unreadable(folder, f"no {name!r}")
         if not isinstance(config[name], wanted):
             raise kind.unreadable(folder, f"{name} cannot be {config[name]!r}")
     return config
@@ -124,37 +190,21 @@ def write_folder(saved: Saved, folder: str | Path, overwrite: bool = False) -> N
     """
     folder = Path(folder)
     if (folder / WEIGHTS).exists() or (folder / CONFIG).exists():
-        PARAMETERS.require_own(folder)
+        PARAMETERS.require_own(folder)  # of any kind of model
     for name in (CONFIG, WEIGHTS):
         check_new(folder / name, overwrite)
+    count = sum(value.numel() for value in saved.tensors.values())
     content = safetensors.torch.save(saved.tensors, {"format": "pt"})
-    config = {"format": FORMAT, "version": VERSION} | NOT_SAID
-    config |= {name: value for name, value in saved.settings.items() if name in KINDS}
+    layout = LAYOUTS[saved.format]
+    config = {"format": saved.format, "version": VERSION} | layout.not_said
+    config |= {name: value for name, value in saved.settings.items() if layout.others or name in layout.kinds}
     config |= {"added_tokens": saved.added_tokens, "fingerprint": saved.fingerprint}
     config |= {"sha256": hashlib.sha256(content).hexdigest()}
-    files = {WEIGHTS: content, CARD: printable(_card(config, saved), "\n").encode(), CONFIG: as_json(config)}
+    files = {WEIGHTS: content, CARD: printable(layout.card(config, count), "\n").encode(), CONFIG: as_json(config)}
     files |= {GENERATION: as_json(saved.generation)} if saved.generation else {}
     write_files(folder, {name: data for name, data in files.items() if name != CARD or not (folder / CARD).exists()})
     if not saved.generation:
         (folder / GENERATION).unlink(missing_ok=True)  # of the model that was replaced
-
-
-def _card(config: dict[str, Any], saved: Saved) -> str:
-    count = sum(value.numel() for value in saved.tensors.values())
-    return f"""---
-library_name: fromage
-tags:
-- arxiv:2301.13823
----
-# FROMAGe on {config["lm"]} and {config["vision"]}
-
-The {count:,} trained parameters of [FROMAGe](https://arxiv.org/abs/2301.13823) between a frozen language model and a
-frozen image tower, with {config["k"]} input embeddings per image and {config["q"]} dimensions of retrieval. The towers
-are fetched by their names in {CONFIG}.
-
-    from fromage import Fromage
-    model = Fromage.from_pretrained("FOLDER OR NAME OF THIS")
-"""
 
 
 def dtype_name(name: str) -> str:

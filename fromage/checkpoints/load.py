@@ -7,7 +7,7 @@ from typing import Any
 
 from huggingface_hub import snapshot_download
 
-from fromage.checkpoints.format import CONFIG, GENERATION, WEIGHTS, Saved, read_folder, read_generation
+from fromage.checkpoints.format import CONFIG, FORMAT, GENERATION, OCTOPUS, WEIGHTS, Saved, read_folder, read_generation
 from fromage.checkpoints.hub import HUB_NAME, look_for_hub
 from fromage.checkpoints.lightning import PREFIX, checkpoint_file, last_checkpoint, read_checkpoint
 from fromage.errors import UserError, first_line
@@ -39,5 +39,6 @@ def _from_lightning(path: str | Path) -> Saved:
     path = checkpoint_file(path)
     checkpoint = read_checkpoint(path)
     tensors = {name.removeprefix(PREFIX): value for name, value in checkpoint.get("state_dict", {}).items()}
-    generation = read_generation(Path(path).parent)
-    return Saved(str(path), tensors, dict(checkpoint["hyper_parameters"]), {}, generation=generation)
+    settings, generation = dict(checkpoint["hyper_parameters"]), read_generation(Path(path).parent)
+    kind = OCTOPUS if "stage" in settings else FORMAT  # Octopus is trained in stages
+    return Saved(str(path), tensors, settings, {}, generation=generation, format=kind)

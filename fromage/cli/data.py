@@ -216,7 +216,7 @@ def export_weights(
     *, ckpt: str, out: Path, format: Literal["ours", "authors"] = "ours", dtype: DType | None = None,
     visual_encoder: str | None = None, overwrite: bool = False,
 ) -> Result:  # fmt: skip
-    """Write trained parameters as a folder to publish, or as the authors' files.
+    """Write trained parameters, of FROMAGe or Octopus, as a folder to publish, or FROMAGe's as the authors' files.
 
     Args:
         format: a folder for from_pretrained, or the authors' files
@@ -226,9 +226,11 @@ def export_weights(
     from fromage.checkpoints.authors import write_authors
     from fromage.checkpoints.format import write_folder
     from fromage.checkpoints.load import read_saved
-    from fromage.models.fromage import for_disk
+    from fromage.cli.models import model_class
+    from fromage.models.pretrained import for_disk
 
-    saved = for_disk(read_saved(ckpt), dtype)
+    saved = read_saved(ckpt)
+    saved = for_disk(model_class(saved.format), saved, dtype)
     if format == "ours":
         write_folder(saved, out, overwrite)
     else:
@@ -237,5 +239,8 @@ def export_weights(
 
 
 def _written(saved: Saved, out: Path) -> Result:
-    count = sum(tensor.numel() for tensor in saved.tensors.values())
-    return Result(f"{count:,} parameters -> {out}", {"parameters": count, "out": str(out)})
+    count, of_lm = (
+        sum(tensor.numel() for name, tensor in saved.tensors.items() if name.startswith(where)) for where in ("", "lm.")
+    )
+    told = f", {of_lm:,} of them of the language model, which was trained too" if of_lm else ""
+    return Result(f"{count:,} parameters{told} -> {out}", {"parameters": count, "of_lm": of_lm, "out": str(out)})

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from fromage.cli.command import Result
 
 QUESTION = "where is {}?"
+Split = Literal["val", "testA", "testB", "test", "train"]
 
 
 @dataclass(kw_only=True)
@@ -52,11 +53,23 @@ class ImageRun(Run):
 
         return Options(**{field.name: getattr(self, field.name) for field in fields(Options) if hasattr(self, field.name)})
 
-    def point(self, evaluate: Callable[..., dict[str, Any]], data: Any) -> Result:
-        """Evaluate an Octopus."""
+
+@dataclass(kw_only=True)
+class OctopusRun(ImageRun):
+    """What an evaluation of Octopus takes.
+
+    Attributes:
+        features: folder of stored patches, as of data.features in training; what it lacks is added (default: not stored)
+    """
+
+    features: Path | None = None
+
+    def point(self, evaluate: Callable[..., dict[str, Any]], data: Sequence[Any]) -> Result:
+        """Evaluate an Octopus on data sets."""
         from fromage.octopus.module import load_octopus
 
-        len(data)  # what is wrong with the files is told before towers are loaded
+        for each in data:
+            len(each)  # what is wrong with the files is told before towers are loaded
         return self.told(evaluate(load_octopus(self.ckpt, self.device), data, self.options()))
 
 
@@ -170,35 +183,37 @@ def few_shot(*, world: Path, shots: Sequence[int] = (0, 1, 2, 4), run: Run) -> R
 
 
 def refcoco(
-    refs: Path, *, instances: Path, split: str = "val", question: str = QUESTION, match: str | None = None, run: ImageRun
-) -> Result:
+    refs: Path, *, instances: Path, split: Sequence[Split] = ("val",), question: str = QUESTION, match: str | None = None,
+    run: OctopusRun,
+) -> Result:  # fmt: skip
     """Octopus: referring expressions of RefCOCO, RefCOCO+ or RefCOCOg, the object meant among all.
 
     Args:
         refs: refs(unc).p, refs(google).p or refs(umd).p
         instances: instances.json that came with it
-        split: val, and depending on the file testA, testB, test or train
+        split: one or several of val, testA, testB, test and train, of which a file has some
         match: evaluate only expressions that match this regular expression, such as '(left|right)'
     """
     from fromage.evals.refcoco import evaluate
     from fromage.octopus.sources import RefCOCO
 
-    return run.point(evaluate, RefCOCO(str(refs), str(instances), str(run.images), split, question, run.limit, match))
+    named = str(refs), str(instances), str(run.images)
+    return run.point(evaluate, [RefCOCO(*named, each, question, run.limit, match) for each in dict.fromkeys(split)])
 
 
-def pope(file: Path, *, run: ImageRun) -> Result:
-    """Octopus: questions of POPE, whether something is in an image.
+def pope(files: Sequence[Path], *, run: OctopusRun) -> Result:
+    """Octopus: questions of POPE, whether something is in an image; of several files also the mean F1.
 
     Args:
-        file: coco_pope_random.json or another of POPE's
+        files: coco_pope_random.json, coco_pope_popular.json and coco_pope_adversarial.json, or one of them
     """
     from fromage.evals.pope import evaluate
     from fromage.octopus.sources import Pope
 
-    return run.point(evaluate, Pope(str(file), str(run.images), run.limit))
+    return run.point(evaluate, [Pope(str(file), str(run.images), run.limit) for file in files])
 
 
-def instructions(file: Path, *, padded: bool = False, run: ImageRun) -> Result:
+def instructions(file: Path, *, padded: bool = False, run: OctopusRun) -> Result:
     """Octopus: instructions of LLaVA's kind, answers that point at several objects among them.
 
     Args:
@@ -208,4 +223,30 @@ def instructions(file: Path, *, padded: bool = False, run: ImageRun) -> Result:
     from fromage.evals.instructions import evaluate
     from fromage.octopus.sources import Instructions
 
-    return run.point(evaluate, Instructions(str(file), str(run.images), padded, run.limit))
+    data = Instructions(str(file), str(run.images), padded, run.limit)
+    return run.point(lambda model, _, options: evaluate(model, data, options), [data])
+
+
+def answers(
+    questions: Path, *, answers_file: Path, annotations: Path | None = None, model_id: str | None = None,
+    max_new_tokens: int = 128, overwrite: bool = False, run: ImageRun,
+) -> Result:  # fmt: skip
+    """Octopus or FROMAGe: answers to questions about images, in a file for the official scorers of VQAv2, GQA and others.
+
+    A run that was killed goes on where it stopped; --overwrite replaces a finished file, and begins another run's anew.
+
+    Args:
+        questions: lines of JSON {question_id, image, text} as in LLaVA's evaluations, or ScienceQA's JSON
+        answers_file: lines of JSON {question_id, prompt, text, answer_id, model_id, metadata}, as LLaVA writes them
+        annotations: v2_mscoco_val2014_annotations.json or another of VQA's form, for VQA accuracy
+        model_id: name of the model in the answers file (default: its kind and fingerprint)
+    """
+    from fromage.cli.models import load_any
+    from fromage.evals.answers import evaluate
+    from fromage.evals.questions import read_questions
+    from fromage.evals.vqa import read_vqa
+
+    data = read_questions(questions, run.images, run.limit)
+    said = read_vqa(annotations) if annotations else None
+    model = load_any(run.ckpt, run.device)
+    return run.told(evaluate(model, data, answers_file, run.options(), max_new_tokens, said, model_id, overwrite))

@@ -78,6 +78,7 @@ COMMANDS: dict[str, Function] = {
     "eval refcoco": evals.refcoco,
     "eval pope": evals.pope,
     "eval instructions": evals.instructions,
+    "eval answers": evals.answers,
     "caption": talk.caption,
     "chat": talk.chat,
     "demo": talk.demo,

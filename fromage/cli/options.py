@@ -67,6 +67,13 @@ def out_json(text: str) -> Path:
     return HERE if text == str(HERE) else out_file(text)
 
 
+def out_jsonl(text: str) -> Path:
+    """A file of lines of JSON to write later. Raises UserError for a name that does not end in .jsonl."""
+    if not text.lower().endswith(".jsonl"):
+        raise UserError(f"{text}: name a file that ends in .jsonl")
+    return out_file(text)
+
+
 def in_file(text: str) -> Path:
     """A file to read. Raises UserError where there is none."""
     path = Path(text)
@@ -175,7 +182,9 @@ SHARED: dict[str, tuple[str, Check | None]] = {
     "vision_weights": ("weights of the image tower, as in a configuration", None),
     "workers": ("processes that decode images", natural),
     # of one command each, but with a check
+    "answers_file": ("", out_jsonl),
     "actors": ("with --ray: copies of the image tower", positive),
+    "features": ("", out_folder),
     "gpus": ("with --ray: GPUs of each copy, also 0.5 (default: 1 with --device cuda, else 0)", amount),
     "max_broken": ("share of broken samples that training will allow, 0 to 1", fraction),
     "max_lost": ("", fraction),
@@ -194,7 +203,7 @@ DEFAULT: dict[Any, Check] = {Path: in_file}  # checks of types, where the name h
 SHORT = {"config": "-c", "images_per_ret": "-k"}
 BARE = {"ray": "local", "json": str(HERE)}  # the value of an option that is given without one
 
-FILES = [name for name, (_, check) in SHARED.items() if check in (out_json, out_png)]  # written by name
+FILES = [name for name, (_, check) in SHARED.items() if check in (out_json, out_png, out_jsonl)]  # written by name
 
 
 def check_out(values: dict[str, Any]) -> None:

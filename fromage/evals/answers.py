@@ -1,66 +1,135 @@
-"""Scores of VisDial's candidate answers on disk: a run that was killed goes on where it stopped."""
+"""Answers to questions about images, for the official scorers of VQAv2, OK-VQA, GQA, VizWiz, ScienceQA and others.
+
+Protocol: greedy answers, written as LLaVA's model_vqa_loader writes them: question_id, prompt, text, answer_id, model_id,
+metadata. VQA accuracy where annotations are given; see fromage.evals.vqa.
+"""
 
 from __future__ import annotations
 
 import hashlib
-import io
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from functools import singledispatch
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
-import numpy as np
+from torch import Tensor
+from tqdm import tqdm
 
 from fromage.errors import UserError
-from fromage.evals.dialogues import Dialogue
-from fromage.identity import FolderKind
-from fromage.images.transforms import Framing
-from fromage.io import write_files
+from fromage.evals.answer_file import AnswerFile
+from fromage.evals.base import make_report
+from fromage.evals.predict import SECONDS, ImageStream
+from fromage.evals.questions import Question, Questions
+from fromage.evals.report import Figures, Report, System
+from fromage.evals.vqa import Annotated, accuracy
+from fromage.generation.decoding import Decoding
+from fromage.generation.generate import generate
 from fromage.models.fromage import Fromage
+from fromage.models.pretrained import Pretrained
+from fromage.models.prompts import Part
+from fromage.octopus.decoding import MAX_NEW_TOKENS, ground
+from fromage.octopus.model import Octopus
+from fromage.retrieval.encode import Options
+
+Asked = Sequence[tuple[Tensor | None, str]]  # features of an image, or none, and a question
+
+PROTOCOL = {
+    "answers": "greedy, of at most {length} tokens",
+    "words": "in an answer, on average",
+    "accuracy": "VQA's, against ten people's answers, in percent; all, and by the kind of answer that the annotations name",
+}
+FROMAGE_PROMPT = "Q: {}\nA:"  # as in its chats
 
 
-def identity(model: Fromage, dialogues: Sequence[Dialogue], protocols: Mapping[str, Framing]) -> dict[str, Any]:
-    """What scores belong to: a model, dialogues in order, and the protocols, each with the framing of its images."""
-    digest = hashlib.sha256(repr([(talk.image.name, talk.rounds) for talk in dialogues]).encode()).hexdigest()[:16]
-    return {"checkpoint": model.fingerprint(), "dialogues": digest, "protocols": dict(protocols)}
+@singledispatch
+def answer(model: Pretrained, asked: Asked, max_new_tokens: int) -> list[str]:
+    """Greedy answers in words, of any kind of model."""
+    raise NotImplementedError(type(model))
 
 
-SCORES = FolderKind(
-    "about.json",
-    "scores",
-    of="checkpoint, or of other dialogues",
-    remedy="name another --scores",
-    again="remove it and run it again",
-)
+@answer.register
+def _(model: Octopus, asked: Asked, max_new_tokens: int) -> list[str]:
+    return [found.words for found in ground(model, asked, max_new_tokens, len(asked))]
 
 
-class ScoreStore:
-    """One file for each dialogue, 000000.npy and on, beside about.json; in memory only where there is no folder."""
+@answer.register
+def _(model: Fromage, asked: Asked, max_new_tokens: int) -> list[str]:
+    prompts: list[list[Part]] = [[*([] if image is None else [image]), FROMAGE_PROMPT.format(text)] for image, text in asked]
+    found = generate(model, prompts, Decoding(max_new_tokens, stop=("\n",), max_images=0), batch_size=len(asked))
+    return [each.text for each in found]
 
-    def __init__(self, folder: Path | None, about: dict[str, Any]) -> None:
-        """about: see identity. Raises UserError for a folder of another identity, or with something else in it."""
-        self.folder = folder
-        if folder is not None:
-            SCORES.begin(folder, about)
 
-    def _path(self, number: int) -> Path:
-        assert self.folder is not None
-        return self.folder / f"{number:06d}.npy"
+def evaluate(
+    model: Pretrained,
+    data: Questions,
+    out: Path,
+    options: Options | None = None,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    annotations: Mapping[int | str, Annotated] | None = None,
+    model_id: str | None = None,
+    overwrite: bool = False,
+) -> Report:
+    """Answer questions into the file `out`, and report; what a killed run of the same answered is not answered again.
 
-    def __contains__(self, number: int) -> bool:
-        return self.folder is not None and self._path(number).is_file()
+    model_id: name of the model in the file (default: its kind and fingerprint). overwrite: replace `out`, and what another
+    run began. Raises UserError for a file that is there, an unfinished one of another model, of other questions or another
+    length, for too many images lost, and for annotations of other questions.
+    """
+    options = options or Options()
+    known = [question for question in data.questions if annotations and question.key in annotations]
+    if annotations is not None and not known:
+        raise UserError(f"{data.file}: none of its questions is in the annotations; name those of the same split")
+    kind = "sequential" if getattr(model, "num_queries", None) == 0 else model.kind
+    name = model_id or f"{kind}-{model.fingerprint()}"
+    about = {"checkpoint": model.fingerprint(), "questions": digest_of(data.questions), "length": max_new_tokens}
+    with AnswerFile(out, about | {"model_id": name}, overwrite) as file:
+        todo = [question for question in data.questions if question.key not in file.answered]
+        stream = ImageStream(model, [question.image for question in todo], options)
+        start = perf_counter()
+        for numbers, images in tqdm(stream, "answering", len(stream.batches), unit="batch", leave=False):
+            asked = [(image, todo[i].asked) for i, image in zip(numbers, images, strict=True)]
+            said = answer(model, asked, max_new_tokens) if asked else []
+            file.add([_record(todo[i], text, name) for i, text in zip(numbers, said, strict=True)])
+        seconds = perf_counter() - start
+        file.finish(question.key for question in data.questions)
+    texts = {key: record["text"] for key, record in file.answered.items()}
+    lost = sum(question.key not in texts for question in todo)
+    if not texts:
+        raise UserError(f"{data.file}: no question has its image; name the right --images")
+    figures: System = {"all": {"words": sum(len(text.split()) for text in texts.values()) / len(texts)}}
+    if len(todo) > lost:
+        figures["all"]["seconds"] = seconds / (len(todo) - lost)
+    figures |= _accuracies(figures["all"], texts, annotations or {})
+    sizes = {"questions": len(data.questions), "answers": len(texts), "answered_before": len(data.questions) - len(todo)}
+    sizes |= {"images": len(stream.images)} | ({"annotated": len(known)} if annotations is not None else {})
+    protocol = {**PROTOCOL, "answers": PROTOCOL["answers"].format(length=max_new_tokens)}
+    protocol["seconds"] = SECONDS.format(device=model.device, batch_size=options.batch_size)
+    skipped = {"odd entries": data.odd, "questions with a lost image": lost}
+    return make_report(model, "answers", data.file.name, {kind: figures}, sizes, skipped, protocol, stream.lost)
 
-    def get(self, number: int) -> np.ndarray:
-        """(protocols, R, C) scores that are there. Raises UserError for a file that is damaged."""
-        path = self._path(number)
-        try:
-            return np.load(path, mmap_mode="r").copy()  # which believes no shape that the file is too short for
-        except Exception as error:  # a damaged header raises nearly anything
-            raise UserError(f"{path}: is damaged; remove it and run it again") from error
 
-    def put(self, number: int, scores: np.ndarray) -> np.ndarray:
-        """Keep scores, under their name only when whole; returns them."""
-        if self.folder is not None:
-            file = io.BytesIO()
-            np.save(file, scores)
-            write_files(self.folder, {self._path(number).name: file.getvalue()})
-        return scores
+def digest_of(questions: Sequence[Question]) -> str:
+    """16 hex digits of questions in their order, with the names of their images."""
+    listed = [(key, image.name if image else None, text) for key, image, text in questions]
+    return hashlib.sha256(repr(listed).encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def _record(question: Question, text: str, model_id: str) -> dict[str, Any]:
+    """A line of the file. The answer_id of the same answer by the same model is always the same."""
+    answer_id = hashlib.sha256(repr((model_id, question.key, question.text, text)).encode()).hexdigest()[:22]
+    record = {"question_id": question.key, "prompt": question.text, "text": text, "answer_id": answer_id}
+    return record | {"model_id": model_id, "metadata": {}}
+
+
+def _accuracies(first: Figures, texts: Mapping[int | str, str], annotations: Mapping[int | str, Annotated]) -> System:
+    """VQA accuracy in percent, of all annotated answers, beside the figures of `first`, and by kind of answer."""
+    found: dict[str, list[float]] = defaultdict(list)
+    for key, text in texts.items():
+        if key in annotations:
+            value = accuracy(text, annotations[key].answers)
+            found["all"].append(value)
+            found[annotations[key].kind or "all"] += [value] if annotations[key].kind else []
+    means = {kind: {"accuracy": 100 * sum(values) / len(values)} for kind, values in found.items()}
+    return means | {"all": means.get("all", {}) | first}

@@ -13,11 +13,11 @@ from torch import Tensor
 from fromage.distribution import versions
 from fromage.errors import UserError
 from fromage.evals.clip import load_clip_baseline
-from fromage.evals.report import Report, System
+from fromage.evals.report import SYSTEMS, Report, System
 from fromage.images.transforms import Framing
 from fromage.models.base import VisualPrefixLM
 from fromage.models.fromage import Fromage
-from fromage.retrieval.encode import Options, encode_files, in_batches
+from fromage.retrieval.encode import Options, encode_files, in_batches, lost_counts
 from fromage.retrieval.metrics import chance
 
 Item = TypeVar("Item")
@@ -60,30 +60,55 @@ class Run:
         paper: Mapping[str, System] | None = None,
         headline: Sequence[str] = (),
     ) -> Report:
-        """Everything about the run, ready for JSON; keys as the arguments, `name` as evaluation, each system by its name.
+        """As make_report, of this run's model, data and lost images."""
+        about = (self.model, name, self.data, figures, sizes, skipped, protocol, self.encoded.lost)
+        return make_report(*about, paper, headline)
 
-        Args:
-            figures: setting -> figures of each system; shares in percent.
-            sizes: of the gallery, and how many queries there were.
-            skipped: what was left out beside the images lost, by cause.
-            protocol: what settings and figures mean.
-            paper: published figures; those of settings that were run are kept.
-            headline: settings that are columns of the Markdown table; without any there is none.
-        """
-        published = {who: {at: f for at, f in (paper or {}).get(who, {}).items() if at in figures[who]} for who in figures}
-        return {
-            "evaluation": name,
-            **{who: {at: _rounded(f) for at, f in settings.items()} for who, settings in figures.items()},
-            "paper": {who: settings for who, settings in published.items() if settings},
-            "protocol": dict(protocol),
-            "data": self.data,
-            "headline": list(headline),
-            **sizes,
-            "skipped": {**self.encoded.counts(), **skipped},
-            "lost": [f"{path} ({cause})" for cause, path in self.encoded.lost[:NAMED]],
-            "checkpoint": self.model.fingerprint(),
-            "versions": {"python": platform.python_version(), **versions(PACKAGES)},
-        }
+
+def make_report(
+    model: VisualPrefixLM,
+    name: str,
+    data: str,
+    figures: Mapping[str, System],
+    sizes: Mapping[str, int],
+    skipped: Mapping[str, int],
+    protocol: Mapping[str, str],
+    lost: Sequence[tuple[str, Path]],
+    paper: Mapping[str, System] | None = None,
+    headline: Sequence[str] = (),
+) -> Report:
+    """Everything about a run, ready for JSON; keys as the arguments, `name` as evaluation, each system by its name.
+
+    Args:
+        data: what it was evaluated on.
+        figures: setting -> figures of each system; shares in percent.
+        sizes: of the gallery, and how many queries there were.
+        skipped: what was left out beside the images lost, by cause.
+        protocol: what settings and figures mean.
+        lost: (cause, path) of images that were missing or broken.
+        paper: published figures of these systems, and of systems of others, which have rows of their own. Those of settings
+            that were run are kept; who gives any must know that they were measured on this data.
+        headline: settings that are columns of the Markdown table; without any there is none.
+    """
+    run = {setting for settings in figures.values() for setting in settings}
+    published = {
+        who: {at: f for at, f in settings.items() if at in figures.get(who, run)}
+        for who, settings in (paper or {}).items()
+        if who in figures or who not in SYSTEMS
+    }
+    return {
+        "evaluation": name,
+        **{who: {at: _rounded(f) for at, f in settings.items()} for who, settings in figures.items()},
+        "paper": {who: settings for who, settings in published.items() if settings},
+        "protocol": dict(protocol),
+        "data": data,
+        "headline": list(headline),
+        **sizes,
+        "skipped": {**lost_counts(lost), **skipped},
+        "lost": [f"{path} ({cause})" for cause, path in lost[:NAMED]],
+        "checkpoint": model.fingerprint(),
+        "versions": {"python": platform.python_version(), **versions(PACKAGES)},
+    }
 
 
 def _rounded(figures: Mapping[str, float]) -> dict[str, float]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 
-from fromage.evals.predict import predict
+from fromage.evals.predict import predict, report
 from fromage.evals.report import Figures, Report
 from fromage.octopus.examples import Example
 from fromage.octopus.metrics import box_metrics, mean_percent
@@ -23,16 +23,16 @@ PROTOCOL = {
 
 def evaluate(model: Octopus, data: Instructions, options: Options | None = None) -> Report:
     """Figures in percent: 'text', '1_object', '2_objects' and so on. Raises UserError as predict does."""
-    predictions = predict(model, data, options)
+    predictions = predict(model, [data], options)
     metrics: dict[str, list[Figures]] = defaultdict(list)
-    for example, answer in sorted(predictions.pairs, key=lambda pair: len(pair[0].meant)):
+    for example, answer in sorted(predictions.pairs[0], key=lambda pair: len(pair[0].meant)):
         words = " ".join(piece for piece in example.answer if isinstance(piece, str))
         wanted = [example.boxes[piece] for piece in example.answer if isinstance(piece, int)]
         found = box_metrics(answer, wanted, words)
         metrics[setting(example)].append({name: found[name] for name in found if name in PROTOCOL})
     figures = {name: mean_percent(some) for name, some in metrics.items()}
     sizes = {f"answers_{name}": len(some) for name, some in metrics.items()}
-    return predictions.report("instructions", figures, PROTOCOL, sizes=sizes)
+    return report("instructions", [predictions], figures, PROTOCOL, sizes=sizes)
 
 
 def setting(example: Example) -> str:

@@ -1,67 +1,170 @@
-"""Predictions of Octopus for a data set: each image is encoded once, and answered greedily; what is left out is counted."""
+"""Predictions of Octopus for data sets: images pass through in batches, answers are greedy, what is left out is counted."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from time import perf_counter
+from typing import TypeVar
 
+import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from fromage.errors import UserError
-from fromage.evals.base import Run
+from fromage.evals.base import make_report
 from fromage.evals.report import Report, System
+from fromage.models.base import VisualPrefixLM
 from fromage.octopus.answers import Grounded, answer_ids
 from fromage.octopus.decoding import ground
 from fromage.octopus.examples import Example
 from fromage.octopus.model import Octopus
+from fromage.octopus.patch_store import PatchStore
 from fromage.octopus.sources import Listed
-from fromage.retrieval.encode import Options
+from fromage.retrieval.encode import Encoded, Options, check_lost, encode_batches
+
+Source = TypeVar("Source", bound=Listed)
 
 LENGTH = "greedy, and at most as long as the longest right answer of the data is in the model's tokens"
+SECONDS = "of one example, from image file to answer, on {device}, {batch_size} at a time"
 
 
+class ImageStream:
+    """Items in batches, each item with its image's features; iterate once. Memory holds one batch of features.
+
+    Items of one image follow one another, in the order in which images first appear, so that each image is encoded once.
+
+    Attributes:
+        images: paths whose features were had so far.
+        lost: (cause, path) of the images that had none.
+    """
+
+    def __init__(self, model: VisualPrefixLM, paths: Sequence[Path | None], options: Options) -> None:
+        """paths: of each item's image; None for an item without."""
+        self.model, self.paths, self.options = model, paths, options
+        self.images: set[Path] = set()
+        self.lost: list[tuple[str, Path]] = []
+        first: dict[Path | None, int] = {}
+        order = sorted(range(len(paths)), key=lambda i: first.setdefault(paths[i], i))
+        size = options.batch_size
+        self.batches = [order[start : start + size] for start in range(0, len(order), size)]
+
+    def __iter__(self) -> Iterator[tuple[list[int], list[Tensor | None]]]:
+        """Numbers of items, and their features, (m,) or (P, m) in the dtype of the tower or store; (None: without image).
+
+        Items whose image is lost are left out. Raises UserError where more than options.max_lost of the images are.
+        """
+        needed = [list(dict.fromkeys(path for i in batch if (path := self.paths[i]))) for batch in self.batches]
+        known: set[Path] = set()
+        new = []
+        for paths in needed:
+            new.append([path for path in paths if path not in known])
+            known.update(paths)
+        held: dict[Path, Tensor] = {}
+        for batch, paths, encoded in zip(self.batches, needed, self._encoded(new), strict=True):
+            held = {path: held[path].clone() for path in paths if path in held}  # a view would keep the batch it is of
+            held |= {path: encoded.features[row] for path, row in encoded.row.items()}
+            self.images |= encoded.row.keys()
+            self.lost += encoded.lost
+            numbers = [i for i in batch if self.paths[i] is None or self.paths[i] in held]
+            yield numbers, [None if (path := self.paths[i]) is None else held[path] for i in numbers]
+
+    def _encoded(self, batches: list[list[Path]]) -> Iterator[Encoded]:
+        """The features of batches of distinct images: encoded now, or from a folder of stored patches."""
+        options = self.options
+        if options.features is None:
+            yield from encode_batches(self.model, batches, options)
+            return
+        names = [str(path) for batch in batches for path in batch]
+        store = PatchStore(options.features, self.model.vision)
+        store.add(names, options.batch_size, options.workers)
+        check_lost([(store.lost[name], Path(name)) for name in names if name in store.lost], len(names), options.max_lost)
+        for batch in batches:
+            good = [path for path in batch if str(path) in store.rows]
+            lost = [(store.lost[str(path)], path) for path in batch if path not in good]
+            rows = torch.stack([store[str(path)] for path in good]) if good else torch.empty(0)  # (b, P, m)
+            yield Encoded({"own": rows}, {path: i for i, path in enumerate(good)}, lost)
+
+
+@dataclass(frozen=True)
 class Predictions:
-    """A data set's examples with the model's answers, `pairs`, in stored order; `skipped` counts what was left out."""
+    """The examples of data sets with a model's answers.
 
-    def __init__(self, run: Run, pairs: list[tuple[Example, Grounded]], skipped: dict[str, int]) -> None:
-        self.run, self.pairs, self.skipped = run, pairs, skipped
+    Attributes:
+        model: which answered.
+        sources: the data sets.
+        pairs: for each of them examples and answers, in stored order.
+        skipped: how many entries were left out, by cause.
+        images: paths of the images that were encoded.
+        lost: (cause, path) of the others.
+        seconds: of one example, from image file to answer.
+        options: which it ran under.
+    """
 
-    def report(
-        self,
-        name: str,
-        figures: System,
-        protocol: Mapping[str, str],
-        chance: System | None = None,
-        sizes: Mapping[str, int] | None = None,
-    ) -> Report:
-        """See Run.report. The model's figures are under 'octopus', or under 'sequential' where it spells boxes as text."""
-        systems = {"octopus" if self.run.model.num_queries else "sequential": figures} | (
-            {"chance": chance} if chance else {}
-        )
-        counts = {"examples": len(self.pairs), "images": len(self.run.encoded.row), **(sizes or {})}
-        return self.run.report(name, systems, counts, self.skipped, {**protocol, "answers": LENGTH})
+    model: Octopus
+    sources: Sequence[Listed]
+    pairs: list[list[tuple[Example, Grounded]]]
+    skipped: Mapping[str, int]
+    images: set[Path]
+    lost: list[tuple[str, Path]]
+    seconds: float
+    options: Options
 
 
-def predict(model: Octopus, source: Listed, options: Options | None = None) -> Predictions:
+def predict(model: Octopus, sources: Sequence[Listed], options: Options | None = None) -> Predictions:
     """Answers to all examples whose image is there and that point at no more objects than the model has queries.
 
     Raises UserError for files that are wrong, too many images lost, and where no example is left.
     """
-    examples = list(source)
-    few = [example for example in examples if not model.num_queries or len(example.meant) <= model.num_queries]
+    options = options or Options()
+    every = [(number, example) for number, source in enumerate(sources) for example in source]
+    few = [each for each in every if not model.num_queries or len(each[1].meant) <= model.num_queries]
     if not few:
         raise UserError(
-            f"{source.file}: every answer points at more objects than the model's {model.num_queries} object queries"
+            f"{sources[0].file}: every answer points at more objects than the model's {model.num_queries} object queries"
         )
-    run = Run(model, source.file.name, [Path(example.image) for example in few], options)
-    kept = run.keep(few, lambda example: [Path(example.image)])
-    patches = dict(zip(run.encoded.row, run.encoded.features, strict=True))  # (P, m) each
-    prompts = [(patches[Path(example.image)], example.instruction) for example in kept]
-    longest = max(len(answer_ids(example, model.tokenizer, model.num_queries)) for example in kept)
-    size = run.options.batch_size
-    answers: list[Grounded] = []
-    for start in tqdm(range(0, len(prompts), size), desc="predicting", unit="batch", leave=False):
-        answers += ground(model, prompts[start : start + size], longest, size)
-    skipped = {"examples with a lost image": len(few) - len(kept)}
-    skipped["examples of more objects than queries"] = len(examples) - len(few)
-    return Predictions(run, list(zip(kept, answers, strict=True)), dict(source.dropped) | skipped)
+    longest = max(len(answer_ids(example, model.tokenizer, model.num_queries)) for _, example in few)
+    stream = ImageStream(model, [Path(example.image) for _, example in few], options)
+    answers: dict[int, Grounded] = {}
+    start = perf_counter()
+    for numbers, patches in tqdm(stream, "predicting", len(stream.batches), unit="batch", leave=False):
+        asked = [(shown, few[i][1].instruction) for i, shown in zip(numbers, patches, strict=True)]
+        answers |= zip(numbers, ground(model, asked, longest, options.batch_size), strict=True)
+    seconds = (perf_counter() - start) / max(1, len(answers))
+    pairs: list[list[tuple[Example, Grounded]]] = [[] for _ in sources]
+    for i in sorted(answers):
+        pairs[few[i][0]].append((few[i][1], answers[i]))
+    skipped = {what: sum(source.dropped[what] for source in sources) for source in sources for what in source.dropped}
+    skipped["examples with a lost image"] = len(few) - len(answers)
+    skipped["examples of more objects than queries"] = len(every) - len(few)
+    return Predictions(model, sources, pairs, skipped, stream.images, stream.lost, seconds, options)
+
+
+def listed(data: Source | Sequence[Source]) -> list[Source]:
+    """One data set, or several, as a list."""
+    return [data] if isinstance(data, Listed) else list(data)
+
+
+def report(
+    name: str,
+    parts: Sequence[Predictions],
+    figures: System,
+    protocol: Mapping[str, str],
+    chance: System | None = None,
+    sizes: Mapping[str, int] | None = None,
+    paper: Mapping[str, System] | None = None,
+) -> Report:
+    """See make_report. The model's figures are under 'octopus', or under 'sequential' where it spells boxes as text."""
+    model, options = parts[0].model, parts[0].options
+    systems = {"octopus" if model.num_queries else "sequential": figures} | ({"chance": chance} if chance else {})
+    images: set[Path] = set().union(*(part.images for part in parts))
+    counts = {"examples": sum(len(pairs) for part in parts for pairs in part.pairs), "images": len(images), **(sizes or {})}
+    skipped = {what: sum(part.skipped.get(what, 0) for part in parts) for part in parts for what in part.skipped}
+    lost = list(dict.fromkeys(each for part in parts for each in part.lost))
+    data = ", ".join(dict.fromkeys(source.file.name for part in parts for source in part.sources))
+    told = {**protocol, "answers": LENGTH}
+    if any("seconds" in some for some in figures.values()):
+        told["seconds"] = SECONDS.format(device=model.device, batch_size=options.batch_size)
+        told["seconds"] += ", patches stored before" * (options.features is not None)
+    return make_report(model, name, data, systems, counts, skipped, told, lost, paper)

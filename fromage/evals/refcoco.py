@@ -5,11 +5,14 @@ Protocol: an answer is right where the first box that it points at has an IoU of
 
 from __future__ import annotations
 
-from fromage.evals.predict import predict
-from fromage.evals.report import Report
+from collections.abc import Sequence
+
+from fromage.evals.predict import listed, predict, report
+from fromage.evals.report import Report, System
 from fromage.octopus.metrics import TOP, box_metrics, chance_metrics, mean_percent
 from fromage.octopus.model import Octopus
 from fromage.octopus.sources import RefCOCO
+from fromage.octopus.sources.listed import LOST_ANSWERS
 from fromage.retrieval.encode import Options
 
 PROTOCOL = {
@@ -18,21 +21,68 @@ PROTOCOL = {
     "chance": "to be expected of a random one of the image's known boxes",
 }
 HEAD = {
-    "head_top1, head_iou": "accuracy and IoU of the box with the DETR head's highest score, whatever the answer",
-    f"head_recall_top{TOP}": f"whether one of the {TOP} with the highest scores is right",
+    "head_recall_top1 to 5": f"whether one of the DETR head's 1 to {TOP} boxes of highest score is right",
+    "head_iou": "of the head's box of highest score",
+}
+# Number of expressions of each official split (RefCOCO and RefCOCO+ as in refs(unc).p, RefCOCOg as in refs(umd).p), by which
+# these files are known: no two have the same.
+OFFICIAL = {
+    ("val", 10834): "RefCOCO", ("testA", 5657): "RefCOCO", ("testB", 5095): "RefCOCO",
+    ("val", 10758): "RefCOCO+", ("testA", 5726): "RefCOCO+", ("testB", 4889): "RefCOCO+",
+    ("val", 4896): "RefCOCOg", ("test", 9602): "RefCOCOg",
+}  # fmt: skip
+SPLITS = [(name, split) for (split, _), name in OFFICIAL.items()]
+ACCURACY = {  # of the Octopus paper, in the order of SPLITS
+    "Octopus, 224 px": (88.77, 91.93, 82.28, 83.05, 88.87, 75.12, 83.11, 84.78),
+    "Octopus, 336 px": (89.02, 92.63, 83.42, 83.55, 89.40, 76.02, 84.25, 86.19),
+    "Shikra 7B, 224 px": (87.01, 90.61, 80.24, 81.60, 87.36, 72.12, 82.27, 82.19),
+}
+RECALL = {  # of its Table 5: the decoder's boxes of highest score
+    ("Octopus, 224 px", "RefCOCOg", "val"): {"head_recall_top1": 81.93, "head_recall_top5": 94.56},
+    ("Octopus, 336 px", "RefCOCOg", "val"): {"head_recall_top1": 82.13, "head_recall_top5": 95.95},
 }
 
 
-def evaluate(model: Octopus, data: RefCOCO, options: Options | None = None) -> Report:
-    """Figures of the split in percent, beside chance. Raises UserError as predict does."""
-    predictions = predict(model, data, options)
-    own, chance = [], []
-    for example, answer in predictions.pairs:
-        wanted = [example.boxes[i] for i in example.meant]
-        own.append(box_metrics(answer, wanted))
-        chance.append(chance_metrics(example.boxes, wanted))
+def evaluate(model: Octopus, data: RefCOCO | Sequence[RefCOCO], options: Options | None = None) -> Report:
+    """Figures of one or several splits in percent, beside chance, and beside the paper's where the splits are official.
+
+    Raises UserError as predict does.
+    """
+    splits = listed(data)
+    parts = [predict(model, [split], options) for split in splits]
+    own: System = {}
+    chance: System = {}
+    for split, part in zip(splits, parts, strict=True):
+        pairs = [(example, answer, [example.boxes[i] for i in example.meant]) for example, answer in part.pairs[0]]
+        own[split.split] = mean_percent([box_metrics(answer, wanted) for _, answer, wanted in pairs])
+        own[split.split]["seconds"] = part.seconds
+        chance[split.split] = mean_percent([chance_metrics(example.boxes, wanted) for example, _, wanted in pairs])
     protocol = PROTOCOL | (HEAD if model.num_queries else {})
-    if data.match.pattern:
-        protocol |= {"expressions": f"those alone in which {data.match.pattern!r} is found"}
-    figures, expected = ({data.split: mean_percent(metrics)} for metrics in (own, chance))
-    return predictions.report("refcoco", figures, protocol, expected)
+    names = {split.split: official(split) for split in splits}
+    if any(names.values()):
+        known = ", ".join(f"{split} has as many expressions as {name}'s" for split, name in names.items() if name)
+        protocol |= {"in brackets": f"the paper's figures, since {known}"}
+    if splits[0].match.pattern:
+        protocol |= {"expressions": f"those alone in which {splits[0].match.pattern!r} is found"}
+    sizes = {f"examples_{split.split}": len(part.pairs[0]) for split, part in zip(splits, parts, strict=True)}
+    return report("refcoco", parts, own, protocol, chance, sizes if len(splits) > 1 else {}, published(names))
+
+
+def official(split: RefCOCO) -> str:
+    """The data set whose official split this is, whole; '' for any other."""
+    if split.limit is not None or split.match.pattern:
+        return ""
+    left_out = sum(count for what, count in split.dropped.items() if what in (LOST_ANSWERS, "expressions without words"))
+    return OFFICIAL.get((split.split, len(split) + left_out), "")
+
+
+def published(names: dict[str, str]) -> dict[str, System]:
+    """The paper's figures of splits, by system and split; names: of the data set of each split, '' for an unknown one."""
+    return {
+        who: {
+            split: {"acc_iou50": figures[SPLITS.index((name, split))], **RECALL.get((who, name, split), {})}
+            for split, name in names.items()
+            if name
+        }
+        for who, figures in ACCURACY.items()
+    }

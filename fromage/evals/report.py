@@ -1,4 +1,4 @@
-"""Reports printed: a table for the terminal, rows for a Markdown table. What a report holds is said in base.Run.report."""
+"""Reports printed: a table for the terminal, rows for a Markdown table. What a report holds is said in base.make_report."""
 
 from __future__ import annotations
 
@@ -15,12 +15,17 @@ SYSTEMS = ("fromage", "octopus", "sequential", "clip", "chance")
 
 
 def table(report: Report) -> str:
-    """A table for each kind of figures, published ones in brackets, between what was evaluated and the protocol."""
+    """A table for each kind of figures, published ones in brackets, between what was evaluated and the protocol.
+
+    Where other systems' published rows stand beside ours, each setting has a table of its own.
+    """
     sizes = ", ".join(f"{name} {value}" for name, value in report.items() if isinstance(value, int))
     skipped = ", ".join(f"{count} {what}" for what, count in report["skipped"].items() if count) or "nothing"
     blocks = [f"{report['evaluation']}: {report['data']}\n{sizes}; skipped: {skipped}"]
-    rows = [(at, who) for at in _settings(report) for who in _systems(report) if at in report[who]]
-    for names, some in groupby(rows, key=lambda row: _names(report, row[0])):
+    others = [who for who in report["paper"] if who not in SYSTEMS]
+    systems = [*_systems(report), *others]
+    rows = [(at, who) for at in _settings(report) for who in systems if at in report.get(who, report["paper"].get(who, {}))]
+    for (names, _), some in groupby(rows, key=lambda row: (_names(report, row[0]), row[0] if others else "")):
         cells = [[at, who, *(_cell(report, who, at, name) for name in names)] for at, who in some]
         align = ("left", "left", *["right"] * len(names))
         blocks.append(tabulate([["", "", *names], *cells], tablefmt="plain", colalign=align, disable_numparse=True))
@@ -42,9 +47,20 @@ def _names(report: Report, setting: str) -> list[str]:
 
 def _cell(report: Report, who: str, setting: str, *names: str) -> str:
     """Figures of a system, those of `names` that it has, and in brackets the published ones."""
-    ours, published = report[who].get(setting, {}), report["paper"].get(who, {}).get(setting, {})
-    texts = [" / ".join(f"{some[name]:.1f}" for name in names if name in some) for some in (ours, published)]
-    return texts[0] + (f" ({texts[1]})" if texts[1] else "")
+    ours, published = report.get(who, {}).get(setting, {}), report["paper"].get(who, {}).get(setting, {})
+    own = " / ".join(shown(name, ours[name]) for name in names if name in ours)
+    theirs = " / ".join(as_published(published[name]) for name in names if name in published)
+    return " ".join(filter(None, [own, theirs and f"({theirs})"]))
+
+
+def shown(name: str, value: float) -> str:
+    """A figure for a table: seconds with three digits, all else with one decimal."""
+    return f"{value:.3g}" if name.startswith("seconds") else f"{value:.1f}"
+
+
+def as_published(value: float) -> str:
+    """With one decimal, or with two where two were published."""
+    return f"{value:.1f}" if round(value, 1) == value else f"{value:.2f}"
 
 
 def markdown(report: Report) -> str:

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fromage.evals.answers import ScoreStore, identity
 from fromage.evals.base import RetrievalRun, Retriever
 from fromage.evals.dialogues import Dialogue, Dialogues, spoken
 from fromage.evals.report import Figures, Report, System
+from fromage.evals.scores import ScoreStore, identity
 from fromage.generation.score import score
 from fromage.images.transforms import Framing
 from fromage.models.fromage import Fromage

@@ -36,8 +36,11 @@ class VisualPrefixLM(nn.Module):
         """The parameters outside the two towers, by name."""
         return {name: p for name, p in self.named_parameters() if not name.startswith(TOWERS)}
 
-    def fingerprint(self) -> str:
-        """16 hex digits that change with any parameter; they name the model in reports and indexes."""
+    def fingerprint(self, trained: Mapping[str, Tensor] | None = None) -> str:
+        """16 hex digits that change with any parameter; they name the model in reports and indexes.
+
+        trained: values to use in place of the model's own, such as the values after rounding to a file's dtype.
+        """
         raise NotImplementedError
 
     def prefix(self, features: Tensor) -> Tensor:

@@ -17,38 +17,35 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub import ModelHubMixin
 from torch import Tensor, nn
 
-from fromage.checkpoints.format import DTYPES, Saved, dtype_name, write_folder
-from fromage.checkpoints.load import HUB_OPTIONS, read_saved
+from fromage.checkpoints.format import FORMAT, Saved, differences, parameter_shapes
 from fromage.checks import check_whole
-from fromage.errors import UserError, first_line
-from fromage.models.base import VisualPrefixLM, digest
+from fromage.errors import UserError
+from fromage.models.base import digest
 from fromage.models.language_model import LanguageModel, Quantized, load_lm
-from fromage.models.pretrained import build, describe
+from fromage.models.pretrained import Pretrained
 from fromage.models.prompts import RET, ImageInput, Prompt, Starts, embed_prompts, listed, parts_of
 from fromage.models.vision.base import VisionTower
 from fromage.models.vision.registry import load_vision
 
+OTHER = "{source}: of another architecture ({differs}); give the lm, vision, k and q it was trained with"
 Pooling = Literal["ret", "last"]  # which hidden state embeds a text: the one at [RET], or at its last word (an ablation)
 
 
-class Fromage(VisualPrefixLM, ModelHubMixin):
+class Fromage(Pretrained):
     """The model. Trained parameters are float32 whatever the dtype of the towers.
 
     Attributes:
-        settings: the arguments of `load`; empty if the model was built from modules.
         input_prompt: text in front of every caption that is generated, not part of it.
-        generation: content of generation.json, how to talk with the model (fromage.generation.preset); None: nothing said.
-        stored_dtype: dtype to which save_pretrained and push_to_hub round; after loading, the dtype of the file.
     """
+
+    kind = FORMAT
 
     def __init__(self, lm: LanguageModel, vision: VisionTower, k: int = 1, q: int = 256, pooling: Pooling = "ret") -> None:
         """k: input embeddings per image. q: width of the retrieval space.
@@ -67,11 +64,9 @@ class Fromage(VisualPrefixLM, ModelHubMixin):
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         self.settings: dict[str, Any] = {}
         self.input_prompt = ""
-        self.stored_dtype = "bfloat16"
-        self.generation: dict[str, Any] | None = None
 
     @classmethod
-    def load(
+    def load(  # type: ignore[override]
         cls,
         lm: str = "toy",
         vision: str = "toy",
@@ -98,29 +93,6 @@ class Fromage(VisualPrefixLM, ModelHubMixin):
         model.settings |= {"pooling": pooling, "random_weights": random_weights, "input_prompt": input_prompt}
         model.input_prompt = input_prompt
         return model
-
-    @classmethod
-    def from_pretrained(  # type: ignore[override]
-        cls, name: str | Path, device: str = "cpu", dtype: str | torch.dtype | None = None, **options: Any
-    ) -> Fromage:
-        """The model of a folder, of a name on the Hugging Face hub or of a Lightning checkpoint, in eval mode.
-
-        dtype: dtype of the towers (overrides the one of training). options: further arguments of `load` to override
-        (quantize; lm, vision and vision_weights if the towers have moved), and revision, token, cache_dir, force_download
-        and local_files_only of the hub. Raises UserError for missing or damaged files and for an unknown device.
-        """
-        hub = {key: options.pop(key) for key in HUB_OPTIONS & options.keys()}
-        return build(cls, read_saved(name, **hub), device, dtype=dtype, **options)
-
-    def save_pretrained(  # type: ignore[override]
-        self, save_directory: str | Path, dtype: str | None = None, config: None = None, model_card_kwargs: None = None
-    ) -> None:
-        """Write the trained parameters as a folder, see fromage.checkpoints.format; push_to_hub uploads what this writes.
-
-        dtype: bfloat16 (11 MB at full size), float16, or float32 (22 MB, lossless); by default stored_dtype.
-        config and model_card_kwargs are ignored; ModelHubMixin passes them.
-        """
-        write_folder(describe(self, dtype), save_directory, overwrite=True)
 
     def caption(self, images: str | ImageInput | Sequence[str | ImageInput], max_new_tokens: int = 32) -> list[str]:
         """Greedy captions of images, as fromage.caption gives them."""
@@ -164,16 +136,30 @@ class Fromage(VisualPrefixLM, ModelHubMixin):
             out.append(self.embed_ret(self.lm(batch.embeds, batch.mask)[:, -1]))  # (b, T, d) -> (b, q)
         return torch.cat(out)  # (B, q)
 
-    def push_to_hub(self, repo_id: str, **hub: Any) -> str:
-        """Upload what save_pretrained writes to the Hugging Face hub; options of ModelHubMixin. Returns the address."""
-        try:
-            return super().push_to_hub(repo_id, **hub)
-        except UserError:
-            raise
-        except Exception as error:
+    @classmethod
+    def check_settings(cls, settings: Mapping[str, Any], saved: Saved) -> None:
+        """Raise UserError unless saved parameters are of the k and q on record."""
+        k, q = settings.get("k"), settings.get("q")
+        if not (type(k) is type(q) is int and min(k, q) > 0):
             raise UserError(
-                f"{repo_id}: not uploaded ({first_line(error)}); name a repository of your own, and log in by hf auth login"
-            ) from error
+                f"{saved.source}: k {k!r} and q {q!r} are not both numbers from 1; give those it was trained with"
+            )
+        want = parameter_shapes(saved.tensors, k, q)
+        if differs := differences({name: value for name, value in saved.tensors.items() if name in want}, want):
+            raise UserError(OTHER.format(source=saved.source, differs=differs))
+
+    def take(self, tensors: Mapping[str, Tensor], source: str) -> None:
+        """Load trained parameters. Raises UserError unless they are this model's, by name and shape."""
+        self.check_trained(tensors, source)
+        self.load_state_dict(dict(tensors), strict=False)
+
+    def check_trained(self, tensors: Mapping[str, Tensor], source: str = "checkpoint") -> None:
+        """Raise UserError unless these are the model's trained parameters, by name and shape."""
+        differs = differences(tensors, {name: tuple(p.shape) for name, p in self.trained().items()})
+        if not self.ret.tied and "ret.output_rows" not in tensors:
+            differs += f"; {self.lm.name} does not tie its head to its embedding, so [RET] needs a row there too"
+        if differs:
+            raise UserError(OTHER.format(source=source, differs=differs))
 
     def fingerprint(self, trained: Mapping[str, Tensor] | None = None) -> str:
         """16 hex digits that change with any trained parameter and with the towers; an index stores them.
@@ -187,17 +173,3 @@ class Fromage(VisualPrefixLM, ModelHubMixin):
 def load_model(path: str | Path, device: str = "cpu", **options: Any) -> Fromage:
     """Fromage.from_pretrained as a function."""
     return Fromage.from_pretrained(path, device, **options)
-
-
-def for_disk(saved: Saved, dtype: str | None = None) -> Saved:
-    """Saved parameters with ids and fingerprint, rounded to dtype (None: unchanged).
-
-    A Lightning checkpoint holds neither ids nor fingerprint: its towers are loaded to get them, and None means bfloat16.
-    """
-    if not saved.added_tokens:
-        return replace(describe(build(Fromage, saved), dtype), source=saved.source)
-    if dtype is None:
-        return saved
-    tensors = {name: value.to(DTYPES[dtype_name(dtype)]) for name, value in saved.tensors.items()}
-    exact = all(torch.equal(tensors[name].float(), value.float()) for name, value in saved.tensors.items())
-    return replace(saved, tensors=tensors, fingerprint=saved.fingerprint if exact else None)

@@ -5,92 +5,181 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar, Self
 
-from torch import Tensor
+import torch
+from huggingface_hub import ModelHubMixin
+from torch import Tensor, nn
 
-from fromage.checkpoints.format import DTYPES, Saved, differences, dtype_name, parameter_shapes
-from fromage.checkpoints.lightning import PREFIX
-from fromage.errors import UserError
+from fromage.checkpoints.format import DTYPES, LAYOUTS, TOWERS, Saved, dtype_name, write_folder
+from fromage.checkpoints.load import HUB_OPTIONS, read_saved
+from fromage.errors import UserError, first_line
+from fromage.models.base import VisualPrefixLM
 from fromage.models.frozen import find_device
 
-if TYPE_CHECKING:
-    from fromage.models.fromage import Fromage
 
+class Pretrained(VisualPrefixLM, ModelHubMixin):
+    """A model that is saved as a folder (fromage.checkpoints.format), and loaded from one, a checkpoint or the hub.
 
-def build(cls: type[Fromage], saved: Saved, device: str = "cpu", **options: Any) -> Fromage:
-    """Load the towers and the saved parameters; options override the saved arguments of cls.load.
-
-    Raises UserError for an unknown device and for parameters of another architecture.
+    Attributes:
+        kind: what folders call this kind of model, one of fromage.checkpoints.format.LAYOUTS.
+        settings: the arguments of `load`; empty if the model was built from modules.
+        generation: content of generation.json, how to talk with the model (fromage.generation.preset); None: nothing said.
+        stored_dtype: dtype to which save_pretrained and push_to_hub round; after loading, the dtype of the file.
     """
+
+    kind: ClassVar[str]
+    settings: dict[str, Any]
+    generation: dict[str, Any] | None = None
+    stored_dtype = "bfloat16"
+
+    @classmethod
+    def load(cls, lm: str = "toy", vision: str = "toy", vision_weights: str | None = None, **options: Any) -> Self:
+        """Build from names, with newly initialised trained parameters."""
+        raise NotImplementedError
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls, name: str | Path, device: str = "cpu", dtype: str | torch.dtype | None = None, **options: Any
+    ) -> Self:
+        """The model of a folder, of a name on the Hugging Face hub or of a Lightning checkpoint, in eval mode.
+
+        dtype: dtype of the towers (overrides the one of training). options: further arguments of `load` to override
+        (quantize; lm, vision and vision_weights if the towers have moved), and revision, token, cache_dir, force_download
+        and local_files_only of the hub. Raises UserError for missing or damaged files and for an unknown device.
+        """
+        hub = {key: options.pop(key) for key in HUB_OPTIONS & options.keys()}
+        return build(cls, read_saved(name, **hub), device, dtype=dtype, **options)
+
+    def save_pretrained(  # type: ignore[override]
+        self, save_directory: str | Path, dtype: str | None = None, config: None = None, model_card_kwargs: None = None
+    ) -> None:
+        """Write the trained parameters as a folder, see fromage.checkpoints.format; push_to_hub uploads what this writes.
+
+        dtype: bfloat16 (11 MB of FROMAGe at full size), float16, or float32 (22 MB, lossless); by default stored_dtype.
+        config and model_card_kwargs are ignored; ModelHubMixin passes them.
+        """
+        write_folder(describe(self, dtype), save_directory, overwrite=True)
+
+    def push_to_hub(self, repo_id: str, **hub: Any) -> str:
+        """Upload what save_pretrained writes to the Hugging Face hub; options of ModelHubMixin. Returns the address."""
+        try:
+            return super().push_to_hub(repo_id, **hub)
+        except UserError:
+            raise
+        except Exception as error:
+            raise UserError(
+                f"{repo_id}: not uploaded ({first_line(error)}); name a repository of your own, and log in by hf auth login"
+            ) from error
+
+    def kept(self) -> dict[str, nn.Parameter]:
+        """The parameters that are saved, by name."""
+        return self.trained()
+
+    @classmethod
+    def present(cls, saved: Saved) -> Saved:
+        """Saved parameters and settings under today's names. Raises UserError for those that make no whole model."""
+        return saved
+
+    @classmethod
+    def check_settings(cls, settings: Mapping[str, Any], saved: Saved) -> None:
+        """Raise UserError for settings that saved parameters do not fit, before a tower is loaded."""
+
+    def take(self, tensors: Mapping[str, Tensor], source: str) -> None:
+        """Load saved parameters. Raises UserError for those of another architecture; source: where they are from."""
+        raise NotImplementedError
+
+
+def build(cls: type[Any], saved: Saved, device: str = "cpu", **options: Any) -> Any:
+    """Load the towers and the saved parameters of a Pretrained; options override the saved arguments of cls.load.
+
+    Raises UserError for an unknown device, for parameters of another kind of model or architecture, and for settings that
+    are not of their type.
+    """
+    if saved.format != cls.kind:
+        is_of, wanted = LAYOUTS[saved.format].name, LAYOUTS[cls.kind].name
+        remedy = f"give a checkpoint of {wanted}, or a folder that `fromage export` made of one"
+        raise UserError(f"{saved.source}: is of {is_of}, and not of {wanted}; {remedy}")
+    saved = cls.present(saved)
     options = {name: value for name, value in options.items() if value is not None}
     dtype = str(options.get("dtype", saved.settings.get("dtype", "float32"))).removeprefix("torch.")
     elsewhere = {"vision_weights": None} if "vision" in options else {}
     device = find_device(device)
     settings = _arguments(cls, saved.settings) | elsewhere | options
-    check_sizes(saved.tensors, settings.get("k"), settings.get("q"), saved.source)
+    check_numbers(saved.tensors, saved.source)
+    cls.check_settings(settings, saved)
     model = cls.load(**(settings | {"dtype": dtype_name(dtype)}))
-    check_trained(saved.tensors, model, saved.source)
-    ids = {name: saved.added_tokens.get(name, own) for name, own in _added_tokens(model).items()}
-    if ids != _added_tokens(model):
-        raise UserError(f"{saved.source}: made for {ids}, but {model.lm.name} has {_added_tokens(model)}; give its own lm")
-    model.load_state_dict(saved.tensors, strict=False)
+    model.take(saved.tensors, saved.source)
+    if saved.added_tokens and (missing := sorted(model.trained().keys() - saved.tensors.keys())):
+        raise UserError(f"{saved.source}: lacks {missing[0]}; fetch or export it again")
+    own = model.tokenizer.added
+    if other := {token: number for token, number in saved.added_tokens.items() if own.get(token, number) != number}:
+        here = {token: own[token] for token in other}
+        raise UserError(f"{saved.source}: made for {other}, but {model.lm.name} has {here}; give its own lm")
     model.generation = saved.generation
     if saved.added_tokens:  # not a Lightning checkpoint, which is float32 for further training
         model.stored_dtype = saved.dtype
     if saved.fingerprint and not options and model.fingerprint() != saved.fingerprint:
-        warnings.warn(f"{saved.source}: its vision tower is not the one it was saved with; indexes differ too", stacklevel=3)
+        told = "its vision tower or language model is not the one it was saved with; indexes differ too"
+        warnings.warn(f"{saved.source}: {told}", stacklevel=3)
     return model.to(device).eval()
 
 
-def check_sizes(tensors: Mapping[str, Tensor], k: Any, q: Any, source: str) -> None:
-    """Raise UserError unless saved parameters are finite numbers of the k and q on record: nothing is built before that."""
+def check_numbers(tensors: Mapping[str, Tensor], source: str) -> None:
+    """Raise UserError unless saved parameters are finite numbers, as many as they claim: nothing is built before that."""
     for name, value in tensors.items():
         if value.nbytes > value.untyped_storage().nbytes():
             raise UserError(f"{source}: {name} claims more numbers than are stored; fetch it again, or train anew")
         if not value.is_floating_point() or not value.isfinite().all():
             raise UserError(f"{source}: {name} holds no finite numbers ({value.dtype}); fetch it again, or train anew")
-    if not (type(k) is type(q) is int and min(k, q) > 0):
-        raise UserError(f"{source}: k {k!r} and q {q!r} are not both numbers from 1; give those it was trained with")
-    want = parameter_shapes(tensors, k, q)
-    if differs := differences({name: value for name, value in tensors.items() if name in want}, want):
-        raise UserError(f"{source}: of another architecture ({differs}); give the lm, vision, k and q it was trained with")
 
 
-def _added_tokens(model: Fromage) -> dict[str, int]:
-    return dict(model.tokenizer.added)
-
-
-def describe(model: Fromage, dtype: str | None = None) -> Saved:
+def describe(model: Pretrained, dtype: str | None = None) -> Saved:
     """What is saved of a model: trained parameters rounded to dtype (None: the model's stored_dtype), settings, ids."""
     if not model.settings or model.settings["random_weights"]:
-        raise UserError("a model whose towers cannot be loaded by name cannot be saved: build it by Fromage.load")
+        told = f"build it by {type(model).__name__}.load"
+        raise UserError(f"a model whose towers cannot be loaded by name cannot be saved: {told}")
     kept = DTYPES[dtype_name(dtype or model.stored_dtype)]
-    tensors = {name: p.detach().to("cpu", kept).contiguous() for name, p in model.trained().items()}
-    fingerprint, generation = model.fingerprint(tensors), model.generation
-    return Saved("this model", tensors, dict(model.settings), _added_tokens(model), fingerprint, generation)
+    tensors = {name: p.detach().to("cpu", kept).contiguous() for name, p in model.kept().items()}
+    # The digest of a tower is of samples in bfloat16: rounding to float16 before changes it.
+    exact = kept is not torch.float16 or not any(name.startswith(TOWERS) for name in tensors)
+    fingerprint = model.fingerprint(tensors) if exact else None
+    settings = {name: value for name, value in model.settings.items() if name != "random_weights"}
+    about = dict(model.tokenizer.added), fingerprint, model.generation, model.kind
+    return Saved("this model", tensors, settings, *about)
 
 
-def check_checkpoint(checkpoint: dict[str, Any], model: Fromage) -> None:
-    """Raise UserError unless the checkpoint holds exactly the model's trained parameters, by name and shape."""
-    state = checkpoint.get("state_dict", {})
-    check_trained({name.removeprefix(PREFIX): value for name, value in state.items()}, model)
+def for_disk(cls: type[Pretrained], saved: Saved, dtype: str | None = None) -> Saved:
+    """Saved parameters with ids and fingerprint, rounded to dtype (None: unchanged).
+
+    A Lightning checkpoint holds neither ids nor fingerprint: its towers are loaded to get them, and None means bfloat16.
+    """
+    if not saved.added_tokens:
+        return replace(describe(build(cls, saved), dtype), source=saved.source)
+    if dtype is None:
+        return saved
+    tensors = {name: value.to(DTYPES[dtype_name(dtype)]) for name, value in saved.tensors.items()}
+    exact = all(torch.equal(tensors[name].float(), value.float()) for name, value in saved.tensors.items())
+    return replace(saved, tensors=tensors, fingerprint=saved.fingerprint if exact else None)
 
 
-def check_trained(tensors: Mapping[str, Tensor], model: Fromage, source: str = "checkpoint") -> None:
-    """Raise UserError unless these are the model's trained parameters, by name and shape."""
-    differs = differences(tensors, {name: tuple(p.shape) for name, p in model.trained().items()})
-    if not model.ret.tied and "ret.output_rows" not in tensors:
-        differs += f"; {model.lm.name} does not tie its head to its embedding, so [RET] needs a row there too"
-    if differs:
-        raise UserError(f"{source}: of another architecture ({differs}); give the lm, vision, k and q it was trained with")
-
-
-def from_hyperparameters(cls: type[Fromage], h: Mapping[str, Any]) -> Fromage:
+def from_hyperparameters(cls: type[Any], h: Mapping[str, Any]) -> Any:
     """A newly initialised model, from the hyperparameters of a Lightning module."""
     return cls.load(**_arguments(cls, h))
 
 
-def _arguments(cls: type[Fromage], settings: Mapping[str, Any]) -> dict[str, Any]:
+def _arguments(cls: type[Any], settings: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that are arguments of cls.load."""
-    return {name: settings[name] for name in inspect.signature(cls.load).parameters if name in settings}
+    return {name: settings[name] for name in parameters_of(cls) if name in settings}
+
+
+def parameters_of(cls: type[Any]) -> dict[str, inspect.Parameter]:
+    """What cls.load takes, by name: its own parameters, and where it passes others on, those of the class."""
+    own = inspect.signature(cls.load).parameters
+    passed = {name: p for name, p in own.items() if p.kind is not p.VAR_KEYWORD}
+    if passed.keys() != own.keys():
+        further = inspect.signature(cls.__init__).parameters
+        passed |= {name: p for name, p in further.items() if name != "self" and name not in passed}
+    return passed

@@ -29,23 +29,30 @@ def instruction(text: str, question: str = "where is {}?") -> str:
 
 @torch.no_grad()
 def ground(
-    model: Octopus, asked: Sequence[tuple[ImageInput, str]], max_new_tokens: int = MAX_NEW_TOKENS, batch_size: int = 32
+    model: Octopus,
+    asked: Sequence[tuple[ImageInput | None, str]],
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    batch_size: int = 32,
 ) -> list[Grounded]:
     """Greedy answers to (image, instruction) pairs.
 
-    An image can be given as its patch features (P, m). Prompts are read once; answers continue from the cached keys and
-    values. Raises UserError for prompts that are too long and for images that cannot be opened or fetched.
+    An image can be given as its patch features (P, m); without one (None), nothing is looked for. Prompts are read once;
+    answers continue from the cached keys and values. Raises UserError for prompts that are too long and for images that
+    cannot be opened or fetched.
     """
     check_whole("batch_size", batch_size, 1)
     check_whole("max_new_tokens", max_new_tokens, 1)
-    answers: list[Grounded] = []
-    for start in range(0, len(asked), batch_size):
-        prompts = [model.prompt(*pair) for pair in asked[start : start + batch_size]]
-        embedded = embed_prompts(model, prompts, max_new_tokens)
-        patches = embedded.features[[shown[-1] for shown in embedded.shown]]  # (B, P, m)
-        prefill = model.read(embedded.ids, alone(embedded.mask), embedded.embeds, patches)
-        answers += grounded(model, prefill, decode(model, prefill, max_new_tokens))
-    return answers
+    answers: dict[int, Grounded] = {}
+    for ask in (True, False):  # either all prompts of a batch have queries, or none
+        numbers = [i for i, (image, _) in enumerate(asked) if (image is not None) == ask]
+        for start in range(0, len(numbers), batch_size):
+            some = numbers[start : start + batch_size]
+            prompts = [model.prompt(*asked[i], ask) for i in some]
+            embedded = embed_prompts(model, prompts, max_new_tokens)
+            patches = embedded.features[[shown[-1] for shown in embedded.shown if shown]]  # (B, P, m), or of no prompt
+            prefill = model.read(embedded.ids, alone(embedded.mask), embedded.embeds, patches)
+            answers |= zip(some, grounded(model, prefill, decode(model, prefill, max_new_tokens)), strict=True)
+    return [answers[i] for i in range(len(asked))]
 
 
 def decode(model: Octopus, prefill: Prefill, max_new_tokens: int) -> list[list[int]]:

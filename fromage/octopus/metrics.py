@@ -21,8 +21,8 @@ def box_metrics(answer: Grounded, wanted: Sequence[Box], words: str = "") -> dic
 
     With one wanted box, as RefCOCO measures it:
         acc_iou50, mean_iou: of the first box pointed at.
-        head_top1, head_iou: of the head's box with the highest score, whatever the answer; none where there is no head.
-        head_recall_top5: whether one of the five with the highest scores is found.
+        head_recall_top1 to 5: whether one of the head's 1 to 5 boxes of highest score is found, whatever the answer; none
+        where there is no head. head_iou: of the first of them.
     With one or more:
         all_found: as many boxes as wanted, and each with a partner of IoU 0.5.
     With words:
@@ -30,22 +30,19 @@ def box_metrics(answer: Grounded, wanted: Sequence[Box], words: str = "") -> dic
     """
     metrics: dict[str, float] = {}
     if len(wanted) == 1:
-        metrics |= _of_first(overlaps(answer.boxes[:1], wanted)[:, 0], "acc_iou50", "mean_iou")
-        if answer.candidates:
-            heads = overlaps([box for box, _ in answer.candidates], wanted)[:, 0]  # (N,), best score first
-            metrics |= _of_first(heads, "head_top1", "head_iou")
-            metrics["head_recall_top5"] = float(heads[:TOP].max() >= FOUND)
+        first = float(overlaps(answer.boxes[:1], wanted).sum())  # IoU; without a box, 0
+        metrics["acc_iou50"] = float(first >= FOUND)
+        heads = overlaps([box for box, _ in answer.candidates[:TOP]], wanted)[:, 0]  # (5,), best score first
+        if len(heads):
+            metrics |= {f"head_recall_top{k}": float(heads[:k].max() >= FOUND) for k in range(1, TOP + 1)}
+        metrics["mean_iou"] = first
+        if len(heads):
+            metrics["head_iou"] = float(heads[0])
     if wanted:
         metrics["all_found"] = float(all_found(answer.boxes, wanted))
     if words:
         metrics["words"] = float(answer.words == " ".join(words.split()))
     return metrics
-
-
-def _of_first(ious: Tensor, accuracy: str, mean: str) -> dict[str, float]:
-    """Whether the first of IoUs (N,) is high enough, and that IoU; of none, zero."""
-    first = float(ious[0]) if len(ious) else 0.0
-    return {accuracy: float(first >= FOUND), mean: first}
 
 
 def chance_metrics(known: Sequence[Box], wanted: Sequence[Box]) -> dict[str, float]:

@@ -24,24 +24,27 @@ A reconstruction of Zhao et al., NeurIPS 2024; docs/octopus.md says what is know
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from fromage.checkpoints.format import OCTOPUS, TOWERS, Saved
 from fromage.data.tokenizer import IMAGE
 from fromage.errors import UserError
-from fromage.models.base import VisualPrefixLM, digest, fill
+from fromage.models.base import digest, fill
 from fromage.models.frozen import digest_of_samples, hold
 from fromage.models.language_model import LanguageModel, Quantized, load_lm
+from fromage.models.pretrained import Pretrained, parameters_of
 from fromage.models.prompts import QUERIES, START, ImageInput, Part, joined
 from fromage.models.vision.base import VisionTower
 from fromage.models.vision.registry import load_patches
+from fromage.octopus.checkpoint import check_kinds, check_names, present
+from fromage.octopus.lora import add_lora
 from fromage.octopus.recognition import Detections, Recognizer
 
 QUERY = QUERIES.value
@@ -75,15 +78,16 @@ class Prefill:
         return self.states[:, -1]
 
 
-class Octopus(VisualPrefixLM):
+class Octopus(Pretrained):
     """The model. Trained parameters outside the language model are float32 whatever the dtype of the towers.
 
     Attributes:
         num_queries: N, object queries; 0 for the sequential counterpart.
         split_layer: layers of the language model below the decoder.
-        settings: the arguments of `load`; empty if the model was built from modules.
+        tuned: names of the language model's parameters that were trained; they are saved too.
     """
 
+    kind = OCTOPUS
     vision: VisionTower
     _above: nn.Module
 
@@ -139,9 +143,10 @@ class Octopus(VisualPrefixLM):
             )
             hold(self, "_above", lm.blocks[self.split_layer])  # first layer above the decoder; the LM registers it
         self.settings: dict[str, Any] = {}
+        self.tuned: set[str] = set()
 
     @classmethod
-    def load(
+    def load(  # type: ignore[override]
         cls,
         lm: str = "toy",
         vision: str = "toy",
@@ -151,27 +156,59 @@ class Octopus(VisualPrefixLM):
         dtype: str = "float32",
         random_weights: bool = False,
         quantize: Quantized | None = None,
+        lora_rank: int = 0,
         seed: int = 0,
         **options: Any,
     ) -> Octopus:
         """Build from names, with newly initialised trained parameters; load_lm and load_patches say what a name may be.
 
-        options: further arguments of Octopus. The same seed gives the same parameters.
+        lora_rank: rank of low-rank adapters in the language model; 0 for none. options: further arguments of Octopus. The
+        same seed gives the same parameters.
         """
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             tower = load_patches(vision, vision_weights, vision_layer, dtype, random_weights)
             tokens = {"rows": index_token_names(num_queries), "places": (IMAGE, QUERY)}
             model = cls(load_lm(lm, dtype, random_weights, quantize, **tokens), tower, num_queries, **options)
+            if lora_rank:
+                add_lora(model.lm, lora_rank)
         model.settings = {"lm": lm, "vision": vision, "vision_weights": vision_weights, "vision_layer": vision_layer}
-        model.settings |= {"num_queries": num_queries, "dtype": dtype, "random_weights": random_weights, **options}
+        model.settings |= {"num_queries": num_queries, "dtype": dtype, "random_weights": random_weights}
+        model.settings |= {"quantize": quantize, "lora_rank": lora_rank}
+        others = {name: p for name, p in parameters_of(cls).items() if name not in {"seed", *model.settings}}
+        model.settings |= {name: options.get(name, p.default) for name, p in others.items()}
         return model
 
-    def fingerprint(self) -> str:
-        """16 hex digits that change with any parameter, the language model's too; they name the model in reports."""
+    def kept(self) -> dict[str, nn.Parameter]:
+        """The parameters that are saved: those outside the towers, and what was trained of the language model."""
+        of_lm = {name: p for name, p in self.named_parameters() if name.startswith("lm.")}
+        return self.trained() | {name: p for name, p in of_lm.items() if p.requires_grad or name in self.tuned}
+
+    @classmethod
+    def present(cls, saved: Saved) -> Saved:
+        """As of Pretrained. Raises UserError for a checkpoint of stage 1, which has trained no object queries."""
+        return present(saved)
+
+    @classmethod
+    def check_settings(cls, settings: Mapping[str, Any], saved: Saved) -> None:
+        """Raise UserError for settings that this version does not know, or that are not of their type."""
+        check_kinds(saved, get_type_hints(cls.__init__) | get_type_hints(cls.load))
+
+    def take(self, tensors: Mapping[str, Tensor], source: str) -> None:
+        """Load saved parameters. Raises UserError for those of another architecture."""
+        check_names(self, tensors, source)
+        self.load_state_dict(dict(tensors), strict=False)
+        self.tuned |= {name for name in tensors if name.startswith("lm.")}
+
+    def fingerprint(self, trained: Mapping[str, Tensor] | None = None) -> str:
+        """16 hex digits that change with any parameter, the language model's too; they name the model in reports.
+
+        trained: values to use in place of the model's own; of the language model rounded samples count anyway.
+        """
         built = (self.vision.fingerprint(), self.lm.name, self.num_queries, self.split_layer, self.relay, self.template)
-        trained = {name.replace("index_tokens.", "index."): p for name, p in self.trained().items()}  # as in old reports
-        return digest("|".join(map(str, (*built, digest_of_samples(self.lm)))), trained)
+        own = {name: p for name, p in (trained or self.trained()).items() if not name.startswith(TOWERS)}
+        named = {name.replace("index_tokens.", "index."): p for name, p in own.items()}  # as in old reports
+        return digest("|".join(map(str, (*built, digest_of_samples(self.lm)))), named)
 
     def prefix(self, features: Tensor) -> Tensor:
         """(B, P, m) patch features -> (B, P, d) input embeddings (one linear layer: section 4.1)."""

@@ -2,37 +2,22 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Mapping
 from typing import Any, Literal
 
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from fromage.checkpoints.lightning import read_checkpoint
+from fromage.checkpoints.lightning import PREFIX
+from fromage.checkpoints.load import read_saved
 from fromage.errors import UserError
-from fromage.models.frozen import find_device
 from fromage.models.language_model import Quantized
+from fromage.models.pretrained import from_hyperparameters
+from fromage.octopus.checkpoint import RENAMED, check_names, check_shaped, current_names, current_state, of_stage
 from fromage.octopus.decoding import decode, grounded
-from fromage.octopus.lora import add_lora
 from fromage.octopus.model import Octopus
 from fromage.octopus.step import GroundingBatch, image_patches, octopus_step
 from fromage.training.nonfinite import NonFiniteGuard
-
-PREFIX = "model."
-RENAMED = {"n": "num_queries", "after": "split_layer", "c": "decoder_width", "low_rank": "lora_rank"}  # former options
-FORMER_INDEX = "index."  # former prefix of the index tokens' parameters
-
-
-def current_names(settings: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """Settings under today's names, with a warning about former ones. source: where they are from."""
-    old = [name for name in RENAMED if settings.get(name) is not None]
-    if old:
-        told = ", ".join(f"{name} (now {RENAMED[name]})" for name in old)
-        warnings.warn(f"{source}: former names of options: {told}; the next release will not read them", stacklevel=3)
-    kept = {name: value for name, value in settings.items() if name not in RENAMED}
-    return kept | {RENAMED[name]: settings[name] for name in old}
 
 
 class OctopusModule(pl.LightningModule):
@@ -129,7 +114,7 @@ class OctopusModule(pl.LightningModule):
         """Load the towers, once, and the parameters of the stage before; freeze what this stage does not train."""
         if hasattr(self, "model"):
             return
-        self.model = from_hyperparameters(self.h)
+        self.model = from_hyperparameters(Octopus, of_stage(self.h))
         if self.h.init:
             self._taken = load_trained(self.model, self.h.init)
         self._freeze()
@@ -213,7 +198,8 @@ class OctopusModule(pl.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Raise UserError for a checkpoint of another architecture."""
-        state = state_of(checkpoint)
+        state = {name.removeprefix(PREFIX): value for name, value in checkpoint["state_dict"].items()}
+        state = current_state(state)
         check_names(self.model, state, "the checkpoint to resume from")
         checkpoint["state_dict"] = {PREFIX + name: value for name, value in state.items()}
 
@@ -224,78 +210,15 @@ class OctopusModule(pl.LightningModule):
         checkpoint["state_dict"] = {name: value for name, value in state if name.removeprefix(PREFIX) in trained}
 
 
-SETTINGS = (
-    "lm", "vision", "vision_weights", "vision_layer", "num_queries", "split_layer", "decoder_width", "decoder_layers",
-    "heads", "relay", "template", "dtype", "random_weights", "quantize", "seed",
-)  # fmt: skip
-
-
-PARTS = ("queries", "recognizer.", "index_tokens.")  # parameters trained from stage 2 on
-LEAVE = "recognizer.leave."  # among them, but only with relay
-# settings that the parameters of stage 2 depend on
-SHAPED = ("vision_layer", "num_queries", "split_layer", "decoder_width", "decoder_layers", "heads", "relay", "template")
-
-
-def from_hyperparameters(h: Any) -> Octopus:
-    """A newly initialised model from the hyperparameters of an OctopusModule, with adapters if it has any."""
-    model = Octopus.load(**{name: h[name] for name in SETTINGS if name in h})
-    if h.get("lora_rank") and h["stage"] == 3:
-        add_lora(model.lm, h["lora_rank"])
-    return model
-
-
 def load_trained(model: Octopus, path: str) -> set[str]:
-    """Load the parameters of a checkpoint; returns their names. Raises UserError for another architecture."""
-    checkpoint = read_checkpoint(path)
-    state = state_of(checkpoint)
-    theirs = current_names(checkpoint["hyper_parameters"], path)
-    if any(name.startswith("recognizer.") for name in state):
-        changed = [name for name, value in model.settings.items() if name in SHAPED and theirs.get(name, value) != value]
-        if changed:
-            was, now = theirs[changed[0]], model.settings[changed[0]]
-            raise UserError(f"{path}: of another architecture (model.{changed[0]} {was}, not {now}); give its own settings")
-    check_names(model, state, path)
-    model.load_state_dict(state, strict=False)
+    """Load the parameters of a checkpoint to start from; returns their names. Raises UserError for another architecture."""
+    saved = read_saved(path)
+    state = current_state(saved.tensors)
+    check_shaped(model.settings, current_names(saved.settings, path), state, path)
+    model.take(state, path)
     return set(state)
 
 
-def state_of(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
-    """The parameters in a Lightning checkpoint, by their names in the model."""
-    state = {name.removeprefix(PREFIX): value for name, value in checkpoint["state_dict"].items()}
-    return {
-        "index_tokens." + name.removeprefix(FORMER_INDEX) if name.startswith(FORMER_INDEX) else name: value
-        for name, value in state.items()
-    }
-
-
-def check_names(model: Octopus, state: Mapping[str, Tensor], path: str) -> None:
-    """Raise UserError for a state dict of another architecture.
-
-    A checkpoint of stage 1 holds the visual prefix alone; others must hold all parameters of stage 2.
-    """
-    have = {name: value.shape for name, value in model.state_dict().items()}
-    wrong = sorted(name for name, value in state.items() if have.get(name) != value.shape)
-    if any(name.startswith("recognizer.") for name in state):
-        lacking = (name for name in have.keys() - state.keys() if name.startswith(PARTS))
-        wrong += sorted(name for name in lacking if model.relay or not name.startswith(LEAVE))
-    if wrong:
-        raise UserError(
-            f"{path}: of another architecture or version ({wrong[0]}); give the settings it was trained with, or train again"
-        )
-
-
 def load_octopus(path: str, device: str = "cpu") -> Octopus:
-    """The model of a checkpoint of `lightning fit`, in eval mode.
-
-    Raises UserError for a checkpoint that is not of Octopus, and for an unknown device.
-    """
-    device = find_device(device)
-    checkpoint = read_checkpoint(path)
-    if "stage" not in checkpoint["hyper_parameters"]:
-        raise UserError(f"{path}: not a checkpoint of Octopus; give one of `lightning fit --config octopus_stage3.yaml`")
-    h = current_names(checkpoint["hyper_parameters"], path)
-    if h["stage"] == 1 and h["num_queries"]:
-        raise UserError(f"{path}: of stage 1, which trains no object queries; give a checkpoint of stage 2 or 3")
-    model = from_hyperparameters(h)
-    load_trained(model, path)
-    return model.to(device).eval()
+    """Octopus.from_pretrained as a function."""
+    return Octopus.from_pretrained(path, device)

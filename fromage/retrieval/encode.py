@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,12 +32,14 @@ class Options:
         workers: processes that decode images; 0 decodes in this one.
         max_lost: share of the images, 0 to 1, that may be missing or broken.
         clip: whether the frozen CLIP is evaluated as a baseline.
+        features: folder of stored patches, for Octopus; what it lacks is added. None: nothing is stored.
     """
 
     batch_size: int = 64
     workers: int = 0
     max_lost: float = 0.05
     clip: bool = True
+    features: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ class Encoded:
     """Features of images.
 
     Attributes:
-        views: features by framing: (n, m) pooled, or patches (n, P, m), float32 on the model's device.
+        views: features by framing: (n, m) pooled, or patches (n, P, m), on the model's device; float32 of encode_files.
         row: path of an image -> its row in each of these.
         lost: (cause, path) of the images that have none; causes are 'missing' and 'broken'.
     """
@@ -64,7 +67,12 @@ class Encoded:
 
     def counts(self) -> dict[str, int]:
         """How many images were lost, by cause."""
-        return {"images missing": 0, "images broken": 0} | Counter(f"images {cause}" for cause, _ in self.lost)
+        return lost_counts(self.lost)
+
+
+def lost_counts(lost: Sequence[tuple[str, Path]]) -> dict[str, int]:
+    """How many images were lost, by cause; lost: as in Encoded."""
+    return {"images missing": 0, "images broken": 0} | Counter(f"images {cause}" for cause, _ in lost)
 
 
 class Files(Dataset[Any]):
@@ -83,7 +91,6 @@ class Files(Dataset[Any]):
             return "missing" if str(error).startswith("missing") else "broken"
 
 
-@torch.no_grad()
 def encode_files(
     model: VisualPrefixLM, paths: Sequence[Path], options: Options, framings: Sequence[Framing] = ("own",)
 ) -> Encoded:
@@ -92,26 +99,50 @@ def encode_files(
     Raises UserError where more than options.max_lost are missing or broken.
     """
     distinct = list(dict.fromkeys(paths))
-    check_lost([("missing", path) for path in distinct if not path.is_file()], len(distinct), options.max_lost)
-    vision = model.vision
-    files = Files(distinct, Several([framed_as(vision.transform, how, vision.image_size) for how in framings]))
-    loader: Any = DataLoader(
-        files, options.batch_size, num_workers=options.workers, collate_fn=list, worker_init_fn=init_worker
-    )
-    views = {framing: [torch.empty(0, *vision.shape, device=model.device)] for framing in framings}
+    batches = [distinct[start : start + options.batch_size] for start in range(0, len(distinct), options.batch_size)]
+    views = {framing: [torch.empty(0, *model.vision.shape, device=model.device)] for framing in framings}
     good: list[Path] = []
     lost: list[tuple[str, Path]] = []
-    for batch in tqdm(plain_errors(loader), "encoding images", len(loader), unit="batch", leave=False):
-        start = len(good) + len(lost)
-        some = list(zip(distinct[start : start + len(batch)], batch, strict=True))
-        good += [path for path, pixels in some if isinstance(pixels, Tensor)]
-        lost += [(cause, path) for path, cause in some if isinstance(cause, str)]
-        if pixels := [pixels for _, pixels in some if isinstance(pixels, Tensor)]:
-            for rows, framed in zip(views.values(), torch.stack(pixels, 1), strict=True):  # (V, b, 3, H, W)
-                rows.append(vision(framed).float())  # (b, 3, H, W) -> (b, m) or (b, P, m)
-    check_lost(lost, len(distinct), options.max_lost)
+    encoded = encode_batches(model, batches, options, framings)
+    for batch in tqdm(encoded, "encoding images", len(batches), unit="batch", leave=False):
+        good += batch.row
+        lost += batch.lost
+        for framing in framings:
+            views[framing].append(batch.views[framing].float())  # (b, m) or (b, P, m)
     whole = {framing: torch.cat(rows) for framing, rows in views.items()}  # (n, m) or (n, P, m)
     return Encoded(whole, {path: i for i, path in enumerate(good)}, lost)
+
+
+@torch.no_grad()
+def encode_batches(
+    model: VisualPrefixLM,
+    batches: Sequence[Sequence[Path]],
+    options: Options,
+    framings: Sequence[Framing] = ("own",),
+) -> Iterator[Encoded]:
+    """Batches of image files, each encoded in one pass when it is asked for, in the tower's dtype; a batch may be empty.
+
+    Raises UserError as soon as more than options.max_lost of all images are missing or broken.
+    """
+    paths = [path for batch in batches for path in batch]
+    check_lost([("missing", path) for path in paths if not path.is_file()], len(paths), options.max_lost)
+    vision, numbers = model.vision, iter(range(len(paths)))
+    files = Files(paths, Several([framed_as(vision.transform, how, vision.image_size) for how in framings]))
+    sampler = [list(islice(numbers, len(batch))) for batch in batches]
+    loader: Any = DataLoader(
+        files, batch_sampler=sampler, num_workers=options.workers, collate_fn=list, worker_init_fn=init_worker
+    )
+    lost: list[tuple[str, Path]] = []
+    for batch, found in zip(batches, plain_errors(loader), strict=True):
+        some = list(zip(batch, found, strict=True))
+        here = [(cause, path) for path, cause in some if isinstance(cause, str)]
+        lost += here
+        check_lost(lost, len(paths), options.max_lost)
+        good = {path: pixels for path, pixels in some if isinstance(pixels, Tensor)}
+        framed = torch.stack([*good.values()], 1) if good else [torch.empty(0)] * len(framings)  # (V, b, 3, H, W)
+        none = torch.empty(0, *vision.shape, device=model.device)
+        views = {how: vision(pixels) if good else none for how, pixels in zip(framings, framed, strict=True)}  # (b, ..., m)
+        yield Encoded(views, {path: i for i, path in enumerate(good)}, here)
 
 
 def check_lost(lost: list[tuple[str, Path]], count: int, max_lost: float) -> None:

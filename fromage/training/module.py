@@ -14,14 +14,14 @@ import torch.distributed as dist
 from PIL import Image
 from torch import Tensor
 
-from fromage.checkpoints.lightning import trained_state
+from fromage.checkpoints.lightning import PREFIX, trained_state
 from fromage.data.batches import Batch
 from fromage.errors import UserError
 from fromage.generation.generate import caption_images
 from fromage.images.contact_sheet import contact_sheet
 from fromage.models.fromage import Fromage, Pooling
 from fromage.models.language_model import Quantized
-from fromage.models.pretrained import check_checkpoint, from_hyperparameters
+from fromage.models.pretrained import from_hyperparameters
 from fromage.retrieval.metrics import Gallery, joined, retrieval_recalls
 from fromage.training.configs import present_step
 from fromage.training.fast_step import fast_step
@@ -301,7 +301,8 @@ class FromageModule(pl.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Raise UserError for a checkpoint of another architecture, and to resume one that trained other parameters."""
-        check_checkpoint(checkpoint, self.model)
+        state = checkpoint.get("state_dict", {})
+        self.model.check_trained({name.removeprefix(PREFIX): value for name, value in state.items()})
         states = checkpoint.get("optimizer_states") if self._fitting() else None
         then = sum(len(group["params"]) for group in states[0]["param_groups"]) if states else None
         now = sum(p.requires_grad for p in self.model.trained().values())

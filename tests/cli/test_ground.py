@@ -44,6 +44,16 @@ def pixel(page, x, y):
     return colours(page.crop((at[0] - 6, at[1] - 6, at[0] + 6, at[1] + 6)))
 
 
+def test_a_folder_of_export_is_read_as_its_checkpoint(ckpt, photo, tmp_path, capsys):
+    assert main(["export", "--ckpt", ckpt, "--dtype", "float32", "--out", str(tmp_path / "octopus")]) == 0
+    capsys.readouterr()
+    told = []
+    for path in (ckpt, str(tmp_path / "octopus")):
+        assert main(["ground", photo, "the star", "--ckpt", path, "--max-new-tokens", "3", "--json"]) == 0
+        told.append(json.loads(capsys.readouterr().out))
+    assert told[0] == told[1] and told[0]["candidates"]
+
+
 @pytest.mark.parametrize("size", [(200, 100), (30, 90), (1200, 900), (1, 1)])
 def test_a_drawing_shows_each_box_where_it_is_and_leaves_the_image(size):
     image = Image.new("RGB", size, "navy")
@@ -134,7 +144,7 @@ def test_what_is_wrong_is_one_line(ckpt, photo, tmp_path, capsys):
         ([photo, "  ", "--ckpt", ckpt], "nothing is asked"),
         ([photo, "a star", "--ckpt", ckpt, "--question", "where"], "must hold {} once"),
         ([photo, "a star", "--ckpt", str(tmp_path / "no.ckpt")], "no.ckpt: no such file"),
-        ([photo, "a star", "--ckpt", str(tmp_path / "fromage.ckpt")], "not a checkpoint of Octopus"),
+        ([photo, "a star", "--ckpt", str(tmp_path / "fromage.ckpt")], "is of FROMAGe, and not of Octopus"),
         ([photo, "star " * 600, "--ckpt", ckpt], "512 of the language model; shorten it"),
         ([photo, "a star", "--ckpt", ckpt, "--png", str(tmp_path)], "ends in .png"),
     ):

@@ -61,8 +61,10 @@ LINES = {  # command line: what it says of some options, defaults among them
     "eval visdial a --dense d --ckpt c --images i --no-answers": {"answers": False, "dense": Path("d"), "scores": None},
     "eval few-shot --world w --ckpt c --shots 1 2": {"shots": [1, 2]},
     "eval few-shot --world w --ckpt c": {"shots": [0, 1, 2, 4]},
-    "eval refcoco r --instances n --ckpt c --images i --match x": {"match": "x", "split": "val"},
-    "eval pope f --ckpt c --images i": {"file": Path("f"), "workers": 0},
+    "eval refcoco r --instances n --ckpt c --images i --match x": {"match": "x", "split": ["val"]},
+    "eval refcoco r --instances n --ckpt c --images i --split val testA": {"split": ["val", "testA"], "features": None},
+    "eval pope f g --ckpt c --images i": {"files": [Path("f"), Path("g")], "workers": 0},
+    "eval answers q --answers-file o.jsonl --ckpt c --images i": {"answers_file": Path("o.jsonl"), "max_new_tokens": 128},
     "eval instructions f --ckpt c --images i --padded": {"padded": True},
     "chat -k 3": {"images_per_ret": 3},
     "chat --ret_bias -3 --max-new-tokens 8 --stop . --stop x": {"ret_bias": -3.0, "max_new_tokens": 8, "stop": [".", "x"]},
@@ -76,7 +78,7 @@ LINES = {  # command line: what it says of some options, defaults among them
 def place(tmp_path, monkeypatch):
     """The files and folders that the lines name, in the current folder."""
     monkeypatch.chdir(tmp_path)
-    for name in ("a", "a.jsonl", "a.tsv", "b", "c", "c.json", "d", "f", "i.png", "n", "p", "q", "r"):
+    for name in ("a", "a.jsonl", "a.tsv", "b", "c", "c.json", "d", "f", "g", "i.png", "n", "p", "q", "r"):
         Path(name).touch()
     for name in ("e", "i", "j", "s", "w"):
         Path(name).mkdir()
@@ -299,7 +301,8 @@ def test_one_name_means_one_thing():
     for name, function in COMMANDS.items():
         for names, settings in arguments(function):
             if names[0].startswith("-"):
-                meaning.setdefault(names[-1], {})[name] = (settings.get("type") is None, settings.get("nargs"))
+                several = None if names[-1] == "--split" else settings.get("nargs")  # RefCOCO's are run together
+                meaning.setdefault(names[-1], {})[name] = (settings.get("type") is None, several)
     assert all(len(set(kinds.values())) == 1 for kinds in meaning.values()), meaning
     for option, at in {"--device": "auto", "--images-per-ret": None}.items():
         given = [settings["default"] for f in COMMANDS.values() for names, settings in arguments(f) if option in names]

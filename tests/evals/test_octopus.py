@@ -8,11 +8,13 @@ from tiny_octopus import save_untrained
 
 from fromage.cli.main import main
 from fromage.errors import UserError
+from fromage.evals import pope as evaluating_pope
 from fromage.evals import predict as predicting
+from fromage.evals import refcoco as evaluating_refcoco
 from fromage.evals.instructions import evaluate as evaluate_instructions
 from fromage.evals.pope import coin, figures
 from fromage.evals.pope import evaluate as evaluate_pope
-from fromage.evals.predict import predict
+from fromage.evals.predict import ImageStream, listed, predict
 from fromage.evals.refcoco import evaluate as evaluate_refcoco
 from fromage.evals.report import table
 from fromage.models.fromage import Fromage
@@ -38,17 +40,19 @@ def octopus(checkpoints):
     return load_octopus(checkpoints["octopus"])
 
 
-def refcoco(world, **options):
+def refcoco(world, split="val", **options):
     files = (world / "refcoco" / name for name in ("refs(unc).p", "instances.json", "images"))
-    return RefCOCO(*map(str, files), split="val", **options)
+    return RefCOCO(*map(str, files), split=split, **options)
 
 
 @pytest.fixture
 def answering(monkeypatch):
     """Let answers be made of the examples themselves."""
 
-    def patch(source, answer):
-        right = iter(list(source))
+    def patch(data, answer):
+        every = [example for source in listed(data) for example in source]
+        order = ImageStream(None, [example.image for example in every], Options()).batches
+        right = iter([every[i] for batch in order for i in batch])
         told = lambda model, prompts, *options: [answer(next(right)) for _ in prompts]  # noqa: E731
         monkeypatch.setattr(predicting, "ground", told)
 
@@ -64,9 +68,9 @@ def test_right_answers_are_worth_a_hundred_and_the_head_is_measured_apart(octopu
     answering(data, lambda e: Grounded("", pieces(e), [(FAR, 0.9), (e.boxes[e.meant[0]], 0.5)], [1]))
     report = evaluate_refcoco(octopus, data, Options(5))
     own, chance = report["octopus"]["val"], report["chance"]["val"]
-    assert own["acc_iou50"] == own["head_recall_top5"] == own["all_found"] == 100 and own["head_top1"] == 0
+    assert own["acc_iou50"] == own["head_recall_top5"] == own["all_found"] == 100 and own["head_recall_top1"] == 0
     assert own["mean_iou"] == pytest.approx(100) and 0 <= own["head_iou"] < 50
-    assert 0 < chance["acc_iou50"] < 100 and "head_top1" not in chance and report["examples"] == 12
+    assert 0 < chance["acc_iou50"] < 100 and "head_recall_top1" not in chance and report["examples"] == 12
     text = table(report)
     assert "head_recall_top5" in text and "sequential" not in text and report["checkpoint"] == octopus.fingerprint()
 
@@ -75,7 +79,7 @@ def test_wrong_answers_are_worth_nothing(octopus, world, answering):
     data = refcoco(world, limit=6)
     answering(data, lambda e: Grounded("", [], [(e.boxes[e.meant[0]], 0.9)]))
     own = evaluate_refcoco(octopus, data)["octopus"]["val"]
-    assert own["acc_iou50"] == own["mean_iou"] == own["all_found"] == 0 and own["head_top1"] == 100
+    assert own["acc_iou50"] == own["mean_iou"] == own["all_found"] == 0 and own["head_recall_top1"] == 100
 
 
 def test_a_report_names_the_pattern_it_is_of(octopus, world, answering):
@@ -86,6 +90,45 @@ def test_a_report_names_the_pattern_it_is_of(octopus, world, answering):
     assert report["skipped"]["expressions that do not match"] > 0
 
 
+def right(example):
+    return Grounded("", pieces(example), [(example.boxes[example.meant[0]], 0.9)], [0])
+
+
+def test_splits_of_one_run_have_figures_of_their_own(octopus, world, answering):
+    splits = [refcoco(world, split, limit=count) for split, count in (("val", 4), ("train", 6))]
+    answering(splits, lambda e: right(e) if e.image.endswith(("0.jpg", "1.jpg")) else Grounded("", []))
+    report = evaluate_refcoco(octopus, splits, Options(4))
+    assert [*report["octopus"]] == [*report["chance"]] == ["val", "train"]
+    assert (report["examples"], report["examples_val"], report["examples_train"]) == (10, 4, 6)
+    assert report["octopus"]["val"]["seconds"] > 0 and "from image file to answer" in report["protocol"]["seconds"]
+
+
+def test_published_figures_stand_beside_official_splits_alone(octopus, world, answering, monkeypatch):
+    data = refcoco(world)
+    answering(data, right)
+    toy = evaluate_refcoco(octopus, data)
+    assert not toy["paper"] and "in brackets" not in toy["protocol"] and "Shikra" not in table(toy)
+    monkeypatch.setitem(evaluating_refcoco.OFFICIAL, ("val", len(data)), "RefCOCOg")
+    answering(data, right)
+    report = evaluate_refcoco(octopus, data)
+    assert report["paper"]["Octopus, 224 px"]["val"] == {
+        "acc_iou50": 83.11, "head_recall_top1": 81.93, "head_recall_top5": 94.56,
+    }  # fmt: skip
+    assert report["paper"]["Shikra 7B, 224 px"]["val"] == {"acc_iou50": 82.27} and "sequential" not in report["paper"]
+    (line,) = (line for line in table(report).splitlines() if "Octopus, 336 px" in line)
+    assert "(84.25)" in line and "(82.13)" in line and "(95.95)" in line
+    for part in (refcoco(world, limit=len(data)), refcoco(world, match="left of")):
+        answering(part, right)
+        assert not evaluate_refcoco(octopus, part)["paper"]
+
+
+def test_each_official_split_is_known_by_its_size():
+    assert len(evaluating_refcoco.SPLITS) == 8 == len({*evaluating_refcoco.SPLITS})
+    named = evaluating_refcoco.published({"testB": "RefCOCO+"})
+    assert [system["testB"]["acc_iou50"] for system in named.values()] == [75.12, 76.02, 72.12]
+    assert named["Octopus, 224 px"]["testB"] == {"acc_iou50": 75.12}
+
+
 def test_chance_is_the_mean_over_the_known_boxes():
     assert chance_metrics([A, B, FAR, A], [A]) == {"acc_iou50": 0.5, "mean_iou": 0.5}
 
@@ -93,10 +136,10 @@ def test_chance_is_the_mean_over_the_known_boxes():
 def test_answers_do_not_depend_on_the_batch_and_images_are_encoded_once(octopus, world, monkeypatch):
     encoded, vision = [], octopus.vision.forward
     monkeypatch.setattr(octopus.vision, "forward", lambda pixels: encoded.append(len(pixels)) or vision(pixels))
-    many, few = (predict(octopus, refcoco(world, limit=9), Options(size)) for size in (9, 2))
-    assert [a.text for _, a in many.pairs] == [a.text for _, a in few.pairs]
-    assert sum(encoded) == 2 * len({example.image for example, _ in many.pairs}) < 18
-    example, answer = many.pairs[-1]
+    many, few = (predict(octopus, [refcoco(world, limit=9)], Options(size)) for size in (9, 2))
+    assert [a.text for _, a in many.pairs[0]] == [a.text for _, a in few.pairs[0]]
+    assert sum(encoded) == 2 * len({example.image for example, _ in many.pairs[0]}) < 18
+    example, answer = many.pairs[0][-1]
     (alone,) = ground(octopus, [(Image.open(example.image), example.instruction)], 2)
     assert answer.text.startswith(alone.text)
 
@@ -133,16 +176,60 @@ def test_pope_of_right_and_of_wrong_answers(octopus, world, answering):
         assert own["accuracy"] == own["f1"] == share and own["yes"] == 50 == chance["accuracy"] and own["neither"] == 0
 
 
+@pytest.fixture
+def three(world, tmp_path):
+    """POPE's three files of a few questions each, about the same images."""
+    lines = (world / "pope/coco_pope_random.json").read_text().splitlines()[:12]
+    for name in evaluating_pope.OFFICIAL:
+        (tmp_path / f"{name}.json").write_text("\n".join(lines))
+    return [Pope(str(tmp_path / f"{name}.json"), str(world / "refcoco/images")) for name in evaluating_pope.OFFICIAL]
+
+
+def test_popes_splits_are_one_run_with_a_mean(octopus, three, answering, monkeypatch):
+    encoded, vision = [], octopus.vision.forward
+    monkeypatch.setattr(octopus.vision, "forward", lambda pixels: encoded.append(len(pixels)) or vision(pixels))
+    answering(three, lambda e: Grounded("", [e.answer[0] if e.key.endswith(("0", "1", "2")) else "yes"]))
+    report = evaluate_pope(octopus, three, Options(5))
+    own = report["octopus"]
+    assert [*own] == [*evaluating_pope.OFFICIAL, "mean"] and own["mean"].keys() == {"f1"}
+    assert own["mean"]["f1"] == pytest.approx(sum(own[name]["f1"] for name in evaluating_pope.OFFICIAL) / 3)
+    assert report["examples"] == 36 and report["examples_coco_pope_popular"] == 12 and not report["paper"]
+    assert sum(encoded) == report["images"] < 12
+    assert report["data"] == "coco_pope_random.json, coco_pope_popular.json, coco_pope_adversarial.json"
+
+
+def test_questions_of_several_kinds_have_figures_by_kind(octopus, world, answering):
+    data = Pope(str(world / "attributes/val.json"), str(world / "refcoco/images"), limit=40)
+    wrong = sorted({data.kinds[example.key] for example in data})[0]
+    answering(data, lambda e: Grounded("", [e.answer[0] if data.kinds[e.key] != wrong else "neither"]))
+    report = evaluate_pope(octopus, data)
+    own = report["octopus"]
+    assert report["evaluation"] == "yes-or-no questions" and len(own) > 2 and own.keys() == report["chance"].keys()
+    assert own[f"val/{wrong}"]["neither"] == 100 > own["val"]["neither"] > 0 and 0 < own["val"]["accuracy"] < 100
+    assert all(own[name]["accuracy"] == 100 for name in own if name not in ("val", f"val/{wrong}"))
+
+
+def test_popes_published_figures_stand_beside_its_three_files_alone(octopus, three, answering, monkeypatch):
+    monkeypatch.setattr(evaluating_pope, "OFFICIAL", {name: {12} for name in evaluating_pope.OFFICIAL})
+    answering(three, lambda e: Grounded("", ["yes"]))
+    report = evaluate_pope(octopus, three)
+    assert report["paper"] == evaluating_pope.PAPER and "(84.8)" in table(report)
+    assert evaluating_pope.official(three) and not evaluating_pope.official(three[:2])
+    assert not evaluating_pope.official([*three[:2], Pope(str(three[2].file), "", limit=12)])
+    with pytest.raises(UserError, match="two files of this name"):
+        evaluate_pope(octopus, [three[0], three[0]])
+
+
 def test_examples_of_too_many_objects_are_counted(world, tmp_path):
     data = Instructions(str(world / "llava/instruct_val.json"), str(world))
     one = Octopus.load(num_queries=1, decoder_width=16, decoder_layers=1, heads=2)
     many = sum(len(e.meant) > 1 for e in data)
-    predictions = predict(one, data, Options(64))
-    assert predictions.skipped["examples of more objects than queries"] == many == len(data) - len(predictions.pairs) > 0
+    predictions = predict(one, [data], Options(64))
+    assert predictions.skipped["examples of more objects than queries"] == many == len(data) - len(predictions.pairs[0]) > 0
     talk = [{"from": "human", "value": "where?"}, {"from": "gpt", "value": "[0.1,0.1,0.2,0.2][0.3,0.3,0.4,0.4]"}]
     (tmp_path / "several.json").write_text(json.dumps([{"image": data.examples[0].image, "conversations": talk}]))
     with pytest.raises(UserError, match="more objects than the model's 1 object queries"):
-        predict(one, Instructions(str(tmp_path / "several.json"), ""), Options())
+        predict(one, [Instructions(str(tmp_path / "several.json"), "")], Options())
 
 
 def test_lost_images_are_counted(octopus, tmp_path):
@@ -186,7 +273,7 @@ def test_each_verb_prints_a_table_and_writes_json(name, who, setting, figure, ch
     assert 0 <= report[who][setting][figure] <= 100 and report["evaluation"] == name and report["examples"] == 12
     assert {"protocol", "skipped", "checkpoint", "versions", "data", "images"} <= report.keys()
     assert who in printed and setting in printed and figure in printed and "R@1" not in printed
-    assert ("head_top1" in printed) == ((name, who) == ("refcoco", "octopus"))
+    assert ("head_recall_top1" in printed) == ((name, who) == ("refcoco", "octopus"))
 
 
 def test_the_digest_changes_with_any_parameter(checkpoints, octopus):
@@ -204,9 +291,10 @@ def test_what_is_wrong_is_one_line(checkpoints, verbs, tmp_path, capsys):
     refs, ckpt = verbs["refcoco"], checkpoints["octopus"]
     for name, words, said in (
         ("refcoco", [*refs, "--split", "testA", "--ckpt", ckpt], "no split testA"),
+        ("refcoco", [*refs, "--split", "val", "all", "--ckpt", ckpt], "all"),
         ("refcoco", [*refs, "--question", "where?", "--ckpt", ckpt], "must hold {} once"),
         ("refcoco", [tmp_path / "no.p", *refs[1:], "--ckpt", tmp_path / "no.ckpt"], "no.p: no such file"),
-        ("refcoco", [*refs, "--ckpt", tmp_path / "fromage"], "no such file"),
+        ("refcoco", [*refs, "--ckpt", tmp_path / "fromage"], "is of FROMAGe, and not of Octopus"),
         ("refcoco", [*refs, "--ckpt", ckpt, "--device", "cuda:99"], "device cuda:99"),
         ("pope", [refs[0], *verbs["pope"][1:], "--ckpt", ckpt], "save it as UTF-8"),
         ("instructions", [refs[2], *verbs["instructions"][1:], "--ckpt", ckpt], "is boxes of COCO"),

@@ -12,7 +12,8 @@ from fromage.errors import UserError
 from fromage.generation.chat import STYLES, Chat
 from fromage.generation.decoding import Decoding
 from fromage.generation.preset import Preset, read_preset
-from fromage.models.fromage import Fromage, for_disk, load_model
+from fromage.models.fromage import Fromage, load_model
+from fromage.models.pretrained import for_disk
 
 SAID = {"style": "alone", "decoding": {"ret_bias": 20, "max_new_tokens": 3}, "system": "a world", "examples": ["a star"]}
 
@@ -77,7 +78,7 @@ def test_it_is_kept_wherever_the_weights_go(talker, tmp_path):
     talker.save_pretrained(tmp_path / "ours", "float32")
     assert json.loads((tmp_path / "ours" / GENERATION).read_text()) == SAID
     assert load_model(tmp_path / "ours").generation == SAID
-    for_them = for_disk(read_saved(tmp_path / "ours"), "float32")
+    for_them = for_disk(Fromage, read_saved(tmp_path / "ours"), "float32")
     for_them.settings["vision"], for_them.settings["vision_weights"] = "ViT-B-32-quickgelu", "openai"
     write_authors(for_them, tmp_path / "authors")
     assert read_authors(tmp_path / "authors").generation == SAID, "so fromage import copies it"

@@ -14,11 +14,11 @@ from fromage.data.loader import PlainErrors
 from fromage.errors import UserError
 from fromage.models.vision.registry import load_patches
 from fromage.octopus import OctopusData, OctopusModule, RefCOCO, load_octopus
+from fromage.octopus.checkpoint import RENAMED
 from fromage.octopus.data import GroundingDataset
 from fromage.octopus.decoding import ground
 from fromage.octopus.examples import Example
 from fromage.octopus.lora import add_lora
-from fromage.octopus.module import RENAMED
 from fromage.training.checkpoint_io import SafeCheckpoint
 from fromage.training.configs import config_folder, find_config
 

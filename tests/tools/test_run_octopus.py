@@ -35,8 +35,8 @@ def test_a_table_of_runs_and_no_run_twice(tool, world, tmp_path, monkeypatch, ca
     told = capsys.readouterr().out
     figures = json.loads((tmp_path / "a.json").read_text())["figures"]
     assert "== sequential, seed 1" in told and "| no_relay |" in told
-    assert figures["no_relay"]["refcoco.octopus.val.head_top1"]["mean"] >= 0
-    assert "refcoco.octopus.val.head_top1" not in figures["sequential"]
+    assert figures["no_relay"]["refcoco.octopus.val.head_recall_top1"]["mean"] >= 0
+    assert "refcoco.octopus.val.head_recall_top1" not in figures["sequential"]
     monkeypatch.setattr(tool.octopus_tour, "train", None)
     tool.main()
     assert "==" not in capsys.readouterr().out

@@ -1,0 +1,100 @@
+"""Saved parameters of Octopus: former names, what a checkpoint must hold, and how a model takes it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import replace
+from types import UnionType
+from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
+
+from torch import Tensor
+
+from fromage.checkpoints.format import Saved
+from fromage.errors import UserError
+
+if TYPE_CHECKING:
+    from fromage.octopus.model import Octopus
+
+RENAMED = {"n": "num_queries", "after": "split_layer", "c": "decoder_width", "low_rank": "lora_rank"}  # former options
+FORMER_INDEX = "index."  # former prefix of the index tokens' parameters
+PARTS = ("queries", "recognizer.", "index_tokens.")  # parameters trained from stage 2 on
+LEAVE = "recognizer.leave."  # among them, but only with relay
+# settings that the parameters of stage 2 depend on
+SHAPED = ("vision_layer", "num_queries", "split_layer", "decoder_width", "decoder_layers", "heads", "relay", "template")
+
+
+def current_names(settings: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """Settings under today's names, with a warning about former ones. source: where they are from."""
+    old = [name for name in RENAMED if settings.get(name) is not None]
+    if old:
+        told = ", ".join(f"{name} (now {RENAMED[name]})" for name in old)
+        warnings.warn(f"{source}: former names of options: {told}; the next release will not read them", stacklevel=3)
+    kept = {name: value for name, value in settings.items() if name not in RENAMED}
+    return kept | {RENAMED[name]: settings[name] for name in old}
+
+
+def current_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Parameters under today's names."""
+    return {
+        "index_tokens." + name.removeprefix(FORMER_INDEX) if name.startswith(FORMER_INDEX) else name: value
+        for name, value in state.items()
+    }
+
+
+def of_stage(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Hyperparameters of a run as settings of the model: adapters are there in stage 3 alone."""
+    return {**settings, "lora_rank": settings.get("lora_rank") or 0 if settings["stage"] == 3 else 0}
+
+
+def present(saved: Saved) -> Saved:
+    """Saved parameters and settings under today's names; see Pretrained.present."""
+    settings = current_names(saved.settings, saved.source)
+    if "stage" in settings:  # of a run
+        if settings["stage"] == 1 and settings["num_queries"]:
+            told = "of stage 1, which trains no object queries; give a checkpoint of stage 2 or 3"
+            raise UserError(f"{saved.source}: {told}")
+        settings = of_stage(settings)
+    return replace(saved, settings=settings, tensors=current_state(saved.tensors))
+
+
+def check_kinds(saved: Saved, hints: Mapping[str, Any]) -> None:
+    """Raise UserError for a folder's settings that are none of the model, or not of their type; hints: type by name."""
+    for name, value in saved.settings.items() if saved.added_tokens else ():  # Lightning has checked its own
+        if name not in hints:
+            raise UserError(f"{saved.source}: has the setting {name!r}, which this version does not know; update fromage")
+        if not _fits(value, hints[name]):
+            raise UserError(f"{saved.source}: {name} cannot be {value!r}; fetch it or export it again")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    if get_origin(hint) in (Union, UnionType):
+        return any(_fits(value, each) for each in get_args(hint))
+    if get_origin(hint) is Literal:
+        return value in get_args(hint)
+    return isinstance(value, hint) and not (hint is int and isinstance(value, bool))
+
+
+def check_names(model: Octopus, state: Mapping[str, Tensor], source: str) -> None:
+    """Raise UserError for parameters of another architecture.
+
+    A checkpoint of stage 1 holds the visual prefix alone; others must hold all parameters of stage 2.
+    """
+    have = {name: value.shape for name, value in model.state_dict().items()}
+    wrong = sorted(name for name, value in state.items() if have.get(name) != value.shape)
+    if any(name.startswith("recognizer.") for name in state):
+        lacking = (name for name in have.keys() - state.keys() if name.startswith(PARTS))
+        wrong += sorted(name for name in lacking if model.relay or not name.startswith(LEAVE))
+    if wrong:
+        remedy = "give the settings it was trained with, or train again"
+        raise UserError(f"{source}: of another architecture or version ({wrong[0]}); {remedy}")
+
+
+def check_shaped(settings: Mapping[str, Any], theirs: Mapping[str, Any], state: Mapping[str, Tensor], source: str) -> None:
+    """Raise UserError where parameters of stage 2 were trained with other settings; theirs: those of the checkpoint."""
+    if not any(name.startswith("recognizer.") for name in state):
+        return
+    changed = [name for name, value in settings.items() if name in SHAPED and theirs.get(name, value) != value]
+    if changed:
+        was, now = theirs[changed[0]], settings[changed[0]]
+        raise UserError(f"{source}: of another architecture (model.{changed[0]} {was}, not {now}); give its own settings")
