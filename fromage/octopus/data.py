@@ -65,9 +65,7 @@ class GroundingDataset(Dataset[Any]):
     broken, as of fromage.data.shards.Broken, or of all there are, it stops the run.
     """
 
-    def __init__(
-        self, rows: Sequence[Row], transform: Transform, store: PatchStore | None, max_lost: float = 0.05
-    ) -> None:
+    def __init__(self, rows: Sequence[Row], transform: Transform, store: PatchStore | None, max_lost: float = 0.05) -> None:
         self.rows, self.transform, self.store = rows, transform, store
         self.images, self.broken = len({row[0][0].image for row in rows}), Broken(max_lost, "data.max_lost")
         self.seen: set[str] = set()

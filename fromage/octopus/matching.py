@@ -1,6 +1,6 @@
 """Hungarian matching of queries and known objects, and the detection loss (Octopus section 3.3, equation 3).
 
-Weights as in DETR (Carion et al., ECCV 2020): 1 for the score, 5 for L1, 2 for generalised IoU. Octopus does not give its own.
+Weights as in DETR (Carion et al., ECCV 2020): 1 for the score, 5 for L1, 2 for generalised IoU. Octopus gives none.
 """
 
 from __future__ import annotations
@@ -68,14 +68,17 @@ def nearest(boxes: Tensor, objects: Objects) -> Tensor:
 
     boxes (B, N, 4) of this step. Two objects can have the same query.
     """
-    pairs = [sum(distances(ours.float(), theirs)) for ours, theirs in zip(boxes, objects.boxes, strict=True)]  # (N, K) each
-    return torch.stack(pairs).argmin(1) if pairs else objects.boxes.new_empty(0, 0, dtype=torch.long)
+    if not objects.boxes.shape[1]:
+        return torch.zeros(len(boxes), 0, dtype=torch.long, device=boxes.device)
+    pairs = [distances(ours.float(), theirs) for ours, theirs in zip(boxes, objects.boxes, strict=True)]  # (N, K) each
+    return torch.stack([(apart + overlap).argmin(0) for apart, overlap in pairs])  # (B, K)
 
 
 def set_loss(found: Detections, objects: Objects) -> tuple[Tensor, dict[str, Tensor]]:
     """The detection loss (equation 3), summed over the decoder layers, each with its own matching.
 
-    Returns the loss, and the last layer's parts by name: score, l1, giou. Images whose objects are not known are left out. As in DETR; the paper does not say whether inner layers have a loss.
+    Returns the loss, and the last layer's parts by name: score, l1, giou. Images whose objects are not known are left out.
+    As in DETR; the paper does not say whether inner layers have a loss.
     """
     total, parts = found.relay.new_zeros((), dtype=torch.float32), {}
     for logits, boxes in zip(found.logits, found.boxes, strict=True):

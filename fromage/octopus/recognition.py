@@ -2,9 +2,9 @@
 
 Boxes are (centre x, centre y, width, height), relative to the image. The legend of shapes is in fromage.models.
 
-The paper (Octopus, sections 3.1 and 3.2): queries pass the bottom layers of the language model, then a DETR decoder over the
-image's patches; a head gives each a box and one binary score, foreground or background; the decoder's outputs continue through
-the top layers. How they return to width d, and the decoder's width, are ours. DETR: Carion et al., ECCV 2020.
+The paper (Octopus, sections 3.1 and 3.2): queries pass the bottom layers of the language model, then a DETR decoder over
+the image's patches; a head gives each a box and one binary score, foreground or background; the decoder's outputs go on
+through the top layers. How they return to width d, and the decoder's width, are ours. DETR: Carion et al., ECCV 2020.
 """
 
 from __future__ import annotations
@@ -65,7 +65,8 @@ class Recognizer(nn.Module):
         self.enter, self.look = nn.Linear(d, c), nn.Linear(m, c)
         self.points = nn.Parameter(_spread(num_queries))  # (N, 2), before the sigmoid
         self.layers = nn.ModuleList(
-            nn.TransformerDecoderLayer(c, heads, 4 * c, 0.0, "gelu", batch_first=True, norm_first=True) for _ in range(layers)
+            nn.TransformerDecoderLayer(c, heads, 4 * c, 0.0, "gelu", batch_first=True, norm_first=True)
+            for _ in range(layers)
         )
         self.norm = nn.LayerNorm(c)
         self.score = nn.Linear(c, 1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +35,10 @@ class GroundingBatch(NamedTuple):
 
     def to(self, device: torch.device) -> GroundingBatch:
         """The same batch with tensors and boxes on the device."""
-        return GroundingBatch(*(field.to(device) if isinstance(field, Tensor | Objects) else field for field in self))
+        moved: Any = {
+            name: field.to(device) for name, field in self._asdict().items() if isinstance(field, Tensor | Objects)
+        }
+        return self._replace(**moved)
 
     @property
     def keys(self) -> list[str]:

@@ -126,9 +126,9 @@ def test_what_is_recognised_depends_on_instruction_and_image():
     boxes = read(model, ["where is the red star?", "where is the blue star?"]).found.boxes[-1]
     assert not torch.allclose(boxes[0], boxes[1])
     same = embed_prompts(model, [model.prompt(torch.ones(4, 20), "star")] * 2)
-    boxes = model.read(same.ids, alone(same.mask), same.embeds, torch.stack([torch.ones(4, 20), torch.randn(4, 20)])).found.boxes[
-        -1
-    ]
+    boxes = model.read(
+        same.ids, alone(same.mask), same.embeds, torch.stack([torch.ones(4, 20), torch.randn(4, 20)])
+    ).found.boxes[-1]
     assert not torch.allclose(boxes[0], boxes[1])
 
 
