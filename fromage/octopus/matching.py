@@ -5,6 +5,7 @@ Weights as in DETR (Carion et al., ECCV 2020): 1 for the score, 5 for L1, 2 for 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -55,6 +56,9 @@ def match(logits: Tensor, boxes: Tensor, objects: Objects) -> Tensor:
     return found.to(logits.device)
 
 
+Matcher = Callable[[Tensor, Tensor, Objects], Tensor]  # as `match`
+
+
 def distances(ours: Tensor, theirs: Tensor) -> tuple[Tensor, Tensor]:
     """(..., N, 4) and (..., K, 4) boxes -> L1 distances and 1 - GIoU, (..., N, K) each."""
     apart = torch.cdist(ours, theirs, p=1)
@@ -74,15 +78,15 @@ def nearest(boxes: Tensor, objects: Objects) -> Tensor:
     return torch.stack([(apart + overlap).argmin(0) for apart, overlap in pairs])  # (B, K)
 
 
-def set_loss(found: Detections, objects: Objects) -> tuple[Tensor, dict[str, Tensor]]:
-    """The detection loss (equation 3), summed over the decoder layers, each with its own matching.
+def set_loss(found: Detections, objects: Objects, matcher: Matcher = match) -> tuple[Tensor, dict[str, Tensor]]:
+    """The detection loss (equation 3), summed over the decoder layers, each with its own matching by matcher.
 
     Returns the loss, and the last layer's parts by name: score, l1, giou. Images whose objects are not known are left out.
     As in DETR; the paper does not say whether inner layers have a loss.
     """
     total, parts = found.relay.new_zeros((), dtype=torch.float32), {}
     for logits, boxes in zip(found.logits, found.boxes, strict=True):
-        parts = _layer_loss(logits, boxes, match(logits, boxes, objects), objects)
+        parts = _layer_loss(logits, boxes, matcher(logits, boxes, objects), objects)
         total = total + SCORE * parts["score"] + L1 * parts["l1"] + GIOU * parts["giou"]
     return total, parts
 

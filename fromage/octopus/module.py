@@ -181,7 +181,7 @@ class OctopusModule(pl.LightningModule):
             return
         patches = image_patches(self.model, batch)
         embeds = self.model.embed(batch.ids, self.model.prefix(patches))
-        prefill = self.model.read(batch.ids, batch.branch, embeds, patches)
+        prefill = self.model.read(batch.ids, batch.branch, embeds, patches, batch.queries)
         answers = grounded(self.model, prefill, decode(self.model, prefill, batch.answers.shape[1] + 1))
         for example, answer in zip(batch.examples, answers, strict=True):
             due = "" if example.meant else "".join(piece for piece in example.answer if isinstance(piece, str))
