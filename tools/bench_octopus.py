@@ -24,7 +24,7 @@ from fromage.octopus.data import Collate
 from fromage.octopus.examples import Example
 from fromage.octopus.lora import add_lora
 from fromage.octopus.model import Octopus
-from fromage.octopus.module import OctopusModule
+from fromage.octopus.module import choose_trained
 from fromage.octopus.step import GroundingBatch, octopus_step
 
 STAGES = {"1": 0, "2": 0, "3": 64}  # stage: rank of its adapters
@@ -49,9 +49,7 @@ def prepared(model: Octopus, stage: int, rank: int) -> list[torch.nn.Parameter]:
     if rank:
         add_lora(model.lm, rank)
         model.lm.to(model.device)
-    module = OctopusModule(stage=stage, num_queries=model.num_queries, lora_rank=rank)  # type: ignore[arg-type]
-    module.model = model
-    module._freeze()
+    choose_trained(model, stage, whole=not rank)
     return [p for p in model.parameters() if p.requires_grad]
 
 

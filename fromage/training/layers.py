@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
+from transformers import Cache
 
 from fromage.models.language_model import LanguageModel
 from fromage.models.packed_attention import OneMore, attending, current_attention
@@ -25,20 +27,46 @@ def compile_blocks(lm: LanguageModel) -> None:
 
 def checkpoint_blocks(lm: LanguageModel) -> None:
     """Activation checkpointing (Chen et al., 2016): a layer keeps its input only and runs again in the backward."""
-    for block in lm.blocks:
-        block.forward = partial(_recomputed, block.forward)  # type: ignore[method-assign]
+    for number, block in enumerate(lm.blocks):
+        block.forward = partial(_recomputed, block.forward, number)  # type: ignore[method-assign]
 
 
-def _recomputed(forward: Callable[..., Any], *args: Any, **named: Any) -> Any:
+def _recomputed(forward: Callable[..., Any], number: int, *args: Any, **named: Any) -> Any:
     attend = current_attention()
     if not torch.is_grad_enabled() or isinstance(attend, OneMore):  # few tokens, and OneMore has removed its cache
         return forward(*args, **named)
 
-    def run(*args: Any, **named: Any) -> Any:  # again in the backward, outside of the caller's `attending`
-        with nullcontext() if attend is None else attending(attend):
-            return forward(*args, **named)
+    cached = {name: value for name, value in named.items() if isinstance(value, Cache)}
+    cache = next(iter(cached.values()), None)
 
-    return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False, **named)
+    def run(past: tuple[Tensor, Tensor] | None, *args: Any, **named: Any) -> Any:
+        """Again in the backward, outside of the caller's `attending`, and on the keys and values of the first time."""
+        layer = _LayerCache(past)
+        with nullcontext() if attend is None else attending(attend):
+            return forward(*args, **named, **dict.fromkeys(cached, layer)), layer.states
+
+    past = None if cache is None or number >= len(cache.layers) else (cache.layers[number].keys, cache.layers[number].values)
+    rest = {name: value for name, value in named.items() if name not in cached}
+    out, states = checkpoint(run, past, *args, use_reentrant=False, preserve_rng_state=False, **rest)
+    if cache is not None and past is None:
+        cache.update(*states, number)
+    elif cache is not None:
+        cache.layers[number].keys, cache.layers[number].values = states
+    return out
+
+
+class _LayerCache:
+    """The keys and values of one layer, in place of the cache: running the layer again does not make it grow again."""
+
+    def __init__(self, states: tuple[Tensor, Tensor] | None) -> None:
+        self.states = states
+
+    def update(self, keys: Tensor, values: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+        """New keys and values, (B, H, A, e) each -> those of all tokens, (B, H, S + A, e) each."""
+        if self.states is not None:
+            keys, values = (torch.cat(pair, -2) for pair in zip(self.states, (keys, values), strict=True))
+        self.states = keys, values
+        return self.states
 
 
 def shard_blocks(lm: LanguageModel, device_type: str) -> None:

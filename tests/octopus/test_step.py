@@ -7,6 +7,7 @@ from tiny_octopus import FAMILIES, build
 from fromage.octopus.data import Collate
 from fromage.octopus.examples import Example, conversations, rows_of
 from fromage.octopus.step import octopus_step
+from fromage.training.layers import checkpoint_blocks
 
 BOXES = ((0.1, 0.1, 0.4, 0.5), (0.5, 0.2, 0.9, 0.6), (0.2, 0.6, 0.5, 0.9))
 
@@ -78,6 +79,24 @@ def test_examples_that_share_their_image_have_the_gradients_of_examples_on_their
     largest = max(grad.abs().max() for grad in wanted.values())
     for name, grad in grads.items():
         assert (grad - wanted[name]).abs().max() < 1e-4 * largest, name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layers_that_run_again_in_the_backward_give_the_same_gradients(family):
+    rows = rows_of(ALONE, 8, 0)
+    (_, out, grads), model = step(build(family), rows), build(family)
+    runs = []
+    for block in model.lm.blocks:
+        block.register_forward_hook(lambda *_: runs.append("forward"))
+        attention = block.attention if family == "pythia" else block.self_attn
+        attention.register_forward_hook(lambda *_: runs.append("attention"))
+    checkpoint_blocks(model.lm)
+    _, again, same = step(model, rows)
+    assert (runs.count("forward"), runs.count("attention")) == (8, 16)  # of four layers: prompts, answers, and both again
+    torch.testing.assert_close(again.loss, out.loss, rtol=0, atol=0)
+    assert grads.keys() == same.keys()
+    for name, grad in grads.items():
+        torch.testing.assert_close(same[name], grad, rtol=1e-5, atol=1e-6, msg=name)
 
 
 def test_a_turn_sees_those_before_it_and_each_answer_has_its_loss():
