@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.utils.checkpoint import checkpoint
 from transformers import Cache
 
@@ -76,6 +76,25 @@ def shard_blocks(lm: LanguageModel, device_type: str) -> None:
         fully_shard(block, mesh=mesh)
     inside = {p for block in lm.blocks for p in block.parameters()}
     fully_shard(lm.hf.base_model, mesh=mesh, ignored_params=set(lm.hf.base_model.parameters()) - inside)
+
+
+def shard_all(
+    module: nn.Module, lm: LanguageModel, device_type: str, steps: Iterable[str], dtype: torch.dtype | None = None
+) -> None:
+    """FSDP of a module that trains its language model: each device holds a part of every parameter, gradient and moment.
+
+    A layer of the language model is gathered while it runs; trained parameters outside of the layers are one group, gathered
+    for a whole step. Frozen parameters outside of the layers stay whole. steps: methods of the module that run it. dtype: of
+    the gathered layers and what they compute; gradients are summed in float32.
+    """
+    mesh = init_device_mesh(device_type, (dist.get_world_size(),))
+    policy = MixedPrecisionPolicy(dtype, torch.float32) if dtype else MixedPrecisionPolicy()
+    for block in lm.blocks:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    inside = {p for block in lm.blocks for p in block.parameters()}
+    fully_shard(module, mesh=mesh, ignored_params={p for p in module.parameters() if not p.requires_grad} - inside)
+    for step in steps:
+        register_fsdp_forward_method(module, step)
 
 
 def gather_blocks(lm: LanguageModel, whole: bool) -> None:
