@@ -88,8 +88,9 @@ def shard_all(
     the gathered layers and what they compute; gradients are summed in float32.
     """
     mesh = init_device_mesh(device_type, (dist.get_world_size(),))
-    policy = MixedPrecisionPolicy(dtype, torch.float32) if dtype else MixedPrecisionPolicy()
     for block in lm.blocks:
+        outer = lm.dtype if block is lm.blocks[-1] else None  # of what runs behind the last layer
+        policy = MixedPrecisionPolicy(dtype, torch.float32, outer) if dtype else MixedPrecisionPolicy()
         fully_shard(block, mesh=mesh, mp_policy=policy)
     inside = {p for block in lm.blocks for p in block.parameters()}
     fully_shard(module, mesh=mesh, ignored_params={p for p in module.parameters() if not p.requires_grad} - inside)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
-import torch
 from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict, set_optimizer_state_dict
@@ -13,7 +12,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, OptimStateKeyType
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map_only
 
-from fromage.checkpoints.format import TOWERS
+from fromage.checkpoints.format import DTYPES, TOWERS
 from fromage.errors import UserError
 from fromage.training.layers import gather_blocks, shard_all, shard_blocks
 
@@ -60,17 +59,22 @@ class ShardedModel(ModelParallelStrategy):
     """FSDP2 for a run that trains its language model: W devices hold 1 / W of every parameter, gradient and moment each.
 
     Parameters are sharded one by one, so frozen and trained ones may stand in one layer, gradients are clipped by their norm
-    over all devices, and checkpoints are those of one device: whole, in one file. With precision bf16-mixed the layers are
-    gathered and run in bfloat16. (Lightning's FSDPStrategy does not clip by norm, and runs on GPUs only.)
+    over all devices, and checkpoints are those of one device: whole, in one file. (Lightning's FSDPStrategy does not clip by
+    norm, and runs on GPUs only.)
 
     In validation, where answers have different lengths, each device holds the whole language model.
 
         lightning fit --config octopus_stage3.yaml --config octopus_stage3_8gpu.yaml
     """
 
-    def __init__(self, **options: Any) -> None:
-        """options: of ModelParallelStrategy, but for the sizes of its mesh and distributed checkpoints."""
-        super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=False, **options)
+    def __init__(self, dtype: Literal["float32", "bfloat16", "float16"] | None = None) -> None:
+        """dtype: in which the language model's layers are gathered and run; null for that of their weights.
+
+        What is held stays in the dtype of the weights, and gradients are summed in float32. Lightning's bf16-mixed is no
+        substitute: it refuses to clip gradients for fused optimisers, and would run the DETR decoder in bfloat16 too.
+        """
+        super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=False)
+        self.dtype = None if dtype is None else DTYPES[dtype]
 
     def setup_environment(self) -> None:
         """Data parallelism over all devices."""
@@ -80,8 +84,7 @@ class ShardedModel(ModelParallelStrategy):
     def model_to_device(self) -> None:
         """Shard, layer by layer, and move what stays whole to the device."""
         module: Any = self.lightning_module
-        dtype = torch.bfloat16 if self.precision_plugin.precision == "bf16-mixed" else None
-        shard_all(module, module.model.lm, self.root_device.type, ("training_step", "validation_step"), dtype)
+        shard_all(module, module.model.lm, self.root_device.type, ("training_step", "validation_step"), self.dtype)
         super().model_to_device()
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:

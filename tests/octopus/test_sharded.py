@@ -55,21 +55,21 @@ def fit(world, out, strategy="auto", devices=1, resume=None, steps=STEPS, **trai
     return losses
 
 
-def of_two(rank, world, port, out, options, resume):
+def of_two(rank, world, port, out, options, resume, dtype):
     faulthandler.dump_traceback_later(240, exit=True)  # rather than wait for each other for ever
     torch.set_num_threads(1)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "NODE_RANK": "0"}
     os.environ |= {"LOCAL_RANK": str(rank), "RANK": str(rank)}
-    found = fit(world, out, ShardedModel(), 2, resume, **options)
+    found = fit(world, out, ShardedModel(dtype), 2, resume, **options)
     torch.save((found.seen, found.held), out / f"{rank}.pt")
     torch.distributed.barrier()
     os._exit(0)  # gloo's threads sometimes abort Python's own way out
 
 
-def both(world, out, resume=None, **options):
+def both(world, out, resume=None, dtype=None, **options):
     """Losses of both processes, in the order of the rows, and what the first holds."""
     port = 40000 + (os.getpid() * 7 + len(str(out))) % 20000
-    mp.spawn(of_two, (world, port, out, options, resume), nprocs=2)
+    mp.spawn(of_two, (world, port, out, options, resume, dtype), nprocs=2)
     (first, held), (second, _) = (torch.load(out / f"{rank}.pt") for rank in (0, 1))
     return [each for pair in zip(first, second, strict=True) for each in pair], held
 
@@ -127,7 +127,7 @@ def test_two_processes_go_on_from_a_checkpoint_of_theirs(world, two, tmp_path):
 
 
 def test_layers_run_in_bfloat16_and_weights_stay_float32(world, one, tmp_path):
-    found, held = both(world, tmp_path, steps=1, precision="bf16-mixed", num_sanity_val_steps=1)
+    found, held = both(world, tmp_path, steps=1, dtype="bfloat16")
     assert held["weights"] == pytest.approx(one[2]["weights"] / 2, rel=0.02)
     torch.testing.assert_close(torch.tensor(found), torch.tensor(one[1][:2]), rtol=0.05, atol=0.05)
     assert not torch.equal(torch.tensor(found), torch.tensor(one[1][:2]))
