@@ -206,7 +206,7 @@ class Weight(NamedTuple):
     """A parameter: where it belongs, and its bytes."""
 
     part: str
-    count: int
+    numbers: int
     size: int
     item: int  # bytes of a number, when it is used
     inside: bool  # in a layer of the language model
@@ -231,7 +231,7 @@ def count(run: Run, model: Octopus, batch: GroundingBatch, weights: Sequence[Wei
     parts = [part for part in (*PARTS.values(), ADAPTERS) if any(w.part == part for w in weights)]
     parameters, sizes, frozen = (dict.fromkeys(parts, 0) for _ in range(3))
     for w in weights:
-        parameters[w.part] += w.count
+        parameters[w.part] += w.numbers
         sizes[w.part] += w.size
     trained = [w for w in weights if w.trained]
     for w in weights:
@@ -246,9 +246,9 @@ def count(run: Run, model: Octopus, batch: GroundingBatch, weights: Sequence[Wei
         batch = batch._replace(pixels=None, patches=meter.run("the image tower", lambda: image_patches(model, batch)))
     loss = meter.run("the forward", lambda: octopus_step(model, batch, in_order).loss)
     meter.run("the backward", loss.backward)
-    numbers, trained_bytes = sum(w.count for w in trained), sum(w.size for w in trained)
+    many, trained_bytes = sum(w.numbers for w in trained), sum(w.size for w in trained)
     return Plan(
-        run, heading(run, batch), run.batch_size * run.per_image, run.max_steps, parameters, numbers, trained_bytes,
+        run, heading(run, batch), run.batch_size * run.per_image, run.max_steps, parameters, many, trained_bytes,
         sizes, held, sum(t.nbytes for t in given), {}, beside(run, model, weights), meter.passes, run.devices,
     )  # fmt: skip
 
@@ -262,7 +262,7 @@ def share(run: Run, weight: Weight) -> int:
 def beside(run: Run, model: Octopus, weights: Sequence[Weight]) -> dict[str, int]:
     """Bytes of weights in another form, and of gradients on their way to other devices."""
     layers = len(model.lm.blocks)
-    inside = sum(w.count for w in weights if w.inside) // layers  # numbers of a layer
+    inside = sum(w.numbers for w in weights if w.inside) // layers  # numbers of a layer
     item = DTYPES[run.layers_dtype].itemsize if run.layers_dtype else max(w.item for w in weights if w.inside)
     outside = sum(w.size for w in weights if w.trained and not w.inside)
     found: dict[str, int] = {}

@@ -45,13 +45,14 @@ def _recomputed(forward: Callable[..., Any], number: int, *args: Any, **named: A
         with nullcontext() if attend is None else attending(attend):
             return forward(*args, **named, **dict.fromkeys(cached, layer)), layer.states
 
-    past = None if cache is None or number >= len(cache.layers) else (cache.layers[number].keys, cache.layers[number].values)
+    layers: Any = [] if cache is None else cache.layers
+    past = (layers[number].keys, layers[number].values) if number < len(layers) else None
     rest = {name: value for name, value in named.items() if name not in cached}
     out, states = checkpoint(run, past, *args, use_reentrant=False, preserve_rng_state=False, **rest)
     if cache is not None and past is None:
         cache.update(*states, number)
     elif cache is not None:
-        cache.layers[number].keys, cache.layers[number].values = states
+        layers[number].keys, layers[number].values = states
     return out
 
 

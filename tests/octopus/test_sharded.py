@@ -9,9 +9,11 @@ import pytorch_lightning as pl
 import torch
 import torch.multiprocessing as mp
 
+from fromage.errors import UserError
 from fromage.octopus import OctopusData, OctopusModule, RefCOCO, load_octopus
+from fromage.octopus.planner import Run, plan
 from fromage.training.checkpoint_io import SafeCheckpoint
-from fromage.training.strategy import ShardedModel
+from fromage.training.strategy import ShardedModel, ShardedTowers
 
 SMALL = {"lm": "toy", "vision": "toy", "num_queries": 4, "decoder_width": 16, "decoder_layers": 1, "heads": 2}
 STEPS = 4
@@ -28,12 +30,13 @@ class Losses(pl.Callback):
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
         local = lambda t: getattr(t, "_local_tensor", t).nbytes  # noqa: E731
-        lm = [p for p in pl_module.model.lm.parameters() if p.requires_grad]
-        self.held = {"weights": sum(map(local, lm)), "gradients": sum(local(p.grad) for p in lm)}
-        self.held["moments"] = sum(local(m) for p in lm for n, m in optimizer.state[p].items() if n.startswith("exp"))
+        trained = [p for p in pl_module.parameters() if p.requires_grad]
+        moments = [m for p in trained for n, m in optimizer.state[p].items() if n.startswith("exp")]
+        self.held = {"trained parameters": sum(map(local, trained)), "their gradients": sum(local(p.grad) for p in trained)}
+        self.held["their Adam moments"] = sum(map(local, moments))
 
 
-def fit(world, out, strategy="auto", devices=1, resume=None, steps=STEPS, **trainer_options):
+def fit(world, out, strategy="auto", devices=1, resume=None, steps=STEPS):
     """The losses of a short run, and what the device holds at its end."""
     coco = world / "refcoco"
     pl.seed_everything(0)
@@ -49,27 +52,27 @@ def fit(world, out, strategy="auto", devices=1, resume=None, steps=STEPS, **trai
     trainer = pl.Trainer(
         max_steps=steps, accelerator="cpu", devices=devices, strategy=strategy, accumulate_grad_batches=2 // devices,
         logger=False, callbacks=[losses, saver], val_check_interval=2, check_val_every_n_epoch=None, limit_val_batches=1,
-        gradient_clip_val=0.5, enable_progress_bar=False, enable_model_summary=False, **trainer_options,
+        gradient_clip_val=0.5, enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
     trainer.fit(module, data, ckpt_path=resume)
     return losses
 
 
-def of_two(rank, world, port, out, options, resume, dtype):
+def of_two(rank, world, port, out, resume, dtype, steps):
     faulthandler.dump_traceback_later(240, exit=True)  # rather than wait for each other for ever
     torch.set_num_threads(1)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "NODE_RANK": "0"}
     os.environ |= {"LOCAL_RANK": str(rank), "RANK": str(rank)}
-    found = fit(world, out, ShardedModel(dtype), 2, resume, **options)
+    found = fit(world, out, ShardedModel(dtype), 2, resume, steps)
     torch.save((found.seen, found.held), out / f"{rank}.pt")
     torch.distributed.barrier()
     os._exit(0)  # gloo's threads sometimes abort Python's own way out
 
 
-def both(world, out, resume=None, dtype=None, **options):
+def both(world, out, resume=None, dtype=None, steps=STEPS):
     """Losses of both processes, in the order of the rows, and what the first holds."""
     port = 40000 + (os.getpid() * 7 + len(str(out))) % 20000
-    mp.spawn(of_two, (world, port, out, options, resume, dtype), nprocs=2)
+    mp.spawn(of_two, (world, port, out, resume, dtype, steps), nprocs=2)
     (first, held), (second, _) = (torch.load(out / f"{rank}.pt") for rank in (0, 1))
     return [each for pair in zip(first, second, strict=True) for each in pair], held
 
@@ -115,7 +118,10 @@ def test_two_processes_have_the_losses_and_end_with_the_weights_of_one(one, two)
 def test_each_process_holds_half_of_weights_gradients_and_moments(one, two):
     for name, whole in one[2].items():
         assert two[2][name] == pytest.approx(whole / 2, rel=0.02), name
-    assert two[2]["moments"] == 2 * two[2]["weights"]
+    assert two[2]["their Adam moments"] == 2 * two[2]["trained parameters"]
+    planned = plan(Run(stage=3, dtype="float32", devices=2, batch_size=1, **SMALL))
+    for name, size in two[2].items():
+        assert planned.held[name] == pytest.approx(size, rel=0.02), name
 
 
 def test_two_processes_go_on_from_a_checkpoint_of_theirs(world, two, tmp_path):
@@ -128,6 +134,15 @@ def test_two_processes_go_on_from_a_checkpoint_of_theirs(world, two, tmp_path):
 
 def test_layers_run_in_bfloat16_and_weights_stay_float32(world, one, tmp_path):
     found, held = both(world, tmp_path, steps=1, dtype="bfloat16")
-    assert held["weights"] == pytest.approx(one[2]["weights"] / 2, rel=0.02)
+    assert held["trained parameters"] == pytest.approx(one[2]["trained parameters"] / 2, rel=0.02)
     torch.testing.assert_close(torch.tensor(found), torch.tensor(one[1][:2]), rtol=0.05, atol=0.05)
     assert not torch.equal(torch.tensor(found), torch.tensor(one[1][:2]))
+
+
+def test_a_language_model_that_is_trained_is_not_for_sharded_towers():
+    module = OctopusModule(stage=3, vision_weights=None, dtype="float32", **SMALL)
+    module.configure_model()
+    strategy = ShardedTowers()
+    strategy.connect(module)
+    with pytest.raises(UserError, match="ShardedModel"):
+        strategy.model_to_device()
