@@ -8,7 +8,7 @@ Where to look:
     model               the prompt, the two halves of the language model and the relay between them
     recognition         the DETR decoder: object queries -> boxes and scores
     matching            Hungarian matching and the detection loss
-    step                the training step; module: the three stages
+    step                the training step; module: the three stages; planner: what they take
     decoding, answers   answers with boxes; metrics judges them
     sources, data       data sets in their published files, and batches of them
 """

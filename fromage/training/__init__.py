@@ -7,5 +7,6 @@ Where to look:
     losses              next-token cross-entropy and InfoNCE
     module              the Lightning module: optimiser, pairing, validation (fromage.data.batches truncates captions)
     checkpoint_io       checkpoints; exact resume is in fromage.data.loader
-    memory_planner      memory and work of a run, before it starts; meter counts them
+    memory_planner      memory and work of a run, before it starts; meter counts them; Octopus' shares planning with it
+    strategy            several devices: the frozen language model spread over them, or all that is trained
 """

@@ -63,6 +63,9 @@ def fitting(argv: list[str]) -> None:
 
         def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
             try:
+                named = self.config_init[self.subcommand].trainer.strategy
+                if isinstance(named, str) and "." in named:  # which Lightning would take for a name of its own
+                    kwargs["strategy"] = _class(named)()
                 return super().instantiate_trainer(**kwargs)
             except (TypeError, ValueError) as error:  # of an option of the trainer
                 raise MisconfigurationException(str(error)) from error
@@ -163,11 +166,24 @@ def _told(error: argparse.ArgumentError, command: str) -> str:
         else:
             said += near(section, SECTIONS, "--")
     elif unknown := re.search(r"module '([\w.]+)' has no attribute '(\w+)'", said):
-        said = f"class_path {unknown[1]}.{unknown[2]}: there is no such class"
-        said += near(unknown[2], dir(import_module(unknown[1])), f"{unknown[1]}.")
+        said = f"class_path {_no_class(unknown[1], unknown[2])}"
     return f"{said[:500]} (fromage {command} --help)"
 
 
+def _class(path: str) -> Any:
+    """A class by its path. Raises UserError where there is none."""
+    module, _, name = path.rpartition(".")
+    try:
+        return getattr(import_module(module), name)
+    except ImportError as error:
+        raise UserError(f"{path}: there is no module {module}; name a class by its path") from error
+    except AttributeError as error:
+        raise UserError(_no_class(module, name)) from error
+
+
+def _no_class(module: str, name: str) -> str:
+    return f"{module}.{name}: there is no such class" + near(name, dir(import_module(module)), f"{module}.")
+
+
 def _options(class_path: str) -> list[str]:
-    module, _, name = class_path.rpartition(".")
-    return list(signature(getattr(import_module(module), name)).parameters)
+    return list(signature(_class(class_path)).parameters)

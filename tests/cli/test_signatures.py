@@ -177,6 +177,8 @@ def test_a_step_keeps_its_old_name_for_a_release(tmp_path):
         (["fit", "--config", "toy.yaml", "--model.wormup_steps=3"], "did you mean --model.warmup_steps?"),
         (["fit", "--config", "toy.yaml", "--data.batchsize=3"], "did you mean --data.batch_size?"),
         (["fit", "--config", "toy.yaml", "--trainer.max_stepz=3"], "did you mean --trainer.max_steps?"),
+        (["fit", "--config", "toy.yaml", "--trainer.strategy=fromage.ShardedTower"], "did you mean fromage.ShardedTowers?"),
+        (["fit", "--config", "toy.yaml", "--trainer.strategy=nowhere.DDP"], "no module nowhere"),
         (["eval", "vost"], "did you mean eval vist?"),
         (["serch"], "did you mean search?"),
         (["index"], "name a command: index embed"),
