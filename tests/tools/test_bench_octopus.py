@@ -8,7 +8,6 @@ import torch
 
 from fromage.octopus.step import octopus_step
 
-
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 
 
