@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -38,7 +39,7 @@ class ImageRun(Run):
     """What an evaluation on image files takes.
 
     Attributes:
-        max_lost: share of the images that may be missing or broken, 0 to 1
+        max_lost: share of the images that may be missing or broken, and of entries that may be odd, 0 to 1
     """
 
     images: Path
@@ -52,11 +53,18 @@ class ImageRun(Run):
 
         return Options(**{field.name: getattr(self, field.name) for field in fields(Options) if hasattr(self, field.name)})
 
+    def reading(self) -> AbstractContextManager[None]:
+        """In this context annotation files are read."""
+        from fromage.data.annotations import odd_allowed
+
+        return odd_allowed(self.max_lost)
+
     def point(self, evaluate: Callable[..., dict[str, Any]], data: Any) -> Result:
         """Evaluate an Octopus."""
         from fromage.octopus.module import load_octopus
 
-        len(data)  # what is wrong with the files is told before towers are loaded
+        with self.reading():
+            len(data)  # what is wrong with the files is told before towers are loaded
         return self.told(evaluate(load_octopus(self.ckpt, self.device), data, self.options()))
 
 
@@ -105,7 +113,8 @@ class CaptionRun(RetrievalRun):
         from fromage.evals.caption_sets import read_captions
         from fromage.evals.coco import evaluate
 
-        data = read_captions(annotations, self.images, name, self.split, self.limit)
+        with self.reading():
+            data = read_captions(annotations, self.images, name, self.split, self.limit)
         return self.told(evaluate(self.model(), data, self.options(), self.captioning))
 
 
@@ -135,7 +144,8 @@ def vist(annotations: Path, *, run: RetrievalRun) -> Result:
     """
     from fromage.evals.vist import evaluate, read_stories
 
-    data = read_stories(annotations, run.images, run.limit)
+    with run.reading():
+        data = read_stories(annotations, run.images, run.limit)
     return run.told(evaluate(run.model(), data, run.options()))
 
 
@@ -152,7 +162,8 @@ def visdial(
     from fromage.evals.dialogues import read_dialogues
     from fromage.evals.visdial import evaluate
 
-    data = read_dialogues(annotations, dense, run.images, run.limit)
+    with run.reading():
+        data = read_dialogues(annotations, dense, run.images, run.limit)
     return run.told(evaluate(run.model(), data, run.options(), answers, scores))
 
 
