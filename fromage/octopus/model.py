@@ -293,12 +293,14 @@ class Octopus(Pretrained):
 
 def _gathering(lm: LanguageModel) -> Tensor:
     """(d,): the embedding of '.', at which a language model has gathered what was said; queries begin there."""
-    return lm.embed(torch.tensor(lm.tokenizer.encode("."), device=lm.added.mean_norm.device))[-1].detach().float().cpu()
+    device = lm.hf.get_input_embeddings().frozen.weight.device
+    return lm.embed(torch.tensor(lm.tokenizer.encode("."), device=device))[-1].detach().float().cpu()
 
 
 def _noise(lm: LanguageModel, n: int) -> Tensor:
     """(n, d): a tenth of a random embedding each."""
-    return 0.1 * torch.randn(n, lm.width) * lm.added.mean_norm.cpu() / lm.width**0.5
+    scale: Any = lm.added.mean_norm.cpu() / lm.width**0.5
+    return 0.1 * torch.randn(n, lm.width) * scale
 
 
 def fill_template(template: Sequence[str], image: ImageInput | None, instruction: str, ask: bool) -> list[Part]:

@@ -88,7 +88,9 @@ def by_looks(scene: Scene, index: int, rng: random.Random) -> str | None:
     """A phrase that means object `index` and no other by colour, size and shape alone; None where looks do not suffice."""
     thing = scene.things[index]
     parts = [dict(said) for n in range(3) for said in combinations((("colour", thing.colour), ("size", thing.size)), n)]
-    said = [Meaning(shape, **part, most=most) for shape in (thing.shape, None) for part in parts for most in (None, *BY_SIZE)]
+    said = [
+        Meaning(shape, **part, most=most) for shape in (thing.shape, None) for part in parts for most in (None, *BY_SIZE)
+    ]
     exact = [meaning for meaning in said if is_exact(meaning, index, scene.things)]
     return words(rng.choice(exact)) if exact else None
 
