@@ -84,6 +84,7 @@ class Octopus(Pretrained):
     Attributes:
         num_queries: N, object queries; 0 for the sequential counterpart.
         split_layer: layers of the language model below the decoder.
+        masks: whether queries have masks too.
         tuned: names of the language model's parameters that were trained; they are saved too.
     """
 
@@ -102,13 +103,14 @@ class Octopus(Pretrained):
         heads: int = 8,
         relay: bool = True,
         template: str = "{image}{instruction}{queries}{start}",
+        masks: bool = False,
     ) -> None:
         """num_queries: N. split_layer: layers below the decoder; None for half. decoder_width: c.
 
         relay: whether the decoder's output replaces the queries in the top layers (False: an ablation). template: the
-        prompt around image, instruction and queries; {start} is the language model's start token. Raises UserError for
-        impossible numbers or templates, and for a language model with a projection between embeddings and layers
-        (OPT-350m).
+        prompt around image, instruction and queries; {start} is the language model's start token. masks: a mask head on the
+        decoder. Raises UserError for impossible numbers or templates, for masks without queries, and for a language model
+        with a projection between embeddings and layers (OPT-350m).
         """
         super().__init__(lm, vision, vision.shape[0])
         self.num_queries, self.split_layer, self.relay = (
@@ -128,6 +130,9 @@ class Octopus(Pretrained):
         if num_queries and (decoder_width % 8 or decoder_width % heads or decoder_layers < 1):
             told = f"model.decoder_width {decoder_width}, heads {heads}, decoder_layers {decoder_layers}"
             raise UserError(f"{told}: decoder_width must be a multiple of 8 and of heads, and the layers at least 1")
+        if masks and not num_queries:
+            raise UserError("model.masks: masks are of object queries, and model.num_queries is 0; leave masks out")
+        self.masks = masks
         named = sorted(part for part in self.template if SLOTS.match(part) and part != "{start}")
         if named != ["{image}", "{instruction}", "{queries}"]:
             raise UserError(f"model.template {template!r}: name {{image}}, {{instruction}} and {{queries}} once each")
@@ -139,7 +144,7 @@ class Octopus(Pretrained):
             if vision.grid is None:
                 raise UserError(f"vision tower {vision.name}: gives no patches; load it by load_patches")
             self.recognizer = Recognizer(
-                lm.width, vision.width, vision.grid, num_queries, decoder_width, decoder_layers, heads
+                lm.width, vision.width, vision.grid, num_queries, decoder_width, decoder_layers, heads, masks
             )
             hold(self, "_above", lm.blocks[self.split_layer])  # first layer above the decoder; the LM registers it
         self.settings: dict[str, Any] = {}
@@ -262,6 +267,11 @@ class Octopus(Pretrained):
         if self.num_queries and prefill.found is None:
             logits[..., -self.num_queries :] = -torch.inf
         return logits
+
+    @property
+    def mask_size(self) -> tuple[int, int] | None:
+        """H and W of the masks; None without them."""
+        return self.recognizer.masks.size if self.masks else None  # type: ignore[union-attr, return-value]
 
     @contextmanager
     def _recognising(self, places: Tensor, patches: Tensor) -> Iterator[list[Detections]]:
