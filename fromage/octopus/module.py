@@ -226,7 +226,7 @@ def load_trained(model: Octopus, path: str) -> set[str]:
     saved = read_saved(path)
     state = current_state(saved.tensors)
     check_shaped(model.settings, current_names(saved.settings, path), state, path)
-    if not any(name.startswith(MASKS) for name in state):  # the mask head begins anew
+    if "queries" in state and not any(name.startswith(MASKS) for name in state):  # the mask head begins anew
         state |= {name: value for name, value in model.state_dict().items() if name.startswith(MASKS)}
     model.take(state, path)
     return set(state)

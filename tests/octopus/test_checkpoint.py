@@ -116,7 +116,8 @@ def test_adapters_of_an_earlier_stage_are_none(tmp_path):
         ({"format": "other"}, "another format"), ({"version": 2}, "another format"), ({"format": []}, "another format"),
         ({"without": "lm"}, "no 'lm'"), ({"num_queries": "3"}, "num_queries cannot be '3'"),
         ({"num_queries": True}, "num_queries cannot be True"), ({"split_layer": 1.5}, "split_layer cannot be 1.5"),
-        ({"quantize": "int4"}, "quantize cannot be 'int4'"), ({"masks": True}, "setting 'masks', which this version"),
+        ({"quantize": "int4"}, "quantize cannot be 'int4'"), ({"depths": True}, "setting 'depths', which this version"),
+        ({"masks": True}, r"of another architecture or version \(recognizer.masks"), ({"masks": 1}, "masks cannot be 1"),
         ({"num_queries": 4}, "of another architecture"), ({"added_tokens": {"<d0>": 1}}, "made for {'<d0>': 1}"),
     ],
 )  # fmt: skip
@@ -169,3 +170,22 @@ def test_push_to_hub_uploads_the_folder(model, monkeypatch):
     ((name, files, loaded),) = seen
     assert (name, files) == ("someone/octopus-toy", {CONFIG, WEIGHTS, CARD})
     assert torch.equal(loaded.queries, model.queries.bfloat16().float())
+
+
+def test_masks_are_stored_and_the_option_with_them(tmp_path):
+    torch.manual_seed(1)
+    model = Octopus.load(**SMALL, masks=True)
+    model.save_pretrained(tmp_path / "saved", dtype="float32")
+    loaded = Octopus.from_pretrained(tmp_path / "saved")
+    assert loaded.masks and loaded.settings["masks"] is True and same(model, loaded)
+    assert loaded.fingerprint() == model.fingerprint() != Octopus.load(**SMALL).fingerprint()
+    config = json.loads((tmp_path / "saved" / CONFIG).read_text())
+    del config["masks"]  # as of a folder that was written before there were masks
+    (tmp_path / "saved" / CONFIG).write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"of another architecture or version \(recognizer.masks"):
+        Octopus.from_pretrained(tmp_path / "saved")
+
+
+def test_a_folder_of_before_there_were_masks_has_none(folder, model):
+    loaded = Octopus.from_pretrained(altered(folder, without="masks"))
+    assert not loaded.masks and loaded.settings["masks"] is False and loaded.mask_size is None
