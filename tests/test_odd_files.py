@@ -338,7 +338,6 @@ def test_the_very_first_entry_may_be_odd(places, tmp_path, format, at):
         ("instances", ("annotations", 1, "bbox", 0)),
         ("masks", ("annotations", 1, "segmentation")),
         ("masks", ("annotations", 1, "segmentation", 0)),
-        ("masks", ("images", 1, "width")),
         ("regions", (1, "regions", 1, "phrase")),
         ("regions", (1, "regions", 1, "x")),
         ("objects", (1, "objects", 1, "names")),
