@@ -15,7 +15,7 @@ from fromage.errors import UserError
 if TYPE_CHECKING:
     from fromage.octopus.answers import Grounded
 
-TRAINED = "name the checkpoint of a training with model.masks: true by --ckpt"
+TRAINED = "name the checkpoint of a training with model.mask_scale by --ckpt"
 TOY = Path("runs/octopus")  # where the toy Octopus is trained, in minutes
 
 
@@ -69,7 +69,7 @@ def ground(
         text: what is meant, or a whole question or sentence with its mark at the end
         ckpt: checkpoint of Octopus (default: the toy one, trained on first use)
         png: draw the boxes into this file
-        mask: draw the masks of the boxes too, and write them into the JSON; of a model trained with model.masks
+        mask: draw the masks of the boxes too, and write them into the JSON; of a model trained with model.mask_scale
     """
     from fromage.images.open import open_image
     from fromage.octopus.decoding import ground, instruction

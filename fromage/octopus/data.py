@@ -289,9 +289,7 @@ class OctopusData(pl.LightningDataModule):
             left = len(self.examples[part]) - len(examples)
             warnings.warn(f"{left} examples point at more than the {queries} object queries: left out", stacklevel=2)
         if shuffle and module.wants_masks and not any(any(example.masks) for example in examples):
-            raise UserError(
-                "model.masks: no example of data.train has a mask; name files of RefCOCO, or leave model.masks out"
-            )
+            raise UserError("model.mask_scale: no example of data.train has a mask; name files of RefCOCO, or set it to 0")
         store = self._store(examples, module.model.vision) if self.features else None
         if store is not None:
             examples = [example for example in examples if example.image not in store.lost]

@@ -1,4 +1,4 @@
-"""Masks of what was recognised: a head on the DETR decoder, and its loss. An option, off by default: model.masks.
+"""Masks of what was recognised: a head on the DETR decoder, and its loss. An option, off by default: model.mask_scale.
 
 Octopus (appendix B) has a mask head on the decoder, and says no more. Here a mask is the product of a query's embedding
 with upsampled features, as in MaskFormer (Cheng et al., NeurIPS 2021, section 3.3); upsampling by transposed convolutions
@@ -7,12 +7,14 @@ is that of SAM's decoder (Kirillov et al., ICCV 2023). Weights of the loss are M
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import MLP
 
-SCALE = 4  # cells of a mask per patch and side
+SCALES = (2, 4, 8, 16)  # cells of a mask per patch and side
 MASK, DICE = 5.0, 5.0  # weights of cross-entropy and dice loss
 
 
@@ -20,21 +22,23 @@ class MaskHead(nn.Module):
     """Decoder states and patches -> a mask for each query.
 
     Attributes:
-        size: H and W of the masks: SCALE times the grid of patches.
+        size: H and W of the masks: scale times the grid of patches.
     """
 
-    def __init__(self, c: int, m: int, grid: tuple[int, int]) -> None:
-        """c: width of the decoder, a multiple of 8. m, grid: as of the Recognizer."""
+    def __init__(self, c: int, m: int, grid: tuple[int, int], scale: int) -> None:
+        """c: width of the decoder, a multiple of 8. m, grid: as of the Recognizer. scale: 2, 4, 8 or a higher power of 2."""
         super().__init__()
-        self.grid, self.size = grid, (SCALE * grid[0], SCALE * grid[1])
+        self.grid, self.size = grid, (scale * grid[0], scale * grid[1])
         self.look = nn.Linear(m, c)
-        self.upsample = nn.Sequential(
-            nn.ConvTranspose2d(c, c // 2, 4, 2, 1),
-            nn.GroupNorm(1, c // 2),
-            nn.GELU(),
-            nn.ConvTranspose2d(c // 2, c // 4, 4, 2, 1),
-        )
+        widths = [c, *[c // 2] * (scale.bit_length() - 2), c // 4]
+        steps = [self._doubled(a, b, last=i + 2 == len(widths)) for i, (a, b) in enumerate(pairwise(widths))]
+        self.upsample = nn.Sequential(*(layer for step in steps for layer in step))
         self.embed = MLP(c, [c, c, c // 4])
+
+    @staticmethod
+    def _doubled(a: int, b: int, last: bool) -> list[nn.Module]:
+        """(B, a, h, w) -> (B, b, 2 h, 2 w)."""
+        return [nn.ConvTranspose2d(a, b, 4, 2, 1), *([] if last else [nn.GroupNorm(1, b), nn.GELU()])]
 
     def forward(self, states: Tensor, patches: Tensor, rows: Tensor) -> Tensor:
         """states (E, N, c) of the decoder's last layer, patches (B, P, m), rows (E,) -> (E, N, H, W) logits."""

@@ -45,7 +45,7 @@ class OctopusModule(pl.LightningModule):
         heads: int = 8,
         relay: bool = True,
         template: str = "{image}{instruction}{queries}{start}",
-        masks: bool = False,
+        mask_scale: int = 0,
         lora_rank: int = 0,
         dtype: str = "bfloat16",
         random_weights: bool = False,
@@ -77,8 +77,8 @@ class OctopusModule(pl.LightningModule):
             heads: attention heads of the DETR decoder.
             relay: whether the decoder's output replaces the queries in the top layers.
             template: text around {image}, {instruction} and {queries}; {start} is the start token.
-            masks: a mask head on the DETR decoder; RefCOCO's masks are then read (extra [masks]). It begins anew where the
-                checkpoint of `init` has none.
+            mask_scale: cells of a mask per patch and side, 2, 4, 8 or 16; 0 for no masks. With masks, those of RefCOCO are
+                read (extra [masks]). The head begins anew where the checkpoint of `init` has none.
             lora_rank: rank of LoRA adapters in the language model's layers in stage 3 (extra [lora]); 0 trains all of it.
             dtype: dtype of the frozen towers: float32, bfloat16 or float16.
             random_weights: build the towers without weights, for tests and timing.
@@ -116,7 +116,7 @@ class OctopusModule(pl.LightningModule):
     @property
     def wants_masks(self) -> bool:
         """Whether the masks of objects are trained."""
-        return self.asks and bool(self.hparams["masks"])
+        return self.asks and bool(self.hparams["mask_scale"])
 
     def configure_model(self) -> None:
         """Load the towers, once, and the parameters of the stage before; freeze what this stage does not train."""

@@ -62,9 +62,12 @@ class Recognizer(nn.Module):
         decoder_width: int = 256,
         layers: int = 4,
         heads: int = 8,
-        masks: bool = False,
+        mask_scale: int = 0,
     ) -> None:
-        """grid: rows and columns of patches. num_queries: N. decoder_width: c. d, m: as in fromage.models."""
+        """grid: rows and columns of patches. num_queries: N. decoder_width: c. d, m: as in fromage.models.
+
+        mask_scale: cells of a mask per patch and side; 0 for no masks.
+        """
         super().__init__()
         c = decoder_width
         self.enter, self.look = nn.Linear(d, c), nn.Linear(m, c)
@@ -79,7 +82,7 @@ class Recognizer(nn.Module):
         self.leave = nn.Linear(c, d)
         self.grid = grid
         self.register_buffer("places", waves(_centres(grid), c), persistent=False)  # (P, c)
-        self.masks = MaskHead(c, m, grid) if masks else None  # last: the others begin as without it
+        self.masks = MaskHead(c, m, grid, mask_scale) if mask_scale else None  # last: the others begin as without it
 
     def forward(self, hidden: Tensor, patches: Tensor, rows: Tensor) -> Detections:
         """hidden (E, N, d) of the queries after the bottom layers, patches (B, P, m) -> what they found.

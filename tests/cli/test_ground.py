@@ -33,7 +33,7 @@ def ckpt(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def segmenting(tmp_path_factory):
-    return str(save_untrained(tmp_path_factory.mktemp("masks") / "last.ckpt", masks=True))
+    return str(save_untrained(tmp_path_factory.mktemp("masks") / "last.ckpt", mask_scale=4))
 
 
 @pytest.fixture
@@ -199,7 +199,10 @@ def test_what_is_wrong_is_one_line(ckpt, photo, tmp_path, capsys):
         ([photo, "star " * 600, "--ckpt", ckpt], "512 of the language model; shorten it"),
         ([photo, "a star", "--ckpt", ckpt, "--png", str(tmp_path)], "ends in .png"),
         ([photo, "a star", "--ckpt", ckpt, "--mask"], "last.ckpt has no masks; name the checkpoint of a training with"),
-        ([photo, "a star", "--mask"], "the toy Octopus has no masks; name the checkpoint of a training with model.masks"),
+        (
+            [photo, "a star", "--mask"],
+            "the toy Octopus has no masks; name the checkpoint of a training with model.mask_scale",
+        ),
     ):
         assert main(["ground", *words]) == 2
         error = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("loading ")]

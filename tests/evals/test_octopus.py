@@ -34,7 +34,7 @@ A, B, FAR = (0.0, 0.0, 0.5, 0.5), (0.5, 0.5, 1.0, 1.0), (0.9, 0.0, 1.0, 0.1)
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
     out = tmp_path_factory.mktemp("octopus")
-    kinds = {"octopus": (4,), "sequential": (0,), "masks": (4, True)}
+    kinds = {"octopus": (4,), "sequential": (0,), "masks": (4, 4)}
     return {name: str(save_untrained(out / f"{name}.ckpt", *kind)) for name, kind in kinds.items()}
 
 

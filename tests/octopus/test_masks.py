@@ -5,22 +5,22 @@ import torch
 from tiny_octopus import build
 
 from fromage.errors import UserError
-from fromage.octopus.masks import SCALE, MaskHead, at_size, mask_losses
+from fromage.octopus.masks import MaskHead, at_size, mask_losses
 from fromage.octopus.recognition import Recognizer
 
-SIZES = (8, 6, (3, 5), 4)
+SIZES, SCALE = (8, 6, (3, 5), 4), 4
 
 
-def recognised(masks, **options):
+def recognised(mask_scale):
     torch.manual_seed(0)
-    recognizer = Recognizer(*SIZES, decoder_width=16, layers=2, heads=2, masks=masks, **options)
+    recognizer = Recognizer(*SIZES, decoder_width=16, layers=2, heads=2, mask_scale=mask_scale)
     rows = torch.tensor([0, 0, 1])
     return recognizer, recognizer(torch.randn(3, 4, 8), torch.randn(2, 15, 6), rows)
 
 
 def test_each_query_of_each_prompt_has_a_mask_and_the_rest_is_as_without():
-    without, nothing = recognised(False)
-    recognizer, found = recognised(True)
+    without, nothing = recognised(0)
+    recognizer, found = recognised(SCALE)
     assert nothing.masks is None and found.masks.shape == (3, 4, 3 * SCALE, 5 * SCALE) == (3, 4, *recognizer.masks.size)
     own = recognizer.state_dict()
     assert all(torch.equal(value, own[name]) for name, value in without.state_dict().items())
@@ -29,7 +29,7 @@ def test_each_query_of_each_prompt_has_a_mask_and_the_rest_is_as_without():
 
 def test_a_mask_is_of_its_query_and_its_own_image():
     torch.manual_seed(0)
-    head, states, patches = MaskHead(16, 6, (3, 5)), torch.randn(3, 4, 16), torch.randn(2, 15, 6)
+    head, states, patches = MaskHead(16, 6, (3, 5), SCALE), torch.randn(3, 4, 16), torch.randn(2, 15, 6)
     masks = head(states, patches, torch.tensor([0, 0, 1]))
     torch.testing.assert_close(head(states[2:, 1:2], patches[1:], torch.tensor([0])), masks[2:, 1:2])
     assert not torch.allclose(head(states[:1], patches[1:], torch.tensor([0])), masks[:1])
@@ -38,7 +38,7 @@ def test_a_mask_is_of_its_query_and_its_own_image():
 def test_cells_lie_where_their_patches_do():
     """But for the norm over the image, a patch moves the cells at its place most, and those of far patches not at all."""
     torch.manual_seed(0)
-    head, rows = MaskHead(16, 6, (3, 5)), torch.tensor([0])
+    head, rows = MaskHead(16, 6, (3, 5), SCALE), torch.tensor([0])
     head.upsample[1] = torch.nn.Identity()
     patches = torch.zeros(1, 15, 6)
     patches[0, 7] = 3.0  # the second row's third
@@ -78,7 +78,7 @@ def test_a_mask_at_the_size_of_an_image():
 def test_a_head_learns_the_shape_of_a_thing():
     """Two kinds of patches, one of them meant: after some steps the mask is theirs."""
     torch.manual_seed(0)
-    head, wanted = MaskHead(16, 6, (3, 3)), torch.zeros(1, 12, 12)
+    head, wanted = MaskHead(16, 6, (3, 3), SCALE), torch.zeros(1, 12, 12)
     wanted[0, 4:8, :8] = 1  # the second row's first two patches
     patches = torch.zeros(1, 9, 6)
     patches[0, 3:5] = 1.0
@@ -93,5 +93,5 @@ def test_a_head_learns_the_shape_of_a_thing():
 
 def test_masks_need_queries():
     with pytest.raises(UserError, match="masks are of object queries"):
-        build(num_queries=0, masks=True)
-    assert build(masks=True).mask_size == (8, 8) and build().mask_size is None
+        build(num_queries=0, mask_scale=4)
+    assert build(mask_scale=4).mask_size == (8, 8) and build().mask_size is None

@@ -155,11 +155,11 @@ def test_other_settings_of_what_recognises_are_refused(trained):
 
 def test_a_mask_head_begins_anew_and_is_kept(trained, tmp_path):
     init = trained / "stage2" / "checkpoints" / "last.ckpt"
-    words = [*QUICK, "--model.masks=true", "--trainer.log_every_n_steps=1", f"--model.init={init}"]
+    words = [*QUICK, "--model.mask_scale=8", "--trainer.log_every_n_steps=1", f"--model.init={init}"]
     octopus_tour.train(tmp_path, octopus_tour.STAGES[2:], words, trained)
     model = load_octopus(str(tmp_path / "stage3" / "checkpoints" / "last.ckpt"))
-    assert model.masks and model.mask_size == (16, 16)
-    fresh = OctopusModule(**SMALL, stage=3, num_queries=8, decoder_width=96, masks=True)
+    assert model.masks and model.mask_size == (32, 32)
+    fresh = OctopusModule(**SMALL, stage=3, num_queries=8, decoder_width=96, mask_scale=8)
     fresh.hparams.update(decoder_layers=4, heads=4)
     fresh.configure_model()
     own, new = (one.recognizer.masks.state_dict() for one in (model, fresh.model))
@@ -174,7 +174,7 @@ def test_a_mask_head_begins_anew_and_is_kept(trained, tmp_path):
 def test_masks_of_data_that_have_none_are_refused(world):
     coco = world / "flickr30k_entities"
     source = Flickr30kEntities(str(coco), str(world / "refcoco" / "images"))
-    module = OctopusModule(**SMALL, stage=2, num_queries=4, decoder_width=16, masks=True)
+    module = OctopusModule(**SMALL, stage=2, num_queries=4, decoder_width=16, mask_scale=8)
     trainer = pl.Trainer(max_steps=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
     with pytest.raises(UserError, match=r"no example of data\.train has a mask"):
         trainer.fit(module, OctopusData([source], batch_size=4, workers=0))

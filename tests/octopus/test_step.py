@@ -85,7 +85,7 @@ def test_examples_that_share_their_image_have_the_gradients_of_examples_on_their
 
 @pytest.mark.parametrize("family", ["opt", "llama"])
 def test_masks_of_examples_that_share_their_image_have_the_gradients_of_examples_on_their_own(family):
-    model = build(family, masks=True)
+    model = build(family, mask_scale=4)
     outlines = [[10 * i, 2, 10 * i + 20, 2, 10 * i + 9, 30 + i] for i in range(3)]
     masks = [read_mask([outline], 60, 40) for outline in outlines]
     known = {"1": (masks[0],), "2": (None, masks[1]), "4": (masks[2],)}  # of four objects three; 3 and 5 point at none
@@ -107,7 +107,7 @@ def test_masks_are_asked_for_by_a_model_that_has_them_alone():
     examples = [replace(ALONE[0], masks=(read_mask([[1, 2, 20, 2, 9, 30]], 60, 40),))]
     batch, out, _ = step(build(), [[examples]])
     assert batch.objects.masks is None and out.parts.keys() == {"score", "l1", "giou"}
-    _, nothing, grads = step(build(masks=True), [[[ALONE[0]]]])
+    _, nothing, grads = step(build(mask_scale=4), [[[ALONE[0]]]])
     assert float(nothing.parts["mask"].detach()) == float(nothing.parts["dice"].detach()) == 0
     heads = [grad for name, grad in grads.items() if "recognizer.masks" in name]
     assert heads and not any(grad.any() for grad in heads), "a zero gradient, since DDP waits for one"
