@@ -16,7 +16,7 @@ from fromage.checks import check_real, check_whole
 from fromage.errors import UserError
 from fromage.models.language_model import Quantized
 from fromage.models.pretrained import from_hyperparameters
-from fromage.octopus.checkpoint import RENAMED, check_names, check_shaped, current_names, current_state, of_stage
+from fromage.octopus.checkpoint import MASKS, RENAMED, check_names, check_shaped, current_names, current_state, of_stage
 from fromage.octopus.decoding import decode, grounded
 from fromage.octopus.model import Octopus
 from fromage.octopus.step import GroundingBatch, image_patches, octopus_step
@@ -48,6 +48,7 @@ class OctopusModule(pl.LightningModule):
         heads: int = 8,
         relay: bool = True,
         template: str = "{image}{instruction}{queries}{start}",
+        mask_scale: int = 0,
         lora_rank: int = 0,
         dtype: str = "bfloat16",
         random_weights: bool = False,
@@ -79,6 +80,8 @@ class OctopusModule(pl.LightningModule):
             heads: attention heads of the DETR decoder.
             relay: whether the decoder's output replaces the queries in the top layers.
             template: text around {image}, {instruction} and {queries}; {start} is the start token.
+            mask_scale: cells of a mask per patch and side, 2, 4, 8 or 16; 0 for no masks. With masks, those of RefCOCO are
+                read (extra [masks]). The head begins anew where the checkpoint of `init` has none.
             lora_rank: rank of LoRA adapters in the language model's layers in stage 3 (extra [lora]); 0 trains all of it.
             dtype: dtype of the frozen towers: float32, bfloat16 or float16.
             random_weights: build the towers without weights, for tests and timing.
@@ -119,6 +122,11 @@ class OctopusModule(pl.LightningModule):
     def asks(self) -> bool:
         """Whether prompts have object queries."""
         return self.h.stage > 1
+
+    @property
+    def wants_masks(self) -> bool:
+        """Whether the masks of objects are trained."""
+        return self.asks and bool(self.hparams["mask_scale"])
 
     def configure_model(self) -> None:
         """Load the towers, once, and the parameters of the stage before; freeze what this stage does not train."""
@@ -182,7 +190,7 @@ class OctopusModule(pl.LightningModule):
 
     def validation_step(self, batch: GroundingBatch, index: int) -> None:
         """Losses, and metrics of greedy answers (fromage.octopus.metrics)."""
-        from fromage.octopus.metrics import box_metrics
+        from fromage.octopus.metrics import box_metrics, mask_areas
 
         out = octopus_step(self.model, batch)
         named = {"val/answer_loss": out.answer_loss, "val/token_accuracy": out.token_accuracy, "val/loss": out.loss}
@@ -195,7 +203,10 @@ class OctopusModule(pl.LightningModule):
         answers = grounded(self.model, prefill, decode(self.model, prefill, batch.answers.shape[1] + 1))
         for example, answer in zip(batch.examples, answers, strict=True):
             due = "" if example.meant else "".join(piece for piece in example.answer if isinstance(piece, str))
-            self._metrics.append(box_metrics(answer, [example.boxes[i] for i in example.meant], due))
+            figures = box_metrics(answer, [example.boxes[i] for i in example.meant], due)
+            if self.model.masks and len(example.masks) == 1 and example.masks[0]:
+                figures["mask_mean_iou"] = mask_areas(answer, example.masks[0]).iou
+            self._metrics.append(figures)
 
     def on_validation_epoch_end(self) -> None:
         """Means over the validation set, in percent."""
@@ -225,6 +236,8 @@ def load_trained(model: Octopus, path: str) -> set[str]:
     saved = read_saved(path)
     state = current_state(saved.tensors)
     check_shaped(model.settings, current_names(saved.settings, path), state, path)
+    if "queries" in state and not any(name.startswith(MASKS) for name in state):  # the mask head begins anew
+        state |= {name: value for name, value in model.state_dict().items() if name.startswith(MASKS)}
     model.take(state, path)
     return set(state)
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import groupby
 from typing import Any
 
+import numpy as np
 from PIL import Image, ImageDraw
 
+from fromage.octopus.segments import run_lengths
 from fromage.toy.scenes import PIXELS, SHAPES, Mark, Polygon, Thing
 
 
@@ -36,9 +37,7 @@ def segmentation(outline: Sequence[Polygon]) -> list[list[float]] | dict[str, li
     canvas = ImageDraw.Draw(mask)
     for place, polygon in enumerate(outline):
         canvas.polygon(polygon, fill=int(place == 0))
-    columns = mask.transpose(Image.Transpose.TRANSPOSE).tobytes()  # COCO counts down the columns
-    runs = [(bit, len(list(some))) for bit, some in groupby(columns)]
-    return {"size": [PIXELS, PIXELS], "counts": [0] * runs[0][0] + [length for _, length in runs]}
+    return run_lengths(np.asarray(mask, bool))
 
 
 def _area(polygon: Polygon) -> float:
