@@ -1,6 +1,6 @@
 """Octopus on the toy world: the published model, its sequential counterpart, and what each part of it does.
 
-    python tools/run_octopus.py --out runs/octopus_study                        # everything, three seeds: a night on two cores
+    python tools/run_octopus.py --out runs/octopus_study                        # all, three seeds: a night on two cores
     python tools/run_octopus.py --out runs/octopus_study --only octopus sequential --seeds 0
     python tools/run_octopus.py --out runs/octopus_study --only slow fast --seeds 0 --judged val
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import combinations
+from itertools import product
 
 from fromage.toy.scenes import PLACES, SIZES, Scene, Thing
 
@@ -87,10 +87,8 @@ def expression(scene: Scene, index: int, rng: random.Random) -> str:
 def by_looks(scene: Scene, index: int, rng: random.Random) -> str | None:
     """A phrase that means object `index` and no other by colour, size and shape alone; None where looks do not suffice."""
     thing = scene.things[index]
-    parts = [dict(said) for n in range(3) for said in combinations((("colour", thing.colour), ("size", thing.size)), n)]
-    said = [
-        Meaning(shape, **part, most=most) for shape in (thing.shape, None) for part in parts for most in (None, *BY_SIZE)
-    ]
+    parts = product((thing.shape, None), (thing.colour, None), (thing.size, None), (None, *BY_SIZE))
+    said = [Meaning(shape, colour, size, most=most) for shape, colour, size, most in parts]
     exact = [meaning for meaning in said if is_exact(meaning, index, scene.things)]
     return words(rng.choice(exact)) if exact else None
 

@@ -84,7 +84,12 @@ def write_refs(path: Path, shown: Sequence[Shown], say: Callable[[Scene, int], s
             texts = dict.fromkeys(text for text in (say(one.scene, index) for _ in range(tries)) if text)
             said = [{"raw": t, "sent": t, "tokens": t.split(), "sent_id": n} for n, t in enumerate(texts, first)]
             first += len(said)
-            ref = {"ref_id": len(refs), "ann_id": ann, "image_id": one.number, "category_id": category(thing)}
+            ref: dict[str, Any] = {
+                "ref_id": len(refs),
+                "ann_id": ann,
+                "image_id": one.number,
+                "category_id": category(thing),
+            }
             ref |= {"split": one.split, "file_name": f"{one.stem}_{ann}.jpg"}
             if said:
                 refs.append(ref | {"sentences": said, "sent_ids": [s["sent_id"] for s in said]})
