@@ -59,7 +59,7 @@ def search(
 
 
 def ground(
-    image: str, text: str, *, ckpt: str | None = None, question: str = QUESTION, png: Path | None = None, top: int = 5,
+    image: str, text: str, *, ckpt: str | None = None, question: str = QUESTION, png: Path | None = None, top: int | None = None,
     mask: bool = False, max_new_tokens: int = 128, device: str = "auto",
 ) -> Result:  # fmt: skip
     """Point at what is meant in an image: print Octopus's answer with its boxes, and draw them.
@@ -69,6 +69,7 @@ def ground(
         text: what is meant, or a whole question or sentence with its mark at the end
         ckpt: checkpoint of Octopus (default: the toy one, trained on first use)
         png: draw the boxes into this file
+        top: how many other queries of a score from 0.5 on are drawn, in thin lines (default: all)
         mask: draw the masks of the boxes too, and write them into the JSON; of a model trained with model.mask_scale
     """
     from fromage.images.open import open_image

@@ -23,7 +23,7 @@ from fromage.octopus.model import alone
 from fromage.octopus.module import load_octopus
 
 LEFT, RIGHT, ALL, EDGE = (0.1, 0.25, 0.4, 0.75), (0.6, 0.25, 0.9, 0.75), (0.0, 0.0, 1.0, 1.0), (0.99, 0.99, 1.0, 1.0)
-FOUND = [(RIGHT, 0.9), (LEFT, 0.4), (ALL, 0.3), (EDGE, 0.2)]
+FOUND = [(RIGHT, 0.9), (LEFT, 0.8), (ALL, 0.7), (EDGE, 0.6)]
 
 
 @pytest.fixture(scope="module")
@@ -80,9 +80,9 @@ def test_other_candidates_are_thin_and_as_many_as_asked():
 
     answer = Grounded("", [LEFT], FOUND, [1])
     assert [OTHERS in colours(draw_answer(image, answer, top)) for top in (0, 1)] == [False, True]
-    assert grey(1, answer) < grey(2, answer) < grey(3, answer) == grey(9, answer)
+    assert grey(1, answer) < grey(2, answer) < grey(3, answer) == grey(9, answer) == grey(None, answer)
     assert grey(9, Grounded("", [], FOUND)) > grey(9, answer), "where nothing is pointed at there are candidates still"
-    assert OTHERS not in colours(draw_answer(image, Grounded("", [LEFT], [(LEFT, 0.99), (ALL, 0.004)])))
+    assert OTHERS not in colours(draw_answer(image, Grounded("", [LEFT], [(LEFT, 0.99), (ALL, 0.49)])))
     assert OTHERS not in colours(draw_answer(image, read_text("[0.100,0.250,0.400,0.750]")))
 
 
