@@ -88,8 +88,8 @@ def test_other_candidates_are_thin_and_as_many_as_asked():
 
 def test_boxes_in_pixels():
     told = as_json(Grounded("a star<d1>", ["a star", LEFT], FOUND, [1]), (200, 100))
-    assert told["boxes"] == [{"box": [20, 25, 80, 75], "score": 0.4}] and told["words"] == "a star"
-    assert [each["score"] for each in told["candidates"]] == [0.9, 0.4, 0.3, 0.2]
+    assert told["boxes"] == [{"box": [20, 25, 80, 75], "score": 0.8}] and told["words"] == "a star"
+    assert [each["score"] for each in told["candidates"]] == [0.9, 0.8, 0.7, 0.6]
     assert told["candidates"][2]["box"] == [0, 0, 200, 100]
     spelled = as_json(read_text("[0.100,0.250,0.400,0.750]"), (200, 100))
     assert spelled["boxes"] == [{"box": [20, 25, 80, 75], "score": None}] and spelled["candidates"] == []
