@@ -20,6 +20,7 @@ REFS = 6000  # images with referring expressions, in training and in validation
 STAGES = ("octopus_toy1.yaml", "octopus_toy2.yaml", "octopus_toy3.yaml")
 CHECKPOINT = Path("checkpoints", "last.ckpt")
 FINISHED = "finished"  # a file beside a run's checkpoints
+SPOTTING = "what is in the picture, and where?"  # how the configurations ask for a caption with boxes
 SEQUENTIAL = ("octopus_toy3.yaml", "octopus_sequential.yaml")
 
 
@@ -32,14 +33,24 @@ def toy_checkpoint(out: Path) -> Path:
     return checkpoint
 
 
-def tour(out: Path, options: Sequence[str] = (), shared: Path | None = None, stages: int = len(STAGES)) -> Path:
+def tour(
+    out: Path,
+    options: Sequence[str] = (),
+    shared: Path | None = None,
+    stages: int = len(STAGES),
+    first: Path | None = None,
+) -> Path:
     """Make the world and train the first stages in the folder `out`; returns the last one's checkpoint.
 
-    options: further words for every `lightning fit`. shared: folder of the world and its patches, in place of `out`.
+    options: further words for every `lightning fit`. shared: folder of the world and its patches, in place of `out`. first:
+    a checkpoint of stage 1, which is then not trained here.
     """
     make(shared or out)
-    for stage, config in enumerate(STAGES[:stages], 1):
-        checkpoint = train_once(out, f"stage{stage}", (config,), options, shared)
+    checkpoint = first
+    for stage, config in list(enumerate(STAGES[:stages], 1))[first is not None :]:
+        begin = [f"--model.init={checkpoint}"] if checkpoint else []
+        checkpoint = train_once(out, f"stage{stage}", (config,), [*begin, *options], shared)
+    assert checkpoint
     return checkpoint
 
 
@@ -53,11 +64,11 @@ def make(out: Path) -> None:
         make_world(out / "world", refs=REFS, train=1000, val=200, stories=1, dialogues=1)
 
 
-def sequential(out: Path, options: Sequence[str] = (), shared: Path | None = None) -> Path:
-    """Train the sequential counterpart from the first stage in the folder `out`."""
-    if trained(out, "sequential") is None:
-        tour(out, options, shared, stages=1)
-    return train_once(out, "sequential", SEQUENTIAL, options, shared)
+def sequential(out: Path, options: Sequence[str] = (), shared: Path | None = None, first: Path | None = None) -> Path:
+    """Train the sequential counterpart in the folder `out`, from a checkpoint of stage 1; None: that of `out`."""
+    if trained(out, "sequential") is None and first is None:
+        first = tour(out, options, shared, stages=1)
+    return train_once(out, "sequential", SEQUENTIAL, [f"--model.init={first}", *options], shared)
 
 
 def train_once(

@@ -33,13 +33,13 @@ def search(
         images_per_ret: images per query
         png: draw the images into this file
     """
+    if not text and not image:
+        raise UserError("search: give texts, or images with --image")
     from fromage.images.open import open_image
     from fromage.retrieval.open_index import open_index
     from fromage.retrieval.queries import embed_queries
     from fromage.retrieval.results import draw_hits, left_out, load_images
 
-    if not text and not image:
-        raise UserError("search: give texts, or images with --image")
     opened = [open_image(path) for path in image]
     queries: list[Any] = [[*opened, words] for words in text] or list(opened)
     asked = [" ".join([*(f"@{path}" for path in image), words]) for words in text] or list(image)

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from torchvision.ops import box_convert
 
 from fromage.checks import check_real, check_whole
+from fromage.data.annotations import odd_allowed
 from fromage.data.loader import PlainErrors, no_loaders
 from fromage.data.shards import Broken
 from fromage.data.tokenizer import PromptTokenizer
@@ -233,7 +234,7 @@ class OctopusData(pl.LightningDataModule):
                 are those of rows of one conversation each, at a fraction of the work.
             features: folder of stored patch features, written on first use; null encodes images in every step.
             workers: processes that decode images, per device.
-            max_lost: maximum share (0 to 1) of missing or broken images.
+            max_lost: maximum share (0 to 1) of missing or broken images, and of odd entries.
             seed: seed of the order of examples; the epoch is added to it.
         """
         super().__init__()
@@ -254,7 +255,9 @@ class OctopusData(pl.LightningDataModule):
             if getattr(module, "wants_masks", False):
                 with_masks(sources)
             if part not in self.examples and (part == "val" or stage == "fit"):
-                self.examples[part] = self._present([example for source in sources for example in source])
+                with odd_allowed(self.max_lost):
+                    listed = [example for source in sources for example in source]
+                self.examples[part] = self._present(listed)
         if stage == "fit" and not self.examples["train"]:
             raise UserError("data.train: there is no example; name sources that hold some")
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from math import inf
 from typing import Any, Literal
 
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
+from fromage.checkpoints.format import dtype_name
 from fromage.checkpoints.lightning import PREFIX
 from fromage.checkpoints.load import read_saved
+from fromage.checks import check_real, check_whole
 from fromage.errors import UserError
 from fromage.models.language_model import Quantized
 from fromage.models.pretrained import from_hyperparameters
@@ -100,6 +103,13 @@ class OctopusModule(pl.LightningModule):
         if former:
             self.save_hyperparameters(former)
         self.h: Any = self.hparams
+        for name, least in {
+            "num_queries": 0, "decoder_width": 1, "decoder_layers": 1, "heads": 1, "lora_rank": 0, "warmup_steps": 0
+        }.items():  # fmt: skip
+            check_whole(f"model.{name}", self.hparams[name], least)
+        for name in ("lr", "weight_decay"):
+            check_real(f"model.{name}", self.hparams[name], 0, inf)
+        dtype_name(dtype)
         if not self.hparams["num_queries"] and stage == 2:
             raise UserError("model.stage 2 trains the object queries, and model.num_queries is 0: choose stage 1 or 3")
         if quantize and stage == 3 and not self.hparams["lora_rank"]:

@@ -70,7 +70,8 @@ class Recognizer(nn.Module):
         """
         super().__init__()
         c = decoder_width
-        self.enter, self.look = nn.Linear(d, c), nn.Linear(m, c)
+        self.enter = nn.Sequential(nn.LayerNorm(d), nn.Linear(d, c))  # a language model has a few large dimensions
+        self.look = nn.Linear(m, c)
         self.points = nn.Parameter(_spread(num_queries))  # (N, 2), before the sigmoid
         self.layers = nn.ModuleList(
             nn.TransformerDecoderLayer(c, heads, 4 * c, 0.0, "gelu", batch_first=True, norm_first=True)
@@ -89,7 +90,7 @@ class Recognizer(nn.Module):
 
         rows: (E,), whose patches each prompt's queries look at.
         """
-        c = self.enter.out_features
+        c = self.look.out_features
         x = self.enter(hidden.float()) + waves(self.points.sigmoid(), c)  # (E, N, c)
         memory = (self.look(patches.float()) + self.places)[rows]  # (B, P, c) -> (E, P, c)
         states = []

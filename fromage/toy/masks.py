@@ -17,10 +17,15 @@ def categories() -> list[dict[str, Any]]:
     return [{"id": n, "name": shape, "supercategory": "shape"} for n, shape in enumerate(SHAPES, 1)]
 
 
+def category(thing: Thing) -> int:
+    """The id of an object's category."""
+    return SHAPES.index(thing.shape) + 1
+
+
 def instance(number: int, image_id: int, thing: Thing, mark: Mark) -> dict[str, Any]:
     """An annotation of instances.json. area: of the mask, in square pixels, as in COCO."""
     area = round(_area(mark.outline[0]) - sum(map(_area, mark.outline[1:])), 2)
-    entry = {"id": number, "image_id": image_id, "category_id": SHAPES.index(thing.shape) + 1}
+    entry = {"id": number, "image_id": image_id, "category_id": category(thing)}
     return entry | {"bbox": mark.box, "area": area, "iscrowd": 0, "segmentation": segmentation(mark.outline)}
 
 
