@@ -110,9 +110,11 @@ class RefCOCO(Instances):
 
     def _examples(self, ref: dict[str, Any], image: AnnotatedImage) -> Iterator[Example]:
         masks: tuple[Mask, ...] = ()
-        if self.masks and image.numbers[ref["ann_id"]] is not None:
+        if self.masks and (segmentation := image.segments.get(ref["ann_id"])) is None:
+            self.drop("masks that are not there")
+        elif self.masks:
             try:
-                masks = (read_mask(image.segments[ref["ann_id"]], *image.size),)
+                masks = (read_mask(segmentation, *image.size),)
             except OddMask as odd:
                 self.odd.append(
                     f"reference {ref['ref_id']}: in {self.instances}, annotation {ref['ann_id']}.segmentation{odd}"
