@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from fromage.training.lr_finder import LRFinder as LRFinder
     from fromage.training.module import FromageModule as FromageModule
     from fromage.training.run_report import RunReport as RunReport
+    from fromage.training.strategy import ShardedModel as ShardedModel
     from fromage.training.strategy import ShardedTowers as ShardedTowers
 
 _MODULES = {  # public name: its module; a test holds it equal to the imports above
@@ -61,6 +62,7 @@ _MODULES = {  # public name: its module; a test holds it equal to the imports ab
     "Starts": "fromage.models.prompts",
     "RunReport": "fromage.training.run_report",
     "SafeCheckpoint": "fromage.training.checkpoint_io",
+    "ShardedModel": "fromage.training.strategy",
     "ShardedTowers": "fromage.training.strategy",
     "Url": "fromage.models.prompts",
     "UserError": "fromage.errors",

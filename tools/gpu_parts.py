@@ -29,7 +29,8 @@ from on_device import Save, device_name
 from PIL import Image
 from profile_step import profiled
 
-from fromage.training.memory_planner import LM, TOWER, Plan, Run, plan
+from fromage.training.memory_planner import Run, plan
+from fromage.training.planning import LM, TOWER, Plan
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = (

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from fromage.cli.command import Result
 from fromage.cli.options import DType, check_free, save_png
@@ -166,13 +167,18 @@ class Overrides:
         vision: image tower (overrides the config)
         dtype: number type of the frozen towers (overrides the config)
         step: training step, fast or reference (overrides the config)
-        batch_size: pairs per step and device (overrides the config)
+        batch_size: pairs, or for Octopus rows, per step and device (overrides the config)
         max_tokens: tokens of the longest caption, with </s> and [RET] (overrides the config)
         tokens: tokens of the mean caption, with </s>, without [RET] (default: 13)
         chunk: examples whose activations exist at one time (overrides the config)
         quantize: number type of the language model's layers (overrides the config)
         activation_checkpointing: compute each layer again in the backward pass (overrides the config)
-        stored_features: train on features from `fromage features`
+        stored_features: train on features from `fromage features`, or for Octopus on stored patches
+        per_image: Octopus: conversations in a row (overrides the config)
+        instruction_tokens: Octopus: tokens of an instruction (default: 12)
+        answer_tokens: Octopus: tokens of an answer, with its boxes and </s> (default: 24)
+        objects: Octopus: boxes of an answer (default: 1; in stage 1: 0)
+        devices: Octopus: how many devices train together (overrides the config)
     """
 
     checked_later: ClassVar[bool] = True  # together with the configuration
@@ -187,20 +193,32 @@ class Overrides:
     quantize: Literal["int8", "nf4"] | None = None
     activation_checkpointing: bool = False
     stored_features: bool = False
+    per_image: int | None = None
+    instruction_tokens: int | None = None
+    answer_tokens: int | None = None
+    objects: int | None = None
+    devices: int | None = None
 
 
-def plan(*, config: str, overrides: Overrides, device_tflops: float = 150, share: float = 0.5) -> Result:
+def plan(*, config: Sequence[str], overrides: Overrides, device_tflops: float = 150, share: float = 0.5) -> Result:
     """Count a run's parameters, memory, work and time, without weights.
 
     Args:
+        config: configuration, as for `lightning fit`; repeat it for files put behind, which override the ones before
         device_tflops: the device's rate in TFLOP/s; an A6000 in bfloat16 has 150
         share: share of that rate that training is assumed to reach, 0 to 1
     """
+    from fromage.octopus import planner as of_octopus
+    from fromage.training import memory_planner as of_fromage
     from fromage.training.configs import find_config
-    from fromage.training.memory_planner import as_json, plan, read_run, report
+    from fromage.training.planning import as_json, check_known, model_of, report
 
-    given = {name: value for name, value in asdict(overrides).items() if value is not False}  # a switch is only set
-    counted = plan(read_run(find_config(config), **given))
+    files = [find_config(name) for name in config]
+    planner: Any = of_octopus if model_of(files) == "OctopusModule" else of_fromage
+    # a switch is only set
+    given = {name: value for name, value in asdict(overrides).items() if value is not None and value is not False}
+    check_known(planner.Run, given, config)
+    counted = planner.plan(planner.read_run(files, **given))
     return Result(report(counted, device_tflops, share), as_json(counted, device_tflops, share))
 
 

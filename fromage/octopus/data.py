@@ -28,7 +28,7 @@ from fromage.models.prompts import pad_left, prompt_ids
 from fromage.octopus.answers import answer_ids
 from fromage.octopus.examples import Conversation, Example, Source, rows_of
 from fromage.octopus.matching import Objects
-from fromage.octopus.model import Octopus, fill_template, image_first
+from fromage.octopus.model import QUERY, Octopus, fill_template, image_first, query_places
 from fromage.octopus.patch_store import PatchStore
 from fromage.octopus.sources.listed import with_masks
 from fromage.octopus.step import GroundingBatch
@@ -123,18 +123,21 @@ class Collate:
         (ids, real), (fed, _) = pad_left([one.ids for one in laid], tokenizer.pad_id), _pad([one.fed for one in laid])
         T, F = ids.shape[1], fed.shape[1]
         branch = pad_left([one.branch for one in laid], 0)[0].masked_fill(~real, -1)  # (B, T)
-        answers, targets = _pad([answer for one in laid for answer in one.answers], tokenizer.pad_id)  # (E, A)
+        answers, kept = _pad([answer for one in laid for answer in one.answers], tokenizer.pad_id)  # (E, A)
+        queries = query_places(ids == tokenizer.added[QUERY], num_queries)  # (E, N)
         A, first, places = answers.shape[1], 0, []
         for number, one in enumerate(laid):
             shift = T - len(one.ids)  # padding before the row's tokens
-            places += [[number * (T + F) + (T + col if behind else shift + col) for behind, col in at] for at in one.at]
+            places += [number * (T + F) + (T + col if behind else shift + col) for at in one.at for behind, col in at]
             fed[number, : len(one.fed)] = torch.tensor([(first + turn) * A + place for turn, place in one.fed_from])
             first += len(one.answers)
         pixels = torch.stack([tensor for _, tensor in rows])
         examples = [turn for row, _ in rows for turns in row for turn in turns]
+        shown = (None, pixels) if self.stored else (pixels, None)
         return GroundingBatch(
-            examples, ids, branch, answers, targets, fed, _pad([one.fed for one in laid], -1)[0], _pad(places)[0],
-            objects_of(examples, num_queries, self.layout.mask_size), *((None, pixels) if self.stored else (pixels, None)),
+            examples, ids, branch, answers, kept.flatten().nonzero().flatten(), fed,
+            _pad([one.fed for one in laid], -1)[0], torch.tensor(places, dtype=torch.long), queries,
+            objects_of(examples, num_queries, self.layout.mask_size), *shown,
         )  # fmt: skip
 
     def _lay(self, row: Row) -> _Laid:

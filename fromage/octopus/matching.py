@@ -6,6 +6,7 @@ have a loss (fromage.octopus.masks), but no part in the matching.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -62,6 +63,9 @@ def match(logits: Tensor, boxes: Tensor, objects: Objects) -> Tensor:
     return found.to(logits.device)
 
 
+Matcher = Callable[[Tensor, Tensor, Objects], Tensor]  # as `match`
+
+
 def distances(ours: Tensor, theirs: Tensor) -> tuple[Tensor, Tensor]:
     """(..., N, 4) and (..., K, 4) boxes -> L1 distances and 1 - GIoU, (..., N, K) each."""
     apart = torch.cdist(ours, theirs, p=1)
@@ -81,8 +85,8 @@ def nearest(boxes: Tensor, objects: Objects) -> Tensor:
     return torch.stack([(apart + overlap).argmin(0) for apart, overlap in pairs])  # (B, K)
 
 
-def set_loss(found: Detections, objects: Objects) -> tuple[Tensor, dict[str, Tensor]]:
-    """The detection loss (equation 3), summed over the decoder layers, each with its own matching.
+def set_loss(found: Detections, objects: Objects, matcher: Matcher = match) -> tuple[Tensor, dict[str, Tensor]]:
+    """The detection loss (equation 3), summed over the decoder layers, each with its own matching by matcher.
 
     Returns the loss, and the last layer's parts by name: score, l1, giou; where there are masks, mask and dice too, of the
     last layer alone. Images whose objects are not known are left out, and objects whose mask is not known.
@@ -90,7 +94,7 @@ def set_loss(found: Detections, objects: Objects) -> tuple[Tensor, dict[str, Ten
     """
     total, parts = found.relay.new_zeros((), dtype=torch.float32), {}
     for logits, boxes in zip(found.logits, found.boxes, strict=True):
-        matched = match(logits, boxes, objects)  # (B, K)
+        matched = matcher(logits, boxes, objects)  # (B, K)
         parts = _layer_loss(logits, boxes, matched, objects)
         total = total + SCORE * parts["score"] + L1 * parts["l1"] + GIOU * parts["giou"]
     if found.masks is not None and objects.masks is not None and objects.masked is not None:

@@ -36,7 +36,7 @@ from transformers import DynamicCache
 from fromage.checkpoints.format import OCTOPUS, TOWERS, Saved
 from fromage.data.tokenizer import IMAGE
 from fromage.errors import UserError
-from fromage.models.base import digest, fill
+from fromage.models.base import digest
 from fromage.models.frozen import digest_of_samples, hold
 from fromage.models.language_model import LanguageModel, Quantized, load_lm
 from fromage.models.pretrained import Pretrained, parameters_of
@@ -237,16 +237,16 @@ class Octopus(Pretrained):
         """(B, T) bool: whether a token is an object query."""
         return ids == self.tokenizer.added[QUERY]
 
-    def read(self, ids: Tensor, branch: Tensor, embeds: Tensor, patches: Tensor) -> Prefill:
+    def read(self, ids: Tensor, branch: Tensor, embeds: Tensor, patches: Tensor, queries: Tensor | None = None) -> Prefill:
         """Run prompts through both halves of the language model, with the decoder and the relay between them.
 
-        ids, branch (B, T); embeds (B, T, d); patches (B, P, m), which the decoder attends to. Either all prompts have
-        queries, or none.
+        ids, branch (B, T); embeds (B, T, d); patches (B, P, m), which the decoder attends to. queries: (E, N) of
+        `query_places`; None to look for them, for which the host waits. Either all prompts have queries, or none.
         """
-        places, cache = self.is_query(ids), DynamicCache()  # full cache in every layer; the masks say what is seen
-        sees = seen(branch, branch)  # (B, T, T)
-        mask = (sees | among(places, self.num_queries)).unsqueeze(1)  # (B, 1, T, T)
-        with self._recognising(places, patches) as found:
+        queries = query_places(self.is_query(ids), self.num_queries) if queries is None else queries  # (E, N)
+        sees, cache = seen(branch, branch), DynamicCache()  # (B, T, T); full cache in every layer, masks say what is seen
+        mask = (sees | among(self.is_query(ids), self.num_queries)).unsqueeze(1)  # (B, 1, T, T)
+        with self._recognising(queries, patches) as found:
             states = self.lm.cached(embeds, mask, positions(sees), cache)  # (B, T, d)
         return Prefill(states, cache, branch, found[0] if found else None)
 
@@ -280,21 +280,21 @@ class Octopus(Pretrained):
         """The relay: within this context the language model runs in two halves, with the decoder between them.
 
         The list receives the detections of the forward pass. The decoder's output, plus the embedding of <di>, replaces the
-        hidden states of the queries. places (B, T) bool; patches (B, P, m).
+        hidden states of the queries. places (E, N) of `query_places`; patches (B, P, m).
         """
         found: list[Detections] = []
 
         def between(block: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            hidden = args[0]  # (B, T, d)
-            queries = hidden[places].view(-1, self.num_queries, hidden.shape[-1])  # (E N, d) -> (E, N, d)
-            recognised = self.recognizer(queries, patches, rows)
+            (_, T, _), flat = args[0].shape, args[0].flatten(0, 1)  # (B, T, d) -> (B T, d)
+            queries = flat.index_select(0, places.flatten()).unflatten(0, places.shape)  # (E, N, d)
+            recognised = self.recognizer(queries, patches, places[:, 0] // T)
             found.append(recognised)
             relayed = recognised.relay if self.relay else queries
-            names = self.index_tokens.input  # (N, d)
-            return fill(hidden, places, relayed + names), *args[1:]  # (B, T, d)
+            rows = (relayed + self.index_tokens.input).to(flat.dtype)  # (E, N, d) + (N, d)
+            hidden = flat.index_copy(0, places.flatten(), rows.flatten(0, 1))  # (B T, d)
+            return hidden.view_as(args[0]), *args[1:]  # (B, T, d)
 
-        rows = places.nonzero()[:: self.num_queries or 1, 0]  # (E,) the row of each prompt
-        if not len(rows):
+        if not len(places):
             yield found
             return
         handle = self._above.register_forward_pre_hook(between)
@@ -344,6 +344,11 @@ def seen(new: Tensor, known: Tensor) -> Tensor:
     theirs = (known == 0).unsqueeze(1) | (known.unsqueeze(1) == new.unsqueeze(2)) & (known >= 0).unsqueeze(1)  # (B, A, S)
     itself = torch.eye(S, dtype=torch.bool, device=new.device)[S - A :]  # (A, S)
     return theirs & before | itself
+
+
+def query_places(places: Tensor, num_queries: int) -> Tensor:
+    """(B, T) bool, where queries stand -> (E, N) int64: which of the B T tokens are the queries of each prompt."""
+    return places.flatten().nonzero().view(-1, max(1, num_queries))
 
 
 def among(places: Tensor, num_queries: int) -> Tensor:

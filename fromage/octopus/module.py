@@ -20,6 +20,7 @@ from fromage.octopus.checkpoint import MASKS, RENAMED, check_names, check_shaped
 from fromage.octopus.decoding import decode, grounded
 from fromage.octopus.model import Octopus
 from fromage.octopus.step import GroundingBatch, image_patches, octopus_step
+from fromage.training.layers import checkpoint_blocks
 from fromage.training.nonfinite import NonFiniteGuard
 
 
@@ -53,6 +54,7 @@ class OctopusModule(pl.LightningModule):
         dtype: str = "bfloat16",
         random_weights: bool = False,
         quantize: Quantized | None = None,
+        activation_checkpointing: bool = False,
         lr: float = 1e-4,
         new_lr: float | None = None,
         weight_decay: float = 0.0,
@@ -86,6 +88,8 @@ class OctopusModule(pl.LightningModule):
             dtype: dtype of the frozen towers: float32, bfloat16 or float16.
             random_weights: build the towers without weights, for tests and timing.
             quantize: hold the language model's layers in int8 or nf4 (4 bits); extra [quant], and lora_rank in stage 3.
+            activation_checkpointing: keep only the inputs, keys and values of the language model's layers; run layers again
+                in the backward.
             lr: learning rate of AdamW after warm-up.
             new_lr: learning rate of the parameters outside the language model in stage 3; null for lr.
             weight_decay: weight decay of AdamW.
@@ -135,19 +139,9 @@ class OctopusModule(pl.LightningModule):
         self.model = from_hyperparameters(Octopus, of_stage(self.h))
         if self.h.init:
             self._taken = load_trained(self.model, self.h.init)
-        self._freeze()
-
-    def _freeze(self) -> None:
-        model, stage = self.model, self.h.stage
-        model.visual_prefix.requires_grad_(stage != 2)
-        model.index_tokens.requires_grad_(bool(model.num_queries) and stage > 1)
-        if model.num_queries:
-            model.recognizer.requires_grad_(stage > 1)
-            if not model.relay:
-                model.recognizer.leave.requires_grad_(False)
-            model.queries.requires_grad_(stage > 1)
-        if stage == 3 and not self.hparams["lora_rank"]:
-            model.lm.hf.requires_grad_(True)
+        choose_trained(self.model, self.h.stage, whole=not self.hparams["lora_rank"])
+        if self.hparams["activation_checkpointing"]:
+            checkpoint_blocks(self.model.lm)
 
     def configure_optimizers(self) -> Any:
         """AdamW; linear warm-up, then a cosine to the end of the run."""
@@ -199,7 +193,7 @@ class OctopusModule(pl.LightningModule):
             return
         patches = image_patches(self.model, batch)
         embeds = self.model.embed(batch.ids, self.model.prefix(patches))
-        prefill = self.model.read(batch.ids, batch.branch, embeds, patches)
+        prefill = self.model.read(batch.ids, batch.branch, embeds, patches, batch.queries)
         answers = grounded(self.model, prefill, decode(self.model, prefill, batch.answers.shape[1] + 1))
         for example, answer in zip(batch.examples, answers, strict=True):
             due = "" if example.meant else "".join(piece for piece in example.answer if isinstance(piece, str))
@@ -229,6 +223,19 @@ class OctopusModule(pl.LightningModule):
         trained = {name for name, p in self.model.named_parameters() if p.requires_grad} | self._taken
         state = checkpoint["state_dict"].items()
         checkpoint["state_dict"] = {name: value for name, value in state if name.removeprefix(PREFIX) in trained}
+
+
+def choose_trained(model: Octopus, stage: int, whole: bool) -> None:
+    """Freeze what a stage does not train. whole: stage 3 trains the language model itself, and not adapters in it."""
+    model.visual_prefix.requires_grad_(stage != 2)
+    model.index_tokens.requires_grad_(bool(model.num_queries) and stage > 1)
+    if model.num_queries:
+        model.recognizer.requires_grad_(stage > 1)
+        if not model.relay:
+            model.recognizer.leave.requires_grad_(False)
+        model.queries.requires_grad_(stage > 1)
+    if stage == 3 and whole:
+        model.lm.hf.requires_grad_(True)
 
 
 def load_trained(model: Octopus, path: str) -> set[str]:

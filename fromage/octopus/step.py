@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fromage.octopus.examples import Example
-from fromage.octopus.matching import Objects, nearest, set_loss
+from fromage.octopus.matching import Matcher, Objects, match, nearest, set_loss
 from fromage.octopus.model import Octopus
 
 
@@ -25,10 +25,11 @@ class GroundingBatch(NamedTuple):
     ids: Tensor  # (B, T) int64, left-padded; includes <|image|> and <|query|> tokens
     branch: Tensor  # (B, T) int64
     answers: Tensor  # (E, A) int64, right-padded: text, <di> for the i-th object, </s>
-    targets: Tensor  # (E, A) bool, False at padding
+    targets: Tensor  # (M,) int64: which of the E A tokens of answers are predicted, all but padding
     fed: Tensor  # (B, F) int64: which of the E A tokens of answers stand behind the prompts
     fed_branch: Tensor  # (B, F) int64
-    at: Tensor  # (E, A) int64: which of B (T + F) hidden states predicts the answer's token
+    at: Tensor  # (M,) int64: which of B (T + F) hidden states predicts each
+    queries: Tensor  # (E, N) int64: which of the B T tokens are the object queries of each prompt; E = 0: there are none
     objects: Objects
     pixels: Tensor | None  # (B, 3, H, W) uint8
     patches: Tensor | None  # (B, P, m) stored patch features
@@ -73,27 +74,28 @@ def image_patches(model: Octopus, batch: GroundingBatch) -> Tensor:
     return batch.patches.to(model.device) if batch.patches is not None else model.vision(batch.pixels)
 
 
-def octopus_step(model: Octopus, batch: GroundingBatch) -> GroundingOutput:
+def octopus_step(model: Octopus, batch: GroundingBatch, matcher: Matcher = match) -> GroundingOutput:
     """Read the prompts, and score answers that point at the queries with the nearest boxes (equation 4).
 
     Prompts are read once. The answers are known after the detection only; they continue from the cached keys and values.
-    The loss and its gradients are those of the same examples in rows of their own.
+    The loss and its gradients are those of the same examples in rows of their own. The layout is known on the host, which
+    waits for the device in matcher alone.
     """
     patches = image_patches(model, batch)
     embeds = model.embed(batch.ids, model.prefix(patches))  # (B, T, d)
-    prefill = model.read(batch.ids, batch.branch, embeds, patches)
+    prefill = model.read(batch.ids, batch.branch, embeds, patches, batch.queries)
     recognition, answers = embeds.new_zeros((), dtype=torch.float32), batch.answers
     parts: dict[str, Tensor] = {}
     if prefill.found is not None:
-        recognition, parts = set_loss(prefill.found, batch.objects)
+        recognition, parts = set_loss(prefill.found, batch.objects, matcher)
         answers = named(answers, nearest(prefill.found.boxes[-1], batch.objects), model.tokenizer.row_ids[0])
     hidden = prefill.states  # (B, T, d)
     if batch.fed.shape[1]:
         after = model.extend(prefill, answers.flatten()[batch.fed], batch.fed_branch)  # (B, F, d)
         hidden = torch.cat([hidden, after], 1)  # (B, T + F, d)
     hidden = hidden.flatten(0, 1)  # (B (T + F), d)
-    logits = model.logits(hidden[batch.at[batch.targets]], prefill)  # (M, V + 2 + N), of M tokens
-    wanted = answers[batch.targets]  # (M,)
+    logits = model.logits(hidden.index_select(0, batch.at), prefill)  # (M, V + 2 + N)
+    wanted = answers.flatten()[batch.targets]  # (M,)
     token_accuracy = (logits.argmax(-1) == wanted).float().mean()
     return GroundingOutput(F.cross_entropy(logits, wanted), recognition, parts, token_accuracy)
 

@@ -139,14 +139,23 @@ class SafeCheckpoint(ModelCheckpoint):
         super().on_train_start(trainer, pl_module)
         store = trainer.strategy.checkpoint_io
         if self._holds and isinstance(store, SafeCheckpointIO):
-            others = check_free(Path(str(self.dirpath)), store.loaded, self.overwrite)
-            trainer.strategy.barrier("checkpoints of another run")
-            for path in others if trainer.is_global_zero else ():
-                path.unlink()
+            self._clear(trainer, store.loaded)
         handled = signal.getsignal(signal.SIGINT) is signal.default_int_handler
         if handled and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, self._interrupt)
             self._hold.callback(signal.signal, signal.SIGINT, signal.default_int_handler)
+
+    def _clear(self, trainer: pl.Trainer, resumed: Path | None) -> None:
+        """Remove the checkpoints of another run, or raise UserError on all devices; the first knows what was resumed."""
+        said = None
+        if trainer.is_global_zero:
+            try:
+                for path in check_free(Path(str(self.dirpath)), resumed, self.overwrite):
+                    path.unlink()
+            except UserError as error:
+                said = str(error)
+        if said := trainer.strategy.broadcast(said):
+            raise UserError(said)
 
     def _interrupt(self, *_: object) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from fromage.errors import UserError, first_few
 
@@ -49,7 +50,9 @@ class NonFiniteGuard:
     def before_update(self, optimizer: torch.optim.Optimizer, step: int) -> None:
         """Tell a fused optimiser whether to skip its next update; called after the backward."""
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        values = torch.cat([torch.nn.utils.get_total_norm(gradients).reshape(1), *self._losses])  # (1 + M n,)
+        norm = torch.nn.utils.get_total_norm(gradients)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm  # of all devices
+        values = torch.cat([norm.reshape(1), *self._losses])  # (1 + M n,)
         found = (~values.isfinite().all()).float().reshape(1)
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(found, dist.ReduceOp.MAX)

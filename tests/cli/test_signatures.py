@@ -26,7 +26,7 @@ LINES = {  # command line: what it says of some options, defaults among them
     "shards coco c.json --images i --out o --captions first": {"annotations": Path("c.json"), "val_fraction": 0.0},
     "shards check a b --max-broken 0.5 --png p.PNG": {"shards": ["a", "b"], "max_broken": 0.5, "png": Path("p.PNG")},
     "features s --out o --keep-images --batch_size 3": {"keep_images": True, "batch_size": 3, "vision_weights": "openai"},
-    "plan -c toy.yaml --batch-size 9 --stored-features": {"config": "toy.yaml", "batch_size": 9, "stored_features": True},
+    "plan -c toy.yaml --batch-size 9 --stored-features": {"config": ["toy.yaml"], "batch_size": 9, "stored_features": True},
     "import d --out o --vision toy": {"source": Path("d"), "vision": "toy", "dtype": "bfloat16"},
     "export --ckpt c --out o --format authors": {"ckpt": "c", "format": "authors", "dtype": None},
     "index embed --ckpt c --images i --out o --ray": {"ckpt": "c", "ray": "local", "actors": 1, "gpus": None},

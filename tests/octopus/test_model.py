@@ -10,7 +10,7 @@ from torch.nn.functional import pad
 from fromage.errors import UserError
 from fromage.models.prompts import embed_prompts, pad_left, prompt_ids
 from fromage.octopus.decoding import ground
-from fromage.octopus.model import Octopus, alone, among, positions, seen
+from fromage.octopus.model import Octopus, alone, among, positions, query_places, seen
 
 ASKED = ["where is the red star?", "where are the rings by the small blue moon?", "star"]
 
@@ -51,7 +51,7 @@ def test_answers_behind_a_reading_are_those_of_one_pass_over_all(family):
     places = model.is_query(ids)
     sees = seen(alone(mask), alone(mask))
     visible = (sees | among(places, model.num_queries)).unsqueeze(1)
-    with model._recognising(places, patches):
+    with model._recognising(query_places(places, model.num_queries), patches):
         whole = model.lm.hf.base_model(
             inputs_embeds=embeds, attention_mask=visible, position_ids=positions(sees), use_cache=False
         ).last_hidden_state

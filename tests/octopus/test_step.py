@@ -10,6 +10,7 @@ from fromage.octopus.data import Collate
 from fromage.octopus.examples import Example, conversations, rows_of
 from fromage.octopus.segments import read_mask
 from fromage.octopus.step import octopus_step
+from fromage.training.layers import checkpoint_blocks
 
 BOXES = ((0.1, 0.1, 0.4, 0.5), (0.5, 0.2, 0.9, 0.6), (0.2, 0.6, 0.5, 0.9))
 
@@ -113,6 +114,24 @@ def test_masks_are_asked_for_by_a_model_that_has_them_alone():
     assert heads and not any(grad.any() for grad in heads), "a zero gradient, since DDP waits for one"
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layers_that_run_again_in_the_backward_give_the_same_gradients(family):
+    rows = rows_of(ALONE, 8, 0)
+    (_, out, grads), model = step(build(family), rows), build(family)
+    runs = []
+    for block in model.lm.blocks:
+        block.register_forward_hook(lambda *_: runs.append("forward"))
+        attention = block.attention if family == "pythia" else block.self_attn
+        attention.register_forward_hook(lambda *_: runs.append("attention"))
+    checkpoint_blocks(model.lm)
+    _, again, same = step(model, rows)
+    assert (runs.count("forward"), runs.count("attention")) == (8, 16)  # of four layers: prompts, answers, and both again
+    torch.testing.assert_close(again.loss, out.loss, rtol=0, atol=0)
+    assert grads.keys() == same.keys()
+    for name, grad in grads.items():
+        torch.testing.assert_close(same[name], grad, rtol=1e-5, atol=1e-6, msg=name)
+
+
 def test_a_turn_sees_those_before_it_and_each_answer_has_its_loss():
     model = build()
     batch, out, _ = step(model, [[TALK]])
@@ -121,9 +140,9 @@ def test_a_turn_sees_those_before_it_and_each_answer_has_its_loss():
     counts, losses = [], []
     for turn in range(3):
         part, alone, _ = step(model, [[TALK[: turn + 1]]])
-        counts.append(int(part.targets.sum()))
+        counts.append(len(part.targets))
         losses.append(float(alone.answer_loss) * counts[-1])
-    assert counts[0] < counts[1] < counts[2] == int(batch.targets.sum())
+    assert counts[0] < counts[1] < counts[2] == len(batch.targets)
     first = [step(model, [[[turn]]])[1].answer_loss for turn in TALK]
     own = counts[0], counts[1] - counts[0]
     assert abs(losses[0] - float(first[0]) * own[0]) < 1e-3  # nothing stands before the first
@@ -137,6 +156,6 @@ def test_an_earlier_turn_does_not_depend_on_later_ones():
     hidden = []
     for batch in (early, late):
         prefill = model.read(batch.ids, batch.branch, model.embed(batch.ids, model.prefix(batch.patches)), batch.patches)
-        hidden.append(prefill.states.flatten(0, 1)[batch.at[0][batch.targets[0]]])
+        hidden.append(prefill.states.flatten(0, 1)[batch.at[batch.targets < batch.answers.shape[1]]])
         assert len(prefill.found.boxes[-1]) == 2  # queries of each turn
     torch.testing.assert_close(*hidden, rtol=1e-4, atol=1e-4)
