@@ -59,8 +59,8 @@ def search(
 
 
 def ground(
-    image: str, text: str, *, ckpt: str | None = None, question: str = QUESTION, png: Path | None = None, top: int | None = None,
-    mask: bool = False, max_new_tokens: int = 128, device: str = "auto",
+    image: str, text: str, *, ckpt: str | None = None, question: str = QUESTION, png: Path | None = None,
+    top: int | None = None, mask: bool = False, max_new_tokens: int = 128, device: str = "auto",
 ) -> Result:  # fmt: skip
     """Point at what is meant in an image: print Octopus's answer with its boxes, and draw them.
 
