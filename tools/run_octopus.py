@@ -66,7 +66,7 @@ SHOWN = {
 def prepare(out: Path) -> None:
     """The world of all runs, that of their test, and the patches of their images."""
     octopus_tour.make(out)
-    make_world(out / "test_world", seed=TEST_SEED, refs=octopus_tour.REFS, train=1, val=1, stories=1, dialogues=1)
+    make_world(out / "test_world", seed=TEST_SEED, **octopus_tour.COUNTS)
     folders = [out / "world" / part for part in ("refcoco/images", "coco", "visual_genome")]
     images = [path for folder in (*folders, out / "test_world" / "refcoco" / "images") for path in folder.rglob("*.jpg")]
     PatchStore(out / "patches", load_patches("toy")).add(sorted(map(str, images)))

@@ -10,13 +10,13 @@ from pathlib import Path
 import yaml
 
 from fromage.io import write_files
-from fromage.toy.world import make_world
+from fromage.toy.world import VERSION, make_world
 from fromage.training.configs import find_config
 from fromage.training.fit import fitting
 
 HOME = "runs/octopus"  # where the configurations put everything
 PLACES = re.compile(rf"{HOME}(/world|/patches)?")
-REFS = 6000  # images with referring expressions, in training and in validation
+COUNTS = {"refs": 6000, "train": 1000, "val": 200, "stories": 1, "dialogues": 1}  # of the toy world
 STAGES = ("octopus_toy1.yaml", "octopus_toy2.yaml", "octopus_toy3.yaml")
 CHECKPOINT = Path("checkpoints", "last.ckpt")
 FINISHED = "finished"  # a file beside a run's checkpoints
@@ -55,13 +55,14 @@ def tour(
 
 
 def make(out: Path) -> None:
-    """The world, in a folder; one of as many referring images that is there will do, whatever else it holds."""
+    """The world, in a folder; one of this version and as many referring images that is there will do, whatever its others."""
     try:
-        refs = json.loads((out / "world" / "world.json").read_text(encoding="utf-8"))["counts"]["refs"]
+        there = json.loads((out / "world" / "world.json").read_text(encoding="utf-8"))
+        found = there["version"], there["counts"]["refs"]
     except (OSError, ValueError, LookupError, TypeError):
-        refs = None  # none is there, or make_world says what is
-    if refs != REFS:
-        make_world(out / "world", refs=REFS, train=1000, val=200, stories=1, dialogues=1)
+        found = None  # none is there, or make_world says what is
+    if found != (VERSION, COUNTS["refs"]):
+        make_world(out / "world", **COUNTS)
 
 
 def sequential(out: Path, options: Sequence[str] = (), shared: Path | None = None, first: Path | None = None) -> Path:
