@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -16,7 +17,7 @@ from fromage.training.fit import fitting
 
 HOME = "runs/octopus"  # where the configurations put everything
 PLACES = re.compile(rf"{HOME}(/world|/patches)?")
-COUNTS = {"refs": 6000, "train": 1000, "val": 200, "stories": 1, "dialogues": 1}  # of the toy world
+COUNTS: dict[str, Any] = {"refs": 6000, "train": 1000, "val": 200, "stories": 1, "dialogues": 1}  # of the toy world
 STAGES = ("octopus_toy1.yaml", "octopus_toy2.yaml", "octopus_toy3.yaml")
 CHECKPOINT = Path("checkpoints", "last.ckpt")
 FINISHED = "finished"  # a file beside a run's checkpoints
@@ -55,7 +56,7 @@ def tour(
 
 
 def make(out: Path) -> None:
-    """The world, in a folder; one of this version and as many referring images that is there will do, whatever its others."""
+    """The world, in a folder; one of this version and as many referring images that is there will do."""
     try:
         there = json.loads((out / "world" / "world.json").read_text(encoding="utf-8"))
         found = there["version"], there["counts"]["refs"]
