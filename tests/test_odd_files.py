@@ -39,6 +39,7 @@ from fromage.octopus.sources import (
     RefCOCO,
     VisualGenome,
 )
+from fromage.octopus.sources.listed import with_masks
 
 PYTHON = re.compile(  # what no message may hold
     r"Traceback|\b\w+Error\b|Errno|NoneType|<class|not subscriptable|unpack|codec can't|Expecting|embedded null"
@@ -98,6 +99,11 @@ def places(world, tmp_path_factory):
     def regions(path, sizes=out / "image_data.json"):
         return list(VisualGenome(str(path), str(sizes), str(world / "visual_genome")))
 
+    def segmented(path):
+        source = RefCOCO(str(refs / "refs(unc).p"), str(path), str(images), "val")
+        with_masks([source])
+        return list(source)
+
     def packed(pack):
         return lambda path: pack(path, out / os.urandom(4).hex(), images)
 
@@ -117,6 +123,7 @@ def places(world, tmp_path_factory):
             refs / "instances.json",
             lambda path: list(RefCOCO(str(refs / "refs(unc).p"), str(path), str(images), "val")),
         ),
+        "masks": (refs / "instances.json", segmented),
         "detect": (refs / "instances.json", lambda path: list(CocoObjects(str(path), str(images)))),
         "regions": (out / "region_descriptions.json", regions),
         "objects": (out / "objects.json", regions),
@@ -148,6 +155,7 @@ FORMATS = (
     "visdial",
     "ratings",
     "instances",
+    "masks",
     "detect",
     "regions",
     "objects",
@@ -276,7 +284,9 @@ def test_fields_of_another_type(places, tmp_path, format):
     as_pickle = format == "refs"
     whole = pickle.loads(good.read_bytes()) if as_pickle else json.loads(good.read_text())
     path, tried = tmp_path / f"a{good.suffix}", 0
-    for at in dict.fromkeys(paths_of(whole if format in ("visdial", "ratings", "refs", "instances") else shortened(whole))):
+    for at in dict.fromkeys(
+        paths_of(whole if format in ("visdial", "ratings", "refs", "instances", "masks") else shortened(whole))
+    ):
         if len(at) > 5:
             continue
         new = ODD[tried % len(ODD)]
@@ -296,6 +306,7 @@ def test_fields_of_another_type(places, tmp_path, format):
         ("flickr30k", ("images",)),
         ("vist", ("annotations",)),
         ("instances", ("annotations",)),
+        ("masks", ("annotations",)),
         ("detect", ("annotations",)),
         ("regions", (0, "regions")),
         ("objects", (0, "objects")),
@@ -325,6 +336,8 @@ def test_the_very_first_entry_may_be_odd(places, tmp_path, format, at):
         ("vist", ("annotations", 1, 0, "photo_flickr_id")),
         ("flickr30k", ("images", 1, "sentences", 0, "raw")),
         ("instances", ("annotations", 1, "bbox", 0)),
+        ("masks", ("annotations", 1, "segmentation")),
+        ("masks", ("annotations", 1, "segmentation", 0)),
         ("regions", (1, "regions", 1, "phrase")),
         ("regions", (1, "regions", 1, "x")),
         ("objects", (1, "objects", 1, "names")),

@@ -6,20 +6,22 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from fromage.io import write_files
-from fromage.toy.world import make_world
+from fromage.toy.world import VERSION, make_world
 from fromage.training.configs import find_config
 from fromage.training.fit import fitting
 
 HOME = "runs/octopus"  # where the configurations put everything
 PLACES = re.compile(rf"{HOME}(/world|/patches)?")
-REFS = 6000  # images with referring expressions, in training and in validation
+COUNTS: dict[str, Any] = {"refs": 6000, "train": 1000, "val": 200, "stories": 1, "dialogues": 1}  # of the toy world
 STAGES = ("octopus_toy1.yaml", "octopus_toy2.yaml", "octopus_toy3.yaml")
 CHECKPOINT = Path("checkpoints", "last.ckpt")
 FINISHED = "finished"  # a file beside a run's checkpoints
+SPOTTING = "what is in the picture, and where?"  # how the configurations ask for a caption with boxes
 SEQUENTIAL = ("octopus_toy3.yaml", "octopus_sequential.yaml")
 
 
@@ -32,32 +34,43 @@ def toy_checkpoint(out: Path) -> Path:
     return checkpoint
 
 
-def tour(out: Path, options: Sequence[str] = (), shared: Path | None = None, stages: int = len(STAGES)) -> Path:
+def tour(
+    out: Path,
+    options: Sequence[str] = (),
+    shared: Path | None = None,
+    stages: int = len(STAGES),
+    first: Path | None = None,
+) -> Path:
     """Make the world and train the first stages in the folder `out`; returns the last one's checkpoint.
 
-    options: further words for every `lightning fit`. shared: folder of the world and its patches, in place of `out`.
+    options: further words for every `lightning fit`. shared: folder of the world and its patches, in place of `out`. first:
+    a checkpoint of stage 1, which is then not trained here.
     """
     make(shared or out)
-    for stage, config in enumerate(STAGES[:stages], 1):
-        checkpoint = train_once(out, f"stage{stage}", (config,), options, shared)
+    checkpoint = first
+    for stage, config in list(enumerate(STAGES[:stages], 1))[first is not None :]:
+        begin = [f"--model.init={checkpoint}"] if checkpoint else []
+        checkpoint = train_once(out, f"stage{stage}", (config,), [*begin, *options], shared)
+    assert checkpoint
     return checkpoint
 
 
 def make(out: Path) -> None:
-    """The world, in a folder; one of as many referring images that is there will do, whatever else it holds."""
+    """The world, in a folder; one of this version and as many referring images that is there will do."""
     try:
-        refs = json.loads((out / "world" / "world.json").read_text(encoding="utf-8"))["counts"]["refs"]
+        there = json.loads((out / "world" / "world.json").read_text(encoding="utf-8"))
+        found = there["version"], there["counts"]["refs"]
     except (OSError, ValueError, LookupError, TypeError):
-        refs = None  # none is there, or make_world says what is
-    if refs != REFS:
-        make_world(out / "world", refs=REFS, train=1000, val=200, stories=1, dialogues=1)
+        found = None  # none is there, or make_world says what is
+    if found != (VERSION, COUNTS["refs"]):
+        make_world(out / "world", **COUNTS)
 
 
-def sequential(out: Path, options: Sequence[str] = (), shared: Path | None = None) -> Path:
-    """Train the sequential counterpart from the first stage in the folder `out`."""
-    if trained(out, "sequential") is None:
-        tour(out, options, shared, stages=1)
-    return train_once(out, "sequential", SEQUENTIAL, options, shared)
+def sequential(out: Path, options: Sequence[str] = (), shared: Path | None = None, first: Path | None = None) -> Path:
+    """Train the sequential counterpart in the folder `out`, from a checkpoint of stage 1; None: that of `out`."""
+    if trained(out, "sequential") is None and first is None:
+        first = tour(out, options, shared, stages=1)
+    return train_once(out, "sequential", SEQUENTIAL, [f"--model.init={first}", *options], shared)
 
 
 def train_once(

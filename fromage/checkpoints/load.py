@@ -9,7 +9,8 @@ from huggingface_hub import snapshot_download
 
 from fromage.checkpoints.format import CONFIG, FORMAT, GENERATION, OCTOPUS, WEIGHTS, Saved, read_folder, read_generation
 from fromage.checkpoints.hub import HUB_NAME, look_for_hub
-from fromage.checkpoints.lightning import PREFIX, checkpoint_file, last_checkpoint, read_checkpoint
+from fromage.checkpoints.lightning import PREFIX, read_checkpoint
+from fromage.checkpoints.run_folder import checkpoint_file, last_checkpoint
 from fromage.errors import UserError, first_line
 
 HUB_OPTIONS = {"revision", "token", "cache_dir", "force_download", "local_files_only"}

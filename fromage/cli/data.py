@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from fromage.cli.command import Result
-from fromage.cli.options import DType, save_png
+from fromage.cli.options import DType, check_free, save_png
 
 if TYPE_CHECKING:
     from fromage.checkpoints.format import Saved
     from fromage.data.packing import PackReport
+
+FOLDER, AUTHORS = ("config.json", "model.safetensors"), ("model_args.json", "pretrained_ckpt.pth.tar")  # what is written
 
 
 def toy_make(*, out: Path, seed: int = 0, train: int = 8192, val: int = 1000, refs: int = 500) -> Result:
@@ -53,6 +55,7 @@ def shards_tsv(
         tsv: lines of caption, tab, image
         images: folder that the images' paths start from (default: the TSV's own)
     """
+    _check_shards(out, val_fraction, overwrite)
     from fromage.data.packing import pack_tsv
 
     return _packed(pack_tsv(tsv, out, images, per_shard, val_fraction, overwrite))
@@ -73,6 +76,7 @@ def shards_jsonl(
         jsonl: lines {"image": path, "captions": [text, ...]}
         images: folder that the images' paths start from (default: the file's own)
     """
+    _check_shards(out, val_fraction, overwrite)
     from fromage.data.packing import pack_jsonl
 
     return _packed(pack_jsonl(jsonl, out, images, per_shard, val_fraction, overwrite))
@@ -88,9 +92,15 @@ def shards_coco(
         annotations: COCO caption JSON
         captions: captions packed per image
     """
+    _check_shards(out, val_fraction, overwrite)
     from fromage.data.packing import pack_coco
 
     return _packed(pack_coco(annotations, images, out, per_shard, captions, val_fraction, overwrite))
+
+
+def _check_shards(out: Path, val_fraction: float, overwrite: bool) -> None:
+    for folder in (out / "train", out / "val") if val_fraction else (out,):
+        check_free(folder, overwrite, "*.tar")
 
 
 def _packed(report: PackReport) -> Result:
@@ -136,13 +146,17 @@ def features(
         decoding: how JPEGs are decoded, as in a configuration
         keep_images: keep the images beside their features
     """
-    from fromage.data.features import store_features
+    from fromage.data.features import check_source, store_features
+    from fromage.data.shards import read_sizes
     from fromage.models.frozen import find_device
     from fromage.models.vision.registry import load_vision
 
+    check_source(shards, out)
     tower = load_vision(vision, vision_weights, dtype).to(find_device(device))
     count = store_features(shards, out, tower, batch_size, keep_images, decoding=decoding)
-    return Result(f"{count} samples -> {out}", {"samples": count, "out": str(out)})
+    there = sum(read_sizes(out).values())
+    text = f"{count} samples encoded, {there} are there: {out}"
+    return Result(text, {"samples": count, "there": there, "out": str(out)})
 
 
 @dataclass(kw_only=True)
@@ -220,6 +234,7 @@ def import_weights(
         vision: image tower, as in a configuration (overrides model_args.json)
         dtype: number type of the towers when the folder is loaded
     """
+    check_free(out, overwrite, *FOLDER)
     from fromage.checkpoints.authors import read_authors
     from fromage.checkpoints.format import write_folder
     from fromage.models.vision.registry import check_vision
@@ -241,6 +256,7 @@ def export_weights(
         dtype: number type of the parameters (default: a folder's own; bfloat16 for a Lightning checkpoint)
         visual_encoder: with --format authors: the image tower's name on the Hugging Face hub
     """
+    check_free(out, overwrite, *(FOLDER if format == "ours" else AUTHORS))
     from fromage.checkpoints.authors import write_authors
     from fromage.checkpoints.format import write_folder
     from fromage.checkpoints.load import read_saved

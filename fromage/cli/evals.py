@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -39,7 +40,7 @@ class ImageRun(Run):
     """What an evaluation on image files takes.
 
     Attributes:
-        max_lost: share of the images that may be missing or broken, 0 to 1
+        max_lost: share of the images that may be missing or broken, and of entries that may be odd, 0 to 1
     """
 
     images: Path
@@ -52,6 +53,12 @@ class ImageRun(Run):
         from fromage.retrieval.encode import Options
 
         return Options(**{field.name: getattr(self, field.name) for field in fields(Options) if hasattr(self, field.name)})
+
+    def reading(self) -> AbstractContextManager[None]:
+        """In this context annotation files are read."""
+        from fromage.data.annotations import odd_allowed
+
+        return odd_allowed(self.max_lost)
 
 
 @dataclass(kw_only=True)
@@ -68,8 +75,9 @@ class OctopusRun(ImageRun):
         """Evaluate an Octopus on data sets."""
         from fromage.octopus.module import load_octopus
 
-        for each in data:
-            len(each)  # what is wrong with the files is told before towers are loaded
+        with self.reading():
+            for each in data:
+                len(each)  # what is wrong with the files is told before towers are loaded
         return self.told(evaluate(load_octopus(self.ckpt, self.device), data, self.options()))
 
 
@@ -118,7 +126,8 @@ class CaptionRun(RetrievalRun):
         from fromage.evals.caption_sets import read_captions
         from fromage.evals.coco import evaluate
 
-        data = read_captions(annotations, self.images, name, self.split, self.limit)
+        with self.reading():
+            data = read_captions(annotations, self.images, name, self.split, self.limit)
         return self.told(evaluate(self.model(), data, self.options(), self.captioning))
 
 
@@ -148,7 +157,8 @@ def vist(annotations: Path, *, run: RetrievalRun) -> Result:
     """
     from fromage.evals.vist import evaluate, read_stories
 
-    data = read_stories(annotations, run.images, run.limit)
+    with run.reading():
+        data = read_stories(annotations, run.images, run.limit)
     return run.told(evaluate(run.model(), data, run.options()))
 
 
@@ -165,7 +175,8 @@ def visdial(
     from fromage.evals.dialogues import read_dialogues
     from fromage.evals.visdial import evaluate
 
-    data = read_dialogues(annotations, dense, run.images, run.limit)
+    with run.reading():
+        data = read_dialogues(annotations, dense, run.images, run.limit)
     return run.told(evaluate(run.model(), data, run.options(), answers, scores))
 
 

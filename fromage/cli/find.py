@@ -15,6 +15,7 @@ from fromage.errors import UserError
 if TYPE_CHECKING:
     from fromage.octopus.answers import Grounded
 
+TRAINED = "name the checkpoint of a training with model.mask_scale by --ckpt"
 TOY = Path("runs/octopus")  # where the toy Octopus is trained, in minutes
 
 
@@ -32,13 +33,13 @@ def search(
         images_per_ret: images per query
         png: draw the images into this file
     """
+    if not text and not image:
+        raise UserError("search: give texts, or images with --image")
     from fromage.images.open import open_image
     from fromage.retrieval.open_index import open_index
     from fromage.retrieval.queries import embed_queries
     from fromage.retrieval.results import draw_hits, left_out, load_images
 
-    if not text and not image:
-        raise UserError("search: give texts, or images with --image")
     opened = [open_image(path) for path in image]
     queries: list[Any] = [[*opened, words] for words in text] or list(opened)
     asked = [" ".join([*(f"@{path}" for path in image), words]) for words in text] or list(image)
@@ -58,8 +59,8 @@ def search(
 
 
 def ground(
-    image: str, text: str, *, ckpt: str | None = None, question: str = QUESTION, png: Path | None = None, top: int = 5,
-    max_new_tokens: int = 128, device: str = "auto",
+    image: str, text: str, *, ckpt: str | None = None, question: str = QUESTION, png: Path | None = None,
+    top: int | None = None, mask: bool = False, max_new_tokens: int = 128, device: str = "auto",
 ) -> Result:  # fmt: skip
     """Point at what is meant in an image: print Octopus's answer with its boxes, and draw them.
 
@@ -68,6 +69,8 @@ def ground(
         text: what is meant, or a whole question or sentence with its mark at the end
         ckpt: checkpoint of Octopus (default: the toy one, trained on first use)
         png: draw the boxes into this file
+        top: how many other queries of a score from 0.5 on are drawn, in thin lines (default: all)
+        mask: draw the masks of the boxes too, and write them into the JSON; of a model trained with model.mask_scale
     """
     from fromage.images.open import open_image
     from fromage.octopus.decoding import ground, instruction
@@ -75,9 +78,13 @@ def ground(
     from fromage.octopus.module import load_octopus
 
     asked, opened = instruction(text, question), open_image(image)
+    if mask and not ckpt:
+        raise UserError(f"--mask: the toy Octopus has no masks; {TRAINED}")
     model = load_octopus(ckpt or _toy(), device)
+    if mask and not model.masks:
+        raise UserError(f"--mask: {ckpt} has no masks; {TRAINED}, or leave --mask out")
     (answer,) = ground(model, [(opened, asked)], max_new_tokens)
-    told, page = as_json(answer, opened.size), draw_answer(opened, answer, top)
+    told, page = as_json(answer, opened.size, mask), draw_answer(opened, answer, top, mask)
     lines = [asked, f"  {answer.text}", *_lines(told)]
     if png:
         save_png(png, page)
@@ -91,24 +98,30 @@ def _toy() -> str:
     return str(toy_checkpoint(TOY))
 
 
-def as_json(answer: Grounded, size: tuple[int, int]) -> dict[str, Any]:
+def as_json(answer: Grounded, size: tuple[int, int], masks: bool = False) -> dict[str, Any]:
     """An answer about an image of that width and height, its boxes in pixels: left, top, right, bottom.
 
-    candidates: all, the best first; an answer whose boxes are spelled has neither candidates nor scores.
+    candidates: all, the best first; an answer whose boxes are spelled has neither candidates nor scores. masks: each box
+    pointed at has its mask, as COCO's run lengths.
     """
     from fromage.octopus.drawing import pixels
+    from fromage.octopus.masks import at_size
+    from fromage.octopus.segments import run_lengths
 
     def listed(boxes: list[Any]) -> list[dict[str, Any]]:
         return [{"box": [round(side, 1) for side in pixels(box, size)], "score": score} for box, score in boxes]
 
-    told = {"answer": answer.text, "words": answer.words, "boxes": listed(answer.pointed)}
+    told: dict[str, Any] = {"answer": answer.text, "words": answer.words, "boxes": listed(answer.pointed)}
+    for entry, mask in zip(told["boxes"], answer.masks if masks else [], strict=False):
+        entry["mask"] = run_lengths(at_size(mask, *size).numpy())
     return told | {"candidates": listed(list(answer.candidates)), "size": list(size)}
 
 
 def _lines(told: dict[str, Any]) -> list[str]:
+    covered = [f"  mask {sum(e['mask']['counts'][1::2])} pixels" if "mask" in e else "" for e in told["boxes"]]
     rows = [
         f"  {number}  left {left:.0f}  top {top:.0f}  right {right:.0f}  bottom {bottom:.0f}"
         for number, (left, top, right, bottom) in enumerate((entry["box"] for entry in told["boxes"]), 1)
     ]
     scores = ["" if entry["score"] is None else f"  score {entry['score']:.2f}" for entry in told["boxes"]]
-    return [row + score for row, score in zip(rows, scores, strict=True)] or ["  points at nothing"]
+    return ["".join(parts) for parts in zip(rows, scores, covered, strict=True)] or ["  points at nothing"]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from fromage.cli.command import Result
+from fromage.cli.options import check_free
 from fromage.errors import UserError
 
 if TYPE_CHECKING:
@@ -25,6 +26,10 @@ class Target:
     milvus: str | None = None
     overwrite: bool = False
 
+    def __post_init__(self) -> None:
+        """Raise UserError where an index is already that may not be replaced, before a model is loaded."""
+        check_free(self.out, self.overwrite, "index.json")
+
 
 @dataclass(kw_only=True)
 class Reading:
@@ -34,6 +39,13 @@ class Reading:
     batch_size: int = 64
     workers: int = 0
     device: str = "auto"
+
+    def check(self, images: str) -> None:
+        """Raise UserError for images and captions that cannot be had, before a model is loaded."""
+        from fromage.data.image_source import find_images
+
+        unread: Any = None  # images are only listed
+        find_images(images, unread, self.captions)
 
 
 def _told(index: ImageIndex, where: Path) -> Result:
@@ -66,6 +78,7 @@ def embed(
     from fromage.retrieval.embed_ray import RayJob
 
     gpus = float(find_device(reading.device).startswith("cuda")) if gpus is None else gpus
+    reading.check(images)
     job = RayJob(ray, actors, gpus, reading.workers) if ray else None
     model = load_model(ckpt, "cpu" if job else reading.device)
     how = reading.batch_size, reading.workers, reading.captions, ckpt, dtype, job
@@ -82,18 +95,19 @@ def build(
         images: folder of images, or shards, to embed first
         ckpt: checkpoint for --images; with --embeddings, to measure the recall of their captions
     """
+    if (images or reading.captions) if embeddings else not (images and ckpt):
+        raise UserError("index build: give either --embeddings, or --images with --ckpt")
     from fromage.models.fromage import load_model
     from fromage.retrieval import build as index_builder
     from fromage.retrieval.embedding_store import EmbeddingStore
 
-    if (images or reading.captions) if embeddings else not (images and ckpt):
-        raise UserError("index build: give either --embeddings, or --images with --ckpt")
     if embeddings:
         store = EmbeddingStore.open(embeddings)
         model = load_model(ckpt, reading.device) if ckpt else None
         index = index_builder.build(store, target.out, target.kind, model, target.milvus, target.overwrite)
     else:
         assert images and ckpt
+        reading.check(images)
         how = reading.batch_size, reading.workers, reading.captions, ckpt, target.kind, target.milvus, target.overwrite
         index = index_builder.build_index(load_model(ckpt, reading.device), images, target.out, *how)
     return _told(index, target.out)
@@ -205,6 +219,8 @@ def info(index: Path, *, images: Path | None = None, check: bool = False) -> Res
         sound = "sizes and samples of the files are right; --check reads all"
         sound = "every byte is as it was written" if check else sound
     about[SEAL] = "yes" if own else "no"
+    if left_out := about.pop("left_out", {}):
+        about["left_out"] = len(left_out)
     about |= {"root": opened.root.path} if images or "root" in about else {}
     if said := missing.said(index, len(opened), own):
         warnings.warn(said, stacklevel=2)

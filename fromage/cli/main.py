@@ -129,9 +129,7 @@ def parse(words: list[str]) -> tuple[Function, dict[str, Any]]:
         f"{word}={HERE}" if word == "--json" and not after.lower().endswith(".json") else word  # what follows is no file
         for word, after in zip(rest, [*rest[1:], ""], strict=False)
     ]
-    for before, word in zip(["", *rest], rest, strict=False):
-        if not word or (word.startswith("--") and word.endswith("=")):  # Path("") would be the current folder
-            raise UserError(f"{name}: {word or before}: is empty; name something, or leave it out")
+    _check_said(name, rest)
     try:
         values = vars(reader.parse_args(rest))
         check_out(values)
@@ -140,6 +138,13 @@ def parse(words: list[str]) -> tuple[Function, dict[str, Any]]:
         unknown = re.search(r"unrecognized arguments: (--[\w-]+)", str(error))
         meant = near(unknown[1], options_of(COMMANDS[name])) if unknown else ""
         raise UserError(f"{name}: {error}{meant} (fromage {name} --help)") from error
+
+
+def _check_said(name: str, words: list[str]) -> None:
+    """Raise UserError for an option that is given nothing: Path("") would be the current folder."""
+    for before, word in zip(["", *words], words, strict=False):
+        if not word or (word.startswith("--") and word.endswith("=")):
+            raise UserError(f"{name}: {word or before}: is empty; name something, or leave it out")
 
 
 def parser() -> ArgumentParser:
@@ -166,6 +171,7 @@ def run(words: list[str]) -> None:
 
         print(f"fromage {__version__}")
     elif words and words[0] in FITTING:
+        _check_said(words[0], words[1:])
         fitting(words)  # whose trainer has its own ways with signals
     else:
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as by Ctrl-C: what is temporary goes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from argparse import ArgumentTypeError
@@ -9,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-from fromage.errors import UserError
+from fromage.errors import UserError, reason
 from fromage.io import set_aside, write_files
 
 DType = Literal["float32", "bfloat16", "float16"]
@@ -39,7 +40,19 @@ def out_folder(text: str) -> Path:
     there = next(p for p in (path, *path.parents) if os.access(p, os.F_OK))
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise UserError(f"{path}: {there} is no folder that can be written to; name another place")
+    if there != path:
+        _try(path, next(p for p in (path, *path.parents) if p.parent == there))
     return path
+
+
+def _try(path: Path, first: Path) -> None:
+    """Make and remove the first folder of a path that is missing: some places refuse what their permissions allow."""
+    try:
+        first.mkdir()
+        first.rmdir()
+    except OSError as error:
+        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):  # another process begins there
+            raise UserError(f"{path}: cannot be made ({reason(error)}); name another place") from error
 
 
 def out_file(text: str) -> Path:
@@ -128,14 +141,15 @@ def in_index(text: str) -> Path:
 
 
 def in_checkpoint(text: str) -> str:
-    """A checkpoint: file, folder or name on the hub. Raises UserError for what is none of these."""
+    """A checkpoint: file, folder, run or name on the hub. Raises UserError for what is none of these."""
     from fromage.checkpoints.hub import HUB_NAME
+    from fromage.checkpoints.run_folder import checkpoint_file, last_checkpoint
 
     path = Path(text)
-    if path.is_dir() and not (path / "config.json").is_file():
-        raise UserError(f"{text}: a folder without config.json; name a folder of `fromage export` or `fromage import`")
+    if path.is_dir() and not (path / "config.json").is_file() and not last_checkpoint(path):
+        raise UserError(f"{text}: holds no checkpoint and no config.json; name a run's folder, or one of `fromage export`")
     if not path.exists() and not HUB_NAME.fullmatch(text):
-        raise UserError(f"checkpoint {text}: no such file; `lightning fit` writes them under its run folder")
+        checkpoint_file(path)
     return text
 
 
@@ -158,7 +172,7 @@ def device(text: str) -> str:
 SHARED: dict[str, tuple[str, Check | None]] = {
     "batch_size": ("images or texts per batch", positive),
     "captions": ("captions of a folder of images: .tsv, .jsonl, COCO's JSON or JSON of {file name: caption}", None),
-    "ckpt": ("checkpoint of `lightning fit`, folder or hub name", in_checkpoint),
+    "ckpt": ("checkpoint of `lightning fit`, folder of its run, exported folder or hub name", in_checkpoint),
     "config": ("configuration, as for `lightning fit`", in_config),
     "device": ("auto (the first there of cuda, mps and cpu), cpu, cuda or mps", device),
     "embeddings": ("folder of `fromage index embed`", in_folder),
@@ -213,6 +227,14 @@ def check_out(values: dict[str, Any]) -> None:
     for name in FILES:
         if isinstance(values.get(name), Path) and values[name] != HERE:
             check_new(values[name], values["overwrite"])
+
+
+def check_free(folder: Path, overwrite: bool, *names: str) -> None:
+    """Raise UserError where a folder holds files of these names or patterns, and --overwrite is not given."""
+    from fromage.io import check_new
+
+    if any(any(folder.glob(name)) for name in names):
+        check_new(folder, overwrite)
 
 
 def save(path: Path, content: bytes) -> None:

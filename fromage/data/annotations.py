@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from math import isfinite
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -17,7 +18,18 @@ from fromage.checks import HALVES
 from fromage.errors import UserError
 from fromage.io import read_json
 
-MAX_ODD = 0.05  # share of a file's entries that may be odd
+MAX_ODD = 0.05  # share of a file's entries that may be odd, where nothing else is said by odd_allowed
+_allowed: ContextVar[float | None] = ContextVar("share of odd entries", default=None)
+
+
+@contextmanager
+def odd_allowed(share: float) -> Iterator[None]:
+    """In this context a share (0 to 1) of a file's entries may be odd: --max-lost, which the user gave."""
+    before = _allowed.set(share)
+    try:
+        yield
+    finally:
+        _allowed.reset(before)
 
 
 class Kind(NamedTuple):
@@ -101,7 +113,7 @@ def shown(value: Any) -> str:
 def fitting(path: Path, name: str, entries: Any, wanted: Wanted, skip: Skip | None = None) -> list[Any]:
     """The entries of a list, called name, that are as its format has them.
 
-    skip is told of each of the others. Without it they are warned of, and more than MAX_ODD of them refuse the file.
+    skip is told of each of the others. Without it they are warned of, and too many of them refuse the file (odd_allowed).
     Raises UserError for those, and where there is no list.
     """
     if not isinstance(entries, list):
@@ -118,8 +130,10 @@ def leave_out(path: Path, odd: list[str], count: int, skip: Skip | None = None) 
             skip(name, f"odd entry: {why}")
         return
     told = f"{path}: {len(odd)} of {count} entries are odd ({odd[0]})" if odd else ""
-    if len(odd) > MAX_ODD * count:
-        raise UserError(f"{told}; fetch the file anew, or correct it")
+    share = _allowed.get()
+    if len(odd) > (MAX_ODD if share is None else share) * count:
+        more = "" if share is None else ", or allow more by --max-lost (data.max_lost in training)"
+        raise UserError(f"{told}; fetch the file anew, or correct it{more}")
     if odd:
         warnings.warn(f"{told} and left out", stacklevel=3)
 

@@ -114,15 +114,32 @@ def store_features(
 
 def _to_do(sources: list[str], out: Path, tower: dict[str, Any]) -> list[str]:
     """The shards whose features are not there yet. Raises UserError where those that are there are of other shards."""
-    of = sorted({s.rpartition("/")[0] if is_remote(s) else str(Path(s).absolute().parent) for s in sources})
-    there = FEATURES.begin(out, tower | {"source": of}).get("source", of)
+    of = _folders(sources)
+    done = _done(sources, out, of, FEATURES.begin(out, tower | {"source": of}).get("source", of))
+    return [s for s in sources if s not in done]
+
+
+def _folders(sources: list[str]) -> list[str]:
+    return sorted({s.rpartition("/")[0] if is_remote(s) else str(Path(s).absolute().parent) for s in sources})
+
+
+def _done(sources: list[str], out: Path, of: list[str], there: Any) -> list[str]:
+    """The shards whose features are in a folder, which says that they are of the folders `there`. Raises as _to_do does."""
     sizes = read_sizes(out)
     done = [s for s in sources if shard_name(s) in sizes and (out / shard_name(s)).is_file()]
     if done and there != of:
-        differs = f"{shard_name(done[0])} there is of {', '.join(there)}, here of {', '.join(of)}"
+        differs = f"{shard_name(done[0])} there is of {', '.join(map(str, there))}, here of {', '.join(of)}"
         moved = f"where shards have only moved, correct source in {FEATURES.file}"
         raise UserError(f"{out}: holds features of other shards ({differs}); name another folder; {moved}")
-    return [s for s in sources if s not in done]
+    return done
+
+
+def check_source(shards: str | list[str], out: Path) -> None:
+    """Raise UserError for shards that cannot be had, and where out holds the features of others; no tower is needed."""
+    sources = expand(shards)
+    _check_names(sources)
+    if (out / FEATURES.file).exists():
+        _done(sources, out, of := _folders(sources), FEATURES.read(out).get("source", of))
 
 
 def _store(

@@ -227,8 +227,8 @@ def _pack(
     counts = {"images": report.images, "pairs": report.pairs, "folders": report.folders}
     write_json(out / "report.json", counts | {"skipped": report.skipped, "names": report.names})
     if not report.images:
-        causes = ", ".join(f"{cause}: {count}" for cause, count in report.skipped.items()) or "it holds no pair"
-        raise UserError(f"no pair could be packed ({causes}): see {out / 'report.json'} for the names")
+        causes = "; ".join(f"{cause}: {len(names)}, {first_few(names, few=SHOWN)}" for cause, names in report.names.items())
+        raise UserError(f"no pair could be packed ({causes or 'it holds no pair'}): see {out / 'report.json'} for all names")
     return report
 
 

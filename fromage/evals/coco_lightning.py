@@ -7,6 +7,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 
+from fromage.data.annotations import odd_allowed
 from fromage.errors import UserError
 from fromage.evals.caption_sets import read_captions
 from fromage.evals.coco import evaluate
@@ -55,7 +56,7 @@ class CocoCaptions(pl.LightningDataModule):
             split: Of Karpathy's splits: train, val or test.
             batch_size: Images, or captions, in a pass.
             workers: Processes that decode images.
-            max_lost: Share (0 to 1) of the images that may be missing or broken.
+            max_lost: Share (0 to 1) of the images that may be missing or broken, and of entries that may be odd.
             limit: Images at most; null for all.
         """
         super().__init__()
@@ -64,7 +65,8 @@ class CocoCaptions(pl.LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Read the captions, before the towers are loaded. Raises UserError as read_captions does."""
-        self.captions = read_captions(self.annotations, self.images, "coco", self.split, self.limit)
+        with odd_allowed(self.options.max_lost):
+            self.captions = read_captions(self.annotations, self.images, "coco", self.split, self.limit)
 
     def test_dataloader(self) -> list[int]:
         """One step, in which the module evaluates everything."""

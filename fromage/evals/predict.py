@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
 from typing import TypeVar
@@ -112,9 +112,15 @@ class Predictions:
     options: Options
 
 
-def predict(model: Octopus, sources: Sequence[Listed], options: Options | None = None) -> Predictions:
+def predict(
+    model: Octopus,
+    sources: Sequence[Listed],
+    options: Options | None = None,
+    look: Callable[[Example, Grounded], None] | None = None,
+) -> Predictions:
     """Answers to all examples whose image is there and that point at no more objects than the model has queries.
 
+    look is shown each of them with its masks, which are not kept.
     Raises UserError for files that are wrong, too many images lost, and where no example is left.
     """
     options = options or Options()
@@ -130,7 +136,10 @@ def predict(model: Octopus, sources: Sequence[Listed], options: Options | None =
     start = perf_counter()
     for numbers, patches in tqdm(stream, "predicting", len(stream.batches), unit="batch", leave=False):
         asked = [(shown, few[i][1].instruction) for i, shown in zip(numbers, patches, strict=True)]
-        answers |= zip(numbers, ground(model, asked, longest, options.batch_size), strict=True)
+        for i, answer in zip(numbers, ground(model, asked, longest, options.batch_size), strict=True):
+            if look:
+                look(few[i][1], answer)
+            answers[i] = replace(answer, masks=[])
     seconds = (perf_counter() - start) / max(1, len(answers))
     pairs: list[list[tuple[Example, Grounded]]] = [[] for _ in sources]
     for i in sorted(answers):

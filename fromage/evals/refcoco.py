@@ -9,10 +9,21 @@ from collections.abc import Sequence
 
 from fromage.evals.predict import listed, predict, report
 from fromage.evals.report import Report, System
-from fromage.octopus.metrics import TOP, box_metrics, chance_metrics, mean_percent
+from fromage.octopus.answers import Grounded
+from fromage.octopus.examples import Example
+from fromage.octopus.metrics import (
+    TOP,
+    Areas,
+    box_areas,
+    box_metrics,
+    chance_metrics,
+    mask_areas,
+    mask_percent,
+    mean_percent,
+)
 from fromage.octopus.model import Octopus
 from fromage.octopus.sources import RefCOCO
-from fromage.octopus.sources.listed import LOST_ANSWERS
+from fromage.octopus.sources.listed import LOST_ANSWERS, with_masks
 from fromage.retrieval.encode import Options
 
 PROTOCOL = {
@@ -23,6 +34,11 @@ PROTOCOL = {
 HEAD = {
     "head_recall_top1 to 5": f"whether one of the DETR head's 1 to {TOP} boxes of highest score is right",
     "head_iou": "of the head's box of highest score",
+}
+MASKS = {
+    "mask_ciou, mask_mean_iou": "of the mask of the first box that the answer points at, at the image's own size: "
+    "the sum of intersections over the sum of unions of all examples, and the mean of each example's IoU",
+    "box_ciou": "the same of that box, filled",
 }
 # Number of expressions of each official split (RefCOCO and RefCOCO+ as in refs(unc).p, RefCOCOg as in refs(umd).p), by which
 # these files are known: no two have the same.
@@ -41,6 +57,9 @@ RECALL = {  # of its Table 5: the decoder's boxes of highest score
     ("Octopus, 224 px", "RefCOCOg", "val"): {"head_recall_top1": 81.93, "head_recall_top5": 94.56},
     ("Octopus, 336 px", "RefCOCOg", "val"): {"head_recall_top1": 82.13, "head_recall_top5": 95.95},
 }
+CIOU = {  # of its appendix B: referring segmentation, RefCOCO; it does not say at how many pixels
+    ("RefCOCO", "val"): 63.6, ("RefCOCO", "testA"): 66.6, ("RefCOCO", "testB"): 61.3,
+}  # fmt: skip
 
 
 def evaluate(model: Octopus, data: RefCOCO | Sequence[RefCOCO], options: Options | None = None) -> Report:
@@ -49,15 +68,18 @@ def evaluate(model: Octopus, data: RefCOCO | Sequence[RefCOCO], options: Options
     Raises UserError as predict does.
     """
     splits = listed(data)
-    parts = [predict(model, [split], options) for split in splits]
+    if model.masks:
+        with_masks(splits)
+    areas = [Masks() for _ in splits]
+    parts = [predict(model, [split], options, some.look) for split, some in zip(splits, areas, strict=True)]
     own: System = {}
     chance: System = {}
-    for split, part in zip(splits, parts, strict=True):
+    for split, part, some in zip(splits, parts, areas, strict=True):
         pairs = [(example, answer, [example.boxes[i] for i in example.meant]) for example, answer in part.pairs[0]]
         own[split.split] = mean_percent([box_metrics(answer, wanted) for _, answer, wanted in pairs])
-        own[split.split]["seconds"] = part.seconds
+        own[split.split] |= some.figures() | {"seconds": part.seconds}
         chance[split.split] = mean_percent([chance_metrics(example.boxes, wanted) for example, _, wanted in pairs])
-    protocol = PROTOCOL | (HEAD if model.num_queries else {})
+    protocol = PROTOCOL | (HEAD if model.num_queries else {}) | (MASKS if model.masks else {})
     names = {split.split: official(split) for split in splits}
     if any(names.values()):
         known = ", ".join(f"{split} has as many expressions as {name}'s" for split, name in names.items() if name)
@@ -65,7 +87,28 @@ def evaluate(model: Octopus, data: RefCOCO | Sequence[RefCOCO], options: Options
     if splits[0].match.pattern:
         protocol |= {"expressions": f"those alone in which {splits[0].match.pattern!r} is found"}
     sizes = {f"examples_{split.split}": len(part.pairs[0]) for split, part in zip(splits, parts, strict=True)}
-    return report("refcoco", parts, own, protocol, chance, sizes if len(splits) > 1 else {}, published(names))
+    return report("refcoco", parts, own, protocol, chance, sizes if len(splits) > 1 else {}, published(names, model.masks))
+
+
+class Masks:
+    """Figures of the masks of answers, which pass through; none where no mask is known."""
+
+    def __init__(self) -> None:
+        self.masks: list[Areas] = []
+        self.boxes: list[Areas] = []
+
+    def look(self, example: Example, answer: Grounded) -> None:
+        """Measure one answer."""
+        for wanted in filter(None, example.masks):
+            self.masks.append(mask_areas(answer, wanted))
+            self.boxes.append(box_areas(answer, wanted))
+
+    def figures(self) -> dict[str, float]:
+        """In percent."""
+        if not self.masks:
+            return {}
+        ours = {f"mask_{name}": value for name, value in mask_percent(self.masks).items()}
+        return ours | {"box_ciou": mask_percent(self.boxes)["ciou"]}
 
 
 def official(split: RefCOCO) -> str:
@@ -76,9 +119,12 @@ def official(split: RefCOCO) -> str:
     return OFFICIAL.get((split.split, len(split) + left_out), "")
 
 
-def published(names: dict[str, str]) -> dict[str, System]:
-    """The paper's figures of splits, by system and split; names: of the data set of each split, '' for an unknown one."""
-    return {
+def published(names: dict[str, str], masks: bool = False) -> dict[str, System]:
+    """The paper's figures of splits, by system and split; names: of the data set of each split, '' for an unknown one.
+
+    masks: those of masks too.
+    """
+    boxes = {
         who: {
             split: {"acc_iou50": figures[SPLITS.index((name, split))], **RECALL.get((who, name, split), {})}
             for split, name in names.items()
@@ -86,3 +132,5 @@ def published(names: dict[str, str]) -> dict[str, System]:
         }
         for who, figures in ACCURACY.items()
     }
+    segmented = {split: {"mask_ciou": CIOU[name, split]} for split, name in names.items() if (name, split) in CIOU}
+    return boxes | ({"Octopus, masks": segmented} if masks and segmented else {})

@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -54,6 +54,8 @@ class Fromage(Pretrained):
         means at the last token before it. Raises UserError where 'last' is impossible: an empty text would have no token.
         """
         super().__init__(lm, vision, k)
+        if pooling not in get_args(Pooling):  # of a file, say
+            raise UserError(f"pooling {pooling}: must be {' or '.join(get_args(Pooling))}")
         if pooling == "last" and not lm.tokenizer.start():
             raise UserError(f"{lm.name}: its texts have no start token, so an empty one has no last word; use pooling 'ret'")
         self.q, self.pooling = q, pooling

@@ -6,7 +6,7 @@ NeurIPS 2024. No code was published: abstract, figures and settings are theirs, 
 Where to look:
 
     model               the prompt, the two halves of the language model and the relay between them
-    recognition         the DETR decoder: object queries -> boxes and scores
+    recognition         the DETR decoder: object queries -> boxes and scores; masks: the mask head, an option
     matching            Hungarian matching and the detection loss
     step                the training step; module: the three stages; planner: what they take
     decoding, answers   answers with boxes; metrics judges them

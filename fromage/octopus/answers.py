@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 
+from torch import Tensor
+
 from fromage.data.tokenizer import PromptTokenizer
 from fromage.errors import UserError
 from fromage.octopus.boxes import SPELLED, clipped, read_spelled, spelled
@@ -25,12 +27,15 @@ class Grounded:
         pieces: text and boxes in order; a box is left, top, right, bottom, relative to the image (0 to 1).
         candidates: box and score of every object query, best first; empty if boxes are spelled.
         queries: the numbers of the queries pointed at, in order; empty if boxes are spelled.
+        masks: (H, W) logits of the mask of each box pointed at, on the host (fromage.octopus.masks.at_size enlarges them);
+            empty where the model has none.
     """
 
     text: str
     pieces: list[str | Box]
     candidates: list[tuple[Box, float]] = field(default_factory=list)
     queries: list[int] = field(default_factory=list)
+    masks: list[Tensor] = field(default_factory=list, compare=False)
 
     @property
     def boxes(self) -> list[Box]:

@@ -20,6 +20,7 @@ RENAMED = {"n": "num_queries", "after": "split_layer", "c": "decoder_width", "lo
 FORMER_INDEX = "index."  # former prefix of the index tokens' parameters
 PARTS = ("queries", "recognizer.", "index_tokens.")  # parameters trained from stage 2 on
 LEAVE = "recognizer.leave."  # among them, but only with relay
+MASKS = "recognizer.masks."  # among them, but only with masks
 # settings that the parameters of stage 2 depend on
 SHAPED = ("vision_layer", "num_queries", "split_layer", "decoder_width", "decoder_layers", "heads", "relay", "template")
 

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from torchvision.ops import box_convert
 
 from fromage.checks import check_real, check_whole
+from fromage.data.annotations import odd_allowed
 from fromage.data.loader import PlainErrors, no_loaders
 from fromage.data.shards import Broken
 from fromage.data.tokenizer import PromptTokenizer
@@ -29,6 +30,7 @@ from fromage.octopus.examples import Conversation, Example, Source, rows_of
 from fromage.octopus.matching import Objects
 from fromage.octopus.model import QUERY, Octopus, fill_template, image_first, query_places
 from fromage.octopus.patch_store import PatchStore
+from fromage.octopus.sources.listed import with_masks
 from fromage.octopus.step import GroundingBatch
 from fromage.retrieval.encode import check_lost
 
@@ -40,6 +42,7 @@ class Layout(NamedTuple):
     k: int
     num_queries: int
     template: list[str]
+    mask_size: tuple[int, int] | None
 
 
 class ResumableSampler(DistributedSampler[Any]):
@@ -109,7 +112,7 @@ class Collate:
 
     def __init__(self, model: Octopus, stored: bool, ask: bool) -> None:
         self.layout = Layout(
-            model.tokenizer, model.k, model.num_queries, model.template
+            model.tokenizer, model.k, model.num_queries, model.template, model.mask_size
         )  # a worker need not carry the model
         self.stored, self.ask = stored, ask
 
@@ -134,7 +137,7 @@ class Collate:
         return GroundingBatch(
             examples, ids, branch, answers, kept.flatten().nonzero().flatten(), fed,
             _pad([one.fed for one in laid], -1)[0], torch.tensor(places, dtype=torch.long), queries,
-            objects_of(examples, num_queries), *shown,
+            objects_of(examples, num_queries, self.layout.mask_size), *shown,
         )  # fmt: skip
 
     def _lay(self, row: Row) -> _Laid:
@@ -191,14 +194,21 @@ def _pad(rows: list[list[int]], value: int = 0) -> tuple[Tensor, Tensor]:
     return padded, torch.arange(padded.shape[1]) < lengths
 
 
-def objects_of(examples: Sequence[Example], num_queries: int) -> Objects:
-    """The objects that the answers point at; at most num_queries per image."""
+def objects_of(examples: Sequence[Example], num_queries: int, mask_size: tuple[int, int] | None = None) -> Objects:
+    """The objects that the answers point at, at most num_queries per image; their masks too where a size (H, W) is given."""
     rows = [[example.boxes[i] for i in example.meant][:num_queries] for example in examples]
     boxes = torch.zeros(len(rows), max(map(len, rows)), 4)  # (B, K, 4)
     for row, theirs in zip(boxes, rows, strict=True):
         if theirs:
             row[: len(theirs)] = box_convert(torch.tensor(theirs), "xyxy", "cxcywh")
-    return Objects(boxes, [len(row) for row in rows])
+    counts = [len(row) for row in rows]
+    if mask_size is None:
+        return Objects(boxes, counts)
+    known = [(row, place) for row, one in enumerate(examples) for place, mask in enumerate(one.masks[: counts[row]]) if mask]
+    masks = torch.zeros(len(known), *mask_size)  # (M, H, W)
+    for cells, (row, place) in zip(masks, known, strict=True):
+        cells.copy_(examples[row].masks[place].coverage(mask_size))  # type: ignore[union-attr]
+    return Objects(boxes, counts, masks, torch.tensor(known, dtype=torch.long).view(-1, 2).T)
 
 
 class OctopusData(pl.LightningDataModule):
@@ -227,7 +237,7 @@ class OctopusData(pl.LightningDataModule):
                 are those of rows of one conversation each, at a fraction of the work.
             features: folder of stored patch features, written on first use; null encodes images in every step.
             workers: processes that decode images, per device.
-            max_lost: maximum share (0 to 1) of missing or broken images.
+            max_lost: maximum share (0 to 1) of missing or broken images, and of odd entries.
             seed: seed of the order of examples; the epoch is added to it.
         """
         super().__init__()
@@ -243,9 +253,14 @@ class OctopusData(pl.LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Read the sources. Raises UserError for missing files and for empty training data."""
+        module: Any = self.trainer and self.trainer.lightning_module
         for part, sources in self.sources.items():
+            if getattr(module, "wants_masks", False):
+                with_masks(sources)
             if part not in self.examples and (part == "val" or stage == "fit"):
-                self.examples[part] = self._present([example for source in sources for example in source])
+                with odd_allowed(self.max_lost):
+                    listed = [example for source in sources for example in source]
+                self.examples[part] = self._present(listed)
         if stage == "fit" and not self.examples["train"]:
             raise UserError("data.train: there is no example; name sources that hold some")
 
@@ -279,6 +294,8 @@ class OctopusData(pl.LightningDataModule):
         if len(examples) < len(self.examples[part]):
             left = len(self.examples[part]) - len(examples)
             warnings.warn(f"{left} examples point at more than the {queries} object queries: left out", stacklevel=2)
+        if shuffle and module.wants_masks and not any(any(example.masks) for example in examples):
+            raise UserError("model.mask_scale: no example of data.train has a mask; name files of RefCOCO, or set it to 0")
         store = self._store(examples, module.model.vision) if self.features else None
         if store is not None:
             examples = [example for example in examples if example.image not in store.lost]

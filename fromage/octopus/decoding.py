@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -76,7 +77,10 @@ def grounded(model: Octopus, prefill: Prefill, out: Sequence[list[int]]) -> list
     if prefill.found is None:
         return [read_text(model.tokenizer.decode(ids)) for ids in out]
     boxes, scores = prefill.found.corners.tolist(), prefill.found.scores.tolist()
-    return [
+    answers = [
         read_indexed(ids, model.tokenizer, [tuple(box) for box in theirs], some)
         for ids, theirs, some in zip(out, boxes, scores, strict=True)
     ]
+    if (masks := prefill.found.masks) is None:  # (B, N, H, W)
+        return answers
+    return [replace(a, masks=list(some[a.queries].half().cpu())) for a, some in zip(answers, masks, strict=True)]

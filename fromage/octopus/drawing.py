@@ -1,29 +1,36 @@
-"""Draw an answer: the boxes it points at in colour, the best other candidates in thin lines."""
+"""Draw an answer: the boxes it points at in colour and, where asked for, their masks; other candidates in thin lines."""
 
 from __future__ import annotations
 
+import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from fromage.images.contact_sheet import INK, WHITE
 from fromage.octopus.answers import Grounded
 from fromage.octopus.examples import Box
+from fromage.octopus.masks import at_size
 
 # of the boxes pointed at, in turn; distinguishable by the colour-blind (Okabe and Ito)
 COLOURS = ((213, 94, 0), (0, 114, 178), (240, 228, 66), (0, 158, 115), (204, 121, 167), (86, 180, 233))
 OTHERS = (225, 225, 225)
 SIDE = 640  # minimum length of the longer side of a drawing, in pixels
-FAINT = 0.01  # score below which a candidate is not drawn
+TINT = 0.5  # of a mask's colour over the image
+FOREGROUND = 0.5  # score from which a query is drawn, as in the paper (figure 3)
 
 
-def draw_answer(image: Image.Image, answer: Grounded, top: int = 5) -> Image.Image:
-    """An image with the boxes pointed at, numbered in the answer's order, and at most `top` other candidates in thin lines.
+def draw_answer(image: Image.Image, answer: Grounded, top: int | None = None, masks: bool = False) -> Image.Image:
+    """An image with the boxes pointed at, numbered in the answer's order, and all other foreground in thin lines.
 
-    Boxes are labelled with their scores, if any; candidates with a score below FAINT are left out. A small image is
-    enlarged; the given image is not changed.
+    So one sees recognition and answer apart. Boxes are labelled with their scores, if any; foreground are queries with a
+    score from FOREGROUND on, the best `top` of them. masks: tint what the masks cover, in the colours of their boxes. A
+    small image is enlarged; the given image is not changed.
     """
     page = _enlarged(image)
+    for number, mask in enumerate(answer.masks if masks else []):
+        cover = Image.fromarray(at_size(mask, *page.size).numpy().astype(np.uint8) * round(255 * TINT))
+        page.paste(COLOURS[number % len(COLOURS)], mask=cover)
     chosen = set(answer.boxes)
-    others = [(box, score) for box, score in answer.candidates if box not in chosen and score >= FAINT][:top]
+    others = [(box, score) for box, score in answer.candidates if box not in chosen and score >= FOREGROUND][:top]
     drawn = [(box, f"{score:.2f}", OTHERS) for box, score in reversed(others)]  # the best one last, on top
     for number, (box, score) in reversed(list(enumerate(answer.pointed))):
         text = f"{number + 1}" + ("" if score is None else f"  {score:.2f}")

@@ -8,6 +8,8 @@ from math import ceil
 from random import Random
 from typing import Protocol
 
+from fromage.octopus.segments import Mask
+
 Box = tuple[float, float, float, float]  # left, top, right, bottom, relative to the image's width and height (0 to 1)
 
 
@@ -22,6 +24,7 @@ class Example:
         answer: text of the model in pieces; an integer is an index into boxes, where the answer points at that box.
         boxes: all known objects of the image, including those the answer points at, in any order.
         dialogue: the name of the conversation it is a turn of, whose examples follow one another; '': it stands alone.
+        masks: of the boxes that the answer points at, in the order of `meant`, None where it is not known; empty: none is.
     """
 
     key: str
@@ -30,6 +33,7 @@ class Example:
     answer: tuple[str | int, ...]
     boxes: tuple[Box, ...] = ()
     dialogue: str = ""
+    masks: tuple[Mask | None, ...] = ()
 
     @property
     def meant(self) -> tuple[int, ...]:

@@ -1,6 +1,7 @@
 """Hungarian matching of queries and known objects, and the detection loss (Octopus section 3.3, equation 3).
 
-Weights as in DETR (Carion et al., ECCV 2020): 1 for the score, 5 for L1, 2 for generalised IoU. Octopus gives none.
+Weights as in DETR (Carion et al., ECCV 2020): 1 for the score, 5 for L1, 2 for generalised IoU. Octopus gives none. Masks
+have a loss (fromage.octopus.masks), but no part in the matching.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor
 from torchvision.ops import box_convert, generalized_box_iou
 
 from fromage.models.packed_attention import to_device
+from fromage.octopus.masks import DICE, MASK, mask_losses
 from fromage.octopus.recognition import Detections
 
 SCORE, L1, GIOU = 1.0, 5.0, 2.0
@@ -28,14 +30,19 @@ class Objects:
     Attributes:
         boxes: (B, K, 4) centre x, centre y, width, height, relative to the image; zeros at padding.
         counts: B integers, objects per image; at most as many as there are queries. 0: they are not known.
+        masks: (M, H, W), of those objects whose mask is known the share of each cell that it covers; None: not asked for.
+        masked: (2, M) int64, their image and their place among its objects.
     """
 
     boxes: Tensor
     counts: list[int]
+    masks: Tensor | None = None
+    masked: Tensor | None = None
 
     def to(self, device: torch.device) -> Objects:
-        """The same objects with the boxes on the device."""
-        return Objects(self.boxes.to(device, non_blocking=True), self.counts)
+        """The same objects with boxes and masks on the device."""
+        moved = [t if t is None else t.to(device, non_blocking=True) for t in (self.boxes, self.masks, self.masked)]
+        return Objects(moved[0], self.counts, *moved[1:])  # type: ignore[arg-type]
 
 
 @torch.no_grad()
@@ -81,13 +88,19 @@ def nearest(boxes: Tensor, objects: Objects) -> Tensor:
 def set_loss(found: Detections, objects: Objects, matcher: Matcher = match) -> tuple[Tensor, dict[str, Tensor]]:
     """The detection loss (equation 3), summed over the decoder layers, each with its own matching by matcher.
 
-    Returns the loss, and the last layer's parts by name: score, l1, giou. Images whose objects are not known are left out.
+    Returns the loss, and the last layer's parts by name: score, l1, giou; where there are masks, mask and dice too, of the
+    last layer alone. Images whose objects are not known are left out, and objects whose mask is not known.
     As in DETR; the paper does not say whether inner layers have a loss.
     """
     total, parts = found.relay.new_zeros((), dtype=torch.float32), {}
     for logits, boxes in zip(found.logits, found.boxes, strict=True):
-        parts = _layer_loss(logits, boxes, matcher(logits, boxes, objects), objects)
+        matched = matcher(logits, boxes, objects)  # (B, K)
+        parts = _layer_loss(logits, boxes, matched, objects)
         total = total + SCORE * parts["score"] + L1 * parts["l1"] + GIOU * parts["giou"]
+    if found.masks is not None and objects.masks is not None and objects.masked is not None:
+        rows, places = objects.masked  # (M,) each
+        parts |= mask_losses(found.masks[rows, matched[rows, places]], objects.masks)
+        total = total + MASK * parts["mask"] + DICE * parts["dice"]
     return total, parts
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from scipy.optimize import linear_sum_assignment
@@ -11,6 +12,8 @@ from torchvision.ops import box_iou
 
 from fromage.octopus.answers import Grounded
 from fromage.octopus.examples import Box
+from fromage.octopus.masks import at_size
+from fromage.octopus.segments import Mask
 
 FOUND = 0.5  # IoU from which a box counts as found, as in RefCOCO's measure
 TOP = 5  # of the head's candidates
@@ -49,6 +52,45 @@ def chance_metrics(known: Sequence[Box], wanted: Sequence[Box]) -> dict[str, flo
     """acc_iou50 and mean_iou, 0 to 1, expected of a random one of the known boxes, where a single one is wanted."""
     reached = overlaps(known, wanted)[:, 0]  # (K,)
     return {"acc_iou50": float((reached >= FOUND).float().mean()), "mean_iou": float(reached.mean())}
+
+
+class Areas(NamedTuple):
+    """What an answer's mask and the right one both cover, and what at least one of them does, in pixels of the image."""
+
+    both: int
+    either: int
+
+    @property
+    def iou(self) -> float:
+        """Intersection over union, 0 to 1."""
+        return self.both / self.either
+
+
+def mask_areas(answer: Grounded, wanted: Mask) -> Areas:
+    """Of the mask of the first box pointed at; none covers nothing."""
+    height, width = wanted.size
+    return _areas(at_size(answer.masks[0], width, height) if answer.masks else None, wanted)
+
+
+def box_areas(answer: Grounded, wanted: Mask) -> Areas:
+    """The same of the first box pointed at, filled, as a mask: what a head has to surpass."""
+    height, width = wanted.size
+    filled = torch.zeros(wanted.size, dtype=torch.bool)
+    for left, top, right, bottom in answer.boxes[:1]:
+        filled[round(top * height) : round(bottom * height), round(left * width) : round(right * width)] = True
+    return _areas(filled, wanted)
+
+
+def _areas(ours: Tensor | None, wanted: Mask) -> Areas:
+    theirs = torch.from_numpy(wanted.pixels())  # (h, w)
+    ours = torch.zeros_like(theirs) if ours is None else ours
+    return Areas(int((ours & theirs).sum()), int((ours | theirs).sum()))
+
+
+def mask_percent(areas: Sequence[Areas]) -> dict[str, float]:
+    """In percent: ciou, the sum of intersections over the sum of unions; mean_iou, the mean of each mask's IoU."""
+    both, either = (sum(column) for column in zip(*areas, strict=True))
+    return {"ciou": 100 * both / either, "mean_iou": 100 * sum(one.iou for one in areas) / len(areas)}
 
 
 def all_found(boxes: Sequence[Box], wanted: Sequence[Box]) -> bool:

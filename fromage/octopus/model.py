@@ -45,6 +45,7 @@ from fromage.models.vision.base import VisionTower
 from fromage.models.vision.registry import load_patches
 from fromage.octopus.checkpoint import check_kinds, check_names, present
 from fromage.octopus.lora import add_lora
+from fromage.octopus.masks import SCALES
 from fromage.octopus.recognition import Detections, Recognizer
 
 QUERY = QUERIES.value
@@ -84,6 +85,7 @@ class Octopus(Pretrained):
     Attributes:
         num_queries: N, object queries; 0 for the sequential counterpart.
         split_layer: layers of the language model below the decoder.
+        masks: whether queries have masks too.
         tuned: names of the language model's parameters that were trained; they are saved too.
     """
 
@@ -102,13 +104,14 @@ class Octopus(Pretrained):
         heads: int = 8,
         relay: bool = True,
         template: str = "{image}{instruction}{queries}{start}",
+        mask_scale: int = 0,
     ) -> None:
         """num_queries: N. split_layer: layers below the decoder; None for half. decoder_width: c.
 
         relay: whether the decoder's output replaces the queries in the top layers (False: an ablation). template: the
-        prompt around image, instruction and queries; {start} is the language model's start token. Raises UserError for
-        impossible numbers or templates, and for a language model with a projection between embeddings and layers
-        (OPT-350m).
+        prompt around image, instruction and queries; {start} is the language model's start token. mask_scale: cells of a
+        mask per patch and side; 0 for no masks. Raises UserError for impossible numbers or templates, for masks without
+        queries, and for a language model with a projection between embeddings and layers (OPT-350m).
         """
         super().__init__(lm, vision, vision.shape[0])
         self.num_queries, self.split_layer, self.relay = (
@@ -128,18 +131,22 @@ class Octopus(Pretrained):
         if num_queries and (decoder_width % 8 or decoder_width % heads or decoder_layers < 1):
             told = f"model.decoder_width {decoder_width}, heads {heads}, decoder_layers {decoder_layers}"
             raise UserError(f"{told}: decoder_width must be a multiple of 8 and of heads, and the layers at least 1")
+        if mask_scale and not num_queries:
+            raise UserError("model.mask_scale: masks are of object queries, and model.num_queries is 0; leave it out")
+        if mask_scale and mask_scale not in SCALES:
+            raise UserError(f"model.mask_scale {mask_scale}: choose {', '.join(map(str, SCALES))}, or 0 for no masks")
+        self.masks = mask_scale > 0
         named = sorted(part for part in self.template if SLOTS.match(part) and part != "{start}")
         if named != ["{image}", "{instruction}", "{queries}"]:
             raise UserError(f"model.template {template!r}: name {{image}}, {{instruction}} and {{queries}} once each")
         self.visual_prefix = nn.Linear(vision.width, lm.width)  # W_c: (B, P, m) -> (B, P, d)
         self.index_tokens = lm.added  # (N, d), rows of <d0> ... <dN-1>
         if num_queries:
-            scale = lm.added.mean_norm.cpu() / lm.width**0.5
-            self.queries = nn.Parameter(torch.randn(num_queries, lm.width) * scale)  # (N, d)
+            self.queries = nn.Parameter(_gathering(lm) + _noise(lm, num_queries))  # (N, d)
             if vision.grid is None:
                 raise UserError(f"vision tower {vision.name}: gives no patches; load it by load_patches")
             self.recognizer = Recognizer(
-                lm.width, vision.width, vision.grid, num_queries, decoder_width, decoder_layers, heads
+                lm.width, vision.width, vision.grid, num_queries, decoder_width, decoder_layers, heads, mask_scale
             )
             hold(self, "_above", lm.blocks[self.split_layer])  # first layer above the decoder; the LM registers it
         self.settings: dict[str, Any] = {}
@@ -263,6 +270,11 @@ class Octopus(Pretrained):
             logits[..., -self.num_queries :] = -torch.inf
         return logits
 
+    @property
+    def mask_size(self) -> tuple[int, int] | None:
+        """H and W of the masks; None without them."""
+        return self.recognizer.masks.size if self.masks else None  # type: ignore[union-attr, return-value]
+
     @contextmanager
     def _recognising(self, places: Tensor, patches: Tensor) -> Iterator[list[Detections]]:
         """The relay: within this context the language model runs in two halves, with the decoder between them.
@@ -290,6 +302,18 @@ class Octopus(Pretrained):
             yield found
         finally:
             handle.remove()
+
+
+def _gathering(lm: LanguageModel) -> Tensor:
+    """(d,): the embedding of '.', at which a language model has gathered what was said; queries begin there."""
+    device = lm.hf.get_input_embeddings().frozen.weight.device
+    return lm.embed(torch.tensor(lm.tokenizer.encode("."), device=device))[-1].detach().float().cpu()
+
+
+def _noise(lm: LanguageModel, n: int) -> Tensor:
+    """(n, d): a tenth of a random embedding each."""
+    scale: Any = lm.added.mean_norm.cpu() / lm.width**0.5
+    return 0.1 * torch.randn(n, lm.width) * scale
 
 
 def fill_template(template: Sequence[str], image: ImageInput | None, instruction: str, ask: bool) -> list[Part]:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from math import inf
 from typing import Any, Literal
 
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
+from fromage.checkpoints.format import dtype_name
 from fromage.checkpoints.lightning import PREFIX
 from fromage.checkpoints.load import read_saved
+from fromage.checks import check_real, check_whole
 from fromage.errors import UserError
 from fromage.models.language_model import Quantized
 from fromage.models.pretrained import from_hyperparameters
-from fromage.octopus.checkpoint import RENAMED, check_names, check_shaped, current_names, current_state, of_stage
+from fromage.octopus.checkpoint import MASKS, RENAMED, check_names, check_shaped, current_names, current_state, of_stage
 from fromage.octopus.decoding import decode, grounded
 from fromage.octopus.model import Octopus
 from fromage.octopus.step import GroundingBatch, image_patches, octopus_step
@@ -46,6 +49,7 @@ class OctopusModule(pl.LightningModule):
         heads: int = 8,
         relay: bool = True,
         template: str = "{image}{instruction}{queries}{start}",
+        mask_scale: int = 0,
         lora_rank: int = 0,
         dtype: str = "bfloat16",
         random_weights: bool = False,
@@ -78,6 +82,8 @@ class OctopusModule(pl.LightningModule):
             heads: attention heads of the DETR decoder.
             relay: whether the decoder's output replaces the queries in the top layers.
             template: text around {image}, {instruction} and {queries}; {start} is the start token.
+            mask_scale: cells of a mask per patch and side, 2, 4, 8 or 16; 0 for no masks. With masks, those of RefCOCO are
+                read (extra [masks]). The head begins anew where the checkpoint of `init` has none.
             lora_rank: rank of LoRA adapters in the language model's layers in stage 3 (extra [lora]); 0 trains all of it.
             dtype: dtype of the frozen towers: float32, bfloat16 or float16.
             random_weights: build the towers without weights, for tests and timing.
@@ -101,6 +107,13 @@ class OctopusModule(pl.LightningModule):
         if former:
             self.save_hyperparameters(former)
         self.h: Any = self.hparams
+        for name, least in {
+            "num_queries": 0, "decoder_width": 1, "decoder_layers": 1, "heads": 1, "lora_rank": 0, "warmup_steps": 0
+        }.items():  # fmt: skip
+            check_whole(f"model.{name}", self.hparams[name], least)
+        for name in ("lr", "weight_decay"):
+            check_real(f"model.{name}", self.hparams[name], 0, inf)
+        dtype_name(dtype)
         if not self.hparams["num_queries"] and stage == 2:
             raise UserError("model.stage 2 trains the object queries, and model.num_queries is 0: choose stage 1 or 3")
         if quantize and stage == 3 and not self.hparams["lora_rank"]:
@@ -113,6 +126,11 @@ class OctopusModule(pl.LightningModule):
     def asks(self) -> bool:
         """Whether prompts have object queries."""
         return self.h.stage > 1
+
+    @property
+    def wants_masks(self) -> bool:
+        """Whether the masks of objects are trained."""
+        return self.asks and bool(self.hparams["mask_scale"])
 
     def configure_model(self) -> None:
         """Load the towers, once, and the parameters of the stage before; freeze what this stage does not train."""
@@ -166,7 +184,7 @@ class OctopusModule(pl.LightningModule):
 
     def validation_step(self, batch: GroundingBatch, index: int) -> None:
         """Losses, and metrics of greedy answers (fromage.octopus.metrics)."""
-        from fromage.octopus.metrics import box_metrics
+        from fromage.octopus.metrics import box_metrics, mask_areas
 
         out = octopus_step(self.model, batch)
         named = {"val/answer_loss": out.answer_loss, "val/token_accuracy": out.token_accuracy, "val/loss": out.loss}
@@ -179,7 +197,10 @@ class OctopusModule(pl.LightningModule):
         answers = grounded(self.model, prefill, decode(self.model, prefill, batch.answers.shape[1] + 1))
         for example, answer in zip(batch.examples, answers, strict=True):
             due = "" if example.meant else "".join(piece for piece in example.answer if isinstance(piece, str))
-            self._metrics.append(box_metrics(answer, [example.boxes[i] for i in example.meant], due))
+            figures = box_metrics(answer, [example.boxes[i] for i in example.meant], due)
+            if self.model.masks and len(example.masks) == 1 and example.masks[0]:
+                figures["mask_mean_iou"] = mask_areas(answer, example.masks[0]).iou
+            self._metrics.append(figures)
 
     def on_validation_epoch_end(self) -> None:
         """Means over the validation set, in percent."""
@@ -222,6 +243,8 @@ def load_trained(model: Octopus, path: str) -> set[str]:
     saved = read_saved(path)
     state = current_state(saved.tensors)
     check_shaped(model.settings, current_names(saved.settings, path), state, path)
+    if "queries" in state and not any(name.startswith(MASKS) for name in state):  # the mask head begins anew
+        state |= {name: value for name, value in model.state_dict().items() if name.startswith(MASKS)}
     model.take(state, path)
     return set(state)
 

@@ -73,6 +73,7 @@ class Run:
     decoder_layers: int = 4
     heads: int = 8
     relay: bool = True
+    mask_scale: int = 0
     template: str = "{image}{instruction}{queries}{start}"
     lora_rank: int = 0
     dtype: str = "bfloat16"
@@ -141,12 +142,11 @@ def plan(run: Run) -> Plan:
             renew(model.lm, lambda p: torch.empty_like(p, device="cpu") if p.is_meta else p)
         prepare(run, model)
         weights, batch = weights_of(run, model), lay_out(run, model)
-        fields = tree_map_only(Tensor, fake.from_tensor, batch._asdict())
-        objects = Objects(fake.from_tensor(batch.objects.boxes), batch.objects.counts)
+        fields, objects = (tree_map_only(Tensor, fake.from_tensor, d) for d in (batch._asdict(), vars(batch.objects)))
         with fake:
             if run.sharing == MODEL and run.layers_dtype:
                 run_layers_in(model.lm, DTYPES[run.layers_dtype])
-            return count(run, model, GroundingBatch(**fields | {"objects": objects}), weights)
+            return count(run, model, GroundingBatch(**fields | {"objects": Objects(**objects)}), weights)
 
 
 def build(run: Run, visual: Any) -> Octopus:
@@ -155,8 +155,8 @@ def build(run: Run, visual: Any) -> Octopus:
     words: Any = Words(len(hf.get_input_embeddings().weight), run.num_queries)
     tower = OpenClipPatches(SimpleNamespace(visual=visual.to_empty(device="cpu")), run.vision, run.vision_layer)
     tower.normalise = None  # it looks at values
-    decoder = run.decoder_width, run.decoder_layers, run.heads, run.relay, run.template
-    return Octopus(LanguageModel(hf, words, run.lm), tower, run.num_queries, run.split_layer, *decoder)
+    names = ("num_queries", "split_layer", "decoder_width", "decoder_layers", "heads", "relay", "template", "mask_scale")
+    return Octopus(LanguageModel(hf, words, run.lm), tower, **{name: getattr(run, name) for name in names})
 
 
 def prepare(run: Run, model: Octopus) -> None:
@@ -194,7 +194,12 @@ def lay_out(run: Run, model: Octopus) -> GroundingBatch:
     patches = torch.zeros(model.vision.shape, dtype=torch.bfloat16)
     pixels = torch.zeros(3, *model.vision.image_size, dtype=torch.uint8)
     shown = patches if run.stored_features else pixels
-    return Collate(model, run.stored_features, ask=run.stage > 1)([(row, shown)] * run.batch_size)
+    batch = Collate(model, run.stored_features, ask=run.stage > 1)([(row, shown)] * run.batch_size)
+    if model.mask_size is None or not run.objects:
+        return batch
+    known = torch.ones(batch.objects.boxes.shape[:2]).nonzero().T  # (2, E K): the mask of every object
+    objects = replace(batch.objects, masks=torch.zeros(known.shape[1], *model.mask_size), masked=known)
+    return batch._replace(objects=objects)
 
 
 def in_order(logits: Tensor, boxes: Tensor, objects: Objects) -> Tensor:
@@ -240,7 +245,7 @@ def count(run: Run, model: Octopus, batch: GroundingBatch, weights: Sequence[Wei
     grads = [torch.zeros_like(p) for p in model.parameters() if p.requires_grad]
     for p, grad in zip((p for p in model.parameters() if p.requires_grad), grads, strict=True):
         p.grad = grad  # as in the second of several steps of an update
-    given = [t for t in (*batch, batch.objects.boxes) if isinstance(t, Tensor)]
+    given = [t for t in (*batch, *vars(batch.objects).values()) if isinstance(t, Tensor)]
     meter = Meter([*model.parameters(), *model.buffers(), *given, *grads])
     if batch.pixels is not None:
         batch = batch._replace(pixels=None, patches=meter.run("the image tower", lambda: image_patches(model, batch)))
@@ -285,11 +290,11 @@ def heading(run: Run, batch: GroundingBatch) -> str:
     more += f", adapters of rank {run.lora_rank}" * bool(run.lora_rank)
     more += f", layers gathered in {run.layers_dtype}" * (run.sharing == MODEL and bool(run.layers_dtype))
     more += f"; {run.devices} devices ({run.sharing})" * (run.devices > 1)
-    shown = "stored patches" if run.stored_features else "pixels"
+    shown, pointed = "stored patches" if run.stored_features else "pixels", "boxes and masks" if run.mask_scale else "boxes"
     return (
         f"{run.lm} and {run.vision} in {run.dtype}, stage {run.stage}{more}; {run.batch_size} rows of {shown} and "
         f"{run.per_image} conversations, instructions of {run.instruction_tokens} tokens, answers of {run.answer_tokens} "
-        f"with {run.objects} boxes: {batch.ids.shape[1] + batch.fed.shape[1]} tokens a row"
+        f"with {run.objects} {pointed}: {batch.ids.shape[1] + batch.fed.shape[1]} tokens a row"
     )
 
 

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import MLP, box_convert
 
+from fromage.octopus.masks import MaskHead
+
 
 @dataclass(frozen=True)
 class Detections:
@@ -25,11 +27,13 @@ class Detections:
         logits: (L, E, N) of the binary score, per layer; the last layer gives the result. E prompts.
         boxes: (L, E, N, 4), per layer.
         relay: (E, N, d), the hidden states that replace the queries in the top layers.
+        masks: (E, N, H, W) logits, of the last layer alone; None without a mask head.
     """
 
     logits: Tensor
     boxes: Tensor
     relay: Tensor
+    masks: Tensor | None = None
 
     @property
     def scores(self) -> Tensor:
@@ -58,11 +62,16 @@ class Recognizer(nn.Module):
         decoder_width: int = 256,
         layers: int = 4,
         heads: int = 8,
+        mask_scale: int = 0,
     ) -> None:
-        """grid: rows and columns of patches. num_queries: N. decoder_width: c. d, m: as in fromage.models."""
+        """grid: rows and columns of patches. num_queries: N. decoder_width: c. d, m: as in fromage.models.
+
+        mask_scale: cells of a mask per patch and side; 0 for no masks.
+        """
         super().__init__()
         c = decoder_width
-        self.enter, self.look = nn.Linear(d, c), nn.Linear(m, c)
+        self.enter = nn.Sequential(nn.LayerNorm(d), nn.Linear(d, c))  # a language model has a few large dimensions
+        self.look = nn.Linear(m, c)
         self.points = nn.Parameter(_spread(num_queries))  # (N, 2), before the sigmoid
         self.layers = nn.ModuleList(
             nn.TransformerDecoderLayer(c, heads, 4 * c, 0.0, "gelu", batch_first=True, norm_first=True)
@@ -74,13 +83,14 @@ class Recognizer(nn.Module):
         self.leave = nn.Linear(c, d)
         self.grid = grid
         self.register_buffer("places", waves(_centres(grid), c), persistent=False)  # (P, c)
+        self.masks = MaskHead(c, m, grid, mask_scale) if mask_scale else None  # last: the others begin as without it
 
     def forward(self, hidden: Tensor, patches: Tensor, rows: Tensor) -> Detections:
         """hidden (E, N, d) of the queries after the bottom layers, patches (B, P, m) -> what they found.
 
         rows: (E,), whose patches each prompt's queries look at.
         """
-        c = self.enter.out_features
+        c = self.look.out_features
         x = self.enter(hidden.float()) + waves(self.points.sigmoid(), c)  # (E, N, c)
         memory = (self.look(patches.float()) + self.places)[rows]  # (B, P, c) -> (E, P, c)
         states = []
@@ -88,7 +98,8 @@ class Recognizer(nn.Module):
             x = layer(x, memory)  # (E, N, c)
             states.append(x)
         read = self.norm(torch.stack(states))  # (L, E, N, c)
-        return Detections(self.score(read).squeeze(-1), self._boxes(read), self.leave(read[-1]))
+        masks = self.masks(read[-1], patches, rows) if self.masks else None  # (E, N, H, W)
+        return Detections(self.score(read).squeeze(-1), self._boxes(read), self.leave(read[-1]), masks)
 
     def _boxes(self, read: Tensor) -> Tensor:
         """(L, E, N, c) -> (L, E, N, 4): centres from the queries' points, sizes free."""

@@ -7,6 +7,7 @@ name it in fromage.retrieval.open_index.BACKENDS.
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -210,11 +211,18 @@ class ImageIndex(ABC):
         return self.change(folder, pa.array([], pa.binary()), without(rows, self.paths()), root)
 
     def remove(self, folder: str | Path, paths: str | Sequence[str]) -> ImageIndex:
-        """The index in this folder without the images at these paths. Raises UserError for a path that is not there."""
-        names = encoded([paths] if isinstance(paths, str) else paths)
-        gone = pa.array(names, pa.binary())
-        check_there(folder, names, self.there(gone))
-        return self.change(folder, gone, ())
+        """The index in this folder without the images at these paths. Raises UserError for a path that is not there.
+
+        A path may also be relative to the current folder, or to that of the images.
+        """
+        ways = [
+            (name, os.path.abspath(name), self.root.locate(name))  # noqa: PTH100 (bytes)
+            for name in encoded([paths] if isinstance(paths, str) else paths)
+        ]
+        there = self.there(pa.array([way for some in ways for way in some], pa.binary()))
+        gone = [next((way for way in some if way in there), some[0]) for some in ways]
+        check_there(folder, gone, there)
+        return self.change(folder, pa.array(gone, pa.binary()), ())
 
     def there(self, paths: pa.Array) -> set[bytes]:
         """Which of the paths, as bytes, the index has an image at."""
@@ -231,7 +239,8 @@ class ImageIndex(ABC):
 
     def placed(self) -> dict[str, Any]:
         """What index.json says of where the images are."""
-        return {"root": self.root.path} | ({"confined": True} if self.place.confined else {})
+        told = {"confined": self.place.confined, "left_out": dict(self.place.left_out)}
+        return {"root": self.root.path} | {name: value for name, value in told.items() if value}
 
     def missing(self, most: int = CHECKED) -> Missing:
         """Look whether the images are there and may be opened: all files of up to `most`, a sample of more; no addresses."""

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from fromage.checkpoints.format import CONFIG
-from fromage.checkpoints.lightning import last_checkpoint
+from fromage.checkpoints.run_folder import last_checkpoint
 from fromage.checks import check_whole
 from fromage.data.features import check_features
 from fromage.data.image_source import FileStamp, ImageBatch, ImageSample, ImageSource, find_images, is_shards

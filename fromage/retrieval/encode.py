@@ -149,8 +149,9 @@ def check_lost(lost: list[tuple[str, Path]], count: int, max_lost: float) -> Non
     """Raise UserError where more than the share max_lost of `count` images is lost, or all of them."""
     if lost and (len(lost) > max_lost * count or len(lost) == count):
         some = first_few([f"{path} ({cause})" for cause, path in lost])
+        much = "all" if len(lost) == count else f"more than {max_lost:.0%}"
         raise UserError(
-            f"{len(lost)} of {count} images cannot be had, more than {max_lost:.0%}: {some}"
+            f"{len(lost)} of {count} images cannot be had, {much}: {some}"
             f"; name their folder, or allow more by --max-lost (data.max_lost in training)"
         )
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -71,12 +71,14 @@ class Place:
         own: whether the index was built here, so that what it says is the user's word (fromage.retrieval.trust).
         confined: whether its files are opened within the root alone even so: it was imported.
         within: the folder that a file must lie in to be opened; None for any.
+        left_out: stored path of a file that is no image -> size, time of change and cause, as sync found it.
     """
 
     root: ImageRoot | None = None
     own: bool = True
     confined: bool = False
     within: str | None = None
+    left_out: Mapping[str, str] = field(default_factory=dict)
 
 
 def common_root(paths: Iterable[pa.Array]) -> str:

@@ -121,6 +121,9 @@ def read_about(folder: Path) -> dict[str, Any]:
     root = about.get("root", "")
     if not isinstance(root, str) or (root and not Path(root).is_absolute()) or "\0" in root:
         raise INDEX.unreadable(folder, f"root is {root!r:.40}, no absolute folder")
+    left_out = about.get("left_out", {})
+    if not isinstance(left_out, dict) or not all(isinstance(value, str) for value in left_out.values()):
+        raise INDEX.unreadable(folder, "left_out is no object of texts")
     return about
 
 

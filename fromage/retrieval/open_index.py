@@ -58,12 +58,13 @@ def place_of(folder: Path, about: dict[str, Any], images: str | Path | None = No
 
     Those of an index from elsewhere are opened in its own folder alone, unless the user names another.
     """
-    own, confined = is_sealed(about), bool(about.get("confined"))
+    own, confined, left_out = is_sealed(about), bool(about.get("confined")), about.get("left_out", {})
     if images is not None:
         where = str(Path(images).absolute())
-        return Place(ImageRoot(where), own, confined, where)
+        return Place(ImageRoot(where), own, confined, where, left_out)
     root = ImageRoot(about.get("root", ""))
-    return Place(root, own, confined, (root.path if own else "") or str(folder) if confined or not own else None)
+    within = (root.path if own else "") or str(folder) if confined or not own else None
+    return Place(root, own, confined, within, left_out)
 
 
 def open_index(

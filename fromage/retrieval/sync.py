@@ -1,7 +1,8 @@
 """An index brought up to date with its folder: what is new is added, what has changed is embedded again, what is gone goes.
 
 A file has changed where its content has: size and time of change are looked at first, then a digest. What is embedded is
-kept beside the index until the index is written, so that a run which was killed goes on where it was.
+kept beside the index until the index is written, so that a run which was killed goes on where it was. Files that are no
+images are remembered in index.json with size and time of change, and tried again once these differ.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ from fromage.retrieval.index_folder import read_about
 from fromage.retrieval.item_table import Embedded, ItemTable, encoded, to_batch
 from fromage.retrieval.open_index import load_index
 from fromage.retrieval.trust import is_sealed, secret
+
+UNDECODABLE = "undecodable image"
 
 
 class Synced(NamedTuple):
@@ -103,19 +106,25 @@ def _synced(
         raise UserError(f"{folder}: none of its images is in {where}; name their folder, or build one: fromage index build")
     if not found.strange:  # all files that it names were found here
         index.set_place(replace(index.place, own=True, confined=False))
-    broken: list[str] = []
+    known = _known(index, found.new)
+    broken = [f"{path}: {cause}" for path, (_, cause) in known.items()]
+    bad: dict[str, str] = {}
+    odd: dict[str, str] = {}
     fresh: list[Iterator[Embedded]] = []
     beside = folder.with_name(f".{folder.name}.{index.fingerprint}.sync")
-    if todo := sorted([*found.new, *found.changed]):
+    if todo := sorted({*found.new, *found.changed} - known.keys()):
+        was = {path: _stamp(path) for path in todo}  # before they are read
         store = _embed(index, todo, where, model, captions, beside, batch_size, workers)
-        broken, fresh = store.broken(), [unit_rows(store)]
+        bad, fresh = _bad(store.broken(), {*todo}), [unit_rows(store)]
+        broken += store.broken()
+        odd = _remembered(bad, was, root)
     gone = [*found.deleted, *found.changed, *found.touched]
-    if gone or len(todo) > len(broken) or _stale(folder, index, root):
+    index.set_place(replace(index.place, left_out={_key(path, root): " ".join(said) for path, said in known.items()} | odd))
+    if gone or len(todo) > len(bad) or odd or _stale(folder, index, root):
         rows = chain(_touched(index, found.touched), *fresh)
         index = index.change(folder, pa.array(encoded(gone), pa.binary()), rows, root)
     shutil.rmtree(beside, ignore_errors=True)
-    bad = _bad(broken, {*todo})
-    new, changed = (sum(path not in bad for path in paths) for paths in (found.new, found.changed))
+    new, changed = (sum(path not in bad | known for path in paths) for paths in (found.new, found.changed))
     return index, Synced(new, changed, len(found.deleted), found.same + len(found.touched), broken)
 
 
@@ -188,10 +197,44 @@ def _embed(
     return embed_source(made, source, beside, batch_size, workers)
 
 
-def _bad(broken: list[str], paths: set[str]) -> set[str]:
-    """The paths that lines 'path: cause' are about."""
+def _bad(broken: list[str], paths: set[str]) -> dict[str, str]:
+    """What lines 'path: cause' say of which paths."""
     pieces = (line.split(": ") for line in broken)
-    return {path for piece in pieces for n in range(1, len(piece)) if (path := ": ".join(piece[:n])) in paths}
+    return {
+        path: ": ".join(piece[n:])
+        for piece in pieces
+        for n in range(1, len(piece))
+        if (path := ": ".join(piece[:n])) in paths
+    }
+
+
+def _key(path: str, root: ImageRoot) -> str:
+    """The name of a file that is left out, in index.json."""
+    return root.store(os.fsencode(path)).decode("utf-8", "backslashreplace")
+
+
+def _stamp(path: str) -> str:
+    """Size and time of change of a file as it is now; '' where it is gone."""
+    try:
+        return "{} {}".format(*FileStamp.of(os.stat(path)))  # noqa: PTH116
+    except OSError:
+        return ""
+
+
+def _known(index: ImageIndex, paths: list[str]) -> dict[str, tuple[str, str]]:
+    """The files that an earlier sync found to be no images, and which are as they were then: their stamps and why."""
+    known = {}
+    for path in paths if index.place.left_out else ():
+        size, _, rest = index.place.left_out.get(_key(path, index.root), "").partition(" ")
+        changed, _, cause = rest.partition(" ")
+        if cause and _stamp(path) == f"{size} {changed}":
+            known[path] = f"{size} {changed}", cause
+    return known
+
+
+def _remembered(bad: dict[str, str], was: dict[str, str], root: ImageRoot) -> dict[str, str]:
+    """What is kept of files that cannot be decoded; one that cannot be read may be tomorrow, without any change to it."""
+    return {_key(path, root): f"{was[path]} {cause}" for path, cause in bad.items() if cause.startswith(UNDECODABLE)}
 
 
 def _touched(index: ImageIndex, touched: dict[str, Item]) -> Iterator[Embedded]:

@@ -123,6 +123,8 @@ async def _refused(request: Request, error: Exception) -> Response:
 async def _malformed(request: Request, error: Any) -> Response:
     """The first faults, without the input itself, which may be large, and no JSON."""
     faults = [{key: fault[key] for key in ("loc", "msg", "type")} for fault in error.errors()[:FAULTS]]
+    for fault in faults:
+        fault["msg"] = fault["msg"].removeprefix("Value error, ")  # pydantic's, in front of what a check of ours says
     return _json({"detail": faults}, 422)
 
 

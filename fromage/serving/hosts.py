@@ -1,7 +1,8 @@
 """Which names a server answers to: a web page elsewhere must not talk to it through a visitor's browser.
 
 A browser sends the name it looked up as Host, and the page's own origin as Origin. A page can have its name resolve to this
-machine (DNS rebinding), but it cannot make a browser send an IP address or localhost in its place.
+machine (DNS rebinding), but it cannot make a browser send an IP address or localhost as Host in its place. As Origin it can:
+it may lie at an IP address itself. So an origin is ours where it is local, allowed, or the host that the request is for.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ VARIABLE = "FROMAGE_ALLOWED_HOSTS"  # further names, with commas between, such a
 
 
 class HostGuard:
-    """ASGI middleware: 403 where Host or Origin is a name that is neither local nor allowed. IP addresses always pass."""
+    """ASGI middleware: 403 where Host or Origin is neither local nor allowed. IP addresses pass as Host."""
 
     def __init__(self, app: Any, host: str) -> None:
         """host: the name or address that the server listens at; it is allowed."""
@@ -28,23 +29,16 @@ class HostGuard:
         """Pass a request on, or refuse it."""
         if scope["type"] in ("http", "websocket"):
             headers = dict(scope["headers"])
-            hosts = [f"//{headers.get(b'host', b'').decode('latin-1')}"]
-            hosts += [headers[b"origin"].decode("latin-1")] if b"origin" in headers else []
-            if not all(self._known(host) for host in hosts):
+            host = _name(f"//{headers.get(b'host', b'').decode('latin-1')}")
+            origin = _name(headers[b"origin"].decode("latin-1")) if b"origin" in headers else host
+            address = _address(host) is not None
+            if not (address or self._known(host)) or not (origin == host or self._known(origin)):
                 return await self._refuse(scope, send)
         return await self.app(scope, receive, send)
 
-    def _known(self, address: str) -> bool:
-        try:
-            name = (urlsplit(address).hostname or "").rstrip(".")
-        except ValueError:
-            return False
-        if name in self.allowed or name.endswith(".localhost"):
-            return True
-        try:
-            return bool(ipaddress.ip_address(name))
-        except ValueError:
-            return False
+    def _known(self, name: str) -> bool:
+        address = _address(name)
+        return name in self.allowed or name.endswith(".localhost") or (address is not None and address.is_loopback)
 
     async def _refuse(self, scope: Any, send: Any) -> None:
         if scope["type"] == "websocket":
@@ -53,3 +47,18 @@ class HostGuard:
         headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
         await send({"type": "http.response.start", "status": 403, "headers": headers})
         return await send({"type": "http.response.body", "body": body})
+
+
+def _name(address: str) -> str:
+    """The host of an address, '' where there is none."""
+    try:
+        return (urlsplit(address).hostname or "").rstrip(".")
+    except ValueError:
+        return ""
+
+
+def _address(name: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    try:
+        return ipaddress.ip_address(name)
+    except ValueError:
+        return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 
 from fromage.toy.scenes import PLACES, SIZES, Scene, Thing
 
@@ -18,6 +19,7 @@ MOST: dict[str, Callable[[Thing], float]] = {
     "biggest": lambda thing: SIZES[thing.size],
     "smallest": lambda thing: -SIZES[thing.size],
 }
+BY_SIZE = ("biggest", "smallest")  # of MOST, those that looks alone decide
 ATTRIBUTES = ("shape", "colour", "size", "place")
 SHARES = {"plain": 10, "two": 40, "relation": 40, "most": 10}  # how often each kind is tried; plain ones fit most often
 TRIES = 12  # kinds tried per expression
@@ -82,6 +84,29 @@ def expression(scene: Scene, index: int, rng: random.Random) -> str:
     return words(meaning_of(scene, index, rng))
 
 
+def by_looks(scene: Scene, index: int, rng: random.Random) -> str | None:
+    """A phrase that means object `index` and no other by colour, size and shape alone; None where looks do not suffice."""
+    thing = scene.things[index]
+    parts = product((thing.shape, None), (thing.colour, None), (thing.size, None), (None, *BY_SIZE))
+    said = [Meaning(shape, colour, size, most=most) for shape, colour, size, most in parts]
+    exact = [meaning for meaning in said if is_exact(meaning, index, scene.things)]
+    return words(rng.choice(exact)) if exact else None
+
+
+def at_length(scene: Scene, index: int, rng: random.Random) -> str:
+    """A phrase that means object `index` and no other: all of its looks, and its relation to another or its place."""
+
+    def looks(thing: Thing) -> Meaning:
+        return Meaning(thing.shape, thing.colour, thing.size)
+
+    thing, others = scene.things[index], [other for i, other in enumerate(scene.things) if i != index]
+    said = [replace(looks(thing), place=thing.place)]
+    for other in others:
+        relations = [name for name in RELATIONS if related(thing, name, other)]
+        said += [replace(looks(thing), relation=name, anchor=looks(other)) for name in relations]
+    return words(rng.choice([meaning for meaning in said if meant_by(meaning, scene.things) == (index,)]))
+
+
 def meaning_of(
     scene: Scene, index: int, rng: random.Random, shares: Mapping[str, int] = SHARES, unsaid: str | None = None
 ) -> Meaning:
@@ -101,7 +126,7 @@ def meaning_of(
 
 
 def _says(meaning: Meaning, what: str) -> bool:
-    by_size = what == "size" and meaning.most in ("biggest", "smallest")
+    by_size = what == "size" and meaning.most in BY_SIZE
     return bool(by_size or getattr(meaning, what) or (meaning.anchor and _says(meaning.anchor, what)))
 
 

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import pickle
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree as ET
 
 from fromage.octopus.boxes import share, spelled
-from fromage.toy.expressions import Meaning, expression, meaning_of, words
+from fromage.toy.expressions import Meaning, at_length, by_looks, expression, meaning_of, words
 from fromage.toy.language import WHEN, caption
-from fromage.toy.masks import categories, instance
+from fromage.toy.masks import categories, category, instance
 from fromage.toy.questions import COUNTS, Answer, turns
 from fromage.toy.scenes import PIXELS, Mark, Scene
 from fromage.toy.writers import CAPTIONS, Paint, coco_header, coco_image, write_images, write_json
@@ -56,29 +56,45 @@ def write_refcoco(out: Path, scenes: dict[str, list[Scene]], rng: random.Random,
     jobs = [(draft.scene, draft.number) for draft in drafts]
     marks = write_images(out / IMAGES, [f"{draft.stem}.jpg" for draft in drafts], jobs, paint)
     shown = [Shown(draft.number, draft.split, draft.scene, found) for draft, found in zip(drafts, marks, strict=True)]
-    annotations: list[dict[str, Any]] = []
-    refs: list[dict[str, Any]] = []
-    first = 0  # the next sentence's number
-    for one in shown:
-        for index, (thing, mark) in enumerate(zip(one.scene.things, one.marks, strict=True)):
-            note = instance(ann := len(annotations) + 1, one.number, thing, mark)
-            annotations.append(note)
-            said = _sentences(one.scene, index, rng, first)
-            ref = {"ref_id": len(refs), "ann_id": ann, "image_id": one.number, "category_id": note["category_id"]}
-            ref |= {"split": one.split, "file_name": f"{one.stem}_{ann}.jpg"}
-            refs.append(ref | {"sentences": said, "sent_ids": [s["sent_id"] for s in said]})
-            first += len(said)
+    pairs = [(one.number, *pair) for one in shown for pair in zip(one.scene.things, one.marks, strict=True)]
+    annotations = [instance(ann, *pair) for ann, pair in enumerate(pairs, 1)]
     images = [coco_image(one.number, f"{one.stem}.jpg", one.scene) for one in shown]
     content = {"images": images, "annotations": annotations, "categories": categories()}
     write_json(out / "refcoco" / "instances.json", coco_header("toy world, referring expressions") | content)
-    (out / "refcoco" / "refs(unc).p").write_bytes(pickle.dumps(refs, protocol=2))
+    write_refs(out / "refcoco" / "refs(unc).p", shown, lambda scene, index: expression(scene, index, rng))
     return shown
 
 
-def _sentences(scene: Scene, index: int, rng: random.Random, first: int) -> list[dict[str, Any]]:
-    """Up to three different expressions for one object, as RefCOCO's sentences numbered from `first`."""
-    texts = list(dict.fromkeys(expression(scene, index, rng) for _ in range(3)))
-    return [{"raw": t, "sent": t, "tokens": t.split(), "sent_id": n} for n, t in enumerate(texts, first)]
+def write_refcoco_plus_and_g(out: Path, shown: Sequence[Shown], rng: random.Random) -> None:
+    """RefCOCO+, which tells objects apart by their looks alone, and RefCOCOg, which describes them at length.
+
+    Both are about the images and instances of RefCOCO. Objects that looks do not tell apart are not in RefCOCO+.
+    """
+    write_refs(out / "refcoco+" / "refs(unc).p", shown, lambda scene, index: by_looks(scene, index, rng))
+    write_refs(out / "refcocog" / "refs(umd).p", shown, lambda scene, index: at_length(scene, index, rng), tries=1)
+
+
+def write_refs(path: Path, shown: Sequence[Shown], say: Callable[[Scene, int], str | None], tries: int = 3) -> None:
+    """A file of references: for each object up to so many different expressions, where it can be said at all."""
+    refs: list[dict[str, Any]] = []
+    first = ann = 0  # the next sentence's number, and the last annotation's
+    for one in shown:
+        for index, thing in enumerate(one.scene.things):
+            ann += 1
+            texts = dict.fromkeys(text for text in (say(one.scene, index) for _ in range(tries)) if text)
+            said = [{"raw": t, "sent": t, "tokens": t.split(), "sent_id": n} for n, t in enumerate(texts, first)]
+            first += len(said)
+            ref: dict[str, Any] = {
+                "ref_id": len(refs),
+                "ann_id": ann,
+                "image_id": one.number,
+                "category_id": category(thing),
+            }
+            ref |= {"split": one.split, "file_name": f"{one.stem}_{ann}.jpg"}
+            if said:
+                refs.append(ref | {"sentences": said, "sent_ids": [s["sent_id"] for s in said]})
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(pickle.dumps(refs, protocol=2))
 
 
 def write_entities(out: Path, shown: Sequence[Shown], rng: random.Random) -> None:

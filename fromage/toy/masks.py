@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import groupby
 from typing import Any
 
+import numpy as np
 from PIL import Image, ImageDraw
 
+from fromage.octopus.segments import run_lengths
 from fromage.toy.scenes import PIXELS, SHAPES, Mark, Polygon, Thing
 
 
@@ -16,10 +17,15 @@ def categories() -> list[dict[str, Any]]:
     return [{"id": n, "name": shape, "supercategory": "shape"} for n, shape in enumerate(SHAPES, 1)]
 
 
+def category(thing: Thing) -> int:
+    """The id of an object's category."""
+    return SHAPES.index(thing.shape) + 1
+
+
 def instance(number: int, image_id: int, thing: Thing, mark: Mark) -> dict[str, Any]:
     """An annotation of instances.json. area: of the mask, in square pixels, as in COCO."""
     area = round(_area(mark.outline[0]) - sum(map(_area, mark.outline[1:])), 2)
-    entry = {"id": number, "image_id": image_id, "category_id": SHAPES.index(thing.shape) + 1}
+    entry = {"id": number, "image_id": image_id, "category_id": category(thing)}
     return entry | {"bbox": mark.box, "area": area, "iscrowd": 0, "segmentation": segmentation(mark.outline)}
 
 
@@ -31,9 +37,7 @@ def segmentation(outline: Sequence[Polygon]) -> list[list[float]] | dict[str, li
     canvas = ImageDraw.Draw(mask)
     for place, polygon in enumerate(outline):
         canvas.polygon(polygon, fill=int(place == 0))
-    columns = mask.transpose(Image.Transpose.TRANSPOSE).tobytes()  # COCO counts down the columns
-    runs = [(bit, len(list(some))) for bit, some in groupby(columns)]
-    return {"size": [PIXELS, PIXELS], "counts": [0] * runs[0][0] + [length for _, length in runs]}
+    return run_lengths(np.asarray(mask, bool))
 
 
 def _area(polygon: Polygon) -> float:

@@ -119,6 +119,7 @@ def _write(out: Path, seed: int, counts: dict[str, int], progress: bool) -> None
         writers.write_flickr30k(out, "val", scenes["val"][:FLICKR], _rng(seed, "flickr30k"), paint)
         referred = {s: sample_scenes(_rng(seed, "refs", s), s, refs, sample_crowded_scene) for s in SPLITS}
         shown = grounding.write_refcoco(out, referred, _rng(seed, "refcoco"), paint)
+        grounding.write_refcoco_plus_and_g(out, shown, _rng(seed, "refcoco+"))
         grounding.write_entities(out, shown, _rng(seed, "entities"))
         grounding.write_llava(out, shown, captioned, _rng(seed, "llava"))
         yes_no.write_attributes(out, shown, _rng(seed, "pope"))  # a name of before, so that the questions stay the same

@@ -21,7 +21,7 @@ from lightning_fabric.plugins.io.torch_io import TorchCheckpointIO
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
-from fromage.checkpoints.lightning import BEFORE, LAST, last_checkpoint
+from fromage.checkpoints.run_folder import BEFORE, LAST, last_checkpoint
 from fromage.checkpoints.safe_pickle import read_pickle
 from fromage.errors import UserError
 from fromage.io import WholeFile

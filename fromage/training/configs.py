@@ -102,4 +102,5 @@ def _config(name: str) -> str:
 
 def near(word: str, known: Iterable[str], front: str = "") -> str:
     """A question whether something known was meant, or nothing."""
-    return "".join(f"; did you mean {front}{match}?" for match in get_close_matches(word, list(known), n=1))
+    names = {name.lower(): name for name in known}
+    return "".join(f"; did you mean {front}{names[match]}?" for match in get_close_matches(word.lower(), names, n=1))

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import argparse
 import logging
-import re
 import sys
 import warnings
-from importlib import import_module
-from inspect import signature
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fromage.checks import check_real, check_whole
 from fromage.errors import UserError
-from fromage.training.configs import near, with_configs_found
+from fromage.training.configs import with_configs_found
+from fromage.training.option_errors import class_of
+from fromage.training.option_errors import told as told_of_option
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
 
-SECTIONS = ("model", "data", "trainer", "ckpt_path", "seed_everything", "optimizer", "lr_scheduler")  # of a configuration
 FITTING = ("fit", "validate", "test", "predict")
 
 
@@ -34,7 +34,8 @@ def fitting(argv: list[str]) -> None:
     from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
     from pytorch_lightning.utilities.exceptions import MisconfigurationException, SIGTERMException
 
-    from fromage.checkpoints.lightning import checkpoint_file, read_checkpoint
+    from fromage.checkpoints.lightning import read_checkpoint
+    from fromage.checkpoints.run_folder import checkpoint_file
     from fromage.io import disk_error
     from fromage.training import runs
     from fromage.training.checkpoint_io import INTERRUPTED
@@ -46,13 +47,14 @@ def fitting(argv: list[str]) -> None:
         """Looks at the checkpoint before anything is loaded, and lets options count, not the checkpoint's own ones."""
 
         def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-            parser.add_argument("--overwrite", action="store_true", help="replace the checkpoints of another run")
+            parser.add_argument("--overwrite", action="store_true", help="replace another run's checkpoints, or predictions")
 
         def _parse_ckpt_path(self) -> None:
             pass
 
         def before_instantiate_classes(self) -> None:
             config = self.config[self.subcommand]
+            check_trainer(config.trainer)
             if config.ckpt_path == "last":
                 config.ckpt_path = str(runs.newest(config) or "last")  # a damaged one is noticed when it is loaded
             elif config.ckpt_path and config.ckpt_path not in ("best", "hpc", "registry"):
@@ -65,14 +67,14 @@ def fitting(argv: list[str]) -> None:
             try:
                 named = self.config_init[self.subcommand].trainer.strategy
                 if isinstance(named, str) and "." in named:  # which Lightning would take for a name of its own
-                    kwargs["strategy"] = _class(named)()
+                    kwargs["strategy"] = class_of(named)()
                 return super().instantiate_trainer(**kwargs)
             except (TypeError, ValueError) as error:  # of an option of the trainer
                 raise MisconfigurationException(str(error)) from error
 
         def after_instantiate_classes(self) -> None:
             trainers.append(self.trainer)
-            for callback in self.trainer.checkpoint_callbacks:
+            for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
                 if self.config[self.subcommand].overwrite and hasattr(callback, "overwrite"):
                     callback.overwrite = True
 
@@ -97,7 +99,7 @@ def fitting(argv: list[str]) -> None:
             args=words,
         )
     except argparse.ArgumentError as error:
-        raise UserError(_told(error, argv[0])) from error
+        raise UserError(f"{told_of_option(error)} (fromage {argv[0]} --help)") from error
     except MisconfigurationException as error:
         raise UserError(f"{' '.join(str(error).split())[:500]} (fromage {argv[0]} --help)") from error
     except ValueError as error:  # jsonargparse's, around what a model's or data module's own check said
@@ -121,6 +123,18 @@ def fitting(argv: list[str]) -> None:
         raise KeyboardInterrupt(*map(_stopped, trainers)) from None
 
 
+def check_trainer(options: Any) -> None:
+    """Raise UserError for options of the trainer that it takes without a look, and fails of later."""
+    if not hasattr(options, "accumulate_grad_batches"):
+        raise UserError(f"trainer is {options!r:.60}; it must be a mapping of the trainer's options")
+    check_whole("trainer.accumulate_grad_batches", options.accumulate_grad_batches, 1)
+    for name, least in {"check_val_every_n_epoch": 1, "log_every_n_steps": 0, "num_sanity_val_steps": -1}.items():
+        if (value := options[name]) is not None:
+            check_whole(f"trainer.{name}", value, least)
+    if options.gradient_clip_val is not None:
+        check_real("trainer.gradient_clip_val", options.gradient_clip_val, 0, inf)
+
+
 def _is_told(record: logging.LogRecord) -> bool:
     return not any(noise in record.getMessage() for noise in ("litlogger", "Received SIGTERM"))
 
@@ -138,7 +152,7 @@ def _left(trainer: pl.Trainer) -> list[str]:
 
 def _stopped(trainer: pl.Trainer) -> str:
     """Where a fit that was stopped can be gone on with."""
-    from fromage.checkpoints.lightning import last_checkpoint
+    from fromage.checkpoints.run_folder import last_checkpoint
 
     saver: Any = trainer.checkpoint_callback
     found = last_checkpoint(Path(saver.dirpath)) if saver and saver.dirpath else None
@@ -147,43 +161,3 @@ def _stopped(trainer: pl.Trainer) -> str:
     step = getattr(trainer.strategy.checkpoint_io, "steps", {}).get(found)
     what = f"saved {found}" if step == trainer.global_step else f"the last checkpoint is {found}"
     return f"{what}{'' if step is None else f' (step {step})'}; the same command with --ckpt_path last goes on"
-
-
-def _told(error: argparse.ArgumentError, command: str) -> str:
-    """What was wrong, in a line, and the option that was probably meant."""
-    said = " ".join(str(error).split())
-    unknown = re.search(r"Problem with given class_path '([\w.]+)': Option '([\w.]+)' is not accepted", said)
-    if unknown:
-        section = "model" if 'key "model"' in said else "data"
-        said = f"{section}.{unknown[2]}: {unknown[1]} has no such option" + near(
-            unknown[2], _options(unknown[1]), f"--{section}."
-        )
-    elif unknown := re.search(r"(?:unrecognized arguments: --|does not accept option ')(\w+)(\.\w+)?", said):
-        section, option = unknown[1], (unknown[2] or "")[1:]
-        said = f"{section}{unknown[2] or ''}: there is no such option"
-        if section == "trainer":
-            said += near(option, _options("pytorch_lightning.Trainer"), "--trainer.")
-        else:
-            said += near(section, SECTIONS, "--")
-    elif unknown := re.search(r"module '([\w.]+)' has no attribute '(\w+)'", said):
-        said = f"class_path {_no_class(unknown[1], unknown[2])}"
-    return f"{said[:500]} (fromage {command} --help)"
-
-
-def _class(path: str) -> Any:
-    """A class by its path. Raises UserError where there is none."""
-    module, _, name = path.rpartition(".")
-    try:
-        return getattr(import_module(module), name)
-    except ImportError as error:
-        raise UserError(f"{path}: there is no module {module}; name a class by its path") from error
-    except AttributeError as error:
-        raise UserError(_no_class(module, name)) from error
-
-
-def _no_class(module: str, name: str) -> str:
-    return f"{module}.{name}: there is no such class" + near(name, dir(import_module(module)), f"{module}.")
-
-
-def _options(class_path: str) -> list[str]:
-    return list(signature(_class(class_path)).parameters)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import time
 import warnings
+from math import inf
 from typing import Any, Literal
 
 import numpy as np
@@ -14,7 +15,9 @@ import torch.distributed as dist
 from PIL import Image
 from torch import Tensor
 
+from fromage.checkpoints.format import dtype_name
 from fromage.checkpoints.lightning import PREFIX, trained_state
+from fromage.checks import check_real, check_whole
 from fromage.data.batches import Batch
 from fromage.errors import UserError
 from fromage.generation.generate import caption_images
@@ -31,6 +34,17 @@ from fromage.training.reference_step import StepOutput, Weights, image_features,
 
 FREEZING = ("freeze_temperature", "captioning_weight", "retrieval_weight", "pooling")  # options that decide what is trained
 SHOWN_FROM = 200  # images of the validation set that the logged searches rank
+
+
+def _check(h: Any) -> None:
+    """Raise UserError for options that no model can have, before a tower is loaded."""
+    for name, least in {"k": 1, "q": 1, "warmup_steps": 0, "decay_steps": 0, "shown": 0}.items():
+        check_whole(f"model.{name}", h[name], least)
+    for name, most in {"lr": inf, "eps": inf, "pairing": 1}.items():
+        check_real(f"model.{name}", h[name], 0, most)
+    for beta in h.betas:
+        check_real("model.betas", beta, 0, 1)
+    dtype_name(h.dtype)
 
 
 class FromageModule(pl.LightningModule):
@@ -110,6 +124,7 @@ class FromageModule(pl.LightningModule):
         step = present_step(step)  # type: ignore[assignment]  # also of a checkpoint
         self.save_hyperparameters()
         self.h: Any = self.hparams
+        _check(self.h)
         if not (captioning_weight >= 0 and retrieval_weight >= 0 and captioning_weight + retrieval_weight > 0):
             raise UserError("model.captioning_weight and model.retrieval_weight: choose numbers from 0 on, not both 0")
         if chunk < 0:

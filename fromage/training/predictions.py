@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 from pytorch_lightning.callbacks import BasePredictionWriter
 from torch import Tensor
 
-from fromage.io import WholeFile
+from fromage.io import WholeFile, check_new
 
 FILE = "predictions.parquet"
 
@@ -26,6 +26,11 @@ class PredictionWriter(BasePredictionWriter):
         self.file: WholeFile | None = None
         self.writer: pq.ParquetWriter | None = None
         self.rows = 0
+        self.overwrite = False
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Raise UserError where a file of predictions is there already, before the model is loaded."""
+        check_new(_path(trainer), self.overwrite)
 
     def write_on_batch_end(self, trainer: Any, pl_module: Any, prediction: Any, *which: Any) -> None:
         """Write a batch."""
@@ -33,8 +38,7 @@ class PredictionWriter(BasePredictionWriter):
             return
         table = pa.table({name: _column(value) for name, value in prediction.items()})
         if self.writer is None:
-            name = FILE if trainer.world_size == 1 else f"{Path(FILE).stem}-{trainer.global_rank}.parquet"
-            self.file = WholeFile(Path(trainer.log_dir or trainer.default_root_dir) / name)
+            self.file = WholeFile(_path(trainer))
             self.writer = pq.ParquetWriter(self.file.__enter__(), table.schema)
         self.writer.write_table(table)
         self.rows += len(table)
@@ -51,6 +55,11 @@ class PredictionWriter(BasePredictionWriter):
         if self.writer and self.file:
             self.writer.close()
             self.file.discard()
+
+
+def _path(trainer: Any) -> Path:
+    name = FILE if trainer.world_size == 1 else f"{Path(FILE).stem}-{trainer.global_rank}.parquet"
+    return Path(trainer.log_dir or trainer.default_root_dir) / name
 
 
 def _column(value: Any) -> Any:

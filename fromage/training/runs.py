@@ -13,7 +13,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from fromage.checkpoints.lightning import last_checkpoint
+from fromage.checkpoints.run_folder import last_checkpoint
 from fromage.locks import held
 from fromage.training.checkpoint_io import check_free, goes_on
 

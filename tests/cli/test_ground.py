@@ -15,17 +15,25 @@ from fromage.cli.find import as_json
 from fromage.cli.main import main
 from fromage.cli.talk import Opening
 from fromage.errors import UserError
+from fromage.models.prompts import embed_prompts
 from fromage.octopus.answers import Grounded, read_text
-from fromage.octopus.decoding import instruction
+from fromage.octopus.decoding import grounded, instruction
 from fromage.octopus.drawing import COLOURS, OTHERS, SIDE, draw_answer
+from fromage.octopus.model import alone
+from fromage.octopus.module import load_octopus
 
 LEFT, RIGHT, ALL, EDGE = (0.1, 0.25, 0.4, 0.75), (0.6, 0.25, 0.9, 0.75), (0.0, 0.0, 1.0, 1.0), (0.99, 0.99, 1.0, 1.0)
-FOUND = [(RIGHT, 0.9), (LEFT, 0.4), (ALL, 0.3), (EDGE, 0.2)]
+FOUND = [(RIGHT, 0.9), (LEFT, 0.8), (ALL, 0.7), (EDGE, 0.6)]
 
 
 @pytest.fixture(scope="module")
 def ckpt(tmp_path_factory):
     return str(save_untrained(tmp_path_factory.mktemp("octopus") / "last.ckpt"))
+
+
+@pytest.fixture(scope="module")
+def segmenting(tmp_path_factory):
+    return str(save_untrained(tmp_path_factory.mktemp("masks") / "last.ckpt", mask_scale=4))
 
 
 @pytest.fixture
@@ -72,16 +80,16 @@ def test_other_candidates_are_thin_and_as_many_as_asked():
 
     answer = Grounded("", [LEFT], FOUND, [1])
     assert [OTHERS in colours(draw_answer(image, answer, top)) for top in (0, 1)] == [False, True]
-    assert grey(1, answer) < grey(2, answer) < grey(3, answer) == grey(9, answer)
+    assert grey(1, answer) < grey(2, answer) < grey(3, answer) == grey(9, answer) == grey(None, answer)
     assert grey(9, Grounded("", [], FOUND)) > grey(9, answer), "where nothing is pointed at there are candidates still"
-    assert OTHERS not in colours(draw_answer(image, Grounded("", [LEFT], [(LEFT, 0.99), (ALL, 0.004)])))
+    assert OTHERS not in colours(draw_answer(image, Grounded("", [LEFT], [(LEFT, 0.99), (ALL, 0.49)])))
     assert OTHERS not in colours(draw_answer(image, read_text("[0.100,0.250,0.400,0.750]")))
 
 
 def test_boxes_in_pixels():
     told = as_json(Grounded("a star<d1>", ["a star", LEFT], FOUND, [1]), (200, 100))
-    assert told["boxes"] == [{"box": [20, 25, 80, 75], "score": 0.4}] and told["words"] == "a star"
-    assert [each["score"] for each in told["candidates"]] == [0.9, 0.4, 0.3, 0.2]
+    assert told["boxes"] == [{"box": [20, 25, 80, 75], "score": 0.8}] and told["words"] == "a star"
+    assert [each["score"] for each in told["candidates"]] == [0.9, 0.8, 0.7, 0.6]
     assert told["candidates"][2]["box"] == [0, 0, 200, 100]
     spelled = as_json(read_text("[0.100,0.250,0.400,0.750]"), (200, 100))
     assert spelled["boxes"] == [{"box": [20, 25, 80, 75], "score": None}] and spelled["candidates"] == []
@@ -117,6 +125,49 @@ def test_an_answer_is_printed_drawn_and_written(ckpt, photo, tmp_path, capsys):
     assert Image.open(tmp_path / "new" / "a.png").size == (800, 400)
 
 
+def test_masks_are_drawn_over_the_image_in_the_colours_of_their_boxes():
+    image, half = Image.new("RGB", (200, 100), "navy"), torch.tensor([[1.0, -1.0], [1.0, -1.0]]).half()
+    answer = Grounded("", [LEFT, RIGHT], FOUND, [1, 0], [half, -half])
+    page, plain = draw_answer(image, answer, 0, masks=True), draw_answer(image, answer, 0)
+    tints = [tuple((a + b) // 2 for a, b in zip(colour, (0, 0, 128), strict=True)) for colour in COLOURS[:2]]
+    for x, tint in ((0.05, tints[0]), (0.95, tints[1])):
+        (colour,) = pixel(page, x, 0.9)
+        assert np.abs(np.subtract(colour, tint)).max() <= 1 and pixel(plain, x, 0.9) == {(0, 0, 128)}
+    assert colours(draw_answer(image, Grounded("", [], []), 0, masks=True)) == {(0, 0, 128)}
+
+
+def test_masks_are_written_as_run_lengths_at_the_size_of_the_image():
+    half = torch.tensor([[1.0, -1.0], [1.0, -1.0]])
+    answer = Grounded("<d1>", [LEFT], FOUND, [1], [half])
+    told = as_json(answer, (200, 100), masks=True)
+    assert told["boxes"][0]["mask"] == {"size": [100, 200], "counts": [0, 100 * 100, 100 * 100]}
+    assert "mask" not in as_json(answer, (200, 100))["boxes"][0]
+    json.dumps(told)
+
+
+def test_ground_with_masks(segmenting, photo, tmp_path, monkeypatch, capsys):
+    from fromage.octopus import decoding
+
+    asked = ["ground", photo, "the star", "--ckpt", segmenting, "--max-new-tokens", "2"]
+    monkeypatch.setattr(decoding, "decode", lambda model, *_: [[model.tokenizer.row_ids[2]]])
+    assert main([*asked, "--mask", "--png", str(tmp_path / "a.png"), "--json"]) == 0
+    (box,) = json.loads(capsys.readouterr().out)["boxes"]
+    assert box["mask"]["size"] == [100, 200] and sum(box["mask"]["counts"]) == 20_000
+    assert main([*asked, "--mask"]) == 0 and f"mask {sum(box['mask']['counts'][1::2])} pixels" in capsys.readouterr().out
+    assert main([*asked, "--json"]) == 0 and "mask" not in json.loads(capsys.readouterr().out)["boxes"][0]
+
+
+def test_masks_are_those_of_the_queries_pointed_at(segmenting, photo):
+    model = load_octopus(segmenting)
+    prompts = embed_prompts(model, [model.prompt(Image.open(photo), "where is the star?")], 4)
+    prefill = model.read(prompts.ids, alone(prompts.mask), prompts.embeds, prompts.features)
+    first = model.tokenizer.row_ids[0]
+    (answer,) = grounded(model, prefill, [[first + 3, first + 1]])
+    for mask, query in zip(answer.masks, (3, 1), strict=True):
+        torch.testing.assert_close(mask, prefill.found.masks[0, query].half())
+    assert grounded(model, prefill, [[]])[0].masks == []
+
+
 def test_without_a_checkpoint_the_toy_one_is_taken(ckpt, photo, monkeypatch, capsys):
     tour = SimpleNamespace(toy_checkpoint=lambda out: asked.append(out) or ckpt)
     asked = []
@@ -147,6 +198,11 @@ def test_what_is_wrong_is_one_line(ckpt, photo, tmp_path, capsys):
         ([photo, "a star", "--ckpt", str(tmp_path / "fromage.ckpt")], "is of FROMAGe, and not of Octopus"),
         ([photo, "star " * 600, "--ckpt", ckpt], "512 of the language model; shorten it"),
         ([photo, "a star", "--ckpt", ckpt, "--png", str(tmp_path)], "ends in .png"),
+        ([photo, "a star", "--ckpt", ckpt, "--mask"], "last.ckpt has no masks; name the checkpoint of a training with"),
+        (
+            [photo, "a star", "--mask"],
+            "the toy Octopus has no masks; name the checkpoint of a training with model.mask_scale",
+        ),
     ):
         assert main(["ground", *words]) == 2
         error = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("loading ")]

@@ -92,6 +92,14 @@ def test_lightnings_other_verbs_take_a_checkpoint(verb, checkpoint, fast, capsys
         assert all(len(row) == 256 for row in table["images"].to_pylist() + table["texts"].to_pylist())
 
 
+def test_predictions_are_not_replaced_without_a_word(fast, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    again = ["predict", *(word for word in fast if word != "--overwrite"), "--trainer.logger=false"]
+    (tmp_path / "predictions.parquet").touch()
+    assert main(again) == 2 and "predictions.parquet: is there already" in capsys.readouterr().err
+    assert main([*again, "--overwrite"]) == 0 and pq.read_table(tmp_path / "predictions.parquet").num_rows == 60
+
+
 def bad(*words):
     """A command line that a user got wrong, in a process of its own: (exit code, stderr)."""
     done = subprocess.run([sys.executable, "-m", "fromage.cli.main", *words], capture_output=True, text=True, timeout=120)
@@ -118,7 +126,8 @@ def test_bad_input_gets_one_line_and_a_code(fast, checkpoint, tmp_path):
         (["fit", *fast, f"--ckpt_path={notes}"], "notes.txt"),
         (["fit", *fast, f"--ckpt_path={tmp_path}/none.ckpt"], "none.ckpt"),
         (["search", "a star", "--index", str(tmp_path / "none")], "none"),
-        (["index", "build", "--ckpt", str(notes), "--images", str(tmp_path), "--out", str(tmp_path / "i")], "notes.txt"),
+        (["index", "build", "--ckpt", str(notes), "--images", str(tmp_path), "--out", str(tmp_path / "i")], "holds neither"),
+        (["export", "--ckpt", str(notes), "--out", str(tmp_path / "i")], "notes.txt"),
     ]
     for words, named in cases:
         code, stderr = bad(*words)

@@ -179,6 +179,7 @@ def test_a_step_keeps_its_old_name_for_a_release(tmp_path):
         (["fit", "--config", "toy.yaml", "--trainer.max_stepz=3"], "did you mean --trainer.max_steps?"),
         (["fit", "--config", "toy.yaml", "--trainer.strategy=fromage.ShardedTower"], "did you mean fromage.ShardedTowers?"),
         (["fit", "--config", "toy.yaml", "--trainer.strategy=nowhere.DDP"], "no module nowhere"),
+        (["fit", "--config", "toy.yaml", "--model.K=3"], "did you mean --model.k?"),
         (["eval", "vost"], "did you mean eval vist?"),
         (["serch"], "did you mean search?"),
         (["index"], "name a command: index embed"),
@@ -258,7 +259,7 @@ def test_options_of_an_answer_come_before_the_models_own():
 
 EARLY = {  # command line: what its only line says, before a heavy library is imported
     "chat --ckpt none.ckpt": "none.ckpt: no such file",
-    "chat --ckpt .": "a folder without config.json",
+    "chat --ckpt .": "holds no checkpoint and no config.json",
     "search x --index nowhere": "nowhere: cannot be read as an index",
     "search x --device cud --index nowhere": "give auto, cpu, cuda or mps",
     "caption gone.jpg": "gone.jpg: no such file",
@@ -271,7 +272,11 @@ EARLY = {  # command line: what its only line says, before a heavy library is im
     "import nowhere --out o": "nowhere: no such file or folder",
     "plan --config nobody.yaml": "configuration nobody.yaml",
     "fit --config nobody.yaml": "configuration nobody.yaml",
-    "demo --port {taken}": "give another --port",
+    "index build --out o --ckpt a/b": "give either --embeddings, or --images with --ckpt",
+    "demo --port {taken}": "(Address already in use); give another --port",
+    "serve --host 192.0.2.1": "give another --host",
+    "shards tsv /etc/hostname --out /proc/x/y": "/proc/x/y: cannot be made",
+    f"features . --out {'x' * 300}": "cannot be made (File name too long)",
     "serve --port {taken}": "give another --port",
     "serve --port 65536": "from 0 to 65535",
     "serve --timeout -1": "give a number from 0 on",
@@ -289,6 +294,41 @@ def test_what_is_wrong_is_told_before_anything_heavy_is_imported(line, tmp_path)
         done = subprocess.run([sys.executable, "-c", program, *words], cwd=tmp_path, capture_output=True, text=True)
     assert done.stdout == "2 []\n" and done.stderr.count("\n") == 1, done.stderr
     assert done.stderr.startswith("fromage: ") and EARLY[line] in done.stderr
+
+
+THERE = {  # what an output folder holds: a command that would replace it
+    "train/00000.tar": "shards tsv {file} --val-fraction 0.1",
+    "00000.tar": "shards coco {file} --images .",
+    "index.json": "index build --images . --ckpt a/b",
+    "config.json": "export --ckpt a/b",
+    "model_args.json": "export --ckpt a/b --format authors",
+    "model.safetensors": "import .",
+}
+
+
+@pytest.mark.parametrize("name", THERE)
+def test_what_is_there_is_refused_before_anything_heavy_is_imported(name, tmp_path):
+    for path in (tmp_path / "out" / name, tmp_path / "file"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("{}")
+    program = (
+        "import sys; from fromage.cli.main import main\n"
+        f"code = main(sys.argv[1:]); print(code, [name for name in {HEAVY!r} if name in sys.modules])"
+    )
+    words = [*THERE[name].format(file="file").split(), "--out", "out"]
+    done = subprocess.run([sys.executable, "-c", program, *words], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout == "2 []\n" and "is there already" in done.stderr and "--overwrite" in done.stderr, done.stderr
+
+
+def test_a_runs_folder_is_a_checkpoint_before_it_is_opened(tmp_path):
+    """In the words of the docs: the last checkpoint of the newest version."""
+    for name in ("version_0", "version_1"):
+        (tmp_path / "run" / name / "checkpoints").mkdir(parents=True)
+    with pytest.raises(UserError, match="holds no checkpoint"):
+        parse(["export", "--ckpt", str(tmp_path / "run"), "--out", "o"])
+    (tmp_path / "run" / "version_0" / "checkpoints" / "last.ckpt").touch()
+    for ckpt in (tmp_path / "run", tmp_path / "run" / "version_0"):
+        assert parse(["export", "--ckpt", str(ckpt), "--out", "o"])[1]["ckpt"] == str(ckpt)
 
 
 def test_what_measures_captions_is_looked_for_at_once(place, monkeypatch, capsys):

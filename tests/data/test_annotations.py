@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 
-from fromage.data.annotations import kind_of
+from fromage.data.annotations import kind_of, odd_allowed
 from fromage.errors import UserError
 from fromage.evals.caption_sets import read_captions
 from fromage.evals.dialogues import read_dialogues, spoken
@@ -111,6 +111,10 @@ def test_a_single_odd_entry_is_told_and_left_out_and_many_refuse_the_file(world,
     content[where] = [content[where][0], *[entry] * 10, *content[where][1:50]]
     path.write_text(json.dumps(content))
     with pytest.raises(UserError, match=r"a\.json: \d+ of \d+ entries are odd .*fetch the file anew"):
+        read(dataset, world, path)
+    with odd_allowed(0.5), pytest.warns(UserWarning, match="and left out"):
+        assert read(dataset, world, path)
+    with odd_allowed(0.01), pytest.raises(UserError, match="allow more by --max-lost"):
         read(dataset, world, path)
 
 

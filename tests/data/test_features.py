@@ -11,7 +11,7 @@ from torch import nn
 
 from fromage.data.batches import Decode, collate
 from fromage.data.datamodule import CC3M
-from fromage.data.features import check_features, from_npy, store_features, to_npy
+from fromage.data.features import check_features, check_source, from_npy, store_features, to_npy
 from fromage.data.shards import Broken, captions_of, decoded, expand, read_shard, read_sizes, write_shards
 from fromage.data.tokenizer import PromptTokenizer
 from fromage.errors import BrokenSample, UserError
@@ -218,6 +218,9 @@ def test_features_of_other_shards_of_the_same_name_are_refused(tmp_path):
     store_features(source, out, Vision(), workers=0)
     with pytest.raises(UserError, match=r"of other shards \(00000\.tar there is of .*/s, here of .*/t\); name another"):
         store_features(shards(tmp_path / "t"), out, Vision(), workers=0)
+    with pytest.raises(UserError, match="of other shards"):
+        check_source(str(tmp_path / "t"), out)
+    check_source(source, out)
     about = out / "features.json"
     about.write_text(json.dumps({k: v for k, v in json.loads(about.read_text()).items() if k != "source"}))
     assert store_features(source, out, Vision(), workers=0) == 0  # as it was written before

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from PIL import Image
 from tiny_octopus import save_untrained
 
@@ -24,6 +25,7 @@ from fromage.octopus.metrics import chance_metrics
 from fromage.octopus.model import Octopus
 from fromage.octopus.module import load_octopus
 from fromage.octopus.sources import Instructions, Pope, RefCOCO
+from fromage.octopus.sources.listed import with_masks
 from fromage.retrieval.encode import Options
 
 A, B, FAR = (0.0, 0.0, 0.5, 0.5), (0.5, 0.5, 1.0, 1.0), (0.9, 0.0, 1.0, 0.1)
@@ -32,7 +34,8 @@ A, B, FAR = (0.0, 0.0, 0.5, 0.5), (0.5, 0.5, 1.0, 1.0), (0.9, 0.0, 1.0, 0.1)
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
     out = tmp_path_factory.mktemp("octopus")
-    return {name: str(save_untrained(out / f"{name}.ckpt", n)) for name, n in (("octopus", 4), ("sequential", 0))}
+    kinds = {"octopus": (4,), "sequential": (0,), "masks": (4, 4)}
+    return {name: str(save_untrained(out / f"{name}.ckpt", *kind)) for name, kind in kinds.items()}
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +104,48 @@ def test_splits_of_one_run_have_figures_of_their_own(octopus, world, answering):
     assert [*report["octopus"]] == [*report["chance"]] == ["val", "train"]
     assert (report["examples"], report["examples_val"], report["examples_train"]) == (10, 4, 6)
     assert report["octopus"]["val"]["seconds"] > 0 and "from image file to answer" in report["protocol"]["seconds"]
+
+
+@pytest.fixture(scope="module")
+def segmenting(checkpoints):
+    return load_octopus(checkpoints["masks"])
+
+
+def test_masks_are_measured_at_the_size_of_the_image_and_not_kept(segmenting, world, answering, monkeypatch):
+    data = refcoco(world, limit=12)
+    with_masks([known := refcoco(world, limit=12)])
+    every = [example.masks[0].pixels() for example in known]
+    left = [torch.arange(w).repeat(h, 1) < w // 2 for h, w in (mask.shape for mask in every)]
+    half = torch.tensor([[1.0, -1.0]])  # what is left of the middle
+    answering(known, lambda e: Grounded("", pieces(e), queries=[0], masks=[half]))
+    kept = []
+    monkeypatch.setattr(evaluating_refcoco, "predict", lambda *given: kept.append(predict(*given)) or kept[-1])
+    figures = evaluate_refcoco(segmenting, data)["octopus"]["val"]
+    areas = [(int((m & s).sum()), int((m | s).sum())) for m, s in zip(every, (mask.numpy() for mask in left), strict=True)]
+    assert figures["mask_ciou"] == pytest.approx(100 * sum(b for b, _ in areas) / sum(e for _, e in areas), abs=1e-3)
+    assert figures["mask_mean_iou"] == pytest.approx(100 * sum(b / e for b, e in areas) / 12, abs=1e-3)
+    assert 30 < figures["box_ciou"] < 100 and all(not answer.masks for _, answer in kept[0].pairs[0])
+    answering(known, lambda e: Grounded("", []))
+    nothing = evaluate_refcoco(segmenting, data)["octopus"]["val"]
+    assert nothing["mask_ciou"] == nothing["mask_mean_iou"] == nothing["box_ciou"] == 0
+
+
+def test_masks_of_a_model_without_are_not_spoken_of(octopus, segmenting, world):
+    plain, own = (evaluate_refcoco(model, refcoco(world, limit=4)) for model in (octopus, segmenting))
+    assert "ciou" not in table(plain) and 0 <= own["octopus"]["val"]["mask_ciou"] <= 100
+    assert "mask_ciou" in table(own) and "at the image's own size" in own["protocol"]["mask_ciou, mask_mean_iou"]
+
+
+def test_published_figures_of_masks_stand_beside_masks_of_refcoco_alone(octopus, segmenting, world, answering, monkeypatch):
+    data = refcoco(world)
+    monkeypatch.setitem(evaluating_refcoco.OFFICIAL, ("val", len(data)), "RefCOCO")
+    for model, published in ((octopus, None), (segmenting, {"val": {"mask_ciou": 63.6}})):
+        answering(data, right)
+        report = evaluate_refcoco(model, data)
+        assert report["paper"].get("Octopus, masks") == published and ("(63.6)" in table(report)) == bool(published)
+    named = evaluating_refcoco.published({"testA": "RefCOCO", "testB": "RefCOCO"}, masks=True)["Octopus, masks"]
+    assert named == {"testA": {"mask_ciou": 66.6}, "testB": {"mask_ciou": 61.3}}
+    assert "Octopus, masks" not in evaluating_refcoco.published({"val": "RefCOCO+"}, masks=True)
 
 
 def test_published_figures_stand_beside_official_splits_alone(octopus, world, answering, monkeypatch):

@@ -120,3 +120,8 @@ def test_fingerprint_follows_the_trained_parameters():
     with torch.no_grad():
         model.logit_scale.add_(0.1)
     assert model.fingerprint() != before
+
+
+def test_an_unknown_pooling_is_refused():
+    with pytest.raises(UserError, match="pooling mean: must be ret or last"):
+        Fromage.load(pooling="mean")

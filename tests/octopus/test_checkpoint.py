@@ -116,7 +116,9 @@ def test_adapters_of_an_earlier_stage_are_none(tmp_path):
         ({"format": "other"}, "another format"), ({"version": 2}, "another format"), ({"format": []}, "another format"),
         ({"without": "lm"}, "no 'lm'"), ({"num_queries": "3"}, "num_queries cannot be '3'"),
         ({"num_queries": True}, "num_queries cannot be True"), ({"split_layer": 1.5}, "split_layer cannot be 1.5"),
-        ({"quantize": "int4"}, "quantize cannot be 'int4'"), ({"masks": True}, "setting 'masks', which this version"),
+        ({"quantize": "int4"}, "quantize cannot be 'int4'"), ({"depths": True}, "setting 'depths', which this version"),
+        ({"mask_scale": 4}, r"of another architecture or version \(recognizer.masks"), ({"mask_scale": 3}, "choose 2, 4, 8"),
+        ({"mask_scale": True}, "mask_scale cannot be True"),
         ({"num_queries": 4}, "of another architecture"), ({"added_tokens": {"<d0>": 1}}, "made for {'<d0>': 1}"),
     ],
 )  # fmt: skip
@@ -169,3 +171,22 @@ def test_push_to_hub_uploads_the_folder(model, monkeypatch):
     ((name, files, loaded),) = seen
     assert (name, files) == ("someone/octopus-toy", {CONFIG, WEIGHTS, CARD})
     assert torch.equal(loaded.queries, model.queries.bfloat16().float())
+
+
+def test_masks_are_stored_and_the_option_with_them(tmp_path):
+    torch.manual_seed(1)
+    model = Octopus.load(**SMALL, mask_scale=4)
+    model.save_pretrained(tmp_path / "saved", dtype="float32")
+    loaded = Octopus.from_pretrained(tmp_path / "saved")
+    assert loaded.masks and loaded.settings["mask_scale"] == 4 and same(model, loaded)
+    assert loaded.fingerprint() == model.fingerprint() != Octopus.load(**SMALL).fingerprint()
+    config = json.loads((tmp_path / "saved" / CONFIG).read_text())
+    del config["mask_scale"]  # as of a folder that was written before there were masks
+    (tmp_path / "saved" / CONFIG).write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"of another architecture or version \(recognizer.masks"):
+        Octopus.from_pretrained(tmp_path / "saved")
+
+
+def test_a_folder_of_before_there_were_masks_has_none(folder, model):
+    loaded = Octopus.from_pretrained(altered(folder, without="mask_scale"))
+    assert not loaded.masks and loaded.settings["mask_scale"] == 0 and loaded.mask_size is None

@@ -5,6 +5,7 @@ import pytest
 import torch
 from torchvision.ops import box_convert, generalized_box_iou
 
+from fromage.octopus.masks import DICE, MASK, mask_losses
 from fromage.octopus.matching import GIOU, L1, SCORE, Objects, match, nearest, set_loss
 from fromage.octopus.recognition import Detections, Recognizer
 
@@ -92,6 +93,24 @@ def test_images_of_which_nothing_is_known_do_not_count():
     more = Objects(torch.cat([objects.boxes, torch.zeros(1, 4, 4)]), [*objects.counts, 0])
     wider = Detections(*(torch.cat([x, x[:, :1]], 1) for x in (found.logits, found.boxes)), found.relay)
     torch.testing.assert_close(set_loss(wider, more)[0], set_loss(found, objects)[0])
+
+
+def test_masks_are_judged_by_those_of_their_matched_objects_where_they_are_known():
+    found, objects = some()
+    torch.manual_seed(1)
+    found = replace(found, masks=torch.randn(3, 4, 6, 7, requires_grad=True))
+    wanted, places = torch.rand(2, 6, 7), torch.tensor([[0, 1], [1, 3]])  # the first image's second, the second's fourth
+    plain, parts = set_loss(found, objects)
+    assert parts.keys() == {"score", "l1", "giou"}
+    loss, parts = set_loss(found, replace(objects, masks=wanted, masked=places))
+    matched = match(found.logits[-1], found.boxes[-1], objects)
+    queries = [int(matched[0, 1]), int(matched[1, 3])]
+    theirs = mask_losses(torch.stack([found.masks[0, queries[0]], found.masks[1, queries[1]]]), wanted)
+    assert all(torch.equal(parts[name], value) for name, value in theirs.items())
+    torch.testing.assert_close(loss, plain + MASK * theirs["mask"] + DICE * theirs["dice"])
+    loss.backward()
+    moved = found.masks.grad.flatten(2).abs().sum(-1).nonzero().tolist()
+    assert moved == [[0, queries[0]], [1, queries[1]]]
 
 
 def test_every_layer_is_judged():

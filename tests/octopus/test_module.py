@@ -13,7 +13,7 @@ from fromage.cli.main import main
 from fromage.data.loader import PlainErrors
 from fromage.errors import UserError
 from fromage.models.vision.registry import load_patches
-from fromage.octopus import OctopusData, OctopusModule, RefCOCO, load_octopus
+from fromage.octopus import Flickr30kEntities, OctopusData, OctopusModule, RefCOCO, load_octopus
 from fromage.octopus.checkpoint import RENAMED
 from fromage.octopus.data import GroundingDataset
 from fromage.octopus.decoding import ground
@@ -151,6 +151,33 @@ def test_other_settings_of_what_recognises_are_refused(trained):
     words = [*QUICK, "--model.split_layer=1", f"--model.init={trained}/stage2/checkpoints/last.ckpt"]
     with pytest.raises(UserError, match=r"another architecture \(model.split_layer None, not 1\)"):
         octopus_tour.train(trained, octopus_tour.STAGES[2:], words)
+
+
+def test_a_mask_head_begins_anew_and_is_kept(trained, tmp_path):
+    init = trained / "stage2" / "checkpoints" / "last.ckpt"
+    words = [*QUICK, "--model.mask_scale=8", "--trainer.log_every_n_steps=1", f"--model.init={init}"]
+    octopus_tour.train(tmp_path, octopus_tour.STAGES[2:], words, trained)
+    model = load_octopus(str(tmp_path / "stage3" / "checkpoints" / "last.ckpt"))
+    assert model.masks and model.mask_size == (32, 32)
+    fresh = OctopusModule(**SMALL, stage=3, num_queries=8, decoder_width=96, mask_scale=8)
+    fresh.hparams.update(decoder_layers=4, heads=4)
+    fresh.configure_model()
+    own, new = (one.recognizer.masks.state_dict() for one in (model, fresh.model))
+    assert own.keys() == new.keys() and not any(torch.equal(own[name], new[name]) for name in own if "weight" in name)
+    report = next((tmp_path / "stage3").glob("version_*/report.md")).read_text()
+    assert "train/mask_loss" in report and "train/dice_loss" in report and "val/mask_mean_iou" in report
+    ends = str(tmp_path / "stage3" / "checkpoints" / "last.ckpt")
+    with pytest.raises(UserError, match=r"of another architecture or version \(recognizer.masks"):
+        octopus_tour.train(tmp_path, octopus_tour.STAGES[2:], [*QUICK, f"--model.init={ends}"], trained)
+
+
+def test_masks_of_data_that_have_none_are_refused(world):
+    coco = world / "flickr30k_entities"
+    source = Flickr30kEntities(str(coco), str(world / "refcoco" / "images"))
+    module = OctopusModule(**SMALL, stage=2, num_queries=4, decoder_width=16, mask_scale=8)
+    trainer = pl.Trainer(max_steps=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    with pytest.raises(UserError, match=r"no example of data\.train has a mask"):
+        trainer.fit(module, OctopusData([source], batch_size=4, workers=0))
 
 
 class Seen(pl.Callback):

@@ -137,6 +137,15 @@ def test_adapters_quantised_layers_and_layers_that_run_again():
     assert sum(again.activations.values()) < 0.5 * sum(whole.activations.values()) and again.flop > 1.2 * whole.flop
 
 
+def test_masks_are_counted():
+    masked = replace(SMALL, stage=2, mask_scale=4)
+    plain, more = plan(replace(masked, mask_scale=0)), plan(masked)
+    assert more.trained > plain.trained and more.flop > plain.flop and more.batch > plain.batch
+    with attention_in_parts():
+        want = count(masked, *real(masked))
+    assert more.flop == want.flop and more.activations["the forward"] == want.activations["the forward"]
+
+
 def test_defaults_are_those_of_training():
     for owner in (OctopusModule, OctopusData):
         for name, parameter in inspect.signature(owner).parameters.items():

@@ -100,6 +100,8 @@ def same_weights(found, want):
     ours, theirs = (load_octopus(str(last(out))).kept() for out in (found, want))
     assert ours.keys() == theirs.keys()
     for name, value in theirs.items():
+        if name.endswith("k_proj.bias"):  # the softmax does not see it: its gradient is rounding alone, which Adam enlarges
+            continue
         torch.testing.assert_close(ours[name], value, rtol=1e-3, atol=2e-5, msg=name)
 
 

@@ -1,11 +1,14 @@
 """The training step: prompts that share their image give the losses and gradients of prompts on their own."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny_octopus import FAMILIES, build
 
 from fromage.octopus.data import Collate
 from fromage.octopus.examples import Example, conversations, rows_of
+from fromage.octopus.segments import read_mask
 from fromage.octopus.step import octopus_step
 from fromage.training.layers import checkpoint_blocks
 
@@ -79,6 +82,36 @@ def test_examples_that_share_their_image_have_the_gradients_of_examples_on_their
     largest = max(grad.abs().max() for grad in wanted.values())
     for name, grad in grads.items():
         assert (grad - wanted[name]).abs().max() < 1e-4 * largest, name
+
+
+@pytest.mark.parametrize("family", ["opt", "llama"])
+def test_masks_of_examples_that_share_their_image_have_the_gradients_of_examples_on_their_own(family):
+    model = build(family, mask_scale=4)
+    outlines = [[10 * i, 2, 10 * i + 20, 2, 10 * i + 9, 30 + i] for i in range(3)]
+    masks = [read_mask([outline], 60, 40) for outline in outlines]
+    known = {"1": (masks[0],), "2": (None, masks[1]), "4": (masks[2],)}  # of four objects three; 3 and 5 point at none
+    examples = [replace(one, masks=known.get(one.key, ())) for one in ALONE]
+    together = rows_of(examples, 8, 0)
+    alone = [[turns] for row in together for turns in row]
+    (batch, out, grads), (_, one_by_one, wanted) = step(model, together), step(model, alone)
+    assert batch.objects.masks.shape == (3, 8, 8) and batch.objects.masked.shape == (2, 3)
+    assert {batch.keys[row]: place for row, place in batch.objects.masked.T.tolist()} == {"1": 0, "2": 1, "4": 0}
+    torch.testing.assert_close(out.set_loss, one_by_one.set_loss, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(out.parts["mask"], one_by_one.parts["mask"], rtol=1e-5, atol=1e-6)
+    assert grads.keys() == wanted.keys() and any("recognizer.masks" in name for name in grads)
+    largest = max(grad.abs().max() for grad in wanted.values())
+    for name, grad in grads.items():
+        assert (grad - wanted[name]).abs().max() < 1e-4 * largest, name
+
+
+def test_masks_are_asked_for_by_a_model_that_has_them_alone():
+    examples = [replace(ALONE[0], masks=(read_mask([[1, 2, 20, 2, 9, 30]], 60, 40),))]
+    batch, out, _ = step(build(), [[examples]])
+    assert batch.objects.masks is None and out.parts.keys() == {"score", "l1", "giou"}
+    _, nothing, grads = step(build(mask_scale=4), [[[ALONE[0]]]])
+    assert float(nothing.parts["mask"].detach()) == float(nothing.parts["dice"].detach()) == 0
+    heads = [grad for name, grad in grads.items() if "recognizer.masks" in name]
+    assert heads and not any(grad.any() for grad in heads), "a zero gradient, since DDP waits for one"
 
 
 @pytest.mark.parametrize("family", FAMILIES)

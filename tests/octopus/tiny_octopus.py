@@ -37,10 +37,11 @@ def build(family="opt", num_queries=3, **options):
     return Octopus(lm, NoTower(), num_queries, **{"decoder_width": 16, "decoder_layers": 2, "heads": 2} | options)
 
 
-def save_untrained(path, num_queries=4):
+def save_untrained(path, num_queries=4, mask_scale=0):
     """Write a checkpoint as a run on the toy towers would at its beginning; no queries: the sequential counterpart."""
     towers = {"lm": "toy", "vision": "toy", "vision_weights": None, "dtype": "float32"}
-    module = OctopusModule(stage=3, num_queries=num_queries, decoder_width=16, decoder_layers=1, heads=2, **towers)
+    sizes = {"num_queries": num_queries, "decoder_width": 16, "decoder_layers": 1, "heads": 2, "mask_scale": mask_scale}
+    module = OctopusModule(stage=3, **sizes, **towers)
     module.configure_model()
     trained = {f"model.{name}": p.detach() for name, p in module.model.trained().items()}
     path.parent.mkdir(parents=True, exist_ok=True)

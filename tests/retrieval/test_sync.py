@@ -59,6 +59,52 @@ def test_new_changed_and_deleted_images(index, photos, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["index", "new", "photos"]
 
 
+def test_a_file_that_is_no_image_is_tried_once(index, photos, tmp_path):
+    for name in ("odd.jpg", "late.jpg"):
+        (photos / name).write_bytes(b"no image")
+    first = sync(index, photos, Model())[1]
+    assert (first.new, len(first.broken)) == (0, 2)
+    before = (index / "index.json").read_bytes()
+    again = sync(index, photos, never)[1]
+    assert sorted(again.broken) == sorted(first.broken) and again.new == 0
+    assert (index / "index.json").read_bytes() == before
+    make(photos / "late.jpg", "white")
+    found, done = sync(index, photos, Model())
+    assert (done.new, len(done.broken), len(found)) == (1, 1, 4) and "odd.jpg" in done.broken[0]
+    moved = photos.rename(tmp_path / "moved")
+    assert len(sync(index, moved, never)[1].broken) == 1
+    (moved / "odd.jpg").unlink()
+    assert sync(index, moved, never)[1].broken == []
+
+
+def test_an_image_is_removed_by_any_of_its_paths(index, photos, monkeypatch):
+    """As search prints it, from the current folder, and from that of the images."""
+    from fromage.retrieval.build import remove
+
+    monkeypatch.chdir(photos.parent)
+    remove(index, f"{photos.name}/red/a.png")
+    with pytest.raises(UserError, match=r"has no image a\.png"):
+        remove(index, "a.png")
+    assert [item.path for item in remove(index, "blue/a.png").items] == [str(photos / "green" / "a.png")]
+
+
+def test_a_file_that_cannot_be_read_is_tried_again(index, photos, monkeypatch):
+    """Its rights may change, which size and time of change do not show."""
+    from fromage.data import image_source
+
+    make(photos / "shut.png", "white")
+    with monkeypatch.context() as patch:
+        real = image_source.open_regular
+        shut = PermissionError(13, "Permission denied")
+        patch.setattr(image_source, "open_regular", lambda path: _raise(shut) if path.name == "shut.png" else real(path))
+        assert "Permission denied" in sync(index, photos, Model())[1].broken[0]
+    assert sync(index, photos, Model())[1][:4] == (1, 0, 0, 3)
+
+
+def _raise(error):
+    raise error
+
+
 def test_a_file_whose_content_is_the_same_is_not_embedded_again(index, photos):
     os.utime(photos / "red" / "a.png", ns=(1, 1))
     assert sync(index, photos, never)[1][:4] == (0, 0, 0, 3)

@@ -294,8 +294,12 @@ def test_connections_are_limited_and_an_address_with_colons_stands_in_brackets(m
 
 def test_an_address_that_cannot_be_had(model):
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        for host, port in (taken.getsockname(), ("127.0.0.1", 70_000), ("nowhere.invalid", 0)):
-            with pytest.raises(UserError, match="--port"):
+        for host, port, other in (
+            (*taken.getsockname(), "port"),
+            ("127.0.0.1", 70_000, "port"),
+            ("nowhere.invalid", 0, "host"),
+        ):
+            with pytest.raises(UserError, match=f"give another --{other}"):
                 serve(model, None, "plain", host, port)
     with pytest.raises(UserError, match="dialogue, plain"):
         create_app(model, style="verse")

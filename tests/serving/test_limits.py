@@ -182,6 +182,10 @@ def test_an_image_that_decodes_without_end_is_given_up_and_the_server_answers_me
         ("evil.example", None, False),
         ("localhost", "http://evil.example", False),
         ("localhost", "null", False),
+        ("127.0.0.1:8000", "http://localhost:8000", True),
+        ("192.168.0.7:8000", "http://192.168.0.7:8000", True),
+        ("127.0.0.1:8000", "http://203.0.113.5", False),  # a page that lies at an address
+        ("192.168.0.7", "http://192.168.0.8", False),
         ("localhost.evil.example", None, False),
         ("[::1", None, False),
         ("", None, False),

@@ -125,6 +125,8 @@ def test_ids_alone_may_be_sent_back_and_images_that_have_gone(model, index, tmp_
         assert client.post("/search", json={"query": "a", "images": True}).json()["hits"] == []
         said["content"] = ""
         assert client.post("/chat", json={"messages": [said]}).status_code == 422
+        (fault,) = client.post("/search", json={"query": ""}).json()["detail"]
+        assert fault["msg"] == "there is nothing in it; give some words or an image"
         said["content"] = "a"
         refused = client.get(f"/images/{shown['hits'][0]['id']}")
         assert refused.status_code == 404 and str(tmp_path) not in refused.text

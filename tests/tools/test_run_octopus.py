@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from fromage.training.configs import find_config
+
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 
 
@@ -20,8 +22,10 @@ def tool(monkeypatch):
 
 
 def test_a_table_of_runs_and_no_run_twice(tool, world, tmp_path, monkeypatch, capsys):
-    (tmp_path / "world").symlink_to(world)
+    for name in ("world", "test_world"):
+        (tmp_path / name).symlink_to(world)
     monkeypatch.setattr(tool.octopus_tour, "make", lambda out: None)
+    monkeypatch.setattr(tool, "make_world", lambda *args, **options: None)
     few = [
         "--trainer.max_steps=2",
         "--trainer.limit_val_batches=0",
@@ -33,10 +37,19 @@ def test_a_table_of_runs_and_no_run_twice(tool, world, tmp_path, monkeypatch, ca
     monkeypatch.setattr(sys, "argv", words)
     tool.main()
     told = capsys.readouterr().out
-    figures = json.loads((tmp_path / "a.json").read_text())["figures"]
+    written = json.loads((tmp_path / "a.json").read_text())
+    figures = written["figures"]
+    assert written["judged"] == "test" and written["commit"] and len(written["runs"]["no_relay"]) == 1
     assert "== sequential, seed 1" in told and "| no_relay |" in told
     assert figures["no_relay"]["refcoco.octopus.val.head_recall_top1"]["mean"] >= 0
     assert "refcoco.octopus.val.head_recall_top1" not in figures["sequential"]
+    kept = [path for path in tmp_path.rglob("last.ckpt") if "stage1" in path.parts]
+    assert len(kept) == 1, "stage 1 is one for all rows"
     monkeypatch.setattr(tool.octopus_tour, "train", None)
     tool.main()
     assert "==" not in capsys.readouterr().out
+
+
+def test_the_configurations_ask_for_captions_with_boxes_as_the_judge_does(tool):
+    for name in tool.octopus_tour.STAGES[1:]:
+        assert f"instruction: {tool.octopus_tour.SPOTTING}\n" in Path(find_config(name)).read_text()

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from fromage.checkpoints.lightning import BEFORE, LAST, last_checkpoint, read_checkpoint
+from fromage.checkpoints.lightning import read_checkpoint
 from fromage.checkpoints.load import read_saved
+from fromage.checkpoints.run_folder import BEFORE, LAST, last_checkpoint
 from fromage.cli.main import main
 from fromage.errors import UserError
 from fromage.retrieval.embed_images import located

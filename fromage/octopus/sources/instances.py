@@ -22,11 +22,15 @@ class AnnotatedImage(NamedTuple):
         path: of its file.
         boxes: those with an area, crowds left out.
         numbers: annotation id -> the number of its box; None for a crowd, and where the box has no area.
+        size: width and height in pixels.
+        segments: annotation id -> its segmentation, unchecked.
     """
 
     path: str
     boxes: tuple[Box, ...]
     numbers: dict[int, int | None]
+    size: tuple[float, float]
+    segments: dict[int, Any]
 
 
 class Instances(Listed):
@@ -61,4 +65,6 @@ class Instances(Listed):
         good, numbers = self.kept(share(*sides, image["width"], image["height"]) for sides in corners)
         found = {note["id"]: number for note, number in zip(single, numbers, strict=True)}
         found |= {note["id"]: None for note in notes if note.get("iscrowd")}
-        return AnnotatedImage(str(self.images / image["file_name"]), tuple(good), found)
+        segments = {note["id"]: note.get("segmentation") for note in single}
+        size = image["width"], image["height"]
+        return AnnotatedImage(str(self.images / image["file_name"]), tuple(good), found, size, segments)

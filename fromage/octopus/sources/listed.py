@@ -29,12 +29,18 @@ class Listed:
 
     Attributes:
         dropped: after reading, the number of entries left out, by kind.
+        masks: whether masks are read, where the format has them; see with_masks.
     """
 
     def __init__(self, file: Path, limit: int | None) -> None:
         if limit is not None:
             check_whole("limit", limit, 1)
-        self.file, self.limit = file, limit
+        self.file, self.limit, self.masks = file, limit, False
+        self._begin()
+
+    def _begin(self) -> None:
+        """Nothing is read yet."""
+        self.__dict__.pop("examples", None)
         self.dropped: Counter[str] = Counter()
         self.odd: list[str] = []  # what is odd about entries that were read one by one
         self.seen = 0  # of these, and of the others
@@ -84,6 +90,14 @@ class Listed:
             else:
                 good.append(box)
         return good, numbers
+
+
+def with_masks(sources: Iterable[Any]) -> None:
+    """Have readers read masks, a second time where they have read without; sources of other classes are left alone."""
+    for source in sources:
+        if isinstance(source, Listed) and not source.masks:
+            source.masks = True
+            source._begin()
 
 
 def asking(question: str) -> str:

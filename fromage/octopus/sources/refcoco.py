@@ -12,6 +12,7 @@ from fromage.checkpoints.safe_pickle import load_plain
 from fromage.data.annotations import TEXT, WHOLE, Wanted, fitting
 from fromage.errors import UserError, reason
 from fromage.octopus.examples import Example
+from fromage.octopus.segments import Mask, OddMask, read_mask
 from fromage.octopus.sources.instances import AnnotatedImage, Instances
 from fromage.octopus.sources.listed import LOST_ANSWERS, asking
 
@@ -40,7 +41,10 @@ def held_out(files: Sequence[str], kept: str = "train") -> set[int]:
 
 
 class RefCOCO(Instances):
-    """RefCOCO, RefCOCO+ and RefCOCOg: one example per referring expression; known boxes are the image's instances."""
+    """RefCOCO, RefCOCO+ and RefCOCOg: one example per referring expression; known boxes are the image's instances.
+
+    Where masks are read (fromage.octopus.sources.listed.with_masks), each example has that of its object.
+    """
 
     def __init__(
         self,
@@ -81,7 +85,7 @@ class RefCOCO(Instances):
             if what := self._foreign(ref, images, categories):
                 self.odd.append(what)
             else:
-                yield from self._sentences(ref, images[ref["image_id"]])
+                yield from self._examples(ref, images[ref["image_id"]])
 
     def _refs(self) -> list[dict[str, Any]]:
         refs = self.fitting(self.file, "references", read_refs(self.file), REFERENCE)
@@ -104,7 +108,21 @@ class RefCOCO(Instances):
             f"reference {ref['ref_id']} is of {what}, which {self.instances} does not hold: is it the one that came with it?"
         )
 
-    def _sentences(self, ref: dict[str, Any], image: AnnotatedImage) -> Iterator[Example]:
+    def _examples(self, ref: dict[str, Any], image: AnnotatedImage) -> Iterator[Example]:
+        masks: tuple[Mask, ...] = ()
+        if self.masks and (segmentation := image.segments.get(ref["ann_id"])) is None:
+            self.drop("masks that are not there")
+        elif self.masks:
+            try:
+                masks = (read_mask(segmentation, *image.size),)
+            except OddMask as odd:
+                self.odd.append(
+                    f"reference {ref['ref_id']}: in {self.instances}, annotation {ref['ann_id']}.segmentation{odd}"
+                )
+                return
+        yield from self._sentences(ref, image, masks)
+
+    def _sentences(self, ref: dict[str, Any], image: AnnotatedImage, masks: tuple[Mask, ...]) -> Iterator[Example]:
         number = image.numbers[ref["ann_id"]]
         for said in ref["sentences"]:
             if number is None:
@@ -115,4 +133,4 @@ class RefCOCO(Instances):
                 self.drop("expressions that do not match")
             else:
                 key = f"{ref['ref_id']}.{said['sent_id']}"
-                yield Example(key, image.path, self.question.replace("{}", text), (number,), image.boxes)
+                yield Example(key, image.path, self.question.replace("{}", text), (number,), image.boxes, masks=masks)

@@ -1,15 +1,20 @@
 """Readers of RefCOCO/+/g: what they make of the toy world's files, of COCO's own and of files that are wrong."""
 
+import contextlib
+import io
 import json
 import os
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from pycocotools.coco import COCO
 from source_files import coco, refs_of
 
 from fromage.errors import UserError
 from fromage.octopus.sources import RefCOCO
+from fromage.octopus.sources.listed import with_masks
 from fromage.octopus.sources.refcoco import held_out
 from fromage.toy.scenes import PIXELS
 
@@ -48,6 +53,55 @@ def test_refcoco_only_what_matches(world):
         len(coco(world, match="zebra"))
 
 
+def test_masks_are_those_of_the_annotations_and_are_read_where_asked_for(world):
+    source = coco(world)
+    plain = list(source)
+    assert not any(example.masks for example in plain)
+    with_masks([source, "another class"])
+    found = list(source)
+    assert [replace(example, masks=()) for example in found] == plain
+    with contextlib.redirect_stdout(io.StringIO()):
+        theirs = COCO(str(world / "refcoco/instances.json"))
+    refs = {r["ref_id"]: r for r in pickle.loads((world / "refcoco/refs(unc).p").read_bytes())}
+    kinds = set()
+    for example in found:
+        note = theirs.anns[refs[int(example.key.split(".")[0])]["ann_id"]]
+        (mask,) = example.masks
+        assert (mask.pixels() == theirs.annToMask(note).astype(bool)).all()
+        kinds.add(type(note["segmentation"]))
+    assert kinds == {list, dict} and len({id(example.masks[0]) for example in found}) < len(found), "one for its sentences"
+    source.examples[0] = None
+    with_masks([source])
+    assert source.examples[0] is None, "not read a third time"
+
+
+def test_references_with_a_damaged_segmentation_are_odd_where_masks_are_read(one, tmp_path):
+    instances, notes = one(*[(0, 0, 50, 50)] * 40)
+    content = json.loads(Path(instances).read_text())
+    for note in content["annotations"]:
+        note["segmentation"] = [[1, 1, 40, 1, 40, 40]]
+    content["annotations"][3]["segmentation"] = {"size": [100, 200], "counts": [5, 6]}
+    Path(instances).write_text(json.dumps(content))
+    refs = refs_of(tmp_path / "refs(unc).p", notes)
+    assert len(RefCOCO(refs, instances, "images", split="val")) == 40
+    source = RefCOCO(refs, instances, "images", split="val")
+    with_masks([source])
+    with pytest.warns(
+        UserWarning, match=r"1 of 40 entries are odd \(reference 3: .*annotation 3.segmentation.counts are of 11 pix"
+    ):
+        found = list(source)
+    assert len(found) == 39 and source.dropped["odd entries"] == 1 and all(example.masks for example in found)
+    for note in content["annotations"][:6]:
+        note["segmentation"] = []
+    del content["annotations"][7]["segmentation"]
+    Path(instances).write_text(json.dumps(content))
+    with pytest.raises(
+        UserError, match=r"6 of 40 entries are odd \(reference 0: .*segmentation is a list of nothing, neither"
+    ):
+        with_masks([source := RefCOCO(refs, instances, "images", split="val")])
+        list(source)
+
+
 def test_refcoco_reads_cocos_own_instances(shared_data, tmp_path):
     file = shared_data / "coco_sample" / "instances_val2017_sample.json"
     content = json.loads(file.read_text())
@@ -55,6 +109,8 @@ def test_refcoco_reads_cocos_own_instances(shared_data, tmp_path):
     single = [a for a in content["annotations"] if not a["iscrowd"]]
     refs = refs_of(tmp_path / "refs(google).p", single)
     source = RefCOCO(refs, str(file), str(shared_data / "coco_sample" / "val2017"), split="val")
+    with_masks([source])  # this file has none
+    assert not any(example.masks for example in source) and source.dropped["masks that are not there"] == len(single)
     assert len(source) == len(single) and source.dropped["boxes of crowds"] == len(content["annotations"]) - len(single)
     for example, note in zip(source, single, strict=True):
         width, height, name = sizes[note["image_id"]]
