@@ -505,8 +505,9 @@ def test_the_page_names_the_model_and_begins_with_its_preset(model, index, folde
         boxes = [images.nth(number).bounding_box() for number in range(3)]
         assert boxes[0]["y"] == pytest.approx(boxes[1]["y"], abs=8) and boxes[1]["x"] > boxes[0]["x"] + boxes[0]["width"]
         assert page.evaluate("window.hacked") is None and page.evaluate("document.documentElement.scrollWidth") <= 390
+        page.wait_for_function("!document.querySelector('.bot.pending')")
         page.get_by_role("button", name="New").click()
-        page.locator(".bot.message").wait_for(state="detached")
+        page.wait_for_function("!document.querySelector('.bot.message')")
 
 
 def test_a_caption_stands_below_its_image(address):
