@@ -1,5 +1,6 @@
 """The three stages under Lightning on a small world: what each trains, what it keeps, and what the next takes up."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from fromage.octopus.data import GroundingDataset
 from fromage.octopus.decoding import ground
 from fromage.octopus.examples import Example
 from fromage.octopus.lora import add_lora
+from fromage.toy.world import VERSION
 from fromage.training.checkpoint_io import SafeCheckpoint
 from fromage.training.configs import config_folder, find_config
 
@@ -110,12 +112,13 @@ def test_a_world_with_as_many_images_is_kept_and_what_is_none_is_told(tmp_path, 
     about = tmp_path / "world" / "world.json"
     with monkeypatch.context() as patch:
         patch.setattr(octopus_tour, "make_world", lambda out, **counts: made.append(out))
-        about.write_text('{"counts": {"refs": 6000, "train": 8192}}')
+        about.write_text(json.dumps({"version": VERSION, "counts": {"refs": 6000, "train": 8192}}))
         octopus_tour.make(tmp_path)
         assert made == []
-        about.write_text('{"counts": {"refs": 5}}')
-        octopus_tour.make(tmp_path)
-        assert made == [tmp_path / "world"]
+        for version, refs in ((VERSION, 5), (VERSION - 1, 6000)):
+            about.write_text(json.dumps({"version": version, "counts": {"refs": refs}}))
+            octopus_tour.make(tmp_path)
+            assert made.pop() == tmp_path / "world" and not made
     about.write_text("[torn")
     with pytest.raises(UserError, match="cannot be read as a toy world"):
         octopus_tour.make(tmp_path)
