@@ -69,7 +69,6 @@ def ground(
         text: what is meant, or a whole question or sentence with its mark at the end
         ckpt: checkpoint of Octopus (default: the toy one, trained on first use)
         png: draw the boxes into this file
-        top: how many other queries of a score from 0.5 on are drawn, in thin lines (default: all)
         mask: draw the masks of the boxes too, and write them into the JSON; of a model trained with model.mask_scale
     """
     from fromage.images.open import open_image

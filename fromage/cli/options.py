@@ -210,7 +210,7 @@ SHARED: dict[str, tuple[str, Check | None]] = {
     "scores": ("folder of the answers' scores; a run that was killed continues from it", out_folder),
     "source": ("", in_place),
     "timeout": ("", amount),
-    "top": ("other candidates that are drawn, at most", natural),
+    "top": ("other queries of a score from 0.5 on that are drawn, at most (default: all)", natural),
     "world": ("", in_folder),
 }
 DEFAULT: dict[Any, Check] = {Path: in_file}  # checks of types, where the name has none

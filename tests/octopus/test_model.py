@@ -220,3 +220,12 @@ def test_there_is_nothing_to_point_at_where_nothing_was_recognised():
     assert (model.logits(hidden, unasked)[..., first:] == -torch.inf).all()
     without = build(num_queries=0)
     torch.testing.assert_close(without.logits(hidden, unasked), without.lm.logits(hidden))
+
+
+@pytest.mark.parametrize("family", ["opt", "llama"])
+def test_queries_begin_where_a_sentence_ends_and_differ(family):
+    model = build(family)
+    rows = model.lm.hf.get_input_embeddings().frozen.weight
+    apart = torch.cdist(model.queries.detach(), rows.float())  # (N, V)
+    assert set(apart.argmin(1).tolist()) == {model.tokenizer.encode(".")[-1]}
+    assert torch.pdist(model.queries.detach()).min() > 0

@@ -480,3 +480,22 @@ def test_new_data_sets_leave_the_former_as_they_were(world):
     here = digests(world)
     for name, digest in FORMER.items():
         assert here[name] == digest, name
+
+
+@pytest.mark.parametrize(("name", "file"), [("refcoco+", "refs(unc).p"), ("refcocog", "refs(umd).p")])
+def test_refcoco_plus_and_g_mean_one_object_by_looks_or_at_length(world, name, file):
+    coco = world / "refcoco"
+    notes = {note["id"]: note for note in json.loads((coco / "instances.json").read_text())["annotations"]}
+    refs = pickle.loads((world / name / file).read_bytes())
+    assert {ref["split"] for ref in refs} == {"train", "val"}
+    said: dict[int, dict[str, int]] = {}
+    for ref in refs:
+        note = notes[ref["ann_id"]]
+        assert (ref["image_id"], ref["category_id"]) == (note["image_id"], note["category_id"])
+        for sentence in ref["sentences"]:
+            words = sentence["tokens"]
+            if name == "refcoco+":
+                assert not {"at", "left", "right", "above", "below", "leftmost", "rightmost", "highest", "lowest"} & {*words}
+            else:
+                assert {*words} & {*COLOURS} and {*words} & {"small", "big"} and ("at" in words or len(words) > 5)
+            assert said.setdefault(ref["image_id"], {}).setdefault(sentence["sent"], ref["ann_id"]) == ref["ann_id"]
