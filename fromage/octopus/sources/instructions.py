@@ -33,7 +33,10 @@ class Instructions(Listed):
         self.images, self.padded = Path(images), padded
 
     def read(self) -> Iterator[Example]:
-        """One example per question and answer. Spelled boxes in answers become box numbers; in questions they stay text."""
+        """One example per question and answer, the turns of a conversation one behind the other.
+
+        Spelled boxes in answers become box numbers; in questions they stay text.
+        """
         _, entries = read_annotations(self.file, ("instructions of LLaVA",), "a JSON file of LLaVA's instructions")
         for number, entry in enumerate(self.fitting(self.file, "entries", entries, TURNS)):
             if not FILE.fits(entry.get("image")):

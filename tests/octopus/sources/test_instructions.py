@@ -9,6 +9,7 @@ from source_files import write
 
 from fromage.errors import UserError
 from fromage.octopus.boxes import reading_order, spelled
+from fromage.octopus.examples import conversations
 from fromage.octopus.sources import Instructions
 
 
@@ -37,6 +38,12 @@ def talk(*turns, image="a.jpg", **more) -> dict:
 
 def instructions(folder: Path, *entries, **options) -> Instructions:
     return Instructions(write(folder / "talks.json", list(entries)), str(folder), **options)
+
+
+def test_the_turns_of_a_conversation_belong_together(tmp_path):
+    entries = [talk(("a?", "b"), ("c?", "at [0.1, 0.2, 0.3, 0.4]"), ("d?", "e")), talk(("a?", "b"))]
+    rows = [[turn.instruction for turn in turns] for turns in conversations(instructions(tmp_path, *entries))]
+    assert rows == [["a?", "c?"], ["d?"], ["a?"]]  # cut behind an answer with a box, and between conversations
 
 
 @pytest.mark.parametrize(
