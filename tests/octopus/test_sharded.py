@@ -19,6 +19,16 @@ SMALL = {"lm": "toy", "vision": "toy", "num_queries": 4, "decoder_width": 16, "d
 STEPS = 4
 
 
+class Steady(OctopusModule):
+    """With a large eps: Adam would enlarge what is rounded off of the smallest gradients until the losses differ too."""
+
+    def configure_optimizers(self):
+        found = super().configure_optimizers()
+        for group in found["optimizer"].param_groups:
+            group["eps"] = 0.01
+        return found
+
+
 class Losses(pl.Callback):
     """The losses of each row, and the bytes of parameters, gradients and moments here."""
 
@@ -42,7 +52,7 @@ def fit(world, out, strategy="auto", devices=1, resume=None, steps=STEPS):
     pl.seed_everything(0)
     source = RefCOCO(str(coco / "refs(unc).p"), str(coco / "instances.json"), str(coco / "images"), split="train", limit=60)
     data = OctopusData([source], [source], batch_size=1, val_batch_size=4, per_image=3, workers=0)
-    module = OctopusModule(stage=3, vision_weights=None, dtype="float32", lr=1e-3, warmup_steps=1, **SMALL)
+    module = Steady(stage=3, vision_weights=None, dtype="float32", lr=1e-3, warmup_steps=1, **SMALL)
     losses, saver = (
         Losses(),
         SafeCheckpoint(
@@ -100,14 +110,12 @@ def same_weights(found, want):
     ours, theirs = (load_octopus(str(last(out))).kept() for out in (found, want))
     assert ours.keys() == theirs.keys()
     for name, value in theirs.items():
-        if name.endswith("k_proj.bias"):  # the softmax does not see it: its gradient is rounding alone, which Adam enlarges
-            continue
-        torch.testing.assert_close(ours[name], value, rtol=1e-3, atol=2e-5, msg=name)
+        torch.testing.assert_close(ours[name], value, rtol=1e-4, atol=2e-6, msg=name)
 
 
 def test_two_processes_have_the_losses_and_end_with_the_weights_of_one(one, two):
     assert len(one[1]) == len(two[1]) == 2 * STEPS
-    torch.testing.assert_close(torch.tensor(two[1]), torch.tensor(one[1]), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.tensor(two[1]), torch.tensor(one[1]), rtol=2e-5, atol=1e-6)
     same_weights(two[0], one[0])
     start = OctopusModule(stage=3, vision_weights=None, dtype="float32", **SMALL)
     start.configure_model()
