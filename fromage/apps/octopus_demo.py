@@ -21,7 +21,7 @@ COUNTS: dict[str, Any] = {"refs": 6000, "train": 1000, "val": 200, "stories": 1,
 STAGES = ("octopus_toy1.yaml", "octopus_toy2.yaml", "octopus_toy3.yaml")
 CHECKPOINT = Path("checkpoints", "last.ckpt")
 FINISHED = "finished"  # a file beside a run's checkpoints
-SPOTTING = "what is in the picture, and where?"  # how the configurations ask for a caption with boxes
+SPOTTING = "Describe the image with positions."  # how the configurations ask for a caption with boxes
 SEQUENTIAL = ("octopus_toy3.yaml", "octopus_sequential.yaml")
 
 
@@ -29,7 +29,7 @@ def toy_checkpoint(out: Path) -> Path:
     """The last stage's checkpoint in the folder `out`, trained first where there is none."""
     checkpoint = trained(out)
     if checkpoint is None:
-        print(f"no checkpoint is given: training a toy Octopus in {out}, some half an hour", flush=True)
+        print(f"no checkpoint is given: training a toy Octopus in {out}, some forty minutes", flush=True)
         checkpoint = tour(out)
     return checkpoint
 

@@ -28,8 +28,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from fromage.generation.cpu_linear import FewRowLinears
 from fromage.generation.options import Decoding as Decoding
+from fromage.models.cpu_linear import CpuLinears
 from fromage.models.fromage import Fromage
 from fromage.models.prompts import Prompts
 
@@ -41,7 +41,7 @@ def write(model: Fromage, prompts: Prompts, decoding: Decoding, drafts: Sequence
     """Decode a batch of prompts into its drafts until all are done. first: number of the first row, for its seed."""
     hf, steps = model.lm.hf, Steps(drafts)
     with ExitStack() as hooks:
-        hooks.enter_context(FewRowLinears())
+        hooks.enter_context(CpuLinears())
         hooks.enter_context(hf.get_output_embeddings().register_forward_pre_hook(steps.look))
         if not decoding.use_cache:
             hooks.enter_context(hf.register_forward_pre_hook(WholeSequence(model, prompts), with_kwargs=True))

@@ -23,6 +23,7 @@ from fromage.checkpoints.hub import look_for_hub
 from fromage.data.tokenizer import IMAGE, RET, PromptTokenizer
 from fromage.distribution import pip_install
 from fromage.errors import UserError, first_line
+from fromage.models.cpu_linear import CpuLinears
 from fromage.models.frozen import TOY, FrozenTower, hold
 from fromage.models.packed_attention import Attend, attending, route
 from fromage.models.special_tokens import AddedTokens, ExtendedEmbedding, ExtendedHead
@@ -80,9 +81,7 @@ class LanguageModel(FrozenTower):
         Positions count unmasked tokens only, so padding on either side changes nothing.
         """
         positions = (mask.long().cumsum(1) - 1).clamp(min=0)  # (B, T)
-        output = self.hf.base_model(
-            inputs_embeds=embeds, attention_mask=mask.long(), position_ids=positions, use_cache=False
-        )
+        output = self._run(embeds, attention_mask=mask.long(), position_ids=positions, use_cache=False)
         return output.last_hidden_state  # (B, T, d)
 
     def cached(self, embeds: Tensor, mask: Tensor, positions: Tensor, cache: Cache) -> Tensor:
@@ -90,16 +89,18 @@ class LanguageModel(FrozenTower):
 
         mask: (B, 1, T, S + T) bool, which of S cached and T new tokens each new token sees. The cache grows by T tokens.
         """
-        output = self.hf.base_model(
-            inputs_embeds=embeds, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
-        )
+        output = self._run(embeds, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
         return output.last_hidden_state  # (B, T, d)
 
     def packed(self, embeds: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """(1, N, d) packed input embeddings at positions (N,) -> (N, d) hidden states; see packed_attention for attend."""
         with attending(attend):
-            output = self.hf.base_model(inputs_embeds=embeds, position_ids=positions.unsqueeze(0), use_cache=False)
+            output = self._run(embeds, position_ids=positions.unsqueeze(0), use_cache=False)
         return output.last_hidden_state[0]  # (1, N, d) -> (N, d)
+
+    def _run(self, embeds: Tensor, **named: Any) -> Any:
+        with CpuLinears():
+            return self.hf.base_model(inputs_embeds=embeds, **named)
 
     @property
     def head(self) -> nn.Linear:
@@ -108,7 +109,13 @@ class LanguageModel(FrozenTower):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., d) hidden states -> (..., V + 2) logits in float32; the column of <|image|> is -inf."""
-        return self.capped(self.hf.get_output_embeddings()(hidden).float())  # (..., d) -> (..., V + 2)
+        with CpuLinears():
+            return self.capped(self.hf.get_output_embeddings()(hidden).float())  # (..., d) -> (..., V + 2)
+
+    def frozen_logits(self, hidden: Tensor) -> Tensor:
+        """(N, d) hidden states -> (N, V) logits in float32, of the frozen vocabulary alone."""
+        with CpuLinears():
+            return self.capped(self.head(hidden)[:, : self.added.vocab_size].float())  # (N, d) -> (N, V)
 
     @property
     def cap(self) -> float | None:

@@ -15,6 +15,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_f
 from torch.utils.checkpoint import checkpoint
 from transformers import Cache
 
+from fromage.models.cpu_linear import CpuLinears
 from fromage.models.language_model import LanguageModel
 from fromage.models.packed_attention import OneMore, attending, current_attention
 
@@ -42,7 +43,7 @@ def _recomputed(forward: Callable[..., Any], number: int, *args: Any, **named: A
     def run(past: tuple[Tensor, Tensor] | None, *args: Any, **named: Any) -> Any:
         """Again in the backward, outside of the caller's `attending`, and on the keys and values of the first time."""
         layer = _LayerCache(past)
-        with nullcontext() if attend is None else attending(attend):
+        with nullcontext() if attend is None else attending(attend), CpuLinears():
             return forward(*args, **named, **dict.fromkeys(cached, layer)), layer.states
 
     layers: Any = [] if cache is None else cache.layers

@@ -13,6 +13,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from fromage.models.cpu_linear import cpu_linear
+
 if TYPE_CHECKING:
     from fromage.models.language_model import LanguageModel
 
@@ -47,8 +49,7 @@ class _FrozenHeadLoss(torch.autograd.Function):
         grad_hidden, grad_rows = torch.empty_like(hidden), torch.zeros_like(rows)
         loss, accuracy = hidden.new_zeros((), dtype=torch.float32), hidden.new_zeros((), dtype=torch.float32)
         for h, t, out in zip(hidden.split(CHUNK), targets.split(CHUNK), grad_hidden.split(CHUNK), strict=True):
-            e, z = lm.head(h)[:, :V].float(), (h @ rows.to(h.dtype).T).float()  # (c, V), (c, n): frozen and added logits
-            e, z = lm.capped(e), lm.capped(z)
+            e, z = lm.frozen_logits(h), lm.capped((h @ rows.to(h.dtype).T).float())  # (c, V), (c, n)
             slopes = None if lm.cap is None else [1 - (x / lm.cap) ** 2 for x in (e, z)]
             t, is_added = t.unsqueeze(1), t.unsqueeze(1) >= first  # (c, 1) each
             of_frozen, of_added = t.clamp(max=V - 1), (t - first).clamp(min=0)  # columns
@@ -64,7 +65,7 @@ class _FrozenHeadLoss(torch.autograd.Function):
                 if slopes:
                     e, z = e.mul_(slopes[0]), z.mul_(slopes[1])
                 scale = 1 / (s * len(hidden))  # (c, 1)
-                back = torch.addmm(z.to(h.dtype) @ rows.to(h.dtype), e.to(h.dtype), weight)  # (c, d)
+                back = cpu_linear(e.to(h.dtype), weight.T).add_(z.to(h.dtype) @ rows.to(h.dtype))  # (c, d)
                 torch.mul(back, scale, out=out)  # (c, d), a view of grad_hidden
                 grad_rows += ((z * scale).to(h.dtype).T @ h).to(rows.dtype)  # (n, d)
         ctx.save_for_backward(grad_hidden, grad_rows)
@@ -83,7 +84,7 @@ def frozen_log_sum_exp(hidden: Tensor, targets: Tensor, lm: LanguageModel) -> tu
     """Log-sum-exp over the frozen vocabulary and the targets' logits, (N,) float32 each; an added token's is 0."""
     V, lses, zs = lm.added.vocab_size, [], []
     for h, t in zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True):
-        logits = lm.capped(lm.head(h)[:, :V].float())  # (c, V)
+        logits = lm.frozen_logits(h)  # (c, V)
         zs.append(torch.where(t < V, logits.gather(1, t.clamp(max=V - 1).unsqueeze(1)).squeeze(1), 0.0))
         top = logits.amax(1, keepdim=True)  # (c, 1)
         lses.append(logits.sub_(top).exp_().sum(1).log() + top.squeeze(1))

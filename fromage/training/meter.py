@@ -32,9 +32,15 @@ def _every_head(flop: Callable[..., int], first: int) -> Callable[..., int]:
     return count
 
 
+def _linear(x: Tensor, weight: Tensor, *_: Any, **named: Any) -> int:
+    """Of (..., K), (N, K) -> (..., N)."""
+    return 2 * x.numel() * len(weight)
+
+
 _aten: Any = torch.ops.aten
 FLOP: dict[Any, Callable[..., int]] = {  # two per multiply-add of a matrix product, convolution or attention
     **flop_registry,
+    getattr(torch.ops.mkldnn, "_linear_pointwise", None): _linear,  # of models.cpu_linear, where PyTorch has it
     _aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[_aten._scaled_dot_product_flash_attention],
     _aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
         _aten._scaled_dot_product_flash_attention_backward

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fromage.errors import UserError
 from fromage.images.transforms import JpegDecoding, decoding_as, halves
+from fromage.models.cpu_linear import CpuLinears
 from fromage.models.frozen import FrozenTower, digest_of_samples
 
 
@@ -98,9 +99,9 @@ class VisionTower(FrozenTower, ABC):
         pixels = pixels.to(parameter.device, non_blocking=True)
         if pixels.dtype == torch.uint8 and self.normalise:
             pixels = self.normalise(pixels)
-        return self.encode(
-            pixels.to(parameter.dtype)
-        ).contiguous()  # (B, *shape); a ViT returns a view, which would keep all its tokens in memory
+        with CpuLinears():
+            features = self.encode(pixels.to(parameter.dtype))  # (B, *shape)
+        return features.contiguous()  # a ViT returns a view, which would keep all its tokens in memory
 
     def fingerprint(self, decoding: JpegDecoding = "draft") -> dict[str, str]:
         """The identity of stored features: the tower's name, its weights (a digest of samples) and the preprocessing."""

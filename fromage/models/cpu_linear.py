@@ -1,0 +1,96 @@
+"""Faster linear layers on a CPU in float32, for models that are not changed by it.
+
+few rows, no gradient   the tokens of a single answer: all weights are read for each, which BLAS does on one core, far
+                        below the bandwidth of the memory; as a batch of products of slices of W with x^T it is about
+                        twice as fast, and uses all cores
+many rows, on AMD       MKL, PyTorch's BLAS, has no AVX-512 kernels for AMD's processors; oneDNN has, and is about twice
+                        as fast
+
+tools/bench_linear.py measures both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+FEW_ROWS = 4  # up to which slices are faster
+SLICES = 8
+MANY_ROWS, MANY_PRODUCTS = 32, 2**20  # from which oneDNN is faster
+
+
+class CpuLinears(TorchFunctionMode):
+    """A context in which this thread's F.linear, which nn.Linear calls, is cpu_linear. No model is changed."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Called by PyTorch for each of its functions."""
+        return (cpu_linear if func is F.linear else func)(*args, **(kwargs or {}))
+
+
+def cpu_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """F.linear, (..., K) -> (..., N), by the fastest way that there is for its arguments."""
+    plain = {type(x), type(weight)} <= {Tensor, torch.nn.Parameter} and x.device.type == "cpu"
+    if not plain or not x.dtype == weight.dtype == torch.float32 or torch.is_autocast_enabled("cpu"):
+        return F.linear(x, weight, bias)
+    rows = x.numel() // max(weight.shape[-1], 1)
+    if 0 < rows <= FEW_ROWS and not (torch.is_grad_enabled() or len(weight) % SLICES) and weight.is_contiguous():
+        return _sliced(x, weight, bias)
+    if rows >= MANY_ROWS and rows * weight.numel() >= MANY_PRODUCTS and mkl_is_slow():
+        return _OneDnn.apply(x, weight, bias)
+    return F.linear(x, weight, bias)
+
+
+@cache
+def mkl_is_slow() -> bool:
+    """Whether this is a processor of AMD with AVX-512, and PyTorch has both MKL and oneDNN."""
+    both = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
+    if not both or torch.backends.cpu.get_cpu_capability() != "AVX512" or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return False
+    try:
+        return "AuthenticAMD" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return False
+
+
+def _sliced(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A batch of products of slices of W with x^T."""
+    columns, rows = weight.shape[-1], x.numel() // weight.shape[-1]
+    slices = weight.view(SLICES, -1, columns)  # (s, N / s, K)
+    y = torch.bmm(slices, x.reshape(rows, -1).T.expand(SLICES, -1, -1))  # (s, N / s, r)
+    y = y.flatten(0, 1).T  # (r, N)
+    return (y if bias is None else y + bias).reshape(*x.shape[:-1], -1)
+
+
+class _OneDnn(torch.autograd.Function):
+    """x W^T + b, and its gradients: each a product by oneDNN."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        for_x, for_weight, _ = ctx.needs_input_grad  # a frozen layer keeps its weight alone, which is there anyway
+        ctx.save_for_backward(x if for_weight else None, weight if for_x else None)
+        return _product(x, weight, bias)  # (..., K), (N, K) -> (..., N)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        (x, weight), (for_x, for_weight, for_bias) = ctx.saved_tensors, ctx.needs_input_grad
+        rows = grad.reshape(-1, grad.shape[-1])  # (r, N)
+        return (
+            _product(grad, weight.T) if for_x else None,  # (..., K)
+            _product(rows.T, x.reshape(-1, x.shape[-1]).T) if for_weight else None,  # (N, K)
+            rows.sum(0) if for_bias else None,  # (N,)
+        )
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """(..., K), (N, K) -> (..., N)."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
