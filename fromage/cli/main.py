@@ -56,6 +56,8 @@ COMMANDS: dict[str, Function] = {
     "shards coco": data.shards_coco,
     "shards check": data.shards_check,
     "features": data.features,
+    "towers list": data.towers_list,
+    "towers get": data.towers_get,
     "plan": data.plan,
     "import": data.import_weights,
     "export": data.export_weights,

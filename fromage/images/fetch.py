@@ -20,6 +20,7 @@ from fromage.images.codec import STRANGERS_PIXELS
 from fromage.images.decode_process import decode_apart
 from fromage.images.guarded_transport import CONNECTION_ERRORS, GuardedTransport, Refused
 from fromage.io import WholeFile
+from fromage.places import cache_folder
 
 TRANSIENT = {408, 425, 429, 500, 502, 503, 504}  # answers after which another attempt may succeed
 HEADERS = {"User-Agent": "fromage (image retrieval)", "Accept": "image/*", "Accept-Encoding": "identity"}
@@ -38,25 +39,19 @@ class Limits:
     cache: int = 1 << 30  # of all images that are kept
 
 
-def cache_folder() -> Path:
-    """FROMAGE_CACHE, else fromage in the user's folder of caches."""
-    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fromage"
-    return Path(os.environ.get("FROMAGE_CACHE") or default) / "images"
-
-
 def fetch_image(
     url: str, limits: Limits | None = None, cache: Path | None = None, allow_private: bool = False
 ) -> Image.Image:
     """The RGB image at an http or https address.
 
     Args:
-        cache: folder in which images are kept, the oldest making room; cache_folder() if None.
+        cache: folder in which images are kept, the oldest making room; None for images in cache_folder().
         allow_private: also fetch from this machine and its network.
 
     Raises:
         UserError: the address is not allowed, does not answer in time, or answers with anything but an image.
     """
-    limits, folder = limits or Limits(), cache or cache_folder()
+    limits, folder = limits or Limits(), cache or cache_folder() / "images"
     kept = folder / hashlib.sha256(f"{allow_private} {url}".encode("utf-8", "replace")).hexdigest()
     with suppress(OSError, BrokenSample):
         image = decode_apart(kept.read_bytes(), limits.pixels)

@@ -23,6 +23,7 @@ from fromage.checkpoints.hub import look_for_hub
 from fromage.data.tokenizer import IMAGE, RET, PromptTokenizer
 from fromage.distribution import pip_install
 from fromage.errors import UserError, first_line
+from fromage.models import gguf, towers
 from fromage.models.cpu_linear import CpuLinears
 from fromage.models.frozen import TOY, FrozenTower, hold
 from fromage.models.packed_attention import Attend, attending, route
@@ -134,6 +135,10 @@ def load_tokenizer(name: str) -> PromptTokenizer:
 
 def _folder(name: str) -> str:
     """The name on the hub, or the folder, from which a language model is loaded."""
+    if name.startswith(gguf.PREFIX):
+        return str(gguf.unpacked(Path(name.removeprefix(gguf.PREFIX))))
+    if towers.is_own(name):
+        return str(towers.folder_of(name))
     folder = str(TOY / "opt") if name == "toy" else name
     if not Path(folder).exists():
         look_for_hub()
@@ -148,7 +153,9 @@ def load_lm(
     rows: Sequence[str] = (RET,),
     places: Sequence[str] = (IMAGE,),
 ) -> LanguageModel:
-    """Load and freeze a causal LM by hub name or folder ('toy': the one in the package). rows, places: see PromptTokenizer.
+    """Load and freeze a causal LM by its name. rows, places: see PromptTokenizer.
+
+    name: a hub name, a folder, 'gguf:FILE', one of fromage.models.towers, or 'toy' for that in the package.
 
     random_weights: build the architecture from its configuration alone, for tests and timing. quantize: store the linear
     layers, except the head, in int8 (LLM.int8) or in 4 bits (NF4, QLoRA) by bitsandbytes; they compute in dtype. Raises

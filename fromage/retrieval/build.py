@@ -25,6 +25,7 @@ from fromage.io import write_json
 from fromage.locks import held
 from fromage.models.fromage import Fromage, load_model
 from fromage.models.prompts import max_length, prompt_length
+from fromage.places import state_folder
 from fromage.retrieval.ann import MEASURED_WITH, ANNIndex, default_kind
 from fromage.retrieval.base import FLAT, ImageIndex, IndexSpec
 from fromage.retrieval.embed_images import embed_images
@@ -35,7 +36,7 @@ from fromage.retrieval.index_folder import ABOUT, check_files, check_replaceable
 from fromage.retrieval.item_table import Embedded, ItemTable, without
 from fromage.retrieval.open_index import BACKENDS, backend_of, load_index
 from fromage.retrieval.rerank import unit
-from fromage.retrieval.trust import is_sealed, sealed, state_folder
+from fromage.retrieval.trust import is_sealed, sealed
 
 
 def write_index(

@@ -16,13 +16,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from fromage.places import state_folder
+
 SEAL = "built_here"  # the key of index.json
 BYTES = 32
-
-
-def state_folder() -> Path:
-    """The user's folder of states, fromage in it. Raises RuntimeError where there is no home."""
-    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "fromage"
 
 
 def secret() -> bytes | None:

@@ -16,7 +16,7 @@ from test_codec import encoded
 
 from fromage.errors import UserError
 from fromage.images.decode_process import DECODERS
-from fromage.images.fetch import Limits, cache_folder, fetch_image
+from fromage.images.fetch import Limits, fetch_image
 from fromage.images.guarded_transport import GuardedBackend, GuardedTransport, is_public
 from fromage.images.open import open_image
 
@@ -411,14 +411,6 @@ def test_what_is_no_image_is_not_kept(fetch, tmp_path):
 def test_a_cache_that_cannot_be_written_costs_no_image(fetch, tmp_path):
     (tmp_path / "file").write_text("in the way")
     assert fetch("/red", cache=tmp_path / "file").size == (8, 6)
-
-
-def test_where_the_cache_is(monkeypatch, tmp_path):
-    monkeypatch.delenv("FROMAGE_CACHE", raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert cache_folder() == tmp_path / "fromage" / "images"
-    monkeypatch.setenv("FROMAGE_CACHE", str(tmp_path / "mine"))
-    assert cache_folder() == tmp_path / "mine" / "images"
 
 
 def test_open_image_takes_addresses(server, monkeypatch, tmp_path):

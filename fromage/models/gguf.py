@@ -1,0 +1,87 @@
+"""Language models in GGUF files, the format of llama.cpp: unpacked once into a folder as Hugging Face's models have it.
+
+Transformers reads the file (package gguf) and dequantises its tensors. The folder lies in the user's cache, named by the
+digest of the file. Weights are float16 there; a file of 4 bits has no finer ones.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
+
+from fromage.distribution import pip_install
+from fromage.errors import UserError, first_line, reason
+from fromage.identity import FolderKind
+from fromage.io import whole_folder, write_json, writing
+from fromage.places import cache_folder
+
+log = logging.getLogger(__name__)
+PREFIX, MAGIC = "gguf:", b"GGUF"
+UNPACKED = FolderKind(
+    "gguf.json", "a model that was unpacked", again="remove it; it is unpacked again", keys=frozenset({"files"})
+)
+
+
+def unpacked(file: Path) -> Path:
+    """The folder of a GGUF file's model; made where it is not there yet.
+
+    Raises UserError for a file that is no GGUF, is damaged, or holds what transformers does not know; without the package
+    gguf; and for a folder in the cache that was changed.
+    """
+    folder = cache_folder() / "gguf" / _digest_of_gguf(file)[:16]
+    if not folder.exists():
+        log.info("unpacking %s into %s, once ...", file, folder)
+        with writing(folder), whole_folder(folder) as new:
+            unpack(file, new)
+    there = {name: digest_of(folder / name) for name in UNPACKED.read(folder)["files"]}
+    UNPACKED.require(folder, {"files": there})
+    return folder
+
+
+def unpack(file: Path, folder: Path) -> None:
+    """Write a GGUF file's model and tokenizer into a folder. Raises UserError as unpacked does."""
+    _digest_of_gguf(file)
+    try:
+        import gguf  # noqa: F401
+    except ImportError as error:
+        raise UserError(f"{file}: a GGUF file needs the package gguf: {pip_install('gguf')}") from error
+    disable_progress_bar()  # a hundred lines of it, in a file
+    try:
+        place: Any = file.parent, {"gguf_file": file.name}
+        tokenizer: Any = AutoTokenizer.from_pretrained(place[0], **place[1])
+        lm: Any = AutoModelForCausalLM.from_pretrained(place[0], dtype=torch.float32, **place[1])
+        lm.config.__dict__.pop("quantization_config", None)
+        plain: Any = AutoModelForCausalLM.from_config(lm.config, dtype=torch.float16)  # a model that may be saved
+        plain.load_state_dict(lm.state_dict())
+        plain.generation_config = lm.generation_config
+    except Exception as error:
+        raise UserError(
+            f"{file}: a GGUF file that is damaged or of an architecture that transformers does not read "
+            f"({first_line(error)}); fetch it again, or take the model's own folder"
+        ) from error
+    plain.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    write_json(folder / UNPACKED.file, {"files": {path.name: digest_of(path) for path in sorted(folder.iterdir())}})
+
+
+def _digest_of_gguf(file: Path) -> str:
+    try:
+        with file.open("rb") as opened:
+            start = opened.read(len(MAGIC))
+        if start != MAGIC:
+            raise UserError(f"{file}: is no GGUF file; give one as {PREFIX}FILE, or the model's folder without {PREFIX}")
+        return digest_of(file)
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({reason(error)}); give a GGUF file as {PREFIX}FILE") from error
+
+
+def digest_of(file: Path) -> str:
+    """SHA-256 of a file, in hex digits."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
