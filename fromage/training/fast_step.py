@@ -50,7 +50,8 @@ def fast_step(model: Fromage, batch: Batch, paired: bool, weights: Weights = ALL
     sums = [torch.stack(one[:3]) * (targets(part) / targets(batch)) for part, one in zip(parts, done, strict=True)]  # (3,)
     captioning_loss, text_loss, caption_accuracy = torch.stack(sums).sum(0)  # (parts, 3) -> scalars
     images, texts = (torch.cat([one[i] for one in done]) for i in (3, 4))  # (B, q) each
-    contrastive_loss, retrieval_accuracy = info_nce(images, texts, model.logit_scale)
+    apart = None if weights.same_image_negatives else torch.cat(features)
+    contrastive_loss, retrieval_accuracy = info_nce(images, texts, model.logit_scale, apart)
     weight = device_weight(targets(batch), batch.ids.device)
     losses = captioning_loss * weight, text_loss * weight, contrastive_loss
     return StepOutput(*losses, caption_accuracy, retrieval_accuracy, images, texts, weights)

@@ -91,16 +91,23 @@ def frozen_log_sum_exp(hidden: Tensor, targets: Tensor, lm: LanguageModel) -> tu
     return torch.cat(lses), torch.cat(zs)
 
 
-def info_nce(images: Tensor, texts: Tensor, logit_scale: Tensor) -> tuple[Tensor, Tensor]:
+def info_nce(images: Tensor, texts: Tensor, logit_scale: Tensor, features: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """InfoNCE in both directions, averaged: equations 2 to 4 of the paper, with its learned temperature.
 
     images, texts: (B, q) unit rows; row i of both is a pair. logit_scale: scalar, log of 1 / temperature. The negatives are
     those of all W devices. Returns the loss and the share of pairs that rank first, averaged over directions. (In the
     released run logit_scale was bfloat16, too coarse to move at this learning rate; here it is float32 and learns.)
+
+    features: (B, m) of the images; where rows are equal it is one image, whose other captions are no negatives. None, as in
+    the paper: all of the batch are.
     """
     images, texts = gather_with_gradient(images), gather_with_gradient(texts)  # (W B, q) on W devices
     logits = logit_scale.exp() * images @ texts.T  # (W B, W B)
     target = torch.arange(len(logits), device=logits.device)  # (W B,)
+    if features is not None:
+        of = gather_with_gradient(features).unique(dim=0, return_inverse=True)[1]  # (W B,): which image a row is of
+        same = (of.unsqueeze(0) == of.unsqueeze(1)) & (target.unsqueeze(0) != target.unsqueeze(1))  # (W B, W B)
+        logits = logits.masked_fill(same, -torch.inf)
     loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
     accuracy = ((logits.argmax(1) == target).float().mean() + (logits.argmax(0) == target).float().mean()) / 2
     return loss, accuracy

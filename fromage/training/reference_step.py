@@ -26,10 +26,11 @@ from fromage.training.losses import device_weight, info_nce, next_token_loss
 
 
 class Weights(NamedTuple):
-    """Weights of the losses of the two passes. A captioning pass of weight 0 is not run; its loss is 0."""
+    """Weights of the losses of the two passes, and what counts in them. A captioning pass of weight 0 is not run."""
 
     captioning: float = 1.0
     retrieval: float = 1.0  # of its next-token loss and InfoNCE
+    same_image_negatives: bool = True  # whether other captions of an image are its negatives
 
 
 ALL = Weights()
@@ -129,9 +130,11 @@ def reference_step(model: Fromage, batch: Batch, paired: bool, weights: Weights 
     hidden, at_ret = model.hidden_at_ret(batch.ids, batch.lengths)  # (B, T, d), (B, d)
     text_loss, _ = next_token_loss(model.lm.logits(hidden), batch.ids.masked_fill(~_within(batch, without=0), -100))
 
-    images = model.embed_images(image_features(model, batch))  # (B, q); as in the released code, images are encoded twice
+    features = image_features(model, batch)  # (B, m); as in the released code, images are encoded twice
+    images = model.embed_images(features)  # (B, q)
     texts = model.embed_ret(at_ret)  # (B, q)
-    contrastive_loss, retrieval_accuracy = info_nce(images, texts, model.logit_scale)
+    apart = None if weights.same_image_negatives else features
+    contrastive_loss, retrieval_accuracy = info_nce(images, texts, model.logit_scale, apart)
     weight = device_weight(targets(batch), batch.ids.device)
     losses = captioning_loss * weight, text_loss * weight, contrastive_loss
     return StepOutput(*losses, caption_accuracy, retrieval_accuracy, images, texts, weights)

@@ -120,6 +120,16 @@ def test_any_lengths_batch_sizes_and_chunks(models, lengths, paired, which, chun
 
 
 @pytest.mark.parametrize("chunk", [0, 2])
+def test_an_image_that_is_no_negative_of_its_other_caption(models, chunk):
+    model, apart = models["tied", 1], Weights(same_image_negatives=False)
+    batch = make_batch(model, [5, 12, 3, 24, 7])
+    batch = batch._replace(features=batch.features[[0, 1, 0, 3, 1]])
+    steps = partial(fast_step, chunk=chunk, weights=apart), partial(reference_step, weights=apart)
+    compare(model, batch, False, *steps)
+    assert steps[1](model, batch, False).contrastive_loss < reference_step(model, batch, False).contrastive_loss
+
+
+@pytest.mark.parametrize("chunk", [0, 2])
 def test_other_captions_of_a_batch_change_no_loss_and_no_gradient(models, chunk):
     model, step = models["untied", 4], partial(fast_step, chunk=chunk)
     batch = make_batch(model, [5, 12, 3, 24])

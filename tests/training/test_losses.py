@@ -35,6 +35,24 @@ def test_info_nce_is_the_mean_of_both_directions_by_hand():
     assert math.isclose(loss.item(), total / 12, rel_tol=1e-5)
 
 
+def test_other_captions_of_an_image_are_no_negatives_where_that_is_asked():
+    torch.manual_seed(0)
+    features = torch.randn(3, 7)[[0, 1, 0, 2, 0]]  # rows 0, 2 and 4 are of one image
+    images = torch.nn.functional.normalize(features[:, :4], dim=-1).requires_grad_()
+    texts = torch.nn.functional.normalize(torch.randn(5, 4), dim=-1).requires_grad_()
+    scale = torch.tensor(1.5)
+    loss, _ = info_nce(images, texts, scale, features)
+    others = {0: [1, 3], 1: [0, 2, 3, 4], 2: [1, 3], 3: [0, 1, 2, 4], 4: [1, 3]}
+    logits, wanted = scale.exp() * images @ texts.T, 0
+    for table in (logits, logits.T):
+        for row, negatives in others.items():
+            wanted += (torch.logsumexp(table[row, [row, *negatives]], 0) - table[row, row]) / 10
+    torch.testing.assert_close(loss, wanted)
+    assert all(g.isfinite().all() for g in torch.autograd.grad(loss, (images, texts)))
+    plain, distinct = info_nce(images, texts, scale)[0], torch.randn(5, 7)
+    assert plain > loss and info_nce(images, texts, scale, distinct)[0] == plain
+
+
 def test_info_nce_of_equal_sides_finds_all():
     rows = torch.eye(4)
     assert info_nce(rows, rows, torch.tensor(3.0))[1] == 1
