@@ -21,7 +21,8 @@ class Opening:
     Attributes:
         ckpt: checkpoint, folder or hub name (default: with no --index either, the toy world, made on first use)
         index: folder of `fromage index build`, where images are found
-        style: how turns stand in the prompt (default: as the model's generation.json says, else dialogue)
+        style: how turns stand in the prompt (default: as the model's generation.json says, else by the tokenizer's chat
+            template, else dialogue)
         system: text in front of everything
         images: folder of the index's images, if it has moved or the index is from elsewhere
     """
@@ -29,7 +30,7 @@ class Opening:
     ckpt: str | None = None
     index: Path | None = None
     images: Path | None = None
-    style: Literal["dialogue", "plain", "alone"] | None = None
+    style: Literal["dialogue", "plain", "alone", "template"] | None = None
     system: str | None = None
     device: str = "auto"
 

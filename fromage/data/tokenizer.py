@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
-from transformers import AutoTokenizer
+from transformers import AddedToken, AutoTokenizer
 
 from fromage.errors import UserError, first_line
 
@@ -37,6 +38,7 @@ class PromptTokenizer:
                 f"or fetch it where there is a network: hf download {folder}"
             ) from error
         self.vocab_size = len(self.hf)
+        self._name_special()
         self.hf.add_tokens([*places, *rows], special_tokens=True)
         convert: Any = self.hf.convert_tokens_to_ids
         self.added = {token: int(convert(token)) for token in (*places, *rows)}
@@ -59,6 +61,37 @@ class PromptTokenizer:
     def encode(self, text: str) -> list[int]:
         """Ids of a text without a start token; '[RET]' or '</s>' within it are plain text."""
         return self.hf.encode(text, add_special_tokens=False, split_special_tokens=True)
+
+    @property
+    def has_template(self) -> bool:
+        """Whether it is an instruct model's, with a chat template."""
+        return bool(self.hf.chat_template)
+
+    def special_id(self, text: str) -> int | None:
+        """The id of a special token by its whole text; None for other texts and for the added tokens."""
+        return self._specials.get(text)
+
+    def markup(self, text: str) -> list[str | int]:
+        """A text by a chat template, cut at its special tokens: texts, and ids in place of special tokens.
+
+        A user's text must not come here. '[RET]' and '<|image|>' stay text.
+        """
+        pieces = self._special.split(text) if self._specials else [text]  # text, token, text, ..., text
+        return [self._specials[piece.strip()] if i % 2 else piece for i, piece in enumerate(pieces) if piece]
+
+    def _name_special(self) -> None:
+        """Have every token special that the chat template names, so that no text can become one (`encode`)."""
+        templates = self.hf.chat_template or ""
+        source = "".join(templates.values()) if isinstance(templates, dict) else templates
+        for token in self.hf.added_tokens_decoder.values():
+            if not token.special and token.content.strip() and token.content in source:
+                sides = {"lstrip": token.lstrip, "rstrip": token.rstrip, "normalized": token.normalized}
+                self.hf.add_tokens([AddedToken(token.content, special=True, **sides)], special_tokens=True)
+        named = {i: token for i, token in self.hf.added_tokens_decoder.items() if token.special and token.content.strip()}
+        self._specials = {token.content.strip(): i for i, token in named.items()}
+        longest = sorted(named.values(), key=lambda token: -len(token.content))
+        swallowed = (r"\s*" * t.lstrip + re.escape(t.content) + r"\s*" * t.rstrip for t in longest)
+        self._special = re.compile(f"({'|'.join(swallowed)})")
 
     def start(self) -> list[int]:
         """The ids at the front of every prompt: [bos], or none."""

@@ -6,5 +6,6 @@ Where to look:
     decoding            the options, the [RET] bias, sampling, and the decoding loop with its key-value cache
     retrieved           the images of a generated [RET] (re-ranking of candidates is in fromage.retrieval.ann)
     score               log-likelihoods of continuations
-    chat                conversations: history and prompt styles
+    styles              how turns stand in a prompt: texts around them, or the tokenizer's chat template
+    chat                conversations and their history
 """

@@ -4,7 +4,8 @@
     answer = chat.say("Which of these is a star?", Path("sky.jpg"))
     for piece in chat.stream("Show me another one."): ...          # text and images as they are decoded
 
-The prompt of a turn is system prompt, examples, earlier turns, then the new turn. If it is too long for the language model,
+The prompt of a turn is system prompt, examples, earlier turns, then the new turn; how they stand there is a style
+(fromage.generation.styles). If it is too long for the language model,
 the oldest turns are left out, then the examples; a turn or example is left out as a whole, with its images.
 """
 
@@ -13,14 +14,13 @@ from __future__ import annotations
 import math
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import chain
 from typing import TYPE_CHECKING
 
-from fromage.errors import UserError
 from fromage.generation.decoding import Decoding
 from fromage.generation.generate import Answer, stream
 from fromage.generation.preset import read_preset
 from fromage.generation.retrieved import Resolve, RetrievedImages
+from fromage.generation.styles import Exchange, Style, find_style
 from fromage.models.fromage import Fromage
 from fromage.models.prompts import (
     RET,
@@ -28,7 +28,6 @@ from fromage.models.prompts import (
     Part,
     Prompt,
     encode_images,
-    is_text,
     joined,
     max_length,
     parts_of,
@@ -40,57 +39,13 @@ if TYPE_CHECKING:
     from fromage.retrieval.base import ImageIndex
 
 
-@dataclass(frozen=True)
-class Style:
-    """The text around a turn in the prompt.
-
-    Attributes:
-        before: text before what the user said.
-        between: text between it and the answer.
-        after: text after the answer.
-        stop: texts at which an answer ends.
-        history: whether the prompt contains examples and earlier turns.
-        images_first: whether the images of a turn with one text come first, then `before`, as in the released dialogues.
-    """
-
-    before: str
-    between: str
-    after: str
-    stop: tuple[str, ...] = ("\n",)
-    history: bool = True
-    images_first: bool = False
-
-    def ask(self, said: Prompt) -> list[Part]:
-        """What the user said as the prompt contains it, up to where the answer begins."""
-        parts = joined(parts_of(said))
-        if self.images_first and sum(map(is_text, parts)) <= 1:
-            parts.sort(key=is_text)
-        first = next((i for i, part in enumerate(parts) if not isinstance(part, ImageInput)), len(parts))
-        first = first if self.images_first else 0
-        return joined([*parts[:first], self.before, *parts[first:], self.between])
-
-
-STYLES = {
-    "dialogue": Style("Q: ", "\nA:", "\n", images_first=True),  # the paper's dialogue prompts
-    "plain": Style("", "", " "),  # the answer continues the user's text
-    "alone": Style("", "", "", history=False),  # the same without history: like the captions and images of training
-}
-
-
-def find_style(name: str) -> Style:
-    """A style by its name. Raises UserError for an unknown name."""
-    if name not in STYLES:
-        raise UserError(f"style {name}: there are {', '.join(STYLES)}")
-    return STYLES[name]
-
-
 @dataclass
 class Turn:
-    """What the user said, and the answer. parts: both as later prompts contain them, with features for images."""
+    """What the user said, and the answer. exchange: both as later prompts contain them, with features for images."""
 
     said: list[Part]
     answer: Answer
-    parts: list[Part] = field(repr=False)
+    exchange: Exchange = field(repr=False)
 
 
 class Chat:
@@ -115,22 +70,24 @@ class Chat:
         Args:
             index: index of the images to retrieve; None for text-only answers.
             decoding: decoding options; they can be changed between turns. The style's stop texts are added to theirs.
-            style: a key of STYLES.
+            style: dialogue, plain, alone or template (see styles.py); without one the tokenizer's chat template is used
+                where there is one, else dialogue.
             system: text at the front of every prompt; it is never left out.
             examples: few-shot examples, (said, answered), before the turns.
             resolve: how retrieved images are opened; if None they stay unopened, and the history contains [RET] alone.
 
         Raises:
-            UserError: unknown style, an index built with another model, or an image that cannot be opened or fetched.
+            UserError: an unknown style, a chat template that does not render, an index built with another model, or an
+                image that cannot be opened or fetched.
         """
         if index is not None:
             index.require_model(model)
         preset = read_preset(model.generation)
         self.model, self.index, self.decoding, self.resolve = model, index, decoding or preset.decoding, resolve
-        self.style, self.turns = find_style(preset.style if style is None else style), list[Turn]()
-        front = joined(parts_of(preset.system if system is None else system))
-        self.system = self._encoded([*front, self.style.after]) if front else []
-        self.examples = [self._framed(self._encoded(said), self._encoded(answered)) for said, answered in examples]
+        self.style: Style = find_style(preset.style if style is None else style, model)
+        self.turns: list[Turn] = []
+        self.system = self._encoded(joined(parts_of(preset.system if system is None else system)))
+        self.examples: list[Exchange] = [(self._encoded(said), self._encoded(answered)) for said, answered in examples]
 
     def say(self, *parts: Part) -> Answer:
         """One turn of text, images, files and addresses in any order. Returns the answer."""
@@ -150,26 +107,30 @@ class Chat:
             pieces.append(piece)
             yield piece
         answer = Answer.of(pieces)
-        self.turns.append(Turn(list(parts), answer, self._framed(said, self._answered(answer))))
+        self.turns.append(Turn(list(parts), answer, (said, self._answered(answer))))
 
     def prompt(self, said: Prompt) -> list[Part]:
         """The prompt of a turn: the turn, and as much of the history as fits the language model."""
-        asked = self.style.ask(said)
-        history = [*self.examples, *(turn.parts for turn in self.turns)] if self.style.history else []
+        history = [*self.examples, *(turn.exchange for turn in self.turns)] if self.style.history else []
+        kept = dict(enumerate(history))
         droppable = [*range(len(self.examples), len(history)), *range(len(self.examples))]  # oldest turns, then examples
         room = (max_length(self.model) or math.inf) - self.decoding.max_new_tokens
-        start = len(self.model.tokenizer.start())
-        lengths = [prompt_length(self.model, block) - start for block in history]  # joined texts can differ by some tokens
-        spare = room - prompt_length(self.model, [*self.system, *asked]) - sum(lengths)
+        lengths: list[int] = []
         while True:
-            while droppable and spare < 0:
-                left_out = droppable.pop(0)
-                spare += lengths[left_out]
-                history[left_out] = []
-            parts = joined([*self.system, *chain.from_iterable(history), *asked])
+            parts = self.style.prompt(self.system, list(kept.values()), said)
             spare = room - prompt_length(self.model, parts)
             if spare >= 0 or not droppable:
                 return parts
+            lengths = lengths or self._lengths(history)
+            while droppable and spare < 0:
+                left_out = droppable.pop(0)
+                spare += lengths[left_out]
+                del kept[left_out]
+
+    def _lengths(self, history: Sequence[Exchange]) -> list[int]:
+        """How many tokens each turn adds to a prompt; joined texts can differ by some."""
+        alone = prompt_length(self.model, self.style.prompt([], [], "a"))
+        return [prompt_length(self.model, self.style.prompt([], [turn], "a")) - alone for turn in history]
 
     def undo(self) -> None:
         """Remove the last turn."""
@@ -194,6 +155,3 @@ class Chat:
         for part in answer.parts:
             parts += [part] if isinstance(part, str) else self._encoded(part.images) or [RET]
         return parts
-
-    def _framed(self, said: Sequence[Part], answered: Sequence[Part]) -> list[Part]:
-        return joined([*self.style.ask(said), *answered, self.style.after])

@@ -23,6 +23,7 @@ from transformers import (
     RepetitionPenaltyLogitsProcessor,
     StoppingCriteria,
     StoppingCriteriaList,
+    SuppressTokensLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -56,7 +57,7 @@ def write(model: Fromage, prompts: Prompts, decoding: Decoding, drafts: Sequence
             logits_processor=LogitsProcessorList(processors(model, decoding, range(first, first + len(drafts)))),
             stopping_criteria=StoppingCriteriaList([steps]),
             pad_token_id=model.tokenizer.pad_id,
-            eos_token_id=end_ids(model) or None,
+            eos_token_id=end_ids(model, decoding.stop) or None,
         )
 
 
@@ -64,7 +65,8 @@ class Draft:
     """One answer while it is decoded. It emits text as soon as it is final, and the hidden state (d,) of each [RET]."""
 
     def __init__(self, model: Fromage, decoding: Decoding, emit: Callable[[str | Tensor], Any]) -> None:
-        self.tokenizer, self.decoding, self.emit, self.ends = model.tokenizer, decoding, emit, end_ids(model)
+        self.tokenizer, self.decoding, self.emit = model.tokenizer, decoding, emit
+        self.ends = end_ids(model, decoding.stop)
         self.ids: list[int] = []
         self.done = False
         self._words: list[int] = []  # tokens since the last [RET]
@@ -114,10 +116,11 @@ def certain(text: str, stop: Sequence[str]) -> str:
     return text[: len(text) - max(held, default=0)]
 
 
-def end_ids(model: Fromage) -> list[int]:
-    """The tokens that end an answer: the tokenizer's, and those in the language model's generation config."""
+def end_ids(model: Fromage, stop: Sequence[str] = ()) -> list[int]:
+    """The tokens that end an answer: the tokenizer's, the language model's generation config's, special ones among stop."""
     named = getattr(model.lm.hf.generation_config, "eos_token_id", None)
     ids = [model.tokenizer.eos_id, *(named if isinstance(named, list) else [named])]
+    ids += (model.tokenizer.special_id(text) for text in stop)
     return sorted({i for i in ids if i is not None})
 
 
@@ -125,6 +128,8 @@ def processors(model: Fromage, decoding: Decoding, rows: range) -> Iterator[Logi
     """The logits processors, in order. rows: numbers of the batch's rows, for their seeds."""
     if decoding.repetition_penalty != 1:
         yield RepetitionPenaltyLogitsProcessor(float(decoding.repetition_penalty))
+    if model.lm.cap is not None:  # Hugging Face caps the head's -inf too
+        yield SuppressTokensLogitsProcessor([model.tokenizer.image_id], str(model.device))
     yield RetRules(model.tokenizer.ret_id, decoding if model.pooling == "ret" else replace(decoding, max_images=0))
     if decoding.temperature > 0:
         yield TemperatureLogitsWarper(float(decoding.temperature))

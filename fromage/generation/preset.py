@@ -24,7 +24,7 @@ class Preset:
     """How to talk with a model. Options of a command and arguments in Python come before it.
 
     Attributes:
-        style: of fromage.generation.chat.STYLES.
+        style: of fromage.generation.styles; None: the chat template where the tokenizer has one, else dialogue.
         decoding: options of an answer.
         system: text in front of every prompt.
         name: of the model, for people.
@@ -32,7 +32,7 @@ class Preset:
         examples: texts to begin with.
     """
 
-    style: str = "dialogue"
+    style: str | None = None
     decoding: Decoding = field(default_factory=Decoding)
     system: str = ""
     name: str = ""
@@ -46,7 +46,7 @@ class Preset:
 
     def stored(self) -> dict[str, Any]:
         """As generation.json holds it: what differs from the defaults."""
-        plain = {name: getattr(self, name) for name in TEXTS if getattr(self, name) or name == "style"}
+        plain = {name: getattr(self, name) for name in TEXTS if getattr(self, name)}
         options = {name: value for name in DEFAULTS if (value := getattr(self.decoding, name)) != DEFAULTS[name]}
         options |= {"stop": list(self.decoding.stop)} if self.decoding.stop else {}
         return plain | {"decoding": options, "examples": list(self.examples)}

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -56,6 +57,7 @@ class LanguageModel(FrozenTower):
         self.width: int = embedding.weight.shape[1]
         self.freeze()
         route(hf.config)
+        self._asks = hasattr(sys.modules[type(hf.base_model).__module__], "ALL_ATTENTION_FUNCTIONS")
         tied = head.weight is embedding.weight
         added = AddedTokens(embedding, head, tokenizer.row_ids, tokenizer.vocab_size, tied)
         hold(self, "added", added)
@@ -79,24 +81,44 @@ class LanguageModel(FrozenTower):
     def forward(self, embeds: Tensor, mask: Tensor) -> Tensor:
         """(B, T, d) input embeddings and (B, T) bool mask -> (B, T, d) hidden states after the last layer norm.
 
-        Positions count unmasked tokens only, so padding on either side changes nothing.
+        Padding anywhere changes nothing: positions count unmasked tokens only, and padding between tokens is moved behind
+        them, since sliding windows and ALiBi count places.
         """
-        positions = (mask.long().cumsum(1) - 1).clamp(min=0)  # (B, T)
-        output = self._run(embeds, attention_mask=mask.long(), position_ids=positions, use_cache=False)
-        return output.last_hidden_state  # (B, T, d)
+        order = (~mask).long().argsort(dim=1, stable=True)  # (B, T): tokens first
+        last = (mask.long().sum(1, keepdim=True) - 1).clamp(min=0)  # (B, 1)
+        positions = torch.arange(mask.shape[1], device=mask.device).minimum(last)  # (B, T)
+        output = self._run(
+            _moved(embeds, order), attention_mask=mask.gather(1, order).long(), position_ids=positions, use_cache=False
+        )
+        return _moved(output.last_hidden_state, order.argsort(dim=1))  # (B, T, d)
 
     def cached(self, embeds: Tensor, mask: Tensor, positions: Tensor, cache: Cache) -> Tensor:
         """(B, T, d) input embeddings at positions (B, T), which follow the cached tokens -> (B, T, d) hidden states.
 
         mask: (B, 1, T, S + T) bool, which of S cached and T new tokens each new token sees. The cache grows by T tokens.
+        Raises UserError where that is more than a sliding window.
         """
+        window = getattr(self.hf.config.get_text_config(), "sliding_window", None)
+        if window is not None and mask.shape[-1] > window:
+            raise UserError(f"{mask.shape[-1]} tokens in a row: {self.name} looks back {window} in places; shorten the rows")
         output = self._run(embeds, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
         return output.last_hidden_state  # (B, T, d)
 
     def packed(self, embeds: Tensor, positions: Tensor, attend: Attend) -> Tensor:
-        """(1, N, d) packed input embeddings at positions (N,) -> (N, d) hidden states; see packed_attention for attend."""
-        with attending(attend):
-            output = self._run(embeds, position_ids=positions.unsqueeze(0), use_cache=False)
+        """(1, N, d) packed input embeddings at positions (N,) -> (N, d) hidden states; see packed_attention for attend.
+
+        Raises UserError for a family with layers that have an attention of their own, or none: ALiBi, sinks, chunks, states.
+        """
+        if self._asks:
+            with attending(attend):
+                output = self._run(embeds, position_ids=positions.unsqueeze(0), use_cache=False)
+        config = self.hf.config.get_text_config()
+        kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+        if not self._asks or kinds or len(attend.layers) < config.num_hidden_layers:
+            raise UserError(
+                f"{self.name}: {config.model_type} has an attention of its own, which cannot run packed sequences, as the "
+                "fast step and scores do; train with --model.step reference, or choose another language model"
+            )
         return output.last_hidden_state[0]  # (1, N, d) -> (N, d)
 
     def _run(self, embeds: Tensor, **named: Any) -> Any:
@@ -124,8 +146,16 @@ class LanguageModel(FrozenTower):
         return getattr(self.hf.config, "final_logit_softcapping", None)
 
     def capped(self, logits: Tensor) -> Tensor:
-        """Output of the head -> logits, of the same shape."""
-        return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
+        """Output of the head -> logits, of the same shape; -inf stays."""
+        if self.cap is None:
+            return logits
+        return (torch.tanh(logits / self.cap) * self.cap).masked_fill(logits.isneginf(), -torch.inf)
+
+
+def _moved(rows: Tensor, order: Tensor) -> Tensor:
+    """(B, T, d) and places (B, T) -> (B, T, d), the rows at these places."""
+    first = torch.arange(len(order), device=order.device).unsqueeze(1) * order.shape[1]  # (B, 1)
+    return rows.flatten(0, 1).index_select(0, (first + order).flatten()).unflatten(0, tuple(order.shape))
 
 
 def load_tokenizer(name: str) -> PromptTokenizer:

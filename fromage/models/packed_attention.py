@@ -17,15 +17,13 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
 from itertools import accumulate
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
-
-from fromage.errors import UserError
 
 PREFIX = "fromage_packed_or_"  # before the name of the attention that a model was loaded with
 
@@ -96,24 +94,38 @@ class _UnpadInput(torch.autograd.Function):
         return grad.new_zeros(ctx.places, *grad.shape[1:]).index_copy_(0, ctx.saved_tensors[0], grad), None
 
 
-class Attend(Protocol):
+class Attend:
     """Attention of the packed tokens of one forward pass, called by each layer.
 
     Attributes:
         max_seqlen: tokens of the longest sequence, cached ones included.
+        layers: numbers of the layers that have called it.
     """
 
-    max_seqlen: int
+    def __init__(self, max_seqlen: int) -> None:
+        self.max_seqlen, self.layers = max_seqlen, set[int]()
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, weighting: Weighting) -> Tensor:
         """q (N, H, e), k and v (N, H', e) with H' <= H -> (N, H, e)."""
+        raise NotImplementedError
 
 
 class Weighting(NamedTuple):
-    """How a layer turns products of queries and keys into weights: their scale, and Gemma 2's soft cap (tanh), if any."""
+    """How a layer turns products of queries and keys into weights.
+
+    Attributes:
+        scale: factor on the products; None: 1 / sqrt(e).
+        cap: Gemma 2's soft cap by tanh, or None.
+        window: how many tokens a token sees, itself and those just before it; None: all.
+    """
 
     scale: float | None
     cap: float | None
+    window: int | None
+
+    def seen(self, back: Tensor) -> Tensor:
+        """How many tokens before the query each key stands, negative where it is hidden -> bool, the keys that are seen."""
+        return back >= 0 if self.window is None else (back >= 0) & (back < self.window)
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """q (S, H, T, e), k and v (S, H', T', e), bool mask (None: causal) -> (S, H, T, e)."""
@@ -128,14 +140,15 @@ class Weighting(NamedTuple):
         return capped.softmax(-1).to(v.dtype) @ v  # (S, H, T, T') (S, H, T', e) -> (S, H, T, e)
 
 
-class Causal:
+class Causal(Attend):
     """Each token attends to itself and to those before it in its sequence.
 
     keep: cache keys and values, for OneMore or Branches.
     """
 
     def __init__(self, layout: PackedLayout, keep: bool = False) -> None:
-        self.layout, self.keep, self.max_seqlen = layout, keep, layout.max_seqlen
+        super().__init__(layout.max_seqlen)
+        self.layout, self.keep = layout, keep
         self.kept: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> keys, values (S, H', T, e)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, weighting: Weighting) -> Tensor:
@@ -143,10 +156,14 @@ class Causal:
         q, k, v = (self.layout.pad_input(x).transpose(1, 2) for x in (q, k, v))  # (S, H, T, e)
         if self.keep:
             self.kept[layer] = k, v
-        return self.layout.unpad_input(weighting.attention(q, k, v, None).transpose(1, 2))  # (S, T, H, e) -> (N, H, e)
+        mask = None
+        if weighting.window is not None and weighting.window < self.max_seqlen:
+            place = torch.arange(self.max_seqlen, device=q.device)
+            mask = weighting.seen(place[:, None] - place)  # (T, T)
+        return self.layout.unpad_input(weighting.attention(q, k, v, mask).transpose(1, 2))  # (S, T, H, e) -> (N, H, e)
 
 
-class OneMore:
+class OneMore(Attend):
     """One new token after each of S sequences, whose keys and values an earlier Causal pass cached.
 
     Each layer removes its keys and values from the cache once it has used them. This is the second half of the one-token
@@ -154,35 +171,35 @@ class OneMore:
     """
 
     def __init__(self, before: Causal, lengths: list[int], device: torch.device) -> None:
-        self.kept, self.max_seqlen = before.kept, before.layout.max_seqlen + 1
-        cached = torch.arange(before.layout.max_seqlen).expand(len(lengths), -1) < torch.tensor(lengths).unsqueeze(
-            1
-        )  # (S, T)
-        mask = F.pad(cached, (0, 1), value=True)[:, None, None]  # (S, 1, 1, T + 1)
-        self.mask = to_device(mask, device)
+        super().__init__(before.max_seqlen + 1)
+        self.kept = before.kept
+        back = torch.tensor(lengths).unsqueeze(1) - torch.arange(before.max_seqlen)  # (S, T); below 1: padding
+        back = F.pad(back.where(back > 0, -1), (0, 1))[:, None, None]  # (S, 1, 1, T + 1); the token itself: 0
+        self.back = to_device(back, device)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, weighting: Weighting) -> Tensor:
         """See Attend; here N = S."""
         q, k, v = (x.unsqueeze(2) for x in (q, k, v))  # (S, H, 1, e)
         keys, values = (torch.cat([old, new], 2) for old, new in zip(self.kept.pop(layer), (k, v), strict=True))
-        return weighting.attention(q, keys, values, self.mask).squeeze(
+        return weighting.attention(q, keys, values, weighting.seen(self.back)).squeeze(
             2
         )  # keys (S, H', T + 1, e); (S, H, 1, e) -> (N, H, e)
 
 
-class Branches:
+class Branches(Attend):
     """Sequences that continue one prefix, whose keys and values an earlier pass over the prefix cached.
 
     One attention over the prefix and all N tokens: each token sees the prefix, and its own sequence up to itself.
     """
 
     def __init__(self, prefix: Causal, lengths: list[int], device: torch.device) -> None:
-        self.kept, self.max_seqlen = prefix.kept, prefix.layout.max_seqlen + max(lengths)
+        super().__init__(prefix.max_seqlen + max(lengths))
+        self.kept = prefix.kept
         owner = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))  # (N,)
-        own = (owner[:, None] == owner).tril()  # (N, N)
-        self.mask = to_device(
-            F.pad(own, (prefix.layout.max_seqlen, 0), value=True), device
-        )  # (N, T + N), T tokens of the prefix
+        place = torch.tensor([t for n in lengths for t in range(n)])  # (N,)
+        own = (place[:, None] - place).where(owner[:, None] == owner, -1)  # (N, N)
+        before = prefix.max_seqlen + place[:, None] - torch.arange(prefix.max_seqlen)  # (N, T), T tokens of the prefix
+        self.back = to_device(torch.cat([before, own], 1), device)  # (N, T + N)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, weighting: Weighting) -> Tensor:
         """See Attend."""
@@ -190,7 +207,8 @@ class Branches:
         keys, values = (
             torch.cat([old, new], 2) for old, new in zip(self.kept[layer], (k, v), strict=True)
         )  # (1, H', T + N, e)
-        return weighting.attention(q, keys, values, self.mask)[0].transpose(0, 1)  # (1, H, N, e) -> (N, H, e)
+        seen = weighting.seen(self.back)  # (N, T + N)
+        return weighting.attention(q, keys, values, seen)[0].transpose(0, 1)  # (1, H, N, e) -> (N, H, e)
 
 
 _attend: ContextVar[Attend | None] = ContextVar("attend", default=None)
@@ -228,14 +246,12 @@ def _attention(own: str, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mas
     if attend is None:
         eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
         return AttentionInterface().get_interface(own, eager)(module, q, k, v, mask, **options)
-    window = options.get("sliding_window")
-    if window is not None and attend.max_seqlen > window:
-        raise UserError(
-            f"{attend.max_seqlen} tokens in a sequence: this language model looks back {window} only; shorten it"
-        )
     q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # (N, H, e)
     layer: Any = module.layer_idx
-    out = attend(layer, q, k, v, Weighting(options.get("scaling"), options.get("softcap")))  # (N, H, e)
+    if mask is None and options.get("s_aux") is None:  # a bias of the model's own, or its sinks: left out, so it is refused
+        attend.layers.add(layer)
+    weighting = Weighting(options.get("scaling"), options.get("softcap"), options.get("sliding_window"))
+    out = attend(layer, q, k, v, weighting)  # (N, H, e)
     return out.unsqueeze(0), None
 
 

@@ -46,6 +46,13 @@ START = Special.START  # </s> at a place of one's own; a prompt that has one get
 QUERIES = Special.QUERIES  # all object queries of an Octopus
 
 
+@dataclass(frozen=True)
+class Token:
+    """A special token of the language model by its id, as chat templates have them; a prompt that has one gets no </s>."""
+
+    id: int
+
+
 class Starts(Enum):
     """Where </s> stands in a prompt. It always stands behind the images that lead, as in captioning training.
 
@@ -64,7 +71,7 @@ class Starts(Enum):
 
 # Path: an image file, or 'shard.tar#key'. Tensor: features (m,) of an image that has been encoded before.
 ImageInput = Image.Image | Path | Url | Tensor
-Part = str | ImageInput | Special  # a str is always text, never a path or address
+Part = str | ImageInput | Special | Token  # a str is always text, never a path or address
 Prompt = Sequence[Part] | Part
 
 
@@ -91,7 +98,7 @@ def parts_of(prompt: Prompt) -> list[Part]:
     """A prompt as a list of parts; a single part is a prompt too. Raises UserError for other types and invalid text."""
     parts: list[Part] = list(prompt) if isinstance(prompt, (list, tuple)) else [prompt]  # type: ignore[list-item]
     for part in parts:
-        if not isinstance(part, (str, ImageInput, Special)):
+        if not isinstance(part, (str, ImageInput, Special, Token)):
             raise UserError(f"a prompt holds text, images, paths and addresses of images, not {type(part).__name__}")
         if isinstance(part, str) and HALVES.search(part):
             raise UserError(f"{part[:50]!r}: holds half a character (a surrogate); leave it out")
@@ -100,7 +107,7 @@ def parts_of(prompt: Prompt) -> list[Part]:
 
 def listed(prompts: Sequence[Prompt] | Part) -> list[Prompt]:
     """Prompts as a list: one text, path or image on its own is one prompt, never its letters."""
-    return [prompts] if isinstance(prompts, Tensor) and prompts.ndim == 1 else bare(prompts, Image.Image, Special)
+    return [prompts] if isinstance(prompts, Tensor) and prompts.ndim == 1 else bare(prompts, Image.Image, Special, Token)
 
 
 def is_text(part: Part | None) -> TypeGuard[str]:
@@ -123,8 +130,8 @@ def joined(parts: Sequence[Part]) -> list[Part]:
 
 
 def started(parts: Sequence[Part], starts: Starts) -> list[Part]:
-    """Parts with START where the form has it; parts that hold one already are unchanged."""
-    if any(part is START for part in parts):
+    """Parts with START where the form has it; parts that hold one already, or a Token of a template, are unchanged."""
+    if any(part is START or isinstance(part, Token) for part in parts):
         return list(parts)
     out: list[Part] = []
     for part in (*parts, None) if starts is not Starts.RELEASED else parts:  # None: the end
@@ -152,6 +159,8 @@ def part_ids(model: VisualPrefixLM, part: Part) -> list[int]:
     tokenizer = model.tokenizer
     if isinstance(part, ImageInput):
         return [tokenizer.image_id] * model.k
+    if isinstance(part, Token):
+        return [part.id]
     if part is RET:
         return [tokenizer.ret_id]
     if part is QUERIES:

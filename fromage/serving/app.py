@@ -87,7 +87,7 @@ def create_app(
 
     Args:
         index: index of the images to retrieve, built with the same model; None for text-only answers.
-        style: prompt style of conversations, a key of fromage.generation.chat.STYLES; None: the preset's.
+        style: prompt style of conversations, see fromage.generation.styles; None: the preset's.
         preset: what requests leave open; None: the model's generation.json.
 
     Raises:

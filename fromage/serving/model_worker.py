@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from fromage.errors import UserError
-from fromage.generation.chat import Chat, find_style
+from fromage.generation.chat import Chat
 from fromage.generation.decoding import GREEDY, Decoding
 from fromage.generation.generate import Answer, generate, stream
 from fromage.generation.retrieved import RetrievedImages
+from fromage.generation.styles import find_style
 from fromage.models.fromage import Fromage
 from fromage.models.prompts import Part
 from fromage.retrieval.base import ImageIndex
@@ -46,11 +47,11 @@ class ModelRequest:
 class ModelWorker:
     """Answers requests. Only one thread can call it."""
 
-    def __init__(self, model: Fromage, index: ImageIndex | None, style: str) -> None:
+    def __init__(self, model: Fromage, index: ImageIndex | None, style: str | None) -> None:
         """Raises UserError for an unknown style and for an index of another model."""
         if index is not None:
             index.require_model(model)
-        self.model, self.index, self.style, self.stop = model, index, style, find_style(style).stop
+        self.model, self.index, self.style, self.stop = model, index, style, find_style(style, model).stop
 
     def chat(self, requests: list[ModelRequest]) -> list[Answer]:
         """Answers to conversations with the same decoding options; retrieved images are not opened."""

@@ -108,8 +108,8 @@ class FromageModule(pl.LightningModule):
             pairing: probability that the captioning sequences of a batch contain two examples each.
             captioning_weight: weight of the captioning loss; with 0 its pass is not run, and the prefix is not trained.
             retrieval_weight: weight of the two losses of the retrieval pass; with 0 both heads are not trained.
-            same_image_negatives: whether an image that a batch holds twice is a negative of its other caption, as in the paper;
-                false where images were packed once for each caption.
+            same_image_negatives: whether an image that a batch holds twice is a negative of its other caption, as in the
+                paper; false where images were packed once for each caption.
             rescale_ret: rescale [RET] to the mean norm of the frozen embeddings after every step, as the released code does.
             freeze_temperature: keep the temperature of the contrastive loss at 0.07; in the released bfloat16 run it could
                 not move.

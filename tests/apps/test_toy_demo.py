@@ -3,7 +3,8 @@ import json
 from PIL import Image
 
 from fromage.apps.toy_demo import PRESET, demo
-from fromage.generation.chat import STYLES, Chat
+from fromage.generation.chat import Chat
+from fromage.generation.styles import STYLES
 from fromage.models.fromage import load_model
 from fromage.toy.scenes import Scene, names_colour_and_shape
 

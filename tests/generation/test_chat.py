@@ -42,7 +42,7 @@ def test_images_come_back_and_stand_in_the_history(model, index, folder):
     (shown,) = answer.shown
     assert len(shown.images) == 1 and Path(shown.hits[0].path).exists()
     assert shown.hits[0].path != str(folder / "red.png"), "not the user's own image"
-    features = [part for part in chat.turns[0].parts if isinstance(part, torch.Tensor)]
+    features = [part for side in chat.turns[0].exchange for part in side if isinstance(part, torch.Tensor)]
     assert len(features) == 2, "what the user sent and what came back, encoded once"
     seen = {str(folder / "red.png"), shown.hits[0].path}
     for _ in range(len(index) - 2):
@@ -54,7 +54,7 @@ def test_images_come_back_and_stand_in_the_history(model, index, folder):
 def test_without_images_to_open_the_history_has_ret(model, index):
     chat = Chat(model, index, IMAGES_PLEASE, style="plain", resolve=None)
     chat.say("a red star")
-    assert RET in chat.turns[0].parts
+    assert RET in chat.turns[0].exchange[1]
 
 
 def test_an_image_alone_is_put_as_in_training(model, folder):
@@ -73,7 +73,7 @@ def test_in_a_dialogue_the_image_comes_first(model, folder, said):
     question = [*places, *start, *model.tokenizer.encode("Q: what is it?\nA:")]
     assert ids == question
     chat.say(*said)
-    assert prompt_ids(model, chat.turns[0].parts)[: len(question)] == question, "in the history too"
+    assert prompt_ids(model, chat.prompt(["and that?"]))[: len(question)] == question, "in the history too"
 
 
 def test_images_between_texts_stay_there(model, folder):

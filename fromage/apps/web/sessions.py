@@ -24,11 +24,12 @@ from fromage.generation.generate import Answer
 from fromage.generation.options import is_whole
 from fromage.generation.preset import Preset, read_preset
 from fromage.generation.retrieved import RetrievedImages
+from fromage.generation.styles import Exchange
 from fromage.images.codec import jpeg
 from fromage.images.decode_process import decode_apart
 from fromage.io import WholeFile
 from fromage.models.fromage import Fromage
-from fromage.models.prompts import Part
+from fromage.models.prompts import Part, parts_of
 from fromage.retrieval.queries import embed_queries
 from fromage.retrieval.results import Hit, load_images
 
@@ -49,15 +50,16 @@ GONE = "(better ones could not be opened)"  # in place of notes that name paths
 
 @dataclass
 class PageTurn:
-    """A finished turn. parts: for the model, with features for images. page: for the visitor, with files for images."""
+    """A finished turn. exchange: for the model, with features for images. page: for the visitor, with files for images."""
 
-    parts: list[Part]
+    exchange: Exchange
     page: list[GradioMessage]
 
     def size(self) -> int:
         """Bytes, about: of text, and of features."""
-        features = sum(part.nbytes for part in self.parts if isinstance(part, Tensor))
-        return features + len(str(self.page)) + sum(len(part) for part in self.parts if isinstance(part, str))
+        parts = [part for side in self.exchange for part in parts_of(side)]
+        features = sum(part.nbytes for part in parts if isinstance(part, Tensor))
+        return features + len(str(self.page)) + sum(len(part) for part in parts if isinstance(part, str))
 
 
 Turns = list[PageTurn]
@@ -94,7 +96,7 @@ class Sessions:
     ) -> Iterator[tuple[Any, list[GradioMessage], Turns]]:
         """One turn while it is decoded: contents of the input box, the conversation, its turns. Errors are warnings."""
         chat = self._chat()
-        chat.turns = [Turn([], Answer([], []), turn.parts) for turn in turns]
+        chat.turns = [Turn([], Answer([], []), turn.exchange) for turn in turns]
         before = conversation(turns)
         try:
             said = read(sent)
@@ -104,7 +106,7 @@ class Sessions:
             for answered in self._growing(chat, said):
                 page[1] = message("assistant", answered)
                 yield gr.skip(), [*before, *page], turns
-            turns = latest([*turns, PageTurn(chat.turns[-1].parts, page)])
+            turns = latest([*turns, PageTurn(chat.turns[-1].exchange, page)])
             yield gr.skip(), conversation(turns), turns
         except UserError as error:
             warn(error)

@@ -326,7 +326,7 @@ def test_a_conversation_keeps_files_for_the_page_and_features_for_the_model(mode
     monkeypatch.setattr(web_visits, "jpeg", lambda *args: drawn.append(args) or draw(*args))
     shown, turns = talk(model, index, folder, 3)
     assert len(images_in(shown)) == len(drawn) == 6, "each is drawn once"
-    assert not [each for turn in turns for each in turn.parts if isinstance(each, Image.Image)]
+    assert not [each for turn in turns for side in turn.exchange for each in side if isinstance(each, Image.Image)]
     assert conversation(turns) == shown
     for path in set(images_in(turns[0].page)):
         Path(path).unlink()
