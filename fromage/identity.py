@@ -68,7 +68,7 @@ class FolderKind:
         """What the file says. Raises UserError, beside that of read, where it belongs to another than `about`."""
         there = self.read(folder)
         ignored = self.ignored | (OWN if self.format else set())
-        for key in sorted((there.keys() | about.keys()) - ignored):
+        for key in [key for key in (*about, *sorted(there.keys() - about.keys())) if key not in ignored]:
             if there.get(key) != about.get(key):
                 differs = f"{key} {there.get(key)!r} there, {about.get(key)!r} here"
                 raise UserError(f"{folder}: holds {self.holds} of another {self.of} ({differs}); {self.remedy}")

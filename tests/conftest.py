@@ -146,3 +146,76 @@ def other_writer():
     for process in started:
         process.kill()
         process.join()
+
+
+@pytest.fixture(scope="session")
+def hf_folders(tmp_path_factory):
+    """Image towers in transformers' own layout, tiny and random, each with its family's image processor: name -> folder."""
+    import transformers as hf
+
+    vit = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
+    seen = vit | {"image_size": 32, "patch_size": 8}
+    stages = {"hidden_sizes": [8, 12, 16, 24], "depths": [1, 1, 2, 1], "image_size": 64}
+    text = vit | {"vocab_size": 99, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "max_position_embeddings": 16}
+    square, cut = {"height": 32, "width": 32}, {"crop_size": {"height": 32, "width": 32}}
+    pairs = {"text_config": text, "vision_config": seen}
+    half = {"shortest_edge": 32}
+    made = {
+        "clip": (hf.CLIPModel(hf.CLIPConfig(**pairs, projection_dim=24)), hf.CLIPImageProcessor(size=half, **cut)),
+        "siglip": (hf.SiglipModel(hf.SiglipConfig(**pairs)), hf.SiglipImageProcessor(size=square)),
+        "dinov2": (hf.Dinov2Model(hf.Dinov2Config(**seen)), hf.BitImageProcessor(size={"shortest_edge": 41}, **cut)),
+        "dinov3": (
+            hf.DINOv3ViTModel(hf.DINOv3ViTConfig(**seen, num_register_tokens=4)),
+            hf.DINOv3ViTImageProcessor(size=square),
+        ),
+        "vit": (hf.ViTModel(hf.ViTConfig(**seen)), hf.ViTImageProcessor(size=square)),
+        "vit classifier": (hf.ViTForImageClassification(hf.ViTConfig(**seen)), hf.ViTImageProcessor(size=square)),
+        "convnext": (hf.ConvNextModel(hf.ConvNextConfig(**stages)), hf.ConvNextImageProcessor(size={"shortest_edge": 64})),
+        "convnextv2": (
+            hf.ConvNextV2Model(hf.ConvNextV2Config(**stages)),
+            hf.ConvNextImageProcessor(size={"shortest_edge": 384}),
+        ),
+        "swin": (
+            hf.SwinModel(hf.SwinConfig(embed_dim=8, depths=[1, 1], num_heads=[1, 2], window_size=4, image_size=32)),
+            hf.ViTImageProcessor(size=square),
+        ),
+    }
+    out = tmp_path_factory.mktemp("towers of transformers")
+    for name, parts in made.items():
+        for part in parts:
+            part.save_pretrained(out / name)
+    for name in ("clip", "siglip"):
+        _tokenizer().save_pretrained(out / name)
+    return {name: out / name for name in made}
+
+
+def _tokenizer():
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<pad>", "<s>", "</s>", "<unk>", *COLOURS, "a", "circle", "square"]
+    tokens = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, "<unk>"))
+    tokens.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokens.post_processor = processors.TemplateProcessing("<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokens, pad_token="<pad>", unk_token="<unk>")
+
+
+@pytest.fixture(scope="session")
+def timm_folder(tmp_path_factory):
+    """A folder of timm's own: a tiny random model, one of its arguments and its preprocessing other than timm's defaults."""
+    import timm
+    from timm.models import save_for_hf
+
+    torch.manual_seed(0)
+    form = {"bn_eps": 0.1}
+    model = timm.create_model("test_efficientnet", **form)
+    model.pretrained_cfg |= {"mean": [0.1, 0.2, 0.3], "std": [0.5, 0.4, 0.3], "input_size": [3, 96, 96], "crop_pct": 1.0}
+    out = tmp_path_factory.mktemp("tower of timm") / "efficientnet@2"
+    save_for_hf(model, str(out), model_args=form, safe_serialization=True)
+    return out
+
+
+@pytest.fixture(scope="session")
+def towers(hf_folders, timm_folder):
+    """A small vision tower of each kind, by the name that a configuration gives it."""
+    return {"open_clip": "toy", "timm": f"timm:local-dir:{timm_folder}", "hf": f"hf:{hf_folders['clip']}"}

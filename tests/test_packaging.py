@@ -38,6 +38,7 @@ def test_wheel_holds_configurations_and_towers(wheel):
         for kind, name in (("opt", "model.safetensors"), ("clip", "open_clip_model.safetensors"))
     }
     assert configs and configs | towers <= names
+    assert {str(p.relative_to(ROOT)) for p in (ROOT / "fromage").rglob("*.py")} <= names
     assert not [name for name in names if name.startswith(("tests/", "tools/"))]
 
 

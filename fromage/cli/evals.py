@@ -86,20 +86,10 @@ class RetrievalRun(ImageRun):
     """What a retrieval table takes.
 
     Attributes:
-        clip: leave out the frozen CLIP's figures
+        clip: leave out the frozen CLIP's figures; a tower without a text tower has none
     """
 
     clip: bool = True
-
-    def model(self) -> Any:
-        """The FROMAGe of the checkpoint. Raises UserError for a tower without a text tower, before it is loaded."""
-        from fromage.checkpoints.load import read_saved
-        from fromage.models.fromage import load_model
-        from fromage.models.vision.registry import check_text_tower
-
-        if self.clip:
-            check_text_tower(read_saved(self.ckpt).settings.get("vision", ""))
-        return load_model(self.ckpt, self.device)
 
 
 @dataclass(kw_only=True)

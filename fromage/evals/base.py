@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from fromage.distribution import versions
 from fromage.errors import UserError
-from fromage.evals.clip import load_clip_baseline
+from fromage.evals.clip import load_clip_baseline, no_baseline
 from fromage.evals.report import SYSTEMS, Report, System
 from fromage.images.transforms import Framing
 from fromage.models.base import VisualPrefixLM
@@ -26,7 +27,13 @@ NAMED = 20  # lost images that a report names
 
 
 class Run:
-    """One run of a benchmark: of a model on a data set, `data` in the report, whose images are `encoded` once."""
+    """One run of a benchmark: of a model on a data set, `data` in the report, whose images are `encoded` once.
+
+    Attributes:
+        told: topics of the report's protocol that are of this run, by name.
+    """
+
+    told: Mapping[str, str] = {}
 
     def __init__(
         self,
@@ -61,7 +68,7 @@ class Run:
         headline: Sequence[str] = (),
     ) -> Report:
         """As make_report, of this run's model, data and lost images."""
-        about = (self.model, name, self.data, figures, sizes, skipped, protocol, self.encoded.lost)
+        about = (self.model, name, self.data, figures, sizes, skipped, {**protocol, **self.told}, self.encoded.lost)
         return make_report(*about, paper, headline)
 
 
@@ -132,7 +139,10 @@ class Retriever(NamedTuple):
 
 
 class RetrievalRun(Run):
-    """A run of a retrieval benchmark; `systems` are FROMAGe and, unless options.clip is false, the frozen CLIP."""
+    """A run of a retrieval benchmark; `systems` are FROMAGe and, unless options.clip is false, the frozen CLIP.
+
+    Of a vision tower without text tower there is no CLIP: a warning says so at once, and the report's protocol.
+    """
 
     def __init__(
         self,
@@ -142,13 +152,18 @@ class RetrievalRun(Run):
         options: Options | None,
         framings: Sequence[Framing] = ("own",),
     ) -> None:
-        """As of Run. Raises UserError for a vision tower without text tower, before the first image is encoded."""
+        """As of Run; what the text tower lacks is known before the first image is encoded."""
         options = options or Options()
         size = options.batch_size
         self.systems = [Retriever("fromage", partial(model.embed_text, batch_size=size), model.embed_images, size)]
+        self.told: dict[str, str] = {}
         if options.clip:
             clip = load_clip_baseline(model)
-            self.systems.append(Retriever("clip", clip.embed_text, clip.embed_features, size))
+            if clip:
+                self.systems.append(Retriever("clip", clip.embed_text, clip.embed_features, size))
+            else:
+                self.told = {"clip": no_baseline(model)}
+                warnings.warn(self.told["clip"], stacklevel=2)
         super().__init__(model, data, images, options, framings)
 
     def compare(

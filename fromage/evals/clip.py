@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from fromage.errors import UserError
 from fromage.models.base import VisualPrefixLM
 from fromage.models.vision.base import TextTower
 
 
-def load_clip_baseline(model: VisualPrefixLM) -> TextTower:
-    """The text tower beside the model's vision tower. Raises UserError for a vision tower without one."""
-    tower = model.vision.text_tower()
-    if tower is None:
-        raise UserError(
-            f"the vision tower {model.vision.name} has no text tower, so no CLIP baseline; leave it out: --no-clip"
-        )
-    return tower
+def load_clip_baseline(model: VisualPrefixLM) -> TextTower | None:
+    """The text tower beside the model's vision tower, or None for a vision tower without one (see `no_baseline`)."""
+    return model.vision.text_tower()
+
+
+def no_baseline(model: VisualPrefixLM) -> str:
+    """What a table says in place of the baseline of a vision tower without text tower."""
+    return f"{model.vision.name} has no text tower: no CLIP baseline"

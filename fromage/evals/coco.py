@@ -36,8 +36,7 @@ def evaluate(model: Fromage, data: CaptionSet, options: Options | None = None, c
     """Recalls both ways of FROMAGe, CLIP and chance, in percent.
 
     captioning: caption every image too, which takes longest; see fromage.evals.captioning.
-    Raises UserError for a vision tower without text tower, for too many images lost, and where what measures captions is
-    not installed.
+    Raises UserError for too many images lost, and where what measures captions is not installed.
     """
     if captioning:
         check_installed()

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from fromage.data.batches import Batch, Texts
-from fromage.evals.clip import load_clip_baseline
+from fromage.errors import UserError
+from fromage.evals.clip import load_clip_baseline, no_baseline
 from fromage.models.fromage import Fromage
 from fromage.retrieval.metrics import Gallery, joined, retrieval_recalls
 from fromage.training.reference_step import image_features, text_embeddings
@@ -25,6 +26,8 @@ def evaluate_clip(model: Fromage, batches: Iterable[Batch]) -> dict[str, float]:
     Raises UserError for a vision tower without text tower.
     """
     clip = load_clip_baseline(model)
+    if clip is None:
+        raise UserError(no_baseline(model))
     return _recalls(model, batches, lambda texts: clip.embed_text(texts.captions), clip.embed_features)
 
 

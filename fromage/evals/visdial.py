@@ -106,7 +106,7 @@ def evaluate(
     """Both tasks in both protocols: answers ranked, and images found with 0 to all rounds, beside CLIP and chance.
 
     answers: whether answers are ranked, which takes longest. scores: a folder to resume that from, see score_answers.
-    Raises UserError for a vision tower without text tower, for too many images lost, and as score_answers does.
+    Raises UserError for too many images lost, and as score_answers does.
     """
     framings: tuple[Framing, ...] = ("own", "square")
     run = RetrievalRun(model, data.name, [dialogue.image for dialogue in data.dialogues], options, framings)

@@ -167,7 +167,7 @@ def _place(images: Path, photo: str) -> Path:
 def evaluate(model: Fromage, data: Stories, options: Options | None = None) -> Report:
     """R@1, 5, 10 and the median rank of the last image in every setting, of FROMAGe, CLIP and chance, in percent.
 
-    Raises UserError for a vision tower without text tower, and for too many images lost.
+    Raises UserError for too many images lost.
     """
     run = RetrievalRun(model, data.name, data.images, options, [how.framing for how in (CORRECTED, AUTHORS)])
     stories = run.keep(data.stories, lambda story: story.images)

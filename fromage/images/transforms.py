@@ -10,7 +10,7 @@ which is called a draft: see SPARE.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,6 +19,8 @@ from PIL import Image
 from simplejpeg import decode_jpeg, decode_jpeg_header
 from torch import Tensor
 from torch.nn.functional import interpolate
+from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Normalize, ToTensor
+from torchvision.transforms import Resize as Scale
 from torchvision.transforms.functional import normalize, pil_to_tensor
 
 from fromage.errors import BrokenSample, reason
@@ -45,11 +47,13 @@ class Frame:
         size: of the shorter side, or (height, width) for both.
         crop: (height, width) of the middle, or None for all of it.
         filter: bicubic or bilinear.
+        floored: where the middle begins if what is left over is odd: at the lower number, or at the even one.
     """
 
     size: int | tuple[int, int]
     crop: tuple[int, int] | None
     filter: str
+    floored: bool = False
 
     def resized(self, width: int, height: int) -> tuple[int, int]:
         """(width, height) that an image is scaled to; torchvision's arithmetic."""
@@ -75,8 +79,19 @@ class Frame:
         factors = (scale * to_height / whole[1] * (1 + 1e-9), scale * to_width / whole[0] * (1 + 1e-9))  # floored within
         rows = interpolate(pixels.unsqueeze(0), scale_factor=factors, mode=self.filter, antialias=True)[0, :3]  # (3, h', w')
         height, width = self.crop or (to_height, to_width)
-        top, left = round((to_height - height) / 2), round((to_width - width) / 2)
+        first = int if self.floored else round
+        top, left = first((to_height - height) / 2), first((to_width - width) / 2)
         return rows[:, top : top + height, left : left + width]  # batches copy it anyway
+
+
+class FlooredCrop(CenterCrop):
+    """The middle as image processors of transformers cut it out: an odd rest has its smaller half in front."""
+
+    def forward(self, img: Image.Image) -> Image.Image:
+        """What the image lacks is black."""
+        height, width = self.size
+        left, top = int((img.width - width) / 2), int((img.height - height) / 2)
+        return img.crop((left, top, left + width, top + height))
 
 
 class Resize:
@@ -161,6 +176,18 @@ class Normalise:
         return normalize(pixels.to(torch.float32).div_(255), self.mean, self.std, inplace=True)
 
 
+def scaling(
+    size: int | Sequence[int],
+    crop: Sequence[int] | None,
+    filter_: str,
+    mean: Iterable[float],
+    std: Iterable[float],
+) -> Compose:
+    """A transform that `halves` splits: scale, cut out the middle, normalise. size, crop: as of Frame."""
+    scale = Scale(size, InterpolationMode(filter_))
+    return Compose([scale, *([FlooredCrop(list(crop))] if crop else []), ToTensor(), Normalize(list(mean), list(std))])
+
+
 def halves(transform: Any) -> tuple[Any, Normalise | None]:
     """Split a transform that ends, as open_clip's do, in ToTensor and Normalize; any other is left whole."""
     parts: Any = getattr(transform, "transforms", (None, None))
@@ -202,9 +229,10 @@ def jpeg_pixels(data: bytes, size: tuple[int, int], scale: int) -> Tensor | None
 def _frame(steps: list[Any]) -> Frame | None:
     """What the steps do, or None where it is not a plain scaling and cutting."""
     first, *rest = [step for step in steps if type(step).__name__ != "MaybeConvertMode"]
-    crop = next((tuple(step.size) for step in rest if type(step).__name__ == "CenterCrop"), None)
+    crop = next((tuple(step.size) for step in rest if isinstance(step, CenterCrop)), None)
     if type(first).__name__ != "Resize" or len(rest) > (crop is not None):
         return None
     size, filter_ = first.size if isinstance(first.size, int) else tuple(first.size), first.interpolation.value
     fits = crop is None or (isinstance(size, int) and max(crop) <= size)  # else the crop would have to fill up
-    return Frame(size, crop, filter_) if fits and first.max_size is None and filter_ in ("bicubic", "bilinear") else None
+    known = fits and first.max_size is None and filter_ in ("bicubic", "bilinear")
+    return Frame(size, crop, filter_, any(isinstance(step, FlooredCrop) for step in rest)) if known else None

@@ -72,8 +72,8 @@ class OctopusModule(pl.LightningModule):
             stage: which parameters are trained: 1 visual prefix; 2 queries, recognizer, index tokens; 3 all and LM.
             init: checkpoint of the stage before, with the trained parameters to start from.
             lm: causal language model: a name on the Hugging Face hub, a folder, or 'toy'.
-            vision: image tower: a name of open_clip, 'local-dir:FOLDER', 'hf-hub:ORG/NAME', or 'toy'.
-            vision_weights: open_clip's tag of the pretrained weights, or a file; ignored where vision names a folder.
+            vision: image tower: a name of open_clip, local-dir:FOLDER, hf-hub:ORG/NAME, timm:NAME, hf:NAME, or 'toy'.
+            vision_weights: open_clip's tag of the pretrained weights, or a file; a tag is ignored for other names.
             vision_layer: layer of the tower at which patches are read; -1 is the last.
             num_queries: number of object queries; 0 for the sequential counterpart, which spells boxes as text.
             split_layer: layers of the language model below the DETR decoder; null for half.

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from types import SimpleNamespace
 from typing import Any, NamedTuple, get_args
 
 import torch
@@ -25,7 +24,8 @@ from fromage.checkpoints.format import DTYPES
 from fromage.data.tokenizer import IMAGE
 from fromage.errors import UserError
 from fromage.models.language_model import LanguageModel, Quantized
-from fromage.models.vision.open_clip import OpenClipPatches
+from fromage.models.vision.base import VisionTower
+from fromage.models.vision.registry import plan_vision
 from fromage.octopus.checkpoint import current_names
 from fromage.octopus.data import Collate
 from fromage.octopus.examples import Example
@@ -42,7 +42,6 @@ from fromage.training.planning import (
     Plan,
     attention_in_parts,
     check_choices,
-    image_tower,
     lm_config,
     of_training,
     options_of,
@@ -133,9 +132,9 @@ def read_run(config: str | Sequence[str], **options: Any) -> Run:
 def plan(run: Run) -> Plan:
     """Run one step on fake tensors and count. Raises UserError if a tower's configuration is not found."""
     with attention_in_parts():
-        visual, fake = image_tower(run.vision, run.dtype), FakeTensorMode(allow_non_fake_inputs=True)
+        tower, fake = plan_vision(run.vision, run.dtype, run.vision_layer), FakeTensorMode(allow_non_fake_inputs=True)
         with fake:
-            model = build(run, visual)
+            model = build(run, tower)
         if run.lora_rank:
             add_lora(model.lm, run.lora_rank, empty=True)
         with fake:
@@ -149,12 +148,11 @@ def plan(run: Run) -> Plan:
             return count(run, model, GroundingBatch(**fields | {"objects": Objects(**objects)}), weights)
 
 
-def build(run: Run, visual: Any) -> Octopus:
-    """The model of a run, from an image tower, without adapters."""
+def build(run: Run, tower: VisionTower) -> Octopus:
+    """The model of a run, from an image tower on the meta device, without adapters."""
     hf = AutoModelForCausalLM.from_config(lm_config(run.lm), dtype=DTYPES[run.dtype])
     words: Any = Words(len(hf.get_input_embeddings().weight), run.num_queries)
-    tower = OpenClipPatches(SimpleNamespace(visual=visual.to_empty(device="cpu")), run.vision, run.vision_layer)
-    tower.normalise = None  # it looks at values
+    tower.to_empty(device="cpu").normalise = None  # it looks at values
     names = ("num_queries", "split_layer", "decoder_width", "decoder_layers", "heads", "relay", "template", "mask_scale")
     return Octopus(LanguageModel(hf, words, run.lm), tower, **{name: getattr(run, name) for name in names})
 

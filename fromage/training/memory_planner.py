@@ -26,7 +26,8 @@ from fromage.data.batches import Batch
 from fromage.errors import UserError
 from fromage.models.fromage import Fromage
 from fromage.models.language_model import LanguageModel, Quantized
-from fromage.models.vision.open_clip import OpenClipTower
+from fromage.models.vision.base import VisionTower
+from fromage.models.vision.registry import plan_vision
 from fromage.training.configs import present_step
 from fromage.training.fast_step import captioning, fast_step, retrieval_text
 from fromage.training.layers import checkpoint_blocks
@@ -38,7 +39,6 @@ from fromage.training.planning import (
     Plan,
     attention_in_parts,
     check_choices,
-    image_tower,
     lm_config,
     of_training,
     options_of,
@@ -91,9 +91,9 @@ def read_run(config: str | Sequence[str], **options: Any) -> Run:
 def plan(run: Run) -> Plan:
     """Run one step on fake tensors and count. Raises UserError if a tower's configuration is not found."""
     with attention_in_parts():
-        visual = image_tower(run.vision, run.dtype)
+        tower = plan_vision(run.vision, run.dtype)
         with FakeTensorMode(allow_non_fake_inputs=True):
-            model = _model(run, visual)
+            model = _model(run, tower)
             if run.activation_checkpointing:
                 checkpoint_blocks(model.lm)
             batch = _batch(run, model)
@@ -168,14 +168,14 @@ def _logits(model: Fromage, batch: Batch) -> int:
     return 4 * min(CHUNK, sum(batch.lengths) - len(batch.lengths)) * model.lm.added.vocab_size
 
 
-def _model(run: Run, visual: Any) -> Fromage:
+def _model(run: Run, tower: VisionTower) -> Fromage:
     hf = AutoModelForCausalLM.from_config(lm_config(run.lm), dtype=DTYPES[run.dtype])
     rows = len(hf.get_input_embeddings().weight)
     tokens: Any = SimpleNamespace(
         vocab_size=rows, image_id=rows, ret_id=rows + 1, row_ids=[rows + 1], pad_id=0, start=lambda: [0]
     )
-    clip = SimpleNamespace(visual=visual.to_empty(device="cpu"))
-    model = Fromage(LanguageModel(hf, tokens, run.lm), OpenClipTower(clip, None, run.vision), run.k, run.q)
+    tower.to_empty(device="cpu").normalise = None  # it looks at values
+    model = Fromage(LanguageModel(hf, tokens, run.lm), tower, run.k, run.q)
     model.logit_scale.requires_grad_(not run.freeze_temperature)
     return model
 

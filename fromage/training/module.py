@@ -92,8 +92,8 @@ class FromageModule(pl.LightningModule):
 
         Args:
             lm: causal language model: a name on the Hugging Face hub, a folder, or 'toy'.
-            vision: image tower: a name of open_clip, 'local-dir:FOLDER', 'hf-hub:ORG/NAME', or 'toy'.
-            vision_weights: open_clip's tag of the pretrained weights, or a file; ignored where vision names a folder.
+            vision: image tower: a name of open_clip, local-dir:FOLDER, hf-hub:ORG/NAME, timm:NAME, hf:NAME, or 'toy'.
+            vision_weights: open_clip's tag of the pretrained weights, or a file; a tag is ignored for other names.
             k: input embeddings per image, in tokens.
             q: width of the retrieval space.
             pooling: which hidden state embeds a text: ret, the one at [RET], or last, at its last word.

@@ -5,14 +5,12 @@ A step's FLOP and memory are counted by training.meter; what a device holds in e
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
-import open_clip
 import torch
 import yaml
 from torch import Tensor
@@ -149,23 +147,6 @@ def quantized_bytes(weight: Tensor, kind: str | None) -> int:
     a float32 scale per 256 blocks (Dettmers et al., "QLoRA", 2023, section 3)."""
     n = weight.numel()
     return n + 4 * weight.shape[0] if kind == "int8" else n // 2 + n // 64 + 4 * (n // (64 * 256))
-
-
-def image_tower(name: str, dtype: str) -> Any:
-    """An open_clip vision tower on the meta device. Raises UserError if its configuration is not found."""
-    source = f"local-dir:{TOY / 'clip'}" if name == "toy" else name
-    precision = {"float32": "fp32", "bfloat16": "pure_bf16", "float16": "pure_fp16"}[dtype]
-    logging.disable(logging.WARNING)  # open_clip warns that there are no weights
-    try:
-        with torch.device("meta"):
-            return open_clip.create_model(source, load_weights=False, precision=precision, device="meta").visual
-    except Exception as error:
-        raise UserError(
-            f"image tower {name}: neither a model of open_clip nor a configuration within reach; "
-            "python -c 'import open_clip; print(open_clip.list_models())' names them"
-        ) from error
-    finally:
-        logging.disable(logging.NOTSET)
 
 
 @contextmanager

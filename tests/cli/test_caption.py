@@ -1,14 +1,12 @@
 """fromage caption: what it takes, what it prints, and images that have none."""
 
 import json
-import re
 import subprocess
 import sys
 
 import pytest
 
 from fromage.cli.main import main
-from fromage.models.fromage import Fromage
 
 EVIL = "\x1b]0;owned\x07\x1b[2J"
 
@@ -53,15 +51,3 @@ def test_a_language_model_that_is_loaded_is_named_on_standard_error(ckpt, folder
     words = [sys.executable, "-m", "fromage", "caption", str(folder / "red.png"), "--ckpt", ckpt, "--max-new-tokens", "2"]
     done = subprocess.run(words, capture_output=True, text=True, check=True)
     assert done.stderr.splitlines() == ["loading toy ..."] and done.stdout.count("\n") == 1
-
-
-def test_no_text_tower_is_known_before_a_tower_is_loaded(world, tmp_path, monkeypatch, capsys):
-    save = Fromage.load(k=1, q=8)
-    save.settings["vision"] = "timm:resnet10t"
-    save.save_pretrained(tmp_path / "model")
-    monkeypatch.setattr(Fromage, "load", lambda **given: pytest.fail("a tower is loaded"))
-    coco = world / "coco"
-    words = [coco / "annotations" / "captions_val2017.json", "--images", coco / "val2017", "--ckpt", tmp_path / "model"]
-    capsys.readouterr()
-    assert main(["eval", "coco", *map(str, words)]) == 2
-    assert re.fullmatch(r"fromage: .*timm:resnet10t has no text tower.*--no-clip\n", capsys.readouterr().err)

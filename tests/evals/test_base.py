@@ -1,5 +1,7 @@
 """What the benchmarks share: CLIP is looked for first, what is lost is left out, and the report keeps what belongs to it."""
 
+import warnings
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ from fromage.evals.base import Run
 from fromage.evals.caption_sets import read_captions
 from fromage.evals.dialogues import read_dialogues
 from fromage.evals.report import markdown, table
+from fromage.evals.retrieval import evaluate_clip
 from fromage.evals.vist import read_stories
 from fromage.retrieval.encode import Options
 
@@ -24,19 +27,23 @@ def benchmarks(world):
     }
 
 
-def test_a_tower_without_text_tower_is_refused_before_the_first_image(toy_model, benchmarks, monkeypatch):
+def test_a_tower_without_text_tower_has_no_baseline_which_is_told_before_the_first_image(toy_model, benchmarks, monkeypatch):
     encoded, forward = [], toy_model.vision.forward
     monkeypatch.setattr(toy_model.vision, "forward", lambda pixels: encoded.append(len(pixels)) or forward(pixels))
     monkeypatch.setattr(toy_model.vision, "text_tower", lambda: None)
-    for module, data in benchmarks.items():
-        with pytest.raises(UserError, match=r"no text tower.*--no-clip"):
-            module.evaluate(toy_model, data)
-        assert not encoded
     monkeypatch.setattr(visdial, "score_answers", lambda *rest: {})
+    told = []
+    monkeypatch.setattr(warnings, "warn", lambda said, **how: told.append((said, len(encoded))))
     for module, data in benchmarks.items():
-        report = module.evaluate(toy_model, data, Options(clip=False))
-        assert encoded and "clip" not in report and "clip" not in report["paper"]
-        encoded.clear()
+        report, without = module.evaluate(toy_model, data), module.evaluate(toy_model, data, Options(clip=False))
+        assert told == [("toy has no text tower: no CLIP baseline", 0)] and encoded
+        assert report["protocol"]["clip"] == told[0][0] != without["protocol"]["clip"]
+        assert f"clip: {told[0][0]}" in table(report).splitlines()
+        for found in (report, without):
+            assert "clip" not in found and "clip" not in found["paper"] and found["fromage"]
+        encoded.clear(), told.clear()
+    with pytest.raises(UserError, match="toy has no text tower: no CLIP baseline"):
+        evaluate_clip(toy_model, [])
 
 
 def test_what_has_a_lost_image_is_left_out(toy_model, benchmarks, tmp_path):

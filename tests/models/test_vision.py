@@ -37,8 +37,7 @@ def test_a_model_on_a_tower_of_timm_captions_and_embeds():
     image = Image.new("RGB", (80, 60), "red")
     assert model.embed_images(model.vision(model.vision.transform(image)[None])).shape == (1, 8)
     assert model.vision.text_tower() is None
-    with pytest.raises(UserError, match=r"no text tower.*--no-clip"):
-        load_clip_baseline(model)
+    assert load_clip_baseline(model) is None
 
 
 def test_open_clip_has_both_towers_and_patches():
@@ -54,8 +53,6 @@ def test_what_is_wrong_is_one_line():
             load_vision(name, weights)
     with pytest.raises(UserError, match="ViT-L-14: comes without weights"):
         check_vision("ViT-L-14")
-    with pytest.raises(UserError, match="gives no patches"):
-        load_patches(f"timm:{NAME}", random_weights=True)
 
 
 def test_a_new_kind_is_a_class_and_a_line(monkeypatch):

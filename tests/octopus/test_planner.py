@@ -11,6 +11,7 @@ import torch
 from fromage.cli.main import main
 from fromage.errors import UserError
 from fromage.models import cpu_linear
+from fromage.models.vision.registry import plan_vision
 from fromage.octopus.data import OctopusData
 from fromage.octopus.model import QUERY
 from fromage.octopus.module import OctopusModule
@@ -18,7 +19,7 @@ from fromage.octopus.planner import Run, build, count, in_order, lay_out, plan, 
 from fromage.octopus.step import octopus_step
 from fromage.training.configs import find_config
 from fromage.training.meter import Meter
-from fromage.training.planning import LM, TOWER, attention_in_parts, image_tower
+from fromage.training.planning import LM, TOWER, attention_in_parts
 
 GIB = 2**30
 TOYS = {"lm": "toy", "vision": "toy", "dtype": "float32", "num_queries": 4, "decoder_width": 32, "decoder_layers": 2}
@@ -27,7 +28,7 @@ SMALL = Run(stage=3, batch_size=2, per_image=3, heads=4, stored_features=True, *
 
 def real(run):
     """The model with storage, and a batch."""
-    model = build(run, image_tower(run.vision, run.dtype))
+    model = build(run, plan_vision(run.vision, run.dtype, run.vision_layer))
     torch.manual_seed(0)
     prepare(run, model)
     return model, lay_out(run, model)

@@ -14,13 +14,14 @@ from fromage.cli.main import main
 from fromage.data.batches import Batch
 from fromage.data.datamodule import CC3M
 from fromage.errors import UserError
+from fromage.models.vision.registry import plan_vision
 from fromage.training.configs import find_config
 from fromage.training.fast_step import captioning, fast_step
 from fromage.training.layers import checkpoint_blocks
 from fromage.training.memory_planner import Run, _model, caption_lengths, count, plan, read_run
 from fromage.training.meter import Meter
 from fromage.training.module import FromageModule
-from fromage.training.planning import LM, OPT, as_json, image_tower, lm_config
+from fromage.training.planning import LM, OPT, as_json, lm_config
 
 GIB = 2**30
 
@@ -50,7 +51,7 @@ def opt(folder, layers, width, vocabulary):
 def real(run, device="cpu", lengths=None):
     """The model with storage, and a batch; the weights are whatever memory held."""
     lengths = lengths or caption_lengths(run)
-    model = _model(run, image_tower(run.vision, run.dtype)).to(device)
+    model = _model(run, plan_vision(run.vision, run.dtype)).to(device)
     ids = torch.randint(3, 400, (len(lengths), max(lengths)))
     for row, n in zip(ids, lengths, strict=True):
         row[n - 1] = model.tokenizer.ret_id

@@ -1,7 +1,12 @@
 """The contract of a vision tower, v(x) in R^m, and of its text tower.
 
+    NAME, local-dir:FOLDER, hf-hub:ORG/NAME, toy      open_clip
+    timm:NAME, timm:NAME@FILE, timm:local-dir:FOLDER  timm
+    hf:FOLDER, hf:ORG/NAME                            transformers: CLIP, SigLIP, DINOv2, DINOv3, ViT, ConvNeXt and others
+
 A new kind of tower is a subclass with `encode` and `load`, about 20 lines (example: fromage.models.vision.timm), plus one
-line in fromage.models.vision.registry.
+line in fromage.models.vision.registry. Three methods are for those that have more: `load_patches` for Octopus (its `encode`
+ends in `patches`), `text_tower` for the CLIP baseline, `check` for names that are wrong from the start.
 """
 
 from __future__ import annotations
@@ -9,9 +14,10 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fromage.errors import UserError
@@ -40,14 +46,14 @@ class VisionTower(FrozenTower, ABC):
 
     Attributes:
         visual: the module that `encode` runs.
-        transform: PIL image -> (3, H, W) uint8, the tower's own resize and crop; normalisation is part of the forward.
+        transform: PIL image -> (3, H, W) uint8, the tower's own resize and crop; normalisation is part of the forward. A
+            transform that is not in two halves (fromage.images.transforms.halves) gives (3, H, W) normalised.
         image_size: (H, W) of the input of `encode`, in pixels.
         shape: shape of the features of one image: (m,), or (P, m) for patches.
         width: m.
         grid: rows and columns of patches, P = rows x columns; None for pooled features.
     """
 
-    has_text: ClassVar[bool] = False  # whether towers of this kind come with a text tower
     visual: Any
     grid: tuple[int, int] | None = None
 
@@ -80,12 +86,21 @@ class VisionTower(FrozenTower, ABC):
 
     @classmethod
     def load_patches(cls, name: str, weights: str | None, layer: int, dtype: str, random_weights: bool) -> VisionTower:
-        """The tower read at the patches of a layer, shape (P, m). Raises UserError for towers without patches."""
-        raise UserError(f"vision tower {name}: gives no patches; choose a tower of open_clip")
+        """The tower read at the patches of a layer, shape (P, m): the whole image, pressed into the tower's square.
+
+        Raises UserError for towers without patches, and IndexError for a layer that is not there.
+        """
+        raise UserError(f"vision tower {name}: gives no patches; choose a ViT or a convolutional tower")
 
     def text_tower(self) -> TextTower | None:
         """The text tower trained with this vision tower, or None if there is none."""
         return None
+
+    def patches(self, found: Tensor) -> Tensor:
+        """(B, m, rows, columns) of a layer -> (B, P, m), each patch at mean 0 and variance 1; tells `grid`."""
+        self.grid = (found.shape[2], found.shape[3])
+        rows = found.flatten(2).transpose(1, 2)  # (B, P, m)
+        return F.layer_norm(rows.float(), rows.shape[-1:]).to(found.dtype)  # (B, P, m)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fromage.checkpoints.hub import look_for_hub
+from fromage.checkpoints.weights import read_weights
 from fromage.errors import UserError, first_line
 from fromage.models.frozen import TOY
 from fromage.models.vision.base import TextTower, VisionTower
@@ -23,8 +24,6 @@ class OpenClipTower(VisionTower):
 
     For CLIP's ViTs this is the class token after the final layer norm, Hugging Face's pooler_output.
     """
-
-    has_text = True
 
     def __init__(self, clip: Any, transform: Any, name: str, source: tuple[Any, ...] | None = None) -> None:
         """source: arguments of load_clip that load this CLIP with its text tower; None if it has no name."""
@@ -45,12 +44,9 @@ class OpenClipTower(VisionTower):
 
     @classmethod
     def load_patches(cls, name: str, weights: str | None, layer: int, dtype: str, random_weights: bool) -> OpenClipPatches:
-        """See OpenClipPatches. Raises UserError for a layer that is not there."""
+        """See OpenClipPatches."""
         clip, _, _ = load_clip(name, weights, dtype, random_weights)
-        try:
-            return OpenClipPatches(clip, _full_name(name, weights, random_weights), layer)
-        except (AssertionError, IndexError) as error:
-            raise UserError(f"vision tower {name}: has no layer {layer}; -1 is its last") from error
+        return OpenClipPatches(clip, _full_name(name, weights, random_weights), layer)
 
     def encode(self, pixels: Tensor) -> Tensor:
         """(B, 3, H, W) normalised pixels -> (B, m)."""
@@ -84,10 +80,7 @@ class OpenClipPatches(OpenClipTower):
     def encode(self, pixels: Tensor) -> Tensor:
         """(B, 3, H, W) normalised pixels -> (B, P, m)."""
         layers = {"indices": [self.layer], "stop_early": True, "intermediates_only": True}
-        found = self.visual.forward_intermediates(pixels, **layers)["image_intermediates"][0]  # (B, m, rows, columns)
-        self.grid = (found.shape[2], found.shape[3])
-        patches = found.flatten(2).transpose(1, 2)  # (B, P, m)
-        return F.layer_norm(patches.float(), patches.shape[-1:]).to(pixels.dtype)  # (B, P, m)
+        return self.patches(self.visual.forward_intermediates(pixels, **layers)["image_intermediates"][0])
 
 
 class OpenClipText(TextTower, nn.Module):
@@ -118,22 +111,33 @@ def load_clip(
     """A complete open_clip model in eval mode: (model, image transform, text tokenizer).
 
     name: a model of open_clip ('ViT-L-14'), 'local-dir:FOLDER', 'hf-hub:ORG/NAME', or 'toy'. pretrained: open_clip's tag or
-    a file, needed for a model of open_clip only, and ignored with random_weights. Raises UserError for unknown names and for
-    weights that are neither on disk nor on the hub.
+    a file (torch or safetensors), needed for a model of open_clip only, and ignored with random_weights. Where torch's
+    default device is meta, no weights are read. Raises UserError for unknown names and for weights that are neither on disk
+    nor on the hub, or are of another model.
     """
+    _check_name(name)
     pretrained = None if random_weights else clip_weights(name, pretrained)
+    device, file = torch.get_default_device(), pretrained and Path(pretrained).is_file()
     source = f"local-dir:{TOY / 'clip'}" if name == "toy" else name
     precision = {"float32": "fp32", "bfloat16": "pure_bf16", "float16": "pure_fp16"}[dtype]
-    if not source.startswith("local-dir:") and (pretrained or ":" in source) and not Path(pretrained or "").is_file():
+    if not source.startswith("local-dir:") and (pretrained or ":" in source) and not file:
         look_for_hub()
     silent = logging.root.manager.disable
     logging.disable(logging.ERROR)  # open_clip logs what the error below says, and warns of random weights
     try:
         model, _, transform = open_clip.create_model_and_transforms(
-            source, pretrained=pretrained, precision=precision, force_quick_gelu=_wants_quick_gelu(source, pretrained)
+            source,
+            pretrained=pretrained,
+            load_weights=device.type != "meta",
+            precision=precision,
+            device=device,
+            force_quick_gelu=_wants_quick_gelu(source, pretrained),
         )
         tokenizer = open_clip.get_tokenizer(source)
     except Exception as error:
+        if file:
+            read_weights(str(pretrained))  # raises, if it is the file
+            raise UserError(f"vision tower {name}: {pretrained} holds the weights of another model; name its own") from error
         raise UserError(
             f"vision tower {name} ({pretrained}): no weights on disk or within reach ({first_line(error)}); "
             "give a file as vision_weights, or fetch them once where there is a network"
@@ -148,17 +152,23 @@ def clip_weights(name: str, pretrained: str | None) -> str | None:
 
     Raises UserError for a name that open_clip does not know, and for missing weights.
     """
-    if name == "toy" or ":" in name:
+    if _check_name(name):
         return None
-    if name not in open_clip.list_models():
-        raise UserError(
-            f"vision tower {name}: unknown to open_clip; open_clip.list_models() names {len(open_clip.list_models())}"
-        )
     tags = open_clip.list_pretrained_tags_by_model(name)
     if not pretrained or not (pretrained in tags or Path(pretrained).exists()):
         wrong = f"no weights called {pretrained}" if pretrained else "comes without weights, name them as vision_weights"
         raise UserError(f"vision tower {name}: {wrong}; there are: {', '.join(tags) or 'none'}, or a file")
     return pretrained
+
+
+def _check_name(name: str) -> bool:
+    """Whether a name includes the weights. Raises UserError for one that open_clip does not know."""
+    if name == "toy" or ":" in name:
+        return True
+    if name not in open_clip.list_models():
+        told = f"unknown to open_clip; open_clip.list_models() names {len(open_clip.list_models())}"
+        raise UserError(f"vision tower {name}: {told}; towers of others are timm:NAME and hf:NAME")
+    return False
 
 
 def _wants_quick_gelu(name: str, pretrained: str | None) -> bool:
