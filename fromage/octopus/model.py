@@ -142,7 +142,7 @@ class Octopus(Pretrained):
         self.visual_prefix = nn.Linear(vision.width, lm.width)  # W_c: (B, P, m) -> (B, P, d)
         self.index_tokens = lm.added  # (N, d), rows of <d0> ... <dN-1>
         if num_queries:
-            self.queries = nn.Parameter(_gathering(lm) + _noise(lm, num_queries))  # (N, d)
+            self.queries = nn.Parameter(_start(lm, num_queries))  # (N, d)
             if vision.grid is None:
                 raise UserError(f"vision tower {vision.name}: gives no patches; load it by load_patches")
             self.recognizer = Recognizer(
@@ -304,16 +304,15 @@ class Octopus(Pretrained):
             handle.remove()
 
 
-def _gathering(lm: LanguageModel) -> Tensor:
-    """(d,): the embedding of '.', at which a language model has gathered what was said; queries begin there."""
+def _start(lm: LanguageModel, n: int) -> Tensor:
+    """(n, d): where queries begin, at the embedding of '.', and a tenth of a random embedding each.
+
+    At '.' a language model has gathered what was said.
+    """
     device = lm.hf.get_input_embeddings().frozen.weight.device
-    return lm.embed(torch.tensor(lm.tokenizer.encode("."), device=device))[-1].detach().float().cpu()
-
-
-def _noise(lm: LanguageModel, n: int) -> Tensor:
-    """(n, d): a tenth of a random embedding each."""
+    full_stop = lm.embed(torch.tensor(lm.tokenizer.encode("."), device=device))[-1].detach().float().cpu()  # (d,)
     scale: Any = lm.added.mean_norm.cpu() / lm.width**0.5
-    return 0.1 * torch.randn(n, lm.width) * scale
+    return full_stop + 0.1 * torch.randn(n, lm.width) * scale
 
 
 def fill_template(template: Sequence[str], image: ImageInput | None, instruction: str, ask: bool) -> list[Part]:

@@ -70,7 +70,7 @@ class Recognizer(nn.Module):
         """
         super().__init__()
         c = decoder_width
-        self.enter = nn.Sequential(nn.LayerNorm(d), nn.Linear(d, c))  # a language model has a few large dimensions
+        self.enter = _enter(d, c)
         self.look = nn.Linear(m, c)
         self.points = nn.Parameter(_spread(num_queries))  # (N, 2), before the sigmoid
         self.layers = nn.ModuleList(
@@ -105,6 +105,11 @@ class Recognizer(nn.Module):
         """(L, E, N, c) -> (L, E, N, 4): centres from the queries' points, sizes free."""
         moved = self.box(read)  # (L, E, N, 4)
         return torch.cat([moved[..., :2] + self.points, moved[..., 2:]], -1).sigmoid()
+
+
+def _enter(d: int, c: int) -> nn.Module:
+    """(..., d) -> (..., c), normalised first: a language model has a few large dimensions."""
+    return nn.Sequential(nn.LayerNorm(d), nn.Linear(d, c))
 
 
 def _spread(n: int) -> Tensor:

@@ -4,9 +4,13 @@ import importlib.util
 import json
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
+import torch
 
+from fromage.octopus import model as octopus_model
+from fromage.octopus.model import Octopus
 from fromage.training.configs import find_config
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
@@ -48,6 +52,22 @@ def test_a_table_of_runs_and_no_run_twice(tool, world, tmp_path, monkeypatch, ca
     monkeypatch.setattr(tool.octopus_tour, "train", None)
     tool.main()
     assert "==" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "holds"),
+    [
+        ("random_queries", lambda model: (model.queries.mean(0) / model.queries.norm(dim=1).mean()).norm() < 0.9),
+        ("blind_queries", lambda model: not octopus_model.among(torch.ones(1, 4, dtype=torch.bool), 4).any()),
+        ("no_norm", lambda model: isinstance(model.recognizer.enter, torch.nn.Linear)),
+        ("no_points", lambda model: not model.recognizer.points.any()),
+    ],
+)
+def test_what_is_ours_can_be_undone(tool, name, holds):
+    sizes = {"num_queries": 4, "decoder_width": 16, "decoder_layers": 1, "heads": 2}
+    assert not holds(Octopus.load(**sizes))
+    with patch.object(*tool.TRIED[name]):
+        assert holds(Octopus.load(**sizes))
 
 
 def test_the_configurations_ask_for_captions_with_boxes_as_the_judge_does(tool):
