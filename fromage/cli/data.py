@@ -134,6 +134,31 @@ def shards_check(
     return Result("\n".join([*([f"drawn: {png}"] if png else []), report.text()]), report.figures())
 
 
+def photos(
+    captions: Path, *, images: Path, out: Path = Path("runs/photos"), lm: str = "smollm2",
+    vision: str = "efficientnet-lite2", options: Sequence[str] = (),
+) -> Result:  # fmt: skip
+    """Train on captioned photographs, two hours on two cores: towers, features, training, evaluation, index.
+
+    A pretrained pair is fetched, SmolLM2-135M and EfficientNet-Lite2. A tenth of the photographs is held out. After a kill
+    the same command goes on.
+
+    Args:
+        captions: caption file in COCO's format
+        images: folder of its photographs
+        lm: language model
+        vision: image tower
+        options: a further option of `lightning fit`, as --options=--trainer.max_steps=100
+    """
+    from fromage.apps.photos import photos as tour
+
+    report = tour(captions, images, out, lm, vision, options)
+    recalls = ", ".join(f"{name} {value:.1f}" for name, value in report["fromage"].items())
+    lines = [f"{report['held_out']} photographs held out, recall in %: {recalls}"]
+    lines += [f"drawn: {out / 'captions.png'}, {out / 'searches.png'}; report: {out / 'report.json'}"]
+    return Result.of([*lines, f"talk with them: fromage chat --index {out / 'index'}"], report)
+
+
 def towers_list() -> Result:
     """List the towers that have a short name, and which of them are on this machine."""
     from fromage.models.towers import KNOWN, is_here, megabytes

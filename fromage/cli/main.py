@@ -55,6 +55,7 @@ COMMANDS: dict[str, Function] = {
     "shards jsonl": data.shards_jsonl,
     "shards coco": data.shards_coco,
     "shards check": data.shards_check,
+    "photos": data.photos,
     "features": data.features,
     "towers list": data.towers_list,
     "towers get": data.towers_get,

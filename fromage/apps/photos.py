@@ -1,0 +1,126 @@
+"""The tour of `make photos`: FROMAGe on one's own captioned photographs, with a pretrained pair of towers, on two cores.
+
+Each part leaves its result in the folder and is not done again: after a kill, the same command goes on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fromage.apps.toy_demo import timed
+from fromage.checkpoints.format import GENERATION
+from fromage.data.batches import Batch
+from fromage.data.datamodule import CC3M
+from fromage.data.features import from_npy, store_features
+from fromage.data.packing import pack_coco
+from fromage.data.shards import Broken, captions_of, expand, image_file, read_shards, shard_sizes
+from fromage.evals.retrieval import evaluate
+from fromage.generation.generate import caption_images
+from fromage.generation.options import Decoding
+from fromage.generation.preset import Preset
+from fromage.identity import FolderKind
+from fromage.images.codec import decode_image
+from fromage.images.contact_sheet import contact_sheet
+from fromage.io import write_files, write_json
+from fromage.models.fromage import Fromage, load_model
+from fromage.models.towers import get, is_own
+from fromage.models.vision.registry import load_vision
+from fromage.retrieval.build import build_index
+from fromage.retrieval.open_index import open_index, search_index
+from fromage.retrieval.results import draw_hits, load_images
+from fromage.training.fit import fitting
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+TOUR = FolderKind(
+    "photos.json", "a tour", of="photographs", remedy="name another folder: --out", again="name another folder: --out"
+)
+HELD_OUT = 0.1  # share of the photographs that are not trained on
+SHOWN, SEARCHES = 12, 5  # captioned photographs, and searches, that are drawn
+FINISHED = "finished"  # a file beside the checkpoints of a run that came to its end
+PRESET = Preset(style="alone", decoding=Decoding(images_per_ret=4, end_at_image=True))  # it has seen captions alone
+
+
+def photos(
+    captions: Path,
+    images: Path,
+    out: Path,
+    lm: str = "smollm2",
+    vision: str = "efficientnet-lite2",
+    options: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Fetch towers, pack, encode, train, evaluate on photographs held out, and index; returns what report.json holds.
+
+    Args:
+        captions: caption file in COCO's format.
+        images: folder of its photographs.
+        lm, vision: towers; those that fromage.models.towers keeps are fetched.
+        options: further words for `lightning fit --config photos.yaml`.
+
+    Raises:
+        UserError: a tower is out of reach, the file or its images cannot be read, or the folder is of another tour.
+    """
+    TOUR.begin(out, {"captions": str(captions.resolve()), "images": str(images.resolve()), "lm": lm, "vision": vision})
+    seconds: dict[str, float] = {}
+    with timed("towers", seconds):
+        for name in filter(is_own, (lm, vision)):
+            get(name)
+    shards, stored = out / "shards", out / "features"
+    with timed("shards", seconds):
+        if not (shards / "report.json").exists():
+            print(pack_coco(captions, images, shards, val_fraction=HELD_OUT, overwrite=True).text())
+    with timed("features", seconds):
+        tower = load_vision(vision)
+        for part in ("train", "val"):
+            store_features(str(shards / part), stored / part, tower, batch_size=32, keep_images=True, workers=1)
+    with timed("train", seconds):
+        words = [f"--model.lm={lm}", f"--model.vision={vision}"]
+        words += [f"--data.{part}_shards={stored / part}" for part in ("train", "val")]
+        checkpoint = train(out, [*words, *options])
+    with timed("evaluate", seconds):
+        model = load_model(checkpoint)
+        data = CC3M(str(stored / "train"), str(stored / "val"), batch_size=100, max_tokens=32, workers=0)
+        data.attach(tower.transform, model.tokenizer)
+        batches: list[Batch] = list(data.val_dataloader())  # type: ignore[arg-type]
+        held_out = sum(len(batch.keys) for batch in batches)
+        report: dict[str, Any] = {"held_out": held_out, "fromage": evaluate(model, batches)}
+        draw_captions(model, stored / "val").save(out / "captions.png")
+    with timed("index", seconds):
+        if not (out / "index").exists():
+            build_index(model, str(stored / "*" / "*.tar"), out / "index", checkpoint=checkpoint)
+        asked = batches[0].captions[:SEARCHES]
+        model, index = open_index(out / "index")
+        found = [load_images(hits, 5)[0] for hits in search_index(model, index, asked, 5)]
+        draw_hits(asked, found).save(out / "searches.png")
+    report["seconds"] = {name: round(value, 1) for name, value in seconds.items()}
+    write_json(out / "report.json", report)
+    return report
+
+
+def train(out: Path, words: Sequence[str]) -> Path:
+    """`lightning fit`, unless it came to its end before; what was killed goes on. Returns the checkpoint."""
+    run = out / "run"
+    checkpoint = run / "checkpoints" / "last.ckpt"
+    if not (run / FINISHED).exists():
+        placed = [f"--trainer.logger.init_args.save_dir={out}", f"--trainer.logger.init_args.name={run.name}"]
+        placed += [f"--trainer.callbacks.init_args.dirpath={checkpoint.parent}", "--overwrite"]
+        again = ["--ckpt_path=last"] if checkpoint.exists() else []
+        fitting(["fit", "--config", "photos.yaml", *placed, *words, *again])
+        write_json(checkpoint.parent / GENERATION, PRESET.stored())
+        write_files(run, {FINISHED: b""})
+    return checkpoint
+
+
+def draw_captions(model: Fromage, features: Path) -> Image.Image:
+    """The first photographs of shards of features, each with a caption of people and the model's."""
+    listed = expand(str(features))
+    rows = list(islice(read_shards(list(zip(listed, shard_sizes(listed), strict=True)), Broken(1.0)), SHOWN))
+    made = caption_images(model, torch.stack([from_npy(raw["npy"]).float() for raw in rows]))
+    shown = [(decode_image(image_file(raw)), f"{text}\n{captions_of(raw)[0]}") for raw, text in zip(rows, made, strict=True)]
+    return contact_sheet([("captions of photographs that were held out; in grey, a person's", shown)])

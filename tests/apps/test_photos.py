@@ -1,0 +1,66 @@
+"""The tour on captioned photographs, here of toy scenes by the toy towers: all parts, none twice, none of another's."""
+
+import json
+
+import pytest
+
+from fromage.apps import photos as tour
+from fromage.cli.main import main
+from fromage.errors import UserError
+
+FEW = ["--trainer.max_steps=4", "--trainer.val_check_interval=4", "--trainer.callbacks.init_args.every_n_train_steps=2"]
+FEW += ["--data.batch_size=8", "--trainer.enable_progress_bar=false", "--model.q=16"]
+
+
+@pytest.fixture(scope="module")
+def coco(world):
+    return world / "coco" / "annotations" / "captions_val2017.json", world / "coco" / "val2017"
+
+
+@pytest.fixture(scope="module")
+def made(coco, tmp_path_factory):
+    out = tmp_path_factory.mktemp("photos") / "tour"
+    return out, tour.photos(*coco, out, "toy", "toy", FEW)
+
+
+def test_every_part_leaves_its_result(made):
+    out, report = made
+    assert 0 < report["held_out"] < 30 and 0 <= report["fromage"]["t2i_r1"] <= 100
+    assert json.loads((out / "report.json").read_text()) == report
+    assert all((out / name).stat().st_size > 1000 for name in ("captions.png", "searches.png"))
+    assert main(["search", "a red star", "--index", str(out / "index")]) == 0
+
+
+def test_nothing_is_done_twice(made, coco, monkeypatch):
+    out, report = made
+    for name in ("pack_coco", "fitting", "build_index"):
+        monkeypatch.setattr(tour, name, None)
+    assert tour.photos(*coco, out, "toy", "toy")["fromage"] == report["fromage"]
+
+
+def test_a_run_that_was_killed_goes_on(coco, tmp_path, monkeypatch):
+    def killed(words):
+        fit([*words, "--trainer.max_steps=2"])
+        raise KeyboardInterrupt
+
+    fit = tour.fitting
+    monkeypatch.setattr(tour, "fitting", killed)
+    with pytest.raises(KeyboardInterrupt):
+        tour.photos(*coco, tmp_path / "tour", "toy", "toy", FEW)
+    seen = []
+    monkeypatch.setattr(tour, "fitting", lambda words: seen.append(words) or fit(words))
+    tour.photos(*coco, tmp_path / "tour", "toy", "toy", FEW)
+    assert "--ckpt_path=last" in seen[0]
+
+
+def test_a_folder_of_other_photographs_is_refused(made, coco, tmp_path):
+    with pytest.raises(UserError, match="--out"):
+        tour.photos(coco[0], tmp_path, made[0], "toy", "toy")
+
+
+def test_what_is_missing_is_one_line(coco, tmp_path, capsys):
+    words = ["--lm", "toy", "--vision", "toy", "--out", str(tmp_path / "tour")]
+    assert main(["photos", str(tmp_path / "none.json"), "--images", str(coco[1]), *words]) == 2
+    assert "none.json" in capsys.readouterr().err
+    assert main(["photos", str(coco[0]), "--images", str(tmp_path), *words]) == 2
+    assert capsys.readouterr().err.strip().splitlines()[-1].startswith("fromage: ")
