@@ -200,7 +200,7 @@ def test_every_command_that_writes_has_overwrite_or_goes_on():
     """What is left: folders that are taken up where they belong to the same work, and refused otherwise."""
     folders = {name for name in COMMANDS if "--out" in options_of(COMMANDS[name])}
     assert {name for name in folders if "--overwrite" not in options_of(COMMANDS[name])} == {
-        "toy make", "toy demo", "features", "index embed"
+        "toy make", "toy demo", "photos", "features", "index embed"
     }  # fmt: skip
     files = {name for name in COMMANDS if set(FILES) & set(option_names(name))}
     assert "eval coco" in files and all("overwrite" in option_names(name) for name in files)
