@@ -138,7 +138,7 @@ def photos(
     captions: Path, *, images: Path, out: Path = Path("runs/photos"), lm: str = "smollm2",
     vision: str = "efficientnet-lite2", options: Sequence[str] = (),
 ) -> Result:  # fmt: skip
-    """Train on captioned photographs, two hours on two cores: towers, features, training, evaluation, index.
+    """Train on captioned photographs: towers, features, training, evaluation, index.
 
     A pretrained pair is fetched, SmolLM2-135M and EfficientNet-Lite2. A tenth of the photographs is held out. After a kill
     the same command goes on.
