@@ -196,7 +196,7 @@ def _from_hub(name: str, repository: str) -> str:
 
     look_for_hub()
     try:
-        return snapshot_download(repository, ignore_patterns=OTHERS)
+        return snapshot_download(repository, ignore_patterns=list(OTHERS))
     except Exception as error:
         raise UserError(
             f"{name}: not fetched, the model hub is out of reach or does not give {repository} ({first_line(error)}); "
