@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from fromage.apps.tours import CHECKPOINT, finished, once
 from fromage.io import write_files
 from fromage.toy.world import VERSION, make_world
 from fromage.training.configs import find_config
@@ -19,8 +20,6 @@ HOME = "runs/octopus"  # where the configurations put everything
 PLACES = re.compile(rf"{HOME}(/world|/patches)?")
 COUNTS: dict[str, Any] = {"refs": 6000, "train": 1000, "val": 200, "stories": 1, "dialogues": 1}  # of the toy world
 STAGES = ("octopus_toy1.yaml", "octopus_toy2.yaml", "octopus_toy3.yaml")
-CHECKPOINT = Path("checkpoints", "last.ckpt")
-FINISHED = "finished"  # a file beside a run's checkpoints
 SPOTTING = "Describe the image with positions."  # how the configurations ask for a caption with boxes
 SEQUENTIAL = ("octopus_toy3.yaml", "octopus_sequential.yaml")
 
@@ -80,16 +79,12 @@ def train_once(
 
     Returns the checkpoint.
     """
-    checkpoint = out / name / CHECKPOINT
-    if trained(out, name) is None:
-        train(out, configs, [*options, *(["--ckpt_path=last"] if checkpoint.exists() else [])], shared)
-        write_files(out / name, {FINISHED: b""})
-    return checkpoint
+    return once(out / name, lambda again: train(out, configs, [*options, *again], shared))
 
 
 def trained(out: Path, name: str = "stage3") -> Path | None:
     """The checkpoint in the folder out / name, if it is that of a run that came to its end."""
-    return out / name / CHECKPOINT if (out / name / FINISHED).exists() else None
+    return finished(out / name)
 
 
 def train(out: Path, configs: Sequence[str], options: Sequence[str] = (), shared: Path | None = None) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fromage.apps.toy_demo import timed
+from fromage.apps.tours import CHECKPOINT, once, timed
 from fromage.checkpoints.format import GENERATION
 from fromage.data.batches import Batch
 from fromage.data.datamodule import CC3M
@@ -26,7 +26,7 @@ from fromage.generation.preset import Preset
 from fromage.identity import FolderKind
 from fromage.images.codec import decode_image
 from fromage.images.contact_sheet import contact_sheet
-from fromage.io import write_files, write_json
+from fromage.io import write_json
 from fromage.models.fromage import Fromage, load_model
 from fromage.models.towers import get, is_own
 from fromage.models.vision.registry import load_vision
@@ -43,7 +43,6 @@ TOUR = FolderKind(
 )
 HELD_OUT = 0.1  # share of the photographs that are not trained on
 SHOWN, SEARCHES = 12, 5  # captioned photographs, and searches, that are drawn
-FINISHED = "finished"  # a file beside the checkpoints of a run that came to its end
 PRESET = Preset(style="alone", decoding=Decoding(images_per_ret=4, end_at_image=True))  # it has seen captions alone
 
 
@@ -106,14 +105,10 @@ def photos(
 def train(out: Path, words: Sequence[str]) -> Path:
     """`lightning fit`, unless it came to its end before; what was killed goes on. Returns the checkpoint."""
     run = out / "run"
-    checkpoint = run / "checkpoints" / "last.ckpt"
-    if not (run / FINISHED).exists():
-        placed = [f"--trainer.logger.init_args.save_dir={out}", f"--trainer.logger.init_args.name={run.name}"]
-        placed += [f"--trainer.callbacks.init_args.dirpath={checkpoint.parent}", "--overwrite"]
-        again = ["--ckpt_path=last"] if checkpoint.exists() else []
-        fitting(["fit", "--config", "photos.yaml", *placed, *words, *again])
-        write_json(checkpoint.parent / GENERATION, PRESET.stored())
-        write_files(run, {FINISHED: b""})
+    placed = [f"--trainer.logger.init_args.save_dir={out}", f"--trainer.logger.init_args.name={run.name}"]
+    placed += [f"--trainer.callbacks.init_args.dirpath={run / CHECKPOINT.parent}", "--overwrite"]
+    checkpoint = once(run, lambda again: fitting(["fit", "--config", "photos.yaml", *placed, *words, *again]))
+    write_json(checkpoint.parent / GENERATION, PRESET.stored())
     return checkpoint
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from fromage.apps.tours import timed
 from fromage.checkpoints.format import GENERATION
 from fromage.data.batches import Batch
 from fromage.data.datamodule import CC3M
@@ -89,15 +89,6 @@ def demo(out: Path, pairs: int = 8192, scenes: int = 1000, options: Sequence[str
     (out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
     print(table(report), f"report: {out / 'report.json'}\nsearches: {out / 'searches.png'}", sep="\n")
     return report
-
-
-@contextmanager
-def timed(name: str, seconds: dict[str, float]) -> Iterator[None]:
-    """Announce a part of the tour and note its wall-clock seconds."""
-    print(f"\n== {name}", flush=True)
-    began = time.monotonic()
-    yield
-    seconds[name] = time.monotonic() - began
 
 
 def train(out: Path, k: int, world: Path, stored: Path, options: Sequence[str]) -> Path:

@@ -1,0 +1,39 @@
+"""What the tours have in common: parts with their times, and trainings that are not done twice."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from fromage.io import write_files
+
+CHECKPOINT = Path("checkpoints", "last.ckpt")
+FINISHED = "finished"  # a file beside a run's checkpoints
+
+
+@contextmanager
+def timed(name: str, seconds: dict[str, float]) -> Iterator[None]:
+    """Announce a part of the tour and note its wall-clock seconds."""
+    print(f"\n== {name}", flush=True)
+    began = time.monotonic()
+    yield
+    seconds[name] = time.monotonic() - began
+
+
+def once(run: Path, fit: Callable[[list[str]], object]) -> Path:
+    """Train what saves its checkpoints in a run's folder, unless it came to its end before; returns the checkpoint.
+
+    fit: takes further words for `lightning fit`, by which a run that was killed goes on.
+    """
+    if (checkpoint := finished(run)) is None:
+        checkpoint = run / CHECKPOINT
+        fit(["--ckpt_path=last"] if checkpoint.exists() else [])
+        write_files(run, {FINISHED: b""})
+    return checkpoint
+
+
+def finished(run: Path) -> Path | None:
+    """The checkpoint in a run's folder, if it is that of a run that came to its end."""
+    return run / CHECKPOINT if (run / FINISHED).exists() else None
