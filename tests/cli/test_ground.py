@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 from tiny_octopus import save_untrained
 
-from fromage.apps.octopus_demo import CHECKPOINT, FINISHED, HOME
+from fromage.apps.octopus_demo import HOME
+from fromage.apps.tours import CHECKPOINT, FINISHED
 from fromage.cli.find import as_json
 from fromage.cli.main import main
 from fromage.cli.talk import Opening
