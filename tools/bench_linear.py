@@ -20,7 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fromage.models.cpu_linear import CpuLinears, mkl_is_slow
+from fromage.models.cpu_linear import CpuLinears
+from fromage.processor import mkl_is_slow
 
 SHAPES = [(2048, 192, 768), (512, 768, 3072), (512, 576, 1536), (257, 1024, 4096), (1, 768, 3072), (1, 4096, 4096)]
 

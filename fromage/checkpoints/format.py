@@ -28,8 +28,10 @@ from fromage.errors import BrokenSample, UserError, reason
 from fromage.identity import OWN, FolderKind
 from fromage.io import as_json, check_new, decode_text, parse_json, write_files
 from fromage.printable import printable
+from fromage.processor import multiplies_bfloat16
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+AUTO = "auto"  # a dtype that the machine decides
 TOWERS = ("lm.", "vision.")  # prefixes of parameters that are never saved
 FORMAT, OCTOPUS = "fromage", "octopus"  # kinds of models that a folder may hold
 VERSION = 1
@@ -208,9 +210,11 @@ def write_folder(saved: Saved, folder: str | Path, overwrite: bool = False) -> N
 
 
 def dtype_name(name: str) -> str:
-    """A name of DTYPES, or UserError."""
+    """A name of DTYPES, or UserError; auto is bfloat16 where this machine multiplies in it, and float32 elsewhere."""
+    if name == AUTO:
+        return "bfloat16" if multiplies_bfloat16() else "float32"
     if name not in DTYPES:
-        raise UserError(f"dtype {name}: must be one of {', '.join(DTYPES)}")
+        raise UserError(f"dtype {name}: must be one of {', '.join((*DTYPES, AUTO))}")
     return name
 
 

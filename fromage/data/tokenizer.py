@@ -24,7 +24,8 @@ class PromptTokenizer:
         added: ids of the added tokens, by text.
         row_ids: consecutive ids of the rows among them.
         vocab_size: V, tokens of the frozen LM, with ids below V.
-        bos_id: first token of every text (OPT: 2, </s>), or None.
+        bos_id: first token of every text (OPT: 2, </s>), or None. Where the one of an instruct model opens turns
+            (<|im_start|>), it is <|endoftext|>, which such families were pretrained with between their texts.
         pad_id: id of padding, which is always masked; the end-of-text id if the LM has no padding token.
     """
 
@@ -38,12 +39,14 @@ class PromptTokenizer:
                 f"or fetch it where there is a network: hf download {folder}"
             ) from error
         self.vocab_size = len(self.hf)
-        self._name_special()
+        source = self._template_source()
+        self._name_special(source)
         self.hf.add_tokens([*places, *rows], special_tokens=True)
         convert: Any = self.hf.convert_tokens_to_ids
         self.added = {token: int(convert(token)) for token in (*places, *rows)}
         self.row_ids = [self.added[token] for token in rows]
-        self.bos_id: int | None = self.hf.bos_token_id
+        opens_turns = self.hf.bos_token is not None and self.hf.bos_token in source
+        self.bos_id: int | None = self.special_id("<|endoftext|>") if opens_turns else self.hf.bos_token_id
         self.eos_id: int | None = self.hf.eos_token_id
         pad = self.hf.pad_token_id if self.hf.pad_token_id is not None else self.eos_id
         self.pad_id: int = 0 if pad is None else pad
@@ -79,10 +82,13 @@ class PromptTokenizer:
         pieces = self._special.split(text) if self._specials else [text]  # text, token, text, ..., text
         return [self._specials[piece.strip()] if i % 2 else piece for i, piece in enumerate(pieces) if piece]
 
-    def _name_special(self) -> None:
-        """Have every token special that the chat template names, so that no text can become one (`encode`)."""
+    def _template_source(self) -> str:
+        """The text of all chat templates."""
         templates = self.hf.chat_template or ""
-        source = "".join(templates.values()) if isinstance(templates, dict) else templates
+        return "".join(templates.values()) if isinstance(templates, dict) else templates
+
+    def _name_special(self, source: str) -> None:
+        """Have every token special that a chat template names, so that no text can become one (`encode`)."""
         for token in self.hf.added_tokens_decoder.values():
             if not token.special and token.content.strip() and token.content in source:
                 sides = {"lstrip": token.lstrip, "rstrip": token.rstrip, "normalized": token.normalized}

@@ -12,14 +12,14 @@ tools/bench_linear.py measures both.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+
+from fromage.processor import mkl_is_slow, on_cpu
 
 FEW_ROWS = 4  # up to which slices are faster
 SLICES = 8
@@ -38,8 +38,7 @@ class CpuLinears(TorchFunctionMode):
 
 def cpu_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """F.linear, (..., K) -> (..., N), by the fastest way that there is for its arguments."""
-    plain = {type(x), type(weight)} <= {Tensor, torch.nn.Parameter} and x.device.type == "cpu"
-    if not plain or not x.dtype == weight.dtype == torch.float32 or torch.is_autocast_enabled("cpu"):
+    if not on_cpu(x, weight) or not x.dtype == weight.dtype == torch.float32 or torch.is_autocast_enabled("cpu"):
         return F.linear(x, weight, bias)
     rows = x.numel() // max(weight.shape[-1], 1)
     if 0 < rows <= FEW_ROWS and not (torch.is_grad_enabled() or len(weight) % SLICES) and weight.is_contiguous():
@@ -47,18 +46,6 @@ def cpu_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if rows >= MANY_ROWS and rows * weight.numel() >= MANY_PRODUCTS and mkl_is_slow():
         return _OneDnn.apply(x, weight, bias)
     return F.linear(x, weight, bias)
-
-
-@cache
-def mkl_is_slow() -> bool:
-    """Whether this is a processor of AMD with AVX-512, and PyTorch has both MKL and oneDNN."""
-    both = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
-    if not both or torch.backends.cpu.get_cpu_capability() != "AVX512" or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        return False
-    try:
-        return "AuthenticAMD" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return False
 
 
 def _sliced(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

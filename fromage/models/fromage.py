@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fromage.checkpoints.format import FORMAT, Saved, differences, parameter_shapes
+from fromage.checkpoints.format import FORMAT, Saved, differences, dtype_name, parameter_shapes
 from fromage.checks import check_whole
 from fromage.errors import UserError
 from fromage.models.base import digest
@@ -87,10 +87,11 @@ class Fromage(Pretrained):
         The same seed gives the same trained parameters, and the same towers where they have random weights. input_prompt:
         text that captions are generated behind, such as the released model's "A picture of".
         """
+        here = dtype_name(dtype)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            tower = load_vision(vision, vision_weights, dtype, random_weights)
-            model = cls(load_lm(lm, dtype, random_weights, quantize), tower, k, q, pooling)
+            tower = load_vision(vision, vision_weights, here, random_weights)
+            model = cls(load_lm(lm, here, random_weights, quantize), tower, k, q, pooling)
         model.settings = {"lm": lm, "vision": vision, "vision_weights": vision_weights, "k": k, "q": q, "dtype": dtype}
         model.settings |= {"pooling": pooling, "random_weights": random_weights, "input_prompt": input_prompt}
         model.input_prompt = input_prompt

@@ -25,6 +25,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
+from fromage.processor import on_cpu
+
 PREFIX = "fromage_packed_or_"  # before the name of the attention that a model was loaded with
 
 
@@ -129,15 +131,21 @@ class Weighting(NamedTuple):
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """q (S, H, T, e), k and v (S, H', T', e), bool mask (None: causal) -> (S, H, T, e)."""
-        grouped = q.shape[1] != k.shape[1]
-        if self.cap is None:
-            causal = mask is None
+        if self.cap is None and not slow_kernel(q):
+            causal, grouped = mask is None, q.shape[1] != k.shape[1]
             return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=self.scale, enable_gqa=grouped)
-        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))  # (S, H, T', e)
-        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril() if mask is None else mask
-        products = (q @ k.transpose(2, 3)).float() * (self.scale or q.shape[3] ** -0.5)  # (S, H, T, T')
-        capped = (torch.tanh(products / self.cap) * self.cap).masked_fill(~mask, -torch.inf)  # (S, H, T, T')
-        return capped.softmax(-1).to(v.dtype) @ v  # (S, H, T, T') (S, H, T', e) -> (S, H, T, e)
+        (_, H, T, e), rows = q.shape, (k.shape[1], -1)  # queries of one key: rows of one product
+        mask = torch.ones(T, k.shape[2], dtype=torch.bool, device=q.device).tril() if mask is None else mask
+        queries = q.float().reshape(len(q), *rows, e) * (self.scale or e**-0.5)  # (S, H', H / H' T, e)
+        products = (queries @ k.float().transpose(2, 3)).view(len(q), H, T, -1)  # -> (S, H, T, T')
+        capped = products if self.cap is None else torch.tanh(products / self.cap) * self.cap
+        weights = capped.masked_fill(~mask, -torch.inf).softmax(-1).to(v.dtype)  # (S, H, T, T')
+        return (weights.view(len(q), *rows, k.shape[2]) @ v).view(q.shape)  # (S, H, T, T') (S, H', T', e) -> (S, H, T, e)
+
+
+def slow_kernel(q: Tensor) -> bool:
+    """Whether plain products are faster than PyTorch's own: half precision on a CPU, where its backward is slow."""
+    return on_cpu(q) and q.dtype in (torch.bfloat16, torch.float16)
 
 
 class Causal(Attend):

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from fromage.checkpoints.format import OCTOPUS, TOWERS, Saved
+from fromage.checkpoints.format import OCTOPUS, TOWERS, Saved, dtype_name
 from fromage.data.tokenizer import IMAGE
 from fromage.errors import UserError
 from fromage.models.base import digest
@@ -172,11 +172,12 @@ class Octopus(Pretrained):
         lora_rank: rank of low-rank adapters in the language model; 0 for none. options: further arguments of Octopus. The
         same seed gives the same parameters.
         """
+        here = dtype_name(dtype)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            tower = load_patches(vision, vision_weights, vision_layer, dtype, random_weights)
+            tower = load_patches(vision, vision_weights, vision_layer, here, random_weights)
             tokens = {"rows": index_token_names(num_queries), "places": (IMAGE, QUERY)}
-            model = cls(load_lm(lm, dtype, random_weights, quantize, **tokens), tower, num_queries, **options)
+            model = cls(load_lm(lm, here, random_weights, quantize, **tokens), tower, num_queries, **options)
             if lora_rank:
                 add_lora(model.lm, lora_rank)
         model.settings = {"lm": lm, "vision": vision, "vision_weights": vision_weights, "vision_layer": vision_layer}

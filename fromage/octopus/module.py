@@ -85,7 +85,8 @@ class OctopusModule(pl.LightningModule):
             mask_scale: cells of a mask per patch and side, 2, 4, 8 or 16; 0 for no masks. With masks, those of RefCOCO are
                 read (extra [masks]). The head begins anew where the checkpoint of `init` has none.
             lora_rank: rank of LoRA adapters in the language model's layers in stage 3 (extra [lora]); 0 trains all of it.
-            dtype: dtype of the frozen towers: float32, bfloat16 or float16.
+            dtype: dtype of the frozen towers: float32, bfloat16, float16, or auto: bfloat16 where this machine multiplies
+                in it, and float32 elsewhere.
             random_weights: build the towers without weights, for tests and timing.
             quantize: hold the language model's layers in int8 or nf4 (4 bits); extra [quant], and lora_rank in stage 3.
             activation_checkpointing: keep only the inputs, keys and values of the language model's layers; run layers again

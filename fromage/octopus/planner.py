@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 from transformers import AutoModelForCausalLM
 
-from fromage.checkpoints.format import DTYPES
+from fromage.checkpoints.format import DTYPES, dtype_name
 from fromage.data.tokenizer import IMAGE
 from fromage.errors import UserError
 from fromage.models.language_model import LanguageModel, Quantized
@@ -108,11 +108,12 @@ def read_run(config: str | Sequence[str], **options: Any) -> Run:
         found.pop("devices", None)
     found = current_names(found, str(config)) | {name: value for name, value in options.items() if value is not None}
     run = run_of(Run, found, config)
+    run = replace(run, dtype=dtype_name(run.dtype))
     if run.stage == 1:
         run = replace(run, objects=0)
     run = run if run.stage == 3 else replace(run, lora_rank=0)
     kinds = (None, *get_args(Quantized))
-    check_choices(run, {"dtype": DTYPES, "quantize": kinds, "layers_dtype": (None, *DTYPES)})
+    check_choices(run, {"quantize": kinds, "layers_dtype": (None, *DTYPES)})
     least = {"batch_size": 1, "per_image": 1, "devices": 1, "instruction_tokens": 0, "objects": 0, "lora_rank": 0}
     for name, value in least.items():
         if getattr(run, name) < value:

@@ -14,11 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fromage.models.cpu_linear import cpu_linear
+from fromage.processor import on_cpu
 
 if TYPE_CHECKING:
     from fromage.models.language_model import LanguageModel
 
-CHUNK = 1024  # positions whose logits exist at a time
+CHUNK, CPU_CHUNK = 1024, 128  # positions whose logits exist at a time; on a CPU, few enough that memory is used again
 
 
 def next_token_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -48,7 +49,8 @@ class _FrozenHeadLoss(torch.autograd.Function):
         V, first, weight = lm.added.vocab_size, lm.added.first, lm.head.weight[: lm.added.vocab_size]  # (V, d)
         grad_hidden, grad_rows = torch.empty_like(hidden), torch.zeros_like(rows)
         loss, accuracy = hidden.new_zeros((), dtype=torch.float32), hidden.new_zeros((), dtype=torch.float32)
-        for h, t, out in zip(hidden.split(CHUNK), targets.split(CHUNK), grad_hidden.split(CHUNK), strict=True):
+        chunk = positions_at_a_time(hidden)
+        for h, t, out in zip(*(x.split(chunk) for x in (hidden, targets, grad_hidden)), strict=True):
             e, z = lm.frozen_logits(h), lm.capped((h @ rows.to(h.dtype).T).float())  # (c, V), (c, n)
             slopes = None if lm.cap is None else [1 - (x / lm.cap) ** 2 for x in (e, z)]
             t, is_added = t.unsqueeze(1), t.unsqueeze(1) >= first  # (c, 1) each
@@ -79,11 +81,17 @@ class _FrozenHeadLoss(torch.autograd.Function):
         return grad_hidden * grad.to(grad_hidden.dtype), grad_rows * grad.to(grad_rows.dtype), None, None
 
 
+def positions_at_a_time(hidden: Tensor) -> int:
+    """Rows of logits that exist at a time."""
+    return CPU_CHUNK if on_cpu(hidden) else CHUNK
+
+
 @torch.no_grad()
 def frozen_log_sum_exp(hidden: Tensor, targets: Tensor, lm: LanguageModel) -> tuple[Tensor, Tensor]:
     """Log-sum-exp over the frozen vocabulary and the targets' logits, (N,) float32 each; an added token's is 0."""
     V, lses, zs = lm.added.vocab_size, [], []
-    for h, t in zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True):
+    chunk = positions_at_a_time(hidden)
+    for h, t in zip(hidden.split(chunk), targets.split(chunk), strict=True):
         logits = lm.frozen_logits(h)  # (c, V)
         zs.append(torch.where(t < V, logits.gather(1, t.clamp(max=V - 1).unsqueeze(1)).squeeze(1), 0.0))
         top = logits.amax(1, keepdim=True)  # (c, 1)

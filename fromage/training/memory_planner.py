@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from types import SimpleNamespace
 from typing import Any, get_args
@@ -21,7 +21,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM
 
-from fromage.checkpoints.format import DTYPES
+from fromage.checkpoints.format import DTYPES, dtype_name
 from fromage.data.batches import Batch
 from fromage.errors import UserError
 from fromage.models.fromage import Fromage
@@ -79,7 +79,8 @@ def read_run(config: str | Sequence[str], **options: Any) -> Run:
     found = options_of(config) | {name: value for name, value in options.items() if value is not None}
     found["step"] = present_step(found.get("step", Run.step))
     run = run_of(Run, found, config)
-    check_choices(run, {"dtype": DTYPES, "step": ("fast", "reference"), "quantize": (None, *get_args(Quantized))})
+    run = replace(run, dtype=dtype_name(run.dtype))
+    check_choices(run, {"step": ("fast", "reference"), "quantize": (None, *get_args(Quantized))})
     if run.batch_size < 1 or not 1 <= run.tokens <= run.max_tokens - 1:
         raise UserError(
             f"batches of {run.batch_size}, captions of {run.tokens:g} tokens and [RET], the longest {run.max_tokens}: "

@@ -97,7 +97,8 @@ class FromageModule(pl.LightningModule):
             k: input embeddings per image, in tokens.
             q: width of the retrieval space.
             pooling: which hidden state embeds a text: ret, the one at [RET], or last, at its last word.
-            dtype: dtype of the frozen towers: float32, bfloat16 or float16.
+            dtype: dtype of the frozen towers: float32, bfloat16, float16, or auto: bfloat16 where this machine multiplies
+                in it, and float32 elsewhere.
             random_weights: build the towers without weights, for tests and timing.
             lr: learning rate of Adam after warm-up.
             betas: Adam's decay rates of its two moments.

@@ -3,6 +3,7 @@ import pickle
 import shutil
 
 import pytest
+from transformers import AutoTokenizer
 
 from fromage.data.tokenizer import PromptTokenizer
 from fromage.errors import UserError
@@ -46,6 +47,19 @@ def test_toy_tokenizer_has_the_form_of_opts():
 def test_toy_tokenizer_config_is_opts():
     config = json.loads((TOY / "opt" / "tokenizer_config.json").read_text())
     assert config["tokenizer_class"] == "GPT2Tokenizer" and config["add_bos_token"]
+
+
+@pytest.mark.parametrize(
+    ("template", "start"),
+    [("{{ '<|im_start|>' + message }}", ["<|endoftext|>"]), ("{{ bos_token + message }}", ["<|im_start|>"])],
+)
+def test_what_opens_the_turns_of_a_chat_does_not_start_a_text(template, start, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(str(TOY / "opt"))
+    tokenizer.add_tokens(["<|im_start|>", "<|endoftext|>"], special_tokens=True)
+    tokenizer.bos_token, tokenizer.chat_template = "<|im_start|>", template
+    tokenizer.save_pretrained(tmp_path)
+    found = PromptTokenizer(str(tmp_path))
+    assert found.start() == [found.special_id(text) for text in start]
 
 
 def test_no_tokenizer_is_a_clear_error(tmp_path):

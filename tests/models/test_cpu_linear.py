@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from fromage.models import cpu_linear
 from fromage.models.cpu_linear import FEW_ROWS, MANY_PRODUCTS, MANY_ROWS, CpuLinears
 
-PLAIN, MKL_IS_SLOW = F.linear, cpu_linear.mkl_is_slow
+PLAIN = F.linear
 
 
 @pytest.fixture(autouse=True)
@@ -30,22 +30,6 @@ def ways(monkeypatch):
     monkeypatch.setattr(cpu_linear, "_sliced", spy("slices", cpu_linear._sliced))
     monkeypatch.setattr(cpu_linear, "_product", spy("onednn", cpu_linear._product))
     return seen
-
-
-@pytest.mark.parametrize(
-    ("about", "capability", "slow"),
-    [
-        ("vendor_id : AuthenticAMD", "AVX512", True),
-        ("vendor_id : AuthenticAMD", "AVX2", False),
-        ("GenuineIntel", "AVX512", False),
-    ],
-)
-def test_onednn_is_for_amd_with_avx512(about, capability, slow, monkeypatch):
-    monkeypatch.setattr("torch.backends.mkl.is_available", lambda: True)
-    monkeypatch.setattr("torch.backends.mkldnn.is_available", lambda: True)
-    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: capability)
-    monkeypatch.setattr(cpu_linear.Path, "read_text", lambda path, **_: about)
-    assert MKL_IS_SLOW.__wrapped__() == slow
 
 
 @pytest.mark.parametrize("bias", [True, False])

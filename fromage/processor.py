@@ -1,0 +1,41 @@
+"""What the processor can do, as far as it decides how numbers are multiplied."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+
+def on_cpu(*tensors: Tensor) -> bool:
+    """Whether these are plain tensors that the processor computes with; a planner's stand for those of any device."""
+    return all(type(x) in (Tensor, nn.Parameter) and x.device.type == "cpu" for x in tensors)
+
+
+@cache
+def described() -> str:
+    """The kernel's description of the processor on Linux; elsewhere an empty text."""
+    try:
+        return Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return ""
+
+
+@cache
+def mkl_is_slow() -> bool:
+    """Whether this is a processor of AMD with AVX-512, and PyTorch has both MKL and oneDNN."""
+    both = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
+    if not both or torch.backends.cpu.get_cpu_capability() != "AVX512" or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return False
+    return "AuthenticAMD" in described()
+
+
+@cache
+def multiplies_bfloat16() -> bool:
+    """Whether a GPU, or else the processor (AVX-512 or AMX with bfloat16), multiplies numbers in bfloat16 itself."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported()
+    flags = described().split()
+    return torch.backends.mkldnn.is_available() and ("avx512_bf16" in flags or "amx_bf16" in flags)
