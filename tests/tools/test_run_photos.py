@@ -1,0 +1,122 @@
+"""Figures on captioned photographs, here of toy scenes by the toy towers."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fromage.models.fromage import Fromage
+from fromage.models.frozen import TOY
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
+import photo_figures
+import run_photos
+from photo_figures import Photographs, Question, Ridge
+
+WORDS = ["a red star", "a blue ring", "a green square", "a yellow circle", "a small cross", "a large moon"]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return Fromage.load(k=2, q=16).eval()
+
+
+@pytest.fixture(scope="module")
+def data(model):
+    torch.manual_seed(0)
+    texts = [[f"{word} {place}" for place in ("at night", "at noon", "left", "right", "alone")] for word in WORDS]
+    return Photographs(torch.randn(len(WORDS), model.vision.width), texts, [f"{i}.jpg" for i in range(len(WORDS))])
+
+
+def test_the_linear_baseline_finds_what_it_was_fitted_to_and_not_other_photographs(model, data):
+    fitted = Ridge(model, data, 1e-4)
+    other = data._replace(features=torch.randn(len(WORDS), model.vision.width))
+    assert fitted.recalls(data)["t2i_r1"] == 100 and fitted.recalls(other)["t2i_r1"] < 60
+    assert photo_figures.chance(50) == {"t2i_r1": 2, "t2i_r5": 10, "t2i_r10": 20}
+
+
+def test_queries_grow_by_captions_turns_and_photographs(model, data, monkeypatch):
+    asked = []
+    embed = type(model).embed_text
+    monkeypatch.setattr(
+        type(model), "embed_text", lambda self, prompts, **o: asked.extend(prompts) or embed(self, prompts, **o)
+    )
+    short = data._replace(captions=[*data.captions[:-1], data.captions[-1][:3]])
+    found = photo_figures.growing(model, short)
+    kinds = ("text", "dialogue", "others between", "mean")
+    assert set(found) == {f"{kind}, {n}" for kind in kinds for n in range(1, 6)}
+    assert found["text, 1"] == found["mean, 1"] == found["others between, 1"]
+    assert " ".join(data.captions[0]) in asked, "five captions of one photograph"
+    between = next(prompt for prompt in asked if isinstance(prompt, list) and len(prompt) == 9)
+    assert between[::2] == data.captions[0]
+    near = [next(i for i, v in enumerate(data.features) if torch.equal(v, part)) for part in between[1::2]]
+    assert len({0, *near}) == 5, "four others, none of them the photograph itself"
+    assert f"Q: what is in the picture?\nA: {data.captions[0][0]}" in asked
+    assert not any(data.captions[-1][0] in str(prompt) for prompt in asked), "one with fewer captions is none of the queries"
+
+
+def test_questions_are_asked_as_often_where_the_answer_is_yes(data, tmp_path):
+    images = [{"id": i, "file_name": name} for i, name in enumerate(data.names)]
+    boxes = [
+        {"image_id": i, "category_id": kind} for i, kind in [(0, 7), (0, 7), (1, 7), (2, 8), (3, 8), (4, 8), (5, 8), (0, 8)]
+    ]
+    content = {"images": images, "annotations": boxes, "categories": [{"id": 7, "name": "dog"}, {"id": 8, "name": "cat"}]}
+    (tmp_path / "boxes.json").write_text(json.dumps(content))
+    found = photo_figures.ask(tmp_path / "boxes.json", data)
+    dogs = [question for question in found["yes or no"] if "dog" in question.text]
+    assert [(q.photograph, q.right) for q in dogs] == [(0, 0), (2, 1), (1, 0), (3, 1)]
+    assert len([q for q in found["yes or no"] if "cat" in q.text]) == 2, "cats are missing in one photograph only"
+    assert {(q.photograph, q.answers[q.right]) for q in found["how many"] if "dog" in q.text} == {(0, " two"), (1, " one")}
+
+
+def test_an_answer_is_the_likeliest_with_the_photographs_or_without(data, monkeypatch):
+    prompts = []
+
+    def score(model, prompt, answers):
+        prompts.append(prompt)
+        return argparse.Namespace(total=torch.tensor([0.0, 1.0]))
+
+    monkeypatch.setattr(photo_figures, "score", score)
+    questions = [Question(i, f"{i}?", (" Yes", " No"), int(i > 0)) for i in range(3)]
+    assert photo_figures.answered(None, data, questions, 1) == pytest.approx(200 / 3)
+    assert len(prompts[0]) == 4 and prompts[0][3] == "Question: 0? Answer:" and prompts[0][1].endswith((" Yes\n", " No\n"))
+    assert prompts[0][2] is not prompts[0][0] and torch.equal(prompts[0][2], data.features[0])
+    prompts.clear()
+    photo_figures.answered(None, data, questions, 1, blind=True)
+    assert all(isinstance(part, str) for prompt in prompts for part in prompt)
+
+
+def test_a_row_is_trained_and_judged_once(world, tmp_path, monkeypatch, capsys):
+    listed = world / "coco" / "annotations" / "captions_val2017.json"
+    monkeypatch.setattr(run_photos, "LM", "toy")
+    monkeypatch.setattr(run_photos, "VISION", "toy")
+    for name, given in {"get": lambda name: None, "folder_of": lambda name: TOY / "opt"}.items():
+        monkeypatch.setattr(run_photos, name, given)
+    monkeypatch.setattr(photo_figures, "caption_figures", lambda made, wanted: {"cider": float(len(made)), "bleu4": 0.0})
+    words = ["--train", listed, "--judged", listed, "--images", world / "coco" / "val2017", "--out", tmp_path / "study"]
+    words += [
+        "--held-out",
+        "0.3",
+        "--only",
+        "k2",
+        "last token",
+        "--seeds",
+        "0",
+        "--threads",
+        "1",
+        "--json",
+        tmp_path / "f.json",
+    ]
+    few = ["--trainer.max_steps=2", "--trainer.val_check_interval=2", "--data.batch_size=8", "--model.q=16"]
+    monkeypatch.setattr("sys.argv", ["run_photos.py", *map(str, words), "--", *few, "--trainer.enable_progress_bar=false"])
+    run_photos.main()
+    told = json.loads((tmp_path / "f.json").read_text())
+    count = len(json.loads(listed.read_text())["images"])
+    assert told["figures"]["k2"]["captions.cider"]["mean"] == count and "captions.cider" not in told["figures"]["last token"]
+    assert told["beside"]["linear"]["weight"] in run_photos.RIDGE and "| k2 | " in capsys.readouterr().out
+    monkeypatch.setattr(run_photos, "train", None)
+    run_photos.main()
+    assert json.loads((tmp_path / "f.json").read_text()) == told

@@ -1,0 +1,204 @@
+"""FROMAGe on real photographs with a pretrained pair of towers: every figure of docs/photos.md.
+
+    python tools/run_photos.py --train captions_train.json --judged captions_val.json --images photos --out runs/photo_study
+    python tools/run_photos.py ... --only base k4 --seeds 0          # some rows
+    python tools/run_photos.py ... --choose --only base              # judged on photographs held out of the training ones
+
+Both files are captions in COCO's format, images the folder of the photographs. base is lightning_configs/photos.yaml; each
+other row changes one thing of it. Rows without captions train the retrieval pass alone, which shares no parameter with
+captioning. --coco FOLDER holds val2017/, captions_val2017_sample.json and instances_val2017_sample.json: photographs of
+another kind, and what questions are asked of. What is there is not run again: after a kill, give the command again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+from gpu_kit import commit
+from photo_figures import (
+    Figures,
+    Ridge,
+    answered,
+    ask,
+    captions,
+    chance,
+    few_shot,
+    growing,
+    read,
+    recalls,
+)
+from run_ablations import spread
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from fromage.apps.photos import train
+from fromage.data.features import store_features
+from fromage.data.packing import pack_coco
+from fromage.io import write_json
+from fromage.models.fromage import Fromage, load_model
+from fromage.models.towers import folder_of, get
+from fromage.models.vision.registry import load_vision
+
+ALONE = ["--model.captioning_weight=0"]
+ROWS: dict[str, list[str]] = {
+    "base": [],
+    "k2": ["--model.k=2"],
+    "k4": ["--model.k=4"],
+    "k8": ["--model.k=8"],
+    "retrieval alone": ALONE,
+    "last token": [*ALONE, "--model.pooling=last"],
+    "untrained language model": ALONE,
+    "free norm": [*ALONE, "--model.rescale_ret=false"],
+    "q 64": [*ALONE, "--model.q=64"],
+    "q 1024": [*ALONE, "--model.q=1024"],
+}
+SOME = {"1000 photographs": 1, "2000 photographs": 2, "4000 photographs": 4}  # shards of 1,000 that are trained on
+BLIND = "untrained language model"
+LM, VISION = "smollm2", "efficientnet-lite2"
+RIDGE = (0.001, 0.01, 0.1)  # weights of the linear baseline, the best of which is taken on photographs held out
+SHOWN = {
+    "R@1": "photographs.t2i_r1",
+    "R@5": "photographs.t2i_r5",
+    "R@10": "photographs.t2i_r10",
+    "image to text R@1": "photographs.i2t_r1",
+    "R@5 ": "photographs.i2t_r5",
+    "R@10 ": "photographs.i2t_r10",
+    "COCO R@1": "coco.t2i_r1",
+    "COCO R@10": "coco.t2i_r10",
+    "CIDEr": "captions.cider",
+    "BLEU-4": "captions.bleu4",
+}
+
+
+def prepare(args: argparse.Namespace) -> None:
+    """Towers, shards and features, made once: out/features/train, held_out, judged and coco."""
+    for name in (LM, VISION):
+        get(name)
+    sets = {"train": (args.train, args.images), "judged": (args.judged, args.images)}
+    if args.coco:
+        sets["coco"] = args.coco / "captions_val2017_sample.json", args.coco / "val2017"
+    for name, (captions_file, images) in sets.items():
+        shards = args.out / "shards" / name
+        if not (shards / "report.json").exists():
+            held_out = args.held_out if name == "train" else 0.0
+            print(pack_coco(captions_file, images, shards, val_fraction=held_out, overwrite=True).text())
+    tower = load_vision(VISION)
+    shards = args.out / "shards"
+    parts = {"train": shards / "train" / "train", "held_out": shards / "train" / "val"}
+    for name, place in (parts | {name: shards / name for name in sets if name != "train"}).items():
+        store_features(str(place), args.out / "features" / name, tower, batch_size=32, workers=1)
+    if not (args.out / "untrained" / "config.json").exists():
+        torch.manual_seed(0)
+        source = folder_of(LM)
+        AutoTokenizer.from_pretrained(source).save_pretrained(args.out / "untrained")
+        AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source)).save_pretrained(args.out / "untrained")
+
+
+def words_of(name: str, args: argparse.Namespace, seed: int) -> list[str]:
+    """The words of a row for `lightning fit --config photos.yaml`."""
+    features, lm = args.out / "features", args.out / "untrained" if name == BLIND else LM
+    shards = [str(features / "train" / "*.tar"), *([] if args.choose else [str(features / "held_out" / "*.tar")])]
+    if name in SOME:
+        shards = [str(features / "train" / f"{i:05d}.tar") for i in range(SOME[name])]
+    words = [
+        f"--model.lm={lm}",
+        f"--model.vision={VISION}",
+        f"--data.train_shards={json.dumps(shards)}",
+        f"--data.val_shards={features / 'held_out'}",
+    ]
+    words += [f"--{what}={seed}" for what in ("seed_everything", "model.seed", "data.seed")]
+    return [*words, *(ALONE if name in SOME else ROWS[name])]
+
+
+def judge(name: str, args: argparse.Namespace, model: Fromage) -> Figures:
+    """All figures of a row, by name: those of captioning where it was trained, those that take long of base alone."""
+    features = args.out / "features"
+    judged = read([features / ("held_out" if args.choose else "judged")])
+    sets = {"photographs": judged} | ({"coco": read([features / "coco"])} if args.coco else {})
+    found = {of: recalls(model, data) for of, data in sets.items()}
+    if "--model.captioning_weight=0" not in words_of(name, args, 0):
+        found["captions"] = captions(model, judged)
+    if name == "base":
+        found["growing"] = growing(model, judged)
+        found["few_shot"] = few_shot(model, judged, 500)
+        if args.coco:
+            for kind, questions in ask(args.coco / "instances_val2017_sample.json", sets["coco"]).items():
+                for n in (0, 2, 4):
+                    found[f"{kind}, {n} shown"] = {
+                        "right": answered(model, sets["coco"], questions, n),
+                        "right without picture": answered(model, sets["coco"], questions, n, blind=True),
+                    }
+    return {f"{of}.{what}": value for of, figures in found.items() for what, value in figures.items()}
+
+
+def run(name: str, args: argparse.Namespace, seed: int) -> Figures:
+    """Train and judge a row with one seed, unless that is done."""
+    folder = args.out / ("chosen" if args.choose else "runs") / name.replace(" ", "_") / f"seed{seed}"
+    if not (folder / "figures.json").exists():
+        print(f"\n== {name}, seed {seed}", flush=True)
+        model = load_model(train(folder, [*words_of(name, args, seed), *args.options]))
+        write_json(folder / "figures.json", judge(name, args, model))
+    return json.loads((folder / "figures.json").read_text())
+
+
+def baselines(args: argparse.Namespace) -> dict[str, Figures]:
+    """The linear baseline, its weight chosen on the photographs held out, and chance."""
+    if not (done := args.out / "baselines.json").exists():
+        features, model = args.out / "features", Fromage.load(LM, VISION)
+        train_set, held_out, judged = (read([features / name]) for name in ("train", "held_out", "judged"))
+        fitted = {weight: Ridge(model, train_set, weight) for weight in RIDGE}
+        best = max(RIDGE, key=lambda weight: fitted[weight].recalls(held_out)["t2i_r10"])
+        both = read([features / "train", features / "held_out"])
+        linear = {"weight": best, **Ridge(model, both, best).recalls(judged)}
+        write_json(done, {"linear": linear, "chance": chance(len(judged.names))})
+    return json.loads(done.read_text())
+
+
+def table(results: dict[str, dict[str, Any]], beside: dict[str, Figures]) -> str:
+    """Rows of a Markdown table: mean ± standard deviation over the seeds, and figures without seeds."""
+    rows = [["", *SHOWN], ["---"] * (len(SHOWN) + 1)]
+    for name, figures in results.items():
+        cells = [figures.get(key) for key in SHOWN.values()]
+        rows.append([name, *(f"{cell['mean']:.1f} ± {cell['deviation']:.1f}" if cell else "" for cell in cells)])
+    for name, alone in beside.items():
+        values = [alone.get(key.removeprefix("photographs.")) for key in SHOWN.values()]
+        rows.append([name, *("" if value is None else f"{value:.1f}" for value in values)])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def main() -> None:
+    """Read the command line, run, and print tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    known = [*ROWS, *SOME]
+    for name in ("train", "judged"):
+        parser.add_argument(f"--{name}", type=Path, required=True, help="captions in COCO's format")
+    parser.add_argument("--images", type=Path, required=True, help="folder of the photographs")
+    parser.add_argument("--coco", type=Path, help="folder of a sample of COCO")
+    parser.add_argument("--out", type=Path, required=True, help="folder of shards, features and runs")
+    parser.add_argument("--held-out", type=float, default=0.085, help="share of the training photographs to choose on")
+    parser.add_argument("--choose", action="store_true", help="judge on the photographs held out, and do not train on them")
+    parser.add_argument("--only", nargs="+", choices=known, default=known, metavar="ROW", help=", ".join(known))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--json", type=Path, help="file for the figures of each seed and their means")
+    parser.add_argument("options", nargs="*", help="behind --: further words for `lightning fit`")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    prepare(args)
+    found: dict[str, list[Figures]] = {name: [] for name in args.only}
+    for seed in args.seeds:
+        for name in args.only:
+            found[name].append(run(name, args, seed))
+    results, beside = {name: spread(runs) for name, runs in found.items()}, baselines(args)
+    print(f"\n{table(results, {} if args.choose else beside)}\n\nin %, over seeds {', '.join(map(str, args.seeds))}")
+    if args.json:
+        about = {"commit": commit(), "machine": f"{platform.machine()}, {args.threads} threads", "torch": torch.__version__}
+        write_json(args.json, {**about, "seeds": args.seeds, "beside": beside, "runs": found, "figures": results})
+
+
+if __name__ == "__main__":
+    main()
