@@ -13,6 +13,7 @@ import warnings
 from contextlib import redirect_stderr, redirect_stdout
 from typing import TYPE_CHECKING, Any, Literal
 
+from fromage.allocator import keep_freed_memory
 from fromage.cli import data, evals, find, index, talk
 from fromage.cli.command import Function, call, options_of, parser_of, respelled, speaks, tell
 from fromage.cli.options import HERE, check_out
@@ -187,6 +188,8 @@ def run(words: list[str]) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command line; returns the exit code. What it prints passes `PrintableStream`, tracebacks too."""
+    if argv is None:  # the process is this command line's
+        keep_freed_memory()
     words = list(sys.argv[1:] if argv is None else argv)
     log = logging.getLogger("fromage")
     if not any(isinstance(handler, Lines) for handler in log.handlers):

@@ -63,6 +63,8 @@ class VisionTower(FrozenTower, ABC):
         self.visual, self.name = visual, name
         self.transform, self.normalise = halves(transform)
         self.freeze()
+        if sum(isinstance(module, nn.Conv2d) for module in visual.modules()) > 1:
+            visual.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # faster for convolutional models
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
         self.image_size: tuple[int, int] = (height, width)
         parameter = next(self.visual.parameters())
