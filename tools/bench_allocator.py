@@ -17,18 +17,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import resource
 import statistics
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-
-from fromage.allocator import OPTION, keep_freed_memory
+from own_process import allocated_as_asked, measured, tell, used
 
 WORDS = "a dog runs through the snow with a red ball in its mouth"
 
@@ -83,24 +78,12 @@ TASKS: dict[str, Callable[[], Callable[[], Any]]] = {
 
 
 def measure(task: str) -> dict[str, float]:
-    """In this process: CPU seconds of the loop, those of the system among them, and bytes."""
-    kept = keep_freed_memory()
+    """In this process, after a first round."""
+    allocated_as_asked()
     torch.manual_seed(0)
     work = TASKS[task]()
     work()
-    before = resource.getrusage(resource.RUSAGE_SELF)
-    work()
-    after = resource.getrusage(resource.RUSAGE_SELF)
-    user, system = after.ru_utime - before.ru_utime, after.ru_stime - before.ru_stime
-    return {"kept": kept, "seconds": user + system, "system": system, "resident": after.ru_maxrss * 1024}
-
-
-def run(task: str, plain: bool) -> dict[str, float]:
-    """The same in a process of its own."""
-    given = os.environ | ({OPTION: "system"} if plain else {OPTION: ""})
-    words = [sys.executable, __file__, "--measure", task]
-    out = subprocess.run(words, env=given, capture_output=True, text=True, check=True).stdout
-    return json.loads(out.splitlines()[-1])
+    return used(work)
 
 
 def main() -> None:
@@ -112,14 +95,12 @@ def main() -> None:
     parser.add_argument("--measure", choices=list(TASKS), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
-        print(json.dumps(measure(args.measure)))
+        tell(measure(args.measure))
         return
     found = {}
     print("| | CPU seconds: glibc's own | kept | ratio | of the system | kept | MB: glibc's own | kept |\n|" + "---|" * 8)
     for task in args.only:
-        rounds = [(run(task, plain=True), run(task, plain=False)) for _ in range(args.rounds)]
-        if not all(kept["kept"] for _, kept in rounds):
-            sys.exit("the allocator is left alone here: another C library, or the environment decides")
+        rounds = [[measured(__file__, task, plain=plain) for plain in (True, False)] for _ in range(args.rounds)]
         middle = [
             {what: statistics.median(turn[side][what] for turn in rounds) for what in ("seconds", "system", "resident")}
             for side in (0, 1)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,8 +23,9 @@ from fromage.evals.few_shot import examples
 from fromage.generation.decoding import Decoding
 from fromage.generation.generate import caption_images, generate
 from fromage.generation.score import score
+from fromage.generation.styles import find_style
 from fromage.models.fromage import Fromage
-from fromage.models.prompts import Prompt
+from fromage.models.prompts import Prompt, embed_prompts
 from fromage.retrieval.metrics import ranks, recall_at, retrieval_recalls
 
 Figures = dict[str, float]  # by name, shares in percent
@@ -192,21 +194,59 @@ def ask(instances: Path, data: Photographs) -> dict[str, list[Question]]:
     return {"yes or no": exists, "how many": many}
 
 
-def answered(model: Fromage, data: Photographs, questions: Sequence[Question], n: int, blind: bool = False) -> float:
-    """Percent of questions whose right answer is the likeliest, behind n questions of other photographs with answers.
+def answers(model: Fromage, data: Photographs, questions: Sequence[Question], n: int) -> Figures:
+    """Share of the questions whose right answer is the likeliest, behind n others with theirs; with pictures and without."""
+    return {
+        name: 100 * sum(map(partial(_is_right, model, data, questions, n, blind), range(len(questions)))) / len(questions)
+        for name, blind in (("right", False), ("right without pictures", True))
+    }
 
-    blind: without any photograph.
-    """
-    right = 0
-    for number, question in enumerate(questions):
-        prompt = []
-        for other in examples(number, n, len(questions)):
-            prompt += _asked(data, questions[other], blind, questions[other].answers[questions[other].right] + "\n")
-        prompt += _asked(data, question, blind, "")
-        right += int(score(model, prompt, question.answers).total.argmax()) == question.right
-    return 100 * right / len(questions)
+
+def _is_right(model: Fromage, data: Photographs, questions: Sequence[Question], n: int, blind: bool, number: int) -> bool:
+    question, prompt = questions[number], []
+    for other in examples(number, n, len(questions)):
+        prompt += _asked(data, questions[other], blind, questions[other].answers[questions[other].right] + "\n")
+    prompt += _asked(data, question, blind, "")
+    return int(score(model, prompt, question.answers).total.argmax()) == question.right
 
 
 def _asked(data: Photographs, question: Question, blind: bool, answer: str) -> list[Tensor | str]:
     text = f"Question: {question.text} Answer:{answer}"
     return [text] if blind else [data.features[question.photograph], text]
+
+
+def asking(model: Fromage, style: str) -> Figures:
+    """Whether a picture comes when one is asked for, and not otherwise: written requests, and as many other sentences.
+
+    A chat's first turn in a style. margin: by how much the logit of [RET] exceeds all others where the answer begins. Its
+    threshold, a bias of [RET] that is, is the one that parts the even-numbered sentences best; figures are of the odd ones:
+    of answers of at most 16 tokens, the share that bring a picture, without and with this bias.
+    """
+    texts = json.loads((Path(__file__).parent / "photo_requests.json").read_text())
+    chat = find_style(style, model)
+    prompts = {kind: [chat.prompt("", [], text) for text in some] for kind, some in texts.items()}
+    chosen = {kind: margins(model, some[::2]) for kind, some in prompts.items()}
+    edges = torch.cat(list(chosen.values())).sort().values  # (N,)
+    right = [(chosen["pictures"] >= edge).sum() + (chosen["words"] < edge).sum() for edge in edges]
+    bias = -float(edges[int(torch.stack(right).argmax())]) + 1e-3
+    found = {"bias": bias, "right where it was chosen": 100 * float(max(right)) / len(edges)}
+    for name, value in (("as trained", 0.0), ("with bias", bias)):
+        decoding = Decoding(16, stop=chat.stop, ret_bias=value)
+        for kind, some in prompts.items():
+            answers = generate(model, some[1::2], decoding, batch_size=25)
+            shown = [model.tokenizer.ret_id in answer.ids for answer in answers]
+            found[f"{kind}, {name}"] = 100 * sum(shown) / len(shown)
+    return found
+
+
+@torch.no_grad()
+def margins(model: Fromage, prompts: Sequence[Prompt]) -> Tensor:
+    """(N,) the logit of [RET] above the largest other one, behind each prompt."""
+    found = []
+    for prompt in prompts:
+        batch = embed_prompts(model, [prompt])
+        logits = model.lm.logits(model.lm(batch.embeds, batch.mask)[0, -1])  # (V + 2,)
+        asked = logits[model.tokenizer.ret_id].clone()
+        logits[model.tokenizer.ret_id] = -torch.inf
+        found.append(asked - logits.max())
+    return torch.stack(found)

@@ -15,6 +15,8 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +25,9 @@ from gpu_kit import commit
 from photo_figures import (
     Figures,
     Ridge,
-    answered,
+    answers,
     ask,
+    asking,
     captions,
     chance,
     few_shot,
@@ -59,6 +62,7 @@ ROWS: dict[str, list[str]] = {
 SOME = {"1000 photographs": 1, "2000 photographs": 2, "4000 photographs": 4}  # shards of 1,000 that are trained on
 BLIND = "untrained language model"
 LM, VISION = "smollm2", "efficientnet-lite2"
+STYLES = ("alone", "dialogue", "template")  # in which a picture is asked for
 RIDGE = (0.001, 0.01, 0.1)  # weights of the linear baseline, the best of which is taken on photographs held out
 SHOWN = {
     "R@1": "photographs.t2i_r1",
@@ -114,35 +118,38 @@ def words_of(name: str, args: argparse.Namespace, seed: int) -> list[str]:
     return [*words, *(ALONE if name in SOME else ROWS[name])]
 
 
-def judge(name: str, args: argparse.Namespace, model: Fromage) -> Figures:
-    """All figures of a row, by name: those of captioning where it was trained, those that take long of base alone."""
+def parts(name: str, args: argparse.Namespace, model: Fromage) -> dict[str, Callable[[], Figures]]:
+    """What is measured of a row: captions where captioning was trained, what takes long of base alone."""
     features = args.out / "features"
     judged = read([features / ("held_out" if args.choose else "judged")])
-    sets = {"photographs": judged} | ({"coco": read([features / "coco"])} if args.coco else {})
-    found = {of: recalls(model, data) for of, data in sets.items()}
+    todo: dict[str, Callable[[], Figures]] = {"photographs": partial(recalls, model, judged)}
     if "--model.captioning_weight=0" not in words_of(name, args, 0):
-        found["captions"] = captions(model, judged)
-    if name == "base":
-        found["growing"] = growing(model, judged)
-        found["few_shot"] = few_shot(model, judged, 500)
-        if args.coco:
-            for kind, questions in ask(args.coco / "instances_val2017_sample.json", sets["coco"]).items():
-                for n in (0, 2, 4):
-                    found[f"{kind}, {n} shown"] = {
-                        "right": answered(model, sets["coco"], questions, n),
-                        "right without picture": answered(model, sets["coco"], questions, n, blind=True),
-                    }
-    return {f"{of}.{what}": value for of, figures in found.items() for what, value in figures.items()}
+        todo["captions"] = partial(captions, model, judged)
+    if args.coco:
+        coco = read([features / "coco"])
+        todo["coco"] = partial(recalls, model, coco)
+    if name != "base":
+        return todo
+    todo |= {"growing": partial(growing, model, judged), "few shot": partial(few_shot, model, judged, 500)}
+    todo |= {f"asking, {style}": partial(asking, model, style) for style in STYLES}
+    if args.coco:
+        for kind, questions in ask(args.coco / "instances_val2017_sample.json", coco).items():
+            todo |= {f"{kind}, {n} shown": partial(answers, model, coco, questions, n) for n in (0, 2, 4)}
+    return todo
 
 
 def run(name: str, args: argparse.Namespace, seed: int) -> Figures:
-    """Train and judge a row with one seed, unless that is done."""
+    """Train and judge a row with one seed; what was measured before is not measured again."""
     folder = args.out / ("chosen" if args.choose else "runs") / name.replace(" ", "_") / f"seed{seed}"
-    if not (folder / "figures.json").exists():
-        print(f"\n== {name}, seed {seed}", flush=True)
-        model = load_model(train(folder, [*words_of(name, args, seed), *args.options]))
-        write_json(folder / "figures.json", judge(name, args, model))
-    return json.loads((folder / "figures.json").read_text())
+    print(f"\n== {name}, seed {seed}", flush=True)
+    model = load_model(train(folder, [*words_of(name, args, seed), *args.options]))
+    found: Figures = {}
+    for part, measure in parts(name, args, model).items():
+        if not (done := folder / "figures" / f"{part.replace(' ', '_')}.json").exists():
+            print(part, flush=True)
+            write_json(done, measure())
+        found |= {f"{part}.{what}": value for what, value in json.loads(done.read_text()).items()}
+    return found
 
 
 def baselines(args: argparse.Namespace) -> dict[str, Figures]:

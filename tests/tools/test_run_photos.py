@@ -81,12 +81,28 @@ def test_an_answer_is_the_likeliest_with_the_photographs_or_without(data, monkey
 
     monkeypatch.setattr(photo_figures, "score", score)
     questions = [Question(i, f"{i}?", (" Yes", " No"), int(i > 0)) for i in range(3)]
-    assert photo_figures.answered(None, data, questions, 1) == pytest.approx(200 / 3)
+    found = photo_figures.answers(None, data, questions, 1)
+    assert found == {"right": pytest.approx(200 / 3), "right without pictures": pytest.approx(200 / 3)}
     assert len(prompts[0]) == 4 and prompts[0][3] == "Question: 0? Answer:" and prompts[0][1].endswith((" Yes\n", " No\n"))
     assert prompts[0][2] is not prompts[0][0] and torch.equal(prompts[0][2], data.features[0])
-    prompts.clear()
-    photo_figures.answered(None, data, questions, 1, blind=True)
-    assert all(isinstance(part, str) for prompt in prompts for part in prompt)
+    assert len(prompts) == 6 and all(isinstance(part, str) for prompt in prompts[3:] for part in prompt)
+
+
+def test_a_picture_comes_when_asked_for_by_a_bias_that_the_other_half_chose(model, monkeypatch):
+    texts = json.loads((Path(run_photos.__file__).parent / "photo_requests.json").read_text())
+    assert {kind: len(set(some)) for kind, some in texts.items()} == {"pictures": 50, "words": 50}
+    margins, given = photo_figures.margins, []
+
+    def parted(model, prompts):
+        given.append(len(prompts))
+        return margins(model, prompts) * 0 + (-5.0 if len(given) == 1 else -9.0)
+
+    monkeypatch.setattr(photo_figures, "margins", parted)
+    found = photo_figures.asking(model, "alone")
+    assert given == [25, 25] and found["bias"] == pytest.approx(5, abs=0.01) and found["right where it was chosen"] == 100
+    assert all(0 <= found[f"{kind}, {name}"] <= 100 for kind in texts for name in ("as trained", "with bias"))
+    monkeypatch.setattr(photo_figures, "margins", lambda model, prompts: margins(model, prompts) * 0 - 1e5)
+    assert photo_figures.asking(model, "dialogue")["pictures, with bias"] == 100
 
 
 def test_a_row_is_trained_and_judged_once(world, tmp_path, monkeypatch, capsys):
@@ -117,6 +133,6 @@ def test_a_row_is_trained_and_judged_once(world, tmp_path, monkeypatch, capsys):
     count = len(json.loads(listed.read_text())["images"])
     assert told["figures"]["k2"]["captions.cider"]["mean"] == count and "captions.cider" not in told["figures"]["last token"]
     assert told["beside"]["linear"]["weight"] in run_photos.RIDGE and "| k2 | " in capsys.readouterr().out
-    monkeypatch.setattr(run_photos, "train", None)
+    monkeypatch.setattr(run_photos, "recalls", lambda *_: pytest.fail("measured twice"))
     run_photos.main()
     assert json.loads((tmp_path / "f.json").read_text()) == told
