@@ -139,12 +139,7 @@ def _alternate(texts: Sequence[str], images: Sequence[Tensor]) -> Prompt:
 
 def captions(model: Fromage, data: Photographs) -> Figures:
     """Greedy captions against those of people."""
-    return caption_figures(one_sentence(caption_images(model, data.features)), data.captions)
-
-
-def one_sentence(texts: Iterable[str]) -> list[str]:
-    """Texts up to their first full stop."""
-    return [text.partition(".")[0].strip() for text in texts]
+    return caption_figures(caption_images(model, data.features), data.captions)
 
 
 def few_shot(model: Fromage, data: Photographs, limit: int) -> Figures:
@@ -156,7 +151,7 @@ def few_shot(model: Fromage, data: Photographs, limit: int) -> Figures:
             shown = [(data.features[j], data.captions[j][0] + "\n") for j in examples(i, n, count)]
             prompts.append([*(part for pair in shown for part in pair), data.features[i]])
         made = generate(model, prompts, Decoding(32, stop=(".", "\n"), max_images=0), batch_size=32)
-        figures = caption_figures(one_sentence(answer.text for answer in made), data.captions[:count])
+        figures = caption_figures([answer.text.strip() for answer in made], data.captions[:count])
         found |= {f"{name}, {n} shown": figures[name] for name in ("cider", "bleu4")}
     return found
 

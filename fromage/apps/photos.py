@@ -43,7 +43,8 @@ TOUR = FolderKind(
 )
 HELD_OUT = 0.1  # share of the photographs that are not trained on
 SHOWN, SEARCHES = 12, 5  # captioned photographs, and searches, that are drawn
-PRESET = Preset(style="alone", decoding=Decoding(images_per_ret=4, end_at_image=True))  # it has seen captions alone
+# It has seen captions alone, of one sentence each.
+PRESET = Preset(style="alone", decoding=Decoding(images_per_ret=4, end_at_image=True, stop=(".", "\n")))
 
 
 def photos(

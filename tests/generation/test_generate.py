@@ -169,6 +169,15 @@ def test_captions_are_answers_to_the_image_and_the_start(toy_model, images):
     assert caption_images(toy_model, torch.empty(0, toy_model.vision.width)) == []
 
 
+def test_captions_end_where_the_answers_of_a_model_stop(toy_model, images, monkeypatch):
+    features = encode_images(toy_model, images)
+    whole = caption_images(toy_model, features, max_new_tokens=10)
+    letter = whole[0].split()[1][0]
+    monkeypatch.setattr(toy_model, "generation", {"decoding": {"stop": [letter, "\n"]}})
+    made = caption_images(toy_model, features, max_new_tokens=10)
+    assert made == [text.partition(letter)[0].strip() for text in whole] and made[0] != whole[0]
+
+
 def test_captions_of_a_model_with_a_prompt_are_what_follows_it(toy_model, images, tmp_path):
     toy_model.save_pretrained(tmp_path, "float32")
     without, model = load_model(tmp_path), load_model(tmp_path, input_prompt="a red")
