@@ -37,7 +37,8 @@ def test_it_is_the_model_that_was_written(file, cache):
 def test_its_tokenizer_and_chat_template_come_with_it(file, cache):
     tokenizer = load_lm(f"gguf:{file}").tokenizer
     assert tokenizer.decode(tokenizer.encode("the ab")) == "the ab" and len(tokenizer.encode(" the")) == 1
-    assert (tokenizer.bos_id, tokenizer.eos_id) == (1, 2) and tokenizer.hf.chat_template == TEMPLATE
+    assert (tokenizer.hf.bos_token_id, tokenizer.eos_id) == (1, 2) and tokenizer.hf.chat_template == TEMPLATE
+    assert tokenizer.start() == [0], "<|endoftext|>: its bos opens the turns of a chat"
 
 
 def test_it_is_unpacked_once_and_again_where_the_file_is_another(file, cache, tmp_path, monkeypatch):
