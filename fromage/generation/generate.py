@@ -174,11 +174,11 @@ def _pixels(model: Fromage, name: str) -> Tensor | UserError:
 def caption_images(model: Fromage, features: Tensor, max_new_tokens: int = 32, batch_size: int = 128) -> list[str]:
     """Greedy captions of (N, m) image features: continuations of [W_c v(x)] [</s> input_prompt], without [RET].
 
-    max_new_tokens: maximum length of a caption, in tokens. A caption ends at </s>, and at the texts at which the model's
-    answers stop (`model.generation`), by default at a line break: captioning is not trained to end. As in training, </s>
+    max_new_tokens: maximum length of a caption, in tokens. A caption ends at </s>, at a line break, and at the texts at
+    which the model's answers stop (`model.generation`): captioning is not trained to end. As in training, </s>
     follows the image. The model's input_prompt, if it has one, stands behind it and is not part of the captions.
     """
-    stop = read_preset(model.generation).decoding.stop or "\n"
+    stop = (*read_preset(model.generation).decoding.stop, "\n")
     decoding = Decoding(max_new_tokens, stop=stop, max_images=0)
     prompts = [[row, model.input_prompt] for row in features]  # an empty text is none
     return [answer.text.strip() for answer in generate(model, prompts, decoding, batch_size=batch_size)]

@@ -110,7 +110,6 @@ def build(cls: type[Any], saved: Saved, device: str = "cpu", **options: Any) -> 
     settings = _arguments(cls, saved.settings) | elsewhere | options
     check_numbers(saved.tensors, saved.source)
     cls.check_settings(settings, saved)
-    dtype_name(dtype)  # is one
     model = cls.load(**(settings | {"dtype": dtype}))
     model.take(saved.tensors, saved.source)
     if saved.added_tokens and (missing := sorted(model.trained().keys() - saved.tensors.keys())):
