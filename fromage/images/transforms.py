@@ -233,6 +233,8 @@ def _frame(steps: list[Any]) -> Frame | None:
     if type(first).__name__ != "Resize" or len(rest) > (crop is not None):
         return None
     size, filter_ = first.size if isinstance(first.size, int) else tuple(first.size), first.interpolation.value
+    if crop == size:  # nothing is cut off
+        crop = None
     fits = crop is None or (isinstance(size, int) and max(crop) <= size)  # else the crop would have to fill up
     known = fits and first.max_size is None and filter_ in ("bicubic", "bilinear")
     return Frame(size, crop, filter_, any(isinstance(step, FlooredCrop) for step in rest)) if known else None

@@ -77,8 +77,9 @@ def unpack_efficientnet(file: Path, folder: Path) -> None:
     if [v.shape for v in model.state_dict().values()] != [v.shape for v in tensors]:
         raise UserError(f"{file.name}: its tensors are not those of timm's efficientnet_lite2; another version of timm?")
     model.load_state_dict(dict(zip(names, tensors, strict=True)))
-    seen = {"mean": [127 / 255] * 3, "std": [128 / 255] * 3, "crop_pct": 260 / 292, "interpolation": "bicubic"}
-    model.pretrained_cfg |= seen | {"input_size": [3, 260, 260], "license": "apache-2.0"}
+    seen = {"mean": [127 / 255] * 3, "std": [128 / 255] * 3, "interpolation": "bicubic", "input_size": [3, 260, 260]}
+    whole = {"crop_mode": "squash", "crop_pct": 1.0}  # captions tell of the edges too, which its own crop of 89 % cuts off
+    model.pretrained_cfg |= seen | whole | {"license": "apache-2.0"}
     save_for_hf(model, str(folder), model_args=form, safe_serialization=True)
 
 

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
+from timm.data import create_transform
 from torch.nn.functional import cosine_similarity
 from torchvision.transforms.functional import pil_to_tensor
 
@@ -40,7 +41,7 @@ def jpeg(image, **options):
 def levels(pixels, whole, image):
     """How far pixels are from what open_clip's transform makes of an image, in levels of 255."""
     off = (halves(whole)[1](pixels.unsqueeze(0))[0] - whole(image)).abs()  # (3, H, W), normalised
-    return off * torch.tensor(whole.transforms[-1].std).view(3, 1, 1) * 255
+    return off * torch.as_tensor(whole.transforms[-1].std).view(3, 1, 1) * 255
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +74,14 @@ def test_every_pretrained_tower_of_open_clip_is_read_the_quick_way():
         resize, _ = halves(whole)
         off = levels(resize(image), whole, image)
         assert resize.frame and off.max() < 2.01 and off.mean() < 0.05, whole  # 2: where it is enlarged
+
+
+def test_timms_squash_is_read_the_quick_way():
+    """It scales to the square and then cuts out all of it."""
+    whole = create_transform((3, 64, 64), crop_mode="squash", crop_pct=1.0, interpolation="bicubic")
+    resize, _ = halves(whole)
+    off = levels(resize(image := noise((173, 111))), whole, image)
+    assert resize.frame == Frame((64, 64), None, "bicubic") and off.max() < 1.01
 
 
 def test_a_transform_of_another_kind_is_left_whole():
