@@ -3,6 +3,8 @@
     python tools/bench_index.py                   # a million embeddings 256 wide, about three minutes on two cores
     python tools/bench_index.py --rows 3300000    # as many as CC3M's
     python tools/bench_index.py --device cuda     # and the brute force on a card beside it
+    python tools/bench_index.py --where           # and searches within a filter that 1 % and 50 % of the rows pass
+    python tools/bench_index.py --kind auto:small --float32   # the candidates' recall with rows in float32 beside float16
 
 Embeddings of images are not uniform noise: here they are drawn around centres, which are drawn around fewer centres
 themselves, and their spread falls off from dimension to dimension. Queries are new draws from the same. The whole search
@@ -25,6 +27,7 @@ from pathlib import Path
 
 import faiss
 import numpy as np
+import pyarrow as pa
 import torch
 from on_device import Save, device_name, elapsed, keep_nothing
 
@@ -32,10 +35,12 @@ from fromage.data.image_source import Item
 from fromage.retrieval.ann import lists_kind
 from fromage.retrieval.base import FLAT, ImageIndex
 from fromage.retrieval.build import write_index
+from fromage.retrieval.faiss_index import FaissIndex
 from fromage.retrieval.index_folder import CANDIDATES
 from fromage.retrieval.item_table import Embedded, to_batch
 from fromage.retrieval.open_index import load_index
-from fromage.retrieval.rerank import RERANK_FACTOR, unit
+from fromage.retrieval.rerank import unit
+from fromage.retrieval.table_file import Table
 
 WIDTH, CHUNK, BATCHES = 256, 1 << 16, (1, 256)
 
@@ -102,10 +107,11 @@ def timed(call: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def recall(index: ImageIndex, rows: torch.Tensor, queries: np.ndarray, k: int) -> float:
-    """Share of the true k nearest that are found."""
-    found = [{hit.path for hit in hits} for hits in index.search(queries, k)]
-    truth = np.concatenate([brute(rows, queries[i : i + 64], k) for i in range(0, len(queries), 64)])
+def recall(index: ImageIndex, rows: torch.Tensor, queries: np.ndarray, k: int, where: str = "", every: int = 1) -> float:
+    """Share of the true k nearest that are found; where: a filter that each so many-th row passes."""
+    found = [{hit.path for hit in hits} for hits in index.search(queries, k, where=where)]
+    some = rows[::every].contiguous()
+    truth = np.concatenate([brute(some, queries[i : i + 64], k) * every for i in range(0, len(queries), 64)])
     shares = [
         len(names & {f"https://images.example/{i}.jpg" for i in near}) for names, near in zip(found, truth, strict=True)
     ]
@@ -125,6 +131,40 @@ def rates(index: ImageIndex, rows: torch.Tensor, mixture: Mixture, rounds: int, 
     return {way: {size: statistics.median(times) for size, times in by.items()} for way, by in seconds.items()}
 
 
+PASS = {"1 %": ("part = 0", 100), "50 %": ("half = 'even'", 2)}  # filters, and which rows pass: each so many-th
+
+
+def columns(count: int) -> Table:
+    """Metadata that the filters look at."""
+    row = np.arange(count)
+    keys = pa.array([f"https://images.example/{i}.jpg".encode() for i in row], pa.binary())
+    return Table(keys, pa.table({"part": row % 100, "half": np.where(row % 2, "odd", "even")}))
+
+
+def filtered(index: ImageIndex, rows: torch.Tensor, mixture: Mixture, args: argparse.Namespace, k: int) -> dict[str, object]:
+    """Recall within each filter, its time against that of no filter, in turns, and that of the first search with it."""
+    ways = {"none": "", **{share: where for share, (where, _) in PASS.items()}}
+    first = {
+        share: timed(lambda where=where: index.search(mixture.rows(1), k, where=where)) for share, where in ways.items()
+    }  # type: ignore[misc]
+    seconds: dict[str, dict[int, list[float]]] = {share: {size: [] for size in BATCHES} for share in ways}
+    for size in BATCHES:
+        for _ in range(args.rounds * (16 if size == 1 else 1)):
+            queries = mixture.rows(size)
+            for share, where in ways.items():
+                seconds[share][size] += [timed(lambda w=where, q=queries: index.search(q, k, where=w))]  # type: ignore[misc]
+    middle = {share: {n: statistics.median(times) for n, times in by.items()} for share, by in seconds.items()}
+    queries = mixture.rows(args.queries)
+    return {
+        f"where_{share}": {
+            "recall_at_10": round(recall(index, rows, queries, k, *PASS[share]), 4),
+            "time_against_no_filter": {n: round(middle[share][n] / middle["none"][n], 2) for n in BATCHES},
+            "first_search_ms": round(1e3 * first[share], 2),
+        }
+        for share in PASS
+    }
+
+
 def options(words: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -134,6 +174,12 @@ def options(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=9, help="timed rounds of each way and size of batch")
     parser.add_argument("--queries", type=int, default=512, help="queries the recall is measured with")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--where",
+        action="store_true",
+        help="also search within filters that 1 %% and 50 %% of the rows pass",
+    )
+    parser.add_argument("--float32", action="store_true", help="also measure the recall with rows in float32 on disk")
     parser.add_argument("--device", help="time the brute force there too, such as cuda")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(words)
@@ -167,22 +213,32 @@ def run(args: argparse.Namespace, save: Save = keep_nothing) -> dict[str, object
 def measure(rows: np.ndarray, mixture: Mixture, folder: Path, args: argparse.Namespace, k: int) -> dict[str, object]:
     """All figures, of an index that is built, saved and opened."""
     kind, tensor, stream = args.kind or lists_kind(len(rows)), torch.from_numpy(rows), batches(rows)
-    build = timed(lambda: write_index(folder, stream, WIDTH, "bench", kind=kind, overwrite=True))
+    tables = [columns(len(rows))] if args.where else []
+    build = timed(lambda: write_index(folder, stream, WIDTH, "bench", kind=kind, overwrite=True, tables=tables))
     index = load_index(folder)
     opening = statistics.median(timed(lambda: load_index(folder)) for _ in range(5))
     seconds = rates(index, tensor, mixture, args.rounds, k)
     size = {path.name: path.stat().st_size / len(rows) for path in folder.iterdir()}
     assert index.candidates
-    return {
-        "recall_at_10": round(recall(index, tensor, mixture.rows(args.queries), k), 4),
+    queries, more = mixture.rows(args.queries), {}
+    share = recall(index, tensor, queries, k)
+    if args.where:
+        more |= filtered(index, tensor, mixture, args, k)
+    if args.float32:
+        assert isinstance(index, FaissIndex)
+        rounded, index.vectors = index.vectors, rows
+        more["recall_at_10_float32"] = round(recall(index, tensor, queries, k), 4)
+        index.vectors = rounded
+    return more | {
+        "recall_at_10": round(share, 4),
         "speedup_batch_1": round(seconds["brute"][1] / seconds["index"][1], 1),
         "speedup_batch_256": round(seconds["brute"][256] / seconds["index"][256], 1),
         "bytes_per_vector": round(size[CANDIDATES], 1),  # in memory; the exact rows below stay on disk
         "bytes_per_vector_on_disk": round(sum(size.values()), 1),
         "rows": len(rows),
-        "kind": kind,
+        "kind": index.kind,
         "setting": index.candidates.setting,
-        "oversample": RERANK_FACTOR,
+        "oversample": index.candidates.factor,
         "recall_at_10_at_build": index.candidates.recall,
         "build_seconds": round(build, 1),
         "open_seconds": round(opening, 4),

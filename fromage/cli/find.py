@@ -21,7 +21,7 @@ TOY = Path("runs/octopus")  # where the toy Octopus is trained, in minutes
 
 def search(
     text: Sequence[str] = (), *, image: Sequence[str] = (), index: Path, images: Path | None = None,
-    ckpt: str | None = None, images_per_ret: int = 5, png: Path | None = None, device: str = "auto",
+    ckpt: str | None = None, images_per_ret: int = 5, where: str = "", png: Path | None = None, device: str = "auto",
 ) -> Iterator[Result]:  # fmt: skip
     """Find images for texts, for images, or for both together; print them, and draw them.
 
@@ -44,12 +44,19 @@ def search(
     queries: list[Any] = [[*opened, words] for words in text] or list(opened)
     asked = [" ".join([*(f"@{path}" for path in image), words]) for words in text] or list(image)
     model, found_in = open_index(index, ckpt, device, images)
+    if where:
+        found_in.filter(where)
     rows = embed_queries(model, queries).float().cpu().numpy()  # (B, q)
-    found = found_in.search(rows, images_per_ret)
+    found = found_in.search(rows, images_per_ret, where=where)
+    if where and not any(found):
+        warnings.warn(f"no image of the index fits {where}", stacklevel=2)
     for query, hits in zip(asked, found, strict=True):
         yield Result.of([query, *(hit.line() for hit in hits)], {"query": query, "hits": [hit.as_dict() for hit in hits]})
     if png:
-        drawn = [load_images(found_in.beyond(row, hits), images_per_ret) for row, hits in zip(rows, found, strict=True)]
+        drawn = [
+            load_images(found_in.beyond(row, hits, where=where), images_per_ret)
+            for row, hits in zip(rows, found, strict=True)
+        ]
         for note in (note for _, lost in drawn for note in left_out(lost)):
             warnings.warn(note, stacklevel=2)
         if not any(pairs for pairs, _ in drawn):

@@ -15,6 +15,7 @@ from fromage.errors import UserError
 if TYPE_CHECKING:
     from fromage.retrieval.ann import ANNIndex
     from fromage.retrieval.base import ImageIndex
+    from fromage.retrieval.table_file import Table
 
 
 @dataclass(kw_only=True)
@@ -29,6 +30,22 @@ class Target:
     def __post_init__(self) -> None:
         """Raise UserError where an index is already that may not be replaced, before a model is loaded."""
         check_free(self.out, self.overwrite, "index.json")
+
+
+@dataclass(kw_only=True)
+class Describing:
+    """A table of metadata."""
+
+    table: Path | None = None
+    key: str | None = None
+
+    def tables(self) -> list[Table]:
+        """What it holds. Raises UserError where it cannot be read."""
+        from fromage.retrieval.table_file import read_table
+
+        if (self.table is None) != (self.key is None):
+            raise UserError("--table and --key go together: a table, and its column that names the images")
+        return [read_table(self.table, self.key)] if self.table and self.key else []
 
 
 @dataclass(kw_only=True)
@@ -50,7 +67,8 @@ class Reading:
 
 def _told(index: ImageIndex, where: Path) -> Result:
     there = f", in Milvus at {index.about()['milvus']['uri']}" if "milvus" in index.about() else ""
-    text = f"index of {len(index)} images, {index.kind}{_recall(index.candidates)}{there} -> {where}"
+    columns = f", {len(told)} column{'s' * (len(told) > 1)} of metadata" if (told := index.about().get("columns")) else ""
+    text = f"index of {len(index)} images, {index.kind}{_recall(index.candidates)}{columns}{there} -> {where}"
     return Result(text, {"count": len(index), **index.about(), "out": str(where)})
 
 
@@ -87,8 +105,9 @@ def embed(
 
 
 def build(
-    *, embeddings: Path | None = None, images: str | None = None, ckpt: str | None = None, target: Target, reading: Reading
-) -> Result:
+    *, embeddings: Path | None = None, images: str | None = None, ckpt: str | None = None, target: Target, reading: Reading,
+    describing: Describing,
+) -> Result:  # fmt: skip
     """Build an index of embeddings, or directly of images.
 
     Args:
@@ -101,24 +120,32 @@ def build(
     from fromage.retrieval import build as index_builder
     from fromage.retrieval.embedding_store import EmbeddingStore
 
+    tables = describing.tables()
     if embeddings:
         store = EmbeddingStore.open(embeddings)
         model = load_model(ckpt, reading.device) if ckpt else None
-        index = index_builder.build(store, target.out, target.kind, model, target.milvus, target.overwrite)
+        index = index_builder.build(store, target.out, target.kind, model, target.milvus, target.overwrite, tables)
     else:
         assert images and ckpt
         reading.check(images)
         how = reading.batch_size, reading.workers, reading.captions, ckpt, target.kind, target.milvus, target.overwrite
-        index = index_builder.build_index(load_model(ckpt, reading.device), images, target.out, *how)
+        index = index_builder.build_index(load_model(ckpt, reading.device), images, target.out, *how, tables)
     return _told(index, target.out)
 
 
-def add(index: Path, *, embeddings: Path) -> Result:
+def add(index: Path, *, embeddings: Path, describing: Describing) -> Result:
     """Add embeddings to an index; images that it holds already stay as they are."""
     from fromage.retrieval import build as index_builder
     from fromage.retrieval.embedding_store import EmbeddingStore
 
-    return _told(index_builder.add(index, EmbeddingStore.open(embeddings)), index)
+    return _told(index_builder.add(index, EmbeddingStore.open(embeddings), describing.tables()), index)
+
+
+def describe(index: Path, *, table: Path, key: str) -> Result:
+    """Give an index the columns of a table as metadata, in place of its own; `fromage search --where` filters by them."""
+    from fromage.retrieval import build as index_builder
+
+    return _told(index_builder.describe(index, Describing(table=table, key=key).tables()), index)
 
 
 def remove(index: Path, path: list[str]) -> Result:
@@ -171,25 +198,33 @@ def trust(index: Path, *, images: Path | None = None) -> Iterator[Result]:
     yield _told(believed, index)
 
 
-def import_authors(pickle: list[Path], *, ckpt: str, images: Path | None = None, target: Target) -> Result:
-    """Build an index of the authors' embeddings pickles, which hold URLs in place of paths.
+def import_embeddings(source: list[Path], *, ckpt: str, images: Path | None = None, target: Target) -> Result:
+    """Build an index of embeddings that others made: the authors' pickles, or a folder of clip-retrieval or autofaiss.
 
     Args:
-        pickle: files of {'paths': [...], 'embeddings': array, or list of arrays or tensors}
+        source: files of {'paths': [...], 'embeddings': array, or list of arrays or tensors}; or one folder
         images: folder that paths of files in them are relative to; no other file will be opened
     """
     from fromage.models.fromage import load_model
     from fromage.retrieval.authors_embeddings import rows_of
     from fromage.retrieval.build import write_index
+    from fromage.retrieval.clip_retrieval import Gallery
     from fromage.retrieval.embed_images import located
     from fromage.retrieval.image_root import ImageRoot, Place
 
+    folders = [path for path in source if path.is_dir()]
+    if folders and len(source) > 1:
+        raise UserError(f"{folders[0]}: is a folder; import it alone, and put indexes together by `fromage index merge`")
+    gallery = Gallery(folders[0]) if folders else None
+    tables = [gallery.table()] if gallery else []
     model = load_model(ckpt)
     of = model.q, model.fingerprint(), located(ckpt)
     root = str(Path(images).absolute()) if images else ""
     place = Place(ImageRoot(root), confined=True, within=root or str(target.out.absolute()))
     how: dict[str, Any] = {"milvus": target.milvus, "overwrite": target.overwrite, "place": place}
-    built = write_index(target.out, rows_of(pickle, model.q), *of, target.kind, **how)
+    within = root or str(target.out.absolute())
+    rows = gallery.embedded(model, ImageRoot(root), within) if gallery else rows_of(source, model.q)
+    built = write_index(target.out, rows, *of, target.kind, **how, tables=tables)
     if said := built.missing().said(target.out, len(built), True):
         warnings.warn(said, stacklevel=2)
     return _told(built, target.out)
@@ -205,6 +240,7 @@ def info(index: Path, *, images: Path | None = None, check: bool = False) -> Res
     from fromage.retrieval.index_folder import MILVUS, check_files, read_about
     from fromage.retrieval.open_index import load_index
     from fromage.retrieval.trust import SEAL, is_sealed
+    from fromage.retrieval.where import KINDS
 
     about = read_about(index)
     check_files(index, about, full=check)
@@ -221,6 +257,8 @@ def info(index: Path, *, images: Path | None = None, check: bool = False) -> Res
     about[SEAL] = "yes" if own else "no"
     if left_out := about.pop("left_out", {}):
         about["left_out"] = len(left_out)
+    if columns := about.get("columns"):
+        about["columns"] = ", ".join(f"{name} ({KINDS.get(kind, kind)})" for name, kind in columns.items())
     about |= {"root": opened.root.path} if images or "root" in about else {}
     if said := missing.said(index, len(opened), own):
         warnings.warn(said, stacklevel=2)

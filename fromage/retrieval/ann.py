@@ -2,7 +2,11 @@
 
 A kind is flat (every row is looked at) or a factory string of FAISS: IVF4096,SQ8 (lists around 4096 centres, a byte per
 number), IVF4096,PQ64 (64 bytes per row), HNSW32 (a graph) ... What they give up is a share of the true neighbours, which
-is measured when the index is written: with images as queries, and with texts where there are some.
+is measured when the index is written: with images as queries, and with texts where there are some. How thoroughly FAISS
+looks and how many candidates are ranked is chosen then, so that RECALL is reached.
+
+auto:small is the first of three kinds that reaches it: RaBitQ (a bit per number, arXiv 2405.12497), product quantisation
+with four bits per four numbers, both scanned in registers (fast-scan), and four bits per number.
 """
 
 from __future__ import annotations
@@ -19,13 +23,17 @@ import numpy as np
 
 from fromage.errors import UserError
 from fromage.retrieval.base import FLAT
-from fromage.retrieval.rerank import RERANK_FACTOR
+from fromage.retrieval.chosen import Chosen, knn
+from fromage.retrieval.rerank import RERANK_FACTOR, as_float32
 
 FLAT_UP_TO = 1_000_000  # rows
 TRAINED_ON, PER_LIST = 1 << 17, 40  # rows to train on: so many, or so many per list if that is more
 MEASURED_WITH = 256  # queries of each sort
 RECALL = 0.97  # of the ten nearest, which the search is set to reach
 CHUNK = 1 << 16  # rows
+SMALL, LISTS_FROM = "auto:small", 10_000  # rows from which small kinds have lists
+FACTORS = tuple(RERANK_FACTOR << i for i in range(5))  # candidates per image that is asked for: 5 to 80
+SCANNED = 64  # rows that are scanned in the time in which a candidate is ranked
 
 
 def default_kind(count: int) -> str:
@@ -35,13 +43,24 @@ def default_kind(count: int) -> str:
 
 def check_kind(kind: str | None, width: int) -> None:
     """Raise UserError for a kind that cannot be made for rows of width q; None is any."""
-    if kind and kind.lower() != FLAT:
+    if kind and kind.lower() not in (FLAT, SMALL):
         ANNIndex.empty(kind, width)
 
 
 def lists_kind(count: int) -> str:
     """The kind for many rows."""
     return f"IVF{2 ** round(math.log2(4 * math.sqrt(count)))},SQ8"
+
+
+def small_kinds(count: int, width: int) -> Iterator[str]:
+    """The kinds of auto:small that the installed FAISS has, the smallest first."""
+    lists = f"{lists_kind(count).partition(',')[0]}," if count >= LISTS_FROM else ""
+    for codes in ("RaBitQfs", f"PQ{max(1, width // 4)}x4fs", "SQ4"):
+        try:
+            check_kind(kind := lists + codes, width)
+        except UserError:
+            continue
+        yield kind
 
 
 class ANNIndex:
@@ -53,13 +72,34 @@ class ANNIndex:
         setting: how thoroughly it looks ('nprobe=16'); '' where there is no choice.
         recall: share of an image's true ten nearest that are among the candidates for ten, as measured.
         text_recall: and of a text's; None where no texts were at hand.
+        factor: candidates per image that is asked for.
     """
 
     def __init__(
-        self, index: faiss.Index, kind: str, setting: str = "", recall: float = math.nan, text_recall: float | None = None
+        self,
+        index: faiss.Index,
+        kind: str,
+        setting: str = "",
+        recall: float = math.nan,
+        text_recall: float | None = None,
+        factor: int = RERANK_FACTOR,
     ) -> None:
-        self.index, self.kind, self.recall, self.text_recall = index, kind, recall, text_recall
+        self.index, self.kind, self.recall, self.text_recall, self.factor = index, kind, recall, text_recall, factor
         self.set(setting)
+
+    @classmethod
+    def made(cls, kind: str, vectors: np.ndarray, texts: np.ndarray) -> ANNIndex:
+        """An index of a kind, also auto:small, of (N, q) rows; arguments as of tune. Raises UserError as empty does."""
+        for each in small_kinds(*vectors.shape) if kind.lower() == SMALL else [kind]:
+            index = cls.train(each, vectors)
+            index.grow(vectors, texts)
+            if index.reaches():
+                break
+        return index
+
+    def reaches(self) -> bool:
+        """Whether every sort of query finds RECALL of its nearest."""
+        return self.recall >= RECALL and (self.text_recall is None or self.text_recall >= RECALL)
 
     @classmethod
     def empty(cls, kind: str, width: int) -> ANNIndex:
@@ -74,7 +114,7 @@ class ANNIndex:
         size = min(max(TRAINED_ON, PER_LIST * _lists(made.index)), len(vectors))
         sample = np.random.default_rng(seed).choice(len(vectors), size, replace=False)  # (size,)
         with _made(f"{kind} of {len(vectors)} images"):
-            made.index.train(np.ascontiguousarray(vectors[np.sort(sample)]))
+            made.index.train(np.ascontiguousarray(as_float32(vectors[np.sort(sample)])))
         return made
 
     @classmethod
@@ -92,38 +132,67 @@ class ANNIndex:
         if setting:
             faiss.ParameterSpace().set_index_parameters(self.index, setting)  # type: ignore[arg-type]
 
-    def search(self, rows: np.ndarray, n: int) -> list[np.ndarray]:
-        """For each of (B, q) unit rows the positions of n candidates, or of as many as are found."""
-        _, positions = self.index.search(rows, min(n, self.index.ntotal))  # (B, n)
+    def search(self, rows: np.ndarray, n: int, chosen: Chosen | None = None) -> list[np.ndarray]:
+        """For each of (B, q) unit rows the positions of n candidates, or of as many as are found.
+
+        chosen: the rows that a filter lets pass; lists and graphs are then looked at the more, the fewer these are. Kinds
+        that know no filters propose more, of which those that pass are kept.
+        """
+        if chosen is not None and (among := _among(self.index, chosen, n)):
+            positions = self.index.search(rows, min(n, len(chosen)), params=among)[1]  # (B, n)
+        else:
+            more = 1 if chosen is None else 2 / chosen.share
+            positions = self.index.search(rows, min(math.ceil(n * more), self.index.ntotal))[1]  # (B, n or more)
+            if chosen is not None:
+                return [found[chosen.has(found)][:n] for found in (found[found >= 0] for found in positions)]
         return [found[found >= 0] for found in positions]
 
     def grow(self, vectors: np.ndarray, texts: np.ndarray) -> None:
         """Take in the rows of (N, q) vectors that are not in yet, and measure anew; arguments as of tune."""
         for start in range(self.index.ntotal, len(vectors), CHUNK):
-            self.index.add(np.ascontiguousarray(vectors[start : start + CHUNK]))
+            self.index.add(np.ascontiguousarray(as_float32(vectors[start : start + CHUNK])))
         self.tune(vectors, texts)
 
     def tune(self, vectors: np.ndarray, texts: np.ndarray, seed: int = 0) -> None:
-        """Find the cheapest setting that reaches RECALL with every sort of query, and note what it reaches.
+        """Find the cheapest setting and number of candidates that reach RECALL with every sort of query; note that.
+
+        The cost is that of the rows scanned and the candidates ranked. Where nothing reaches RECALL, the best is taken.
 
         Args:
             vectors: (N, q) unit rows of the images. Some of them ask; the image itself is none of its nearest.
             texts: (n, q) unit rows that texts ask with, or none.
         """
         asked = np.random.default_rng(seed).choice(len(vectors), min(MEASURED_WITH, len(vectors)), replace=False)
-        images = np.ascontiguousarray(vectors[asked])  # (n, q)
-        alike = [near[near != i][:10] for near, i in zip(_nearest(vectors, images, 11), asked, strict=True)]
-        meant = _nearest(vectors, texts, 10)  # (n, 10)
+        images = np.ascontiguousarray(as_float32(vectors[asked]))  # (n, q)
+        alike = [near[near != i][:10] for near, i in zip(knn(images, vectors, 11), asked, strict=True)]
+        meant = knn(texts, vectors, 10)  # (n, 10)
+        best: tuple[bool, float, float] | None = None  # reached, recall that counts, -cost
+        chosen: tuple[str, int, float, float | None] = "", RERANK_FACTOR, math.nan, None
         for setting in self._settings():
             self.set(setting)
-            self.recall = self._share(alike, self.search(images, RERANK_FACTOR * 10 + 1))
-            self.text_recall = self._share(meant, self.search(texts, RERANK_FACTOR * 10)) if len(texts) else None
-            if self.recall >= RECALL and (self.text_recall is None or self.text_recall >= RECALL):
-                return
+            scanned = self._scanned(len(vectors)) / SCANNED
+            if best and best[0] and scanned + 10 * RERANK_FACTOR >= -best[2]:
+                break  # a more thorough one costs more
+            near, meant_near = self.search(images, 10 * FACTORS[-1] + 1), self.search(texts, 10 * FACTORS[-1])
+            for factor in FACTORS:
+                recall = self._share(alike, near, 10 * factor + 1)
+                texts_recall = self._share(meant, meant_near, 10 * factor) if len(texts) else None
+                least = min(recall, 1.0 if texts_recall is None else texts_recall)
+                found = (least >= RECALL, 0.0 if least >= RECALL else least, -scanned - 10 * factor)
+                if best is None or found > best:
+                    best, chosen = found, (setting, factor, recall, texts_recall)
+        setting, self.factor, self.recall, self.text_recall = chosen
+        self.set(setting)
+
+    def _scanned(self, count: int) -> float:
+        """Rows that a query looks at with the present setting, of so many."""
+        name, _, value = self.setting.partition("=")
+        return count * int(value) / _lists(self.index) if name == "nprobe" else int(value or count)
 
     @staticmethod
-    def _share(true: Iterable[np.ndarray], found: Iterable[np.ndarray]) -> float:
-        shares = [len(np.intersect1d(t, f)) / max(1, len(t)) for t, f in zip(true, found, strict=True)]
+    def _share(true: Iterable[np.ndarray], found: Iterable[np.ndarray], n: int) -> float:
+        """The share of the true neighbours that is among the first n found."""
+        shares = [len(np.intersect1d(t, f[:n])) / max(1, len(t)) for t, f in zip(true, found, strict=True)]
         return round(float(np.mean(shares)), 4)
 
     def _settings(self) -> Iterator[str]:
@@ -143,9 +212,18 @@ def _made(what: str) -> Iterator[None]:
         raise UserError(f"kind {what}: FAISS cannot make it ({cause}); try flat") from error
 
 
-def _nearest(vectors: np.ndarray, queries: np.ndarray, k: int) -> np.ndarray:
-    """(B, k) positions, or all that there are."""
-    return faiss.knn(queries, vectors, min(k, len(vectors)), metric=faiss.METRIC_INNER_PRODUCT)[1]
+def _among(index: faiss.Index, chosen: Chosen, n: int) -> Any:
+    """What tells FAISS to look among some rows alone, about as many as it does without; None for kinds that cannot."""
+    made: Any = faiss  # whose stubs know fewer classes and arguments
+    index, sel = faiss.downcast_index(index), chosen.selector
+    if isinstance(index, faiss.IndexPreTransform):
+        inner = _among(index.index, chosen, n)
+        return inner and made.SearchParametersPreTransform(index_params=inner)
+    if isinstance(index, faiss.IndexIVF):
+        return made.SearchParametersIVF(sel=sel, nprobe=min(index.nlist, math.ceil(index.nprobe / chosen.share)))
+    if isinstance(index, faiss.IndexHNSW):
+        return made.SearchParametersHNSW(sel=sel, efSearch=math.ceil(max(index.hnsw.efSearch, n) / chosen.share))
+    return made.SearchParameters(sel=sel) if isinstance(index, (faiss.IndexFlat, faiss.IndexScalarQuantizer)) else None
 
 
 def _lists(index: faiss.Index) -> int:

@@ -30,6 +30,7 @@ from fromage.retrieval.item_table import Embedded, ItemTable, check_there, encod
 from fromage.retrieval.missing import CHECKED, Missing, look
 from fromage.retrieval.rerank import NEAR_TIE, RERANK_FACTOR, Near, rerank, unit
 from fromage.retrieval.results import Hit
+from fromage.retrieval.table_file import Table
 
 if TYPE_CHECKING:
     from fromage.models.fromage import Fromage
@@ -52,6 +53,7 @@ class IndexSpec:
         where: address of a backend that is not this disk.
         overwrite: an index that is there may be replaced.
         place: where the images are, and whether they may be opened.
+        tables: metadata of the images; of several tables with an image the first counts.
     """
 
     width: int
@@ -63,6 +65,7 @@ class IndexSpec:
     where: str = ""
     overwrite: bool = False
     place: Place = field(default_factory=Place)
+    tables: Sequence[Table] = ()
 
 
 class ImageIndex(ABC):
@@ -106,12 +109,20 @@ class ImageIndex(ABC):
         """'flat', or the name that the backend has for how it searches."""
 
     @abstractmethod
-    def nearest(self, queries: np.ndarray, n: int) -> list[Near]:
-        """The n rows nearest to each of (B, q) unit queries, up to the rounding of float32."""
+    def nearest(self, queries: np.ndarray, n: int, passing: Any = None) -> list[Near]:
+        """The n rows nearest to each of (B, q) unit queries, up to the rounding of float32; passing: what filter gave."""
 
-    def propose(self, queries: np.ndarray, n: int) -> list[Near]:
+    def propose(self, queries: np.ndarray, n: int, passing: Any = None) -> list[Near]:
         """As nearest, but a kind that is not flat may miss some."""
-        return self.nearest(queries, n)
+        return self.nearest(queries, n, passing)
+
+    @abstractmethod
+    def filter(self, where: str) -> Any:
+        """A filter (fromage.retrieval.where) over the metadata as nearest and propose take it. Raises UserError."""
+
+    @abstractmethod
+    def table(self) -> Table | None:
+        """The metadata that filters look at, by the paths of the images; None where there is none."""
 
     @abstractmethod
     def vectors_of(self, rows: Sequence[int]) -> np.ndarray:
@@ -142,9 +153,16 @@ class ImageIndex(ABC):
 
     @abstractmethod
     def change(
-        self, folder: str | Path, gone: pa.Array, rows: Iterable[Embedded], root: ImageRoot | None = None
+        self,
+        folder: str | Path,
+        gone: pa.Array,
+        rows: Iterable[Embedded],
+        root: ImageRoot | None = None,
+        tables: Sequence[Table] = (),
     ) -> ImageIndex:
         """The index in this folder without the images at the paths `gone` (bytes), and with rows behind the rest.
+
+        tables: metadata of images that have none yet.
 
         A run that was killed may be repeated. root: what the paths are to be relative to from now on, where the backend
         can change it; None as before. Raises UserError where no image is left.
@@ -206,9 +224,15 @@ class ImageIndex(ABC):
         build = import_module("fromage.retrieval.build")  # which stands above this module
         return build.from_folder(images, model, out, captions, batch_size, workers, kind)  # type: ignore[no-any-return]
 
-    def add(self, folder: str | Path, rows: Iterable[Embedded], root: ImageRoot | None = None) -> ImageIndex:
+    def add(
+        self, folder: str | Path, rows: Iterable[Embedded], root: ImageRoot | None = None, tables: Sequence[Table] = ()
+    ) -> ImageIndex:
         """The index in this folder with rows put behind its own; images that are there already stay as they are."""
-        return self.change(folder, pa.array([], pa.binary()), without(rows, self.paths()), root)
+        return self.change(folder, pa.array([], pa.binary()), without(rows, self.paths()), root, tables)
+
+    def describe(self, folder: str | Path, tables: Sequence[Table]) -> ImageIndex:
+        """The index in this folder with the metadata of tables in place of its own. Raises UserError where it cannot."""
+        raise UserError(f"{folder}: metadata comes with its images there; build it again with --table FILE --key COLUMN")
 
     def remove(self, folder: str | Path, paths: str | Sequence[str]) -> ImageIndex:
         """The index in this folder without the images at these paths. Raises UserError for a path that is not there.
@@ -256,19 +280,20 @@ class ImageIndex(ABC):
 
     @overload
     def search(
-        self, query: str | Path | Image.Image, k: int = 5, exclude: str | Collection[str] | None = None
+        self, query: str | Path | Image.Image, k: int = 5, exclude: str | Collection[str] | None = None, where: str = ""
     ) -> list[Hit]: ...
 
     @overload
     def search(
-        self, query: np.ndarray | Sequence[Any], k: int = 5, exclude: str | Collection[str] | None = None
+        self, query: np.ndarray | Sequence[Any], k: int = 5, exclude: str | Collection[str] | None = None, where: str = ""
     ) -> list[list[Hit]]: ...
 
-    def search(self, query: Any, k: int = 5, exclude: str | Collection[str] | None = None) -> Any:
+    def search(self, query: Any, k: int = 5, exclude: str | Collection[str] | None = None, where: str = "") -> Any:
         """The k images nearest to a query, best first, fewer if there are not as many.
 
-        Scores are exact in every kind. A flat index finds the true nearest, equal scores in the order of the index,
-        whatever else is in the batch. The other kinds rank the nearest of their candidates.
+        Scores are exact in every kind, up to the rounding of its rows to float16 in kinds that are not flat. A flat index
+        finds the true nearest, equal scores in the order of the index, whatever else is in the batch. The other kinds rank
+        the nearest of their candidates.
 
         Args:
             query: a text, an image or an image's path, for which the index needs its model; or a list of queries, each one
@@ -276,13 +301,19 @@ class ImageIndex(ABC):
                 of hits comes for each.
             k: images per query, at least 1.
             exclude: paths that must not be found.
+            where: a filter over the metadata, such as "year >= 2019 and place = 'Rome'", see fromage.retrieval.where; '' for
+                all images.
+
+        Raises:
+            UserError: a query or a filter that the index cannot take.
         """
         check_whole("k", k, 1)
+        passing = self.filter(where) if where else None
         excluded = frozenset([exclude] if isinstance(exclude, str) else exclude or ())
         if _are_rows(query):
-            return self._search(query, k, excluded)
+            return self._search(query, k, excluded, passing)
         queries = list(query) if isinstance(query, (list, tuple)) else [query]
-        found = self._search(self._embedded(queries), k, excluded) if queries else []
+        found = self._search(self._embedded(queries), k, excluded, passing) if queries else []
         return found if isinstance(query, (list, tuple)) else found[0]
 
     def _embedded(self, queries: Sequence[Any]) -> np.ndarray:
@@ -296,36 +327,37 @@ class ImageIndex(ABC):
         self.require_model(self.model)
         return embed_queries(self.model, queries).float().cpu().numpy()
 
-    def _search(self, queries: np.ndarray, k: int, excluded: frozenset[str]) -> list[list[Hit]]:
+    def _search(self, queries: np.ndarray, k: int, excluded: frozenset[str], passing: Any) -> list[list[Hit]]:
         rows = unit(queries, "the query")  # (B, q)
         if rows.shape[1] != self.width:
             raise UserError(f"queries are {rows.shape[1]} wide, the index {self.width}; use the model that built the index")
-        found = self._exact(rows, k, excluded) if self.exact else self._approximate(rows, k, excluded)
+        find = self._exact if self.exact else self._approximate
+        found = find(rows, k, excluded, passing)
         if self.place.within is None:
             return found
         return [[hit._replace(within=self.place.within) for hit in hits] for hits in found]
 
-    def _approximate(self, rows: np.ndarray, k: int, excluded: frozenset[str]) -> list[list[Hit]]:
+    def _approximate(self, rows: np.ndarray, k: int, excluded: frozenset[str], passing: Any) -> list[list[Hit]]:
         """The nearest k of what is proposed to each of (B, q)."""
-        nearby = self.propose(rows, RERANK_FACTOR * max(10, k + len(excluded)))
+        nearby = self.propose(rows, self.factor * max(10, k + len(excluded)), passing)
         found = [rerank(row, near, k, excluded)[0] for row, near in zip(rows, nearby, strict=True)]
         return [
-            hits if len(hits) == k else self._exact(row[None], k, excluded)[0]  # the candidates ran out
-            for row, hits in zip(rows, found, strict=True)
+            hits if len(hits) == k or near.whole else self._exact(row[None], k, excluded, passing)[0]  # they ran out
+            for row, hits, near in zip(rows, found, nearby, strict=True)
         ]
 
-    def _exact(self, rows: np.ndarray, k: int, excluded: frozenset[str]) -> list[list[Hit]]:
+    def _exact(self, rows: np.ndarray, k: int, excluded: frozenset[str], passing: Any) -> list[list[Hit]]:
         """The true k nearest to each of (B, q)."""
         n = k + len(excluded) + 1
-        first = self.nearest(rows, n)  # n for each of B
-        return [self._settle(row, near, n, k, excluded) for row, near in zip(rows, first, strict=True)]
+        first = self.nearest(rows, n, passing)  # n for each of B
+        return [self._settle(row, near, n, k, excluded, passing) for row, near in zip(rows, first, strict=True)]
 
-    def _settle(self, row: np.ndarray, near: Near, n: int, k: int, excluded: frozenset[str]) -> list[Hit]:
+    def _settle(self, row: np.ndarray, near: Near, n: int, k: int, excluded: frozenset[str], passing: Any) -> list[Hit]:
         """Rank the n that are near a query (q,), and ask for more until the last of it is clearly worse than the k-th."""
         hits, worst = rerank(row, near, k, excluded)
         while not near.whole and (len(hits) < k or worst > hits[-1].score - NEAR_TIE):
             n *= 2
-            near = self.nearest(row[None], n)[0]
+            near = self.nearest(row[None], n, passing)[0]
             hits, worst = rerank(row, near, k, excluded)
         return hits
 
@@ -334,7 +366,14 @@ class ImageIndex(ABC):
         """Whether every row is looked at."""
         return self.kind == FLAT
 
-    def beyond(self, query: np.ndarray, hits: Sequence[Hit], exclude: str | Collection[str] | None = None) -> Iterator[Hit]:
+    @property
+    def factor(self) -> int:
+        """Candidates that are ranked per image that is asked for."""
+        return self.candidates.factor if self.candidates else RERANK_FACTOR
+
+    def beyond(
+        self, query: np.ndarray, hits: Sequence[Hit], exclude: str | Collection[str] | None = None, where: str = ""
+    ) -> Iterator[Hit]:
         """The hits of a search for one query (q,), and then all behind them: searched for as they are asked for."""
         given: set[int] = set()
         while len(hits) > len(given):
@@ -342,7 +381,7 @@ class ImageIndex(ABC):
                 if hit.row not in given:  # approximate kinds may rank otherwise when they are asked for more
                     given.add(hit.row)
                     yield hit._replace(rank=len(given))
-            hits = self.search(query[None], 2 * len(given), exclude)[0]
+            hits = self.search(query[None], 2 * len(given), exclude, where)[0]
 
     def first(self) -> Item:
         """The first image."""

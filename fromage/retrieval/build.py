@@ -15,6 +15,7 @@ from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -36,6 +37,7 @@ from fromage.retrieval.index_folder import ABOUT, check_files, check_replaceable
 from fromage.retrieval.item_table import Embedded, ItemTable, without
 from fromage.retrieval.open_index import BACKENDS, backend_of, load_index
 from fromage.retrieval.rerank import unit
+from fromage.retrieval.table_file import Table
 from fromage.retrieval.trust import is_sealed, sealed
 
 
@@ -51,6 +53,7 @@ def write_index(
     milvus: str | None = None,
     overwrite: bool = False,
     place: Place | None = None,
+    tables: Sequence[Table] = (),
 ) -> ImageIndex:
     """Write unit rows as an index. Raises UserError where one is there already and may not be replaced.
 
@@ -63,8 +66,9 @@ def write_index(
         milvus: where the rows go in place of this disk, see fromage.retrieval.milvus_client; kind is then one of Milvus.
         overwrite: replace an index that is there.
         place: where the images are; None for the deepest folder that holds them, on the word of this program.
+        tables: metadata of the images, see fromage.retrieval.table_file.read_table.
     """
-    spec = IndexSpec(width, fingerprint, checkpoint, kind, trained, texts, milvus or "", overwrite, place or Place())
+    spec = IndexSpec(width, fingerprint, checkpoint, kind, trained, texts, milvus or "", overwrite, place or Place(), tables)
     with held(out, beside=True):
         old = read_about(Path(out)) if (Path(out) / ABOUT).exists() else None
         index = BACKENDS[_backend(milvus)].write(out, rows, spec)
@@ -84,11 +88,12 @@ def build(
     model: Fromage | None = None,
     milvus: str | None = None,
     overwrite: bool = False,
+    tables: Sequence[Table] = (),
 ) -> ImageIndex:
     """Index what embed_images stored.
 
     model: the one that embedded the images; with it an approximate kind is measured with their captions too. Raises
-    UserError for another. milvus, overwrite: as for write_index.
+    UserError for another. milvus, overwrite, tables: as for write_index.
     """
     check_replaceable(out, overwrite)
     about = store.about
@@ -99,7 +104,8 @@ def build(
     of = about["width"], about["fingerprint"], about["checkpoint"]
     root = about.get("root", "")
     place = Place(ImageRoot(root) if root else None, store.is_own())
-    return write_index(out, unit_rows(store), *of, kind, texts=texts, milvus=milvus, overwrite=overwrite, place=place)
+    how: dict[str, Any] = {"milvus": milvus, "overwrite": overwrite, "place": place, "tables": tables}
+    return write_index(out, unit_rows(store), *of, kind, texts=texts, **how)
 
 
 def _texts(store: EmbeddingStore, model: Fromage) -> np.ndarray | None:
@@ -122,6 +128,7 @@ def build_index(
     kind: str | None = None,
     milvus: str | None = None,
     overwrite: bool = False,
+    tables: Sequence[Table] = (),
 ) -> ImageIndex:
     """Embed images and save their index as the folder out; what is embedded outlasts a kill, beside out.
 
@@ -129,7 +136,8 @@ def build_index(
         checkpoint: where the model was loaded from, so that open_index finds it.
         kind: as for write_index.
         milvus: as for write_index.
-        overwrite: as for write_index. The others are those of embed_images.
+        overwrite: as for write_index.
+        tables: as for write_index. The others are those of embed_images.
     """
     check_replaceable(out, overwrite)  # before the hours of embedding
     BACKENDS[_backend(milvus)].check(kind, model.q, milvus or "")
@@ -137,7 +145,7 @@ def build_index(
     beside = out.with_name(f".{out.name}.{model.fingerprint()}.embeddings")
     with held(out, beside=True):
         store = embed_images(model, images, beside, batch_size, workers, captions, checkpoint)
-        index = build(store, out, kind, model, milvus, overwrite)
+        index = build(store, out, kind, model, milvus, overwrite, tables)
         shutil.rmtree(beside)
     index.model = model
     return index
@@ -177,15 +185,23 @@ def from_folder(
     return index
 
 
-def add(folder: str | Path, store: EmbeddingStore) -> ImageIndex:
+def add(folder: str | Path, store: EmbeddingStore, tables: Sequence[Table] = ()) -> ImageIndex:
     """Put embeddings behind those of an index, which keeps its kind; images that are there already stay as they are.
 
     The root of its images becomes the folder that holds both. Embeddings from elsewhere make it one from elsewhere.
+
+    tables: metadata of images that have none yet, see fromage.retrieval.table_file.read_table.
     """
     with held(folder, beside=True):  # or what another process puts there between reading and writing would be lost
         index = load_index(folder, store.about["fingerprint"])
         index.set_place(replace(index.place, own=index.place.own and store.is_own()))
-        return index.add(folder, unit_rows(store), _joint([index.root.path, store.about.get("root", "")]))
+        return index.add(folder, unit_rows(store), _joint([index.root.path, store.about.get("root", "")]), tables)
+
+
+def describe(folder: str | Path, tables: Sequence[Table]) -> ImageIndex:
+    """Give an index the metadata of tables in place of its own, see fromage.retrieval.table_file.read_table."""
+    with held(folder, beside=True):
+        return load_index(folder).describe(folder, tables)
 
 
 def _joint(roots: Sequence[str]) -> ImageRoot | None:
@@ -227,7 +243,8 @@ def merge(
     some = texts[:: max(1, len(texts) // MEASURED_WITH)]
     own = all(index.place.own and not index.place.confined for index in indexes)
     place = Place(_joint([index.root.path for index in indexes]), own)
-    return write_index(out, chain(*parts), *of, kind, trained, some, milvus, overwrite, place)
+    tables = [table for index in indexes if (table := index.table())]
+    return write_index(out, chain(*parts), *of, kind, trained, some, milvus, overwrite, place, tables)
 
 
 def trust(folder: str | Path, images: str | Path | None = None) -> ImageIndex:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import faiss
 import numpy as np
 import pyarrow as pa
 
@@ -17,31 +17,41 @@ from fromage.data.image_source import Item
 from fromage.errors import UserError
 from fromage.retrieval.ann import ANNIndex, check_kind, default_kind
 from fromage.retrieval.base import FLAT, ImageIndex, IndexSpec
+from fromage.retrieval.chosen import Chosen, knn
 from fromage.retrieval.image_root import ImageRoot, Place
 from fromage.retrieval.index_folder import (
     CANDIDATES,
     INDEX,
     ITEMS,
+    METADATA,
+    ROUNDED,
     TEXTS,
     VECTORS,
     check_files,
+    halve,
     open_rows,
     replacing,
     seal,
     write_rows,
 )
 from fromage.retrieval.item_table import Embedded, ItemTable, to_batch, without
-from fromage.retrieval.rerank import Near, unit
+from fromage.retrieval.metadata import NO_TABLE, Joined, Metadata
+from fromage.retrieval.rerank import RERANK_FACTOR, Near, as_float32, unit
+from fromage.retrieval.table_file import Table
 
 CHUNK = 1 << 14  # rows
+FILTERS = 4  # the last ones, whose rows are kept
+FILES = {VECTORS, ROUNDED, ITEMS, METADATA, CANDIDATES, TEXTS}
 
 
 class FaissIndex(ImageIndex):
     """An index of rows on this disk, or in memory.
 
     Attributes:
-        vectors: the rows (N, q), float32; of a saved index they stay on disk and are mapped into memory.
+        vectors: the rows (N, q), float32, or float16 in a saved index that is not flat; they stay on disk there, mapped into
+            memory.
         items: the images, row by row.
+        metadata: columns that searches can be filtered by; None where the index was built without a table.
     """
 
     backend = "faiss"
@@ -56,9 +66,12 @@ class FaissIndex(ImageIndex):
         texts: np.ndarray | None = None,
         place: Place | None = None,
         kind: str = "",
+        metadata: Metadata | None = None,
     ) -> None:
         """kind: of an index whose candidates are not believed; others have that of their candidates."""
         self.vectors, self.items, self.candidates, self._kind = vectors, items, candidates, kind  # (N, q), N
+        self.metadata, self.items.over = metadata, metadata.over if metadata else None
+        self._chosen = lru_cache(FILTERS)(self._choose)
         super().__init__(fingerprint, checkpoint, texts, place)
 
     @classmethod
@@ -80,9 +93,11 @@ class FaissIndex(ImageIndex):
 
     def _prepare(self, kind: str, trained: ANNIndex | None = None) -> None:
         """Make the index one of a kind; trained: see build.write_index."""
-        if kind.lower() != FLAT:
-            self.candidates = trained or ANNIndex.train(kind, self.vectors)
-            self.candidates.grow(self.vectors, self.texts)
+        if trained and kind.lower() != FLAT:
+            self.candidates = trained
+            trained.grow(self.vectors, self.texts)
+        elif kind.lower() != FLAT:
+            self.candidates = ANNIndex.made(kind, self.vectors, self.texts)
 
     def __len__(self) -> int:
         return len(self.vectors)
@@ -104,7 +119,7 @@ class FaissIndex(ImageIndex):
 
     def vectors_of(self, rows: Sequence[int]) -> np.ndarray:
         """(n, q) vectors of the rows that hits name."""
-        return self.vectors[list(rows)]
+        return as_float32(self.vectors[list(rows)])
 
     def finder(self) -> Callable[[str], Item | None]:
         """What finds an image by its id; takes a second or two per million images."""
@@ -129,20 +144,35 @@ class FaissIndex(ImageIndex):
             yield self.vectors[start : start + len(items)], items
             start += len(items)
 
-    def nearest(self, queries: np.ndarray, n: int) -> list[Near]:
+    def nearest(self, queries: np.ndarray, n: int, passing: Chosen | None = None) -> list[Near]:
         """The n rows nearest to each of (B, q) unit queries, up to the rounding of float32."""
-        positions = faiss.knn(queries, self.vectors, min(n, len(self)), metric=faiss.METRIC_INNER_PRODUCT)[1]  # (B, n)
-        return [self._at(row, n >= len(self)) for row in positions]
+        whole = n >= (len(self) if passing is None else len(passing))
+        return [self._at(row, whole) for row in knn(queries, self.vectors, n, passing)]
 
-    def propose(self, queries: np.ndarray, n: int) -> list[Near]:
-        """What the candidates take for the n nearest to each of (B, q) unit queries."""
+    def propose(self, queries: np.ndarray, n: int, passing: Chosen | None = None) -> list[Near]:
+        """What the candidates take for the n nearest to each of (B, q) unit queries; of a rare filter all are nearest."""
         assert self.candidates is not None
-        return [self._at(row, False) for row in self.candidates.search(queries, n)]
+        if passing is not None and passing.rare:
+            return self.nearest(queries, n, passing)
+        return [self._at(row, False) for row in self.candidates.search(queries, n, passing)]
 
     def _at(self, positions: np.ndarray, whole: bool) -> Near:
         positions = positions[(positions >= 0) & (positions < len(self))]  # what is damaged proposes others
         item = lambda i: self.items[int(positions[i])]  # noqa: E731
-        return Near(positions, self.vectors[positions], item, whole)
+        return Near(positions, np.asarray(self.vectors[positions]), item, whole)
+
+    def filter(self, where: str) -> Chosen:
+        """The rows that a filter lets pass; those of the last filters are kept. Raises UserError."""
+        return self._chosen(where)
+
+    def _choose(self, where: str) -> Chosen:
+        if self.metadata is None:
+            raise UserError(NO_TABLE)
+        return Chosen(self.metadata.rows(where), len(self))
+
+    def table(self) -> Table | None:
+        """The metadata by the paths of the images."""
+        return self.metadata.keyed(self.paths().combine_chunks()) if self.metadata else None
 
     # --- on disk ------------------------------------------------------------------------------------------------------
 
@@ -159,6 +189,8 @@ class FaissIndex(ImageIndex):
             "setting": self.candidates.setting if self.candidates else "",
             "recall_at_10": recalls[0],
             "text_recall_at_10": recalls[1],
+            **({"oversample": self.candidates.factor} if self.candidates else {}),
+            **({"columns": self.metadata.kinds} if self.metadata else {}),
             **self.placed(),
         }
 
@@ -169,11 +201,15 @@ class FaissIndex(ImageIndex):
             FaissIndex(
                 *(self.vectors, self.items, self.fingerprint, self.checkpoint, self.candidates, self.texts),
                 place=replace(self.place, root=root),
+                metadata=self.metadata,
             )._finish(new)
 
     def _finish(self, folder: Path) -> None:
         """Write what belongs beside the vectors and items of a new folder."""
+        if self.metadata:
+            self.metadata.write(folder / METADATA)
         if self.candidates:
+            halve(folder)
             self.candidates.write(folder / CANDIDATES)
             if len(self.texts):
                 self.texts.astype("<f4", copy=False).tofile(folder / TEXTS)
@@ -186,13 +222,17 @@ class FaissIndex(ImageIndex):
         The FAISS file of an index that was not built here is not read: FAISS believes what it says. Every row is looked at.
         """
         files = about["files"].keys()
-        if not {VECTORS, ITEMS} <= files <= {VECTORS, ITEMS, CANDIDATES, TEXTS}:
+        if ITEMS not in files or len(files & {VECTORS, ROUNDED}) != 1 or files - FILES:
             raise INDEX.unreadable(folder, "its files are not those of an index")
-        check_files(folder, about, full={ITEMS} if place.own else ())
+        check_files(folder, about, full={ITEMS, METADATA} if place.own else ())
         vectors, items = open_rows(folder, about["width"], place.root)  # (N, q)
+        metadata = Metadata.open(folder / METADATA) if METADATA in files else None
+        if metadata and len(metadata) != len(items):
+            raise INDEX.unreadable(folder, f"{METADATA} is of another index")
         if len(items) != about["count"] or (about["kind"] == FLAT) == (CANDIDATES in files):
             raise INDEX.unreadable(folder, "tells of another index than is there")
-        index = cls(vectors, items, about["fingerprint"], about["checkpoint"], place=place, kind=about["kind"])
+        known = about["fingerprint"], about["checkpoint"]
+        index = cls(vectors, items, *known, place=place, kind=about["kind"], metadata=metadata)
         if TEXTS in files:
             index.texts = np.fromfile(folder / TEXTS, "<f4")
             if len(index.texts) % index.width:
@@ -210,9 +250,11 @@ class FaissIndex(ImageIndex):
 
     def _read(self, folder: Path, about: dict[str, Any]) -> None:
         """Read what proposes candidates."""
-        self.candidates = ANNIndex.read(
-            folder / CANDIDATES, about["kind"], about["setting"], about["recall_at_10"], about.get("text_recall_at_10")
-        )
+        recalls = about["recall_at_10"], about.get("text_recall_at_10")
+        factor = about.get("oversample", RERANK_FACTOR)  # not said by former versions
+        if not isinstance(factor, int) or not 1 <= factor <= 1 << 16:
+            raise INDEX.unreadable(folder, f"oversample is {factor!r:.40}")
+        self.candidates = ANNIndex.read(folder / CANDIDATES, about["kind"], about["setting"], *recalls, factor)
         if (self.candidates.index.d, self.candidates.index.ntotal) != (self.width, len(self)):
             raise INDEX.unreadable(folder, f"{CANDIDATES} is of another index")
 
@@ -227,8 +269,10 @@ class FaissIndex(ImageIndex):
         check_kind(spec.kind, spec.width)
         with replacing(out, spec.overwrite) as new:
             place = replace(spec.place, root=write_rows(new, rows, spec.place.root))
+            vectors, items = open_rows(new, spec.width, place.root)  # (N, q)
+            metadata = _joined(items, spec.tables)
             known = spec.fingerprint, spec.checkpoint
-            index = cls(*open_rows(new, spec.width, place.root), *known, texts=spec.texts, place=place)
+            index = cls(vectors, items, *known, texts=spec.texts, place=place, metadata=metadata)
             index._prepare(spec.kind or default_kind(len(index)), spec.trained)
             index._finish(new)
         opened = cls.open(out := Path(out).resolve(), INDEX.read(out), replace(place, own=True))  # these files are ours
@@ -242,7 +286,12 @@ class FaissIndex(ImageIndex):
     # --- changing a saved index ---------------------------------------------------------------------------------------
 
     def change(
-        self, folder: str | Path, gone: pa.Array, rows: Iterable[Embedded], root: ImageRoot | None = None
+        self,
+        folder: str | Path,
+        gone: pa.Array,
+        rows: Iterable[Embedded],
+        root: ImageRoot | None = None,
+        tables: Sequence[Table] = (),
     ) -> FaissIndex:
         """The index in this folder without the images at the paths `gone`, and with rows behind; what was learnt is kept."""
         trained = self.learnt(folder)
@@ -252,10 +301,26 @@ class FaissIndex(ImageIndex):
         root = root or (ImageRoot(self.root.path) if self.root.path and not self.root.former else None)
         place = replace(self.place, root=root)
         known = self.width, self.fingerprint, self.checkpoint, self.kind, trained, self.texts
-        spec = IndexSpec(*known, overwrite=True, place=place)
+        mine = self.table()
+        spec = IndexSpec(*known, overwrite=True, place=place, tables=[*([mine] if mine else []), *tables])
         return self.write(folder, chain(kept, rows), spec)
+
+    def describe(self, folder: str | Path, tables: Sequence[Table]) -> FaissIndex:
+        """The index in this folder with the metadata of tables in place of its own."""
+        self.metadata = self.items.over = None
+        return self.change(folder, pa.array([], pa.binary()), (), tables=tables)
 
     def learnt(self, folder: str | Path) -> ANNIndex | None:
         """The candidates of the index in this folder, in memory, where they can be changed; None in a flat index."""
         old = self.candidates
         return old and ANNIndex.read(Path(folder) / CANDIDATES, old.kind, old.setting, old.recall, mapped=False)
+
+
+def _joined(items: ItemTable, tables: Sequence[Table]) -> Metadata | None:
+    """The rows of tables for the images of an index. Raises UserError as Joined does."""
+    if not tables:
+        return None
+    joined = Joined(tables)
+    metadata = joined.of(items)
+    joined.check()
+    return metadata

@@ -1,7 +1,8 @@
 """A saved index on disk: what its folder holds, how it gets there whole, and how damage is noticed.
 
-    vectors.f32    (N, q) unit rows, float32, without a header
+    vectors.f32    (N, q) unit rows, float32, without a header; of kinds that are not flat vectors.f16, float16
     items.arrow    path, caption, metadata and stamp of each row
+    metadata.arrow columns of a table, a row for each row; where there was one
     index.faiss    what proposes candidates, for kinds that are not flat
     texts.f32      (n, q) unit rows of captions as searched for, with which these are measured; where there were some
     index.json     format, backend, count, width, fingerprint, kind, root of the images, and the files' sizes and digests;
@@ -30,7 +31,8 @@ from fromage.retrieval.image_root import ImageRoot, common_root
 from fromage.retrieval.item_table import Embedded, ItemTable, with_paths, write_items
 
 FORMAT, VERSION = "fromage-index", 3
-VECTORS, ITEMS, CANDIDATES, TEXTS, ABOUT = "vectors.f32", "items.arrow", "index.faiss", "texts.f32", "index.json"
+VECTORS, ROUNDED, ITEMS, METADATA = "vectors.f32", "vectors.f16", "items.arrow", "metadata.arrow"
+CANDIDATES, TEXTS, ABOUT = "index.faiss", "texts.f32", "index.json"
 INDEX = FolderKind(
     ABOUT,
     "an index",
@@ -69,12 +71,22 @@ def write_rows(folder: Path, rows: Iterable[Embedded], root: ImageRoot | None = 
 
 def open_rows(folder: Path, width: int, root: ImageRoot | None = None) -> tuple[np.ndarray, ItemTable]:
     """Map what write_rows wrote into memory: (N, width) vectors, and the items. Raises UserError if the two do not fit."""
-    if not (folder / VECTORS).stat().st_size:
+    rounded = (folder / ROUNDED).exists()
+    path = folder / (ROUNDED if rounded else VECTORS)
+    if not (size := path.stat().st_size):
         raise UserError("an index needs at least one image; none is left")
-    items, size = ItemTable.open(folder / ITEMS, root), (folder / VECTORS).stat().st_size
-    if size != 4 * len(items) * width:
+    items = ItemTable.open(folder / ITEMS, root)
+    if size != (2 if rounded else 4) * len(items) * width:
         raise UserError(f"{folder}: {len(items)} images and {size} bytes of vectors do not fit; build the index again")
-    return np.memmap(folder / VECTORS, "<f4", "r").reshape(len(items), width), items
+    return np.memmap(path, "<f2" if rounded else "<f4", "r").reshape(len(items), width), items
+
+
+def halve(folder: Path) -> None:
+    """Write the vectors of a new folder anew in float16, which is enough to rank candidates with."""
+    with (folder / VECTORS).open("rb") as old, (folder / ROUNDED).open("wb") as new:
+        while data := old.read(BLOCK << 4):
+            new.write(np.frombuffer(data, "<f4").astype("<f2").tobytes())
+    (folder / VECTORS).unlink()
 
 
 def seal(folder: Path, about: dict[str, Any], own: bool = True) -> None:

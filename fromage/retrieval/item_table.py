@@ -38,7 +38,14 @@ def to_batch(items: Sequence[Item]) -> pa.RecordBatch:
 
 
 class ItemTable(Sequence[Item]):
-    """Items by position, read when they are asked for. root: what the paths of the batches are relative to."""
+    """Items by position, read when they are asked for.
+
+    Attributes:
+        root: what the paths of the batches are relative to.
+        over: (metadata of an item, its position) -> its metadata with what a table says of it, where there is one.
+    """
+
+    over: Callable[[str, int], str] | None = None
 
     def __init__(self, batches: Sequence[pa.RecordBatch], root: ImageRoot | None = None) -> None:
         self.batches, self.root = list(batches), root or ImageRoot()
@@ -46,21 +53,11 @@ class ItemTable(Sequence[Item]):
 
     @classmethod
     def open(cls, path: Path, root: ImageRoot | None = None) -> ItemTable:
-        """Map a file of write_items into memory. Raises UserError for what is none, and for an offset beyond its buffer."""
-        try:
-            file = pa.memory_map(str(path))
-            _check_plain(file)
-            file.seek(START)
-            reader = pa.ipc.open_stream(file)  # a file is a stream with an index of it behind, which is not believed
-            if not LEAST <= {*reader.schema.names} <= {*SCHEMA.names} or {*reader.schema.types} != {pa.binary()}:
-                raise ValueError(f"columns {reader.schema.names} are not those of an index")
-            batches = list(reader)
-            for batch in batches:
-                batch.validate(full=True)
-                if any(column.null_count for column in batch.columns):
-                    raise ValueError("an entry is missing")
-        except (OSError, EOFError, ValueError, MemoryError, struct.error, pa.ArrowException) as error:
-            raise UserError(f"{path}: is damaged ({first_line(error)}); build the index again") from error
+        """Map a file of write_items into memory. Raises UserError as open_arrow does."""
+        fits = lambda schema: LEAST <= {*schema.names} <= {*SCHEMA.names} and {*schema.types} == {pa.binary()}  # noqa: E731
+        batches, _ = open_arrow(path, fits)
+        if any(column.null_count for batch in batches for column in batch.columns):
+            raise UserError(f"{path}: is damaged (an entry is missing); build the index again")
         return cls([filled(batch) for batch in batches], root)
 
     def __len__(self) -> int:
@@ -72,7 +69,8 @@ class ItemTable(Sequence[Item]):
         number = int(np.searchsorted(self.starts, position, side="right")) - 1
         place = int(position - self.starts[number])
         path, *others = (column[place].as_py() for column in self.batches[number].columns)
-        return Item(*(text.decode("utf-8", "surrogateescape") for text in (self.root.locate(path), *others)))
+        item = Item(*(text.decode("utf-8", "surrogateescape") for text in (self.root.locate(path), *others)))
+        return item._replace(meta=self.over(item.meta, position)) if self.over else item
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sequence) and list(self) == list(other)
@@ -167,6 +165,31 @@ def _field_at(data: bytes, table: int, number: int) -> int:
 
 def write_items(path: Path, batches: Iterable[pa.RecordBatch]) -> None:
     """Write an Arrow file that ItemTable.open maps."""
-    with pa.ipc.new_file(str(path), SCHEMA) as writer:
+    write_arrow(path, SCHEMA, batches)
+
+
+def write_arrow(path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> None:
+    """Write an Arrow file that open_arrow maps."""
+    with pa.ipc.new_file(str(path), schema) as writer:
         for batch in batches:
             writer.write_batch(batch)
+
+
+def open_arrow(path: Path, fits: Callable[[pa.Schema], bool]) -> tuple[list[pa.RecordBatch], pa.Schema]:
+    """Map a file of write_arrow into memory. fits: whether a schema is as it should be.
+
+    Raises UserError for what is no such file, for an offset beyond its buffer, and for texts that are not Unicode.
+    """
+    try:
+        file = pa.memory_map(str(path))
+        _check_plain(file)
+        file.seek(START)
+        reader = pa.ipc.open_stream(file)  # a file is a stream with an index of it behind, which is not believed
+        if not fits(reader.schema):
+            raise ValueError(f"columns {reader.schema.names} are not those of an index")
+        batches = list(reader)
+        for batch in batches:
+            batch.validate(full=True)
+        return batches, reader.schema
+    except (OSError, EOFError, ValueError, MemoryError, struct.error, pa.ArrowException) as error:
+        raise UserError(f"{path}: is damaged ({first_line(error)}); build the index again") from error

@@ -27,10 +27,13 @@ from fromage.retrieval.base import FLAT, ImageIndex, IndexSpec
 from fromage.retrieval.image_root import ImageRoot, Place
 from fromage.retrieval.index_folder import ABOUT, INDEX, MILVUS, check_replaceable, replacing, seal, sealed
 from fromage.retrieval.item_table import Embedded, keep_mask
+from fromage.retrieval.metadata import Joined
 from fromage.retrieval.milvus_client import located, reach
 from fromage.retrieval.milvus_collection import Collection
 from fromage.retrieval.rerank import Near
+from fromage.retrieval.table_file import Table, kind_of
 from fromage.retrieval.trust import is_sealed
+from fromage.retrieval.where import bound, parse
 
 
 class MilvusIndex(ImageIndex):
@@ -57,7 +60,8 @@ class MilvusIndex(ImageIndex):
                 f"{folder}: names Milvus at {where['uri']}, and was not built here; if that address is yours: "
                 f"fromage index trust {folder}"
             )
-        collection = Collection(where["uri"], where["collection"], about["width"], about["kind"])
+        columns = about.get("columns", {})
+        collection = Collection(where["uri"], where["collection"], about["width"], about["kind"], columns)
         collection.load()
         return cls(collection, about["fingerprint"], about["checkpoint"], place)
 
@@ -94,9 +98,19 @@ class MilvusIndex(ImageIndex):
         """All vectors with their items, in order, some at a time."""
         return self.collection.all()
 
-    def nearest(self, queries: np.ndarray, n: int) -> list[Near]:
+    def filter(self, where: str) -> str:
+        """A filter as Milvus writes it."""
+        if not self.collection.columns:
+            raise UserError("where: the index has no metadata; build it again with --table FILE --key COLUMN")
+        return self.collection.expression(bound(parse(where), self.collection.columns))
+
+    def table(self) -> Table | None:
+        """The metadata by the paths of the images."""
+        return self.collection.metadata() if self.collection.columns else None
+
+    def nearest(self, queries: np.ndarray, n: int, passing: str | None = None) -> list[Near]:
         """The n rows that Milvus finds nearest to each of (B, q) unit queries."""
-        found = self.collection.near(queries, n) if len(queries) else []  # (n, q) vectors for each of B
+        found = self.collection.near(queries, n, passing or "") if len(queries) else []  # (n, q) vectors for each of B
         return [Near(f.rows, f.vectors, f.items.__getitem__, len(f.rows) < n) for f in found]
 
     def about(self) -> dict[str, Any]:
@@ -110,6 +124,7 @@ class MilvusIndex(ImageIndex):
             "checkpoint": self.checkpoint,
             "setting": "",
             "recall_at_10": 1.0 if self.kind == FLAT else None,  # not measured
+            **({"columns": self.collection.columns} if self.collection.columns else {}),
             MILVUS: {"uri": self.collection.uri, "collection": self.collection.name},
             **self.placed(),
         }
@@ -120,11 +135,17 @@ class MilvusIndex(ImageIndex):
         write_files(Path(folder), {ABOUT: as_json(sealed(self.about(), {}, self.place.own))})
 
     def change(
-        self, folder: str | Path, gone: pa.Array, rows: Iterable[Embedded], root: ImageRoot | None = None
+        self,
+        folder: str | Path,
+        gone: pa.Array,
+        rows: Iterable[Embedded],
+        root: ImageRoot | None = None,
+        tables: Sequence[Table] = (),
     ) -> MilvusIndex:
         """The index in this folder without the images at the paths `gone`, and with rows behind; `root` stays as it was.
 
-        Nothing is undone where it is killed: what it has done by then stays done.
+        Nothing is undone where it is killed: what it has done by then stays done. tables: for the rows behind, of columns
+        that the collection has.
         """
         if self.root.former:
             raise UserError(f"{folder}: its collection holds absolute paths, as in former versions; build the index again")
@@ -133,10 +154,22 @@ class MilvusIndex(ImageIndex):
         first = next(iter(fresh), None) if len(numbers) == len(self) else None
         if len(numbers) == len(self) and first is None:
             raise UserError("an index needs at least one image; none is left")
-        self.collection.insert(fresh if first is None else chain([first], fresh), self.collection.end())
+        joined = self._joined(numbers, tables)
+        self.collection.insert(fresh if first is None else chain([first], fresh), self.collection.end(), joined)
         self.collection.delete(numbers)
         self.save(folder, overwrite=True)
         return self
+
+    def _joined(self, numbers: Sequence[int], tables: Sequence[Table]) -> Joined | None:
+        """The metadata of images that come: that of the rows which go, and of tables."""
+        mine = [self.collection.metadata(numbers)] if self.collection.columns else []
+        if not mine and not tables:
+            return None
+        joined = Joined([*mine, *tables])
+        strange = [field.name for field in joined.schema if self.collection.columns.get(field.name) != kind_of(field)]
+        if strange:
+            raise UserError(f"its collection has no such column {strange[0]}; build the index again with --table")
+        return joined
 
     def _fresh(self, vectors: np.ndarray, items: pa.RecordBatch, gone: pa.Array) -> Embedded:
         """What of some rows is not there yet, or goes."""
@@ -145,9 +178,11 @@ class MilvusIndex(ImageIndex):
         keep = keep_mask(items, pa.chunked_array([there]))
         return vectors[keep], items.filter(pa.array(keep))
 
-    def add(self, folder: str | Path, rows: Iterable[Embedded], root: ImageRoot | None = None) -> MilvusIndex:
+    def add(
+        self, folder: str | Path, rows: Iterable[Embedded], root: ImageRoot | None = None, tables: Sequence[Table] = ()
+    ) -> MilvusIndex:
         """The index in this folder with rows put behind its own; images that are there already stay as they are."""
-        return self.change(folder, pa.array([], pa.binary()), rows)
+        return self.change(folder, pa.array([], pa.binary()), rows, tables=tables)
 
     def there(self, paths: pa.Array) -> set[bytes]:
         """Which of the paths, as bytes, the index has an image at."""
@@ -169,10 +204,12 @@ class MilvusIndex(ImageIndex):
         uri = located(spec.where)
         if Path(out).resolve() in Path(uri).parents:
             raise UserError(f"{uri}: lies in the folder of the index, which is replaced as a whole; name another place")
-        collection = Collection.create(uri, spec.fingerprint, spec.width, spec.kind or FLAT)
+        joined = Joined(spec.tables) if spec.tables else None
+        columns = {field.name: kind_of(field) for field in joined.schema} if joined else {}
+        collection = Collection.create(uri, spec.fingerprint, spec.width, spec.kind or FLAT, columns)
         try:
             collection.root = spec.place.root or ImageRoot()
-            _fill(collection, rows, spec.kind)
+            _fill(collection, rows, spec.kind, joined)
             index = cls(collection, spec.fingerprint, spec.checkpoint, replace(spec.place, root=collection.root))
             with replacing(out, spec.overwrite) as new:
                 seal(new, index.about(), index.place.own)
@@ -195,11 +232,13 @@ class MilvusIndex(ImageIndex):
             warnings.warn(f"the former collection {where['collection']} stays: {error}", stacklevel=3)
 
 
-def _fill(collection: Collection, rows: Iterable[Embedded], kind: str | None) -> None:
+def _fill(collection: Collection, rows: Iterable[Embedded], kind: str | None, joined: Joined | None) -> None:
     """Put rows into a new collection and make it searchable. Raises UserError where there is no row."""
-    count = collection.insert(rows)
+    count = collection.insert(rows, joined=joined)
     if not count:
         raise UserError("an index needs at least one image; none was given")
+    if joined:
+        joined.check()
     if kind is None and count > FLAT_UP_TO:
         collection.kind = "autoindex"
     collection.index()

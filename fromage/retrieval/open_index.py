@@ -98,12 +98,16 @@ def _checkpoint(folder: str | Path, known: str, ckpt: str | Path | None) -> str 
     return ckpt or known
 
 
-def search_index(model: Fromage, index: ImageIndex, queries: Sequence[Prompt] | Prompt, k: int = 5) -> list[list[Hit]]:
+def search_index(
+    model: Fromage, index: ImageIndex, queries: Sequence[Prompt] | Prompt, k: int = 5, where: str = ""
+) -> list[list[Hit]]:
     """The k images nearest to each query: a text, an image, or a list of both. A text or image alone is one query.
+
+    where: a filter over the metadata, as for ImageIndex.search.
 
     Raises UserError for the index of another model.
     """
     index.require_model(model)
     if not (queries := listed(queries)):
         return []
-    return index.search(embed_queries(model, queries).float().cpu().numpy(), k)  # (B, q)
+    return index.search(embed_queries(model, queries).float().cpu().numpy(), k, where=where)  # (B, q)

@@ -10,40 +10,68 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
 from fromage.data.image_source import Item
 from fromage.errors import UserError
 from fromage.retrieval.results import Hit
 
-RERANK_FACTOR = 5  # candidates per image that is asked for, and as many as for ten at least
+RERANK_FACTOR = 5  # candidates per image that is asked for, unless the index says more; as many as for ten at least
 NEAR_TIE = 1e-5  # float32 scores that differ by less may be in another order in float64
+ROUNDING = 1e-3  # and scores of rows in float16, which are not quite of unit length
 
 
 class Near(NamedTuple):
     """n rows near a query, in any order."""
 
     rows: np.ndarray  # (n,) whole numbers that rise in the order of the index
-    vectors: np.ndarray  # (n, q)
+    vectors: np.ndarray  # (n, q), float32 or rounded to float16
     item: Callable[[int], Item]  # i -> the image of the i-th
     whole: bool  # no more can be had by asking for more
 
 
 def rerank(query: np.ndarray, near: Near, k: int, excluded: frozenset[str] = frozenset()) -> tuple[list[Hit], float]:
-    """The best k of the rows near a query (q,), best first, and the worst score among all of the rows.
+    """The best k of the rows near a query (q,), best first, and the worst score among all of the rows, or somewhat more.
 
     excluded: paths that must not be found.
     """
-    vectors = near.vectors.astype(np.float64)  # (n, q)
-    scores = (vectors * query).sum(axis=1)  # (n,); a matrix product could give equal rows unequal sums
+    keep, worst = _likely(query, near.vectors, k + len(excluded))  # (m,) of the n
+    rows, vectors = near.rows[keep], as_float32(near.vectors[keep]).astype(np.float64)  # (m,), (m, q)
+    scores = (vectors * query).sum(axis=1)  # (m,); a matrix product could give equal rows unequal sums
     scores[~np.isfinite(scores)] = -1  # of a damaged row
     hits: list[Hit] = []
-    for i in np.lexsort((near.rows, -scores)):
-        item = near.item(i)
+    for i in np.lexsort((rows, -scores)):
+        item = near.item(keep[i])
         if item.path not in excluded:
-            hits.append(Hit(len(hits) + 1, float(scores[i]), item.path, item.caption, int(near.rows[i]), item.meta))
+            hits.append(Hit(len(hits) + 1, float(scores[i]), item.path, item.caption, int(rows[i]), item.meta))
         if len(hits) == k:
             break
-    return hits, scores.min(initial=1)
+    return hits, worst
+
+
+def _likely(query: np.ndarray, vectors: np.ndarray, n: int) -> tuple[np.ndarray, float]:
+    """Those of (N, q) rows that can be among the n best, by a product in float32; and the worst score of all."""
+    scores = _widened(vectors) @ query  # (N,)
+    scores[~np.isfinite(scores)] = -1
+    margin = ROUNDING if vectors.dtype == np.float16 else NEAR_TIE
+    if n >= len(scores):
+        return np.arange(len(scores)), float(scores.min(initial=1)) + margin
+    return np.flatnonzero(scores >= np.partition(scores, -n)[-n] - 2 * margin), float(scores.min()) + margin
+
+
+def as_float32(vectors: np.ndarray) -> np.ndarray:
+    """(n, q) unit rows as float32; those that were rounded to float16 are scaled to unit length again."""
+    if vectors.dtype == np.float32:
+        return vectors
+    rows = _widened(vectors)  # (n, q)
+    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-3)
+
+
+def _widened(vectors: np.ndarray) -> np.ndarray:
+    """Any rows as float32; torch does so 20 times as fast as NumPy."""
+    if vectors.dtype == np.float32:
+        return vectors
+    return torch.from_numpy(np.require(vectors, np.float16, ["C", "W"])).float().numpy()
 
 
 def unit(rows: np.ndarray, whose: str) -> np.ndarray:

@@ -67,12 +67,8 @@ class Hit(NamedTuple):
 
     @property
     def metadata(self) -> dict[str, Any]:
-        """What the shard's JSON says of the image, as JSON can say it; empty where there is none."""
-        try:
-            found = json.loads(self.meta) if self.meta else {}
-        except (ValueError, RecursionError):
-            return {}
-        return _plain(found) if isinstance(found, dict) else {}
+        """What the shard's JSON and the index's table say of the image, as JSON can say it; empty where there is none."""
+        return _plain(parsed(self.meta))
 
     @property
     def label(self) -> str:
@@ -87,6 +83,15 @@ class Hit(NamedTuple):
     def line(self) -> str:
         """For a list on the screen."""
         return f"  {self.rank:3d}  {self.score:.3f}  {self.path}  {self.caption}"
+
+
+def parsed(meta: str) -> dict[str, Any]:
+    """The metadata of an image, which is JSON; empty where it is none."""
+    try:
+        found = json.loads(meta) if meta else {}
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _plain(value: Any, depth: int = 0) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 
 import torch
@@ -33,11 +34,13 @@ class ModelRequest:
         messages: of a conversation: system prompt, said, answered, ..., said; of a search: the query alone.
         decoding: options for the answer, without the stop texts of the style.
         k: number of images to find in a search.
+        where: a filter over the metadata; '' for all images. Searches of a batch have the same.
     """
 
     messages: list[list[Part]]
     decoding: Decoding = GREEDY
     k: int = 1
+    where: str = ""
 
     def group(self) -> Decoding | None:
         """Requests with equal groups can form a batch. None: alone, since rows of a batch have different seeds."""
@@ -70,14 +73,17 @@ class ModelWorker:
 
     @torch.no_grad()
     def search(self, requests: list[ModelRequest]) -> list[RetrievedImages]:
-        """The images nearest to each query, not opened."""
+        """The images nearest to each query, not opened; of queries with the same filter."""
         if self.index is None:
             raise UserError("this server has no index of images; start it with --index")
+        where = requests[0].where
+        if where:
+            self.index.filter(where)  # a faulty one is refused before the work
         rows = (
             embed_queries(self.model, [request.messages[0] for request in self._encoded(requests)]).cpu().numpy()
         )  # (B, q)
-        found = self.index.search(rows, max(request.k for request in requests))
-        nearest = map(self.index.beyond, rows, found)
+        found = self.index.search(rows, max(request.k for request in requests), where=where)
+        nearest = map(partial(self.index.beyond, where=where), rows, found)
         return [
             RetrievedImages(row, list(islice(hits, request.k)), rest=hits)
             for row, hits, request in zip(rows, nearest, requests, strict=True)

@@ -100,8 +100,8 @@ class RequestHandler:
     async def search(self, request: SearchRequest) -> SearchReply:
         """The images nearest to a query."""
         self.batcher.admit()
-        prepared = ModelRequest([await self._parts(request.query)], k=request.k)
-        shown = await asyncio.wrap_future(self.batcher.submit(self.worker.search, prepared, "search"))
+        prepared = ModelRequest([await self._parts(request.query)], k=request.k, where=request.where)
+        shown = await asyncio.wrap_future(self.batcher.submit(self.worker.search, prepared, ("search", request.where)))
         await self._illustrate(shown, request.images)
         return SearchReply(hits=self._found(shown))
 

@@ -10,6 +10,7 @@ from pydantic import AliasChoices, BaseModel, ConfigDict, Field, create_model, m
 from pydantic_core import PydanticCustomError
 
 from fromage.generation.options import DEFAULTS, HELP, LIMITS, Decoding, Limits, is_whole
+from fromage.retrieval.where import MOST
 
 CHARACTERS, IMAGES, URLS, PARTS, MESSAGES = 1 << 15, 32, 4, 64, 64  # of a request
 MOST_HITS = 50
@@ -75,7 +76,7 @@ class FoundImage(BaseModel):
     caption: str = ""
     name: Annotated[str, Field(description="Its file name, without folders.")] = ""
     key: Annotated[str, Field(description="Its key within a shard, else its file name without the suffix.")] = ""
-    metadata: Annotated[dict[str, Any], Field(description="What the shard's JSON says of it.")] = {}
+    metadata: Annotated[dict[str, Any], Field(description="What the shard's JSON and the index's table say of it.")] = {}
     url: Annotated[str | None, Field(description="Its address, if the index is one of images on the web.")] = None
     image: Annotated[str | None, Field(description="A small JPEG of it in base64, if asked for.")] = None
 
@@ -198,6 +199,13 @@ class SearchRequest(Strict):
 
     query: Content
     k: Annotated[int, Field(ge=1, le=MOST_HITS, description="Images to find; fewer come if the index has fewer.")] = 5
+    where: Annotated[
+        str,
+        Field(
+            max_length=MOST,
+            description="Only images whose metadata fit, such as `year >= 2019 and place = 'Rome'`; empty for all.",
+        ),
+    ] = ""
     images: Images = False
 
     @model_validator(mode="after")

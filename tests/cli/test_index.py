@@ -69,6 +69,26 @@ def test_image_and_words_are_one_query_and_images_alone_are_one_each(ckpt, tmp_p
     assert [one["query"] for one in found("red", "blue")] == ["red", "blue"]
 
 
+def test_a_search_is_filtered_by_metadata(ckpt, tmp_path, capsys):
+    images, index = write_colours(tmp_path / "images"), str(tmp_path / "index")
+    (tmp_path / "t.jsonl").write_text("".join(f'{{"file": "{name}/a.png", "letters": {len(name)}}}\n' for name in COLOURS))
+    table = ["--table", str(tmp_path / "t.jsonl"), "--key", "file"]
+    assert main(["index", "build", "--ckpt", ckpt, "--images", str(images), "--out", index, *table]) == 0
+    assert "1 column of metadata" in capsys.readouterr().out
+    (line,) = said(capsys, "search", "red", "--index", index, "--json", "--where", "letters >= 4")
+    hits = json.loads(line)["hits"]
+    assert sorted(hit["metadata"]["letters"] for hit in hits) == [4, 5]
+    assert {Path(hit["path"]).parent.name for hit in hits} == {"blue", "green"}
+    png = ["--png", str(tmp_path / "found.png")]
+    assert len(said(capsys, "search", "red", "--index", index, "--where", "letters = 3", *png)) == 3
+    assert main(["search", "red", "--index", index, "--where", "letters > 9"]) == 0
+    assert capsys.readouterr().err == "warning: no image of the index fits letters > 9\n"
+    for where in ("letter = 1", "letters = 'x'", "letters = (select 1)"):
+        assert main(["search", "red", "--index", index, "--where", where]) == 2
+        err = capsys.readouterr().err
+        assert err.startswith("fromage: where: ") and err.count("\n") == 1
+
+
 def said(capsys, *words):
     assert main([*words]) == 0
     return capsys.readouterr().out.splitlines()

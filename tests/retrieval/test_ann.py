@@ -1,12 +1,16 @@
+import json
+
 import numpy as np
 import pytest
 from test_faiss_index import items, rows
 
+from fromage.data.image_source import Item
 from fromage.errors import UserError
-from fromage.retrieval.ann import ANNIndex, default_kind, lists_kind
+from fromage.retrieval import ann
+from fromage.retrieval.ann import ANNIndex, default_kind, lists_kind, small_kinds
 from fromage.retrieval.faiss_index import FaissIndex
 from fromage.retrieval.open_index import load_index
-from fromage.retrieval.rerank import unit
+from fromage.retrieval.rerank import Near, rerank, unit
 
 KINDS = ["IVF16,Flat", "IVF16,SQ8", "HNSW16", "IVF8,PQ8x4", "PCA16,IVF8,SQ8", "SQ8"]
 
@@ -39,7 +43,11 @@ def test_an_approximate_index_is_saved_with_its_kind_setting_and_recall(approxim
     assert loaded.kind == approximate.kind
     assert loaded.candidates.setting == approximate.candidates.setting
     assert loaded.candidates.recall == approximate.candidates.recall
-    assert loaded.search(queries, 7) == approximate.search(queries, 7)
+    assert loaded.candidates.factor == approximate.candidates.factor
+    assert not (tmp_path / "index" / "vectors.f32").exists() and loaded.vectors.dtype == np.float16
+    for hits, before in zip(loaded.search(queries, 7), approximate.search(queries, 7), strict=True):
+        assert [hit.score for hit in hits] == pytest.approx([hit.score for hit in before], abs=5e-4)
+        assert len({hit.path for hit in hits} & {hit.path for hit in before}) >= 6  # the last two may be as good
 
 
 def test_where_candidates_run_out_every_row_is_looked_at(embeddings):
@@ -49,6 +57,48 @@ def test_where_candidates_run_out_every_row_is_looked_at(embeddings):
     queries, excluded = rows(3, q=16, seed=1), {f"{i}.jpg" for i in range(0, 1500)}
     assert index.search(queries, 400, excluded) == flat.search(queries, 400, excluded)
     assert [len(hits) for hits in index.search(queries, 5000)] == [2000] * 3
+
+
+def test_a_small_kind_ranks_as_many_candidates_as_it_takes(tmp_path):
+    embeddings, queries = unit(rows(4000, q=64), ""), rows(100, q=64, seed=3)
+    small, flat = (FaissIndex.build(embeddings, items(4000), "f00d", kind=kind) for kind in ("auto:small", "flat"))
+    assert small.kind == "RaBitQfs" and small.candidates.factor > 5 and small.candidates.recall >= 0.97
+    assert small.candidates.index.code_size <= 16
+    small.save(tmp_path / "index")
+    loaded = load_index(tmp_path / "index")
+    assert (
+        loaded.factor == small.candidates.factor == json.loads((tmp_path / "index" / "index.json").read_text())["oversample"]
+    )
+    share = lambda: np.mean([  # noqa: E731
+        len({hit.path for hit in found} & {hit.path for hit in true}) / 10
+        for found, true in zip(loaded.search(queries, 10), flat.search(queries, 10), strict=True)
+    ])  # fmt: skip
+    assert share() >= 0.95
+    loaded.candidates.factor = 5
+    assert share() < 0.9
+
+
+def test_the_first_small_kind_that_reaches_the_recall_is_taken(embeddings, monkeypatch):
+    assert list(small_kinds(1000, 64)) == ["RaBitQfs", "PQ16x4fs", "SQ4"]
+    assert list(small_kinds(1_000_000, 256)) == ["IVF4096,RaBitQfs", "IVF4096,PQ64x4fs", "IVF4096,SQ4"]
+    monkeypatch.setattr(ANNIndex, "reaches", lambda self: self.kind == "SQ4")
+    assert ANNIndex.made("Auto:Small", embeddings, embeddings[:0]).kind == "SQ4"
+    check = ann.check_kind
+    refuse = lambda kind, width: check("no such kind" if "RaBitQ" in kind else kind, width)  # noqa: E731
+    monkeypatch.setattr(ann, "check_kind", refuse)  # an older FAISS
+    assert list(small_kinds(1000, 64)) == ["PQ16x4fs", "SQ4"]
+
+
+def test_scores_of_rounded_rows_are_cosines():
+    some = unit(rows(500, q=32), "")
+    found = rerank(some[0], Near(np.arange(500), some.astype(np.float16), lambda i: Item(str(i)), True), 20)[0]
+    true = rerank(some[0], Near(np.arange(500), some, lambda i: Item(str(i)), True), 20)[0]
+    assert [hit.score for hit in found] == pytest.approx([hit.score for hit in true], abs=2e-4)
+    assert found[0].path == "0" and found[0].score <= 1 + 1e-6
+    damaged = some.astype(np.float16)
+    damaged[3], damaged[4] = np.nan, 0
+    hits = rerank(some[0], Near(np.arange(500), damaged, lambda i: Item(str(i)), True), 500)[0]
+    assert len(hits) == 500 and {hits[-1].path} == {"3"} and np.isfinite([hit.score for hit in hits]).all()
 
 
 def test_more_thorough_settings_find_more(embeddings):

@@ -29,12 +29,14 @@ def store(folder, embeddings, things, fingerprint="f00d", per_part=7, dtype="flo
 
 
 def same(index, embeddings, things):
-    """Whether an index answers as a flat one of these rows does."""
+    """Whether an index answers as a flat one of these rows does, but for rows that were rounded to float16."""
     flat, queries = FaissIndex.build(embeddings, things, "f00d"), rows(4, q=embeddings.shape[1], seed=9)
     assert list(index.items) == list(things)
-    np.testing.assert_allclose(index.vectors, flat.vectors, atol=1e-6)
-    found, true = index.search(queries, 5), flat.search(queries, 5)
-    assert [[hit.path for hit in hits] for hits in found] == [[hit.path for hit in hits] for hits in true]
+    np.testing.assert_allclose(index.vectors, flat.vectors, atol=5e-4)
+    for hits, true in zip(index.search(queries, 5), flat.search(queries, len(things)), strict=True):
+        scores = {hit.path: hit.score for hit in true}
+        np.testing.assert_allclose([scores[hit.path] for hit in hits], [hit.score for hit in true[:5]], atol=2e-3)
+        np.testing.assert_allclose([scores[hit.path] for hit in hits], [hit.score for hit in hits], atol=2e-3)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])

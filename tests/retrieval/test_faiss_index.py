@@ -165,7 +165,7 @@ def test_file_names_outside_unicode_survive(tmp_path):
     assert load_index(tmp_path / "index").items == [Item(odd, "two\nlines\u2028")]
 
 
-@pytest.mark.parametrize("name", ["vectors.f32", "items.arrow", "index.faiss"])
+@pytest.mark.parametrize("name", ["vectors.f16", "items.arrow", "index.faiss"])
 def test_damage_is_refused(tmp_path, name):
     folder = tmp_path / "index"
     FaissIndex.build(rows(9), items(9), "", kind="IVF2,Flat").save(folder)

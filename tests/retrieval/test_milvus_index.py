@@ -3,8 +3,10 @@
 import fcntl
 import json
 import sys
+from datetime import date, datetime, timedelta
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from fastapi.testclient import TestClient
 from hypothesis import given, settings
@@ -17,12 +19,13 @@ from fromage.data.image_source import Item
 from fromage.errors import UserError
 from fromage.generation.decoding import Decoding
 from fromage.generation.generate import generate
-from fromage.retrieval.build import add, build, build_index, merge, remove, trust, write_index
+from fromage.retrieval.build import add, build, build_index, describe, merge, remove, trust, write_index
 from fromage.retrieval.embedding_store import EmbeddingStore
 from fromage.retrieval.faiss_index import FaissIndex
 from fromage.retrieval.item_table import image_id, to_batch
 from fromage.retrieval.open_index import load_index, open_index, search_index
 from fromage.retrieval.sync import sync
+from fromage.retrieval.table_file import Table, field_of
 from fromage.retrieval.trust import SEAL, sealed
 from fromage.serving.app import create_app
 from fromage.serving.image_ids import ImageIds
@@ -350,3 +353,96 @@ def test_a_server_by_its_address_and_what_is_said_when_it_goes(tmp_path, monkeyp
     monkeypatch.setattr(milvus_collection, "SECONDS", 0.5)
     with pytest.raises(UserError, match=f"Milvus at http://127.0.0.1:{port}"):
         index.search(rows(1), 3)
+
+
+def told(things, n):
+    """Columns of every kind for n images, and a gap."""
+    kinds = {
+        "year": "int64",
+        "place": "string",
+        "s": "double",
+        "sold": "bool",
+        "taken": "timestamp[us]",
+        "day": "date32[day]",
+    }
+    values = [
+        {
+            "year": 2000 + i % 30,
+            "place": ["Rome", 'O\'Hara "x"', "a\\b\n", "é"][i % 4],
+            "s": i / 7 if i % 5 else None,
+            "sold": bool(i % 2),
+            "taken": datetime(2019, 1, 1) + timedelta(hours=i),
+            "day": date(1960, 1, 1) + timedelta(days=300 * i),
+            "tags": json.dumps([i]),
+        }
+        for i in range(n)
+    ]
+    values[n // 2] = {"year": 1}
+    schema = pa.schema([field_of(name, kind) for name, kind in (kinds | {"tags": "json"}).items()])
+    return Table(pa.array([thing.path.encode() for thing in things[:n]]), pa.Table.from_pylist(values, schema), "t")
+
+
+FILTERS = [
+    "year >= 2019 and place = 'Rome'",
+    "place = 'O''Hara \"x\"' or place = 'a\\b\n'",
+    "place like '%x%' or place like 'é'",
+    "not (place like 'R%') and s is not null",
+    "not s > 5 and year in (2001, 2003, 2005.0, 7)",
+    "s is null or year < 2001.5",
+    "sold = true and taken >= '2019-01-02T03:00'",
+    "taken between '2019-01-01' and '2019-01-01T12:00+02:00'",
+    "day < '1970-01-01' and not sold = false",
+    "day not in ('1960-01-01') and tags is not null",
+    "place != 'Rome' and year not in (2001, 2002)",
+    "year > 99999999999999999999",
+    "year != 1e30 and s >= -1e-3",
+]
+
+
+@pytest.mark.parametrize("where", FILTERS)
+def test_filters_mean_in_milvus_what_they_mean_on_this_disk(filtered, where):
+    milvus, disk = filtered
+    queries, plain = rows(3, seed=5), lambda found: [[hit._replace(row=-1) for hit in hits] for hits in found]
+    assert plain(milvus.search(queries, 100, where=where)) == plain(disk.search(queries, 100, where=where))
+    assert plain(milvus.search(queries, 3, "7.jpg", where)) == plain(disk.search(queries, 3, "7.jpg", where))
+
+
+@pytest.fixture(scope="module")
+def filtered(db, tmp_path_factory):
+    """The same rows with the same metadata in Milvus and on disk."""
+    folder, table = tmp_path_factory.mktemp("filtered"), told(items(60), 60)
+    batches = [(flat(rows(60), items(60)).vectors, to_batch(items(60)))]
+    return [
+        write_index(folder / name, batches, 4, "f00d", kind="flat", milvus=where, tables=[table])
+        for name, where in (("milvus", db), ("disk", None))
+    ]
+
+
+def test_metadata_in_milvus_follow_their_images(db, tmp_path):
+    things = [Item(f"/p/{i}.jpg") for i in range(9)]
+    table = told(things, 6)
+    with pytest.warns(UserWarning, match="1 of 7 images"):
+        build(store(tmp_path / "a", rows(9)[:7], things[:7]), tmp_path / "index", milvus=db, tables=[table])
+    with pytest.warns(UserWarning, match="1 of 7 images"):
+        build(store(tmp_path / "d", rows(9)[:7], things[:7]), tmp_path / "disk", tables=[table])
+    more = Table(pa.array([b"7.jpg"]), pa.table({"year": [1977]}), "u")
+    for name in ("index", "disk"):
+        add(tmp_path / name, store(tmp_path / f"more {name}", rows(9)[7:], things[7:]), [more])
+        remove(tmp_path / name, ["/p/2.jpg"])
+    milvus, disk = load_index(tmp_path / "index"), load_index(tmp_path / "disk")
+    for where in ("year = 1977", "taken >= '2019-01-01T02:00'", "year is null", "s is not null"):
+        found, known = ([hit.path for hit in each.search(rows(1), 9, where=where)[0]] for each in (milvus, disk))
+        assert found == known and found
+    back = merge([tmp_path / "index"], tmp_path / "back")
+    assert back.metadata.table.to_pylist() == disk.metadata.table.to_pylist()
+    assert [batch.column("meta").to_pylist() for _, batch in milvus.rows()] == [[b""] * 8], (
+        "columns are no part of the items"
+    )
+    with pytest.raises(UserError, match="has no such column odd; build the index again"):
+        other = Table(pa.array([b"8.jpg"]), pa.table({"odd": [1]}), "u")
+        add(tmp_path / "index", store(tmp_path / "c", rows(10)[9:], [Item("/p/9.jpg")]), [other])
+    with pytest.raises(UserError, match="build it again with --table"):
+        describe(tmp_path / "index", [more])
+    bare = in_milvus(tmp_path / "bare", db, rows(2), items(2))
+    with pytest.raises(UserError, match="has no metadata; build it again"):
+        bare.search(rows(1), 1, where="year = 1")

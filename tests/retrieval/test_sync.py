@@ -28,7 +28,7 @@ def same_as_new(folder, photos, out):
     new, old = build_index(Model(), photos, out), load_index(folder)
     order = np.argsort([item.path for item in old.items])
     assert [old.items[int(i)].path for i in order] == [item.path for item in new.items]
-    np.testing.assert_allclose(old.vectors[order], new.vectors, atol=1e-6)
+    np.testing.assert_allclose(old.vectors[order], new.vectors, atol=5e-4)  # rounded to float16, where a kind is not flat
     return True
 
 

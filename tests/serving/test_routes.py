@@ -5,8 +5,10 @@ import io
 import json
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import hypothesis
+import pyarrow as pa
 import pytest
 import schemathesis
 import torch
@@ -19,10 +21,13 @@ from fromage.data.image_source import Item
 from fromage.errors import UserError
 from fromage.generation.chat import Chat
 from fromage.generation.decoding import Decoding
+from fromage.retrieval.build import describe
 from fromage.retrieval.faiss_index import FaissIndex
+from fromage.retrieval.table_file import Table
 from fromage.serving.app import create_app
 from fromage.serving.image_ids import ImageIds
 
+JSON = {"content-type": "application/json"}
 IMAGES_PLEASE = {"max_new_tokens": 6, "ret_bias": 1e4}
 load_all_checks()
 
@@ -343,3 +348,51 @@ def test_what_a_request_leaves_open_the_models_preset_says(model, index, monkeyp
             assert client.post("/chat", json=body).status_code == 200
     assert [(one.decoding.ret_bias, one.decoding.max_new_tokens, one.messages[0]) for one in seen] == [
         (20, 3, ["a world"]), (0, 3, ["a world"]), (20, 3, ["b"])]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def described(model, index, tmp_path_factory):
+    """The application over the same index with metadata."""
+    folder = tmp_path_factory.mktemp("described")
+    index.save(folder / "index")
+    columns = pa.table({"letters": [len(path.stem) for path in map(Path, index_paths(index))], "tags": ["a"] * len(index)})
+    known = Table(pa.array([path.encode() for path in index_paths(index)]), columns, "t")
+    with TestClient(create_app(model, describe(folder / "index", [known]), "plain")) as client:
+        yield client
+
+
+def index_paths(index):
+    return [item.path for item in index.items]
+
+
+def test_a_search_is_filtered(described, folder):
+    search = lambda where, k=6: described.post("/search", json={"query": "a star", "k": k, "where": where})  # noqa: E731
+    everything = captions(search(""))
+    assert captions(search("letters <= 4")) == [name for name in everything if len(name) <= 4] != everything
+    assert search("letters = 3 and tags like 'a%'").json()["hits"][0]["metadata"] == {"letters": 3, "tags": "a"}
+    assert captions(search("letters > 99")) == []
+    (folder / "red.png").rename(folder / "gone")
+    try:  # the next best takes its place, and no image that does not pass
+        asked = {"query": [sent(folder / "gone")], "k": 6, "where": "letters in (3, 4)", "images": True}
+        hits = described.post("/search", json=asked).json()["hits"]
+        assert "red" not in [hit["caption"] for hit in hits] and {len(hit["caption"]) for hit in hits} <= {3, 4}
+    finally:
+        (folder / "gone").rename(folder / "red.png")
+
+
+@pytest.mark.parametrize(
+    "where", ["letters = 'x'", "letter = 1", "1 = 1", "\0", "(" * 4000, "tags = read_csv('/etc/passwd')"]
+)
+def test_a_faulty_filter_is_one_line_and_harms_no_other_search(described, where):
+    with ThreadPoolExecutor(4) as pool:
+        asked = [{"query": "a star", "where": each} for each in (where, "", where, "letters > 0")]
+        replies = list(pool.map(lambda body: described.post("/search", content=json.dumps(body), headers=JSON), asked))
+    assert [reply.status_code for reply in replies] == [400, 200, 400, 200]
+    assert all("\n" not in reply.json()["detail"] for reply in replies[::2])
+
+
+def test_filters_without_metadata_and_too_long_ones_are_refused(client):
+    reply = client.post("/search", json={"query": "x", "where": "year = 1"})
+    assert reply.status_code == 400 and "has no metadata" in reply.json()["detail"]
+    for bad in ("x" * 4097, 3, None, ["a"]):
+        assert client.post("/search", json={"query": "x", "where": bad}).status_code == 422

@@ -27,6 +27,32 @@ def test_the_bench_runs_and_writes_its_figures(tmp_path, monkeypatch, capsys):
     assert "recall_at_10" in capsys.readouterr().out
 
 
+def test_searches_within_a_filter_and_a_small_kind_are_measured(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "bench.json"
+    words = [
+        "--rows",
+        "3000",
+        "--rounds",
+        "1",
+        "--queries",
+        "20",
+        "--threads",
+        "1",
+        "--kind",
+        "auto:small",
+        "--json",
+        str(out),
+    ]
+    monkeypatch.setattr(sys, "argv", [str(TOOL), *words, "--where", "--float32"])
+    runpy.run_path(str(TOOL), run_name="__main__")
+    report = json.loads(out.read_text())
+    assert "fs" in report["kind"] and report["oversample"] > 5 and report["bytes_per_vector"] < 64
+    assert report["recall_at_10"] == pytest.approx(report["recall_at_10_float32"], abs=0.02) and report["recall_at_10"] > 0.9
+    for share in ("1 %", "50 %"):
+        measured = report[f"where_{share}"]
+        assert measured["recall_at_10"] > 0.9 and measured["time_against_no_filter"].keys() == {"1", "256"}
+
+
 def test_the_brute_force_is_not_compared_with_itself(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [str(TOOL), "--kind", "Flat"])
     with pytest.raises(SystemExit):

@@ -34,6 +34,7 @@ from fromage.apps.web.sessions import MAX_SENT, SLIDERS, Sessions, conversation
 from fromage.apps.web.shelf import shelf_at
 from fromage.generation.options import HELP, LIMITS
 from fromage.generation.preset import Preset
+from fromage.retrieval.where import MOST
 from fromage.serving.connections import address, guarded, open_port
 
 if TYPE_CHECKING:
@@ -229,8 +230,12 @@ def _search(sessions: Sessions) -> None:
             box = _box(sessions, 1)
         with gr.Column(scale=1):
             count = gr.Slider(1, 24, 8, step=1, label="Images")
+            asked = [box, count]
+            if columns := sessions.index.about().get("columns"):
+                over = f"such as year >= 2019 and place = 'Rome'; here: {', '.join(columns)}"[:200]
+                asked.append(gr.Textbox("", label="Filter", info=over, max_length=MOST))
     found = gr.Gallery(show_label=False, height="auto", buttons=[], interactive=False)
-    box.submit(sessions.search, [box, count], found, **MODEL)
+    box.submit(sessions.search, asked, found, **MODEL)
 
 
 def _point(pointing: Pointing) -> None:

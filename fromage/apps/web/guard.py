@@ -41,6 +41,8 @@ class GuardedBlocks(gr.Blocks):
         for block, value in zip(block_fn.inputs, inputs, strict=False):
             if isinstance(block, gr.Slider) and not (isinstance(value, Real) and isfinite(value)):
                 raise gr.Error(f"{block.label} must be a number", print_exception=False)
+            if isinstance(block, gr.Textbox) and not (isinstance(value, str) and not HALVES.search(value)):
+                raise gr.Error(f"{block.label} must be a text", print_exception=False)
             if isinstance(block, gr.MultimodalTextbox) and not _is_message(value):
                 raise gr.Error("a message is its text and its files", print_exception=False)
             if isinstance(block, gr.MultimodalTextbox) and not all(map(self._is_uploaded, value["files"])):

@@ -127,17 +127,24 @@ class Sessions:
         """The conversation without its last turn."""
         return conversation(turns[:-1]), turns[:-1]
 
-    def search(self, sent: GradioMessage, count: int) -> list[tuple[str, str]]:
-        """The images of the index nearest to a text, an image, or both, best first: (file, caption) each."""
+    def search(self, sent: GradioMessage, count: int, where: str = "") -> list[tuple[str, str]]:
+        """The images of the index nearest to a text, an image, or both, best first: (file, caption) each.
+
+        where: a filter over the metadata; '' for all images.
+        """
         assert self.index is not None  # the page has no tab for it without one
         try:
+            if where := where.strip():
+                self.index.filter(where)
             with self.lock:
                 query = embed_queries(self.model, [read(sent)]).cpu().numpy()  # (1, q)
-            hits = self.index.search(query, int(count))[0]
+            hits = self.index.search(query, int(count), where=where)[0]
         except UserError as error:
             warn(error)
             return []
-        opened, lost = load_images(self.index.beyond(query[0], hits), int(count))
+        if not hits:
+            gr.Info("No image fits the filter.")
+        opened, lost = load_images(self.index.beyond(query[0], hits, where=where), int(count))
         if lost:
             gr.Info(GONE)
         return [(drawn(image), caption(hit)) for hit, image in opened]

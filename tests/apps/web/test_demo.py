@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
+import pyarrow as pa
 import pytest
 from PIL import Image
 
@@ -25,7 +26,9 @@ from fromage.errors import UserError
 from fromage.generation.chat import Chat
 from fromage.generation.retrieved import RetrievedImages
 from fromage.octopus.model import Octopus
+from fromage.retrieval.build import describe
 from fromage.retrieval.results import Hit
+from fromage.retrieval.table_file import Table
 
 EVIL = "<img src=x onerror='window.hacked=1'><b>bold</b> **stars** $$x^2$$"
 SETTINGS = [20, 0, 1, 6]  # bias of [RET], temperature, images, length
@@ -294,6 +297,24 @@ def test_search_by_words_by_image_and_by_both(address, folder):
         assert succeeded(messages) and len(set(images_in(messages))) == 3
     best = images_in(visitor.call("search", {"text": "", "files": [red]}, 1))[0]
     assert Image.open(best).getpixel((9, 9))[0] > 250, "itself"
+
+
+def test_a_search_is_filtered_where_the_index_has_metadata(model, index, folder, tmp_path):
+    index.save(tmp_path / "index")
+    paths = [item.path for item in index.items]
+    columns = pa.table({"letters": [len(Path(path).stem) for path in paths]})
+    described = describe(tmp_path / "index", [Table(pa.array([path.encode() for path in paths]), columns, "t")])
+    with running(model, described, "plain", "127.0.0.1", free_port()) as address:
+        visitor, sent = Visitor(address, "filters"), {"text": "a star", "files": []}
+        for where, count in (("", 6), ("letters <= 4", 2), (" ", 6)):
+            messages = visitor.call("search", sent, 6, where)
+            assert succeeded(messages) and len(set(images_in(messages))) == count, where
+        for where, said in (("letters > 99", "No image fits"), ("letter = 1", "no column letter"), ("1 = 1", "where: ")):
+            messages = visitor.call("search", sent, 6, where)
+            assert succeeded(messages) and not images_in(messages) and "Traceback" not in json.dumps(messages)
+            assert [said in message["log"] for message in messages if message["msg"] == "log"] == [True]
+        for where in (None, 3, ["a"], {"a": 1}, "x" * 5000):
+            assert "Traceback" not in json.dumps(visitor.call("search", sent, 6, where))
 
 
 def test_an_image_comes_back_with_boxes_drawn(address, folder):
