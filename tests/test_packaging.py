@@ -64,7 +64,9 @@ def test_messages_name_the_package_as_it_is_installed():
     config.read(ROOT / "setup.cfg")
     assert config["metadata"]["name"] == DISTRIBUTION and version(DISTRIBUTION) == fromage.__version__
     extras = config["options.extras_require"]
-    asked = [re.findall(r"pip_install\((.)(\w+)\1\)", path.read_text("utf-8")) for path in (ROOT / "fromage").rglob("*.py")]
+    asked = [
+        re.findall(r"pip_install\((.)([\w-]+)\1\)", path.read_text("utf-8")) for path in (ROOT / "fromage").rglob("*.py")
+    ]
     named = {extra for found in asked for _, extra in found}
     assert len(named) > 5 and named <= set(extras) and pip_install("ray") == f"pip install '{DISTRIBUTION}[ray]'"
     said = [path for path in (*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "notebooks").glob("*"))

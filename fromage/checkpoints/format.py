@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import reduce
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import safetensors.torch
@@ -184,8 +185,12 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def write_folder(saved: Saved, folder: str | Path, overwrite: bool = False) -> None:
+def write_folder(
+    saved: Saved, folder: str | Path, overwrite: bool = False, beside: Mapping[str, bytes] = MappingProxyType({})
+) -> None:
     """Write a folder; with overwrite one that is there keeps its card, and files of others, and is replaced in all else.
+
+    beside: further files by name, or a card in place of ours.
 
     Each file is whole. What is killed between the two leaves new weights under the old config, which read_folder refuses.
     Raises UserError where such a folder is there already, or something else, and where it cannot be written.
@@ -204,6 +209,7 @@ def write_folder(saved: Saved, folder: str | Path, overwrite: bool = False) -> N
     config |= {"sha256": hashlib.sha256(content).hexdigest()}
     files = {WEIGHTS: content, CARD: printable(layout.card(config, count), "\n").encode(), CONFIG: as_json(config)}
     files |= {GENERATION: as_json(saved.generation)} if saved.generation else {}
+    files |= beside
     write_files(folder, {name: data for name, data in files.items() if name != CARD or not (folder / CARD).exists()})
     if not saved.generation:
         (folder / GENERATION).unlink(missing_ok=True)  # of the model that was replaced

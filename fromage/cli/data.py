@@ -302,17 +302,17 @@ def import_weights(
 
 
 def export_weights(
-    *, ckpt: str, out: Path, format: Literal["ours", "authors"] = "ours", dtype: DType | None = None,
-    visual_encoder: str | None = None, overwrite: bool = False,
+    *, ckpt: str, out: Path, format: Literal["ours", "authors", "sentence-transformers"] = "ours",
+    dtype: DType | None = None, visual_encoder: str | None = None, overwrite: bool = False,
 ) -> Result:  # fmt: skip
     """Write trained parameters, of FROMAGe or Octopus, as a folder to publish, or FROMAGe's as the authors' files.
 
     Args:
-        format: a folder for from_pretrained, or the authors' files
+        format: a folder for from_pretrained, the same for SentenceTransformer too, or the authors' files
         dtype: number type of the parameters (default: a folder's own; bfloat16 for a Lightning checkpoint)
         visual_encoder: with --format authors: the image tower's name on the Hugging Face hub
     """
-    check_free(out, overwrite, *(FOLDER if format == "ours" else AUTHORS))
+    check_free(out, overwrite, *(AUTHORS if format == "authors" else FOLDER))
     from fromage.checkpoints.authors import write_authors
     from fromage.checkpoints.format import write_folder
     from fromage.checkpoints.load import read_saved
@@ -323,6 +323,10 @@ def export_weights(
     saved = for_disk(model_class(saved.format), saved, dtype)
     if format == "ours":
         write_folder(saved, out, overwrite)
+    elif format == "sentence-transformers":
+        from fromage.interop.sentence_transformers_folder import write_sentence_transformers
+
+        write_sentence_transformers(saved, out, overwrite)
     else:
         write_authors(saved, out, visual_encoder, overwrite)
     return _written(saved, out)

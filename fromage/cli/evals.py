@@ -251,3 +251,19 @@ def answers(
     said = read_vqa(annotations) if annotations else None
     model = load_any(run.ckpt, run.device)
     return run.told(evaluate(model, data, answers_file, run.options(), max_new_tokens, said, model_id, overwrite))
+
+
+def mteb(*, ckpt: str, tasks: Sequence[str], batch_size: int = 64, device: str = "auto") -> Result:
+    """Run tasks of mteb and MIEB over texts and images, by their own runner.
+
+    Args:
+        tasks: name of a task, such as Flickr30kT2IRetrieval; repeat it for several. Its data comes from the hub
+    """
+    from tabulate import tabulate
+
+    from fromage.interop.mteb import evaluate, find_tasks
+    from fromage.models.fromage import load_model
+
+    found = find_tasks(tasks)
+    report = evaluate(load_model(ckpt, device), found, batch_size)
+    return Result(tabulate(report["table"]["rows"], report["table"]["head"], "github", floatfmt=".4f"), report)

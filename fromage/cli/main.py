@@ -84,6 +84,7 @@ COMMANDS: dict[str, Function] = {
     "eval pope": evals.pope,
     "eval instructions": evals.instructions,
     "eval answers": evals.answers,
+    "eval mteb": evals.mteb,
     "caption": talk.caption,
     "chat": talk.chat,
     "demo": talk.demo,

@@ -153,6 +153,13 @@ def in_checkpoint(text: str) -> str:
     return text
 
 
+def in_origin(text: str) -> str:
+    """The origin of a web page. Raises UserError for what is none."""
+    from fromage.serving.access import read_origin
+
+    return read_origin(text)
+
+
 def in_config(text: str) -> str:
     """A configuration, by name or path. Raises UserError where there is none."""
     from fromage.training.configs import find_config
@@ -175,6 +182,7 @@ SHARED: dict[str, tuple[str, Check | None]] = {
     "ckpt": ("checkpoint of `lightning fit`, folder of its run, exported folder or hub name", in_checkpoint),
     "config": ("configuration, as for `lightning fit`", in_config),
     "device": ("auto (the first there of cuda, mps and cpu), cpu, cuda or mps", device),
+    "cors": ("", in_origin),
     "embeddings": ("folder of `fromage index embed`", in_folder),
     "image": ("the image, file or URL", in_image),
     "images": ("folder of the images", in_images),

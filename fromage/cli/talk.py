@@ -166,17 +166,22 @@ def demo(*, opening: Opening, octopus: str | None = None, address: Address, deco
 
 
 def serve(
-    *, opening: Opening, address: Address, batch_size: int = 16, queue: int = 64, timeout: float = 60.0, decoding: Given
-) -> None:
-    """Answer programs over HTTP.
+    *, opening: Opening, address: Address, api_key_file: Path | None = None, cors: Sequence[str] = (),
+    batch_size: int = 16, queue: int = 64, timeout: float = 60.0, decoding: Given,
+) -> None:  # fmt: skip
+    """Answer programs over HTTP, by a protocol of its own and by OpenAI's.
 
     Args:
+        api_key_file: file of keys, one a line, of which a request must have one (Authorization: Bearer KEY)
+        cors: origin of web pages that may use the server, such as https://chat.example; repeat it for several
         batch_size: requests answered together
         queue: requests that may wait; beyond it the answer is 429
         timeout: time a request may take, in seconds
     """
+    from fromage.serving.access import Access, read_keys
     from fromage.serving.app import Capacity, serve
 
+    access = Access(read_keys(api_key_file) if api_key_file else (), cors)
     model, index, preset = opening.open()
     preset = preset.over(decoding=decoding.options())
-    serve(model, index, None, address.host, address.port, Capacity(batch_size, queue, timeout), preset)
+    serve(model, index, None, address.host, address.port, Capacity(batch_size, queue, timeout), preset, access)

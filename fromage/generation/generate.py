@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
@@ -56,6 +56,21 @@ class Answer:
         return [part for part in self.parts if isinstance(part, RetrievedImages)]
 
 
+class Stream(Generator[str | RetrievedImages]):
+    """The pieces of an answer while it is decoded; closing it stops decoding. ids: the tokens so far."""
+
+    def __init__(self, pieces: Generator[str | RetrievedImages], ids: list[int]) -> None:
+        self._pieces, self.ids = pieces, ids
+
+    def send(self, value: None) -> str | RetrievedImages:
+        """The next piece; that of the generator's protocol."""
+        return self._pieces.send(value)
+
+    def throw(self, *error: Any) -> str | RetrievedImages:
+        """Stop decoding by an exception."""
+        return self._pieces.throw(*error)
+
+
 def generate(
     model: Fromage,
     prompts: Sequence[Prompt],
@@ -102,7 +117,7 @@ def stream(
     index: ImageIndex | None = None,
     resolve: Resolve | None = None,
     starts: Starts = Starts.EACH,
-) -> Iterator[str | RetrievedImages]:
+) -> Stream:
     """The answer to one prompt, piece by piece while it is decoded; Answer.of joins the pieces.
 
     Decoding runs in a thread of its own and does not wait for the caller; closing the iterator stops it. Arguments and
@@ -122,7 +137,7 @@ def stream(
         except BaseException as error:  # raised in the caller's thread
             pieces.put(error)
 
-    def read() -> Iterator[str | RetrievedImages]:
+    def read() -> Generator[str | RetrievedImages]:
         thread = Thread(target=work, daemon=True)
         thread.start()
         try:
@@ -134,7 +149,7 @@ def stream(
             draft.done = True
             thread.join()
 
-    return read()
+    return Stream(read(), draft.ids)
 
 
 def caption(model: Fromage, images: str | ImageInput | Sequence[str | ImageInput], max_new_tokens: int = 32) -> list[str]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 
-from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from fromage.serving.refusals import refusal
 
 BODY = 32 << 20  # bytes of a request
 SLOW = 2.0  # seconds after which a body that is still arriving gives its place to the next request, if all are taken
@@ -29,7 +30,7 @@ class BodyLimit:
         if scope.get("method") != "POST":
             return await self.app(scope, receive, send)
         if self.free <= 0 and not self._give_way():
-            return await JSONResponse({"detail": BUSY}, 429, {"Retry-After": "1"})(scope, receive, send)
+            return await refusal(scope["path"], 429, BUSY, {"Retry-After": "1"})(scope, receive, send)
         self.free -= 1
         try:
             await self._answer(scope, receive, send)
@@ -58,7 +59,7 @@ class BodyLimit:
             status, detail = (
                 (413, str(error)) if isinstance(error, ValueError) else (408, "the request took too long to arrive")
             )
-            return await JSONResponse({"detail": detail}, status)(scope, receive, send)
+            return await refusal(scope["path"], status, detail)(scope, receive, send)
         rest = iter([body])
 
         async def replay() -> Message:

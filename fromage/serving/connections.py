@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections import Counter
+from collections.abc import Collection
 from typing import Any, ClassVar
 
 import uvicorn
@@ -33,10 +34,13 @@ def address(host: str, listening: socket.socket) -> str:
     return f"http://{shown}:{listening.getsockname()[1]}"
 
 
-def guarded(app: Any, host: str, seconds: float, **options: Any) -> uvicorn.Config:
-    """How uvicorn serves an application: to names that are allowed, within the limits of this module. options: uvicorn's."""
+def guarded(app: Any, host: str, seconds: float, origins: Collection[str] = (), **options: Any) -> uvicorn.Config:
+    """How uvicorn serves an application: to names and origins that are allowed, within the limits of this module.
+
+    options: uvicorn's.
+    """
     limits: dict[str, Any] = {"http": limited(seconds), "limit_concurrency": CONNECTIONS}
-    return uvicorn.Config(HostGuard(app, host), **(limits | options))
+    return uvicorn.Config(HostGuard(app, host, origins), **(limits | options))
 
 
 def limited(seconds: float, per_address: int = PER_ADDRESS) -> type[asyncio.Protocol]:

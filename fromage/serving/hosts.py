@@ -10,8 +10,11 @@ from __future__ import annotations
 import ipaddress
 import os
 import socket
+from collections.abc import Collection
 from typing import Any
 from urllib.parse import urlsplit
+
+from fromage.serving.refusals import refusal
 
 VARIABLE = "FROMAGE_ALLOWED_HOSTS"  # further names, with commas between, such as those of a reverse proxy
 
@@ -19,9 +22,9 @@ VARIABLE = "FROMAGE_ALLOWED_HOSTS"  # further names, with commas between, such a
 class HostGuard:
     """ASGI middleware: 403 where Host or Origin is neither local nor allowed. IP addresses pass as Host."""
 
-    def __init__(self, app: Any, host: str) -> None:
-        """host: the name or address that the server listens at; it is allowed."""
-        self.app = app
+    def __init__(self, app: Any, host: str, origins: Collection[str] = ()) -> None:
+        """host: the name or address that the server listens at; it is allowed. origins: of pages that are let in too."""
+        self.app, self.origins = app, {origin.encode() for origin in origins}
         named = os.environ.get(VARIABLE, "").split(",")
         self.allowed = {name.strip().lower() for name in (host, socket.gethostname(), "localhost", *named)} - {""}
 
@@ -32,21 +35,20 @@ class HostGuard:
             host = _name(f"//{headers.get(b'host', b'').decode('latin-1')}")
             origin = _name(headers[b"origin"].decode("latin-1")) if b"origin" in headers else host
             address = _address(host) is not None
-            if not (address or self._known(host)) or not (origin == host or self._known(origin)):
-                return await self._refuse(scope, send)
+            let_in = headers.get(b"origin", b"").lower() in self.origins
+            if not (address or self._known(host)) or not (let_in or origin == host or self._known(origin)):
+                return await self._refuse(scope, receive, send)
         return await self.app(scope, receive, send)
 
     def _known(self, name: str) -> bool:
         address = _address(name)
         return name in self.allowed or name.endswith(".localhost") or (address is not None and address.is_loopback)
 
-    async def _refuse(self, scope: Any, send: Any) -> None:
+    async def _refuse(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "websocket":
             return await send({"type": "websocket.close", "code": 1008})
-        body = f'{{"detail": "this name is not allowed; name it in {VARIABLE}"}}'.encode()
-        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-        await send({"type": "http.response.start", "status": 403, "headers": headers})
-        return await send({"type": "http.response.body", "body": body})
+        told = f"this name is not allowed; name it in {VARIABLE}"
+        return await refusal(scope["path"], 403, told)(scope, receive, send)
 
 
 def _name(address: str) -> str:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,7 +19,7 @@ from fromage.generation.generate import Answer, generate, stream
 from fromage.generation.retrieved import RetrievedImages
 from fromage.generation.styles import find_style
 from fromage.models.fromage import Fromage
-from fromage.models.prompts import Part
+from fromage.models.prompts import Part, Starts, prompt_length
 from fromage.retrieval.base import ImageIndex
 from fromage.retrieval.queries import embed_queries
 
@@ -47,29 +48,64 @@ class ModelRequest:
         return None if self.decoding.temperature > 0 and self.decoding.seed is not None else self.decoding
 
 
+@dataclass(frozen=True)
+class Usage:
+    """What an answer took.
+
+    Attributes:
+        prompt: tokens of the prompt, k for each image.
+        answer: tokens of the answer.
+        cut: whether it has as many as it may.
+    """
+
+    prompt: int
+    answer: int
+    cut: bool
+
+
 class ModelWorker:
     """Answers requests. Only one thread can call it."""
 
-    def __init__(self, model: Fromage, index: ImageIndex | None, style: str | None) -> None:
-        """Raises UserError for an unknown style and for an index of another model."""
+    def __init__(
+        self,
+        model: Fromage,
+        index: ImageIndex | None,
+        style: str | None,
+        took: Callable[[Usage], None] = lambda usage: None,
+    ) -> None:
+        """took: told what each answer took. Raises UserError for an unknown style and for an index of another model."""
         if index is not None:
             index.require_model(model)
-        self.model, self.index, self.style, self.stop = model, index, style, find_style(style, model).stop
+        self.model, self.index, self.style, self.took = model, index, style, took
+        self.stop = find_style(style, model).stop
 
-    def chat(self, requests: list[ModelRequest]) -> list[Answer]:
+    def chat(self, requests: list[ModelRequest]) -> list[tuple[Answer, Usage]]:
         """Answers to conversations with the same decoding options; retrieved images are not opened."""
-        prompts = [self._prompt(request) for request in self._encoded(requests)]
-        return generate(self.model, prompts, self._decoding(requests[0]), self.index, batch_size=len(prompts))
+        prompts, decoding = [self._prompt(request) for request in self._encoded(requests)], self._decoding(requests[0])
+        answers = generate(self.model, prompts, decoding, self.index, batch_size=len(prompts))
+        return [(answer, self._usage(prompt, decoding, answer.ids)) for prompt, answer in zip(prompts, answers, strict=True)]
 
-    def stream(self, requests: list[tuple[ModelRequest, Put]]) -> list[None]:
+    def stream(self, requests: list[tuple[ModelRequest, Put]]) -> list[Usage]:
         """The answer to one conversation, piece by piece, until `put` returns False."""
         ((request, put),) = requests
-        prompt = self._prompt(*self._encoded([request]))
-        with closing(stream(self.model, prompt, self._decoding(request), self.index)) as pieces:  # type: ignore[type-var]
+        prompt, decoding = self._prompt(*self._encoded([request])), self._decoding(request)
+        with closing(stream(self.model, prompt, decoding, self.index)) as pieces:
             for piece in pieces:
                 if not put(piece):
                     break
-        return [None]
+        return [self._usage(prompt, decoding, pieces.ids)]
+
+    def _usage(self, prompt: list[Part], decoding: Decoding, ids: list[int]) -> Usage:
+        usage = Usage(prompt_length(self.model, prompt), len(ids), len(ids) >= decoding.max_new_tokens)
+        self.took(usage)
+        return usage
+
+    def embed(self, requests: list[list[ModelRequest]]) -> list[tuple[np.ndarray, int]]:
+        """For each of some lists of B queries: their rows (B, q), and the number of their tokens."""
+        queries = [request.messages[0] for request in self._encoded([one for some in requests for one in some])]
+        rows = iter(embed_queries(self.model, queries).cpu().numpy())  # (q,) each
+        sizes = iter([prompt_length(self.model, query, Starts.ONCE) for query in queries])
+        return [(np.stack([*islice(rows, len(some))]), sum(islice(sizes, len(some)))) for some in requests]
 
     @torch.no_grad()
     def search(self, requests: list[ModelRequest]) -> list[RetrievedImages]:

@@ -10,6 +10,7 @@ from functools import partial
 from itertools import chain, zip_longest
 from typing import Any, TypeVar
 
+import numpy as np
 from PIL import Image
 
 from fromage.errors import BrokenSample, UserError
@@ -25,7 +26,8 @@ from fromage.retrieval.base import ImageIndex
 from fromage.retrieval.results import load_images
 from fromage.serving.batching import Batcher, Capacity
 from fromage.serving.image_ids import Gone, ImageIds
-from fromage.serving.model_worker import ModelRequest, ModelWorker
+from fromage.serving.metrics import Metrics
+from fromage.serving.model_worker import ModelRequest, ModelWorker, Usage
 from fromage.serving.schema import (
     Address,
     ChatReply,
@@ -54,11 +56,13 @@ class RequestHandler:
 
     def __init__(self, model: Fromage, index: ImageIndex | None, preset: Preset, capacity: Capacity) -> None:
         self.model, self.index, self.preset, self.capacity = model, index, preset, capacity
-        self.worker, self.ids = ModelWorker(model, index, preset.style), ImageIds(index)
+        self.metrics, self.ids = Metrics(), ImageIds(index)
+        self.worker = ModelWorker(model, index, preset.style, self._count)
 
     def open(self) -> None:
         """Start the thread that owns the model."""
         self.batcher = Batcher(self.capacity)
+        self.metrics.queue.set_function(lambda: self.batcher.waiting)
         self._threads = {kind: ThreadPoolExecutor(count, kind) for kind, count in THREADS.items()}
 
     def close(self) -> None:
@@ -67,17 +71,26 @@ class RequestHandler:
         for pool in self._threads.values():
             pool.shutdown(wait=False, cancel_futures=True)
 
+    def _count(self, usage: Usage) -> None:
+        self.metrics.prompt_tokens.inc(usage.prompt)
+        self.metrics.generated_tokens.inc(usage.answer)
+
     async def chat(self, request: ChatRequest) -> ChatReply:
         """The answer to a conversation."""
-        prepared = await self._prepared(request)
-        group = prepared.group() and ("chat", prepared.decoding)
-        answer = await asyncio.wrap_future(self.batcher.submit(self.worker.chat, prepared, group))
-        for shown in answer.shown:
-            await self._illustrate(shown, request.images)
+        answer, _ = await self.answer(request)
         return self.reply(answer)
 
-    async def pieces(self, request: ChatRequest) -> AsyncIterator[str | RetrievedImages]:
-        """The answer to a conversation, piece by piece; closing the iterator stops decoding."""
+    async def answer(self, request: ChatRequest) -> tuple[Answer, Usage]:
+        """The answer to a conversation, its images opened if they are wanted, and what it took."""
+        prepared = await self._prepared(request)
+        group = prepared.group() and ("chat", prepared.decoding)
+        answer, usage = await asyncio.wrap_future(self.batcher.submit(self.worker.chat, prepared, group))
+        for shown in answer.shown:
+            await self._illustrate(shown, request.images)
+        return answer, usage
+
+    async def pieces(self, request: ChatRequest) -> AsyncIterator[str | RetrievedImages | Usage]:
+        """The answer to a conversation, piece by piece, and what it took; closing the iterator stops decoding."""
         prepared, loop, wanted = await self._prepared(request), asyncio.get_running_loop(), True
         queue: asyncio.Queue[str | RetrievedImages | None] = asyncio.Queue()
 
@@ -92,7 +105,7 @@ class RequestHandler:
                 if isinstance(piece, RetrievedImages):
                     await self._illustrate(piece, request.images)
                 yield piece
-            future.result()
+            yield future.result()
         finally:
             wanted = False
             future.cancel()
@@ -103,7 +116,13 @@ class RequestHandler:
         prepared = ModelRequest([await self._parts(request.query)], k=request.k, where=request.where)
         shown = await asyncio.wrap_future(self.batcher.submit(self.worker.search, prepared, ("search", request.where)))
         await self._illustrate(shown, request.images)
-        return SearchReply(hits=self._found(shown))
+        return SearchReply(hits=self.found(shown))
+
+    async def embed(self, contents: list[list[Any]]) -> tuple[np.ndarray, int]:
+        """Queries of text and images -> (B, q) unit rows, and the number of their tokens."""
+        self.batcher.admit()
+        prepared = [ModelRequest([await self._parts(content)]) for content in contents]
+        return await asyncio.wrap_future(self.batcher.submit(self.worker.embed, prepared, "embed"))
 
     async def image(self, name: str) -> bytes:
         """An image of the index as JPEG. Raises UserError for an unknown id."""
@@ -116,7 +135,7 @@ class RequestHandler:
 
     def part(self, piece: str | RetrievedImages) -> Text | RetrievedPart:
         """A piece of an answer."""
-        return Text(text=piece) if isinstance(piece, str) else RetrievedPart(hits=self._found(piece))
+        return Text(text=piece) if isinstance(piece, str) else RetrievedPart(hits=self.found(piece))
 
     async def _illustrate(self, shown: RetrievedImages, images: bool) -> None:
         """If images are wanted, open small versions; the next best hit replaces an image that cannot be opened."""
@@ -164,7 +183,7 @@ class RequestHandler:
         except Gone:
             return None
 
-    def _found(self, shown: RetrievedImages) -> list[FoundImage]:
+    def found(self, shown: RetrievedImages) -> list[FoundImage]:
         """Hits for a reply, without their paths."""
         return [
             FoundImage(

@@ -17,6 +17,8 @@ from fromage.generation.generate import Answer
 from fromage.generation.retrieved import RetrievedImages
 from fromage.serving.batching import Busy, Closed
 from fromage.serving.body_limit import BODY, BUSY
+from fromage.serving.metrics import MEDIA_TYPE
+from fromage.serving.model_worker import Usage
 from fromage.serving.request_handler import RequestHandler
 from fromage.serving.schema import (
     ChatReply,
@@ -38,11 +40,13 @@ STATUS: dict[type[Exception], tuple[int, str]] = {
     TimeoutError: (504, "took too long; ask for less, or try later"),
 }
 T = TypeVar("T")
+Piece = str | RetrievedImages | Usage
 log = logging.getLogger("uvicorn.error")
 router = APIRouter()
 
 REFUSALS: dict[int | str, dict[str, Any]] = {
     400: {"model": Problem, "description": "The request is well-formed, but cannot be answered."},
+    401: {"model": Problem, "description": "The server wants a key, and there is none or a wrong one."},
     408: {"model": Problem, "description": "The request took too long to arrive."},
     413: {"model": Problem, "description": f"The request is larger than {BODY >> 20} MiB."},
     422: {"model": Faults, "description": "The request is not of the form described here."},
@@ -82,10 +86,10 @@ async def chat(body: ChatRequest, request: Request) -> Any:
     """
     handler: RequestHandler = request.app.state.handler
     if not body.stream:
-        return await _attended(request, handler.chat(body), handler.capacity.timeout)
+        return await attended(request, handler.chat(body), handler.capacity.timeout)
     ends = asyncio.get_running_loop().time() + handler.capacity.timeout
     pieces = handler.pieces(body)
-    first = await _attended(request, _next(pieces, ends), handler.capacity.timeout)
+    first = await attended(request, next_piece(pieces, ends), handler.capacity.timeout)
     return StreamingResponse(_events(handler, first, pieces, ends), media_type="text/event-stream")
 
 
@@ -93,7 +97,7 @@ async def chat(body: ChatRequest, request: Request) -> Any:
 async def search(body: SearchRequest, request: Request) -> SearchReply:
     """Find images of the index by words, by an image, or by both."""
     handler: RequestHandler = request.app.state.handler
-    return await _attended(request, handler.search(body), handler.capacity.timeout)
+    return await attended(request, handler.search(body), handler.capacity.timeout)
 
 
 @router.get("/pictures/{name}", include_in_schema=False)  # its path before version 0.2
@@ -110,7 +114,7 @@ async def image(name: ImageId, request: Request) -> Response:
     """An image of the index, as JPEG of at most 1024 pixels a side."""
     handler: RequestHandler = request.app.state.handler
     try:
-        return Response(await _attended(request, handler.image(name), handler.capacity.timeout), media_type="image/jpeg")
+        return Response(await attended(request, handler.image(name), handler.capacity.timeout), media_type="image/jpeg")
     except UserError as error:
         raise HTTPException(404, str(error)) from None
 
@@ -124,7 +128,14 @@ async def healthz(request: Request) -> Health:
     return Health(images=len(handler.index or ()), waiting=handler.batcher.waiting)
 
 
-async def _attended(request: Request, work: Coroutine[Any, Any, T], seconds: float) -> T:
+@router.get("/metrics", response_class=Response, responses={200: {"content": {MEDIA_TYPE: {"schema": {"type": "string"}}}}})
+async def metrics(request: Request) -> Response:
+    """Counts of requests, their times, the queue and tokens, as Prometheus reads them."""
+    handler: RequestHandler = request.app.state.handler
+    return Response(handler.metrics.page(), headers={"content-type": MEDIA_TYPE})
+
+
+async def attended(request: Request, work: Coroutine[Any, Any, T], seconds: float) -> T:
     """The result of some work; it is cancelled at the time limit or when the client has left."""
     task, gone = asyncio.create_task(work), asyncio.create_task(_gone(request))
     try:
@@ -142,23 +153,24 @@ async def _gone(request: Request) -> None:
         pass
 
 
-async def _next(pieces: AsyncIterator[str | RetrievedImages], ends: float) -> str | RetrievedImages | None:
+async def next_piece(pieces: AsyncIterator[Piece], ends: float) -> Piece | None:
+    """The next piece of an answer; None behind the last. Raises TimeoutError at the time `ends` of the loop."""
     async with asyncio.timeout_at(ends):
         return await anext(pieces, None)
 
 
 async def _events(
-    handler: RequestHandler, first: str | RetrievedImages | None, pieces: AsyncIterator[str | RetrievedImages], ends: float
+    handler: RequestHandler, first: Piece | None, pieces: AsyncIterator[Piece], ends: float
 ) -> AsyncIterator[str]:
     """An answer as server-sent events; `first` is its first piece."""
     said: list[str | RetrievedImages] = []
     piece = first
     try:
-        while piece is not None:
+        while not (piece is None or isinstance(piece, Usage)):
             said.append(piece)
             name = "text" if isinstance(piece, str) else "images"
             yield _event(name, handler.part(piece).model_dump_json(exclude={"type"}))
-            piece = await _next(pieces, ends)
+            piece = await next_piece(pieces, ends)
         yield _event("done", handler.reply(Answer.of(said)).model_dump_json())
     except Exception as error:
         if not isinstance(error, tuple(STATUS)):

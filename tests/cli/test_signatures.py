@@ -75,6 +75,8 @@ LINES = {  # command line: what it says of some options, defaults among them
     "chat -k 3": {"images_per_ret": 3},
     "chat --ret_bias -3 --max-new-tokens 8 --stop . --stop x": {"ret_bias": -3.0, "max_new_tokens": 8, "stop": [".", "x"]},
     "demo --port 80 --style alone": {"port": 80, "host": "127.0.0.1", "style": "alone"},
+    "eval mteb --ckpt c --tasks A --tasks B": {"tasks": ["A", "B"], "batch_size": 64},
+    "serve --cors https://a.example": {"cors": ["https://a.example"], "api_key_file": None},
     "serve --queue 2": {"queue": 2, "timeout": 60.0, "batch_size": 16},
     "completion bash": {"shell": "bash"},
 }
@@ -280,6 +282,8 @@ EARLY = {  # command line: what its only line says, before a heavy library is im
     "fit --config nobody.yaml": "configuration nobody.yaml",
     "index build --out o --ckpt a/b": "give either --embeddings, or --images with --ckpt",
     "demo --port {taken}": "(Address already in use); give another --port",
+    "serve --cors *": "give the origin of a page",
+    "serve --api-key-file gone": "gone: no such file",
     "serve --host 192.0.2.1": "give another --host",
     "shards tsv /etc/hostname --out /proc/x/y": "/proc/x/y: cannot be made",
     f"features . --out {'x' * 300}": "cannot be made (File name too long)",

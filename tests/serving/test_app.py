@@ -9,57 +9,18 @@ import socket
 import subprocess
 import sys
 import threading
-from contextlib import contextmanager
 from http.client import HTTPConnection
 from pathlib import Path
 from urllib.request import urlopen
 
 import pytest
 import uvicorn
-from httpx import ASGITransport, AsyncClient
-from served import SAY, captions, sent
+from served import SAY, captions, held, running, sent, until
 
 from fromage.errors import UserError
 from fromage.models.fromage import Fromage
 from fromage.serving.app import _Server, create_app, serve
 from fromage.serving.batching import Capacity
-
-
-@contextmanager
-def held(app, monkeypatch, name="search"):
-    """The model's thread held up at its first request, to see what it is given when it goes on."""
-    given, begun, go = [], threading.Event(), threading.Event()
-    work = getattr(app.state.handler.worker, name)
-
-    def wait(asked):
-        given.append(len(asked))
-        begun.set()
-        assert go.wait(10)
-        return work(asked)
-
-    monkeypatch.setattr(app.state.handler.worker, name, wait)
-    try:
-        yield given, begun, go
-    finally:
-        go.set()
-
-
-async def until(true):
-    for _ in range(1000):
-        if true():
-            return
-        await asyncio.sleep(0.01)
-    raise AssertionError("it never came")
-
-
-def running(app, case):
-    """Run a coroutine function that is given a client."""
-
-    async def run():
-        async with app.router.lifespan_context(app), AsyncClient(transport=ASGITransport(app), base_url="http://a") as c:
-            await case(c)
-
-    asyncio.run(run())
 
 
 def test_requests_that_come_meanwhile_are_answered_together_as_alone(app, client, monkeypatch, folder):

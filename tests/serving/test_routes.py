@@ -301,10 +301,16 @@ def test_names_that_are_not_unicode_and_addresses(model, index):
 
 def test_the_schema_tells_limits_and_examples(app):
     schema = app.openapi()
-    assert set(schema["paths"]) == {"/chat", "/search", "/images/{name}", "/healthz"}
+    openai = {"/v1/chat/completions", "/v1/embeddings", "/v1/models", "/v1/models/{name}"}
+    assert set(schema["paths"]) == {"/chat", "/search", "/images/{name}", "/healthz", "/metrics"} | openai
     shapes = schema["components"]["schemas"]
     assert shapes["DecodingOptions"]["properties"]["max_new_tokens"]["maximum"] == 512
-    for name, path in (("SearchRequest", "/search"), ("ChatRequest", "/chat")):
+    for name, path in (
+        ("SearchRequest", "/search"),
+        ("ChatRequest", "/chat"),
+        ("ChatCompletionRequest", "/v1/chat/completions"),
+        ("EmbeddingRequest", "/v1/embeddings"),
+    ):
         example = shapes[name]["examples"][0]
         with TestClient(app) as client:
             assert client.post(path, json=example).status_code == 200
@@ -327,7 +333,11 @@ def fuzz(app, method, path, mode):
     run()
 
 
-@pytest.mark.parametrize(("method", "path"), [("POST", "/chat"), ("POST", "/search"), ("GET", "/images/{name}")])
+ROUTES = [("POST", "/chat"), ("POST", "/search"), ("GET", "/images/{name}"), ("POST", "/v1/chat/completions"),
+          ("POST", "/v1/embeddings"), ("GET", "/v1/models/{name}")]  # fmt: skip
+
+
+@pytest.mark.parametrize(("method", "path"), ROUTES)
 def test_fuzzed_from_its_schema(app, method, path):
     fuzz(app, method, path, schemathesis.GenerationMode.POSITIVE)
     fuzz(app, method, path, schemathesis.GenerationMode.NEGATIVE)

@@ -108,8 +108,8 @@ def running(
         blocks = page(sessions, Pointing(octopus, sessions.lock) if octopus else None)
         shelf = shelf_at(str(folder))
         shelf.forget = blocks.upload_file_set.discard
-        options = {"log_level": "warning", "timeout_graceful_shutdown": 1}
-        server = uvicorn.Server(guarded(Guard(_app(blocks, host, port), shelf), host, SECONDS, **options))
+        guard = Guard(_app(blocks, host, port), shelf)
+        server = uvicorn.Server(guarded(guard, host, SECONDS, log_level="warning", timeout_graceful_shutdown=1))
         thread = Thread(target=server.run, args=([listening],), daemon=True)
         thread.start()
         try:

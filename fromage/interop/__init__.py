@@ -1,0 +1,1 @@
+"""FROMAGe where people already are: as a module of other libraries."""

@@ -1,0 +1,192 @@
+"""OpenAI's protocol, so that its clients work unmodified: /v1/chat/completions, /v1/embeddings and /v1/models."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+from uuid import uuid4
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import StreamingResponse
+from pydantic import BaseModel
+
+from fromage.errors import UserError
+from fromage.generation.generate import Answer
+from fromage.generation.options import LIMITS
+from fromage.models.prompts import max_length
+from fromage.serving.model_worker import Usage
+from fromage.serving.openai_schema import (
+    NAME,
+    ChatCompletion,
+    ChatCompletionRequest,
+    Choice,
+    Embedding,
+    EmbeddingRequest,
+    Embeddings,
+    ImageUrlPart,
+    ModelName,
+    OpenAIModel,
+    OpenAIModels,
+    OpenAIProblem,
+    OpenAIText,
+    OpenAIUsage,
+    Said,
+    found_part,
+    packed,
+)
+from fromage.serving.refusals import OPENAI, openai_error
+from fromage.serving.request_handler import RequestHandler
+from fromage.serving.routes import REFUSALS, STATUS, Piece, attended, next_piece, status_of
+
+log = logging.getLogger("uvicorn.error")
+router = APIRouter(prefix=OPENAI.rstrip("/"))
+STARTED = int(time.time())
+MOST = int((LIMITS["max_new_tokens"].served or (1, 1))[1])  # tokens of an answer
+
+
+class UnknownModel(UserError):
+    """A name of none of the server's models."""
+
+
+OPENAI_REFUSALS: dict[int | str, dict[str, Any]] = {
+    status: {"model": OpenAIProblem, "description": told["description"]}
+    for status, told in REFUSALS.items()
+    if status != 422
+} | {404: {"model": OpenAIProblem, "description": "The server has no such model."}}
+CHUNKS = {"text/event-stream": {"schema": {"type": "object"}, "example": 'data: {"choices": []}\n\ndata: [DONE]\n\n'}}
+
+
+@router.post(
+    "/chat/completions",
+    response_model=ChatCompletion,
+    responses={200: {"content": CHUNKS, "description": "The answer, or with stream its chunks"}, **OPENAI_REFUSALS},
+)
+async def chat_completions(body: ChatCompletionRequest, request: Request) -> Any:
+    """Answer a conversation, with words and with images of the index.
+
+    `content` of the answer is a string; where images were retrieved it is a list of `text` and `image_url` parts, in order.
+    In a stream `delta.content` is always a string, and images come as `delta.images`, a list of `image_url` parts.
+    """
+    handler, own = _handler(request, body.model), _own(request)
+    fits = (max_length(handler.model) or 2 * MOST) // 2  # of a conversation, older turns give way
+    asked = body.chat(own, min(MOST, fits))
+    about: dict[str, Any] = {"id": f"chatcmpl-{uuid4().hex}", "created": int(time.time())}
+    if not body.stream:
+        answer, usage = await attended(request, handler.answer(asked), handler.capacity.timeout)
+        choice = Choice.model_construct(
+            message=Said.model_construct(content=_content(handler, answer, own)), finish_reason=_end(usage)
+        )
+        made = ChatCompletion.model_construct(**about, choices=[choice], usage=_spent(usage))
+        return Response(made.model_dump_json(), media_type="application/json")
+    ends = asyncio.get_running_loop().time() + handler.capacity.timeout
+    pieces = handler.pieces(asked)
+    first = await attended(request, next_piece(pieces, ends), handler.capacity.timeout)
+    wants_usage = bool(body.stream_options and body.stream_options.include_usage)
+    chunks = _chunks(handler, about, own, wants_usage, first, pieces, ends)
+    return StreamingResponse(chunks, media_type="text/event-stream")
+
+
+@router.post("/embeddings", responses=OPENAI_REFUSALS)
+async def embeddings(body: EmbeddingRequest, request: Request) -> Embeddings:
+    """Embed texts, images, and lists of both in the space that images are searched in."""
+    handler = _handler(request, body.model)
+    if body.dimensions not in (None, handler.model.q):
+        raise UserError(f"dimensions {body.dimensions}: the model has {handler.model.q}; leave dimensions out")
+    contents = body.contents(_own(request))
+    rows, tokens = await attended(request, handler.embed(contents), handler.capacity.timeout)  # (B, q)
+    data = [
+        Embedding(index=i, embedding=packed(row) if body.encoding_format == "base64" else row.tolist())
+        for i, row in enumerate(rows)
+    ]
+    return Embeddings(data=data, usage=OpenAIUsage.of(tokens))
+
+
+@router.get("/models", responses={401: OPENAI_REFUSALS[401]})
+async def models() -> OpenAIModels:
+    """The models that the server has: one."""
+    return OpenAIModels(data=[OpenAIModel(created=STARTED)])
+
+
+@router.get("/models/{name}", responses={status: OPENAI_REFUSALS[status] for status in (400, 401, 404)})
+async def model(name: ModelName, request: Request) -> OpenAIModel:
+    """A model by its name."""
+    _handler(request, name)
+    return OpenAIModel(created=STARTED)
+
+
+def _handler(request: Request, name: str) -> RequestHandler:
+    if name != NAME:
+        raise UnknownModel(f"model {name[:60]!r}: the server has none of this name; name {NAME!r}")
+    return request.app.state.handler
+
+
+def _own(request: Request) -> str:
+    """What the addresses of this server's images begin with."""
+    return f"{request.base_url}images/"
+
+
+def _spent(usage: Usage) -> OpenAIUsage:
+    return OpenAIUsage.of(usage.prompt, usage.answer)
+
+
+def _end(usage: Usage) -> Any:
+    return "length" if usage.cut else "stop"
+
+
+def _content(handler: RequestHandler, answer: Answer, own: str) -> str | list[OpenAIText | ImageUrlPart]:
+    """An answer as content: a string where it has no images."""
+    content: list[OpenAIText | ImageUrlPart] = []
+    for piece in answer.parts:
+        if isinstance(piece, str):
+            content.append(OpenAIText(type="text", text=piece))
+        else:
+            content += [found_part(found, own) for found in handler.found(piece)]
+    texts = [part.text for part in content if isinstance(part, OpenAIText)]
+    return "".join(texts) if len(texts) == len(content) else content
+
+
+async def _chunks(
+    handler: RequestHandler,
+    about: dict[str, Any],
+    own: str,
+    wants_usage: bool,
+    first: Piece | None,
+    pieces: AsyncIterator[Piece],
+    ends: float,
+) -> AsyncIterator[str]:
+    """An answer as server-sent events; `first` is its first piece."""
+    about = about | {"object": "chat.completion.chunk", "model": NAME}
+    piece = first
+
+    def chunk(delta: dict[str, Any], end: str | None = None) -> str:
+        return _event(about | {"choices": [{"index": 0, "delta": delta, "finish_reason": end, "logprobs": None}]})
+
+    try:
+        yield chunk({"role": "assistant", "content": ""})
+        while not (piece is None or isinstance(piece, Usage)):
+            if isinstance(piece, str):
+                yield chunk({"content": piece})
+            elif images := [_plain(found_part(found, own)) for found in handler.found(piece)]:
+                yield chunk({"images": images})
+            piece = await next_piece(pieces, ends)
+        if piece is not None:
+            yield chunk({}, _end(piece))
+            if wants_usage:
+                yield _event(about | {"choices": [], "usage": _plain(_spent(piece))})
+        yield "data: [DONE]\n\n"
+    except Exception as error:
+        if not isinstance(error, tuple(STATUS)):
+            log.exception("a stream broke off")
+        yield _event({"error": openai_error(*status_of(error))})
+
+
+def _plain(made: BaseModel) -> dict[str, Any]:
+    return made.model_dump(mode="json")
+
+
+def _event(data: dict[str, Any]) -> str:
+    return f"data: {json.dumps(data)}\n\n"

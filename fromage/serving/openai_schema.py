@@ -1,0 +1,404 @@
+"""Schema of OpenAI's protocol as this server speaks it, and how its requests become ours."""
+
+from __future__ import annotations
+
+import base64
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import groupby
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
+
+from fromage.errors import UserError
+from fromage.serving.schema import (
+    CHARACTERS,
+    IMAGES,
+    MESSAGES,
+    PARTS,
+    PIXEL,
+    Address,
+    ChatRequest,
+    DecodingOptions,
+    FoundImage,
+    ImagePart,
+    Images,
+    Message,
+    RetrievedPart,
+    Stop,
+    Strict,
+    Text,
+    Words,
+    check_said,
+)
+
+NAME = "fromage"  # of the one model that a server has
+INPUTS = 128  # of a request for embeddings
+LONGEST = 4 * CHARACTERS  # characters of them in all
+DATA = re.compile(r"data:image/[\w.+-]+;base64,")
+
+ModelName = Annotated[str, Field(max_length=256, description="A name of /v1/models.", json_schema_extra={"enum": [NAME]})]
+Nothing = Annotated[list[Any], Field(max_length=0)]
+Zero = Annotated[float, Field(ge=0, le=0)]
+
+
+def _image_address(url: str) -> str:
+    if not DATA.match(url) and not (url.startswith(("http://", "https://")) and len(url) <= 2048):
+        raise ValueError("an image is data:image/TYPE;base64,DATA, or an http(s) address of up to 2048 characters")
+    return url
+
+
+class ImageUrl(Strict):
+    """Where an image is."""
+
+    url: Annotated[
+        str,
+        Field(description="data:image/png;base64,..., or an address, which the server fetches.", examples=[PIXEL]),
+        Field(json_schema_extra={"pattern": r"^(https?://[ -~]{1,2000}|data:image/[\w.+-]+;base64,[A-Za-z0-9+/=]*)$"}),
+        AfterValidator(_image_address),
+    ]
+    detail: Literal["auto", "low", "high"] | None = None
+
+
+class ImageUrlPart(Strict):
+    """An image within the request, on the web, or found before by this server (`hit`)."""
+
+    type: Literal["image_url"]
+    image_url: ImageUrl
+    hit: Annotated[FoundImage | None, Field(description="What this server said of an image that it found.")] = None
+
+
+class OpenAIText(Strict):
+    """Text. It is never read as a path, an address or a special token."""
+
+    type: Literal["text"]
+    text: Words
+
+
+OpenAIPart = Annotated[OpenAIText | ImageUrlPart, Field(discriminator="type")]
+TEXT, PARTS_OF, OBJECT = "a text", "its parts", "an object"  # tags; not identifiers, so that no fault's place shows them
+
+
+def _kind(value: Any) -> str:
+    return TEXT if isinstance(value, str) else PARTS_OF if isinstance(value, list) else OBJECT
+
+
+def _by_kind(wanted: str) -> Discriminator:
+    """One fault, of the kind that was given, not one of each."""
+    return Discriminator(_kind, custom_error_type="kind", custom_error_message=f"give {wanted}")
+
+
+TaggedText = Annotated[Words, Tag(TEXT)]
+TaggedParts = Annotated[list[OpenAIPart], Field(min_length=1, max_length=PARTS), Tag(PARTS_OF)]
+OpenAIContent = Annotated[TaggedText | TaggedParts, _by_kind("a text or a list of parts")]
+
+
+class OpenAIMessage(Strict):
+    """One side's words and images. The message of a reply may be sent back as it came."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: OpenAIContent | None = None
+    name: Annotated[str | None, Field(max_length=256, description="Not read.")] = None
+    refusal: None = None
+    annotations: Nothing | None = None
+    audio: None = None
+    function_call: None = None
+    tool_calls: Nothing | None = None
+
+
+class StreamOptions(Strict):
+    """Options of a stream."""
+
+    include_usage: bool | None = None
+    include_obfuscation: bool | None = None
+
+
+class PlainText(Strict):
+    """The only form of answers."""
+
+    type: Literal["text"]
+
+
+SAID: list[Any] = [{"role": "user", "content": [{"type": "text", "text": "a red star"},
+                    {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{PIXEL}"}}]}]  # fmt: skip
+
+
+class ChatCompletionRequest(Strict):
+    """A conversation so far. Adjacent messages of one side are read as one; a system message stands in front.
+
+    Fields of OpenAI's that this server cannot honour are refused unless they ask for nothing.
+    """
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"model": NAME, "messages": SAID, "max_tokens": 8}]})
+
+    model: ModelName
+    messages: Annotated[list[OpenAIMessage], Field(min_length=1, max_length=MESSAGES)]
+    max_completion_tokens: Annotated[
+        int | None,
+        Field(ge=1, description="Length of the answer, in tokens; at most 512, and half of what the model reads."),
+    ] = None
+    max_tokens: Annotated[int | None, Field(ge=1, description="The old name of max_completion_tokens.")] = None
+    temperature: Annotated[float | None, Field(ge=0, le=2)] = None
+    top_p: Annotated[float | None, Field(ge=1e-6, le=1)] = None
+    seed: Annotated[int | None, Field(ge=0, le=2**32 - 1)] = None
+    stop: Annotated[str, Field(min_length=1, max_length=64)] | Stop | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    n: Literal[1] | None = None
+    frequency_penalty: Zero | None = None
+    presence_penalty: Zero | None = None
+    logprobs: Literal[False] | None = None
+    response_format: PlainText | None = None
+    tools: Nothing | None = None
+    tool_choice: Literal["none", "auto"] | None = None
+    parallel_tool_calls: bool | None = None
+    modalities: Annotated[list[Literal["text"]], Field(max_length=1)] | None = None
+    user: Annotated[str | None, Field(max_length=256, description="Not read.")] = None
+    store: Literal[False] | None = None
+    metadata: Annotated[dict[str, Any] | None, Field(max_length=16, description="Not read.")] = None
+    decoding: Annotated[DecodingOptions, Field(description="Options of this server that OpenAI's protocol has not.")] = (
+        DecodingOptions()
+    )
+    images: Images = False
+
+    def chat(self, own: str, longest: int) -> ChatRequest:
+        """As a request of /chat. Raises UserError if it is none.
+
+        own: what addresses of this server's images begin with. longest: tokens of an answer, where more are asked for.
+        """
+        given: dict[str, Any] = {"temperature": self.temperature, "top_p": self.top_p, "seed": self.seed}
+        given["max_new_tokens"] = min(self.max_completion_tokens or self.max_tokens or 0, longest) or None
+        given["stop"] = [self.stop] if isinstance(self.stop, str) else self.stop
+        decoding = self.decoding.model_dump(exclude_unset=True) | {k: v for k, v in given.items() if v is not None}
+        with _ours():
+            messages = _turns(self.messages, own)
+            return ChatRequest(messages=messages, decoding=DecodingOptions(**decoding), images=self.images)
+
+
+class EmbeddingInput(Strict):
+    """A text, an image, or an image with a text behind it."""
+
+    text: Words | None = None
+    image: Annotated[str | None, Field(description="A data: URL, the file's bytes in base64, or an address.")] = None
+
+    @model_validator(mode="after")
+    def _check(self) -> EmbeddingInput:
+        if self.text is None and self.image is None:
+            raise ValueError("an input holds a text, an image, or both")
+        return self
+
+
+class EmbeddingRequest(Strict):
+    """Texts and images to embed: `input`, or `messages`, of which all contents are one input."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"model": NAME, "input": ["a red star", {"image": PIXEL}, SAID[0]["content"]]}]}
+    )
+
+    model: ModelName
+    input: Annotated[
+        Annotated[
+            TaggedText
+            | Annotated[
+                list[
+                    Annotated[
+                        TaggedText | TaggedParts | Annotated[EmbeddingInput, Tag(OBJECT)],
+                        _by_kind("a text, an object with text and image, or a list of content parts; no token ids"),
+                    ]
+                ],
+                Field(min_length=1, max_length=INPUTS),
+                Tag(PARTS_OF),
+            ],
+            _by_kind("a text or a list of inputs"),
+        ]
+        | None,
+        Field(description="A text, or a list of texts, of objects with text and image, and of lists of content parts."),
+    ] = None
+    messages: Annotated[list[OpenAIMessage] | None, Field(min_length=1, max_length=MESSAGES)] = None
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: Annotated[int | None, Field(ge=1, description="The width that the model has.")] = None
+    user: Annotated[str | None, Field(max_length=256, description="Not read.")] = None
+
+    @model_validator(mode="after")
+    def _check(self) -> EmbeddingRequest:
+        if (self.input is None) == (self.messages is None):
+            raise ValueError("give either input or messages")
+        return self
+
+    def contents(self, own: str) -> list[list[Any]]:
+        """The parts of each input. own: what addresses of this server's images begin with. Raises UserError as `chat`."""
+        listed = self.input if isinstance(self.input, list) else [self.input]
+        with _ours():
+            inputs = [_together(self.messages, own)] if self.messages else [_embedded(one, own) for one in listed]
+        texts = sum(len(part.text) for parts in inputs for part in parts if isinstance(part, Text))
+        images = sum(not isinstance(part, Text) for parts in inputs for part in parts)
+        for count, limit, what in ((texts, LONGEST, "characters"), (images, IMAGES, "images")):
+            if count > limit:
+                raise UserError(f"a request may hold {limit} {what} in all, not {count}; send less at a time")
+        for number, parts in enumerate(inputs):
+            try:
+                check_said(parts)
+            except ValueError as error:
+                raise UserError(f"input {number}: {error}") from None
+        return inputs
+
+
+@contextmanager
+def _ours() -> Iterator[None]:
+    """Raise UserError where what a request says is none of our requests."""
+    try:
+        yield
+    except ValidationError as error:
+        raise UserError(error.errors(include_input=False)[0]["msg"].removeprefix("Value error, ")) from None
+
+
+def _embedded(one: Any, own: str) -> list[Any]:
+    if not isinstance(one, EmbeddingInput):
+        return _parts(one, own)
+    image = one.image and (one.image if one.image.startswith(("http://", "https://", "data:")) else _data(one.image))
+    return [*([_image(image, None, own)] if image else []), *_parts(one.text, own)]
+
+
+def _data(encoded: str) -> str:
+    return f"data:image/any;base64,{encoded}"
+
+
+def _turns(messages: Sequence[OpenAIMessage], own: str) -> list[Message]:
+    """Messages with one turn for each side at a time."""
+    turns: Any = groupby(messages, lambda message: "system" if message.role == "developer" else message.role)
+    return [Message(role=role, content=_together(some, own)) for role, some in turns]
+
+
+def _together(messages: Iterable[OpenAIMessage], own: str) -> list[Any]:
+    """The parts of messages of one side, each on a line of its own."""
+    out: list[Any] = []
+    for message in messages:
+        out += [*([Text(text="\n")] if out else []), *_parts(message.content, own)]
+    return out
+
+
+def _parts(content: str | list[Any] | None, own: str) -> list[Any]:
+    """Content as parts of ours."""
+    if content is None or isinstance(content, str):
+        return [Text(text=content)] if content else []
+    return [
+        Text(text=part.text) if isinstance(part, OpenAIText) else _image(part.image_url.url, part.hit, own)
+        for part in content
+    ]
+
+
+def _image(url: str, hit: FoundImage | None, own: str) -> ImagePart | Address | RetrievedPart:
+    number = re.fullmatch(re.escape(own) + "([0-9a-f]{16})", url)
+    if hit or number:
+        return RetrievedPart(hits=[hit or FoundImage(id=number[1])])  # type: ignore[index]
+    if url.startswith("data:"):
+        if not DATA.match(url):
+            raise UserError("an image is data:image/TYPE;base64,DATA, base64 alone, or an http(s) address")
+        return ImagePart(type="image", data=url.partition(",")[2])
+    return Address(type="url", url=url)
+
+
+class OpenAIUsage(BaseModel):
+    """Tokens of a request."""
+
+    prompt_tokens: Annotated[int, Field(description="Of the prompt, k for each image.")]
+    completion_tokens: int = 0
+    total_tokens: int
+
+    @classmethod
+    def of(cls, prompt: int, answer: int = 0) -> OpenAIUsage:
+        """The counts with their sum."""
+        return cls(prompt_tokens=prompt, completion_tokens=answer, total_tokens=prompt + answer)
+
+
+class Said(BaseModel):
+    """The answer: a text; with images a list of parts."""
+
+    role: Literal["assistant"] = "assistant"
+    content: Annotated[
+        str | list[OpenAIText | ImageUrlPart],
+        Field(description="A string; where images were retrieved a list of text and image_url parts, in order."),
+    ]
+    refusal: None = None
+
+
+class Choice(BaseModel):
+    """The one answer."""
+
+    index: int = 0
+    message: Said
+    finish_reason: Literal["stop", "length"]
+    logprobs: None = None
+
+
+class ChatCompletion(BaseModel):
+    """An answer."""
+
+    id: str
+    object: Literal["chat.completion"] = "chat.completion"
+    created: int
+    model: str = NAME
+    choices: list[Choice]
+    usage: OpenAIUsage
+
+
+class Embedding(BaseModel):
+    """The row of one input."""
+
+    object: Literal["embedding"] = "embedding"
+    index: int
+    embedding: Annotated[list[float] | str, Field(description="Numbers, or base64 of float32 in little endian.")]
+
+
+class Embeddings(BaseModel):
+    """Rows of the retrieval space, of unit length."""
+
+    object: Literal["list"] = "list"
+    data: list[Embedding]
+    model: str = NAME
+    usage: OpenAIUsage
+
+
+class OpenAIModel(BaseModel):
+    """A model that the server has."""
+
+    id: str = NAME
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "fromage"
+
+
+class OpenAIModels(BaseModel):
+    """The models that the server has."""
+
+    object: Literal["list"] = "list"
+    data: list[OpenAIModel]
+
+
+class OpenAIError(BaseModel):
+    """What is wrong."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class OpenAIProblem(BaseModel):
+    """Why a request was not answered."""
+
+    error: OpenAIError
+
+
+def found_part(found: FoundImage, own: str) -> ImageUrlPart:
+    """An image that was found, as content: its small JPEG if that was asked for, else its address."""
+    url = f"data:image/jpeg;base64,{found.image}" if found.image else found.url or f"{own}{found.id}"
+    return ImageUrlPart.model_construct(
+        type="image_url", image_url=ImageUrl.model_construct(url=url), hit=found.model_copy(update={"image": None})
+    )
+
+
+def packed(row: Any) -> str:
+    """(q,) numbers as base64 of float32 in little endian."""
+    return base64.b64encode(row.astype("<f4").tobytes()).decode()
