@@ -3,13 +3,18 @@
 What their training writes, with towers, optimiser and a scheduler in it, is read too: only its tensors are looked at.
 Tensors are renamed and otherwise left as they are, dtype included, so that a file comes through both ways bit for bit. No
 tower is loaded for it. Their format ties [RET]'s two rows: a model with a second row at the output does not fit.
+
+Files of GILL, their next system, are read as far as they are FROMAGe's: the rows of its r [IMG] tokens, which stand where
+[RET] does, and the heads of retrieval. The rows are the embedding's last, or, where it was pruned, all of it. The state at
+the first [IMG] alone embeds a text: its head maps all r states, and keeps the first. What generates images is left out.
 """
 
 from __future__ import annotations
 
 import io
+import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,22 +30,42 @@ from fromage.checkpoints.format import (
     read_generation,
 )
 from fromage.checkpoints.safe_pickle import read_pickle
-from fromage.data.tokenizer import IMAGE, RET
+from fromage.data.tokenizer import IMAGE, RET, ret_tokens
 from fromage.errors import UserError, first_line
 from fromage.io import as_json, check_new, read_json, write_files
 
 PICKLE, ARGS = "pretrained_ckpt.pth.tar", "model_args.json"
-NAMES = {
-    "visual_prefix": "model.visual_embeddings",  # W_c
-    "text_head": "model.text_hidden_fcs.0.0",  # W_t
-    "image_head": "model.visual_fc",  # W_i
-}
-THEIRS = {f"{ours}.{part}": f"{theirs}.{part}" for ours, theirs in NAMES.items() for part in ("weight", "bias")}
-THEIRS |= {"ret.input": "ret_input_embeddings.weight", "logit_scale": "model.logit_scale"}
+
+
+class System(NamedTuple):
+    """One of their systems, and where its files have what it has of its own.
+
+    Attributes:
+        text_head: W_t in the pickle.
+        q: key of q in model_args.json.
+        fusion: how the states at its [RET] tokens become one, as fromage.models.fusion names it.
+    """
+
+    name: str
+    text_head: str
+    q: str
+    fusion: str
+
+    @property
+    def theirs(self) -> dict[str, str]:
+        """Names in their pickle, by ours."""
+        heads = {"visual_prefix": "model.visual_embeddings", "image_head": "model.visual_fc"}  # W_c, W_i
+        heads |= {"text_head": self.text_head}  # W_t
+        names = {f"{ours}.{part}": f"{theirs}.{part}" for ours, theirs in heads.items() for part in ("weight", "bias")}
+        return names | {"ret.input": "ret_input_embeddings.weight", "logit_scale": "model.logit_scale"}
+
+
+FROMAGE = System("FROMAGe", "model.text_hidden_fcs.0.0", "shared_emb_dim", "mean")
+GILL = System("GILL", "model.ret_text_hidden_fcs.0.model", "ret_emb_dim", "first")
 FROZEN = ("model.lm.", "model.visual_model.", "model.input_embeddings.")  # copies of the towers, where they were left in
 TABLES = ("model.input_embeddings.weight", "model.lm.model.decoder.embed_tokens.weight")  # the row of [RET] is in them too
-GILL = {"gen_emb_dim", "ret_emb_dim", "num_clip_tokens", "gen_token_idx"}  # keys of its model_args.json
-GILL_HEADS = ("model.gen_text_hidden_fcs.", "model.ret_text_hidden_fcs.")
+OF_GILL = {"gen_emb_dim", "ret_emb_dim", "num_clip_tokens", "gen_token_idx"}  # keys of its model_args.json
+GENERATES = "model.gen_text_hidden_fcs."  # of GILL: states at [IMG] -> the text encoder's space of Stable Diffusion
 # Hugging Face's CLIPs compute with QuickGELU, as towers of these names do whatever file their weights come from; load_clip
 # builds the plain names so for the tag 'openai' only.
 CLIPS = {
@@ -60,24 +85,29 @@ def read_authors(
     vision_weights: str | None = None,
     dtype: str = "bfloat16",
 ) -> Saved:
-    """The authors' files: the folder of both, or the pickle with model_args.json beside it.
+    """The authors' files, of FROMAGe or GILL: the folder of both, or the pickle with model_args.json beside it.
 
     lm, vision, vision_weights: the towers, where they go by other names here than in model_args.json. dtype: the one the
-    towers will be held in. Raises UserError for files that are missing, damaged or of another layout.
+    towers will be held in. Warns of what is left out of GILL's. Raises UserError for files that are missing, damaged or of
+    another layout.
     """
     file = _find_pickle(Path(path))
-    args = _read_args(file.parent / ARGS)
+    args, system = _read_args(file.parent / ARGS)
     ret = args["retrieval_token_idx"]
     if vision is None and args["visual_encoder"] not in CLIPS:
         raise UserError(f"{file.parent / ARGS}: unknown image tower {args['visual_encoder']}; name it by --vision")
     clip: dict[str, Any] = {"vision": vision, "vision_weights": vision_weights}
     if vision is None:
         clip = {"vision": CLIPS[args["visual_encoder"]], "vision_weights": vision_weights or "openai"}
-    sizes = {"k": args["n_visual_tokens"], "q": args["shared_emb_dim"]}
+    sizes = {"k": args["n_visual_tokens"], "q": args[system.q]}
     settings = {"lm": lm or args["opt_version"], **clip, **sizes, "dtype": dtype_name(dtype)}
     settings |= {"input_prompt": args["input_prompt"]}
-    tensors, generation = _read_tensors(file, **sizes, ret=ret), read_generation(file.parent)
-    return Saved(str(file), tensors, settings, {IMAGE: ret - 1, RET: ret}, generation=generation)
+    settings |= {"r": len(ret), "ret_attention": "sequential", "ret_fusion": system.fusion}
+    tensors, generation = _read_tensors(file, system, **sizes, ret=ret), read_generation(file.parent)
+    if system is GILL:
+        warnings.warn(f"{file}: is of GILL; what generates images is left out, its [IMG] tokens become [RET]", stacklevel=2)
+    added = {IMAGE: ret[0] - 1, **dict(zip(ret_tokens(len(ret)), ret, strict=True))}
+    return Saved(str(file), tensors, settings, added, generation=generation)
 
 
 def _find_pickle(path: Path) -> Path:
@@ -90,67 +120,68 @@ def _find_pickle(path: Path) -> Path:
     return found[0]
 
 
-def _read_args(path: Path) -> dict[str, Any]:
-    """model_args.json, its fields checked; retrieval_token_idx as a number."""
+def _read_args(path: Path) -> tuple[dict[str, Any], System]:
+    """model_args.json, its fields checked, retrieval_token_idx as a list; and whose it is."""
     try:
         args = read_json(path, "the file that came with the weights")
-        if isinstance(args, dict) and args.keys() & GILL:
-            raise _gill(path)
+        system = GILL if isinstance(args, dict) and args.keys() & OF_GILL else FROMAGE
         ret = args["retrieval_token_idx"]
-        args["retrieval_token_idx"] = ret[0] if isinstance(ret, list) and len(ret) == 1 else ret
+        args["retrieval_token_idx"] = ret = [ret] if type(ret) is int else ret
         args["input_prompt"] = args.get("input_prompt") or ""
-        kinds = {"opt_version": str, "visual_encoder": str, "n_visual_tokens": int, "shared_emb_dim": int}
-        for name, kind in (kinds | {"retrieval_token_idx": int, "input_prompt": str}).items():
+        kinds = {"opt_version": str, "visual_encoder": str, "n_visual_tokens": int, system.q: int, "input_prompt": str}
+        for name, kind in kinds.items():
             if not isinstance(args[name], kind):
                 raise ValueError(f"{name} cannot be {args[name]!r}")
-        if args.get("text_emb_layers", [-1]) != [-1]:
-            raise ValueError(f"text_emb_layers {args['text_emb_layers']}: only the last layer, [-1], is supported")
+        consecutive = isinstance(ret, list) and ret and type(ret[0]) is int and ret == [ret[0] + i for i in range(len(ret))]
+        if not consecutive or (system is FROMAGE and len(ret) > 1):
+            raise ValueError(f"retrieval_token_idx cannot be {ret!r}")
+        for name, only in (("text_emb_layers", [-1]), ("ret_text_fc_mode", "linear")):
+            if args.get(name, only) != only:
+                raise ValueError(f"{name} {args[name]}: only {only} is supported")
     except (ValueError, KeyError, TypeError) as error:
         said = {KeyError: f"no {error} in it", TypeError: "no object"}
         reason = said.get(type(error)) or first_line(error)
         raise UserError(f"{path}: of another layout ({reason}); fetch it again") from error
-    return args
+    return args, system
 
 
-def _gill(path: Path) -> UserError:
-    return UserError(
-        f"{path}: is of GILL, not of FROMAGe: it asks for images by several [IMG] tokens, which heads of its own read "
-        "(ret_text_hidden_fcs, gen_text_hidden_fcs), and has no [RET]; no part of it makes a FROMAGe: import FROMAGe's files"
-    )
-
-
-def _read_tensors(file: Path, k: int, q: int, ret: int) -> dict[str, Tensor]:
+def _read_tensors(file: Path, system: System, k: int, q: int, ret: list[int]) -> dict[str, Tensor]:
     """The pickle's trained parameters under our names, in their dtypes. Raises UserError unless just these are there.
 
-    ret: number of the row of [RET] in the embedding, where the file has the embedding in place of the row.
+    ret: numbers of the rows of [RET] in the embedding, where the file has the embedding in place of the rows.
     """
     content = read_pickle(file, foreign=True)
     state = content.get("state_dict") if isinstance(content, dict) else None
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"{file}: not a checkpoint of the authors: no 'state_dict' of tensors in it")
     state = {str(name).removeprefix("module."): value for name, value in state.items()}
-    if any(name.startswith(GILL_HEADS) for name in state):
-        raise _gill(file)
-    row, scale = THEIRS["ret.input"], THEIRS["logit_scale"]
-    table = next((state[name] for name in TABLES if name in state), None)  # (V, d)
+    for other in (FROMAGE, GILL):
+        if other is not system and f"{other.text_head}.weight" in state:
+            raise UserError(f"{file}: is of {other.name}, and {ARGS} beside it of {system.name}; give the one it came with")
+    theirs = system.theirs
+    row, scale = theirs["ret.input"], theirs["logit_scale"]
+    table = next((state[name] for name in TABLES if name in state), None)  # (V, d), or of GILL (r, d) where it was pruned
     if row not in state and table is not None:
-        if not (table.ndim == 2 and 0 <= ret < len(table)):
-            raise UserError(f"{file}: its embedding of {tuple(table.shape)} has no row {ret} for [RET], which {ARGS} names")
-        state[row] = table[ret : ret + 1].clone()  # (1, d)
-    state = {name: value for name, value in state.items() if not name.startswith(FROZEN)}
+        pruned = system is GILL and table.ndim == 2 and len(table) == len(ret)
+        if not pruned and not (table.ndim == 2 and 0 <= ret[0] <= ret[-1] < len(table)):
+            has = f"its embedding of {tuple(table.shape)} has no row {ret[-1]}"
+            raise UserError(f"{file}: {has} for [RET], which {ARGS} names")
+        state[row] = (table if pruned else table[ret[0] : ret[-1] + 1]).clone()  # (r, d)
+    unused = FROZEN + (GENERATES,) * (system is GILL)
+    state = {name: value for name, value in state.items() if not name.startswith(unused)}
     if row in state and state[row].ndim == 1:
         state[row] = state[row].unsqueeze(0)  # (d) -> (1, d)
     if scale in state and state[scale].shape == (1,):
         state[scale] = state[scale].squeeze(0)  # (1) -> ()
-    ours = {name: state[theirs] for name, theirs in THEIRS.items() if theirs in state}
-    want = {THEIRS[name]: shape for name, shape in parameter_shapes(ours, k, q).items()}
+    ours = {name: state[known] for name, known in theirs.items() if known in state}
+    want = {theirs[name]: shape for name, shape in parameter_shapes(ours, k, q, len(ret)).items()}
     if differs := differences(state, want):
         raise UserError(f"{file}: not of the layout that {ARGS} describes ({differs})")
     if odd := {str(v.dtype) for v in state.values()} - {"torch.float32", "torch.bfloat16", "torch.float16"}:
         raise UserError(f"{file}: holds {', '.join(sorted(odd))}; save it in float32, bfloat16 or float16")
     if wrong := [name for name, value in state.items() if not value.isfinite().all()]:
         raise UserError(f"{file}: {wrong[0]} holds numbers that are not finite; fetch it again, or train anew")
-    return {ours: state[theirs].contiguous() for ours, theirs in THEIRS.items()}
+    return {name: state[known].contiguous() for name, known in theirs.items()}
 
 
 def write_authors(saved: Saved, folder: str | Path, visual_encoder: str | None = None, overwrite: bool = False) -> None:
@@ -165,7 +196,11 @@ def write_authors(saved: Saved, folder: str | Path, visual_encoder: str | None =
         raise UserError(f"{saved.source}: is of {name}, and the authors' files are of FROMAGe; export it with --format ours")
     for name in (PICKLE, ARGS):
         check_new(Path(folder) / name, overwrite)
-    if saved.tensors.keys() != THEIRS.keys():
+    if saved.settings.get("r", 1) > 1 or saved.settings.get("ret_fusion", "mean") == "transformer":
+        has = f"its [RET] is {saved.settings['r']} tokens, fused by {saved.settings['ret_fusion']}"
+        raise UserError(f"{saved.source}: {has}, the authors' one as it is; export it with --format ours")
+    theirs = FROMAGE.theirs
+    if saved.tensors.keys() != theirs.keys():
         raise UserError(
             f"{saved.source}: the head of {saved.settings['lm']} is not tied to its embedding; the authors' format has no "
             "room for the second row of [RET]; export it with --format ours"
@@ -179,7 +214,7 @@ def write_authors(saved: Saved, folder: str | Path, visual_encoder: str | None =
     args |= {"retrieval_token_idx": saved.added_tokens[RET], **UNUSED}
     args |= {"input_prompt": prompt} if (prompt := saved.settings.get("input_prompt")) else {}
     content = io.BytesIO()
-    torch.save({"state_dict": {THEIRS[name]: value for name, value in saved.tensors.items()}}, content)
+    torch.save({"state_dict": {theirs[name]: value for name, value in saved.tensors.items()}}, content)
     files = {PICKLE: content.getvalue(), ARGS: as_json(args)}
     write_files(Path(folder), files | ({GENERATION: as_json(saved.generation)} if saved.generation else {}))
 

@@ -94,12 +94,15 @@ fetched by their names in {CONFIG}.
 """
 
 
+ONE_RET: dict[str, Any] = {"r": 1, "ret_attention": "sequential", "ret_fusion": "mean"}  # the paper's, and of older files
 TOWER_KINDS: dict[str, Any] = {"lm": str, "vision": str, "vision_weights": str | None, "dtype": str}
 LAYOUTS = {
     FORMAT: Layout(
         "FROMAGe",
-        {**TOWER_KINDS, "k": int, "q": int, "pooling": str, "input_prompt": str},
-        {"pooling": "ret", "input_prompt": ""},
+        TOWER_KINDS
+        | {"k": int, "q": int, "pooling": str, "input_prompt": str}
+        | {key: type(ONE_RET[key]) for key in ONE_RET},
+        {"pooling": "ret", "input_prompt": "", **ONE_RET},
         False,
         _fromage_card,
     ),
@@ -224,13 +227,13 @@ def dtype_name(name: str) -> str:
     return name
 
 
-def parameter_shapes(tensors: Mapping[str, Tensor], k: int, q: int) -> dict[str, tuple[int, ...]]:
-    """The shapes of a model's parameters by name: W_c (d k, m), W_t (q, d), W_i (q, m), e_RET (1, d), logit_scale ().
+def parameter_shapes(tensors: Mapping[str, Tensor], k: int, q: int, r: int = 1) -> dict[str, tuple[int, ...]]:
+    """The shapes of a model's parameters by name: W_c (d k, m), W_t (q, d), W_i (q, m), e_RET (r, d), logit_scale ().
 
     d and m are read off the tensors of e_RET and W_i; 0 where these are missing.
     """
     d, m = (tensors[name].shape[-1:].numel() if name in tensors else 0 for name in ("ret.input", "image_head.weight"))
-    shapes: dict[str, tuple[int, ...]] = {"ret.input": (1, d), "logit_scale": ()}
+    shapes: dict[str, tuple[int, ...]] = {"ret.input": (r, d), "logit_scale": ()}
     for name, (rows, width) in {"visual_prefix": (d * k, m), "text_head": (q, d), "image_head": (q, m)}.items():
         shapes |= {f"{name}.weight": (rows, width), f"{name}.bias": (rows,)}
     return shapes

@@ -224,8 +224,9 @@ class Overrides:
         dtype: number type of the frozen towers (overrides the config)
         step: training step, fast or reference (overrides the config)
         batch_size: pairs, or for Octopus rows, per step and device (overrides the config)
-        max_tokens: tokens of the longest caption, with </s> and [RET] (overrides the config)
+        max_tokens: tokens of the longest caption, with </s> and all [RET] (overrides the config)
         tokens: tokens of the mean caption, with </s>, without [RET] (default: 13)
+        r: [RET] tokens of a caption (overrides the config)
         chunk: examples whose activations exist at one time (overrides the config)
         quantize: number type of the language model's layers (overrides the config)
         activation_checkpointing: compute each layer again in the backward pass (overrides the config)
@@ -245,6 +246,7 @@ class Overrides:
     batch_size: int | None = None
     max_tokens: int | None = None
     tokens: float | None = None
+    r: int | None = None
     chunk: int | None = None
     quantize: Literal["int8", "nf4"] | None = None
     activation_checkpointing: bool = False

@@ -38,7 +38,7 @@ class Batch(NamedTuple):
     keys: list[str]
     captions: list[str]
     ids: Tensor  # (B, T) int64: bos y_1 ... y_n [RET], right-padded
-    lengths: list[int]  # B: tokens of each caption, [RET] included, without padding; on the host, for packing
+    lengths: list[int]  # B: tokens of each caption, all [RET] included, without padding; on the host, for packing
     pixels: Tensor | None  # (B, 3, H, W) uint8, resized and cropped; another transform may give float
     features: Tensor | None  # (B, m) stored pooled features, in the dtype of their tower
     more: Texts | None = None  # of validation: the images' other captions

@@ -56,7 +56,7 @@ class CC3M(pl.LightningDataModule):
             val_shards: Validation shards, in the same forms; null for none.
             batch_size: Pairs per training step on each device.
             val_batch_size: Pairs per validation step on each device; null for batch_size.
-            max_tokens: Maximum caption length in tokens, start token and [RET] included; [RET] is kept by truncation.
+            max_tokens: Maximum caption length in tokens, start token and all [RET] included; [RET] is kept by truncation.
             workers: Processes that decode images, per device; 0 decodes in the training process.
             shuffle: Size of the shuffle buffer in pairs per worker, kept undecoded; 0 keeps the stored order.
             max_broken: Maximum share (0 to 1) of broken samples; above it a worker stops the run.
@@ -146,6 +146,7 @@ class CC3M(pl.LightningDataModule):
         tokenizer = self.tokenizer or (model and model.tokenizer)
         if transform is None or tokenizer is None:
             raise RuntimeError("CC3M needs a transform and a tokenizer: call attach(transform, tokenizer), or use a Trainer")
+        check_whole("data.max_tokens", self.max_tokens, len(tokenizer.start()) + 1 + len(tokenizer.ret_ids))  # with a word
         width = getattr(model and model.vision, "width", None)
         how = decoding_as(transform, self.decoding)
         return Decode(how, tokenizer, self.max_tokens, self.captions_per_image, self.seed, width)

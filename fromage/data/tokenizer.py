@@ -13,16 +13,23 @@ from fromage.errors import UserError, first_line
 IMAGE, RET = "<|image|>", "[RET]"
 
 
+def ret_tokens(r: int) -> list[str]:
+    """The tokens that end a caption and ask for an image: [RET], and behind it [RET2] ... [RETr]."""
+    return [RET, *(f"{RET[:-1]}{i}]" for i in range(2, r + 1))]
+
+
 class PromptTokenizer:
     """The tokenizer of a causal LM plus two kinds of added tokens: places, then rows.
 
     A place is replaced by other embeddings, as <|image|> by the k embeddings of an image; it has no embedding of its own. A
     row has a trained embedding (fromage.models.special_tokens), as [RET]. FROMAGe's two have the ids of the released code
-    (50265 and 50266 for OPT).
+    (50265 and 50266 for OPT). With r > 1, [RET] stands for r tokens in a row, of which the first is chosen and the others
+    follow it: `ret_tokens`. Here alone is known which they are.
 
     Attributes:
         added: ids of the added tokens, by text.
         row_ids: consecutive ids of the rows among them.
+        ret_ids: ids of the r [RET] tokens, in order; empty for a tokenizer without [RET].
         vocab_size: V, tokens of the frozen LM, with ids below V.
         bos_id: first token of every text (OPT: 2, </s>), or None. Where the one of an instruct model opens turns
             (<|im_start|>), it is <|endoftext|>, which such families were pretrained with between their texts.
@@ -45,6 +52,7 @@ class PromptTokenizer:
         convert: Any = self.hf.convert_tokens_to_ids
         self.added = {token: int(convert(token)) for token in (*places, *rows)}
         self.row_ids = [self.added[token] for token in rows]
+        self.ret_ids = [self.added[token] for token in ret_tokens(len(rows)) if token in self.added]
         opens_turns = self.hf.bos_token is not None and self.hf.bos_token in source
         self.bos_id: int | None = self.special_id("<|endoftext|>") if opens_turns else self.hf.bos_token_id
         self.eos_id: int | None = self.hf.eos_token_id
@@ -58,7 +66,7 @@ class PromptTokenizer:
 
     @property
     def ret_id(self) -> int:
-        """Id of [RET]. Raises KeyError for a tokenizer without it."""
+        """Id of [RET], the first of ret_ids. Raises KeyError for a tokenizer without it."""
         return self.added[RET]
 
     def encode(self, text: str) -> list[int]:
@@ -104,9 +112,9 @@ class PromptTokenizer:
         return [] if self.bos_id is None else [self.bos_id]
 
     def caption(self, text: str, max_tokens: int) -> list[int]:
-        """[bos] y_1 ... y_n [RET], truncated to max_tokens with [RET] kept as the last token, as in the released code."""
+        """[bos] y_1 ... y_n [RET], truncated to max_tokens with all r [RET] kept at its end, as in the released code."""
         ids = self.start() + self.encode(text)
-        return [*ids[: max_tokens - 1], self.ret_id]
+        return [*ids[: max(max_tokens - len(self.ret_ids), 0)], *self.ret_ids]
 
     def decode(self, ids: list[int]) -> str:
         """The text of ids, without special tokens."""

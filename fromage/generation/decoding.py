@@ -2,7 +2,7 @@
 
 The loop is Hugging Face's `generate` with its key-value cache. We add rules for the [RET] logit (RetRules), sampling with a
 random generator per row (GumbelSampler), and hooks that read each step's tokens and the hidden state at each [RET]. A prompt
-has the same answer in a batch as alone.
+has the same answer in a batch as alone. Of r [RET] tokens the first is chosen, and the others follow it by rule.
 """
 
 from __future__ import annotations
@@ -44,8 +44,9 @@ def write(model: Fromage, prompts: Prompts, decoding: Decoding, drafts: Sequence
     with ExitStack() as hooks:
         hooks.enter_context(CpuLinears())
         hooks.enter_context(hf.get_output_embeddings().register_forward_pre_hook(steps.look))
-        if not decoding.use_cache:
-            hooks.enter_context(hf.register_forward_pre_hook(WholeSequence(model, prompts), with_kwargs=True))
+        if model.stacked or not decoding.use_cache:
+            sequences = Sequences(model, prompts, decoding.use_cache)
+            hooks.enter_context(hf.register_forward_pre_hook(sequences, with_kwargs=True))
         hf.generate(
             inputs_embeds=prompts.embeds,
             attention_mask=prompts.mask.long(),
@@ -62,21 +63,25 @@ def write(model: Fromage, prompts: Prompts, decoding: Decoding, drafts: Sequence
 
 
 class Draft:
-    """One answer while it is decoded. It emits text as soon as it is final, and the hidden state (d,) of each [RET]."""
+    """One answer while it is decoded. It emits text as soon as it is final, and the hidden states (r, d) of each [RET]."""
 
     def __init__(self, model: Fromage, decoding: Decoding, emit: Callable[[str | Tensor], Any]) -> None:
         self.tokenizer, self.decoding, self.emit = model.tokenizer, decoding, emit
         self.ends = end_ids(model, decoding.stop)
         self.ids: list[int] = []
         self.done = False
+        self._states: list[Tensor] = []  # hidden states (d,) at the tokens of a [RET], until there are r
         self._words: list[int] = []  # tokens since the last [RET]
         self._said = 0  # characters of them that have been emitted
 
     def step(self, token: int, hidden: Tensor) -> None:
-        """Take the next token. hidden: (d,) hidden state at the token before it, which matters if that was [RET]."""
-        if self.ids and self.ids[-1] == self.tokenizer.ret_id:
-            self.emit(hidden.clone())
-            self._words, self._said = [], 0
+        """Take the next token. hidden: (d,) hidden state at the token before it, which matters if that was of a [RET]."""
+        rets = self.tokenizer.ret_ids
+        if self.ids and self.ids[-1] in rets:
+            self._states.append(hidden.clone())
+        if len(self._states) == len(rets):
+            self.emit(torch.stack(self._states))  # (r, d)
+            self._states, self._words, self._said = [], [], 0
             if self.decoding.end_at_image and self.ids.count(self.tokenizer.ret_id) >= self.decoding.max_images:
                 self.done = True
                 return
@@ -85,7 +90,7 @@ class Draft:
             self.done = True
             return
         self.ids.append(token)
-        if token == self.tokenizer.ret_id:
+        if token in rets:
             self._say(everything=True)
             return
         self._words.append(token)
@@ -129,8 +134,8 @@ def processors(model: Fromage, decoding: Decoding, rows: range) -> Iterator[Logi
     if decoding.repetition_penalty != 1:
         yield RepetitionPenaltyLogitsProcessor(float(decoding.repetition_penalty))
     if model.lm.cap is not None:  # Hugging Face caps the head's -inf too
-        yield SuppressTokensLogitsProcessor([model.tokenizer.image_id], str(model.device))
-    yield RetRules(model.tokenizer.ret_id, decoding if model.pooling == "ret" else replace(decoding, max_images=0))
+        yield SuppressTokensLogitsProcessor([model.tokenizer.image_id, *model.tokenizer.ret_ids[1:]], str(model.device))
+    yield RetRules(model.tokenizer.ret_ids, decoding if model.pooling == "ret" else replace(decoding, max_images=0))
     if decoding.temperature > 0:
         yield TemperatureLogitsWarper(float(decoding.temperature))
         if decoding.top_k:
@@ -141,23 +146,29 @@ def processors(model: Fromage, decoding: Decoding, rows: range) -> Iterator[Logi
 
 
 class RetRules(LogitsProcessor):
-    """The [RET] bias, and where [RET] is not allowed.
+    """The [RET] bias, where [RET] is not allowed, and the r - 1 tokens that follow the first one of it.
 
     The released code multiplies the logit by a factor, which moves a negative logit the wrong way. Here a bias is added; the
-    factor is available as authors_ret_scale.
+    factor is available as authors_ret_scale. [RET] does not begin where the answer has no room for all r.
     """
 
-    def __init__(self, ret_id: int, decoding: Decoding) -> None:
-        self.ret_id, self.decoding = ret_id, decoding
+    def __init__(self, ret_ids: list[int], decoding: Decoding) -> None:
+        self.ret_ids, self.decoding = ret_ids, decoding
 
     def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
-        """ids (B, t) of the answers so far, scores (B, V + 2)."""
-        logit = scores[:, self.ret_id] * self.decoding.authors_ret_scale + self.decoding.ret_bias  # (B,)
-        barred = (ids == self.ret_id).sum(1) >= self.decoding.max_images  # (B,)
-        if ids.shape[1] < self.decoding.min_tokens:
+        """ids (B, t) of the answers so far, scores (B, V + 1 + r)."""
+        first, after = self.ret_ids[0], torch.tensor(self.ret_ids[1:], device=ids.device)  # after (r - 1,)
+        logit = scores[:, first] * self.decoding.authors_ret_scale + self.decoding.ret_bias  # (B,)
+        barred = (ids == first).sum(1) >= self.decoding.max_images  # (B,)
+        if not self.decoding.min_tokens <= ids.shape[1] <= self.decoding.max_new_tokens - len(self.ret_ids):
             barred = torch.ones_like(barred)
-        scores[:, self.ret_id] = logit.masked_fill(barred, -torch.inf)  # (B,)
-        return scores  # (B, V + 2)
+        scores[:, first] = logit.masked_fill(barred, -torch.inf)  # (B,)
+        if not len(after) or not ids.shape[1]:
+            return scores  # (B, V + 1 + r)
+        due = ids[:, -1:] == after - 1  # (B, r - 1), since their ids are consecutive
+        scores = scores.masked_fill(due.any(1, keepdim=True), -torch.inf)  # (B, V + 1 + r)
+        scores[:, after] = torch.zeros_like(scores[:, after]).masked_fill(~due, -torch.inf)  # (B, r - 1)
+        return scores  # (B, V + 1 + r)
 
 
 class GumbelSampler(LogitsProcessor):
@@ -171,9 +182,9 @@ class GumbelSampler(LogitsProcessor):
         self.generators = [torch.Generator(device).manual_seed(seed + row) for row in rows]
 
     def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
-        """scores (B, V + 2) -> (B, V + 2); -ln of an exponential variate is Gumbel noise."""
+        """scores (B, V + 1 + r) -> (B, V + 1 + r); -ln of an exponential variate is Gumbel noise."""
         noise = [torch.empty_like(scores[0]).exponential_(generator=generator) for generator in self.generators]
-        return scores - torch.stack(noise).log()  # (B, V + 2)
+        return scores - torch.stack(noise).log()  # (B, V + 1 + r)
 
 
 class Steps(StoppingCriteria):
@@ -195,22 +206,34 @@ class Steps(StoppingCriteria):
         return torch.tensor([draft.done for draft in self.drafts], device=ids.device)  # (B,)
 
 
-class WholeSequence:
-    """Hook before the language model: runs prompt and answer so far again, for decoding without a cache.
+class Sequences:
+    """Hook before the language model: what of prompt and answer so far it is to run, and what each token sees.
 
-    Hugging Face does not support this for prompts given as embeddings.
+    Without a cache it runs all of it again; Hugging Face does not support this for prompts given as embeddings. Where [RET]
+    is stacked, positions and mask are ours (Fromage.positions).
     """
 
-    def __init__(self, model: Fromage, prompts: Prompts) -> None:
-        self.model, self.embeds, self.mask, self.thread = model, prompts.embeds, prompts.mask.long(), get_ident()
+    def __init__(self, model: Fromage, prompts: Prompts, use_cache: bool) -> None:
+        self.model, self.use_cache, self.thread = model, use_cache, get_ident()
+        self.ids, self.embeds, self.mask = prompts.ids, prompts.embeds, prompts.mask
 
     def __call__(self, hf: torch.nn.Module, args: Any, named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        """Replace the newest ids (B, 1) and the cache by the embeddings (B, T + t, d) of prompt and answer."""
+        """Set positions and mask of the newest ids (B, 1); without a cache, replace them by the embeddings (B, T + t, d)."""
         if get_ident() != self.thread:
             return args, named
-        if named.get("input_ids") is not None:
-            self.embeds = torch.cat([self.embeds, self.model.embed(named["input_ids"])], dim=1)  # (B, T + t, d)
-            self.mask = F.pad(self.mask, (0, 1), value=1)  # (B, T + t)
-        positions = (self.mask.cumsum(1) - 1).clamp(min=0)  # (B, T + t)
-        whole = {"inputs_embeds": self.embeds, "attention_mask": self.mask, "position_ids": positions}
+        new = named.get("input_ids")
+        if new is not None:
+            self.ids = torch.cat([self.ids, new], dim=1)  # (B, T + t)
+            self.mask = F.pad(self.mask, (0, new.shape[1]), value=True)  # (B, T + t)
+        positions = self.model.positions(self.ids, self.mask)  # (B, T + t)
+        if positions is None:
+            positions, mask = (self.mask.cumsum(1) - 1).clamp(min=0), self.mask.long()  # (B, T + t) each
+        else:
+            mask = self.model.lm.visible(positions, self.mask)  # (B, 1, T + t, T + t)
+        if self.use_cache:
+            newest = self.ids.shape[1] if new is None else new.shape[1]
+            return args, named | {"attention_mask": mask[..., -newest:, :], "position_ids": positions[:, -newest:]}
+        if new is not None:
+            self.embeds = torch.cat([self.embeds, self.model.embed(new)], dim=1)  # (B, T + t, d)
+        whole = {"inputs_embeds": self.embeds, "attention_mask": mask, "position_ids": positions}
         return args, named | {"input_ids": None, "past_key_values": None, "use_cache": False} | whole

@@ -43,7 +43,7 @@ class Decoding:
     """How an answer is decoded. Raises UserError for values that mean nothing.
 
     Attributes:
-        max_new_tokens: length of the answer at most, in tokens, with [RET].
+        max_new_tokens: length of the answer at most, in tokens, with all tokens of each [RET].
         min_tokens: tokens before which no [RET] comes.
         min_new_tokens: tokens before which no </s> comes, as in Hugging Face's `generate`.
         temperature: temperature of sampling; 0 is greedy, and top_p and top_k then count for nothing.

@@ -68,13 +68,13 @@ class ImageRetriever:
         self.prompt, self.features = prompt, features
 
     def piece(self, piece: str | Tensor) -> str | RetrievedImages:
-        """A piece of a draft: text is returned unchanged, a hidden state (d,) at [RET] as its images."""
+        """A piece of a draft: text is returned unchanged, hidden states (r, d) at [RET] as its images."""
         return piece if isinstance(piece, str) else self.find(piece)
 
     @torch.no_grad()
     def find(self, hidden: Tensor) -> RetrievedImages:
-        """hidden (d,) -> the images nearest to W_t h + b, normalised (section 3.2)."""
-        row = self.model.embed_ret(hidden.unsqueeze(0)).cpu().numpy()[0]  # (1, d) -> (q,)
+        """hidden (r, d) -> the images nearest to W_t h + b, fused and normalised (section 3.2)."""
+        row = self.model.embed_ret(hidden.unsqueeze(0)).cpu().numpy()[0]  # (1, r, d) -> (q,)
         if self.index is None:
             return RetrievedImages(row, why_empty="there is no index to find one in")
         fresh = self._fresh(self.index, row)

@@ -60,8 +60,10 @@ def score(
             raise UserError(f"continuation {number} is empty; there is nothing to score in it")
     counts = torch.tensor([len(row) for row in rows], dtype=torch.long, device=model.device)  # (C,)
     prompted = embed_prompts(model, [prompt], max(map(len, rows), default=0), starts)
-    prefix = Causal(PackedLayout([prompted.ids.shape[1]], model.device), keep=True)  # one sequence, S = 1
-    last = model.lm.packed(prompted.embeds, prefix.layout.positions, prefix)[-1:]  # (1, T, d) -> (1, d)
+    shared = model.positions(prompted.ids, prompted.mask)  # (1, T)
+    layout = PackedLayout([prompted.ids.shape[1]], model.device, None if shared is None else shared[0])
+    prefix = Causal(layout, keep=True)  # one sequence, S = 1
+    last = model.lm.packed(prompted.embeds, layout.positions, prefix)[-1:]  # (1, T, d) -> (1, d)
     if unshifted:
         return LogLikelihoods(branch_totals(model.lm, prefix, rows, rows), counts)
     first = torch.tensor([row[0] for row in rows], dtype=torch.long, device=model.device)  # (C,)
@@ -75,17 +77,20 @@ def score_prompts(
 ) -> LogLikelihoods:
     """log p of the text of whole prompts, in nats: of every token behind an earlier one, images excepted.
 
-    [image, "a cat"] is scored as captioning trains it: </s> behind the image counts too. batch_size: prompts that run at a
-    time, packed. Raises UserError for a prompt without such a token, and as embed_prompts does.
+    [image, "a cat"] is scored as captioning trains it: </s> behind the image counts too, and of r [RET] tokens the first.
+    batch_size: prompts that run at a time, packed. Raises UserError for a prompt without such a token, and as embed_prompts
+    does.
     """
     check_whole("batch_size", batch_size, 1)
     prompts = listed(prompts)
     totals, counts = [torch.zeros(0, device=model.device)], [torch.zeros(0, dtype=torch.long, device=model.device)]
     for begin in range(0, len(prompts), batch_size):
         batch = embed_prompts(model, prompts[begin : begin + batch_size], starts=starts)
-        layout = PackedLayout(batch.mask.sum(1).tolist(), model.device)
+        shared = model.positions(batch.ids, batch.mask)  # (B, T)
+        layout = PackedLayout(batch.mask.sum(1).tolist(), model.device, None if shared is None else shared[batch.mask])
         hidden = model.lm.packed(batch.embeds[batch.mask].unsqueeze(0), layout.positions, Causal(layout))  # (N, d)
-        scored = (batch.ids != model.tokenizer.image_id)[:, 1:] & batch.mask[:, :-1]  # (B, T - 1): a token behind another
+        given = torch.tensor([model.tokenizer.image_id, *model.tokenizer.ret_ids[1:]], device=model.device)  # nobody chooses
+        scored = ~torch.isin(batch.ids, given)[:, 1:] & batch.mask[:, :-1]  # (B, T - 1): a token behind another
         if not bool((tokens := scored.sum(1)).all()):
             raise UserError("a prompt to score has no text behind its first token; write at least one word")
         before = F.pad(scored, (0, 1))[batch.mask]  # (N,): the tokens in front of those
@@ -104,8 +109,8 @@ def branch_totals(lm: LanguageModel, prefix: Causal, rows: list[list[int]], targ
         lengths = [len(rows[i]) for i in some]
         flat = [[i, token, target] for i in some for token, target in zip(rows[i], targets[i], strict=True)]
         owner, ids, wanted = to_device(flat, device).T  # (N, 3) -> (N,) each
-        positions = prefix.layout.max_seqlen + PackedLayout(lengths, device).positions  # (N,)
-        hidden = lm.packed(lm.embed(ids.unsqueeze(0)), positions, Branches(prefix, lengths, device))  # (N, d)
+        attend = Branches(prefix, lengths, device)
+        hidden = lm.packed(lm.embed(ids.unsqueeze(0)), attend.positions, attend)  # (N, d)
         total.index_add_(0, owner, log_likelihoods(lm, hidden, wanted))
     return total
 

@@ -4,7 +4,8 @@ Where to look:
 
     fromage             FROMAGe's trained parameters: visual prefix W_c, text head W_t, image head W_i
     base                the visual prefix as FROMAGe and Octopus share it
-    special_tokens      the [RET] row: one trained row beside a frozen vocabulary
+    special_tokens      the [RET] rows: trained rows beside a frozen vocabulary
+    fusion              one embedding from the states at several [RET] tokens
     language_model      the frozen language model; packed_attention runs it without padding
     vision              the frozen vision towers
     prompts             interleaved text and images -> input embeddings
@@ -19,7 +20,9 @@ The legend of shapes, for all packages:
     d   width of the language model
     q   width of the retrieval space
     V   tokens of the frozen vocabulary
-    n   trained rows beside it: 1 for [RET]; also distinct images of a batch of prompts
+    n   trained rows beside it, r for [RET]; also distinct images of a batch of prompts
+    r   [RET] tokens at the end of a caption or query; the paper has 1
+    f   trained rows that are never chosen, but follow another: r - 1
     c   positions whose logits are computed at a time
     C   continuations that are scored
     W   devices

@@ -3,12 +3,17 @@
 The trained parameters (the legend of shapes is in fromage.models):
 
     visual prefix   W_c  (d k x m)   image features -> k input embeddings                           section 3.1
-    [RET]           e    (d)         asks for an image; see fromage.models.special_tokens           section 3.2
+    [RET]           e    (r x d)     asks for an image; see fromage.models.special_tokens           section 3.2
     text head       W_t  (q x d)     hidden state at [RET] -> retrieval space                       section 3.2
+    fusion                           of the r states there, if it has parameters; see fromage.models.fusion
     image head      W_i  (q x m)     image features -> retrieval space                              section 3.2
     logit_scale                      log of the inverse temperature, starts at ln(1 / 0.07)
 
 The released code, and so this one, adds a bias to each of the three maps, which the paper's formulas leave out.
+
+The paper has r = 1. With r > 1, as in its successors GILL and MCL, [RET] is r tokens in a row, [RET], [RET2] ... [RETr], at
+the end of every caption and query. Sequential ones see their predecessors (GILL); stacked ones share one position, and each
+sees what stands before and itself alone (MCL). Which ids they are, only the tokenizer knows.
 
 Source: Koh, Salakhutdinov, Fried, "Grounding Language Models to Images for Multimodal Inputs and Outputs", ICML 2023.
 """
@@ -24,17 +29,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fromage.checkpoints.format import FORMAT, Saved, differences, dtype_name, parameter_shapes
+from fromage.checkpoints.format import FORMAT, ONE_RET, Saved, differences, dtype_name, parameter_shapes
 from fromage.checks import check_whole
+from fromage.data.tokenizer import ret_tokens
 from fromage.errors import UserError
 from fromage.models.base import digest
+from fromage.models.fusion import RetFusion, make_fusion
 from fromage.models.language_model import LanguageModel, Quantized, load_lm
 from fromage.models.pretrained import Pretrained
 from fromage.models.prompts import RET, ImageInput, Prompt, Starts, embed_prompts, listed, parts_of
 from fromage.models.vision.base import VisionTower
 from fromage.models.vision.registry import load_vision
 
-OTHER = "{source}: of another architecture ({differs}); give the lm, vision, k and q it was trained with"
+OTHER = "{source}: of another architecture ({differs}); give the lm, vision, k, q, r and ret_fusion it was trained with"
+RetAttention = Literal["sequential", "stacked"]  # what r > 1 [RET] tokens see: their predecessors, or not one another
 Pooling = Literal["ret", "last"]  # which hidden state embeds a text: the one at [RET], or at its last word (an ablation)
 
 
@@ -47,23 +55,41 @@ class Fromage(Pretrained):
 
     kind = FORMAT
 
-    def __init__(self, lm: LanguageModel, vision: VisionTower, k: int = 1, q: int = 256, pooling: Pooling = "ret") -> None:
-        """k: input embeddings per image. q: width of the retrieval space.
+    def __init__(
+        self,
+        lm: LanguageModel,
+        vision: VisionTower,
+        k: int = 1,
+        q: int = 256,
+        pooling: Pooling = "ret",
+        ret_attention: RetAttention = "sequential",
+        ret_fusion: RetFusion = "mean",
+    ) -> None:
+        """k: input embeddings per image. q: width of the retrieval space. r: as many [RET] as the tokenizer has.
 
         pooling: which hidden state embeds a text. With 'last' the model never answers with images, and "at [RET]" below
-        means at the last token before it. Raises UserError where 'last' is impossible: an empty text would have no token.
+        means at the last token before it. Raises UserError where 'last' is impossible: an empty text would have no token,
+        or several [RET] tokens would stand for nothing.
         """
         super().__init__(lm, vision, k)
-        if pooling not in get_args(Pooling):  # of a file, say
-            raise UserError(f"pooling {pooling}: must be {' or '.join(get_args(Pooling))}")
+        choices = {"pooling": (pooling, Pooling), "ret_attention": (ret_attention, RetAttention)}
+        for name, (value, known) in (choices | {"ret_fusion": (ret_fusion, RetFusion)}).items():
+            if value not in get_args(known):  # of a file, say
+                raise UserError(f"{name} {value}: must be {' or '.join(get_args(known))}")
+        self.r = len(lm.tokenizer.ret_ids)
         if pooling == "last" and not lm.tokenizer.start():
             raise UserError(f"{lm.name}: its texts have no start token, so an empty one has no last word; use pooling 'ret'")
-        self.q, self.pooling = q, pooling
+        if pooling == "last" and self.r > 1:
+            raise UserError(f"r {self.r}: with pooling 'last' no text is read at [RET]; use r 1, or pooling 'ret'")
+        self.q, self.pooling, self.ret_attention, self.ret_fusion = q, pooling, ret_attention, ret_fusion
+        self.stacked = ret_attention == "stacked" and self.r > 1
+        self.ret_offsets = [0 if self.stacked else i for i in range(self.r)]  # positions of [RET] behind a text's end
         self.visual_prefix = nn.Linear(vision.width, k * lm.width)  # W_c: (B, m) -> (B, k d)
         self.text_head = nn.Linear(lm.width, q)  # W_t: (B, d) -> (B, q)
         self.image_head = nn.Linear(vision.width, q)  # W_i: (B, m) -> (B, q)
-        self.ret = lm.added  # e_RET (1, d)
+        self.ret = lm.added  # e_RET (r, d)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        self.fusion = make_fusion(ret_fusion, q)  # (B, r, q) -> (B, q)
         self.settings: dict[str, Any] = {}
         self.input_prompt = ""
 
@@ -81,19 +107,26 @@ class Fromage(Pretrained):
         quantize: Quantized | None = None,
         seed: int = 0,
         input_prompt: str = "",
+        r: int = 1,
+        ret_attention: RetAttention = "sequential",
+        ret_fusion: RetFusion = "mean",
     ) -> Fromage:
         """Build from names, with newly initialised trained parameters; load_lm and load_vision say what a name may be.
 
         The same seed gives the same trained parameters, and the same towers where they have random weights. input_prompt:
-        text that captions are generated behind, such as the released model's "A picture of".
+        text that captions are generated behind, such as the released model's "A picture of". r, ret_attention, ret_fusion:
+        number of [RET] tokens, what they see, and how their hidden states become one.
         """
         here = dtype_name(dtype)
+        check_whole("r", r, 1)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             tower = load_vision(vision, vision_weights, here, random_weights)
-            model = cls(load_lm(lm, here, random_weights, quantize), tower, k, q, pooling)
+            language_model = load_lm(lm, here, random_weights, quantize, ret_tokens(r))
+            model = cls(language_model, tower, k, q, pooling, ret_attention, ret_fusion)
         model.settings = {"lm": lm, "vision": vision, "vision_weights": vision_weights, "k": k, "q": q, "dtype": dtype}
         model.settings |= {"pooling": pooling, "random_weights": random_weights, "input_prompt": input_prompt}
+        model.settings |= {"r": r, "ret_attention": ret_attention, "ret_fusion": ret_fusion}
         model.input_prompt = input_prompt
         return model
 
@@ -112,15 +145,27 @@ class Fromage(Pretrained):
         return F.normalize(self.image_head(features.float()), dim=-1)  # (B, m) -> (B, q)
 
     def embed_ret(self, hidden: Tensor) -> Tensor:
-        """(B, d) hidden states at [RET] -> (B, q) unit rows: W_t h + b, normalised (section 3.2)."""
-        return F.normalize(self.text_head(hidden.float()), dim=-1)  # (B, d) -> (B, q)
+        """(B, r, d) hidden states at [RET] -> (B, q) unit rows: W_t h + b of each, fused, normalised (section 3.2)."""
+        return F.normalize(self.fusion(self.text_head(hidden.float())), dim=-1)  # (B, r, d) -> (B, r, q) -> (B, q)
+
+    def positions(self, ids: Tensor, mask: Tensor) -> Tensor | None:
+        """(B, T) ids, of which the bool mask shows the tokens -> (B, T) positions where [RET] is stacked; None elsewhere.
+
+        The r tokens of a stacked [RET] share one position, and the token behind them has the next: it sees all of them.
+        """
+        if not self.stacked:
+            return None
+        follows = torch.isin(ids, torch.tensor(self.tokenizer.ret_ids[1:], device=ids.device))  # (B, T)
+        return ((mask & ~follows).cumsum(1) - 1).clamp(min=0)  # (B, T)
 
     def hidden_at_ret(self, ids: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor]:
-        """Run right-padded texts (B, T) that end in [RET]: hidden states (B, T, d), and the one at [RET] (B, d)."""
+        """Run right-padded texts (B, T) that end in [RET]: hidden states (B, T, d), and those at [RET] (B, r, d)."""
         ends = torch.tensor(lengths, device=ids.device).unsqueeze(1)  # (B, 1)
-        hidden = self.lm(self.embed(ids), torch.arange(ids.shape[1], device=ids.device) < ends)  # (B, T, d)
-        at = ends - (1 if self.pooling == "ret" else 2)  # (B, 1)
-        return hidden, hidden.gather(1, at.unsqueeze(2).expand(-1, -1, hidden.shape[2])).squeeze(1)  # (B, 1, d) -> (B, d)
+        mask = torch.arange(ids.shape[1], device=ids.device) < ends  # (B, T)
+        hidden = self.lm(self.embed(ids), mask, self.positions(ids, mask))  # (B, T, d)
+        first = ends - (self.r if self.pooling == "ret" else 2)  # (B, 1)
+        at = first + torch.arange(self.r, device=ids.device)  # (B, r)
+        return hidden, hidden.gather(1, at.unsqueeze(2).expand(-1, -1, hidden.shape[2]))  # (B, T, d) -> (B, r, d)
 
     @torch.no_grad()
     def embed_text(self, prompts: Sequence[Prompt], batch_size: int = 128, starts: Starts = Starts.ONCE) -> Tensor:
@@ -136,18 +181,18 @@ class Fromage(Pretrained):
         for start in range(0, len(prompts), batch_size):
             some = [[*parts_of(prompt), *suffix] for prompt in prompts[start : start + batch_size]]
             batch = embed_prompts(self, some, starts=starts)
-            out.append(self.embed_ret(self.lm(batch.embeds, batch.mask)[:, -1]))  # (b, T, d) -> (b, q)
+            hidden = self.lm(batch.embeds, batch.mask, self.positions(batch.ids, batch.mask))  # (b, T, d)
+            out.append(self.embed_ret(hidden[:, -self.r :]))  # (b, r, d) -> (b, q)
         return torch.cat(out)  # (B, q)
 
     @classmethod
     def check_settings(cls, settings: Mapping[str, Any], saved: Saved) -> None:
-        """Raise UserError unless saved parameters are of the k and q on record."""
-        k, q = settings.get("k"), settings.get("q")
-        if not (type(k) is type(q) is int and min(k, q) > 0):
-            raise UserError(
-                f"{saved.source}: k {k!r} and q {q!r} are not both numbers from 1; give those it was trained with"
-            )
-        want = parameter_shapes(saved.tensors, k, q)
+        """Raise UserError unless saved parameters are of the k, q and r on record."""
+        sizes = {"k": settings.get("k"), "q": settings.get("q"), "r": settings.get("r", 1)}
+        for name, value in sizes.items():
+            if type(value) is not int or value < 1:
+                raise UserError(f"{saved.source}: {name} {value!r} is not a number from 1; give the one it was trained with")
+        want = parameter_shapes(saved.tensors, **sizes)  # type: ignore[arg-type]
         if differs := differences({name: value for name, value in saved.tensors.items() if name in want}, want):
             raise UserError(OTHER.format(source=saved.source, differs=differs))
 
@@ -169,8 +214,10 @@ class Fromage(Pretrained):
 
         trained: values to use in place of the model's own, such as the values after rounding to a file's dtype.
         """
-        built = f"{self.lm.name}|{self.vision.fingerprint()}|{self.k}|{self.q}"
-        return digest(built + ("" if self.pooling == "ret" else self.pooling), trained or self.trained())
+        built = f"{self.lm.name}|{self.vision.fingerprint()}|{self.k}|{self.q}" + self.pooling * (self.pooling != "ret")
+        ret = {"r": self.r, "ret_attention": self.ret_attention, "ret_fusion": self.ret_fusion}
+        built += "".join(f"|{name} {value}" for name, value in ret.items() if value != ONE_RET[name])
+        return digest(built, trained or self.trained())
 
 
 def load_model(path: str | Path, device: str = "cpu", **options: Any) -> Fromage:

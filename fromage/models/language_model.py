@@ -27,7 +27,7 @@ from fromage.errors import UserError, first_line
 from fromage.models import gguf, towers
 from fromage.models.cpu_linear import CpuLinears
 from fromage.models.frozen import TOY, FrozenTower, hold
-from fromage.models.packed_attention import Attend, attending, route
+from fromage.models.packed_attention import Attend, attending, distances, route
 from fromage.models.special_tokens import AddedTokens, ExtendedEmbedding, ExtendedHead
 
 log = logging.getLogger(__name__)
@@ -59,7 +59,8 @@ class LanguageModel(FrozenTower):
         route(hf.config)
         self._asks = hasattr(sys.modules[type(hf.base_model).__module__], "ALL_ATTENTION_FUNCTIONS")
         tied = head.weight is embedding.weight
-        added = AddedTokens(embedding, head, tokenizer.row_ids, tokenizer.vocab_size, tied)
+        followers = len(tokenizer.ret_ids[1:])
+        added = AddedTokens(embedding, head, tokenizer.row_ids, tokenizer.vocab_size, tied, followers)
         hold(self, "added", added)
         hf.set_input_embeddings(ExtendedEmbedding(embedding, added))
         hf.set_output_embeddings(ExtendedHead(head, added))
@@ -78,19 +79,43 @@ class LanguageModel(FrozenTower):
         """(B, T) ids -> (B, T, d) input embeddings."""
         return self.hf.get_input_embeddings()(ids)
 
-    def forward(self, embeds: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, embeds: Tensor, mask: Tensor, positions: Tensor | None = None) -> Tensor:
         """(B, T, d) input embeddings and (B, T) bool mask -> (B, T, d) hidden states after the last layer norm.
 
         Padding anywhere changes nothing: positions count unmasked tokens only, and padding between tokens is moved behind
-        them, since sliding windows and ALiBi count places.
+        them, since sliding windows and ALiBi count places. positions: (B, T), where tokens share some; see `visible`.
         """
         order = (~mask).long().argsort(dim=1, stable=True)  # (B, T): tokens first
-        last = (mask.long().sum(1, keepdim=True) - 1).clamp(min=0)  # (B, 1)
-        positions = torch.arange(mask.shape[1], device=mask.device).minimum(last)  # (B, T)
-        output = self._run(
-            _moved(embeds, order), attention_mask=mask.gather(1, order).long(), position_ids=positions, use_cache=False
-        )
+        seen = mask.gather(1, order)  # (B, T)
+        if positions is not None:
+            positions = positions.gather(1, order)  # (B, T)
+            attention = self.visible(positions, seen)  # (B, 1, T, T)
+        else:
+            last = (mask.long().sum(1, keepdim=True) - 1).clamp(min=0)  # (B, 1)
+            positions, attention = torch.arange(mask.shape[1], device=mask.device).minimum(last), seen.long()  # (B, T) each
+        output = self._run(_moved(embeds, order), attention_mask=attention, position_ids=positions, use_cache=False)
         return _moved(output.last_hidden_state, order.argsort(dim=1))  # (B, T, d)
+
+    def visible(self, positions: Tensor, mask: Tensor) -> Tensor:
+        """Positions (B, T), of which tokens share some, and bool mask (B, T) -> (B, 1, T, T), 0 where a token sees another.
+
+        Elsewhere the least number of the dtype, to be added to products of queries and keys. As in packed_attention, a
+        token sees itself and earlier positions. Raises UserError for a family that has positions of its own (ALiBi), and
+        for rows beyond a sliding window, which counts places.
+        """
+        if not self._asks:
+            kind = self.hf.config.get_text_config().model_type
+            raise UserError(f"{self.name}: {kind} counts positions by itself, so [RET] cannot be stacked; choose sequential")
+        self._check_window(mask.shape[1])
+        hidden = (distances(positions) < 0) | ~mask.unsqueeze(1)  # (B, T, T)
+        zeros = torch.zeros(hidden.shape, dtype=self.dtype, device=mask.device)
+        return zeros.masked_fill_(hidden, torch.finfo(self.dtype).min).unsqueeze(1)  # (B, 1, T, T)
+
+    def _check_window(self, tokens: int) -> None:
+        """Raise UserError for rows longer than a sliding window, where a mask of our own has no room for it."""
+        window = getattr(self.hf.config.get_text_config(), "sliding_window", None)
+        if window is not None and tokens > window:
+            raise UserError(f"{tokens} tokens in a row: {self.name} looks back {window} in places; shorten the rows")
 
     def cached(self, embeds: Tensor, mask: Tensor, positions: Tensor, cache: Cache) -> Tensor:
         """(B, T, d) input embeddings at positions (B, T), which follow the cached tokens -> (B, T, d) hidden states.
@@ -98,9 +123,7 @@ class LanguageModel(FrozenTower):
         mask: (B, 1, T, S + T) bool, which of S cached and T new tokens each new token sees. The cache grows by T tokens.
         Raises UserError where that is more than a sliding window.
         """
-        window = getattr(self.hf.config.get_text_config(), "sliding_window", None)
-        if window is not None and mask.shape[-1] > window:
-            raise UserError(f"{mask.shape[-1]} tokens in a row: {self.name} looks back {window} in places; shorten the rows")
+        self._check_window(mask.shape[-1])
         output = self._run(embeds, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
         return output.last_hidden_state  # (B, T, d)
 

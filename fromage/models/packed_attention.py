@@ -4,7 +4,10 @@ A Hugging Face model calls a registered function for its attention. Ours stands 
 and asks in each call whether this thread runs packed sequences (`attending`); if not, the model's own answers, so that
 one thread can decode while another scores. For packed sequences ours pads queries, keys and values to (S, T), computes
 causal attention (the padding comes last, so no mask is needed) and removes the padding again. What the tokens attend to
-is an Attend: Causal, OneMore (one new token after cached ones: the one-token backward) or Branches.
+is an Attend: Causal, More (r new tokens after cached ones: the one-token backward) or Branches.
+
+A token sees itself and the tokens at earlier positions, so tokens that share a position do not see one another: this is all
+that stacked [RET] tokens are (`distances`).
 
 Shapes: see fromage.models. Here N counts the tokens of all sequences and T those of the longest.
 """
@@ -15,7 +18,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import partial
+from functools import cached_property, partial
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -41,6 +44,16 @@ def to_device(values: Any, device: torch.device) -> Tensor:
     return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
+def distances(positions: Tensor) -> Tensor:
+    """Positions (..., T) -> (..., T, T): how many positions before each token each other one stands; below 0: hidden.
+
+    Another token at the same position is hidden, as later ones are.
+    """
+    back = positions.unsqueeze(-1) - positions.unsqueeze(-2)  # (..., T, T)
+    itself = torch.eye(back.shape[-1], dtype=torch.bool, device=back.device)  # (T, T)
+    return back.where((back != 0) | itself, -1)
+
+
 class PackedLayout:
     """Where the tokens of S sequences are, packed (N, ...) and padded (S, T, ...). Built from lengths known on the host.
 
@@ -50,15 +63,25 @@ class PackedLayout:
         positions: (N,) position of each token within its sequence.
         indices: (N,) place of each token among the S T places of the padded batch.
         starts: offset of each sequence among the packed tokens.
+        shared: whether tokens share positions.
     """
 
-    def __init__(self, lengths: list[int], device: torch.device) -> None:
-        """lengths: tokens of each sequence, at least one."""
+    def __init__(self, lengths: list[int], device: torch.device, positions: Tensor | None = None) -> None:
+        """lengths: tokens of each sequence, at least one. positions: (N,), where tokens share some."""
         self.count, self.max_seqlen = len(lengths), max(lengths)
-        positions = [t for n in lengths for t in range(n)]
+        places = [t for n in lengths for t in range(n)]
         flat = [s * self.max_seqlen + t for s, n in enumerate(lengths) for t in range(n)]
-        self.positions, self.indices = to_device([positions, flat], device)  # (2, N) -> (N,) each
-        self.starts = starts(lengths)
+        self.positions, self.indices = to_device([places, flat], device)  # (2, N) -> (N,) each
+        self.starts, self.shared = starts(lengths), positions is not None
+        if positions is not None:
+            self.positions = positions
+
+    @cached_property
+    def distances(self) -> Tensor:
+        """(S, T, T) of the padded sequences, padding hidden from all tokens."""
+        places = self.count * self.max_seqlen
+        after = torch.full((places,), self.max_seqlen, device=self.positions.device)  # (S T,), behind every position
+        return distances(after.index_copy_(0, self.indices, self.positions).unflatten(0, (self.count, self.max_seqlen)))
 
     def pad_input(self, packed: Tensor) -> Tensor:
         """(N, ...) -> (S, T, ...), zeros after each sequence."""
@@ -151,7 +174,7 @@ def slow_kernel(q: Tensor) -> bool:
 class Causal(Attend):
     """Each token attends to itself and to those before it in its sequence.
 
-    keep: cache keys and values, for OneMore or Branches.
+    keep: cache keys and values, for More or Branches.
     """
 
     def __init__(self, layout: PackedLayout, keep: bool = False) -> None:
@@ -165,39 +188,44 @@ class Causal(Attend):
         if self.keep:
             self.kept[layer] = k, v
         mask = None
-        if weighting.window is not None and weighting.window < self.max_seqlen:
-            place = torch.arange(self.max_seqlen, device=q.device)
-            mask = weighting.seen(place[:, None] - place)  # (T, T)
+        if self.layout.shared:
+            mask = weighting.seen(self.layout.distances.unsqueeze(1))  # (S, 1, T, T)
+        elif weighting.window is not None and weighting.window < self.max_seqlen:
+            mask = weighting.seen(distances(torch.arange(self.max_seqlen, device=q.device)))  # (T, T)
         return self.layout.unpad_input(weighting.attention(q, k, v, mask).transpose(1, 2))  # (S, T, H, e) -> (N, H, e)
 
 
-class OneMore(Attend):
-    """One new token after each of S sequences, whose keys and values an earlier Causal pass cached.
+class More(Attend):
+    """r new tokens after each of S sequences, whose keys and values an earlier Causal pass cached.
 
     Each layer removes its keys and values from the cache once it has used them. This is the second half of the one-token
     backward (fromage.training.fast_step).
     """
 
-    def __init__(self, before: Causal, lengths: list[int], device: torch.device) -> None:
-        super().__init__(before.max_seqlen + 1)
-        self.kept = before.kept
-        back = torch.tensor(lengths).unsqueeze(1) - torch.arange(before.max_seqlen)  # (S, T); below 1: padding
-        back = F.pad(back.where(back > 0, -1), (0, 1))[:, None, None]  # (S, 1, 1, T + 1); the token itself: 0
-        self.back = to_device(back, device)
+    def __init__(self, before: Causal, lengths: list[int], offsets: list[int], device: torch.device) -> None:
+        """lengths: tokens of each sequence. offsets: r, the positions of the new tokens behind a sequence's end."""
+        super().__init__(before.max_seqlen + len(offsets))
+        self.kept, self.r = before.kept, len(offsets)
+        ends, further, place = torch.tensor(lengths)[:, None, None], torch.tensor(offsets), torch.arange(before.max_seqlen)
+        back = (ends + further[:, None] - place).where(place < ends, -1)  # (S, r, T); below 0: padding
+        among = distances(further).expand(len(lengths), -1, -1)  # (S, r, r)
+        self.back = to_device(torch.cat([back, among], 2).unsqueeze(1), device)  # (S, 1, r, T + r)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, weighting: Weighting) -> Tensor:
-        """See Attend; here N = S."""
-        q, k, v = (x.unsqueeze(2) for x in (q, k, v))  # (S, H, 1, e)
+        """See Attend; here N = S r, the new tokens of one sequence behind those of another."""
+        q, k, v = (x.unflatten(0, (-1, self.r)).transpose(1, 2) for x in (q, k, v))  # (S, H, r, e)
         keys, values = (torch.cat([old, new], 2) for old, new in zip(self.kept.pop(layer), (k, v), strict=True))
-        return weighting.attention(q, keys, values, weighting.seen(self.back)).squeeze(
-            2
-        )  # keys (S, H', T + 1, e); (S, H, 1, e) -> (N, H, e)
+        seen = weighting.seen(self.back)  # (S, 1, r, T + r); keys and values are (S, H', T + r, e)
+        return weighting.attention(q, keys, values, seen).transpose(1, 2).flatten(0, 1)  # (S, H, r, e) -> (N, H, e)
 
 
 class Branches(Attend):
     """Sequences that continue one prefix, whose keys and values an earlier pass over the prefix cached.
 
     One attention over the prefix and all N tokens: each token sees the prefix, and its own sequence up to itself.
+
+    Attributes:
+        positions: (N,) of the tokens, behind the prefix.
     """
 
     def __init__(self, prefix: Causal, lengths: list[int], device: torch.device) -> None:
@@ -206,8 +234,10 @@ class Branches(Attend):
         owner = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))  # (N,)
         place = torch.tensor([t for n in lengths for t in range(n)])  # (N,)
         own = (place[:, None] - place).where(owner[:, None] == owner, -1)  # (N, N)
-        before = prefix.max_seqlen + place[:, None] - torch.arange(prefix.max_seqlen)  # (N, T), T tokens of the prefix
-        self.back = to_device(torch.cat([before, own], 1), device)  # (N, T + N)
+        positions = prefix.layout.positions  # (T,), T tokens of the prefix
+        self.positions = positions[-1] + 1 + to_device(place, device)  # (N,)
+        before = self.positions[:, None] - positions  # (N, T)
+        self.back = torch.cat([before, to_device(own, device)], 1)  # (N, T + N)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, weighting: Weighting) -> Tensor:
         """See Attend."""

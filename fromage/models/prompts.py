@@ -162,7 +162,9 @@ def part_ids(model: VisualPrefixLM, part: Part) -> list[int]:
     if isinstance(part, Token):
         return [part.id]
     if part is RET:
-        return [tokenizer.ret_id]
+        if not tokenizer.ret_ids:
+            raise UserError("this model does not answer with images: leave [RET] out of its prompts")
+        return tokenizer.ret_ids
     if part is QUERIES:
         return [tokenizer.added[QUERIES.value]] * int(getattr(model, "num_queries", 0))
     return tokenizer.start() if part is START else tokenizer.encode(str(part))

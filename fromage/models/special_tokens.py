@@ -1,4 +1,4 @@
-"""The [RET] row: trained token embeddings beside a frozen vocabulary (section 3.2; Octopus' index tokens use it too).
+"""The [RET] rows: trained token embeddings beside a frozen vocabulary (section 3.2; Octopus' index tokens use it too).
 
 The released code resizes the embedding matrix, makes all of it trainable and zeroes every gradient row but one. Here the
 matrix stays frozen and [RET] has a parameter of its own: the same model, with V x d fewer gradients and Adam moments.
@@ -16,15 +16,19 @@ class AddedTokens(nn.Module):
     """Rows for n new tokens: e in R^(n x d), at the input and, where the LM ties its embeddings, also at the output.
 
     An LM that does not tie its embeddings (LLaMA, Mistral, Qwen) gets a second set at the output, or it could never
-    learn to emit the tokens.
+    learn to emit the tokens. The last f of them, the followers, are never chosen (of several [RET] tokens all but the
+    first, which brings the others with it): the head has no row for them.
     """
 
-    def __init__(self, embedding: nn.Embedding, head: nn.Linear, ids: list[int], vocab_size: int, tied: bool) -> None:
-        """ids: consecutive ids of the new tokens, at least vocab_size; the list may be empty.
+    def __init__(
+        self, embedding: nn.Embedding, head: nn.Linear, ids: list[int], vocab_size: int, tied: bool, followers: int = 0
+    ) -> None:
+        """ids: consecutive ids of the new tokens, at least vocab_size; the list may be empty. followers: f.
 
         Ids between vocab_size and the first of them (<|image|>) have no row and are never emitted.
         """
         super().__init__()
+        self.followers = followers
         self.first, self.vocab_size, self.tied = ids[0] if ids else vocab_size, vocab_size, tied
         if ids != list(range(self.first, self.first + len(ids))) or self.first < vocab_size:
             raise ValueError(f"added ids must be consecutive and at least {vocab_size}, not {ids}")
@@ -34,12 +38,12 @@ class AddedTokens(nn.Module):
         self.input = nn.Parameter(_rows(len(ids), frozen.shape[1], norm))  # (n, d)
         if not tied:
             scale = torch.cat([c.float().norm(dim=1) for c in head.weight[:vocab_size].detach().split(4096)]).mean()
-            self.output_rows = nn.Parameter(_rows(len(ids), head.weight.shape[1], scale))  # (n, d)
+            self.output_rows = nn.Parameter(_rows(len(ids) - followers, head.weight.shape[1], scale))  # (n - f, d)
 
     @property
-    def output(self) -> nn.Parameter:
-        """The rows of the output head, (n, d): the input rows where the LM ties them."""
-        return self.input if self.tied else self.output_rows
+    def output(self) -> Tensor:
+        """The rows of the output head, (n - f, d): the input rows where the LM ties them."""
+        return self.input[: len(self.input) - self.followers] if self.tied else self.output_rows
 
     @torch.no_grad()
     def rescale_(self) -> None:
@@ -96,9 +100,11 @@ class ExtendedHead(nn.Module):
         return self.frozen.weight
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """(..., d) -> (..., first + n); ids between V and the first added one get -inf."""
+        """(..., d) -> (..., first + n); ids between V and the first added one, and followers, get -inf."""
         added = self.added
         frozen = self.frozen(hidden)[..., : added.vocab_size]  # (..., V)
-        new = hidden @ added.output.to(hidden.dtype).T  # (..., n)
-        gap = new.new_full((*new.shape[:-1], added.first - added.vocab_size), -torch.inf)  # (..., first - V)
-        return torch.cat([frozen, gap, new], dim=-1)  # (..., first + n)
+        new = hidden @ added.output.to(hidden.dtype).T  # (..., n - f)
+        gap, never = (
+            new.new_full((*new.shape[:-1], count), -torch.inf) for count in (added.first - added.vocab_size, added.followers)
+        )  # (..., first - V), (..., f)
+        return torch.cat([frozen, gap, new, never], dim=-1)  # (..., first + n)

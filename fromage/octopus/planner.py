@@ -168,7 +168,7 @@ def prepare(run: Run, model: Octopus) -> None:
 class Words:
     """In place of a tokenizer: each word is a token, a spelled box SPELLED of them; vocab_size is that of the embedding."""
 
-    pad_id, eos_id = 0, 2
+    pad_id, eos_id, ret_ids = 0, 2, ()
 
     def __init__(self, vocab_size: int, num_queries: int) -> None:
         self.vocab_size = vocab_size

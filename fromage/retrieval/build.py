@@ -25,7 +25,7 @@ from fromage.errors import UserError
 from fromage.io import write_json
 from fromage.locks import held
 from fromage.models.fromage import Fromage, load_model
-from fromage.models.prompts import max_length, prompt_length
+from fromage.models.prompts import RET, max_length, prompt_length
 from fromage.places import state_folder
 from fromage.retrieval.ann import MEASURED_WITH, ANNIndex, default_kind
 from fromage.retrieval.base import FLAT, ImageIndex, IndexSpec
@@ -113,7 +113,7 @@ def _texts(store: EmbeddingStore, model: Fromage) -> np.ndarray | None:
     captions = store.captions()
     some = np.random.default_rng(0).choice(len(captions), min(MEASURED_WITH, len(captions)), replace=False)
     texts = [caption.decode("utf-8", "replace") for caption in captions.take(pa.array(np.sort(some))).to_pylist()]
-    short = [text for text in texts if prompt_length(model, text) < (max_length(model) or math.inf)]  # [RET] comes behind
+    short = [text for text in texts if prompt_length(model, [text, RET]) <= (max_length(model) or math.inf)]
     return model.embed_text(short).float().cpu().numpy() if short else None
 
 

@@ -2,12 +2,18 @@
 
 Why each shortcut is exact:
 
-1.  The one-token backward: the retrieval pass needs a backward for one token only. Its only trained input is e_RET, and
-    [RET] comes last: under causal attention nothing before it depends on a trained parameter. The captions run once without
-    gradient, and their keys and values are cached; then the [RET] tokens alone run with gradient, attending to the cache.
-2.  Its next-token loss trains only the [RET] row of the head. With h the frozen hidden states,
+1.  The one-token backward: the retrieval pass needs a backward for [RET] only. Its only trained inputs are the r rows of
+    e_RET, and these tokens come last: under causal attention nothing before them depends on a trained parameter. In layer
+    l, with h^l(c) the states of the caption and h^l(i) that of [RETi],
+
+        h^(l+1)(i) = layer(h^l(i), keys and values of {h^l(c)} and of {h^l(j): j <= i, or j = i where they are stacked}),
+
+    where h^0(i) is row i of e_RET; so d h(c) / d e = 0, and all gradients pass through states of the r tokens alone. The
+    captions run once without gradient, and their keys and values are cached; then the B r [RET] tokens run with gradient,
+    packed, attending to the cache and to one another (More).
+2.  Its next-token loss trains only the first [RET] row of the head, the only one there is. With h the frozen hidden states,
     loss = logaddexp(lse, h . e_RET) - z, where lse, the log-sum-exp over the frozen vocabulary, and z, the target's
-    logit, carry no gradient.
+    logit, carry no gradient. The last caption token predicts the first [RET]; what stands behind that has no target.
 3.  Captioning needs the full backward, but neither [RET] nor padding, which are never targets.
 4.  Sequences are packed end to end (fromage.models.packed_attention), so padding is computed in attention only.
 5.  Each image is encoded once for both objectives (the released code encodes it twice).
@@ -27,7 +33,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fromage.data.batches import Batch
 from fromage.models.fromage import Fromage
-from fromage.models.packed_attention import Causal, OneMore, PackedLayout, starts, to_device
+from fromage.models.packed_attention import Causal, More, PackedLayout, starts, to_device
 from fromage.training.losses import device_weight, frozen_head_loss, frozen_log_sum_exp, info_nce
 from fromage.training.reference_step import ALL, StepOutput, Weights, check_captions, image_features, no_captioning, targets
 
@@ -43,24 +49,25 @@ def fast_step(model: Fromage, batch: Batch, paired: bool, weights: Weights = ALL
             "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup", 2021).
     """
     check_captions(model, batch)
-    parts = chunks(batch, chunk + chunk % 2) if chunk else [batch]  # an even number, so that pairs stay together
+    parts = chunks(model, batch, chunk + chunk % 2) if chunk else [batch]  # an even number, so that pairs stay together
     features = [image_features(model, part) for part in parts]  # (b, m) each
     run = again_in_backward if len(parts) > 1 else part_losses
     done = [run(model, part, v, paired, weights) for part, v in zip(parts, features, strict=True)]
-    sums = [torch.stack(one[:3]) * (targets(part) / targets(batch)) for part, one in zip(parts, done, strict=True)]  # (3,)
+    shares = [targets(model, part) / targets(model, batch) for part in parts]
+    sums = [torch.stack(one[:3]) * share for share, one in zip(shares, done, strict=True)]  # (3,) each
     captioning_loss, text_loss, caption_accuracy = torch.stack(sums).sum(0)  # (parts, 3) -> scalars
     images, texts = (torch.cat([one[i] for one in done]) for i in (3, 4))  # (B, q) each
     apart = None if weights.same_image_negatives else torch.cat(features)
     contrastive_loss, retrieval_accuracy = info_nce(images, texts, model.logit_scale, apart)
-    weight = device_weight(targets(batch), batch.ids.device)
+    weight = device_weight(targets(model, batch), batch.ids.device)
     losses = captioning_loss * weight, text_loss * weight, contrastive_loss
     return StepOutput(*losses, caption_accuracy, retrieval_accuracy, images, texts, weights)
 
 
-def chunks(batch: Batch, size: int) -> list[Batch]:
+def chunks(model: Fromage, batch: Batch, size: int) -> list[Batch]:
     """Parts of `size` examples; a part without any word, which a language model cannot run on, joins the one before."""
     B = len(batch.lengths)
-    worded = [i for i in range(0, B, size) if targets(batch.part(i, i + size))]
+    worded = [i for i in range(0, B, size) if targets(model, batch.part(i, i + size))]
     return [batch.part(i, j) for i, j in pairwise([0, *worded[1:], B])]
 
 
@@ -77,12 +84,12 @@ again_in_backward = partial(checkpoint, part_losses, use_reentrant=False, preser
 
 def captioning(model: Fromage, batch: Batch, features: Tensor, paired: bool) -> tuple[Tensor, Tensor]:
     """Next-token loss of [W_c v(x)] [</s> y_1 ... y_n], packed, and its token accuracy (equation 1): shortcuts 3, 4, 6."""
-    k, lengths = model.k, [n - 1 for n in batch.lengths]  # without [RET]
+    k, r, lengths = model.k, model.r, [n - model.r for n in batch.lengths]  # without [RET]
     words = PackedLayout(batch.lengths, batch.ids.device)
     packed = words.unpad_input(batch.ids[:, : words.max_seqlen])  # (sum of lengths,)
     places = packed.new_full((k,), model.tokenizer.image_id)  # (k,)
     bounds = pairwise([*words.starts, len(packed)])
-    parts = [(places, packed[a : b - 1]) for a, b in bounds]
+    parts = [(places, packed[a : b - r]) for a, b in bounds]
     ids = torch.cat(list(chain.from_iterable(parts)))  # (N,)
     each = [k + n for n in lengths]
     rows = PackedLayout([sum(each[i : i + 2]) for i in range(0, len(each), 2)] if paired else each, ids.device)
@@ -94,11 +101,11 @@ def captioning(model: Fromage, batch: Batch, features: Tensor, paired: bool) -> 
 
 
 def retrieval_text(model: Fromage, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Next-token loss of [</s> y_1 ... y_n [RET]], and the hidden states (B, d) at [RET]: shortcuts 1 and 2.
+    """Next-token loss of [</s> y_1 ... y_n [RET]], and the hidden states (B, r, d) at [RET]: shortcuts 1 and 2.
 
     The loss is that of the released code; the paper has no formula for it (see reference_step).
     """
-    device, lengths = batch.ids.device, [n - 1 for n in batch.lengths]
+    device, r, lengths = batch.ids.device, model.r, [n - model.r for n in batch.lengths]
     rows = PackedLayout(lengths, device)
     ids = rows.unpad_input(batch.ids[:, : rows.max_seqlen])  # (N,), without [RET]
     before = Causal(rows, keep=True)
@@ -111,7 +118,8 @@ def retrieval_text(model: Fromage, batch: Batch) -> tuple[Tensor, Tensor]:
     text_loss = (torch.logaddexp(lse, ret_logit) - torch.where(is_ret, ret_logit, z)).mean()
 
     if model.pooling == "last":
-        return text_loss, hidden.index_select(0, to_device(list(accumulate(lengths)), device) - 1)  # (B, d)
-    ret = model.lm.embed(torch.full((1, len(lengths)), model.tokenizer.ret_id, device=device))  # (1, B, d)
-    at_ret = model.lm.packed(ret, to_device(lengths, device), OneMore(before, lengths, device))  # (B, d)
-    return text_loss, at_ret
+        return text_loss, hidden.index_select(0, to_device(list(accumulate(lengths)), device) - 1).unsqueeze(1)  # (B, 1, d)
+    ret = model.lm.embed(to_device(model.tokenizer.ret_ids * len(lengths), device).unsqueeze(0))  # (1, B r, d)
+    positions = to_device([n + further for n in lengths for further in model.ret_offsets], device)  # (B r,)
+    at_ret = model.lm.packed(ret, positions, More(before, lengths, model.ret_offsets, device))  # (B r, d)
+    return text_loss, at_ret.unflatten(0, (-1, r))  # (B, r, d)

@@ -17,7 +17,7 @@ from transformers import Cache
 
 from fromage.models.cpu_linear import CpuLinears
 from fromage.models.language_model import LanguageModel
-from fromage.models.packed_attention import OneMore, attending, current_attention
+from fromage.models.packed_attention import More, attending, current_attention
 
 
 def compile_blocks(lm: LanguageModel) -> None:
@@ -34,7 +34,7 @@ def checkpoint_blocks(lm: LanguageModel) -> None:
 
 def _recomputed(forward: Callable[..., Any], number: int, *args: Any, **named: Any) -> Any:
     attend = current_attention()
-    if not torch.is_grad_enabled() or isinstance(attend, OneMore):  # few tokens, and OneMore has removed its cache
+    if not torch.is_grad_enabled() or isinstance(attend, More):  # few tokens, and More has removed its cache
         return forward(*args, **named)
 
     cached = {name: value for name, value in named.items() if isinstance(value, Cache)}

@@ -24,7 +24,8 @@ from transformers import AutoModelForCausalLM
 from fromage.checkpoints.format import DTYPES, dtype_name
 from fromage.data.batches import Batch
 from fromage.errors import UserError
-from fromage.models.fromage import Fromage
+from fromage.models.fromage import Fromage, RetAttention
+from fromage.models.fusion import RetFusion
 from fromage.models.language_model import LanguageModel, Quantized
 from fromage.models.vision.base import VisionTower
 from fromage.models.vision.registry import plan_vision
@@ -45,11 +46,11 @@ from fromage.training.planning import (
     quantized_bytes,
     run_of,
 )
-from fromage.training.reference_step import image_features, reference_step
+from fromage.training.reference_step import image_features, reference_step, targets
 
 PARTS = {
     "lm": LM, "vision": TOWER, "visual_prefix": "W_c", "text_head": "W_t", "image_head": "W_i", "ret": "[RET]",
-    "logit_scale": "scale",
+    "fusion": "fusion of [RET]", "logit_scale": "scale",
 }  # fmt: skip
 
 
@@ -61,10 +62,13 @@ class Run:
     vision: str = "ViT-L-14"
     k: int = 1
     q: int = 256
+    r: int = 1
+    ret_attention: str = "sequential"
+    ret_fusion: str = "mean"
     dtype: str = "bfloat16"
     step: str = "fast"
     batch_size: int = 180
-    max_tokens: int = 24  # length of the longest caption, including </s> and [RET]
+    max_tokens: int = 24  # length of the longest caption, including </s> and all [RET]
     max_steps: int = -1  # -1: unknown
     tokens: float = 13.0  # mean length of a caption, including </s>, without [RET]
     stored_features: bool = False
@@ -81,10 +85,11 @@ def read_run(config: str | Sequence[str], **options: Any) -> Run:
     run = run_of(Run, found, config)
     run = replace(run, dtype=dtype_name(run.dtype))
     check_choices(run, {"step": ("fast", "reference"), "quantize": (None, *get_args(Quantized))})
-    if run.batch_size < 1 or not 1 <= run.tokens <= run.max_tokens - 1:
+    check_choices(run, {"ret_attention": get_args(RetAttention), "ret_fusion": get_args(RetFusion)})
+    if min(run.batch_size, run.r) < 1 or not 1 <= run.tokens <= run.max_tokens - run.r:
         raise UserError(
-            f"batches of {run.batch_size}, captions of {run.tokens:g} tokens and [RET], the longest {run.max_tokens}: "
-            "give a batch size from 1 on, and tokens from 1 to one less than max_tokens"
+            f"batches of {run.batch_size}, {_captions(run)}: "
+            "give a batch size and r from 1 on, and tokens from 1 to max_tokens without [RET]"
         )
     return run
 
@@ -108,6 +113,7 @@ def count(run: Run, model: Fromage, batch: Batch) -> Plan:
         part = PARTS[name.partition(".")[0]]
         parameters[part] += p.numel()
         weights[part] += p.nbytes
+    parameters = {part: count for part, count in parameters.items() if count}
     linear = [p for block in model.lm.blocks for p in block.parameters() if p.ndim == 2] if run.quantize else []
     weights[LM] += sum(quantized_bytes(p, run.quantize) - p.nbytes for p in linear)
     given = [t for t in (batch.ids, batch.pixels, batch.features) if t is not None]
@@ -136,10 +142,12 @@ def _heading(run: Run) -> str:
     what = "stored features" if run.stored_features else "images"
     more = f", layers in {run.quantize}" * bool(run.quantize) + ", layers recomputed" * run.activation_checkpointing
     more += f", {run.chunk} examples at a time" * bool(run.chunk)
-    return (
-        f"{run.lm} and {run.vision} in {run.dtype}{more}, {run.step} step; {run.batch_size} {what}, captions of "
-        f"{run.tokens:g} tokens and [RET], the longest {run.max_tokens}"
-    )
+    return f"{run.lm} and {run.vision} in {run.dtype}{more}, {run.step} step; {run.batch_size} {what}, {_captions(run)}"
+
+
+def _captions(run: Run) -> str:
+    several = f"{run.r} {run.ret_attention} " * (run.r > 1)
+    return f"captions of {run.tokens:g} tokens and {several}[RET], the longest {run.max_tokens}"
 
 
 def _fast(meter: Meter, model: Fromage, batch: Batch) -> None:
@@ -160,32 +168,34 @@ def _keys_and_values(model: Fromage, batch: Batch) -> int:
     c = model.lm.hf.config.get_text_config()
     heads = getattr(c, "num_key_value_heads", None) or c.num_attention_heads
     width = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-    places = len(batch.lengths) * (max(batch.lengths) - 1)
+    places = len(batch.lengths) * (max(batch.lengths) - model.r)
     return 2 * c.num_hidden_layers * places * heads * width * model.lm.dtype.itemsize
 
 
 def _logits(model: Fromage, batch: Batch) -> int:
     """Bytes of the float32 logits (c, V) that are computed at a time."""
-    return 4 * min(CHUNK, sum(batch.lengths) - len(batch.lengths)) * model.lm.added.vocab_size
+    return 4 * min(CHUNK, targets(model, batch)) * model.lm.added.vocab_size
 
 
 def _model(run: Run, tower: VisionTower) -> Fromage:
     hf = AutoModelForCausalLM.from_config(lm_config(run.lm), dtype=DTYPES[run.dtype])
     rows = len(hf.get_input_embeddings().weight)
+    ret = [rows + 1 + i for i in range(run.r)]
     tokens: Any = SimpleNamespace(
-        vocab_size=rows, image_id=rows, ret_id=rows + 1, row_ids=[rows + 1], pad_id=0, start=lambda: [0]
+        vocab_size=rows, image_id=rows, ret_id=ret[0], ret_ids=ret, row_ids=ret, pad_id=0, start=lambda: [0]
     )
     tower.to_empty(device="cpu").normalise = None  # it looks at values
-    model = Fromage(LanguageModel(hf, tokens, run.lm), tower, run.k, run.q)
+    options: Any = {"ret_attention": run.ret_attention, "ret_fusion": run.ret_fusion}
+    model = Fromage(LanguageModel(hf, tokens, run.lm), tower, run.k, run.q, **options)
     model.logit_scale.requires_grad_(not run.freeze_temperature)
     return model
 
 
 def caption_lengths(run: Run) -> list[int]:
     """Lengths of a batch's captions, including [RET]: one of the maximum length, the others equal, with the given mean."""
-    most, others = run.max_tokens - 1, run.batch_size - 1
+    most, others = run.max_tokens - run.r, run.batch_size - 1
     rest = max(round(run.batch_size * run.tokens) - most, others)
-    return [most + 1, *((rest + i) // others + 1 for i in range(others))]
+    return [most + run.r, *((rest + i) // others + run.r for i in range(others))]
 
 
 def _batch(run: Run, model: Fromage) -> Batch:

@@ -15,14 +15,15 @@ import torch.distributed as dist
 from PIL import Image
 from torch import Tensor
 
-from fromage.checkpoints.format import dtype_name
+from fromage.checkpoints.format import ONE_RET, dtype_name
 from fromage.checkpoints.lightning import PREFIX, trained_state
 from fromage.checks import check_real, check_whole
 from fromage.data.batches import Batch
 from fromage.errors import UserError
 from fromage.generation.generate import caption_images
 from fromage.images.contact_sheet import contact_sheet
-from fromage.models.fromage import Fromage, Pooling
+from fromage.models.fromage import Fromage, Pooling, RetAttention
+from fromage.models.fusion import RetFusion
 from fromage.models.language_model import Quantized
 from fromage.models.pretrained import from_hyperparameters
 from fromage.retrieval.metrics import Gallery, joined, retrieval_recalls
@@ -38,7 +39,7 @@ SHOWN_FROM = 200  # images of the validation set that the logged searches rank
 
 def _check(h: Any) -> None:
     """Raise UserError for options that no model can have, before a tower is loaded."""
-    for name, least in {"k": 1, "q": 1, "warmup_steps": 0, "decay_steps": 0, "shown": 0}.items():
+    for name, least in {"k": 1, "q": 1, "r": 1, "warmup_steps": 0, "decay_steps": 0, "shown": 0}.items():
         check_whole(f"model.{name}", h[name], least)
     for name, most in {"lr": inf, "eps": inf, "pairing": 1}.items():
         check_real(f"model.{name}", h[name], 0, most)
@@ -65,6 +66,9 @@ class FromageModule(pl.LightningModule):
         k: int = 1,
         q: int = 256,
         pooling: Pooling = "ret",
+        r: int = 1,
+        ret_attention: RetAttention = "sequential",
+        ret_fusion: RetFusion = "mean",
         dtype: str = "bfloat16",
         random_weights: bool = False,
         lr: float = 3e-4,
@@ -97,6 +101,11 @@ class FromageModule(pl.LightningModule):
             k: input embeddings per image, in tokens.
             q: width of the retrieval space.
             pooling: which hidden state embeds a text: ret, the one at [RET], or last, at its last word.
+            r: [RET] tokens at the end of a caption or query, in tokens; the paper's FROMAGe has 1, its successors 4 to 8.
+            ret_attention: what they see: sequential, also their predecessors (GILL), or stacked, the context alone, all at
+                one position (MCL).
+            ret_fusion: how their hidden states become one embedding: mean, transformer (one small layer, then the mean), or
+                first, as GILL's retrieval head.
             dtype: dtype of the frozen towers: float32, bfloat16, float16, or auto: bfloat16 where this machine multiplies
                 in it, and float32 elsewhere.
             random_weights: build the towers without weights, for tests and timing.
@@ -155,7 +164,7 @@ class FromageModule(pl.LightningModule):
         """Freeze the parameters that no loss reaches."""
         model = self.model
         model.visual_prefix.requires_grad_(self.h.captioning_weight > 0)
-        for part in (model.text_head, model.image_head, model.logit_scale):
+        for part in (model.text_head, model.image_head, model.fusion, model.logit_scale):
             part.requires_grad_(self.h.retrieval_weight > 0)
         if self.h.freeze_temperature:
             model.logit_scale.requires_grad_(False)
@@ -320,15 +329,18 @@ class FromageModule(pl.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Raise UserError for a checkpoint of another architecture, and to resume one that trained other parameters."""
-        state = checkpoint.get("state_dict", {})
+        state, then = checkpoint.get("state_dict", {}), dict(checkpoint.get("hyper_parameters", self.h))
+        for name, before in ONE_RET.items():
+            if (was := then.get(name, before)) != self.h[name]:
+                raise UserError(f"checkpoint: trained with model.{name} {was}, not {self.h[name]}; give it as it was then")
         self.model.check_trained({name.removeprefix(PREFIX): value for name, value in state.items()})
         states = checkpoint.get("optimizer_states") if self._fitting() else None
-        then = sum(len(group["params"]) for group in states[0]["param_groups"]) if states else None
+        had = sum(len(group["params"]) for group in states[0]["param_groups"]) if states else None
         now = sum(p.requires_grad for p in self.model.trained().values())
-        if then not in (None, now):
+        if had not in (None, now):
             options = ", ".join(f"model.{name}" for name in FREEZING)
             raise UserError(
-                f"checkpoint: {then} parameter tensors were trained, and now {now} would be; to resume, give {options} "
+                f"checkpoint: {had} parameter tensors were trained, and now {now} would be; to resume, give {options} "
                 "as they were then"
             )
 

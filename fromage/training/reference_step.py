@@ -9,6 +9,10 @@ Two passes through the language model, both padded and both with a full backward
 The loss is the sum of the three, all weights 1. [RET] and padding are never targets of captioning. In the
 paper's formula the retrieval pass has no next-token loss; the released code has one, and so has this step: without it the
 model never emits [RET] by itself. Captions are truncated before, with [RET] kept: fromage.data.tokenizer.
+
+With r > 1 the retrieval pass is [</s> y_1 ... y_n [RET] [RET2] ... [RETr]], and W_t h_[RET] the fusion of all r. As in
+GILL's code, of these tokens the first alone is a target: generation chooses it, and the others follow without being chosen.
+In GILL's softmax they have columns all the same, which its generation bars; here they have none, in training too.
 """
 
 from __future__ import annotations
@@ -71,14 +75,14 @@ def text_embeddings(model: Fromage, texts: Batch | Texts) -> Tensor:
     return model.embed_ret(model.hidden_at_ret(texts.ids.to(model.device), texts.lengths)[1])  # (B, T) -> (B, q)
 
 
-def targets(batch: Batch) -> int:
-    """Number of targets of either pass: all tokens of the captions except one each."""
-    return sum(batch.lengths) - len(batch.lengths)
+def targets(model: Fromage, batch: Batch) -> int:
+    """Number of targets of either pass: all tokens of the captions except r each."""
+    return sum(batch.lengths) - model.r * len(batch.lengths)
 
 
 def check_captions(model: Fromage, batch: Batch) -> None:
     """Raise UserError if no caption of the batch has a word."""
-    if max(batch.lengths) <= len(model.tokenizer.start()) + 1:
+    if max(batch.lengths) <= len(model.tokenizer.start()) + model.r:
         remedy = "correct the txt files of the shards, or raise max_tokens"
         raise UserError(f"no caption of this batch has a word (samples {first_few(batch.keys)}): {remedy}")
 
@@ -90,7 +94,7 @@ def captioning_ids(model: Fromage, batch: Batch, paired: bool) -> tuple[Tensor, 
     """
     B = len(batch.ids)
     places = batch.ids.new_full((B, model.k), model.tokenizer.image_id)  # (B, k)
-    words = _within(batch, without=1)  # (B, T), without [RET]
+    words = _within(batch, without=model.r)  # (B, T), without [RET]
     ids = torch.cat([places, batch.ids.masked_fill(~words, model.tokenizer.pad_id)], 1)  # (B, k + T)
     mask = torch.cat([torch.ones_like(places, dtype=torch.bool), words], 1)  # (B, k + T)
     if not paired:
@@ -127,14 +131,15 @@ def reference_step(model: Fromage, batch: Batch, paired: bool, weights: Weights 
     run = weights.captioning != 0
     captioning_loss, caption_accuracy = _captioning(model, batch, paired) if run else no_captioning(model.device)
 
-    hidden, at_ret = model.hidden_at_ret(batch.ids, batch.lengths)  # (B, T, d), (B, d)
-    text_loss, _ = next_token_loss(model.lm.logits(hidden), batch.ids.masked_fill(~_within(batch, without=0), -100))
+    hidden, at_ret = model.hidden_at_ret(batch.ids, batch.lengths)  # (B, T, d), (B, r, d)
+    labels = batch.ids.masked_fill(~_within(batch, without=model.r - 1), -100)  # (B, T): of r [RET] tokens the first
+    text_loss, _ = next_token_loss(model.lm.logits(hidden), labels)
 
     features = image_features(model, batch)  # (B, m); as in the released code, images are encoded twice
     images = model.embed_images(features)  # (B, q)
     texts = model.embed_ret(at_ret)  # (B, q)
     apart = None if weights.same_image_negatives else features
     contrastive_loss, retrieval_accuracy = info_nce(images, texts, model.logit_scale, apart)
-    weight = device_weight(targets(batch), batch.ids.device)
+    weight = device_weight(targets(model, batch), batch.ids.device)
     losses = captioning_loss * weight, text_loss * weight, contrastive_loss
     return StepOutput(*losses, caption_accuracy, retrieval_accuracy, images, texts, weights)

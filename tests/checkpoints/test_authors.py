@@ -188,18 +188,62 @@ GILL = {
 }  # fmt: skip
 
 
-def test_gills_files_are_called_so(tmp_path, capsys):
-    parts = ("ret_text_hidden_fcs.0.model", "gen_text_hidden_fcs.0.fc", "input_embeddings")
-    state = {"model.logit_scale": torch.zeros(())} | {f"model.{part}.weight": torch.zeros(8, 24) for part in parts}
+def gills(d=24, m=16, q=8, k=4, r=8, table=None):
+    """A state dict of the layout that GILL's training writes, pruned or with a whole embedding of so many rows."""
+    state = published(d, m, q, k)
+    del state["ret_input_embeddings.weight"]
+    for part in ("weight", "bias"):
+        state[f"model.ret_text_hidden_fcs.0.model.{part}"] = state.pop(f"model.text_hidden_fcs.0.0.{part}")
+    shapes = {"fc.weight": (512, d), "fc.bias": (512,), "query_embs": (1, 77, 512), "model.weight": (768, 512)}
+    shapes |= {"tfm.encoder.layers.0.linear1.weight": (32, 512)}
+    state |= {f"model.gen_text_hidden_fcs.0.{name}": torch.zeros(shape).bfloat16() for name, shape in shapes.items()}
+    return state | {"model.input_embeddings.weight": torch.randn(table or r, d).bfloat16()}
+
+
+@pytest.mark.parametrize("table", [None, 50274])
+def test_gills_files_are_read_as_far_as_they_are_fromages(table, tmp_path, capsys):
+    state, theirs = gills(table=table), tmp_path / "gill"
+    write(theirs, {f"module.{name}": value for name, value in state.items()})
+    (theirs / ARGS).write_text(json.dumps(GILL | {"ret_emb_dim": 8}))
+    torch.save({"state_dict": {"1.weight": torch.zeros(2, 24)}}, theirs / "decision_model.pth.tar")
+    assert main(["import", str(theirs), "--out", str(tmp_path / "ours")]) == 0
+    said = [line for line in capsys.readouterr().err.splitlines() if "GILL" in line]
+    assert len(said) == 1 and "what generates images is left out" in said[0]
+    saved = read_folder(tmp_path / "ours")
+    wanted = {"k": 4, "q": 8, "r": 8, "ret_attention": "sequential", "ret_fusion": "first", "lm": "facebook/opt-6.7b"}
+    assert saved.settings.items() >= wanted.items()
+    numbers = {"<|image|>": 50265, "[RET]": 50266} | {f"[RET{i}]": 50265 + i for i in range(2, 9)}
+    assert saved.added_tokens == numbers
+    ours = {"text_head.weight": "ret_text_hidden_fcs.0.model.weight", "text_head.bias": "ret_text_hidden_fcs.0.model.bias"}
+    ours |= {"visual_prefix.weight": "visual_embeddings.weight", "image_head.bias": "visual_fc.bias"}
+    for name, of in ours.items():
+        assert torch.equal(saved.tensors[name], state[f"model.{of}"]), name
+    assert torch.equal(saved.tensors["ret.input"], state["model.input_embeddings.weight"][-8:])
+    assert len(saved.tensors) == 8
+
+
+@pytest.mark.parametrize(
+    ("state", "args", "named"),
+    [
+        (gills(), {"ret_text_fc_mode": "gill_mapper"}, "ret_text_fc_mode gill_mapper: only linear"),
+        (gills(), {"retrieval_token_idx": [50266, 50268]}, r"retrieval_token_idx cannot be \[50266, 50268\]"),
+        (gills(table=50270), {}, r"\(50270, 24\) has no row 50273 for \[RET\]"),
+        (gills() | {"model.extra": torch.zeros(2)}, {}, r"model.extra is \(2,\), wanted none"),
+        (gills(q=9), {}, r"ret_text_hidden_fcs.0.model.bias is \(9,\), wanted \(8,\)"),
+        (published(d=24, m=16, q=8, k=4), {}, r"\.tar: is of FROMAGe, and model_args\.json beside it of GILL"),
+        ({"1.weight": torch.zeros(2, 24)}, {}, "not of the layout that model_args.json describes"),
+    ],
+)
+def test_what_does_not_fit_gill_is_named(state, args, named, tmp_path):
     theirs = write(tmp_path / "gill", state)
-    torch.save({"state_dict": {}}, theirs / "decision_model.pth.tar")
-    with pytest.raises(UserError, match=r"pretrained_ckpt\.pth\.tar: is of GILL, not of FROMAGe: .*\[IMG\] tokens"):
+    (theirs / ARGS).write_text(json.dumps(GILL | {"ret_emb_dim": 8} | args))
+    with pytest.raises(UserError, match=named):
         read_authors(theirs)
-    (theirs / ARGS).write_text(json.dumps(GILL))
-    assert main(["import", str(theirs), "--out", str(tmp_path / "ours")]) == 2
-    said = capsys.readouterr().err
-    assert "model_args.json: is of GILL, not of FROMAGe" in said and said.count("\n") == 1
-    assert not (tmp_path / "ours").exists()
+
+
+def test_gills_weights_beside_fromages_arguments_are_called_so(tmp_path):
+    with pytest.raises(UserError, match=r"is of GILL, and model_args\.json beside it of FROMAGe; give the one it came with"):
+        read_authors(small(tmp_path / "theirs", gills()))
 
 
 def test_the_prompt_of_captions_is_kept_both_ways(tmp_path):

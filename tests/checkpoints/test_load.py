@@ -102,9 +102,58 @@ def test_any_causal_lm_comes_back_with_all_its_rows(kind, tmp_path):
     model.save_pretrained(tmp_path / "saved", dtype="float32")
     loaded = load_model(tmp_path / "saved")
     assert torch.equal(loaded.ret.output, model.ret.output)
-    assert (loaded.ret.output is loaded.ret.input) == (kind == "opt")
+    assert (loaded.ret.output.data_ptr() == loaded.ret.input.data_ptr()) == (kind == "opt")
     hidden = torch.randn(3, 24)
     assert torch.equal(loaded.lm.logits(hidden), model.lm.logits(hidden))
+
+
+SEVERAL = {"r": 3, "ret_attention": "stacked", "ret_fusion": "transformer"}
+
+
+@pytest.mark.parametrize("kind", ["opt", "llama"])
+def test_several_ret_tokens_come_back_and_no_other_number_of_them_does(kind, tmp_path, capsys):
+    lm = lm_folder(kind, tmp_path / "lm")
+    model, texts = Fromage.load(lm=lm, q=8, **SEVERAL), ["a red star", ""]
+    model.save_pretrained(tmp_path / "saved", dtype="float32")
+    config = json.loads((tmp_path / "saved" / CONFIG).read_text())
+    assert config.items() >= SEVERAL.items() and list(config["added_tokens"])[1:] == ["[RET]", "[RET2]", "[RET3]"]
+    loaded = load_model(tmp_path / "saved")
+    assert loaded.fingerprint() == model.fingerprint()
+    assert torch.equal(loaded.embed_text(texts), model.eval().embed_text(texts))
+    checkpoint = lightning_checkpoint(model, tmp_path / "last.ckpt")
+    assert load_model(checkpoint).fingerprint() == model.fingerprint()
+    for path in (tmp_path / "saved", checkpoint):
+        for r in (1, 4):
+            with pytest.raises(UserError, match=rf"ret.input is \(3, 24\), wanted \({r}, 24\).*give .* r and"):
+                load_model(path, r=r)
+    with pytest.raises(UserError, match=r"fusion.layer.* wanted none"):
+        load_model(tmp_path / "saved", ret_fusion="mean")
+    one = lightning_checkpoint(Fromage.load(lm=lm, q=8), tmp_path / "one.ckpt")
+    with pytest.raises(UserError, match=r"ret.input is \(1, 24\), wanted \(3, 24\)"):
+        load_model(one, r=3)
+    assert main(["export", "--ckpt", str(tmp_path / "saved"), "--format", "authors", "--out", str(tmp_path / "theirs")]) == 2
+    said = capsys.readouterr().err
+    assert "its [RET] is 3 tokens, fused by transformer" in said and said.splitlines()[-1].endswith(
+        "export it with --format ours"
+    )
+
+
+def test_a_folder_and_a_checkpoint_from_before_have_one_ret_token(model, tmp_path):
+    model.save_pretrained(tmp_path / "saved")
+    config = json.loads((tmp_path / "saved" / CONFIG).read_text())
+    (tmp_path / "saved" / CONFIG).write_text(json.dumps({name: config[name] for name in config if name not in SEVERAL}))
+    loaded = load_model(tmp_path / "saved")
+    assert (loaded.r, loaded.ret_attention, loaded.ret_fusion) == (1, "sequential", "mean")
+    assert loaded.fingerprint() == config["fingerprint"]
+
+
+def test_ret_options_that_mean_nothing_are_named(tmp_path):
+    saved = describe(Fromage.load(q=8))
+    for name in ("ret_attention", "ret_fusion"):
+        with pytest.raises(UserError, match=f"{name} odd: must be "):
+            build(Fromage, replace(saved, settings=saved.settings | {name: "odd"}))
+    with pytest.raises(UserError, match=r"r 2: with pooling 'last'.*use r 1"):
+        Fromage.load(q=8, r=2, pooling="last")
 
 
 def test_an_untied_head_needs_its_row_and_has_no_place_in_the_authors_format(tmp_path, capsys):
@@ -272,11 +321,14 @@ def test_a_damaged_pickle_is_refused_or_whole(seed, model, tmp_path):
         assert all(torch.equal(state[name], value) for name, value in whole.items())
 
 
-@pytest.mark.parametrize(("key", "value"), [("k", 4000), ("k", 10**9), ("k", -1), ("q", 10**9), ("k", "1"), ("q", None)])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("k", 4000), ("k", 10**9), ("k", -1), ("q", 10**9), ("k", "1"), ("q", None), ("r", 8), ("r", 10**9), ("r", 0)],
+)
 def test_what_a_file_claims_is_compared_with_its_tensors_before_it_is_built(saved_model, key, value, monkeypatch):
     monkeypatch.setattr("fromage.models.fromage.load_vision", lambda *_: pytest.fail("built"))
     wrong = replace(saved_model, settings=saved_model.settings | {key: value})
-    with pytest.raises(UserError, match=r"of another architecture|are not both numbers"):
+    with pytest.raises(UserError, match=r"of another architecture|is not a number from 1"):
         build(Fromage, wrong)
 
 

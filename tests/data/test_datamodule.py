@@ -22,7 +22,10 @@ from fromage.errors import BrokenSample, UserError
 class Tokenizer:
     """A token per letter; bos 2, pad 1, [RET] 999."""
 
-    pad_id, ret_id = 1, 999
+    pad_id, ret_id, ret_ids = 1, 999, [999]
+
+    def start(self):
+        return [2]
 
     def caption(self, text, max_tokens):
         return [*[2, *map(ord, text)][: max_tokens - 1], self.ret_id]

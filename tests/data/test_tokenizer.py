@@ -5,7 +5,7 @@ import shutil
 import pytest
 from transformers import AutoTokenizer
 
-from fromage.data.tokenizer import PromptTokenizer
+from fromage.data.tokenizer import PromptTokenizer, ret_tokens
 from fromage.errors import UserError
 from fromage.models.frozen import TOY
 
@@ -29,6 +29,19 @@ def test_opts_own_vocabulary_gives_the_published_ids(opt):
 def test_a_cut_caption_keeps_ret(opt):
     ids = opt.caption("a dog " * 50, 24)
     assert len(ids) == 24 and ids[-1] == opt.ret_id and ids[0] == opt.bos_id and opt.ret_id not in ids[:-1]
+
+
+def test_several_ret_tokens_end_a_caption_and_count_within_its_length():
+    words, folder = "a small red star at night.", str(TOY / "opt")
+    one, four = PromptTokenizer(folder), PromptTokenizer(folder, ret_tokens(4))
+    assert ret_tokens(3) == ["[RET]", "[RET2]", "[RET3]"] and one.ret_ids == [one.ret_id] == one.row_ids
+    assert four.ret_ids == [one.ret_id + i for i in range(4)] == four.row_ids
+    whole = one.caption(words, 24)
+    assert four.caption(words, 24) == [*whole[:-1], *four.ret_ids]
+    assert four.caption(words, 8) == [*whole[:4], *four.ret_ids]
+    assert four.caption(words, 2) == four.ret_ids
+    assert four.decode([*four.encode("a [RET2] b"), *four.ret_ids]) == "a [RET2] b"
+    assert PromptTokenizer(folder, rows=("<d0>",)).ret_ids == []
 
 
 def test_special_words_in_user_text_stay_text(opt):

@@ -1,5 +1,7 @@
 """Decoding against Hugging Face, against decoding without a cache and against single prompts; and the rules of [RET]."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -14,12 +16,15 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from fromage.data.tokenizer import PromptTokenizer, ret_tokens
 from fromage.errors import UserError
-from fromage.generation.decoding import Decoding, Draft, certain
+from fromage.generation.decoding import Decoding, Draft, certain, end_ids
 from fromage.generation.generate import generate
+from fromage.generation.score import score, score_prompts
 from fromage.models.fromage import Fromage
+from fromage.models.frozen import TOY
 from fromage.models.language_model import LanguageModel, load_lm
-from fromage.models.prompts import embed_prompts
+from fromage.models.prompts import RET, embed_prompts
 from fromage.models.vision.registry import load_vision
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -93,8 +98,75 @@ def test_a_ret_is_embedded_where_it_is_read(model, prompts, length):
         ret = model.tokenizer.ret_id
         assert [i for i, token in enumerate(answer.ids) if token == ret] == [2, 3]
         for place, shown in zip((2, 3), answer.shown, strict=True):
-            want = model.embed_ret(hidden_after(model, prompt, answer.ids[: place + 1]).unsqueeze(0))[0]
+            want = model.embed_ret(hidden_after(model, prompt, answer.ids[: place + 1])[None, None])[0]
             torch.testing.assert_close(torch.from_numpy(shown.embedding), want.detach(), atol=1e-4, rtol=1e-3)
+
+
+@pytest.fixture(scope="module", params=["sequential", "stacked"])
+def three(request, model):
+    """Models of three [RET] tokens, of each family and what the tokens see."""
+    torch.manual_seed(1)
+    folder, frozen = str(TOY / "opt"), model.lm.hf
+    hf = type(frozen)(frozen.config).eval()
+    state = {name.replace(".frozen", ""): value for name, value in frozen.state_dict().items()}
+    assert not hf.load_state_dict(state, strict=False).unexpected_keys
+    lm = LanguageModel(hf, PromptTokenizer(folder, ret_tokens(3)), model.lm.name)
+    if getattr(hf.config, "sliding_window", None):
+        hf.config.sliding_window = 64
+    for layer in hf.base_model.modules():
+        if getattr(layer, "sliding_window", None):
+            layer.sliding_window = 64
+    return Fromage(lm, load_vision("toy"), k=2, q=16, ret_attention=request.param, ret_fusion="transformer").eval()
+
+
+@torch.no_grad()
+def test_the_tokens_behind_the_first_ret_follow_it_unchosen(three, prompts):
+    ids, ends = three.tokenizer.ret_ids, [i for i in end_ids(three) if i < three.tokenizer.vocab_size]
+    decoding = Decoding(12, min_tokens=2, min_new_tokens=12, ret_bias=1e4, max_images=2)
+    together = generate(three, prompts, decoding)
+    uncached = generate(three, prompts, replace(decoding, use_cache=False))
+    for prompt, answer, slow in zip(prompts, together, uncached, strict=True):
+        (alone,) = generate(three, [prompt], decoding)
+        assert answer.ids == alone.ids == slow.ids and len(answer.shown) == 2 and len(answer.ids) == 12
+        assert answer.ids[2:8] == ids * 2 and not set(ids) & {*answer.ids[:2], *answer.ids[8:]}
+        batch = embed_prompts(three, [prompt])
+        answered = torch.tensor([answer.ids])
+        embeds, whole = torch.cat([batch.embeds, three.embed(answered)], 1), torch.cat([batch.ids, answered], 1)
+        mask = torch.ones(whole.shape, dtype=torch.bool)
+        hidden = three.lm(embeds, mask, three.positions(whole, mask))[:, -12:]
+        for place, *shown in zip((2, 5), answer.shown, alone.shown, slow.shown, strict=True):
+            want = three.embed_ret(hidden[:, place : place + 3])[0].numpy()
+            assert all(found.embedding == pytest.approx(want, abs=2e-4) for found in shown)
+        logits = three.lm.logits(hidden[0, 7:-1])  # (4, V + 4), those of the text behind both
+        logits[:, [three.tokenizer.image_id, *ids, *ends]] = -torch.inf
+        assert logits.argmax(1).tolist() == answer.ids[8:]
+
+
+def test_ret_does_not_begin_where_it_has_no_room(three):
+    for length, shown in ((2, 0), (3, 1), (5, 1), (6, 2)):
+        (answer,) = generate(three, ["a"], Decoding(length, ret_bias=1e4, max_images=2, min_new_tokens=length))
+        assert len(answer.shown) == shown and len(answer.ids) == length
+    (answer,) = generate(three, ["a"], Decoding(9, ret_bias=1e4, end_at_image=True))
+    assert answer.ids == three.tokenizer.ret_ids
+
+
+@torch.no_grad()
+def test_a_prompt_with_several_ret_tokens_within_is_scored_and_continued_as_in_one_pass(three):
+    prompt, text = ["a red star", RET, "and a"], " big heart"
+    (likelihoods, _), ids = score(three, prompt, [text]), three.tokenizer.encode(text)
+    batch = embed_prompts(three, [prompt])
+    whole = torch.cat([batch.ids, torch.tensor([ids])], 1)
+    mask = torch.ones(whole.shape, dtype=torch.bool)
+    logits = three.lm.logits(three.lm(three.embed(whole), mask, three.positions(whole, mask)))[0].log_softmax(-1)
+    likely = logits[:-1].gather(1, whole[0, 1:, None])[:, 0]  # (T - 1,)
+    torch.testing.assert_close(likelihoods[0], likely[-len(ids) :].sum(), atol=1e-4, rtol=1e-4)
+    scored = score_prompts(three, [prompt, "a"])
+    want = likely[: batch.ids.shape[1] - 1]
+    assert want.isinf().sum() == 2 and scored.tokens[0] == len(want) - 2
+    torch.testing.assert_close(scored.total[0], want[want.isfinite()].sum(), atol=1e-4, rtol=1e-4)
+    (answer,) = generate(three, [prompt], Decoding(1, max_images=0, min_new_tokens=1))
+    logits[batch.ids.shape[1] - 1, [three.tokenizer.ret_id, three.tokenizer.eos_id]] = -torch.inf
+    assert answer.ids == [int(logits[batch.ids.shape[1] - 1].argmax())]
 
 
 def test_the_first_place_where_it_may_come(toy_model, prompts):

@@ -37,7 +37,7 @@ def index(toy_model, folder):
 
 @pytest.fixture
 def hidden(toy_model):
-    return torch.randn(toy_model.lm.width, generator=torch.Generator().manual_seed(0))
+    return torch.randn(1, toy_model.lm.width, generator=torch.Generator().manual_seed(0))
 
 
 def retriever(model, index, prompt=(), count=1, resolve=None):

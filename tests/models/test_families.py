@@ -6,7 +6,7 @@ import transformers as hf
 from test_fast_step import NoTower, compare, make_batch, run
 from test_score import whole_pass
 
-from fromage.data.tokenizer import PromptTokenizer
+from fromage.data.tokenizer import PromptTokenizer, ret_tokens
 from fromage.errors import UserError
 from fromage.generation.decoding import Decoding
 from fromage.generation.generate import generate
@@ -63,9 +63,9 @@ FAMILIES = {
 STARTS = ("bos, eos and pad", "pad is eos", "no bos, pad is eos", "bos opens a turn, eos ends it")
 
 
-def build(family, start=STARTS[0], k=1, **more):
+def build(family, start=STARTS[0], k=1, r=1, sees="sequential", **more):
     torch.manual_seed(0)
-    tokenizer = PromptTokenizer(str(TOY / "opt"))
+    tokenizer = PromptTokenizer(str(TOY / "opt"), ret_tokens(r))
     kind, sizes = (FAMILIES | OWN)[family]
     config = kind(vocab_size=tokenizer.vocab_size + 7, **sizes | more)
     config.pad_token_id, config.bos_token_id, config.eos_token_id = 1, 2, 2
@@ -76,7 +76,7 @@ def build(family, start=STARTS[0], k=1, **more):
         tokenizer.pad_id = tokenizer.eos_id
     if start == STARTS[2]:
         tokenizer.bos_id = None
-    return Fromage(LanguageModel(lm, tokenizer, family), NoTower(), k, q=16)
+    return Fromage(LanguageModel(lm, tokenizer, family), NoTower(), k, q=16, ret_attention=sees)
 
 
 @pytest.mark.parametrize("start", STARTS)
@@ -85,6 +85,21 @@ def test_the_fast_step_is_exact(family, start):
     model = build(family, start, k=2)
     for paired in (False, True):
         compare(model, make_batch(model, [5, 12, 3, 24, 7]), paired)
+
+
+@pytest.mark.parametrize("sees", ["sequential", "stacked"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_fast_step_is_exact_with_several_ret_tokens(family, sees):
+    wide = {"sliding_window": 64} if sees == "stacked" and "sliding_window" in FAMILIES[family][1] else {}
+    model = build(family, k=2, r=4, sees=sees, **wide)
+    compare(model, make_batch(model, [5, 12, 3, 24, 7]), True)
+
+
+@pytest.mark.parametrize("family", ["bloom", "mistral"])
+def test_where_ret_cannot_be_stacked_outside_of_packed_sequences(family):
+    model = build(family, r=2, sees="stacked")
+    with pytest.raises(UserError, match="so \\[RET\\] cannot be stacked" if family == "bloom" else "looks back 5 in places"):
+        model.embed_text(["a red star on the sand by night"])
 
 
 @pytest.mark.parametrize("family", FAMILIES | OWN)

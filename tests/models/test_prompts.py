@@ -236,6 +236,33 @@ def test_retrieval_of_text_is_as_in_training(toy_model):
     assert toy_model.embed_text([]).shape == (0, 32)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("sees", ["sequential", "stacked"])
+def test_several_ret_tokens_of_queries_and_captions_are_by_definition(sees):
+    """Stacked, each is run alone behind the text; sequential, the tokens are a plain continuation of it."""
+    model = Fromage.load(q=32, r=3, ret_attention=sees, ret_fusion="transformer").eval()
+    texts = ["a red star.", "a small blue ring on the left and a big green square at the top, on the sea at night.", ""]
+    rows, states = [model.tokenizer.caption(text, 99) for text in texts], []
+    for row in rows:
+        before, rets = model.embed(torch.tensor([row[:-3]])), model.ret.input  # (1, n, d), (3, d)
+        runs = [rets] if sees == "sequential" else [rets[:1], rets[1:2], rets[2:]]
+        whole = [torch.cat([before, some[None]], 1) for some in runs]
+        ends = [model.lm(e, torch.ones(e.shape[:2], dtype=torch.bool))[0, before.shape[1] :] for e in whole]
+        states.append(torch.cat(ends))  # (3, d)
+    want = model.embed_ret(torch.stack(states))
+    ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=model.tokenizer.pad_id)
+    got = model.hidden_at_ret(ids, [len(row) for row in rows])[1]
+    torch.testing.assert_close(got, torch.stack(states), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(model.embed_text(texts), want, atol=1e-5, rtol=1e-4)
+    assert prompt_ids(model, ["a red star.", RET]) == rows[0]
+
+
+def test_ret_in_a_prompt_of_a_model_without_it_is_refused(toy_model, monkeypatch):
+    monkeypatch.setattr(toy_model.tokenizer, "ret_ids", [])
+    with pytest.raises(UserError, match=r"leave \[RET\] out of its prompts"):
+        prompt_ids(toy_model, ["a red star", RET])
+
+
 def test_a_model_that_reads_the_last_word_does_so_in_prompts_and_folders_too(tmp_path):
     model = Fromage.load(k=2, q=32, pooling="last")
     texts = ["a red star", "it is night, and the ring is small."]

@@ -349,6 +349,21 @@ def test_a_model_is_digested_once_and_again_when_it_has_changed(toy_model, monke
         index.require_model(Fromage.load(k=2, q=32, seed=1))
 
 
+def test_an_index_of_another_kind_of_ret_is_refused():
+    one = Fromage.load(k=2, q=32)
+    index = FaissIndex.build(rows(3, q=32), items(3), one.fingerprint())
+    for other in ({"r": 4}, {"ret_fusion": "transformer"}):
+        with pytest.raises(UserError, match="built with"):
+            search_index(Fromage.load(k=2, q=32, **other), index, ["a red star."], 1)
+    three = [Fromage.load(k=2, q=32, r=3, **more) for more in ({}, {"ret_attention": "stacked"}, {"ret_fusion": "first"})]
+    assert len({model.fingerprint() for model in [one, *three]}) == 4
+    assert Fromage.load(k=2, q=32, ret_attention="sequential", r=1).fingerprint() == one.fingerprint()
+    index = FaissIndex.build(rows(3, q=32), items(3), three[1].fingerprint())
+    index.require_model(three[1])
+    with pytest.raises(UserError, match="built with"):
+        index.require_model(three[0])
+
+
 def test_a_model_loaded_in_inference_mode_has_an_index_too():
     with torch.inference_mode():
         model = Fromage.load(k=2, q=32)

@@ -11,12 +11,12 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 from fromage.data.batches import Batch, Texts
-from fromage.data.tokenizer import PromptTokenizer
+from fromage.data.tokenizer import PromptTokenizer, ret_tokens
 from fromage.errors import UserError
 from fromage.models.fromage import Fromage
 from fromage.models.frozen import TOY
 from fromage.models.language_model import LanguageModel
-from fromage.training.fast_step import fast_step
+from fromage.training.fast_step import fast_step, retrieval_text
 from fromage.training.meter import Meter
 from fromage.training.reference_step import Weights, reference_step
 
@@ -29,9 +29,9 @@ class NoTower(nn.Module):
     shape, width = (M,), M
 
 
-def build(kind, k, dtype=torch.float32, **options):
+def build(kind, k, dtype=torch.float32, r=1, **options):
     torch.manual_seed(0)
-    tokenizer = PromptTokenizer(str(TOY / "opt"))
+    tokenizer = PromptTokenizer(str(TOY / "opt"), ret_tokens(r))
     rows = tokenizer.vocab_size + 7
     if kind == "tied":
         config = OPTConfig(
@@ -66,13 +66,14 @@ def models():
 
 
 def make_batch(model, lengths, seed=0):
-    """Captions of random words; lengths count </s> and [RET]; 1 is [RET] alone, as of an empty caption without </s>."""
+    """Captions of random words; lengths count </s> and the first [RET]; 1 is [RET] alone, of an empty text without </s>."""
     generator = torch.Generator().manual_seed(seed)
-    tokenizer, T = model.tokenizer, max(lengths)
-    ids = torch.full((len(lengths), T), tokenizer.pad_id)
+    tokenizer, r = model.tokenizer, model.r
+    lengths = [n + r - 1 for n in lengths]
+    ids = torch.full((len(lengths), max(lengths)), tokenizer.pad_id)
     for row, n in zip(ids, lengths, strict=True):
-        words = torch.randint(4, tokenizer.vocab_size, (max(n - 2, 0),), generator=generator).tolist()
-        row[:n] = torch.tensor([2, *words, tokenizer.ret_id][-n:])
+        words = torch.randint(4, tokenizer.vocab_size, (max(n - 1 - r, 0),), generator=generator).tolist()
+        row[:n] = torch.tensor([2, *words, *tokenizer.ret_ids][-n:])
     features = torch.randn(len(lengths), M, generator=generator)
     return Batch([str(i) for i in range(len(lengths))], [""] * len(lengths), ids, lengths, None, features)
 
@@ -117,6 +118,75 @@ def test_same_losses_and_gradients(models, kind, k, paired):
 @example(lengths=[1, 1, 5, 1], paired=False, which=("untied", 1), chunk=2, seed=0)  # a chunk without a word
 def test_any_lengths_batch_sizes_and_chunks(models, lengths, paired, which, chunk, seed):
     compare(models[which], make_batch(models[which], lengths, seed), paired, partial(fast_step, chunk=chunk))
+
+
+RETS = [(kind, r, sees) for kind in ("tied", "untied") for r in (1, 4, 8) for sees in ("sequential", "stacked")]
+
+
+@pytest.fixture(scope="module")
+def several():
+    """Models of r [RET] tokens, by whether they are tied, r and what the tokens see."""
+    return {(kind, r, sees): build(kind, 2, r=r, ret_attention=sees, ret_fusion="transformer") for kind, r, sees in RETS}
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    lengths=st.lists(st.integers(1, 24), min_size=1, max_size=7).filter(lambda lengths: max(lengths) > 2),
+    paired=st.booleans(),
+    which=st.sampled_from(RETS),
+    chunk=st.integers(0, 5),
+    seed=st.integers(0, 999),
+)
+@example(lengths=[1, 1, 5, 1], paired=False, which=("untied", 8, "stacked"), chunk=2, seed=0)
+@example(lengths=[5, 12, 3, 24, 2], paired=True, which=("tied", 8, "sequential"), chunk=0, seed=0)
+def test_several_ret_tokens_have_the_gradients_of_the_reference(several, lengths, paired, which, chunk, seed):
+    compare(several[which], make_batch(several[which], lengths, seed), paired, partial(fast_step, chunk=chunk))
+
+
+@pytest.mark.parametrize("fusion", ["mean", "first"])
+@pytest.mark.parametrize("sees", ["sequential", "stacked"])
+def test_each_fusion_of_several_ret_tokens(sees, fusion):
+    model = build("tied", 1, r=4, ret_attention=sees, ret_fusion=fusion)
+    compare(model, make_batch(model, [5, 12, 3, 24, 7]), True)
+    used = run(fast_step, model, make_batch(model, [5, 12, 3]), False)[1]["ret.input"].norm(dim=1) > 0
+    assert used.tolist() == ([True] * 4 if fusion == "mean" else [True, False, False, False])
+
+
+@pytest.mark.parametrize("kind", ["tied", "untied"])
+def test_sequential_ret_tokens_see_their_predecessors_and_stacked_ones_do_not(kind):
+    for sees in ("sequential", "stacked"):
+        model = build(kind, 1, r=3, ret_attention=sees)
+        batch, states = make_batch(model, [5, 12, 3]), []
+        for _ in range(2):
+            states.append(fast_step_states(model, batch))
+            torch.testing.assert_close(states[-1], model.hidden_at_ret(batch.ids, batch.lengths)[1], atol=1e-5, rtol=1e-4)
+            with torch.no_grad():
+                model.ret.input[0].mul_(-1)  # the first [RET]
+        changed = (states[0] - states[1]).abs().amax((0, 2)) > 1e-4
+        assert changed.tolist() == [True, sees == "sequential", sees == "sequential"]
+        with torch.no_grad():
+            model.ret.input[:2] = model.ret.input[:2].flip(0)
+        swapped = fast_step_states(model, batch)[:, 0]
+        assert torch.allclose(swapped, states[0][:, 1], atol=1e-4) is (sees == "stacked")
+
+
+def fast_step_states(model, batch):
+    with torch.no_grad():
+        return retrieval_text(model, batch)[1]
+
+
+def test_of_several_ret_tokens_the_first_alone_is_a_target():
+    model = build("untied", 1, r=4)
+    batch = make_batch(model, [5, 12, 3])
+    hidden, _ = model.hidden_at_ret(batch.ids, batch.lengths)
+    logits = model.lm.logits(hidden)
+    assert logits.shape[-1] == model.tokenizer.ret_ids[-1] + 1 and logits[..., model.tokenizer.ret_ids[1:]].isneginf().all()
+    assert model.ret.output.shape == (1, 32) and model.ret.input.shape == (4, 32)
+    wanted = [
+        -logits[i, t].log_softmax(-1)[batch.ids[i, t + 1]] for i, n in enumerate(batch.lengths) for t in range(n - 4)
+    ]  # </s> y_1 ... y_n predict y_1 ... y_n [RET]
+    for step in (reference_step, fast_step):
+        torch.testing.assert_close(step(model, batch, False).text_loss, torch.stack(wanted).mean())
 
 
 @pytest.mark.parametrize("chunk", [0, 2])

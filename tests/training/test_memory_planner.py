@@ -173,6 +173,19 @@ def test_an_untied_language_model_trains_a_second_row(tmp_path):
     assert counted.parameters["[RET]"] == 2 * 32 and counted.flop > 0
 
 
+def test_several_ret_tokens_are_planned_as_they_train(small):
+    for several in (replace(small, r=4), replace(small, r=4, ret_attention="stacked", ret_fusion="transformer")):
+        counted, one = plan(several), plan(small)
+        assert counted.parameters["[RET]"] == 4 * one.parameters["[RET]"]
+        assert ("fusion of [RET]" in counted.parameters) == (several.ret_fusion == "transformer")
+        assert counted.trained == sum(p.numel() for p in real(several)[0].trained().values())
+        assert f"4 {several.ret_attention} [RET], the longest 20" in counted.heading
+        text = counted.passes["the text pass"]
+        assert text.flop > one.passes["the text pass"].flop and sum(text.kept.values()) > 0
+    with pytest.raises(UserError, match="tokens from 1 to max_tokens without"):
+        read_run(str(find_config("toy.yaml")), tokens=11, max_tokens=14, r=4)
+
+
 def test_published_sizes_of_opt():
     with torch.device("meta"):
         for size, billions in (("125m", 0.125), ("350m", 0.331), ("1.3b", 1.316), ("6.7b", 6.658), ("66b", 65.7)):

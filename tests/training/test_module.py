@@ -158,6 +158,51 @@ def test_a_checkpoint_of_another_architecture_is_refused_by_name(fitted, world, 
         run(world, tmp_path, 9, ckpt_path=str(fitted[3] / "last.ckpt"), k=4)
 
 
+@pytest.fixture(scope="module")
+def stacked(world, tmp_path_factory):
+    """The folder of a run of three steps with four stacked [RET] tokens, and its module."""
+    out = tmp_path_factory.mktemp("stacked")
+    return out, run(world, out, 3, **SEVERAL)[0]
+
+
+SEVERAL = {"r": 4, "ret_attention": "stacked", "ret_fusion": "transformer"}
+
+
+def test_several_ret_tokens_train_and_resume(stacked, world, tmp_path):
+    out, module = stacked
+    model = module.model
+    norms = model.ret.input.norm(dim=1)
+    torch.testing.assert_close(norms, model.ret.mean_norm.expand(4))  # each row was rescaled
+    start = FromageModule(**TOY, **SEVERAL)
+    start.configure_model()
+    for name, value in start.model.trained().items():
+        assert not torch.equal(value, model.trained()[name]), f"{name} was not trained"
+    loaded = load_model(out / "last.ckpt")
+    assert loaded.fingerprint() == model.fingerprint() and (loaded.r, loaded.stacked) == (4, True)
+    first, _ = run(world, tmp_path, 2, **SEVERAL)
+    resumed, _ = run(world, tmp_path, 3, ckpt_path="last", **SEVERAL)
+    assert resumed.model.fingerprint() == model.fingerprint() != first.model.fingerprint()
+
+
+@pytest.mark.parametrize(
+    "other", [{"r": 1}, {"r": 5}, {"ret_attention": "sequential"}, {"ret_fusion": "mean"}], ids=lambda one: str(*one.items())
+)
+def test_resuming_with_another_kind_of_ret_is_one_line(stacked, other, world, tmp_path):
+    out, _ = stacked
+    ((name, value),) = other.items()
+    with pytest.raises(UserError, match=rf"trained with model.{name} {SEVERAL[name]}, not {value}; give it") as error:
+        run(world, tmp_path, 4, ckpt_path=str(out / "last.ckpt"), **{**SEVERAL, **other})
+    assert "\n" not in str(error.value)
+
+
+def test_a_caption_has_room_for_a_word_beside_ret(world, tmp_path):
+    module = FromageModule(**TOY, r=8)
+    data = CC3M(str(world / "cc3m" / "train"), batch_size=4, max_tokens=9, workers=0)
+    trainer = pl.Trainer(max_steps=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    with pytest.raises(UserError, match=r"data\.max_tokens.* 10"):
+        trainer.fit(module, data)
+
+
 @pytest.mark.parametrize(
     ("off", "heads"), [("captioning", {"visual_prefix"}), ("retrieval", {"text_head", "image_head", "logit_scale"})]
 )
