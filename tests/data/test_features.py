@@ -41,7 +41,10 @@ class Vision(nn.Module):
 
 
 class Tokenizer:
-    pad_id = 1
+    pad_id, ret_ids = 1, [3]
+
+    def start(self):
+        return []
 
     def caption(self, text, max_tokens):
         return [2, 3]
