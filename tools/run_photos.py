@@ -53,9 +53,10 @@ ROWS: dict[str, list[str]] = {
     "k4": ["--model.k=4"],
     "k8": ["--model.k=8"],
     "retrieval alone": ALONE,
-    "last token": [*ALONE, "--model.pooling=last"],
+    "last token": [*ALONE, "--model.pooling=last", "--model.r=1"],
     "untrained language model": ALONE,
     "free norm": [*ALONE, "--model.rescale_ret=false"],
+    "one [RET]": [*ALONE, "--model.r=1"],
     "q 64": [*ALONE, "--model.q=64"],
     "q 1024": [*ALONE, "--model.q=1024"],
 }

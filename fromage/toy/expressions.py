@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import product
 
 from fromage.toy.scenes import PLACES, SIZES, Scene, Thing
@@ -86,11 +87,16 @@ def expression(scene: Scene, index: int, rng: random.Random) -> str:
 
 def by_looks(scene: Scene, index: int, rng: random.Random) -> str | None:
     """A phrase that means object `index` and no other by colour, size and shape alone; None where looks do not suffice."""
+    exact = _exact_looks(scene, index)
+    return words(rng.choice(exact)) if exact else None
+
+
+@lru_cache(maxsize=1)  # several phrases are drawn for each object
+def _exact_looks(scene: Scene, index: int) -> tuple[Meaning, ...]:
     thing = scene.things[index]
     parts = product((thing.shape, None), (thing.colour, None), (thing.size, None), (None, *BY_SIZE))
-    said = [Meaning(shape, colour, size, most=most) for shape, colour, size, most in parts]
-    exact = [meaning for meaning in said if is_exact(meaning, index, scene.things)]
-    return words(rng.choice(exact)) if exact else None
+    said = (Meaning(shape, colour, size, most=most) for shape, colour, size, most in parts)
+    return tuple(meaning for meaning in said if is_exact(meaning, index, scene.things))
 
 
 def at_length(scene: Scene, index: int, rng: random.Random) -> str:
