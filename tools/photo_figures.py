@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from study import Figures
 from torch import Tensor
 
 from fromage.data.features import from_npy
@@ -28,7 +29,6 @@ from fromage.models.fromage import Fromage
 from fromage.models.prompts import Prompt, embed_prompts
 from fromage.retrieval.metrics import ranks, recall_at, retrieval_recalls
 
-Figures = dict[str, float]  # by name, shares in percent
 SENTENCES = 5  # captions of a photograph, as Flickr8k and COCO have
 SHOTS = (0, 1, 2, 4)
 ASKED = "Q: what is in the picture?\nA: "

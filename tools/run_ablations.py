@@ -11,12 +11,10 @@ All is measured on scenes of which no training, of the towers or between them, h
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
 from pathlib import Path
-from typing import Any
 
 import torch
+from study import Run, collect, measured, table
 
 from fromage.apps.toy_demo import name_things, train
 from fromage.data.features import store_features
@@ -71,38 +69,22 @@ def judge(model: Fromage, world: Path, answers: int) -> dict[str, float]:
     figures = {"captions.right": name_things(model, world)}
     for report in reports:
         for who in ("fromage", "clip", "chance"):
-            for setting, measured in report.get(who, {}).items():
-                figures |= {f"{who}.{setting}.{name}": value for name, value in measured.items()}
+            for setting, found in report.get(who, {}).items():
+                figures |= {f"{who}.{setting}.{name}": value for name, value in found.items()}
     return figures
 
 
-def run(name: str, seed: int, out: Path, prepared: tuple[Path, Path], answers: int, options: list[str]) -> dict[str, float]:
+def run(name: str, seed: int, out: Path, prepared: tuple[Path, Path], answers: int, options: list[str]) -> Run:
     """Train and judge one configuration with one seed, unless that is done."""
-    done = out / name / f"seed{seed}" / "figures.json"
-    if not done.exists():
+    folder = out / name / f"seed{seed}"
+
+    def measure() -> dict[str, float]:
         print(f"\n== {name}, seed {seed}", flush=True)
         words = [] if name == BASE else ["--config", f"ablations/{name}.yaml"]
         words += [f"--seed_everything={seed}", f"--model.seed={seed}", *options]
-        write_json(done, judge(load_model(train(done.parent, 1, *prepared, words)), prepared[0], answers))
-    return json.loads(done.read_text())
+        return judge(load_model(train(folder, 1, *prepared, words)), prepared[0], answers)
 
-
-def spread(runs: list[dict[str, float]]) -> dict[str, dict[str, float]]:
-    """Mean and standard deviation over the runs of every figure."""
-    values = {name: [figures[name] for figures in runs] for name in runs[0]}
-    return {
-        name: {"mean": statistics.fmean(some), "deviation": statistics.stdev(some) if len(some) > 1 else 0.0}
-        for name, some in values.items()
-    }
-
-
-def table(results: dict[str, dict[str, Any]]) -> str:
-    """Rows of a Markdown table: mean, and deviation behind ±."""
-    rows = [["", *SHOWN.values()], ["---"] * (len(SHOWN) + 1)]
-    for name, figures in results.items():
-        cells = (figures.get(key) for key in SHOWN)
-        rows.append([name, *(f"{cell['mean']:.1f} ± {cell['deviation']:.1f}" if cell else "" for cell in cells)])
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return measured(folder / "figures.json", measure)
 
 
 def main() -> None:
@@ -112,18 +94,16 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=names(), default=names(), metavar="NAME", help=", ".join(names()))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--answers", type=int, default=60, help="dialogues whose answers are ranked")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, help="file for the figures of each seed; runs that it holds stay")
     parser.add_argument("options", nargs="*", help="behind --: further words for `lightning fit`")
     args = parser.parse_args()
     torch.set_num_threads(min(2, torch.get_num_threads()))
     prepared = prepare(args.out)
-    results = {
-        name: spread([run(name, seed, args.out, prepared, args.answers, args.options) for seed in args.seeds])
+    runs = {
+        name: {str(seed): run(name, seed, args.out, prepared, args.answers, args.options) for seed in args.seeds}
         for name in args.only
     }
-    print(f"\n{table(results)}\n\nR@1 in %, mean and standard deviation over seeds {', '.join(map(str, args.seeds))}")
-    if args.json:
-        write_json(args.json, {"seeds": args.seeds, "figures": results})
+    print(f"\n{table(SHOWN, collect(args.json, runs, answers=args.answers))}\n\nR@1 in %, mean and standard deviation")
 
 
 if __name__ == "__main__":

@@ -6,33 +6,30 @@
 
 octopus is trained as lightning_configs/octopus_toy1.yaml to 3 say, sequential as octopus_sequential.yaml; slow and fast are
 sequential with other learning rates, by which its own was chosen. The other rows change one thing of octopus each, in
-stages 2 and 3, at the same length; random_queries, blind_queries, no_norm and no_points undo what is ours, not the paper's:
-where queries begin, that they see one another, the layer norm before the decoder, and reference points of their own.
-Stage 1 is one for all rows of a seed. Figures are of scenes that no training has seen: of a world of another seed, or
-(--judged val) of the training world's validation scenes, which designs are chosen on.
+stages 2 and 3, at the same length; five of them undo what is ours, not the paper's: how far apart queries begin
+(near_queries) and where (random_queries), that they see one another (blind_queries), the layer norm before the decoder
+(no_norm), and reference points of their own (no_points). Stage 1 is one for all rows of a seed. Figures are of scenes that
+no training has seen: of a world of another seed, or (--judged val) of the training world's validation scenes, which designs
+are chosen on.
 
 What is there is not run again: after a kill, give the command again; to use two cores, give it twice, with other seeds
-(once the patches are there). --json writes docs/results/octopus.json's form, with commit and machine.
+(once the patches are there). --json adds to a file like docs/results/octopus.json, with each run's commit and
+machine.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
-from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
-from gpu_kit import commit
-from run_ablations import spread
+from study import Run, Runs, collect, measured, table
 
 from fromage.apps import octopus_demo as octopus_tour
 from fromage.evals import instructions, pope, refcoco
-from fromage.io import write_json
 from fromage.models.vision.registry import load_patches
 from fromage.octopus import Flickr30kSpotting, Instructions, Pope, RefCOCO, load_octopus, model, recognition
 from fromage.octopus.patch_store import PatchStore
@@ -48,7 +45,8 @@ ROWS: dict[str, list[str]] = {  # of Octopus: what is changed
     "n16": ["--model.num_queries=16"],
     "n32": ["--model.num_queries=32"],
 }
-TRIED: dict[str, tuple[Any, str, Callable[..., Any]]] = {  # which function of Octopus is another one, and what it does then
+TRIED: dict[str, tuple[Any, str, Any]] = {  # what of Octopus is another one, and what it is then
+    "near_queries": (model, "APART", 0.1),
     "random_queries": (model, "_start", lambda lm, n: torch.randn(n, lm.width) * lm.added.mean_norm.cpu() / lm.width**0.5),
     "blind_queries": (model, "among", lambda places, n: torch.zeros(*places.shape, places.shape[1], dtype=torch.bool)),
     "no_norm": (recognition, "_enter", torch.nn.Linear),
@@ -61,16 +59,17 @@ COUNTERPARTS: dict[str, list[str]] = {
 }
 TEST_SEED = 1000  # of the world that all is judged on
 SHOWN = {
-    "RefCOCO": "refcoco.WHO.val.acc_iou50",
-    "RefCOCO+": "refcoco+.WHO.val.acc_iou50",
-    "RefCOCOg": "refcocog.WHO.val.acc_iou50",
-    "decoder's best": "refcoco.WHO.val.head_recall_top1",
-    "among its 5": "refcoco.WHO.val.head_recall_top5",
-    "spotting, 2 boxes": "spotting.WHO.2_objects.all_found",
-    "3": "spotting.WHO.3_objects.all_found",
-    "4": "spotting.WHO.4_objects.all_found",
-    "words": "instructions.WHO.text.words",
-    "yes or no": "attributes.WHO.val.accuracy",
+    "refcoco.val.acc_iou50": "RefCOCO",
+    "refcoco+.val.acc_iou50": "RefCOCO+",
+    "refcocog.val.acc_iou50": "RefCOCOg",
+    "refcoco.val.head_recall_top1": "decoder's best",
+    "refcoco+.val.head_recall_top1": "of RefCOCO+",
+    "refcoco.val.head_recall_top5": "among its 5",
+    "spotting.2_objects.all_found": "spotting, 2 boxes",
+    "spotting.3_objects.all_found": "3",
+    "spotting.4_objects.all_found": "4",
+    "instructions.text.words": "words",
+    "attributes.val.accuracy": "yes or no",
 }
 
 
@@ -108,33 +107,24 @@ def judge(checkpoint: Path, world: Path, limit: int) -> dict[str, float]:
     reports["instructions"] = instructions.evaluate(octopus, told, options)
     reports["attributes"] = pope.evaluate(octopus, Pope(str(world / "attributes" / "val.json"), images, limit), options)
     return {
-        f"{name}.{who}.{setting}.{what}": value
+        f"{prefix}{name}.{setting}.{what}": value
         for name, report in reports.items()
-        for who in ("octopus", "sequential", "chance")
+        for who, prefix in (("octopus", ""), ("sequential", ""), ("chance", "chance."))
         for setting, figures in report.get(who, {}).items()
         for what, value in figures.items()
     }
 
 
-def run(name: str, out: Path, seed: int, judged: str, limit: int, options: list[str]) -> dict[str, float]:
+def run(name: str, out: Path, seed: int, judged: str, limit: int, options: list[str]) -> Run:
     """Train and judge one row with one seed, unless that is done."""
-    done = out / f"seed{seed}" / name / f"{judged}.json"
-    if not done.exists():
+
+    def measure() -> dict[str, float]:
         print(f"== {name}, seed {seed}", flush=True)
         with patch.object(*TRIED[name]) if name in TRIED else nullcontext():
             checkpoint = train(name, out, seed, options)
-            write_json(done, judge(checkpoint, out / ("test_world" if judged == "test" else "world"), limit))
-    return json.loads(done.read_text())
+            return judge(checkpoint, out / ("test_world" if judged == "test" else "world"), limit)
 
-
-def table(results: dict[str, dict[str, dict[str, float]]]) -> str:
-    """Rows of a Markdown table: mean ± standard deviation over the seeds."""
-    rows = [["", *SHOWN], ["---"] * (len(SHOWN) + 1)]
-    for name, figures in results.items():
-        who = "sequential" if name in COUNTERPARTS else "octopus"
-        cells = [figures.get(key.replace("WHO", who)) for key in SHOWN.values()]
-        rows.append([name, *(f"{cell['mean']:.1f} ± {cell['deviation']:.1f}" if cell else "" for cell in cells)])
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return measured(out / f"seed{seed}" / name / f"{judged}.json", measure)
 
 
 def main() -> None:
@@ -148,22 +138,19 @@ def main() -> None:
     parser.add_argument("--judged", choices=("test", "val"), default="test", help="scenes that figures are of")
     parser.add_argument("--limit", type=int, default=2000, help="examples of each kind that are judged")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--json", type=Path, help="file for the figures of each seed and their means")
+    parser.add_argument("--json", type=Path, help="file for the figures of each seed; runs that it holds stay")
     parser.add_argument("options", nargs="*", help="behind --: further words for `lightning fit`")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     prepare(args.out)
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in args.only}
+    setting = {"judged": args.judged, "limit": args.limit}
+    runs: Runs = {name: {} for name in args.only}
     for seed in args.seeds:
         for name in args.only:
-            found[name].append(run(name, args.out, seed, args.judged, args.limit, args.options))
-    results = {name: spread(runs) for name, runs in found.items()}
-    seeds = ", ".join(map(str, args.seeds))
-    print(f"\n{table(results)}\n\nin %, of {args.judged} scenes, mean and standard deviation over seeds {seeds}")
-    if args.json:
-        about = {"commit": commit(), "machine": f"{platform.machine()}, {torch.get_num_threads()} threads"}
-        about |= {"torch": torch.__version__, "judged": args.judged, "limit": args.limit, "seeds": args.seeds}
-        write_json(args.json, {**about, "runs": found, "figures": results})
+            runs[name][str(seed)] = run(name, args.out, seed, args.judged, args.limit, args.options)
+            collect(args.json, {name: runs[name]}, **setting)
+    runs = collect(args.json, runs, **setting)
+    print(f"\n{table(SHOWN, runs)}\n\nin %, of {args.judged} scenes, mean and standard deviation over seeds")
 
 
 if __name__ == "__main__":

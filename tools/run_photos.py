@@ -14,14 +14,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
-from gpu_kit import commit
 from photo_figures import (
     Figures,
     Ridge,
@@ -35,13 +32,12 @@ from photo_figures import (
     read,
     recalls,
 )
-from run_ablations import spread
+from study import Run, Runs, collect, measured, table
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from fromage.apps.photos import train
 from fromage.data.features import store_features
 from fromage.data.packing import pack_coco
-from fromage.io import write_json
 from fromage.models.fromage import Fromage, load_model
 from fromage.models.towers import folder_of, get
 from fromage.models.vision.registry import load_vision
@@ -66,16 +62,16 @@ LM, VISION = "smollm2", "efficientnet-lite2"
 STYLES = ("alone", "dialogue", "template")  # in which a picture is asked for
 RIDGE = (0.001, 0.01, 0.1)  # weights of the linear baseline, the best of which is taken on photographs held out
 SHOWN = {
-    "R@1": "photographs.t2i_r1",
-    "R@5": "photographs.t2i_r5",
-    "R@10": "photographs.t2i_r10",
-    "image to text R@1": "photographs.i2t_r1",
-    "R@5 ": "photographs.i2t_r5",
-    "R@10 ": "photographs.i2t_r10",
-    "COCO R@1": "coco.t2i_r1",
-    "COCO R@10": "coco.t2i_r10",
-    "CIDEr": "captions.cider",
-    "BLEU-4": "captions.bleu4",
+    "photographs.t2i_r1": "R@1",
+    "photographs.t2i_r5": "R@5",
+    "photographs.t2i_r10": "R@10",
+    "photographs.i2t_r1": "image to text R@1",
+    "photographs.i2t_r5": "R@5",
+    "photographs.i2t_r10": "R@10",
+    "coco.t2i_r1": "COCO R@1",
+    "coco.t2i_r10": "COCO R@10",
+    "captions.cider": "CIDEr",
+    "captions.bleu4": "BLEU-4",
 }
 
 
@@ -139,43 +135,37 @@ def parts(name: str, args: argparse.Namespace, model: Fromage) -> dict[str, Call
     return todo
 
 
-def run(name: str, args: argparse.Namespace, seed: int) -> Figures:
+def run(name: str, args: argparse.Namespace, seed: int) -> Run:
     """Train and judge a row with one seed; what was measured before is not measured again."""
     folder = args.out / ("chosen" if args.choose else "runs") / name.replace(" ", "_") / f"seed{seed}"
     print(f"\n== {name}, seed {seed}", flush=True)
     model = load_model(train(folder, [*words_of(name, args, seed), *args.options]))
+    made: Run = {}
     found: Figures = {}
     for part, measure in parts(name, args, model).items():
-        if not (done := folder / "figures" / f"{part.replace(' ', '_')}.json").exists():
-            print(part, flush=True)
-            write_json(done, measure())
-        found |= {f"{part}.{what}": value for what, value in json.loads(done.read_text()).items()}
-    return found
+        made = measured(folder / "figures" / f"{part.replace(' ', '_')}.json", measure)
+        found |= {f"{part}.{what}": value for what, value in made["figures"].items()}
+        print(part, flush=True)
+    return made | {"figures": found}
 
 
-def baselines(args: argparse.Namespace) -> dict[str, Figures]:
-    """The linear baseline, its weight chosen on the photographs held out, and chance."""
-    if not (done := args.out / "baselines.json").exists():
-        features, model = args.out / "features", Fromage.load(LM, VISION)
+def baselines(args: argparse.Namespace) -> Runs:
+    """The linear baseline, its weight chosen on the photographs held out, and chance; both without a seed."""
+    features = args.out / "features"
+
+    def linear() -> Figures:
+        model = Fromage.load(LM, VISION)
         train_set, held_out, judged = (read([features / name]) for name in ("train", "held_out", "judged"))
         fitted = {weight: Ridge(model, train_set, weight) for weight in RIDGE}
         best = max(RIDGE, key=lambda weight: fitted[weight].recalls(held_out)["t2i_r10"])
         both = read([features / "train", features / "held_out"])
-        linear = {"weight": best, **Ridge(model, both, best).recalls(judged)}
-        write_json(done, {"linear": linear, "chance": chance(len(judged.names))})
-    return json.loads(done.read_text())
+        return {"weight": best, **named(Ridge(model, both, best).recalls(judged))}
 
+    def named(figures: Figures) -> Figures:
+        return {f"photographs.{name}": value for name, value in figures.items()}
 
-def table(results: dict[str, dict[str, Any]], beside: dict[str, Figures]) -> str:
-    """Rows of a Markdown table: mean ± standard deviation over the seeds, and figures without seeds."""
-    rows = [["", *SHOWN], ["---"] * (len(SHOWN) + 1)]
-    for name, figures in results.items():
-        cells = [figures.get(key) for key in SHOWN.values()]
-        rows.append([name, *(f"{cell['mean']:.1f} ± {cell['deviation']:.1f}" if cell else "" for cell in cells)])
-    for name, alone in beside.items():
-        values = [alone.get(key.removeprefix("photographs.")) for key in SHOWN.values()]
-        rows.append([name, *("" if value is None else f"{value:.1f}" for value in values)])
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    made = {"linear": linear, "chance": lambda: named(chance(len(read([features / "judged"]).names)))}
+    return {name: {"none": measured(args.out / f"{name}.json", measure)} for name, measure in made.items()}
 
 
 def main() -> None:
@@ -197,15 +187,13 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     prepare(args)
-    found: dict[str, list[Figures]] = {name: [] for name in args.only}
+    setting = {"judged": "held out" if args.choose else args.judged.name}
+    runs: Runs = {name: {} for name in args.only} if args.choose else baselines(args)
     for seed in args.seeds:
         for name in args.only:
-            found[name].append(run(name, args, seed))
-    results, beside = {name: spread(runs) for name, runs in found.items()}, baselines(args)
-    print(f"\n{table(results, {} if args.choose else beside)}\n\nin %, over seeds {', '.join(map(str, args.seeds))}")
-    if args.json:
-        about = {"commit": commit(), "machine": f"{platform.machine()}, {args.threads} threads", "torch": torch.__version__}
-        write_json(args.json, {**about, "seeds": args.seeds, "beside": beside, "runs": found, "figures": results})
+            runs.setdefault(name, {})[str(seed)] = run(name, args, seed)
+            collect(args.json, {name: runs[name]}, **setting)
+    print(f"\n{table(SHOWN, collect(args.json, runs, **setting))}\n\nin %, mean and standard deviation")
 
 
 if __name__ == "__main__":

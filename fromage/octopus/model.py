@@ -49,6 +49,9 @@ from fromage.octopus.masks import SCALES
 from fromage.octopus.recognition import Detections, Recognizer
 
 QUERY = QUERIES.value
+APART = (
+    1.0  # lengths of an embedding between queries' beginnings: near to each other they gather the noun, hardly its colour
+)
 SLOTS = re.compile(r"(\{\w+\})")
 
 
@@ -306,15 +309,11 @@ class Octopus(Pretrained):
 
 
 def _start(lm: LanguageModel, n: int) -> Tensor:
-    """(n, d): where queries begin, at the embedding of '.' and as far from it as a random embedding is long.
-
-    At '.' a language model has gathered what was said. Queries that begin apart gather other words each: all in one place,
-    they hold the noun and hardly its colour.
-    """
+    """(n, d): where queries begin, around the embedding of '.', behind which a language model has gathered what was said."""
     device = lm.hf.get_input_embeddings().frozen.weight.device
     full_stop = lm.embed(torch.tensor(lm.tokenizer.encode("."), device=device))[-1].detach().float().cpu()  # (d,)
     scale: Any = lm.added.mean_norm.cpu() / lm.width**0.5
-    return full_stop + torch.randn(n, lm.width) * scale
+    return full_stop + APART * torch.randn(n, lm.width) * scale
 
 
 def fill_template(template: Sequence[str], image: ImageInput | None, instruction: str, ask: bool) -> list[Part]:

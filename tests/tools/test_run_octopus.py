@@ -43,10 +43,10 @@ def test_a_table_of_runs_and_no_run_twice(tool, world, tmp_path, monkeypatch, ca
     told = capsys.readouterr().out
     written = json.loads((tmp_path / "a.json").read_text())
     figures = written["figures"]
-    assert written["judged"] == "test" and written["commit"] and len(written["runs"]["no_relay"]) == 1
+    assert written["setting"] == {"judged": "test", "limit": 4} and written["runs"]["no_relay"]["1"]["commit"]
     assert "== sequential, seed 1" in told and "| no_relay |" in told
-    assert figures["no_relay"]["refcoco.octopus.val.head_recall_top1"]["mean"] >= 0
-    assert "refcoco.octopus.val.head_recall_top1" not in figures["sequential"]
+    assert figures["no_relay"]["refcoco.val.head_recall_top1"]["mean"] >= 0
+    assert "refcoco.val.head_recall_top1" not in figures["sequential"]
     kept = [path for path in tmp_path.rglob("last.ckpt") if "stage1" in path.parts]
     assert len(kept) == 1, "stage 1 is one for all rows"
     monkeypatch.setattr(tool.octopus_tour, "train", None)
@@ -57,6 +57,7 @@ def test_a_table_of_runs_and_no_run_twice(tool, world, tmp_path, monkeypatch, ca
 @pytest.mark.parametrize(
     ("name", "holds"),
     [
+        ("near_queries", lambda model: torch.pdist(model.queries).max() < 0.3 * model.queries.norm(dim=1).min()),
         ("random_queries", lambda model: (model.queries.mean(0) / model.queries.norm(dim=1).mean()).norm() < 0.9),
         ("blind_queries", lambda model: not octopus_model.among(torch.ones(1, 4, dtype=torch.bool), 4).any()),
         ("no_norm", lambda model: isinstance(model.recognizer.enter, torch.nn.Linear)),

@@ -132,7 +132,7 @@ def test_a_row_is_trained_and_judged_once(world, tmp_path, monkeypatch, capsys):
     told = json.loads((tmp_path / "f.json").read_text())
     count = len(json.loads(listed.read_text())["images"])
     assert told["figures"]["k2"]["captions.cider"]["mean"] == count and "captions.cider" not in told["figures"]["last token"]
-    assert told["beside"]["linear"]["weight"] in run_photos.RIDGE and "| k2 | " in capsys.readouterr().out
+    assert told["runs"]["linear"]["none"]["figures"]["weight"] in run_photos.RIDGE and "| k2 | " in capsys.readouterr().out
     monkeypatch.setattr(run_photos, "recalls", lambda *_: pytest.fail("measured twice"))
     run_photos.main()
     assert json.loads((tmp_path / "f.json").read_text()) == told

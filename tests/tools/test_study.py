@@ -1,0 +1,49 @@
+"""tools/study.py: runs of several calls stand in one file."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fromage.errors import UserError
+
+TOOLS = Path(__file__).resolve().parents[2] / "tools"
+
+
+@pytest.fixture
+def study(monkeypatch):
+    monkeypatch.syspath_prepend(str(TOOLS))
+    import study
+
+    return study
+
+
+def test_what_was_measured_is_not_measured_again(study, tmp_path):
+    first = study.measured(tmp_path / "a.json", lambda: {"x": 1.0})
+    assert first["figures"] == {"x": 1.0} and first["commit"]
+    assert study.measured(tmp_path / "a.json", lambda: pytest.fail("measured twice")) == first
+
+
+def test_runs_of_later_calls_stand_beside_those_of_earlier_ones(study, tmp_path):
+    run = lambda x: {"commit": f"c{x}", "figures": {"x": x}}  # noqa: E731
+    file = tmp_path / "all.json"
+    study.collect(file, {"base": {"1": run(1.0)}, "k4": {"0": run(5.0)}}, judged="test")
+    runs = study.collect(file, {"base": {"0": run(3.0)}}, judged="test")
+    assert list(runs["base"]) == ["0", "1"] and runs["k4"]["0"]["commit"] == "c5.0"
+    written = json.loads(file.read_text())
+    assert written["runs"] == runs
+    assert written["figures"]["base"]["x"] == {"mean": 2.0, "deviation": pytest.approx(2**0.5)}
+    assert study.table({"x": "X", "y": "Y"}, runs).splitlines()[2:] == [
+        "| base | 2.0 ± 1.4 |  | 0, 1 |",
+        "| k4 | 5.0 |  | 0 |",
+    ]
+    with pytest.raises(UserError, match="holds runs of"):
+        study.collect(file, {"base": {"2": run(3.0)}}, judged="val")
+    assert json.loads(file.read_text()) == written
+
+
+def test_figures_of_the_repository_are_means_of_the_runs_beside_them(study):
+    for path in (TOOLS.parent / "docs" / "results").glob("*.json"):
+        held = json.loads(path.read_text())
+        assert held["figures"] == {row: study.spread(seeds) for row, seeds in held["runs"].items()}, path.name
+        assert all(run["commit"] and run["machine"] for seeds in held["runs"].values() for run in seeds.values())

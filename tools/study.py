@@ -1,0 +1,67 @@
+"""Figures of a study: runs by row and seed, each with its commit and machine, in one JSON file that later runs add to."""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from gpu_kit import commit
+
+from fromage.errors import UserError
+from fromage.io import write_json
+
+Figures = dict[str, float]  # by name, shares in percent
+Run = dict[str, Any]  # commit, machine, torch, and figures: Figures
+Runs = dict[str, dict[str, Run]]  # by row and seed
+
+
+def measured(path: Path, measure: Callable[[], Figures]) -> Run:
+    """The run of a file; where there is none, `measure` makes its figures."""
+    if not path.exists():
+        origin = {"commit": commit(), "machine": f"{platform.machine()}, {torch.get_num_threads()} threads"}
+        write_json(path, {**origin, "torch": torch.__version__, "figures": measure()})
+    return json.loads(path.read_text())
+
+
+def collect(path: Path | None, runs: Runs, **setting: Any) -> Runs:
+    """Runs, and those that a file has beside them, written into it; `setting` is what all have in common.
+
+    Raises UserError where the file's runs were made in another setting.
+    """
+    if path is None:
+        return runs
+    there = json.loads(path.read_text()) if path.exists() else {"setting": setting, "runs": {}}
+    if there["setting"] != json.loads(json.dumps(setting)):
+        raise UserError(f"{path} holds runs of {there['setting']}, these are of {setting}: name another file")
+    known = there["runs"]
+    runs = known | {row: dict(sorted((known.get(row, {}) | seeds).items())) for row, seeds in runs.items()}
+    write_json(path, {"setting": setting, "runs": runs, "figures": {row: spread(seeds) for row, seeds in runs.items()}})
+    return runs
+
+
+def spread(seeds: Mapping[str, Run]) -> dict[str, dict[str, float]]:
+    """Mean and standard deviation over the seeds of every figure."""
+    runs = [run["figures"] for run in seeds.values()]
+    values = {name: [figures[name] for figures in runs] for name in runs[0]}
+    return {
+        name: {"mean": statistics.fmean(some), "deviation": statistics.stdev(some) if len(some) > 1 else 0.0}
+        for name, some in values.items()
+    }
+
+
+def table(shown: Mapping[str, str], runs: Runs) -> str:
+    """Rows of a Markdown table: seeds, and of each figure the mean, behind ± the deviation of several.
+
+    shown: heading of each figure by its name.
+    """
+    rows = [["", *shown.values(), "seeds"], ["---"] * (len(shown) + 2)]
+    for row, seeds in runs.items():
+        figures, told = spread(seeds), "{mean:.1f} ± {deviation:.1f}" if len(seeds) > 1 else "{mean:.1f}"
+        cells = [told.format(**figures[name]) if name in figures else "" for name in shown]
+        rows.append([row, *cells, ", ".join(seeds)])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
