@@ -78,7 +78,7 @@ def evaluate(
     length, for too many images lost, and for annotations of other questions.
     """
     options = options or Options()
-    known = [question for question in data.questions if annotations and question.key in annotations]
+    known = _known(data.questions, annotations or {})
     if annotations is not None and not known:
         raise UserError(f"{data.file}: none of its questions is in the annotations; name those of the same split")
     kind = "sequential" if getattr(model, "num_queries", None) == 0 else model.kind
@@ -101,7 +101,7 @@ def evaluate(
     figures: System = {"all": {"words": sum(len(text.split()) for text in texts.values()) / len(texts)}}
     if len(todo) > lost:
         figures["all"]["seconds"] = seconds / (len(todo) - lost)
-    figures |= _accuracies(figures["all"], texts, annotations or {})
+    figures |= _accuracies(figures["all"], texts, known)
     sizes = {"questions": len(data.questions), "answers": len(texts), "answered_before": len(data.questions) - len(todo)}
     sizes |= {"images": len(stream.images)} | ({"annotated": len(known)} if annotations is not None else {})
     protocol = {**PROTOCOL, "answers": PROTOCOL["answers"].format(length=max_new_tokens)}
@@ -121,6 +121,15 @@ def _record(question: Question, text: str, model_id: str) -> dict[str, Any]:
     answer_id = hashlib.sha256(repr((model_id, question.key, question.text, text)).encode()).hexdigest()[:22]
     record = {"question_id": question.key, "prompt": question.text, "text": text, "answer_id": answer_id}
     return record | {"model_id": model_id, "metadata": {}}
+
+
+def _known(questions: Sequence[Question], annotations: Mapping[int | str, Annotated]) -> dict[int | str, Annotated]:
+    """What people answered, by question: found under its id, or its image's name."""
+    found: dict[int | str, Annotated] = {}
+    for question in questions:
+        note = annotations.get(question.key) or (question.image and annotations.get(question.image.name))
+        found |= {question.key: note} if note else {}
+    return found
 
 
 def _accuracies(first: Figures, texts: Mapping[int | str, str], annotations: Mapping[int | str, Annotated]) -> System:

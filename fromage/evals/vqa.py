@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from fromage.data.annotations import FILE as FILE_NAME
 from fromage.data.annotations import ID, TEXT, Wanted, fitting, optional
 from fromage.errors import UserError
 from fromage.io import read_json
@@ -33,25 +34,31 @@ what're what's what've when's where'd where's where've who'd who'd've who'll who
 would've wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've
 """
 CONTRACTIONS = {word.replace("'", ""): word for word in SPELLED.split()}  # without apostrophes -> as it is written
-SAID: Wanted = {"question_id": ID, "answers": [{"answer": TEXT}], "answer_type": optional(TEXT)}
-FILE = "v2_mscoco_val2014_annotations.json, or another of VQA's form"
+SAID: Wanted = {"answers": [{"answer": TEXT}], "answer_type": optional(TEXT)}
+FILE = "v2_mscoco_val2014_annotations.json, VizWiz's val.json, or another of these forms"
 
 
 class Annotated(NamedTuple):
-    """What people answered, and the kind of answer: yes/no, number or other; '' where the file does not say."""
+    """What people answered, and the kind of answer (yes/no, number, other, unanswerable); '' where the file does not say."""
 
     answers: list[str]
     kind: str
 
 
 def read_vqa(path: Path) -> dict[int | str, Annotated]:
-    """VQAv2's published annotations, by question_id. Raises UserError for a file of another format."""
+    """People's answers by question_id (VQAv2's published form, {annotations: [...]}) or by the image's name (VizWiz's, a list).
+
+    Raises UserError for a file of another format.
+    """
     content = read_json(path, FILE)
-    if not isinstance(content, dict) or "annotations" not in content:
+    if isinstance(content, list) and content:
+        key, notes = "image", fitting(path, "annotations", content, SAID | {"image": FILE_NAME})
+    elif isinstance(content, dict) and "annotations" in content:
+        key, notes = "question_id", fitting(path, "annotations", content["annotations"], SAID | {"question_id": ID})
+    else:
         raise UserError(f"{path}: has no annotations; name {FILE}")
-    notes = fitting(path, "annotations", content["annotations"], SAID)
     return {
-        note["question_id"]: Annotated([each["answer"] for each in note["answers"]], note.get("answer_type") or "")
+        note[key]: Annotated([each["answer"] for each in note["answers"]], note.get("answer_type") or "")
         for note in notes
         if note["answers"]
     }

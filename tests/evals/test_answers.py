@@ -168,6 +168,10 @@ def test_accuracy_where_annotations_are_given(octopus, data, monkeypatch, tmp_pa
     assert found["all"]["accuracy"] == pytest.approx((3 * 100 + 60) / 4) and report["annotated"] == 4
     assert found["number"] == {"accuracy": pytest.approx(80)} and found["other"] == {"accuracy": 100}
     assert list(found) == ["all", "number", "other"] and "number" in table(report)
+    by_image = {data.questions[0].image.name: said[0]}
+    report = evaluate(octopus, data, tmp_path / "c.jsonl", Options(4), 4, by_image)
+    asked = [question for question in data.questions if question.image and question.image.name in by_image]
+    assert report["annotated"] == len(asked) > 0 and report["octopus"]["number"]["accuracy"] > 0
     with pytest.raises(UserError, match="none of its questions is in the annotations"):
         evaluate(octopus, data, tmp_path / "b.jsonl", annotations={77: said[0]})
 

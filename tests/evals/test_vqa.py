@@ -44,6 +44,18 @@ def test_unanimous_answers_of_people_are_taken_as_they_are():
     assert accuracy("A dog", ["a dog"] * 10) == 0 and accuracy("A dog", ["a dog"] * 9 + ["dog"]) == 1
 
 
+def test_annotations_of_vizwiz_are_read_by_the_images_names(tmp_path):
+    """Its val.json is a list without ids: each image has one question."""
+    answers = [{"answer": text, "answer_confidence": "yes"} for text in ("soup", "tomato soup")]
+    notes = [{"image": "VizWiz_val_00000000.jpg", "question": "What is this?", "answers": answers, "answer_type": "other"}]
+    path = tmp_path / "val.json"
+    path.write_text(json.dumps([{**notes[0], "answerable": 1}]))
+    assert read_vqa(path) == {"VizWiz_val_00000000.jpg": (["soup", "tomato soup"], "other")}
+    path.write_text(json.dumps([{**notes[0], "image": 7}]))
+    with pytest.raises(UserError, match=r"annotations\[0\]\.image is"):
+        read_vqa(path)
+
+
 def test_annotations_are_read_and_odd_ones_named(tmp_path):
     notes = [
         {"question_id": i, "answer_type": "number", "answers": [{"answer": "2", "answer_id": 1}] * 10} for i in range(30)
