@@ -46,7 +46,7 @@ class Annotated(NamedTuple):
 
 
 def read_vqa(path: Path) -> dict[int | str, Annotated]:
-    """People's answers by question_id (VQAv2's published form, {annotations: [...]}) or by the image's name (VizWiz's, a list).
+    """What people answered, by question_id (VQAv2: {annotations: [...]}) or by the name of the image (VizWiz: a list).
 
     Raises UserError for a file of another format.
     """
