@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import warnings
 from collections.abc import Iterable
@@ -28,6 +29,15 @@ def find_config(name: str) -> str:
             return str(path)
     known = ", ".join(sorted(str(p.relative_to(config_folder())) for p in config_folder().rglob("*.yaml")))
     raise UserError(f"configuration {name}: no such file, neither here nor among {known}")
+
+
+def described() -> dict[str, str]:
+    """The configurations of lightning_configs/, and what each is: the beginning of the comment at its top."""
+    told = {}
+    for path in sorted(config_folder().glob("*.yaml")):
+        comment = itertools.takewhile(lambda line: line.startswith("# "), path.read_text(encoding="utf-8").splitlines())
+        told[path.name] = re.split(r"[.:;] ", " ".join(line[2:] for line in comment), maxsplit=1)[0]
+    return told
 
 
 def _check_yaml(path: Path) -> None:

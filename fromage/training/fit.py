@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from fromage.checks import check_real, check_whole
 from fromage.errors import UserError
-from fromage.training.configs import with_configs_found
+from fromage.training.configs import described, with_configs_found
 from fromage.training.option_errors import class_of
 from fromage.training.option_errors import told as told_of_option
 
@@ -20,6 +20,15 @@ if TYPE_CHECKING:
     import pytorch_lightning as pl
 
 FITTING = ("fit", "validate", "test", "predict")
+HELP = """{command}: by a configuration, over which later words count
+
+    lightning {command} --config cc3m.yaml --model.lr 1e-4 --trainer.max_steps 1000
+
+{configurations}
+
+--model.help fromage.FromageModule tells the options of a class; --data.help and --trainer.callbacks.help do so too. All options
+of Lightning follow, in some seconds.
+"""
 
 
 def fitting(argv: list[str]) -> None:
@@ -30,6 +39,10 @@ def fitting(argv: list[str]) -> None:
         KeyboardInterrupt: after Ctrl-C; the message says what was saved and how to go on.
     """
     words = with_configs_found(argv)  # before anything is imported that takes time
+    if {"-h", "--help"} & set(words):
+        width = max(map(len, described()))
+        lines = (f"    {name:{width}}  {what}" for name, what in described().items())
+        print(HELP.format(command=argv[0], configurations="\n".join(lines)), flush=True)
     import pytorch_lightning as pl
     from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
     from pytorch_lightning.utilities.exceptions import MisconfigurationException, SIGTERMException

@@ -15,7 +15,7 @@ from fromage.cli.options import HERE
 from fromage.cli.talk import Opening
 from fromage.errors import UserError
 from fromage.generation.options import DEFAULTS, HELP, LIMITS, Decoding
-from fromage.training.configs import OLD_CLASSES, present
+from fromage.training.configs import OLD_CLASSES, config_folder, present
 
 HEAVY = ("torch", "transformers", "pytorch_lightning", "open_clip", "numpy", "PIL", "gradio", "fastapi")
 LINES = {  # command line: what it says of some options, defaults among them
@@ -212,6 +212,17 @@ def test_help_version_and_wrong_words_load_no_heavy_module(words, code):
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == f"{code} []"
+
+
+def test_help_of_fit_tells_the_configurations_before_lightning_is_imported():
+    program = (
+        "import sys; sys.modules['pytorch_lightning'] = None; from fromage.cli.main import main; main(['fit', '--help'])"
+    )
+    told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout
+    assert "lightning fit --config cc3m.yaml" in told and "--model.help fromage.FromageModule" in told
+    lines = dict(line.split(maxsplit=1) for line in told.splitlines() if ".yaml  " in line)
+    assert lines["photos.yaml"].startswith("FROMAGe on real photographs")
+    assert lines.keys() == {path.name for path in config_folder().glob("*.yaml")} and all(lines.values())
 
 
 def test_the_package_runs_and_tells_its_version():
