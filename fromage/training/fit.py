@@ -26,8 +26,8 @@ HELP = """{command}: by a configuration, over which later words count
 
 {configurations}
 
---model.help fromage.FromageModule tells the options of a class; --data.help and --trainer.callbacks.help do so too. All options
-of Lightning follow, in some seconds.
+--model.help fromage.FromageModule tells the options of a class; --data.help and --trainer.callbacks.help do so too. All
+options of Lightning follow, in some seconds.
 """
 
 
