@@ -5,8 +5,10 @@
 
 Generation: 32 tokens behind a prompt of 100 tokens, one image among them. The authors run prompt and answer again for
 every token, the logits of all places with it; here keys and values are kept. Scoring: 100 answers of 3 to 7 tokens to
-that prompt, one whole pass each against one pass of the prompt that all of them share. `--static` adds Hugging Face's
-static cache, which on a card it compiles and replays as CUDA graphs, where it offers that for input embeddings.
+that prompt, one whole pass each against one pass of the prompt that all of them share. On a CPU, generation is timed once
+more with weights in float16 (Decoding.half_weights); an answer counts as changed from its first other token on. `--static`
+adds Hugging Face's static cache, which on a card it compiles and replays as CUDA graphs, where it offers that for input
+embeddings.
 """
 
 from __future__ import annotations
@@ -16,21 +18,24 @@ import json
 import random
 import statistics
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from bench_step import PRESETS, build
 from on_device import Save, device_name, elapsed, keep_nothing
-from torch import Tensor
+from torch import Tensor, nn
 
 from fromage.generation.generate import generate
 from fromage.generation.options import Decoding
 from fromage.generation.score import score
+from fromage.models.cpu_linear import halves_of
 from fromage.models.fromage import Fromage
 from fromage.models.prompts import Prompt, embed_prompts, prompt_length
 
 PROMPT, NEW, CANDIDATES = 100, 32, 100  # tokens, tokens, answers
+COMPARED = 8  # prompts whose answers are compared
 
 
 def with_words(model: Fromage) -> Fromage:
@@ -116,8 +121,12 @@ def measure(preset: str, device: str, rounds: int, static: bool = False, save: S
         "score, prompt shared": lambda: score(model, prompt, texts).total,
     }
     slow, fast, one_by_one, shared = (call() for call in calls.values())
+    halves = model.device.type == "cpu" and halves_of(model.lm.hf)
+    if halves:
+        half = replace(plain, half_weights=True)
+        calls["generate, weights in float16"] = lambda: generate(model, [prompt], half)
     taken = seconds_of(calls, rounds, model.device)
-    again, kept, each, once = taken.values()
+    again, kept, each, once = list(taken.values())[:4]
     report = {
         "preset": preset,
         "device": device_name(model.device),
@@ -128,11 +137,30 @@ def measure(preset: str, device: str, rounds: int, static: bool = False, save: S
         "same_tokens": slow == fast,
         "max_score_error": float((one_by_one - shared).abs().max()),
     }
+    if halves:
+        report["half_weights"] = with_halves(model, rng, plain, kept, taken["generate, weights in float16"])
     save(report)
     if static:
         report["static_cache"] = with_static_cache(model, prompt, rounds, fast)
         save(report)
     return report
+
+
+def with_halves(model: Fromage, rng: random.Random, decoding: Decoding, exact: float, half: float) -> dict[str, Any]:
+    """Weights read per token and how fast, in both ways, and tokens that change. exact, half: seconds of an answer."""
+    size = sum(each.weight.numel() for each in model.lm.hf.modules() if isinstance(each, nn.Linear))
+    pairs = []
+    for _ in range(COMPARED):
+        asked = [[words(rng, PROMPT)]]
+        pairs += zip(*(generate(model, asked, replace(decoding, half_weights=h))[0].ids for h in (False, True)), strict=True)
+    answers = [pairs[i : i + NEW] for i in range(0, len(pairs), NEW)]
+    same = sum(next((i for i, (a, b) in enumerate(answer) if a != b), NEW) for answer in answers)
+    return {
+        "speedup": exact / half,
+        "megabytes_per_token": {"float32": size * 4e-6, "float16": size * 2e-6},
+        "gigabytes_per_second": {"float32": size * 4e-9 * NEW / exact, "float16": size * 2e-9 * NEW / half},
+        "changed_tokens": 1 - same / len(pairs),
+    }
 
 
 def with_static_cache(model: Fromage, prompt: Prompt, rounds: int, expected: list[int]) -> dict[str, Any]:
@@ -162,6 +190,9 @@ def main(words: list[str] | None = None) -> None:
     print(
         f"key-value cache {report['speedup_kv_cache']:.1f} x, scoring {report['speedup_scoring']:.1f} x; {report['device']}"
     )
+    if half := report.get("half_weights"):
+        rates = ", ".join(f"{kind} {rate:.1f} GB/s" for kind, rate in half["gigabytes_per_second"].items())
+        print(f"weights in float16 {half['speedup']:.2f} x, {half['changed_tokens']:.1%} of tokens changed; {rates}")
     print(f"same tokens: {report['same_tokens']}; largest difference of scores {report['max_score_error']:.1e} nats")
     if args.static:
         print(f"static cache: {report['static_cache']}")

@@ -30,7 +30,7 @@ from transformers import (
 )
 
 from fromage.generation.options import Decoding as Decoding
-from fromage.models.cpu_linear import CpuLinears
+from fromage.models.cpu_linear import CpuLinears, halves_of
 from fromage.models.fromage import Fromage
 from fromage.models.prompts import Prompts
 
@@ -42,7 +42,7 @@ def write(model: Fromage, prompts: Prompts, decoding: Decoding, drafts: Sequence
     """Decode a batch of prompts into its drafts until all are done. first: number of the first row, for its seed."""
     hf, steps = model.lm.hf, Steps(drafts)
     with ExitStack() as hooks:
-        hooks.enter_context(CpuLinears())
+        hooks.enter_context(CpuLinears(halves_of(hf) if decoding.half_weights else None))
         hooks.enter_context(hf.get_output_embeddings().register_forward_pre_hook(steps.look))
         if model.stacked or not decoding.use_cache:
             sequences = Sequences(model, prompts, decoding.use_cache)

@@ -3,6 +3,8 @@
 few rows, no gradient   the tokens of a single answer: all weights are read for each, which BLAS does on one core, far
                         below the bandwidth of the memory; as a batch of products of slices of W with x^T it is about
                         twice as fast, and uses all cores
+few rows, in halves     the same, for those who ask for it: weights that are read in float16 are half as many bytes. Values
+                        differ by 2e-4 of their size, so tokens may change
 many rows, on AMD       MKL, PyTorch's BLAS, has no AVX-512 kernels for AMD's processors; oneDNN has, and is about twice
                         as fast
 
@@ -11,36 +13,68 @@ tools/bench_linear.py measures both.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fromage.processor import mkl_is_slow, on_cpu
 
 FEW_ROWS = 4  # up to which slices are faster
 SLICES = 8
+FEW_HALVES = 16  # rows up to which weights in float16 are faster
 MANY_ROWS, MANY_PRODUCTS = 32, 2**20  # from which oneDNN is faster
 
 
+Halves = Mapping[int, Any]  # by the id of a weight: its values in float16, as FBGEMM packs them
+_halves: WeakKeyDictionary[nn.Module, Halves] = WeakKeyDictionary()
+
+
 class CpuLinears(TorchFunctionMode):
-    """A context in which this thread's F.linear, which nn.Linear calls, is cpu_linear. No model is changed."""
+    """A context in which this thread's F.linear, which nn.Linear calls, is cpu_linear. No model is changed.
+
+    halves: of the weights that are read in float16 where rows are few; see halves_of.
+    """
+
+    def __init__(self, halves: Halves | None = None) -> None:
+        super().__init__()
+        self.halves = halves
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Called by PyTorch for each of its functions."""
-        return (cpu_linear if func is F.linear else func)(*args, **(kwargs or {}))
+        if func is F.linear:
+            return cpu_linear(*args, **(kwargs or {}), halves=self.halves)
+        return func(*args, **(kwargs or {}))
 
 
-def cpu_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def halves_of(model: nn.Module) -> Halves:
+    """The weights of all linear layers of a frozen model in float16; made once, and kept as long as the model.
+
+    Empty where PyTorch has no such kernel for this processor; those that are not float32 on the CPU are left out.
+    """
+    if "fbgemm" not in torch.backends.quantized.supported_engines or not hasattr(torch.ops.quantized, "linear_prepack_fp16"):
+        return {}
+    if model not in _halves:
+        layers = [each.weight for each in model.modules() if isinstance(each, nn.Linear)]
+        pack = torch.ops.quantized.linear_prepack_fp16
+        _halves[model] = {id(w): pack(w.detach(), None) for w in layers if on_cpu(w) and w.dtype == torch.float32}
+    return _halves[model]
+
+
+def cpu_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, halves: Halves | None = None) -> Tensor:
     """F.linear, (..., K) -> (..., N), by the fastest way that there is for its arguments."""
     if not on_cpu(x, weight) or not x.dtype == weight.dtype == torch.float32 or torch.is_autocast_enabled("cpu"):
         return F.linear(x, weight, bias)
     rows = x.numel() // max(weight.shape[-1], 1)
+    if halves and 0 < rows <= FEW_HALVES and id(weight) in halves and not torch.is_grad_enabled():
+        y = torch.ops.quantized.linear_dynamic_fp16(x.reshape(rows, -1), halves[id(weight)])  # (r, N)
+        return (y if bias is None else y + bias).reshape(*x.shape[:-1], -1)
     if 0 < rows <= FEW_ROWS and not (torch.is_grad_enabled() or len(weight) % SLICES) and weight.is_contiguous():
         return _sliced(x, weight, bias)
     if rows >= MANY_ROWS and rows * weight.numel() >= MANY_PRODUCTS and mkl_is_slow():

@@ -18,6 +18,7 @@ from transformers import (
 
 from fromage.data.tokenizer import PromptTokenizer, ret_tokens
 from fromage.errors import UserError
+from fromage.generation import decoding
 from fromage.generation.decoding import Decoding, Draft, certain, end_ids
 from fromage.generation.generate import generate
 from fromage.generation.score import score, score_prompts
@@ -56,6 +57,20 @@ def model(request):
 def prompts(world):
     images = sorted((world / "coco" / "val2017").glob("*"))
     return [["a big heart", images[0], "and a"], ["a small"], [images[1], "on the left of", images[2]], []]
+
+
+def test_tokens_are_computed_with_weights_in_float16_where_that_is_asked_for(prompts, monkeypatch):
+    """The prompt is not: it has more rows."""
+    model = Fromage.load(k=2, q=16)
+    used = []
+    made = decoding.halves_of(model.lm.hf)
+    if not made:
+        pytest.skip("PyTorch has no such kernel for this processor")
+    monkeypatch.setattr(decoding, "halves_of", lambda hf: used.append(hf) or made)
+    exact = generate(model, prompts[:1], CHATTY)
+    assert not used
+    assert [answer.ids for answer in generate(model, prompts[:1], replace(CHATTY, half_weights=True))] == [exact[0].ids]
+    assert used == [model.lm.hf]
 
 
 @pytest.mark.parametrize("decoding", [Decoding(12), CHATTY], ids=["plain", "chatty"])

@@ -9,7 +9,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from fromage.models import cpu_linear
-from fromage.models.cpu_linear import FEW_ROWS, MANY_PRODUCTS, MANY_ROWS, CpuLinears
+from fromage.models.cpu_linear import FEW_HALVES, FEW_ROWS, MANY_PRODUCTS, MANY_ROWS, CpuLinears, halves_of
 
 PLAIN = F.linear
 
@@ -132,3 +132,27 @@ def test_layers_of_the_toy_model_go_there(toy_model, ways):
     assert ways and {way for way, _ in ways} == {"onednn"}
     plain = toy_model.lm.hf.base_model(inputs_embeds=embeds, attention_mask=mask.long()).last_hidden_state
     assert_close(found, plain, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(1, 1, 24), (24,), (FEW_HALVES, 24), (FEW_HALVES + 1, 24)])
+def test_few_rows_by_weights_in_float16(bias, shape):
+    model = nn.Sequential(nn.Linear(24, 40, bias=bias))
+    halves, x = halves_of(model), torch.randn(shape)
+    if not halves:
+        pytest.skip("PyTorch has no such kernel for this processor")
+    with torch.no_grad(), CpuLinears(halves):
+        made = model(x)
+    expected = F.linear(x, model[0].weight.half().float(), model[0].bias)
+    few = x.numel() // 24 <= FEW_HALVES
+    assert_close(made, expected if few else model(x), atol=1e-5, rtol=1e-5)
+    assert torch.equal(made, model(x)) is not few
+    assert halves_of(model) is halves
+
+
+def test_weights_in_float16_are_of_frozen_float32_layers_on_the_cpu_alone():
+    assert not halves_of(nn.Sequential(nn.Linear(8, 8).bfloat16()))
+    model = nn.Sequential(nn.Linear(8, 8))
+    x = torch.randn(2, 8, requires_grad=True)
+    with CpuLinears(halves_of(model)):
+        assert torch.equal(model(x), F.linear(x, model[0].weight, model[0].bias)), "where a gradient is wanted, none of it"
