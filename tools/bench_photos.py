@@ -65,7 +65,13 @@ def our_features(files: list[Path]) -> Callable[[], Any]:
 
     folder, tower = Path(tempfile.mkdtemp()), load_vision(VISION)
     write_shards(((f"{i:08d}", file.read_bytes(), "a", {}) for i, file in enumerate(files)), folder / "shards")
-    return lambda: store_features(str(folder / "shards"), folder / f"{time.monotonic_ns()}", tower, 32, workers=1)
+
+    def work() -> None:
+        stored = store_features(str(folder / "shards"), folder / f"{time.monotonic_ns()}", tower, 32, workers=1)
+        if stored < len(files):
+            raise SystemExit(f"{stored} of {len(files)} photographs could be read; both rates are of all of them")
+
+    return work
 
 
 def steps(kind: str, dtype: str) -> Callable[[], Any]:

@@ -23,10 +23,11 @@ from fromage.evals.captioning import caption_figures
 from fromage.evals.few_shot import examples
 from fromage.generation.decoding import Decoding
 from fromage.generation.generate import caption_images, generate
+from fromage.generation.preset import Preset
+from fromage.generation.ret_tuning import read_messages, tune_ret
 from fromage.generation.score import score
-from fromage.generation.styles import find_style
 from fromage.models.fromage import Fromage
-from fromage.models.prompts import Prompt, embed_prompts
+from fromage.models.prompts import Prompt
 from fromage.retrieval.metrics import ranks, recall_at, retrieval_recalls
 
 SENTENCES = 5  # captions of a photograph, as Flickr8k and COCO have
@@ -213,35 +214,12 @@ def _asked(data: Photographs, question: Question, blind: bool, answer: str) -> l
 def asking(model: Fromage, style: str) -> Figures:
     """Whether a picture comes when one is asked for, and not otherwise: written requests, and as many other sentences.
 
-    A chat's first turn in a style. margin: by how much the logit of [RET] exceeds all others where the answer begins. Its
-    threshold, a bias of [RET] that is, is the one that parts the even-numbered sentences best; figures are of the odd ones:
-    of answers of at most 16 tokens, the share that bring a picture, without and with this bias.
+    A chat's first turn in a style, answers of at most 16 tokens. Half of the sentences choose a bias of [RET]; of the others
+    the share that bring a picture without it and with it. right: balanced accuracy with it.
     """
-    texts = json.loads((Path(__file__).parent / "photo_requests.json").read_text())
-    chat = find_style(style, model)
-    prompts = {kind: [chat.prompt("", [], text) for text in some] for kind, some in texts.items()}
-    chosen = {kind: margins(model, some[::2]) for kind, some in prompts.items()}
-    edges = torch.cat(list(chosen.values())).sort().values  # (N,)
-    right = [(chosen["pictures"] >= edge).sum() + (chosen["words"] < edge).sum() for edge in edges]
-    bias = -float(edges[int(torch.stack(right).argmax())]) + 1e-3
-    found = {"bias": bias, "right where it was chosen": 100 * float(max(right)) / len(edges)}
-    for name, value in (("as trained", 0.0), ("with bias", bias)):
-        decoding = Decoding(16, stop=chat.stop, ret_bias=value)
-        for kind, some in prompts.items():
-            answers = generate(model, some[1::2], decoding, batch_size=25)
-            shown = [model.tokenizer.ret_id in answer.ids for answer in answers]
-            found[f"{kind}, {name}"] = 100 * sum(shown) / len(shown)
+    texts = read_messages(Path(__file__).parent / "photo_requests.json")
+    tuned = tune_ret(model, texts, Preset(style=style, decoding=Decoding(16)))
+    found = {"bias": tuned.bias, "right where it was chosen": tuned.accuracy, "right": tuned.judged}
+    for name, shown in (("as trained", tuned.before), ("with bias", tuned.after)):
+        found |= {f"{kind}, {name}": share for kind, share in shown.items()}
     return found
-
-
-@torch.no_grad()
-def margins(model: Fromage, prompts: Sequence[Prompt]) -> Tensor:
-    """(N,) the logit of [RET] above the largest other one, behind each prompt."""
-    found = []
-    for prompt in prompts:
-        batch = embed_prompts(model, [prompt])
-        logits = model.lm.logits(model.lm(batch.embeds, batch.mask)[0, -1])  # (V + 2,)
-        asked = logits[model.tokenizer.ret_id].clone()
-        logits[model.tokenizer.ret_id] = -torch.inf
-        found.append(asked - logits.max())
-    return torch.stack(found)

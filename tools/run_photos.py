@@ -37,7 +37,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from fromage.apps.photos import train
 from fromage.data.features import store_features
-from fromage.data.packing import pack_coco
+from fromage.data.packing import is_packed, pack_coco
 from fromage.models.fromage import Fromage, load_model
 from fromage.models.towers import folder_of, get
 from fromage.models.vision.registry import load_vision
@@ -48,6 +48,7 @@ ROWS: dict[str, list[str]] = {
     "k2": ["--model.k=2"],
     "k4": ["--model.k=4"],
     "k8": ["--model.k=8"],
+    "requests": ["--data.requests=0.2"],
     "retrieval alone": ALONE,
     "last token": [*ALONE, "--model.pooling=last", "--model.r=1"],
     "untrained language model": ALONE,
@@ -73,6 +74,10 @@ SHOWN = {
     "captions.cider": "CIDEr",
     "captions.bleu4": "BLEU-4",
 }
+ASKED = {"base", "requests"}  # rows of which it is measured whether a picture comes when one is asked for
+KINDS = {"pictures, as trained": "asked for", "words, as trained": "else", "pictures, with bias": "asked for, bias",
+         "words, with bias": "else, bias"}  # fmt: skip
+COMES = {f"asking, {style}.{name}": f"{style}: {told}" for style in STYLES for name, told in KINDS.items()}
 
 
 def prepare(args: argparse.Namespace) -> None:
@@ -84,7 +89,7 @@ def prepare(args: argparse.Namespace) -> None:
         sets["coco"] = args.coco / "captions_val2017_sample.json", args.coco / "val2017"
     for name, (captions_file, images) in sets.items():
         shards = args.out / "shards" / name
-        if not (shards / "report.json").exists():
+        if not is_packed(shards):
             held_out = args.held_out if name == "train" else 0.0
             print(pack_coco(captions_file, images, shards, val_fraction=held_out, overwrite=True).text())
     tower = load_vision(VISION)
@@ -116,7 +121,7 @@ def words_of(name: str, args: argparse.Namespace, seed: int) -> list[str]:
 
 
 def parts(name: str, args: argparse.Namespace, model: Fromage) -> dict[str, Callable[[], Figures]]:
-    """What is measured of a row: captions where captioning was trained, what takes long of base alone."""
+    """What is measured of a row: captions where captioning was trained, requests of ASKED, what takes long of base alone."""
     features = args.out / "features"
     judged = read([features / ("held_out" if args.choose else "judged")])
     todo: dict[str, Callable[[], Figures]] = {"photographs": partial(recalls, model, judged)}
@@ -125,10 +130,11 @@ def parts(name: str, args: argparse.Namespace, model: Fromage) -> dict[str, Call
     if args.coco:
         coco = read([features / "coco"])
         todo["coco"] = partial(recalls, model, coco)
+    if name in ASKED:
+        todo |= {f"asking, {style}": partial(asking, model, style) for style in STYLES}
     if name != "base":
         return todo
     todo |= {"growing": partial(growing, model, judged), "few shot": partial(few_shot, model, judged, 500)}
-    todo |= {f"asking, {style}": partial(asking, model, style) for style in STYLES}
     if args.coco:
         for kind, questions in ask(args.coco / "instances_val2017_sample.json", coco).items():
             todo |= {f"{kind}, {n} shown": partial(answers, model, coco, questions, n) for n in (0, 2, 4)}
@@ -193,7 +199,10 @@ def main() -> None:
         for name in args.only:
             runs.setdefault(name, {})[str(seed)] = run(name, args, seed)
             collect(args.json, {name: runs[name]}, **setting)
-    print(f"\n{table(SHOWN, collect(args.json, runs, **setting))}\n\nin %, mean and standard deviation")
+    runs = collect(args.json, runs, **setting)
+    print(f"\n{table(SHOWN, runs)}\n\nin %, mean and standard deviation")
+    if asked := {name: seeds for name, seeds in runs.items() if name in ASKED}:
+        print(f"\nanswers that bring a picture, where one is asked for and else\n\n{table(COMES, asked)}")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from fromage.checkpoints.format import GENERATION
 from fromage.data.batches import Batch
 from fromage.data.datamodule import CC3M
 from fromage.data.features import from_npy, store_features
-from fromage.data.packing import pack_coco
+from fromage.data.packing import is_packed, pack_coco
 from fromage.data.shards import Broken, captions_of, expand, image_file, read_shards, shard_sizes
 from fromage.evals.retrieval import evaluate
 from fromage.generation.generate import caption_images
@@ -73,7 +73,7 @@ def photos(
             get(name)
     shards, stored = out / "shards", out / "features"
     with timed("shards", seconds):
-        if not (shards / "report.json").exists():
+        if not is_packed(shards):
             print(pack_coco(captions, images, shards, val_fraction=HELD_OUT, overwrite=True).text())
     with timed("features", seconds):
         tower = load_vision(vision)
@@ -108,9 +108,12 @@ def train(out: Path, words: Sequence[str]) -> Path:
     run = out / "run"
     placed = [f"--trainer.logger.init_args.save_dir={out}", f"--trainer.logger.init_args.name={run.name}"]
     placed += [f"--trainer.callbacks.init_args.dirpath={run / CHECKPOINT.parent}", "--overwrite"]
-    checkpoint = once(run, lambda again: fitting(["fit", "--config", "photos.yaml", *placed, *words, *again]))
-    write_json(checkpoint.parent / GENERATION, PRESET.stored())
-    return checkpoint
+
+    def fit(again: list[str]) -> None:
+        fitting(["fit", "--config", "photos.yaml", *placed, *words, *again])
+        write_json(run / CHECKPOINT.parent / GENERATION, PRESET.stored())
+
+    return once(run, fit)  # not written again: `fromage tune-ret` adds to it
 
 
 def draw_captions(model: Fromage, features: Path) -> Image.Image:

@@ -18,7 +18,7 @@ HUB_OPTIONS = {"revision", "token", "cache_dir", "force_download", "local_files_
 
 def read_saved(path: str | Path, **hub: Any) -> Saved:
     """Trained parameters from any place load_model takes, without towers."""
-    if Path(path).is_dir() and ((Path(path) / CONFIG).exists() or not last_checkpoint(Path(path))):
+    if _is_model_folder(Path(path)):
         return read_folder(Path(path))
     if Path(path).exists() or not HUB_NAME.fullmatch(str(path)):
         return _from_lightning(path)
@@ -31,6 +31,20 @@ def read_saved(path: str | Path, **hub: Any) -> Saved:
             f"checkpoint {path}: neither a file, nor a folder, nor within reach on the hub ({reason})"
         ) from error
     return read_folder(Path(folder))
+
+
+def folder_beside(path: str | Path) -> Path:
+    """The folder whose generation.json is of the model at a path. Raises UserError for a name on the hub."""
+    if _is_model_folder(Path(path)):
+        return Path(path)
+    if Path(path).exists() or not HUB_NAME.fullmatch(str(path)):
+        return checkpoint_file(path).parent
+    raise UserError(f"{path}: is a name on the hub; fetch it first: fromage export --ckpt {path} --out FOLDER")
+
+
+def _is_model_folder(path: Path) -> bool:
+    """Whether it is a folder of ours, not of a run's checkpoints."""
+    return path.is_dir() and ((path / CONFIG).exists() or not last_checkpoint(path))
 
 
 # --- Lightning checkpoints ------------------------------------------------------------------------------------------

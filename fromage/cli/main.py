@@ -87,6 +87,7 @@ COMMANDS: dict[str, Function] = {
     "eval mteb": evals.mteb,
     "caption": talk.caption,
     "chat": talk.chat,
+    "tune-ret": talk.tune_ret,
     "demo": talk.demo,
     "serve": talk.serve,
     "completion": completion,

@@ -152,6 +152,46 @@ def chat(*, opening: Opening, decoding: Given) -> None:
     talk(Chat(model, index, preset.decoding, preset.style, preset.system))
 
 
+def tune_ret(
+    ckpt: str, messages: Path, *, style: Literal["dialogue", "plain", "alone", "template"] | None = None,
+    system: str | None = None, device: str = "auto",
+) -> Result:  # fmt: skip
+    """Choose the [RET] bias by messages that ask for an image and others, and store it beside the checkpoint.
+
+    Half of the messages choose it, the others judge it. chat, demo and serve begin with what generation.json says then:
+    this bias, and style and system prompt where they are given here, since the bias holds for them alone.
+
+    Args:
+        messages: JSON {"pictures": [message that asks for an image, ...], "words": [other message, ...]}
+        style: how turns stand in the prompt (default: as the model's generation.json says, else by the tokenizer's chat
+            template, else dialogue)
+        system: text in front of everything
+    """
+    from fromage.checkpoints.format import GENERATION
+    from fromage.checkpoints.load import folder_beside
+    from fromage.generation import ret_tuning
+    from fromage.generation.preset import read_preset
+    from fromage.io import write_json
+    from fromage.models.fromage import load_model
+
+    told, place = ret_tuning.read_messages(messages), folder_beside(ckpt) / GENERATION
+    model = load_model(ckpt, device)
+    preset = read_preset(model.generation).over(style, system)
+    found = ret_tuning.tune_ret(model, told, preset)
+    if found.accuracy <= 50:
+        raise UserError(f"no [RET] bias parts the messages of {messages}; try another --style. {place} stays as it is")
+    write_json(place, preset.over(decoding={"ret_bias": found.bias}).stored())
+    lines = [
+        f"[RET] bias {found.bias:g}, right for {found.accuracy:.0f} % of the messages that chose it (mean of both kinds)"
+    ]
+    lines += [
+        f"answers to the others with images, {name}: {shown['pictures']:.0f} % where asked for, {shown['words']:.0f} % else"
+        for name, shown in (("without a bias", found.before), ("with it", found.after))
+    ]
+    data = {"ret_bias": found.bias, "accuracy": found.accuracy, "judged": found.judged}
+    return Result.of([*lines, f"stored in {place}"], data | {"before": found.before, "after": found.after})
+
+
 def demo(*, opening: Opening, octopus: str | None = None, address: Address, decoding: Given) -> None:
     """Talk and search in a browser.
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from fromage.data.features import from_npy
+from fromage.data.requests import request
 from fromage.data.shards import Raw, captions_of, image_file
 from fromage.data.tokenizer import PromptTokenizer
 from fromage.errors import UserError
@@ -24,12 +25,17 @@ EPOCH = "__epoch__"  # of a stored sample, set by the training stream: the pass 
 
 
 class Texts(NamedTuple):
-    """The captions of a batch's images behind the first one of each."""
+    """Further texts of a batch's images: captions behind the first one of each, or requests."""
 
     captions: list[str]  # N
     ids: Tensor  # (N, T) int64, as of Batch
     lengths: list[int]  # N, as of Batch
     rows: list[int]  # N: which image of the batch each belongs to
+
+    def part(self, start: int, stop: int) -> Texts:
+        """The texts from start to stop, with padding cut to the longest of them."""
+        part = Texts(*(field[start:stop] for field in self))  # type: ignore[arg-type]
+        return part._replace(ids=part.ids[:, : max(part.lengths)])
 
 
 class Batch(NamedTuple):
@@ -42,18 +48,28 @@ class Batch(NamedTuple):
     pixels: Tensor | None  # (B, 3, H, W) uint8, resized and cropped; another transform may give float
     features: Tensor | None  # (B, m) stored pooled features, in the dtype of their tower
     more: Texts | None = None  # of validation: the images' other captions
+    requests: Texts | None = None  # of training: B texts, some of them the caption framed as a request (data.requests)
+
+    @property
+    def queries(self) -> Batch:
+        """The batch as the retrieval pass reads it: with requests in place of the captions that were framed as such."""
+        if self.requests is None:
+            return self
+        captions, ids, lengths, _ = self.requests
+        return self._replace(captions=captions, ids=ids, lengths=lengths, requests=None)
 
     def part(self, start: int, stop: int) -> Batch:
         """The pairs from start to stop, with padding cut to the longest of them, without other captions."""
-        rows: Any = Batch(*(None if field is None else field[start:stop] for field in self._replace(more=None)))  # type: ignore[arg-type]
-        return rows._replace(ids=rows.ids[:, : max(rows.lengths)])
+        plain = self._replace(more=None, requests=None)
+        rows: Any = Batch(*(None if field is None else field[start:stop] for field in plain))  # type: ignore[arg-type]
+        requests = self.requests and self.requests.part(start, stop)
+        return rows._replace(ids=rows.ids[:, : max(rows.lengths)], requests=requests)
 
     def others(self) -> Iterator[Texts]:
         """The captions in `more`, at most B at a time, with padding cut to the longest of them."""
         B, more = len(self.keys), self.more
         for start in range(0, len(more.rows), B) if more else ():
-            part = Texts(*(field[start : start + B] for field in more))  # type: ignore[union-attr,arg-type]
-            yield part._replace(ids=part.ids[:, : max(part.lengths)])
+            yield more.part(start, start + B)  # type: ignore[union-attr]
 
     @property
     def owners(self) -> Tensor:
@@ -69,6 +85,7 @@ class Sample(NamedTuple):
     ids: list[list[int]]  # of each caption
     pixels: Tensor | None  # (3, H, W)
     features: Tensor | None  # (m,)
+    request: tuple[str, list[int]] | None = None  # the caption framed as a request, and its ids
 
 
 @dataclass
@@ -78,7 +95,8 @@ class Decode:
     Attributes:
         width: m of stored features; None until the first ones are seen, whose width it then is.
         captions: of an image, how many are used at most; None for all.
-        seed: of the caption that training draws.
+        seed: of the caption that training draws, and of whether it is framed as a request.
+        requests: share of the captions of training that the retrieval pass reads as requests; see fromage.data.requests.
     """
 
     transform: Transform
@@ -87,17 +105,20 @@ class Decode:
     captions: int | None = None
     seed: int = 0
     width: int | None = None
+    requests: float = 0.0
 
     def __call__(self, raw: Raw) -> Sample:
         """Raises BrokenSample."""
-        captions = captions_of(raw)[: self.captions]
+        captions, asked = captions_of(raw)[: self.captions], None
         if EPOCH in raw:
             captions = [captions[drawn(len(captions), self.seed, raw["__key__"], raw[EPOCH])]]
+            asked = request(captions[0], self.requests, self.seed, raw["__key__"], raw[EPOCH])
         features = from_npy(raw["npy"], self.width) if "npy" in raw else None
         self.width = self.width if features is None else len(features)
         pixels = read_image(image_file(raw), self.transform) if features is None else None
         ids = [self.tokenizer.caption(caption, self.max_tokens) for caption in captions]
-        return Sample(raw["__key__"], captions, ids, pixels, features)
+        framed = None if asked is None else (asked, self.tokenizer.caption(asked, self.max_tokens))
+        return Sample(raw["__key__"], captions, ids, pixels, features, framed)
 
 
 def drawn(n: int, seed: int, key: str, epoch: int) -> int:
@@ -110,7 +131,7 @@ def drawn(n: int, seed: int, key: str, epoch: int) -> int:
 
 def collate(samples: list[Sample], pad_id: int) -> Batch:
     """Rows -> a batch. Raises UserError if some rows have features and others images."""
-    keys, captions, ids, pixels, features = (list(column) for column in zip(*samples, strict=True))
+    keys, captions, ids, pixels, features, framed = (list(column) for column in zip(*samples, strict=True))
     if any(p is None for p in pixels) and any(f is None for f in features):
         raise UserError(f"some shards hold features, others only images (near {keys[0]}): name shards of one kind")
     return Batch(
@@ -120,6 +141,7 @@ def collate(samples: list[Sample], pad_id: int) -> Batch:
         None if pixels[0] is None else torch.stack(pixels),  # (B, 3, H, W)
         None if features[0] is None else torch.stack(features),  # (B, m)
         others(samples, pad_id),
+        requests(samples, pad_id) if any(framed) else None,
     )
 
 
@@ -129,6 +151,12 @@ def others(samples: list[Sample], pad_id: int) -> Texts | None:
         return None
     captions = [text for sample in samples for text in sample.captions[1:]]
     return Texts(captions, *padded([row for sample in samples for row in sample.ids[1:]], pad_id), rows)
+
+
+def requests(samples: list[Sample], pad_id: int) -> Texts:
+    """What the retrieval pass reads of each row: its request, or else its caption."""
+    read = [sample.request or (sample.captions[0], sample.ids[0]) for sample in samples]
+    return Texts([text for text, _ in read], *padded([ids for _, ids in read], pad_id), list(range(len(read))))
 
 
 def padded(ids: list[list[int]], pad_id: int) -> tuple[Tensor, list[int]]:

@@ -47,6 +47,7 @@ class CC3M(pl.LightningDataModule):
         exact_resume: bool = True,
         decoding: JpegDecoding = "draft",
         captions_per_image: int | None = None,
+        requests: float = 0.0,
     ) -> None:
         """Set the data; nothing is read yet. Raises UserError for numbers out of range.
 
@@ -67,6 +68,10 @@ class CC3M(pl.LightningDataModule):
             decoding: How JPEGs are decoded: draft decodes a large one at 1/2, 1/4 or 1/8 of its size, if that is at least
                 twice the size it is resized to; exact never does. Evaluation and index always use draft.
             captions_per_image: Captions of an image that are used, the first ones; null for all. 1 draws none.
+            requests: Share (0 to 1) of the training captions that the retrieval pass reads framed as a request, such as
+                "Show me: CAPTION [RET]" (fromage.data.requests), so that [RET] also follows what a person asks with. A new
+                draw for each caption and epoch, by seed, epoch and key; the request counts in max_tokens. Captioning reads
+                the caption alone, and validation and evaluation do throughout. 0 is the paper's training.
         """
         super().__init__()
         if captions_per_image is not None:
@@ -77,11 +82,12 @@ class CC3M(pl.LightningDataModule):
         check_whole("data.shuffle", shuffle, 0)
         check_whole("data.samples_per_epoch", 1 if samples_per_epoch is None else samples_per_epoch, 1)
         check_real("data.max_broken", max_broken, 0, 1)
+        check_real("data.requests", requests, 0, 1)
         self.train_shards, self.val_shards = train_shards, val_shards
         self.batch_size, self.val_batch_size = batch_size, val_batch_size or batch_size
         self.max_tokens, self.workers, self.shuffle, self.max_broken = max_tokens, workers, shuffle, max_broken
         self.seed, self.samples_per_epoch, self.exact_resume, self.decoding = seed, samples_per_epoch, exact_resume, decoding
-        self.captions_per_image = captions_per_image
+        self.captions_per_image, self.requests = captions_per_image, requests
         self.transform: Transform | None = None
         self.tokenizer: PromptTokenizer | None = None
 
@@ -149,4 +155,4 @@ class CC3M(pl.LightningDataModule):
         check_whole("data.max_tokens", self.max_tokens, len(tokenizer.start()) + 1 + len(tokenizer.ret_ids))  # with a word
         width = getattr(model and model.vision, "width", None)
         how = decoding_as(transform, self.decoding)
-        return Decode(how, tokenizer, self.max_tokens, self.captions_per_image, self.seed, width)
+        return Decode(how, tokenizer, self.max_tokens, self.captions_per_image, self.seed, width, self.requests)

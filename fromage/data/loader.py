@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from fromage.data.streams import Stream, TrainStream
 
 log = logging.getLogger(__name__)
-BEFORE = {"data.captions_per_image": None}  # what a layout meant that was written when there was no such option
+BEFORE = {"data.captions_per_image": None, "data.requests": 0.0}  # what a layout meant without such an option
 
 
 class PlainErrors(DataLoader):

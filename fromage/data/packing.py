@@ -24,11 +24,12 @@ from fromage.data.shards import check_no_shards, write_shards
 from fromage.errors import BrokenSample, UserError, first_few, reason
 from fromage.images.codec import decode_image
 from fromage.images.open import file_bytes
-from fromage.io import decode_text, encoding_of, write_json
+from fromage.io import decode_text, encoding_of, read_json, write_json
 
 JPEG = b"\xff\xd8\xff"  # first bytes of a JPEG file
 IMAGES, CAPTIONS = ("image", "file_name"), ("captions", "caption", "text")  # fields of JSON lines; the first that is there
 SHOWN = 3  # names under a cause
+REPORT = "report.json"  # beside the shards
 
 
 class Pair(NamedTuple):
@@ -101,7 +102,7 @@ def pack_tsv(
     overwrite: replace shards that out already contains.
 
     Raises:
-        UserError: the TSV is missing, out already contains shards, no pair could be packed, or one side has no image.
+        UserError: the TSV is missing, out already contains shards, or one side has no image that could be packed.
     """
     report = PackReport()
     if not os.path.isfile(tsv):  # noqa: PTH113 (Path.is_file raises for a long name)
@@ -225,11 +226,17 @@ def _pack(
         report.folders[str(folder)] = write_shards(_encoded(samples, report), folder, per_shard, overwrite)
     report.images = sum(report.folders.values())
     counts = {"images": report.images, "pairs": report.pairs, "folders": report.folders}
-    write_json(out / "report.json", counts | {"skipped": report.skipped, "names": report.names})
-    if not report.images:
+    write_json(out / REPORT, counts | {"skipped": report.skipped, "names": report.names})
+    if empty := [folder for folder, count in report.folders.items() if not count]:
         causes = "; ".join(f"{cause}: {len(names)}, {first_few(names, few=SHOWN)}" for cause, names in report.names.items())
-        raise UserError(f"no pair could be packed ({causes or 'it holds no pair'}): see {out / 'report.json'} for all names")
+        told = f"{first_few(empty)}: no image could be packed ({causes or 'the file holds no pair'})"
+        raise UserError(f"{told}; correct the file, or name the folder of its images. {out / REPORT} has all names")
     return report
+
+
+def is_packed(out: Path) -> bool:
+    """Whether a folder was packed to the end, with an image on each side."""
+    return (out / REPORT).exists() and all(read_json(out / REPORT, "a report of packing")["folders"].values())
 
 
 def by_image(rows: Iterable[Pair], report: PackReport) -> list[Captioned]:

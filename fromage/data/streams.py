@@ -143,6 +143,7 @@ class TrainStream(Stream):
             "data.shuffle": self.shuffle,
             "data.seed": self.seed,
             "data.captions_per_image": self.decode.captions,
+            "data.requests": self.decode.requests,
             "devices": self.world,
             "batches per epoch": self.batches,
         }

@@ -53,15 +53,21 @@ def fast_step(model: Fromage, batch: Batch, paired: bool, weights: Weights = ALL
     features = [image_features(model, part) for part in parts]  # (b, m) each
     run = again_in_backward if len(parts) > 1 else part_losses
     done = [run(model, part, v, paired, weights) for part, v in zip(parts, features, strict=True)]
-    shares = [targets(model, part) / targets(model, batch) for part in parts]
-    sums = [torch.stack(one[:3]) * share for share, one in zip(shares, done, strict=True)]  # (3,) each
-    captioning_loss, text_loss, caption_accuracy = torch.stack(sums).sum(0)  # (parts, 3) -> scalars
+    captioning_loss, caption_accuracy = _mean(model, batch, parts, [torch.stack((one[0], one[2])) for one in done])
+    queries = batch.queries
+    text_loss = _mean(model, queries, [part.queries for part in parts], [one[1] for one in done])
     images, texts = (torch.cat([one[i] for one in done]) for i in (3, 4))  # (B, q) each
     apart = None if weights.same_image_negatives else torch.cat(features)
     contrastive_loss, retrieval_accuracy = info_nce(images, texts, model.logit_scale, apart)
-    weight = device_weight(targets(model, batch), batch.ids.device)
-    losses = captioning_loss * weight, text_loss * weight, contrastive_loss
+    captioned, asked = (device_weight(targets(model, some), batch.ids.device) for some in (batch, queries))
+    losses = captioning_loss * captioned, text_loss * asked, contrastive_loss
     return StepOutput(*losses, caption_accuracy, retrieval_accuracy, images, texts, weights)
+
+
+def _mean(model: Fromage, batch: Batch, parts: list[Batch], means: list[Tensor]) -> Tensor:
+    """The mean over all targets of a batch, from the means over those of its parts."""
+    shares = [targets(model, part) / targets(model, batch) for part in parts]
+    return torch.stack([mean * share for mean, share in zip(means, shares, strict=True)]).sum(0)
 
 
 def chunks(model: Fromage, batch: Batch, size: int) -> list[Batch]:
@@ -75,7 +81,7 @@ def part_losses(model: Fromage, batch: Batch, features: Tensor, paired: bool, we
     """Captioning loss, text loss, token accuracy of captioning; image and text embeddings, (B, q) each."""
     run = weights.captioning != 0
     captioning_loss, caption_accuracy = captioning(model, batch, features, paired) if run else no_captioning(model.device)
-    text_loss, at_ret = retrieval_text(model, batch)
+    text_loss, at_ret = retrieval_text(model, batch.queries)
     return captioning_loss, text_loss, caption_accuracy, model.embed_images(features), model.embed_ret(at_ret)
 
 

@@ -13,6 +13,9 @@ model never emits [RET] by itself. Captions are truncated before, with [RET] kep
 With r > 1 the retrieval pass is [</s> y_1 ... y_n [RET] [RET2] ... [RETr]], and W_t h_[RET] the fusion of all r. As in
 GILL's code, of these tokens the first alone is a target: generation chooses it, and the others follow without being chosen.
 In GILL's softmax they have columns all the same, which its generation bars; here they have none, in training too.
+
+With data.requests the retrieval pass reads some captions framed as requests, [</s> "Show me:" y_1 ... y_n [RET]], and both
+its losses are of that text (Batch.queries). The captioning pass reads the caption alone, as before.
 """
 
 from __future__ import annotations
@@ -76,7 +79,7 @@ def text_embeddings(model: Fromage, texts: Batch | Texts) -> Tensor:
 
 
 def targets(model: Fromage, batch: Batch) -> int:
-    """Number of targets of either pass: all tokens of the captions except r each."""
+    """Number of targets of captioning, or of batch.queries of retrieval: all tokens of the texts except r each."""
     return sum(batch.lengths) - model.r * len(batch.lengths)
 
 
@@ -131,8 +134,9 @@ def reference_step(model: Fromage, batch: Batch, paired: bool, weights: Weights 
     run = weights.captioning != 0
     captioning_loss, caption_accuracy = _captioning(model, batch, paired) if run else no_captioning(model.device)
 
-    hidden, at_ret = model.hidden_at_ret(batch.ids, batch.lengths)  # (B, T, d), (B, r, d)
-    labels = batch.ids.masked_fill(~_within(batch, without=model.r - 1), -100)  # (B, T): of r [RET] tokens the first
+    queries = batch.queries
+    hidden, at_ret = model.hidden_at_ret(queries.ids, queries.lengths)  # (B, T, d), (B, r, d)
+    labels = queries.ids.masked_fill(~_within(queries, without=model.r - 1), -100)  # (B, T): of r [RET] tokens the first
     text_loss, _ = next_token_loss(model.lm.logits(hidden), labels)
 
     features = image_features(model, batch)  # (B, m); as in the released code, images are encoded twice
@@ -140,6 +144,6 @@ def reference_step(model: Fromage, batch: Batch, paired: bool, weights: Weights 
     texts = model.embed_ret(at_ret)  # (B, q)
     apart = None if weights.same_image_negatives else features
     contrastive_loss, retrieval_accuracy = info_nce(images, texts, model.logit_scale, apart)
-    weight = device_weight(targets(model, batch), batch.ids.device)
-    losses = captioning_loss * weight, text_loss * weight, contrastive_loss
+    captioned, asked = (device_weight(targets(model, some), batch.ids.device) for some in (batch, queries))
+    losses = captioning_loss * captioned, text_loss * asked, contrastive_loss
     return StepOutput(*losses, caption_accuracy, retrieval_accuracy, images, texts, weights)

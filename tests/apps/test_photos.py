@@ -1,6 +1,7 @@
 """The tour on captioned photographs, here of toy scenes by the toy towers: all parts, none twice, none of another's."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -51,6 +52,32 @@ def test_a_run_that_was_killed_goes_on(coco, tmp_path, monkeypatch):
     monkeypatch.setattr(tour, "fitting", lambda words: seen.append(words) or fit(words))
     tour.photos(*coco, tmp_path / "tour", "toy", "toy", FEW)
     assert "--ckpt_path=last" in seen[0]
+
+
+def test_images_that_come_later_are_packed_by_the_same_command(coco, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tour, "store_features", lambda place, *given, **options: pytest.fail(f"{len(packed(place))} shards"))
+    words = [
+        "photos",
+        str(coco[0]),
+        "--images",
+        str(tmp_path / "i"),
+        "--out",
+        str(tmp_path / "o"),
+        "--lm=toy",
+        "--vision=toy",
+    ]
+    (tmp_path / "i").mkdir()
+    for _ in range(2):
+        assert main(words) == 2
+        assert "no image could be packed (missing image: 60" in capsys.readouterr().err.splitlines()[-1]
+    for file in coco[1].iterdir():
+        (tmp_path / "i" / file.name).symlink_to(file)
+    with pytest.raises(pytest.fail.Exception, match="1 shards"):
+        main(words)
+
+
+def packed(place):
+    return list(Path(place).glob("*.tar"))
 
 
 def test_a_folder_of_other_photographs_is_refused(made, coco, tmp_path):

@@ -207,6 +207,13 @@ def test_towers_may_lie_elsewhere(model, folder):
     assert loaded.settings["lm"] == str(TOY / "opt")
 
 
+def test_a_tower_of_another_width_is_refused(folder):
+    told = r"visual_prefix.weight is \(384, 768\), wanted \(384, 64\)\); give the lm, vision"
+    with pytest.raises(UserError, match=told) as error:
+        load_model(folder, vision="timm:test_vit", vision_weights=None, random_weights=True)
+    assert "\n" not in str(error.value)
+
+
 def test_a_device_that_is_not_there_is_named(folder):
     with pytest.raises(UserError, match="device warp: PyTorch cannot use it"):
         load_model(folder, "warp")

@@ -74,6 +74,7 @@ LINES = {  # command line: what it says of some options, defaults among them
     "eval instructions f --ckpt c --images i --padded": {"padded": True},
     "chat -k 3": {"images_per_ret": 3},
     "chat --ret_bias -3 --max-new-tokens 8 --stop . --stop x": {"ret_bias": -3.0, "max_new_tokens": 8, "stop": [".", "x"]},
+    "tune-ret c c.json --style alone": {"ckpt": "c", "messages": Path("c.json"), "style": "alone", "system": None},
     "demo --port 80 --style alone": {"port": 80, "host": "127.0.0.1", "style": "alone"},
     "eval mteb --ckpt c --tasks A --tasks B": {"tasks": ["A", "B"], "batch_size": 64},
     "serve --cors https://a.example": {"cors": ["https://a.example"], "api_key_file": None},
@@ -278,6 +279,7 @@ def test_options_of_an_answer_come_before_the_models_own():
 
 EARLY = {  # command line: what its only line says, before a heavy library is imported
     "chat --ckpt none.ckpt": "none.ckpt: no such file",
+    "tune-ret a/b gone.json": "gone.json: no such file",
     "chat --ckpt .": "holds no checkpoint and no config.json",
     "search x --index nowhere": "nowhere: cannot be read as an index",
     "search x --device cud --index nowhere": "give auto, cpu, cuda or mps",

@@ -2,6 +2,7 @@ import io
 import logging
 import multiprocessing
 import os
+import re
 import struct
 import tarfile
 import zlib
@@ -15,6 +16,7 @@ from torch import nn
 
 from fromage.data.datamodule import CC3M
 from fromage.data.features import to_npy
+from fromage.data.requests import REQUESTS, request
 from fromage.data.shards import captions_of, write_shards
 from fromage.errors import BrokenSample, UserError
 
@@ -458,6 +460,47 @@ def test_validation_has_all_captions_of_an_image_or_the_first_ones(tmp_path, wor
     assert set(said(module(folder, captions_per_image=1).train_dataloader()).values()) <= {f"{i}.0" for i in range(10)}
     with pytest.raises(UserError, match="captions_per_image is 0"):
         module("unused", captions_per_image=0)
+
+
+def test_a_share_of_the_captions_is_framed_as_requests(tmp_path):
+    folder, frames = (
+        captioned(tmp_path / "s", 40, 3),
+        [re.compile(re.escape(one).replace(r"\{\}", "(.+)")) for one in REQUESTS],
+    )
+    assert all(one.count("{}") == 1 for one in REQUESTS)
+    plain = module(folder, seed=3).train_dataloader()
+    captions = [said(plain), said(plain)]
+    asking = module(folder, seed=3, requests=0.3, max_tokens=30).train_dataloader()
+    epochs = [list(asking), list(asking)]
+    counts = []
+    for batches, drawn in zip(epochs, captions, strict=True):
+        assert said(batches) == drawn, "captions are those of a run without requests"
+        read = {key: text for b in batches for key, text in zip(b.keys, b.queries.captions, strict=True)}
+        framed = {key for key in drawn if read[key] != drawn[key]}
+        counts.append(framed)
+        assert all(any((m := one.fullmatch(read[key])) and m[1] == drawn[key] for one in frames) for key in framed)
+        for b in batches:
+            assert b.queries.requests is None and b.queries.keys == b.keys and b.queries.pixels is b.pixels
+            rows = zip(b.queries.ids.tolist(), b.queries.lengths, b.queries.captions, strict=True)
+            assert all(ids[:n] == Tokenizer().caption(text, 30) for ids, n, text in rows)
+            part = b.part(1, 3)
+            assert part.queries.captions == b.queries.captions[1:3] and part.captions == b.captions[1:3]
+            assert part.queries.ids.shape == (2, max(b.queries.lengths[1:3]))
+    assert 4 <= len(counts[0]) <= 20 and counts[0] != counts[1]
+    again = module(folder, seed=3, requests=0.3, max_tokens=30, workers=2, shuffle=0).train_dataloader()
+    repeated = {key: text for b in again for key, text in zip(b.keys, b.queries.captions, strict=True)}
+    read = {key: text for b in epochs[0] for key, text in zip(b.keys, b.queries.captions, strict=True)}
+    assert {key: repeated[key] for key in read} == read, "by seed, epoch and key alone"
+    assert all(b.requests is None and b.queries is b for b in module("unused", folder, requests=1.0).val_dataloader())
+    with pytest.raises(UserError, match=r"data\.requests is 2"):
+        module("unused", requests=2)
+
+
+def test_a_request_reads_as_it_is_typed():
+    made = {request("A dog in the snow .", 1.0, 0, str(key), 0) for key in range(200)}
+    assert len(made) == len(REQUESTS) and {"Show me: A dog in the snow", "show me a dog in the snow"} <= made
+    assert request("a {} dog", 1.0, 0, "k", 0).count("a {} dog") == 1
+    assert request("a dog", 0.0, 0, "k", 0) is None
 
 
 def test_images_of_one_and_of_several_captions_mix(tmp_path):

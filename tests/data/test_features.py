@@ -216,6 +216,20 @@ def test_features_of_another_width_are_skipped_and_named():
         assert broken.bad == 1 and broken.last[0] == "k5 (features of another width: 5, not 12)"
 
 
+def test_a_run_on_features_of_another_width_is_one_line(tmp_path):
+    store_features(shards(tmp_path / "s"), tmp_path / "f", Vision(), workers=0)
+    data, model = CC3M(str(tmp_path / "f"), str(tmp_path / "f"), batch_size=2, workers=0), types.SimpleNamespace()
+    model.vision, model.tokenizer = Vision(), PromptTokenizer(str(TOY / "opt"))
+    model.vision.width = 5  # and says that it is the same tower
+    data.trainer = types.SimpleNamespace(
+        lightning_module=types.SimpleNamespace(model=model), global_rank=0, world_size=1, current_epoch=0, fit_loop=None
+    )
+    for loader in (data.train_dataloader(), data.val_dataloader()):
+        with pytest.raises(UserError, match=r"broken .*features of another width: 3, not 5") as told:
+            list(loader)
+        assert "\n" not in str(told.value)
+
+
 def test_features_of_other_shards_of_the_same_name_are_refused(tmp_path):
     source, out = shards(tmp_path / "s"), tmp_path / "f"
     store_features(source, out, Vision(), workers=0)

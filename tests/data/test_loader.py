@@ -104,6 +104,26 @@ def test_a_checkpoint_written_before_there_were_several_captions_goes_on(data):
     assert first + rows(taken_up) == rows(data().train_dataloader())
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_requests_are_the_same_after_resuming(data, workers):
+    def loader(share=0.5):
+        return data(workers, requests=share).train_dataloader()
+
+    def read(batches):
+        return [batch.queries.captions for batch in batches]
+
+    whole = read(loader())
+    begun, taken_up = loader(), loader()
+    first = read(itertools.islice(begun, 3))
+    taken_up.load_state_dict(begun.state_dict())
+    assert first + read(taken_up) == whole != read(loader(0.0))
+    state = begun.state_dict()
+    with pytest.raises(UserError, match=r"data\.requests 0\.5 \(now 0\.0\)"):
+        loader(0.0).load_state_dict(state)
+    del state["layout"]["data.requests"]  # as written before there was the option
+    loader(0.0).load_state_dict(state)
+
+
 @pytest.mark.parametrize(
     ("other", "name"),
     [

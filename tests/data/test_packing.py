@@ -8,7 +8,7 @@ from PIL import Image
 from test_shards import SHARED, image, read
 
 from fromage.cli.main import main
-from fromage.data.packing import pack_coco, pack_jsonl, pack_tsv
+from fromage.data.packing import is_packed, pack_coco, pack_jsonl, pack_tsv
 from fromage.data.shards import captions_of, read_sizes
 from fromage.errors import UserError
 
@@ -166,6 +166,24 @@ def test_the_verb_says_where_what_went_and_names_the_first_of_the_missing(photog
     (missing,) = more
     assert "5 skipped, missing image" in missing and missing.count("photographs/gone") == 3
     assert missing.endswith("and 2 more in report.json")
+
+
+def test_images_that_are_missing_altogether_or_on_one_side_are_one_line(photographs, tmp_path):
+    images = [{"id": i, "file_name": f"{i}.jpg"} for i in range(40)]
+    notes = [{"image_id": i, "caption": f"number {i}"} for i in range(40)]
+    (tmp_path / "c.json").write_text(json.dumps({"images": images, "annotations": notes}))
+    elsewhere, out = tmp_path / "elsewhere", tmp_path / "s"
+    elsewhere.mkdir()
+    told = r"s/train, .*s/val: no image could be packed \(missing image: 40, .*; correct .* or name the folder of its images"
+    with pytest.raises(UserError, match=told) as error:
+        pack_coco(tmp_path / "c.json", elsewhere, out, val_fraction=0.5)
+    assert "\n" not in str(error.value) and not is_packed(out)
+    (elsewhere / "3.jpg").write_bytes(image())
+    with pytest.raises(UserError, match=r"^[^,]*s/(train|val): no image could be packed \(missing image: 39, "):
+        pack_coco(tmp_path / "c.json", elsewhere, out, val_fraction=0.5, overwrite=True)
+    assert not is_packed(out) and not is_packed(elsewhere)
+    report = pack_coco(tmp_path / "c.json", photographs, out, val_fraction=0.5, overwrite=True)
+    assert is_packed(out) and report.images == 40
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-be"])

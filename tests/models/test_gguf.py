@@ -77,6 +77,7 @@ def test_a_kill_in_the_middle_leaves_no_half_of_it(file, cache, monkeypatch):
     ("content", "said"),
     [
         (lambda data: data[:4000], "damaged or of an architecture"),
+        (lambda data: data[:-100], "damaged or of an architecture"),
         (lambda data: b"GGUF" + b"\xff" * 100, "damaged or of an architecture"),
         (lambda data: b"PK\x03\x04", "is no GGUF file"),
         (lambda data: b"", "is no GGUF file"),

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fromage.generation import ret_tuning
 from fromage.models.fromage import Fromage
 from fromage.models.frozen import TOY
 
@@ -91,18 +92,36 @@ def test_an_answer_is_the_likeliest_with_the_photographs_or_without(data, monkey
 def test_a_picture_comes_when_asked_for_by_a_bias_that_the_other_half_chose(model, monkeypatch):
     texts = json.loads((Path(run_photos.__file__).parent / "photo_requests.json").read_text())
     assert {kind: len(set(some)) for kind, some in texts.items()} == {"pictures": 50, "words": 50}
-    margins, given = photo_figures.margins, []
+    margins, given = ret_tuning.ret_margins, []
+    few = {kind: some[:6] for kind, some in texts.items()}
+    monkeypatch.setattr(photo_figures, "read_messages", lambda path: few)
 
-    def parted(model, prompts):
-        given.append(len(prompts))
-        return margins(model, prompts) * 0 + (-5.0 if len(given) == 1 else -9.0)
+    def parted(model, prompts, decoding):
+        given.append([prompt[-1] for prompt in prompts])
+        return margins(model, prompts, decoding) * 0 + (-5.0 if len(given) == 1 else -9.0)
 
-    monkeypatch.setattr(photo_figures, "margins", parted)
+    monkeypatch.setattr(ret_tuning, "ret_margins", parted)
     found = photo_figures.asking(model, "alone")
-    assert given == [25, 25] and found["bias"] == pytest.approx(5, abs=0.01) and found["right where it was chosen"] == 100
-    assert all(0 <= found[f"{kind}, {name}"] <= 100 for kind in texts for name in ("as trained", "with bias"))
-    monkeypatch.setattr(photo_figures, "margins", lambda model, prompts: margins(model, prompts) * 0 - 1e5)
-    assert photo_figures.asking(model, "dialogue")["pictures, with bias"] == 100
+    assert given == [few["pictures"][::2], few["words"][::2]], "the others judge"
+    assert found["bias"] == 7 and found["right where it was chosen"] == 100
+    assert found["right"] == (found["pictures, with bias"] + 100 - found["words, with bias"]) / 2
+    monkeypatch.setattr(ret_tuning, "ret_margins", lambda *given: margins(*given) * 0 - 9e3)
+    found = photo_figures.asking(model, "dialogue")
+    assert found["pictures, with bias"] == found["words, with bias"] == 100 and found["right"] == 50
+
+
+def test_requests_are_measured_beside_base(model, monkeypatch):
+    args = argparse.Namespace(out=Path("o"), choose=False, coco=None)
+    monkeypatch.setattr(run_photos, "read", lambda places: None)
+    asked = {name: [part for part in run_photos.parts(name, args, model) if "asking" in part] for name in run_photos.ROWS}
+    assert {name for name, some in asked.items() if some} == run_photos.ASKED and asked["base"] == asked["requests"]
+    changed = {*run_photos.words_of("requests", args, 0)} - {*run_photos.words_of("base", args, 0)}
+    assert changed == {"--data.requests=0.2"}
+    columns = [name.partition(".") for name in run_photos.COMES]
+    assert {part for part, _, _ in columns} == set(asked["base"])
+    assert {name for _, _, name in columns} == {
+        f"{kind}, {by}" for kind in ("pictures", "words") for by in ("as trained", "with bias")
+    }
 
 
 def test_a_row_is_trained_and_judged_once(world, tmp_path, monkeypatch, capsys):

@@ -208,6 +208,22 @@ def test_other_captions_of_a_batch_change_no_loss_and_no_gradient(models, chunk)
     assert torch.equal(a.loss, b.loss) and all(torch.equal(grads[name], value) for name, value in plain.items())
 
 
+@pytest.mark.parametrize("chunk", [0, 2])
+@pytest.mark.parametrize("paired", [False, True])
+@pytest.mark.parametrize("which", [("tied", 4), ("untied", 1)])
+def test_requests_are_read_by_retrieval_alone(models, which, paired, chunk):
+    model, fast = models[which], partial(fast_step, chunk=chunk)
+    batch, other = make_batch(model, [5, 12, 3, 24, 7]), make_batch(model, [9, 12, 14, 24, 2], seed=1)
+    asking = batch._replace(requests=Texts([""] * 5, other.ids, other.lengths, list(range(5))))
+    compare(model, asking, paired, fast)
+    both, captions = fast(model, asking, paired), fast(model, batch, paired)
+    requests = fast(model, other._replace(features=batch.features), paired)
+    torch.testing.assert_close(both.captioning_loss, captions.captioning_loss)
+    for name in ("text_loss", "contrastive_loss", "texts"):
+        torch.testing.assert_close(getattr(both, name), getattr(requests, name))
+    assert both.text_loss != captions.text_loss
+
+
 @pytest.mark.parametrize("weights", [Weights(0, 1), Weights(1, 0), Weights(0.5, 2)])
 def test_either_pass_may_weigh_less_or_nothing(models, weights):
     model, lengths = models["untied", 4], [5, 12, 3, 24]
