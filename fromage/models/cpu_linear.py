@@ -49,7 +49,7 @@ class CpuLinears(TorchFunctionMode):
     ) -> Any:
         """Called by PyTorch for each of its functions."""
         if func is F.linear:
-            return cpu_linear(*args, **(kwargs or {}), halves=self.halves)
+            return cpu_linear(*args, **{**(kwargs or {}), "halves": self.halves})
         return func(*args, **(kwargs or {}))
 
 
