@@ -1,32 +1,47 @@
-"""The paper's ablations on the toy world: train and judge each configuration with several seeds; mean and spread.
+"""Ablations on the toy world: train and judge each configuration with several seeds; mean and spread.
 
     python tools/run_ablations.py --out runs/ablations                             # all, three seeds: an hour on two cores
     python tools/run_ablations.py --out runs/ablations --only base k4 --seeds 0    # some
+    python tools/run_ablations.py --out runs/ablations --only composition          # MCL's table 5 in miniature
 
 A configuration is lightning_configs/toy.yaml and a file of lightning_configs/ablations/ over it; base is toy.yaml alone.
 Each run leaves figures.json in its folder, and one that is there is not run again: after a kill, give the command again.
 All is measured on scenes of which no training, of the towers or between them, has seen the combination of attributes.
+
+composition stands for base and the files composition_*.yaml, which train on tuples too (fromage.toy.composition). The column
+of composed queries is theirs: an image and a condition among the images of all tuples of unseen scenes, references and
+targets, without the query's own reference, as in CIRR. Each reference has four tuples, so it alone does not tell the target.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from study import Run, collect, measured, table
 
 from fromage.apps.toy_demo import name_things, train
 from fromage.data.features import store_features
+from fromage.data.tuple_packing import pack_tuples
 from fromage.evals import coco, few_shot, visdial, vist
 from fromage.evals.caption_sets import read_captions
+from fromage.evals.clip import load_clip_baseline
 from fromage.evals.dialogues import read_dialogues
 from fromage.io import write_json
 from fromage.models.fromage import Fromage, load_model
+from fromage.retrieval.encode import Options, encode_files
+from fromage.retrieval.metrics import chance, rank_figures, ranks
+from fromage.retrieval.queries import embed_queries
+from fromage.toy.composition import LINES, make_tuples
 from fromage.toy.world import make_world
 from fromage.training.configs import config_folder
 
-BASE = "base"
+BASE, COMPOSITION = "base", "composition"
+SEEN, UNSEEN, CHANGES = 8192, 1000, 4  # tuples to train on, and to judge by; of each reference image
+BUFFER = 256  # tuples that are shuffled: small, so that a batch holds several of one reference
 SHOWN = {
     "fromage.text_to_image.r1": "captions",
     "captions.right": "named",
@@ -36,26 +51,66 @@ SHOWN = {
     "fromage.1_rounds.r1": "1 round",
     "fromage.10_rounds.r1": "10 rounds",
     "fromage.answers.mrr": "answers, MRR",
+    "fromage.composed.r1": "composed",
 }
 
 
 def names() -> list[str]:
-    """Every configuration: base, and the files of lightning_configs/ablations."""
-    return [BASE, *sorted(path.stem for path in (config_folder() / "ablations").glob("*.yaml"))]
+    """The paper's ablations: base, and the files of lightning_configs/ablations that are not of composition."""
+    files = sorted(path.stem for path in (config_folder() / "ablations").glob("*.yaml"))
+    return [BASE, *(name for name in files if not name.startswith(COMPOSITION))]
+
+
+def compositions() -> list[str]:
+    """The configurations of composition learning: base, the plain one, and the files composition_*.yaml."""
+    return [BASE, *sorted(path.stem for path in (config_folder() / "ablations").glob(f"{COMPOSITION}_*.yaml"))]
 
 
 def prepare(out: Path) -> tuple[Path, Path]:
-    """The world and the stored features of its training images, made once."""
+    """The world and the stored features of its training images, made once; and the tuples, in out/tuples."""
     world, stored = out / "world", out / "features"
+    tuples = out / "tuples"
     if not (out / "prepared.json").exists():
         make_world(world)
         store_features(str(world / "cc3m" / "train"), stored, Fromage.load().vision, workers=0)
         write_json(out / "prepared.json", {"world": world.name, "features": stored.name})
+    if not (tuples / "prepared.json").exists():
+        for split, count in (("train", SEEN), ("val", UNSEEN)):
+            make_tuples(tuples / split, count, split, CHANGES)
+        pack_tuples(tuples / "train" / LINES, tuples / "shards", overwrite=True)
+        store_features(str(tuples / "shards"), tuples / "features", Fromage.load().vision, workers=0)
+        write_json(tuples / "prepared.json", {"train": SEEN, "val": UNSEEN})
     return world, stored
 
 
+def find_composed(model: Fromage, folder: Path) -> dict[str, Any]:
+    """Composed retrieval over a folder of tuples, by FROMAGe and by CLIP: both of its embeddings summed, or one of them."""
+    entries = [json.loads(line) for line in (folder / LINES).read_text("utf-8").splitlines()]
+    shown = [folder / entry["target_image"] for entry in entries]
+    paths = list(dict.fromkeys([folder / entry["image"] for entry in entries] + shown))  # references, then n targets
+    row = {path: i for i, path in enumerate(paths)}
+    n, features = len(entries), encode_files(model, paths, Options()).of(paths)  # (M, m)
+    conditions = [entry["condition"] for entry in entries]
+    own = torch.tensor([row[folder / entry["image"]] for entry in entries])  # (n,)
+    targets = torch.tensor([row[path] for path in shown])  # (n,)
+
+    def found(queries: torch.Tensor, gallery: torch.Tensor) -> dict[str, dict[str, float]]:
+        """(n, q) queries in a gallery (M, q), each without its own reference."""
+        return {"composed": rank_figures(ranks(queries, gallery, targets, excluded=own.unsqueeze(1)))}
+
+    prompts = [[image, condition] for image, condition in zip(features[own].cpu(), conditions, strict=True)]
+    asked = torch.cat([embed_queries(model, prompts[i : i + 128]) for i in range(0, n, 128)])  # (n, q)
+    report = {"fromage": found(asked, model.embed_images(features)), "chance": {"composed": chance(len(paths) - 1)}}
+    clip = load_clip_baseline(model)
+    if clip is not None:
+        images, texts = clip.embed_features(features), clip.embed_text(conditions)  # (M, e), (n, e)
+        queries = {"clip": images[own] + texts, "clip_image": images[own], "clip_text": texts}
+        report |= {who: found(rows, images) for who, rows in queries.items()}
+    return report
+
+
 def judge(model: Fromage, world: Path, answers: int) -> dict[str, float]:
-    """Every figure of the four evaluations, as 'fromage.5_captions.r1'; answers are ranked for so many dialogues."""
+    """Every figure of the five evaluations, as 'fromage.5_captions.r1'; answers are ranked for so many dialogues."""
     captions = world / "coco" / "annotations" / "captions_val2017.json"
     stories, talks = world / "vist", world / "visdial"
     noted = talks / "visdial_1.0_val.json", talks / "visdial_1.0_val_dense_annotations.json", talks / "images" / "val"
@@ -65,10 +120,11 @@ def judge(model: Fromage, world: Path, answers: int) -> dict[str, float]:
         visdial.evaluate(model, read_dialogues(*noted, answers), answers=True),
         visdial.evaluate(model, read_dialogues(*noted), answers=False),  # of all dialogues, over those of a few
         few_shot.evaluate(model, few_shot.read_world(world, limit=100)),
+        find_composed(model, world.parent / "tuples" / "val"),
     ]
     figures = {"captions.right": name_things(model, world)}
     for report in reports:
-        for who in ("fromage", "clip", "chance"):
+        for who in ("fromage", "clip", "clip_image", "clip_text", "chance"):
             for setting, found in report.get(who, {}).items():
                 figures |= {f"{who}.{setting}.{name}": value for name, value in found.items()}
     return figures
@@ -81,6 +137,8 @@ def run(name: str, seed: int, out: Path, prepared: tuple[Path, Path], answers: i
     def measure() -> dict[str, float]:
         print(f"\n== {name}, seed {seed}", flush=True)
         words = [] if name == BASE else ["--config", f"ablations/{name}.yaml"]
+        if name.startswith(COMPOSITION):
+            words += [f"--data.train_tuples={out / 'tuples' / 'features'}", f"--data.tuple_shuffle={BUFFER}"]
         words += [f"--seed_everything={seed}", f"--model.seed={seed}", *options]
         return judge(load_model(train(folder, 1, *prepared, words)), prepared[0], answers)
 
@@ -91,7 +149,8 @@ def main() -> None:
     """Read the command line; run, print a table and write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of the world and the runs")
-    parser.add_argument("--only", nargs="+", choices=names(), default=names(), metavar="NAME", help=", ".join(names()))
+    known = [*names(), *compositions()[1:], COMPOSITION]
+    parser.add_argument("--only", nargs="+", choices=known, default=names(), metavar="NAME", help=", ".join(known))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--answers", type=int, default=60, help="dialogues whose answers are ranked")
     parser.add_argument("--json", type=Path, help="file for the figures of each seed; runs that it holds stay")
@@ -99,9 +158,10 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(min(2, torch.get_num_threads()))
     prepared = prepare(args.out)
+    asked = [name for word in args.only for name in (compositions() if word == COMPOSITION else [word])]
     runs = {
         name: {str(seed): run(name, seed, args.out, prepared, args.answers, args.options) for seed in args.seeds}
-        for name in args.only
+        for name in asked
     }
     print(f"\n{table(SHOWN, collect(args.json, runs, answers=args.answers))}\n\nR@1 in %, mean and standard deviation")
 

@@ -94,15 +94,14 @@ fetched by their names in {CONFIG}.
 """
 
 
-ONE_RET: dict[str, Any] = {"r": 1, "ret_attention": "sequential", "ret_fusion": "mean"}  # the paper's, and of older files
+# Settings of the paper's model, and of older files, which do not name them.
+PAPER: dict[str, Any] = {"r": 1, "ret_attention": "sequential", "ret_fusion": "mean", "space": "learned"}
 TOWER_KINDS: dict[str, Any] = {"lm": str, "vision": str, "vision_weights": str | None, "dtype": str}
 LAYOUTS = {
     FORMAT: Layout(
         "FROMAGe",
-        TOWER_KINDS
-        | {"k": int, "q": int, "pooling": str, "input_prompt": str}
-        | {key: type(ONE_RET[key]) for key in ONE_RET},
-        {"pooling": "ret", "input_prompt": "", **ONE_RET},
+        TOWER_KINDS | {"k": int, "q": int, "pooling": str, "input_prompt": str} | {key: type(PAPER[key]) for key in PAPER},
+        {"pooling": "ret", "input_prompt": "", **PAPER},
         False,
         _fromage_card,
     ),

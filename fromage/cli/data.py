@@ -55,10 +55,10 @@ def shards_tsv(
         tsv: lines of caption, tab, image
         images: folder that the images' paths start from (default: the TSV's own)
     """
-    _check_shards(out, val_fraction, overwrite)
+    check_shards_free(out, val_fraction, overwrite)
     from fromage.data.packing import pack_tsv
 
-    return _packed(pack_tsv(tsv, out, images, per_shard, val_fraction, overwrite))
+    return packed(pack_tsv(tsv, out, images, per_shard, val_fraction, overwrite))
 
 
 def shards_jsonl(
@@ -76,10 +76,10 @@ def shards_jsonl(
         jsonl: lines {"image": path, "captions": [text, ...]}
         images: folder that the images' paths start from (default: the file's own)
     """
-    _check_shards(out, val_fraction, overwrite)
+    check_shards_free(out, val_fraction, overwrite)
     from fromage.data.packing import pack_jsonl
 
-    return _packed(pack_jsonl(jsonl, out, images, per_shard, val_fraction, overwrite))
+    return packed(pack_jsonl(jsonl, out, images, per_shard, val_fraction, overwrite))
 
 
 def shards_coco(
@@ -92,18 +92,20 @@ def shards_coco(
         annotations: COCO caption JSON
         captions: captions packed per image
     """
-    _check_shards(out, val_fraction, overwrite)
+    check_shards_free(out, val_fraction, overwrite)
     from fromage.data.packing import pack_coco
 
-    return _packed(pack_coco(annotations, images, out, per_shard, captions, val_fraction, overwrite))
+    return packed(pack_coco(annotations, images, out, per_shard, captions, val_fraction, overwrite))
 
 
-def _check_shards(out: Path, val_fraction: float, overwrite: bool) -> None:
+def check_shards_free(out: Path, val_fraction: float, overwrite: bool) -> None:
+    """Raise UserError where shards are there already, and --overwrite is not given."""
     for folder in (out / "train", out / "val") if val_fraction else (out,):
         check_free(folder, overwrite, "*.tar")
 
 
-def _packed(report: PackReport) -> Result:
+def packed(report: PackReport) -> Result:
+    """What packing has to say."""
     return Result(report.text(), asdict(report))
 
 

@@ -14,7 +14,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from typing import TYPE_CHECKING, Any, Literal
 
 from fromage.allocator import keep_freed_memory
-from fromage.cli import data, evals, find, index, talk
+from fromage.cli import data, evals, find, index, talk, tuples
 from fromage.cli.command import Function, call, options_of, parser_of, respelled, speaks, tell
 from fromage.cli.options import HERE, check_out
 from fromage.distribution import pip_install
@@ -55,7 +55,10 @@ COMMANDS: dict[str, Function] = {
     "shards tsv": data.shards_tsv,
     "shards jsonl": data.shards_jsonl,
     "shards coco": data.shards_coco,
+    "shards tuples": tuples.shards_tuples,
     "shards check": data.shards_check,
+    "tuples toy": tuples.tuples_toy,
+    "tuples make": tuples.tuples_make,
     "photos": data.photos,
     "features": data.features,
     "towers list": data.towers_list,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +20,9 @@ from fromage.data.shards import Raw, captions_of, image_file
 from fromage.data.tokenizer import PromptTokenizer
 from fromage.errors import UserError
 from fromage.images.transforms import Transform, read_image
+
+if TYPE_CHECKING:
+    from fromage.data.tuples import Tuples
 
 EPOCH = "__epoch__"  # of a stored sample, set by the training stream: the pass that it is read in
 
@@ -49,6 +52,7 @@ class Batch(NamedTuple):
     features: Tensor | None  # (B, m) stored pooled features, in the dtype of their tower
     more: Texts | None = None  # of validation: the images' other captions
     requests: Texts | None = None  # of training: B texts, some of them the caption framed as a request (data.requests)
+    tuples: Tuples | None = None  # of training: a batch of tuples, for the composition losses of the same step
 
     @property
     def queries(self) -> Batch:
@@ -59,8 +63,8 @@ class Batch(NamedTuple):
         return self._replace(captions=captions, ids=ids, lengths=lengths, requests=None)
 
     def part(self, start: int, stop: int) -> Batch:
-        """The pairs from start to stop, with padding cut to the longest of them, without other captions."""
-        plain = self._replace(more=None, requests=None)
+        """The pairs from start to stop, with padding cut to the longest of them, without other captions and tuples."""
+        plain = self._replace(more=None, requests=None, tuples=None)
         rows: Any = Batch(*(None if field is None else field[start:stop] for field in plain))  # type: ignore[arg-type]
         requests = self.requests and self.requests.part(start, stop)
         return rows._replace(ids=rows.ids[:, : max(rows.lengths)], requests=requests)
@@ -99,6 +103,10 @@ class Decode:
         requests: share of the captions of training that the retrieval pass reads as requests; see fromage.data.requests.
     """
 
+    shards_option: ClassVar[str] = "data.train_shards"
+    size_option: ClassVar[str] = "data.batch_size"
+    shuffle_option: ClassVar[str] = "data.shuffle"
+
     transform: Transform
     tokenizer: PromptTokenizer
     max_tokens: int
@@ -106,6 +114,14 @@ class Decode:
     seed: int = 0
     width: int | None = None
     requests: float = 0.0
+
+    def layout(self) -> dict[str, Any]:
+        """See fromage.data.streams.Decoder."""
+        return {"data.captions_per_image": self.captions, "data.requests": self.requests}
+
+    def collate(self, samples: list[Sample]) -> Batch:
+        """Rows -> a batch, padded with the tokenizer's pad."""
+        return collate(samples, self.tokenizer.pad_id)
 
     def __call__(self, raw: Raw) -> Sample:
         """Raises BrokenSample."""

@@ -15,9 +15,11 @@ import webdataset as wds
 from fromage.checks import check_real, check_whole
 from fromage.data.batches import Decode
 from fromage.data.features import check_features
-from fromage.data.loader import Loader, Plain, TrainLoader, no_loaders
+from fromage.data.loader import Loader, Plain, TrainLoader, WithTuples, no_loaders
 from fromage.data.shards import expand
-from fromage.data.streams import TrainStream, ValidationStream
+from fromage.data.streams import Decoder, TrainStream, ValidationStream
+from fromage.data.tuples import DecodeTuple
+from fromage.errors import UserError
 from fromage.images.transforms import JpegDecoding, Transform, decoding_as
 
 if TYPE_CHECKING:
@@ -29,7 +31,8 @@ class CC3M(pl.LightningDataModule):
 
     An image with several captions is one sample. Training draws one of them in each epoch, by seed, epoch and key: within
     n epochs each of n captions comes once. In validation each caption searches for its image.
-    Shards can also hold stored features (fromage.data.features): a member npy in place of the image.
+    Shards can also hold stored features (fromage.data.features): a member npy in place of the image. Tuples for composition
+    learning (fromage.data.tuples) have shards of their own; each training step then has a batch of pairs and one of tuples.
     """
 
     def __init__(
@@ -48,6 +51,10 @@ class CC3M(pl.LightningDataModule):
         decoding: JpegDecoding = "draft",
         captions_per_image: int | None = None,
         requests: float = 0.0,
+        train_tuples: str | list[str] | None = None,
+        tuple_batch_size: int | None = None,
+        tuple_shuffle: int | None = None,
+        target_images: bool = True,
     ) -> None:
         """Set the data; nothing is read yet. Raises UserError for numbers out of range.
 
@@ -72,14 +79,22 @@ class CC3M(pl.LightningDataModule):
                 "Show me: CAPTION [RET]" (fromage.data.requests), so that [RET] also follows what a person asks with. A new
                 draw for each caption and epoch, by seed, epoch and key; the request counts in max_tokens. Captioning reads
                 the caption alone, and validation and evaluation do throughout. 0 is the paper's training.
+            train_tuples: Training shards of tuples, in the same forms; null for none. An epoch goes through them as often as
+                through the pairs takes.
+            tuple_batch_size: Tuples per training step on each device; null for batch_size.
+            tuple_shuffle: Size of the shuffle buffer in tuples per worker; null for shuffle. Where the tuples of an image
+                follow one another, a small one leaves several in a batch, each other's negatives.
+            target_images: Whether the target images of tuples are read; false leaves what is asked for to their captions.
         """
         super().__init__()
         if captions_per_image is not None:
             check_whole("data.captions_per_image", captions_per_image, 1)
         check_whole("data.batch_size", batch_size, 1)
         check_whole("data.val_batch_size", val_batch_size or batch_size, 1)
+        check_whole("data.tuple_batch_size", batch_size if tuple_batch_size is None else tuple_batch_size, 1)
         check_whole("data.workers", workers, 0)
         check_whole("data.shuffle", shuffle, 0)
+        check_whole("data.tuple_shuffle", shuffle if tuple_shuffle is None else tuple_shuffle, 0)
         check_whole("data.samples_per_epoch", 1 if samples_per_epoch is None else samples_per_epoch, 1)
         check_real("data.max_broken", max_broken, 0, 1)
         check_real("data.requests", requests, 0, 1)
@@ -88,6 +103,8 @@ class CC3M(pl.LightningDataModule):
         self.max_tokens, self.workers, self.shuffle, self.max_broken = max_tokens, workers, shuffle, max_broken
         self.seed, self.samples_per_epoch, self.exact_resume, self.decoding = seed, samples_per_epoch, exact_resume, decoding
         self.captions_per_image, self.requests = captions_per_image, requests
+        self.train_tuples, self.tuple_batch_size = train_tuples, tuple_batch_size or batch_size
+        self.tuple_shuffle, self.target_images = shuffle if tuple_shuffle is None else tuple_shuffle, target_images
         self.transform: Transform | None = None
         self.tokenizer: PromptTokenizer | None = None
 
@@ -97,24 +114,30 @@ class CC3M(pl.LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Check that the shards exist, before the towers are loaded. Raises UserError for missing shards."""
-        for urls in (self.train_shards if stage == "fit" else None, self.val_shards):
+        training = (self.train_shards, self.train_tuples) if stage == "fit" else ()
+        for urls in (*training, self.val_shards):
             if urls is not None:
                 expand(urls)
 
-    def train_dataloader(self) -> TrainLoader:
+    def train_dataloader(self) -> TrainLoader | WithTuples:
         """Shuffled full batches; see TrainStream. Raises UserError for missing shards."""
-        shards, (rank, world) = self._shards(self.train_shards), self._rank()
-        stream = TrainStream(
-            shards,
-            self._decode(),
-            self.batch_size,
-            self.max_broken,
-            rank,
-            world,
-            shuffle=self.shuffle,
-            seed=self.seed,
-            samples_per_epoch=self.samples_per_epoch,
-        )
+        pairs = self._train_loader(self.train_shards, self._decode(), self.batch_size, self.samples_per_epoch, self.shuffle)
+        if self.train_tuples is None:
+            return pairs
+        batches, (_, world) = pairs.dataset.batches, self._rank()
+        if batches is None:
+            raise UserError("data.train_tuples: needs epochs of known length: give data.samples_per_epoch, or a sizes.json")
+        count, size = batches * self.tuple_batch_size * world, self.tuple_batch_size
+        tuples = self._train_loader(self.train_tuples, self._decode_tuple(), size, count, self.tuple_shuffle)
+        return WithTuples(pairs, tuples)
+
+    def _train_loader(
+        self, urls: str | list[str], decode: Decoder, batch_size: int, samples: int | None, shuffle: int
+    ) -> TrainLoader:
+        """samples: per epoch, over all devices; None for those in the shards."""
+        shards, (rank, world) = self._shards(urls), self._rank()
+        how: dict[str, Any] = {"shuffle": shuffle, "seed": self.seed, "samples_per_epoch": samples}
+        stream = TrainStream(shards, decode, batch_size, self.max_broken, rank, world, **how)
         epoch, loop = (self.trainer.current_epoch, self.trainer.fit_loop) if self.trainer else (0, None)
         return TrainLoader(stream, min(self.workers, len(shards) // world), epoch, self.exact_resume, loop)
 
@@ -147,6 +170,15 @@ class CC3M(pl.LightningDataModule):
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else wds.utils.pytorch_worker_info()[:2]
 
     def _decode(self) -> Decode:
+        how, tokenizer, width = self._reading()
+        return Decode(how, tokenizer, self.max_tokens, self.captions_per_image, self.seed, width, self.requests)
+
+    def _decode_tuple(self) -> DecodeTuple:
+        how, tokenizer, width = self._reading()
+        return DecodeTuple(how, tokenizer, self.max_tokens, self.target_images, width)
+
+    def _reading(self) -> tuple[Transform, PromptTokenizer, int | None]:
+        """Transform, tokenizer, and the width of features where it is known."""
         model = self._model()
         transform = self.transform or (model and model.vision.transform)
         tokenizer = self.tokenizer or (model and model.tokenizer)
@@ -154,5 +186,4 @@ class CC3M(pl.LightningDataModule):
             raise RuntimeError("CC3M needs a transform and a tokenizer: call attach(transform, tokenizer), or use a Trainer")
         check_whole("data.max_tokens", self.max_tokens, len(tokenizer.start()) + 1 + len(tokenizer.ret_ids))  # with a word
         width = getattr(model and model.vision, "width", None)
-        how = decoding_as(transform, self.decoding)
-        return Decode(how, tokenizer, self.max_tokens, self.captions_per_image, self.seed, width, self.requests)
+        return decoding_as(transform, self.decoding), tokenizer, width

@@ -2,7 +2,8 @@
 
 The tower is frozen and images are not augmented, so its pooled features v(x) in R^m never change: a run that reads them
 needs neither images nor tower. Stored shards have the names of those they were made from; KEY.npy stands in place of
-KEY.jpg (or beside it), and features.json names the tower.
+KEY.jpg (or beside it), and features.json names the tower. Of a tuple (fromage.data.tuples) KEY.target.npy stands in place of
+KEY.target.jpg, its second image.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ from fromage.locks import held
 if TYPE_CHECKING:
     from fromage.models.vision.base import VisionTower
 
+TARGET_IMAGE = "target."  # in front of an extension: of a tuple's second image
 FEATURES = FolderKind(
     "features.json",
     "features",
@@ -168,8 +170,10 @@ def _store(
                 writer.close()
                 encoded += len(writers.pop(name).keys)
                 continue
-            for raw, row in zip(chunk.samples, _encode(vision, chunk.pixels), strict=True):
-                writer.write(raw["__key__"], _members(raw, keep_images) | {"npy": to_npy(row)})
+            rows = _encode(vision, chunk.pixels).split([1 + bool(target_image(raw)) for raw in chunk.samples])  # (n, m) each
+            for raw, some in zip(chunk.samples, rows, strict=True):
+                named = zip(("npy", f"{TARGET_IMAGE}npy"), map(to_npy, some), strict=False)
+                writer.write(raw["__key__"], _members(raw, keep_images) | dict(named))
             bar.update(len(chunk.samples))
         return encoded
     finally:
@@ -192,6 +196,11 @@ def _check_names(shards: list[str]) -> None:
         raise UserError(f"several shards are called {twice[0]}: store each folder's features in a folder of its own")
 
 
+def target_image(raw: Raw) -> Raw:
+    """The members of a tuple's target image, as those of an image; empty where there is none."""
+    return {kind.removeprefix(TARGET_IMAGE): data for kind, data in raw.items() if kind.startswith(TARGET_IMAGE)}
+
+
 def _members(raw: Raw, keep_images: bool) -> dict[str, bytes]:
     """What a stored sample keeps of its source: captions, meta and, if asked, the image."""
     return {k: v for k, v in raw.items() if not k.startswith("__") and (keep_images or k in ("txt", "json"))}
@@ -209,7 +218,7 @@ class Chunk(NamedTuple):
 
     shard: str
     samples: list[Raw]
-    pixels: Tensor | None  # (b, 3, H, W)
+    pixels: Tensor | None  # (n, 3, H, W), of the b samples one behind the other; a tuple may have two
 
 
 class ImageStream(IterableDataset[Chunk]):
@@ -220,9 +229,10 @@ class ImageStream(IterableDataset[Chunk]):
         self.transform, self.batch_size, self.max_broken = transform, batch_size, max_broken
 
     def decode(self, raw: Raw) -> tuple[Raw, Tensor]:
-        """A stored sample and its pixels (3, H, W). Raises BrokenSample, for its captions as well."""
+        """A stored sample and the pixels of its n images (n, 3, H, W). Raises BrokenSample, for its captions as well."""
         captions_of(raw)
-        return raw, read_image(image_file(raw), self.transform)
+        images = filter(None, (raw, target_image(raw)))
+        return raw, torch.stack([read_image(image_file(image), self.transform) for image in images])
 
     def __iter__(self) -> Iterator[Chunk]:
         worker, workers = worker_share()
@@ -242,4 +252,4 @@ class ImageStream(IterableDataset[Chunk]):
 
     def chunk(self, shard: str, rows: list[tuple[Raw, Tensor]]) -> Chunk:
         """Rows -> a chunk."""
-        return Chunk(shard, [raw for raw, _ in rows], torch.stack([pixels for _, pixels in rows]))
+        return Chunk(shard, [raw for raw, _ in rows], torch.cat([pixels for _, pixels in rows]))

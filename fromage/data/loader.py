@@ -166,3 +166,27 @@ class TrainLoader(Loader):
         """How the order of samples was determined otherwise, in words; '' where it was not."""
         pairs = [(name, then.get(name, "unknown"), value) for name, value in self.layout().items()]
         return ", ".join(f"{name} {there} (now {here})" for name, there, here in pairs if there != here)
+
+
+class WithTuples:
+    """Batches of pairs that each bring a batch of tuples. Both loaders give as many, and stand at the same place."""
+
+    def __init__(self, pairs: TrainLoader, tuples: TrainLoader) -> None:
+        self.pairs = pairs
+        self.tuples: Any = tuples  # whose batches are fromage.data.tuples.Tuples
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch, tuples in zip(self.pairs, self.tuples, strict=True):
+            yield batch._replace(tuples=tuples)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As of the loader of pairs, with that of tuples in it."""
+        return self.pairs.state_dict() | {"tuples": self.tuples.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where both stood. Raises UserError as TrainLoader does, and in an epoch that had no tuples."""
+        self.pairs.load_state_dict(state)
+        self.tuples.load_state_dict(state.get("tuples", state | {"layout": {}}))

@@ -10,17 +10,17 @@ import io
 import json
 import os
 from codecs import BOM_UTF8
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 from tqdm import tqdm
 
 from fromage.checks import check_real
 from fromage.data.annotations import FILE, TEXT, coco_captions, problem, read_annotations
-from fromage.data.shards import check_no_shards, write_shards
+from fromage.data.shards import check_no_shards, members_of, write_members
 from fromage.errors import BrokenSample, UserError, first_few, reason
 from fromage.images.codec import decode_image
 from fromage.images.open import file_bytes
@@ -50,12 +50,27 @@ class Captioned(NamedTuple):
     meta: dict[str, Any]
 
 
+class OfImage(Protocol):
+    """What becomes one sample of a shard. meta: as of Pair."""
+
+    @property
+    def key(self) -> str: ...  # noqa: D102
+    @property
+    def image(self) -> str: ...  # noqa: D102
+    @property
+    def meta(self) -> dict[str, Any]: ...  # noqa: D102
+
+
+Packed = TypeVar("Packed", bound=OfImage)
+
+
 @dataclass
 class PackReport:
     """Result of packing: the number of images and of pairs, one per caption, and the names of what was skipped by cause."""
 
     images: int = 0
     pairs: int = 0
+    unit: str = "image"
     names: dict[str, list[str]] = field(default_factory=dict)
     folders: dict[str, int] = field(default_factory=dict)  # folder of shards -> its images
 
@@ -72,7 +87,8 @@ class PackReport:
     def text(self) -> str:
         """The report for a terminal."""
         where = ", ".join(f"{count} in {folder}" for folder, count in self.folders.items())
-        lines = [f"{self.images} images with {self.pairs} captions packed: {where}"]
+        what = f"images with {self.pairs} captions" if self.unit == "image" else f"{self.unit}s"
+        lines = [f"{self.images} {what} packed: {where}"]
         for cause, names in self.names.items():
             more = " in report.json" if len(names) > SHOWN else ""
             lines.append(f"  {len(names):7} skipped, {cause}: {first_few(names, few=SHOWN)}{more}")
@@ -107,7 +123,8 @@ def pack_tsv(
     report = PackReport()
     if not os.path.isfile(tsv):  # noqa: PTH113 (Path.is_file raises for a long name)
         raise UserError(f"{tsv} is missing: name a file with a caption, a tab and an image's path on each line")
-    return _pack(tsv_pairs(tsv, images or tsv.parent, report), report, out, per_shard, val_fraction, overwrite)
+    pairs = tsv_pairs(tsv, images or tsv.parent, report)
+    return pack(by_image(pairs, report), captioned, report, out, per_shard, val_fraction, overwrite)
 
 
 def tsv_pairs(tsv: Path, images: Path, report: PackReport) -> Iterator[Pair]:
@@ -162,25 +179,32 @@ def pack_jsonl(
     report = PackReport()
     if not os.path.isfile(jsonl):  # noqa: PTH113
         raise UserError(f'{jsonl} is missing: name a file of lines {{"image": path, "captions": [text, ...]}}')
-    return _pack(jsonl_pairs(jsonl, images or jsonl.parent, report), report, out, per_shard, val_fraction, overwrite)
+    pairs = jsonl_pairs(jsonl, images or jsonl.parent, report)
+    return pack(by_image(pairs, report), captioned, report, out, per_shard, val_fraction, overwrite)
 
 
 def jsonl_pairs(jsonl: Path, images: Path, report: PackReport) -> Iterator[Pair]:
     """The pairs of JSON lines, as tsv_pairs gives them."""
-    for number, line in _lines(jsonl, report):
-        try:
-            entry = json.loads(line) if line.strip() else None
-        except (ValueError, RecursionError):
-            report.skip(f"line {number}", "no JSON")
-            continue
-        fields = entry if isinstance(entry, dict) else {}
+    for number, fields in json_lines(jsonl, report):
         image, said = (next((fields[name] for name in names if name in fields), None) for names in (IMAGES, CAPTIONS))
         texts: Any = [said] if isinstance(said, str) else said
         if isinstance(image, str) and not problem(image, FILE) and not problem(texts, [TEXT]):
             meta = {"source": image, "line": number}
             yield from (Pair(f"{number:09d}", text, images / image, meta) for text in texts)
-        elif line.strip():
+        else:
             report.skip(f"line {number}", "no image and captions")
+
+
+def json_lines(path: Path, report: PackReport) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The lines of JSON of a file with their numbers, from 1; empty where one is no object. Blank lines are left out."""
+    for number, line in _lines(path, report):
+        try:
+            entry = json.loads(line) if line.strip() else None
+        except (ValueError, RecursionError):
+            report.skip(f"line {number}", "no JSON")
+            continue
+        if line.strip():
+            yield number, entry if isinstance(entry, dict) else {}
 
 
 def pack_coco(
@@ -209,27 +233,34 @@ def pack_coco(
     ]
     for key in (key for key, said in texts.items() if not said):
         report.skip(str(key), "image without caption")
-    return _pack(rows, report, out, per_shard, val_fraction, overwrite)
+    return pack(by_image(rows, report), captioned, report, out, per_shard, val_fraction, overwrite)
 
 
-def _pack(
-    rows: Iterable[Pair], report: PackReport, out: Path, per_shard: int, val_fraction: float, overwrite: bool
+def pack(
+    samples: list[Packed],
+    members: Callable[[Packed, PackReport], dict[str, bytes]],
+    report: PackReport,
+    out: Path,
+    per_shard: int,
+    val_fraction: float,
+    overwrite: bool,
 ) -> PackReport:
+    """Write samples into shards, as pack_tsv says. members: a sample's files by extension; raises BrokenSample."""
     check_real("val_fraction", val_fraction, 0, 1)
-    sets = {out: by_image(rows, report)}
+    sets = {out: samples}
     if val_fraction:
         sets = split(sets[out], out, val_fraction)
     for folder in sets:
         if not overwrite:
             check_no_shards(folder)
     for folder, samples in sets.items():
-        report.folders[str(folder)] = write_shards(_encoded(samples, report), folder, per_shard, overwrite)
+        report.folders[str(folder)] = write_members(_encoded(samples, members, report), folder, per_shard, overwrite)
     report.images = sum(report.folders.values())
     counts = {"images": report.images, "pairs": report.pairs, "folders": report.folders}
     write_json(out / REPORT, counts | {"skipped": report.skipped, "names": report.names})
     if empty := [folder for folder, count in report.folders.items() if not count]:
         causes = "; ".join(f"{cause}: {len(names)}, {first_few(names, few=SHOWN)}" for cause, names in report.names.items())
-        told = f"{first_few(empty)}: no image could be packed ({causes or 'the file holds no pair'})"
+        told = f"{first_few(empty)}: no {report.unit} could be packed ({causes or 'the file holds no pair'})"
         raise UserError(f"{told}; correct the file, or name the folder of its images. {out / REPORT} has all names")
     return report
 
@@ -256,9 +287,9 @@ def by_image(rows: Iterable[Pair], report: PackReport) -> list[Captioned]:
     return list(groups.values())
 
 
-def split(samples: list[Captioned], out: Path, fraction: float) -> dict[Path, list[Captioned]]:
+def split(samples: list[Packed], out: Path, fraction: float) -> dict[Path, list[Packed]]:
     """Images for training and validation, by folder. Raises UserError where one side has none."""
-    sets: dict[Path, list[Captioned]] = {out / "train": [], out / "val": []}
+    sets: dict[Path, list[Packed]] = {out / "train": [], out / "val": []}
     for sample in samples:
         name = os.path.normpath(sample.meta["source"]).encode("utf-8", "surrogatepass")
         place = int.from_bytes(blake2b(name, digest_size=8).digest(), "big") / 2**64  # 0 to 1, evenly
@@ -269,19 +300,25 @@ def split(samples: list[Captioned], out: Path, fraction: float) -> dict[Path, li
     return sets
 
 
-def _encoded(samples: list[Captioned], report: PackReport) -> Iterator[tuple[str, bytes, str, dict[str, Any]]]:
+def captioned(sample: Captioned, report: PackReport) -> dict[str, bytes]:
+    """The members of an image and its captions. Raises BrokenSample."""
+    jpeg, first = as_jpeg(Path(sample.image)), sample.captions[0]
+    report.pairs += len(sample.captions)
+    return members_of(jpeg, first, {"key": sample.key, "caption": first, "captions": sample.captions, **sample.meta})
+
+
+def _encoded(
+    samples: list[Packed], members: Callable[[Packed, PackReport], dict[str, bytes]], report: PackReport
+) -> Iterator[tuple[str, dict[str, bytes]]]:
     for sample in tqdm(samples, desc="packing", unit=" images"):
         try:
-            jpeg = _as_jpeg(Path(sample.image))
+            yield sample.key, members(sample, report)
         except BrokenSample as error:
             report.skip(f"{sample.key} {sample.image}", str(error))
-            continue
-        report.pairs += len(sample.captions)
-        first = sample.captions[0]
-        yield sample.key, jpeg, first, {"key": sample.key, "caption": first, "captions": sample.captions, **sample.meta}
 
 
-def _as_jpeg(path: Path) -> bytes:
+def as_jpeg(path: Path) -> bytes:
+    """An image file as a JPEG: its own bytes where it is one. Raises BrokenSample."""
     data = file_bytes(path)
     image = decode_image(data)
     if data.startswith(JPEG):

@@ -178,22 +178,31 @@ def check_no_shards(folder: Path) -> None:
 def write_shards(
     samples: Iterable[tuple[str, bytes, str, dict[str, Any]]], out: Path, per_shard: int = 1000, overwrite: bool = False
 ) -> int:
-    """Write (key, JPEG bytes, caption, meta) as 00000.tar, 00001.tar ... of a new folder; returns how many there were.
+    """Write (key, JPEG bytes, caption, meta) as write_members does."""
+    members = ((key, members_of(jpeg, caption, meta)) for key, jpeg, caption, meta in samples)
+    return write_members(members, out, per_shard, overwrite)
 
-    overwrite: shards that are there are removed when there is a first sample to write.
 
-    Raises:
-        UserError: the folder holds shards already, another process writes it, the disk is full, or a key cannot be one.
+def members_of(jpeg: bytes, caption: str, meta: dict[str, Any]) -> dict[str, bytes]:
+    """The members of a sample, by extension."""
+    return {"jpg": jpeg, "txt": caption.encode(), "json": json.dumps(meta, ensure_ascii=False).encode()}
+
+
+def write_members(
+    samples: Iterable[tuple[str, dict[str, bytes]]], out: Path, per_shard: int = 1000, overwrite: bool = False
+) -> int:
+    """Write (key, members) as 00000.tar, 00001.tar ... of a new folder; returns how many there were.
+
+    overwrite: shards that are there are removed when there is a first sample to write. Raises UserError where the folder
+    holds shards already, another process writes it, the disk is full, or a key cannot be one.
     """
     if not overwrite:
         check_no_shards(out)  # before the lock, which makes the folder
     with held(out):
-        return _write_shards(samples, out, per_shard, overwrite)
+        return _write_members(samples, out, per_shard, overwrite)
 
 
-def _write_shards(
-    samples: Iterable[tuple[str, bytes, str, dict[str, Any]]], out: Path, per_shard: int, overwrite: bool
-) -> int:
+def _write_members(samples: Iterable[tuple[str, dict[str, bytes]]], out: Path, per_shard: int, overwrite: bool) -> int:
     total = 0
     for number, group in groupby(enumerate(samples), key=lambda item: item[0] // per_shard):
         if number == 0 and overwrite:
@@ -202,9 +211,8 @@ def _write_shards(
         kept = f"whole shards before it: {number}; to begin again, give --overwrite"
         shard = ShardWriter(out / f"{number:05d}.tar", kept)
         try:
-            for _, (key, jpeg, caption, meta) in group:
-                text = json.dumps(meta, ensure_ascii=False)
-                shard.write(key, {"jpg": jpeg, "txt": caption.encode(), "json": text.encode()})
+            for _, (key, members) in group:
+                shard.write(key, members)
             shard.close()
         finally:
             shard.discard()
@@ -280,7 +288,7 @@ def captions_of(raw: Raw) -> list[str]:
     listed = _listed_captions(raw.get("json", b""))
     if listed is None and "txt" not in raw:
         raise BrokenSample("no caption: member txt is missing")
-    texts = [text for one in ([raw["txt"]] if listed is None else listed) if (text := _caption(one))]
+    texts = [text for one in ([raw["txt"]] if listed is None else listed) if (text := plain_text(one))]
     if not texts:
         raise BrokenSample("empty caption")
     return texts
@@ -298,8 +306,8 @@ def _listed_captions(data: bytes) -> list[Any] | None:
     return listed if isinstance(listed, list) else None
 
 
-def _caption(said: Any) -> str:
-    """One caption from its bytes, or from the text of a JSON, without surrounding space."""
+def plain_text(said: Any) -> str:
+    """One caption from its bytes, or from the text of a JSON, without surrounding space. Raises BrokenSample."""
     if not isinstance(said, bytes | str):
         raise BrokenSample(f"caption is not text: {type(said).__name__} among the captions of member json")
     try:

@@ -9,16 +9,38 @@ import random
 import zlib
 from collections.abc import Iterator
 from itertools import accumulate, count, groupby, islice, pairwise
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 import webdataset as wds
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
-from fromage.data.batches import EPOCH, Batch, Decode, Sample, collate
+from fromage.data.batches import EPOCH
 from fromage.data.shards import Broken, Raw, decoded, read_shards, shard_name, shard_sizes
 from fromage.data.workers import worker_share
 from fromage.errors import UserError
+
+
+class Decoder(Protocol):
+    """What makes rows of stored samples, and batches of rows.
+
+    Attributes:
+        shards_option, size_option, shuffle_option: the options that set the shards, the size of a batch and that of the
+            shuffle buffer, for messages.
+    """
+
+    shards_option: ClassVar[str]
+    size_option: ClassVar[str]
+    shuffle_option: ClassVar[str]
+
+    def __call__(self, raw: Raw) -> Any:
+        """A stored sample -> a row. Raises BrokenSample."""
+
+    def collate(self, samples: list[Any]) -> Any:
+        """Rows -> a batch."""
+
+    def layout(self) -> dict[str, Any]:
+        """What else decides which row a sample gives, by option."""
 
 
 class Stream(IterableDataset[Any]):
@@ -31,7 +53,7 @@ class Stream(IterableDataset[Any]):
     batches: int | None
 
     def __init__(
-        self, shards: list[str], decode: Decode, batch_size: int, max_broken: float, rank: int = 0, world: int = 1
+        self, shards: list[str], decode: Decoder, batch_size: int, max_broken: float, rank: int = 0, world: int = 1
     ) -> None:
         self.shards = list(zip(shards, shard_sizes(shards), strict=True))
         sizes = [size for _, size in self.shards if size is not None]
@@ -43,10 +65,6 @@ class Stream(IterableDataset[Any]):
         if self.batches is None:
             raise TypeError("the length is unknown: there is no sizes.json beside the shards")
         return self.batches
-
-    def collate(self, samples: list[Sample]) -> Batch:
-        """Rows -> a batch, padded with the tokenizer's pad."""
-        return collate(samples, self.decode.tokenizer.pad_id)
 
 
 class ValidationStream(Stream):
@@ -62,7 +80,7 @@ class ValidationStream(Stream):
             raise UserError(f"{every} validation batches are too few for {self.world} devices: lower val_batch_size")
         self.batches = None if every is None else len(range(self.rank, every, self.world))
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Any]:
         worker, workers = worker_share()
         mine, turn = self.rank + self.world * worker, self.world * workers
         broken, held = Broken(self.max_broken), None
@@ -74,7 +92,7 @@ class ValidationStream(Stream):
             if samples:
                 if held is not None:
                     yield held
-                held = self.collate(samples)
+                held = self.decode.collate(samples)
         broken.check(end=True)  # before the last batch: whoever knows the length asks for no more
         if held is not None:
             yield held
@@ -110,7 +128,7 @@ class TrainStream(Stream):
         if len(self.shards) < self.world:
             raise UserError(f"{len(self.shards)} training shards cannot feed {self.world} devices: write more shards")
 
-    def __iter__(self) -> Iterator[tuple[Batch, int, int]]:
+    def __iter__(self) -> Iterator[tuple[Any, int, int]]:
         epoch, turn = self.start[0].tolist()
         number, workers = worker_share()
         worker = (number + turn) % workers  # PyTorch asks its workers in order, from the first
@@ -132,18 +150,17 @@ class TrainStream(Stream):
                 return
             if number + 1 == quota:
                 broken.check(end=True)  # before the last batch: whoever knows the length asks for no more
-            yield self.collate(batch), worker, broken.good + broken.bad
+            yield self.decode.collate(batch), worker, broken.good + broken.bad
 
     def layout(self) -> dict[str, Any]:
         """All that the order of samples follows from but the number of workers, by the option that sets it."""
         held = [(shard_name(shard), size) for shard, size in self.shards]
         return {
-            "data.train_shards": f"{len(held)} shards {zlib.crc32(repr(held).encode()):08x}",
-            "data.batch_size": self.batch_size,
-            "data.shuffle": self.shuffle,
+            self.decode.shards_option: f"{len(held)} shards {zlib.crc32(repr(held).encode()):08x}",
+            self.decode.size_option: self.batch_size,
+            self.decode.shuffle_option: self.shuffle,
             "data.seed": self.seed,
-            "data.captions_per_image": self.decode.captions,
-            "data.requests": self.decode.requests,
+            **self.decode.layout(),
             "devices": self.world,
             "batches per epoch": self.batches,
         }

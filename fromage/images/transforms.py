@@ -238,3 +238,11 @@ def _frame(steps: list[Any]) -> Frame | None:
     fits = crop is None or (isinstance(size, int) and max(crop) <= size)  # else the crop would have to fill up
     known = fits and first.max_size is None and filter_ in ("bicubic", "bilinear")
     return Frame(size, crop, filter_, any(isinstance(step, FlooredCrop) for step in rest)) if known else None
+
+
+def to_image(pixels: Tensor) -> Image.Image:
+    """(3, H, W) pixels, uint8 or normalised (then stretched to the full range) -> an image to look at."""
+    if pixels.dtype != torch.uint8:
+        low, high = pixels.float().aminmax()
+        pixels = ((pixels.float() - low) / (high - low).clamp_min(1e-6) * 255).byte()
+    return Image.fromarray(pixels.permute(1, 2, 0).numpy())  # (3, H, W) -> (H, W, 3)

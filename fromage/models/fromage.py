@@ -6,7 +6,7 @@ The trained parameters (the legend of shapes is in fromage.models):
     [RET]           e    (r x d)     asks for an image; see fromage.models.special_tokens           section 3.2
     text head       W_t  (q x d)     hidden state at [RET] -> retrieval space                       section 3.2
     fusion                           of the r states there, if it has parameters; see fromage.models.fusion
-    image head      W_i  (q x m)     image features -> retrieval space                              section 3.2
+    image head      W_i  (q x m)     image features -> retrieval space; CLIP's with space 'clip'     section 3.2
     logit_scale                      log of the inverse temperature, starts at ln(1 / 0.07)
 
 The released code, and so this one, adds a bias to each of the three maps, which the paper's formulas leave out.
@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fromage.checkpoints.format import FORMAT, ONE_RET, Saved, differences, dtype_name, parameter_shapes
+from fromage.checkpoints.format import FORMAT, PAPER, Saved, differences, dtype_name, parameter_shapes
 from fromage.checks import check_whole
 from fromage.data.tokenizer import ret_tokens
 from fromage.errors import UserError
@@ -43,6 +43,7 @@ from fromage.models.vision.registry import load_vision
 
 OTHER = "{source}: of another architecture ({differs}); give the lm, vision, k, q, r and ret_fusion it was trained with"
 RetAttention = Literal["sequential", "stacked"]  # what r > 1 [RET] tokens see: their predecessors, or not one another
+Space = Literal["learned", "clip"]  # where images and texts are compared: q numbers of our own, or CLIP's joint space
 Pooling = Literal["ret", "last"]  # which hidden state embeds a text: the one at [RET], or at its last word (an ablation)
 
 
@@ -64,8 +65,12 @@ class Fromage(Pretrained):
         pooling: Pooling = "ret",
         ret_attention: RetAttention = "sequential",
         ret_fusion: RetFusion = "mean",
+        space: Space = "learned",
     ) -> None:
         """k: input embeddings per image. q: width of the retrieval space. r: as many [RET] as the tokenizer has.
+
+        space: with 'clip' images are compared where CLIP has them: the image head is CLIP's own projection, frozen, and q is
+        its width; W_t maps text there. Raises UserError for a tower without text tower, or another q.
 
         pooling: which hidden state embeds a text. With 'last' the model never answers with images, and "at [RET]" below
         means at the last token before it. Raises UserError where 'last' is impossible: an empty text would have no token,
@@ -73,7 +78,7 @@ class Fromage(Pretrained):
         """
         super().__init__(lm, vision, k)
         choices = {"pooling": (pooling, Pooling), "ret_attention": (ret_attention, RetAttention)}
-        for name, (value, known) in (choices | {"ret_fusion": (ret_fusion, RetFusion)}).items():
+        for name, (value, known) in (choices | {"ret_fusion": (ret_fusion, RetFusion), "space": (space, Space)}).items():
             if value not in get_args(known):  # of a file, say
                 raise UserError(f"{name} {value}: must be {' or '.join(get_args(known))}")
         self.r = len(lm.tokenizer.ret_ids)
@@ -82,11 +87,14 @@ class Fromage(Pretrained):
         if pooling == "last" and self.r > 1:
             raise UserError(f"r {self.r}: with pooling 'last' no text is read at [RET]; use r 1, or pooling 'ret'")
         self.q, self.pooling, self.ret_attention, self.ret_fusion = q, pooling, ret_attention, ret_fusion
+        self.space = space
         self.stacked = ret_attention == "stacked" and self.r > 1
         self.ret_offsets = [0 if self.stacked else i for i in range(self.r)]  # positions of [RET] behind a text's end
         self.visual_prefix = nn.Linear(vision.width, k * lm.width)  # W_c: (B, m) -> (B, k d)
         self.text_head = nn.Linear(lm.width, q)  # W_t: (B, d) -> (B, q)
         self.image_head = nn.Linear(vision.width, q)  # W_i: (B, m) -> (B, q)
+        if space == "clip":
+            take_projection(self.image_head, vision)
         self.ret = lm.added  # e_RET (r, d)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         self.fusion = make_fusion(ret_fusion, q)  # (B, r, q) -> (B, q)
@@ -110,12 +118,14 @@ class Fromage(Pretrained):
         r: int = 1,
         ret_attention: RetAttention = "sequential",
         ret_fusion: RetFusion = "mean",
+        space: Space = "learned",
     ) -> Fromage:
         """Build from names, with newly initialised trained parameters; load_lm and load_vision say what a name may be.
 
         The same seed gives the same trained parameters, and the same towers where they have random weights. input_prompt:
         text that captions are generated behind, such as the released model's "A picture of". r, ret_attention, ret_fusion:
-        number of [RET] tokens, what they see, and how their hidden states become one.
+        number of [RET] tokens, what they see, and how their hidden states become one. space: where images and texts are
+        compared; 'clip' wants a vision tower with a text tower, and q of its width.
         """
         here = dtype_name(dtype)
         check_whole("r", r, 1)
@@ -123,10 +133,10 @@ class Fromage(Pretrained):
             torch.manual_seed(seed)
             tower = load_vision(vision, vision_weights, here, random_weights)
             language_model = load_lm(lm, here, random_weights, quantize, ret_tokens(r))
-            model = cls(language_model, tower, k, q, pooling, ret_attention, ret_fusion)
+            model = cls(language_model, tower, k, q, pooling, ret_attention, ret_fusion, space)
         model.settings = {"lm": lm, "vision": vision, "vision_weights": vision_weights, "k": k, "q": q, "dtype": dtype}
         model.settings |= {"pooling": pooling, "random_weights": random_weights, "input_prompt": input_prompt}
-        model.settings |= {"r": r, "ret_attention": ret_attention, "ret_fusion": ret_fusion}
+        model.settings |= {"r": r, "ret_attention": ret_attention, "ret_fusion": ret_fusion, "space": space}
         model.input_prompt = input_prompt
         return model
 
@@ -215,9 +225,31 @@ class Fromage(Pretrained):
         trained: values to use in place of the model's own, such as the values after rounding to a file's dtype.
         """
         built = f"{self.lm.name}|{self.vision.fingerprint()}|{self.k}|{self.q}" + self.pooling * (self.pooling != "ret")
-        ret = {"r": self.r, "ret_attention": self.ret_attention, "ret_fusion": self.ret_fusion}
-        built += "".join(f"|{name} {value}" for name, value in ret.items() if value != ONE_RET[name])
+        built += "".join(f"|{name} {value}" for name in PAPER if (value := getattr(self, name)) != PAPER[name])
         return digest(built, trained or self.trained())
+
+
+@torch.no_grad()
+def take_projection(head: nn.Linear, vision: VisionTower) -> None:
+    """Make an image head (m -> q) CLIP's own projection, with a bias of 0 where that has none, and freeze it.
+
+    Raises UserError for a tower without text tower, a projection of another width, and one that is more than a linear map.
+    """
+    project = vision.projection
+    if project is None:
+        told = "has no text tower, so no space that images and texts share"
+        raise UserError(f"vision tower {vision.name}: {told}; choose a CLIP or SigLIP, or space 'learned'")
+    device = next(project.parameters(), head.weight).device
+    bias = project(torch.zeros(1, head.in_features, device=device))  # (1, e)
+    if bias.shape[1] != head.out_features:
+        raise UserError(f"q {head.out_features}: CLIP's joint space of {vision.name} has {bias.shape[1]}; give that as q")
+    weight = (project(torch.eye(head.in_features, device=device)) - bias).T  # (e, m)
+    some = torch.linspace(-1, 1, head.in_features, device=device).unsqueeze(0)  # (1, m)
+    if not torch.allclose(project(some), some @ weight.T + bias, rtol=1e-3, atol=1e-3):
+        raise UserError(f"vision tower {vision.name}: its projection is no linear map; choose space 'learned'")
+    head.weight.copy_(weight)
+    head.bias.copy_(bias[0])
+    head.requires_grad_(False)
 
 
 def load_model(path: str | Path, device: str = "cpu", **options: Any) -> Fromage:

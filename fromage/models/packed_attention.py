@@ -7,7 +7,8 @@ causal attention (the padding comes last, so no mask is needed) and removes the 
 is an Attend: Causal, More (r new tokens after cached ones: the one-token backward) or Branches.
 
 A token sees itself and the tokens at earlier positions, so tokens that share a position do not see one another: this is all
-that stacked [RET] tokens are (`distances`).
+that stacked [RET] tokens are (`distances`). A sequence may also end in several branches, each of which goes on from the
+trunk before them and sees no other branch (PackedLayout): so what two texts begin with runs once, with gradient.
 
 Shapes: see fromage.models. Here N counts the tokens of all sequences and T those of the longest.
 """
@@ -64,24 +65,32 @@ class PackedLayout:
         indices: (N,) place of each token among the S T places of the padded batch.
         starts: offset of each sequence among the packed tokens.
         shared: whether tokens share positions.
+        branches: (N,) where sequences have branches: 0 for the trunk, else the branch a token is in.
     """
 
-    def __init__(self, lengths: list[int], device: torch.device, positions: Tensor | None = None) -> None:
-        """lengths: tokens of each sequence, at least one. positions: (N,), where tokens share some."""
+    def __init__(
+        self, lengths: list[int], device: torch.device, positions: Tensor | None = None, branches: Tensor | None = None
+    ) -> None:
+        """lengths: tokens of each sequence, at least one. positions: (N,), where tokens share some. branches: as above."""
         self.count, self.max_seqlen = len(lengths), max(lengths)
         places = [t for n in lengths for t in range(n)]
         flat = [s * self.max_seqlen + t for s, n in enumerate(lengths) for t in range(n)]
         self.positions, self.indices = to_device([places, flat], device)  # (2, N) -> (N,) each
-        self.starts, self.shared = starts(lengths), positions is not None
+        self.starts, self.shared, self.branches = starts(lengths), positions is not None, branches
         if positions is not None:
             self.positions = positions
 
     @cached_property
     def distances(self) -> Tensor:
-        """(S, T, T) of the padded sequences, padding hidden from all tokens."""
-        places = self.count * self.max_seqlen
+        """(S, T, T) of the padded sequences, padding and other branches hidden from all tokens."""
+        places, padded = self.count * self.max_seqlen, (self.count, self.max_seqlen)
         after = torch.full((places,), self.max_seqlen, device=self.positions.device)  # (S T,), behind every position
-        return distances(after.index_copy_(0, self.indices, self.positions).unflatten(0, (self.count, self.max_seqlen)))
+        back = distances(after.index_copy_(0, self.indices, self.positions).unflatten(0, padded))  # (S, T, T)
+        if self.branches is None:
+            return back
+        branch = self.pad_input(self.branches)  # (S, T)
+        seen = (branch.unsqueeze(1) == 0) | (branch.unsqueeze(1) == branch.unsqueeze(2))  # (S, T, T)
+        return back.where(seen, -1)
 
     def pad_input(self, packed: Tensor) -> Tensor:
         """(N, ...) -> (S, T, ...), zeros after each sequence."""

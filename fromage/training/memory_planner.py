@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM
 from fromage.checkpoints.format import DTYPES, dtype_name
 from fromage.data.batches import Batch
 from fromage.errors import UserError
-from fromage.models.fromage import Fromage, RetAttention
+from fromage.models.fromage import Fromage, RetAttention, Space
 from fromage.models.fusion import RetFusion
 from fromage.models.language_model import LanguageModel, Quantized
 from fromage.models.vision.base import VisionTower
@@ -65,6 +65,7 @@ class Run:
     r: int = 1
     ret_attention: str = "sequential"
     ret_fusion: str = "mean"
+    space: str = "learned"
     dtype: str = "bfloat16"
     step: str = "fast"
     batch_size: int = 180
@@ -86,6 +87,7 @@ def read_run(config: str | Sequence[str], **options: Any) -> Run:
     run = replace(run, dtype=dtype_name(run.dtype))
     check_choices(run, {"step": ("fast", "reference"), "quantize": (None, *get_args(Quantized))})
     check_choices(run, {"ret_attention": get_args(RetAttention), "ret_fusion": get_args(RetFusion)})
+    check_choices(run, {"space": get_args(Space)})
     if min(run.batch_size, run.r) < 1 or not 1 <= run.tokens <= run.max_tokens - run.r:
         raise UserError(
             f"batches of {run.batch_size}, {_captions(run)}: "
@@ -188,6 +190,7 @@ def _model(run: Run, tower: VisionTower) -> Fromage:
     options: Any = {"ret_attention": run.ret_attention, "ret_fusion": run.ret_fusion}
     model = Fromage(LanguageModel(hf, tokens, run.lm), tower, run.k, run.q, **options)
     model.logit_scale.requires_grad_(not run.freeze_temperature)
+    model.image_head.requires_grad_(run.space == "learned")  # else CLIP's projection, which has no weights here
     return model
 
 

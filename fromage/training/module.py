@@ -5,35 +5,43 @@ from __future__ import annotations
 import random
 import time
 import warnings
+from functools import cached_property
 from math import inf
 from typing import Any, Literal
 
 import numpy as np
 import pytorch_lightning as pl
 import torch
-import torch.distributed as dist
 from PIL import Image
 from torch import Tensor
 
-from fromage.checkpoints.format import ONE_RET, dtype_name
+from fromage.checkpoints.format import PAPER, dtype_name
 from fromage.checkpoints.lightning import PREFIX, trained_state
 from fromage.checks import check_real, check_whole
 from fromage.data.batches import Batch
+from fromage.data.tuples import Tuples
 from fromage.errors import UserError
 from fromage.generation.generate import caption_images
 from fromage.images.contact_sheet import contact_sheet
-from fromage.models.fromage import Fromage, Pooling, RetAttention
+from fromage.images.transforms import to_image
+from fromage.models.fromage import Fromage, Pooling, RetAttention, Space
 from fromage.models.fusion import RetFusion
 from fromage.models.language_model import Quantized
 from fromage.models.pretrained import from_hyperparameters
+from fromage.models.vision.base import TextTower
 from fromage.retrieval.metrics import Gallery, joined, retrieval_recalls
 from fromage.training.configs import present_step
+from fromage.training.fast_composition import fast_composition
 from fromage.training.fast_step import fast_step
 from fromage.training.layers import checkpoint_blocks, compile_blocks
 from fromage.training.nonfinite import NonFiniteGuard
+from fromage.training.reference_composition import NO_TUPLES, CompositionOutput, reference_composition
 from fromage.training.reference_step import StepOutput, Weights, image_features, reference_step, text_embeddings
+from fromage.training.strategy import gather_parts
 
-FREEZING = ("freeze_temperature", "captioning_weight", "retrieval_weight", "pooling")  # options that decide what is trained
+COMPOSITION = ("composition_captioning_weight", "composition_retrieval_weight")
+FREEZING = ("freeze_temperature", "captioning_weight", "retrieval_weight", *COMPOSITION, "pooling")  # decide what is trained
+LOSSES = ("captioning", "text", "contrastive", "composition captioning", "composition contrastive")
 SHOWN_FROM = 200  # images of the validation set that the logged searches rank
 
 
@@ -41,10 +49,13 @@ def _check(h: Any) -> None:
     """Raise UserError for options that no model can have, before a tower is loaded."""
     for name, least in {"k": 1, "q": 1, "r": 1, "warmup_steps": 0, "decay_steps": 0, "shown": 0}.items():
         check_whole(f"model.{name}", h[name], least)
-    for name, most in {"lr": inf, "eps": inf, "pairing": 1}.items():
+    weights = ("captioning_weight", "retrieval_weight", *COMPOSITION)
+    for name, most in {"lr": inf, "eps": inf, "pairing": 1, **dict.fromkeys(weights, inf)}.items():
         check_real(f"model.{name}", h[name], 0, most)
     for beta in h.betas:
         check_real("model.betas", beta, 0, 1)
+    if not any(h[name] for name in weights):
+        raise UserError("model.captioning_weight, model.retrieval_weight: choose numbers from 0 on, not all of them 0")
     dtype_name(h.dtype)
 
 
@@ -69,6 +80,7 @@ class FromageModule(pl.LightningModule):
         r: int = 1,
         ret_attention: RetAttention = "sequential",
         ret_fusion: RetFusion = "mean",
+        space: Space = "learned",
         dtype: str = "bfloat16",
         random_weights: bool = False,
         lr: float = 3e-4,
@@ -80,6 +92,8 @@ class FromageModule(pl.LightningModule):
         pairing: float = 0.5,
         captioning_weight: float = 1.0,
         retrieval_weight: float = 1.0,
+        composition_captioning_weight: float = 0.0,
+        composition_retrieval_weight: float = 0.0,
         same_image_negatives: bool = True,
         rescale_ret: bool = True,
         freeze_temperature: bool = False,
@@ -106,6 +120,8 @@ class FromageModule(pl.LightningModule):
                 one position (MCL).
             ret_fusion: how their hidden states become one embedding: mean, transformer (one small layer, then the mean), or
                 first, as GILL's retrieval head.
+            space: where images and texts are compared: learned, q numbers of the model's own (the paper), or clip, CLIP's
+                joint space with its frozen projection of images (MCL); q is then its width.
             dtype: dtype of the frozen towers: float32, bfloat16, float16, or auto: bfloat16 where this machine multiplies
                 in it, and float32 elsewhere.
             random_weights: build the towers without weights, for tests and timing.
@@ -118,6 +134,10 @@ class FromageModule(pl.LightningModule):
             pairing: probability that the captioning sequences of a batch contain two examples each.
             captioning_weight: weight of the captioning loss; with 0 its pass is not run, and the prefix is not trained.
             retrieval_weight: weight of the two losses of the retrieval pass; with 0 both heads are not trained.
+            composition_captioning_weight: weight of captioning the target of a tuple after image and condition (MCL); tuples
+                are data.train_tuples. With 0 its pass is not run.
+            composition_retrieval_weight: weight of finding it: the target image or, with space clip and without such an
+                image, CLIP's embedding of the target caption. With 0 its pass is not run.
             same_image_negatives: whether an image that a batch holds twice is a negative of its other caption, as in the
                 paper; false where images were packed once for each caption.
             rescale_ret: rescale [RET] to the mean norm of the frozen embeddings after every step, as the released code does.
@@ -138,13 +158,11 @@ class FromageModule(pl.LightningModule):
         self.save_hyperparameters()
         self.h: Any = self.hparams
         _check(self.h)
-        if not (captioning_weight >= 0 and retrieval_weight >= 0 and captioning_weight + retrieval_weight > 0):
-            raise UserError("model.captioning_weight and model.retrieval_weight: choose numbers from 0 on, not both 0")
         if chunk < 0:
             raise UserError(f"model.chunk {chunk}: choose a number of examples, or 0 for all at once")
         if chunk and step == "reference":
             raise UserError("model.chunk is the fast step's: leave out model.chunk, or choose model.step fast")
-        self.guard = NonFiniteGuard(nonfinite == "skip", ("captioning", "text", "contrastive"))
+        self.guard = NonFiniteGuard(nonfinite == "skip", LOSSES if any(self.h[name] for name in COMPOSITION) else LOSSES[:3])
         self._validation: list[Gallery] = []
         self._to_show: list[tuple[str, Tensor, Tensor | None]] = []
         self._clock = 0.0
@@ -162,10 +180,11 @@ class FromageModule(pl.LightningModule):
 
     def _freeze_unused(self) -> None:
         """Freeze the parameters that no loss reaches."""
-        model = self.model
-        model.visual_prefix.requires_grad_(self.h.captioning_weight > 0)
+        model, h = self.model, self.h
+        finding = h.retrieval_weight + h.composition_retrieval_weight > 0
+        model.visual_prefix.requires_grad_(h.captioning_weight > 0 or any(h[name] for name in COMPOSITION))
         for part in (model.text_head, model.image_head, model.fusion, model.logit_scale):
-            part.requires_grad_(self.h.retrieval_weight > 0)
+            part.requires_grad_(finding and not (part is model.image_head and model.space == "clip"))
         if self.h.freeze_temperature:
             model.logit_scale.requires_grad_(False)
         model.ret.input.requires_grad_(model.pooling == "ret" or model.ret.tied)  # with pooling last no input is [RET]
@@ -190,19 +209,52 @@ class FromageModule(pl.LightningModule):
         """Whether a step's captioning sequences contain two examples. It depends on seed and step only, for exact resume."""
         return random.Random(f"{self.h.seed}/{step}").random() < self.h.pairing
 
+    @property
+    def weights(self) -> Weights:
+        """Of the losses."""
+        h = self.h
+        return Weights(h.captioning_weight, h.retrieval_weight, h.same_image_negatives, *(h[name] for name in COMPOSITION))
+
     def losses(self, batch: Batch, paired: bool) -> StepOutput:
-        """The losses of a batch, by the configured step."""
-        weights = Weights(self.h.captioning_weight, self.h.retrieval_weight, self.h.same_image_negatives)
+        """The losses of a batch of pairs, by the configured step."""
         if self.h.step == "reference":
-            return reference_step(self.model, batch, paired, weights)
-        return fast_step(self.model, batch, paired, weights, self.h.chunk)
+            return reference_step(self.model, batch, paired, self.weights)
+        return fast_step(self.model, batch, paired, self.weights, self.h.chunk)
+
+    def composition(self, tuples: Tuples | None) -> CompositionOutput | None:
+        """The losses of a batch of tuples; None where both weigh 0. Raises UserError where the data has none."""
+        weights = self.weights
+        if not any(self.h[name] for name in COMPOSITION):
+            return None
+        if tuples is None:
+            raise UserError(NO_TUPLES)
+        tower = self.text_tower if weights.composition_retrieval and self.h.space == "clip" else None
+        if self.h.step == "reference":
+            return reference_composition(self.model, tuples, weights, tower)
+        return fast_composition(self.model, tuples, weights, tower, self.h.chunk)
+
+    @cached_property
+    def text_tower(self) -> TextTower | None:
+        """CLIP's, loaded at the first use. A cached property is no submodule, so no checkpoint holds it."""
+        return self.model.vision.text_tower()
+
+    def setup(self, stage: str) -> None:
+        """Raise UserError, before the towers are loaded, where a loss of tuples is to be trained without any."""
+        data = getattr(self.trainer, "datamodule", None)
+        if stage == "fit" and any(self.h[name] for name in COMPOSITION) and getattr(data, "train_tuples", True) is None:
+            raise UserError(NO_TUPLES)
 
     def training_step(self, batch: Batch, index: int) -> Tensor:
         """Loss of one batch; logs its parts."""
         self.guard.check(self._last_good())
-        out = self.losses(batch, self.paired(self.global_step))
-        self.guard.see((out.captioning_loss, out.text_loss, out.contrastive_loss), batch.keys)
-        self.log("train/loss", out.loss.detach(), prog_bar=True)
+        out, composed = self.losses(batch, self.paired(self.global_step)), self.composition(batch.tuples)
+        parts, keys, loss = [out.captioning_loss, out.text_loss, out.contrastive_loss], batch.keys, out.loss
+        if composed is not None and batch.tuples is not None:
+            parts, keys = [*parts, composed.captioning_loss, composed.contrastive_loss], keys + batch.tuples.keys
+            loss = loss + composed.loss
+            self.log_dict({f"train/composition_{name}": value for name, value in composed.figures().items()})
+        self.guard.see(parts, keys)
+        self.log("train/loss", loss.detach(), prog_bar=True)
         scalars = {
             "train/captioning_loss": out.captioning_loss,
             "train/text_loss": out.text_loss,
@@ -213,7 +265,7 @@ class FromageModule(pl.LightningModule):
             "train/temperature": 1 / self.model.logit_scale.exp(),
         }
         self.log_dict({name: value.detach() for name, value in scalars.items()})
-        return out.loss
+        return loss
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Skip the update if a loss or gradient is not finite."""
@@ -330,7 +382,7 @@ class FromageModule(pl.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Raise UserError for a checkpoint of another architecture, and to resume one that trained other parameters."""
         state, then = checkpoint.get("state_dict", {}), dict(checkpoint.get("hyper_parameters", self.h))
-        for name, before in ONE_RET.items():
+        for name, before in PAPER.items():
             if (was := then.get(name, before)) != self.h[name]:
                 raise UserError(f"checkpoint: trained with model.{name} {was}, not {self.h[name]}; give it as it was then")
         self.model.check_trained({name.removeprefix(PREFIX): value for name, value in state.items()})
@@ -343,18 +395,3 @@ class FromageModule(pl.LightningModule):
                 f"checkpoint: {had} parameter tensors were trained, and now {now} would be; to resume, give {options} "
                 "as they were then"
             )
-
-
-def gather_parts(parts: list[Gallery]) -> list[Gallery]:
-    """The parts of all devices; devices can have different numbers of batches."""
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, [part.to("cpu") for part in parts])
-    return [part for theirs in everyone for part in theirs]
-
-
-def to_image(pixels: Tensor) -> Image.Image:
-    """(3, H, W) pixels, uint8 or normalised (then stretched to the full range) -> an image to look at."""
-    if pixels.dtype != torch.uint8:
-        low, high = pixels.float().aminmax()
-        pixels = ((pixels.float() - low) / (high - low).clamp_min(1e-6) * 255).byte()
-    return Image.fromarray(pixels.permute(1, 2, 0).numpy())  # (3, H, W) -> (H, W, 3)

@@ -27,17 +27,23 @@ import torch
 from torch import Tensor
 
 from fromage.data.batches import Batch, Texts
+from fromage.data.tuples import Images, Tuples
 from fromage.errors import UserError, first_few
 from fromage.models.fromage import Fromage
 from fromage.training.losses import device_weight, info_nce, next_token_loss
 
 
 class Weights(NamedTuple):
-    """Weights of the losses of the two passes, and what counts in them. A captioning pass of weight 0 is not run."""
+    """Weights of the losses of the two passes, and what counts in them. A captioning pass of weight 0 is not run.
+
+    The losses of composition learning (fromage.training.reference_composition) have no pass at weight 0 either.
+    """
 
     captioning: float = 1.0
     retrieval: float = 1.0  # of its next-token loss and InfoNCE
     same_image_negatives: bool = True  # whether other captions of an image are its negatives
+    composition_captioning: float = 0.0
+    composition_retrieval: float = 0.0
 
 
 ALL = Weights()
@@ -68,7 +74,7 @@ class StepOutput:
         return self.weights.captioning * self.captioning_loss + self.weights.retrieval * retrieval
 
 
-def image_features(model: Fromage, batch: Batch) -> Tensor:
+def image_features(model: Fromage, batch: Batch | Tuples | Images) -> Tensor:
     """(B, m) image features: the stored ones if the batch has them, else computed by the tower."""
     return batch.features.to(model.device) if batch.features is not None else model.vision(batch.pixels)
 

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from fromage.errors import UserError
@@ -23,6 +24,16 @@ CHANGES = {
     "no_ret": {"pooling": "last"},
     "no_retrieval": {"retrieval_weight": 0.0},
     "q64": {"q": 64},
+}
+BOTH = {"composition_captioning_weight": 1.0, "composition_retrieval_weight": 1.0}
+FIVE = BOTH | {"r": 5, "ret_fusion": "transformer"}
+COMPOSITIONS = {
+    "both": BOTH,
+    "captioning": {"composition_captioning_weight": 1.0},
+    "clip": BOTH | {"space": "clip", "q": 128},
+    "r5_sequential": FIVE | {"ret_attention": "sequential"},
+    "r5_stacked": FIVE | {"ret_attention": "stacked"},
+    "retrieval": {"composition_retrieval_weight": 1.0},
 }
 
 
@@ -76,3 +87,37 @@ def test_every_seed_is_trained_and_judged_once_and_a_killed_run_taken_up(tool, t
     assert trained == [*options[:3], *options[2:]]  # the third began anew, the first two did not
     assert json.loads(out.read_text())["figures"]["k4"]["fromage.5_captions.r1"] == {"mean": 51.0, "deviation": 1.0}
     assert "| base |  |  |  | 51.0 ± 1.0 |" in capsys.readouterr().out
+
+
+def test_the_configurations_of_composition_learning(tool, tmp_path, monkeypatch):
+    assert tool.compositions() == ["base", *(f"composition_{name}" for name in COMPOSITIONS)]
+    for name, change in COMPOSITIONS.items():
+        FromageModule(**change)
+        read = yaml.safe_load(Path(find_config(f"ablations/composition_{name}.yaml")).read_text())
+        assert read["model"] == {"class_path": "fromage.FromageModule", "init_args": change}
+        assert read.get("data", {}).get("init_args", {}) == ({"target_images": False} if name == "clip" else {})
+    trained = []
+    monkeypatch.setattr(tool, "prepare", lambda out: (out, out))
+    monkeypatch.setattr(tool, "train", lambda out, k, world, features, words: trained.append(words[:4]) or out)
+    monkeypatch.setattr(tool, "load_model", lambda path: path)
+    monkeypatch.setattr(tool, "judge", lambda model, world, answers: {"fromage.composed.r1": 50.0})
+    monkeypatch.setattr(sys, "argv", ["x", "--out", str(tmp_path), "--only", "composition", "--seeds", "0"])
+    tool.main()
+    tuples = f"--data.train_tuples={tmp_path}/tuples/features"
+    assert trained[0] == ["--seed_everything=0", "--model.seed=0"]
+    few = "--data.tuple_shuffle=256"
+    assert trained[1:] == [["--config", f"ablations/composition_{name}.yaml", tuples, few] for name in COMPOSITIONS]
+
+
+def test_composed_retrieval_leaves_out_the_reference_of_a_query(tool, toy_model, tmp_path, monkeypatch):
+    from fromage.toy.composition import make_tuples
+
+    make_tuples(tmp_path / "t", 6, "val", 2, progress=False)
+    rows = torch.eye(toy_model.q)[:9]  # three references, then six targets
+    monkeypatch.setattr(toy_model, "embed_images", lambda features: rows)
+    want = 3 * rows[[0, 0, 1, 1, 2, 2]] + 2 * rows[3:]  # nearest to the own reference, then to the target
+    monkeypatch.setattr(tool, "embed_queries", lambda model, prompts: want[[0, 1, 2, 3, 5, 4]])
+    report = tool.find_composed(toy_model, tmp_path / "t")
+    assert report["fromage"]["composed"]["r1"] == pytest.approx(100 * 4 / 6)
+    assert report["chance"]["composed"]["r1"] == pytest.approx(100 / 8)
+    assert {"clip", "clip_image", "clip_text"} < report.keys()

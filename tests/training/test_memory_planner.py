@@ -105,6 +105,12 @@ def test_a_frozen_temperature_is_not_counted_as_trained(small, tmp_path):
     assert as_json(frozen, 1, 1)["trained"] == frozen.trained
 
 
+def test_the_image_head_of_clips_space_is_not_counted_as_trained(small):
+    learned, clip = (plan(replace(small, q=128, space=space)) for space in ("learned", "clip"))
+    head = 128 * plan_vision("toy", "float32").width + 128
+    assert learned.trained - clip.trained == head and learned.parameters == clip.parameters
+
+
 def test_kept_activations_are_those_of_a_real_captioning_pass(small):
     model, batch = real(small)
     want = kept_bytes(model, lambda: captioning(model, batch, batch.features, paired=False))

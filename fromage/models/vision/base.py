@@ -52,10 +52,13 @@ class VisionTower(FrozenTower, ABC):
         shape: shape of the features of one image: (m,), or (P, m) for patches.
         width: m.
         grid: rows and columns of patches, P = rows x columns; None for pooled features.
+        projection: the layers of a CLIP behind pooling, features (N, m) -> (N, e) of the space that images and texts share,
+            not normalised; it belongs to no module. None for a tower without text tower.
     """
 
     visual: Any
     grid: tuple[int, int] | None = None
+    projection: nn.Module | None = None
 
     def __init__(self, visual: nn.Module, transform: Any, name: str, image_size: int | Sequence[int]) -> None:
         """transform: PIL image -> (3, H, W); ToTensor and Normalize at its end become part of forward (see halves)."""

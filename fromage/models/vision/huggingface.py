@@ -21,6 +21,7 @@ from fromage.checkpoints.format import DTYPES
 from fromage.checkpoints.hub import look_for_hub
 from fromage.errors import UserError, first_line
 from fromage.images.transforms import halves, scaling
+from fromage.models.frozen import hold
 from fromage.models.vision.base import TextTower, VisionTower
 
 PAIRS = ("clip", "siglip")  # architectures with a text tower; SigLIP 2 of a fixed resolution calls itself siglip
@@ -54,9 +55,12 @@ class HfTower(VisionTower):
     def load(cls, name: str, weights: str | None, dtype: str, random_weights: bool) -> HfTower:
         """See load_whole. weights: None, since the name includes them."""
         cls.check(name, weights)
-        visual = vision_part(name, load_whole(name, dtype, random_weights))
+        visual = vision_part(name, whole := load_whole(name, dtype, random_weights))
         transform, size = preprocessing(name, visual)
-        return cls(visual, transform, name, size, (name, dtype, random_weights))
+        tower = cls(visual, transform, name, size, (name, dtype, random_weights))
+        if whole.config.model_type in PAIRS:
+            hold(tower, "projection", _projection(whole))
+        return tower
 
     @classmethod
     def load_patches(cls, name: str, weights: str | None, layer: int, dtype: str, random_weights: bool) -> HfPatches:
@@ -135,7 +139,7 @@ class HfText(TextTower, nn.Module):
         """Arguments and errors of load_whole. Raises UserError also for a folder without a tokenizer."""
         super().__init__()
         self.clip = load_whole(name, dtype, random_weights)
-        self.project = getattr(self.clip, "visual_projection", nn.Identity()).float()  # SigLIP has none
+        self.project = _projection(self.clip)
         self.length = self.clip.config.text_config.max_position_embeddings
         del self.clip.vision_model  # HfTower holds it
         where = Path(folder_of(name))
@@ -159,6 +163,11 @@ class HfText(TextTower, nn.Module):
         ids = self.tokenize(list(texts), return_tensors="pt", **form)["input_ids"]  # (N, T); causal, or trained unmasked
         found = self.clip.get_text_features(input_ids=ids.to(self.clip.logit_scale.device))
         return F.normalize(getattr(found, "pooler_output", found).float(), dim=-1)  # (N, e)
+
+
+def _projection(pair: Any) -> nn.Module:
+    """(N, m) -> (N, e): what a CLIP has behind its image tower; SigLIP has nothing there."""
+    return getattr(pair, "visual_projection", nn.Identity()).float().requires_grad_(False)
 
 
 def folder_of(name: str) -> str:

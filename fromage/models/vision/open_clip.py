@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from fromage.checkpoints.hub import look_for_hub
 from fromage.checkpoints.weights import read_weights
 from fromage.errors import UserError, first_line
-from fromage.models.frozen import TOY
+from fromage.models.frozen import TOY, hold
 from fromage.models.vision.base import TextTower, VisionTower
 
 
@@ -27,8 +28,10 @@ class OpenClipTower(VisionTower):
 
     def __init__(self, clip: Any, transform: Any, name: str, source: tuple[Any, ...] | None = None) -> None:
         """source: arguments of load_clip that load this CLIP with its text tower; None if it has no name."""
-        self.source = source
+        self.source, projection = source, _projection(clip.visual)
         super().__init__(_without_projection(clip.visual), transform, name, clip.visual.image_size)
+        if projection is not None:
+            hold(self, "projection", projection)
 
     @classmethod
     def load(cls, name: str, weights: str | None, dtype: str, random_weights: bool) -> OpenClipTower:
@@ -90,7 +93,11 @@ class OpenClipText(TextTower, nn.Module):
         """Arguments and errors of load_clip. Raises UserError also for a CLIP whose images have no projection."""
         super().__init__()
         self.clip, _, self.tokenize = load_clip(name, weights, dtype, random_weights)
-        self.project = _projection(self.clip.visual)
+        project = _projection(self.clip.visual)
+        if project is None:
+            kind = type(self.clip.visual).__name__
+            raise UserError(f"CLIP's {kind} has no projection after its pooling; leave it out by --no-clip")
+        self.project = project
         del self.clip.visual  # OpenClipTower holds it
 
     @torch.no_grad()
@@ -203,8 +210,11 @@ def split_head(visual: Any) -> tuple[nn.Sequential, nn.Sequential]:
     return nn.Sequential(*pooling), nn.Sequential(*parts.values())
 
 
-def _projection(visual: Any) -> nn.Module:
-    """(N, m) -> (N, e): the layers of an open_clip vision tower after pooling, which _without_projection removes."""
+def _projection(visual: Any) -> nn.Module | None:
+    """(N, m) -> (N, e): the layers of an open_clip vision tower after pooling, which _without_projection removes.
+
+    None for a tower that has none of its own.
+    """
     if getattr(visual, "proj", None) is not None:  # a ViT
         after_pooling: Any = nn.Linear(visual.proj.shape[0], visual.proj.shape[1], bias=False)
         after_pooling.weight = nn.Parameter(visual.proj.detach().T)  # (m, e) -> (e, m)
@@ -212,6 +222,4 @@ def _projection(visual: Any) -> nn.Module:
         after_pooling = visual.attnpool.c_proj
     else:
         after_pooling = split_head(visual)[1] if hasattr(visual, "trunk") else None
-    if after_pooling is None:
-        raise UserError(f"CLIP's {type(visual).__name__} has no projection after its pooling; leave it out by --no-clip")
-    return after_pooling.float().requires_grad_(False)
+    return None if after_pooling is None else deepcopy(after_pooling).float().requires_grad_(False)

@@ -1,0 +1,81 @@
+"""Tuples for composition learning from captions of images, written by a language model: a run that may be killed."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from fromage.data.image_source import read_captions
+from fromage.errors import BrokenSample, UserError
+from fromage.evals.answer_file import AnswerFile
+from fromage.generation.tuple_writer import EXAMPLES, Sampling, TupleWriter, read_written
+from fromage.io import write_files, write_json
+from fromage.models.frozen import find_device
+from fromage.models.language_model import load_lm
+
+WRITTEN, LINES, REPORT = "written.jsonl", "tuples.jsonl", "report.json"
+
+
+def write_tuples(
+    captions: Path,
+    out: Path,
+    lm: str,
+    images: Path | None = None,
+    sampling: Sampling | None = None,
+    dtype: str = "float32",
+    device: str = "auto",
+    limit: int | None = None,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Write conditions and target captions for the first caption of each image; returns what report.json holds.
+
+    The folder `out` gets written.jsonl, what the model wrote; tuples.jsonl, what is kept of it, for `fromage shards tuples`;
+    report.json, which counts the rest by cause. A run that was killed goes on with the same arguments, and ends with the
+    files of an uninterrupted one.
+
+    Args:
+        captions: as fromage.data.image_source.read_captions reads them.
+        lm: as fromage.models.language_model.load_lm has it.
+        images: folder of the images (default: that of the captions).
+        limit: only the first so many images.
+
+    Raises:
+        UserError: no caption, another run's file in `out`, or a language model that cannot be had.
+    """
+    sampling, place = sampling or Sampling(), find_device(device)
+    said = list(read_captions(captions, (images or captions.parent).absolute()).items())[:limit]
+    if not said:
+        raise UserError(f"{captions}: holds no caption; name a file of captions")
+    out.mkdir(parents=True, exist_ok=True)
+    about = {"captions": captions.name, "count": len(said), "lm": lm, "examples": len(EXAMPLES), **sampling.about()}
+    with AnswerFile(out / WRITTEN, about, overwrite) as file:
+        batches = [range(i, min(i + sampling.batch_size, len(said))) for i in range(0, len(said), sampling.batch_size)]
+        todo = [n for n, batch in enumerate(batches) if not file.answered.keys() >= set(batch)]
+        if todo:
+            writer = TupleWriter(load_lm(lm, dtype, rows=(), places=()).to(place), sampling)
+        for number in tqdm(todo, "writing", unit=" batches"):
+            texts = writer.write([said[i][1] for i in batches[number]], number)
+            file.add([{"question_id": i, "text": text} for i, text in zip(batches[number], texts, strict=True)])
+        entries, causes = kept(said, [file.answered[i]["text"] for i in range(len(said))])
+        report = {**about, "kept": len(entries), "left_out": dict(causes)}
+        write_files(out, {LINES: "".join(f"{json.dumps(entry)}\n" for entry in entries).encode()})
+        write_json(out / REPORT, report)
+        file.finish(range(len(said)))
+    return report
+
+
+def kept(said: list[tuple[str, str]], written: list[str]) -> tuple[list[dict[str, str]], Counter[str]]:
+    """The tuples that are of use, as lines of `fromage shards tuples`, and how many others there are, by cause."""
+    entries, causes = [], Counter[str]()
+    for (image, caption), text in zip(said, written, strict=True):
+        try:
+            condition, target = read_written(caption, text)
+        except BrokenSample as error:
+            causes[str(error)] += 1
+            continue
+        entries.append({"image": image, "caption": caption, "condition": condition, "target_caption": target})
+    return entries, causes

@@ -1,0 +1,147 @@
+"""Tuples for composition learning: an image, a condition ("but at night"), and the caption of what both together ask for.
+
+A stored tuple is a sample as captions have it, KEY.jpg and KEY.txt of the reference image, with "condition" and
+"target_caption" in KEY.json, and with KEY.target.jpg where the image that is asked for is there. Stored features have
+KEY.npy and KEY.target.npy in place of the images.
+
+Source: Li et al., "Improving Context Understanding in Multimodal Large Language Models via Multimodal Composition
+Learning" (MCL), ICML 2024, section 3; its tuples have no target images.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fromage.data.batches import padded
+from fromage.data.features import from_npy, target_image
+from fromage.data.shards import Raw, image_file, plain_text
+from fromage.data.tokenizer import PromptTokenizer
+from fromage.errors import BrokenSample, UserError
+from fromage.images.transforms import Transform, read_image
+
+CONDITION, TARGET = "condition", "target_caption"  # in KEY.json
+OTHER = "no tuple: no {} in member json; pack tuples with fromage shards tuples"
+
+
+class Images(NamedTuple):
+    """n images, or their features; the other is None."""
+
+    pixels: Tensor | None  # (n, 3, H, W), as of Batch
+    features: Tensor | None  # (n, m)
+
+
+class Tuples(NamedTuple):
+    """B reference images, each with a condition and the caption of the target. They have either pixels or features."""
+
+    keys: list[str]
+    targets: list[str]  # B captions of the targets, as text
+    conditions: Tensor  # (B, T) int64: bos c_1 ... c_m [RET], right-padded
+    lengths: list[int]  # B: tokens of each condition, all [RET] included, without padding; on the host, for packing
+    captions: Tensor  # (B, T') int64: y_1 ... y_n, right-padded: the target caption as it follows the condition
+    caption_lengths: list[int]  # B
+    pixels: Tensor | None  # (B, 3, H, W), as of Batch
+    features: Tensor | None  # (B, m)
+    rows: list[int]  # n: which tuples have a target image
+    shown: Images | None  # those n target images; None where there is none
+
+    def part(self, start: int, stop: int) -> Tuples:
+        """The tuples from start to stop, without target images; padding stays."""
+        cut: dict[str, Any] = {
+            name: None if field is None else field[start:stop] for name, field in self._replace(shown=None)._asdict().items()
+        }
+        return self._replace(**{**cut, "rows": []})
+
+
+class Tuple(NamedTuple):
+    """One row of a batch of tuples."""
+
+    key: str
+    target: str
+    condition: list[int]  # bos c_1 ... c_m [RET]
+    caption: list[int]  # y_1 ... y_n
+    image: Images  # (3, H, W) or (m,)
+    shown: Images | None  # the target image
+
+
+@dataclass
+class DecodeTuple:
+    """A stored tuple -> a row of a batch; max_tokens is the limit of a condition with [RET], and of a target caption.
+
+    Attributes:
+        images: whether target images are read; without them the captions alone say what is asked for.
+        width: as of Decode.
+    """
+
+    shards_option: ClassVar[str] = "data.train_tuples"
+    size_option: ClassVar[str] = "data.tuple_batch_size"
+    shuffle_option: ClassVar[str] = "data.tuple_shuffle"
+
+    transform: Transform
+    tokenizer: PromptTokenizer
+    max_tokens: int
+    images: bool = True
+    width: int | None = None
+
+    def layout(self) -> dict[str, Any]:
+        """See fromage.data.streams.Decoder."""
+        return {"data.target_images": self.images}
+
+    def __call__(self, raw: Raw) -> Tuple:
+        """Raises BrokenSample."""
+        condition, target = texts_of(raw)
+        ids, following = composed_ids(self.tokenizer, condition, target, self.max_tokens)
+        shown = target_image(raw) if self.images else {}
+        return Tuple(raw["__key__"], target, ids, following, self._image(raw), self._image(shown) if shown else None)
+
+    def _image(self, raw: Raw) -> Images:
+        """Pixels (3, H, W), or features (m,) where they are stored."""
+        if "npy" not in raw:
+            return Images(read_image(image_file(raw), self.transform), None)
+        features = from_npy(raw["npy"], self.width)
+        self.width = len(features)
+        return Images(None, features)
+
+    def collate(self, samples: list[Tuple]) -> Tuples:
+        """Rows -> a batch, padded with the tokenizer's pad. Raises UserError for features beside images without them."""
+        keys, targets, conditions, captions, images, shown = zip(*samples, strict=True)
+        pad_id, rows = self.tokenizer.pad_id, [i for i, image in enumerate(shown) if image is not None]
+        texts = *padded(list(conditions), pad_id), *padded(list(captions), pad_id)
+        targets_shown = stacked([shown[i] for i in rows], keys[0]) if rows else None
+        return Tuples(list(keys), list(targets), *texts, *stacked(images, keys[0]), rows, targets_shown)
+
+
+def texts_of(raw: Raw) -> tuple[str, str]:
+    """The condition and the target caption of a stored tuple. Raises BrokenSample where one is missing or empty."""
+    try:
+        found = json.loads(raw.get("json", b"{}"))
+    except (ValueError, RecursionError):
+        found = {}
+    fields = found if isinstance(found, dict) else {}
+    for name in (CONDITION, TARGET):
+        if name not in fields:
+            raise BrokenSample(OTHER.format(name))
+        if not plain_text(fields[name]):
+            raise BrokenSample(f"empty {name.replace('_', ' ')}")
+    return plain_text(fields[CONDITION]), plain_text(fields[TARGET])
+
+
+def composed_ids(tokenizer: PromptTokenizer, condition: str, target: str, max_tokens: int) -> tuple[list[int], list[int]]:
+    """bos c_1 ... c_m [RET], and y_1 ... y_n: the target caption as it is tokenised behind the condition and a space."""
+    alone, both = tokenizer.encode(condition), tokenizer.encode(f"{condition} {target}")
+    same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(alone, both, strict=False)))
+    return tokenizer.caption(condition, max_tokens), both[min(same, len(both) - 1) :][:max_tokens]
+
+
+def stacked(images: Sequence[Images | None], near: str) -> Images:
+    """Images of rows -> of a batch: (n, 3, H, W) or (n, m). Raises UserError where some have features and others not."""
+    columns = [[x for x in column if x is not None] for column in zip(*filter(None, images), strict=True)]
+    if all(columns):
+        raise UserError(f"some tuples hold features, others only images (near {near}): name shards of one kind")
+    return Images(*(torch.stack(column) if column else None for column in columns))  # (n, 3, H, W), (n, m)

@@ -1,0 +1,135 @@
+"""The fast step of composition learning: the losses and gradients of reference_composition for less work.
+
+The image stands in front. What runs without gradient follows from that:
+
+1.  Without gradient: the vision tower, on reference and target images, and CLIP's text tower on target captions. Both are
+    frozen and read nothing that is trained. With space 'clip' the image head is frozen too: what is asked for is constant.
+2.  With gradient: every state of the language model. State h^0 of an image is W_c v(x) + b, and under causal attention
+    each later token reads it in every layer, so d h(c) / d W_c is 0 for no condition, target word or [RET]. There is no
+    one-token backward here: the backward of the loss at the target caption and at [RET] passes through the whole trunk,
+    [W_c v(x)] [</s> c_1 ... c_m], to W_c. The weights of the language model get no gradient all the same.
+3.  Both passes of the reference begin with that trunk, and causal attention makes its states the same in both. It runs
+    once, and behind it come two branches: the r [RET] tokens, and the target caption. Both begin at the position behind
+    the trunk; neither sees the other (PackedLayout). The gradients of both losses meet in the trunk, and their sum passes
+    through it once. Of k + m + 1 + n and k + m + 1 + r tokens, k + m + n + r remain.
+4.  The last word of a caption predicts nothing, so it is not run: n - 1 words predict, with the trunk's last token, n.
+5.  Sequences are packed end to end, cross-entropy runs at the target captions alone and in chunks, and the layout comes from
+    lengths known on the host, as in fromage.training.fast_step.
+
+A loss of weight 0 has no branch; with both 0 nothing runs.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from itertools import accumulate, chain
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from fromage.data.tuples import Tuples
+from fromage.models.fromage import Fromage
+from fromage.models.packed_attention import Causal, PackedLayout, starts, to_device
+from fromage.models.vision.base import TextTower
+from fromage.training.losses import device_weight, frozen_head_loss
+from fromage.training.reference_composition import CompositionOutput, composed_nce, wanted
+from fromage.training.reference_step import Weights, image_features
+
+TRUNK, OF_RET, OF_CAPTION = 0, 1, 2  # numbers of the branches
+
+
+def fast_composition(
+    model: Fromage, tuples: Tuples, weights: Weights, text_tower: TextTower | None = None, chunk: int = 0
+) -> CompositionOutput:
+    """The output of reference_composition, up to rounding.
+
+    chunk: tuples whose activations are in memory at a time, 0 for all; the negatives are those of the whole batch
+    (GradCache, as in fast_step).
+    """
+    nothing = torch.zeros((), device=model.device)
+    if not weights.composition_captioning and not weights.composition_retrieval:
+        return CompositionOutput(nothing, nothing, nothing, nothing, weights)
+    rows = wanted(model, tuples, text_tower) if weights.composition_retrieval else None  # (B, q)
+    features = image_features(model, tuples)  # (B, m)
+    B = len(tuples.keys)
+    size = chunk or B
+    parts = [(tuples.part(i, i + size), features[i : i + size]) for i in range(0, B, size)]
+    run = again_in_backward if len(parts) > 1 else composed
+    done = [run(model, part, v, weights) for part, v in parts]
+    count = sum(tuples.caption_lengths)
+    shares = [sum(part.caption_lengths) / count for part, _ in parts]
+    sums = [torch.stack(one[:2]) * share for share, one in zip(shares, done, strict=True)]  # (2,) each
+    captioning_loss, caption_accuracy = torch.stack(sums).sum(0)  # (parts, 2) -> scalars
+    captioning_loss = captioning_loss * device_weight(count, model.device)
+    if rows is None:
+        return CompositionOutput(captioning_loss, nothing, caption_accuracy, nothing, weights)
+    queries = torch.cat([one[2] for one in done])  # (B, q)
+    contrastive_loss, retrieval_accuracy = composed_nce(model, queries, rows, weights)
+    return CompositionOutput(captioning_loss, contrastive_loss, caption_accuracy, retrieval_accuracy, weights)
+
+
+def composed(model: Fromage, tuples: Tuples, features: Tensor, weights: Weights) -> tuple[Tensor, ...]:
+    """Captioning loss and token accuracy of the target captions, and the queries (B, q) read at [RET]; 0 where not run."""
+    k, device, at_word = model.k, tuples.conditions.device, model.pooling == "last"
+    trunk = [k + n - model.r for n in tuples.lengths]  # tokens of each
+    ret = model.r if weights.composition_retrieval and not at_word else 0
+    words = [n - 1 if weights.composition_captioning else 0 for n in tuples.caption_lengths]
+    each = [t + ret + n for t, n in zip(trunk, words, strict=True)]
+    layout = _layout(model, trunk, ret, words, device)
+    embeds = model.embed(_ids(model, tuples, trunk, ret, words).unsqueeze(0), model.prefix(features))  # (1, N, d)
+    hidden = model.lm.packed(embeds, layout.positions, Causal(layout))  # (N, d)
+
+    begins = starts(each)
+    loss, accuracy, queries = features.new_zeros((), dtype=torch.float32), features.new_zeros(()), features.new_zeros(0)
+    if weights.composition_captioning:
+        rows = zip(begins, trunk, words, strict=True)
+        at = [i for start, t, n in rows for i in (start + t - 1, *range(start + t + ret, start + t + ret + n))]
+        targets = _unpadded(tuples.captions, tuples.caption_lengths)  # (sum of lengths,)
+        loss, accuracy = frozen_head_loss(hidden.index_select(0, to_device(at, device)), targets, model.lm)
+    if weights.composition_retrieval:
+        first = [start + t - at_word for start, t in zip(begins, trunk, strict=True)]
+        at = [i + j for i in first for j in range(model.r)]
+        at_ret = hidden.index_select(0, to_device(at, device)).unflatten(0, (-1, model.r))  # (B r, d) -> (B, r, d)
+        queries = model.embed_ret(at_ret)  # (B, q)
+    return loss, accuracy.float(), queries
+
+
+again_in_backward = partial(checkpoint, composed, use_reentrant=False, preserve_rng_state=False)
+
+
+def _layout(model: Fromage, trunk: list[int], ret: int, words: list[int], device: torch.device) -> PackedLayout:
+    """The sequences trunk, [RET], caption, packed; positions and branches only where they say more than the order does."""
+    each = [t + ret + n for t, n in zip(trunk, words, strict=True)]
+    branching = ret > 0 and any(words)
+    if not branching and not (ret and model.stacked):
+        return PackedLayout(each, device)
+    places = [
+        (*range(t), *(t + further for further in model.ret_offsets[:ret]), *range(t, t + n))
+        for t, n in zip(trunk, words, strict=True)
+    ]
+    sides = [(TRUNK,) * t + (OF_RET,) * ret + (OF_CAPTION,) * n for t, n in zip(trunk, words, strict=True)]
+    positions, branches = to_device([[*chain(*places)], [*chain(*sides)]], device)  # (2, N) -> (N,) each
+    return PackedLayout(each, device, positions, branches if branching else None)
+
+
+def _ids(model: Fromage, tuples: Tuples, trunk: list[int], ret: int, words: list[int]) -> Tensor:
+    """(N,) ids of the sequences image, condition, [RET], caption."""
+    device, tokenizer = tuples.conditions.device, model.tokenizer
+    image, asked = (
+        to_device(ids, device) for ids in ([tokenizer.image_id] * model.k, tokenizer.ret_ids[:ret])
+    )  # (k,), (r,)
+    conditions = _unpadded(tuples.conditions, tuples.lengths)  # (sum of lengths,)
+    captions = _unpadded(tuples.captions, tuples.caption_lengths)
+    of_condition, of_caption = starts(tuples.lengths), [0, *accumulate(tuples.caption_lengths)]
+    parts = [
+        (image, conditions[a : a + t - model.k], asked, captions[b : b + n])
+        for a, t, b, n in zip(of_condition, trunk, of_caption, words, strict=False)
+    ]
+    return torch.cat(list(chain.from_iterable(parts)))  # (N,)
+
+
+def _unpadded(ids: Tensor, lengths: list[int]) -> Tensor:
+    """(B, T) ids of texts of these lengths -> (sum of lengths,)."""
+    layout = PackedLayout(lengths, ids.device)
+    return layout.unpad_input(ids[:, : layout.max_seqlen])

@@ -1,0 +1,129 @@
+"""Tuples written by a language model: what is kept, batches of fixed seeds, and a run that is taken up."""
+
+import json
+
+import pytest
+import torch
+
+from fromage.apps import tuples
+from fromage.apps.tuples import LINES, REPORT, WRITTEN, write_tuples
+from fromage.data.tuple_packing import tuple_lines
+from fromage.errors import BrokenSample, UserError
+from fromage.generation.tuple_writer import EXAMPLES, LineEnd, Sampling, TupleWriter, prompt_of, read_written
+from fromage.models.language_model import load_lm
+
+CAPTION = "a brown dog runs on a beach"
+CASES = {
+    " with a ball\nNew caption: a brown dog runs on a beach with a ball\n\nCaption: x": None,
+    " but black.\nNew caption: a black dog runs on a beach": None,
+    " two dogs": "not in the form",
+    " two dogs\na brown dog": "not in the form",
+    " Caption: two\nNew caption: a dog with two balls": "not in the form",
+    "\nNew caption: a dog at night": "empty condition",
+    " at night\nNew caption: .": "empty target caption",
+    f" at {'very ' * 30} night\nNew caption: a dog at night": "condition of more than 20 words",
+    f" at night\nNew caption: a dog at night {'x ' * 60}": "target caption of more than 40 words",
+    f" the same\nNew caption: {CAPTION.upper()}.": "nothing is new",
+    " the dogs\nNew caption: the dogs of a beach": "nothing is new",
+    " at night\nNew caption: a red car": "nothing of the caption is left",
+    " at night\nNew caption: a brown dog swims": "does not say what is new",
+    " a brown dog with a ball\nNew caption: a dog and a ball": "says all of the target",
+}
+
+
+@pytest.mark.parametrize("written", CASES)
+def test_what_is_kept(written):
+    if (cause := CASES[written]) is None:
+        condition, target = read_written(CAPTION, written)
+        assert condition == written.split("\n")[0].strip() and target.startswith("a b")
+    else:
+        with pytest.raises(BrokenSample, match=cause):
+            read_written(CAPTION, written)
+
+
+def test_the_examples_would_be_kept_themselves():
+    for caption, condition, target in EXAMPLES:
+        assert read_written(caption, f" {condition}\nNew caption: {target}\n") == (condition, target)
+        assert f"Caption: {caption}\nChange: {condition}\nNew caption: {target}\n" in prompt_of("x")
+    assert prompt_of(" a\ndog ").endswith("\n\nCaption: a dog\nChange:")
+
+
+@pytest.fixture(scope="module")
+def lm():
+    return load_lm("toy", rows=(), places=())
+
+
+def test_a_batch_depends_on_its_seed_and_number_and_not_on_what_was_before(lm):
+    writer = TupleWriter(lm, Sampling(max_new_tokens=8, temperature=2.0))
+    said = ["a red star.", "a big blue ring at the left."]
+    first = writer.write(said, 0)
+    assert writer.write(said, 1) != first and writer.write(said, 0) == first
+    assert TupleWriter(lm, Sampling(max_new_tokens=8, temperature=2.0, seed=1)).write(said, 0) != first
+    greedy = TupleWriter(lm, Sampling(max_new_tokens=8, temperature=0))
+    both, alone = greedy.write(said, 0), [greedy.write([text], 5)[0] for text in said]
+    assert both == alone  # padding changes nothing
+
+
+def test_a_row_ends_with_its_line(lm):
+    stop = LineEnd(torch.tensor([False, True, False, True]), start=2)
+    rows = torch.tensor([[1, 1, 0, 2, 0], [1, 0, 1, 0, 1], [0, 0, 2, 2, 99]])  # (B, T)
+    assert stop(rows, None).tolist() == [False, True, True]  # an id beyond the vocabulary counts as the last one
+    breaks = TupleWriter(lm, Sampling()).breaks
+    assert breaks[lm.tokenizer.encode("a\nb")].sum() == 1 and breaks[lm.tokenizer.encode("a b")].sum() == 0
+
+
+def test_the_target_caption_is_written_behind_the_condition(lm, monkeypatch):
+    writer, seen = TupleWriter(lm, Sampling()), []
+    monkeypatch.setattr(writer, "_lines", lambda prompts: seen.append(prompts) or [f"line {len(seen)}"] * len(prompts))
+    assert writer.write(["a dog", "a cat"], 0) == ["line 1\nNew caption: line 2"] * 2
+    assert seen[1] == [f"{prompt_of(said)} line 1\nNew caption:" for said in ("a dog", "a cat")]
+
+
+class Writer:
+    """In place of a model: writes the night into each caption, but not into the third; killed at the fourth batch."""
+
+    killed = True
+
+    def __init__(self, lm, sampling):
+        self.sampling = sampling
+
+    def write(self, captions, number):
+        if number == 3 and Writer.killed:
+            raise KeyboardInterrupt
+        return [" at night\nNew caption: " + text + " at night" * (text != "image 2") for text in captions]
+
+
+def test_a_run_that_was_killed_ends_as_one_that_was_not(tmp_path, monkeypatch):
+    loaded = []
+    monkeypatch.setattr(tuples, "load_lm", lambda name, *args, **named: loaded.append(name) or load_lm("toy", **named))
+    monkeypatch.setattr(tuples, "TupleWriter", Writer)
+    captions, sampling = tmp_path / "c.json", Sampling(batch_size=2)
+    captions.write_text(json.dumps({f"{i}.jpg": f"image {i}" for i in range(9)}))
+    with pytest.raises(KeyboardInterrupt):
+        write_tuples(captions, tmp_path / "a", "some", sampling=sampling)
+    with pytest.raises(UserError, match=r"another run \(seed 0 there, 1 here"):
+        write_tuples(captions, tmp_path / "a", "some", sampling=Sampling(batch_size=2, seed=1))
+    Writer.killed = False
+    report = write_tuples(captions, tmp_path / "a", "some", sampling=sampling)
+    write_tuples(captions, tmp_path / "b", "some", sampling=sampling)
+    files = [{path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in "ab"]
+    assert files[0] == files[1] and files[0].keys() == {WRITTEN, LINES, REPORT}
+    assert report["kept"] == 8 and report["left_out"] == {"nothing is new in the target caption": 1}
+    entries = [json.loads(line) for line in (tmp_path / "a" / LINES).read_text().splitlines()]
+    assert entries[2] == {
+        "image": str(tmp_path / "3.jpg"),
+        "caption": "image 3",
+        "condition": "at night",
+        "target_caption": "image 3 at night",
+    }
+    assert len(list(tuple_lines(tmp_path / "a" / LINES, tmp_path, None))) == 8
+
+
+def test_numbers_out_of_range_and_no_captions(tmp_path):
+    with pytest.raises(UserError, match="temperature"):
+        Sampling(temperature=-1)
+    with pytest.raises(UserError, match="batch_size"):
+        Sampling(batch_size=0)
+    (tmp_path / "c.json").write_text("{}")
+    with pytest.raises(UserError, match="holds no caption"):
+        write_tuples(tmp_path / "c.json", tmp_path / "o", "toy")

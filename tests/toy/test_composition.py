@@ -1,0 +1,69 @@
+"""Tuples of the toy world: each condition leads from the reference to the target, and to no other scene of the split."""
+
+import json
+import random
+from itertools import islice
+
+import pytest
+from PIL import Image
+
+from fromage.cli.main import main
+from fromage.errors import UserError
+from fromage.toy.composition import CHANGES, LINES, make_tuples, sample_tuples
+from fromage.toy.scenes import COLOURS, PIXELS, PLACES, Scene
+
+
+def test_a_change_is_what_its_condition_says():
+    seen = set()
+    made = list(islice(sample_tuples(random.Random(0), "train", 3), 100))
+    for kind, scene, (condition, target) in (
+        (kind, one.scene, change) for one in made for kind, change in zip(one.kinds, one.changes.values(), strict=True)
+    ):
+        words, seen = set(condition.replace(".", "").replace(",", "").split()), seen | {kind}
+        assert target != scene and target.split == "train"
+        changed, kept = set(target.things) - set(scene.things), set(scene.things) & set(target.things)
+        if kind == "time":
+            assert target.time in words and target == Scene(scene.things, scene.ground, target.time)
+            continue
+        assert (target.ground, target.time) == (scene.ground, scene.time) and len(changed) == 1
+        (thing,) = changed
+        assert thing.shape in words and len(kept) == len(scene.things) - (kind != "add")
+        assert words & COLOURS.keys() == ({thing.colour} if kind != "move" else set())
+        assert words & PLACES.keys() == ({thing.place} if kind != "colour" else set())
+        assert len({t.place for t in target.things}) == len(target.things) <= 3
+    assert seen == CHANGES.keys()
+
+
+@pytest.mark.parametrize("changes", [1, 4])
+def test_no_two_tuples_share_a_target_and_those_of_validation_are_unseen(changes):
+    made = list(islice(sample_tuples(random.Random(0), "val", changes), 8))
+    keys = [key for one in made for key in (one.scene.key, *one.changes)]
+    assert len(set(keys)) == 8 * (1 + changes) and all(Scene.parse(key).split == "val" for key in keys)
+    assert all(len(set(one.kinds)) == changes for one in made)
+
+
+def test_the_folder_is_the_same_for_the_same_arguments(tmp_path):
+    for name in "ab":
+        make_tuples(tmp_path / name, 5, "train", 2, progress=False)
+    entries = [json.loads(line) for line in (tmp_path / "a" / LINES).read_text().splitlines()]
+    assert len(entries) == 5
+    for entry in entries:
+        shown = [Image.open(tmp_path / "a" / entry[name]) for name in ("image", "target_image")]
+        assert [image.size for image in shown] == [(PIXELS, PIXELS)] * 2 and shown[0].tobytes() != shown[1].tobytes()
+        thing = Scene.parse(entry["target_scene"]).things[0]
+        assert thing.shape in entry["target_caption"] and thing.colour in entry["target_caption"]
+    files = [{p.name: p.read_bytes() for p in (tmp_path / name).rglob("*") if p.is_file()} for name in "ab"]
+    assert files[0] == files[1] and len(files[0]) == 9  # three references, five targets, the lines
+    assert [entry["image"] for entry in entries] == [f"images/{i:06d}.jpg" for i in (0, 0, 2, 2, 4)]
+    for numbers in ({"count": 0}, {"changes": 5}):
+        with pytest.raises(UserError, match="give a count from 1, changes from 1 to 4"):
+            make_tuples(tmp_path / "c", **numbers)
+
+
+def test_the_command_and_its_shards(tmp_path, capsys):
+    out = tmp_path / "t"
+    assert main(["tuples", "toy", "--out", str(out), "--count", "4"]) == 0
+    assert "4 tuples (" in capsys.readouterr().out
+    assert main(["tuples", "toy", "--out", str(out), "--count", "4"]) == 2
+    assert main(["shards", "tuples", str(out / LINES), "--out", str(tmp_path / "s"), "--per-shard", "3"]) == 0
+    assert "4 tuples packed" in capsys.readouterr().out and len(list((tmp_path / "s").glob("*.tar"))) == 2
