@@ -170,6 +170,95 @@ def visdial(
     return run.told(evaluate(run.model(), data, run.options(), answers, scores))
 
 
+@dataclass(kw_only=True)
+class ServedRun(RetrievalRun):
+    """What a benchmark takes whose test split a server evaluates.
+
+    Attributes:
+        server_files: folder for the answers, in the form that the benchmark's server takes
+    """
+
+    server_files: Path | None = None
+    overwrite: bool = False
+
+    def check(self, data: Any, pattern: str) -> Any:
+        """The data. Raises UserError for files that are in the way, and for a test split without server files."""
+        from fromage.cli.options import check_free
+
+        if self.server_files:
+            check_free(self.server_files, self.overwrite, pattern)
+        data.check(self.server_files)
+        return data
+
+
+def circo(annotations: Path, *, gallery: Path, run: ServedRun) -> Result:
+    """Composed retrieval, CIRCO: mAP@5, 10, 25 and 50 of an image and words.
+
+    Args:
+        annotations: val.json or test.json
+        gallery: image_info_unlabeled2017.json of COCO, the images that are searched
+    """
+    from fromage.evals.circo import evaluate, read_circo
+
+    with run.reading():
+        data = run.check(read_circo(annotations, gallery, run.images, run.limit), "circo_*.json")
+    return run.told(evaluate(run.model(), data, run.options(), run.server_files, run.overwrite))
+
+
+def cirr(annotations: Path, *, gallery: Path, run: ServedRun) -> Result:
+    """Composed retrieval, CIRR: recalls among all images, and within sets of six.
+
+    Args:
+        annotations: cap.rc2.val.json or cap.rc2.test1.json
+        gallery: split.rc2.val.json of the same split, the images that are searched
+    """
+    from fromage.evals.cirr import evaluate, read_cirr
+
+    with run.reading():
+        data = run.check(read_cirr(annotations, gallery, run.images, run.limit), "cirr_*.json")
+    return run.told(evaluate(run.model(), data, run.options(), run.server_files, run.overwrite))
+
+
+def fashioniq(dataset: Path, *, run: RetrievalRun) -> Result:
+    """Composed retrieval, FashionIQ: R@10 and R@50 of dresses, shirts and tops.
+
+    Args:
+        dataset: folder with captions/cap.dress.val.json, image_splits/split.dress.val.json and the other kinds' files
+    """
+    from fromage.evals.fashion_iq import evaluate, read_fashion_iq
+
+    with run.reading():
+        data = read_fashion_iq(dataset, run.images, limit=run.limit)
+    return run.told(evaluate(run.model(), data, run.options()))
+
+
+def genecis(files: Sequence[Path], *, run: RetrievalRun) -> Result:
+    """Composed retrieval, GeneCIS: R@1, 2 and 3 of four tasks; --images holds val2017, VG_100K and VG_100K_2.
+
+    Args:
+        files: focus_attribute.json, change_attribute.json, focus_object.json and change_object.json, or some of them
+    """
+    from fromage.evals.genecis import evaluate, read_genecis
+
+    with run.reading():
+        data = read_genecis(files, run.images, run.limit)
+    return run.told(evaluate(run.model(), data, run.options()))
+
+
+def chatir(annotations: Path, *, gallery: Path, run: RetrievalRun) -> Result:
+    """Dialogues of ChatIR: Hits@10 by round, the image of a dialogue among a pool.
+
+    Args:
+        annotations: dialogues in ChatIR's JSON, such as VisDial_v1.0_queries_val.json
+        gallery: Search_Space_val_50k.json, the images that are searched
+    """
+    from fromage.evals.chatir import evaluate, read_chats
+
+    with run.reading():
+        data = read_chats(annotations, gallery, run.images, run.limit)
+    return run.told(evaluate(run.model(), data, run.options()))
+
+
 def few_shot(*, world: Path, shots: Sequence[int] = (0, 1, 2, 4), run: Run) -> Result:
     """Learning from examples in the prompt, on the toy world.
 

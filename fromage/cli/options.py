@@ -209,6 +209,7 @@ SHARED: dict[str, tuple[str, Check | None]] = {
     # of one command each, but with a check
     "answers_file": ("", out_jsonl),
     "actors": ("with --ray: copies of the image tower", positive),
+    "dataset": ("", in_folder),
     "features": ("", out_folder),
     "gpus": ("with --ray: GPUs of each copy, also 0.5 (default: 1 with --device cuda, else 0)", amount),
     "max_broken": ("share of broken samples that training will allow, 0 to 1", fraction),
@@ -216,6 +217,7 @@ SHARED: dict[str, tuple[str, Check | None]] = {
     "octopus": ("", in_checkpoint),
     "port": ("", _number(int, 0, 65535)),
     "queue": ("", positive),
+    "server_files": ("", out_folder),
     "shards": ("", in_shards),
     "samples": ("samples on the contact sheet", natural),
     "scores": ("folder of the answers' scores; a run that was killed continues from it", out_folder),

@@ -169,7 +169,19 @@ KINDS: dict[str, Callable[[Any], bool]] = {
     "regions of Visual Genome": lambda c: _some(c, "regions"),
     "objects of Visual Genome": lambda c: _some(c, "objects"),
     "images of Visual Genome": lambda c: _some(c, "url") and _some(c, "coco_id"),
+    "images of COCO": lambda c: not isinstance(c, list) and _some(c["images"], "file_name") and "annotations" not in c,
+    "composed queries of CIRCO": lambda c: _some(c, "relative_caption"),
+    "composed queries of CIRR": lambda c: _some(c, "pairid"),
+    "an image split of CIRR": lambda c: isinstance(c, dict) and _are_names(list(c.values())),
+    "captions of FashionIQ": lambda c: _some(c, "candidate") and _some(c, "captions"),
+    "templates of GeneCIS": lambda c: _some(c, "condition") and _some(c, "gallery"),
+    "dialogues of ChatIR": lambda c: _some(c, "img") and _some(c, "dialog"),
+    "a list of images": lambda c: isinstance(c, list) and _are_names(c),
 }
+
+
+def _are_names(values: list[Any]) -> bool:
+    return bool(values) and all(map(_is_file, values[:FIRST]))
 
 
 def _is_visdial(content: Any, version: str) -> bool:

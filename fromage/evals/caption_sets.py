@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from fromage.data.annotations import FILE, TEXT, Wanted, coco_captions, fitting, optional, read_annotations
 from fromage.errors import UserError
+from fromage.images.regions import below
 
 Dataset = Literal["coco", "flickr30k"]
 CAPTIONS = 5  # of an image, in all the published protocols; COCO has a sixth and seventh for a few
@@ -64,7 +65,7 @@ def read_captions(
         raise UserError(f"{annotations}: holds no image with a caption in the split {split}; choose another split or file")
     return CaptionSet(
         f"{annotations.name}, {name}",
-        [_place(images, file) for file, _ in good],
+        [below(images, file) for file, _ in good],
         [texts[:CAPTIONS] for _, texts in good],
         dataset,
         {
@@ -87,9 +88,3 @@ def _karpathy(path: Path, content: dict[str, Any], split: str) -> tuple[str, lis
         for image in fitting(path, "images", content["images"], KARPATHY)
         if image["split"] in SPLITS[split]
     ]
-
-
-def _place(images: Path, file: str) -> Path:
-    """Below the folder as the file names it; or directly in it, where the folder is that of the year already."""
-    flat = images / Path(file).name
-    return flat if flat.is_file() else images / file

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from itertools import groupby
 from typing import Any
 
@@ -11,7 +12,7 @@ Figures = dict[str, float]  # by name, such as r1; shares in percent
 System = dict[str, Figures]  # of one system, by setting
 Report = dict[str, Any]
 
-SYSTEMS = ("fromage", "octopus", "sequential", "clip", "chance")
+SYSTEMS = ("fromage", "octopus", "sequential", "clip", "clip image", "clip text", "chance")
 
 
 def table(report: Report) -> str:
@@ -64,11 +65,26 @@ def as_published(value: float) -> str:
 
 
 def markdown(report: Report) -> str:
-    """A row for each system, a column for each setting of the headline: R@1 / 5 / 10, in brackets the published ones."""
+    """A row for each system, a column for each setting of the headline: its shares, in brackets the published ones."""
     settings = [at for at in report["headline"] if at in report["fromage"]]
-    head = [f"{report['evaluation']}, R@1 / 5 / 10 in %", *(at.replace("_", " ") for at in settings)]
+    named = {at: [name for name in _names(report, at) if SHARE.fullmatch(name)] for at in settings}
+    same = len({tuple(names) for names in named.values()}) == 1
+    head = [f"{report['evaluation']}, " + (f"{_spelled(named[settings[0]])} in %" if same else "in %")]
+    head += [at.replace("_", " ") + ("" if same else f", {_spelled(named[at])}") for at in settings]
     rows = [head, ["---"] * len(head)]
     for who in _systems(report):
         name = f"{who} {report['checkpoint']}" if who == "fromage" else who
-        rows.append([name, *(_cell(report, who, at, "r1", "r5", "r10") for at in settings)])
+        rows.append([name, *(_cell(report, who, at, *named[at]) for at in settings)])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+SHARE = re.compile(r"(r|map|hits)(\d+)(_cumulative)?")  # names of figures that a headline shows
+SPELLED = {"r": "R@", "map": "mAP@", "hits": "Hits@"}
+
+
+def _spelled(names: list[str]) -> str:
+    """r1, r5, r10 as 'R@1 / 5 / 10'."""
+    kinds = [SHARE.fullmatch(name) for name in names]
+    parts = [f"{SPELLED[kind[1]]}{kind[2]}{(kind[3] or '').replace('_', ' ')}" for kind in kinds if kind]
+    first = parts[0].partition("@")[0] + "@"
+    return " / ".join([parts[0], *(part.removeprefix(first) for part in parts[1:])])

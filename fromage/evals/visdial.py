@@ -17,16 +17,16 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fromage.evals.base import RetrievalRun, Retriever
+from fromage.evals.contextual import ContextualRun, Query, Side, Task
 from fromage.evals.dialogues import Dialogue, Dialogues, spoken
-from fromage.evals.report import Figures, Report, System
+from fromage.evals.report import Figures, Report
 from fromage.evals.scores import ScoreStore, identity
 from fromage.generation.score import score
 from fromage.images.transforms import Framing
 from fromage.models.fromage import Fromage
 from fromage.models.prompts import START, Part
 from fromage.retrieval.encode import Options
-from fromage.retrieval.metrics import mean_reciprocal_rank, ndcg, rank_figures, ranks, ranks_among, recall_at
+from fromage.retrieval.metrics import mean_reciprocal_rank, ndcg, ranks_among, recall_at
 
 AUTHORS = "_authors"
 
@@ -109,16 +109,11 @@ def evaluate(
     Raises UserError for too many images lost, and as score_answers does.
     """
     framings: tuple[Framing, ...] = ("own", "square")
-    run = RetrievalRun(model, data.name, [dialogue.image for dialogue in data.dialogues], options, framings)
+    run = ContextualRun(model, data.name, [dialogue.image for dialogue in data.dialogues], options, framings)
     dialogues = run.keep(data.dialogues, lambda dialogue: [dialogue.image])
     views = {how: run.encoded.of([dialogue.image for dialogue in dialogues], how) for how in framings}  # (D, m) each
 
-    def recalls(system: Retriever) -> System:
-        texts = {n: [spoken(dialogue.rounds[:n]) for dialogue in dialogues] for n in range(len(dialogues[0].rounds) + 1)}
-        queries = {n: system.embed_text(some, f"{n} rounds") for n, some in texts.items()}
-        return image_retrieval(queries, *(system.embed_images(views[how]) for how in framings))
-
-    figures = run.compare(recalls, lambda setting: (len(dialogues), 1))
+    figures = run.evaluate(image_tasks(dialogues))
     if answers:
         scored = score_answers(model, dialogues, views, scores)
         ranked = {name: answer_figures(scored[name], dialogues, ANSWER_PROTOCOLS[name].rated_offset) for name in scored}
@@ -129,14 +124,18 @@ def evaluate(
     return run.report("visdial", figures, sizes, skipped, PROTOCOL, PAPER, HEADLINE)
 
 
-def image_retrieval(queries: dict[int, Tensor], images: Tensor, squares: Tensor) -> System:
-    """Figures by the number of rounds in a query, both ways; queries (D, e) of each number, image i of query i.
-
-    images, squares: (D, e), of the tower's own framing, and of images pressed into its square as the released code has them.
-    """
-    own = torch.arange(len(images), device=images.device)  # (D,)
-    ours = {f"{n}_rounds": rank_figures(ranks(rows, images, own)) for n, rows in queries.items()}
-    return ours | {f"{n}_rounds{AUTHORS}": rank_figures(ranks(squares, rows, own)) for n, rows in queries.items()}
+def image_tasks(dialogues: Sequence[Dialogue]) -> dict[str, Task]:
+    """Find the image of a dialogue by 0 to all of its rounds; and, as the released code does, the dialogue of an image."""
+    images = [dialogue.image for dialogue in dialogues]
+    own, square = Side("images", images), Side("images", images, "square")
+    right = [[number] for number in range(len(dialogues))]
+    tasks, turned = {}, {}
+    for n in range(len(dialogues[0].rounds) + 1):
+        said = [spoken(dialogue.rounds[:n]) for dialogue in dialogues]
+        rounds = Side(f"{n} rounds", [Query([text], text) for text in said])
+        tasks[f"{n}_rounds"] = Task(rounds, own, right)
+        turned[f"{n}_rounds{AUTHORS}"] = Task(square, rounds, right)
+    return tasks | turned
 
 
 def score_answers(

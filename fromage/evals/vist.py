@@ -15,19 +15,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from fromage.data.annotations import DIGITS, FILE, ID, TEXT, WHOLE, Kind, fitting, read_annotations
 from fromage.errors import UserError
-from fromage.evals.base import RetrievalRun, Retriever
-from fromage.evals.report import Report, System
-from fromage.images.codec import SUFFIXES
+from fromage.evals.contextual import ContextualRun, Query, Side, Task
+from fromage.evals.report import Report
+from fromage.images.regions import named
 from fromage.images.transforms import Framing
 from fromage.models.fromage import Fromage
-from fromage.models.prompts import START, Part
+from fromage.models.prompts import START
 from fromage.retrieval.encode import Options
-from fromage.retrieval.metrics import rank_figures, ranks
+from fromage.retrieval.metrics import Scope
 
 LENGTH = 5  # images, and sentences, of a story
 NONE, ALL, FIRST, LAST = range(0), range(LENGTH), range(LENGTH - 1), range(LENGTH - 1, LENGTH)
@@ -144,7 +142,7 @@ def read_stories(annotations: Path, images: Path, limit: int | None = None) -> S
         line = int(note["worker_arranged_photo_order"]), note["text"], str(note["photo_flickr_id"])
         noted.setdefault(str(note["story_id"]), []).append(line)
     some = dict(list(noted.items())[:limit])
-    places = {photo: _place(images, photo) for lines in some.values() for _, _, photo in lines}
+    places = {photo: named(images, photo) for lines in some.values() for _, _, photo in lines}
     stories = [_story(lines, places) for lines in some.values() if len(lines) == LENGTH]
     if not stories:
         raise UserError(f"{annotations}: holds no story of {LENGTH} images; fetch the file anew")
@@ -158,48 +156,45 @@ def _story(lines: list[tuple[int, str, str]], places: dict[str, Path]) -> Story:
     return Story(sentences, [places[photo] for photo in photos], tuple(map(arranged.index, range(len(lines)))))
 
 
-def _place(images: Path, photo: str) -> Path:
-    paths = [images / f"{photo}.{suffix}" for suffix in SUFFIXES]
-    return next((path for path in paths if path.is_file()), paths[0])
-
-
 @torch.no_grad()
 def evaluate(model: Fromage, data: Stories, options: Options | None = None) -> Report:
     """R@1, 5, 10 and the median rank of the last image in every setting, of FROMAGe, CLIP and chance, in percent.
 
     Raises UserError for too many images lost.
     """
-    run = RetrievalRun(model, data.name, data.images, options, [how.framing for how in (CORRECTED, AUTHORS)])
+    run = ContextualRun(model, data.name, data.images, options, [how.framing for how in (CORRECTED, AUTHORS)])
     stories = run.keep(data.stories, lambda story: story.images)
-    views = run.encoded.views  # (M, m) each
-
-    def recalls(system: Retriever) -> System:
-        galleries = {framing: system.embed_images(features) for framing, features in views.items()}  # (M, e) each
-        figures: System = {}
-        for at, setting in SETTINGS.items():
-            how = setting.protocol
-            told = [story.told(how.filed) for story in stories]
-            numbers = [[run.encoded.row[path] for path in story.images] for story in told]
-            rows, gallery = torch.tensor(numbers, device=model.device), galleries[how.framing]  # (S, 5), (M, e)
-            if system.name == "clip":
-                queries = clip_queries(system, at, told, gallery[rows])  # (S, e)
-            else:
-                queries = prompt_queries(system, at, told, views[how.framing][rows])  # (S, e)
-            for name, excluded in ((at, rows[:, :-1]), (at + KEPT, None)):
-                rank = ranks(queries, gallery, rows[:, -1], excluded=excluded, own_stays=not how.bars_own)  # (S,)
-                figures[name] = rank_figures(rank)
-        return figures
-
-    shown = len(run.encoded.row)
-    figures = run.compare(recalls, lambda setting: (shown if setting.endswith(KEPT) else shown - LENGTH + 1, 1))
+    galleries = {how.framing: run.images(data.images, how.framing) for how in (CORRECTED, AUTHORS)}
+    tasks: dict[str, Task] = {}
+    for at, setting in SETTINGS.items():
+        tasks[at], tasks[at + KEPT] = story_tasks(at, setting, stories, galleries[setting.protocol.framing])
     skipped = {"stories with a lost image": len(data.stories) - len(stories), "stories of other lengths": data.other}
-    sizes = {"gallery": shown, "queries": len(stories)}
-    return run.report("vist", figures, sizes, skipped, PROTOCOL, PAPER, list(SETTINGS))
+    sizes = {"gallery": len(run.encoded.row), "queries": len(stories)}
+    return run.report("vist", run.evaluate(tasks), sizes, skipped, PROTOCOL, PAPER, list(SETTINGS))
 
 
-def story_prompt(setting: Setting, sentences: Sequence[str], images: Sequence[Any]) -> list[Part]:
+def story_tasks(name: str, setting: Setting, stories: Sequence[Story], gallery: Side) -> tuple[Task, Task]:
+    """Find the last image of each story, without the story's own first four in the gallery, and with them."""
+    how = setting.protocol
+    told = [story.told(how.filed) for story in stories]
+    queries = Side(name, [story_query(setting, story) for story in told], how.framing)
+    shown = [gallery.numbers(story.images) for story in told]
+    last = [numbers[-1:] for numbers in shown]
+    return (
+        Task(queries, gallery, last, Scope([numbers[:-1] for numbers in shown], own_stays=not how.bars_own)),
+        Task(queries, gallery, last, Scope(own_stays=not how.bars_own)),
+    )
+
+
+def story_query(setting: Setting, story: Story) -> Query:
+    """A story as FROMAGe is told it, and as CLIP, which reads all sentences as one text."""
+    words = " ".join(story.sentences[i] for i in setting.sentences) if setting.sentences else None
+    return Query(story_prompt(setting, story.sentences, story.images), words)
+
+
+def story_prompt(setting: Setting, sentences: Sequence[str], images: Sequence[Any]) -> list[Any]:
     """Sentences and images of a story as it is told, those that the setting shows; [RET] comes behind them."""
-    parts: list[Part] = []
+    parts: list[Any] = []
     for i in range(LENGTH):
         if i in setting.sentences:
             each = setting.protocol.start_each
@@ -207,19 +202,3 @@ def story_prompt(setting: Setting, sentences: Sequence[str], images: Sequence[An
         if i in setting.images:
             parts.append(images[i])
     return parts
-
-
-def prompt_queries(fromage: Retriever, name: str, stories: Sequence[Story], features: Tensor) -> Tensor:
-    """FROMAGe's queries: (S, q) unit rows; features (S, 5, m)."""
-    shown = zip(stories, features, strict=True)
-    return fromage.embed_text([story_prompt(SETTINGS[name], story.sentences, images) for story, images in shown], name)
-
-
-def clip_queries(clip: Retriever, name: str, stories: Sequence[Story], images: Tensor) -> Tensor:
-    """CLIP's queries: (S, e) unit rows, the mean of the sentences' row and the images'; images (S, 5, e) unit rows."""
-    setting = SETTINGS[name]
-    rows = list(images[:, list(setting.images)].unbind(1))  # (S, e) each
-    if setting.sentences:
-        texts = [" ".join(story.sentences[i] for i in setting.sentences) for story in stories]
-        rows.append(clip.embed_text(texts, name))
-    return F.normalize(torch.stack(rows).mean(0), dim=-1)  # (n, S, e) -> (S, e)

@@ -16,7 +16,9 @@ from tqdm import tqdm
 
 from fromage.data.workers import init_worker, plain_errors
 from fromage.errors import BrokenSample, UserError, first_few
+from fromage.images.codec import decode_image
 from fromage.images.open import file_bytes
+from fromage.images.regions import Place, Region, file_at
 from fromage.images.transforms import Framing, Several, Transform, framed_as, read_image
 from fromage.models.base import VisualPrefixLM
 
@@ -48,20 +50,20 @@ class Encoded:
 
     Attributes:
         views: features by framing: (n, m) pooled, or patches (n, P, m), on the model's device; float32 of encode_files.
-        row: path of an image -> its row in each of these.
-        lost: (cause, path) of the images that have none; causes are 'missing' and 'broken'.
+        row: place of an image -> its row in each of these.
+        lost: (cause, place) of the images that have none; causes are 'missing' and 'broken'.
     """
 
     views: dict[Framing, Tensor]
-    row: dict[Path, int]
-    lost: list[tuple[str, Path]]
+    row: dict[Place, int]
+    lost: list[tuple[str, Place]]
 
     @property
     def features(self) -> Tensor:
         """Those of the tower's own framing."""
         return self.views["own"]
 
-    def of(self, paths: Sequence[Path], framing: Framing = "own") -> Tensor:
+    def of(self, paths: Sequence[Place], framing: Framing = "own") -> Tensor:
         """Features of N paths, (N, m) or (N, P, m). Raises KeyError for an image that is lost."""
         return self.views[framing][[self.row[path] for path in paths]]
 
@@ -70,7 +72,7 @@ class Encoded:
         return lost_counts(self.lost)
 
 
-def lost_counts(lost: Sequence[tuple[str, Path]]) -> dict[str, int]:
+def lost_counts(lost: Sequence[tuple[str, Place]]) -> dict[str, int]:
     """How many images were lost, by cause; lost: as in Encoded."""
     return {"images missing": 0, "images broken": 0} | Counter(f"images {cause}" for cause, _ in lost)
 
@@ -78,21 +80,30 @@ def lost_counts(lost: Sequence[tuple[str, Path]]) -> dict[str, int]:
 class Files(Dataset[Any]):
     """Images transformed for a vision tower, (3, H, W) uint8 each; for a lost one the cause, 'missing' or 'broken'."""
 
-    def __init__(self, paths: list[Path], transform: Transform) -> None:
+    def __init__(self, paths: list[Place], transform: Transform) -> None:
         self.paths, self.transform = paths, transform
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, number: int) -> Tensor | str:
+        place = self.paths[number]
         try:
-            return read_image(file_bytes(self.paths[number]), self.transform)
+            data = file_bytes(file_at(place))
+            return _of_region(data, place, self.transform) if isinstance(place, Region) else read_image(data, self.transform)
         except BrokenSample as error:
             return "missing" if str(error).startswith("missing") else "broken"
 
 
+def _of_region(data: bytes, region: Region, transform: Transform) -> Tensor:
+    try:
+        return transform(region.cut(decode_image(data)))
+    except ValueError as error:
+        raise BrokenSample(str(error)) from None
+
+
 def encode_files(
-    model: VisualPrefixLM, paths: Sequence[Path], options: Options, framings: Sequence[Framing] = ("own",)
+    model: VisualPrefixLM, paths: Sequence[Place], options: Options, framings: Sequence[Framing] = ("own",)
 ) -> Encoded:
     """Encode each distinct image once in each framing; one that is lost in any has no features.
 
@@ -101,8 +112,8 @@ def encode_files(
     distinct = list(dict.fromkeys(paths))
     batches = [distinct[start : start + options.batch_size] for start in range(0, len(distinct), options.batch_size)]
     views = {framing: [torch.empty(0, *model.vision.shape, device=model.device)] for framing in framings}
-    good: list[Path] = []
-    lost: list[tuple[str, Path]] = []
+    good: list[Place] = []
+    lost: list[tuple[str, Place]] = []
     encoded = encode_batches(model, batches, options, framings)
     for batch in tqdm(encoded, "encoding images", len(batches), unit="batch", leave=False):
         good += batch.row
@@ -116,7 +127,7 @@ def encode_files(
 @torch.no_grad()
 def encode_batches(
     model: VisualPrefixLM,
-    batches: Sequence[Sequence[Path]],
+    batches: Sequence[Sequence[Place]],
     options: Options,
     framings: Sequence[Framing] = ("own",),
 ) -> Iterator[Encoded]:
@@ -125,14 +136,14 @@ def encode_batches(
     Raises UserError as soon as more than options.max_lost of all images are missing or broken.
     """
     paths = [path for batch in batches for path in batch]
-    check_lost([("missing", path) for path in paths if not path.is_file()], len(paths), options.max_lost)
+    check_lost([("missing", path) for path in paths if not file_at(path).is_file()], len(paths), options.max_lost)
     vision, numbers = model.vision, iter(range(len(paths)))
     files = Files(paths, Several([framed_as(vision.transform, how, vision.image_size) for how in framings]))
     sampler = [list(islice(numbers, len(batch))) for batch in batches]
     loader: Any = DataLoader(
         files, batch_sampler=sampler, num_workers=options.workers, collate_fn=list, worker_init_fn=init_worker
     )
-    lost: list[tuple[str, Path]] = []
+    lost: list[tuple[str, Place]] = []
     for batch, found in zip(batches, plain_errors(loader), strict=True):
         some = list(zip(batch, found, strict=True))
         here = [(cause, path) for path, cause in some if isinstance(cause, str)]
@@ -145,7 +156,7 @@ def encode_batches(
         yield Encoded(views, {path: i for i, path in enumerate(good)}, here)
 
 
-def check_lost(lost: list[tuple[str, Path]], count: int, max_lost: float) -> None:
+def check_lost(lost: Sequence[tuple[str, Place]], count: int, max_lost: float) -> None:
     """Raise UserError where more than the share max_lost of `count` images is lost, or all of them."""
     if lost and (len(lost) > max_lost * count or len(lost) == count):
         some = first_few([f"{path} ({cause})" for cause, path in lost])

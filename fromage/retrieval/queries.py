@@ -8,7 +8,19 @@ import torch
 from torch import Tensor
 
 from fromage.models.fromage import Fromage
-from fromage.models.prompts import ImageInput, Prompt, encode_images, joined, listed, parts_of
+from fromage.models.prompts import (
+    RET,
+    START,
+    ImageInput,
+    Part,
+    Prompt,
+    Starts,
+    encode_images,
+    joined,
+    listed,
+    parts_of,
+    started,
+)
 
 
 @torch.no_grad()
@@ -17,10 +29,34 @@ def embed_queries(model: Fromage, queries: Sequence[Prompt]) -> Tensor:
     queries = listed(queries)
     rows = torch.empty(len(queries), model.q, device=model.device)  # (B, q)
     parts = [joined(parts_of(query)) for query in queries]
-    alone = [i for i, query in enumerate(parts) if len(query) == 1 and isinstance(query[0], ImageInput)]
+    alone = [i for i, query in enumerate(parts) if _is_image(query)]
     others = [i for i in range(len(parts)) if i not in alone]
     if alone:
         rows[alone] = model.embed_images(encode_images(model, [parts[i][0] for i in alone]))  # type: ignore[misc]
     if others:
         rows[others] = model.embed_text([parts[i] for i in others])
     return rows
+
+
+def _is_image(parts: Sequence[Part]) -> bool:
+    """Whether a query is an image alone."""
+    return len(parts) == 1 and isinstance(parts[0], ImageInput)
+
+
+IMAGE = "(image)"
+
+
+def read_as(model: Fromage, query: Prompt) -> str:
+    """How embed_queries reads a query, in words: '(image) </s> but at night [RET]'; nothing is opened."""
+    parts = joined(parts_of(query))
+    if _is_image(parts):
+        return f"{IMAGE}, compared as the index has it"
+    close = [RET] if model.pooling == "ret" else []
+    start = model.tokenizer.hf.decode(model.tokenizer.start())
+    return " ".join(filter(None, (_spelled(part, start) for part in started(joined([*parts, *close]), Starts.ONCE))))
+
+
+def _spelled(part: Part, start: str) -> str:
+    if isinstance(part, ImageInput):
+        return IMAGE
+    return start if part is START else RET.value if part is RET else str(part).strip()

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from fromage.errors import UserError, reason
 from fromage.identity import FolderKind
 from fromage.io import whole_folder, write_json
-from fromage.toy import grounding, visual_genome, writers, yes_no
+from fromage.toy import composed, grounding, visual_genome, writers, yes_no
 from fromage.toy.scenes import (
     COLOURS,
     GROUNDS,
@@ -32,6 +32,7 @@ from fromage.toy.scenes import (
 VERSION = 4
 WORLD = FolderKind("world.json", "a toy world", of="version, or of other arguments", remedy="choose another --out")
 SPLITS = ("train", "val")
+COMPOSED = "composed"  # the folder of CIRCO, CIRR and ChatIR
 COCO_TRAIN = 500  # maximum number of training images with five captions
 FLICKR = 200  # maximum number of images of Flickr30k's test split
 BLOCK = 4096  # images in memory at a time
@@ -52,7 +53,8 @@ def make_world(
     train and val count CC3M-style pairs (COCO captions are of the same scenes); stories, dialogues and refs count those of
     val, and train gets as many, except that train dialogues are about the at most 500 images of coco/train2017. refs are
     the images of RefCOCO, which Flickr30k Entities, LLaVA's instructions, POPE and the questions about attributes are about
-    too; Visual Genome has as many training scenes of its own. A test split is the val of a world of another seed.
+    too; Visual Genome has as many training scenes of its own. Composed retrieval (CIRCO, CIRR, ChatIR) has as many queries
+    as dialogues, at most 128; a world that lacks it gets it. A test split is the val of a world of another seed.
     Returns what world.json holds, and `made`: False if the world was there already. Raises UserError for counts out of range
     and for a folder that holds something else.
     """
@@ -60,15 +62,27 @@ def make_world(
     counts = {"train": train, "val": val, "stories": stories, "dialogues": dialogues, "refs": refs}
     record: dict[str, Any] = {"version": VERSION, "seed": seed, "counts": counts}
     _check_counts(counts)
-    if WORLD.find(out, record):
+    there = WORLD.find(out, record) is not None
+    if there and (out / COMPOSED).is_dir():
         return record | {"made": False}
     try:
+        if there:  # written before there was composed retrieval: that is added
+            with whole_folder(out / COMPOSED) as draft:
+                _write_composed(draft, seed, dialogues, progress)
+            return record | {"made": False}
         with whole_folder(out) as draft:
             _write(draft, seed, counts, progress)
+            _write_composed(draft / COMPOSED, seed, dialogues, progress)
             write_json(draft / WORLD.file, record)
     except OSError as error:
         raise UserError(f"{out}: cannot write the toy world there ({reason(error)}); choose another --out") from error
     return record | {"made": True}
+
+
+def _write_composed(out: Path, seed: int, count: int, progress: bool) -> None:
+    total = composed.size(count)
+    with ProcessPoolExecutor(os.cpu_count()) as pool, tqdm(total=total, unit=" pictures", disable=not progress) as bar:
+        composed.write(out, count, _rng(seed, "composed"), _painter(pool, bar))
 
 
 def _check_counts(counts: dict[str, int]) -> None:

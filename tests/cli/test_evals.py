@@ -24,12 +24,19 @@ def words(world):
     """The words of each verb but for the checkpoint."""
     coco, flickr, visdial = world / "coco", world / "flickr30k", world / "visdial"
     said, dense = visdial / "visdial_1.0_val.json", visdial / "visdial_1.0_val_dense_annotations.json"
+    composed = world / "composed"
+    listed, photos = composed / "circo" / "annotations", composed / "circo" / "unlabeled2017"
+    of_cirr = [composed / "cirr" / name for name in ("captions/cap.rc2.val.json", "image_splits/split.rc2.val.json")]
+    of_chatir = [composed / "chatir" / name for name in ("VisDial_v1.0_queries_val.json", "Search_Space_val_50k.json")]
     return {
         "coco": [coco / "annotations" / "captions_val2017.json", "--images", coco / "val2017"],
         "flickr30k": [flickr / "dataset_flickr30k.json", "--images", flickr / "flickr30k-images"],
         "vist": [world / "vist" / "sis" / "val.story-in-sequence.json", "--images", world / "vist" / "images" / "val"],
         "visdial": [said, "--dense", dense, "--images", visdial / "images" / "val", "--no-answers"],
         "few-shot": ["--world", world, "--shots", "1"],
+        "circo": [listed / "val.json", "--gallery", listed / "image_info_unlabeled2017.json", "--images", photos],
+        "cirr": [of_cirr[0], "--gallery", of_cirr[1], "--images", composed / "cirr"],
+        "chatir": [*of_chatir[:1], "--gallery", of_chatir[1], "--images", composed / "circo"],
     }
 
 
@@ -41,6 +48,9 @@ def words(world):
         ("vist", {"1_caption", "5_captions", "5_captions_4_images", "4_images"}),
         ("visdial", {"0_rounds", "10_rounds", "10_rounds_authors"}),
         ("few-shot", {"captioning_1", "questions_1"}),
+        ("circo", {"composed", "composed_reference_kept"}),
+        ("cirr", {"all", "subset"}),
+        ("chatir", {"round_0", "round_10"}),
     ],
 )
 def test_each_verb_prints_a_table_and_writes_json(name, settings, ckpt, words, tmp_path, capsys):

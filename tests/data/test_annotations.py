@@ -14,7 +14,7 @@ from fromage.evals.vist import read_stories
 
 
 def paths(world):
-    coco, vist, visdial = world / "coco", world / "vist", world / "visdial"
+    coco, vist, visdial, composed = (world / name for name in ("coco", "vist", "visdial", "composed"))
     return {
         "captions of COCO": coco / "annotations" / "captions_val2017.json",
         "boxes of COCO": world / "refcoco" / "instances.json",
@@ -23,6 +23,12 @@ def paths(world):
         "dialogues of VisDial 1.0 with candidates": visdial / "visdial_1.0_val.json",
         "dialogues of VisDial 1.0 without candidates": visdial / "visdial_1.0_train.json",
         "dense annotations of VisDial 1.0": visdial / "visdial_1.0_val_dense_annotations.json",
+        "composed queries of CIRCO": composed / "circo" / "annotations" / "val.json",
+        "images of COCO": composed / "circo" / "annotations" / "image_info_unlabeled2017.json",
+        "composed queries of CIRR": composed / "cirr" / "captions" / "cap.rc2.val.json",
+        "an image split of CIRR": composed / "cirr" / "image_splits" / "split.rc2.val.json",
+        "dialogues of ChatIR": composed / "chatir" / "VisDial_v1.0_queries_val.json",
+        "a list of images": composed / "chatir" / "Search_Space_val_50k.json",
     }
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
 from fromage.errors import UserError
-from fromage.evals import visdial
+from fromage.evals import contextual, visdial
 from fromage.evals.clip import load_clip_baseline
 from fromage.evals.dialogues import Dialogue, Dialogues, Round, read_dialogues
 from fromage.evals.visdial import (
@@ -20,12 +20,13 @@ from fromage.evals.visdial import (
     authors_prompt,
     chance_figures,
     evaluate,
-    image_retrieval,
+    image_tasks,
     our_prompt,
     score_answers,
 )
 from fromage.models.prompts import embed_prompts
 from fromage.retrieval.encode import Options, encode_files
+from fromage.retrieval.metrics import places, recall_at
 
 
 @pytest.fixture
@@ -141,14 +142,21 @@ def test_chance_is_the_mean_of_random_scores(data):
         assert sum(figures[name] for figures in many) / len(many) == pytest.approx(value, rel=0.06), name
 
 
-def test_the_curve_both_ways():
+def test_the_curve_both_ways(data):
     """Three images; the queries of one round all say the first, those of two rounds find their own."""
     images, same = torch.eye(3), torch.eye(3)[[0, 0, 0]]
-    found = image_retrieval({1: same, 2: images}, images, images)
-    assert found["1_rounds"]["r1"] == pytest.approx(100 / 3) and found["2_rounds"]["r1"] == 100
-    assert found["1_rounds_authors"]["r1"] == 0, "for each image all dialogues tie"
-    assert found["2_rounds_authors"]["r1"] == 100
-    assert image_retrieval({2: images}, images, images.flip(0))["2_rounds_authors"]["r1"] == pytest.approx(100 / 3)
+
+    def r1(squares):
+        rows = {"0 rounds": same, "1 rounds": same, "2 rounds": images, "own": images, "square": squares}
+        of = lambda side: rows[side.framing if side.what == "images" else side.what]  # noqa: E731
+        tasks = image_tasks([data.dialogues[0]] * 3)
+        return {at: recall_at(places(of(t.queries), of(t.gallery), t.right)[:, 0])["r1"] for at, t in tasks.items()}
+
+    found = r1(images)
+    assert found["1_rounds"] == pytest.approx(100 / 3) and found["2_rounds"] == 100
+    assert found["1_rounds_authors"] == 0, "for each image all dialogues tie"
+    assert found["2_rounds_authors"] == 100
+    assert r1(images.flip(0))["2_rounds_authors"] == pytest.approx(100 / 3)
 
 
 @torch.no_grad()
@@ -167,14 +175,19 @@ def test_the_authors_protocols_see_the_image_pressed_into_a_square(toy_model, da
         note = lambda *args, name=name, keep=keep: asked.setdefault(name, []).append(args[2]) or keep(*args)  # noqa: E731
         at = "answers" if name == "our_prompt" else "answers_authors"
         monkeypatch.setitem(ANSWER_PROTOCOLS, at, ANSWER_PROTOCOLS[at]._replace(prompt=note))
-    monkeypatch.setattr(visdial, "image_retrieval", lambda *args: found.append(args) or image_retrieval(*args))
+    plain = contextual.places
+    monkeypatch.setattr(contextual, "places", lambda *args: found.append(args) or plain(*args))
     report = evaluate(toy_model, data)
     for name, features in (("our_prompt", own), ("authors_prompt", squares)):
         torch.testing.assert_close(torch.stack(asked[name]), features.repeat_interleave(2, 0))
     clip = load_clip_baseline(toy_model)
-    for (_, images, pressed), embed in zip(found, (toy_model.embed_images, clip.embed_features), strict=True):
-        torch.testing.assert_close(images, embed(own))
-        torch.testing.assert_close(pressed, embed(squares))
+    tasks = image_tasks(data.dialogues)
+    assert len(found) == 2 * len(tasks)
+    for (queries, gallery, *_), (name, embed) in zip(
+        found, [(at, embed) for embed in (toy_model.embed_images, clip.embed_features) for at in tasks], strict=True
+    ):
+        authors = name.endswith("_authors")
+        torch.testing.assert_close(queries if authors else gallery, embed(squares if authors else own))
     assert all("square" in report["protocol"][at] for at in ("answers_authors", "N_rounds_authors"))
 
 

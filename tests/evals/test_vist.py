@@ -115,11 +115,11 @@ def wide(data, tmp_path):
 def test_the_authors_protocol_has_squares_in_the_order_of_the_file_for_both_systems(toy_model, wide, monkeypatch):
     asked = {}
 
-    def note(queries, gallery, targets, excluded=None, own_stays=True):
-        asked.setdefault(gallery.shape[1], []).append((queries, gallery, targets, excluded, own_stays))
-        return torch.ones(len(queries), dtype=torch.long)
+    def note(queries, gallery, right, scope):
+        asked.setdefault(gallery.shape[1], []).append((gallery, right, scope))
+        return torch.ones(len(queries), 1, dtype=torch.long)
 
-    monkeypatch.setattr("fromage.evals.vist.ranks", note)
+    monkeypatch.setattr("fromage.evals.contextual.places", note)
     evaluate(toy_model, wide)
     vision, clip = toy_model.vision, load_clip_baseline(toy_model)
     squares = torch.stack([pil_to_tensor(Image.open(path).resize(vision.image_size[::-1])) for path in wide.images])
@@ -131,12 +131,12 @@ def test_the_authors_protocol_has_squares_in_the_order_of_the_file_for_both_syst
         seen = asked.pop(galleries["own"].shape[1])
         for at, (name, setting) in enumerate(SETTINGS.items()):
             authors = name.endswith("_authors")
-            _, gallery, targets, excluded, own_stays = seen[2 * at]
+            gallery, right, scope = seen[2 * at]
             torch.testing.assert_close(gallery, galleries["square" if authors else "own"])
             order = [story.images[::-1] if authors else story.images for story in wide.stories]
-            assert targets.tolist() == [number[images[-1]] for images in order] and own_stays is not authors
-            assert excluded.tolist() == [[number[path] for path in images[:-1]] for images in order]
-            assert setting.protocol.start_each is authors and seen[2 * at + 1][3] is None
+            assert right == [[number[images[-1]]] for images in order] and scope.own_stays is not authors
+            assert scope.excluded == [[number[path] for path in images[:-1]] for images in order]
+            assert setting.protocol.start_each is authors and seen[2 * at + 1][2].excluded is None
 
 
 def test_a_right_image_that_was_shown_before_is_barred_by_the_authors_protocol_alone(toy_model, wide):

@@ -23,7 +23,7 @@ from fromage.models.prompts import (
     prompt_ids,
     prompt_length,
 )
-from fromage.retrieval.queries import embed_queries
+from fromage.retrieval.queries import embed_queries, read_as
 
 
 @pytest.fixture
@@ -179,6 +179,9 @@ def test_queries_are_images_alone_or_read_in_front_of_ret(toy_model, images):
     alone = toy_model.embed_images(encode_images(toy_model, [image, images[2]]))
     torch.testing.assert_close(rows, torch.stack([read[0], alone[0], read[1], alone[1], read[2]]))
     assert embed_queries(toy_model, []).shape == (0, 32)
+    forms = [read_as(toy_model, query) for query in (["a", images[0], "b"], [image], "a star", [image, "at ", "night"], [])]
+    assert forms == ["</s> a (image) b [RET]", "(image), compared as the index has it", "</s> a star [RET]",
+                     "(image) </s> at night [RET]", "</s> [RET]"]  # fmt: skip
 
 
 def test_a_batch_gives_what_single_prompts_give(toy_model, mixed):

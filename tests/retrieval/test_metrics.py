@@ -10,11 +10,17 @@ from hypothesis import strategies as st
 from torchmetrics.functional.retrieval import retrieval_reciprocal_rank
 
 from fromage.retrieval.metrics import (
+    ABSENT,
     Gallery,
+    Scope,
+    best,
     chance,
+    chance_average_precision,
     joined,
+    mean_average_precision,
     mean_reciprocal_rank,
     ndcg,
+    places,
     rank_figures,
     ranks,
     ranks_among,
@@ -52,18 +58,69 @@ def test_the_best_of_several_own_items_counts(n, each, seed, chunk):
         assert found[i] == oracle((q @ gallery.T).tolist(), {j for j, owner in enumerate(labels.tolist()) if owner == i})
 
 
-@settings(max_examples=30, deadline=None)
-@given(st.integers(1, 8), st.integers(3, 9), st.integers(0, 10_000), st.integers(1, 5))
-def test_what_is_excluded_is_as_if_it_were_not_there_and_own_items_stay(n, m, seed, chunk):
+def sorted_places(scores, own, left):
+    """Places of the own items among those that are left, each behind all others that tie with it."""
+    order = sorted(left, key=lambda j: (-scores[j], j in own))
+    return [place for place, j in enumerate(order, 1) if j in own]
+
+
+def some_items(generator, n, m, most):
+    return [torch.randperm(m, generator=generator)[: int(torch.randint(0, most + 1, (), generator=generator))].tolist()
+            for _ in range(n)]  # fmt: skip
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 8), st.integers(3, 9), st.integers(0, 10_000), st.integers(1, 5), st.booleans())
+def test_places_are_those_of_sorting_what_is_left(n, m, seed, chunk, subset):
     generator = torch.Generator().manual_seed(seed)
     queries = torch.randint(-1, 2, (n, 3), generator=generator).float()
     gallery = torch.randint(-1, 2, (m, 3), generator=generator).float()
-    targets = torch.randint(0, m, (n,), generator=generator)
-    excluded = torch.randint(0, m, (n, 2), generator=generator)  # now and then the target itself
-    found = ranks(queries, gallery, targets, chunk, excluded=excluded)
+    right = [[*some, int(torch.randint(0, m, (), generator=generator))] for some in some_items(generator, n, m, 2)]
+    excluded = some_items(generator, n, m, 3)  # now and then a right one, which stays
+    among = some_items(generator, n, m, m) if subset else None
+    found = places(queries, gallery, right, Scope(excluded, among), chunk)
+    first = best(queries, gallery, 2, Scope(excluded, among), chunk)
     for i, q in enumerate(queries):
-        left = [j for j in range(m) if j == targets[i] or j not in excluded[i].tolist()]
-        assert found[i] == oracle((q @ gallery[left].T).tolist(), {left.index(int(targets[i]))})
+        scores = (q @ gallery.T).tolist()
+        shown = [j for j in range(m) if j not in excluded[i] and (among is None or j in among[i])]
+        own = set(right[i])
+        want = sorted_places(scores, own, [*{*shown} | own])
+        assert found[i].tolist() == [*want, *[ABSENT] * (found.shape[1] - len(want))]
+        assert first[i] == sorted(shown, key=lambda j: -scores[j])[:2]
+    if not subset:
+        plain = places(queries, gallery, [some[-1:] for some in right], chunk=chunk)[:, 0]
+        assert plain.tolist() == ranks(queries, gallery, torch.tensor([some[-1] for some in right])).tolist()
+
+
+def average_precision(order, right, k):
+    """As CIRCO's evaluation has it, place by place."""
+    found, total = 0, 0.0
+    for place, item in enumerate(order[:k], 1):
+        if item in right:
+            found += 1
+            total += found / place
+    return total / min(len(right), k)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 6), st.integers(2, 60), st.integers(0, 10_000))
+def test_mean_average_precision_is_counted_place_by_place(n, m, seed):
+    rng = random.Random(seed)
+    orders = [rng.sample(range(m), m) for _ in range(n)]
+    right = [rng.sample(range(m), rng.randint(1, min(m, 9))) for _ in range(n)]
+    most = max(map(len, right))
+    place = torch.tensor([sorted(o.index(j) + 1 for j in some) + [ABSENT] * (most - len(some))
+                          for o, some in zip(orders, right, strict=True)])  # fmt: skip
+    for k in (5, 10, 25, 50):
+        want = statistics.mean(average_precision(o, some, k) for o, some in zip(orders, right, strict=True))
+        assert mean_average_precision(place)[f"map{k}"] == pytest.approx(100 * want, abs=1e-6)
+
+
+@pytest.mark.parametrize(("gallery", "own"), [(6, 1), (7, 3), (5, 5), (1, 1)])
+def test_chance_of_precision_is_what_all_orders_give(gallery, own):
+    each = [sorted(some) for some in itertools.combinations(range(1, gallery + 1), own)]
+    want = mean_average_precision(torch.tensor(each), (2, 5, 10))
+    assert chance_average_precision(gallery, own, (2, 5, 10)) == pytest.approx(want, abs=1e-9)
 
 
 def test_a_gallery_of_equals_finds_nothing_first():
@@ -153,6 +210,11 @@ def test_chance_is_what_all_orders_give(gallery, own):
 
 def test_a_right_item_that_is_left_out_ranks_last_where_it_does_not_stay():
     queries = gallery = torch.eye(5)
-    targets, excluded = torch.arange(5), torch.tensor([[0, 1], [2, 3], [2, 4], [0, 1], [4, 0]])
-    assert ranks(queries, gallery, targets, excluded=excluded).tolist() == [1] * 5
-    assert ranks(queries, gallery, targets, excluded=excluded, own_stays=False).tolist() == [5, 1, 5, 1, 5]
+    right, excluded = [[i] for i in range(5)], [[0, 1], [2, 3], [2, 4], [0, 1], [4, 0]]
+    assert places(queries, gallery, right, Scope(excluded)).tolist() == [[1]] * 5
+    assert places(queries, gallery, right, Scope(excluded, own_stays=False)).tolist() == [[5], [1], [5], [1], [5]]
+
+
+def test_a_place_by_a_score_that_is_no_number_is_the_last():
+    queries, gallery = torch.tensor([[1.0]]), torch.tensor([[float("nan")], [1.0], [float("nan")]])
+    assert places(queries, gallery, [[0, 1]]).tolist() == [[2, 3]]

@@ -8,6 +8,7 @@ import os
 import pickle
 import random
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -467,6 +468,71 @@ def test_visual_genome(world):
         assert len({one[key] for entry in entries for one in entry[what]}) == sum(len(entry[what]) for entry in entries)
     assert {path.parent.name for path in folder.rglob("*.jpg")} == {"VG_100K", "VG_100K_2"}
     assert len(list(folder.rglob("*.jpg"))) == COUNTS["refs"]
+
+
+def test_composed_queries_ask_for_a_change_of_their_image(world):
+    folder = world / "composed" / "circo"
+    listed = {entry["id"]: entry for entry in load(folder / "annotations/image_info_unlabeled2017.json")["images"]}
+    val, test = (load(folder / f"annotations/{split}.json") for split in ("val", "test"))
+    assert (len(val), len(test)) == (COUNTS["dialogues"], 1) and [query["id"] for query in val] == list(range(len(val)))
+    assert {path.name for path in (folder / "unlabeled2017").iterdir()} == {entry["file_name"] for entry in listed.values()}
+    assert test[0].keys() == {"reference_img_id", "relative_caption", "shared_concept", "id"}
+    for query in val:
+        shown, meant = (scene_of(listed[query[key]]["scene"]) for key in ("reference_img_id", "target_img_id"))
+        assert shown.split == meant.split == "val" and query["target_img_id"] == query["gt_img_ids"][0]
+        assert {*query["gt_img_ids"]} == {i for i, entry in listed.items() if scene_of(entry["scene"]) == meant}
+        assert_changed(shown, meant, query["relative_caption"])
+    aspects = {aspect for query in val for aspect in query["semantic_aspects"]}
+    assert aspects <= {"compare_change", "spatial_relations_background", "addition"}
+
+
+def assert_changed(shown: Scene, meant: Scene, words: str) -> None:
+    """One thing differs, and the words name what is new."""
+    new = {*meant.things} - {*shown.things}
+    changes = len(new) + (shown.ground != meant.ground) + (shown.time != meant.time)
+    assert changes == 1 and len(meant.things) - len(shown.things) in (0, 1)
+    said = set(words.split())
+    if shown.ground != meant.ground:
+        assert meant.ground in said
+    elif shown.time != meant.time:
+        assert meant.time in said
+    else:
+        (thing,) = new
+        (same,) = [old for old in shown.things if old.shape == thing.shape] or [Thing(thing.shape, "", "", "")]
+        assert thing.shape in said
+        assert {thing.colour, thing.size, thing.place} - {same.colour, same.size, same.place} <= said
+
+
+def test_cirr_has_sets_of_six_and_hides_the_answers_of_its_test_split(world):
+    folder = world / "composed" / "cirr"
+    for split, count in (("val", COUNTS["dialogues"]), ("test1", 1)):
+        pairs, places = (load(folder / f"{at}.rc2.{split}.json") for at in ("captions/cap", "image_splits/split"))
+        assert len(pairs) == count and len(places) == 6 * count
+        assert len({image(folder / place).tobytes() for place in places.values()}) == len(places)
+        for pair in pairs:
+            members = pair["img_set"]["members"]
+            assert members[pair["img_set"]["reference_rank"]] == pair["reference"] and len({*members}) == 6
+            assert ("target_hard" in pair) == (split == "val")
+            if split == "val":
+                assert members[pair["img_set"]["target_rank"]] == pair["target_hard"]
+
+
+def test_chatir_tells_of_images_of_the_pool(world):
+    folder = world / "composed" / "chatir"
+    talks, pool = load(folder / "VisDial_v1.0_queries_val.json"), load(folder / "Search_Space_val_50k.json")
+    assert all((world / "composed" / "circo" / name).is_file() for name in pool) and len({*pool}) == len(pool)
+    assert len(talks) == COUNTS["dialogues"] and len({talk["img"] for talk in talks}) == len(talks)
+    for talk in talks:
+        assert talk["img"] in pool and len(talk["dialog"]) == 11 and all("? " in text for text in talk["dialog"][1:])
+
+
+def test_a_world_of_before_gets_composed_queries_and_keeps_the_rest(world, tmp_path):
+    old = tmp_path / "world"
+    shutil.copytree(world, old)
+    shutil.rmtree(old / "composed")
+    before = {p: p.stat().st_mtime_ns for p in old.rglob("*") if p.is_file()}
+    assert make_world(old, seed=3, **COUNTS, progress=False)["made"] is False
+    assert before == {p: p.stat().st_mtime_ns for p in before} and digests(old) == digests(world)
 
 
 FORMER = {  # digests of files as they were before there were masks, POPE's splits and Visual Genome

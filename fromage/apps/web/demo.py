@@ -234,8 +234,9 @@ def _search(sessions: Sessions) -> None:
             if columns := sessions.index.about().get("columns"):
                 over = f"such as year >= 2019 and place = 'Rome'; here: {', '.join(columns)}"[:200]
                 asked.append(gr.Textbox("", label="Filter", info=over, max_length=MOST))
+    read = gr.Textbox(label="The query as the model reads it", interactive=False, max_lines=3)
     found = gr.Gallery(show_label=False, height="auto", buttons=[], interactive=False)
-    box.submit(sessions.search, asked, found, **MODEL)
+    box.submit(sessions.search, asked, [found, read], **MODEL)
 
 
 def _point(pointing: Pointing) -> None:

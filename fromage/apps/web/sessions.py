@@ -30,7 +30,7 @@ from fromage.images.decode_process import decode_apart
 from fromage.io import WholeFile
 from fromage.models.fromage import Fromage
 from fromage.models.prompts import Part, parts_of
-from fromage.retrieval.queries import embed_queries
+from fromage.retrieval.queries import embed_queries, read_as
 from fromage.retrieval.results import Hit, load_images
 
 if TYPE_CHECKING:
@@ -127,27 +127,28 @@ class Sessions:
         """The conversation without its last turn."""
         return conversation(turns[:-1]), turns[:-1]
 
-    def search(self, sent: GradioMessage, count: int, where: str = "") -> list[tuple[str, str]]:
+    def search(self, sent: GradioMessage, count: int, where: str = "") -> tuple[list[tuple[str, str]], str]:
         """The images of the index nearest to a text, an image, or both, best first: (file, caption) each.
 
-        where: a filter over the metadata; '' for all images.
+        Beside them how the query was read. where: a filter over the metadata; '' for all images.
         """
         assert self.index is not None  # the page has no tab for it without one
         try:
             if where := where.strip():
                 self.index.filter(where)
+            said = read(sent)
             with self.lock:
-                query = embed_queries(self.model, [read(sent)]).cpu().numpy()  # (1, q)
+                query = embed_queries(self.model, [said]).cpu().numpy()  # (1, q)
             hits = self.index.search(query, int(count), where=where)[0]
         except UserError as error:
             warn(error)
-            return []
+            return [], ""
         if not hits:
             gr.Info("No image fits the filter.")
         opened, lost = load_images(self.index.beyond(query[0], hits, where=where), int(count))
         if lost:
             gr.Info(GONE)
-        return [(drawn(image), caption(hit)) for hit, image in opened]
+        return [(drawn(image), caption(hit)) for hit, image in opened], read_as(self.model, said)
 
 
 def latest(turns: Turns) -> Turns:

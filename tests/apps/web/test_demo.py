@@ -292,9 +292,15 @@ def test_a_visitor_who_leaves_frees_the_model(address, monkeypatch, cancels):
 def test_search_by_words_by_image_and_by_both(address, folder):
     visitor = Visitor(address, "searches")
     red = visitor.upload(folder / "red.png")
-    for text, files in (("a star", []), ("", [red]), ("another", [red])):
+    for text, files, form in (
+        ("a star", [], "</s> a star [RET]"),
+        ("", [red], "(image), compared as the index has it"),
+        ("another", [red], "(image) </s> another [RET]"),
+    ):
         messages = visitor.call("search", {"text": text, "files": files}, 3)
         assert succeeded(messages) and len(set(images_in(messages))) == 3
+        (end,) = [message for message in messages if message["msg"] == "process_completed"]
+        assert end["output"]["data"][1] == form
     best = images_in(visitor.call("search", {"text": "", "files": [red]}, 1))[0]
     assert Image.open(best).getpixel((9, 9))[0] > 250, "itself"
 
@@ -494,6 +500,7 @@ def search_in_browser(page, folder):
     box.press("Enter")
     page.locator(".thumbnail-lg img").nth(5).wait_for()
     assert page.get_by_text("<b>bold</b>").count() == 6
+    assert page.get_by_label("The query as the model reads it").input_value() == "</s> a star [RET]"
 
 
 def point_in_browser(page, folder):
