@@ -2,11 +2,13 @@
 # make photos  train on photographs with a pretrained pair: CAPTIONS=captions.json IMAGES=folder
 # make test    every test
 # make docs    the documentation as a site: site/
+# make container  the image of the server, where docker is; PyTorch from another index: make container TORCH_INDEX=URL
 # Each sets up .venv on first use, from setup.cfg and constraints.txt: make demo what it needs itself, the others all.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo photos test lint types docs clean
+
+.PHONY: demo photos test lint types docs container clean
 demo: .venv/demo
 	$(BIN)/fromage toy demo --out runs/demo
 
@@ -26,6 +28,10 @@ types: .venv/ready
 
 docs: .venv/ready
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+container:
+	docker build --build-arg TORCH_INDEX=$(TORCH_INDEX) --tag fromage .
+	docker run --rm fromage --version
 
 .venv/demo: EXTRAS := demo,serve
 .venv/photos: EXTRAS := demo,serve,gguf

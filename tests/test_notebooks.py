@@ -54,6 +54,8 @@ def test_it_is_kept_clean(path):
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
     assert notebook.metadata.kernelspec.name == "python3" and set(notebook.metadata) == {"kernelspec", "language_info"}
+    about = notebook.cells[0]
+    assert about.cell_type == "markdown" and about.source.startswith("# ") and "\n\nFor " in about.source, "what it is for"
     for cell in notebook.cells:
         assert cell.source.strip()
         if cell.cell_type == "code":
@@ -67,7 +69,8 @@ def test_it_runs(path, tour, octopus, tmp_path, monkeypatch):
     folders = {"FROMAGE_DEMO": tour, "FROMAGE_OCTOPUS": octopus, "FROMAGE_WORK": tmp_path}
     for name, value in (folders | {"FROMAGE_SAMPLE": 12, "HF_HUB_OFFLINE": 1}).items():
         monkeypatch.setenv(name, str(value))
-    monkeypatch.delenv("FROMAGE_FULL_SIZE", raising=False)
+    for name in ("FROMAGE_FULL_SIZE", "FROMAGE_IMAGES", "FROMAGE_CKPT"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(FOLDER.parent), os.environ.get("PYTHONPATH", "")]))
     notebook = nbformat.read(path, as_version=4)
     client = nbclient.NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(FOLDER)}})
@@ -77,4 +80,4 @@ def test_it_runs(path, tour, octopus, tmp_path, monkeypatch):
 
 
 def test_there_are_notebooks():
-    assert len(NOTEBOOKS) == 5
+    assert len(NOTEBOOKS) == 6

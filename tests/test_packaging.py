@@ -1,8 +1,12 @@
-"""What a wheel holds, and that an installed one finds its configurations and its toy towers."""
+"""What wheel and source distribution hold, and that an installed one finds its configurations and its toy towers."""
 
+import os
 import re
 import subprocess
 import sys
+import sysconfig
+import tarfile
+import venv
 import zipfile
 from configparser import ConfigParser
 from importlib.metadata import version
@@ -16,18 +20,35 @@ from fromage.distribution import DISTRIBUTION, pip_install, versions
 ROOT = Path(__file__).resolve().parents[1]
 
 
+BUILD = "import sys; from setuptools import build_meta as b; print(getattr(b, 'build_' + sys.argv[1])(sys.argv[2]))"
+
+
+def build(kind, source, out):
+    """What `python -m build` does for one kind, without its own environment."""
+    words = [sys.executable, "-c", BUILD, kind, str(out)]
+    done = subprocess.run(words, cwd=source, check=True, capture_output=True, text=True)
+    return out / done.stdout.split()[-1]
+
+
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
-    out = tmp_path_factory.mktemp("wheel")
-    build = out / "source"
+def sdist(tmp_path_factory):
+    """The source distribution, of the files that git knows."""
+    out = tmp_path_factory.mktemp("sdist")
     files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
     for name in filter(None, files):
         if (ROOT / name).is_file():
-            (build / name).parent.mkdir(parents=True, exist_ok=True)
-            (build / name).write_bytes((ROOT / name).read_bytes())
-    words = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(out), str(build)]
-    subprocess.run(words, check=True, capture_output=True)
-    return next(out.glob("*.whl"))
+            (out / "source" / name).parent.mkdir(parents=True, exist_ok=True)
+            (out / "source" / name).write_bytes((ROOT / name).read_bytes())
+    return build("sdist", out / "source", out)
+
+
+@pytest.fixture(scope="module")
+def wheel(sdist, tmp_path_factory):
+    """The wheel, built from the source distribution."""
+    out = tmp_path_factory.mktemp("wheel")
+    with tarfile.open(sdist) as tar:
+        tar.extractall(out, filter="data")
+    return build("wheel", next(path for path in out.iterdir() if path.is_dir()), out)
 
 
 def test_wheel_holds_configurations_and_towers(wheel):
@@ -40,6 +61,56 @@ def test_wheel_holds_configurations_and_towers(wheel):
     assert configs and configs | towers <= names
     assert {str(p.relative_to(ROOT)) for p in (ROOT / "fromage").rglob("*.py")} <= names
     assert not [name for name in names if name.startswith(("tests/", "tools/"))]
+
+
+def test_they_have_the_version_the_licence_and_both_commands(wheel, sdist):
+    config = ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    stem = f"{DISTRIBUTION.replace('-', '_')}-{config['metadata']['version']}"
+    assert wheel.name == f"{stem}-py3-none-any.whl" and sdist.name == f"{stem}.tar.gz"
+    with zipfile.ZipFile(wheel) as file:
+        about = {
+            name.partition(".dist-info/")[2]: file.read(name).decode() for name in file.namelist() if ".dist-info/" in name
+        }
+    assert re.search("^License(-Expression)?: Apache-2.0$", about["METADATA"], re.MULTILINE)
+    assert "Requires-Python: >=3.11\n" in about["METADATA"]
+    assert (ROOT / "README.md").read_text("utf-8").splitlines()[0] in about["METADATA"]
+    assert (ROOT / "LICENSE").read_text("utf-8") == about["licenses/LICENSE"]
+    commands = {name: f"{name} = fromage.cli.main:main" for name in ("fromage", "lightning")}
+    assert all(command in about["entry_points.txt"] for command in commands.values())
+    with tarfile.open(sdist) as tar:
+        names = {name.partition("/")[2] for name in tar.getnames()}
+    assert {"LICENSE", "README.md", "setup.cfg", "pyproject.toml", "lightning_configs/cc3m.yaml"} <= names
+
+
+SEARCHED = """
+import fromage, sys
+from fromage.toy.world import make_world
+from pathlib import Path
+make_world(Path("world"), seed=1, train=2, val=6, stories=1, dialogues=1, refs=1, progress=False)
+fromage.Fromage.load(k=1, q=8).save_pretrained("model")
+print(fromage.__file__)
+"""
+
+
+@pytest.mark.skipif(not os.environ.get("FROMAGE_TEST_INSTALL"), reason="takes minutes; FROMAGE_TEST_INSTALL=1 runs it")
+def test_an_installed_wheel_makes_an_index_and_searches_it(wheel, tmp_path):
+    """In an environment of its own, which borrows the libraries of this one but not the package."""
+    venv.create(tmp_path / "venv")
+    bin, env = tmp_path / "venv" / "bin", {"PATH": "/usr/bin:/bin", "PYTHONPATH": sysconfig.get_path("purelib")}
+    env |= {"HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    words = ["-m", "pip", "--python", bin / "python", "install", "-q", "--no-deps", "--no-index", wheel]
+    subprocess.run([sys.executable, *map(str, words)], check=True)
+
+    def did(*words):
+        return subprocess.run([str(bin / words[0]), *words[1:]], cwd=tmp_path, env=env, text=True, check=True,
+                              capture_output=True).stdout  # fmt: skip
+
+    assert did("python", "-c", SEARCHED).split()[-1].startswith(str(tmp_path / "venv"))
+    assert "index build" in did("fromage", "--help")
+    did("fromage", "index", "build", "--ckpt", "model", "--images", "world/coco/val2017", "--out", "index")
+    found = did("fromage", "search", "--index", "index", "a red star.", "-k", "3")
+    assert len(re.findall(r"world/coco/val2017/\d+\.jpg", found)) == 3
 
 
 def test_installed_package_finds_its_own_configurations(wheel, tmp_path):

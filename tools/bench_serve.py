@@ -4,7 +4,8 @@
     python tools/bench_serve.py --index runs/demo/index_k4
 
 The server is a process of its own at 127.0.0.1. A request of /search is a sentence; one of /chat is answered with 32
-tokens. In each round a lone client sends its requests one after the other, then several do so at the same time.
+tokens. In each round a lone client sends its requests one after the other, then several do so at the same time; at last one
+client searches for as long as the others converse.
 """
 
 from __future__ import annotations
@@ -118,6 +119,18 @@ def load(port: int, path: str, clients: int, requests: int) -> tuple[float, list
     return requests / took, seconds
 
 
+def beside(port: int, clients: int, requests: int) -> dict[str, list[float]]:
+    """Seconds of one client's searches, alone and while others converse, and of those conversations."""
+    seconds: dict[str, list[float]] = {"alone": [], "search": [], "chat": []}
+    client(port, "search", range(clients), seconds["alone"])
+    others = Thread(target=lambda: seconds["chat"].extend(load(port, "chat", clients, requests)[1]))
+    others.start()
+    while others.is_alive():
+        client(port, "search", range(1), seconds["search"])
+    others.join()
+    return seconds
+
+
 def measure(port: int, clients: int, requests: int, rounds: int) -> dict[str, Any]:
     """Medians of the rounds; the first one warms up. A lone client sends a quarter of the requests."""
     sides = {"one": (1, max(1, requests // 4)), "many": (clients, requests)}
@@ -130,11 +143,14 @@ def measure(port: int, clients: int, requests: int, rounds: int) -> dict[str, An
                 if turn:
                     rates[path][side].append(rate)
                     times[path][side] += seconds
+    passed = [beside(port, clients, requests) for _ in range(rounds)]
+    mixed = {name: [second for each in passed for second in each[name]] for name in ("alone", "search", "chat")}
     median = {path: {side: statistics.median(rates[path][side]) for side in sides} for path in PATHS}
     return {
         **{f"speedup_{path}": round(median[path]["many"] / median[path]["one"], 2) for path in PATHS},
         "requests_per_second": {path: {side: round(rate, 1) for side, rate in median[path].items()} for path in PATHS},
         **{f"p{p}": {x: {s: _milliseconds(t, p) for s, t in times[x].items()} for x in PATHS} for p in (50, 99)},
+        "beside": {name: {f"p{p}": _milliseconds(mixed[name], p) for p in (50, 99)} for name in mixed},
         "clients": clients,
     }
 
@@ -161,6 +177,8 @@ def main(words: list[str] | None = None) -> None:
         for side, count in (("one", 1), ("many", args.clients)):
             figures = (report[key][path][side] for key in ("requests_per_second", "p50", "p99"))
             print(f"/{path:9}{count:10}" + "{:12.1f}{:10.1f}{:10.1f}".format(*figures))
+    shown = "; ".join(f"{name} p50 {each['p50']}, p99 {each['p99']}" for name, each in report["beside"].items())
+    print(f"ms of searches alone, of searches while {args.clients} converse, and of these: {shown}")
     print(f"{args.clients} clients beside one: search {report['speedup_search']} x, chat {report['speedup_chat']} x")
     if args.json:
         args.json.write_text(json.dumps(report, indent=1) + "\n")

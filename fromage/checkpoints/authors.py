@@ -107,7 +107,8 @@ def read_authors(
     if system is GILL:
         warnings.warn(f"{file}: is of GILL; what generates images is left out, its [IMG] tokens become [RET]", stacklevel=2)
     added = {IMAGE: ret[0] - 1, **dict(zip(ret_tokens(len(ret)), ret, strict=True))}
-    return Saved(str(file), tensors, settings, added, generation=generation)
+    about = {"source": f"files of the released code of {system.name}, which do not say what they were trained on"}
+    return Saved(str(file), tensors, settings, added, generation=generation, about=about)
 
 
 def _find_pickle(path: Path) -> Path:

@@ -1,9 +1,10 @@
 """Trained parameters as a folder, to keep, hand on and publish.
 
 It holds config.json (format and version, the arguments that build the model around the towers' names, ids of the added
-tokens, the fingerprint, the digest of the weights), model.safetensors and README.md, its card. The towers are not in it, and
-nothing here needs them. Of FROMAGe these are 5.5 million numbers at full size: 11 MB in bfloat16, 22 MB in float32. Of an
-Octopus whose language model was trained, its parameters are in it too: adapters, or all of them.
+tokens, the fingerprint, the digest of the weights, what is known of the training), model.safetensors and README.md, its
+card. The towers are not in it, and nothing here needs them. Of FROMAGe these are 5.5 million numbers at full size: 11 MB in
+bfloat16, 22 MB in float32. Of an Octopus whose language model was trained, its parameters are in it too: adapters, or all
+of them.
 
 A folder in float32 gives back the model bit for bit, fingerprint included. In bfloat16 the parameters are rounded once:
 the fingerprint on record, and that of every index built with the folder, is the rounded model's. Saving it again rounds
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from pathlib import Path
 from types import MappingProxyType
@@ -25,6 +26,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from fromage.checkpoints.card import checked, fromage_card, octopus_card
 from fromage.errors import BrokenSample, UserError, reason
 from fromage.identity import OWN, FolderKind
 from fromage.io import as_json, check_new, decode_text, parse_json, write_files
@@ -40,7 +42,7 @@ CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 GENERATION = "generation.json"  # how to talk with the model, beside any kind of weights; see fromage.generation.preset
 GENERATION_SIZE = 1 << 16  # bytes of it, at most
 PARAMETERS = FolderKind(CONFIG, "trained parameters", keys=frozenset({"added_tokens", "fingerprint", "sha256"}))
-BESIDE: dict[str, Any] = {"added_tokens": dict, "fingerprint": str | None, "sha256": str}  # the settings, in config.json
+BESIDE: dict[str, Any] = {"added_tokens": dict, "fingerprint": str | None, "sha256": str, "about": dict}  # the settings
 
 
 @dataclass(frozen=True)
@@ -52,46 +54,14 @@ class Layout:
         kinds: types of the settings that every folder has.
         not_said: values of those that older folders lack.
         others: whether further settings are kept as they are; what they may be, the model's class knows.
-        card: text of the model card, for the config and the number of parameters.
+        card: text of the model card, for the config and the number of parameters; see fromage.checkpoints.card.
     """
 
     name: str
     kinds: dict[str, Any]
     not_said: dict[str, Any]
     others: bool
-    card: Callable[[dict[str, Any], int], str]
-
-
-def _fromage_card(config: dict[str, Any], count: int) -> str:
-    return f"""---
-library_name: fromage
-tags:
-- arxiv:2301.13823
----
-# FROMAGe on {config["lm"]} and {config["vision"]}
-
-The {count:,} trained parameters of [FROMAGe](https://arxiv.org/abs/2301.13823) between a frozen language model and a
-frozen image tower, with {config["k"]} input embeddings per image and {config["q"]} dimensions of retrieval. The towers
-are fetched by their names in {CONFIG}.
-
-    from fromage import Fromage
-    model = Fromage.from_pretrained("FOLDER OR NAME OF THIS")
-"""
-
-
-def _octopus_card(config: dict[str, Any], count: int) -> str:
-    return f"""---
-library_name: fromage
----
-# Octopus on {config["lm"]} and {config["vision"]}
-
-The {count:,} trained parameters of a reconstruction of Octopus (Zhao et al., NeurIPS 2024), a multi-modal language model
-that points at objects, with {config.get("num_queries", 0)} object queries. The language model and the image tower are
-fetched by their names in {CONFIG}.
-
-    from fromage import Octopus
-    model = Octopus.from_pretrained("FOLDER OR NAME OF THIS")
-"""
+    card: Callable[[Mapping[str, Any], int], str]
 
 
 # Settings of the paper's model, and of older files, which do not name them.
@@ -103,9 +73,9 @@ LAYOUTS = {
         TOWER_KINDS | {"k": int, "q": int, "pooling": str, "input_prompt": str} | {key: type(PAPER[key]) for key in PAPER},
         {"pooling": "ret", "input_prompt": "", **PAPER},
         False,
-        _fromage_card,
+        fromage_card,
     ),
-    OCTOPUS: Layout("Octopus", TOWER_KINDS, {}, True, _octopus_card),
+    OCTOPUS: Layout("Octopus", TOWER_KINDS, {}, True, octopus_card),
 }
 
 
@@ -121,6 +91,7 @@ class Saved:
         fingerprint: of the model with these parameters; None where it was written without its towers.
         generation: content of generation.json, not checked; None where there is none.
         format: kind of the model, one of LAYOUTS.
+        about: what is known of their training, for the model card; see fromage.checkpoints.card.
     """
 
     source: str
@@ -130,6 +101,7 @@ class Saved:
     fingerprint: str | None = None
     generation: dict[str, Any] | None = None
     format: str = FORMAT
+    about: dict[str, Any] = field(default_factory=dict)
 
     @property
     def dtype(self) -> str:
@@ -149,8 +121,8 @@ def read_folder(folder: Path) -> Saved:
         raise UserError(f"{folder / WEIGHTS}: missing or damaged ({reason(error)}); fetch or export it again") from error
     settings = {name: config[name] for name in config if name not in OWN | BESIDE.keys()}
     settings = settings if LAYOUTS[config["format"]].others else {name: settings[name] for name in LAYOUTS[FORMAT].kinds}
-    about = config["added_tokens"], config["fingerprint"], read_generation(folder), config["format"]
-    return Saved(str(folder), tensors, settings, *about)
+    beside = config["added_tokens"], config["fingerprint"], read_generation(folder), config["format"]
+    return Saved(str(folder), tensors, settings, *beside, about=checked(config["about"]))
 
 
 def read_generation(folder: Path) -> dict[str, Any] | None:
@@ -178,7 +150,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     layout = next((known for name, known in LAYOUTS.items() if config.get("format") == name), None)
     if layout is None or config.get("version") != VERSION:
         raise kind.unreadable(folder, "of another format or version")
-    config = layout.not_said | config
+    config = {"about": {}} | layout.not_said | config
     for name, wanted in (layout.kinds | BESIDE).items():
         if name not in config:
             raise kind.unreadable(folder, f"no {name!r}")
@@ -208,6 +180,7 @@ def write_folder(
     config = {"format": saved.format, "version": VERSION} | layout.not_said
     config |= {name: value for name, value in saved.settings.items() if layout.others or name in layout.kinds}
     config |= {"added_tokens": saved.added_tokens, "fingerprint": saved.fingerprint}
+    config |= {"about": saved.about} if saved.about else {}
     config |= {"sha256": hashlib.sha256(content).hexdigest()}
     files = {WEIGHTS: content, CARD: printable(layout.card(config, count), "\n").encode(), CONFIG: as_json(config)}
     files |= {GENERATION: as_json(saved.generation)} if saved.generation else {}

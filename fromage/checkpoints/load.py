@@ -7,6 +7,7 @@ from typing import Any
 
 from huggingface_hub import snapshot_download
 
+from fromage.checkpoints.card import about_run
 from fromage.checkpoints.format import CONFIG, FORMAT, GENERATION, OCTOPUS, WEIGHTS, Saved, read_folder, read_generation
 from fromage.checkpoints.hub import HUB_NAME, look_for_hub
 from fromage.checkpoints.lightning import PREFIX, read_checkpoint
@@ -56,4 +57,4 @@ def _from_lightning(path: str | Path) -> Saved:
     tensors = {name.removeprefix(PREFIX): value for name, value in checkpoint.get("state_dict", {}).items()}
     settings, generation = dict(checkpoint["hyper_parameters"]), read_generation(Path(path).parent)
     kind = OCTOPUS if "stage" in settings else FORMAT  # Octopus is trained in stages
-    return Saved(str(path), tensors, settings, {}, generation=generation, format=kind)
+    return Saved(str(path), tensors, settings, {}, generation=generation, format=kind, about=about_run(checkpoint))

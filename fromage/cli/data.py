@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -307,7 +307,7 @@ def import_weights(
 
 def export_weights(
     *, ckpt: str, out: Path, format: Literal["ours", "authors", "sentence-transformers"] = "ours",
-    dtype: DType | None = None, visual_encoder: str | None = None, overwrite: bool = False,
+    dtype: DType | None = None, visual_encoder: str | None = None, license: str | None = None, overwrite: bool = False,
 ) -> Result:  # fmt: skip
     """Write trained parameters, of FROMAGe or Octopus, as a folder to publish, or FROMAGe's as the authors' files.
 
@@ -315,15 +315,18 @@ def export_weights(
         format: a folder for from_pretrained, the same for SentenceTransformer too, or the authors' files
         dtype: number type of the parameters (default: a folder's own; bfloat16 for a Lightning checkpoint)
         visual_encoder: with --format authors: the image tower's name on the Hugging Face hub
+        license: licence of the parameters for the model card, as the hub names it, such as apache-2.0
     """
     check_free(out, overwrite, *(AUTHORS if format == "authors" else FOLDER))
     from fromage.checkpoints.authors import write_authors
+    from fromage.checkpoints.card import licensed
     from fromage.checkpoints.format import write_folder
     from fromage.checkpoints.load import read_saved
     from fromage.cli.models import model_class
     from fromage.models.pretrained import for_disk
 
     saved = read_saved(ckpt)
+    saved = replace(saved, about=licensed(saved.about, license))
     saved = for_disk(model_class(saved.format), saved, dtype)
     if format == "ours":
         write_folder(saved, out, overwrite)

@@ -38,9 +38,20 @@ GREEDY = Decoding()
 
 
 @torch.no_grad()
-def write(model: Fromage, prompts: Prompts, decoding: Decoding, drafts: Sequence[Draft], first: int = 0) -> None:
-    """Decode a batch of prompts into its drafts until all are done. first: number of the first row, for its seed."""
-    hf, steps = model.lm.hf, Steps(drafts)
+def write(
+    model: Fromage,
+    prompts: Prompts,
+    decoding: Decoding,
+    drafts: Sequence[Draft],
+    first: int = 0,
+    between: Callable[[], object] = lambda: None,
+) -> None:
+    """Decode a batch of prompts into its drafts until all are done.
+
+    first: number of the first row, for its seed. between: called behind each token, by the same thread; it may embed queries
+    with the model, and decode nothing.
+    """
+    hf, steps = model.lm.hf, Steps(drafts, between)
     with ExitStack() as hooks:
         hooks.enter_context(CpuLinears(halves_of(hf) if decoding.half_weights else None))
         hooks.enter_context(hf.get_output_embeddings().register_forward_pre_hook(steps.look))
@@ -190,8 +201,8 @@ class GumbelSampler(LogitsProcessor):
 class Steps(StoppingCriteria):
     """Passes each step's tokens and hidden states to the drafts; the device is read once per step, for the tokens."""
 
-    def __init__(self, drafts: Sequence[Draft]) -> None:
-        self.drafts, self.thread, self.hidden = drafts, get_ident(), torch.empty(0)
+    def __init__(self, drafts: Sequence[Draft], between: Callable[[], object] = lambda: None) -> None:
+        self.drafts, self.between, self.thread, self.hidden = drafts, between, get_ident(), torch.empty(0)
 
     def look(self, head: torch.nn.Module, inputs: tuple[Tensor]) -> None:
         """Hook before the output head, whose input is the hidden states (B, T, d). It ignores calls of other threads."""
@@ -203,6 +214,7 @@ class Steps(StoppingCriteria):
         for draft, token, hidden in zip(self.drafts, ids[:, -1].tolist(), self.hidden, strict=True):
             if not draft.done:
                 draft.step(token, hidden)
+        self.between()
         return torch.tensor([draft.done for draft in self.drafts], device=ids.device)  # (B,)
 
 

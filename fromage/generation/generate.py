@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
@@ -79,6 +79,7 @@ def generate(
     resolve: Resolve | None = None,
     batch_size: int = 64,
     starts: Starts = Starts.EACH,
+    between: Callable[[], object] = lambda: None,
 ) -> list[Answer]:
     """Answer each prompt.
 
@@ -88,6 +89,7 @@ def generate(
             by the next best, with a note. If None, images stay unopened, and RetrievedImages.rest has the hits that follow.
         batch_size: prompts decoded at a time.
         starts: where </s> stands in the prompts.
+        between: called behind each token, by the thread that decodes; see fromage.generation.decoding.write.
 
     Raises:
         UserError: a prompt and its answer do not fit the language model's positions, an image cannot be opened or fetched,
@@ -102,7 +104,7 @@ def generate(
         embedded = embed_prompts(model, batch, decoding.max_new_tokens, starts)
         pieces: list[list[Any]] = [[] for _ in batch]
         drafts = [Draft(model, decoding, row.append) for row in pieces]
-        write(model, embedded, decoding, drafts, start)
+        write(model, embedded, decoding, drafts, start, between)
         for row, prompt in enumerate(batch):
             features = embedded.features[embedded.shown[row]]  # (images of the prompt, m)
             retriever = ImageRetriever(model, index, resolve, decoding.images_per_ret, prompt, features)
@@ -117,6 +119,7 @@ def stream(
     index: ImageIndex | None = None,
     resolve: Resolve | None = None,
     starts: Starts = Starts.EACH,
+    between: Callable[[], object] = lambda: None,
 ) -> Stream:
     """The answer to one prompt, piece by piece while it is decoded; Answer.of joins the pieces.
 
@@ -132,7 +135,7 @@ def stream(
 
     def work() -> None:
         try:
-            write(model, embedded, decoding, [draft])
+            write(model, embedded, decoding, [draft], between=between)
             pieces.put(None)
         except BaseException as error:  # raised in the caller's thread
             pieces.put(error)

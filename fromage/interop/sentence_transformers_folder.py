@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from fromage.checkpoints.card import FROMAGE_LIMITS, write_card
 from fromage.checkpoints.format import CARD, FORMAT, LAYOUTS, Saved, write_folder
 from fromage.distribution import DISTRIBUTION, pip_install
 from fromage.errors import UserError
@@ -39,23 +40,20 @@ def write_sentence_transformers(saved: Saved, folder: str | Path, overwrite: boo
 
 def _card(saved: Saved) -> str:
     lm, vision, q = (saved.settings[name] for name in ("lm", "vision", "q"))
-    return f"""---
-library_name: sentence-transformers
+    front = """library_name: sentence-transformers
 pipeline_tag: sentence-similarity
 tags:
 - sentence-transformers
 - fromage
-- arxiv:2301.13823
----
-# FROMAGe on {lm} and {vision}
-
-Embeds texts, images and interleaved lists of both in one space of {q} dimensions
-([FROMAGe](https://arxiv.org/abs/2301.13823)). The towers are fetched by their names in config.json.
-It needs `{pip_install("sentence-transformers")}`.
+- arxiv:2301.13823"""
+    lead = f"""Embeds texts, images and interleaved lists of both in one space of {q} dimensions
+([FROMAGe](https://arxiv.org/abs/2301.13823)). The towers are fetched by their names in config.json."""
+    use = f"""It needs `{pip_install("sentence-transformers")}`.
 
     from PIL import Image
     from sentence_transformers import SentenceTransformer
     model = SentenceTransformer("FOLDER OR NAME OF THIS", trust_remote_code=True)
     image = Image.open("star.png")
-    model.encode(["a red star", image, ["like", image, "but blue"]])
-"""
+    model.encode(["a red star", image, ["like", image, "but blue"]])"""
+    config = saved.settings | {"about": saved.about}
+    return write_card(config, front, f"FROMAGe on {lm} and {vision}", lead, use, FROMAGE_LIMITS)

@@ -7,12 +7,14 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar, Self
 
 import torch
 from huggingface_hub import ModelHubMixin
 from torch import Tensor, nn
 
+from fromage.checkpoints.card import licensed
 from fromage.checkpoints.format import DTYPES, LAYOUTS, TOWERS, Saved, dtype_name, write_folder
 from fromage.checkpoints.load import HUB_OPTIONS, read_saved
 from fromage.errors import UserError, first_line
@@ -27,12 +29,14 @@ class Pretrained(VisualPrefixLM, ModelHubMixin):
         kind: what folders call this kind of model, one of fromage.checkpoints.format.LAYOUTS.
         settings: the arguments of `load`; empty if the model was built from modules.
         generation: content of generation.json, how to talk with the model (fromage.generation.preset); None: nothing said.
+        about: what is known of its training, for the model card (fromage.checkpoints.card).
         stored_dtype: dtype to which save_pretrained and push_to_hub round; after loading, the dtype of the file.
     """
 
     kind: ClassVar[str]
     settings: dict[str, Any]
     generation: dict[str, Any] | None = None
+    about: Mapping[str, Any] = MappingProxyType({})
     stored_dtype = "bfloat16"
 
     @classmethod
@@ -54,14 +58,22 @@ class Pretrained(VisualPrefixLM, ModelHubMixin):
         return build(cls, read_saved(name, **hub), device, dtype=dtype, **options)
 
     def save_pretrained(  # type: ignore[override]
-        self, save_directory: str | Path, dtype: str | None = None, config: None = None, model_card_kwargs: None = None
+        self,
+        save_directory: str | Path,
+        dtype: str | None = None,
+        license: str | None = None,
+        config: None = None,
+        model_card_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         """Write the trained parameters as a folder, see fromage.checkpoints.format; push_to_hub uploads what this writes.
 
         dtype: bfloat16 (11 MB of FROMAGe at full size), float16, or float32 (22 MB, lossless); by default stored_dtype.
-        config and model_card_kwargs are ignored; ModelHubMixin passes them.
+        license: of the parameters, as the hub names it, such as apache-2.0; for push_to_hub model_card_kwargs={"license":
+        ...}, which ModelHubMixin passes. The model card is written where there is none. config is ignored.
         """
-        write_folder(describe(self, dtype), save_directory, overwrite=True)
+        saved = describe(self, dtype)
+        about = licensed(saved.about, license or (model_card_kwargs or {}).get("license"))
+        write_folder(replace(saved, about=about), save_directory, overwrite=True)
 
     def push_to_hub(self, repo_id: str, **hub: Any) -> str:
         """Upload what save_pretrained writes to the Hugging Face hub; options of ModelHubMixin. Returns the address."""
@@ -118,7 +130,7 @@ def build(cls: type[Any], saved: Saved, device: str = "cpu", **options: Any) -> 
     if other := {token: number for token, number in saved.added_tokens.items() if own.get(token, number) != number}:
         here = {token: own[token] for token in other}
         raise UserError(f"{saved.source}: made for {other}, but {model.lm.name} has {here}; give its own lm")
-    model.generation = saved.generation
+    model.generation, model.about = saved.generation, saved.about
     if saved.added_tokens:  # not a Lightning checkpoint, which is float32 for further training
         model.stored_dtype = saved.dtype
     if saved.fingerprint and not options and model.fingerprint() != saved.fingerprint:
@@ -147,8 +159,8 @@ def describe(model: Pretrained, dtype: str | None = None) -> Saved:
     exact = kept is not torch.float16 or not any(name.startswith(TOWERS) for name in tensors)
     fingerprint = model.fingerprint(tensors) if exact else None
     settings = {name: value for name, value in model.settings.items() if name != "random_weights"}
-    about = dict(model.tokenizer.added), fingerprint, model.generation, model.kind
-    return Saved("this model", tensors, settings, *about)
+    beside = dict(model.tokenizer.added), fingerprint, model.generation, model.kind
+    return Saved("this model", tensors, settings, *beside, about=dict(model.about))
 
 
 def for_disk(cls: type[Pretrained], saved: Saved, dtype: str | None = None) -> Saved:

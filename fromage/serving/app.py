@@ -1,7 +1,8 @@
 """FROMAGe over HTTP: conversations and searches for programs.
 
-One thread owns the model (fromage.serving.batching). Waiting searches are answered as a batch, and so are conversations with
-the same decoding options; a streamed conversation is answered alone while others wait. Other threads decode and fetch
+One thread owns the model (fromage.serving.batching). Waiting searches are answered as a batch, between the tokens of an
+answer too, and so are conversations with the same decoding options; a streamed conversation is answered alone while others
+wait. Other threads decode and fetch
 images, before a request enters the queue and after it has left it.
 
     with TestClient(create_app(model, index)) as client:

@@ -2,6 +2,9 @@
 
 If the thread is idle a request is answered at once; requests that arrive meanwhile form the next batch, so batches grow with
 the load. After a batch the thread waits a moment for its clients' next requests, or the first would be answered alone.
+
+Quick requests, such as searches, pass slow ones: they go first, and work that takes long lets a batch of them pass between
+its steps. Neither kind starves: at most one batch of quick requests passes at a time, and behind one a slow batch begins.
 """
 
 from __future__ import annotations
@@ -57,6 +60,7 @@ class _Job:
     work: Work
     item: Any
     group: Hashable | None
+    quick: bool
     future: Future[Any] = field(default_factory=Future)
 
 
@@ -67,6 +71,7 @@ class Batcher:
         self.capacity, self.closed = capacity, False
         self._waiting: list[_Job] = []
         self._before = 0  # size of the last batch
+        self._passed = False  # whether it was of quick requests
         self._changed = Condition()
         self._thread = Thread(target=self._run, name="model", daemon=True)
         self._thread.start()
@@ -85,17 +90,24 @@ class Batcher:
         if self.waiting >= self.capacity.queue:
             raise Busy
 
-    def submit(self, work: Work, item: Any, group: Hashable | None = None) -> Future[Any]:
+    def submit(self, work: Work, item: Any, group: Hashable | None = None, quick: bool = False) -> Future[Any]:
         """Queue work([item, ...]); a future that is cancelled before its turn is skipped.
 
         group: items with equal groups can be passed to one call of work, which must be the same function; None: alone.
+        quick: it goes before requests that are not, and passes those that are being answered; see `let_pass`.
         """
-        job = _Job(work, item, group)
+        job = _Job(work, item, group, quick)
         with self._changed:
             self.admit()
             self._waiting.append(job)
             self._changed.notify()
         return job.future
+
+    def let_pass(self) -> None:
+        """Answer a batch of the quick requests that wait. Work that takes long calls it between its steps."""
+        with self._changed:
+            taken = self._together([job for job in self._waiting if job.quick])
+        self._answer([job for job in taken if job.future.set_running_or_notify_cancel()])
 
     def close(self) -> None:
         """Refuse waiting and new requests with Closed; the running batch is finished."""
@@ -116,16 +128,22 @@ class Batcher:
             self._answer([job for job in self._take() if job.future.set_running_or_notify_cancel()])
 
     def _take(self) -> list[_Job]:
-        """The oldest request and others of its group; empty if it was cancelled, and at the end."""
+        """The next batch: quick requests, or behind such a batch slow ones; empty at the end."""
         with self._changed:
             self._changed.wait_for(lambda: self._waiting or self.closed)
             self._changed.wait_for(lambda: len(self._waiting) >= self._before or self.closed, PAUSE)
-            first = self._waiting[:1]
-            others = [job for job in self._waiting[1:] if first[0].group is not None and job.group == first[0].group]
-            taken = [*first, *others[: self.capacity.batch_size - 1]]
-            self._waiting = [job for job in self._waiting if job not in taken]
-            self._before = len(taken)
+            preferred = [job for job in self._waiting if job.quick is not self._passed]
+            taken = self._together(preferred or self._waiting)
+            self._before, self._passed = len(taken), any(job.quick for job in taken)
             return taken
+
+    def _together(self, jobs: list[_Job]) -> list[_Job]:
+        """Take the oldest of some waiting jobs out of the queue, and others of its group."""
+        first = jobs[:1]
+        others = [job for job in jobs[1:] if first[0].group is not None and job.group == first[0].group]
+        taken = [*first, *others[: self.capacity.batch_size - 1]]
+        self._waiting = [job for job in self._waiting if job not in taken]
+        return taken
 
     def _answer(self, jobs: list[_Job]) -> None:
         """Set the results of some jobs; if a batch fails, possibly because of one job, each job is done alone."""

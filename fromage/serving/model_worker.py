@@ -72,24 +72,28 @@ class ModelWorker:
         index: ImageIndex | None,
         style: str | None,
         took: Callable[[Usage], None] = lambda usage: None,
+        between: Callable[[], object] = lambda: None,
     ) -> None:
-        """took: told what each answer took. Raises UserError for an unknown style and for an index of another model."""
+        """took: told what each answer took. between: called between the tokens of answers, by whichever thread decodes.
+
+        Raises UserError for an unknown style and for an index of another model."""
         if index is not None:
             index.require_model(model)
         self.model, self.index, self.style, self.took = model, index, style, took
+        self.between = between
         self.stop = find_style(style, model).stop
 
     def chat(self, requests: list[ModelRequest]) -> list[tuple[Answer, Usage]]:
         """Answers to conversations with the same decoding options; retrieved images are not opened."""
         prompts, decoding = [self._prompt(request) for request in self._encoded(requests)], self._decoding(requests[0])
-        answers = generate(self.model, prompts, decoding, self.index, batch_size=len(prompts))
+        answers = generate(self.model, prompts, decoding, self.index, batch_size=len(prompts), between=self.between)
         return [(answer, self._usage(prompt, decoding, answer.ids)) for prompt, answer in zip(prompts, answers, strict=True)]
 
     def stream(self, requests: list[tuple[ModelRequest, Put]]) -> list[Usage]:
         """The answer to one conversation, piece by piece, until `put` returns False."""
         ((request, put),) = requests
         prompt, decoding = self._prompt(*self._encoded([request])), self._decoding(request)
-        with closing(stream(self.model, prompt, decoding, self.index)) as pieces:
+        with closing(stream(self.model, prompt, decoding, self.index, between=self.between)) as pieces:
             for piece in pieces:
                 if not put(piece):
                     break

@@ -57,7 +57,7 @@ class RequestHandler:
     def __init__(self, model: Fromage, index: ImageIndex | None, preset: Preset, capacity: Capacity) -> None:
         self.model, self.index, self.preset, self.capacity = model, index, preset, capacity
         self.metrics, self.ids = Metrics(), ImageIds(index)
-        self.worker = ModelWorker(model, index, preset.style, self._count)
+        self.worker = ModelWorker(model, index, preset.style, self._count, lambda: self.batcher.let_pass())
 
     def open(self) -> None:
         """Start the thread that owns the model."""
@@ -114,7 +114,8 @@ class RequestHandler:
         """The images nearest to a query."""
         self.batcher.admit()
         prepared = ModelRequest([await self._parts(request.query)], k=request.k, where=request.where)
-        shown = await asyncio.wrap_future(self.batcher.submit(self.worker.search, prepared, ("search", request.where)))
+        group = ("search", request.where)
+        shown = await asyncio.wrap_future(self.batcher.submit(self.worker.search, prepared, group, quick=True))
         await self._illustrate(shown, request.images)
         return SearchReply(hits=self.found(shown))
 

@@ -15,6 +15,7 @@ import pytorch_lightning as pl
 import torch
 import yaml
 
+from fromage.checkpoints.card import about_data
 from fromage.distribution import versions
 from fromage.errors import UserError, first_line
 from fromage.images.codec import to_png
@@ -42,6 +43,7 @@ class RunReport(pl.Callback):
     def __init__(self) -> None:
         self.curves: dict[str, list[tuple[int, float]]] = {}  # (optimiser steps made, figure)
         self.examples, self.before = 0, 0.0  # before: seconds before the run was resumed
+        self.data: dict[str, Any] = {}  # the configuration's, for the model card
         self.folder: Path | None = None
         self.began, self.commit = time.monotonic(), ""
 
@@ -49,14 +51,17 @@ class RunReport(pl.Callback):
         """Start the clock; get the folder, a call that all devices must make."""
         self.folder = Path(trainer.log_dir or trainer.default_root_dir)
         self.began, self.commit = time.monotonic() - self.before, git_commit()
+        self.data = about_data(self._settings(pl_module)) or self.data
 
     def state_dict(self) -> dict[str, Any]:
         """The data for the checkpoint."""
-        return {"curves": self.curves, "examples": self.examples, "seconds": time.monotonic() - self.began}
+        seconds = time.monotonic() - self.began
+        return {"curves": self.curves, "examples": self.examples, "seconds": seconds, "data": self.data}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the data of the checkpoint."""
         self.curves, self.examples, self.before = (state_dict[name] for name in ("curves", "examples", "seconds"))
+        self.data = state_dict.get("data", {})  # older checkpoints have none
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Count examples; record the metrics of logged steps."""
@@ -84,14 +89,18 @@ class RunReport(pl.Callback):
             if curve is not None and (not curve or curve[-1][0] < trainer.global_step):
                 curve.append((trainer.global_step, float(value)))
 
+    def _settings(self, module: Any) -> str:
+        """The configuration that the command line wrote, else the hyperparameters."""
+        config = Path(self.folder or "") / "config.yaml"
+        return config.read_text(encoding="utf-8") if config.is_file() else yaml.safe_dump(dict(module.hparams))
+
     def _write(self, trainer: pl.Trainer, module: Any, outcome: str) -> None:
         if self.folder is None or trainer.state.fn != "fit" or not trainer.is_global_zero:  # before the first step
             return
         files = {f"{title}.svg": chart.encode() for title, chart in self.charts().items()}
         files |= {f"{tag}.png": to_png(sheet) for tag, sheet in getattr(module, "sheets", {}).items()}
         images = {"report-" + re.sub("[ /]", "-", name): content for name, content in files.items()}
-        config = self.folder / "config.yaml"  # written by the command line
-        settings = config.read_text(encoding="utf-8") if config.is_file() else yaml.safe_dump(dict(module.hparams))
+        settings = self._settings(module)
         parts = ["# Run report", rows(self.facts(trainer, outcome)), "## Figures", rows(self.figures())]
         parts += [*(f"![{name}]({name})" for name in images), "## Configuration", f"```yaml\n{settings.strip()}\n```\n"]
         try:

@@ -173,6 +173,7 @@ def test_the_published_file_is_preferred_among_several(tmp_path):
     theirs = small(tmp_path / "theirs")
     torch.save({"state_dict": {"1.weight": torch.zeros(2)}}, theirs / "ckpt_best.pth.tar")
     assert read_authors(theirs).source == str(theirs / PICKLE)
+    assert "released code of FROMAGe" in read_authors(theirs).about["source"]
     torch.save(unpruned(published(d=24, m=16, q=8)), theirs / "ckpt.pth.tar")
     (theirs / PICKLE).unlink()
     with pytest.raises(UserError, match=r"ckpt\.pth\.tar, ckpt_best\.pth\.tar; give the file"):

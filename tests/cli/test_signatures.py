@@ -35,6 +35,7 @@ LINES = {  # command line: what it says of some options, defaults among them
     "plan -c toy.yaml --batch-size 9 --stored-features": {"config": ["toy.yaml"], "batch_size": 9, "stored_features": True},
     "import d --out o --vision toy": {"source": Path("d"), "vision": "toy", "dtype": "bfloat16"},
     "export --ckpt c --out o --format authors": {"ckpt": "c", "format": "authors", "dtype": None},
+    "export --ckpt c --out o --license mit": {"license": "mit", "visual_encoder": None},
     "index embed --ckpt c --images i --out o --ray": {"ckpt": "c", "ray": "local", "actors": 1, "gpus": None},
     "index embed --ckpt c --images i --out o --ray=auto --gpus 0.5": {"ray": "auto", "gpus": 0.5},
     "index build --embeddings e --out o --kind IVF8,Flat": {"embeddings": Path("e"), "kind": "IVF8,Flat", "images": None},

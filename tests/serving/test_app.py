@@ -2,6 +2,7 @@
 
 import asyncio
 import importlib
+import itertools
 import json
 import re
 import signal
@@ -9,6 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from http.client import HTTPConnection
 from pathlib import Path
 from urllib.request import urlopen
@@ -286,3 +288,42 @@ def test_without_its_packages_it_says_what_to_install(monkeypatch):
         monkeypatch.delitem(sys.modules, f"fromage.serving.{name}")
     with pytest.raises(UserError, match=r"fastapi: pip install 'fromage-torch\[serve\]'"):
         importlib.import_module("fromage.serving.app")
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_search_passes_a_conversation_that_goes_on_as_if_alone(model, index, streamed, monkeypatch):
+    """Searches arrive while an answer is decoded: each is answered before the answer ends, and neither changes."""
+    app, tokens = create_app(model, index, "plain"), 12
+    said = SAY | {"decoding": {"max_new_tokens": tokens, "min_new_tokens": tokens, "ret_bias": 2}, "stream": streamed}
+    batcher_of, order, text = app.state.handler, [], {"query": "a red star", "k": 6}
+
+    async def case(client):
+        alone, found = (await client.post("/chat", json=said)).text, (await client.post("/search", json=text)).json()
+        begun, calls = asyncio.Event(), itertools.count()
+        loop, pass_by = asyncio.get_running_loop(), batcher_of.batcher.let_pass
+
+        def between():
+            if next(calls) < 2:
+                loop.call_soon_threadsafe(begun.set)
+                deadline = time.monotonic() + 10
+                while not batcher_of.batcher.waiting and time.monotonic() < deadline:
+                    time.sleep(0.001)
+            pass_by()
+
+        monkeypatch.setattr(batcher_of.batcher, "let_pass", between)
+
+        async def ask(path, body):
+            reply = await client.post(path, json=body)
+            order.append(path)
+            return reply
+
+        answer = asyncio.create_task(ask("/chat", said))
+        await asyncio.wait_for(begun.wait(), 10)
+        searches = [await ask("/search", text) for _ in range(2)]
+        for hits in (reply.json()["hits"] for reply in searches):
+            assert [hit["id"] for hit in hits] == [hit["id"] for hit in found["hits"]]
+            assert [hit["score"] for hit in hits] == pytest.approx([hit["score"] for hit in found["hits"]], abs=1e-5)
+        assert (await answer).text == alone
+        assert order == ["/search", "/search", "/chat"]
+
+    running(app, case)

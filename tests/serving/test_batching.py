@@ -151,3 +151,73 @@ def test_one_thread_does_all_the_work(batcher):
 def test_limits_that_mean_nothing(bad):
     with pytest.raises(UserError, match="must be"):
         Capacity(**bad)
+
+
+def test_quick_requests_go_first_and_behind_them_the_slow_ones_that_wait(batcher, gate):
+    futures = [begin(batcher, gate)]
+    futures += [batcher.submit(gate, i, "slow") for i in (1, 2)]
+    futures += [batcher.submit(gate, i, "quick", quick=True) for i in (3, 4)]
+    gate.open.set()
+    assert [future.result(10) for future in futures] == [0, 10, 20, 30, 40] and gate.batches == [[0], [3, 4], [1, 2]]
+
+
+def test_quick_requests_pass_work_that_lets_them(batcher, gate):
+    """Between two steps of slow work one batch of them is answered, by the same thread; the others go on waiting."""
+    quick = lambda items: [(item, threading.get_ident()) for item in items]  # noqa: E731
+
+    def slow(items):
+        (result,) = gate(items)
+        batcher.let_pass()
+        done = [future.done() for future in passing]
+        batcher.let_pass()
+        return [(result, done, [future.done() for future in passing], threading.get_ident())]
+
+    running = batcher.submit(slow, 1, "slow")
+    assert gate.begun.wait(10)
+    waiting = batcher.submit(gate, 2, "slow")
+    passing = [batcher.submit(quick, i, i > 2, quick=True) for i in (1, 2, 3)]
+    assert passing[1].cancel()
+    gate.open.set()
+    result, first, second, thread = running.result(10)
+    assert (result, first, second) == (10, [True, True, False], [True, True, True])
+    assert passing[0].result(10) == (1, thread) and passing[2].result(10) == (3, thread) and waiting.result(10) == 20
+
+
+def test_a_quick_request_that_fails_harms_nothing_that_it_passes(batcher, gate):
+    def fail(items):
+        raise UserError("no such column")
+
+    def slow(items):
+        results = gate(items)
+        batcher.let_pass()
+        return results
+
+    running = batcher.submit(slow, 1)
+    assert gate.begun.wait(10)
+    passing = batcher.submit(fail, 1, "quick", quick=True)
+    gate.open.set()
+    assert running.result(10) == 10
+    with pytest.raises(UserError, match="no such column"):
+        passing.result(10)
+
+
+def test_neither_kind_starves_the_other(batcher, gate):
+    """Each that is answered sends the next of its kind, as busy clients do."""
+    done, busy = {"quick": 0, "slow": 0}, True
+
+    def work(items):
+        for kind in items:
+            done[kind] += 1
+            if busy:
+                batcher.submit(work, kind, kind, quick=kind == "quick")
+        return items
+
+    begin(batcher, gate)
+    for kind in done:
+        batcher.submit(work, kind, kind, quick=kind == "quick")
+    gate.open.set()
+    deadline = time.monotonic() + 10
+    while min(done.values()) < 5 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    busy = False
+    assert min(done.values()) >= 5 and abs(done["quick"] - done["slow"]) <= 2

@@ -21,6 +21,8 @@ def test_the_bench_runs_and_writes_its_figures(tmp_path, monkeypatch, capsys):
         assert report["requests_per_second"][path].keys() == {"one", "many"}
         for side in ("one", "many"):
             assert 0 < report["p50"][path][side] <= report["p99"][path][side]
+    assert report["beside"].keys() == {"alone", "search", "chat"}
+    assert all(0 < each["p50"] <= each["p99"] for each in report["beside"].values())
     assert "/search" in capsys.readouterr().out
 
 
