@@ -7,7 +7,7 @@
 octopus is trained as lightning_configs/octopus_toy1.yaml to 3 say, sequential as octopus_sequential.yaml; slow and fast are
 sequential with other learning rates, by which its own was chosen. The other rows change one thing of octopus each, in
 stages 2 and 3, at the same length; five of them undo what is ours, not the paper's: how far apart queries begin
-(near_queries) and where (random_queries), that they see one another (blind_queries), the layer norm before the decoder
+(far_queries) and where (random_queries), that they see one another (blind_queries), the layer norm before the decoder
 (no_norm), and reference points of their own (no_points). Stage 1 is one for all rows of a seed. Figures are of scenes that
 no training has seen: of a world of another seed, or (--judged val) of the training world's validation scenes, which designs
 are chosen on.
@@ -46,7 +46,7 @@ ROWS: dict[str, list[str]] = {  # of Octopus: what is changed
     "n32": ["--model.num_queries=32"],
 }
 TRIED: dict[str, tuple[Any, str, Any]] = {  # what of Octopus is another one, and what it is then
-    "near_queries": (model, "APART", 0.1),
+    "far_queries": (model, "APART", 1.0),
     "random_queries": (model, "_start", lambda lm, n: torch.randn(n, lm.width) * lm.added.mean_norm.cpu() / lm.width**0.5),
     "blind_queries": (model, "among", lambda places, n: torch.zeros(*places.shape, places.shape[1], dtype=torch.bool)),
     "no_norm": (recognition, "_enter", torch.nn.Linear),

@@ -6,7 +6,6 @@ import platform
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor
@@ -15,6 +14,7 @@ from fromage.distribution import versions
 from fromage.errors import UserError
 from fromage.evals.clip import load_clip_baseline, no_baseline
 from fromage.evals.report import SYSTEMS, Report, System
+from fromage.images.regions import Place
 from fromage.images.transforms import Framing
 from fromage.models.base import VisualPrefixLM
 from fromage.models.fromage import Fromage
@@ -39,7 +39,7 @@ class Run:
         self,
         model: VisualPrefixLM,
         data: str,
-        images: Sequence[Path],
+        images: Sequence[Place],
         options: Options | None,
         framings: Sequence[Framing] = ("own",),
     ) -> None:
@@ -50,7 +50,7 @@ class Run:
         self.model, self.data, self.options = model, data, options or Options()
         self.encoded = encode_files(model, images, self.options, framings)
 
-    def keep(self, items: Sequence[Item], images: Callable[[Item], Sequence[Path]]) -> list[Item]:
+    def keep(self, items: Sequence[Item], images: Callable[[Item], Sequence[Place]]) -> list[Item]:
         """The items of which all images were encoded. Raises UserError where there is none."""
         kept = [item for item in items if all(path in self.encoded.row for path in images(item))]
         if not kept:
@@ -80,7 +80,7 @@ def make_report(
     sizes: Mapping[str, int],
     skipped: Mapping[str, int],
     protocol: Mapping[str, str],
-    lost: Sequence[tuple[str, Path]],
+    lost: Sequence[tuple[str, Place]],
     paper: Mapping[str, System] | None = None,
     headline: Sequence[str] = (),
 ) -> Report:
@@ -148,7 +148,7 @@ class RetrievalRun(Run):
         self,
         model: Fromage,
         data: str,
-        images: Sequence[Path],
+        images: Sequence[Place],
         options: Options | None,
         framings: Sequence[Framing] = ("own",),
     ) -> None:

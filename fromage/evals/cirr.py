@@ -15,7 +15,7 @@ from fromage.errors import UserError
 from fromage.evals.composed import ASKED, WORDS, Composed, ComposedRun, ComposedSet, write_server_files
 from fromage.evals.contextual import recalls
 from fromage.evals.report import Report, System
-from fromage.images.regions import below
+from fromage.images.regions import Place, below
 from fromage.models.fromage import Fromage
 from fromage.retrieval.encode import Options
 from fromage.retrieval.metrics import Scope
@@ -83,7 +83,7 @@ def read_cirr(annotations: Path, gallery: Path, images: Path, limit: int | None 
         )
     if not queries:
         raise UserError(f"{annotations}: holds no pair; fetch the file anew")
-    names = {place: name for name, place in places.items()}
+    names: dict[Place, str] = {place: name for name, place in places.items()}
     official = len(found) in OFFICIAL and limit is None
     return ComposedSet(annotations.name, queries, list(places.values()), names, official)
 

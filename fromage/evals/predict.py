@@ -15,6 +15,7 @@ from tqdm import tqdm
 from fromage.errors import UserError
 from fromage.evals.base import make_report
 from fromage.evals.report import Report, System
+from fromage.images.regions import Place
 from fromage.models.base import VisualPrefixLM
 from fromage.octopus.answers import Grounded, answer_ids
 from fromage.octopus.decoding import ground
@@ -43,8 +44,8 @@ class ImageStream:
     def __init__(self, model: VisualPrefixLM, paths: Sequence[Path | None], options: Options) -> None:
         """paths: of each item's image; None for an item without."""
         self.model, self.paths, self.options = model, paths, options
-        self.images: set[Path] = set()
-        self.lost: list[tuple[str, Path]] = []
+        self.images: set[Place] = set()
+        self.lost: list[tuple[str, Place]] = []
         first: dict[Path | None, int] = {}
         order = sorted(range(len(paths)), key=lambda i: first.setdefault(paths[i], i))
         size = options.batch_size
@@ -56,12 +57,12 @@ class ImageStream:
         Items whose image is lost are left out. Raises UserError where more than options.max_lost of the images are.
         """
         needed = [list(dict.fromkeys(path for i in batch if (path := self.paths[i]))) for batch in self.batches]
-        known: set[Path] = set()
+        known: set[Place] = set()
         new = []
         for paths in needed:
             new.append([path for path in paths if path not in known])
             known.update(paths)
-        held: dict[Path, Tensor] = {}
+        held: dict[Place, Tensor] = {}
         for batch, paths, encoded in zip(self.batches, needed, self._encoded(new), strict=True):
             held = {path: held[path].clone() for path in paths if path in held}  # a view would keep the batch it is of
             held |= {path: encoded.features[row] for path, row in encoded.row.items()}
@@ -106,8 +107,8 @@ class Predictions:
     sources: Sequence[Listed]
     pairs: list[list[tuple[Example, Grounded]]]
     skipped: Mapping[str, int]
-    images: set[Path]
-    lost: list[tuple[str, Path]]
+    images: set[Place]
+    lost: list[tuple[str, Place]]
     seconds: float
     options: Options
 
@@ -167,7 +168,7 @@ def report(
     """See make_report. The model's figures are under 'octopus', or under 'sequential' where it spells boxes as text."""
     model, options = parts[0].model, parts[0].options
     systems = {"octopus" if model.num_queries else "sequential": figures} | ({"chance": chance} if chance else {})
-    images: set[Path] = set().union(*(part.images for part in parts))
+    images: set[Place] = set().union(*(part.images for part in parts))
     counts = {"examples": sum(len(pairs) for part in parts for pairs in part.pairs), "images": len(images), **(sizes or {})}
     skipped = {what: sum(part.skipped.get(what, 0) for part in parts) for part in parts for what in part.skipped}
     lost = list(dict.fromkeys(each for part in parts for each in part.lost))

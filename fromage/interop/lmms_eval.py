@@ -123,7 +123,9 @@ class FromageLmms(lmms):
         until = options.get("until") or ()
         until = (until,) if isinstance(until, str) else tuple(text for text in until if text)
         temperature = float(options.get("temperature") or 0) if options.get("do_sample", True) else 0.0
-        sampled = {"top_p": float(options.get("top_p") or 1), "top_k": int(options.get("top_k") or 0)} if temperature else {}
+        sampled: dict[str, Any] = (
+            {"top_p": float(options.get("top_p") or 1), "top_k": int(options.get("top_k") or 0)} if temperature else {}
+        )
         length = int(options.get("max_new_tokens") or LENGTH)
         stop = tuple(dict.fromkeys((*self.preset.decoding.stop, *self.style.stop, *until)))
         return Decoding(length, temperature=temperature, stop=stop, max_images=0, **sampled)

@@ -49,9 +49,7 @@ from fromage.octopus.masks import SCALES
 from fromage.octopus.recognition import Detections, Recognizer
 
 QUERY = QUERIES.value
-APART = (
-    1.0  # lengths of an embedding between queries' beginnings: near to each other they gather the noun, hardly its colour
-)
+APART = 0.1  # of the length of an embedding, between the beginnings of queries
 SLOTS = re.compile(r"(\{\w+\})")
 
 
@@ -309,7 +307,10 @@ class Octopus(Pretrained):
 
 
 def _start(lm: LanguageModel, n: int) -> Tensor:
-    """(n, d): where queries begin, around the embedding of '.', behind which a language model has gathered what was said."""
+    """(n, d): where queries begin, at the embedding of '.', and a tenth of a random embedding each.
+
+    At '.' a language model has gathered what was said.
+    """
     device = lm.hf.get_input_embeddings().frozen.weight.device
     full_stop = lm.embed(torch.tensor(lm.tokenizer.encode("."), device=device))[-1].detach().float().cpu()  # (d,)
     scale: Any = lm.added.mean_norm.cpu() / lm.width**0.5

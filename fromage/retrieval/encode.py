@@ -56,7 +56,7 @@ class Encoded:
 
     views: dict[Framing, Tensor]
     row: dict[Place, int]
-    lost: list[tuple[str, Place]]
+    lost: Sequence[tuple[str, Place]]
 
     @property
     def features(self) -> Tensor:
@@ -80,7 +80,7 @@ def lost_counts(lost: Sequence[tuple[str, Place]]) -> dict[str, int]:
 class Files(Dataset[Any]):
     """Images transformed for a vision tower, (3, H, W) uint8 each; for a lost one the cause, 'missing' or 'broken'."""
 
-    def __init__(self, paths: list[Place], transform: Transform) -> None:
+    def __init__(self, paths: Sequence[Place], transform: Transform) -> None:
         self.paths, self.transform = paths, transform
 
     def __len__(self) -> int:
