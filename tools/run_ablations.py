@@ -33,7 +33,7 @@ from fromage.evals.dialogues import read_dialogues
 from fromage.io import write_json
 from fromage.models.fromage import Fromage, load_model
 from fromage.retrieval.encode import Options, encode_files
-from fromage.retrieval.metrics import chance, rank_figures, ranks
+from fromage.retrieval.metrics import Scope, chance, places, rank_figures
 from fromage.retrieval.queries import embed_queries
 from fromage.toy.composition import LINES, make_tuples
 from fromage.toy.world import make_world
@@ -96,7 +96,8 @@ def find_composed(model: Fromage, folder: Path) -> dict[str, Any]:
 
     def found(queries: torch.Tensor, gallery: torch.Tensor) -> dict[str, dict[str, float]]:
         """(n, q) queries in a gallery (M, q), each without its own reference."""
-        return {"composed": rank_figures(ranks(queries, gallery, targets, excluded=own.unsqueeze(1)))}
+        place = places(queries, gallery, [[i] for i in targets.tolist()], Scope([[i] for i in own.tolist()]))  # (n, 1)
+        return {"composed": rank_figures(place[:, 0])}
 
     prompts = [[image, condition] for image, condition in zip(features[own].cpu(), conditions, strict=True)]
     asked = torch.cat([embed_queries(model, prompts[i : i + 128]) for i in range(0, n, 128)])  # (n, q)

@@ -75,7 +75,7 @@ SHOWN = {
     "captions.bleu4": "BLEU-4",
 }
 ASKED = {"base", "requests"}  # rows of which it is measured whether a picture comes when one is asked for
-KINDS = {"pictures, as trained": "asked for", "words, as trained": "else", "pictures, with bias": "asked for, bias",
+KINDS = {"images, as trained": "asked for", "words, as trained": "else", "images, with bias": "asked for, bias",
          "words, with bias": "else, bias"}  # fmt: skip
 COMES = {f"asking, {style}.{name}": f"{style}: {told}" for style in STYLES for name, told in KINDS.items()}
 

@@ -162,7 +162,7 @@ def tune_ret(
     this bias, and style and system prompt where they are given here, since the bias holds for them alone.
 
     Args:
-        messages: JSON {"pictures": [message that asks for an image, ...], "words": [other message, ...]}
+        messages: JSON {"images": [message that asks for an image, ...], "words": [other message, ...]}
         style: how turns stand in the prompt (default: as the model's generation.json says, else by the tokenizer's chat
             template, else dialogue)
         system: text in front of everything
@@ -185,7 +185,7 @@ def tune_ret(
         f"[RET] bias {found.bias:g}, right for {found.accuracy:.0f} % of the messages that chose it (mean of both kinds)"
     ]
     lines += [
-        f"answers to the others with images, {name}: {shown['pictures']:.0f} % where asked for, {shown['words']:.0f} % else"
+        f"answers to the others with images, {name}: {shown['images']:.0f} % where asked for, {shown['words']:.0f} % else"
         for name, shown in (("without a bias", found.before), ("with it", found.after))
     ]
     data = {"ret_bias": found.bias, "accuracy": found.accuracy, "judged": found.judged}

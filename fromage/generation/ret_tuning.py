@@ -25,7 +25,7 @@ from fromage.io import read_json
 from fromage.models.fromage import Fromage
 from fromage.models.prompts import Prompt, embed_prompts
 
-PICTURES, WORDS = "pictures", "words"  # kinds of messages: those that ask for an image, and others
+IMAGES, WORDS = "images", "words"  # kinds of messages: those that ask for an image, and others
 LEAST = 4  # messages of a kind, half of which judge
 FLOOR = -1e4  # the margin where no place of the answer may hold [RET]; the bias that a request over HTTP may have at most
 
@@ -49,17 +49,17 @@ class RetTuning(NamedTuple):
     @property
     def judged(self) -> float:
         """Balanced accuracy on the other messages, in percent."""
-        return (self.after[PICTURES] + 100 - self.after[WORDS]) / 2
+        return (self.after[IMAGES] + 100 - self.after[WORDS]) / 2
 
 
 def read_messages(path: Path) -> dict[str, list[str]]:
-    """A file {"pictures": [message that asks for an image, ...], "words": [other message, ...]}.
+    """A file {"images": [message that asks for an image, ...], "words": [other message, ...]}.
 
     Raises UserError where it is missing, or something else.
     """
-    wanted = f'a file {{"{PICTURES}": [message, ...], "{WORDS}": [message, ...]}}'
+    wanted = f'a file {{"{IMAGES}": [message, ...], "{WORDS}": [message, ...]}}'
     content = read_json(path, wanted)
-    found = {kind: content.get(kind) if isinstance(content, dict) else None for kind in (PICTURES, WORDS)}
+    found = {kind: content.get(kind) if isinstance(content, dict) else None for kind in (IMAGES, WORDS)}
     for kind, texts in found.items():
         if not isinstance(texts, list) or not all(isinstance(text, str) and text.strip() for text in texts):
             raise UserError(f"{path}: {kind} must be a list of texts that are not empty; name {wanted}")
@@ -82,7 +82,7 @@ def tune_ret(model: Fromage, messages: Mapping[str, Sequence[str]], preset: Pres
     chat = Chat(model, None, preset.decoding, preset.style, preset.system)
     stop = (*preset.decoding.stop, *chat.style.stop)
     decoding = replace(preset.decoding, stop=stop, temperature=0.0, ret_bias=0.0)
-    prompts = {kind: [chat.prompt(text) for text in messages[kind]] for kind in (PICTURES, WORDS)}
+    prompts = {kind: [chat.prompt(text) for text in messages[kind]] for kind in (IMAGES, WORDS)}
     cut, accuracy = best_cut(*(ret_margins(model, some[::2], decoding) for some in prompts.values()))
     bias = round(-cut, 4)
     others = {kind: some[1::2] for kind, some in prompts.items()}

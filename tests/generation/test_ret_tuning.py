@@ -26,7 +26,7 @@ def parted(model):
     """The texts in two kinds, by their margins, each in an order that mixes it."""
     order = ret_margins(model, TEXTS, Decoding(3, stop=("\n",))).argsort(descending=True).tolist()
     few = len(TEXTS) // 3
-    return {"pictures": [TEXTS[i] for i in order[:few]], "words": [TEXTS[i] for i in order[-few:]]}
+    return {"images": [TEXTS[i] for i in order[:few]], "words": [TEXTS[i] for i in order[-few:]]}
 
 
 @pytest.mark.parametrize(
@@ -76,17 +76,17 @@ def test_what_does_not_part_is_no_better_than_chance():
 def test_half_chooses_and_the_other_half_judges(model, parted):
     preset = Preset(style="alone", decoding=Decoding(3, ret_bias=50, temperature=2.0))
     found = tune_ret(model, parted, preset)
-    assert found.accuracy == 100 and found.after == {"pictures": 100, "words": 0} and found.judged == 100
+    assert found.accuracy == 100 and found.after == {"images": 100, "words": 0} and found.judged == 100
     chosen = {kind: texts[::2] for kind, texts in parted.items()}
     swapped = {kind: [x for pair in zip(chosen[kind], TEXTS, strict=False) for x in pair] for kind in chosen}
     assert tune_ret(model, swapped, preset).bias == found.bias, "what judges does not choose"
-    lows, highs = (ret_margins(model, chosen[kind], Decoding(3, stop=("\n",))) for kind in ("words", "pictures"))
+    lows, highs = (ret_margins(model, chosen[kind], Decoding(3, stop=("\n",))) for kind in ("words", "images"))
     assert -found.bias == pytest.approx(float(lows.max() + highs.min()) / 2, abs=1e-3)
 
 
 def test_a_model_that_never_says_ret_has_no_bias():
     with pytest.raises(UserError, match="never says"):
-        tune_ret(Fromage.load(k=1, q=4, pooling="last"), {"pictures": TEXTS, "words": TEXTS}, Preset())
+        tune_ret(Fromage.load(k=1, q=4, pooling="last"), {"images": TEXTS, "words": TEXTS}, Preset())
 
 
 def test_it_is_stored_beside_the_checkpoint_and_is_the_default_there(model, parted, tmp_path, capsys):
@@ -96,7 +96,7 @@ def test_it_is_stored_beside_the_checkpoint_and_is_the_default_there(model, part
     (tmp_path / "asked.json").write_text(json.dumps(parted))
     assert main(["tune-ret", str(tmp_path / "m"), str(tmp_path / "asked.json"), "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
-    assert told["judged"] == 100 and told["after"] == {"pictures": 100, "words": 0} and told["ret_bias"] != 9
+    assert told["judged"] == 100 and told["after"] == {"images": 100, "words": 0} and told["ret_bias"] != 9
     stored = json.loads((tmp_path / "m" / GENERATION).read_text())
     assert stored == about | {"decoding": {"max_new_tokens": 3, "ret_bias": told["ret_bias"]}}
     assert Chat(load_model(tmp_path / "m")).decoding.ret_bias == told["ret_bias"]
@@ -106,7 +106,7 @@ def test_it_is_stored_beside_the_checkpoint_and_is_the_default_there(model, part
     out = capsys.readouterr().out
     stored = json.loads((tmp_path / "m" / GENERATION).read_text())
     assert stored["style"] == "plain" and stored["name"] == "x" and f"{stored['decoding']['ret_bias']:g}" in out
-    (tmp_path / "asked.json").write_text(json.dumps({"pictures": TEXTS, "words": TEXTS}))
+    (tmp_path / "asked.json").write_text(json.dumps({"images": TEXTS, "words": TEXTS}))
     assert main(["tune-ret", str(tmp_path / "m"), str(tmp_path / "asked.json")]) == 2
     assert "no [RET] bias parts" in capsys.readouterr().err
     assert json.loads((tmp_path / "m" / GENERATION).read_text()) == stored
@@ -130,10 +130,10 @@ def test_beside_a_runs_checkpoint(model, parted, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("content", "told"),
     [
-        ("[]", "pictures must be a list of texts"),
-        ('{"pictures": ["a", "b", "c", "d"]}', "words must be a list of texts"),
-        ('{"pictures": ["a", " "], "words": []}', "pictures must be a list of texts that are not empty"),
-        ('{"pictures": ["a", "b", "c"], "words": ["d"]}', "3 pictures are too few; give 4"),
+        ("[]", "images must be a list of texts"),
+        ('{"images": ["a", "b", "c", "d"]}', "words must be a list of texts"),
+        ('{"images": ["a", " "], "words": []}', "images must be a list of texts that are not empty"),
+        ('{"images": ["a", "b", "c"], "words": ["d"]}', "3 images are too few; give 4"),
         ("{", "is no JSON"),
     ],
 )

@@ -91,7 +91,7 @@ def test_an_answer_is_the_likeliest_with_the_photographs_or_without(data, monkey
 
 def test_a_picture_comes_when_asked_for_by_a_bias_that_the_other_half_chose(model, monkeypatch):
     texts = json.loads((Path(run_photos.__file__).parent / "photo_requests.json").read_text())
-    assert {kind: len(set(some)) for kind, some in texts.items()} == {"pictures": 50, "words": 50}
+    assert {kind: len(set(some)) for kind, some in texts.items()} == {"images": 50, "words": 50}
     margins, given = ret_tuning.ret_margins, []
     few = {kind: some[:6] for kind, some in texts.items()}
     monkeypatch.setattr(photo_figures, "read_messages", lambda path: few)
@@ -102,12 +102,12 @@ def test_a_picture_comes_when_asked_for_by_a_bias_that_the_other_half_chose(mode
 
     monkeypatch.setattr(ret_tuning, "ret_margins", parted)
     found = photo_figures.asking(model, "alone")
-    assert given == [few["pictures"][::2], few["words"][::2]], "the others judge"
+    assert given == [few["images"][::2], few["words"][::2]], "the others judge"
     assert found["bias"] == 7 and found["right where it was chosen"] == 100
-    assert found["right"] == (found["pictures, with bias"] + 100 - found["words, with bias"]) / 2
+    assert found["right"] == (found["images, with bias"] + 100 - found["words, with bias"]) / 2
     monkeypatch.setattr(ret_tuning, "ret_margins", lambda *given: margins(*given) * 0 - 9e3)
     found = photo_figures.asking(model, "dialogue")
-    assert found["pictures, with bias"] == found["words, with bias"] == 100 and found["right"] == 50
+    assert found["images, with bias"] == found["words, with bias"] == 100 and found["right"] == 50
 
 
 def test_requests_are_measured_beside_base(model, monkeypatch):
@@ -120,7 +120,7 @@ def test_requests_are_measured_beside_base(model, monkeypatch):
     columns = [name.partition(".") for name in run_photos.COMES]
     assert {part for part, _, _ in columns} == set(asked["base"])
     assert {name for _, _, name in columns} == {
-        f"{kind}, {by}" for kind in ("pictures", "words") for by in ("as trained", "with bias")
+        f"{kind}, {by}" for kind in ("images", "words") for by in ("as trained", "with bias")
     }
 
 
