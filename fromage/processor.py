@@ -39,3 +39,14 @@ def multiplies_bfloat16() -> bool:
         return torch.cuda.is_bf16_supported()
     flags = described().split()
     return torch.backends.mkldnn.is_available() and ("avx512_bf16" in flags or "amx_bf16" in flags)
+
+
+def reads_weights_slowly(rows: int, weight: Tensor) -> bool:
+    """Whether a product of few rows with a weight is better cut into slices of the weight (fromage.models.cpu_linear).
+
+    Measured on two processors of AMD: with AVX-512 always; with AVX2 by several threads alone, and for one row only where
+    the weight is large (tools/bench_linear.py).
+    """
+    if torch.backends.cpu.get_cpu_capability() == "AVX512":
+        return True
+    return torch.get_num_threads() > 1 and (rows > 1 or weight.numel() >= 2**23)

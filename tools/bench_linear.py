@@ -3,8 +3,8 @@
     python tools/bench_linear.py
     python tools/bench_linear.py --threads 1 --json linear.json
 
-Both take turns; a ratio is that of the medians. Shapes: rows x inputs x outputs, of the toy language model and of OPT-125m,
-SmolLM2-135M, CLIP ViT-L and OPT-6.7B.
+All take turns; a ratio is that of the medians. Few rows are timed with weights in float16 too (Decoding.half_weights).
+Shapes: rows x inputs x outputs, of the toy language model and of OPT-125m, SmolLM2-135M, CLIP ViT-L and OPT-6.7B.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from fromage.models.cpu_linear import CpuLinears
+from fromage.models.cpu_linear import FEW_HALVES, CpuLinears, halves_of
 from fromage.processor import mkl_is_slow
 
-SHAPES = [(2048, 192, 768), (512, 768, 3072), (512, 576, 1536), (257, 1024, 4096), (1, 768, 3072), (1, 4096, 4096)]
+SHAPES = [(2048, 192, 768), (512, 768, 3072), (512, 576, 1536), (257, 1024, 4096)]
+SHAPES += [(1, 768, 3072), (4, 768, 3072), (1, 768, 50272), (4, 768, 50272), (1, 4096, 4096)]
 
 
 def seconds(call: Callable[[], object], least: float = 0.05) -> float:
@@ -35,14 +36,14 @@ def seconds(call: Callable[[], object], least: float = 0.05) -> float:
     return passed / count
 
 
-def ways(rows: int, inputs: int, outputs: int, backward: bool) -> tuple[Callable[[], None], Callable[[], None]]:
-    """A layer of PyTorch's own, and ours."""
-    x, weight, bias = torch.randn(rows, inputs), torch.randn(outputs, inputs), torch.randn(outputs)
+def ways(rows: int, inputs: int, outputs: int, backward: bool) -> dict[str, Callable[[], None]]:
+    """A layer of PyTorch's own, ours, and where rows are few ours with weights in float16."""
+    x, layer = torch.randn(rows, inputs), nn.Linear(inputs, outputs)
     slope = torch.randn(rows, outputs)
 
     def plain() -> None:
         with torch.set_grad_enabled(backward):
-            given = [tensor.requires_grad_(backward) for tensor in (x, weight, bias)]
+            given = [tensor.detach().requires_grad_(backward) for tensor in (x, layer.weight, layer.bias)]
             y: Tensor = F.linear(*given)
             if backward:
                 torch.autograd.grad(y, given, slope)
@@ -51,7 +52,12 @@ def ways(rows: int, inputs: int, outputs: int, backward: bool) -> tuple[Callable
         with CpuLinears():
             plain()
 
-    return plain, ours
+    def halves() -> None:
+        with torch.no_grad(), CpuLinears(packed):
+            layer(x)
+
+    packed = halves_of(layer) if rows <= FEW_HALVES and not backward else {}
+    return {"plain": plain, "ours": ours} | ({"float16": halves} if packed else {})
 
 
 def main() -> None:
@@ -63,20 +69,27 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     print(f"{args.threads} threads; oneDNN in place of MKL: {'yes' if mkl_is_slow() else 'no'}")
-    print("| rows x inputs x outputs | | plain, GFLOP/s | ours | ratio |\n|---|---|---|---|---|")
+    print("| rows x inputs x outputs | | plain, GFLOP/s | ours | ratio | float16 | ratio |\n|---|---|---|---|---|---|---|")
     found = []
     for shape in SHAPES:
-        for backward in [False, True] if shape[0] > 1 else [False]:
-            both = ways(*shape, backward)
-            for call in both:
+        for backward in [False, True] if shape[0] > FEW_HALVES else [False]:
+            calls = ways(*shape, backward)
+            for call in calls.values():
                 call()
-            times = [[seconds(call) for call in both] for _ in range(args.rounds)]
-            plain, ours = (statistics.median(column) for column in zip(*times, strict=True))
+            times = [[seconds(call) for call in calls.values()] for _ in range(args.rounds)]
+            taken = dict(zip(calls, map(statistics.median, zip(*times, strict=True)), strict=True))
             flop = 2 * shape[0] * shape[1] * shape[2] * (3 if backward else 1) / 1e9
-            what = "with gradients" if backward else "forward"
-            name = " x ".join(map(str, shape))
-            print(f"| {name} | {what} | {flop / plain:.0f} | {flop / ours:.0f} | {plain / ours:.2f} |", flush=True)
-            found.append({"shape": shape, "backward": backward, "plain_s": plain, "ours_s": ours, "ratio": plain / ours})
+            cells = [
+                " x ".join(map(str, shape)),
+                "with gradients" if backward else "forward",
+                f"{flop / taken['plain']:.0f}",
+            ]
+            for way in ("ours", "float16"):
+                known = taken.get(way)
+                cells += [f"{flop / known:.0f}", f"{taken['plain'] / known:.2f}"] if known else ["", ""]
+            print(f"| {' | '.join(cells)} |", flush=True)
+            figures = {f"{way}_s": value for way, value in taken.items()}
+            found.append({"shape": shape, "backward": backward, **figures, "ratio": taken["plain"] / taken["ours"]})
     if args.json:
         args.json.write_text(json.dumps({"threads": args.threads, "onednn": mkl_is_slow(), "layers": found}, indent=2))
 

@@ -1,8 +1,8 @@
 """Faster linear layers on a CPU in float32, for models that are not changed by it.
 
 few rows, no gradient   the tokens of a single answer: all weights are read for each, which BLAS does on one core, far
-                        below the bandwidth of the memory; as a batch of products of slices of W with x^T it is about
-                        twice as fast, and uses all cores
+                        below the bandwidth of the memory; as a batch of products of slices of W with x^T it is up to
+                        twice as fast, and uses all cores; on some processors only (reads_weights_slowly)
 few rows, in halves     the same, for those who ask for it: weights that are read in float16 are half as many bytes. Values
                         differ by 2e-4 of their size, so tokens may change
 many rows, on AMD       MKL, PyTorch's BLAS, has no AVX-512 kernels for AMD's processors; oneDNN has, and is about twice
@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from fromage.processor import mkl_is_slow, on_cpu
+from fromage.processor import mkl_is_slow, on_cpu, reads_weights_slowly
 
 FEW_ROWS = 4  # up to which slices are faster
 SLICES = 8
@@ -76,7 +76,7 @@ def cpu_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, halves: Ha
         y = torch.ops.quantized.linear_dynamic_fp16(x.reshape(rows, -1), halves[id(weight)])  # (r, N)
         return (y if bias is None else y + bias).reshape(*x.shape[:-1], -1)
     if 0 < rows <= FEW_ROWS and not (torch.is_grad_enabled() or len(weight) % SLICES) and weight.is_contiguous():
-        return _sliced(x, weight, bias)
+        return (_sliced if reads_weights_slowly(rows, weight) else F.linear)(x, weight, bias)
     if rows >= MANY_ROWS and rows * weight.numel() >= MANY_PRODUCTS and mkl_is_slow():
         return _OneDnn.apply(x, weight, bias)
     return F.linear(x, weight, bias)

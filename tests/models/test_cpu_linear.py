@@ -10,6 +10,7 @@ from torch.testing import assert_close
 
 from fromage.models import cpu_linear
 from fromage.models.cpu_linear import FEW_HALVES, FEW_ROWS, MANY_PRODUCTS, MANY_ROWS, CpuLinears, halves_of
+from fromage.processor import reads_weights_slowly
 
 PLAIN = F.linear
 
@@ -17,6 +18,7 @@ PLAIN = F.linear
 @pytest.fixture(autouse=True)
 def ways(monkeypatch):
     """Which ways were taken, and how many rows went there; oneDNN is one wherever PyTorch has it."""
+    monkeypatch.setattr(cpu_linear, "reads_weights_slowly", lambda rows, weight: True)
     monkeypatch.setattr(cpu_linear, "mkl_is_slow", lambda: hasattr(torch.ops.mkldnn, "_linear_pointwise"))
     seen = []
 
@@ -156,3 +158,12 @@ def test_weights_in_float16_are_of_frozen_float32_layers_on_the_cpu_alone():
     x = torch.randn(2, 8, requires_grad=True)
     with CpuLinears(halves_of(model)):
         assert torch.equal(model(x), F.linear(x, model[0].weight, model[0].bias)), "where a gradient is wanted, none of it"
+
+
+def test_slices_are_taken_where_they_were_seen_to_help(monkeypatch):
+    small, large = torch.empty(64, 64), torch.empty(2**13, 2**10)
+    for capability, threads, helps in (("AVX512", 1, (True, True, True)), ("AVX2", 1, (False, False, False)),
+                                       ("AVX2", 2, (False, True, True))):  # fmt: skip
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability)
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        assert helps == tuple(reads_weights_slowly(*asked) for asked in ((1, small), (2, small), (1, large)))
