@@ -1,6 +1,6 @@
 # FROMAGe as a server on port 8000, whose / leads to its docs.
 #   docker build -t fromage .
-#   docker run --rm -p 8000:8000 -v fromage:/work fromage      # the toy world, made in some minutes and kept in the volume
+#   docker run --rm -p 8000:8000 -v fromage:/data fromage      # the toy world, made in some minutes and kept in the volume
 #   docker run --rm -p 8000:8000 -v /my/index:/index:ro -v /my/photos:/photos:ro fromage \
 #       serve --host 0.0.0.0 --port 8000 --index /index --images /photos
 # PyTorch's own wheels, with CUDA where they have it (docker run --gpus all); --build-arg TORCH_INDEX=URL takes those of another
@@ -19,10 +19,10 @@ COPY lightning_configs lightning_configs
 COPY fromage fromage
 RUN pip install --constraint constraints.txt '.[serve]'
 
-RUN useradd --create-home --uid 10001 fromage && install --directory --owner fromage /work
-ENV XDG_STATE_HOME=/work/state
+RUN useradd --create-home --uid 10001 fromage && install --directory --owner fromage /data
+ENV XDG_STATE_HOME=/data/state
 USER 10001
-WORKDIR /work
+WORKDIR /data
 EXPOSE 8000
 HEALTHCHECK --interval=30s --timeout=10s --start-period=10m \
     CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8000/healthz', timeout=5)"]

@@ -75,7 +75,7 @@ def test_it_serves_as_a_user_without_rights_and_reads_its_documented_commands(tm
         options = parse([here.get(word, word) for word in words])[1]
         assert options["host"] == "0.0.0.0"  # what is published outside is docker's to say
         assert words[words.index("--port") + 1] == only("EXPOSE")
-    assert "/work" in {value.split()[-1] for step, value in steps() if step in ("WORKDIR", "RUN")}
+    assert "/data" in {value.split()[-1] for step, value in steps() if step in ("WORKDIR", "RUN")}
 
 
 class Health(BaseHTTPRequestHandler):

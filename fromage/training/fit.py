@@ -40,9 +40,7 @@ def fitting(argv: list[str]) -> None:
     """
     words = with_configs_found(argv)  # before anything is imported that takes time
     if {"-h", "--help"} & set(words):
-        width = max(map(len, described()))
-        lines = (f"    {name:{width}}  {what}" for name, what in described().items())
-        print(HELP.format(command=argv[0], configurations="\n".join(lines)), flush=True)
+        print(opening(argv[0]), flush=True)
     import pytorch_lightning as pl
     from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
     from pytorch_lightning.utilities.exceptions import MisconfigurationException, SIGTERMException
@@ -134,6 +132,14 @@ def fitting(argv: list[str]) -> None:
         if not isinstance(stop.__context__, KeyboardInterrupt):
             raise
         raise KeyboardInterrupt(*map(_stopped, trainers)) from None
+
+
+def opening(command: str) -> str:
+    """What the help of a command begins with: its use, and the configurations that there are."""
+    known = described()
+    width = max(map(len, known))
+    lines = (f"    {name:{width}}  {what}" for name, what in known.items())
+    return HELP.format(command=command, configurations="\n".join(lines))
 
 
 def check_trainer(options: Any) -> None:
