@@ -39,8 +39,8 @@ def tuples_toy(
 ) -> Result:  # fmt: skip
     """Write tuples of the toy world by rule, with target images: OUT/tuples.jsonl.
 
-    An object has another colour, size or place, one is added, the ground is another, or it is night instead of day. Pack them
-    by `fromage shards tuples`.
+    An object has another colour, size or place, one is added, the ground is another, or it is night instead of day. Pack
+    them by `fromage shards tuples`.
 
     Args:
         count: tuples

@@ -113,9 +113,7 @@ def pack_tsv(
         per_shard: images per shard.
         val_fraction: share of the images, 0 to 1, that go to out/val, the others to out/train; 0 writes one set into out. An
             image's side follows from a hash of its path as it stands in the file, and stays when the file grows.
-        overwrite: replace shards that are there.
-
-    overwrite: replace shards that out already contains.
+        overwrite: replace shards that out already contains.
 
     Raises:
         UserError: the TSV is missing, out already contains shards, or one side has no image that could be packed.

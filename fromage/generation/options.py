@@ -59,8 +59,8 @@ class Decoding:
         images_per_ret: images for each [RET].
         end_at_image: the answer ends at its last [RET], behind which training shows no text.
         use_cache: run the whole sequence again for every token, without kept keys and values.
-        half_weights: on a CPU, read the language model's weights in float16 for each token behind the prompt: half the bytes,
-            for a second copy of them, half as large; tokens may change. Nothing where PyTorch has no kernel for it.
+        half_weights: on a CPU, read the language model's weights in float16 for each token behind the prompt: half the
+            bytes, for a second copy of them, half as large; tokens may change. Nothing where PyTorch has no kernel for it.
     """
 
     max_new_tokens: int = _number(32, 1, served=(1, 512), slider=(1, 128, 1), label="Length")
