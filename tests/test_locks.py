@@ -13,6 +13,7 @@ from fromage.io import whole_folder
 from fromage.locks import held
 
 fork = multiprocessing.get_context("fork")
+fresh = multiprocessing.get_context("spawn")  # what other tests have loaded may not bear a fork
 
 
 def keep(folder, beside, tell):
@@ -24,8 +25,8 @@ def keep(folder, beside, tell):
 @pytest.fixture(params=[False, True], ids=["inside", "beside"])
 def holder(request, tmp_path):
     """A process that holds tmp_path / 'out', and where its lock lies."""
-    told, tell = fork.Pipe(duplex=False)
-    process = fork.Process(target=keep, args=(tmp_path / "out", request.param, tell), daemon=True)
+    told, tell = fresh.Pipe(duplex=False)
+    process = fresh.Process(target=keep, args=(tmp_path / "out", request.param, tell), daemon=True)
     process.start()
     assert told.recv() == process.pid
     yield process, request.param
@@ -70,6 +71,12 @@ def test_blocks_of_one_thread_may_be_nested_and_another_thread_is_refused(tmp_pa
     assert [f"in use by process {os.getpid()}" in text for text in said] == [True, True, False] and said[2] == "held"
 
 
+def parent(folder, ready, go):
+    with held(folder):
+        fork.Process(target=linger, args=(ready, go)).start()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
 def linger(ready, go):
     ready.send(1)
     go.recv()
@@ -77,17 +84,11 @@ def linger(ready, go):
 
 def test_a_worker_that_outlives_its_parent_holds_nothing(tmp_path):
     """Data loaders fork: the folder is free as soon as the process that wrote it has ended."""
-    ready, tell = fork.Pipe(duplex=False)
-    wait, go = fork.Pipe(duplex=False)
-
-    def parent():
-        with held(tmp_path):
-            fork.Process(target=linger, args=(tell, wait)).start()
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    process = fork.Process(target=parent)
+    ready, tell = fresh.Pipe(duplex=False)
+    wait, go = fresh.Pipe(duplex=False)
+    process = fresh.Process(target=parent, args=(tmp_path, tell, wait))
     process.start()
-    ready.recv()
+    assert ready.poll(60)
     process.join()
     with held(tmp_path):
         pass
@@ -111,8 +112,8 @@ def count(folder, barrier, tell):
 
 def test_no_two_processes_are_ever_in_it_at_once(tmp_path):
     (tmp_path / "count").write_text("0")
-    barrier, (told, tell) = fork.Barrier(3), fork.Pipe(duplex=False)
-    processes = [fork.Process(target=count, args=(tmp_path, barrier, tell)) for _ in range(3)]
+    barrier, (told, tell) = fresh.Barrier(3), fresh.Pipe(duplex=False)
+    processes = [fresh.Process(target=count, args=(tmp_path, barrier, tell)) for _ in range(3)]
     for process in processes:
         process.start()
     total = sum(told.recv() for _ in processes)
