@@ -10,7 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
-torch.set_num_threads(max(1, min(2, torch.get_num_threads()) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))))
+from fromage.allocator import keep_freed_memory
+
+keep_freed_memory()  # as the command line does: pages that are cleared again and again are much of the time of small models
+THREADS = max(1, min(2, torch.get_num_threads()) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1)))
+torch.set_num_threads(THREADS)
 
 COLOURS = ("red", "green", "blue", "white", "black", "yellow")
 SHARED = Path(os.environ.get("FROMAGE_SHARED_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
@@ -22,6 +26,12 @@ def state(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
         yield
+
+
+@pytest.fixture(autouse=True)
+def threads():
+    """The same number of threads for each test, whatever another one set: with two, last bits depend on the load."""
+    torch.set_num_threads(THREADS)
 
 
 @pytest.fixture(scope="session")

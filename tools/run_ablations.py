@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from study import Run, collect, measured, table
+from study import Run, begin, collect, measured, table
 
 from fromage.apps.toy_demo import name_things, train
 from fromage.data.features import store_features
@@ -157,7 +157,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="file for the figures of each seed; runs that it holds stay")
     parser.add_argument("options", nargs="*", help="behind --: further words for `lightning fit`")
     args = parser.parse_args()
-    torch.set_num_threads(min(2, torch.get_num_threads()))
+    begin(min(2, torch.get_num_threads()))
     prepared = prepare(args.out)
     asked = [name for word in args.only for name in (compositions() if word == COMPOSITION else [word])]
     runs = {

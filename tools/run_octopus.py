@@ -26,7 +26,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from study import Run, Runs, collect, measured, table
+from study import Run, Runs, begin, collect, measured, table
 
 from fromage.apps import octopus_demo as octopus_tour
 from fromage.evals import instructions, pope, refcoco
@@ -141,7 +141,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="file for the figures of each seed; runs that it holds stay")
     parser.add_argument("options", nargs="*", help="behind --: further words for `lightning fit`")
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+    begin(args.threads)
     prepare(args.out)
     setting = {"judged": args.judged, "limit": args.limit}
     runs: Runs = {name: {} for name in args.only}

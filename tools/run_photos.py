@@ -32,7 +32,7 @@ from photo_figures import (
     read,
     recalls,
 )
-from study import Run, Runs, collect, measured, table
+from study import Run, Runs, begin, collect, measured, table
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from fromage.apps.photos import train
@@ -191,7 +191,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="file for the figures of each seed and their means")
     parser.add_argument("options", nargs="*", help="behind --: further words for `lightning fit`")
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+    begin(args.threads)
     prepare(args)
     setting = {"judged": "held out" if args.choose else args.judged.name}
     runs: Runs = {name: {} for name in args.only} if args.choose else baselines(args)

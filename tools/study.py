@@ -12,12 +12,19 @@ from typing import Any
 import torch
 from gpu_kit import commit
 
+from fromage.allocator import keep_freed_memory
 from fromage.errors import UserError
 from fromage.io import write_json
 
 Figures = dict[str, float]  # by name, shares in percent
 Run = dict[str, Any]  # commit, machine, torch, and figures: Figures
 Runs = dict[str, dict[str, Run]]  # by row and seed
+
+
+def begin(threads: int) -> None:
+    """Set the number of threads, and keep freed memory, as `lightning fit` does."""
+    keep_freed_memory()
+    torch.set_num_threads(threads)
 
 
 def measured(path: Path, measure: Callable[[], Figures]) -> Run:
