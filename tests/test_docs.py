@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from type_checker import type_check
 
 from fromage.cli.main import main
 from fromage.training.fit import FITTING
@@ -158,10 +159,7 @@ def test_examples_are_short():
 def test_examples_are_typed(tmp_path):
     for number, (name, code, _) in enumerate(EXAMPLES):
         (tmp_path / f"example_{number}.py").write_text(f"# {name}\n{code}", encoding="utf-8")
-    flags = ["--config-file=", "--ignore-missing-imports", "--follow-imports=silent", "--check-untyped-defs"]
-    done = subprocess.run(
-        [sys.executable, "-m", "mypy", *flags, *sorted(tmp_path.glob("*.py"))], cwd=ROOT, capture_output=True, text=True
-    )
+    done = type_check(*sorted(tmp_path.glob("*.py")))
     assert done.returncode == 0, done.stdout + done.stderr
 
 

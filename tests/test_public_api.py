@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from type_checker import type_check
 
 import fromage
 import fromage.octopus
@@ -45,11 +46,7 @@ def test_types_are_known_to_a_type_checker(tmp_path):
         "wrong: int = caption(model, [])\n"
         "Chat(model).shout('a')\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-m", "mypy", "--config-file=", "--ignore-missing-imports", "--follow-imports=silent", path],
-        capture_output=True,
-        text=True,
-    )
+    done = type_check(path)
     assert [line.partition(": error: ")[0].rpartition(":")[2] for line in done.stdout.splitlines() if "error:" in line] == [
         "4",
         "5",

@@ -93,9 +93,9 @@ def compare(model, batch, paired, step=fast_step, plain=reference_step):
     )  # what rounding a cosine by 1e-6 changes in a logit of the contrastive loss
     for name, atol in (("captioning_loss", 1e-6), ("text_loss", 1e-6), ("contrastive_loss", logit), ("loss", logit)):
         torch.testing.assert_close(getattr(fast, name), getattr(slow, name), rtol=1e-6, atol=atol, msg=name)
-    for name, want in slow_grads.items():
-        error = (fast_grads[name] - want).norm() / want.norm().clamp_min(1e-6)
-        assert error < 1e-4, f"{name}: {error:.1e}"
+    for name, want in slow_grads.items():  # that of the scale is a sum of logits that may cancel to nearly nothing
+        error, rounding = (fast_grads[name] - want).norm(), logit if name == "logit_scale" else 1e-10
+        assert error < 1e-4 * want.norm() + rounding, f"{name}: {error:.1e} of {want.norm():.1e}"
     assert slow.caption_accuracy == pytest.approx(fast.caption_accuracy.item())
 
 
