@@ -6,7 +6,13 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-FLAGS = "--config-file= --ignore-missing-imports --no-site-packages --follow-imports=silent --check-untyped-defs".split()
+FLAGS = (
+    "--config-file=",
+    "--ignore-missing-imports",
+    "--no-site-packages",
+    "--follow-imports=silent",
+    "--check-untyped-defs",
+)
 
 
 def type_check(*programs):
