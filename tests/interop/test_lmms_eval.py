@@ -128,7 +128,7 @@ def test_its_own_runner_scores_a_task(toy_model, tmp_path, monkeypatch, docs):
     from datasets import Dataset, DatasetDict
     from lmms_eval import models
     from lmms_eval.api.task import ConfigurableTask
-    from lmms_eval.evaluator import evaluate
+    from lmms_eval.evaluator import simple_evaluate
     from lmms_eval.models.registry_v2 import ModelRegistryV2
 
     from fromage.interop.lmms_eval_manifest import manifest
@@ -157,9 +157,9 @@ def test_its_own_runner_scores_a_task(toy_model, tmp_path, monkeypatch, docs):
         },
         model_name=MODEL,
     )  # fmt: skip
-    found = evaluate(lm, {"colours": task}, log_samples=True)
+    found = simple_evaluate(lm, tasks=[task], log_samples=True)
     said = [sample["filtered_resps"][0] for sample in sorted(found["samples"]["colours"], key=lambda each: each["doc_id"])]
-    (first,) = generate(lm.model, [lm.style.prompt([], [], [docs[0]["image"], "is it red?"])], Decoding(4, max_images=0))
+    (first,) = generate(toy_model, [lm.style.prompt([], [], [docs[0]["image"], "is it red?"])], Decoding(4, max_images=0))
     assert said[0] == first.text and len(said) == 6
     right = sum(text == wanted for text, wanted in zip(said, expected, strict=True)) / 6
     assert found["results"]["colours"]["right,none"] == pytest.approx(right)
