@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fromage.cli.command import Result
+from fromage.errors import UserError
 
 QUESTION = "where is {}?"
 Split = Literal["val", "testA", "testB", "test", "train"]
@@ -111,23 +112,31 @@ class CaptionRun(RetrievalRun):
         if self.captioning:
             check_installed()
 
-    def captions(self, annotations: Path, name: Any) -> Result:
-        """Evaluate on a caption set."""
+    def captions(self, annotations: Path, name: Any, eccv: bool = False) -> Result:
+        """Evaluate on a caption set; eccv: on ECCV Caption's."""
         from fromage.evals.caption_sets import read_captions
         from fromage.evals.coco import evaluate
+        from fromage.evals.eccv import read_test
 
+        if eccv and self.limit:
+            raise UserError("--eccv counts over the whole test split; leave out --limit")
         with self.reading():
-            data = read_captions(annotations, self.images, name, self.split, self.limit)
+            data = (
+                read_test(annotations, self.images)
+                if eccv
+                else read_captions(annotations, self.images, name, self.split, self.limit)
+            )
         return self.told(evaluate(self.model(), data, self.options(), self.captioning))
 
 
-def coco(annotations: Path, *, run: CaptionRun) -> Result:
+def coco(annotations: Path, *, eccv: bool = False, run: CaptionRun) -> Result:
     """Captions and images of COCO: recall both ways.
 
     Args:
-        annotations: captions_val2017.json, or Karpathy's dataset_coco.json
+        annotations: captions_val2017.json, or Karpathy's dataset_coco.json; with --eccv captions_val2014.json
+        eccv: take COCO's test split, and count matches too that its captions miss: ECCV Caption and CxC
     """
-    return run.captions(annotations, "coco")
+    return run.captions(annotations, "coco", eccv)
 
 
 def flickr30k(annotations: Path, *, run: CaptionRun) -> Result:

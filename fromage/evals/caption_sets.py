@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from fromage.data.annotations import FILE, TEXT, Wanted, coco_captions, fitting, optional, read_annotations
 from fromage.errors import UserError
@@ -22,6 +22,13 @@ KINDS = {
 KARPATHY: Wanted = {"filename": FILE, "filepath": optional(TEXT), "split": TEXT, "sentences": [{"raw": TEXT}]}
 
 
+class Numbers(NamedTuple):
+    """COCO's numbers of images, and of their captions, one after the other."""
+
+    images: list[int]
+    texts: list[int]
+
+
 @dataclass(frozen=True)
 class CaptionSet:
     """Images and their captions; captions[i] belong to images[i].
@@ -30,6 +37,7 @@ class CaptionSet:
         name: file and split.
         dataset: whose published figures a report shows.
         dropped: what else the file holds, by cause.
+        numbers: of images and captions, where their matches beyond these are counted (fromage.evals.eccv).
     """
 
     name: str
@@ -37,6 +45,7 @@ class CaptionSet:
     captions: list[list[str]]
     dataset: Dataset = "coco"
     dropped: dict[str, int] = field(default_factory=dict)
+    numbers: Numbers | None = None
 
 
 def read_captions(

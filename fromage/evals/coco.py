@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fromage.evals import eccv
 from fromage.evals.base import RetrievalRun, Retriever
 from fromage.evals.caption_sets import CaptionSet
 from fromage.evals.captioning import caption_figures, check_installed
@@ -47,10 +48,19 @@ def evaluate(model: Fromage, data: CaptionSet, options: Options | None = None, c
     features = run.encoded.of([path for path, _ in kept])  # (M, m)
     each = max(1, round(len(texts) / len(kept)))
 
+    numbers = data.numbers if len(kept) == len(data.images) else None
+    beyond: dict[str, System] = {}
+
     def recalls(system: Retriever) -> System:
-        return both_ways(system.embed_text(texts, "captions"), system.embed_images(features), owner)
+        rows, images = system.embed_text(texts, "captions"), system.embed_images(features)  # (N, e), (M, e)
+        if numbers:
+            beyond[system.name] = eccv.figures(rows, images, numbers)
+        return both_ways(rows, images, owner)
 
     figures = run.compare(recalls, lambda setting: gallery_of(setting, len(kept), each))
+    if numbers:
+        beyond["chance"] = eccv.chance_figures(numbers)
+        figures = {who: settings | beyond[who] for who, settings in figures.items()}
     if captioning:
         made = caption_images(model, features, batch_size=run.options.batch_size)
         figures["fromage"]["captioning"] = caption_figures(made, [captions for _, captions in kept])
@@ -59,6 +69,8 @@ def evaluate(model: Fromage, data: CaptionSet, options: Options | None = None, c
     if captioning:
         behind = f" behind {model.input_prompt!r}, which is not part of them" if model.input_prompt else ""
         protocol |= {"captioning": f"greedy captions{behind}, against all of the image's"}
+    if data.numbers:
+        protocol |= eccv.PROTOCOL if numbers else {"eccv": "left out, since some of its images were lost"}
     return run.report(data.dataset, figures, sizes, data.dropped, protocol, listed, HEADLINE)
 
 

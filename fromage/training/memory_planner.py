@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM
 
 from fromage.checkpoints.format import DTYPES, dtype_name
 from fromage.data.batches import Batch
+from fromage.data.tuples import Images, Tuples
 from fromage.errors import UserError
 from fromage.models.fromage import Fromage, RetAttention, Space
 from fromage.models.fusion import RetFusion
@@ -30,6 +31,7 @@ from fromage.models.language_model import LanguageModel, Quantized
 from fromage.models.vision.base import VisionTower
 from fromage.models.vision.registry import plan_vision
 from fromage.training.configs import present_step
+from fromage.training.fast_composition import fast_composition
 from fromage.training.fast_step import captioning, fast_step, retrieval_text
 from fromage.training.layers import checkpoint_blocks
 from fromage.training.losses import CHUNK, info_nce
@@ -46,7 +48,7 @@ from fromage.training.planning import (
     quantized_bytes,
     run_of,
 )
-from fromage.training.reference_step import image_features, reference_step, targets
+from fromage.training.reference_step import Weights, image_features, reference_step, targets
 
 PARTS = {
     "lm": LM, "vision": TOWER, "visual_prefix": "W_c", "text_head": "W_t", "image_head": "W_i", "ret": "[RET]",
@@ -77,6 +79,15 @@ class Run:
     activation_checkpointing: bool = False
     quantize: str | None = None
     freeze_temperature: bool = False
+    composition_captioning_weight: float = 0.0
+    composition_retrieval_weight: float = 0.0
+    tuple_batch_size: int = 0  # 0: batch_size; conditions and target captions are planned as long as captions
+
+    @property
+    def composition(self) -> Weights | None:
+        """The weights of composition learning; None where there is none."""
+        weights = self.composition_captioning_weight, self.composition_retrieval_weight
+        return Weights(1.0, 1.0, True, *weights) if any(weights) else None
 
 
 def read_run(config: str | Sequence[str], **options: Any) -> Run:
@@ -93,6 +104,8 @@ def read_run(config: str | Sequence[str], **options: Any) -> Run:
             f"batches of {run.batch_size}, {_captions(run)}: "
             "give a batch size and r from 1 on, and tokens from 1 to max_tokens without [RET]"
         )
+    if run.composition and run.step == "reference":
+        raise UserError("step reference: what it takes to learn from tuples is planned for step fast alone")
     return run
 
 
@@ -105,6 +118,8 @@ def plan(run: Run) -> Plan:
             if run.activation_checkpointing:
                 checkpoint_blocks(model.lm)
             batch = _batch(run, model)
+            if run.composition:
+                batch = batch._replace(tuples=_tuples(run, model))
         return count(run, model, batch)
 
 
@@ -119,10 +134,12 @@ def count(run: Run, model: Fromage, batch: Batch) -> Plan:
     linear = [p for block in model.lm.blocks for p in block.parameters() if p.ndim == 2] if run.quantize else []
     weights[LM] += sum(quantized_bytes(p, run.quantize) - p.nbytes for p in linear)
     given = [t for t in (batch.ids, batch.pixels, batch.features) if t is not None]
+    if batch.tuples is not None:
+        given += [t for t in (*batch.tuples, *(batch.tuples.shown or ())) if isinstance(t, torch.Tensor)]
     meter = Meter([*model.parameters(), *model.buffers(), *given])
     transient = {}
     if run.step == "fast" and not run.chunk:
-        _fast(meter, model, batch)
+        _fast(meter, model, batch, run.composition)
         transient = {
             "keys and values of the text pass": _keys_and_values(model, batch),
             "a chunk of logits": _logits(model, batch),
@@ -130,6 +147,7 @@ def count(run: Run, model: Fromage, batch: Batch) -> Plan:
     else:
         step = reference_step if run.step == "reference" else partial(fast_step, chunk=run.chunk)
         loss = meter.run("the forward", lambda: step(model, batch, paired=False).loss)
+        loss = loss + _composition(meter, model, batch, run.composition, run.chunk)
         meter.run("the backward", loss.backward)
     largest = max((p.nbytes for p in linear), default=0)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -144,6 +162,7 @@ def _heading(run: Run) -> str:
     what = "stored features" if run.stored_features else "images"
     more = f", layers in {run.quantize}" * bool(run.quantize) + ", layers recomputed" * run.activation_checkpointing
     more += f", {run.chunk} examples at a time" * bool(run.chunk)
+    more += f", {run.tuple_batch_size or run.batch_size} tuples" * bool(run.composition)
     return f"{run.lm} and {run.vision} in {run.dtype}{more}, {run.step} step; {run.batch_size} {what}, {_captions(run)}"
 
 
@@ -152,7 +171,17 @@ def _captions(run: Run) -> str:
     return f"captions of {run.tokens:g} tokens and {several}[RET], the longest {run.max_tokens}"
 
 
-def _fast(meter: Meter, model: Fromage, batch: Batch) -> None:
+def _composition(
+    meter: Meter, model: Fromage, batch: Batch, weights: Weights | None, chunk: int = 0
+) -> torch.Tensor | float:
+    """The loss of the batch's tuples; 0 without any."""
+    tuples = batch.tuples
+    if tuples is None or weights is None:
+        return 0.0
+    return meter.run("the tuples", lambda: fast_composition(model, tuples, weights, chunk=chunk).loss)
+
+
+def _fast(meter: Meter, model: Fromage, batch: Batch, weights: Weights | None) -> None:
     """The parts of fast_step, unpaired; paired captions need no more memory."""
     features = meter.run("the image tower", lambda: image_features(model, batch))
     caption_loss, _ = meter.run("captioning", lambda: captioning(model, batch, features, paired=False))
@@ -161,7 +190,7 @@ def _fast(meter: Meter, model: Fromage, batch: Batch) -> None:
         "the contrastive loss",
         lambda: info_nce(model.embed_images(features), model.embed_ret(at_ret), model.logit_scale)[0],
     )
-    loss = caption_loss + text_loss + contrastive
+    loss = caption_loss + text_loss + contrastive + _composition(meter, model, batch, weights)
     meter.run("the backward", loss.backward)
 
 
@@ -207,3 +236,14 @@ def _batch(run: Run, model: Fromage) -> Batch:
     if run.stored_features:
         return Batch([], [], ids, lengths, None, torch.zeros(B, model.vision.width))
     return Batch([], [], ids, lengths, torch.zeros(B, 3, *model.vision.image_size, dtype=torch.uint8), None)
+
+
+def _tuples(run: Run, model: Fromage) -> Tuples:
+    """Tuples with target images; with those of stored features, features."""
+    run = replace(run, batch_size=run.tuple_batch_size or run.batch_size)
+    batch, lengths = _batch(run, model), caption_lengths(run)
+    said = [n - run.r for n in lengths]  # tokens of each target caption
+    shown = Images(batch.pixels, batch.features)
+    captions = torch.zeros(len(said), max(said), dtype=torch.long)  # (B, T')
+    keys, rows = [""] * len(said), [*range(len(said))]
+    return Tuples(keys, keys, batch.ids, lengths, captions, said, batch.pixels, batch.features, rows, shown)

@@ -16,9 +16,10 @@ from fromage.data.datamodule import CC3M
 from fromage.errors import UserError
 from fromage.models.vision.registry import plan_vision
 from fromage.training.configs import find_config
+from fromage.training.fast_composition import fast_composition
 from fromage.training.fast_step import captioning, fast_step
 from fromage.training.layers import checkpoint_blocks
-from fromage.training.memory_planner import Run, _model, caption_lengths, count, plan, read_run
+from fromage.training.memory_planner import Run, _model, _tuples, caption_lengths, count, plan, read_run
 from fromage.training.meter import Meter
 from fromage.training.module import FromageModule
 from fromage.training.planning import LM, OPT, as_json, lm_config
@@ -190,6 +191,32 @@ def test_several_ret_tokens_are_planned_as_they_train(small):
         assert text.flop > one.passes["the text pass"].flop and sum(text.kept.values()) > 0
     with pytest.raises(UserError, match="tokens from 1 to max_tokens without"):
         read_run(str(find_config("toy.yaml")), tokens=11, max_tokens=14, r=4)
+
+
+def test_tuples_are_planned_as_they_train(small):
+    run = replace(small, composition_captioning_weight=1.0, composition_retrieval_weight=0.5, tuple_batch_size=6)
+    counted, plain = plan(run), plan(small)
+    tuples = counted.passes["the tuples"]
+    assert "the tuples" not in plain.passes and "6 tuples" in counted.heading and "tuples" not in plain.heading
+    assert sum(tuples.kept.values()) > 0 and counted.passes["the backward"].flop > plain.passes["the backward"].flop
+    model, batch = real(run)
+    made = _tuples(run, model)
+    for tokens, lengths in ((made.conditions, made.lengths), (made.captions, made.caption_lengths)):
+        for row, n in zip(tokens, lengths, strict=True):
+            row[:n] = torch.randint(3, 400, (n,))
+    held = kept_bytes(model, lambda: fast_composition(model, made, run.composition).loss)
+    assert sum(tuples.kept.values()) == pytest.approx(held, rel=0.05)
+    assert sum(plan(replace(run, chunk=3)).passes["the tuples"].kept.values()) < held
+    assert count(run, model, batch._replace(tuples=made)).flop == counted.flop
+
+
+def test_tuples_are_planned_from_a_configuration(tmp_path):
+    both = [str(find_config(name)) for name in ("toy.yaml", "ablations/composition_both.yaml")]
+    run = read_run(both)
+    assert run.composition.composition_captioning == run.composition.composition_retrieval == 1.0
+    assert read_run(both[:1]).composition is None
+    with pytest.raises(UserError, match="step fast alone"):
+        read_run(both, step="reference")
 
 
 def test_published_sizes_of_opt():
