@@ -1,6 +1,6 @@
 """Where should </s> stand? Log-likelihood per token of the toy world's validation captions, for each form of prompt.
 
-    python tools/compare_prompts.py runs/demo/k1/checkpoints/last.ckpt [--world runs/demo/world] [--limit 120]
+    python tools/compare_prompts.py runs/demo/k4/checkpoints/last.ckpt [--world runs/demo/world] [--limit 120]
 
 A caption follows its image alone, behind another image with its caption, and behind another caption and its image.
 """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,12 +14,23 @@ FINISHED = "finished"  # a file beside a run's checkpoints
 
 
 @contextmanager
-def timed(name: str, seconds: dict[str, float]) -> Iterator[None]:
-    """Announce a part of the tour and note its wall-clock seconds."""
-    print(f"\n== {name}", flush=True)
+def timed(name: str, seconds: dict[str, float], usual: Mapping[str, float] | None = None) -> Iterator[None]:
+    """Announce a part of the tour, with the time left where it is known, and note its wall-clock seconds.
+
+    usual: seconds of each part on some machine; this one's parts so far say how it compares.
+    """
+    left = f", about {time_left(seconds, usual):.0f} s left" if usual else ""
+    print(f"\n== {name}{left}", flush=True)
     began = time.monotonic()
     yield
     seconds[name] = time.monotonic() - began
+
+
+def time_left(seconds: Mapping[str, float], usual: Mapping[str, float]) -> float:
+    """Estimated seconds of the parts that are not done."""
+    done = sum(usual[name] for name in seconds)
+    pace = sum(seconds.values()) / done if done else 1.0
+    return pace * sum(usual[name] for name in usual if name not in seconds)
 
 
 def once(run: Path, fit: Callable[[list[str]], object]) -> Path:
