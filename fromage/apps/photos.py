@@ -78,7 +78,7 @@ def photos(
     with timed("features", seconds):
         tower = load_vision(vision)
         for part in ("train", "val"):
-            store_features(str(shards / part), stored / part, tower, batch_size=32, keep_images=True, workers=1)
+            store_features(str(shards / part), stored / part, tower, batch_size=32, keep_images=True)
     with timed("train", seconds):
         words = [f"--model.lm={lm}", f"--model.vision={vision}"]
         words += [f"--data.{part}_shards={stored / part}" for part in ("train", "val")]

@@ -71,7 +71,7 @@ def demo(out: Path, pairs: int = 8192, scenes: int = 1000, options: Sequence[str
     with timed("world", seconds, PARTS):
         make_world(world, train=pairs, val=scenes)
     with timed("features", seconds, PARTS):
-        store_features(str(world / "cc3m" / "train"), stored, Fromage.load().vision, workers=1)
+        store_features(str(world / "cc3m" / "train"), stored, Fromage.load().vision)
     with timed("train", seconds, PARTS):
         checkpoint = train(out / f"k{K}", K, world, stored, options)
     with timed("evaluate", seconds, PARTS):

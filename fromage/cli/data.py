@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from fromage.checks import check_whole
 from fromage.cli.command import Result
 from fromage.cli.options import DType, check_free, save_png
 
@@ -194,7 +195,8 @@ def towers_get(name: str) -> Result:
 
 def features(
     shards: str, *, out: Path, vision: str = "ViT-L-14", vision_weights: str = "openai", dtype: DType = "float32",
-    batch_size: int = 256, decoding: Literal["draft", "exact"] = "draft", keep_images: bool = False, device: str = "auto",
+    batch_size: int = 256, decoding: Literal["draft", "exact"] = "draft", keep_images: bool = False,
+    workers: int | None = None, device: str = "auto",
 ) -> Result:  # fmt: skip
     """Store each image's pooled features in place of it, or beside it.
 
@@ -203,15 +205,18 @@ def features(
         dtype: number type in which the image tower runs
         decoding: how JPEGs are decoded, as in a configuration
         keep_images: keep the images beside their features
+        workers: processes that read images (default: for half of the cores, 4 at most)
     """
     from fromage.data.features import check_source, store_features
     from fromage.data.shards import read_sizes
     from fromage.models.frozen import find_device
     from fromage.models.vision.registry import load_vision
 
+    if workers is not None:
+        check_whole("--workers", workers, 0)
     check_source(shards, out)
     tower = load_vision(vision, vision_weights, dtype).to(find_device(device))
-    count = store_features(shards, out, tower, batch_size, keep_images, decoding=decoding)
+    count = store_features(shards, out, tower, batch_size, keep_images, workers, decoding=decoding)
     there = sum(read_sizes(out).values())
     text = f"{count} samples encoded, {there} are there: {out}"
     return Result(text, {"samples": count, "there": there, "out": str(out)})

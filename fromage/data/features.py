@@ -11,6 +11,8 @@ from __future__ import annotations
 import io
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
+from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -34,7 +36,7 @@ from fromage.data.shards import (
     shard_name,
     shard_sizes,
 )
-from fromage.data.workers import init_worker, plain_errors, worker_share
+from fromage.data.workers import init_worker, plain_errors, usual_workers, worker_share
 from fromage.errors import BrokenSample, UserError
 from fromage.identity import FolderKind
 from fromage.images.transforms import JpegDecoding, Transform, decoding_as, read_image
@@ -43,6 +45,7 @@ from fromage.locks import held
 if TYPE_CHECKING:
     from fromage.models.vision.base import VisionTower
 
+MOST = 8  # times as many samples as images in a chunk
 TARGET_IMAGE = "target."  # in front of an extension: of a tuple's second image
 FEATURES = FolderKind(
     "features.json",
@@ -94,14 +97,15 @@ def store_features(
     vision: VisionTower,
     batch_size: int = 256,
     keep_images: bool = False,
-    workers: int = 4,
+    workers: int | None = None,
     max_broken: float = 0.05,
     decoding: JpegDecoding = "draft",
 ) -> int:
     """Encode the images of shards (a pattern, see expand) and write shards of features; returns how many were encoded.
 
     Each KEY.npy is a vector (m,) in the tower's dtype, bfloat16 as the uint16 of its bits. A run that was interrupted is
-    taken up by the next call: a shard that is finished is not done again. decoding: as of fromage.data.datamodule.CC3M.
+    taken up by the next call: a shard that is finished is not done again. workers: processes that read;
+    None: usual_workers. decoding: as of fromage.data.datamodule.CC3M.
 
     Raises:
         UserError: out holds the features of another tower or other shards, another process writes it, two shards share a
@@ -111,7 +115,8 @@ def store_features(
     _check_names(sources)
     with held(out):
         todo = _to_do(sources, out, vision.fingerprint(decoding))
-        return _store(todo, out, vision, batch_size, keep_images, workers, max_broken, decoding)
+        reading = usual_workers() if workers is None else workers
+        return _store(todo, out, vision, batch_size, keep_images, reading, max_broken, decoding)
 
 
 def _to_do(sources: list[str], out: Path, tower: dict[str, Any]) -> list[str]:
@@ -159,20 +164,24 @@ def _store(
     sizes = [size for _, size in stream.shards]
     bar = tqdm(total=None if None in sizes else sum(size or 0 for size in sizes), desc="features", unit=" images")
     writers: dict[str, ShardWriter] = {}  # of the shards that workers are at
+    rows: dict[str, list[Tensor]] = {}  # (m,) of each image of theirs
     encoded = 0
     try:
         for chunk in plain_errors(loader):
             name = shard_name(chunk.shard)
             if name not in writers:
                 writers[name] = ShardWriter(out / name, "shards that are finished are kept, and the same command goes on")
+                rows[name] = []
             writer = writers[name]
-            if chunk.pixels is None:
+            if not chunk.samples:
                 writer.close()
+                del rows[name]
                 encoded += len(writers.pop(name).keys)
                 continue
-            rows = _encode(vision, chunk.pixels).split([1 + bool(target_image(raw)) for raw in chunk.samples])  # (n, m) each
-            for raw, some in zip(chunk.samples, rows, strict=True):
-                named = zip(("npy", f"{TARGET_IMAGE}npy"), map(to_npy, some), strict=False)
+            if chunk.pixels is not None:
+                rows[name] += _encode(vision, chunk.pixels)
+            for raw, images in zip(chunk.samples, chunk.images, strict=True):
+                named = zip(("npy", f"{TARGET_IMAGE}npy"), (to_npy(rows[name][i]) for i in images), strict=False)
                 writer.write(raw["__key__"], _members(raw, keep_images) | dict(named))
             bar.update(len(chunk.samples))
         return encoded
@@ -214,42 +223,60 @@ def _encode(vision: VisionTower, pixels: Tensor) -> Tensor:
 
 
 class Chunk(NamedTuple):
-    """Part of a shard on its way to the tower; without pixels it says that the shard is at its end."""
+    """Part of a shard on its way to the tower; without samples it says that the shard is at its end."""
 
     shard: str
     samples: list[Raw]
-    pixels: Tensor | None  # (n, 3, H, W), of the b samples one behind the other; a tuple may have two
+    images: list[list[int]]  # of each sample: numbers of its images, one or two, in the order in which they come
+    pixels: Tensor | None  # (n, 3, H, W), of the images that come first in this chunk; None where there is none
+
+
+class Row(NamedTuple):
+    """A sample on its way into a chunk."""
+
+    raw: Raw
+    images: list[int]
+    new: list[Tensor]  # (3, H, W), of those of its images that came in no sample before
 
 
 class ImageStream(IterableDataset[Chunk]):
-    """The images of shards, preprocessed. Worker w of W takes the shards w, w + W, ...; each comes whole and in order."""
+    """The images of shards, preprocessed. Worker w of W takes the shards w, w + W, ...; each comes whole and in order.
+
+    An image that several samples of a shard have, byte by byte, as those of a photograph with several captions, comes once.
+    """
 
     def __init__(self, shards: list[str], transform: Transform, batch_size: int, max_broken: float) -> None:
         self.shards = list(zip(shards, shard_sizes(shards), strict=True))
         self.transform, self.batch_size, self.max_broken = transform, batch_size, max_broken
 
-    def decode(self, raw: Raw) -> tuple[Raw, Tensor]:
-        """A stored sample and the pixels of its n images (n, 3, H, W). Raises BrokenSample, for its captions as well."""
+    def decode(self, known: dict[bytes, int], raw: Raw) -> Row:
+        """A stored sample as a row; known: numbers of the images before it, by their digest, to which its own are added.
+
+        Raises BrokenSample, for its captions as well.
+        """
         captions_of(raw)
-        images = filter(None, (raw, target_image(raw)))
-        return raw, torch.stack([read_image(image_file(image), self.transform) for image in images])
+        files = [image_file(image) for image in filter(None, (raw, target_image(raw)))]
+        keys = [blake2b(file, digest_size=16).digest() for file in files]
+        new = {key: read_image(file, self.transform) for key, file in zip(keys, files, strict=True) if key not in known}
+        known |= {key: len(known) + i for i, key in enumerate(new)}
+        return Row(raw, [known[key] for key in keys], list(new.values()))
 
     def __iter__(self) -> Iterator[Chunk]:
         worker, workers = worker_share()
         broken, mine = Broken(self.max_broken), self.shards[worker::workers]
         for number, shard in enumerate(mine, 1):
-            rows = decoded(read_shards([shard], broken), self.decode, broken)
-            chunk: list[tuple[Raw, Tensor]] = []
-            for row in rows:
+            chunk: list[Row] = []
+            for row in decoded(read_shards([shard], broken), partial(self.decode, {}), broken):
                 chunk.append(row)
-                if len(chunk) == self.batch_size:
+                if sum(len(one.new) for one in chunk) >= self.batch_size or len(chunk) == MOST * self.batch_size:
                     yield self.chunk(shard[0], chunk)
                     chunk = []
             if chunk:
                 yield self.chunk(shard[0], chunk)
             broken.check(end=number == len(mine))
-            yield Chunk(shard[0], [], None)
+            yield self.chunk(shard[0], [])
 
-    def chunk(self, shard: str, rows: list[tuple[Raw, Tensor]]) -> Chunk:
+    def chunk(self, shard: str, rows: list[Row]) -> Chunk:
         """Rows -> a chunk."""
-        return Chunk(shard, [raw for raw, _ in rows], torch.cat([pixels for _, pixels in rows]))
+        new = [pixels for row in rows for pixels in row.new]
+        return Chunk(shard, [row.raw for row in rows], [row.images for row in rows], torch.stack(new) if new else None)

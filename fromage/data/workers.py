@@ -20,6 +20,12 @@ GRACE = 30  # seconds a worker outlives a SIGTERM that its whole job gets, for t
 PR_SET_PDEATHSIG = 1  # of prctl(2): the signal that a process gets when its parent ends
 
 
+def usual_workers() -> int:
+    """How many processes read images beside a tower that uses the cores itself: half as many as there are cores, 1 to 4."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(4, max(1, cores // 2))
+
+
 def init_worker(_: int) -> None:
     """What a DataLoader's worker does first: see to it that it ends with its parent, and to signals until then.
 

@@ -31,6 +31,7 @@ LINES = {  # command line: what it says of some options, defaults among them
     "photos c.json --images i --options=--trainer.max_steps=3": {"lm": "smollm2", "options": ["--trainer.max_steps=3"]},
     "towers list": {"json": None},
     "towers get smollm2 --json": {"name": "smollm2"},
+    "features s --out o --workers 2": {"workers": 2},
     "features s --out o --keep-images --batch_size 3": {"keep_images": True, "batch_size": 3, "vision_weights": "openai"},
     "plan -c toy.yaml --batch-size 9 --stored-features": {"config": ["toy.yaml"], "batch_size": 9, "stored_features": True},
     "import d --out o --vision toy": {"source": Path("d"), "vision": "toy", "dtype": "bfloat16"},

@@ -1,5 +1,6 @@
 import io
 import json
+import os
 import types
 from contextlib import suppress
 
@@ -14,6 +15,7 @@ from fromage.data.datamodule import CC3M
 from fromage.data.features import check_features, check_source, from_npy, store_features, to_npy
 from fromage.data.shards import Broken, captions_of, decoded, expand, read_shard, read_sizes, write_shards
 from fromage.data.tokenizer import PromptTokenizer
+from fromage.data.workers import usual_workers
 from fromage.errors import BrokenSample, UserError
 from fromage.models.frozen import TOY
 
@@ -102,6 +104,24 @@ def test_stored_features_are_those_of_the_images(tmp_path, dtype, workers):
     first = next(read_shard(expand(str(tmp_path / "f"))[0], print))
     assert first.keys() - {"__key__", "__url__"} == {"npy", "txt", "json"}
     assert json.loads(first["json"]) == {"n": 0}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("batch_size", [1, 3, 100])
+def test_an_image_of_several_samples_is_decoded_and_encoded_once(tmp_path, batch_size, workers):
+    kinds = [0, 0, 1, 0, 1, 1, 1, 2, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3]  # two shards: 0, 1, 2, 3 and 3
+    write_shards([(f"k{i}", red(40 * n), f"{i}", {}) for i, n in enumerate(kinds)], tmp_path / "s", per_shard=12)
+    vision = Vision()
+    assert store_features(str(tmp_path / "s"), tmp_path / "f", vision, batch_size, workers=workers) == len(kinds)
+    assert vision.shown == 5
+    images, stored = batch(tmp_path / "s", vision), batch(tmp_path / "f", vision)
+    assert stored.keys == images.keys and stored.features.equal(vision(images.pixels))
+
+
+def test_usual_workers_leave_the_cores_to_the_tower(monkeypatch):
+    for cores, expected in ((1, 1), (2, 1), (6, 3), (64, 4)):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, cores=cores: set(range(cores)), raising=False)
+        assert usual_workers() == expected
 
 
 def test_an_image_of_several_captions_is_encoded_and_stored_once(tmp_path):
