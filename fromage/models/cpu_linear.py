@@ -69,12 +69,13 @@ def halves_of(model: nn.Module) -> Halves:
 
 def cpu_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, halves: Halves | None = None) -> Tensor:
     """F.linear, (..., K) -> (..., N), by the fastest way that there is for its arguments."""
+    rows = x.numel() // max(weight.shape[-1], 1)
+    halved = halves.get(id(weight)) if halves and 0 < rows <= FEW_HALVES and not torch.is_grad_enabled() else None
+    if halved is not None and x.dtype == torch.float32:
+        y = torch.ops.quantized.linear_dynamic_fp16(x.reshape(rows, -1), halved)  # (r, N)
+        return (y if bias is None else y.add_(bias)).reshape(*x.shape[:-1], -1)
     if not on_cpu(x, weight) or not x.dtype == weight.dtype == torch.float32 or torch.is_autocast_enabled("cpu"):
         return F.linear(x, weight, bias)
-    rows = x.numel() // max(weight.shape[-1], 1)
-    if halves and 0 < rows <= FEW_HALVES and id(weight) in halves and not torch.is_grad_enabled():
-        y = torch.ops.quantized.linear_dynamic_fp16(x.reshape(rows, -1), halves[id(weight)])  # (r, N)
-        return (y if bias is None else y + bias).reshape(*x.shape[:-1], -1)
     if 0 < rows <= FEW_ROWS and not (torch.is_grad_enabled() or len(weight) % SLICES) and weight.is_contiguous():
         return (_sliced if reads_weights_slowly(rows, weight) else F.linear)(x, weight, bias)
     if rows >= MANY_ROWS and rows * weight.numel() >= MANY_PRODUCTS and mkl_is_slow():
