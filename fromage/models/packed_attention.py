@@ -31,7 +31,6 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from fromage.processor import on_cpu
 
-SHORT = 64  # tokens of sequences for which plain products were seen to be faster on a CPU in float32
 PREFIX = "fromage_packed_or_"  # before the name of the attention that a model was loaded with
 
 
@@ -164,35 +163,21 @@ class Weighting(NamedTuple):
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """q (S, H, T, e), k and v (S, H', T', e), bool mask (None: causal) -> (S, H, T, e)."""
-        (S, H, T, e), (G, P) = q.shape, k.shape[1:3]  # G = H', P = T'
-        if self.cap is None and not slow_kernel(q, P):
-            return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=self.scale, enable_gqa=H != G)
-        hidden = ~mask if mask is not None else torch.ones(T, P, dtype=torch.bool, device=q.device).triu(1)
-        bias = q.new_zeros(hidden.shape, dtype=torch.float32).masked_fill_(hidden, -torch.inf)  # (T, T'), (S, 1, T, T')
-        if mask is not None or H != G:
-            bias = bias.expand(S, H, T, P).reshape(S * G, -1, P)
-        queries, keys = (
-            q.float().reshape(S * G, -1, e),
-            k.float().reshape(S * G, P, e),
-        )  # queries of one key: rows of one product
-        scale = e**-0.5 if self.scale is None else self.scale
-        if self.cap is None:
-            products = torch.baddbmm(bias, queries, keys.transpose(1, 2), alpha=scale)  # (S H', H / H' T, T')
-        else:
-            products = torch.tanh(queries @ keys.transpose(1, 2) * (scale / self.cap)) * self.cap + bias
-        weights = products.softmax(-1).to(v.dtype)  # (S H', H / H' T, T')
-        return torch.bmm(weights, v.reshape(S * G, P, e)).view(q.shape)  # (S, H, T, e)
+        if self.cap is None and not slow_kernel(q):
+            causal, grouped = mask is None, q.shape[1] != k.shape[1]
+            return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=self.scale, enable_gqa=grouped)
+        (_, H, T, e), rows = q.shape, (k.shape[1], -1)  # queries of one key: rows of one product
+        mask = torch.ones(T, k.shape[2], dtype=torch.bool, device=q.device).tril() if mask is None else mask
+        queries = q.float().reshape(len(q), *rows, e) * (self.scale or e**-0.5)  # (S, H', H / H' T, e)
+        products = (queries @ k.float().transpose(2, 3)).view(len(q), H, T, -1)  # -> (S, H, T, T')
+        capped = products if self.cap is None else torch.tanh(products / self.cap) * self.cap
+        weights = capped.masked_fill(~mask, -torch.inf).softmax(-1).to(v.dtype)  # (S, H, T, T')
+        return (weights.view(len(q), *rows, k.shape[2]) @ v).view(q.shape)  # (S, H, T, T') (S, H', T', e) -> (S, H, T, e)
 
 
-def slow_kernel(q: Tensor, keys: int) -> bool:
-    """Whether plain products are faster than PyTorch's own kernel: on a CPU in half precision, and for short sequences.
-
-    q (S, H, T, e), which looks at so many keys. In half precision the kernel's backward is slow; of captions its work around
-    the products is more than these.
-    """
-    if not on_cpu(q):
-        return False
-    return q.dtype in (torch.bfloat16, torch.float16) or (q.dtype == torch.float32 and q.shape[2] * keys <= SHORT**2)
+def slow_kernel(q: Tensor) -> bool:
+    """Whether plain products are faster than PyTorch's own: half precision on a CPU, where its backward is slow."""
+    return on_cpu(q) and q.dtype in (torch.bfloat16, torch.float16)
 
 
 class Causal(Attend):

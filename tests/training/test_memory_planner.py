@@ -14,7 +14,6 @@ from fromage.cli.main import main
 from fromage.data.batches import Batch
 from fromage.data.datamodule import CC3M
 from fromage.errors import UserError
-from fromage.models import packed_attention
 from fromage.models.vision.registry import plan_vision
 from fromage.training.configs import find_config
 from fromage.training.fast_composition import fast_composition
@@ -26,12 +25,6 @@ from fromage.training.module import FromageModule
 from fromage.training.planning import LM, OPT, as_json, lm_config
 
 GIB = 2**30
-
-
-@pytest.fixture(autouse=True)
-def kernel(monkeypatch):
-    """PyTorch's attention, as on a card, which is what is planned; not the products that are faster on a CPU."""
-    monkeypatch.setattr(packed_attention, "slow_kernel", lambda q, keys: False)
 
 
 @pytest.fixture(scope="module")
