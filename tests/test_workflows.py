@@ -15,7 +15,7 @@ CONFIG.read(ROOT / "setup.cfg")
 
 
 def commands(workflow):
-    return [step["run"] for job in WORKFLOWS[workflow]["jobs"].values() for step in job["steps"] if "run" in step]
+    return [step["run"] for job in WORKFLOWS[workflow]["jobs"].values() for step in job.get("steps", []) if "run" in step]
 
 
 def test_there_is_one_for_tests_and_one_for_publishing():
@@ -23,6 +23,9 @@ def test_there_is_one_for_tests_and_one_for_publishing():
     for workflow in WORKFLOWS.values():
         assert workflow["permissions"] == {"contents": "read"}
         for job in workflow["jobs"].values():
+            if "uses" in job:
+                assert (ROOT / job["uses"]).is_file() and "workflow_call" in WORKFLOWS[Path(job["uses"]).stem][True]
+                continue
             assert job["timeout-minutes"] <= 60
             assert all(re.fullmatch(r"[\w-]+/[\w-]+@[\w/.]+", step["uses"]) for step in job["steps"] if "uses" in step)
 
@@ -47,7 +50,8 @@ def test_a_tag_is_published_without_a_stored_token():
     assert (
         publish["jobs"]["publish"]["permissions"] == {"id-token": "write"} and "permissions" not in publish["jobs"]["build"]
     )
-    assert publish["jobs"]["publish"]["needs"] == "build" and publish["jobs"]["publish"]["environment"]
+    assert publish["jobs"]["build"]["needs"] == "tests" and publish["jobs"]["publish"]["needs"] == "build"
+    assert publish["jobs"]["publish"]["environment"]
     assert "secrets." not in (ROOT / ".github" / "workflows" / "publish.yml").read_text("utf-8")
     assert "python -m build" in commands("publish")
 

@@ -158,7 +158,7 @@ def _licence(about: Mapping[str, Any], towers: list[str]) -> str:
     if others := [f"`{_text(name)}`" for name in towers if name != "toy"]:
         own += f" {' and '.join(others)} {'have licences' if len(others) > 1 else 'has a licence'} of their own, which"
         own += " hold wherever this is used." if len(others) > 1 else " holds wherever this is used."
-    return f"{own} So may the training data. The program, `fromage-torch`, is under Apache-2.0."
+    return f"{own} The training data may have licences too. The program, `fromage-torch`, is under Apache-2.0."
 
 
 def _training(about: Mapping[str, Any]) -> list[str]:

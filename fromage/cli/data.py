@@ -318,7 +318,8 @@ def export_weights(
 
     Args:
         format: a folder for from_pretrained, the same for SentenceTransformer too, or the authors' files
-        dtype: number type of the parameters (default: a folder's own; bfloat16 for a Lightning checkpoint)
+        dtype: number type of the parameters (default: a folder's own; for a Lightning checkpoint bfloat16, or float32 with
+            --format sentence-transformers)
         visual_encoder: with --format authors: the image tower's name on the Hugging Face hub
         license: licence of the parameters for the model card, as the hub names it, such as apache-2.0
     """
@@ -332,6 +333,8 @@ def export_weights(
 
     saved = read_saved(ckpt)
     saved = replace(saved, about=licensed(saved.about, license))
+    if dtype is None and format == "sentence-transformers" and not saved.added_tokens:  # rows as the checkpoint has them
+        dtype = "float32"
     saved = for_disk(model_class(saved.format), saved, dtype)
     if format == "ours":
         write_folder(saved, out, overwrite)

@@ -36,18 +36,20 @@ class HostGuard:
             origin = _name(headers[b"origin"].decode("latin-1")) if b"origin" in headers else host
             address = _address(host) is not None
             let_in = headers.get(b"origin", b"").lower() in self.origins
-            if not (address or self._known(host)) or not (let_in or origin == host or self._known(origin)):
-                return await self._refuse(scope, receive, send)
+            if not (address or self._known(host)):
+                return await self._refuse(scope, receive, send, f"this name is not allowed; name it in {VARIABLE}")
+            if not (let_in or origin == host or self._known(origin)):
+                told = f"pages of this origin are not let in; name it by --cors, or its host in {VARIABLE}"
+                return await self._refuse(scope, receive, send, told)
         return await self.app(scope, receive, send)
 
     def _known(self, name: str) -> bool:
         address = _address(name)
         return name in self.allowed or name.endswith(".localhost") or (address is not None and address.is_loopback)
 
-    async def _refuse(self, scope: Any, receive: Any, send: Any) -> None:
+    async def _refuse(self, scope: Any, receive: Any, send: Any, told: str) -> None:
         if scope["type"] == "websocket":
             return await send({"type": "websocket.close", "code": 1008})
-        told = f"this name is not allowed; name it in {VARIABLE}"
         return await refusal(scope["path"], 403, told)(scope, receive, send)
 
 

@@ -102,6 +102,8 @@ class SafeCheckpoint(ModelCheckpoint):
     second Ctrl-C ends at once. In the middle of a step of several batches (accumulate_grad_batches), or of a validation,
     nothing is saved: resuming goes on from the checkpoint before.
 
+    Where a run ends with a validation, its last checkpoint is written again behind it, so that it holds the figures.
+
     While a run lasts it holds its folder. One with the checkpoints of another run is refused, unless `overwrite` is true.
     """
 
@@ -116,6 +118,7 @@ class SafeCheckpoint(ModelCheckpoint):
         super().__init__(dirpath, **options)
         self.overwrite, self.interrupted = overwrite, False
         self._hold, self._holds = ExitStack(), False
+        self._judged = -1  # the step of the last validation
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Take over the reading and writing, unless the trainer was given a plugin for that; take hold of the folder."""
@@ -176,9 +179,15 @@ class SafeCheckpoint(ModelCheckpoint):
         finally:
             self._hold.close()
 
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Note the step, of which there may be a checkpoint without the figures."""
+        super().on_validation_end(trainer, pl_module)
+        if not trainer.sanity_checking:
+            self._judged = trainer.global_step
+
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Save the last steps, however many they are."""
-        self._save_now(trainer, pl_module)
+        """Save the last steps, however many they are, with their validation."""
+        self._save_now(trainer, pl_module, anew=self._judged == trainer.global_step)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Leave the folder to others."""
@@ -186,14 +195,14 @@ class SafeCheckpoint(ModelCheckpoint):
         self._hold.close()
         self._holds = False
 
-    def _save_now(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Write the last checkpoint, unless it is of this step already."""
+    def _save_now(self, trainer: pl.Trainer, pl_module: pl.LightningModule, anew: bool = False) -> None:
+        """Write the last checkpoint; unless it is of this step already, or anew."""
         if trainer.fast_dev_run or not self.save_last:  # type: ignore[attr-defined]
             return
         super().on_train_end(trainer, pl_module)  # recent versions of Lightning write the first one, if there is none yet
         self.last_model_path = self.last_model_path or self.format_checkpoint_name({}, self.CHECKPOINT_NAME_LAST)
         steps = getattr(trainer.strategy.checkpoint_io, "steps", {})  # known to the first device only
-        if trainer.strategy.broadcast(steps.get(Path(self.last_model_path)) != trainer.global_step):
+        if trainer.strategy.broadcast(anew or steps.get(Path(self.last_model_path)) != trainer.global_step):
             trainer.save_checkpoint(self.last_model_path, self.save_weights_only)
 
 

@@ -24,6 +24,7 @@ def run(world, tmp_path_factory):
     words += ["--trainer.max_steps=2", "--trainer.val_check_interval=2", "--data.batch_size=8", "--model.q=16"]
     words += [f"--trainer.logger.init_args.save_dir={out}", "--trainer.enable_progress_bar=false"]
     words += ["--trainer.limit_val_batches=2", "--model.shown=0"]
+    words += ["--trainer.callbacks.init_args.every_n_train_steps=1"]  # of step 2 too, before its validation
     assert main(["fit", "--config", "toy.yaml", *words]) == 0
     return next(out.glob("**/last.ckpt"))
 
