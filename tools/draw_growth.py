@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import platform
 import statistics
 from collections.abc import Callable
 from functools import partial
@@ -24,6 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 from bench_step import make_batch
+from gpu_kit import commit
 from PIL import Image
 from study import begin
 
@@ -132,7 +134,8 @@ def main(words: list[str] | None = None) -> None:
         (args.out / f"{name}.svg").write_text(line_chart(lines, title, x, y), encoding="utf-8")
         for side, points in lines.items():
             print(f"{title}, {side}, {y} by {x}: " + ", ".join(f"{size:g} {value:g}" for size, value in points))
-    told = {"threads": args.threads, "torch": torch.__version__, **charts}
+    machine = f"{platform.machine()}, {args.threads} threads"
+    told = {"commit": commit(), "machine": machine, "torch": torch.__version__, **charts}
     (args.out / "figures.json").write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
 
 
