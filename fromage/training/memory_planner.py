@@ -81,7 +81,7 @@ class Run:
     freeze_temperature: bool = False
     composition_captioning_weight: float = 0.0
     composition_retrieval_weight: float = 0.0
-    tuple_batch_size: int = 0  # 0: batch_size; conditions and target captions are planned as long as captions
+    tuple_batch_size: int | None = None  # None: batch_size; conditions and target captions are planned as long as captions
 
     @property
     def composition(self) -> Weights | None:
