@@ -94,9 +94,9 @@ def of_rows(fingerprint: str, rounds: int) -> Lines:
 def of_prompts(model: Fromage, rounds: int) -> tuple[Lines, Lines]:
     """Milliseconds of an answer: by the words of the prompt, and by its images."""
     one, more = (Decoding(n, min_new_tokens=n, max_images=0) for n in (1, 1 + TOKENS))
-    pixels = np.random.default_rng(0).integers(0, 256, (96, 96, 3), dtype=np.uint8)
+    pixels = np.random.default_rng(0).integers(0, 256, (max(IMAGES), 96, 96, 3), dtype=np.uint8)  # no image twice
     texts = {n: " ".join(["star"] * n) for n in WORDS}
-    shown: dict[int, list[Any]] = {n: [*[Image.fromarray(pixels)] * n, "a star"] for n in IMAGES}
+    shown: dict[int, list[Any]] = {n: [*map(Image.fromarray, pixels[:n]), "a star"] for n in IMAGES}
 
     def answer(prompt: Any, decoding: Decoding) -> None:
         generate(model, [prompt], decoding)
