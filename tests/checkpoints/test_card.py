@@ -4,6 +4,7 @@ import json
 import math
 
 import pytest
+import torch
 import yaml
 
 from fromage.checkpoints.card import about_data, about_run, checked, fromage_card, octopus_card
@@ -27,6 +28,15 @@ def run(world, tmp_path_factory):
     words += ["--trainer.callbacks.init_args.every_n_train_steps=1"]  # of step 2 too, before its validation
     assert main(["fit", "--config", "toy.yaml", *words]) == 0
     return next(out.glob("**/last.ckpt"))
+
+
+def test_an_export_for_sentence_transformers_has_the_checkpoints_own_parameters(run, tmp_path):
+    words = ["export", "--ckpt", str(run), "--out"]
+    assert main([*words, str(tmp_path / "st"), "--format", "sentence-transformers"]) == 0
+    assert main([*words, str(tmp_path / "ours")]) == 0
+    whole, kept, rounded = (read_saved(place).tensors for place in (run, tmp_path / "st", tmp_path / "ours"))
+    assert all(torch.equal(whole[name], value) for name, value in kept.items()) and kept.keys() == rounded.keys()
+    assert {value.dtype for value in rounded.values()} == {torch.bfloat16}
 
 
 def parts(text):
