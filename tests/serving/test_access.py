@@ -137,9 +137,10 @@ def test_pages_of_named_origins_may_ask_and_read_and_others_may_not(guarded_app)
         for origin in ("https://evil.example", "https://chat.example.evil.example", "http://chat.example", "null"):
             reply = client.get("/v1/models", headers=bearer(KEY) | {"origin": origin})
             assert reply.status_code == 403 and "access-control-allow-origin" not in reply.headers
-            assert reply.json()["error"]["type"] == "permission_error"
+            told = reply.json()["error"]
+            assert told["type"] == "permission_error" and "name it by --cors" in told["message"]
         rebound = client.get("/v1/models", headers=bearer(KEY) | {"origin": PAGE, "host": "evil.example"})
-        assert rebound.status_code == 403
+        assert rebound.status_code == 403 and "--cors" not in rebound.json()["error"]["message"]
 
 
 @pytest.mark.parametrize(
