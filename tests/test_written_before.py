@@ -104,9 +104,9 @@ def test_features(copied, tmp_path):
     ]
     write_shards(images, tmp_path / "shards", per_shard=2)
     assert store_features(str(tmp_path / "shards"), folder, vision, workers=0) == 0, "all are there"
-    store_features(str(tmp_path / "shards"), tmp_path / "anew", vision, workers=0)
-    for before, anew in zip(expand(str(folder)), expand(str(tmp_path / "anew")), strict=True):
-        for one, other in zip(read_shard(before, print), read_shard(anew, print), strict=True):
+    store_features(str(tmp_path / "shards"), tmp_path / "again", vision, workers=0)
+    for before, again in zip(expand(str(folder)), expand(str(tmp_path / "again")), strict=True):
+        for one, other in zip(read_shard(before, print), read_shard(again, print), strict=True):
             assert (one["__key__"], one["txt"], one["json"]) == (other["__key__"], other["txt"], other["json"])
             torch.testing.assert_close(from_npy(one["npy"]), from_npy(other["npy"]), rtol=0, atol=1e-4)
 

@@ -122,7 +122,7 @@ class Results:
             self.update(number, **json.loads(self.part_file.read_text(encoding="utf-8")))
 
     def write(self) -> None:
-        """The file, anew."""
+        """The file, again."""
         self.content["targets"] = judged(self.figures)
         write(self.file, self.content)
 

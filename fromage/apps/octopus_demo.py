@@ -28,7 +28,7 @@ def toy_checkpoint(out: Path) -> Path:
     """The last stage's checkpoint in the folder `out`, trained first where there is none."""
     checkpoint = trained(out)
     if checkpoint is None:
-        print(f"no checkpoint is given: training a toy Octopus in {out}, some forty minutes", flush=True)
+        print(f"no checkpoint is given: training a toy Octopus in {out}, one to two hours", flush=True)
         checkpoint = tour(out)
     return checkpoint
 

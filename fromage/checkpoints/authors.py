@@ -181,7 +181,7 @@ def _read_tensors(file: Path, system: System, k: int, q: int, ret: list[int]) ->
     if odd := {str(v.dtype) for v in state.values()} - {"torch.float32", "torch.bfloat16", "torch.float16"}:
         raise UserError(f"{file}: holds {', '.join(sorted(odd))}; save it in float32, bfloat16 or float16")
     if wrong := [name for name, value in state.items() if not value.isfinite().all()]:
-        raise UserError(f"{file}: {wrong[0]} holds numbers that are not finite; fetch it again, or train anew")
+        raise UserError(f"{file}: {wrong[0]} holds numbers that are not finite; fetch it again, or train again")
     return {name: state[known].contiguous() for name, known in theirs.items()}
 
 

@@ -201,7 +201,7 @@ SHARED: dict[str, tuple[str, Check | None]] = {
     "png": ("draw into this file", out_png),
     "question": ("question that an expression is put into, in place of {}", None),
     "table": ("metadata of the images: Parquet, or .jsonl", in_place),
-    "val_fraction": ("share of the images that go to OUT/val, the others to OUT/train (default: 0, all to OUT)", fraction),
+    "val_fraction": ("share of the images that go to OUT/val, the others to OUT/train; with 0 all go to OUT", fraction),
     "vision": ("image tower, as in a configuration", None),
     "vision_weights": ("weights of the image tower, as in a configuration", None),
     "where": ("only images whose metadata fit, such as \"year >= 2019 and place = 'Rome'\"", None),

@@ -74,7 +74,7 @@ def tuples_make(
         batch_size: captions at a time
         max_new_tokens: length of a condition, and of a target caption, in tokens, at most
         temperature: of sampling; 0 takes the most likely token each time
-        top_p: share of probability that the tokens have that are drawn from, 0 to 1
+        top_p: draw from the most likely tokens whose probabilities add up to this, 0 to 1
         seed: seed of the sampling
         limit: only the first N images
         dtype: number type of the language model

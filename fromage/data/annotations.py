@@ -117,7 +117,7 @@ def fitting(path: Path, name: str, entries: Any, wanted: Wanted, skip: Skip | No
     Raises UserError for those, and where there is no list.
     """
     if not isinstance(entries, list):
-        raise UserError(f"{path}: {name} is {shown(entries)}, not a list; fetch the file anew")
+        raise UserError(f"{path}: {name} is {shown(entries)}, not a list; fetch the file again")
     odd = {number: cause for number, entry in enumerate(entries) if (cause := problem(entry, wanted))}
     leave_out(path, [f"{name}[{number}]{cause}" for number, cause in odd.items()], len(entries), skip)
     return [entry for number, entry in enumerate(entries) if number not in odd]
@@ -133,7 +133,7 @@ def leave_out(path: Path, odd: list[str], count: int, skip: Skip | None = None) 
     share = _allowed.get()
     if len(odd) > (MAX_ODD if share is None else share) * count:
         more = "" if share is None else ", or allow more by --max-lost (data.max_lost in training)"
-        raise UserError(f"{told}; fetch the file anew, or correct it{more}")
+        raise UserError(f"{told}; fetch the file again, or correct it{more}")
     if odd:
         warnings.warn(f"{told} and left out", stacklevel=3)
 
@@ -223,7 +223,7 @@ def read_annotations(path: Path, wanted: tuple[str, ...], remedy: str) -> tuple[
 def malformed(path: Path, error: Exception) -> UserError:
     """The error for a file whose entries are not as its format has them, from what an odd one raised."""
     odd = f"lacks {error.args[0]!r}" if isinstance(error, KeyError) and error.args else "is not as its format has it"
-    return UserError(f"{path}: an entry {odd}; fetch the file anew")
+    return UserError(f"{path}: an entry {odd}; fetch the file again")
 
 
 @contextmanager

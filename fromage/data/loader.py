@@ -97,7 +97,7 @@ class TrainLoader(Loader):
             stream: whose batches to give.
             workers: processes that decode; 0 decodes in this one.
             epoch: the number of the first one.
-            exact: refuse to go on in an epoch that was dealt out otherwise; else such an epoch begins anew.
+            exact: refuse to go on in an epoch that was dealt out otherwise; else such an epoch begins again.
             loop: Lightning's fit_loop, which knows how many of the batches it was given were trained on.
         """
         super().__init__(stream, workers)
@@ -154,9 +154,9 @@ class TrainLoader(Loader):
         if self.exact:
             raise UserError(
                 f"the checkpoint is from the middle of an epoch with {differs}: set that back to go on exactly, or begin "
-                "the epoch anew with --data.exact_resume false"
+                "the epoch again with --data.exact_resume false"
             )
-        warnings.warn(f"the checkpoint is from the middle of an epoch with {differs}: the epoch begins anew", stacklevel=2)
+        warnings.warn(f"the checkpoint is from the middle of an epoch with {differs}: the epoch begins again", stacklevel=2)
 
     def layout(self) -> dict[str, Any]:
         """All that the order of samples follows from, by the option that sets it."""

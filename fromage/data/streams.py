@@ -99,7 +99,7 @@ class ValidationStream(Stream):
 
 
 class TrainStream(Stream):
-    """Shuffled full batches. Each epoch deals the shards anew to devices and workers, by (seed, epoch).
+    """Shuffled full batches. Each epoch deals the shards again to devices and workers, by (seed, epoch).
 
     Each batch comes with the worker that made it and how many stored samples that took since the epoch began, so that the
     loader can say where the stream stands.

@@ -80,7 +80,7 @@ class AnswerFile:
             )
         key = next(key for key in {**self.about, **there} if there.get(key) != self.about.get(key))
         differs = f"{key} {there.get(key)!r} there, {self.about.get(key)!r} here"
-        remedy = "go on as it was begun, name another file, or begin anew: --overwrite"
+        remedy = "go on as it was begun, name another file, or begin again: --overwrite"
         return UserError(f"{self.part}: answers of another run ({differs}); {remedy}")
 
     def add(self, records: Sequence[dict[str, Any]]) -> None:

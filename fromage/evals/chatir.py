@@ -82,7 +82,7 @@ def read_chats(dialogues: Path, pool: Path, images: Path, limit: int | None = No
     if lacking := [entry["img"] for entry in entries if entry["img"] not in places]:
         raise UserError(f"{pool}: lacks {len(lacking)} images of the dialogues ({lacking[0]}); take both files of one split")
     if not entries:
-        raise UserError(f"{dialogues}: holds no dialogue; fetch the file anew")
+        raise UserError(f"{dialogues}: holds no dialogue; fetch the file again")
     talks = [(places[entry["img"]], entry["dialog"]) for entry in entries[:limit]]
     whole = len(entries) == DIALOGUES and len(places) == POOL and limit is None
     return Chats(dialogues.name, talks, list(places.values()), whole)

@@ -83,7 +83,7 @@ def read_circo(annotations: Path, gallery: Path, images: Path, limit: int | None
         words = query["relative_caption"]
         queries.append(Composed(str(query["id"]), places[reference], words, tuple(places[i] for i in right)))
     if not queries:
-        raise UserError(f"{annotations}: holds no query; fetch the file anew")
+        raise UserError(f"{annotations}: holds no query; fetch the file again")
     names = {place: number for number, place in places.items()}
     official = len(found) in OFFICIAL and limit is None
     return ComposedSet(annotations.name, queries, list(places.values()), names, official)

@@ -82,7 +82,7 @@ def read_cirr(annotations: Path, gallery: Path, images: Path, limit: int | None 
             Composed(str(pair["pairid"]), places[reference], pair["caption"], right, tuple(places[name] for name in members))
         )
     if not queries:
-        raise UserError(f"{annotations}: holds no pair; fetch the file anew")
+        raise UserError(f"{annotations}: holds no pair; fetch the file again")
     names: dict[Place, str] = {place: name for name, place in places.items()}
     official = len(found) in OFFICIAL and limit is None
     return ComposedSet(annotations.name, queries, list(places.values()), names, official)

@@ -82,7 +82,7 @@ class ComposedSet:
                 f"{self.name}: a test split, without right answers; name a folder for its server: --server-files"
             )
         if not self.is_test and (lacking := sum(not query.right for query in self.queries)):
-            raise UserError(f"{self.name}: {lacking} queries have no right image; fetch the file anew")
+            raise UserError(f"{self.name}: {lacking} queries have no right image; fetch the file again")
 
 
 class Part:

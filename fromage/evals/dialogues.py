@@ -73,7 +73,7 @@ def read_dialogues(annotations: Path, dense: Path, images: Path, limit: int | No
     data = content["data"]
     for name in ("questions", "answers"):
         if odd := problem(data.get(name), [TEXT]):
-            raise UserError(f"{annotations}: data.{name}{odd}; fetch the file anew")
+            raise UserError(f"{annotations}: data.{name}{odd}; fetch the file again")
     questions, answers = below(len(data["questions"])), below(len(data["answers"]))
     turn: Wanted = {"question": questions, "answer": answers, "answer_options": [answers], "gt_index": WHOLE}
     listed = fitting(annotations, "data.dialogs", data["dialogs"], {"image_id": WHOLE, "dialog": [turn]})[:limit]
@@ -122,10 +122,10 @@ def _check(path: Path, dialogues: list[Dialogue]) -> None:
     """Raise UserError for dialogues of unequal shape, and for right answers that belong to others."""
     shapes = {(len(dialogue.rounds), len(turn.candidates)) for dialogue in dialogues for turn in dialogue.rounds}
     if len(shapes) != 1:
-        raise UserError(f"{path}: rounds and candidates vary: {sorted(shapes)[:3]}; fetch the file anew")
+        raise UserError(f"{path}: rounds and candidates vary: {sorted(shapes)[:3]}; fetch the file again")
     for dialogue in dialogues:
         if any(turn.answer not in turn.candidates[turn.right :][:1] for turn in dialogue.rounds):
-            raise UserError(f"{path}: gt_index of {dialogue.image.name} names another answer; fetch the file anew")
+            raise UserError(f"{path}: gt_index of {dialogue.image.name} names another answer; fetch the file again")
 
 
 def spoken(rounds: Sequence[Round]) -> str:

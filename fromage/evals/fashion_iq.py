@@ -62,7 +62,7 @@ def _read_kind(kind: str, captions: Path, listed: Path, images: Path, limit: int
         if words:
             queries.append(Composed(f"{kind} {number}", places[reference], words, (places[target],)))
     if not queries:
-        raise UserError(f"{captions}: holds no query; fetch the file anew")
+        raise UserError(f"{captions}: holds no query; fetch the file again")
     return ComposedSet(kind, queries, list(places.values()))
 
 

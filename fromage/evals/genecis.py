@@ -84,7 +84,7 @@ def _read_task(file: Path, wanted: Wanted, images: Path, limit: int | None) -> C
         members = (target, *(_place(images, image) for image in entry["gallery"]))
         queries.append(Composed(str(number), reference, entry["condition"], (target,), members))
     if not queries:
-        raise UserError(f"{file}: holds no template; fetch the file anew")
+        raise UserError(f"{file}: holds no template; fetch the file again")
     return ComposedSet(file.stem, queries, [place for query in queries for place in query.members])
 
 

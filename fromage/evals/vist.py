@@ -145,7 +145,7 @@ def read_stories(annotations: Path, images: Path, limit: int | None = None) -> S
     places = {photo: named(images, photo) for lines in some.values() for _, _, photo in lines}
     stories = [_story(lines, places) for lines in some.values() if len(lines) == LENGTH]
     if not stories:
-        raise UserError(f"{annotations}: holds no story of {LENGTH} images; fetch the file anew")
+        raise UserError(f"{annotations}: holds no story of {LENGTH} images; fetch the file again")
     return Stories(annotations.name, stories, list(places.values()), len(some) - len(stories))
 
 

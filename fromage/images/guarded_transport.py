@@ -103,7 +103,7 @@ class GuardedBackend(httpcore.NetworkBackend):
 class GuardedStream(httpcore.NetworkStream):
     """A connection that fails at the deadline, whatever the other side is doing.
 
-    A socket's own time-out begins anew with every byte.
+    A socket's own time-out begins again with every byte.
     """
 
     def __init__(self, stream: httpcore.NetworkStream, deadline: float) -> None:

@@ -93,4 +93,4 @@ def _member(shard: Path, key: str) -> bytes:
             stem, _, suffix = name.rpartition(".")
             if stem == key and suffix.lower() in SUFFIXES:
                 return read()
-    raise UserError(f"{shard}: holds no image with the key {key}; was the shard written anew?")
+    raise UserError(f"{shard}: holds no image with the key {key}; was the shard written again?")

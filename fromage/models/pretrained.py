@@ -143,9 +143,9 @@ def check_numbers(tensors: Mapping[str, Tensor], source: str) -> None:
     """Raise UserError unless saved parameters are finite numbers, as many as they claim: nothing is built before that."""
     for name, value in tensors.items():
         if value.nbytes > value.untyped_storage().nbytes():
-            raise UserError(f"{source}: {name} claims more numbers than are stored; fetch it again, or train anew")
+            raise UserError(f"{source}: {name} claims more numbers than are stored; fetch it again, or train again")
         if not value.is_floating_point() or not value.isfinite().all():
-            raise UserError(f"{source}: {name} holds no finite numbers ({value.dtype}); fetch it again, or train anew")
+            raise UserError(f"{source}: {name} holds no finite numbers ({value.dtype}); fetch it again, or train again")
 
 
 def describe(model: Pretrained, dtype: str | None = None) -> Saved:

@@ -83,7 +83,7 @@ class OctopusModule(pl.LightningModule):
             relay: whether the decoder's output replaces the queries in the top layers.
             template: text around {image}, {instruction} and {queries}; {start} is the start token.
             mask_scale: cells of a mask per patch and side, 2, 4, 8 or 16; 0 for no masks. With masks, those of RefCOCO are
-                read (extra [masks]). The head begins anew where the checkpoint of `init` has none.
+                read (extra [masks]). The head begins again where the checkpoint of `init` has none.
             lora_rank: rank of LoRA adapters in the language model's layers in stage 3 (extra [lora]); 0 trains all of it.
             dtype: dtype of the frozen towers: float32, bfloat16, float16, or auto: bfloat16 where this machine multiplies
                 in it, and float32 elsewhere.
@@ -244,7 +244,7 @@ def load_trained(model: Octopus, path: str) -> set[str]:
     saved = read_saved(path)
     state = current_state(saved.tensors)
     check_shaped(model.settings, current_names(saved.settings, path), state, path)
-    if "queries" in state and not any(name.startswith(MASKS) for name in state):  # the mask head begins anew
+    if "queries" in state and not any(name.startswith(MASKS) for name in state):  # the mask head begins again
         state |= {name: value for name, value in model.state_dict().items() if name.startswith(MASKS)}
     model.take(state, path)
     return set(state)

@@ -148,7 +148,7 @@ class ANNIndex:
         return [found[found >= 0] for found in positions]
 
     def grow(self, vectors: np.ndarray, texts: np.ndarray) -> None:
-        """Take in the rows of (N, q) vectors that are not in yet, and measure anew; arguments as of tune."""
+        """Take in the rows of (N, q) vectors that are not in yet, and measure again; arguments as of tune."""
         for start in range(self.index.ntotal, len(vectors), CHUNK):
             self.index.add(np.ascontiguousarray(as_float32(vectors[start : start + CHUNK])))
         self.tune(vectors, texts)

@@ -396,7 +396,7 @@ class ImageIndex(ABC):
             )
 
     def require_model(self, model: Fromage) -> None:
-        """As require, of a model. It is digested once, and again when it has been trained or loaded anew since."""
+        """As require, of a model. It is digested once, and again when it has been trained or loaded again since."""
         model_then, state_then = self._known
         state = [(p.data_ptr(), -1 if p.is_inference() else p._version) for p in model.trained().values()]
         if model_then() is not model or state_then != state:

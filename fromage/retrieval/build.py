@@ -1,7 +1,7 @@
 """Making saved indexes: from embeddings, and from other indexes by adding, removing and merging.
 
 Each of these streams rows into a new folder, which takes the place of the old one when it is whole. Approximate kinds keep
-what they have learnt, and are measured anew, with the captions they were first measured with.
+what they have learnt, and are measured again, with the captions they were first measured with.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def build(
     check_replaceable(out, overwrite)
     about = store.about
     if model and model.fingerprint() != about["fingerprint"]:
-        raise UserError(f"{store.folder}: embedded with another checkpoint than this; give its own, or embed anew")
+        raise UserError(f"{store.folder}: embedded with another checkpoint than this; give its own, or embed again")
     kind = kind if milvus else kind or default_kind(len(store))
     texts = _texts(store, model) if model and kind and not milvus and kind.lower() != FLAT else None
     of = about["width"], about["fingerprint"], about["checkpoint"]

@@ -130,7 +130,7 @@ class MilvusIndex(ImageIndex):
         }
 
     def save(self, folder: str | Path, overwrite: bool = False) -> None:
-        """Write index.json: anew into the index's own folder, or into another one for the same collection."""
+        """Write index.json: again into the index's own folder, or into another one for the same collection."""
         check_replaceable(folder, overwrite)
         write_files(Path(folder), {ABOUT: as_json(sealed(self.about(), {}, self.place.own))})
 

@@ -84,5 +84,5 @@ def unit(rows: np.ndarray, whose: str) -> np.ndarray:
         raise UserError(f"embeddings of {whose} have the shape {rows.shape}; expected (rows, width)")
     lengths = np.linalg.norm(rows, axis=1, keepdims=True)  # (n, 1)
     if not (np.isfinite(lengths).all() and (lengths > 0).all()):
-        raise UserError(f"embeddings of {whose} hold zero rows, infinities or NaN; make them anew, from a sound checkpoint")
+        raise UserError(f"embeddings of {whose} hold zero rows, infinities or NaN; make them again, from a sound checkpoint")
     return rows / lengths  # (n, q)

@@ -64,7 +64,7 @@ def parse(text: str) -> Condition:
     if len(text) > MOST:
         raise UserError(f"where: {len(text):,} characters; a filter may have {MOST:,}")
     if HALVES.search(text):
-        raise UserError("where: holds half a character; write it anew")
+        raise UserError("where: holds half a character; write it again")
     found = _Reader(text).whole()
     if (count := sum(1 for _ in tests(found))) > TESTS:
         raise UserError(f"where: {count} tests; a filter may have {TESTS}: column in (...) is one")

@@ -71,7 +71,7 @@ def size(count: int) -> int:
 def write_circo(out: Path, sets: Sequence[Changed], tests: int, rng: random.Random, paint: Paint) -> list[tuple[str, Scene]]:
     """CIRCO: val.json, test.json of the last `tests` sets, and COCO's list of the gallery.
 
-    Each query has one to three right images, which show the same scene drawn anew. Returns the images and what they show.
+    Each query has one to three right images, which show the same scene drawn again. Returns the images and what they show.
     """
     scenes: list[Scene] = []
     placed: list[tuple[int, list[int]]] = []  # ids of a query's image, and of its right ones

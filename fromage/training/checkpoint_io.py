@@ -187,7 +187,7 @@ class SafeCheckpoint(ModelCheckpoint):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save the last steps, however many they are, with their validation."""
-        self._save_now(trainer, pl_module, anew=self._judged == trainer.global_step)
+        self._save_now(trainer, pl_module, again=self._judged == trainer.global_step)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Leave the folder to others."""
@@ -195,14 +195,14 @@ class SafeCheckpoint(ModelCheckpoint):
         self._hold.close()
         self._holds = False
 
-    def _save_now(self, trainer: pl.Trainer, pl_module: pl.LightningModule, anew: bool = False) -> None:
-        """Write the last checkpoint; unless it is of this step already, or anew."""
+    def _save_now(self, trainer: pl.Trainer, pl_module: pl.LightningModule, again: bool = False) -> None:
+        """Write the last checkpoint; unless it is of this step already, or again."""
         if trainer.fast_dev_run or not self.save_last:  # type: ignore[attr-defined]
             return
         super().on_train_end(trainer, pl_module)  # recent versions of Lightning write the first one, if there is none yet
         self.last_model_path = self.last_model_path or self.format_checkpoint_name({}, self.CHECKPOINT_NAME_LAST)
         steps = getattr(trainer.strategy.checkpoint_io, "steps", {})  # known to the first device only
-        if trainer.strategy.broadcast(anew or steps.get(Path(self.last_model_path)) != trainer.global_step):
+        if trainer.strategy.broadcast(again or steps.get(Path(self.last_model_path)) != trainer.global_step):
             trainer.save_checkpoint(self.last_model_path, self.save_weights_only)
 
 

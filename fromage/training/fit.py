@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import pytorch_lightning as pl
 
 FITTING = ("fit", "validate", "test", "predict")
-HELP = """{command}: by a configuration, over which later words count
+HELP = """{command}: run a configuration; options after it override its values
 
     lightning {command} --config cc3m.yaml --model.lr 1e-4 --trainer.max_steps 1000
 

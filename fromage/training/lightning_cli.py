@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from math import inf
 from typing import Any
 
@@ -16,6 +17,8 @@ from fromage.errors import UserError
 from fromage.training import runs
 from fromage.training.option_errors import class_of
 from fromage.training.run_report import RunReport
+
+UNTRAINED = "no --ckpt_path is given: trained parameters are as they begin, and so are the figures"
 
 
 class CommandLine(LightningCLI):
@@ -42,6 +45,8 @@ class CommandLine(LightningCLI):
         elif config.ckpt_path and config.ckpt_path not in ("best", "hpc", "registry"):
             config.ckpt_path = str(checkpoint_file(config.ckpt_path))
             read_checkpoint(config.ckpt_path)
+        elif self.subcommand != "fit" and not (config.model.get("init_args") or {}).get("init"):
+            warnings.warn(UNTRAINED, stacklevel=2)
         if self.subcommand == "fit" and not config.trainer.fast_dev_run:
             runs.prepare(config)
 

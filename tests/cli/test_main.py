@@ -97,7 +97,8 @@ def test_predictions_are_not_replaced_without_a_word(fast, tmp_path, monkeypatch
     again = ["predict", *(word for word in fast if word != "--overwrite"), "--trainer.logger=false"]
     (tmp_path / "predictions.parquet").touch()
     assert main(again) == 2 and "predictions.parquet: is there already" in capsys.readouterr().err
-    assert main([*again, "--overwrite"]) == 0 and pq.read_table(tmp_path / "predictions.parquet").num_rows == 60
+    assert main([*again, "--overwrite"]) == 0 and "no --ckpt_path is given" in capsys.readouterr().err
+    assert pq.read_table(tmp_path / "predictions.parquet").num_rows == 60
 
 
 def bad(*words):

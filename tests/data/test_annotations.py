@@ -116,7 +116,7 @@ def test_a_single_odd_entry_is_told_and_left_out_and_many_refuse_the_file(world,
         assert read(dataset, world, path)
     content[where] = [content[where][0], *[entry] * 10, *content[where][1:50]]
     path.write_text(json.dumps(content))
-    with pytest.raises(UserError, match=r"a\.json: \d+ of \d+ entries are odd .*fetch the file anew"):
+    with pytest.raises(UserError, match=r"a\.json: \d+ of \d+ entries are odd .*fetch the file again"):
         read(dataset, world, path)
     with odd_allowed(0.5), pytest.warns(UserWarning, match="and left out"):
         assert read(dataset, world, path)

@@ -142,10 +142,10 @@ def test_an_epoch_dealt_out_otherwise_is_refused_or_begun_anew(data, other, name
     state = begun.state_dict()
     with pytest.raises(UserError, match=f"middle of an epoch with.*{name}.*exact_resume false"):
         data(**{"workers": 2, **other}).train_dataloader().load_state_dict(state)
-    anew = data(**{"workers": 2, **other}, exact_resume=False).train_dataloader()
-    with pytest.warns(UserWarning, match="begins anew"):
-        anew.load_state_dict(state)
-    assert rows(anew) == rows(data(**{"workers": 2, **other}).train_dataloader())
+    again = data(**{"workers": 2, **other}, exact_resume=False).train_dataloader()
+    with pytest.warns(UserWarning, match="begins again"):
+        again.load_state_dict(state)
+    assert rows(again) == rows(data(**{"workers": 2, **other}).train_dataloader())
 
 
 def test_another_number_of_devices_is_refused(data, monkeypatch):

@@ -392,7 +392,7 @@ def test_a_folder_that_has_grown_is_gone_on_with(images, tmp_path, monkeypatch, 
     there = {path.name: path.read_bytes() for path in out.glob("*.parquet")}
     assert sum(there.get(name) == data for name, data in kept.items()) == len(kept) - 1 - stamped
     assert sum(seen) == 3 + 1 + 2 * stamped, "the new, and what shared a part with the gone and the changed"
-    wanted = dict(zip(*reversed(rows_and_items(module.embed_images(Model(), images, tmp_path / "anew", 1))), strict=True))
+    wanted = dict(zip(*reversed(rows_and_items(module.embed_images(Model(), images, tmp_path / "again", 1))), strict=True))
     for item, row in zip(items, rows, strict=True):
         np.testing.assert_array_equal(row, next(r for i, r in wanted.items() if i.path == item.path))
     seen.clear()

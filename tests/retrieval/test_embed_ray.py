@@ -122,7 +122,7 @@ def test_a_killed_job_loses_and_doubles_nothing_even_if_a_worker_dies_too(cluste
     killer.join()
     same(out, wanted)
     embed_images(Model(), shards, out, 2, ray=RayJob())  # nothing is left to do
-    assert len(list(seen.iterdir())) == 2  # Ray began anew with another one
+    assert len(list(seen.iterdir())) == 2  # Ray began again with another one
     assert all(path.stat().st_mtime_ns == then for path, then in before.items())
 
 

@@ -222,7 +222,7 @@ def test_the_faiss_file_of_an_index_from_elsewhere_is_not_read(tmp_path, monkeyp
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         changed = load_index(folder).remove(folder, "3.jpg")
-    assert changed.candidates.index.ntotal == 199, "made anew, of the rows"
+    assert changed.candidates.index.ntotal == 199, "made again, of the rows"
     assert trust(folder).candidates.index.ntotal == 199 and load_index(folder).place.own
 
 

@@ -24,7 +24,7 @@ def never():
 
 
 def same_as_new(folder, photos, out):
-    """Whether the index holds what one that is built anew would."""
+    """Whether the index holds what one that is built again would."""
     new, old = build_index(Model(), photos, out), load_index(folder)
     order = np.argsort([item.path for item in old.items])
     assert [old.items[int(i)].path for i in order] == [item.path for item in new.items]

@@ -84,7 +84,7 @@ def test_every_seed_is_trained_and_judged_once_and_a_killed_run_taken_up(tool, t
         for n in range(3)
         for name, over in (("base", ()), ("k4", ("--config", "ablations/k4.yaml")))
     ]
-    assert trained == [*options[:3], *options[2:]]  # the third began anew, the first two did not
+    assert trained == [*options[:3], *options[2:]]  # the third began again, the first two did not
     assert json.loads(out.read_text())["figures"]["k4"]["fromage.5_captions.r1"] == {"mean": 51.0, "deviation": 1.0}
     assert "| base |  |  |  | 51.0 ± 1.0 |" in capsys.readouterr().out
 
