@@ -28,6 +28,6 @@ def _check(name: str, value: object, is_number: bool, wanted: str, least: float,
         raise UserError(f"{name} is {value!r}; it must be {wanted} {'on' if most == inf else f'to {most:g}'}")
 
 
-def bare(items: Any, *alone: type) -> list[Any]:
+def as_list(items: Any, *alone: type) -> list[Any]:
     """Items as a list: a text or path on its own is one item, never its letters. alone: further types of single items."""
     return [items] if isinstance(items, (str, Path, *alone)) else list(items)

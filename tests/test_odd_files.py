@@ -23,7 +23,7 @@ from fromage.data.packing import PackReport, pack_coco, pack_jsonl, pack_tsv
 from fromage.data.shard_stats import check_shards
 from fromage.data.shards import read_sizes
 from fromage.errors import UserError
-from fromage.evals.caption_sets import read_captions
+from fromage.evals.caption_sets import read_caption_set
 from fromage.evals.dialogues import read_dialogues
 from fromage.evals.few_shot import single_scenes
 from fromage.evals.questions import read_questions
@@ -113,8 +113,11 @@ def places(world, tmp_path_factory):
         "coco": (captions, lambda path: pack_coco(path, images, out / os.urandom(4).hex())),
         "captions of an index": (out / "names.json", lambda path: find_images(str(images), None, path)),
         "coco captions of an index": (captions, lambda path: find_images(str(images), None, path)),
-        "coco set": (captions, lambda path: read_captions(path, images)),
-        "flickr30k": (world / "flickr30k" / "dataset_flickr30k.json", lambda path: read_captions(path, images, "flickr30k")),
+        "coco set": (captions, lambda path: read_caption_set(path, images)),
+        "flickr30k": (
+            world / "flickr30k" / "dataset_flickr30k.json",
+            lambda path: read_caption_set(path, images, "flickr30k"),
+        ),
         "scenes": (captions, single_scenes),
         "vist": (vist / "sis" / "val.story-in-sequence.json", lambda path: read_stories(path, vist / "images" / "val")),
         "visdial": (talks / "visdial_1.0_val.json", lambda path: read_dialogues(path, dense, images)),

@@ -14,7 +14,7 @@ from jsonargparse import auto_cli
 from torch import Tensor
 
 from fromage import load_model, score
-from fromage.evals.caption_sets import read_captions
+from fromage.evals.caption_sets import read_caption_set
 from fromage.models.prompts import START, Part, encode_images
 
 
@@ -28,7 +28,7 @@ def main(ckpt: str, world: Path = Path("runs/demo/world"), limit: int = 120) -> 
     """
     model = load_model(ckpt)
     folder = world / "coco"
-    data = read_captions(folder / "annotations" / "captions_val2017.json", folder / "val2017")
+    data = read_caption_set(folder / "annotations" / "captions_val2017.json", folder / "val2017")
     images = encode_images(model, data.images[: limit + 1])  # (N + 1, m)
     texts = [captions[0] for captions in data.captions[: limit + 1]]
 

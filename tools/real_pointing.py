@@ -18,7 +18,7 @@ import torch
 from real_input import make_clip, make_opt
 
 from fromage.cli.main import main as fromage
-from fromage.octopus.boxes import reading_order, share, spelled
+from fromage.octopus.boxes import reading_order, relative, spelled
 from fromage.octopus.examples import Box
 
 
@@ -32,7 +32,7 @@ def questions(instances: dict[str, Any]) -> list[dict[str, Any]]:
     sizes = {image["id"]: (image["width"], image["height"]) for image in instances["images"]}
     for note in (note for note in instances["annotations"] if not note["iscrowd"]):
         (x, y, w, h), image = note["bbox"], note["image_id"]
-        if box := share(x, y, x + w, y + h, *sizes[image]):
+        if box := relative(x, y, x + w, y + h, *sizes[image]):
             found[image].setdefault(names[note["category_id"]], []).append(box)
     return [
         {"id": str(image["id"]), "image": image["file_name"], "conversations": turns}

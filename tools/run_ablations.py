@@ -27,7 +27,7 @@ from fromage.apps.toy_demo import name_things, train
 from fromage.data.features import store_features
 from fromage.data.tuple_packing import pack_tuples
 from fromage.evals import coco, few_shot, visdial, vist
-from fromage.evals.caption_sets import read_captions
+from fromage.evals.caption_sets import read_caption_set
 from fromage.evals.clip import load_clip_baseline
 from fromage.evals.dialogues import read_dialogues
 from fromage.io import write_json
@@ -116,7 +116,7 @@ def judge(model: Fromage, world: Path, answers: int) -> dict[str, float]:
     stories, talks = world / "vist", world / "visdial"
     noted = talks / "visdial_1.0_val.json", talks / "visdial_1.0_val_dense_annotations.json", talks / "images" / "val"
     reports = [
-        coco.evaluate(model, read_captions(captions, world / "coco" / "val2017")),
+        coco.evaluate(model, read_caption_set(captions, world / "coco" / "val2017")),
         vist.evaluate(model, vist.read_stories(stories / "sis" / "val.story-in-sequence.json", stories / "images" / "val")),
         visdial.evaluate(model, read_dialogues(*noted, answers), answers=True),
         visdial.evaluate(model, read_dialogues(*noted), answers=False),  # of all dialogues, over those of a few

@@ -14,7 +14,7 @@ from fromage.apps.tours import CHECKPOINT, finished, once
 from fromage.io import write_files
 from fromage.toy.world import VERSION, make_world
 from fromage.training.configs import find_config
-from fromage.training.fit import fitting
+from fromage.training.fit import run_lightning
 
 HOME = "runs/octopus"  # where the configurations put everything
 PLACES = re.compile(rf"{HOME}(/world|/patches)?")
@@ -99,4 +99,4 @@ def train(out: Path, configs: Sequence[str], options: Sequence[str] = (), shared
     write_files(out / "configs", {name: text.encode() for name, text in placed.items()})
     run = yaml.safe_load(text)["trainer"]["logger"]["init_args"]["name"]
     words = [f"--trainer.callbacks.init_args.dirpath={out / run / CHECKPOINT.parent}", "--overwrite", *options]
-    fitting(["fit", *(word for name in configs for word in ("--config", str(out / "configs" / name))), *words])
+    run_lightning(["fit", *(word for name in configs for word in ("--config", str(out / "configs" / name))), *words])

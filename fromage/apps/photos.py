@@ -33,7 +33,7 @@ from fromage.models.vision.registry import load_vision
 from fromage.retrieval.build import build_index
 from fromage.retrieval.open_index import open_index, search_index
 from fromage.retrieval.results import draw_hits, load_images
-from fromage.training.fit import fitting
+from fromage.training.fit import run_lightning
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -110,7 +110,7 @@ def train(out: Path, words: Sequence[str]) -> Path:
     placed += [f"--trainer.callbacks.init_args.dirpath={run / CHECKPOINT.parent}", "--overwrite"]
 
     def fit(again: list[str]) -> None:
-        fitting(["fit", "--config", "photos.yaml", *placed, *words, *again])
+        run_lightning(["fit", "--config", "photos.yaml", *placed, *words, *again])
         write_json(run / CHECKPOINT.parent / GENERATION, PRESET.stored())
 
     return once(run, fit)  # not written again: `fromage tune-ret` adds to it

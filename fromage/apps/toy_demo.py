@@ -27,7 +27,7 @@ from fromage.retrieval.open_index import search_index
 from fromage.retrieval.results import draw_hits, load_images
 from fromage.toy.scenes import Scene, names_colour_and_shape
 from fromage.toy.world import make_world
-from fromage.training.fit import fitting
+from fromage.training.fit import run_lightning
 
 K = 4  # input embeddings per image: with one, as in the paper, captions name fewer things rightly (docs/results.md)
 INDEX = f"index_k{K}"
@@ -98,7 +98,7 @@ def train(out: Path, k: int, world: Path, stored: Path, options: Sequence[str]) 
     words = [f"--data.train_shards={stored}", f"--data.val_shards={world / 'cc3m' / 'val'}", f"--model.k={k}"]
     words += [f"--trainer.logger.init_args.save_dir={out.parent}", f"--trainer.logger.init_args.name={out.name}"]
     words += [f"--trainer.callbacks.init_args.dirpath={checkpoints}", "--overwrite"]
-    fitting(["fit", "--config", "toy.yaml", *words, *options])
+    run_lightning(["fit", "--config", "toy.yaml", *words, *options])
     write_json(checkpoints / GENERATION, PRESET.stored())
     return checkpoints / "last.ckpt"
 

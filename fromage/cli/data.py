@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -41,73 +41,61 @@ def toy_demo(*, out: Path = Path("runs/demo")) -> None:
     demo(out)
 
 
-def shards_tsv(
-    tsv: Path,
-    *,
-    out: Path,
-    images: Path | None = None,
-    per_shard: int = 1000,
-    val_fraction: float = 0.0,
-    overwrite: bool = False,
-) -> Result:
+@dataclass(kw_only=True)
+class Packing:
+    """Where shards go, and how they are cut."""
+
+    out: Path
+    per_shard: int = 1000
+    val_fraction: float = 0.0
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        """Raise UserError where shards are there already, and --overwrite is not given."""
+        for folder in (self.out / "train", self.out / "val") if self.val_fraction else (self.out,):
+            check_free(folder, self.overwrite, "*.tar")
+
+    def done(self, pack: Callable[..., PackReport], *args: Any, **named: Any) -> Result:
+        """What packing has to say. pack: pack_tsv or another one of its kind; args and named: its further arguments."""
+        cut = {"per_shard": self.per_shard, "val_fraction": self.val_fraction, "overwrite": self.overwrite}
+        report = pack(*args, out=self.out, **cut, **named)
+        return Result(report.text(), asdict(report))
+
+
+def shards_tsv(tsv: Path, *, images: Path | None = None, packing: Packing) -> Result:
     """Pack a TSV of caption and image into shards, each image once with all its captions.
 
     Args:
         tsv: lines of caption, tab, image
         images: folder that the images' paths start from (default: the TSV's own)
     """
-    check_shards_free(out, val_fraction, overwrite)
     from fromage.data.packing import pack_tsv
 
-    return packed(pack_tsv(tsv, out, images, per_shard, val_fraction, overwrite))
+    return packing.done(pack_tsv, tsv, images=images)
 
 
-def shards_jsonl(
-    jsonl: Path,
-    *,
-    out: Path,
-    images: Path | None = None,
-    per_shard: int = 1000,
-    val_fraction: float = 0.0,
-    overwrite: bool = False,
-) -> Result:
+def shards_jsonl(jsonl: Path, *, images: Path | None = None, packing: Packing) -> Result:
     """Pack JSON lines of image and captions into shards, each image once with all its captions.
 
     Args:
         jsonl: lines {"image": path, "captions": [text, ...]}
         images: folder that the images' paths start from (default: the file's own)
     """
-    check_shards_free(out, val_fraction, overwrite)
     from fromage.data.packing import pack_jsonl
 
-    return packed(pack_jsonl(jsonl, out, images, per_shard, val_fraction, overwrite))
+    return packing.done(pack_jsonl, jsonl, images=images)
 
 
-def shards_coco(
-    annotations: Path, *, images: Path, out: Path, captions: Literal["all", "first"] = "all", per_shard: int = 1000,
-    val_fraction: float = 0.0, overwrite: bool = False,
-) -> Result:  # fmt: skip
+def shards_coco(annotations: Path, *, images: Path, captions: Literal["all", "first"] = "all", packing: Packing) -> Result:
     """Pack a COCO caption file and its images into shards, each image once with all its captions.
 
     Args:
         annotations: COCO caption JSON
         captions: captions packed per image
     """
-    check_shards_free(out, val_fraction, overwrite)
     from fromage.data.packing import pack_coco
 
-    return packed(pack_coco(annotations, images, out, per_shard, captions, val_fraction, overwrite))
-
-
-def check_shards_free(out: Path, val_fraction: float, overwrite: bool) -> None:
-    """Raise UserError where shards are there already, and --overwrite is not given."""
-    for folder in (out / "train", out / "val") if val_fraction else (out,):
-        check_free(folder, overwrite, "*.tar")
-
-
-def packed(report: PackReport) -> Result:
-    """What packing has to say."""
-    return Result(report.text(), asdict(report))
+    return packing.done(pack_coco, annotations, images, captions=captions)
 
 
 def shards_check(

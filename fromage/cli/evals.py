@@ -16,7 +16,7 @@ Split = Literal["val", "testA", "testB", "test", "train"]
 
 
 @dataclass(kw_only=True)
-class Run:
+class EvalOptions:
     """What every evaluation takes."""
 
     ckpt: str
@@ -37,7 +37,7 @@ class Run:
 
 
 @dataclass(kw_only=True)
-class ImageRun(Run):
+class ImageOptions(EvalOptions):
     """What an evaluation on image files takes.
 
     Attributes:
@@ -63,7 +63,7 @@ class ImageRun(Run):
 
 
 @dataclass(kw_only=True)
-class OctopusRun(ImageRun):
+class OctopusOptions(ImageOptions):
     """What an evaluation of Octopus takes.
 
     Attributes:
@@ -83,18 +83,18 @@ class OctopusRun(ImageRun):
 
 
 @dataclass(kw_only=True)
-class RetrievalRun(ImageRun):
+class RetrievalOptions(ImageOptions):
     """What a retrieval table takes.
 
     Attributes:
-        clip: leave out the frozen CLIP's figures; a tower without a text tower has none
+        clip: give the frozen CLIP's figures too; --no-clip leaves them out (a tower without a text tower has none)
     """
 
     clip: bool = True
 
 
 @dataclass(kw_only=True)
-class CaptionRun(RetrievalRun):
+class CaptionOptions(RetrievalOptions):
     """What a caption set takes.
 
     Attributes:
@@ -114,7 +114,7 @@ class CaptionRun(RetrievalRun):
 
     def captions(self, annotations: Path, name: Any, eccv: bool = False) -> Result:
         """Evaluate on a caption set; eccv: on ECCV Caption's."""
-        from fromage.evals.caption_sets import read_captions
+        from fromage.evals.caption_sets import read_caption_set
         from fromage.evals.coco import evaluate
         from fromage.evals.eccv import read_test
 
@@ -124,12 +124,12 @@ class CaptionRun(RetrievalRun):
             data = (
                 read_test(annotations, self.images)
                 if eccv
-                else read_captions(annotations, self.images, name, self.split, self.limit)
+                else read_caption_set(annotations, self.images, name, self.split, self.limit)
             )
         return self.told(evaluate(self.model(), data, self.options(), self.captioning))
 
 
-def coco(annotations: Path, *, eccv: bool = False, run: CaptionRun) -> Result:
+def coco(annotations: Path, *, eccv: bool = False, run: CaptionOptions) -> Result:
     """Captions and images of COCO: recall both ways.
 
     Args:
@@ -139,7 +139,7 @@ def coco(annotations: Path, *, eccv: bool = False, run: CaptionRun) -> Result:
     return run.captions(annotations, "coco", eccv)
 
 
-def flickr30k(annotations: Path, *, run: CaptionRun) -> Result:
+def flickr30k(annotations: Path, *, run: CaptionOptions) -> Result:
     """Captions and images of Flickr30k: recall both ways.
 
     Args:
@@ -148,7 +148,7 @@ def flickr30k(annotations: Path, *, run: CaptionRun) -> Result:
     return run.captions(annotations, "flickr30k")
 
 
-def vist(annotations: Path, *, run: RetrievalRun) -> Result:
+def vist(annotations: Path, *, run: RetrievalOptions) -> Result:
     """Stories of VIST: which image is the last one.
 
     Args:
@@ -162,14 +162,14 @@ def vist(annotations: Path, *, run: RetrievalRun) -> Result:
 
 
 def visdial(
-    annotations: Path, *, dense: Path, answers: bool = True, scores: Path | None = None, run: RetrievalRun
+    annotations: Path, *, dense: Path, answers: bool = True, scores: Path | None = None, run: RetrievalOptions
 ) -> Result:
     """Dialogues of VisDial: rank answers, and find the image.
 
     Args:
         annotations: visdial_1.0_val.json
         dense: visdial_1.0_val_dense_annotations.json
-        answers: find the image from the dialogue, and rank no answers
+        answers: rank answers too; --no-answers only finds the image from the dialogue
     """
     from fromage.evals.dialogues import read_dialogues
     from fromage.evals.visdial import evaluate
@@ -180,7 +180,7 @@ def visdial(
 
 
 @dataclass(kw_only=True)
-class ServedRun(RetrievalRun):
+class ServedOptions(RetrievalOptions):
     """What a benchmark takes whose test split a server evaluates.
 
     Attributes:
@@ -200,7 +200,7 @@ class ServedRun(RetrievalRun):
         return data
 
 
-def circo(annotations: Path, *, gallery: Path, run: ServedRun) -> Result:
+def circo(annotations: Path, *, gallery: Path, run: ServedOptions) -> Result:
     """Composed retrieval, CIRCO: mAP@5, 10, 25 and 50 of an image and words.
 
     Args:
@@ -214,7 +214,7 @@ def circo(annotations: Path, *, gallery: Path, run: ServedRun) -> Result:
     return run.told(evaluate(run.model(), data, run.options(), run.server_files, run.overwrite))
 
 
-def cirr(annotations: Path, *, gallery: Path, run: ServedRun) -> Result:
+def cirr(annotations: Path, *, gallery: Path, run: ServedOptions) -> Result:
     """Composed retrieval, CIRR: recalls among all images, and within sets of six.
 
     Args:
@@ -228,7 +228,7 @@ def cirr(annotations: Path, *, gallery: Path, run: ServedRun) -> Result:
     return run.told(evaluate(run.model(), data, run.options(), run.server_files, run.overwrite))
 
 
-def fashioniq(dataset: Path, *, run: RetrievalRun) -> Result:
+def fashioniq(dataset: Path, *, run: RetrievalOptions) -> Result:
     """Composed retrieval, FashionIQ: R@10 and R@50 of dresses, shirts and tops.
 
     Args:
@@ -241,7 +241,7 @@ def fashioniq(dataset: Path, *, run: RetrievalRun) -> Result:
     return run.told(evaluate(run.model(), data, run.options()))
 
 
-def genecis(files: Sequence[Path], *, run: RetrievalRun) -> Result:
+def genecis(files: Sequence[Path], *, run: RetrievalOptions) -> Result:
     """Composed retrieval, GeneCIS: R@1, 2 and 3 of four tasks; --images holds val2017, VG_100K and VG_100K_2.
 
     Args:
@@ -254,7 +254,7 @@ def genecis(files: Sequence[Path], *, run: RetrievalRun) -> Result:
     return run.told(evaluate(run.model(), data, run.options()))
 
 
-def chatir(annotations: Path, *, gallery: Path, run: RetrievalRun) -> Result:
+def chatir(annotations: Path, *, gallery: Path, run: RetrievalOptions) -> Result:
     """Dialogues of ChatIR: Hits@10 by round, the image of a dialogue among a pool.
 
     Args:
@@ -268,7 +268,7 @@ def chatir(annotations: Path, *, gallery: Path, run: RetrievalRun) -> Result:
     return run.told(evaluate(run.model(), data, run.options()))
 
 
-def few_shot(*, world: Path, shots: Sequence[int] = (0, 1, 2, 4), run: Run) -> Result:
+def few_shot(*, world: Path, shots: Sequence[int] = (0, 1, 2, 4), run: EvalOptions) -> Result:
     """Learning from examples in the prompt, on the toy world.
 
     Args:
@@ -283,7 +283,7 @@ def few_shot(*, world: Path, shots: Sequence[int] = (0, 1, 2, 4), run: Run) -> R
 
 def refcoco(
     refs: Path, *, instances: Path, split: Sequence[Split] = ("val",), question: str = QUESTION, match: str | None = None,
-    run: OctopusRun,
+    run: OctopusOptions,
 ) -> Result:  # fmt: skip
     """Octopus: referring expressions of RefCOCO, RefCOCO+ or RefCOCOg, the object meant among all.
 
@@ -300,7 +300,7 @@ def refcoco(
     return run.point(evaluate, [RefCOCO(*named, each, question, run.limit, match) for each in dict.fromkeys(split)])
 
 
-def pope(files: Sequence[Path], *, run: OctopusRun) -> Result:
+def pope(files: Sequence[Path], *, run: OctopusOptions) -> Result:
     """Octopus: questions of POPE, whether something is in an image; of several files also the mean F1.
 
     Args:
@@ -312,7 +312,7 @@ def pope(files: Sequence[Path], *, run: OctopusRun) -> Result:
     return run.point(evaluate, [Pope(str(file), str(run.images), run.limit) for file in files])
 
 
-def instructions(file: Path, *, padded: bool = False, run: OctopusRun) -> Result:
+def instructions(file: Path, *, padded: bool = False, run: OctopusOptions) -> Result:
     """Octopus: instructions of LLaVA's kind, answers that point at several objects among them.
 
     Args:
@@ -328,7 +328,7 @@ def instructions(file: Path, *, padded: bool = False, run: OctopusRun) -> Result
 
 def answers(
     questions: Path, *, answers_file: Path, annotations: Path | None = None, model_id: str | None = None,
-    max_new_tokens: int = 128, overwrite: bool = False, run: ImageRun,
+    max_new_tokens: int = 128, overwrite: bool = False, run: ImageOptions,
 ) -> Result:  # fmt: skip
     """Octopus or FROMAGe: answers to questions about images, in a file for the official scorers of VQAv2, GQA and others.
 

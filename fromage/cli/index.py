@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from fromage.cli.command import Result
 from fromage.cli.options import check_free
-from fromage.errors import UserError
+from fromage.errors import UserError, first_few
 
 if TYPE_CHECKING:
     from fromage.retrieval.ann import ANNIndex
@@ -173,7 +173,6 @@ def sync(index: Path, *, images: Path, ckpt: str | None = None, reading: Reading
         images: folder of the images
         ckpt: checkpoint, when it has moved since the index was built
     """
-    from fromage.retrieval.embed_images import named
     from fromage.retrieval.open_index import model_of
     from fromage.retrieval.sync import sync as bring
 
@@ -181,7 +180,7 @@ def sync(index: Path, *, images: Path, ckpt: str | None = None, reading: Reading
     changed, done = bring(index, images, lambda: model_of(index, ckpt, reading.device), *how)
     yield Result(str(done), done._asdict())
     if done.broken:
-        warnings.warn(f"{images}: {len(done.broken)} images are left out: {named(done.broken)}", stacklevel=2)
+        warnings.warn(f"{images}: {len(done.broken)} images are left out: {first_few(done.broken, '; ')}", stacklevel=2)
     yield _told(changed, index)
 
 
@@ -208,19 +207,19 @@ def import_embeddings(source: list[Path], *, ckpt: str, images: Path | None = No
     from fromage.models.fromage import load_model
     from fromage.retrieval.authors_embeddings import rows_of
     from fromage.retrieval.build import write_index
-    from fromage.retrieval.clip_retrieval import Gallery
+    from fromage.retrieval.clip_retrieval import EmbeddingFolder
     from fromage.retrieval.embed_images import located
-    from fromage.retrieval.image_root import ImageRoot, Place
+    from fromage.retrieval.image_root import ImageAccess, ImageRoot
 
     folders = [path for path in source if path.is_dir()]
     if folders and len(source) > 1:
         raise UserError(f"{folders[0]}: is a folder; import it alone, and put indexes together by `fromage index merge`")
-    gallery = Gallery(folders[0]) if folders else None
+    gallery = EmbeddingFolder(folders[0]) if folders else None
     tables = [gallery.table()] if gallery else []
     model = load_model(ckpt)
     of = model.q, model.fingerprint(), located(ckpt)
     root = str(Path(images).absolute()) if images else ""
-    place = Place(ImageRoot(root), confined=True, within=root or str(target.out.absolute()))
+    place = ImageAccess(ImageRoot(root), confined=True, within=root or str(target.out.absolute()))
     how: dict[str, Any] = {"milvus": target.milvus, "overwrite": target.overwrite, "place": place}
     within = root or str(target.out.absolute())
     rows = gallery.embedded(model, ImageRoot(root), within) if gallery else rows_of(source, model.q)

@@ -22,7 +22,7 @@ from fromage.errors import UserError
 from fromage.io import disk_error
 from fromage.printable import PrintableStream, one_line
 from fromage.training.configs import near
-from fromage.training.fit import FITTING, fitting
+from fromage.training.fit import FITTING, run_lightning
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -187,7 +187,7 @@ def run(words: list[str]) -> None:
         print(f"fromage {__version__}")
     elif words and words[0] in FITTING:
         _check_said(words[0], words[1:])
-        fitting(words)  # whose trainer has its own ways with signals
+        run_lightning(words)  # whose trainer has its own ways with signals
     else:
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as by Ctrl-C: what is temporary goes
         function, values = parse(words)

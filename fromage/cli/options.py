@@ -196,7 +196,7 @@ SHARED: dict[str, tuple[str, Check | None]] = {
     "max_new_tokens": ("length of the answer, in tokens, at most", positive),
     "milvus": ("build in Milvus: its address, or a path that ends in .db; --kind is then flat, HNSW,M=32 ...", None),
     "out": ("folder to write", out_folder),
-    "per_shard": ("images per shard", positive),
+    "per_shard": ("images or tuples per shard", positive),
     "overwrite": ("replace what is there already", None),
     "png": ("draw into this file", out_png),
     "question": ("question that an expression is put into, in place of {}", None),

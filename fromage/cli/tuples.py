@@ -6,31 +6,21 @@ from pathlib import Path
 from typing import Literal
 
 from fromage.cli.command import Result
-from fromage.cli.data import check_shards_free, packed
+from fromage.cli.data import Packing
 from fromage.cli.options import DType, check_free
 
 
-def shards_tuples(
-    jsonl: Path,
-    *,
-    out: Path,
-    images: Path | None = None,
-    per_shard: int = 1000,
-    val_fraction: float = 0.0,
-    overwrite: bool = False,
-) -> Result:
+def shards_tuples(jsonl: Path, *, images: Path | None = None, packing: Packing) -> Result:
     """Pack JSON lines of tuples into shards, for composition learning.
 
     Args:
         jsonl: lines {"image": path, "caption": text, "condition": text, "target_caption": text}; "target_image": path, where
             that image is there
         images: folder that the images' paths start from (default: the file's own)
-        per_shard: tuples per shard
     """
-    check_shards_free(out, val_fraction, overwrite)
     from fromage.data.tuple_packing import pack_tuples
 
-    return packed(pack_tuples(jsonl, out, images, per_shard, val_fraction, overwrite))
+    return packing.done(pack_tuples, jsonl, images=images)
 
 
 def tuples_toy(
@@ -44,7 +34,7 @@ def tuples_toy(
 
     Args:
         count: tuples
-        changes: tuples of each reference image, 1 to 4, one behind the other; with several the image alone does not tell
+        changes: tuples of each reference image, 1 to 4, one after the other; with several the image alone does not tell
             which target is asked for
         split: scenes of training, or of validation, which no training has seen
         seed: seed of the scenes and changes

@@ -220,21 +220,6 @@ def read_annotations(path: Path, wanted: tuple[str, ...], remedy: str) -> tuple[
     return kind, content
 
 
-def malformed(path: Path, error: Exception) -> UserError:
-    """The error for a file whose entries are not as its format has them, from what an odd one raised."""
-    odd = f"lacks {error.args[0]!r}" if isinstance(error, KeyError) and error.args else "is not as its format has it"
-    return UserError(f"{path}: an entry {odd}; fetch the file again")
-
-
-@contextmanager
-def parsing(path: Path) -> Iterator[None]:
-    """Turn what odd entries of a file raise into UserError."""
-    try:
-        yield
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-        raise malformed(path, error) from error
-
-
 class CocoCaptions(NamedTuple):
     """What a caption file in COCO's format says. files: image id -> file name; captions: image id -> texts."""
 

@@ -1,4 +1,4 @@
-"""From the streams of fromage.data.datamodule to a run: workers, epochs, and going on in the middle of one."""
+"""From the streams of fromage.data.streams to a run: workers, epochs, and going on in the middle of one."""
 
 from __future__ import annotations
 

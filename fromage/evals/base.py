@@ -6,7 +6,7 @@ import platform
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from torch import Tensor
 
@@ -125,13 +125,15 @@ def _rounded(figures: Mapping[str, float]) -> dict[str, float]:
 class Retriever(NamedTuple):
     """A system, fromage or clip, that embeds texts and images as unit rows of one space, e wide.
 
-    text takes N texts, FROMAGe's also N prompts with images, embed_images (N, m) features; both give (N, e).
+    text takes N texts, FROMAGe's also N prompts with images, embed_images (N, m) features; both give (N, e). sees: what of a
+    query is embedded: the prompt as it is, or the mean of the rows of both its images and its words, or of those alone.
     """
 
     name: str
     text: Callable[[Any], Tensor]
     embed_images: Callable[[Tensor], Tensor]
     batch_size: int
+    sees: Literal["prompt", "both", "image", "text"] = "both"
 
     def embed_text(self, texts: Sequence[Any], what: str) -> Tensor:
         """N texts -> (N, e), with a progress bar."""
@@ -155,7 +157,7 @@ class RetrievalRun(Run):
         """As of Run; what the text tower lacks is known before the first image is encoded."""
         options = options or Options()
         size = options.batch_size
-        self.systems = [Retriever("fromage", partial(model.embed_text, batch_size=size), model.embed_images, size)]
+        self.systems = [Retriever("fromage", partial(model.embed_text, batch_size=size), model.embed_images, size, "prompt")]
         self.told: dict[str, str] = {}
         if options.clip:
             clip = load_clip_baseline(model)

@@ -48,7 +48,7 @@ class CaptionSet:
     numbers: Numbers | None = None
 
 
-def read_captions(
+def read_caption_set(
     annotations: Path,
     images: Path,
     dataset: Dataset = "coco",

@@ -9,7 +9,7 @@ import pytorch_lightning as pl
 
 from fromage.data.annotations import odd_allowed
 from fromage.errors import UserError
-from fromage.evals.caption_sets import read_captions
+from fromage.evals.caption_sets import read_caption_set
 from fromage.evals.coco import evaluate
 from fromage.retrieval.encode import Options
 from fromage.training.module import FromageModule
@@ -64,9 +64,9 @@ class CocoCaptions(pl.LightningDataModule):
         self.options = Options(batch_size, workers, max_lost, clip=False)
 
     def setup(self, stage: str) -> None:
-        """Read the captions, before the towers are loaded. Raises UserError as read_captions does."""
+        """Read the captions, before the towers are loaded. Raises UserError as read_caption_set does."""
         with odd_allowed(self.options.max_lost):
-            self.captions = read_captions(self.annotations, self.images, "coco", self.split, self.limit)
+            self.captions = read_caption_set(self.annotations, self.images, "coco", self.split, self.limit)
 
     def test_dataloader(self) -> list[int]:
         """One step, in which the module evaluates everything."""

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -155,7 +155,8 @@ class ContextualRun(RetrievalRun):
         super().__init__(model, data, images, options, framings)
         if apart:
             clip = [system for system in self.systems if system.name == "clip"]
-            self.systems += [system._replace(name=f"clip {sees}") for sees in ("image", "text") for system in clip]
+            parts: tuple[Literal["image", "text"], ...] = ("image", "text")
+            self.systems += [system._replace(name=f"clip {part}", sees=part) for part in parts for system in clip]
 
     def images(self, images: Sequence[Place], framing: Framing = "own") -> Side:
         """A gallery of those of the images that were encoded, each once."""
@@ -205,7 +206,7 @@ class _Embedded:
         queries = [item for item in side.items if isinstance(item, Query)]
         if not queries:
             return self.images(side.framing)[[self.encoded.row[item] for item in side.items]]  # type: ignore[index]
-        if self.system.name == "fromage":
+        if self.system.sees == "prompt":
             return self.system.embed_text([self._prompt(query, side.framing) for query in queries], side.what)
         return self._mixed(queries, side)
 
@@ -222,12 +223,11 @@ class _Embedded:
 
     def _mixed(self, queries: Sequence[Query], side: Side) -> Tensor:
         """CLIP's queries (N, e): the mean of the unit rows that the system sees of each."""
-        sees = self.system.name.removeprefix("clip").strip()
         rows: list[list[Tensor]] = [[] for _ in queries]
-        if sees != "text":
+        if self.system.sees != "text":
             for some, query in zip(rows, queries, strict=True):
                 some += [self.images(side.framing)[self.encoded.row[image]] for image in query.images]
-        if sees != "image" and (spoken := [i for i, query in enumerate(queries) if query.words is not None]):
+        if self.system.sees != "image" and (spoken := [i for i, query in enumerate(queries) if query.words is not None]):
             texts = self.system.embed_text([queries[i].words for i in spoken], side.what)  # (n, e)
             for i, row in zip(spoken, texts, strict=True):
                 rows[i].append(row)

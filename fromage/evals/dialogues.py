@@ -14,7 +14,6 @@ from fromage.data.annotations import (
     Wanted,
     below,
     fitting,
-    parsing,
     problem,
     read_annotations,
 )
@@ -77,16 +76,17 @@ def read_dialogues(annotations: Path, dense: Path, images: Path, limit: int | No
     questions, answers = below(len(data["questions"])), below(len(data["answers"]))
     turn: Wanted = {"question": questions, "answer": answers, "answer_options": [answers], "gt_index": WHOLE}
     listed = fitting(annotations, "data.dialogs", data["dialogs"], {"image_id": WHOLE, "dialog": [turn]})[:limit]
-    with parsing(annotations):
-        if lacking := [dialogue["image_id"] for dialogue in listed if dialogue["image_id"] not in rated]:
-            raise UserError(
-                f"{dense}: has no ratings for {len(lacking)} of the dialogues ({lacking[:3]}); take both of one split"
-            )
-        name = f"VisualDialog_{content['split']}2018_{{:012d}}.jpg"
-        dialogues = [
-            Dialogue(images / name.format(dialogue["image_id"]), _rounds(dialogue, data), *rated[dialogue["image_id"]])
-            for dialogue in listed
-        ]
+    if odd := problem(content.get("split"), TEXT):
+        raise UserError(f"{annotations}: split{odd}; fetch the file again")
+    if lacking := [dialogue["image_id"] for dialogue in listed if dialogue["image_id"] not in rated]:
+        raise UserError(
+            f"{dense}: has no ratings for {len(lacking)} of the dialogues ({lacking[:3]}); take both of one split"
+        )
+    name = f"VisualDialog_{content['split']}2018_{{:012d}}.jpg"
+    dialogues = [
+        Dialogue(images / name.format(dialogue["image_id"]), _rounds(dialogue, data), *rated[dialogue["image_id"]])
+        for dialogue in listed
+    ]
     _check(annotations, dialogues)
     for dialogue in dialogues:
         if not 0 <= dialogue.rated < len(dialogue.rounds) or len(dialogue.relevance) != len(

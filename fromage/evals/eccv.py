@@ -47,7 +47,7 @@ def scorer() -> Any:
 def read_test(annotations: Path, images: Path) -> CaptionSet:
     """The test images and their captions, with their numbers, out of captions_val2014.json.
 
-    Raises UserError for a file that lacks some of them, and as read_captions does.
+    Raises UserError for a file that lacks some of them, and as read_caption_set does.
     """
     _, content = read_annotations(annotations, ("captions of COCO",), NAMED)
     shown = fitting(annotations, "images", content["images"], {"id": ID, "file_name": FILE})

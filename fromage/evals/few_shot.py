@@ -19,7 +19,7 @@ from torch import Tensor
 from fromage.data.annotations import FILE, Kind, fitting, optional, read_annotations
 from fromage.errors import UserError
 from fromage.evals.base import Run
-from fromage.evals.caption_sets import read_captions
+from fromage.evals.caption_sets import read_caption_set
 from fromage.evals.dialogues import Dialogue, read_dialogues
 from fromage.evals.report import Report, System
 from fromage.generation.decoding import Decoding
@@ -71,7 +71,7 @@ def read_world(world: Path, limit: int | None = None) -> ToyWorld:
     Raises UserError for another folder.
     """
     listed = world / "coco" / "annotations" / "captions_val2017.json"
-    data = read_captions(listed, world / "coco" / "val2017")
+    data = read_caption_set(listed, world / "coco" / "val2017")
     scenes = single_scenes(listed)
     pairs = [(path, texts[0]) for path, texts in zip(data.images, data.captions, strict=True) if path.name in scenes]
     captions = [Shot(path, "", text, partial(names_colour_and_shape, scene=scenes[path.name])) for path, text in pairs]

@@ -22,10 +22,10 @@ from fromage.octopus.decoding import ground
 from fromage.octopus.examples import Example
 from fromage.octopus.model import Octopus
 from fromage.octopus.patch_store import PatchStore
-from fromage.octopus.sources import Listed
+from fromage.octopus.sources import FileSource
 from fromage.retrieval.encode import Encoded, Options, check_lost, encode_batches
 
-Source = TypeVar("Source", bound=Listed)
+Source = TypeVar("Source", bound=FileSource)
 
 LENGTH = "greedy, and at most as long as the longest right answer of the data is in the model's tokens"
 SECONDS = "of one example, from image file to answer, on {device}, {batch_size} at a time"
@@ -104,7 +104,7 @@ class Predictions:
     """
 
     model: Octopus
-    sources: Sequence[Listed]
+    sources: Sequence[FileSource]
     pairs: list[list[tuple[Example, Grounded]]]
     skipped: Mapping[str, int]
     images: set[Place]
@@ -115,7 +115,7 @@ class Predictions:
 
 def predict(
     model: Octopus,
-    sources: Sequence[Listed],
+    sources: Sequence[FileSource],
     options: Options | None = None,
     look: Callable[[Example, Grounded], None] | None = None,
 ) -> Predictions:
@@ -153,7 +153,7 @@ def predict(
 
 def listed(data: Source | Sequence[Source]) -> list[Source]:
     """One data set, or several, as a list."""
-    return [data] if isinstance(data, Listed) else list(data)
+    return [data] if isinstance(data, FileSource) else list(data)
 
 
 def report(

@@ -5,8 +5,8 @@
     for piece in chat.stream("Show me another one."): ...          # text and images as they are decoded
 
 The prompt of a turn is system prompt, examples, earlier turns, then the new turn; how they stand there is a style
-(fromage.generation.styles). If it is too long for the language model,
-the oldest turns are left out, then the examples; a turn or example is left out as a whole, with its images.
+(fromage.generation.styles). If it is too long for the language model, the oldest turns are left out, then the examples; a
+turn or example is left out as a whole, with its images.
 """
 
 from __future__ import annotations

@@ -57,10 +57,10 @@ class Decoding:
             wrong way.
         max_images: [RET] in an answer at most; 0 for text alone.
         images_per_ret: images for each [RET].
-        end_at_image: the answer ends at its last [RET], behind which training shows no text.
-        use_cache: run the whole sequence again for every token, without kept keys and values.
-        half_weights: on a CPU, read the language model's weights in float16 for each token behind the prompt: half the
-            bytes, for a second copy of them, half as large; tokens may change. Nothing where PyTorch has no kernel for it.
+        end_at_image: the answer ends at its last [RET]; training shows no text after it.
+        use_cache: keep keys and values; without them (--no-use-cache) the whole sequence runs again for every token.
+        half_weights: on a CPU, generate faster with a float16 copy of the language model's weights, which takes half their
+            memory; tokens may change. Nothing where PyTorch has no kernel for it.
     """
 
     max_new_tokens: int = _number(32, 1, served=(1, 512), slider=(1, 128, 1), label="Length")

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fromage.checks import bare, check_whole
+from fromage.checks import as_list, check_whole
 from fromage.errors import UserError
 from fromage.models.fromage import Fromage
 from fromage.models.language_model import LanguageModel
@@ -54,7 +54,7 @@ def score(
     Raises:
         UserError: a continuation is empty, or prompt and continuation do not fit the language model's positions.
     """
-    rows = [model.tokenizer.encode(text) for text in bare(continuations)]
+    rows = [model.tokenizer.encode(text) for text in as_list(continuations)]
     for number, row in enumerate(rows):
         if not row:
             raise UserError(f"continuation {number} is empty; there is nothing to score in it")
@@ -134,6 +134,6 @@ def log_likelihoods(lm: LanguageModel, hidden: Tensor, targets: Tensor) -> Tenso
     """(N, d) hidden states and (N,) targets -> (N,) log-likelihoods."""
     out = []
     for h, t in zip(hidden.split(LOGITS), targets.split(LOGITS), strict=True):
-        logits = lm.logits(h)  # (c, V + 2)
+        logits = lm.logits(h)  # (c, V + 1 + r)
         out.append(logits.gather(1, t.unsqueeze(1)).squeeze(1) - logits.logsumexp(1))  # (c,)
     return torch.cat(out)  # (N,)

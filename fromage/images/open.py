@@ -27,7 +27,7 @@ def open_image(locator: str, within: str | Path | None = None) -> Image.Image:
     Raises UserError where there is none, none that can be decoded, no regular file, or one outside of `within`.
     """
     if locator.startswith(ADDRESSES):
-        from fromage.images.fetch import fetch_image  # which decodes with this module
+        from fromage.images.fetch import fetch_image
 
         return fetch_image(locator)
     try:

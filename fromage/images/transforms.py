@@ -41,7 +41,7 @@ changes; between 1 and 1.5 times it would be two levels (tests/test_image_transf
 
 @dataclass(frozen=True)
 class Frame:
-    """The geometry of an open_clip transform: scale, then cut out the middle.
+    """The geometry of a tower's own transform: scale, then cut out the middle.
 
     Attributes:
         size: of the shorter side, or (height, width) for both.
@@ -95,7 +95,7 @@ class FlooredCrop(CenterCrop):
 
 
 class Resize:
-    """An open_clip transform up to its conversion to floats: image -> (3, H, W) uint8."""
+    """A tower's own transform up to its conversion to floats: image -> (3, H, W) uint8."""
 
     def __init__(self, whole: Any, steps: list[Any], decoding: JpegDecoding = "draft") -> None:
         self.whole, self.steps, self.decoding, self.frame = whole, steps, decoding, _frame(steps)

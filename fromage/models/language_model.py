@@ -154,9 +154,9 @@ class LanguageModel(FrozenTower):
         return self.hf.get_output_embeddings().frozen
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(..., d) hidden states -> (..., V + 2) logits in float32; the column of <|image|> is -inf."""
+        """(..., d) hidden states -> (..., V + 1 + n) logits in float32; the column of <|image|> is -inf."""
         with CpuLinears():
-            return self.capped(self.hf.get_output_embeddings()(hidden).float())  # (..., d) -> (..., V + 2)
+            return self.capped(self.hf.get_output_embeddings()(hidden).float())  # (..., d) -> (..., V + 1 + n)
 
     def frozen_logits(self, hidden: Tensor) -> Tensor:
         """(N, d) hidden states -> (N, V) logits in float32, of the frozen vocabulary alone."""

@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from fromage.checks import HALVES, bare
+from fromage.checks import HALVES, as_list
 from fromage.errors import BrokenSample, UserError
 from fromage.images.codec import take_in
 from fromage.images.open import open_image
@@ -107,7 +107,7 @@ def parts_of(prompt: Prompt) -> list[Part]:
 
 def listed(prompts: Sequence[Prompt] | Part) -> list[Prompt]:
     """Prompts as a list: one text, path or image on its own is one prompt, never its letters."""
-    return [prompts] if isinstance(prompts, Tensor) and prompts.ndim == 1 else bare(prompts, Image.Image, Special, Token)
+    return [prompts] if isinstance(prompts, Tensor) and prompts.ndim == 1 else as_list(prompts, Image.Image, Special, Token)
 
 
 def is_text(part: Part | None) -> TypeGuard[str]:

@@ -33,11 +33,11 @@ class AddedTokens(nn.Module):
         if ids != list(range(self.first, self.first + len(ids))) or self.first < vocab_size:
             raise ValueError(f"added ids must be consecutive and at least {vocab_size}, not {ids}")
         frozen = embedding.weight[:vocab_size].detach()
-        norm = torch.cat([chunk.float().norm(dim=1) for chunk in frozen.split(4096)]).mean()
+        norm = _mean_norm(frozen)
         self.register_buffer("mean_norm", norm, persistent=False)
         self.input = nn.Parameter(_rows(len(ids), frozen.shape[1], norm))  # (n, d)
         if not tied:
-            scale = torch.cat([c.float().norm(dim=1) for c in head.weight[:vocab_size].detach().split(4096)]).mean()
+            scale = _mean_norm(head.weight[:vocab_size].detach())
             self.output_rows = nn.Parameter(_rows(len(ids) - followers, head.weight.shape[1], scale))  # (n - f, d)
 
     @property
@@ -52,6 +52,11 @@ class AddedTokens(nn.Module):
         The released code does this after every step; the paper does not mention it.
         """
         self.input.mul_(self.mean_norm / self.input.norm(dim=1, keepdim=True).clamp_min(1e-12))  # (n, d) * (n, 1)
+
+
+def _mean_norm(rows: Tensor) -> Tensor:
+    """Of (N, d) rows the mean length, a scalar in float32."""
+    return torch.cat([chunk.float().norm(dim=1) for chunk in rows.split(4096)]).mean()
 
 
 def _rows(n: int, d: int, norm: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ NUMBER = r"\s*-?\d+\.\d+\s*"  # with a decimal point: a list of integers is no b
 SPELLED = re.compile(rf"\[{NUMBER}(?:,{NUMBER}){{3}}(?:;{NUMBER}(?:,{NUMBER}){{3}})*\]")  # Shikra joins several by ';'
 
 
-def share(left: float, top: float, right: float, bottom: float, width: float, height: float) -> Box | None:
+def relative(left: float, top: float, right: float, bottom: float, width: float, height: float) -> Box | None:
     """A box in pixels of an image of width x height -> relative coordinates, clipped to it; None if without area."""
     if not all(isfinite(value) for value in (left, top, right, bottom)):
         return None

@@ -12,7 +12,7 @@ from fromage.errors import UserError
 from fromage.models.prompts import ImageInput, embed_prompts
 from fromage.octopus.answers import Grounded, read_indexed, read_text
 from fromage.octopus.model import Octopus, Prefill, alone
-from fromage.octopus.sources import asking
+from fromage.octopus.sources import check_question
 
 MAX_NEW_TOKENS = 128
 
@@ -24,7 +24,7 @@ def instruction(text: str, question: str = "where is {}?") -> str:
     """
     if not (text := text.strip()):
         raise UserError("nothing is asked; write what is meant, such as: the small star left of the ring")
-    question = asking(question)
+    question = check_question(question)
     return text if text.endswith(("?", ".", "!")) else question.replace("{}", text)
 
 

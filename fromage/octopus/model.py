@@ -115,39 +115,21 @@ class Octopus(Pretrained):
         queries, and for a language model with a projection between embeddings and layers (OPT-350m).
         """
         super().__init__(lm, vision, vision.shape[0])
-        self.num_queries, self.split_layer, self.relay = (
-            num_queries,
-            len(lm.blocks) // 2 if split_layer is None else split_layer,
-            relay,
-        )
+        self.num_queries, self.relay = num_queries, relay
+        self.split_layer = len(lm.blocks) // 2 if split_layer is None else split_layer
         self.template = [part for part in SLOTS.split(template.replace("{picture}", "{image}")) if part]  # its former name
-        if num_queries and not 0 < self.split_layer < len(lm.blocks):
-            raise UserError(
-                f"model.split_layer {split_layer}: the language model has {len(lm.blocks)} layers; choose 1 to one less"
-            )
-        if num_queries and (inner := getattr(lm.hf.config, "hidden_size", lm.width)) != lm.width:
-            raise UserError(
-                f"model.lm: its layers are {inner} wide and its embeddings {lm.width}; choose one of equal widths"
-            )
-        if num_queries and (decoder_width % 8 or decoder_width % heads or decoder_layers < 1):
-            told = f"model.decoder_width {decoder_width}, heads {heads}, decoder_layers {decoder_layers}"
-            raise UserError(f"{told}: decoder_width must be a multiple of 8 and of heads, and the layers at least 1")
-        if mask_scale and not num_queries:
-            raise UserError("model.mask_scale: masks are of object queries, and model.num_queries is 0; leave it out")
-        if mask_scale and mask_scale not in SCALES:
-            raise UserError(f"model.mask_scale {mask_scale}: choose {', '.join(map(str, SCALES))}, or 0 for no masks")
         self.masks = mask_scale > 0
-        named = sorted(part for part in self.template if SLOTS.match(part) and part != "{start}")
-        if named != ["{image}", "{instruction}", "{queries}"]:
-            raise UserError(f"model.template {template!r}: name {{image}}, {{instruction}} and {{queries}} once each")
+        if num_queries:
+            _check_queries(lm, vision, self.split_layer, decoder_width, decoder_layers, heads)
+        _check_masks(mask_scale, num_queries)
+        _check_template(self.template)
         self.visual_prefix = nn.Linear(vision.width, lm.width)  # W_c: (B, P, m) -> (B, P, d)
         self.index_tokens = lm.added  # (N, d), rows of <d0> ... <dN-1>
         if num_queries:
             self.queries = nn.Parameter(_start(lm, num_queries))  # (N, d)
-            if vision.grid is None:
-                raise UserError(f"vision tower {vision.name}: gives no patches; load it by load_patches")
+            grid: Any = vision.grid
             self.recognizer = Recognizer(
-                lm.width, vision.width, vision.grid, num_queries, decoder_width, decoder_layers, heads, mask_scale
+                lm.width, vision.width, grid, num_queries, decoder_width, decoder_layers, heads, mask_scale
             )
             hold(self, "_above", lm.blocks[self.split_layer])  # first layer above the decoder; the LM registers it
         self.settings: dict[str, Any] = {}
@@ -304,6 +286,36 @@ class Octopus(Pretrained):
             yield found
         finally:
             handle.remove()
+
+
+def _check_queries(
+    lm: LanguageModel, vision: VisionTower, split_layer: int, decoder_width: int, decoder_layers: int, heads: int
+) -> None:
+    """Raise UserError for a decoder that has no place in the language model, no patches, or impossible numbers."""
+    if not 0 < split_layer < len(lm.blocks):
+        raise UserError(
+            f"model.split_layer {split_layer}: the language model has {len(lm.blocks)} layers; choose 1 to one less"
+        )
+    if (inner := getattr(lm.hf.config, "hidden_size", lm.width)) != lm.width:
+        raise UserError(f"model.lm: its layers are {inner} wide and its embeddings {lm.width}; choose one of equal widths")
+    if decoder_width % 8 or decoder_width % heads or decoder_layers < 1:
+        told = f"model.decoder_width {decoder_width}, heads {heads}, decoder_layers {decoder_layers}"
+        raise UserError(f"{told}: decoder_width must be a multiple of 8 and of heads, and the layers at least 1")
+    if vision.grid is None:
+        raise UserError(f"vision tower {vision.name}: gives no patches; load it by load_patches")
+
+
+def _check_masks(mask_scale: int, num_queries: int) -> None:
+    if mask_scale and not num_queries:
+        raise UserError("model.mask_scale: masks are of object queries, and model.num_queries is 0; leave it out")
+    if mask_scale and mask_scale not in SCALES:
+        raise UserError(f"model.mask_scale {mask_scale}: choose {', '.join(map(str, SCALES))}, or 0 for no masks")
+
+
+def _check_template(template: Sequence[str]) -> None:
+    named = sorted(part for part in template if SLOTS.match(part) and part != "{start}")
+    if named != ["{image}", "{instruction}", "{queries}"]:
+        raise UserError(f"model.template {''.join(template)!r}: name {{image}}, {{instruction}} and {{queries}} once each")
 
 
 def _start(lm: LanguageModel, n: int) -> Tensor:

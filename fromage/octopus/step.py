@@ -88,7 +88,7 @@ def octopus_step(model: Octopus, batch: GroundingBatch, matcher: Matcher = match
     parts: dict[str, Tensor] = {}
     if prefill.found is not None:
         recognition, parts = set_loss(prefill.found, batch.objects, matcher)
-        answers = named(answers, nearest(prefill.found.boxes[-1], batch.objects), model.tokenizer.row_ids[0])
+        answers = point_at_queries(answers, nearest(prefill.found.boxes[-1], batch.objects), model.tokenizer.row_ids[0])
     hidden = prefill.states  # (B, T, d)
     if batch.fed.shape[1]:
         after = model.extend(prefill, answers.flatten()[batch.fed], batch.fed_branch)  # (B, F, d)
@@ -100,7 +100,7 @@ def octopus_step(model: Octopus, batch: GroundingBatch, matcher: Matcher = match
     return GroundingOutput(F.cross_entropy(logits, wanted), recognition, parts, token_accuracy)
 
 
-def named(answers: Tensor, queries: Tensor, first: int) -> Tensor:
+def point_at_queries(answers: Tensor, queries: Tensor, first: int) -> Tensor:
     """(E, A) answers in which <di> is object i -> answers in which <dj> is its query j = queries[i], queries (E, K)."""
     if not queries.shape[1]:
         return answers

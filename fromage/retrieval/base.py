@@ -25,7 +25,7 @@ from PIL import Image
 from fromage.checks import check_whole
 from fromage.data.image_source import Item
 from fromage.errors import UserError
-from fromage.retrieval.image_root import ImageRoot, Place
+from fromage.retrieval.image_root import ImageAccess, ImageRoot
 from fromage.retrieval.item_table import Embedded, ItemTable, check_there, encoded, image_id, without
 from fromage.retrieval.missing import CHECKED, Missing, look
 from fromage.retrieval.rerank import NEAR_TIE, RERANK_FACTOR, Near, rerank, unit
@@ -64,7 +64,7 @@ class IndexSpec:
     texts: np.ndarray | None = None
     where: str = ""
     overwrite: bool = False
-    place: Place = field(default_factory=Place)
+    place: ImageAccess = field(default_factory=ImageAccess)
     tables: Sequence[Table] = ()
 
 
@@ -86,9 +86,9 @@ class ImageIndex(ABC):
     model: Fromage | None = None
 
     def __init__(
-        self, fingerprint: str, checkpoint: str = "", texts: np.ndarray | None = None, place: Place | None = None
+        self, fingerprint: str, checkpoint: str = "", texts: np.ndarray | None = None, place: ImageAccess | None = None
     ) -> None:
-        self.fingerprint, self.checkpoint, self.place = fingerprint, checkpoint, place or Place()
+        self.fingerprint, self.checkpoint, self.place = fingerprint, checkpoint, place or ImageAccess()
         self.texts = np.empty((0, self.width), np.float32) if texts is None else texts
         self._known: tuple[Callable[[], Fromage | None], State] = (lambda: None, [])  # see require_model
 
@@ -169,12 +169,12 @@ class ImageIndex(ABC):
         """
 
     @abstractmethod
-    def set_place(self, place: Place) -> None:
+    def set_place(self, place: ImageAccess) -> None:
         """Look for the images elsewhere; nothing is written."""
 
     @classmethod
     @abstractmethod
-    def open(cls, folder: Path, about: dict[str, Any], place: Place) -> ImageIndex:
+    def open(cls, folder: Path, about: dict[str, Any], place: ImageAccess) -> ImageIndex:
         """The index of a folder whose index.json says `about`. Raises UserError where it is damaged or out of reach."""
 
     @classmethod

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from fromage.checks import bare
+from fromage.checks import as_list
 from fromage.errors import UserError
 from fromage.io import write_json
 from fromage.locks import held
@@ -32,7 +32,7 @@ from fromage.retrieval.base import FLAT, ImageIndex, IndexSpec
 from fromage.retrieval.embed_images import embed_images
 from fromage.retrieval.embedding_store import EmbeddingStore
 from fromage.retrieval.faiss_index import FaissIndex
-from fromage.retrieval.image_root import ImageRoot, Place
+from fromage.retrieval.image_root import ImageAccess, ImageRoot
 from fromage.retrieval.index_folder import ABOUT, check_files, check_replaceable, read_about
 from fromage.retrieval.item_table import Embedded, ItemTable, without
 from fromage.retrieval.open_index import BACKENDS, backend_of, load_index
@@ -52,7 +52,7 @@ def write_index(
     texts: np.ndarray | None = None,
     milvus: str | None = None,
     overwrite: bool = False,
-    place: Place | None = None,
+    place: ImageAccess | None = None,
     tables: Sequence[Table] = (),
 ) -> ImageIndex:
     """Write unit rows as an index. Raises UserError where one is there already and may not be replaced.
@@ -68,7 +68,9 @@ def write_index(
         place: where the images are; None for the deepest folder that holds them, on the word of this program.
         tables: metadata of the images, see fromage.retrieval.table_file.read_table.
     """
-    spec = IndexSpec(width, fingerprint, checkpoint, kind, trained, texts, milvus or "", overwrite, place or Place(), tables)
+    spec = IndexSpec(
+        width, fingerprint, checkpoint, kind, trained, texts, milvus or "", overwrite, place or ImageAccess(), tables
+    )
     with held(out, beside=True):
         old = read_about(Path(out)) if (Path(out) / ABOUT).exists() else None
         index = BACKENDS[_backend(milvus)].write(out, rows, spec)
@@ -103,7 +105,7 @@ def build(
     texts = _texts(store, model) if model and kind and not milvus and kind.lower() != FLAT else None
     of = about["width"], about["fingerprint"], about["checkpoint"]
     root = about.get("root", "")
-    place = Place(ImageRoot(root) if root else None, store.is_own())
+    place = ImageAccess(ImageRoot(root) if root else None, store.is_own())
     how: dict[str, Any] = {"milvus": milvus, "overwrite": overwrite, "place": place, "tables": tables}
     return write_index(out, unit_rows(store), *of, kind, texts=texts, **how)
 
@@ -212,7 +214,7 @@ def _joint(roots: Sequence[str]) -> ImageRoot | None:
 def remove(folder: str | Path, paths: str | Sequence[str]) -> ImageIndex:
     """Take images out of an index, every one at these paths. Raises UserError for a path that is not there."""
     with held(folder, beside=True):
-        return load_index(folder).remove(folder, bare(paths))
+        return load_index(folder).remove(folder, as_list(paths))
 
 
 def merge(
@@ -227,7 +229,7 @@ def merge(
     kind: None is that of the first, where this is of the same backend as the one written. overwrite: as for write_index.
     """
     check_replaceable(out, overwrite)
-    folders = bare(folders)
+    folders = as_list(folders)
     first = load_index(folders[0])
     indexes = [first, *(load_index(folder, first.fingerprint) for folder in folders[1:])]
     parts, seen = [first.rows()], first.paths()
@@ -242,7 +244,7 @@ def merge(
     of = first.width, first.fingerprint, first.checkpoint
     some = texts[:: max(1, len(texts) // MEASURED_WITH)]
     own = all(index.place.own and not index.place.confined for index in indexes)
-    place = Place(_joint([index.root.path for index in indexes]), own)
+    place = ImageAccess(_joint([index.root.path for index in indexes]), own)
     tables = [table for index in indexes if (table := index.table())]
     return write_index(out, chain(*parts), *of, kind, trained, some, milvus, overwrite, place, tables)
 

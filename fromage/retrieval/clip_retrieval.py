@@ -45,7 +45,7 @@ class Part(NamedTuple):
     about: Path
 
 
-class Gallery:
+class EmbeddingFolder:
     """The embeddings in a folder."""
 
     def __init__(self, folder: Path) -> None:

@@ -172,11 +172,6 @@ def _report(store: EmbeddingStore, source: str | Path) -> None:
         warnings.warn(f"{source}: {len(broken)} of {good + len(broken)} images are left out: {some}", stacklevel=3)
 
 
-def named(broken: Sequence[str]) -> str:
-    """The first of what was left out."""
-    return first_few(broken, "; ")
-
-
 def located(checkpoint: str | Path | None) -> str:
     """A checkpoint's place for later: an absolute path, of a run's folder the file, or a name on the hub as it is."""
     if not checkpoint or not Path(checkpoint).exists():

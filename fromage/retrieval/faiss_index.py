@@ -18,7 +18,7 @@ from fromage.errors import UserError
 from fromage.retrieval.ann import ANNIndex, check_kind, default_kind
 from fromage.retrieval.base import FLAT, ImageIndex, IndexSpec
 from fromage.retrieval.chosen import Chosen, knn
-from fromage.retrieval.image_root import ImageRoot, Place
+from fromage.retrieval.image_root import ImageAccess, ImageRoot
 from fromage.retrieval.index_folder import (
     CANDIDATES,
     INDEX,
@@ -31,7 +31,7 @@ from fromage.retrieval.index_folder import (
     halve,
     open_rows,
     replacing,
-    seal,
+    write_about,
     write_rows,
 )
 from fromage.retrieval.item_table import Embedded, ItemTable, to_batch, without
@@ -64,7 +64,7 @@ class FaissIndex(ImageIndex):
         checkpoint: str = "",
         candidates: ANNIndex | None = None,
         texts: np.ndarray | None = None,
-        place: Place | None = None,
+        place: ImageAccess | None = None,
         kind: str = "",
         metadata: Metadata | None = None,
     ) -> None:
@@ -133,7 +133,7 @@ class FaissIndex(ImageIndex):
         """Up to so many of the images, spread over the index."""
         return (self.items[int(i)] for i in np.linspace(0, len(self) - 1, min(most, len(self))))
 
-    def set_place(self, place: Place) -> None:
+    def set_place(self, place: ImageAccess) -> None:
         """Look for the images elsewhere; nothing is written."""
         self.place, self.items.root = place, place.root or ImageRoot()
 
@@ -213,10 +213,10 @@ class FaissIndex(ImageIndex):
             self.candidates.write(folder / CANDIDATES)
             if len(self.texts):
                 self.texts.astype("<f4", copy=False).tofile(folder / TEXTS)
-        seal(folder, self.about(), self.place.own)
+        write_about(folder, self.about(), self.place.own)
 
     @classmethod
-    def open(cls, folder: Path, about: dict[str, Any], place: Place) -> FaissIndex:
+    def open(cls, folder: Path, about: dict[str, Any], place: ImageAccess) -> FaissIndex:
         """The index of a folder whose index.json says `about`. Raises UserError where it is damaged.
 
         The FAISS file of an index that was not built here is not read: FAISS believes what it says. Every row is looked at.

@@ -63,7 +63,7 @@ class ImageRoot:
 
 
 @dataclass(frozen=True)
-class Place:
+class ImageAccess:
     """Where the images of an index are, and which of them are opened.
 
     Attributes:

@@ -89,13 +89,13 @@ def halve(folder: Path) -> None:
     (folder / VECTORS).unlink()
 
 
-def seal(folder: Path, about: dict[str, Any], own: bool = True) -> None:
+def write_about(folder: Path, about: dict[str, Any], own: bool = True) -> None:
     """Write index.json over the finished files of a folder. own: as for sealed."""
     files = {path.name: _file(path) for path in sorted(folder.iterdir()) if path.name != ABOUT}
-    write_json(folder / ABOUT, sealed(about, files, own))
+    write_json(folder / ABOUT, about_json(about, files, own))
 
 
-def sealed(about: dict[str, Any], files: dict[str, Any], own: bool = True) -> dict[str, Any]:
+def about_json(about: dict[str, Any], files: dict[str, Any], own: bool = True) -> dict[str, Any]:
     """All of index.json. files: by name, their size and digests. own: whether it was built here, which it then proves."""
     whole = {"format": FORMAT, "version": VERSION, **about, "files": files}
     return trust.sealed(whole) if own else whole

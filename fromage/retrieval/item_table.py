@@ -22,7 +22,6 @@ from fromage.retrieval.image_root import ImageRoot
 SCHEMA = pa.schema([(name, pa.binary()) for name in Item._fields])
 LEAST = {"path", "caption"}  # columns of every table; those of former versions have no others
 Embedded = tuple[np.ndarray, pa.RecordBatch]  # (n, q) rows of the retrieval space, and the items they are of
-CHUNK = 1 << 14  # rows
 START = 8  # bytes of an Arrow file in front of its stream
 
 

@@ -24,8 +24,8 @@ from fromage.errors import UserError
 from fromage.io import as_json, write_files
 from fromage.retrieval.ann import FLAT_UP_TO
 from fromage.retrieval.base import FLAT, ImageIndex, IndexSpec
-from fromage.retrieval.image_root import ImageRoot, Place
-from fromage.retrieval.index_folder import ABOUT, INDEX, MILVUS, check_replaceable, replacing, seal, sealed
+from fromage.retrieval.image_root import ImageAccess, ImageRoot
+from fromage.retrieval.index_folder import ABOUT, INDEX, MILVUS, about_json, check_replaceable, replacing, write_about
 from fromage.retrieval.item_table import Embedded, keep_mask
 from fromage.retrieval.metadata import Joined
 from fromage.retrieval.milvus_client import located, reach
@@ -41,13 +41,15 @@ class MilvusIndex(ImageIndex):
 
     backend = "milvus"
 
-    def __init__(self, collection: Collection, fingerprint: str, checkpoint: str = "", place: Place | None = None) -> None:
+    def __init__(
+        self, collection: Collection, fingerprint: str, checkpoint: str = "", place: ImageAccess | None = None
+    ) -> None:
         self.collection = collection
         super().__init__(fingerprint, checkpoint, place=place)
         self.set_place(self.place)
 
     @classmethod
-    def open(cls, folder: Path, about: dict[str, Any], place: Place) -> MilvusIndex:
+    def open(cls, folder: Path, about: dict[str, Any], place: ImageAccess) -> MilvusIndex:
         """The index of a folder whose index.json says `about`. Raises UserError where Milvus or the collection is away.
 
         An index that was not built here may name any address: it is not connected to, and the token is not sent to it.
@@ -65,7 +67,7 @@ class MilvusIndex(ImageIndex):
         collection.load()
         return cls(collection, about["fingerprint"], about["checkpoint"], place)
 
-    def set_place(self, place: Place) -> None:
+    def set_place(self, place: ImageAccess) -> None:
         """Look for the images elsewhere; nothing is written."""
         self.place, self.collection.root = place, place.root or ImageRoot()
 
@@ -132,7 +134,7 @@ class MilvusIndex(ImageIndex):
     def save(self, folder: str | Path, overwrite: bool = False) -> None:
         """Write index.json: again into the index's own folder, or into another one for the same collection."""
         check_replaceable(folder, overwrite)
-        write_files(Path(folder), {ABOUT: as_json(sealed(self.about(), {}, self.place.own))})
+        write_files(Path(folder), {ABOUT: as_json(about_json(self.about(), {}, self.place.own))})
 
     def change(
         self,
@@ -212,7 +214,7 @@ class MilvusIndex(ImageIndex):
             _fill(collection, rows, spec.kind, joined)
             index = cls(collection, spec.fingerprint, spec.checkpoint, replace(spec.place, root=collection.root))
             with replacing(out, spec.overwrite) as new:
-                seal(new, index.about(), index.place.own)
+                write_about(new, index.about(), index.place.own)
         except BaseException:
             with suppress(UserError):  # the first one counts
                 collection.drop()

@@ -13,7 +13,7 @@ from fromage.models.fromage import Fromage, load_model
 from fromage.models.prompts import Prompt, listed
 from fromage.retrieval.base import ImageIndex
 from fromage.retrieval.faiss_index import FaissIndex
-from fromage.retrieval.image_root import ImageRoot, Place, common_root
+from fromage.retrieval.image_root import ImageAccess, ImageRoot, common_root
 from fromage.retrieval.index_folder import INDEX, MILVUS, read_about
 from fromage.retrieval.milvus_index import MilvusIndex
 from fromage.retrieval.queries import embed_queries
@@ -53,7 +53,7 @@ def load_index(folder: str | Path, fingerprint: str | None = None, images: str |
     return index
 
 
-def place_of(folder: Path, about: dict[str, Any], images: str | Path | None = None) -> Place:
+def place_of(folder: Path, about: dict[str, Any], images: str | Path | None = None) -> ImageAccess:
     """Where the images of an index are: where the user says, else where an index that was built here says.
 
     Those of an index from elsewhere are opened in its own folder alone, unless the user names another.
@@ -61,10 +61,10 @@ def place_of(folder: Path, about: dict[str, Any], images: str | Path | None = No
     own, confined, left_out = is_sealed(about), bool(about.get("confined")), about.get("left_out", {})
     if images is not None:
         where = str(Path(images).absolute())
-        return Place(ImageRoot(where), own, confined, where, left_out)
+        return ImageAccess(ImageRoot(where), own, confined, where, left_out)
     root = ImageRoot(about.get("root", ""))
     within = (root.path if own else "") or str(folder) if confined or not own else None
-    return Place(root, own, confined, within, left_out)
+    return ImageAccess(root, own, confined, within, left_out)
 
 
 def open_index(

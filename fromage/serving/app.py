@@ -2,8 +2,7 @@
 
 One thread owns the model (fromage.serving.batching). Waiting searches are answered as a batch, between the tokens of an
 answer too, and so are conversations with the same decoding options; a streamed conversation is answered alone while others
-wait. Other threads decode and fetch
-images, before a request enters the queue and after it has left it.
+wait. Other threads decode and fetch images, before a request enters the queue and after it has left it.
 
     with TestClient(create_app(model, index)) as client:
         client.post("/search", json={"query": "a red star"}).json()["hits"]

@@ -44,71 +44,82 @@ def guarded(app: Any, host: str, seconds: float, origins: Collection[str] = (), 
 
 
 def limited(seconds: float, per_address: int = PER_ADDRESS) -> type[asyncio.Protocol]:
-    """uvicorn's HTTP protocol with limits, for uvicorn.Config(http=...).
+    """A class of Limited with counts of its own, for uvicorn.Config(http=...)."""
+    return type("Limited", (Limited,), {"seconds": seconds, "per_address": per_address, "open": Counter(), "waiting": {}})
 
-    Args:
+
+class Limited(AutoHTTPProtocol):  # type: ignore[valid-type, misc]
+    """uvicorn's HTTP protocol with limits; `limited` makes a server's own class of it.
+
+    Attributes:
         seconds: in which a client must take what was written, as far as it is buffered here; at most HEAD seconds of it
             are for the head of a request.
         per_address: connections of one address at a time. A further one takes the place of the oldest of them whose request
             has not arrived, so that half-sent requests lock nobody out; where there is none it is closed at once.
+        open: the connections of each address.
+        waiting: connections whose request has not arrived, the oldest first, and their address.
     """
 
-    class Limited(AutoHTTPProtocol):  # type: ignore[valid-type, misc]
-        open: ClassVar[Counter[str]] = Counter()
-        waiting: ClassVar[dict[Any, str]] = {}  # connections whose request has not arrived, the oldest first: their address
-        head: asyncio.TimerHandle | None = None
-        unread: asyncio.TimerHandle | None = None
-        counted = False
+    seconds: ClassVar[float]
+    per_address: ClassVar[int]
+    open: ClassVar[Counter[str]]
+    waiting: ClassVar[dict[Any, str]]
+    head: asyncio.TimerHandle | None = None
+    unread: asyncio.TimerHandle | None = None
+    counted = False
 
-        def connection_made(self, transport: Any) -> None:
-            super().connection_made(transport)
-            self.address = str((transport.get_extra_info("peername") or [""])[0])
-            full = self.open[self.address] >= per_address
-            if full or len(self.connections) > CROWDED:
-                among = (other for other, address in self.waiting.items() if not full or address == self.address)
-                if oldest := next(among, None):
-                    oldest.leave()
-                    oldest.transport.abort()
-            self.counted = self.open[self.address] < per_address
-            self.open[self.address] += self.counted
-            self.waiting[self] = self.address
-            self.head = self.loop.call_later(min(seconds, HEAD), transport.abort)
-            if not self.counted:
-                transport.abort()
+    def connection_made(self, transport: Any) -> None:
+        """Count it, and close it or the oldest one that waits where there are too many."""
+        super().connection_made(transport)
+        self.address = str((transport.get_extra_info("peername") or [""])[0])
+        full = self.open[self.address] >= self.per_address
+        if full or len(self.connections) > CROWDED:
+            among = (other for other, address in self.waiting.items() if not full or address == self.address)
+            if oldest := next(among, None):
+                oldest.leave()
+                oldest.transport.abort()
+        self.counted = self.open[self.address] < self.per_address
+        self.open[self.address] += self.counted
+        self.waiting[self] = self.address
+        self.head = self.loop.call_later(min(self.seconds, HEAD), transport.abort)
+        if not self.counted:
+            transport.abort()
 
-        def data_received(self, data: bytes) -> None:
-            super().data_received(data)
-            answering = self.cycle is not None and not self.cycle.response_complete
-            if answering:
-                _stop(self.head)
-                self.head = None
-                self.waiting.pop(self, None)
-            elif self.head is None:
-                self.waiting[self] = self.address
-                self.head = self.loop.call_later(min(seconds, HEAD), self.transport.abort)
-
-        def pause_writing(self) -> None:
-            super().pause_writing()
-            self.unread = self.loop.call_later(seconds, self.transport.abort)
-
-        def resume_writing(self) -> None:
-            _stop(self.unread)
-            super().resume_writing()
-
-        def connection_lost(self, exc: Exception | None) -> None:
-            _stop(self.head, self.unread)
-            self.leave()
-            super().connection_lost(exc)
-
-        def leave(self) -> None:
-            """Give its place free."""
+    def data_received(self, data: bytes) -> None:
+        """Time the head of a request."""
+        super().data_received(data)
+        answering = self.cycle is not None and not self.cycle.response_complete
+        if answering:
+            _stop(self.head)
+            self.head = None
             self.waiting.pop(self, None)
-            self.open[self.address] -= self.counted
-            self.counted = False
-            if not self.open[self.address]:
-                del self.open[self.address]
+        elif self.head is None:
+            self.waiting[self] = self.address
+            self.head = self.loop.call_later(min(self.seconds, HEAD), self.transport.abort)
 
-    return Limited
+    def pause_writing(self) -> None:
+        """Time what the client does not take."""
+        super().pause_writing()
+        self.unread = self.loop.call_later(self.seconds, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """The client has taken it."""
+        _stop(self.unread)
+        super().resume_writing()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Stop the clocks, and count it no more."""
+        _stop(self.head, self.unread)
+        self.leave()
+        super().connection_lost(exc)
+
+    def leave(self) -> None:
+        """Give its place free."""
+        self.waiting.pop(self, None)
+        self.open[self.address] -= self.counted
+        self.counted = False
+        if not self.open[self.address]:
+            del self.open[self.address]
 
 
 def _stop(*timers: asyncio.TimerHandle | None) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree as ET
 
-from fromage.octopus.boxes import share, spelled
+from fromage.octopus.boxes import relative, spelled
 from fromage.toy.expressions import Meaning, at_length, by_looks, expression, meaning_of, words
 from fromage.toy.language import WHEN, caption
 from fromage.toy.masks import categories, category, instance
@@ -208,6 +208,6 @@ def _told(answer: Answer, boxes: list[list[float]]) -> str:
 
 def _box(box: list[float]) -> str:
     x, y, w, h = box
-    shares = share(x, y, x + w, y + h, PIXELS, PIXELS)
+    shares = relative(x, y, x + w, y + h, PIXELS, PIXELS)
     assert shares  # drawn in the image
     return spelled(shares)

@@ -11,6 +11,7 @@ import signal
 import sys
 import threading
 import warnings
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -127,14 +128,7 @@ class SafeCheckpoint(ModelCheckpoint):
             trainer.strategy.checkpoint_io = SafeCheckpointIO()
         if stage != "fit" or trainer.fast_dev_run or "://" in str(self.dirpath):  # type: ignore[attr-defined]
             return
-        said = None
-        if trainer.is_global_zero:
-            try:
-                self._hold.enter_context(held(str(self.dirpath)))
-            except UserError as error:
-                said = str(error)
-        if said := trainer.strategy.broadcast(said):  # so that no device waits for the first
-            raise UserError(said)
+        _on_first_device(trainer, lambda: self._hold.enter_context(held(str(self.dirpath))))
         self._holds = True
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -150,21 +144,18 @@ class SafeCheckpoint(ModelCheckpoint):
 
     def _clear(self, trainer: pl.Trainer, resumed: Path | None) -> None:
         """Remove the checkpoints of another run, or raise UserError on all devices; the first knows what was resumed."""
-        said = None
-        if trainer.is_global_zero:
-            try:
-                for path in check_free(Path(str(self.dirpath)), resumed, self.overwrite):
-                    path.unlink()
-            except UserError as error:
-                said = str(error)
-        if said := trainer.strategy.broadcast(said):
-            raise UserError(said)
+
+        def clear() -> None:
+            for path in check_free(Path(str(self.dirpath)), resumed, self.overwrite):
+                path.unlink()
+
+        _on_first_device(trainer, clear)
 
     def _interrupt(self, *_: object) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         self.interrupted = True
-        print("stopping behind this step; a second Ctrl-C stops at once", file=sys.stderr)
-        os.kill(os.getpid(), signal.SIGTERM)  # which Lightning heeds behind a step, on all devices
+        print("stopping after this step; a second Ctrl-C stops at once", file=sys.stderr)
+        os.kill(os.getpid(), signal.SIGTERM)  # which Lightning heeds after a step, on all devices
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Save on SIGTERM and Ctrl-C, and say by the exit code that the run is not at its end."""
@@ -224,3 +215,15 @@ def check_free(folder: Path, resumed: str | Path | None, overwrite: bool) -> lis
             "--overwrite, or name another dirpath"
         )
     return found
+
+
+def _on_first_device(trainer: pl.Trainer, act: Callable[[], object]) -> None:
+    """Act on the first device alone; its UserError is raised on all, so that none waits for it."""
+    said = None
+    if trainer.is_global_zero:
+        try:
+            act()
+        except UserError as error:
+            said = str(error)
+    if said := trainer.strategy.broadcast(said):
+        raise UserError(said)

@@ -35,7 +35,15 @@ from fromage.data.batches import Batch
 from fromage.models.fromage import Fromage
 from fromage.models.packed_attention import Causal, More, PackedLayout, starts, to_device
 from fromage.training.losses import device_weight, frozen_head_loss, frozen_log_sum_exp, info_nce
-from fromage.training.reference_step import ALL, StepOutput, Weights, check_captions, image_features, no_captioning, targets
+from fromage.training.reference_step import (
+    ALL,
+    StepOutput,
+    Weights,
+    check_captions,
+    count_targets,
+    image_features,
+    no_captioning,
+)
 
 
 def fast_step(model: Fromage, batch: Batch, paired: bool, weights: Weights = ALL, chunk: int = 0) -> StepOutput:
@@ -59,21 +67,21 @@ def fast_step(model: Fromage, batch: Batch, paired: bool, weights: Weights = ALL
     images, texts = (torch.cat([one[i] for one in done]) for i in (3, 4))  # (B, q) each
     apart = None if weights.same_image_negatives else torch.cat(features)
     contrastive_loss, retrieval_accuracy = info_nce(images, texts, model.logit_scale, apart)
-    captioned, asked = (device_weight(targets(model, some), batch.ids.device) for some in (batch, queries))
+    captioned, asked = (device_weight(count_targets(model, some), batch.ids.device) for some in (batch, queries))
     losses = captioning_loss * captioned, text_loss * asked, contrastive_loss
     return StepOutput(*losses, caption_accuracy, retrieval_accuracy, images, texts, weights)
 
 
 def _mean(model: Fromage, batch: Batch, parts: list[Batch], means: list[Tensor]) -> Tensor:
     """The mean over all targets of a batch, from the means over those of its parts."""
-    shares = [targets(model, part) / targets(model, batch) for part in parts]
+    shares = [count_targets(model, part) / count_targets(model, batch) for part in parts]
     return torch.stack([mean * share for mean, share in zip(means, shares, strict=True)]).sum(0)
 
 
 def chunks(model: Fromage, batch: Batch, size: int) -> list[Batch]:
     """Parts of `size` examples; a part without any word, which a language model cannot run on, joins the one before."""
     B = len(batch.lengths)
-    worded = [i for i in range(0, B, size) if targets(model, batch.part(i, i + size))]
+    worded = [i for i in range(0, B, size) if count_targets(model, batch.part(i, i + size))]
     return [batch.part(i, j) for i, j in pairwise([0, *worded[1:], B])]
 
 

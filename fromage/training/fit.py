@@ -30,7 +30,7 @@ options of Lightning follow, in some seconds.
 """
 
 
-def fitting(argv: list[str]) -> None:
+def run_lightning(argv: list[str]) -> None:
     """fit, validate, test, predict: LightningCLI over any module and data module, configured by files and options.
 
     Raises:
@@ -67,7 +67,7 @@ def fitting(argv: list[str]) -> None:
 
 @contextmanager
 def _errors_told(command: str, trainers: list[pl.Trainer]) -> Iterator[None]:
-    """Raise what Lightning raises as `fitting` does: one line that names the remedy, or where a stopped fit goes on."""
+    """Raise what Lightning raises as `run_lightning` does: one line with the remedy, or where a stopped fit goes on."""
     from pytorch_lightning.utilities.exceptions import MisconfigurationException, SIGTERMException
 
     from fromage.io import disk_error

@@ -25,10 +25,10 @@ CHUNK, CPU_CHUNK = 1024, 128  # positions whose logits exist at a time; on a CPU
 def next_token_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Cross-entropy of the next token, averaged over all targets: equation 1 of the paper.
 
-    logits (B, T, V + 2) at position t predict labels (B, T) at t + 1; -100 is no target. Returns the loss and the token
+    logits (B, T, V + 1 + r) at position t predict labels (B, T) at t + 1; -100 is no target. Returns the loss and the token
     accuracy, both scalars. As in the paper and the released code.
     """
-    logits, labels = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()  # (B (T - 1), V + 2), (B (T - 1),)
+    logits, labels = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()  # (B (T - 1), V + 1 + r), (B (T - 1),)
     accuracy = (logits.argmax(-1) == labels).sum() / (labels >= 0).sum()
     return F.cross_entropy(logits.float(), labels, ignore_index=-100), accuracy
 

@@ -48,7 +48,7 @@ from fromage.training.planning import (
     quantized_bytes,
     run_of,
 )
-from fromage.training.reference_step import Weights, image_features, reference_step, targets
+from fromage.training.reference_step import Weights, count_targets, image_features, reference_step
 
 PARTS = {
     "lm": LM, "vision": TOWER, "visual_prefix": "W_c", "text_head": "W_t", "image_head": "W_i", "ret": "[RET]",
@@ -205,7 +205,7 @@ def _keys_and_values(model: Fromage, batch: Batch) -> int:
 
 def _logits(model: Fromage, batch: Batch) -> int:
     """Bytes of the float32 logits (c, V) that are computed at a time."""
-    return 4 * min(CHUNK, targets(model, batch)) * model.lm.added.vocab_size
+    return 4 * min(CHUNK, count_targets(model, batch)) * model.lm.added.vocab_size
 
 
 def _model(run: Run, tower: VisionTower) -> Fromage:

@@ -84,7 +84,7 @@ def text_embeddings(model: Fromage, texts: Batch | Texts) -> Tensor:
     return model.embed_ret(model.hidden_at_ret(texts.ids.to(model.device), texts.lengths)[1])  # (B, T) -> (B, q)
 
 
-def targets(model: Fromage, batch: Batch) -> int:
+def count_targets(model: Fromage, batch: Batch) -> int:
     """Number of targets of captioning, or of batch.queries of retrieval: all tokens of the texts except r each."""
     return sum(batch.lengths) - model.r * len(batch.lengths)
 
@@ -131,7 +131,7 @@ def _captioning(model: Fromage, batch: Batch, paired: bool) -> tuple[Tensor, Ten
     ids, mask = captioning_ids(model, batch, paired)
     hidden = model.lm(model.embed(ids, prefix), mask)  # (B, k + T, d)
     labels = ids.masked_fill(~mask | (ids == model.tokenizer.image_id), -100)  # (B, k + T)
-    return next_token_loss(model.lm.logits(hidden), labels)  # (B, k + T, V + 2)
+    return next_token_loss(model.lm.logits(hidden), labels)  # (B, k + T, V + 1 + r)
 
 
 def reference_step(model: Fromage, batch: Batch, paired: bool, weights: Weights = ALL) -> StepOutput:
@@ -150,6 +150,6 @@ def reference_step(model: Fromage, batch: Batch, paired: bool, weights: Weights 
     texts = model.embed_ret(at_ret)  # (B, q)
     apart = None if weights.same_image_negatives else features
     contrastive_loss, retrieval_accuracy = info_nce(images, texts, model.logit_scale, apart)
-    captioned, asked = (device_weight(targets(model, some), batch.ids.device) for some in (batch, queries))
+    captioned, asked = (device_weight(count_targets(model, some), batch.ids.device) for some in (batch, queries))
     losses = captioning_loss * captioned, text_loss * asked, contrastive_loss
     return StepOutput(*losses, caption_accuracy, retrieval_accuracy, images, texts, weights)

@@ -34,7 +34,7 @@ def test_every_part_leaves_its_result(made):
 
 def test_nothing_is_done_twice(made, coco, monkeypatch):
     out, report = made
-    for name in ("pack_coco", "fitting", "build_index"):
+    for name in ("pack_coco", "run_lightning", "build_index"):
         monkeypatch.setattr(tour, name, None)
     assert tour.photos(*coco, out, "toy", "toy")["fromage"] == report["fromage"]
 
@@ -44,12 +44,12 @@ def test_a_run_that_was_killed_goes_on(coco, tmp_path, monkeypatch):
         fit([*words, "--trainer.max_steps=2"])
         raise KeyboardInterrupt
 
-    fit = tour.fitting
-    monkeypatch.setattr(tour, "fitting", killed)
+    fit = tour.run_lightning
+    monkeypatch.setattr(tour, "run_lightning", killed)
     with pytest.raises(KeyboardInterrupt):
         tour.photos(*coco, tmp_path / "tour", "toy", "toy", FEW)
     seen = []
-    monkeypatch.setattr(tour, "fitting", lambda words: seen.append(words) or fit(words))
+    monkeypatch.setattr(tour, "run_lightning", lambda words: seen.append(words) or fit(words))
     tour.photos(*coco, tmp_path / "tour", "toy", "toy", FEW)
     assert "--ckpt_path=last" in seen[0]
 

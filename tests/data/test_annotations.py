@@ -8,7 +8,7 @@ import pytest
 
 from fromage.data.annotations import kind_of, odd_allowed
 from fromage.errors import UserError
-from fromage.evals.caption_sets import read_captions
+from fromage.evals.caption_sets import read_caption_set
 from fromage.evals.dialogues import read_dialogues, spoken
 from fromage.evals.vist import read_stories
 
@@ -38,7 +38,7 @@ def read(dataset, world, path):
     if dataset == "visdial":
         dense = world / "visdial" / "visdial_1.0_val_dense_annotations.json"
         return read_dialogues(path, dense, world / "visdial" / "images" / "val")
-    return read_captions(path, world / "coco" / "val2017", dataset)
+    return read_caption_set(path, world / "coco" / "val2017", dataset)
 
 
 def test_files_are_told_apart(world):
@@ -181,7 +181,7 @@ def test_json_of_any_unicode_encoding(world, tmp_path, encoding):
 
 def test_the_coco_sample(shared_data):
     sample = shared_data / "coco_sample"
-    data = read_captions(sample / "captions_val2017_sample.json", sample / "val2017")
+    data = read_caption_set(sample / "captions_val2017_sample.json", sample / "val2017")
     content = json.loads((sample / "captions_val2017_sample.json").read_text())
     said = {image["id"]: [] for image in content["images"]}
     for note in content["annotations"]:
@@ -189,27 +189,27 @@ def test_the_coco_sample(shared_data):
     assert len(data.images) == 128 and all(path.is_file() for path in data.images)
     assert data.captions == [texts[:5] for texts in said.values()]
     assert sum(map(len, data.captions)) + data.dropped["captions beyond the fifth"] == 641
-    whole = read_captions(sample / "captions_val2017.json", sample / "val2017")
+    whole = read_caption_set(sample / "captions_val2017.json", sample / "val2017")
     assert len(whole.images) == 5000 and sum(map(len, whole.captions)) == 25_000
 
 
 def test_karpathy_splits(world, tmp_path):
     """Both published layouts: COCO's names a folder for each image, Flickr30k's does not."""
-    flickr = read_captions(
+    flickr = read_caption_set(
         paths(world)["Karpathy's split of Flickr30k"], world / "flickr30k" / "flickr30k-images", "flickr30k"
     )
     assert len(flickr.images) == 60 and {len(texts) for texts in flickr.captions} == {5}
     assert all(path.is_file() for path in flickr.images)
     with pytest.raises(UserError, match="split val"):
-        read_captions(paths(world)["Karpathy's split of Flickr30k"], tmp_path, "flickr30k", "val")
+        read_caption_set(paths(world)["Karpathy's split of Flickr30k"], tmp_path, "flickr30k", "val")
     entry = {"filepath": "val2014", "filename": "a.jpg", "sentences": [{"raw": f"text {n}"} for n in range(6)]}
     images = [entry | {"split": split} for split in ("test", "restval", "train", "val")]
     (tmp_path / "dataset_coco.json").write_text(json.dumps({"images": images, "dataset": "coco"}))
-    found = [read_captions(tmp_path / "dataset_coco.json", tmp_path, "coco", split) for split in ("test", "train", "val")]
+    found = [read_caption_set(tmp_path / "dataset_coco.json", tmp_path, "coco", split) for split in ("test", "train", "val")]
     assert [len(data.images) for data in found] == [1, 2, 1] and found[0].dropped["captions beyond the fifth"] == 1
     assert found[0].images == [tmp_path / "val2014" / "a.jpg"]
     (tmp_path / "a.jpg").touch()
-    assert read_captions(tmp_path / "dataset_coco.json", tmp_path, "coco").images == [tmp_path / "a.jpg"]
+    assert read_caption_set(tmp_path / "dataset_coco.json", tmp_path, "coco").images == [tmp_path / "a.jpg"]
 
 
 def test_blank_captions_are_none_in_either_layout(tmp_path):
@@ -222,7 +222,7 @@ def test_blank_captions_are_none_in_either_layout(tmp_path):
          "annotations": [{"image_id": i, "caption": texts[j]} for i, j in ((0, 0), (0, 1), (1, 0), (1, 2))]},
     ):  # fmt: skip
         path.write_text(json.dumps(content))
-        data = read_captions(path, tmp_path, "flickr30k" if "dataset" in content else "coco")
+        data = read_caption_set(path, tmp_path, "flickr30k" if "dataset" in content else "coco")
         assert data.captions == [["a star"]] and data.dropped["images without a caption"] == 1
 
 

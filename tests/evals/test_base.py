@@ -9,7 +9,7 @@ import torch
 from fromage.errors import UserError
 from fromage.evals import chatir, circo, cirr, coco, visdial, vist
 from fromage.evals.base import Run
-from fromage.evals.caption_sets import read_captions
+from fromage.evals.caption_sets import read_caption_set
 from fromage.evals.chatir import read_chats
 from fromage.evals.circo import read_circo
 from fromage.evals.cirr import read_cirr
@@ -29,7 +29,9 @@ def benchmarks(world):
     files = "visdial_1.0_val.json", "visdial_1.0_val_dense_annotations.json", "images/val"
     chats = read_chats(*of_chatir, composed / "circo", 2)
     return {
-        coco: read_captions(world / "coco" / "annotations" / "captions_val2017.json", world / "coco" / "val2017", limit=3),
+        coco: read_caption_set(
+            world / "coco" / "annotations" / "captions_val2017.json", world / "coco" / "val2017", limit=3
+        ),
         vist: read_stories(world / "vist" / "sis" / "val.story-in-sequence.json", world / "vist" / "images" / "val", 1),
         visdial: read_dialogues(*(talks / name for name in files), limit=2),
         circo: read_circo(

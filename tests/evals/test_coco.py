@@ -18,7 +18,7 @@ from pycocotools.coco import COCO
 
 from fromage.errors import UserError
 from fromage.evals import coco
-from fromage.evals.caption_sets import CaptionSet, read_captions
+from fromage.evals.caption_sets import CaptionSet, read_caption_set
 from fromage.evals.captioning import caption_figures
 from fromage.evals.clip import load_clip_baseline
 from fromage.evals.coco import both_ways, evaluate, gallery_of
@@ -33,7 +33,7 @@ from fromage.retrieval.encode import Options, encode_files
 
 @pytest.fixture
 def data(world):
-    return read_captions(world / "coco" / "annotations" / "captions_val2017.json", world / "coco" / "val2017")
+    return read_caption_set(world / "coco" / "annotations" / "captions_val2017.json", world / "coco" / "val2017")
 
 
 def counted(scores, owner, k):
@@ -90,7 +90,7 @@ def test_a_report_has_everything_and_chance_is_beaten_by_clip(toy_model, data):
 
 def test_the_coco_sample_is_evaluated(toy_model, shared_data):
     sample = shared_data / "coco_sample"
-    data = read_captions(sample / "captions_val2017_sample.json", sample / "val2017", limit=24)
+    data = read_caption_set(sample / "captions_val2017_sample.json", sample / "val2017", limit=24)
     report = evaluate(toy_model, data)
     assert report["gallery"] == 24 and report["queries"] == sum(map(len, data.captions))
 
@@ -228,7 +228,7 @@ def test_figures_of_captions_are_those_of_cocos_own_evaluation(shared_data, monk
 @torch.no_grad()
 def test_recalls_of_the_coco_sample_are_those_of_pycocotools_view(toy_model, shared_data, capsys):
     seen, sample = theirs(shared_data), shared_data / "coco_sample"
-    report = evaluate(toy_model, read_captions(sample / "captions_val2017_sample.json", sample / "val2017"))
+    report = evaluate(toy_model, read_caption_set(sample / "captions_val2017_sample.json", sample / "val2017"))
     ids = sorted(seen.imgs)
     features = encode_files(toy_model, [sample / "val2017" / seen.imgs[i]["file_name"] for i in ids], Options()).features
     notes = [note for i in ids for note in seen.imgToAnns[i][:5]]

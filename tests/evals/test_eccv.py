@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fromage.cli.evals import CaptionRun
+from fromage.cli.evals import CaptionOptions
 from fromage.errors import UserError
 from fromage.evals import eccv
 from fromage.evals.caption_sets import Numbers
@@ -93,7 +93,7 @@ def test_a_file_without_the_test_split_is_refused(small, world, tmp_path, capsys
     with pytest.raises(UserError, match=r"lacks \d+ images and captions of COCO's test split; name captions_val2014.json"):
         read_test(small, world / "coco" / "val2017")
     with pytest.raises(UserError, match="leave out --limit"):
-        CaptionRun(ckpt="toy", images=tmp_path, limit=5).captions(small, "coco", eccv=True)
+        CaptionOptions(ckpt="toy", images=tmp_path, limit=5).captions(small, "coco", eccv=True)
 
 
 def test_without_the_package_one_line_names_the_extra(monkeypatch):

@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 
-from fromage.checks import bare
+from fromage.checks import as_list
 from fromage.errors import UserError
 from fromage.generation.decoding import Decoding
 from fromage.generation.generate import caption, generate
@@ -315,7 +315,7 @@ def test_an_empty_prompt_needs_a_start_token(toy_model, monkeypatch):
 def test_a_bare_text_or_image_is_one_item_and_never_its_letters(toy_model, images):
     image = Image.open(images[0])
     assert [len(listed(one)) for one in ("a star", images[0], image, RET, torch.zeros(4), Url("http://x/y"))] == [1] * 6
-    assert len(listed(["a", "b"])) == len(listed(torch.zeros(2, 4))) == 2 and bare("a b") == ["a b"]
+    assert len(listed(["a", "b"])) == len(listed(torch.zeros(2, 4))) == 2 and as_list("a b") == ["a b"]
     assert len(generate(toy_model, "a star", Decoding(2))) == len(embed_queries(toy_model, "a star")) == 1
     assert torch.equal(toy_model.embed_text("a star"), toy_model.embed_text(["a star"]))
     assert len(score(toy_model, "a", " red star").total) == len(score_prompts(toy_model, "a star").total) == 1

@@ -11,7 +11,7 @@ from fromage.octopus.boxes import spelled
 from fromage.octopus.data import objects_of
 from fromage.octopus.examples import Example
 from fromage.octopus.model import QUERY, index_token_names
-from fromage.octopus.step import named
+from fromage.octopus.step import point_at_queries
 
 A, B, C = (0.1, 0.2, 0.3, 0.4), (0.5, 0.5, 1.0, 0.75), (0.0, 0.0, 0.25, 0.125)
 
@@ -81,5 +81,5 @@ def test_no_box():
 
 def test_objects_become_the_queries_matched_with_them():
     answers, matched = torch.tensor([[5, 100, 101, 2], [101, 7, 2, 1]]), torch.tensor([[3, 0], [1, 2]])
-    assert named(answers, matched, 100).tolist() == [[5, 103, 100, 2], [102, 7, 2, 1]]
-    assert named(answers, torch.zeros(2, 0, dtype=torch.long), 200).tolist() == answers.tolist()
+    assert point_at_queries(answers, matched, 100).tolist() == [[5, 103, 100, 2], [102, 7, 2, 1]]
+    assert point_at_queries(answers, torch.zeros(2, 0, dtype=torch.long), 200).tolist() == answers.tolist()

@@ -4,14 +4,14 @@ import random
 
 import pytest
 
-from fromage.octopus.boxes import clipped, read_spelled, reading_order, share, spelled
+from fromage.octopus.boxes import clipped, read_spelled, reading_order, relative, spelled
 from fromage.toy.questions import in_order
 from fromage.toy.scenes import PIXELS, draw, sample_crowded_scene, sample_scenes
 
 
 def test_shares_are_clipped_to_the_image():
-    assert share(10, 20, 30, 60, 100, 200) == (0.1, 0.1, 0.3, 0.3)
-    assert share(-5, 190, 30, 260, 100, 200) == (0.0, 0.95, 0.3, 1.0)
+    assert relative(10, 20, 30, 60, 100, 200) == (0.1, 0.1, 0.3, 0.3)
+    assert relative(-5, 190, 30, 260, 100, 200) == (0.0, 0.95, 0.3, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -19,7 +19,7 @@ def test_shares_are_clipped_to_the_image():
     [(10, 10, 10, 20), (10, 10, 20, 10), (30, 10, 20, 20), (101, 0, 120, 10), (-9, 0, 0, 5), (float("nan"), 0, 5, 5)],
 )
 def test_a_box_without_area_in_the_image_is_none(sides):
-    assert share(*sides, 100, 100) is None
+    assert relative(*sides, 100, 100) is None
 
 
 def test_spelled_boxes_read_back():
@@ -34,7 +34,7 @@ def test_spelled_boxes_read_back():
 
 def test_reading_order_of_drawn_scenes_is_that_of_their_places():
     for i, scene in enumerate(sample_scenes(random.Random(0), "train", 100, sample_crowded_scene)):
-        boxes = [share(x, y, x + w, y + h, PIXELS, PIXELS) for (x, y, w, h), _ in draw(scene, i)[1]]
+        boxes = [relative(x, y, x + w, y + h, PIXELS, PIXELS) for (x, y, w, h), _ in draw(scene, i)[1]]
         assert reading_order(boxes) == in_order(scene, range(len(boxes)))
 
 

@@ -85,7 +85,7 @@ def test_a_run_that_was_killed_goes_on_and_one_that_ended_is_left_alone(tmp_path
         if len(fits) < 3:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(octopus_tour, "fitting", fit)
+    monkeypatch.setattr(octopus_tour, "run_lightning", fit)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             octopus_tour.train_once(tmp_path, "stage1", octopus_tour.STAGES[:1])
@@ -98,7 +98,7 @@ def test_a_run_that_was_killed_goes_on_and_one_that_ended_is_left_alone(tmp_path
 
 def test_paths_are_put_in_place_once(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(octopus_tour, "fitting", lambda words: None)
+    monkeypatch.setattr(octopus_tour, "run_lightning", lambda words: None)
     study = Path("runs/octopus_study")
     octopus_tour.train(study / "seed0", octopus_tour.STAGES[2:], shared=study)
     placed = (study / "seed0" / "configs" / "octopus_toy3.yaml").read_text()

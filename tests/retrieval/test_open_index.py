@@ -16,7 +16,7 @@ from fromage.errors import UserError
 from fromage.retrieval.base import ImageIndex
 from fromage.retrieval.build import add, build, build_index, merge, trust
 from fromage.retrieval.faiss_index import FaissIndex
-from fromage.retrieval.image_root import ImageRoot, Place
+from fromage.retrieval.image_root import ImageAccess, ImageRoot
 from fromage.retrieval.index_folder import ABOUT
 from fromage.retrieval.item_table import ItemTable
 from fromage.retrieval.open_index import load_index, search_index
@@ -94,7 +94,7 @@ def test_the_root_is_the_common_folder_where_none_is_given(photos, tmp_path):
 
 def test_an_index_of_absolute_paths_is_read_and_moved_too(photos, tmp_path):
     """As version 2 wrote it: no root, no seal."""
-    place = Place(ImageRoot(""))
+    place = ImageAccess(ImageRoot(""))
     paths = [f"/gone/{name}/a.png" for name in sorted(COLOURS)]
     FaissIndex(EYE[::-1].copy(), FaissIndex.build(EYE, [Item(p) for p in paths], "f00d").items, "f00d", place=place).save(
         tmp_path / "index"
@@ -145,7 +145,7 @@ def test_neither_a_root_nor_a_path_nor_a_link_leads_out(photos, tmp_path):
     names = [str(private), "../home/private.png", "link.png", "folder/private.png", f"{with_shard}#k", "../home/0.tar#k"]
     for root in ("", str(tmp_path / "home"), "/", str(photos)):
         made = FaissIndex.build(rows(6, q=3), [Item(name) for name in names], "f00d")
-        made.place = Place(ImageRoot(root))
+        made.place = ImageAccess(ImageRoot(root))
         made.save(index, overwrite=True)
         (index / "link.png").symlink_to(private)
         from_elsewhere(index, root=root)
@@ -250,10 +250,12 @@ def test_an_index_json_that_makes_no_sense_is_one_line(index, change):
 def test_numbers_that_are_none_are_found_last_or_never(index, photos):
     vectors = np.array([[np.nan] * 3, [0, 1, 0], [np.inf] * 3], np.float32)
     vectors.tofile(index / "vectors.f32")
-    from fromage.retrieval.index_folder import seal
+    from fromage.retrieval.index_folder import write_about
 
     about = json.loads((index / ABOUT).read_text())
-    seal(index, {name: value for name, value in about.items() if name not in ("format", "version", "files", "built_here")})
+    write_about(
+        index, {name: value for name, value in about.items() if name not in ("format", "version", "files", "built_here")}
+    )
     hits = load_index(index).search(EYE[1:2], 3)[0]
     assert hits[0].row == 1 and all(hit.score == -1 for hit in hits[1:])
 

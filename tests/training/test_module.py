@@ -12,7 +12,7 @@ from test_fast_step import build, make_batch
 from fromage.data.datamodule import CC3M
 from fromage.data.shards import expand, read_shard, write_shards
 from fromage.errors import UserError
-from fromage.evals.caption_sets import read_captions
+from fromage.evals.caption_sets import read_caption_set
 from fromage.evals.coco import evaluate as evaluate_coco
 from fromage.models.fromage import load_model
 from fromage.training.fast_step import fast_step
@@ -121,7 +121,7 @@ def test_validation_recalls_are_those_of_the_published_protocol(fitted, captione
     """Five captions an image: each finds its image, an image any of its captions, as `fromage eval coco` counts."""
     module, coco = fitted[1], world / "coco"
     figures = validated(captioned_world / "val", module, batch_size=batch_size)
-    data = read_captions(coco / "annotations" / "captions_val2017.json", coco / "val2017")
+    data = read_caption_set(coco / "annotations" / "captions_val2017.json", coco / "val2017")
     raws = [raw for shard in expand(str(captioned_world / "val")) for raw in read_shard(shard, print)]
     here = {json.loads(raw["json"])["source"] for raw in raws}
     keep = [i for i, path in enumerate(data.images) if path.name in here]

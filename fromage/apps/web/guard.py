@@ -13,7 +13,7 @@ import gradio as gr
 from starlette.responses import PlainTextResponse
 
 from fromage.apps.web.shelf import Shelf
-from fromage.models.prompts import HALVES
+from fromage.checks import HALVES
 from fromage.serving.body_limit import BodyLimit
 
 POLICY = b"default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; frame-ancestors 'self'"

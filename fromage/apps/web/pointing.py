@@ -12,8 +12,6 @@ from fromage.octopus.decoding import ground, instruction
 from fromage.octopus.drawing import draw_answer
 from fromage.octopus.model import Octopus
 
-LENGTH = 128  # new tokens at most
-
 
 class Pointing:
     """One Octopus, used by one visitor at a time. Uploads are not kept."""
@@ -26,7 +24,7 @@ class Pointing:
         try:
             image, asked = one_of_each(sent)
             with self.lock:
-                (answer,) = ground(self.octopus, [(image, asked)], LENGTH)
+                (answer,) = ground(self.octopus, [(image, asked)])
         except UserError as error:
             warn(error)
             return None, ""

@@ -11,9 +11,9 @@ from xml.etree import ElementTree as ET
 
 from fromage.errors import BrokenSample
 from fromage.io import read_text
-from fromage.octopus.boxes import reading_order, share
+from fromage.octopus.boxes import reading_order, relative
 from fromage.octopus.examples import Box, Example
-from fromage.octopus.sources.listed import LOST_ANSWERS, Listed, asking
+from fromage.octopus.sources.listed import LOST_ANSWERS, FileSource, check_question
 
 PHRASE = re.compile(r"\[/EN#(\d+)/\S+ ([^\]]+)\]")
 GAP = re.compile(r"\s+([.,;:!?)%]|n't\b|'(?:s|re|ve|ll|d|m)\b)|(\()\s+")  # the sentences are in tokens
@@ -46,7 +46,7 @@ class Annotated(NamedTuple):
         return [*ordered, *[None] * (len(numbers) - len(good))]
 
 
-class EntitiesFolder(Listed):
+class EntitiesFolder(FileSource):
     """Base class of the readers of Flickr30k Entities."""
 
     def __init__(self, folder: str, images: str, split: str, limit: int | None) -> None:
@@ -77,7 +77,7 @@ class EntitiesFolder(Listed):
             width, height = (_pixels(root, f"size/{side}", least=1) for side in ("width", "height"))
             items = [item for item in root.iterfind("object") if item.find("bndbox") is not None]
             sides = [[_pixels(item, f"bndbox/{side}") for side in EDGES] for item in items]
-            good, numbers = self.kept(share(x - 1, y - 1, right, bottom, width, height) for x, y, right, bottom in sides)
+            good, numbers = self.kept(relative(x - 1, y - 1, right, bottom, width, height) for x, y, right, bottom in sides)
         except ET.ParseError as error:
             raise BrokenSample("{}: is no XML, or broken in line {}, column {}".format(path, *error.position)) from None
         except BrokenSample as error:
@@ -105,7 +105,7 @@ class Flickr30kEntities(EntitiesFolder):
             limit: maximum number of examples, the first ones; null for all.
         """
         super().__init__(folder, images, split, limit)
-        self.question = asking(question)
+        self.question = check_question(question)
 
     def read(self) -> Iterator[Example]:
         """One example per phrase; if its entity has several boxes, the answer points at each, in reading order."""

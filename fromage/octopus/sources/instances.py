@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fromage.data.annotations import FILE, NUMBER, WHOLE, Wanted, optional, read_annotations
-from fromage.octopus.boxes import share
+from fromage.octopus.boxes import relative
 from fromage.octopus.examples import Box
-from fromage.octopus.sources.listed import HELD_OUT, SIDE, Listed
+from fromage.octopus.sources.listed import HELD_OUT, SIDE, FileSource
 
 IMAGE: Wanted = {"id": WHOLE, "file_name": FILE, "width": SIDE, "height": SIDE}
 INSTANCE: Wanted = {"id": WHOLE, "image_id": WHOLE, "bbox": (NUMBER,) * 4, "iscrowd": optional(WHOLE)}
@@ -33,7 +33,7 @@ class AnnotatedImage(NamedTuple):
     segments: dict[int, Any]
 
 
-class Instances(Listed):
+class Instances(FileSource):
     """Base class of the readers of an instances.json."""
 
     def __init__(self, file: Path, instances: str, images: str, limit: int | None) -> None:
@@ -62,7 +62,7 @@ class Instances(Listed):
         single = [note for note in notes if not note.get("iscrowd")]
         self.drop("boxes of crowds", len(notes) - len(single))
         corners = [(x, y, x + w, y + h) for x, y, w, h in (note["bbox"] for note in single)]
-        good, numbers = self.kept(share(*sides, image["width"], image["height"]) for sides in corners)
+        good, numbers = self.kept(relative(*sides, image["width"], image["height"]) for sides in corners)
         found = {note["id"]: number for note, number in zip(single, numbers, strict=True)}
         found |= {note["id"]: None for note in notes if note.get("iscrowd")}
         segments = {note["id"]: note.get("segmentation") for note in single}

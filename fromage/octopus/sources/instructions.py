@@ -9,14 +9,14 @@ from PIL import Image
 
 from fromage.data.annotations import FILE, TEXT, Wanted, read_annotations
 from fromage.images.codec import FORMATS
-from fromage.octopus.boxes import SPELLED, clipped, read_spelled, share
+from fromage.octopus.boxes import SPELLED, clipped, read_spelled, relative
 from fromage.octopus.examples import Box, Example
-from fromage.octopus.sources.listed import LOST_ANSWERS, ODD_TURNS, Listed
+from fromage.octopus.sources.listed import LOST_ANSWERS, ODD_TURNS, FileSource
 
 TURNS: Wanted = {"conversations": [{"from": TEXT, "value": TEXT}]}  # image and id may be anything
 
 
-class Instructions(Listed):
+class Instructions(FileSource):
     """Instructions in LLaVA's JSON: one example per question and answer, also in conversations of several turns."""
 
     def __init__(self, file: str, images: str, padded: bool = False, limit: int | None = None) -> None:
@@ -85,4 +85,4 @@ class Instructions(Listed):
             return clipped(left, top, right, bottom)
         side = max(width, height)
         x, y = (side - width) / 2, (side - height) / 2
-        return share(left * side - x, top * side - y, right * side - x, bottom * side - y, width, height)
+        return relative(left * side - x, top * side - y, right * side - x, bottom * side - y, width, height)

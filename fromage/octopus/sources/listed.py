@@ -24,7 +24,7 @@ FAULTS = (LOST_BOXES, LOST_ANSWERS, ODD_TURNS)  # faults of the files, which are
 SIDE = Kind("a number of pixels", lambda value: NUMBER.fits(value) and value > 0)
 
 
-class Listed:
+class FileSource:
     """Base class of the readers; files are read on first use.
 
     Attributes:
@@ -95,12 +95,12 @@ class Listed:
 def with_masks(sources: Iterable[Any]) -> None:
     """Have readers read masks, a second time where they have read without; sources of other classes are left alone."""
     for source in sources:
-        if isinstance(source, Listed) and not source.masks:
+        if isinstance(source, FileSource) and not source.masks:
             source.masks = True
             source._begin()
 
 
-def asking(question: str) -> str:
+def check_question(question: str) -> str:
     """The question itself. Raises UserError if it does not contain {} exactly once."""
     if question.count("{}") != 1:
         raise UserError(f"question {question!r}: must hold {{}} once, where the words for the object go")

@@ -10,12 +10,12 @@ from fromage.data.annotations import FILE, ID, TEXT, Wanted, optional, problem
 from fromage.errors import BrokenSample, UserError
 from fromage.io import parse_json, read_text
 from fromage.octopus.examples import Example
-from fromage.octopus.sources.listed import Listed
+from fromage.octopus.sources.listed import FileSource
 
 QUESTION: Wanted = {"question_id": ID, "image": FILE, "text": TEXT, "label": TEXT, "category": optional(TEXT)}
 
 
-class Pope(Listed):
+class Pope(FileSource):
     """POPE: yes-or-no questions whether an object is in an image; its three splits are three files.
 
     Attributes:

@@ -14,7 +14,7 @@ from fromage.errors import UserError, reason
 from fromage.octopus.examples import Example
 from fromage.octopus.segments import Mask, OddMask, read_mask
 from fromage.octopus.sources.instances import AnnotatedImage, Instances
-from fromage.octopus.sources.listed import LOST_ANSWERS, asking
+from fromage.octopus.sources.listed import LOST_ANSWERS, check_question
 
 CATEGORY: Wanted = {"id": WHOLE}  # of instances.json
 EXPRESSION: Wanted = {"sent": TEXT, "sent_id": WHOLE}
@@ -68,7 +68,7 @@ class RefCOCO(Instances):
             match: regular expression; only expressions that contain it are used; null for all.
         """
         super().__init__(Path(refs), instances, images, limit)
-        self.split, self.question = split, asking(question)
+        self.split, self.question = split, check_question(question)
         try:
             self.match = re.compile(match or "")
         except (re.error, OverflowError, RecursionError) as error:

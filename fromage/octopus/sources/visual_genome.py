@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 
 from fromage.checks import check_whole
 from fromage.data.annotations import FILE, NUMBER, TEXT, WHOLE, Kind, Wanted, optional, problem, read_annotations
-from fromage.octopus.boxes import reading_order, share
+from fromage.octopus.boxes import reading_order, relative
 from fromage.octopus.examples import Example
-from fromage.octopus.sources.listed import HELD_OUT, LOST_ANSWERS, SIDE, Listed, asking
+from fromage.octopus.sources.listed import HELD_OUT, LOST_ANSWERS, SIDE, FileSource, check_question
 from fromage.octopus.sources.refcoco import held_out
 
 REGIONS, OBJECTS = "regions of Visual Genome", "objects of Visual Genome"
@@ -39,7 +39,7 @@ class Parts(NamedTuple):
 PARTS = {REGIONS: Parts("regions", REGION, "width", "height"), OBJECTS: Parts("objects", OBJECT, "w", "h")}
 
 
-class VisualGenome(Listed):
+class VisualGenome(FileSource):
     """Visual Genome: one example per described region, or per name of an image's objects; known boxes are all of these."""
 
     def __init__(
@@ -68,7 +68,7 @@ class VisualGenome(Listed):
         super().__init__(Path(file), limit)
         if per_image is not None:
             check_whole("per_image", per_image, 1)
-        self.image_data, self.images, self.question = Path(image_data), Path(images), asking(question)
+        self.image_data, self.images, self.question = Path(image_data), Path(images), check_question(question)
         self.per_image, self.apart_from = per_image, tuple(apart_from)
 
     def read(self) -> Iterator[Example]:
@@ -94,7 +94,7 @@ class VisualGenome(Listed):
         number, width, height = image["image_id"], image["width"], image["height"]
         regions = [region for place, region in enumerate(entry[part.list]) if self._fits(number, part, place, region)]
         corners = [(r["x"], r["y"], r["x"] + r[part.width], r["y"] + r[part.height]) for r in regions]
-        good, numbers = self.kept(share(*sides, width, height) for sides in corners)
+        good, numbers = self.kept(relative(*sides, width, height) for sides in corners)
         boxes = tuple(good)  # one for all examples of the image
         path = str(self.images / ADDRESS.findall(image["url"])[0])
         for place, (text, theirs) in enumerate(self._named(regions, numbers)):
