@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import codecs
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -157,6 +158,12 @@ class WholeFile:
                     self.keep()
         finally:
             self.discard()
+
+
+def digest_of(file: Path) -> str:
+    """SHA-256 of a file, in hex digits."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def as_json(value: Any) -> bytes:

@@ -33,7 +33,7 @@ from on_device import Save, device_name, elapsed, keep_nothing
 
 from fromage.data.image_source import Item
 from fromage.retrieval.ann import lists_kind
-from fromage.retrieval.base import FLAT, ImageIndex
+from fromage.retrieval.base import FLAT, ImageIndex, IndexSpec
 from fromage.retrieval.build import write_index
 from fromage.retrieval.faiss_index import FaissIndex
 from fromage.retrieval.index_folder import CANDIDATES
@@ -214,7 +214,7 @@ def measure(rows: np.ndarray, mixture: Mixture, folder: Path, args: argparse.Nam
     """All figures, of an index that is built, saved and opened."""
     kind, tensor, stream = args.kind or lists_kind(len(rows)), torch.from_numpy(rows), batches(rows)
     tables = [columns(len(rows))] if args.where else []
-    build = timed(lambda: write_index(folder, stream, WIDTH, "bench", kind=kind, overwrite=True, tables=tables))
+    build = timed(lambda: write_index(folder, stream, IndexSpec(WIDTH, "bench", kind=kind, overwrite=True, tables=tables)))
     index = load_index(folder)
     opening = statistics.median(timed(lambda: load_index(folder)) for _ in range(5))
     seconds = rates(index, tensor, mixture, args.rounds, k)

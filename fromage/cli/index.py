@@ -206,6 +206,7 @@ def import_embeddings(source: list[Path], *, ckpt: str, images: Path | None = No
     """
     from fromage.models.fromage import load_model
     from fromage.retrieval.authors_embeddings import rows_of
+    from fromage.retrieval.base import IndexSpec
     from fromage.retrieval.build import write_index
     from fromage.retrieval.clip_retrieval import EmbeddingFolder
     from fromage.retrieval.embed_images import located
@@ -220,10 +221,10 @@ def import_embeddings(source: list[Path], *, ckpt: str, images: Path | None = No
     of = model.q, model.fingerprint(), located(ckpt)
     root = str(Path(images).absolute()) if images else ""
     place = ImageAccess(ImageRoot(root), confined=True, within=root or str(target.out.absolute()))
-    how: dict[str, Any] = {"milvus": target.milvus, "overwrite": target.overwrite, "place": place}
     within = root or str(target.out.absolute())
     rows = gallery.embedded(model, ImageRoot(root), within) if gallery else rows_of(source, model.q)
-    built = write_index(target.out, rows, *of, target.kind, **how, tables=tables)
+    spec = IndexSpec(*of, target.kind, where=target.milvus or "", overwrite=target.overwrite, place=place, tables=tables)
+    built = write_index(target.out, rows, spec)
     if said := built.missing().said(target.out, len(built), True):
         warnings.warn(said, stacklevel=2)
     return _told(built, target.out)

@@ -1,1 +1,16 @@
-"""Data: shards of images and captions to batches of tensors."""
+"""Data: shards of images and captions to batches of tensors.
+
+Where to look:
+
+    packing             image files and captions -> shards; tuple_packing for composition learning
+    shards              naming, writing and reading shards; shard_streams opens them, shard_stats looks at them before a run
+    features            the frozen image tower's features, stored in shards of their own
+    datamodule          the Lightning data module: shards -> batches
+    streams             the order of samples: by device and worker, shuffled, one caption per image and epoch
+    loader              worker processes, epochs, and going on in the middle of one; workers starts and ends them
+    batches             a stored sample -> a row -> a batch; tuples are those of composition learning
+    tokenizer           text -> token ids; truncation of captions that keeps [RET]
+    requests            captions read as requests for an image
+    annotations         published annotation files, read and checked
+    image_source        the images of a folder or of shards, to index them
+"""

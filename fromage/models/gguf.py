@@ -6,7 +6,6 @@ digest of the file. Weights are float16 there; a file of 4 bits has no finer one
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from transformers.utils.logging import disable_progress_bar
 from fromage.distribution import pip_install
 from fromage.errors import UserError, first_line, reason
 from fromage.identity import FolderKind
-from fromage.io import whole_folder, write_json, writing
+from fromage.io import digest_of, whole_folder, write_json, writing
 from fromage.places import cache_folder
 
 log = logging.getLogger(__name__)
@@ -79,9 +78,3 @@ def _digest_of_gguf(file: Path) -> str:
         return digest_of(file)
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({reason(error)}); give a GGUF file as {PREFIX}FILE") from error
-
-
-def digest_of(file: Path) -> str:
-    """SHA-256 of a file, in hex digits."""
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()

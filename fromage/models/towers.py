@@ -19,9 +19,8 @@ from typing import Any, Literal
 import torch
 
 from fromage.errors import UserError, first_line
-from fromage.io import whole_folder, write_json, writing
+from fromage.io import digest_of, whole_folder, write_json, writing
 from fromage.models import gguf
-from fromage.models.gguf import digest_of
 from fromage.places import cache_folder
 
 

@@ -20,6 +20,7 @@ from fromage.octopus.checkpoint import MASKS, RENAMED, check_names, check_shaped
 from fromage.octopus.decoding import decode, grounded
 from fromage.octopus.model import Octopus
 from fromage.octopus.step import GroundingBatch, image_patches, octopus_step
+from fromage.training.checkpoint_io import saved_checkpoint
 from fromage.training.layers import checkpoint_blocks
 from fromage.training.nonfinite import NonFiniteGuard
 
@@ -159,8 +160,7 @@ class OctopusModule(pl.LightningModule):
 
     def training_step(self, batch: GroundingBatch, index: int) -> Tensor:
         """Loss of one batch; logs its parts."""
-        saver: Any = self.trainer.checkpoint_callback
-        self.guard.check((saver and (saver.last_model_path or saver.best_model_path)) or "none yet")
+        self.guard.check(saved_checkpoint(self.trainer) or "none yet")
         out = octopus_step(self.model, batch)
         self.guard.see((out.answer_loss, out.set_loss), batch.keys)
         many = len(batch.examples)
@@ -177,7 +177,7 @@ class OctopusModule(pl.LightningModule):
 
     def on_train_end(self) -> None:
         """Check the last losses too."""
-        self.guard.check("the last one", wait=True)
+        self.guard.check(saved_checkpoint(self.trainer) or "none yet", wait=True)
 
     def on_validation_epoch_start(self) -> None:
         """Reset the results of the last validation."""

@@ -2,7 +2,7 @@
 
 q is the width of the shared retrieval space, N the number of images in the index, B that of the queries. A subclass names
 rows near a query (nearest, propose); fromage.retrieval.rerank scores them exactly. To add a backend, write its subclass and
-name it in fromage.retrieval.open_index.BACKENDS.
+name it in open_index.BACKENDS and build._backend.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ class IndexSpec:
         kind: a name that the backend knows; None chooses by the number of rows.
         trained: candidates of the kind, which hold the first of the rows or none.
         texts: (n, q) unit rows that texts ask with, to measure an approximate kind with.
-        where: address of a backend that is not this disk.
+        where: where the rows go in place of this disk, see fromage.retrieval.milvus_client; kind is then one of Milvus.
         overwrite: an index that is there may be replaced.
-        place: where the images are, and whether they may be opened.
+        place: where the images are, and whether they may be opened; without a root it is the deepest folder that holds them.
         tables: metadata of the images; of several tables with an image the first counts.
     """
 
@@ -73,6 +73,7 @@ class ImageIndex(ABC):
 
     Attributes:
         backend: name of the kind of index in index.json.
+        moves_root: whether a change may write what the paths are relative to (see `change`).
         fingerprint: of the model that embedded the images; only this model's queries mean anything here.
         checkpoint: path that model was loaded from; '' if not known.
         candidates: what proposes rows, where this program and not a server holds it; None in a flat index.
@@ -82,6 +83,7 @@ class ImageIndex(ABC):
     """
 
     backend: ClassVar[str]
+    moves_root: ClassVar[bool]
     candidates: ANNIndex | None = None
     model: Fromage | None = None
 
@@ -139,10 +141,6 @@ class ImageIndex(ABC):
     @abstractmethod
     def rows(self) -> Iterator[Embedded]:
         """All vectors with their items, in order, some at a time."""
-
-    @abstractmethod
-    def about(self) -> dict[str, Any]:
-        """What index.json says of the index."""
 
     @abstractmethod
     def save(self, folder: str | Path, overwrite: bool = False) -> None:
@@ -261,10 +259,12 @@ class ImageIndex(ABC):
         """The id of an image, with which `finder` finds it."""
         return image_id(self.root.store(*encoded([path])))
 
-    def placed(self) -> dict[str, Any]:
-        """What index.json says of where the images are."""
+    def about(self) -> dict[str, Any]:
+        """What index.json says of the index, of where its images are too; a subclass adds what is its own."""
+        names = ("backend", "width", "kind", "fingerprint", "checkpoint")
         told = {"confined": self.place.confined, "left_out": dict(self.place.left_out)}
-        return {"root": self.root.path} | {name: value for name, value in told.items() if value}
+        placed = {"root": self.root.path} | {name: value for name, value in told.items() if value}
+        return {"count": len(self)} | {name: getattr(self, name) for name in names} | placed
 
     def missing(self, most: int = CHECKED) -> Missing:
         """Look whether the images are there and may be opened: all files of up to `most`, a sample of more; no addresses."""

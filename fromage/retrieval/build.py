@@ -15,7 +15,6 @@ from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -27,7 +26,7 @@ from fromage.locks import held
 from fromage.models.fromage import Fromage, load_model
 from fromage.models.prompts import RET, max_length, prompt_length
 from fromage.places import state_folder
-from fromage.retrieval.ann import MEASURED_WITH, ANNIndex, default_kind
+from fromage.retrieval.ann import MEASURED_WITH, default_kind
 from fromage.retrieval.base import FLAT, ImageIndex, IndexSpec
 from fromage.retrieval.embed_images import embed_images
 from fromage.retrieval.embedding_store import EmbeddingStore
@@ -41,39 +40,11 @@ from fromage.retrieval.table_file import Table
 from fromage.retrieval.trust import is_sealed, sealed
 
 
-def write_index(
-    out: str | Path,
-    rows: Iterable[Embedded],
-    width: int,
-    fingerprint: str,
-    checkpoint: str = "",
-    kind: str | None = None,
-    trained: ANNIndex | None = None,
-    texts: np.ndarray | None = None,
-    milvus: str | None = None,
-    overwrite: bool = False,
-    place: ImageAccess | None = None,
-    tables: Sequence[Table] = (),
-) -> ImageIndex:
-    """Write unit rows as an index. Raises UserError where one is there already and may not be replaced.
-
-    Args:
-        width: q.
-        fingerprint: of the model that embedded them; checkpoint is where it lies, if that is known.
-        kind: see fromage.retrieval.ann; None chooses by the number of rows.
-        trained: an index of the kind, which holds the first of the rows or none.
-        texts: (n, q) unit rows that texts ask with, to measure an approximate kind with.
-        milvus: where the rows go in place of this disk, see fromage.retrieval.milvus_client; kind is then one of Milvus.
-        overwrite: replace an index that is there.
-        place: where the images are; None for the deepest folder that holds them, on the word of this program.
-        tables: metadata of the images, see fromage.retrieval.table_file.read_table.
-    """
-    spec = IndexSpec(
-        width, fingerprint, checkpoint, kind, trained, texts, milvus or "", overwrite, place or ImageAccess(), tables
-    )
+def write_index(out: str | Path, rows: Iterable[Embedded], spec: IndexSpec) -> ImageIndex:
+    """Write unit rows as an index. Raises UserError where one is there already and may not be replaced."""
     with held(out, beside=True):
         old = read_about(Path(out)) if (Path(out) / ABOUT).exists() else None
-        index = BACKENDS[_backend(milvus)].write(out, rows, spec)
+        index = BACKENDS[_backend(spec.where)].write(out, rows, spec)
         if old:
             BACKENDS[backend_of(old)].drop(old)
     return index
@@ -95,7 +66,7 @@ def build(
     """Index what embed_images stored.
 
     model: the one that embedded the images; with it an approximate kind is measured with their captions too. Raises
-    UserError for another. milvus, overwrite, tables: as for write_index.
+    UserError for another. milvus, overwrite, tables: where, overwrite, tables of IndexSpec.
     """
     check_replaceable(out, overwrite)
     about = store.about
@@ -106,8 +77,8 @@ def build(
     of = about["width"], about["fingerprint"], about["checkpoint"]
     root = about.get("root", "")
     place = ImageAccess(ImageRoot(root) if root else None, store.is_own())
-    how: dict[str, Any] = {"milvus": milvus, "overwrite": overwrite, "place": place, "tables": tables}
-    return write_index(out, unit_rows(store), *of, kind, texts=texts, **how)
+    spec = IndexSpec(*of, kind, texts=texts, where=milvus or "", overwrite=overwrite, place=place, tables=tables)
+    return write_index(out, unit_rows(store), spec)
 
 
 def _texts(store: EmbeddingStore, model: Fromage) -> np.ndarray | None:
@@ -136,10 +107,10 @@ def build_index(
 
     Args:
         checkpoint: where the model was loaded from, so that open_index finds it.
-        kind: as for write_index.
-        milvus: as for write_index.
-        overwrite: as for write_index.
-        tables: as for write_index. The others are those of embed_images.
+        kind: as of IndexSpec.
+        milvus: where the rows go in place of this disk, see fromage.retrieval.milvus_client.
+        overwrite: replace an index that is there.
+        tables: as of IndexSpec. The others are those of embed_images.
     """
     check_replaceable(out, overwrite)  # before the hours of embedding
     BACKENDS[_backend(milvus)].check(kind, model.q, milvus or "")
@@ -226,7 +197,7 @@ def merge(
 ) -> ImageIndex:
     """Write one index of several. Of images at the same path the first counts. One from elsewhere makes all of it one.
 
-    kind: None is that of the first, where this is of the same backend as the one written. overwrite: as for write_index.
+    kind: None is that of the first, where this is of the same backend as the one written. overwrite: as of IndexSpec.
     """
     check_replaceable(out, overwrite)
     folders = as_list(folders)
@@ -246,7 +217,7 @@ def merge(
     own = all(index.place.own and not index.place.confined for index in indexes)
     place = ImageAccess(_joint([index.root.path for index in indexes]), own)
     tables = [table for index in indexes if (table := index.table())]
-    return write_index(out, chain(*parts), *of, kind, trained, some, milvus, overwrite, place, tables)
+    return write_index(out, chain(*parts), IndexSpec(*of, kind, trained, some, milvus or "", overwrite, place, tables))
 
 
 def trust(folder: str | Path, images: str | Path | None = None) -> ImageIndex:

@@ -55,6 +55,7 @@ class FaissIndex(ImageIndex):
     """
 
     backend = "faiss"
+    moves_root = True
 
     def __init__(
         self,
@@ -92,7 +93,7 @@ class FaissIndex(ImageIndex):
         return index
 
     def _prepare(self, kind: str, trained: ANNIndex | None = None) -> None:
-        """Make the index one of a kind; trained: see build.write_index."""
+        """Make the index one of a kind; trained: as of IndexSpec."""
         if trained and kind.lower() != FLAT:
             self.candidates = trained
             trained.grow(self.vectors, self.texts)
@@ -180,18 +181,12 @@ class FaissIndex(ImageIndex):
         """What index.json says of the index."""
         recalls = (self.candidates.recall, self.candidates.text_recall) if self.candidates else (1.0, 1.0)
         return {
-            "backend": self.backend,
-            "count": len(self),
-            "width": self.width,
-            "kind": self.kind,
-            "fingerprint": self.fingerprint,
-            "checkpoint": self.checkpoint,
+            **super().about(),
             "setting": self.candidates.setting if self.candidates else "",
             "recall_at_10": recalls[0],
             "text_recall_at_10": recalls[1],
             **({"oversample": self.candidates.factor} if self.candidates else {}),
             **({"columns": self.metadata.kinds} if self.metadata else {}),
-            **self.placed(),
         }
 
     def save(self, folder: str | Path, overwrite: bool = False) -> None:

@@ -25,7 +25,7 @@ import pyarrow as pa
 
 from fromage.errors import UserError, reason
 from fromage.identity import FolderKind
-from fromage.io import check_new, set_aside, whole_folder, write_json
+from fromage.io import check_new, digest_of, set_aside, whole_folder, write_json
 from fromage.retrieval import trust
 from fromage.retrieval.image_root import ImageRoot, common_root
 from fromage.retrieval.item_table import Embedded, ItemTable, with_paths, write_items
@@ -102,12 +102,7 @@ def about_json(about: dict[str, Any], files: dict[str, Any], own: bool = True) -
 
 
 def _file(path: Path) -> dict[str, Any]:
-    return {"bytes": path.stat().st_size, "spot": _spot_digest(path), "sha256": _digest(path)}
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return {"bytes": path.stat().st_size, "spot": _spot_digest(path), "sha256": digest_of(path)}
 
 
 def _spot_digest(path: Path) -> str:
@@ -154,7 +149,7 @@ def check_files(folder: Path, about: dict[str, Any], full: bool | Container[str]
     for name, said in about["files"].items():
         path = folder / name
         whole = path.is_file() and path.stat().st_size == said["bytes"] and _spot_digest(path) == said["spot"]
-        if not whole or (name in read and _digest(path) != said["sha256"]):
+        if not whole or (name in read and digest_of(path) != said["sha256"]):
             raise UserError(f"{path}: is missing or damaged (its digest differs); build the index again")
 
 

@@ -40,6 +40,7 @@ class MilvusIndex(ImageIndex):
     """An index in Milvus. Neither its vectors nor its items are here: ask vectors_of, finder, paths and rows."""
 
     backend = "milvus"
+    moves_root = False
 
     def __init__(
         self, collection: Collection, fingerprint: str, checkpoint: str = "", place: ImageAccess | None = None
@@ -118,17 +119,11 @@ class MilvusIndex(ImageIndex):
     def about(self) -> dict[str, Any]:
         """What index.json says; count is of the time when it was written."""
         return {
-            "backend": self.backend,
-            "count": len(self),
-            "width": self.width,
-            "kind": self.kind,
-            "fingerprint": self.fingerprint,
-            "checkpoint": self.checkpoint,
+            **super().about(),
             "setting": "",
             "recall_at_10": 1.0 if self.kind == FLAT else None,  # not measured
             **({"columns": self.collection.columns} if self.collection.columns else {}),
             MILVUS: {"uri": self.collection.uri, "collection": self.collection.name},
-            **self.placed(),
         }
 
     def save(self, folder: str | Path, overwrite: bool = False) -> None:

@@ -250,5 +250,5 @@ def _stale(folder: Path, index: ImageIndex, root: ImageRoot) -> bool:
     """Whether index.json says of the images' place what it should not."""
     about = read_about(folder)
     own = index.place.own and secret() is not None
-    meant = (root if index.backend == "faiss" else index.root).path, own, index.place.confined
+    meant = (root if index.moves_root else index.root).path, own, index.place.confined
     return (about.get("root"), is_sealed(about), bool(about.get("confined"))) != meant

@@ -217,6 +217,12 @@ def check_free(folder: Path, resumed: str | Path | None, overwrite: bool) -> lis
     return found
 
 
+def saved_checkpoint(trainer: pl.Trainer) -> str:
+    """The last checkpoint that a run has written, or its best where it keeps no last one; '' before the first."""
+    saver: Any = trainer.checkpoint_callback
+    return (saver and (saver.last_model_path or saver.best_model_path)) or ""
+
+
 def _on_first_device(trainer: pl.Trainer, act: Callable[[], object]) -> None:
     """Act on the first device alone; its UserError is raised on all, so that none waits for it."""
     said = None

@@ -15,6 +15,7 @@ from fromage.checkpoints.run_folder import checkpoint_file
 from fromage.checks import check_real, check_whole
 from fromage.errors import UserError
 from fromage.training import runs
+from fromage.training.checkpoint_io import saved_checkpoint
 from fromage.training.option_errors import class_of
 from fromage.training.run_report import RunReport
 
@@ -87,8 +88,7 @@ def check_trainer(options: Any) -> None:
 
 def _left(trainer: pl.Trainer) -> list[str]:
     """What a fit that came to its end has left, in lines."""
-    saver: Any = trainer.checkpoint_callback
-    saved = saver and (saver.last_model_path or saver.best_model_path)
+    saved = saved_checkpoint(trainer)
     lines = [f"checkpoint: {saved} (step {trainer.global_step})"] if saved else []
     folders = [callback.folder for callback in trainer.callbacks if isinstance(callback, RunReport)]  # type: ignore[attr-defined]
     return lines + [f"report: {folder / 'report.md'}" for folder in folders if folder and (folder / "report.md").exists()]

@@ -30,6 +30,7 @@ from fromage.models.language_model import Quantized
 from fromage.models.pretrained import from_hyperparameters
 from fromage.models.vision.base import TextTower
 from fromage.retrieval.metrics import Gallery, joined, retrieval_recalls
+from fromage.training.checkpoint_io import saved_checkpoint
 from fromage.training.configs import present_step
 from fromage.training.fast_composition import fast_composition
 from fromage.training.fast_step import fast_step
@@ -273,8 +274,7 @@ class FromageModule(pl.LightningModule):
 
     def _last_good(self) -> str:
         """The checkpoint to resume from if this step fails."""
-        saver: Any = self.trainer.checkpoint_callback
-        return (saver and (saver.last_model_path or saver.best_model_path)) or "none yet"
+        return saved_checkpoint(self.trainer) or "none yet"
 
     def on_train_end(self) -> None:
         """Check the last losses too."""

@@ -22,6 +22,7 @@ from fromage.images.codec import to_png
 from fromage.images.line_chart import line_chart
 from fromage.io import write_files
 from fromage.printable import printable
+from fromage.training.checkpoint_io import saved_checkpoint
 
 PACKAGES = ("fromage", "torch", "pytorch-lightning", "transformers", "open_clip_torch", "webdataset")
 CHARTS = {  # title: pattern of the metrics; the group is the name of a line
@@ -125,7 +126,7 @@ class RunReport(pl.Callback):
 
     def facts(self, trainer: Any, outcome: str) -> list[list[str]]:
         """A table of facts: outcome, duration, devices, versions."""
-        saver, device, seconds = trainer.checkpoint_callback, trainer.strategy.root_device, time.monotonic() - self.began
+        device, seconds = trainer.strategy.root_device, time.monotonic() - self.began
         name = f"{device.type}, {torch.get_num_threads()} threads"
         if device.type == "cuda":
             peak = torch.cuda.max_memory_allocated(device) / 2**30
@@ -141,7 +142,7 @@ class RunReport(pl.Callback):
             ["hours", f"{seconds / 3600:.3f}, validations included"],
             ["examples", f"{self.examples}, {self.examples / seconds:.1f} per second"],
             ["devices", f"{trainer.world_size} x {name}"],
-            ["last checkpoint", str((saver and (saver.last_model_path or saver.best_model_path)) or "none")],
+            ["last checkpoint", saved_checkpoint(trainer) or "none"],
             ["commit", self.commit or "not run from a clone"],
             ["versions", ", ".join(installed)],
         ]

@@ -11,6 +11,7 @@ from test_faiss_index import rows
 
 from fromage.errors import UserError
 from fromage.retrieval.authors_embeddings import read_embeddings, rows_of
+from fromage.retrieval.base import IndexSpec
 from fromage.retrieval.build import write_index
 
 URLS = [f"https://images.example/{i}.jpg" for i in range(6)]
@@ -190,6 +191,6 @@ def test_they_become_an_index(tmp_path):
     data = 7 * rows(6)
     first = write(tmp_path / "1.pkl", {"paths": URLS[:4], "embeddings": data[:4]})
     second = write(tmp_path / "2.pkl", {"paths": URLS[4:], "embeddings": list(data[4:])})
-    index = write_index(tmp_path / "index", rows_of([first, second], 4), 4, "f00d")
+    index = write_index(tmp_path / "index", rows_of([first, second], 4), IndexSpec(4, "f00d"))
     assert [hits[0].path for hits in index.search(data, 1)] == URLS
     assert all(hits[0].score == pytest.approx(1) for hits in index.search(data, 1))

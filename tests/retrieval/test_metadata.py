@@ -14,6 +14,7 @@ from fromage.cli.main import main
 from fromage.data.image_source import Item
 from fromage.errors import UserError
 from fromage.retrieval import chosen
+from fromage.retrieval.base import IndexSpec
 from fromage.retrieval.build import add, build, describe, merge, remove, write_index
 from fromage.retrieval.faiss_index import FaissIndex
 from fromage.retrieval.item_table import to_batch
@@ -39,7 +40,9 @@ def described():
 
 
 def written(folder, tables, kind="flat", n=N, q=16, **how):
-    return write_index(folder, [(unit(rows(n, q), ""), to_batch(items(n)))], q, "f00d", kind=kind, tables=tables, **how)
+    return write_index(
+        folder, [(unit(rows(n, q), ""), to_batch(items(n)))], IndexSpec(q, "f00d", kind=kind, tables=tables, **how)
+    )
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -128,7 +131,7 @@ def test_keys_are_paths_names_or_keys_within_shards(tmp_path, paths, keys):
     if "\\" in keys[0]:  # no Unicode: no table can say it
         known = table_of([keys[i] for i in order[:1] + order[2:]], n=order[:1] + order[2:])
     index = write_index(
-        tmp_path / "i", [(unit(rows(3), ""), to_batch([Item(p) for p in paths]))], 4, "f", tables=[known]
+        tmp_path / "i", [(unit(rows(3), ""), to_batch([Item(p) for p in paths]))], IndexSpec(4, "f", tables=[known])
     )  # fmt: skip
     assert index.metadata.table.column("n").to_pylist() == [0 if "\\" not in keys[0] else None, 1, 2]
 

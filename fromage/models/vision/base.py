@@ -11,9 +11,11 @@ ends in `patches`), `text_tower` for the CLIP baseline, `check` for names that a
 
 from __future__ import annotations
 
+import logging
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -127,3 +129,14 @@ class VisionTower(FrozenTower, ABC):
         """The identity of stored features: the tower's name, its weights (a digest of samples) and the preprocessing."""
         shown = re.sub(r" at 0x[0-9a-f]+|\s+", " ", str(decoding_as(self.transform, decoding)))
         return {"tower": self.name, "weights": digest_of_samples(self.visual), "preprocessing": shown}
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Within, the towers' libraries do not log what they leave out or find odd; their errors are told as UserError."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.disable(before)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +20,7 @@ from fromage.checkpoints.hub import look_for_hub
 from fromage.errors import UserError, first_line
 from fromage.images.transforms import halves, scaling
 from fromage.models.frozen import hold
-from fromage.models.vision.base import TextTower, VisionTower
+from fromage.models.vision.base import TextTower, VisionTower, quiet
 
 PAIRS = ("clip", "siglip")  # architectures with a text tower; SigLIP 2 of a fixed resolution calls itself siglip
 PROBES = ((97, 61), (61, 97), (83, 83))  # (width, height) of images on which a processor is tried
@@ -184,7 +182,7 @@ def read_config(name: str) -> Any:
     """The configuration of 'hf:...'. Raises UserError for one that is not there or that transformers does not know."""
     where = folder_of(name)
     try:
-        with _quiet():
+        with quiet():
             return AutoConfig.from_pretrained(where, trust_remote_code=False)
     except Exception as error:
         if not Path(where).exists():
@@ -208,7 +206,7 @@ def load_whole(name: str, dtype: str = "float32", random_weights: bool = False) 
     disk nor on the hub.
     """
     config = read_config(name)
-    with _quiet():
+    with quiet():
         try:
             if random_weights:
                 return AutoModel.from_config(config, dtype=DTYPES[dtype], trust_remote_code=False).eval()
@@ -318,14 +316,3 @@ def _probe(width: int, height: int) -> Image.Image:
 
 def _plain(colour: str) -> Image.Image:
     return Image.new("RGB", (50, 50), colour)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Within, transformers does not log what it leaves out or finds odd."""
-    before = logging.root.manager.disable
-    logging.disable(logging.ERROR)
-    try:
-        yield
-    finally:
-        logging.disable(before)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from copy import deepcopy
 from pathlib import Path
@@ -17,7 +16,7 @@ from fromage.checkpoints.hub import look_for_hub
 from fromage.checkpoints.weights import read_weights
 from fromage.errors import UserError, first_line
 from fromage.models.frozen import TOY, hold
-from fromage.models.vision.base import TextTower, VisionTower
+from fromage.models.vision.base import TextTower, VisionTower, quiet
 
 
 class OpenClipTower(VisionTower):
@@ -129,18 +128,17 @@ def load_clip(
     precision = {"float32": "fp32", "bfloat16": "pure_bf16", "float16": "pure_fp16"}[dtype]
     if not source.startswith("local-dir:") and (pretrained or ":" in source) and not file:
         look_for_hub()
-    silent = logging.root.manager.disable
-    logging.disable(logging.ERROR)  # open_clip logs what the error below says, and warns of random weights
     try:
-        model, _, transform = open_clip.create_model_and_transforms(
-            source,
-            pretrained=pretrained,
-            load_weights=device.type != "meta",
-            precision=precision,
-            device=device,
-            force_quick_gelu=_wants_quick_gelu(source, pretrained),
-        )
-        tokenizer = open_clip.get_tokenizer(source)
+        with quiet():  # open_clip logs what the error below says, and warns of random weights
+            model, _, transform = open_clip.create_model_and_transforms(
+                source,
+                pretrained=pretrained,
+                load_weights=device.type != "meta",
+                precision=precision,
+                device=device,
+                force_quick_gelu=_wants_quick_gelu(source, pretrained),
+            )
+            tokenizer = open_clip.get_tokenizer(source)
     except Exception as error:
         if file:
             read_weights(str(pretrained))  # raises, if it is the file
@@ -149,8 +147,6 @@ def load_clip(
             f"vision tower {name} ({pretrained}): no weights on disk or within reach ({first_line(error)}); "
             "give a file as vision_weights, or fetch them once where there is a network"
         ) from error
-    finally:
-        logging.disable(silent)
     return model.eval().requires_grad_(False), transform, tokenizer
 
 
