@@ -105,11 +105,12 @@ class Ridge:
         return retrieval_recalls(texts, F.normalize(data.features - self.v, dim=-1), data.owners)
 
 
-def growing(model: Fromage, data: Photographs) -> Figures:
+def growing(model: Fromage, data: Photographs, seen: bool = True) -> Figures:
     """R@1 of queries of 1 to 5 captions of one photograph: one text, turns of a dialogue, other photographs between, means.
 
     Between two captions stands the photograph that looks most like it (the next one like it, between the next two), which
-    is a candidate all the same. means: of the embeddings of the captions taken alone.
+    is a candidate all the same. means: of the embeddings of the captions taken alone. seen: whether the visual prefix was
+    trained; without it no photographs stand between.
     """
     kept = [i for i, some in enumerate(data.captions) if len(some) >= SENTENCES]
     images, own = embed_images(model, data), torch.tensor(kept)
@@ -120,15 +121,16 @@ def growing(model: Fromage, data: Photographs) -> Figures:
     found: Figures = {}
     for n in range(1, SENTENCES + 1):
         texts = [data.captions[i][:n] for i in kept]
-        between = [[data.features[j] for j in near[i, : n - 1]] for i in kept]
         queries: dict[str, list[Prompt]] = {
             "text": [" ".join(some) for some in texts],
             "dialogue": ["\n".join(f"{ASKED}{text}" for text in some) for some in texts],
-            "others between": [_alternate(*both) for both in zip(texts, between, strict=True)],
         }
+        if seen:
+            between = ([data.features[j] for j in near[i, : n - 1]] for i in kept)
+            queries["others between"] = [_alternate(*both) for both in zip(texts, between, strict=True)]
         rows = {name: model.embed_text(some, batch_size=32) for name, some in queries.items() if n > 1 or name == "dialogue"}
         rows |= {"mean": F.normalize(single[:, :n].mean(1), dim=-1)}
-        rows = {"text": single[:, 0], "others between": single[:, 0], **rows}
+        rows = {name: single[:, 0] for name in queries if name != "dialogue"} | rows
         found |= {f"{name}, {n}": recall_at(ranks(some, images, own))["r1"] for name, some in rows.items()}
     return found
 

@@ -43,22 +43,22 @@ from fromage.models.towers import folder_of, get
 from fromage.models.vision.registry import load_vision
 
 ALONE = ["--model.captioning_weight=0"]
+BARE, BLIND = "retrieval alone", "untrained language model"
 ROWS: dict[str, list[str]] = {
     "base": [],
     "k2": ["--model.k=2"],
     "k4": ["--model.k=4"],
     "k8": ["--model.k=8"],
     "requests": ["--data.requests=0.2"],
-    "retrieval alone": ALONE,
+    BARE: ALONE,
     "last token": [*ALONE, "--model.pooling=last", "--model.r=1"],
-    "untrained language model": ALONE,
+    BLIND: ALONE,
     "free norm": [*ALONE, "--model.rescale_ret=false"],
     "one [RET]": [*ALONE, "--model.r=1"],
     "q 64": [*ALONE, "--model.q=64"],
     "q 1024": [*ALONE, "--model.q=1024"],
 }
 SOME = {"1000 photographs": 1, "2000 photographs": 2, "4000 photographs": 4}  # shards of 1,000 that are trained on
-BLIND = "untrained language model"
 LM, VISION = "smollm2", "efficientnet-lite2"
 STYLES = ("alone", "dialogue", "template")  # in which a picture is asked for
 RIDGE = (0.001, 0.01, 0.1)  # weights of the linear baseline, the best of which is taken on photographs held out
@@ -132,6 +132,8 @@ def parts(name: str, args: argparse.Namespace, model: Fromage) -> dict[str, Call
         todo["coco"] = partial(recalls, model, coco)
     if name in ASKED:
         todo |= {f"asking, {style}": partial(asking, model, style) for style in STYLES}
+    if name == BARE:
+        todo["growing"] = partial(growing, model, judged, seen=False)
     if name != "base":
         return todo
     todo |= {"growing": partial(growing, model, judged), "few shot": partial(few_shot, model, judged, 500)}

@@ -57,6 +57,8 @@ def test_queries_grow_by_captions_turns_and_photographs(model, data, monkeypatch
     assert len({0, *near}) == 5, "four others, none of them the photograph itself"
     assert f"Q: what is in the picture?\nA: {data.captions[0][0]}" in asked
     assert not any(data.captions[-1][0] in str(prompt) for prompt in asked), "one with fewer captions is none of the queries"
+    unseen = photo_figures.growing(model, short, seen=False)
+    assert unseen == {name: value for name, value in found.items() if "others between" not in name}
 
 
 def test_questions_are_asked_as_often_where_the_answer_is_yes(data, tmp_path):
