@@ -17,6 +17,7 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
+from fromage.checkpoints.format import OCTOPUS
 from fromage.errors import UserError
 from fromage.evals.answer_file import AnswerFile
 from fromage.evals.base import make_report
@@ -81,7 +82,7 @@ def evaluate(
     known = _known(data.questions, annotations or {})
     if annotations is not None and not known:
         raise UserError(f"{data.file}: none of its questions is in the annotations; name those of the same split")
-    kind = "sequential" if getattr(model, "num_queries", None) == 0 else model.kind
+    kind = "sequential" if model.kind == OCTOPUS and not model.num_queries else model.kind
     name = model_id or f"{kind}-{model.fingerprint()}"
     about = {"checkpoint": model.fingerprint(), "questions": digest_of(data.questions), "length": max_new_tokens}
     with AnswerFile(out, about | {"model_id": name}, overwrite) as file:

@@ -21,6 +21,7 @@ class VisualPrefixLM(nn.Module):
     """
 
     visual_prefix: nn.Linear
+    num_queries = 0  # object queries, which Octopus alone has
 
     def __init__(self, lm: LanguageModel, vision: VisionTower, k: int) -> None:
         super().__init__()

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from enum import Enum
 from itertools import chain, groupby
 from pathlib import Path
-from typing import TypeGuard
+from typing import Protocol, TypeGuard
 
 import torch
 from PIL import Image
@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from fromage.checks import HALVES, as_list
+from fromage.data.tokenizer import PromptTokenizer
 from fromage.errors import BrokenSample, UserError
 from fromage.images.codec import take_in
 from fromage.images.open import open_image
@@ -145,20 +146,36 @@ def started(parts: Sequence[Part], starts: Starts) -> list[Part]:
     return out
 
 
-def prompt_ids(model: VisualPrefixLM, prompt: Prompt, starts: Starts = Starts.EACH) -> list[int]:
+class PromptLayout(Protocol):
+    """What decides the token ids of a prompt; every model has it."""
+
+    @property
+    def tokenizer(self) -> PromptTokenizer:
+        """Of the language model, with the added tokens."""
+
+    @property
+    def k(self) -> int:
+        """Input embeddings per image."""
+
+    @property
+    def num_queries(self) -> int:
+        """Object queries of Octopus; else 0."""
+
+
+def prompt_ids(layout: PromptLayout, prompt: Prompt, starts: Starts = Starts.EACH) -> list[int]:
     """The token ids of a prompt: k times <|image|> for each image, which is not opened."""
     parts = parts_of(prompt)
     if any(is_text(part) and RET.value in str(part) for part in parts):
         warnings.warn("'[RET]' within a text is plain text; to ask for an image, pass fromage.RET as a part", stacklevel=2)
     kept = [part for part in parts if not is_text(part) or part] if starts is Starts.RELEASED else joined(parts)
-    return list(chain.from_iterable(part_ids(model, part) for part in started(kept, starts)))
+    return list(chain.from_iterable(part_ids(layout, part) for part in started(kept, starts)))
 
 
-def part_ids(model: VisualPrefixLM, part: Part) -> list[int]:
+def part_ids(layout: PromptLayout, part: Part) -> list[int]:
     """The token ids of one part of a prompt."""
-    tokenizer = model.tokenizer
+    tokenizer = layout.tokenizer
     if isinstance(part, ImageInput):
-        return [tokenizer.image_id] * model.k
+        return [tokenizer.image_id] * layout.k
     if isinstance(part, Token):
         return [part.id]
     if part is RET:
@@ -166,7 +183,7 @@ def part_ids(model: VisualPrefixLM, part: Part) -> list[int]:
             raise UserError("this model does not answer with images: leave [RET] out of its prompts")
         return tokenizer.ret_ids
     if part is QUERIES:
-        return [tokenizer.added[QUERIES.value]] * int(getattr(model, "num_queries", 0))
+        return [tokenizer.added[QUERIES.value]] * layout.num_queries
     return tokenizer.start() if part is START else tokenizer.encode(str(part))
 
 

@@ -163,12 +163,9 @@ class Collate:
         return laid
 
     def _prompt(self, example: Example) -> list[int]:
-        some, asks = (
-            torch.empty(0),
-            self.ask and self.layout.num_queries > 0,
-        )  # any tensor: only the number of its tokens matters
-        marked = fill_template(self.layout.template, some, example.instruction, asks)
-        return prompt_ids(self.layout, marked)  # type: ignore[arg-type]
+        image = torch.empty(0)  # any tensor: only the number of its tokens matters
+        asks = self.ask and self.layout.num_queries > 0
+        return prompt_ids(self.layout, fill_template(self.layout.template, image, example.instruction, asks))
 
 
 class _Laid(NamedTuple):
