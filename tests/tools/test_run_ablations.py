@@ -31,6 +31,7 @@ COMPOSITIONS = {
     "both": BOTH,
     "captioning": {"composition_captioning_weight": 1.0},
     "clip": BOTH | {"space": "clip", "q": 128},
+    "half": dict.fromkeys(BOTH, 0.5),
     "r5_sequential": FIVE | {"ret_attention": "sequential"},
     "r5_stacked": FIVE | {"ret_attention": "stacked"},
     "retrieval": {"composition_retrieval_weight": 1.0},
