@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-import logging
 import time
 from collections.abc import AsyncIterator
 from typing import Any
@@ -40,9 +38,8 @@ from fromage.serving.openai_schema import (
 )
 from fromage.serving.refusals import OPENAI, openai_error
 from fromage.serving.request_handler import RequestHandler
-from fromage.serving.routes import REFUSALS, STATUS, Piece, attended, next_piece, status_of
+from fromage.serving.routes import REFUSALS, Piece, attended, begun, broken_off
 
-log = logging.getLogger("uvicorn.error")
 router = APIRouter(prefix=OPENAI.rstrip("/"))
 STARTED = int(time.time())
 MOST = int((LIMITS["max_new_tokens"].served or (1, 1))[1])  # tokens of an answer
@@ -82,11 +79,8 @@ async def chat_completions(body: ChatCompletionRequest, request: Request) -> Any
         )
         made = ChatCompletion.model_construct(**about, choices=[choice], usage=_spent(usage))
         return Response(made.model_dump_json(), media_type="application/json")
-    ends = asyncio.get_running_loop().time() + handler.capacity.timeout
-    pieces = handler.pieces(asked)
-    first = await attended(request, next_piece(pieces, ends), handler.capacity.timeout)
     wants_usage = bool(body.stream_options and body.stream_options.include_usage)
-    chunks = _chunks(handler, about, own, wants_usage, first, pieces, ends)
+    chunks = _chunks(handler, about, own, wants_usage, await begun(request, asked))
     return StreamingResponse(chunks, media_type="text/event-stream")
 
 
@@ -150,38 +144,28 @@ def _content(handler: RequestHandler, answer: Answer, own: str) -> str | list[Op
 
 
 async def _chunks(
-    handler: RequestHandler,
-    about: dict[str, Any],
-    own: str,
-    wants_usage: bool,
-    first: Piece | None,
-    pieces: AsyncIterator[Piece],
-    ends: float,
+    handler: RequestHandler, about: dict[str, Any], own: str, wants_usage: bool, pieces: AsyncIterator[Piece]
 ) -> AsyncIterator[str]:
-    """An answer as server-sent events; `first` is its first piece."""
+    """An answer as server-sent events."""
     about = about | {"object": "chat.completion.chunk", "model": NAME}
-    piece = first
 
     def chunk(delta: dict[str, Any], end: str | None = None) -> str:
         return _event(about | {"choices": [{"index": 0, "delta": delta, "finish_reason": end, "logprobs": None}]})
 
     try:
         yield chunk({"role": "assistant", "content": ""})
-        while not (piece is None or isinstance(piece, Usage)):
+        async for piece in pieces:
             if isinstance(piece, str):
                 yield chunk({"content": piece})
+            elif isinstance(piece, Usage):
+                yield chunk({}, _end(piece))
+                if wants_usage:
+                    yield _event(about | {"choices": [], "usage": _plain(_spent(piece))})
             elif images := [_plain(found_part(found, own)) for found in handler.found(piece)]:
                 yield chunk({"images": images})
-            piece = await next_piece(pieces, ends)
-        if piece is not None:
-            yield chunk({}, _end(piece))
-            if wants_usage:
-                yield _event(about | {"choices": [], "usage": _plain(_spent(piece))})
         yield "data: [DONE]\n\n"
     except Exception as error:
-        if not isinstance(error, tuple(STATUS)):
-            log.exception("a stream broke off")
-        yield _event({"error": openai_error(*status_of(error))})
+        yield _event({"error": openai_error(*broken_off(error))})
 
 
 def _plain(made: BaseModel) -> dict[str, Any]:

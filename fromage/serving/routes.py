@@ -87,10 +87,7 @@ async def chat(body: ChatRequest, request: Request) -> Any:
     handler: RequestHandler = request.app.state.handler
     if not body.stream:
         return await attended(request, handler.chat(body), handler.capacity.timeout)
-    ends = asyncio.get_running_loop().time() + handler.capacity.timeout
-    pieces = handler.pieces(body)
-    first = await attended(request, next_piece(pieces, ends), handler.capacity.timeout)
-    return StreamingResponse(_events(handler, first, pieces, ends), media_type="text/event-stream")
+    return StreamingResponse(_events(handler, await begun(request, body)), media_type="text/event-stream")
 
 
 @router.post("/search", responses=REFUSALS)
@@ -153,29 +150,49 @@ async def _gone(request: Request) -> None:
         pass
 
 
-async def next_piece(pieces: AsyncIterator[Piece], ends: float) -> Piece | None:
-    """The next piece of an answer; None behind the last. Raises TimeoutError at the time `ends` of the loop."""
-    async with asyncio.timeout_at(ends):
-        return await anext(pieces, None)
+async def begun(request: Request, body: ChatRequest) -> AsyncIterator[Piece]:
+    """The pieces of an answer that has its first one: what goes wrong before it is raised here, as without a stream.
+
+    Each piece is waited for until the time limit of the whole answer; then the iterator raises TimeoutError.
+    """
+    handler: RequestHandler = request.app.state.handler
+    ends = asyncio.get_running_loop().time() + handler.capacity.timeout
+    pieces = handler.pieces(body)
+
+    async def following() -> Piece | None:
+        async with asyncio.timeout_at(ends):
+            return await anext(pieces, None)
+
+    first = await attended(request, following(), handler.capacity.timeout)
+
+    async def all_pieces() -> AsyncIterator[Piece]:
+        piece = first
+        while piece is not None:
+            yield piece
+            piece = await following()
+
+    return all_pieces()
 
 
-async def _events(
-    handler: RequestHandler, first: Piece | None, pieces: AsyncIterator[Piece], ends: float
-) -> AsyncIterator[str]:
-    """An answer as server-sent events; `first` is its first piece."""
+async def _events(handler: RequestHandler, pieces: AsyncIterator[Piece]) -> AsyncIterator[str]:
+    """An answer as server-sent events."""
     said: list[str | RetrievedImages] = []
-    piece = first
     try:
-        while not (piece is None or isinstance(piece, Usage)):
-            said.append(piece)
-            name = "text" if isinstance(piece, str) else "images"
-            yield _event(name, handler.part(piece).model_dump_json(exclude={"type"}))
-            piece = await next_piece(pieces, ends)
+        async for piece in pieces:
+            if not isinstance(piece, Usage):
+                said.append(piece)
+                name = "text" if isinstance(piece, str) else "images"
+                yield _event(name, handler.part(piece).model_dump_json(exclude={"type"}))
         yield _event("done", handler.reply(Answer.of(said)).model_dump_json())
     except Exception as error:
-        if not isinstance(error, tuple(STATUS)):
-            log.exception("a stream broke off")
-        yield _event("error", json.dumps({"detail": status_of(error)[1]}))
+        yield _event("error", json.dumps({"detail": broken_off(error)[1]}))
+
+
+def broken_off(error: Exception) -> tuple[int, str]:
+    """HTTP status and message for what ended a stream; what nobody expects is logged."""
+    if not isinstance(error, tuple(STATUS)):
+        log.exception("a stream broke off")
+    return status_of(error)
 
 
 def _event(name: str, data: str) -> str:
