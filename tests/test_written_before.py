@@ -28,10 +28,8 @@ from fromage.retrieval.open_index import load_index
 from fromage.training.checkpoint_io import SafeCheckpointIO
 
 BEFORE = Path(__file__).parent / "fixtures" / "written_before"
-FINGERPRINTS = {
-    "checkpoint": "a9d465ba60c8a529",
-    "model_folder": "c6c26e632df6690b",
-}  # as they were then; the latter's in bfloat16
+# as they were then; the latter's in bfloat16
+FINGERPRINTS = {"checkpoint": "a9d465ba60c8a529", "model_folder": "c6c26e632df6690b"}
 COLOURS = [(255, 0, 0), (0, 255, 0), (0, 0, 255)]
 
 

@@ -84,6 +84,5 @@ def _words(text: str, colour: str = "inherit") -> Any:
 
 
 def _drawn(image: Image.Image) -> Any:
-    return widgets.Image(
-        value=to_png(small(image, 2 * SIDE)), format="png", width=SIDE
-    )  # twice the size, for high-resolution screens
+    # twice the size, for high-resolution screens
+    return widgets.Image(value=to_png(small(image, 2 * SIDE)), format="png", width=SIDE)

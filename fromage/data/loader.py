@@ -104,9 +104,8 @@ class TrainLoader(Loader):
         stream.start = torch.zeros(1 + max(1, workers), 2, dtype=torch.long).share_memory_()
         self.epoch, self.exact, self.loop = epoch, exact, loop
         self.start = self._beginning()
-        self.marks: deque[ResumeState] = deque(
-            maxlen=2
-        )  # of the last batch, and of the one before: Lightning may be one behind
+        # of the last batch, and of the one before: Lightning may be one behind
+        self.marks: deque[ResumeState] = deque(maxlen=2)
         self.ended = False
 
     def _beginning(self) -> ResumeState:

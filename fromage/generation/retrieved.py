@@ -21,9 +21,8 @@ from fromage.retrieval.results import Hit, Lost, Opened, left_out
 if TYPE_CHECKING:
     from fromage.retrieval.base import ImageIndex
 
-Resolve = Callable[
-    [Iterable[Hit], int], tuple[list[Opened], list[Lost]]
-]  # (hits, count) -> opened, lost; see fromage.retrieval.results.load_images
+# (hits, count) -> opened, lost; see fromage.retrieval.results.load_images
+Resolve = Callable[[Iterable[Hit], int], tuple[list[Opened], list[Lost]]]
 SAME = 1 - 1e-3  # cosine from which two images count as the same; bfloat16 or a re-saved JPEG changes it less
 
 
@@ -86,9 +85,8 @@ class ImageRetriever:
         if not shown.hits:
             shown.why_empty = "none of those tried could be opened" if lost else "none is left"
         self.barred.update(hit.path for hit in [*shown.hits, *(hit for hit, _ in lost)])
-        self.seen = np.concatenate(
-            [self.seen, self.index.vectors_of([hit.row for hit in shown.hits])]
-        )  # (s, q), s images seen
+        # (s, q), s images seen
+        self.seen = np.concatenate([self.seen, self.index.vectors_of([hit.row for hit in shown.hits])])
         return shown
 
     def _fresh(self, index: ImageIndex, row: np.ndarray) -> Iterator[Hit]:

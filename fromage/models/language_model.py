@@ -233,9 +233,8 @@ def load_lm(
             "give a folder, or fetch it where there is a network: hf download " + name
         ) from error
     for module in hf.modules():
-        if hasattr(
-            module, "support_avx512bf16_for_cpu"
-        ):  # gradients do not pass through 4-bit weights repacked by bitsandbytes
+        # gradients do not pass through 4-bit weights repacked by bitsandbytes
+        if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     return LanguageModel(hf, tokenizer, name)
 

@@ -251,9 +251,8 @@ class Branches(Attend):
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, weighting: Weighting) -> Tensor:
         """See Attend."""
         q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))  # (1, H, N, e)
-        keys, values = (
-            torch.cat([old, new], 2) for old, new in zip(self.kept[layer], (k, v), strict=True)
-        )  # (1, H', T + N, e)
+        # (1, H', T + N, e)
+        keys, values = (torch.cat([old, new], 2) for old, new in zip(self.kept[layer], (k, v), strict=True))
         seen = weighting.seen(self.back)  # (N, T + N)
         return weighting.attention(q, keys, values, seen)[0].transpose(0, 1)  # (1, H, N, e) -> (N, H, e)
 

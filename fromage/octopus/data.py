@@ -111,9 +111,8 @@ class Collate:
     """Rows -> a batch."""
 
     def __init__(self, model: Octopus, stored: bool, ask: bool) -> None:
-        self.layout = Layout(
-            model.tokenizer, model.k, model.num_queries, model.template, model.mask_size
-        )  # a worker need not carry the model
+        # a worker need not carry the model
+        self.layout = Layout(model.tokenizer, model.k, model.num_queries, model.template, model.mask_size)
         self.stored, self.ask = stored, ask
 
     def __call__(self, rows: list[tuple[Row, Tensor]]) -> GroundingBatch:

@@ -143,9 +143,8 @@ def _write(store: EmbeddingStore, images: ImageSource, number: int, chunks: Sequ
     """Store a part, its rows in the order of the source."""
     good = [sample for chunk in chunks for sample in chunk.good]
     order = sorted(range(len(good)), key=lambda i: good[i].place)
-    rows = np.concatenate(
-        [np.empty((0, store.about["width"]), np.float32), *(rows for c in chunks for rows in c.rows)]
-    )  # (n, q)
+    # (n, q)
+    rows = np.concatenate([np.empty((0, store.about["width"]), np.float32), *(rows for c in chunks for rows in c.rows)])
     items = [good[i].item for i in order]
     read = {item.path: FileStamp.read(item.stamp) for item in items}
     names = {

@@ -119,9 +119,8 @@ class ModelWorker:
         where = requests[0].where
         if where:
             self.index.filter(where)  # a faulty one is refused before the work
-        rows = (
-            embed_queries(self.model, [request.messages[0] for request in self._encoded(requests)]).cpu().numpy()
-        )  # (B, q)
+        # (B, q)
+        rows = embed_queries(self.model, [request.messages[0] for request in self._encoded(requests)]).cpu().numpy()
         found = self.index.search(rows, max(request.k for request in requests), where=where)
         nearest = map(partial(self.index.beyond, where=where), rows, found)
         return [

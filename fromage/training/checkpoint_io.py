@@ -67,10 +67,8 @@ class SafeCheckpointIO(TorchCheckpointIO):
             with WholeFile(path.with_name(BEFORE)) as link:
                 link.unlink(missing_ok=True)
                 os.link(path, link)
-        except (
-            OSError,
-            UserError,
-        ):  # a file system without links: for a moment there is no last one, but there is the one before
+        # a file system without links: for a moment there is no last one, but there is the one before
+        except (OSError, UserError):
             path.replace(path.with_name(BEFORE))
 
     def load_checkpoint(

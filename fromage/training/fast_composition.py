@@ -116,9 +116,8 @@ def _layout(model: Fromage, trunk: list[int], ret: int, words: list[int], device
 def _ids(model: Fromage, tuples: Tuples, trunk: list[int], ret: int, words: list[int]) -> Tensor:
     """(N,) ids of the sequences image, condition, [RET], caption."""
     device, tokenizer = tuples.conditions.device, model.tokenizer
-    image, asked = (
-        to_device(ids, device) for ids in ([tokenizer.image_id] * model.k, tokenizer.ret_ids[:ret])
-    )  # (k,), (r,)
+    # (k,), (r,)
+    image, asked = (to_device(ids, device) for ids in ([tokenizer.image_id] * model.k, tokenizer.ret_ids[:ret]))
     conditions = _unpadded(tuples.conditions, tuples.lengths)  # (sum of lengths,)
     captions = _unpadded(tuples.captions, tuples.caption_lengths)
     of_condition, of_caption = starts(tuples.lengths), [0, *accumulate(tuples.caption_lengths)]

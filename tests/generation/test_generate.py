@@ -43,11 +43,8 @@ def gist(answer):
 
 def test_text_and_images_in_the_order_they_came(toy_model, index, prompts):
     for answer in generate(toy_model, prompts, TWO, index):
-        assert [type(part) for part in answer.parts[:3]] == [
-            str,
-            RetrievedImages,
-            RetrievedImages,
-        ]  # [RET] [RET] after three tokens
+        # [RET] [RET] after three tokens
+        assert [type(part) for part in answer.parts[:3]] == [str, RetrievedImages, RetrievedImages]
         assert 5 <= len(answer.ids) <= 12 and answer.shown == answer.parts[1:3]
         texts = [part for part in answer.parts if isinstance(part, str)]
         assert answer.text == " ".join(text.strip() for text in texts)

@@ -252,9 +252,8 @@ def test_a_long_history_is_cut_by_turns(instruct, folder):
     for _ in range(6):
         chat.say("a large blue ring on the left at night", image)
     prompt = chat.prompt("a star")
-    users = (
-        prompt_ids(model, prompt).count(model.tokenizer.special_id("<|im_start|>")) // 2
-    )  # a turn has two, so have system and answer
+    # a turn has two, so have system and answer
+    users = prompt_ids(model, prompt).count(model.tokenizer.special_id("<|im_start|>")) // 2
     assert prompt_length(model, prompt) + 2 <= 192 and 3 <= users - 1 < 7
     assert sum(isinstance(part, torch.Tensor) for part in prompt) == users - 2, "each turn kept has its image"
     texts = "".join(part for part in prompt if isinstance(part, str))

@@ -88,9 +88,8 @@ def run(step, model, batch, paired):
 def compare(model, batch, paired, step=fast_step, plain=reference_step):
     slow, slow_grads = run(plain, model, batch, paired)
     fast, fast_grads = run(step, model, batch, paired)
-    logit = (
-        1e-6 * model.logit_scale.exp().item()
-    )  # what rounding a cosine by 1e-6 changes in a logit of the contrastive loss
+    # what rounding a cosine by 1e-6 changes in a logit of the contrastive loss
+    logit = 1e-6 * model.logit_scale.exp().item()
     for name, atol in (("captioning_loss", 1e-6), ("text_loss", 1e-6), ("contrastive_loss", logit), ("loss", logit)):
         torch.testing.assert_close(getattr(fast, name), getattr(slow, name), rtol=1e-6, atol=atol, msg=name)
     for name, want in slow_grads.items():  # that of the scale is a sum of logits that may cancel to nearly nothing
@@ -182,9 +181,8 @@ def test_of_several_ret_tokens_the_first_alone_is_a_target():
     logits = model.lm.logits(hidden)
     assert logits.shape[-1] == model.tokenizer.ret_ids[-1] + 1 and logits[..., model.tokenizer.ret_ids[1:]].isneginf().all()
     assert model.ret.output.shape == (1, 32) and model.ret.input.shape == (4, 32)
-    wanted = [
-        -logits[i, t].log_softmax(-1)[batch.ids[i, t + 1]] for i, n in enumerate(batch.lengths) for t in range(n - 4)
-    ]  # </s> y_1 ... y_n predict y_1 ... y_n [RET]
+    # </s> y_1 ... y_n predict y_1 ... y_n [RET]
+    wanted = [-logits[i, t].log_softmax(-1)[batch.ids[i, t + 1]] for i, n in enumerate(batch.lengths) for t in range(n - 4)]
     for step in (reference_step, fast_step):
         torch.testing.assert_close(step(model, batch, False).text_loss, torch.stack(wanted).mean())
 

@@ -280,9 +280,8 @@ def test_the_paper_configuration_fits_24_gb_with_quantised_layers():
     whole = plan(read_run(find_config("cc3m.yaml")))
     for kind, share in (("int8", 1 / 2), ("nf4", 0.26)):
         small = plan(read_run(find_config("cc3m.yaml"), quantize=kind))
-        assert small.weights[LM] - 0.4e9 == pytest.approx(
-            share * (whole.weights[LM] - 0.4e9), rel=0.05
-        )  # the embedding: 0.4
+        # the embedding: 0.4
+        assert small.weights[LM] - 0.4e9 == pytest.approx(share * (whole.weights[LM] - 0.4e9), rel=0.05)
         assert sum(small.peak.values()) < 20 * GIB and small.flop == whole.flop
 
 

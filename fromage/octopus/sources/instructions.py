@@ -76,12 +76,8 @@ class Instructions(FileSource):
         try:
             with Image.open(image, formats=FORMATS) as opened:  # the size alone, nothing is decoded
                 width, height = opened.size
-        except (
-            OSError,
-            ValueError,
-            SyntaxError,
-            Image.DecompressionBombError,
-        ):  # missing or broken; counted with the images
+        # missing or broken; counted with the images
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
             return clipped(left, top, right, bottom)
         side = max(width, height)
         x, y = (side - width) / 2, (side - height) / 2
