@@ -132,7 +132,7 @@ def judge(model: Fromage, world: Path, answers: int) -> dict[str, float]:
 
 
 def run(name: str, seed: int, out: Path, prepared: tuple[Path, Path], answers: int, options: list[str]) -> Run:
-    """Train and judge one configuration with one seed, unless that is done."""
+    """Train and judge one configuration with one seed, unless that is done. All figures stay in the folder of the run."""
     folder = out / name / f"seed{seed}"
 
     def measure() -> dict[str, float]:
@@ -143,7 +143,9 @@ def run(name: str, seed: int, out: Path, prepared: tuple[Path, Path], answers: i
         words += [f"--seed_everything={seed}", f"--model.seed={seed}", *options]
         return judge(load_model(train(folder, 1, *prepared, words)), prepared[0], answers)
 
-    return measured(folder / "figures.json", measure)
+    made = measured(folder / "figures.json", measure)
+    kept = {name: value for name, value in made["figures"].items() if name in SHOWN or ".composed." in name}
+    return made | {"figures": kept}
 
 
 def main() -> None:

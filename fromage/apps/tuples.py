@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter
 from pathlib import Path
@@ -51,7 +52,9 @@ def write_tuples(
     if not said:
         raise UserError(f"{captions}: holds no caption; name a file of captions")
     out.mkdir(parents=True, exist_ok=True)
-    about = {"captions": captions.name, "count": len(said), "lm": lm, "examples": len(EXAMPLES), **sampling.about()}
+    known = hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]
+    about = {"captions": captions.name, "said": known, "count": len(said), "lm": lm, "dtype": dtype}
+    about |= {"examples": len(EXAMPLES), **sampling.about()}
     with AnswerFile(out / WRITTEN, about, overwrite) as file:
         batches = [range(i, min(i + sampling.batch_size, len(said))) for i in range(0, len(said), sampling.batch_size)]
         todo = [n for n, batch in enumerate(batches) if not file.answered.keys() >= set(batch)]

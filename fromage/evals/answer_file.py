@@ -49,6 +49,8 @@ class AnswerFile:
         return self
 
     def __exit__(self, *error: object) -> None:
+        if not self.answered:
+            self.part.unlink(missing_ok=True)  # a run that failed before its first answer stands in nobody's way
         self._stack.close()
 
     def _read(self) -> int:

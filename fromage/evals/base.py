@@ -94,14 +94,15 @@ def make_report(
         protocol: what settings and figures mean.
         lost: (cause, path) of images that were missing or broken.
         paper: published figures of these systems, and of systems of others, which have rows of their own. Those of settings
-            that were run are kept; who gives any must know that they were measured on this data.
+            that were run are kept, and all where none was run; who gives any must know that they were measured on this data.
         headline: settings that are columns of the Markdown table; without any there is none.
     """
-    run = {setting for settings in figures.values() for setting in settings}
+    every = figures or paper or {}  # of a test split nothing is known but what was published
+    run = {setting for settings in every.values() for setting in settings}
     published = {
         who: {at: f for at, f in settings.items() if at in figures.get(who, run)}
         for who, settings in (paper or {}).items()
-        if who in figures or who not in SYSTEMS
+        if who in figures or who not in SYSTEMS or not figures
     }
     return {
         "evaluation": name,

@@ -55,7 +55,7 @@ PROTOCOL = {
     "mapK": "mAP@K as CIRCO's evaluation has it: the divisor is min(K, right images)",
     "gallery": "all images but the query's own, as MCL's; in composed_reference_kept with it, as CIRCO's authors have it",
 }
-PUBLISHED = "MCL's table (Li et al., ICML 2024), FROMAGe with OPT-6.7B; stands beside CIRCO's val and test files"
+PUBLISHED = "MCL's table (Li et al., ICML 2024), FROMAGe with OPT-6.7B; shown beside CIRCO's val and test alike"
 
 
 def read_circo(annotations: Path, gallery: Path, images: Path, limit: int | None = None) -> ComposedSet:
@@ -86,7 +86,7 @@ def read_circo(annotations: Path, gallery: Path, images: Path, limit: int | None
         raise UserError(f"{annotations}: holds no query; fetch the file again")
     names = {place: number for number, place in places.items()}
     official = len(found) in OFFICIAL and limit is None
-    return ComposedSet(annotations.name, queries, list(places.values()), names, official)
+    return ComposedSet(annotations.name, queries, list(places.values()), names, official, len(content))
 
 
 @torch.no_grad()
@@ -109,7 +109,8 @@ def evaluate(
     kept = {at + KEPT: task for at, task in part.tasks("composed", measure=PRECISION).items() if not at.endswith(ASKED)}
     protocol = dict(PROTOCOL)
     if server_files:
+        data.check_whole(len(part.queries))
         files: dict[str, Any] = {f"circo_{at}.json": part.answers(run, task, ANSWERED) for at, task in tasks.items()}
         protocol["server files"] = write_server_files(server_files, files, overwrite)
     figures = {} if data.is_test else run.evaluate(tasks | kept)
-    return run.told_of("circo", figures, protocol, PAPER, PUBLISHED, list(tasks) if figures else [])
+    return run.told_of("circo", figures, protocol, PAPER, PUBLISHED, list(tasks))

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from fromage.data.annotations import FILE, WHOLE, Wanted, fitting, optional, read_annotations
+from fromage.data.annotations import FILE, TEXT, WHOLE, Wanted, fitting, optional, read_annotations
 from fromage.errors import UserError
-from fromage.evals.composed import ASKED, WORDS, Composed, ComposedRun, ComposedSet, write_server_files
+from fromage.evals.composed import ASKED, Composed, ComposedRun, ComposedSet, write_server_files
 from fromage.evals.contextual import recalls
 from fromage.evals.report import Report, System
 from fromage.images.regions import Place, below
@@ -24,7 +24,7 @@ QUERY: Wanted = {
     "pairid": WHOLE,
     "reference": FILE,
     "target_hard": optional(FILE),
-    "caption": WORDS,
+    "caption": TEXT,  # one of test1 is blank
     "img_set": {"members": [FILE]},
 }
 OFFICIAL = {4181, 4148}  # pairs of val and test1
@@ -50,7 +50,8 @@ PROTOCOL = {
     "subset": "the five other images of the query's set",
 }
 PUBLISHED = (
-    "MCL's table (Li et al., ICML 2024), of the test split, FROMAGe with OPT-6.7B; stands beside CIRR's val and test1"
+    "MCL's table (Li et al., ICML 2024), FROMAGe with OPT-6.7B; of test1, whose answers the server alone knows, and shown "
+    "beside val too"
 )
 
 
@@ -85,7 +86,7 @@ def read_cirr(annotations: Path, gallery: Path, images: Path, limit: int | None 
         raise UserError(f"{annotations}: holds no pair; fetch the file again")
     names: dict[Place, str] = {place: name for name, place in places.items()}
     official = len(found) in OFFICIAL and limit is None
-    return ComposedSet(annotations.name, queries, list(places.values()), names, official)
+    return ComposedSet(annotations.name, queries, list(places.values()), names, official, len(content))
 
 
 @torch.no_grad()
@@ -108,10 +109,11 @@ def evaluate(
     tasks |= part.tasks("subset", Scope(part.own, part.members), recalls(*SUBSET))
     protocol = dict(PROTOCOL)
     if server_files:
+        data.check_whole(len(part.queries))
         files: dict[str, Any] = {}
         for at, task in tasks.items():
             metric, k = FILES[at.removesuffix(ASKED)]
             files[f"cirr_{at}.json"] = {"version": "rc2", "metric": metric, **part.answers(run, task, k)}
         protocol["server files"] = write_server_files(server_files, files, overwrite)
     figures = {} if data.is_test else run.evaluate(tasks)
-    return run.told_of("cirr", figures, protocol, PAPER, PUBLISHED, list(tasks) if figures else [])
+    return run.told_of("cirr", figures, protocol, PAPER, PUBLISHED, list(tasks))

@@ -3,7 +3,7 @@
 Settings, of every benchmark and kind of gallery:
 
     NAME           FROMAGe reads the image and the words, as in training on tuples: image, </s>, words, [RET]
-    NAME_asked     it reads MCL's prompt: image, </s>, 'Q: words. A: it becomes a photo of', [RET]
+    NAME_asked     it reads MCL's prompt: image, </s>, 'Q:words.', a new line, 'A:it becomes a photo of', [RET]
 
 Beside it stand CLIP's image alone, its text alone and their sum, and the rows that MCL (Li et al., ICML 2024) published.
 """
@@ -27,11 +27,11 @@ from fromage.retrieval.encode import Options
 from fromage.retrieval.metrics import WHOLE, Scope
 
 ASKED = "_asked"
-PROMPTS = {"": "{}", ASKED: "Q: {}. A: it becomes a photo of"}
+PROMPTS = {"": "{}", ASKED: "Q:{}.\nA:it becomes a photo of"}  # as MCL's released evaluation has it
 WORDS = Kind("a text that is not empty", lambda value: TEXT.fits(value) and bool(value.strip()))
 PROTOCOL = {
     "query": "the image, </s>, the words, [RET]",
-    "..." + ASKED: "the words within MCL's prompt: 'Q: words. A: it becomes a photo of'",
+    "..." + ASKED: "the words within MCL's prompt: 'Q:words.', a new line, 'A:it becomes a photo of'",
     "images": "as the tower takes them, resized and cropped in the middle",
     "clip": "the mean of the unit rows of image and words; 'clip image' and 'clip text' have one of them alone",
     "ranks": "exact; ties count against the model",
@@ -62,6 +62,7 @@ class ComposedSet:
     Attributes:
         names: what files for the benchmark's server call an image.
         published: whether these are the data of the published figures, whole.
+        stored: queries that the file holds.
     """
 
     name: str
@@ -69,6 +70,7 @@ class ComposedSet:
     gallery: list[Place]
     names: Mapping[Place, Any] = field(default_factory=dict)
     published: bool = False
+    stored: int = 0
 
     @property
     def is_test(self) -> bool:
@@ -76,13 +78,21 @@ class ComposedSet:
         return not any(query.right for query in self.queries)
 
     def check(self, server_files: Path | None) -> None:
-        """Raise UserError where right answers are missing and no files for the server are asked for."""
+        """Raise UserError where right answers are missing and the server gets no files, or these would lack queries."""
         if self.is_test and server_files is None:
             raise UserError(
                 f"{self.name}: a test split, without right answers; name a folder for its server: --server-files"
             )
         if not self.is_test and (lacking := sum(not query.right for query in self.queries)):
             raise UserError(f"{self.name}: {lacking} queries have no right image; fetch the file again")
+        if server_files is not None:
+            self.check_whole(len(self.queries))
+
+    def check_whole(self, count: int) -> None:
+        """Raise UserError where only so many of the queries can be answered: a server takes a file of all of them."""
+        if count < self.stored:
+            told = f"{self.name}: the server's file wants all {self.stored} queries, of which {count} can be answered"
+            raise UserError(f"{told}; leave out --limit, and see that no query is odd and no image missing")
 
 
 class Part:
@@ -99,10 +109,7 @@ class Part:
         self.members = [gallery.numbers(query.members) for query in queries]
         self._right = [gallery.numbers(query.right) for query in queries]
         self._sides = {
-            ending: Side(
-                data.name + ending, [Query([query.reference, form.format(query.words)], query.words) for query in queries]
-            )
-            for ending, form in PROMPTS.items()
+            ending: Side(data.name + ending, [_asked(query, form) for query in queries]) for ending, form in PROMPTS.items()
         }
 
     def tasks(self, name: str, scope: Scope = WHOLE, measure: Measure = RANKS) -> dict[str, Task]:
@@ -116,6 +123,12 @@ class Part:
         """The k images that FROMAGe finds for each query, by the benchmark's names."""
         found = [[self.data.names[task.gallery.items[i]] for i in items] for items in run.best(task, k)]  # type: ignore[index]
         return {query.key: items for query, items in zip(self.queries, found, strict=True)}
+
+
+def _asked(query: Composed, form: str) -> Query:
+    """A query in the form of a prompt; one of CIRR's has no words, and is its image alone."""
+    text = form.format(query.words if form == PROMPTS[""] else query.words.strip().rstrip("."))
+    return Query([query.reference, *([text] if text.strip() else [])], query.words)
 
 
 class ComposedRun(ContextualRun):

@@ -23,7 +23,7 @@ def table(report: Report) -> str:
     sizes = ", ".join(f"{name} {value}" for name, value in report.items() if isinstance(value, int))
     skipped = ", ".join(f"{count} {what}" for what, count in report["skipped"].items() if count) or "nothing"
     blocks = [f"{report['evaluation']}: {report['data']}\n{sizes}; skipped: {skipped}"]
-    others = [who for who in report["paper"] if who not in SYSTEMS]
+    others = _others(report)
     systems = [*_systems(report), *others]
     rows = [(at, who) for at in _settings(report) for who in systems if at in report.get(who, report["paper"].get(who, {}))]
     for (names, _), some in groupby(rows, key=lambda row: (_names(report, row[0]), row[0] if others else "")):
@@ -37,13 +37,22 @@ def _systems(report: Report) -> list[str]:
     return [who for who in SYSTEMS if who in report]
 
 
+def _others(report: Report) -> list[str]:
+    """Systems of others, whose figures are published; where nothing was evaluated, all that have such."""
+    return [who for who in report["paper"] if who not in _systems(report)]
+
+
+def _evaluated(report: Report) -> list[System]:
+    return [report[who] for who in _systems(report)] or list(report["paper"].values())
+
+
 def _settings(report: Report) -> list[str]:
-    return list(dict.fromkeys(at for who in _systems(report) for at in report[who]))
+    return list(dict.fromkeys(at for system in _evaluated(report) for at in system))
 
 
 def _names(report: Report, setting: str) -> list[str]:
     """The figures of a setting, as the first system that has it gives them."""
-    return next(list(report[who][setting]) for who in _systems(report) if setting in report[who])
+    return next(list(system[setting]) for system in _evaluated(report) if setting in system)
 
 
 def _cell(report: Report, who: str, setting: str, *names: str) -> str:
@@ -65,14 +74,17 @@ def as_published(value: float) -> str:
 
 
 def markdown(report: Report) -> str:
-    """A row for each system, a column for each setting of the headline: its shares, in brackets the published ones."""
-    settings = [at for at in report["headline"] if at in report["fromage"]]
+    """A row for each system, also of those that were only published, a column for each setting of the headline: its shares.
+
+    Published ones are in brackets.
+    """
+    settings = [at for at in report["headline"] if at in _settings(report)]
     named = {at: [name for name in _names(report, at) if SHARE.fullmatch(name)] for at in settings}
     same = len({tuple(names) for names in named.values()}) == 1
     head = [f"{report['evaluation']}, " + (f"{_spelled(named[settings[0]])} in %" if same else "in %")]
     head += [at.replace("_", " ") + ("" if same else f", {_spelled(named[at])}") for at in settings]
     rows = [head, ["---"] * len(head)]
-    for who in _systems(report):
+    for who in [*_systems(report), *_others(report)]:
         name = f"{who} {report['checkpoint']}" if who == "fromage" else who
         rows.append([name, *(_cell(report, who, at, *named[at]) for at in settings)])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)

@@ -5,7 +5,8 @@ code of training itself, so the counts hold for any language model and vision to
 the module that keeps it: an attention keeps queries, keys, values, output and log-sum-exp; a layer norm its input; an
 activation its input or output; a frozen linear layer nothing, since its backward needs the weight only.
 
-Not counted: libraries of the device, scratch memory of kernels, fragmentation, elementwise work, several devices.
+Not counted: libraries of the device, scratch memory of kernels, fragmentation, elementwise work, several devices. Tuples are
+planned with target images; where CLIP's text embeddings stand for these, its text tower is not counted.
 """
 
 from __future__ import annotations

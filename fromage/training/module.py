@@ -242,8 +242,15 @@ class FromageModule(pl.LightningModule):
     def setup(self, stage: str) -> None:
         """Raise UserError, before the towers are loaded, where a loss of tuples is to be trained without any."""
         data = getattr(self.trainer, "datamodule", None)
-        if stage == "fit" and any(self.h[name] for name in COMPOSITION) and getattr(data, "train_tuples", True) is None:
+        composes = any(self.h[name] for name in COMPOSITION)
+        if stage == "fit" and composes and getattr(data, "train_tuples", True) is None:
             raise UserError(NO_TUPLES)
+        if stage == "fit" and not composes and getattr(data, "train_tuples", None) is not None:
+            warnings.warn(
+                f"data.train_tuples: nothing is learned from them while model.{COMPOSITION[1]} and "
+                f"model.{COMPOSITION[0]} are 0",
+                stacklevel=2,
+            )
 
     def training_step(self, batch: Batch, index: int) -> Tensor:
         """Loss of one batch; logs its parts."""

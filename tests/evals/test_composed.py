@@ -15,10 +15,10 @@ from fromage.evals import base, circo, cirr, fashion_iq, genecis
 from fromage.evals.circo import read_circo
 from fromage.evals.cirr import read_cirr
 from fromage.evals.clip import load_clip_baseline
-from fromage.evals.composed import PROMPTS, Composed, ComposedSet
+from fromage.evals.composed import Composed, ComposedSet
 from fromage.evals.fashion_iq import read_fashion_iq
 from fromage.evals.genecis import dilated, read_genecis
-from fromage.evals.report import table
+from fromage.evals.report import markdown, table
 from fromage.images.regions import Region
 from fromage.retrieval.encode import Options, encode_files
 
@@ -62,7 +62,10 @@ def embedded(model, places, asked):
     numbers, words = [i for i, _ in asked], [text for _, text in asked]
     texts = clip.embed_text(words)
     spoken = {
-        ending: model.embed_text([[features[i], form.format(text)] for i, text in asked]) for ending, form in PROMPTS.items()
+        "": model.embed_text([[features[i], text] for i, text in asked]),
+        "_asked": model.embed_text(
+            [[features[i], f"Q:{text.strip().rstrip('.')}.\nA:it becomes a photo of"] for i, text in asked]
+        ),
     }
     return {
         "fromage": (spoken[""], own),
@@ -159,6 +162,45 @@ def test_servers_get_what_they_take_of_a_test_split_and_of_any_other(toy_model, 
     with pytest.raises(UserError, match="is there already"):
         cirr.evaluate(toy_model, data, Options(clip=False), tmp_path)
     assert (tmp_path / "cirr_all.json").stat().st_size < 1.2 * len(json.dumps(load(tmp_path / "cirr_all.json")))
+
+
+def test_a_pair_of_cirr_without_words_is_its_image_alone(toy_model, of_cirr, tmp_path):
+    annotations, split, images = of_cirr
+    pairs = load(annotations)
+    pairs[0]["caption"] = " "
+    (path := tmp_path / "cap.rc2.test1.json").write_text(json.dumps([{**pair, "target_hard": None} for pair in pairs]))
+    data = read_cirr(path, split, images)
+    assert data.is_test and len(data.queries) == data.stored == len(pairs)
+    cirr.evaluate(toy_model, data, Options(clip=False), tmp_path / "out")
+    names, places = list(load(split)), [images / place for place in load(split).values()]
+    features = encode_files(toy_model, places, Options()).features
+    own = names.index(pairs[0]["reference"])
+    query = toy_model.embed_text([[features[own]]])[0]
+    best = ranked(query, toy_model.embed_images(features), [i for i in range(len(names)) if i != own])
+    assert load(tmp_path / "out" / "cirr_all.json")[str(pairs[0]["pairid"])][:3] == [names[i] for i in best[:3]]
+
+
+def test_a_servers_file_has_all_queries_or_is_not_written(toy_model, of_circo, tmp_path):
+    annotations, info, images = of_circo
+    with pytest.raises(UserError, match=r"val\.json: the server's file wants all \d+ queries, of which 2 can be .*--limit"):
+        circo.evaluate(toy_model, read_circo(annotations, info, images, limit=2), server_files=tmp_path / "out")
+    for path in images.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    (tmp_path / f"{load(annotations)[0]['reference_img_id']:012d}.jpg").unlink()
+    data = read_circo(annotations, info, tmp_path)
+    with pytest.raises(UserError, match=rf"wants all {len(data.queries)} queries, of which {len(data.queries) - 1} can"):
+        circo.evaluate(toy_model, data, Options(clip=False, max_lost=0.9), server_files=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_of_a_test_split_the_published_rows_alone_are_shown(toy_model, of_circo, tmp_path, monkeypatch):
+    annotations, info, images = of_circo
+    test = annotations.with_name("test.json")
+    monkeypatch.setattr(circo, "OFFICIAL", {len(load(test))})
+    report = circo.evaluate(toy_model, read_circo(test, info, images), Options(clip=False), tmp_path / "out")
+    assert report["paper"]["MCL OPT-6.7B"]["composed_asked"]["map5"] == 15.14 and "fromage" not in report
+    for shown in (table(report), markdown(report)):
+        assert "MCL Llama-2-7B" in shown and "(4.0" in shown and "(6.37" in shown
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from fromage.training.reference_step import Weights
 
 Q = 16
 BOTH = Weights(composition_captioning=1.0, composition_retrieval=1.0)
-KINDS = [(kind, r, sees) for kind in ("tied", "untied") for r in (1, 4) for sees in ("sequential", "stacked")]
+KINDS = [(kind, r, sees) for kind in ("tied", "untied") for r in (1, 4, 8) for sees in ("sequential", "stacked")]
 
 
 class TextTower:
