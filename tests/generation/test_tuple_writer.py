@@ -119,6 +119,22 @@ def test_a_run_that_was_killed_ends_as_one_that_was_not(tmp_path, monkeypatch):
     assert len(list(tuple_lines(tmp_path / "a" / LINES, tmp_path, None))) == 8
 
 
+def test_a_run_that_failed_or_had_other_captions_is_told_apart(tmp_path, monkeypatch):
+    captions, out = tmp_path / "c.json", tmp_path / "out"
+    captions.write_text(json.dumps({f"{i}.jpg": f"image {i}" for i in range(5)}))
+    with pytest.raises(UserError, match="no tokenizer at /no/such/model"):
+        write_tuples(captions, out, "/no/such/model")
+    assert not (out / f"{WRITTEN}.part").exists(), "a name that was wrong does not stand in the way of the right one"
+    monkeypatch.setattr(tuples, "load_lm", lambda name, *args, **named: load_lm("toy", **named))
+    monkeypatch.setattr(tuples, "TupleWriter", Writer)
+    monkeypatch.setattr(Writer, "killed", True)
+    with pytest.raises(KeyboardInterrupt):
+        write_tuples(captions, out, "some", sampling=Sampling(batch_size=1))
+    captions.write_text(captions.read_text().replace("image 1", "another 1"))
+    with pytest.raises(UserError, match=r"another run \(said '\w+' there, '\w+' here"):
+        write_tuples(captions, out, "some", sampling=Sampling(batch_size=1))
+
+
 def test_numbers_out_of_range_and_no_captions(tmp_path):
     with pytest.raises(UserError, match="temperature"):
         Sampling(temperature=-1)

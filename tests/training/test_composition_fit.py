@@ -104,6 +104,8 @@ def test_what_cannot_be_trained_is_refused(world, tuples, tmp_path):
         run(world, None, tmp_path, 1)
     with pytest.raises(UserError, match=r"without a target image \(.*model.space clip"):
         run(world, tuples / "some", tmp_path, 3)
+    with pytest.warns(UserWarning, match=r"data\.train_tuples: nothing is learned from them"):
+        run(world, tuples / "whole", tmp_path / "b", 1, composition_captioning_weight=0, composition_retrieval_weight=0)
     with pytest.raises(UserError, match="not all of them 0"):
         FromageModule(captioning_weight=0, retrieval_weight=0)
     with pytest.raises(UserError, match=r"model\.composition_captioning_weight"):
