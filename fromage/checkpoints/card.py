@@ -29,7 +29,8 @@ LICENSE = re.compile(r"[a-z0-9][a-z0-9.-]{0,63}")
 FIGURE = re.compile(r"val/\w{1,60}")
 RECIPE = (
     "lr", "betas", "eps", "warmup_steps", "decay_steps", "pairing", "captioning_weight", "retrieval_weight",
-    "same_image_negatives", "rescale_ret", "freeze_temperature", "stage", "quantize", "seed",
+    "composition_captioning_weight", "composition_retrieval_weight", "same_image_negatives", "rescale_ret",
+    "freeze_temperature", "stage", "quantize", "seed",
 )  # fmt: skip
 LENGTH, ENTRIES, DEPTH = 200, 100, 8  # of what a file may tell: characters of a text, entries of a list, lists in each other
 TOY = "The toy towers know drawings of coloured shapes and their captions, and nothing else."
@@ -144,7 +145,8 @@ tower are fetched by their names in config.json."""
 FROMAGE_LIMITS = """- It answers with images of an index alone. It makes no image, and shows whatever the index holds.
 - Captions and answers may be wrong, and repeat the biases of the frozen language model and image tower. Nothing was done
   against that in training. Check answers before anyone relies on them.
-- It was trained on single captions. Several images in a prompt, long dialogues and instructions go beyond that.
+- It was trained on single captions, and on image and words together where the recipe has composition weights. Several images
+  in a prompt, long dialogues and instructions go beyond that.
 - A score is a cosine between a query and an image, and no probability."""
 OCTOPUS_LIMITS = """- A reconstruction: no code and no weights of Octopus were published.
 - Boxes and answers may be wrong, and repeat the biases of the language model and the image tower. Check them before anyone

@@ -159,7 +159,8 @@ def _check_said(name: str, words: list[str]) -> None:
     """Raise UserError for an option that is given nothing: Path("") would be the current folder."""
     for before, word in zip(["", *words], words, strict=False):
         if not word or (word.startswith("--") and word.endswith("=")):
-            raise UserError(f"{name}: {word or before}: is empty; name something, or leave it out")
+            which = word or (before if before.startswith("-") else "a word")
+            raise UserError(f"{name}: {which}: is empty; name something, or leave it out")
 
 
 def parser() -> ArgumentParser:
