@@ -52,7 +52,7 @@ def write_tuples(
     if not said:
         raise UserError(f"{captions}: holds no caption; name a file of captions")
     out.mkdir(parents=True, exist_ok=True)
-    known = hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]
+    known = hashlib.sha256(json.dumps([caption for _, caption in said]).encode()).hexdigest()[:16]
     about = {"captions": captions.name, "said": known, "count": len(said), "lm": lm, "dtype": dtype}
     about |= {"examples": len(EXAMPLES), **sampling.about()}
     with AnswerFile(out / WRITTEN, about, overwrite) as file:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import IO, Any, Self
 
@@ -49,9 +49,9 @@ class AnswerFile:
         return self
 
     def __exit__(self, *error: object) -> None:
-        if not self.answered:
-            self.part.unlink(missing_ok=True)  # a run that failed before its first answer stands in nobody's way
-        self._stack.close()
+        with self._stack, suppress(OSError):
+            if not self.answered:
+                self.part.unlink()  # a run that failed before its first answer stands in nobody's way
 
     def _read(self) -> int:
         """Take up the answers of FILE.part; returns how many bytes of it are whole lines of this run."""

@@ -126,7 +126,7 @@ class Part:
 
 
 def _asked(query: Composed, form: str) -> Query:
-    """A query in the form of a prompt; one of CIRR's has no words, and is its image alone."""
+    """A query in the form of a prompt; without words, as one of CIRR's, the plain form is its image alone."""
     text = form.format(query.words if form == PROMPTS[""] else query.words.strip().rstrip("."))
     return Query([query.reference, *([text] if text.strip() else [])], query.words)
 
@@ -168,7 +168,9 @@ class ComposedRun(ContextualRun):
         sizes = {"gallery": sum(len(part.gallery.items) for part in self.parts), "queries": kept}
         skipped = {"queries with a lost image": sum(len(some.queries) for some in self.sets) - kept}
         protocol = {**PROTOCOL, **protocol, "published rows": published if whole else f"none on these data; {published}"}
-        return self.report(name, figures, sizes, skipped, protocol, paper if whole else {}, headline)
+        return self.report(
+            name, figures, sizes, skipped, protocol, paper if whole else {}, headline if figures or whole else []
+        )
 
 
 def write_server_files(folder: Path, files: Mapping[str, Any], overwrite: bool = False) -> str:

@@ -82,9 +82,9 @@ def read_dialogues(annotations: Path, dense: Path, images: Path, limit: int | No
         raise UserError(
             f"{dense}: has no ratings for {len(lacking)} of the dialogues ({lacking[:3]}); take both of one split"
         )
-    name = f"VisualDialog_{content['split']}2018_{{:012d}}.jpg"
+    name = f"VisualDialog_{content['split']}2018_"
     dialogues = [
-        Dialogue(images / name.format(dialogue["image_id"]), _rounds(dialogue, data), *rated[dialogue["image_id"]])
+        Dialogue(images / f"{name}{dialogue['image_id']:012d}.jpg", _rounds(dialogue, data), *rated[dialogue["image_id"]])
         for dialogue in listed
     ]
     _check(annotations, dialogues)

@@ -59,7 +59,7 @@ def _cell(report: Report, who: str, setting: str, *names: str) -> str:
     """Figures of a system, those of `names` that it has, and in brackets the published ones."""
     ours, published = report.get(who, {}).get(setting, {}), report["paper"].get(who, {}).get(setting, {})
     own = " / ".join(shown(name, ours[name]) for name in names if name in ours)
-    theirs = " / ".join(as_published(published[name]) for name in names if name in published)
+    theirs = " / ".join(as_published(published[name]) if name in published else "-" for name in names if published)
     return " ".join(filter(None, [own, theirs and f"({theirs})"]))
 
 
@@ -85,7 +85,7 @@ def markdown(report: Report) -> str:
     head += [at.replace("_", " ") + ("" if same else f", {_spelled(named[at])}") for at in settings]
     rows = [head, ["---"] * len(head)]
     for who in [*_systems(report), *_others(report)]:
-        name = f"{who} {report['checkpoint']}" if who == "fromage" else who
+        name = f"{who} {report['checkpoint']}" if who == "fromage" and who in report else who
         rows.append([name, *(_cell(report, who, at, *named[at]) for at in settings)])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 

@@ -46,7 +46,7 @@ class CommandLine(LightningCLI):
         elif config.ckpt_path and config.ckpt_path not in ("best", "hpc", "registry"):
             config.ckpt_path = str(checkpoint_file(config.ckpt_path))
             read_checkpoint(config.ckpt_path)
-        elif self.subcommand != "fit" and not (config.model.get("init_args") or {}).get("init"):
+        elif not config.ckpt_path and self.subcommand != "fit" and not (config.model.get("init_args") or {}).get("init"):
             warnings.warn(UNTRAINED, stacklevel=2)
         if self.subcommand == "fit" and not config.trainer.fast_dev_run:
             runs.prepare(config)

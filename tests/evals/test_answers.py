@@ -150,7 +150,8 @@ def test_a_run_that_was_killed_at_its_first_line_begins_anew(tmp_path):
     (tmp_path / "b.jsonl.part").write_bytes(b'{"about"')
     with AnswerFile(tmp_path / "b.jsonl", {"checkpoint": "1"}) as begun:
         assert begun.answered == {}
-    assert lines(tmp_path / "b.jsonl.part") == [{"about": {"checkpoint": "1"}}]
+        assert lines(tmp_path / "b.jsonl.part") == [{"about": {"checkpoint": "1"}}]
+    assert not (tmp_path / "b.jsonl.part").exists(), "without an answer there is nothing to go on from"
 
 
 def test_fromage_answers_too(data, tmp_path):

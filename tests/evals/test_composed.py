@@ -201,6 +201,10 @@ def test_of_a_test_split_the_published_rows_alone_are_shown(toy_model, of_circo,
     assert report["paper"]["MCL OPT-6.7B"]["composed_asked"]["map5"] == 15.14 and "fromage" not in report
     for shown in (table(report), markdown(report)):
         assert "MCL Llama-2-7B" in shown and "(4.0" in shown and "(6.37" in shown
+    assert report["checkpoint"] not in markdown(report), "the paper's rows are not of our checkpoint"
+    monkeypatch.undo()
+    report = circo.evaluate(toy_model, read_circo(test, info, images), Options(clip=False), tmp_path / "other")
+    assert not report["headline"] and not report["paper"]
 
 
 @pytest.fixture

@@ -251,7 +251,7 @@ def test_an_interrupted_save_leaves_the_old_index(tmp_path, monkeypatch, when, e
     if when == "items":
         monkeypatch.setattr(index_folder, "write_items", fail)
     elif when == "digests":
-        monkeypatch.setattr(index_folder, "_digest", fail)
+        monkeypatch.setattr(index_folder, "digest_of", fail)
     else:
         new_in = lambda path, to: fail() if path.name.endswith(".new") else rename(path, to)  # noqa: E731
         monkeypatch.setattr(type(tmp_path), "rename", new_in)
