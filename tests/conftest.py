@@ -1,5 +1,6 @@
 """What is slow to make is made once: the toy towers and a small toy world."""
 
+import ctypes
 import multiprocessing
 import os
 import resource
@@ -17,6 +18,15 @@ torch.set_num_threads(1)
 
 COLOURS = ("red", "green", "blue", "white", "black", "yellow")
 SHARED = Path(os.environ.get("FROMAGE_SHARED_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def memory_goes_back():
+    """What a file of tests has freed goes back to the system after its last test: a worker runs a hundred of them."""
+    yield
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)
 
 
 @pytest.fixture(scope="session", autouse=True)
