@@ -14,8 +14,8 @@ PYTHON, MOST = "3.12", 64 * 2**20  # bytes that may be carried
 PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_27_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64", "any")
 # what a machine for PyTorch has, by the names it is imported by
 PRESENT = {
-    "PIL", "fsspec", "huggingface_hub", "numpy", "peft", "pyarrow", "pytest", "pytorch_lightning", "safetensors", "scipy",
-    "torch", "torchmetrics", "torchvision", "tqdm", "transformers", "yaml",
+    "PIL", "fsspec", "huggingface_hub", "lightning_fabric", "numpy", "peft", "pyarrow", "pytest", "pytorch_lightning",
+    "safetensors", "scipy", "torch", "torchmetrics", "torchvision", "tqdm", "transformers", "yaml",
 }  # fmt: skip
 # what it lacks: name it is imported by -> distribution; the last two are imported by open_clip
 CARRIED = {
