@@ -56,10 +56,11 @@ def _names(report: Report, setting: str) -> list[str]:
 
 
 def _cell(report: Report, who: str, setting: str, *names: str) -> str:
-    """Figures of a system, those of `names` that it has, and in brackets the published ones."""
+    """Figures of a system, those of `names` that it has, and in brackets the published ones, - for one that is not."""
     ours, published = report.get(who, {}).get(setting, {}), report["paper"].get(who, {}).get(setting, {})
     own = " / ".join(shown(name, ours[name]) for name in names if name in ours)
-    theirs = " / ".join(as_published(published[name]) if name in published else "-" for name in names if published)
+    known = {name: as_published(published[name]) for name in names if name in published}
+    theirs = " / ".join(known.get(name, "-") for name in names) if known else ""
     return " ".join(filter(None, [own, theirs and f"({theirs})"]))
 
 

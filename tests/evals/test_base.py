@@ -88,6 +88,6 @@ def test_a_report_is_printed_with_published_figures_of_its_settings_alone(toy_mo
     assert markdown(report).splitlines() == [
         "| some, R@1 / 5 in % | a |",
         "| --- | --- |",
-        f"| fromage {toy_model.fingerprint()} | 12.3 / 50.0 (60.0) |",
+        f"| fromage {toy_model.fingerprint()} | 12.3 / 50.0 (- / 60.0) |",
         "| chance | 1.0 / 5.0 |",
     ]
