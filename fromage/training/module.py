@@ -254,7 +254,7 @@ class FromageModule(pl.LightningModule):
 
     def training_step(self, batch: Batch, index: int) -> Tensor:
         """Loss of one batch; logs its parts."""
-        self.guard.check(self._last_good())
+        self.guard.check(saved_checkpoint(self.trainer) or "none yet")
         out, composed = self.losses(batch, self.paired(self.global_step)), self.composition(batch.tuples)
         parts, keys, loss = [out.captioning_loss, out.text_loss, out.contrastive_loss], batch.keys, out.loss
         if composed is not None and batch.tuples is not None:
@@ -279,13 +279,9 @@ class FromageModule(pl.LightningModule):
         """Skip the update if a loss or gradient is not finite."""
         self.guard.before_update(optimizer, self.global_step)
 
-    def _last_good(self) -> str:
-        """The checkpoint to resume from if this step fails."""
-        return saved_checkpoint(self.trainer) or "none yet"
-
     def on_train_end(self) -> None:
         """Check the last losses too."""
-        self.guard.check(self._last_good(), wait=True)
+        self.guard.check(saved_checkpoint(self.trainer) or "none yet", wait=True)
 
     def optimizer_step(self, *args: Any, **named: Any) -> None:
         """A step of Adam, then rescaling of [RET], before a checkpoint of the step can be saved."""
