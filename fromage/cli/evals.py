@@ -332,7 +332,7 @@ def answers(
 ) -> Result:  # fmt: skip
     """Octopus or FROMAGe: answers to questions about images, in a file for the official scorers of VQAv2, GQA and others.
 
-    A run that was killed goes on where it stopped; --overwrite replaces a finished file, and begins another run's again.
+    A run that was killed goes on where it stopped; --overwrite replaces a finished file, and the part of another run.
 
     Args:
         questions: lines of JSON {question_id, image, text} as in LLaVA's evaluations, or ScienceQA's JSON

@@ -82,7 +82,7 @@ def open_rows(folder: Path, width: int, root: ImageRoot | None = None) -> tuple[
 
 
 def halve(folder: Path) -> None:
-    """Write the vectors of a new folder again in float16, which is enough to rank candidates with."""
+    """Rewrite the vectors of a new folder in float16, which is enough to rank candidates with."""
     with (folder / VECTORS).open("rb") as old, (folder / ROUNDED).open("wb") as new:
         while data := old.read(BLOCK << 4):
             new.write(np.frombuffer(data, "<f4").astype("<f2").tobytes())

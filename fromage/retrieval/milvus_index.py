@@ -127,7 +127,7 @@ class MilvusIndex(ImageIndex):
         }
 
     def save(self, folder: str | Path, overwrite: bool = False) -> None:
-        """Write index.json: again into the index's own folder, or into another one for the same collection."""
+        """Write index.json into the index's own folder, or into another one for the same collection."""
         check_replaceable(folder, overwrite)
         write_files(Path(folder), {ABOUT: as_json(about_json(self.about(), {}, self.place.own))})
 
