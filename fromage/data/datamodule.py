@@ -175,7 +175,10 @@ class CC3M(pl.LightningDataModule):
 
     def _decode_tuple(self) -> DecodeTuple:
         how, tokenizer, width = self._reading()
-        return DecodeTuple(how, tokenizer, self.max_tokens, self.target_images, width)
+        module = getattr(self.trainer, "lightning_module", None)
+        return DecodeTuple(
+            how, tokenizer, self.max_tokens, self.target_images, getattr(module, "needs_target_images", False), width
+        )
 
     def _reading(self) -> tuple[Transform, PromptTokenizer, int | None]:
         """Transform, tokenizer, and the width of features where it is known."""

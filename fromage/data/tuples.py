@@ -27,6 +27,7 @@ from fromage.errors import BrokenSample, UserError
 from fromage.images.transforms import Transform, read_image
 
 CONDITION, TARGET = "condition", "target_caption"  # in KEY.json
+NO_IMAGE = "no target image is read, and its caption alone is learned in CLIP's space: give model.space clip, or target images"
 OTHER = "no tuple: no {} in member json; pack tuples with fromage shards tuples"
 
 
@@ -76,6 +77,7 @@ class DecodeTuple:
 
     Attributes:
         images: whether target images are read; without them the captions alone say what is asked for.
+        all_shown: whether a tuple without target image cannot be learned from, so that it counts as broken.
         width: as of Decode.
     """
 
@@ -87,6 +89,7 @@ class DecodeTuple:
     tokenizer: PromptTokenizer
     max_tokens: int
     images: bool = True
+    all_shown: bool = False
     width: int | None = None
 
     def layout(self) -> dict[str, Any]:
@@ -98,6 +101,8 @@ class DecodeTuple:
         condition, target = texts_of(raw)
         ids, following = composed_ids(self.tokenizer, condition, target, self.max_tokens)
         shown = target_image(raw) if self.images else {}
+        if self.all_shown and not shown:
+            raise BrokenSample(NO_IMAGE)
         return Tuple(raw["__key__"], target, ids, following, self._image(raw), self._image(shown) if shown else None)
 
     def _image(self, raw: Raw) -> Images:

@@ -234,6 +234,11 @@ class FromageModule(pl.LightningModule):
             return reference_composition(self.model, tuples, weights, tower)
         return fast_composition(self.model, tuples, weights, tower, self.h.chunk)
 
+    @property
+    def needs_target_images(self) -> bool:
+        """Whether there is nothing to find for a tuple without target image: in a space that is not CLIP's."""
+        return self.h.composition_retrieval_weight > 0 and self.h.space != "clip"
+
     @cached_property
     def text_tower(self) -> TextTower | None:
         """CLIP's, loaded at the first use. A cached property is no submodule, so no checkpoint holds it."""

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from fromage.data.batches import padded
-from fromage.data.tuples import Tuples
+from fromage.data.tuples import NO_IMAGE, Tuples
 from fromage.errors import UserError, first_few
 from fromage.models.fromage import Fromage
 from fromage.models.packed_attention import to_device
@@ -32,7 +32,6 @@ from fromage.training.reference_step import Weights, image_features
 
 NO_TUPLES = "model.composition_captioning_weight, model.composition_retrieval_weight: the data has no tuples; "
 NO_TUPLES += "give data.train_tuples, or leave both weights at 0"
-NO_IMAGE = "tuples without a target image ({}) are learned in CLIP's space alone: give model.space clip, or target images"
 
 
 @dataclass
@@ -115,7 +114,7 @@ def wanted(model: Fromage, tuples: Tuples, text_tower: TextTower | None) -> Tens
     """
     without = sorted(set(range(len(tuples.keys))) - set(tuples.rows))
     if without and (text_tower is None or model.space != "clip"):
-        raise UserError(NO_IMAGE.format(first_few([tuples.keys[i] for i in without])))
+        raise UserError(f"{first_few([tuples.keys[i] for i in without])}: {NO_IMAGE}")
     rows = torch.zeros(len(tuples.keys), model.q, device=model.device)  # (B, q)
     if tuples.shown is not None:
         images = model.embed_images(image_features(model, tuples.shown))  # (n, m) -> (n, q)
