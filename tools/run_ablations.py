@@ -8,7 +8,7 @@ A configuration is lightning_configs/toy.yaml and a file of lightning_configs/ab
 Each run leaves figures.json in its folder, and one that is there is not run again: after a kill, give the command again.
 All is measured on scenes of which no training, of the towers or between them, has seen the combination of attributes.
 
-composition stands for base and the files composition_*.yaml, which train on tuples too (fromage.toy.composition). The column
+composition stands for base and the files composition_*.yaml, which train on tuples too (fromage.toy.tuples). The column
 of composed queries is theirs: an image and a condition among the images of all tuples of unseen scenes, references and
 targets, without the query's own reference, as in CIRR. Each reference has four tuples, so it alone does not tell the target.
 """
@@ -35,7 +35,7 @@ from fromage.models.fromage import Fromage, load_model
 from fromage.retrieval.encode import Options, encode_files
 from fromage.retrieval.metrics import Scope, chance, places, rank_figures
 from fromage.retrieval.queries import embed_queries
-from fromage.toy.composition import LINES, make_tuples
+from fromage.toy.tuples import LINES, make_tuples
 from fromage.toy.world import make_world
 from fromage.training.configs import config_folder
 

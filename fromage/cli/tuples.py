@@ -40,7 +40,7 @@ def tuples_toy(
         seed: seed of the scenes and changes
     """
     check_free(out, overwrite, "*")
-    from fromage.toy.composition import LINES, make_tuples
+    from fromage.toy.tuples import LINES, make_tuples
 
     counts = make_tuples(out, count, split, changes, seed)
     kinds = ", ".join(f"{number} {kind}" for kind, number in counts.items())

@@ -27,7 +27,7 @@ from fromage.errors import BrokenSample, UserError
 from fromage.images.transforms import Transform, read_image
 
 CONDITION, TARGET = "condition", "target_caption"  # in KEY.json
-NO_IMAGE = "no target image is read, and its caption alone is learned in CLIP's space: give model.space clip, or target images"
+NO_IMAGE = "no target image is read, and a caption alone is learned in CLIP's space: give model.space clip, or target images"
 OTHER = "no tuple: no {} in member json; pack tuples with fromage shards tuples"
 
 

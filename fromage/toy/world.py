@@ -15,7 +15,7 @@ from tqdm import tqdm
 from fromage.errors import UserError, reason
 from fromage.identity import FolderKind
 from fromage.io import whole_folder, write_json
-from fromage.toy import composed, grounding, visual_genome, writers, yes_no
+from fromage.toy import composed_queries, grounding, visual_genome, writers, yes_no
 from fromage.toy.scenes import (
     COLOURS,
     GROUNDS,
@@ -80,9 +80,9 @@ def make_world(
 
 
 def _write_composed(out: Path, seed: int, count: int, progress: bool) -> None:
-    total = composed.size(count)
+    total = composed_queries.size(count)
     with ProcessPoolExecutor(os.cpu_count()) as pool, tqdm(total=total, unit=" pictures", disable=not progress) as bar:
-        composed.write(out, count, _rng(seed, "composed"), _painter(pool, bar))
+        composed_queries.write(out, count, _rng(seed, "composed"), _painter(pool, bar))
 
 
 def _check_counts(counts: dict[str, int]) -> None:

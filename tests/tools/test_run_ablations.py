@@ -111,7 +111,7 @@ def test_the_configurations_of_composition_learning(tool, tmp_path, monkeypatch)
 
 
 def test_composed_retrieval_leaves_out_the_reference_of_a_query(tool, toy_model, tmp_path, monkeypatch):
-    from fromage.toy.composition import make_tuples
+    from fromage.toy.tuples import make_tuples
 
     make_tuples(tmp_path / "t", 6, "val", 2, progress=False)
     rows = torch.eye(toy_model.q)[:9]  # three references, then six targets

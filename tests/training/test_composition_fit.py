@@ -10,7 +10,7 @@ from fromage.data.features import store_features
 from fromage.data.tuple_packing import pack_tuples
 from fromage.errors import UserError
 from fromage.models.fromage import Fromage, load_model
-from fromage.toy.composition import LINES, make_tuples
+from fromage.toy.tuples import LINES, make_tuples
 from fromage.training.module import FromageModule
 
 TOY = {"lm": "toy", "vision": "toy", "vision_weights": None, "dtype": "float32", "lr": 5e-3, "warmup_steps": 2, "q": 32}

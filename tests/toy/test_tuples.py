@@ -10,8 +10,8 @@ from PIL import Image
 from fromage.cli.main import main
 from fromage.errors import UserError
 from fromage.toy.changes import KINDS
-from fromage.toy.composition import LINES, make_tuples, sample_tuples
 from fromage.toy.scenes import COLOURS, PIXELS, PLACES, SIZES, Scene
+from fromage.toy.tuples import LINES, make_tuples, sample_tuples
 
 
 def test_a_change_is_what_its_condition_says():
