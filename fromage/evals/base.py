@@ -8,7 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple, TypeVar
 
+import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from fromage.distribution import versions
 from fromage.errors import UserError
@@ -18,7 +20,8 @@ from fromage.images.regions import Place
 from fromage.images.transforms import Framing
 from fromage.models.base import VisualPrefixLM
 from fromage.models.fromage import Fromage
-from fromage.retrieval.encode import Options, encode_files, in_batches, lost_counts
+from fromage.models.prompts import longest_first
+from fromage.retrieval.encode import Options, encode_files, lost_counts
 from fromage.retrieval.metrics import chance
 
 Item = TypeVar("Item")
@@ -137,8 +140,11 @@ class Retriever(NamedTuple):
     sees: Literal["prompt", "both", "image", "text"] = "both"
 
     def embed_text(self, texts: Sequence[Any], what: str) -> Tensor:
-        """N texts -> (N, e), with a progress bar."""
-        return in_batches(self.text, texts, self.batch_size, f"{what}, {self.name}")
+        """N texts -> (N, e), those of like length together, with a progress bar."""
+        order, size = longest_first(texts), self.batch_size
+        starts = tqdm(range(0, len(order), size), f"{what}, {self.name}", unit="batch", leave=False)
+        made = torch.cat([self.text([texts[i] for i in order[start : start + size]]) for start in starts])  # (N, e)
+        return torch.empty_like(made).index_copy_(0, torch.tensor(order, device=made.device), made)
 
 
 class RetrievalRun(Run):

@@ -37,7 +37,7 @@ from fromage.models.base import digest
 from fromage.models.fusion import RetFusion, make_fusion
 from fromage.models.language_model import LanguageModel, Quantized, load_lm
 from fromage.models.pretrained import Pretrained
-from fromage.models.prompts import RET, ImageInput, Prompt, Starts, embed_prompts, listed, parts_of
+from fromage.models.prompts import RET, ImageInput, Prompt, Starts, embed_prompts, listed, longest_first, parts_of
 from fromage.models.vision.base import VisionTower
 from fromage.models.vision.registry import load_vision
 
@@ -181,19 +181,19 @@ class Fromage(Pretrained):
     def embed_text(self, prompts: Sequence[Prompt], batch_size: int = 128, starts: Starts = Starts.ONCE) -> Tensor:
         """Texts, or prompts of text and images -> (B, q) unit rows: [RET] is appended to each, and W_t h + b taken there.
 
-        batch_size: prompts encoded at a time. starts: where </s> stands. Raises UserError for prompts that are too long and
-        images that cannot be opened.
+        batch_size: prompts encoded at a time, those of like length together. starts: where </s> stands. Raises UserError
+        for prompts that are too long and images that cannot be opened.
         """
         check_whole("batch_size", batch_size, 1)
         prompts = listed(prompts)
         suffix = [RET] if self.pooling == "ret" else []
-        out = [torch.empty(0, self.q, device=self.device)]
-        for start in range(0, len(prompts), batch_size):
-            some = [[*parts_of(prompt), *suffix] for prompt in prompts[start : start + batch_size]]
-            batch = embed_prompts(self, some, starts=starts)
+        rows = torch.empty(len(prompts), self.q, device=self.device)  # (B, q)
+        order = longest_first(prompts)
+        for at in (order[start : start + batch_size] for start in range(0, len(order), batch_size)):
+            batch = embed_prompts(self, [[*parts_of(prompts[i]), *suffix] for i in at], starts=starts)
             hidden = self.lm(batch.embeds, batch.mask, self.positions(batch.ids, batch.mask))  # (b, T, d)
-            out.append(self.embed_ret(hidden[:, -self.r :]))  # (b, r, d) -> (b, q)
-        return torch.cat(out)  # (B, q)
+            rows[at] = self.embed_ret(hidden[:, -self.r :])  # (b, r, d) -> (b, q)
+        return rows
 
     @classmethod
     def check_settings(cls, settings: Mapping[str, Any], saved: Saved) -> None:

@@ -146,6 +146,15 @@ def started(parts: Sequence[Part], starts: Starts) -> list[Part]:
     return out
 
 
+def longest_first(prompts: Sequence[Prompt]) -> list[int]:
+    """The numbers of prompts, ordered by the characters of their texts, so that those of a batch need little padding.
+
+    The longest come first: what does not fit in memory fails at once.
+    """
+    sizes = [sum(len(part) for part in parts_of(prompt) if is_text(part)) for prompt in prompts]
+    return sorted(range(len(sizes)), key=lambda i: -sizes[i])
+
+
 class PromptLayout(Protocol):
     """What decides the token ids of a prompt; every model has it."""
 

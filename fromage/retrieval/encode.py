@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -165,9 +165,3 @@ def check_lost(lost: Sequence[tuple[str, Place]], count: int, max_lost: float) -
             f"{len(lost)} of {count} images cannot be had, {much}: {some}"
             f"; name their folder, or allow more by --max-lost (data.max_lost in training)"
         )
-
-
-def in_batches(embed: Callable[[Any], Tensor], items: Sequence[Item], size: int, what: str) -> Tensor:
-    """(N, e) rows of N items, which embed takes `size` at a time, with a progress bar named `what`."""
-    starts = tqdm(range(0, len(items), size), desc=what, unit="batch", leave=False)
-    return torch.cat([embed(items[start : start + size]) for start in starts])  # (b, e) each -> (N, e)

@@ -19,6 +19,7 @@ from fromage.models.prompts import (
     embed_prompts,
     encode_images,
     listed,
+    longest_first,
     max_length,
     prompt_ids,
     prompt_length,
@@ -237,6 +238,15 @@ def test_retrieval_of_text_is_as_in_training(toy_model):
     torch.testing.assert_close(toy_model.embed_text(texts), want, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(toy_model.embed_text(texts, batch_size=2), want, atol=1e-5, rtol=1e-4)
     assert toy_model.embed_text([]).shape == (0, 32)
+
+
+def test_texts_of_like_length_share_a_batch(toy_model, images, monkeypatch):
+    seen, lm = [], toy_model.lm.forward
+    monkeypatch.setattr(toy_model.lm, "forward", lambda embeds, *rest: seen.append(embeds.shape[1]) or lm(embeds, *rest))
+    short, long = "a star", "a star " * 20
+    toy_model.embed_text([short, long, [images[0], short], [long, images[0]]], batch_size=2)
+    assert longest_first([short, long, "", [images[0], long + "."]]) == [3, 1, 0, 2]
+    assert min(seen) < max(seen) / 5, "a short text was padded to the length of a long one"
 
 
 @torch.no_grad()
