@@ -22,7 +22,7 @@ OPTIONS = {
     "--trainer.precision 77": "trainer.precision is 77; it must be 64 or 32 or 16 or",
     "--trainer.logger 5": "trainer.logger is 5; it must be",
     "--trainer.accumulate_grad_batches 0": "trainer.accumulate_grad_batches is 0; it must be a whole number from 1 on",
-    "--trainer.gradient_clip_val -1": "trainer.gradient_clip_val is -1; it must be a number from 0 on",
+    "--trainer.gradient_clip_val -1.5": "trainer.gradient_clip_val is -1.5; it must be a number from 0 on",
     "--ckpt_path=": "--ckpt_path=: is empty; name something, or leave it out",
 }
 CONFIGS = {
