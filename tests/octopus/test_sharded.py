@@ -7,7 +7,7 @@ from shutil import copyfile
 import pytest
 import pytorch_lightning as pl
 import torch
-import torch.multiprocessing as mp
+from two_processes import on_two_processes
 
 from fromage.errors import UserError
 from fromage.octopus import OctopusData, OctopusModule, RefCOCO, load_octopus
@@ -82,7 +82,7 @@ def of_two(rank, world, port, out, resume, dtype, steps):
 def both(world, out, resume=None, dtype=None, steps=STEPS):
     """Losses of both processes, in the order of the rows, and what the first holds."""
     port = 40000 + (os.getpid() * 7 + len(str(out))) % 20000
-    mp.spawn(of_two, (world, port, out, resume, dtype, steps), nprocs=2)
+    on_two_processes(of_two, world, port, out, resume, dtype, steps)
     (first, held), (second, _) = (torch.load(out / f"{rank}.pt") for rank in (0, 1))
     return [each for pair in zip(first, second, strict=True) for each in pair], held
 

@@ -7,9 +7,9 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from pytorch_lightning.strategies import DDPStrategy
 from test_fast_step import build, make_batch
+from two_processes import on_two_processes
 
 from fromage.data.datamodule import CC3M
 from fromage.data.packing import pack_coco
@@ -56,7 +56,7 @@ def one_of_two(rank, step, store, out):
 
 @pytest.mark.parametrize("step", [fast_step, reference_step])
 def test_two_processes_give_the_gradients_of_one_with_the_whole_batch(step, tmp_path):
-    mp.spawn(one_of_two, (step, tmp_path / "store", tmp_path / "grads.pt"), nprocs=2)
+    on_two_processes(one_of_two, step, tmp_path / "store", tmp_path / "grads.pt")
     model = build("tied", 1)
     step(model, make_batch(model, LENGTHS), False).loss.backward()
     two = torch.load(tmp_path / "grads.pt")
@@ -113,7 +113,7 @@ def fitted(two_shards, tmp_path_factory):
     outs = {}
     for i, name in enumerate(STRATEGIES):
         outs[name] = tmp_path_factory.mktemp(name)
-        mp.spawn(fit, (two_shards, 20000 + os.getpid() % 20000 + i, name, outs[name]), nprocs=2)
+        on_two_processes(fit, two_shards, 20000 + os.getpid() % 20000 + i, name, outs[name])
     return outs
 
 

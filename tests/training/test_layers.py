@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from test_distributed import join, leave, mean_gradients
 from test_fast_step import build, make_batch, run
+from two_processes import on_two_processes
 
 from fromage.training.fast_step import fast_step
 from fromage.training.layers import checkpoint_blocks, compile_blocks, shard_blocks
@@ -70,7 +70,7 @@ def one_of_two(rank, kind, store, out):
 
 @pytest.mark.parametrize("kind", ["tied", "untied"])
 def test_layers_spread_over_two_processes_give_the_gradients_of_one(kind, tmp_path):
-    mp.spawn(one_of_two, (kind, tmp_path / "store", tmp_path / "grads.pt"), nprocs=2)
+    on_two_processes(one_of_two, kind, tmp_path / "store", tmp_path / "grads.pt")
     two, share = torch.load(tmp_path / "grads.pt")
     _, want = run(fast_step, build(kind, 1), make_batch(build(kind, 1), LENGTHS), False)
     assert share == pytest.approx(0.5, abs=0.01)
