@@ -41,17 +41,19 @@ from fromage.training.reference_step import (
     Weights,
     check_captions,
     count_targets,
+    dropped,
     image_features,
     no_captioning,
 )
 
 
-def fast_step(model: Fromage, batch: Batch, paired: bool, weights: Weights = ALL, chunk: int = 0) -> StepOutput:
+def fast_step(
+    model: Fromage, batch: Batch, paired: bool, weights: Weights = ALL, chunk: int = 0, kept: Tensor | None = None
+) -> StepOutput:
     """The output of reference_step, up to rounding.
 
     Args:
-        paired: whether two examples share a captioning sequence.
-        weights: of the losses of the two passes.
+        paired, weights, kept: as reference_step has them.
         chunk: examples whose activations are in memory at a time; 0 for all. InfoNCE still uses the negatives of the whole
             batch: its embeddings are kept, and the chunks run again one by one in the backward (GradCache: Gao et al.,
             "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup", 2021).
@@ -64,8 +66,9 @@ def fast_step(model: Fromage, batch: Batch, paired: bool, weights: Weights = ALL
     captioning_loss, caption_accuracy = _mean(model, batch, parts, [torch.stack((one[0], one[2])) for one in done])
     queries = batch.queries
     text_loss = _mean(model, queries, [part.queries for part in parts], [one[1] for one in done])
-    images, texts = (torch.cat([one[i] for one in done]) for i in (3, 4))  # (B, q) each
-    apart = None if weights.same_image_negatives else torch.cat(features)
+    texts, v = torch.cat([one[3] for one in done]), torch.cat(features)  # (B, q), (B, m)
+    images = model.embed_images(dropped(v, kept))  # (B, q)
+    apart = None if weights.same_image_negatives else v
     contrastive_loss, retrieval_accuracy = info_nce(images, texts, model.logit_scale, apart)
     captioned, asked = (device_weight(count_targets(model, some), batch.ids.device) for some in (batch, queries))
     losses = captioning_loss * captioned, text_loss * asked, contrastive_loss
@@ -86,11 +89,11 @@ def chunks(model: Fromage, batch: Batch, size: int) -> list[Batch]:
 
 
 def part_losses(model: Fromage, batch: Batch, features: Tensor, paired: bool, weights: Weights) -> tuple[Tensor, ...]:
-    """Captioning loss, text loss, token accuracy of captioning; image and text embeddings, (B, q) each."""
+    """Captioning loss, text loss, token accuracy of captioning, and text embeddings (B, q)."""
     run = weights.captioning != 0
     captioning_loss, caption_accuracy = captioning(model, batch, features, paired) if run else no_captioning(model.device)
     text_loss, at_ret = retrieval_text(model, batch.queries)
-    return captioning_loss, text_loss, caption_accuracy, model.embed_images(features), model.embed_ret(at_ret)
+    return captioning_loss, text_loss, caption_accuracy, model.embed_ret(at_ret)
 
 
 again_in_backward = partial(checkpoint, part_losses, use_reentrant=False, preserve_rng_state=False)

@@ -51,7 +51,7 @@ def _check(h: Any) -> None:
     for name, least in {"k": 1, "q": 1, "r": 1, "warmup_steps": 0, "decay_steps": 0, "shown": 0}.items():
         check_whole(f"model.{name}", h[name], least)
     weights = ("captioning_weight", "retrieval_weight", *COMPOSITION)
-    for name, most in {"lr": inf, "eps": inf, "pairing": 1, **dict.fromkeys(weights, inf)}.items():
+    for name, most in {"lr": inf, "eps": inf, "pairing": 1, "image_dropout": 0.99, **dict.fromkeys(weights, inf)}.items():
         check_real(f"model.{name}", h[name], 0, most)
     for beta in h.betas:
         check_real("model.betas", beta, 0, 1)
@@ -96,6 +96,7 @@ class FromageModule(pl.LightningModule):
         composition_captioning_weight: float = 0.0,
         composition_retrieval_weight: float = 0.0,
         same_image_negatives: bool = True,
+        image_dropout: float = 0.0,
         rescale_ret: bool = True,
         freeze_temperature: bool = False,
         step: Literal["fast", "reference"] = "fast",
@@ -141,6 +142,8 @@ class FromageModule(pl.LightningModule):
                 image, CLIP's embedding of the target caption. With 0 its pass is not run.
             same_image_negatives: whether an image that a batch holds twice is a negative of its other caption, as in the
                 paper; false where images were packed once for each caption.
+            image_dropout: share, 0 to 0.99, of an image's features that the image head is trained without, others in each
+                step; against overfitting where images are few. The captioning pass and evaluations see all.
             rescale_ret: rescale [RET] to the mean norm of the frozen embeddings after every step, as the released code does.
             freeze_temperature: keep the temperature of the contrastive loss at 0.07; in the released bfloat16 run it could
                 not move.
@@ -216,11 +219,22 @@ class FromageModule(pl.LightningModule):
         h = self.h
         return Weights(h.captioning_weight, h.retrieval_weight, h.same_image_negatives, *(h[name] for name in COMPOSITION))
 
-    def losses(self, batch: Batch, paired: bool) -> StepOutput:
+    def kept(self, step: int, examples: int) -> Tensor | None:
+        """(B, m) factors of dropout on the image features of a step's retrieval pass: 0, or 1 / (1 - image_dropout).
+
+        They depend on seed, step and device only, for exact resume. None without dropout.
+        """
+        if not self.h.image_dropout:
+            return None
+        draw = random.Random(f"{self.h.seed}/{step}/{self.global_rank}/dropout").getrandbits(63)
+        numbers = torch.rand(examples, self.model.vision.width, generator=torch.Generator().manual_seed(draw))  # (B, m)
+        return (numbers >= self.h.image_dropout) / (1 - self.h.image_dropout)
+
+    def losses(self, batch: Batch, paired: bool, kept: Tensor | None = None) -> StepOutput:
         """The losses of a batch of pairs, by the configured step."""
         if self.h.step == "reference":
-            return reference_step(self.model, batch, paired, self.weights)
-        return fast_step(self.model, batch, paired, self.weights, self.h.chunk)
+            return reference_step(self.model, batch, paired, self.weights, kept)
+        return fast_step(self.model, batch, paired, self.weights, self.h.chunk, kept)
 
     def composition(self, tuples: Tuples | None) -> CompositionOutput | None:
         """The losses of a batch of tuples; None where both weigh 0. Raises UserError where the data has none."""
@@ -260,7 +274,9 @@ class FromageModule(pl.LightningModule):
     def training_step(self, batch: Batch, index: int) -> Tensor:
         """Loss of one batch; logs its parts."""
         self.guard.check(saved_checkpoint(self.trainer) or "none yet")
-        out, composed = self.losses(batch, self.paired(self.global_step)), self.composition(batch.tuples)
+        step = self.global_step
+        out = self.losses(batch, self.paired(step), self.kept(step, len(batch.keys)))
+        composed = self.composition(batch.tuples)
         parts, keys, loss = [out.captioning_loss, out.text_loss, out.contrastive_loss], batch.keys, out.loss
         if composed is not None and batch.tuples is not None:
             parts, keys = [*parts, composed.captioning_loss, composed.contrastive_loss], keys + batch.tuples.keys

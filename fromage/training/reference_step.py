@@ -134,8 +134,21 @@ def _captioning(model: Fromage, batch: Batch, paired: bool) -> tuple[Tensor, Ten
     return next_token_loss(model.lm.logits(hidden), labels)  # (B, k + T, V + 1 + r)
 
 
-def reference_step(model: Fromage, batch: Batch, paired: bool, weights: Weights = ALL) -> StepOutput:
-    """Losses of one batch, by the two passes above. paired: whether two examples share a captioning sequence."""
+def dropped(features: Tensor, kept: Tensor | None) -> Tensor:
+    """(B, m) image features behind dropout, of which kept has the factors."""
+    return features if kept is None else features * kept.to(features.device)
+
+
+def reference_step(
+    model: Fromage, batch: Batch, paired: bool, weights: Weights = ALL, kept: Tensor | None = None
+) -> StepOutput:
+    """Losses of one batch, by the two passes above.
+
+    Args:
+        paired: whether two examples share a captioning sequence.
+        weights: of the losses of the two passes.
+        kept: (B, m) factors of dropout on the image features that the image head reads; None: without.
+    """
     check_captions(model, batch)
     run = weights.captioning != 0
     captioning_loss, caption_accuracy = _captioning(model, batch, paired) if run else no_captioning(model.device)
@@ -146,7 +159,7 @@ def reference_step(model: Fromage, batch: Batch, paired: bool, weights: Weights 
     text_loss, _ = next_token_loss(model.lm.logits(hidden), labels)
 
     features = image_features(model, batch)  # (B, m); as in the released code, images are encoded twice
-    images = model.embed_images(features)  # (B, q)
+    images = model.embed_images(dropped(features, kept))  # (B, q)
     texts = model.embed_ret(at_ret)  # (B, q)
     apart = None if weights.same_image_negatives else features
     contrastive_loss, retrieval_accuracy = info_nce(images, texts, model.logit_scale, apart)

@@ -198,6 +198,17 @@ def test_an_image_that_is_no_negative_of_its_other_caption(models, chunk):
 
 
 @pytest.mark.parametrize("chunk", [0, 2])
+def test_dropout_of_image_features_is_the_retrieval_passs_alone(models, chunk):
+    model, batch = models["untied", 4], make_batch(models["untied", 4], [5, 12, 3, 24])
+    kept = (torch.arange(batch.features.numel()).view_as(batch.features) % 3 > 0) * 1.5  # a third is left out
+    steps = partial(fast_step, chunk=chunk, kept=kept), partial(reference_step, kept=kept)
+    compare(model, batch, True, *steps)
+    out, plain = steps[0](model, batch, True), fast_step(model, batch, True)
+    torch.testing.assert_close(out.images, model.embed_images(batch.features * kept))
+    assert out.captioning_loss == plain.captioning_loss and out.contrastive_loss != plain.contrastive_loss
+
+
+@pytest.mark.parametrize("chunk", [0, 2])
 def test_other_captions_of_a_batch_change_no_loss_and_no_gradient(models, chunk):
     model, step = models["untied", 4], partial(fast_step, chunk=chunk)
     batch = make_batch(model, [5, 12, 3, 24])

@@ -92,7 +92,7 @@ def test_resuming_gives_the_weights_of_an_uninterrupted_run(fitted, world, tmp_p
         assert torch.equal(value, resumed.model.trained()[name]), name
 
 
-def test_resuming_in_mid_epoch_draws_the_same_captions(captioned_world, tmp_path):
+def test_resuming_in_mid_epoch_draws_the_same_captions_and_dropout(captioned_world, tmp_path):
     class Seen(pl.Callback):
         def __init__(self):
             self.captions = []
@@ -101,9 +101,9 @@ def test_resuming_in_mid_epoch_draws_the_same_captions(captioned_world, tmp_path
             self.captions.append((trainer.global_step, tuple(batch.captions)))
 
     whole, before, after = Seen(), Seen(), Seen()
-    straight, _ = run(captioned_world, tmp_path / "a", 6, callbacks=[whole])  # two steps an epoch
-    run(captioned_world, tmp_path / "b", 3, callbacks=[before])
-    resumed, _ = run(captioned_world, tmp_path / "b", 6, ckpt_path="last", callbacks=[after])
+    straight, _ = run(captioned_world, tmp_path / "a", 6, callbacks=[whole], image_dropout=0.5)  # two steps an epoch
+    run(captioned_world, tmp_path / "b", 3, callbacks=[before], image_dropout=0.5)
+    resumed, _ = run(captioned_world, tmp_path / "b", 6, ckpt_path="last", callbacks=[after], image_dropout=0.5)
     assert before.captions + after.captions == whole.captions and len({said for _, said in whole.captions}) == 6
     for name, value in straight.model.trained().items():
         assert torch.equal(value, resumed.model.trained()[name]), name
@@ -313,6 +313,17 @@ def test_an_unreadable_checkpoint_is_named(content, tmp_path):
     path.write_bytes(content)
     with pytest.raises(UserError, match=r"torn\.ckpt"):
         load_model(path)
+
+
+def test_dropout_of_image_features_depends_on_seed_and_step_alone():
+    one, other, off = (FromageModule(**TOY | {"image_dropout": share}) for share in (0.25, 0.25, 0.0))
+    for module in (one, other, off):
+        module.configure_model()
+    kept = one.kept(7, 200)
+    assert torch.equal(kept, other.kept(7, 200)) and not torch.equal(kept, one.kept(8, 200)) and off.kept(7, 200) is None
+    assert kept.unique().tolist() == pytest.approx([0, 4 / 3]) and 0.2 < (kept == 0).float().mean() < 0.3
+    with pytest.raises(UserError, match=r"model\.image_dropout is 1.*from 0 to 0\.99"):
+        FromageModule(**TOY, image_dropout=1)
 
 
 def test_pairing_depends_on_seed_and_step_alone():

@@ -21,8 +21,8 @@ class Spoiled(FromageModule):
 
     how = "loss"
 
-    def losses(self, batch, paired):
-        out = super().losses(batch, paired)
+    def losses(self, *args, **named):
+        out = super().losses(*args, **named)
         if self.trainer.training and self.global_step == BAD and self.how != "gradient":
             out.text_loss = out.text_loss * float(self.how)
         return out
