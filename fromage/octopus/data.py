@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
-from itertools import islice
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +11,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, Dataset
 from torchvision.ops import box_convert
 
 from fromage.checks import check_real, check_whole
@@ -26,10 +25,11 @@ from fromage.images.open import file_bytes
 from fromage.images.transforms import Transform, read_image
 from fromage.models.prompts import pad_left, prompt_ids
 from fromage.octopus.answers import answer_ids
-from fromage.octopus.examples import Conversation, Example, Source, rows_of
+from fromage.octopus.examples import Conversation, Example, Source, characters, rows_of
 from fromage.octopus.matching import Objects
 from fromage.octopus.model import QUERY, Octopus, fill_template, image_first, query_places
 from fromage.octopus.patch_store import PatchStore
+from fromage.octopus.sampler import ResumableSampler
 from fromage.octopus.sources.listed import with_masks
 from fromage.octopus.step import GroundingBatch
 from fromage.retrieval.encode import check_lost
@@ -43,19 +43,6 @@ class Layout(NamedTuple):
     num_queries: int
     template: list[str]
     mask_size: tuple[int, int] | None
-
-
-class ResumableSampler(DistributedSampler[Any]):
-    """A new order in each epoch, divided among devices. For exact resume the first epoch can start at a later example."""
-
-    def __init__(self, examples: Dataset[Any], trainer: Any, seed: int, begin: int) -> None:
-        """begin: examples per device that a resumed run has already seen in its epoch."""
-        super().__init__(examples, trainer.world_size, trainer.global_rank, shuffle=True, seed=seed, drop_last=True)
-        self.begin = begin
-
-    def __iter__(self) -> Iterator[int]:
-        begin, self.begin = self.begin, 0
-        return islice(super().__iter__(), begin, None)
 
 
 Row = list[Conversation]  # about one image
@@ -217,6 +204,7 @@ class OctopusData(pl.LightningDataModule):
         batch_size: int = 16,
         val_batch_size: int | None = None,
         per_image: int = 1,
+        group_by_length: bool = False,
         features: str | None = None,
         workers: int = 4,
         max_lost: float = 0.05,
@@ -231,6 +219,7 @@ class OctopusData(pl.LightningDataModule):
             val_batch_size: examples per validation step on each device; null for batch_size.
             per_image: maximum number of conversations in a row. They share their image, which is read once: the gradients
                 are those of rows of one conversation each, at a fraction of the work.
+            group_by_length: whether the rows of a training step have like lengths, so that less padding is computed.
             features: folder of stored patch features, written on first use; null encodes images in every step.
             workers: processes that decode images, per device.
             max_lost: maximum share (0 to 1) of missing or broken images, and of odd entries.
@@ -244,7 +233,8 @@ class OctopusData(pl.LightningDataModule):
         check_real("data.max_lost", max_lost, 0, 1)
         self.sources = {"train": train or [], "val": val or []}
         self.batch_size, self.val_batch_size, self.features = batch_size, val_batch_size or batch_size, features
-        self.per_image, self.workers, self.max_lost, self.seed = per_image, workers, max_lost, seed
+        self.per_image, self.group_by_length = per_image, group_by_length
+        self.workers, self.max_lost, self.seed = workers, max_lost, seed
         self.examples: dict[str, list[Example]] = {}
 
     def setup(self, stage: str) -> None:
@@ -305,10 +295,15 @@ class OctopusData(pl.LightningDataModule):
         dataset = GroundingDataset(rows, module.model.vision.transform, store, self.max_lost)
         if shuffle and len(rows) < batch_size:
             raise UserError(f"{len(rows)} rows of training examples are fewer than data.batch_size {batch_size}: lower it")
+        sampler = None
+        if shuffle:
+            lengths = [characters(row) for row in rows] if self.group_by_length else None
+            seen = self._seen() * batch_size
+            sampler = ResumableSampler(dataset, self.trainer, self.seed, seen, batch_size, lengths)
         return PlainErrors(
             dataset,
             batch_size,
-            sampler=ResumableSampler(dataset, self.trainer, self.seed, self._seen() * batch_size) if shuffle else None,
+            sampler=sampler,
             drop_last=shuffle,
             num_workers=0 if store is not None else self.workers,
             worker_init_fn=init_worker,

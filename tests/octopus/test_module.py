@@ -205,7 +205,11 @@ def test_a_run_that_goes_on_sees_what_it_would_have_seen(world, tmp_path):
         module = OctopusModule(
             stage=2, lm="toy", vision="toy", num_queries=4, decoder_width=16, decoder_layers=1, heads=2, dtype="float32"
         )
-        trainer.fit(module, OctopusData([source], batch_size=4, features=str(tmp_path / "patches")), ckpt_path=resume)
+        trainer.fit(
+            module,
+            OctopusData([source], batch_size=4, group_by_length=True, features=str(tmp_path / "patches")),
+            ckpt_path=resume,
+        )
         return seen.keys
 
     whole = fit(tmp_path / "whole", 12)  # two epochs of five steps, and two steps more
