@@ -53,6 +53,7 @@ ROWS: dict[str, list[str]] = {
     BARE: ALONE,
     "last token": [*ALONE, "--model.pooling=last", "--model.r=1"],
     BLIND: ALONE,
+    "no dropout": [*ALONE, "--model.image_dropout=0"],
     "free norm": [*ALONE, "--model.rescale_ret=false"],
     "one [RET]": [*ALONE, "--model.r=1"],
     "q 64": [*ALONE, "--model.q=64"],

@@ -53,7 +53,9 @@ def fast_step(
     """The output of reference_step, up to rounding.
 
     Args:
-        paired, weights, kept: as reference_step has them.
+        paired: whether two examples share a captioning sequence.
+        weights: of the losses of the two passes.
+        kept: factors of dropout on image features, as of reference_step.
         chunk: examples whose activations are in memory at a time; 0 for all. InfoNCE still uses the negatives of the whole
             batch: its embeddings are kept, and the chunks run again one by one in the backward (GradCache: Gao et al.,
             "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup", 2021).
