@@ -33,7 +33,9 @@ from fromage.models.vision.registry import load_vision
 from fromage.retrieval.build import build_index
 from fromage.retrieval.open_index import open_index, search_index
 from fromage.retrieval.results import draw_hits, load_images
+from fromage.training.configs import find_config
 from fromage.training.fit import run_lightning
+from fromage.training.planning import options_of
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
 TOUR = FolderKind(
     "photos.json", "a tour", of="photographs", remedy="name another folder: --out", again="name another folder: --out"
 )
+CONFIG = "photos.yaml"
 HELD_OUT = 0.1  # share of the photographs that are not trained on
 SHOWN, SEARCHES = 12, 5  # captioned photographs, and searches, that are drawn
 # It has seen captions alone, of one sentence each.
@@ -82,6 +85,9 @@ def photos(
     with timed("train", seconds):
         words = [f"--model.lm={lm}", f"--model.vision={vision}"]
         words += [f"--data.{part}_shards={stored / part}" for part in ("train", "val")]
+        photographs = sum(size or 0 for size in shard_sizes(expand(str(stored / "train"))))
+        if photographs < options_of(str(find_config(CONFIG)))["batch_size"]:
+            words.append(f"--data.batch_size={photographs}")
         checkpoint = train(out, [*words, *options])
     with timed("evaluate", seconds):
         model = load_model(checkpoint)
@@ -110,7 +116,7 @@ def train(out: Path, words: Sequence[str]) -> Path:
     placed += [f"--trainer.callbacks.init_args.dirpath={run / CHECKPOINT.parent}", "--overwrite"]
 
     def fit(again: list[str]) -> None:
-        run_lightning(["fit", "--config", "photos.yaml", *placed, *words, *again])
+        run_lightning(["fit", "--config", CONFIG, *placed, *words, *again])
         write_json(run / CHECKPOINT.parent / GENERATION, PRESET.stored())
 
     return once(run, fit)  # not written again: `fromage tune-ret` adds to it

@@ -50,8 +50,9 @@ def test_a_run_that_was_killed_goes_on(coco, tmp_path, monkeypatch):
         tour.photos(*coco, tmp_path / "tour", "toy", "toy", FEW)
     seen = []
     monkeypatch.setattr(tour, "run_lightning", lambda words: seen.append(words) or fit(words))
-    tour.photos(*coco, tmp_path / "tour", "toy", "toy", FEW)
+    held_out = tour.photos(*coco, tmp_path / "tour", "toy", "toy", FEW)["held_out"]
     assert "--ckpt_path=last" in seen[0]
+    assert f"--data.batch_size={60 - held_out}" in seen[0], "as many as there are, where they are fewer than a batch"
 
 
 def test_images_that_come_later_are_packed_by_the_same_command(coco, tmp_path, monkeypatch, capsys):
