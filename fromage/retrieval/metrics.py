@@ -100,12 +100,19 @@ def places(queries: Tensor, gallery: Tensor, right: Items, scope: Scope = WHOLE,
 
 
 def best(queries: Tensor, gallery: Tensor, k: int, scope: Scope = WHOLE, chunk: int = 256) -> list[list[int]]:
-    """The k items that score highest for each query, the best first; fewer where a query has no more."""
+    """The k items that score highest for each query, the best first; fewer where a query has no more.
+
+    Of items that score alike the first ones in the gallery come first.
+    """
     out = []
     for some, scores in _scores(queries, gallery, chunk):
         gone = scope.left_out(some, len(gallery)).expand_as(scores)  # (chunk, M)
-        order = scores.masked_fill(gone, -torch.inf).sort(dim=1, descending=True, stable=True).indices[:, :k]  # (chunk, k)
-        out += [[item for item in row.tolist() if not out_of[item]] for row, out_of in zip(order, gone, strict=True)]
+        scores = scores.masked_fill(gone, -torch.inf)
+        least = scores.topk(min(k, len(gallery))).values[:, -1:]  # (chunk, 1); topk orders equal scores as it likes
+        for row, near, out_of in zip(scores, ~(scores < least), gone, strict=True):
+            at = near.nonzero().flatten()
+            order = at[row[at].sort(descending=True, stable=True).indices[:k]]
+            out.append(order[~out_of[order]].tolist())
     return out
 
 

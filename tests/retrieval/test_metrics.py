@@ -92,6 +92,13 @@ def test_places_are_those_of_sorting_what_is_left(n, m, seed, chunk, subset):
         assert plain.tolist() == ranks(queries, gallery, torch.tensor([some[-1] for some in right])).tolist()
 
 
+def test_of_items_that_score_alike_the_first_ones_are_best():
+    gallery = torch.eye(4)[[1, 0, 0, 2, 0, 0, 3, 0]]
+    assert best(torch.eye(4)[:2], gallery, 3) == [[1, 2, 4], [0, 1, 2]]
+    assert best(torch.eye(4)[:1], gallery, 3, Scope(excluded=[[1, 4]])) == [[2, 5, 7]]
+    assert best(torch.eye(4)[:1], gallery, 20, Scope(among=[[3, 7, 5]])) == [[5, 7, 3]]
+
+
 def average_precision(order, right, k):
     """As CIRCO's evaluation has it, place by place."""
     found, total = 0, 0.0
