@@ -14,6 +14,7 @@ from PIL import Image
 from fromage.allocator import keep_freed_memory
 
 keep_freed_memory()  # as the command line does: pages that are cleared again and again are much of the time of small models
+os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
 torch.set_num_threads(1)
 
 COLOURS = ("red", "green", "blue", "white", "black", "yellow")

@@ -37,7 +37,7 @@ def test_a_table_of_runs_and_no_run_twice(tool, world, tmp_path, monkeypatch, ca
         "--trainer.enable_progress_bar=false",
     ]
     words = ["run_octopus", "--out", str(tmp_path), "--only", "sequential", "no_relay", "--seeds", "1", "--limit", "4",
-             "--json", str(tmp_path / "a.json"), "--", *few]  # fmt: skip
+             "--threads", "1", "--json", str(tmp_path / "a.json"), "--", *few]  # fmt: skip
     monkeypatch.setattr(sys, "argv", words)
     tool.main()
     told = capsys.readouterr().out
