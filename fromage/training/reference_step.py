@@ -30,6 +30,7 @@ from fromage.data.batches import Batch, Texts
 from fromage.data.tuples import Images, Tuples
 from fromage.errors import UserError, first_few
 from fromage.models.fromage import Fromage
+from fromage.models.packed_attention import to_device
 from fromage.training.losses import device_weight, info_nce, next_token_loss
 
 
@@ -136,7 +137,7 @@ def _captioning(model: Fromage, batch: Batch, paired: bool) -> tuple[Tensor, Ten
 
 def dropped(features: Tensor, kept: Tensor | None) -> Tensor:
     """(B, m) image features behind dropout, of which kept has the factors."""
-    return features if kept is None else features * kept.to(features.device)
+    return features if kept is None else features * to_device(kept, features.device)
 
 
 def reference_step(
