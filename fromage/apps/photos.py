@@ -86,7 +86,7 @@ def photos(
         words = [f"--model.lm={lm}", f"--model.vision={vision}"]
         words += [f"--data.{part}_shards={stored / part}" for part in ("train", "val")]
         photographs = sum(size or 0 for size in shard_sizes(expand(str(stored / "train"))))
-        if photographs < options_of(str(find_config(CONFIG)))["batch_size"]:
+        if photographs < options_of(find_config(CONFIG))["batch_size"]:
             words.append(f"--data.batch_size={photographs}")
         checkpoint = train(out, [*words, *options])
     with timed("evaluate", seconds):

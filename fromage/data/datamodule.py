@@ -175,10 +175,8 @@ class CC3M(pl.LightningDataModule):
 
     def _decode_tuple(self) -> DecodeTuple:
         how, tokenizer, width = self._reading()
-        module = getattr(self.trainer, "lightning_module", None)
-        return DecodeTuple(
-            how, tokenizer, self.max_tokens, self.target_images, getattr(module, "needs_target_images", False), width
-        )
+        needed = getattr(getattr(self.trainer, "lightning_module", None), "needs_target_images", False)
+        return DecodeTuple(how, tokenizer, self.max_tokens, self.target_images, all_shown=needed, width=width)
 
     def _reading(self) -> tuple[Transform, PromptTokenizer, int | None]:
         """Transform, tokenizer, and the width of features where it is known."""
