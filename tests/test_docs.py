@@ -81,14 +81,14 @@ def test_words_are_plain(page):
 # --- commands -------------------------------------------------------------------------------------------------------
 
 
-def commands():
-    for page in PAGES:
-        lines = [line.split("  #")[0].strip() for code, _ in blocks(page, "sh") for line in code.splitlines()]
-        lines += [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", prose(page))]
-        yield from (line.partition(" > ")[0] for line in lines if re.match(r"(fromage|lightning) (?!.* \| )\S", line))
+def commands(lines):
+    return {line.partition(" > ")[0] for line in lines if re.match(r"(fromage|lightning) (?!.* \| )\S", line)}
 
 
-COMMANDS = sorted(set(commands()))
+SHELL = [line.split("  #")[0].strip() for page in PAGES for code, _ in blocks(page, "sh") for line in code.splitlines()]
+NAMED = [" ".join(span.split()) for page in PAGES for span in re.findall(r"`([^`]+)`", prose(page))]
+WHOLE = commands(SHELL)  # those in prose may be without what they need
+COMMANDS = sorted(WHOLE | commands(NAMED))
 
 
 def test_there_are_some():
@@ -106,6 +106,11 @@ def test_command_parses(command, capsys):
         told = capsys.readouterr().out
         options = {word.partition("=")[0] for word in words if word.startswith("--")}
         assert not [option for option in options if not re.search(rf"{option}\b", told)]
+        usage = told.partition("\n\n")[0]
+        while usage != (usage := re.sub(r"\[[^][]*\]", "", usage)):  # without what may be left out
+            pass
+        if command in WHOLE and "--help" not in words:
+            assert not {*re.findall(r"--[\w-]+", usage)} - options, "an option that is required is missing"
 
 
 # --- examples -------------------------------------------------------------------------------------------------------

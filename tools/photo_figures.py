@@ -193,10 +193,10 @@ def ask(instances: Path, data: Photographs) -> dict[str, list[Question]]:
 
 
 def answers(model: Fromage, data: Photographs, questions: Sequence[Question], n: int) -> Figures:
-    """Share of the questions whose right answer is the likeliest, behind n others with theirs; with pictures and without."""
+    """Share of the questions whose right answer is the likeliest, behind n others with theirs; with images and without."""
     return {
         name: 100 * sum(map(partial(_is_right, model, data, questions, n, blind), range(len(questions)))) / len(questions)
-        for name, blind in (("right", False), ("right without pictures", True))
+        for name, blind in (("right", False), ("right without images", True))
     }
 
 
@@ -214,10 +214,10 @@ def _asked(data: Photographs, question: Question, blind: bool, answer: str) -> l
 
 
 def asking(model: Fromage, style: str) -> Figures:
-    """Whether a picture comes when one is asked for, and not otherwise: written requests, and as many other sentences.
+    """Whether an image comes when one is asked for, and not otherwise: written requests, and as many other sentences.
 
     A chat's first turn in a style, answers of at most 16 tokens. Half of the sentences choose a bias of [RET]; of the others
-    the share that bring a picture without it and with it. right: balanced accuracy with it.
+    the share that bring an image without it and with it. right: balanced accuracy with it.
     """
     texts = read_messages(Path(__file__).parent / "photo_requests.json")
     tuned = tune_ret(model, texts, Preset(style=style, decoding=Decoding(16)))

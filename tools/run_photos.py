@@ -1,4 +1,4 @@
-"""FROMAGe on real photographs with a pretrained pair of towers: every figure of docs/photos.md.
+"""FROMAGe on real photographs with a pretrained pair of towers: every figure of docs/tutorials/photos.md.
 
     python tools/run_photos.py --train captions_train.json --judged captions_val.json --images photos --out runs/photo_study
     python tools/run_photos.py ... --only base k4 --seeds 0          # some rows
@@ -61,7 +61,7 @@ ROWS: dict[str, list[str]] = {
 }
 SOME = {"1000 photographs": 1, "2000 photographs": 2, "4000 photographs": 4}  # shards of 1,000 that are trained on
 LM, VISION = "smollm2", "efficientnet-lite2"
-STYLES = ("alone", "dialogue", "template")  # in which a picture is asked for
+STYLES = ("alone", "dialogue", "template")  # in which an image is asked for
 RIDGE = (0.001, 0.01, 0.1)  # weights of the linear baseline, the best of which is taken on photographs held out
 SHOWN = {
     "photographs.t2i_r1": "R@1",
@@ -75,7 +75,7 @@ SHOWN = {
     "captions.cider": "CIDEr",
     "captions.bleu4": "BLEU-4",
 }
-ASKED = {"base", "requests"}  # rows of which it is measured whether a picture comes when one is asked for
+ASKED = {"base", "requests"}  # rows of which it is measured whether an image comes when one is asked for
 KINDS = {"images, as trained": "asked for", "words, as trained": "else", "images, with bias": "asked for, bias",
          "words, with bias": "else, bias"}  # fmt: skip
 COMES = {f"asking, {style}.{name}": f"{style}: {told}" for style in STYLES for name, told in KINDS.items()}
@@ -205,7 +205,7 @@ def main() -> None:
     runs = collect(args.json, runs, **setting)
     print(f"\n{table(SHOWN, runs)}\n\nin %, mean and standard deviation")
     if asked := {name: seeds for name, seeds in runs.items() if name in ASKED}:
-        print(f"\nanswers that bring a picture, where one is asked for and else\n\n{table(COMES, asked)}")
+        print(f"\nanswers that bring an image, where one is asked for and else\n\n{table(COMES, asked)}")
 
 
 if __name__ == "__main__":

@@ -75,7 +75,7 @@ class ResumeState(NamedTuple):
     places: list[list[int]]
 
     def after(self, worker: int, taken: int) -> ResumeState:
-        """The mark behind one more batch, for which a worker took so many samples since the epoch began."""
+        """Where it stands behind one more batch, for which a worker took so many samples since the epoch began."""
         places = [list(place) for place in self.places]
         places[worker] = [places[worker][0] + 1, taken]
         return ResumeState(self.given + 1, (worker + 1) % len(places), places)
@@ -105,7 +105,7 @@ class TrainLoader(Loader):
         self.epoch, self.exact, self.loop = epoch, exact, loop
         self.start = self._beginning()
         # of the last batch, and of the one before: Lightning may be one behind
-        self.marks: deque[ResumeState] = deque(maxlen=2)
+        self.states: deque[ResumeState] = deque(maxlen=2)
         self.ended = False
 
     def _beginning(self) -> ResumeState:
@@ -113,26 +113,26 @@ class TrainLoader(Loader):
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         self.dataset.start.copy_(torch.tensor([[self.epoch, self.start.turn], *self.start.places]))
-        self.marks.clear()
-        self.marks.append(self.start)
+        self.states.clear()
+        self.states.append(self.start)
         self.start, self.epoch, self.ended = self._beginning(), self.epoch + 1, False
         for batch, worker, taken in super().__iter__():
-            self.marks.append(self.marks[-1].after(worker, taken))
+            self.states.append(self.states[-1].after(worker, taken))
             yield batch
         self.ended = True
 
     def state_dict(self) -> dict[str, Any]:
         """Where the stream stands, for all devices, each of which has to ask. Lightning keeps it in the checkpoint."""
-        mark = self.marks[-1]
+        state = self.states[-1]
         if self.loop is not None:
-            mark = max((m for m in self.marks if m.given <= self.loop.batch_idx + 1), default=self.marks[0])
+            state = max((s for s in self.states if s.given <= self.loop.batch_idx + 1), default=self.states[0])
         length = min(x for x in (self.dataset.batches, self.loop and self.loop.max_batches, float("inf")) if x is not None)
-        mine: dict[str, Any] = {"rank": self.dataset.rank, **mark._asdict()}
+        mine: dict[str, Any] = {"rank": self.dataset.rank, **state._asdict()}
         devices = [mine]
         if self.dataset.world > 1 and dist.is_initialized():
             devices = [{} for _ in range(self.dataset.world)]
             dist.all_gather_object(devices, mine)
-        whole = mark.given >= length or (self.ended and mark is self.marks[-1])
+        whole = state.given >= length or (self.ended and state is self.states[-1])
         return {"epoch": self.epoch - 1, "whole": whole, "layout": self.layout(), "devices": devices}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -20,7 +20,7 @@ from fromage.images.regions import Place
 from fromage.images.transforms import Framing
 from fromage.models.base import VisualPrefixLM
 from fromage.models.fromage import Fromage
-from fromage.models.prompts import longest_first
+from fromage.models.prompts import batches_by_length
 from fromage.retrieval.encode import Options, encode_files, lost_counts
 from fromage.retrieval.metrics import chance
 
@@ -141,10 +141,11 @@ class Retriever(NamedTuple):
 
     def embed_text(self, texts: Sequence[Any], what: str) -> Tensor:
         """N texts -> (N, e), those of like length together, with a progress bar."""
-        order, size = longest_first(texts), self.batch_size
-        starts = tqdm(range(0, len(order), size), f"{what}, {self.name}", unit="batch", leave=False)
-        made = torch.cat([self.text([texts[i] for i in order[start : start + size]]) for start in starts])  # (N, e)
-        return torch.empty_like(made).index_copy_(0, torch.tensor(order, device=made.device), made)
+        batches = batches_by_length(texts, self.batch_size)
+        shown = tqdm(batches, f"{what}, {self.name}", unit="batch", leave=False)
+        made = torch.cat([self.text([texts[i] for i in at]) for at in shown])  # (N, e)
+        order = torch.tensor([i for at in batches for i in at], device=made.device)  # (N,)
+        return torch.empty_like(made).index_copy_(0, order, made)
 
 
 class RetrievalRun(Run):

@@ -37,7 +37,7 @@ from fromage.models.base import digest
 from fromage.models.fusion import RetFusion, make_fusion
 from fromage.models.language_model import LanguageModel, Quantized, load_lm
 from fromage.models.pretrained import Pretrained
-from fromage.models.prompts import RET, ImageInput, Prompt, Starts, embed_prompts, listed, longest_first, parts_of
+from fromage.models.prompts import RET, ImageInput, Prompt, Starts, batches_by_length, embed_prompts, listed, parts_of
 from fromage.models.vision.base import VisionTower
 from fromage.models.vision.registry import load_vision
 
@@ -188,8 +188,7 @@ class Fromage(Pretrained):
         prompts = listed(prompts)
         suffix = [RET] if self.pooling == "ret" else []
         rows = torch.empty(len(prompts), self.q, device=self.device)  # (B, q)
-        order = longest_first(prompts)
-        for at in (order[start : start + batch_size] for start in range(0, len(order), batch_size)):
+        for at in batches_by_length(prompts, batch_size):
             batch = embed_prompts(self, [[*parts_of(prompts[i]), *suffix] for i in at], starts=starts)
             hidden = self.lm(batch.embeds, batch.mask, self.positions(batch.ids, batch.mask))  # (b, T, d)
             rows[at] = self.embed_ret(hidden[:, -self.r :])  # (b, r, d) -> (b, q)

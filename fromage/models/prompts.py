@@ -146,13 +146,14 @@ def started(parts: Sequence[Part], starts: Starts) -> list[Part]:
     return out
 
 
-def longest_first(prompts: Sequence[Prompt]) -> list[int]:
-    """The numbers of prompts, ordered by the characters of their texts, so that those of a batch need little padding.
+def batches_by_length(prompts: Sequence[Prompt], batch_size: int) -> list[list[int]]:
+    """The numbers of prompts in batches of like lengths, in characters of text, so that they need little padding.
 
     The longest come first: what does not fit in memory fails at once.
     """
     sizes = [sum(len(part) for part in parts_of(prompt) if is_text(part)) for prompt in prompts]
-    return sorted(range(len(sizes)), key=lambda i: -sizes[i])
+    order = sorted(range(len(sizes)), key=lambda i: -sizes[i])
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
 class PromptLayout(Protocol):

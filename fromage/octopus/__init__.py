@@ -1,7 +1,7 @@
 """Octopus: the lower layers of a language model recognise objects in parallel, the upper layers point at them.
 
 A reconstruction of Zhao et al., "Octopus: A Multi-modal LLM with Parallel Recognition and Sequential Understanding",
-NeurIPS 2024. No code was published: abstract, figures and settings are theirs, the rest is ours (docs/octopus.md).
+NeurIPS 2024. No code was published: it is the paper's model where the paper speaks, and the rest is ours (docs/octopus.md).
 
 Where to look:
 

@@ -56,8 +56,8 @@ def match(logits: Tensor, boxes: Tensor, objects: Objects) -> Tensor:
     for row, count in enumerate(objects.counts):
         if not count:
             continue
-        apart, overlap = distances(ours[row], theirs[row, :count])  # (N, count) each
-        cost = L1 * apart + GIOU * overlap - SCORE * likely[row].unsqueeze(1)  # (N, count); NaN if training diverged
+        l1, giou = distances(ours[row], theirs[row, :count])  # (N, count) each
+        cost = L1 * l1 + GIOU * giou - SCORE * likely[row].unsqueeze(1)  # (N, count); NaN if training diverged
         queries, numbers = linear_sum_assignment(cost.nan_to_num(FAR, FAR, -FAR))
         found[row, torch.from_numpy(numbers)] = torch.from_numpy(queries)
     return found.to(logits.device)
@@ -68,9 +68,8 @@ Matcher = Callable[[Tensor, Tensor, Objects], Tensor]  # as `match`
 
 def distances(ours: Tensor, theirs: Tensor) -> tuple[Tensor, Tensor]:
     """(..., N, 4) and (..., K, 4) boxes -> L1 distances and 1 - GIoU, (..., N, K) each."""
-    apart = torch.cdist(ours, theirs, p=1)
     corners = (box_convert(boxes, "cxcywh", "xyxy") for boxes in (ours, theirs))
-    return apart, 1 - generalized_box_iou(*corners)
+    return torch.cdist(ours, theirs, p=1), 1 - generalized_box_iou(*corners)
 
 
 @torch.no_grad()
@@ -82,7 +81,7 @@ def nearest(boxes: Tensor, objects: Objects) -> Tensor:
     if not objects.boxes.shape[1]:
         return torch.zeros(len(boxes), 0, dtype=torch.long, device=boxes.device)
     pairs = [distances(ours.float(), theirs) for ours, theirs in zip(boxes, objects.boxes, strict=True)]  # (N, K) each
-    return torch.stack([(apart + overlap).argmin(0) for apart, overlap in pairs])  # (B, K)
+    return torch.stack([(l1 + giou).argmin(0) for l1, giou in pairs])  # (B, K)
 
 
 def set_loss(found: Detections, objects: Objects, matcher: Matcher = match) -> tuple[Tensor, dict[str, Tensor]]:
@@ -116,9 +115,9 @@ def _layer_loss(logits: Tensor, boxes: Tensor, matched: Tensor, objects: Objects
     foreground = torch.zeros_like(logits, dtype=torch.float32)  # (B, N)
     foreground[rows, queries] = 1.0
     ours, theirs = boxes[rows, queries].float(), objects.boxes[rows, places]  # (M, 4) each
-    apart = torch.diagonal(generalized_box_iou(*(box_convert(b, "cxcywh", "xyxy") for b in (ours, theirs))))
+    giou = torch.diagonal(generalized_box_iou(*(box_convert(b, "cxcywh", "xyxy") for b in (ours, theirs))))  # (M,)
     return {
         "score": F.binary_cross_entropy_with_logits(logits[known].float(), foreground[known], reduction="sum") / len(rows),
         "l1": F.l1_loss(ours, theirs, reduction="sum") / len(rows),
-        "giou": (1 - apart).sum() / len(rows),
+        "giou": (1 - giou).sum() / len(rows),
     }

@@ -95,7 +95,7 @@ class OctopusModule(pl.LightningModule):
             lr: learning rate of AdamW after warm-up.
             new_lr: learning rate of the parameters outside the language model in stage 3; null for lr.
             weight_decay: weight decay of AdamW.
-            warmup_steps: steps over which the learning rate rises from zero; then it falls to zero along a cosine.
+            warmup_steps: steps over which the learning rate rises from lr / warmup_steps; then it falls to 0 along a cosine.
             nonfinite: on a NaN or infinite loss or gradient: stop the run, or skip the update.
             seed: seed of the trained parameters.
             n: former name of num_queries, for one more release.

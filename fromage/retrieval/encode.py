@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,8 +21,6 @@ from fromage.images.open import file_bytes
 from fromage.images.regions import Place, Region, file_at
 from fromage.images.transforms import Framing, Several, Transform, framed_as, read_image
 from fromage.models.base import VisualPrefixLM
-
-Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)

@@ -166,13 +166,13 @@ def _compare(item: Item, caption: str, found: _Difference) -> None:
         return
     if known and known[:2] == now[:2] and caption == item.caption:
         found.same += 1
-    elif known and (known[:2] == now[:2] or _digest(item.path, now) == known.digest):
+    elif known and (known[:2] == now[:2] or _digest(item.path) == known.digest):
         found.touched[item.path] = item._replace(caption=caption, stamp=str(now._replace(digest=known.digest)))
     else:
         found.changed.append(item.path)
 
 
-def _digest(path: str, now: FileStamp) -> str:
+def _digest(path: str) -> str:
     try:
         return FileStamp.of(os.stat(path), read_file(Path(path))).digest  # noqa: PTH116
     except OSError:

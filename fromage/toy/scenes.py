@@ -83,15 +83,6 @@ class Mark(NamedTuple):
     outline: list[Polygon]
 
 
-def count_scenes() -> int:
-    """The number of scenes of sample_scene: for n objects, places C(5, n), ordered distinct shapes and colours, sizes."""
-    total = 0
-    for n in (1, 2, 3):
-        looks = math.perm(len(SHAPES), n) * math.perm(len(COLOURS), n) * len(SIZES) ** n
-        total += math.comb(len(PLACES), n) * looks * len(GROUNDS) * len(TIMES)
-    return total
-
-
 def sample_scene(rng: random.Random, split: str, n: int | None = None) -> Scene:
     """Draw a scene of a split; n objects (half the scenes have one, three in ten two, two in ten three).
 

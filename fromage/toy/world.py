@@ -81,7 +81,7 @@ def make_world(
 
 def _write_composed(out: Path, seed: int, count: int, progress: bool) -> None:
     total = composed_queries.size(count)
-    with ProcessPoolExecutor(os.cpu_count()) as pool, tqdm(total=total, unit=" pictures", disable=not progress) as bar:
+    with ProcessPoolExecutor(os.cpu_count()) as pool, tqdm(total=total, unit=" images", disable=not progress) as bar:
         composed_queries.write(out, count, _rng(seed, "composed"), _painter(pool, bar))
 
 
@@ -90,7 +90,7 @@ def _check_counts(counts: dict[str, int]) -> None:
         if count < 1:
             raise UserError(f"--{name} {count}: must be at least 1")
     if counts["stories"] > (most := _unseen_singles()):
-        raise UserError(f"--stories {counts['stories']}: there are {most} unseen last pictures; ask for at most as many")
+        raise UserError(f"--stories {counts['stories']}: there are {most} unseen last images; ask for at most as many")
 
 
 def _unseen_singles() -> int:
@@ -116,7 +116,7 @@ def _write(out: Path, seed: int, counts: dict[str, int], progress: bool) -> None
     train, val, stories, dialogues, refs = counts.values()
     few = min(train, COCO_TRAIN)
     total = train + few + 2 * val + min(val, FLICKR) + 10 * stories + dialogues + 3 * refs
-    with ProcessPoolExecutor(os.cpu_count()) as pool, tqdm(total=total, unit=" pictures", disable=not progress) as bar:
+    with ProcessPoolExecutor(os.cpu_count()) as pool, tqdm(total=total, unit=" images", disable=not progress) as bar:
         paint = _painter(pool, bar)
         scenes = {"train": sample_scenes(_rng(seed, "train"), "train", train)}
         scenes["val"] = sample_scenes(_rng(seed, "val"), "val", val)

@@ -130,7 +130,7 @@ class FromageModule(pl.LightningModule):
             lr: learning rate of Adam after warm-up.
             betas: Adam's decay rates of its two moments.
             eps: Adam's epsilon.
-            warmup_steps: steps over which the learning rate rises linearly from zero.
+            warmup_steps: steps over which the learning rate rises linearly, from lr / warmup_steps.
             warmup_from_zero: warm up one step later, with a first step of learning rate 0, as the released code does.
             decay_steps: steps of a cosine decay to zero after warm-up; 0 keeps the learning rate constant.
             pairing: probability that the captioning sequences of a batch contain two examples each.

@@ -16,10 +16,10 @@ from fromage.models.prompts import (
     START,
     Starts,
     Url,
+    batches_by_length,
     embed_prompts,
     encode_images,
     listed,
-    longest_first,
     max_length,
     prompt_ids,
     prompt_length,
@@ -245,7 +245,7 @@ def test_texts_of_like_length_share_a_batch(toy_model, images, monkeypatch):
     monkeypatch.setattr(toy_model.lm, "forward", lambda embeds, *rest: seen.append(embeds.shape[1]) or lm(embeds, *rest))
     short, long = "a star", "a star " * 20
     toy_model.embed_text([short, long, [images[0], short], [long, images[0]]], batch_size=2)
-    assert longest_first([short, long, "", [images[0], long + "."]]) == [3, 1, 0, 2]
+    assert batches_by_length([short, long, "", [images[0], long + "."]], 3) == [[3, 1, 0], [2]]
     assert min(seen) < max(seen) / 5, "a short text was padded to the length of a long one"
 
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import subprocess
 import zipfile
 from dataclasses import replace
 from types import SimpleNamespace
@@ -17,8 +16,6 @@ from fromage.models import towers
 from fromage.models.language_model import load_lm
 from fromage.models.towers import EFFICIENTNET_LITE2, KNOWN, SMOLLM2
 from fromage.models.vision.registry import load_vision
-
-PIP = subprocess.run
 
 
 @pytest.fixture

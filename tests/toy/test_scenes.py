@@ -14,7 +14,6 @@ from fromage.toy.scenes import (
     PIXELS,
     Scene,
     Thing,
-    count_scenes,
     draw,
     sample_crowded_scene,
     sample_scene,
@@ -23,6 +22,15 @@ from fromage.toy.scenes import (
 
 STAR = Thing("star", "red", "big", "left")
 MOON = Thing("moon", "blue", "small", "right")
+
+
+def count_scenes():
+    """For n objects: places C(5, n), ordered distinct shapes and colours, sizes."""
+    looks = {
+        n: math.perm(len(scenes.SHAPES), n) * math.perm(len(scenes.COLOURS), n) * len(scenes.SIZES) ** n for n in (1, 2, 3)
+    }
+    settings = len(scenes.GROUNDS) * len(scenes.TIMES)
+    return sum(math.comb(len(scenes.PLACES), n) * count * settings for n, count in looks.items())
 
 
 def test_there_are_more_than_a_hundred_thousand_scenes():

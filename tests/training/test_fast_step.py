@@ -1,4 +1,4 @@
-"""The fast step against the plain one: losses to 1e-6 relative, gradients of every trained parameter to 1e-4."""
+"""The fast step against the reference: losses to 1e-6 relative, gradients of every trained parameter to 1e-4."""
 
 import copy
 from functools import partial
@@ -85,8 +85,8 @@ def run(step, model, batch, paired):
     return out, {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in model.trained().items()}
 
 
-def compare(model, batch, paired, step=fast_step, plain=reference_step):
-    slow, slow_grads = run(plain, model, batch, paired)
+def compare(model, batch, paired, step=fast_step, reference=reference_step):
+    slow, slow_grads = run(reference, model, batch, paired)
     fast, fast_grads = run(step, model, batch, paired)
     # what rounding a cosine by 1e-6 changes in a logit of the contrastive loss
     logit = 1e-6 * model.logit_scale.exp().item()
@@ -272,9 +272,11 @@ def test_chunks_do_not_matter(models, monkeypatch):
         torch.testing.assert_close(part_grads[name], grads[name])
 
 
-def test_in_bfloat16_it_is_no_further_from_float32_than_the_plain_step():
-    """Both steps run the same frozen weights in bfloat16, 8 bits of mantissa; the reference is the plain step in float32
-    on those very weights. Rounding differs between the two, so the fast step may be off by as much again: factor 1.5."""
+def test_in_bfloat16_it_is_no_further_from_float32_than_the_reference_step():
+    """Both run the same frozen weights in bfloat16, 8 bits of mantissa, and are compared to the reference step in float32.
+
+    Rounding differs between the two, so the fast step may be off by as much again: factor 1.5.
+    """
     model = build("tied", 1, torch.bfloat16)
     exact = copy.deepcopy(model)
     exact.lm.hf.float()

@@ -350,9 +350,9 @@ def test_images_reach_tensorboard(world, tmp_path):
     assert {f"train/{name}" for name in wanted} <= set(events.Tags()["scalars"])
 
 
-def test_fast_and_plain_steps_train_alike(world, tmp_path):
+def test_fast_and_reference_steps_train_alike(world, tmp_path):
     """Three optimiser steps by either step: Adam divides by gradients near zero, so the tolerance is loose."""
     fast, _ = run(world, tmp_path / "fast", 3, step="fast")
-    plain, _ = run(world, tmp_path / "plain", 3, step="reference")
+    reference, _ = run(world, tmp_path / "reference", 3, step="reference")
     for name, value in fast.model.trained().items():
-        torch.testing.assert_close(value, plain.model.trained()[name], atol=5e-3, rtol=1e-2, msg=name)
+        torch.testing.assert_close(value, reference.model.trained()[name], atol=5e-3, rtol=1e-2, msg=name)
