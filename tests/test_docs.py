@@ -187,6 +187,15 @@ def test_the_reading_order_leads_to_what_it_names():
             assert re.search(rf"^ *(def|class) {name}\b|^{name} = ", code, re.MULTILINE), (file, name)
 
 
+def test_every_file_is_told_of():
+    page = text(DOCS / "architecture.md")
+    named = {*re.findall(r"`(fromage/[\w/]+(?:\.py|/))`", page)}
+    single = {f"fromage/{name}.py" for row in table("Packages") for name in re.findall(r"`(\w+)`", row[0])}
+    files = {path.relative_to(ROOT).as_posix() for path in (ROOT / "fromage").rglob("*.py") if path.stem[:2] != "__"}
+    untold = {file for file in files - named - single if not any(file.startswith(each) for each in named if each[-1] == "/")}
+    assert not untold and not {each for each in named if each[-1] != "/"} - files
+
+
 def test_the_layers_are_those_of_setup_cfg():
     config = configparser.ConfigParser()
     config.read(ROOT / "setup.cfg")

@@ -33,6 +33,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig
 from fromage.checkpoints.format import DTYPES
 from fromage.data.tokenizer import IMAGE, PromptTokenizer
 from fromage.errors import UserError
+from fromage.evals.options import Options
 from fromage.evals.refcoco import evaluate
 from fromage.images.open import open_image
 from fromage.models.frozen import TOY
@@ -45,7 +46,6 @@ from fromage.octopus.examples import Example
 from fromage.octopus.model import QUERY, Octopus, index_token_names
 from fromage.octopus.module import load_octopus
 from fromage.octopus.sources import RefCOCO
-from fromage.retrieval.encode import Options
 
 BOXES = (1, 3, 8)
 GIVEN = ("", "_from_pixels")  # patch features, or the image

@@ -30,9 +30,10 @@ from fromage.evals import coco, few_shot, visdial, vist
 from fromage.evals.caption_sets import read_caption_set
 from fromage.evals.clip import load_clip_baseline
 from fromage.evals.dialogues import read_dialogues
+from fromage.evals.options import Options
 from fromage.io import write_json
+from fromage.models.encode_images import encode_files
 from fromage.models.fromage import Fromage, load_model
-from fromage.retrieval.encode import Options, encode_files
 from fromage.retrieval.metrics import Scope, chance, places, rank_figures
 from fromage.retrieval.queries import embed_queries
 from fromage.toy.tuples import LINES, make_tuples

@@ -30,10 +30,10 @@ from study import Run, Runs, begin, collect, measured, table
 
 from fromage.apps import octopus_demo as octopus_tour
 from fromage.evals import instructions, pope, refcoco
+from fromage.evals.options import Options
 from fromage.models.vision.registry import load_patches
 from fromage.octopus import Flickr30kSpotting, Instructions, Pope, RefCOCO, load_octopus, model, recognition
 from fromage.octopus.patch_store import PatchStore
-from fromage.retrieval.encode import Options
 from fromage.toy.world import make_world
 
 ROWS: dict[str, list[str]] = {  # of Octopus: what is changed

@@ -51,7 +51,7 @@ class ImageOptions(EvalOptions):
 
     def options(self) -> Any:
         """As the evaluations take them."""
-        from fromage.retrieval.encode import Options
+        from fromage.evals.options import Options
 
         return Options(**{field.name: getattr(self, field.name) for field in fields(Options) if hasattr(self, field.name)})
 

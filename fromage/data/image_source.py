@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ from fromage.io import read_json
 
 PAIRS = {".tsv": tsv_pairs, ".jsonl": jsonl_pairs}
 MAX_META = 1 << 14  # bytes of what is kept of an image's own JSON
+PATHS = ("source", "target_image")  # of what fromage.data.packing writes: as they stood in the list of images
 FILES_PER_PART = 1024  # files of a folder per part; at most this many are encoded again after a kill
 
 
@@ -200,7 +201,13 @@ def _meta(data: bytes) -> str:
         return ""
     if not isinstance(found, dict) or not found:
         return ""
-    return json.dumps(found, ensure_ascii=False).encode("utf-8", "replace").decode()
+    return json.dumps(without_folders(found), ensure_ascii=False).encode("utf-8", "replace").decode()
+
+
+def without_folders(found: dict[str, Any]) -> dict[str, Any]:
+    """What a shard says of an image; of absolute paths on the machine that packed it the file's name alone."""
+    paths = {name: value for name, value in found.items() if name in PATHS and isinstance(value, str)}
+    return found | {name: os.path.basename(path) for name, path in paths.items() if os.path.isabs(path)}  # noqa: PTH117, PTH119
 
 
 def find_images(source: str, transform: Transform, captions: Path | None = None) -> ImageSource:

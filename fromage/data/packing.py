@@ -151,7 +151,7 @@ def _raw_lines(path: Path) -> Iterator[str | bytes]:
         with path.open("rb") as lines:
             encoding = encoding_of(lines.peek(64), path)
             if encoding == "utf-16":
-                yield from decode_text(lines.read(), path).splitlines()
+                yield from decode_text(lines.read(), path).split("\n")
             elif encoding == "utf-8-sig":
                 lines.read(len(BOM_UTF8))
             yield from lines

@@ -19,7 +19,7 @@ REQUESTS = (
 
 
 def request(caption: str, share: float, seed: int, key: str, epoch: int) -> str | None:
-    """The caption within one of REQUESTS, or None where it stays as it is, which 1 - share of them do.
+    """The caption within one of REQUESTS, or None where it stays as it is: 1 - share of them, and captions without a word.
 
     It stands there as a person types it: without its full stop, and after the first phrase only with its capital. Which
     captions and which phrase follow from seed, key of the image and epoch alone, so that a run repeats and resumes exactly.
@@ -28,4 +28,6 @@ def request(caption: str, share: float, seed: int, key: str, epoch: int) -> str 
     if rng.random() >= share:
         return None
     phrase, words = rng.choice(REQUESTS), caption.rstrip(" .")
+    if not words:
+        return None
     return phrase.format(words if phrase.endswith(": {}") else words[:1].lower() + words[1:])

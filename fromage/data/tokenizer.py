@@ -39,7 +39,7 @@ class PromptTokenizer:
     def __init__(self, folder: str, rows: Sequence[str] = (RET,), places: Sequence[str] = (IMAGE,)) -> None:
         """Load from a folder or a hub name. Raises UserError if no tokenizer is found."""
         try:
-            self.hf: Any = AutoTokenizer.from_pretrained(folder)
+            self.hf: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         except Exception as error:
             raise UserError(
                 f"no tokenizer at {folder} ({first_line(error)}); give a folder that holds one, "

@@ -21,6 +21,7 @@ from fromage.checkpoints.format import OCTOPUS
 from fromage.errors import UserError
 from fromage.evals.answer_file import AnswerFile
 from fromage.evals.base import make_report
+from fromage.evals.options import Options
 from fromage.evals.predict import SECONDS, ImageStream
 from fromage.evals.questions import Question, Questions
 from fromage.evals.report import Figures, Report, System
@@ -32,7 +33,6 @@ from fromage.models.pretrained import Pretrained
 from fromage.models.prompts import Part
 from fromage.octopus.decoding import MAX_NEW_TOKENS, ground
 from fromage.octopus.model import Octopus
-from fromage.retrieval.encode import Options
 
 Asked = Sequence[tuple[Tensor | None, str]]  # features of an image, or none, and a question
 

@@ -15,13 +15,14 @@ from tqdm import tqdm
 from fromage.distribution import versions
 from fromage.errors import UserError
 from fromage.evals.clip import load_clip_baseline, no_baseline
+from fromage.evals.options import Options
 from fromage.evals.report import SYSTEMS, Report, System
 from fromage.images.regions import Place
 from fromage.images.transforms import Framing
 from fromage.models.base import VisualPrefixLM
+from fromage.models.encode_images import encode_files, lost_counts
 from fromage.models.fromage import Fromage
 from fromage.models.prompts import batches_by_length
-from fromage.retrieval.encode import Options, encode_files, lost_counts
 from fromage.retrieval.metrics import chance
 
 Item = TypeVar("Item")

@@ -16,10 +16,10 @@ from torch import Tensor
 from fromage.data.annotations import FILE, TEXT, Kind, Wanted, fitting, read_annotations
 from fromage.errors import UserError
 from fromage.evals.contextual import ContextualRun, Query, Side, Task
+from fromage.evals.options import Options
 from fromage.evals.report import Figures, Report, System
 from fromage.images.regions import below
 from fromage.models.fromage import Fromage
-from fromage.retrieval.encode import Options
 from fromage.retrieval.metrics import chance_within
 
 DIALOGUE: Wanted = {"img": FILE, "dialog": Kind("a list of texts", lambda value: _texts(value))}

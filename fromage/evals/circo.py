@@ -16,9 +16,9 @@ from fromage.data.annotations import FILE, TEXT, WHOLE, Kind, Wanted, fitting, o
 from fromage.errors import UserError
 from fromage.evals.composed import ASKED, WORDS, Composed, ComposedRun, ComposedSet, write_server_files
 from fromage.evals.contextual import PRECISION
+from fromage.evals.options import Options
 from fromage.evals.report import Report, System
 from fromage.models.fromage import Fromage
-from fromage.retrieval.encode import Options
 from fromage.retrieval.metrics import Scope
 
 KEPT = "_reference_kept"

@@ -14,10 +14,10 @@ from fromage.data.annotations import FILE, TEXT, WHOLE, Wanted, fitting, optiona
 from fromage.errors import UserError
 from fromage.evals.composed import ASKED, Composed, ComposedRun, ComposedSet, write_server_files
 from fromage.evals.contextual import recalls
+from fromage.evals.options import Options
 from fromage.evals.report import Report, System
 from fromage.images.regions import Place, below
 from fromage.models.fromage import Fromage
-from fromage.retrieval.encode import Options
 from fromage.retrieval.metrics import Scope
 
 QUERY: Wanted = {

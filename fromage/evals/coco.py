@@ -13,10 +13,10 @@ from fromage.evals import eccv
 from fromage.evals.base import RetrievalRun, Retriever
 from fromage.evals.caption_sets import CaptionSet
 from fromage.evals.captioning import caption_figures, check_installed
+from fromage.evals.options import Options
 from fromage.evals.report import Report, System
 from fromage.generation.generate import caption_images
 from fromage.models.fromage import Fromage
-from fromage.retrieval.encode import Options
 from fromage.retrieval.metrics import rank_figures, ranks
 
 FOLD = 1000  # images of a gallery of the 1k protocol

@@ -11,7 +11,7 @@ from fromage.data.annotations import odd_allowed
 from fromage.errors import UserError
 from fromage.evals.caption_sets import read_caption_set
 from fromage.evals.coco import evaluate
-from fromage.retrieval.encode import Options
+from fromage.evals.options import Options
 from fromage.training.module import FromageModule
 
 

@@ -19,11 +19,11 @@ from typing import Any
 from fromage.data.annotations import TEXT, Kind
 from fromage.errors import UserError
 from fromage.evals.contextual import RANKS, ContextualRun, Measure, Query, Side, Task
+from fromage.evals.options import Options
 from fromage.evals.report import Report, System
 from fromage.images.regions import Place
 from fromage.io import check_new, write_files
 from fromage.models.fromage import Fromage
-from fromage.retrieval.encode import Options
 from fromage.retrieval.metrics import WHOLE, Scope
 
 ASKED = "_asked"

@@ -21,12 +21,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fromage.evals.base import RetrievalRun, Retriever
+from fromage.evals.options import Options
 from fromage.evals.report import Figures, System
 from fromage.images.regions import Place
 from fromage.images.transforms import Framing
+from fromage.models.encode_images import Encoded
 from fromage.models.fromage import Fromage
 from fromage.models.prompts import Special
-from fromage.retrieval.encode import Encoded, Options
 from fromage.retrieval.metrics import (
     WHOLE,
     Items,

@@ -13,10 +13,10 @@ from fromage.data.annotations import FILE, TEXT, Wanted, fitting, read_annotatio
 from fromage.errors import UserError
 from fromage.evals.composed import Composed, ComposedRun, ComposedSet, with_mean
 from fromage.evals.contextual import Task, recalls
+from fromage.evals.options import Options
 from fromage.evals.report import Report
 from fromage.images.regions import Place, named
 from fromage.models.fromage import Fromage
-from fromage.retrieval.encode import Options
 
 KINDS = ("dress", "shirt", "toptee")
 QUERY: Wanted = {"target": FILE, "candidate": FILE, "captions": [TEXT]}

@@ -16,10 +16,10 @@ from fromage.data.annotations import NUMBER, WHOLE, Wanted, fitting, read_annota
 from fromage.errors import UserError
 from fromage.evals.composed import ASKED, WORDS, Composed, ComposedRun, ComposedSet, with_mean
 from fromage.evals.contextual import Task, recalls
+from fromage.evals.options import Options
 from fromage.evals.report import Report, System
 from fromage.images.regions import Place, Region
 from fromage.models.fromage import Fromage
-from fromage.retrieval.encode import Options
 from fromage.retrieval.metrics import Scope
 
 OBJECT: Wanted = {"val_image_id": WHOLE}

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 
+from fromage.evals.options import Options
 from fromage.evals.predict import predict, report
 from fromage.evals.report import Figures, Report
 from fromage.octopus.examples import Example
 from fromage.octopus.metrics import box_metrics, mean_percent
 from fromage.octopus.model import Octopus
 from fromage.octopus.sources import Instructions
-from fromage.retrieval.encode import Options
 
 PROTOCOL = {
     "all_found": "as many boxes as there ought to be, and each the partner of one of these with an IoU from 0.5 on",

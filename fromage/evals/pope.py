@@ -12,11 +12,11 @@ import torch
 from torchmetrics.functional.classification import binary_accuracy, binary_f1_score, binary_precision, binary_recall
 
 from fromage.errors import UserError
+from fromage.evals.options import Options
 from fromage.evals.predict import listed, predict, report
 from fromage.evals.report import Figures, Report, System
 from fromage.octopus.model import Octopus
 from fromage.octopus.sources import Pope
-from fromage.retrieval.encode import Options
 
 MEASURES = {"accuracy": binary_accuracy, "precision": binary_precision, "recall": binary_recall, "f1": binary_f1_score}
 PROTOCOL = {

@@ -14,16 +14,17 @@ from tqdm import tqdm
 
 from fromage.errors import UserError
 from fromage.evals.base import make_report
+from fromage.evals.options import Options
 from fromage.evals.report import Report, System
 from fromage.images.regions import Place
 from fromage.models.base import VisualPrefixLM
+from fromage.models.encode_images import Encoded, check_lost, encode_batches
 from fromage.octopus.answers import Grounded, answer_ids
 from fromage.octopus.decoding import ground
 from fromage.octopus.examples import Example
 from fromage.octopus.model import Octopus
 from fromage.octopus.patch_store import PatchStore
 from fromage.octopus.sources import FileSource
-from fromage.retrieval.encode import Encoded, Options, check_lost, encode_batches
 
 Source = TypeVar("Source", bound=FileSource)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from fromage.evals.options import Options
 from fromage.evals.predict import listed, predict, report
 from fromage.evals.report import Report, System
 from fromage.octopus.answers import Grounded
@@ -24,7 +25,6 @@ from fromage.octopus.metrics import (
 from fromage.octopus.model import Octopus
 from fromage.octopus.sources import RefCOCO
 from fromage.octopus.sources.listed import LOST_ANSWERS, with_masks
-from fromage.retrieval.encode import Options
 
 PROTOCOL = {
     "acc_iou50, mean_iou": "of the first box that the answer points at; acc_iou50 counts it from an IoU of 0.5 on",

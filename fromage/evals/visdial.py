@@ -19,13 +19,13 @@ from tqdm import tqdm
 
 from fromage.evals.contextual import ContextualRun, Query, Side, Task
 from fromage.evals.dialogues import Dialogue, Dialogues, spoken
+from fromage.evals.options import Options
 from fromage.evals.report import Figures, Report
 from fromage.evals.scores import ScoreStore, identity
 from fromage.generation.score import score
 from fromage.images.transforms import Framing
 from fromage.models.fromage import Fromage
 from fromage.models.prompts import START, Part
-from fromage.retrieval.encode import Options
 from fromage.retrieval.metrics import mean_reciprocal_rank, ndcg, ranks_among, recall_at
 
 AUTHORS = "_authors"

@@ -19,12 +19,12 @@ import torch
 from fromage.data.annotations import DIGITS, FILE, ID, TEXT, WHOLE, Kind, fitting, read_annotations
 from fromage.errors import UserError
 from fromage.evals.contextual import ContextualRun, Query, Side, Task
+from fromage.evals.options import Options
 from fromage.evals.report import Report
 from fromage.images.regions import named
 from fromage.images.transforms import Framing
 from fromage.models.fromage import Fromage
 from fromage.models.prompts import START
-from fromage.retrieval.encode import Options
 from fromage.retrieval.metrics import Scope
 
 LENGTH = 5  # images, and sentences, of a story

@@ -4,7 +4,8 @@
 
 so that 1, 2, 3 and 4 people who said the same make 0.3, 0.6, 0.9 and 1. Answers are compared after the official evaluation's
 normalisation (github.com/GT-Vision-Lab/VQA, vqaEval.py): the model's always, as LLaVA's scripts do before they hand in, and
-those of people where they differ.
+those of people where they differ, as vqaEval.py does. So of ten people who all say "t-shirt" none has said the model's
+"t shirt": there and here it counts as wrong.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ MAX_SEGMENTS = 10_000  # of a JPEG, tables and metadata; read one by one before 
 MAX_ASPECT = 100  # a strip of 1 x 20,000 pixels passes the first limit, and explodes when its short side is scaled up
 WHITE = (255, 255, 255)
 ORIENTATION = ExifTags.Base.Orientation
-JPEG_MARKER = re.compile(rb"\xff([\x01-\xcf\xd8-\xfe])")  # neither pixels nor a restart; \xff+ would be 28 times as slow
+JPEG_MARKER = re.compile(rb"\xff([\x02-\xcf\xd9-\xfe])")  # what has a length; \xff+ would be 28 times as slow
 JPEG_SCAN, JPEG_END = 0xDA, 0xD9
 
 

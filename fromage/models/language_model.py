@@ -168,8 +168,16 @@ class LanguageModel(FrozenTower):
         """The bound of the logits' soft cap by tanh (Gemma 2), or None."""
         return getattr(self.hf.config, "final_logit_softcapping", None)
 
+    @property
+    def factor(self) -> float:
+        """What the output of the head is multiplied by (Granite, Cohere); 1 elsewhere."""
+        config = self.hf.config
+        return float(getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1))
+
     def capped(self, logits: Tensor) -> Tensor:
-        """Output of the head -> logits, of the same shape; -inf stays."""
+        """Output of the head -> logits, of the same shape, multiplied and capped as the model has it; -inf stays."""
+        if self.factor != 1:
+            logits = logits * self.factor
         if self.cap is None:
             return logits
         return (torch.tanh(logits / self.cap) * self.cap).masked_fill(logits.isneginf(), -torch.inf)
@@ -224,9 +232,10 @@ def load_lm(
     tokenizer = PromptTokenizer(folder, rows, places)
     try:
         if random_weights:
-            hf = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=DTYPES[dtype])
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+            hf = AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype])
         else:
-            hf = AutoModelForCausalLM.from_pretrained(folder, **options)
+            hf = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, **options)
     except Exception as error:
         raise UserError(
             f"language model {name}: no weights on disk or within reach ({first_line(error)}); "

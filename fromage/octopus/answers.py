@@ -26,7 +26,8 @@ class Grounded:
         text: the answer as the model wrote it, with index tokens or spelled boxes.
         pieces: text and boxes in order; a box is left, top, right, bottom, relative to the image (0 to 1).
         candidates: box and score of every object query, best first; empty if boxes are spelled.
-        queries: the numbers of the queries pointed at, in order; empty if boxes are spelled.
+        queries: the numbers of the queries pointed at, in order, and
+        scores: their scores; both empty if boxes are spelled.
         masks: (H, W) logits of the mask of each box pointed at, on the host (fromage.octopus.masks.at_size enlarges them);
             empty where the model has none.
     """
@@ -35,6 +36,7 @@ class Grounded:
     pieces: list[str | Box]
     candidates: list[tuple[Box, float]] = field(default_factory=list)
     queries: list[int] = field(default_factory=list)
+    scores: list[float] = field(default_factory=list)
     masks: list[Tensor] = field(default_factory=list, compare=False)
 
     @property
@@ -45,8 +47,8 @@ class Grounded:
     @property
     def pointed(self) -> list[tuple[Box, float | None]]:
         """The boxes pointed at with their scores; a spelled box has None."""
-        scores = dict(self.candidates)
-        return [(box, scores.get(box)) for box in self.boxes]
+        boxes = self.boxes
+        return list(zip(boxes, self.scores or [None] * len(boxes), strict=True))
 
     @property
     def words(self) -> str:
@@ -108,4 +110,4 @@ def read_indexed(ids: Sequence[int], tokenizer: PromptTokenizer, boxes: Sequence
             text, pieces = text + f"<d{query}>", [*pieces, boxes[query]]
             queries.append(query)
     ranked = sorted(zip(boxes, scores, strict=True), key=lambda candidate: -candidate[1])
-    return Grounded(text, pieces, ranked, queries)
+    return Grounded(text, pieces, ranked, queries, [scores[query] for query in queries])

@@ -23,6 +23,7 @@ from fromage.data.workers import init_worker
 from fromage.errors import BrokenSample, UserError, first_few
 from fromage.images.open import file_bytes
 from fromage.images.transforms import Transform, read_image
+from fromage.models.encode_images import check_lost
 from fromage.models.prompts import pad_left, prompt_ids
 from fromage.octopus.answers import answer_ids
 from fromage.octopus.examples import Conversation, Example, Source, characters, rows_of
@@ -32,7 +33,8 @@ from fromage.octopus.patch_store import PatchStore
 from fromage.octopus.sampler import ResumableSampler
 from fromage.octopus.sources.listed import with_masks
 from fromage.octopus.step import GroundingBatch
-from fromage.retrieval.encode import check_lost
+
+AT_ONCE = 5000  # images whose patches one device encodes while the others wait, which they do for half an hour at most
 
 
 class Layout(NamedTuple):
@@ -293,8 +295,11 @@ class OctopusData(pl.LightningDataModule):
         if any(len(turns) + len(row) > 2 for row in rows for turns in row) and not image_first(module.model.template):
             raise UserError("model.template: the image must come first where prompts share it; or set data.per_image to 1")
         dataset = GroundingDataset(rows, module.model.vision.transform, store, self.max_lost)
-        if shuffle and len(rows) < batch_size:
-            raise UserError(f"{len(rows)} rows of training examples are fewer than data.batch_size {batch_size}: lower it")
+        devices = self.trainer.world_size  # type: ignore[union-attr]
+        if shuffle and len(rows) // devices < batch_size:
+            each = f" on each of {devices} devices" * (devices > 1)
+            told = f"{len(rows)} rows of training examples are fewer than data.batch_size {batch_size}{each}"
+            raise UserError(f"{told}: lower it")
         sampler = None
         if shuffle:
             lengths = [characters(row) for row in rows] if self.group_by_length else None
@@ -320,10 +325,12 @@ class OctopusData(pl.LightningDataModule):
     def _store(self, examples: Sequence[Example], vision: Any) -> PatchStore:
         """The patches of all images; one process writes them while the others wait."""
         folder, images = Path(self.features or ""), list(dict.fromkeys(example.image for example in examples))
-        strategy: Any = self.trainer.strategy  # type: ignore[union-attr]
-        if self.trainer.is_global_zero:  # type: ignore[union-attr]
-            PatchStore(folder, vision).add(images, workers=self.workers)
-        strategy.barrier("patches")
+        trainer: Any = self.trainer
+        at_once = len(images) if trainer.world_size == 1 else AT_ONCE
+        for start in range(0, len(images), at_once):
+            if trainer.is_global_zero:
+                PatchStore(folder, vision).add(images[start : start + at_once], workers=self.workers)
+            trainer.strategy.barrier("patches")
         store = PatchStore(folder, vision)
         lost = [(cause, Path(image)) for image, cause in store.lost.items() if image in set(images)]
         check_lost(lost, len(images), self.max_lost)

@@ -29,8 +29,8 @@ def draw_answer(image: Image.Image, answer: Grounded, top: int | None = None, ma
     for number, mask in enumerate(answer.masks if masks else []):
         cover = Image.fromarray(at_size(mask, *page.size).numpy().astype(np.uint8) * round(255 * TINT))
         page.paste(COLOURS[number % len(COLOURS)], mask=cover)
-    chosen = set(answer.boxes)
-    others = [(box, score) for box, score in answer.candidates if box not in chosen and score >= FOREGROUND][:top]
+    chosen = set(answer.pointed)
+    others = [(box, score) for box, score in answer.candidates if (box, score) not in chosen and score >= FOREGROUND][:top]
     drawn = [(box, f"{score:.2f}", OTHERS) for box, score in reversed(others)]  # the best one last, on top
     for number, (box, score) in reversed(list(enumerate(answer.pointed))):
         text = f"{number + 1}" + ("" if score is None else f"  {score:.2f}")

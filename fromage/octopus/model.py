@@ -330,10 +330,10 @@ def _start(lm: LanguageModel, n: int) -> Tensor:
 
 
 def fill_template(template: Sequence[str], image: ImageInput | None, instruction: str, ask: bool) -> list[Part]:
-    """The parts of a template -> a prompt, with queries (ask) or without."""
+    """The parts of a template -> a prompt, with queries (ask) or without; with START in front where it names none."""
     slots: dict[str, Part | None] = {"{image}": image, "{instruction}": instruction, "{start}": START}
     slots["{queries}"] = QUERIES if ask else None
-    parts = [slots.get(part, part) for part in template]
+    parts = [slots.get(part, part) for part in ([] if "{start}" in template else ["{start}"]) + list(template)]
     return joined([part for part in parts if part is not None])
 
 

@@ -19,8 +19,8 @@ from fromage.data.workers import init_worker, plain_errors
 from fromage.errors import UserError
 from fromage.identity import FolderKind
 from fromage.io import WholeFile, parse_json, writing
+from fromage.models.encode_images import Files
 from fromage.models.vision.base import VisionTower
-from fromage.retrieval.encode import Files
 
 LINES, ROWS, LOCK = "pictures.jsonl", "patches.bf16", "lock"
 IMAGE = "picture"  # key of the image in each line: its name in stores that were written before it was called so

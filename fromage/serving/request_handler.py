@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import numpy as np
 from PIL import Image
 
+from fromage.data.image_source import without_folders
 from fromage.errors import BrokenSample, UserError
 from fromage.generation.generate import Answer
 from fromage.generation.preset import Preset
@@ -194,7 +195,7 @@ class RequestHandler:
                 caption=_sound(hit.caption),
                 name=_sound(hit.name),
                 key=_sound(hit.key),
-                metadata=hit.metadata,
+                metadata=without_folders(hit.metadata),
                 url=_sound(hit.path) if hit.path.startswith(("http://", "https://")) else None,
                 image=base64.b64encode(jpeg(image, SMALL)).decode() if image else None,
             )

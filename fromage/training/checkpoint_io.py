@@ -25,7 +25,7 @@ from pytorch_lightning.utilities.exceptions import SIGTERMException
 from fromage.checkpoints.run_folder import BEFORE, LAST, last_checkpoint
 from fromage.checkpoints.safe_pickle import read_pickle
 from fromage.errors import UserError
-from fromage.io import WholeFile
+from fromage.io import WholeFile, disk_error
 from fromage.locks import held
 
 TERMINATED, INTERRUPTED = 128 + signal.SIGTERM, 128 + signal.SIGINT  # exit codes of what these end
@@ -222,12 +222,12 @@ def saved_checkpoint(trainer: pl.Trainer) -> str:
 
 
 def _on_first_device(trainer: pl.Trainer, act: Callable[[], object]) -> None:
-    """Act on the first device alone; its UserError is raised on all, so that none waits for it."""
+    """Act on the first device alone; its UserError is raised on all, and its OSError as one, so that none waits for it."""
     said = None
     if trainer.is_global_zero:
         try:
             act()
-        except UserError as error:
-            said = str(error)
+        except (UserError, OSError) as error:
+            said = str((isinstance(error, OSError) and disk_error(error)) or error)
     if said := trainer.strategy.broadcast(said):
         raise UserError(said)

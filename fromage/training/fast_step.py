@@ -48,14 +48,14 @@ from fromage.training.reference_step import (
 
 
 def fast_step(
-    model: Fromage, batch: Batch, paired: bool, weights: Weights = ALL, chunk: int = 0, kept: Tensor | None = None
+    model: Fromage, batch: Batch, paired: bool, weights: Weights = ALL, chunk: int = 0, dropout: Tensor | None = None
 ) -> StepOutput:
     """The output of reference_step, up to rounding.
 
     Args:
         paired: whether two examples share a captioning sequence.
         weights: of the losses of the two passes.
-        kept: factors of dropout on image features, as of reference_step.
+        dropout: factors of dropout on image features, as of reference_step.
         chunk: examples whose activations are in memory at a time; 0 for all. InfoNCE still uses the negatives of the whole
             batch: its embeddings are kept, and the chunks run again one by one in the backward (GradCache: Gao et al.,
             "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup", 2021).
@@ -69,7 +69,7 @@ def fast_step(
     queries = batch.queries
     text_loss = _mean(model, queries, [part.queries for part in parts], [one[1] for one in done])
     texts, v = torch.cat([one[3] for one in done]), torch.cat(features)  # (B, q), (B, m)
-    images = model.embed_images(dropped(v, kept))  # (B, q)
+    images = model.embed_images(dropped(v, dropout))  # (B, q)
     apart = None if weights.same_image_negatives else v
     contrastive_loss, retrieval_accuracy = info_nce(images, texts, model.logit_scale, apart)
     captioned, asked = (device_weight(count_targets(model, some), batch.ids.device) for some in (batch, queries))

@@ -19,6 +19,7 @@ from fromage.processor import on_cpu
 if TYPE_CHECKING:
     from fromage.models.language_model import LanguageModel
 
+HASH = 6364136223846793005  # of Knuth's linear congruential generator
 CHUNK, CPU_CHUNK = 1024, 128  # positions whose logits exist at a time; on a CPU, few enough that memory is used again
 
 
@@ -66,7 +67,7 @@ class _FrozenHeadLoss(torch.autograd.Function):
                 z.scatter_add_(1, of_added, -s * is_added)  # now e and z are s (p - onehot)
                 if slopes:
                     e, z = e.mul_(slopes[0]), z.mul_(slopes[1])
-                scale = 1 / (s * len(hidden))  # (c, 1)
+                scale = lm.factor / (s * len(hidden))  # (c, 1)
                 back = cpu_linear(e.to(h.dtype), weight.T).add_(z.to(h.dtype) @ rows.to(h.dtype))  # (c, d)
                 torch.mul(back, scale, out=out)  # (c, d), a view of grad_hidden
                 grad_rows += ((z * scale).to(h.dtype).T @ h).to(rows.dtype)  # (n, d)
@@ -113,12 +114,22 @@ def info_nce(images: Tensor, texts: Tensor, logit_scale: Tensor, features: Tenso
     logits = logit_scale.exp() * images @ texts.T  # (W B, W B)
     target = torch.arange(len(logits), device=logits.device)  # (W B,)
     if features is not None:
-        of = gather_with_gradient(features).unique(dim=0, return_inverse=True)[1]  # (W B,): which image a row is of
+        of = row_hashes(gather_with_gradient(features))  # (W B,): which image a row is of
         same = (of.unsqueeze(0) == of.unsqueeze(1)) & (target.unsqueeze(0) != target.unsqueeze(1))  # (W B, W B)
         logits = logits.masked_fill(same, -torch.inf)
     loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
     accuracy = ((logits.argmax(1) == target).float().mean() + (logits.argmax(0) == target).float().mean()) / 2
     return loss, accuracy
+
+
+def row_hashes(rows: Tensor) -> Tensor:
+    """(N, m) numbers -> (N,) int64, the same for equal rows alone, up to collisions of 64 bits.
+
+    A polynomial of the bits, without waiting for the device, as torch.unique would.
+    """
+    bits = (rows.detach().float() + 0.0).view(torch.int32).long()  # (N, m); + 0.0 makes a zero of -0.0
+    powers = torch.full((rows.shape[1],), HASH, device=rows.device).cumprod(0)  # (m,), modulo 2^64
+    return (bits * powers).sum(1)
 
 
 def devices() -> int:

@@ -26,7 +26,7 @@ from fromage.checkpoints.format import DTYPES, dtype_name
 from fromage.data.batches import Batch
 from fromage.data.tuples import Images, Tuples
 from fromage.errors import UserError
-from fromage.models.fromage import Fromage, RetAttention, Space
+from fromage.models.fromage import Fromage, Pooling, RetAttention, Space
 from fromage.models.fusion import RetFusion
 from fromage.models.language_model import LanguageModel, Quantized
 from fromage.models.vision.base import VisionTower
@@ -49,7 +49,7 @@ from fromage.training.planning import (
     quantized_bytes,
     run_of,
 )
-from fromage.training.reference_step import Weights, count_targets, image_features, reference_step
+from fromage.training.reference_step import Weights, count_targets, freeze_unused, image_features, reference_step
 
 PARTS = {
     "lm": LM, "vision": TOWER, "visual_prefix": "W_c", "text_head": "W_t", "image_head": "W_i", "ret": "[RET]",
@@ -79,16 +79,19 @@ class Run:
     chunk: int = 0
     activation_checkpointing: bool = False
     quantize: str | None = None
+    pooling: str = "ret"
     freeze_temperature: bool = False
+    captioning_weight: float = 1.0
+    retrieval_weight: float = 1.0
     composition_captioning_weight: float = 0.0
     composition_retrieval_weight: float = 0.0
     tuple_batch_size: int | None = None  # None: batch_size; conditions and target captions are planned as long as captions
 
     @property
-    def composition(self) -> Weights | None:
-        """The weights of composition learning; None where there is none."""
-        weights = self.composition_captioning_weight, self.composition_retrieval_weight
-        return Weights(1.0, 1.0, True, *weights) if any(weights) else None
+    def weights(self) -> Weights:
+        """Of the losses."""
+        composition = self.composition_captioning_weight, self.composition_retrieval_weight
+        return Weights(self.captioning_weight, self.retrieval_weight, True, *composition)
 
 
 def read_run(config: str | Sequence[str], **options: Any) -> Run:
@@ -99,13 +102,13 @@ def read_run(config: str | Sequence[str], **options: Any) -> Run:
     run = replace(run, dtype=dtype_name(run.dtype))
     check_choices(run, {"step": ("fast", "reference"), "quantize": (None, *get_args(Quantized))})
     check_choices(run, {"ret_attention": get_args(RetAttention), "ret_fusion": get_args(RetFusion)})
-    check_choices(run, {"space": get_args(Space)})
+    check_choices(run, {"space": get_args(Space), "pooling": get_args(Pooling)})
     if min(run.batch_size, run.r) < 1 or not 1 <= run.tokens <= run.max_tokens - run.r:
         raise UserError(
             f"batches of {run.batch_size}, {_captions(run)}: "
             "give a batch size and r from 1 on, and tokens from 1 to max_tokens without [RET]"
         )
-    if run.composition and run.step == "reference":
+    if run.weights.composes and run.step == "reference":
         raise UserError("step reference: what it takes to learn from tuples is planned for step fast alone")
     return run
 
@@ -119,7 +122,7 @@ def plan(run: Run) -> Plan:
             if run.activation_checkpointing:
                 checkpoint_blocks(model.lm)
             batch = _batch(run, model)
-            if run.composition:
+            if run.weights.composes:
                 batch = batch._replace(tuples=_tuples(run, model))
         return count(run, model, batch)
 
@@ -140,15 +143,15 @@ def count(run: Run, model: Fromage, batch: Batch) -> Plan:
     meter = Meter([*model.parameters(), *model.buffers(), *given])
     transient = {}
     if run.step == "fast" and not run.chunk:
-        _fast(meter, model, batch, run.composition)
+        _fast(meter, model, batch, run.weights)
         transient = {
             "keys and values of the text pass": _keys_and_values(model, batch),
             "a chunk of logits": _logits(model, batch),
         }
     else:
         step = reference_step if run.step == "reference" else partial(fast_step, chunk=run.chunk)
-        loss = meter.run("the forward", lambda: step(model, batch, paired=False).loss)
-        loss = loss + _composition(meter, model, batch, run.composition, run.chunk)
+        loss = meter.run("the forward", lambda: step(model, batch, paired=False, weights=run.weights).loss)
+        loss = loss + _composition(meter, model, batch, run.weights, run.chunk)
         meter.run("the backward", loss.backward)
     largest = max((p.nbytes for p in linear), default=0)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -163,7 +166,7 @@ def _heading(run: Run) -> str:
     what = "stored features" if run.stored_features else "images"
     more = f", layers in {run.quantize}" * bool(run.quantize) + ", layers recomputed" * run.activation_checkpointing
     more += f", {run.chunk} examples at a time" * bool(run.chunk)
-    more += f", {run.tuple_batch_size or run.batch_size} tuples" * bool(run.composition)
+    more += f", {run.tuple_batch_size or run.batch_size} tuples" * run.weights.composes
     return f"{run.lm} and {run.vision} in {run.dtype}{more}, {run.step} step; {run.batch_size} {what}, {_captions(run)}"
 
 
@@ -172,26 +175,26 @@ def _captions(run: Run) -> str:
     return f"captions of {run.tokens:g} tokens and {several}[RET], the longest {run.max_tokens}"
 
 
-def _composition(
-    meter: Meter, model: Fromage, batch: Batch, weights: Weights | None, chunk: int = 0
-) -> torch.Tensor | float:
+def _composition(meter: Meter, model: Fromage, batch: Batch, weights: Weights, chunk: int = 0) -> torch.Tensor | float:
     """The loss of the batch's tuples; 0 without any."""
     tuples = batch.tuples
-    if tuples is None or weights is None:
+    if tuples is None:
         return 0.0
     return meter.run("the tuples", lambda: fast_composition(model, tuples, weights, chunk=chunk).loss)
 
 
-def _fast(meter: Meter, model: Fromage, batch: Batch, weights: Weights | None) -> None:
+def _fast(meter: Meter, model: Fromage, batch: Batch, weights: Weights) -> None:
     """The parts of fast_step, unpaired; paired captions need no more memory."""
     features = meter.run("the image tower", lambda: image_features(model, batch))
-    caption_loss, _ = meter.run("captioning", lambda: captioning(model, batch, features, paired=False))
+    loss: Any = 0.0
+    if weights.captioning:
+        loss = meter.run("captioning", lambda: captioning(model, batch, features, paired=False)[0])
     text_loss, at_ret = meter.run("the text pass", lambda: retrieval_text(model, batch))
     contrastive = meter.run(
         "the contrastive loss",
         lambda: info_nce(model.embed_images(features), model.embed_ret(at_ret), model.logit_scale)[0],
     )
-    loss = caption_loss + text_loss + contrastive + _composition(meter, model, batch, weights)
+    loss = loss + weights.retrieval * (text_loss + contrastive) + _composition(meter, model, batch, weights)
     meter.run("the backward", loss.backward)
 
 
@@ -217,10 +220,10 @@ def _model(run: Run, tower: VisionTower) -> Fromage:
         vocab_size=rows, image_id=rows, ret_id=ret[0], ret_ids=ret, row_ids=ret, pad_id=0, start=lambda: [0]
     )
     tower.to_empty(device="cpu").normalise = None  # it looks at values
-    options: Any = {"ret_attention": run.ret_attention, "ret_fusion": run.ret_fusion}
+    options: Any = {"pooling": run.pooling, "ret_attention": run.ret_attention, "ret_fusion": run.ret_fusion}
     model = Fromage(LanguageModel(hf, tokens, run.lm), tower, run.k, run.q, **options)
-    model.logit_scale.requires_grad_(not run.freeze_temperature)
-    model.image_head.requires_grad_(run.space == "learned")  # else CLIP's projection, which has no weights here
+    model.space = run.space  # type: ignore[assignment]  # where it is CLIP's, the projection has no weights here
+    freeze_unused(model, run.weights, run.freeze_temperature)
     return model
 
 

@@ -37,7 +37,14 @@ from fromage.training.fast_step import fast_step
 from fromage.training.layers import checkpoint_blocks, compile_blocks
 from fromage.training.nonfinite import NonFiniteGuard
 from fromage.training.reference_composition import NO_TUPLES, CompositionOutput, reference_composition
-from fromage.training.reference_step import StepOutput, Weights, image_features, reference_step, text_embeddings
+from fromage.training.reference_step import (
+    StepOutput,
+    Weights,
+    freeze_unused,
+    image_features,
+    reference_step,
+    text_embeddings,
+)
 from fromage.training.strategy import gather_parts
 
 COMPOSITION = ("composition_captioning_weight", "composition_retrieval_weight")
@@ -58,6 +65,14 @@ def _check(h: Any) -> None:
     if not any(h[name] for name in weights):
         raise UserError("model.captioning_weight, model.retrieval_weight: choose numbers from 0 on, not all of them 0")
     dtype_name(h.dtype)
+
+
+class CosineToZero(torch.optim.lr_scheduler.CosineAnnealingLR):
+    """A cosine from lr to zero that stays there; PyTorch's own rises again."""
+
+    def get_lr(self) -> list[float]:
+        """Of each group of parameters."""
+        return [0.0] * len(self.base_lrs) if self.last_epoch > self.T_max else super().get_lr()  # type: ignore[return-value]
 
 
 class FromageModule(pl.LightningModule):
@@ -166,7 +181,7 @@ class FromageModule(pl.LightningModule):
             raise UserError(f"model.chunk {chunk}: choose a number of examples, or 0 for all at once")
         if chunk and step == "reference":
             raise UserError("model.chunk is the fast step's: leave out model.chunk, or choose model.step fast")
-        self.guard = NonFiniteGuard(nonfinite == "skip", LOSSES if any(self.h[name] for name in COMPOSITION) else LOSSES[:3])
+        self.guard = NonFiniteGuard(nonfinite == "skip", LOSSES if self.weights.composes else LOSSES[:3])
         self._validation: list[Gallery] = []
         self._to_show: list[tuple[str, Tensor, Tensor | None]] = []
         self._clock = 0.0
@@ -176,22 +191,11 @@ class FromageModule(pl.LightningModule):
         """Load the towers, once."""
         if not hasattr(self, "model"):
             self.model = from_hyperparameters(Fromage, self.h)
-            self._freeze_unused()
+            freeze_unused(self.model, self.weights, self.h.freeze_temperature)
             if self.h.compile_blocks:
                 compile_blocks(self.model.lm)
             if self.h.activation_checkpointing:
                 checkpoint_blocks(self.model.lm)
-
-    def _freeze_unused(self) -> None:
-        """Freeze the parameters that no loss reaches."""
-        model, h = self.model, self.h
-        finding = h.retrieval_weight + h.composition_retrieval_weight > 0
-        model.visual_prefix.requires_grad_(h.captioning_weight > 0 or any(h[name] for name in COMPOSITION))
-        for part in (model.text_head, model.image_head, model.fusion, model.logit_scale):
-            part.requires_grad_(finding and not (part is model.image_head and model.space == "clip"))
-        if self.h.freeze_temperature:
-            model.logit_scale.requires_grad_(False)
-        model.ret.input.requires_grad_(model.pooling == "ret" or model.ret.tied)  # with pooling last no input is [RET]
 
     def configure_optimizers(self) -> Any:
         """Adam over the trained parameters; linear warm-up, then constant or a cosine decay.
@@ -205,7 +209,7 @@ class FromageModule(pl.LightningModule):
         warmup = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + first) / max(1, h.warmup_steps)))
         if not h.decay_steps:
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": warmup, "interval": "step"}}
-        cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, h.decay_steps)
+        cosine = CosineToZero(optimizer, h.decay_steps)
         both = torch.optim.lr_scheduler.SequentialLR(optimizer, [warmup, cosine], [h.warmup_steps])
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": both, "interval": "step"}}
 
@@ -219,27 +223,29 @@ class FromageModule(pl.LightningModule):
         h = self.h
         return Weights(h.captioning_weight, h.retrieval_weight, h.same_image_negatives, *(h[name] for name in COMPOSITION))
 
-    def kept(self, step: int, examples: int) -> Tensor | None:
+    def dropout(self, step: int, examples: int, part: int = 0) -> Tensor | None:
         """(B, m) factors of dropout on the image features of a step's retrieval pass: 0, or 1 / (1 - image_dropout).
 
-        They depend on seed, step and device only, for exact resume. None without dropout.
+        They depend on seed, step, its part (under gradient accumulation) and device only, for exact resume. None without
+        dropout.
         """
         if not self.h.image_dropout:
             return None
-        draw = random.Random(f"{self.h.seed}/{step}/{self.global_rank}/dropout").getrandbits(63)
+        which = f"{self.h.seed}/{step}/{self.global_rank}/dropout" + f"/{part}" * (part > 0)
+        draw = random.Random(which).getrandbits(63)
         numbers = torch.rand(examples, self.model.vision.width, generator=torch.Generator().manual_seed(draw))  # (B, m)
         return (numbers >= self.h.image_dropout) / (1 - self.h.image_dropout)
 
-    def losses(self, batch: Batch, paired: bool, kept: Tensor | None = None) -> StepOutput:
+    def losses(self, batch: Batch, paired: bool, dropout: Tensor | None = None) -> StepOutput:
         """The losses of a batch of pairs, by the configured step."""
         if self.h.step == "reference":
-            return reference_step(self.model, batch, paired, self.weights, kept)
-        return fast_step(self.model, batch, paired, self.weights, self.h.chunk, kept)
+            return reference_step(self.model, batch, paired, self.weights, dropout)
+        return fast_step(self.model, batch, paired, self.weights, self.h.chunk, dropout)
 
     def composition(self, tuples: Tuples | None) -> CompositionOutput | None:
         """The losses of a batch of tuples; None where both weigh 0. Raises UserError where the data has none."""
         weights = self.weights
-        if not any(self.h[name] for name in COMPOSITION):
+        if not weights.composes:
             return None
         if tuples is None:
             raise UserError(NO_TUPLES)
@@ -261,7 +267,7 @@ class FromageModule(pl.LightningModule):
     def setup(self, stage: str) -> None:
         """Raise UserError, before the towers are loaded, where a loss of tuples is to be trained without any."""
         data = getattr(self.trainer, "datamodule", None)
-        composes = any(self.h[name] for name in COMPOSITION)
+        composes = self.weights.composes
         if stage == "fit" and composes and getattr(data, "train_tuples", True) is None:
             raise UserError(NO_TUPLES)
         if stage == "fit" and not composes and getattr(data, "train_tuples", None) is not None:
@@ -275,7 +281,8 @@ class FromageModule(pl.LightningModule):
         """Loss of one batch; logs its parts."""
         self.guard.check(saved_checkpoint(self.trainer) or "none yet")
         step = self.global_step
-        out = self.losses(batch, self.paired(step), self.kept(step, len(batch.keys)))
+        part = index % self.trainer.accumulate_grad_batches
+        out = self.losses(batch, self.paired(step), self.dropout(step, len(batch.keys), part))
         composed = self.composition(batch.tuples)
         parts, keys, loss = [out.captioning_loss, out.text_loss, out.contrastive_loss], batch.keys, out.loss
         if composed is not None and batch.tuples is not None:

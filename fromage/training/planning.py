@@ -174,7 +174,7 @@ def lm_config(name: str) -> Any:
         layers, width, heads, inner = VICUNA[name]
         return LlamaConfig(num_hidden_layers=layers, hidden_size=width, num_attention_heads=heads, intermediate_size=inner)
     try:
-        return AutoConfig.from_pretrained(folder if folder.is_dir() else name)
+        return AutoConfig.from_pretrained(folder if folder.is_dir() else name, trust_remote_code=False)
     except Exception as error:
         raise UserError(
             f"language model {name}: no configuration on disk or within reach; give a folder with its config.json, "

@@ -46,8 +46,25 @@ class Weights(NamedTuple):
     composition_captioning: float = 0.0
     composition_retrieval: float = 0.0
 
+    @property
+    def composes(self) -> bool:
+        """Whether anything is learned from tuples."""
+        return self.composition_captioning != 0 or self.composition_retrieval != 0
+
 
 ALL = Weights()
+
+
+def freeze_unused(model: Fromage, weights: Weights, freeze_temperature: bool = False) -> None:
+    """Freeze the parameters that no loss of these weights reaches, and train the others."""
+    finding = weights.retrieval + weights.composition_retrieval > 0
+    model.visual_prefix.requires_grad_(weights.captioning > 0 or weights.composes)
+    for part in (model.text_head, model.image_head, model.fusion):
+        part.requires_grad_(finding)
+    if model.space == "clip":
+        model.image_head.requires_grad_(False)
+    model.logit_scale.requires_grad_(finding and not freeze_temperature)
+    model.ret.input.requires_grad_(model.pooling == "ret" or model.ret.tied)  # with pooling last no input is [RET]
 
 
 @dataclass
@@ -135,20 +152,20 @@ def _captioning(model: Fromage, batch: Batch, paired: bool) -> tuple[Tensor, Ten
     return next_token_loss(model.lm.logits(hidden), labels)  # (B, k + T, V + 1 + r)
 
 
-def dropped(features: Tensor, kept: Tensor | None) -> Tensor:
-    """(B, m) image features behind dropout, of which kept has the factors."""
-    return features if kept is None else features * to_device(kept, features.device)
+def dropped(features: Tensor, factors: Tensor | None) -> Tensor:
+    """(B, m) image features behind dropout, by its factors."""
+    return features if factors is None else features * to_device(factors, features.device)
 
 
 def reference_step(
-    model: Fromage, batch: Batch, paired: bool, weights: Weights = ALL, kept: Tensor | None = None
+    model: Fromage, batch: Batch, paired: bool, weights: Weights = ALL, dropout: Tensor | None = None
 ) -> StepOutput:
     """Losses of one batch, by the two passes above.
 
     Args:
         paired: whether two examples share a captioning sequence.
         weights: of the losses of the two passes.
-        kept: (B, m) factors of dropout on the image features that the image head reads; None: without.
+        dropout: (B, m) factors of dropout on the image features that the image head reads; None: without.
     """
     check_captions(model, batch)
     run = weights.captioning != 0
@@ -160,7 +177,7 @@ def reference_step(
     text_loss, _ = next_token_loss(model.lm.logits(hidden), labels)
 
     features = image_features(model, batch)  # (B, m); as in the released code, images are encoded twice
-    images = model.embed_images(dropped(features, kept))  # (B, q)
+    images = model.embed_images(dropped(features, dropout))  # (B, q)
     texts = model.embed_ret(at_ret)  # (B, q)
     apart = None if weights.same_image_negatives else features
     contrastive_loss, retrieval_accuracy = info_nce(images, texts, model.logit_scale, apart)

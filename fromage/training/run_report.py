@@ -131,6 +131,7 @@ class RunReport(pl.Callback):
         if device.type == "cuda":
             peak = torch.cuda.max_memory_allocated(device) / 2**30
             name = f"{torch.cuda.get_device_name(device)}, at most {peak:.1f} GiB in use"
+        steps = trainer.max_steps if trainer.max_steps >= 0 else trainer.estimated_stepping_batches
         installed = [
             f"Python {platform.python_version()}",
             *(f"{name} {is_at}" for name, is_at in versions(PACKAGES).items()),
@@ -138,7 +139,7 @@ class RunReport(pl.Callback):
         return [
             ["outcome", outcome],
             ["---", "---"],
-            ["steps", f"{trainer.global_step} of {trainer.max_steps}"],
+            ["steps", f"{trainer.global_step} of {steps}"],
             ["hours", f"{seconds / 3600:.3f}, validations included"],
             ["examples", f"{self.examples}, {self.examples / seconds:.1f} per second"],
             ["devices", f"{trainer.world_size} x {name}"],

@@ -500,7 +500,7 @@ def test_a_request_reads_as_it_is_typed():
     made = {request("A dog in the snow .", 1.0, 0, str(key), 0) for key in range(200)}
     assert len(made) == len(REQUESTS) and {"Show me: A dog in the snow", "show me a dog in the snow"} <= made
     assert request("a {} dog", 1.0, 0, "k", 0).count("a {} dog") == 1
-    assert request("a dog", 0.0, 0, "k", 0) is None
+    assert request("a dog", 0.0, 0, "k", 0) is None and request("...", 1.0, 0, "k", 0) is None
 
 
 def test_images_of_one_and_of_several_captions_mix(tmp_path):

@@ -189,11 +189,12 @@ def test_images_that_are_missing_altogether_or_on_one_side_are_one_line(photogra
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-be"])
 def test_a_tsv_of_any_unicode_encoding(tmp_path, encoding):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.jpg")
-    text = "\ufeffein Bär\ta.jpg\r\nzwei\ta.jpg\r\n" if encoding == "utf-16-be" else "ein Bär\ta.jpg\r\nzwei\ta.jpg\r\n"
+    text = "\ufeff" * (encoding == "utf-16-be") + "ein Bär\ta.jpg\r\nauf\u2028zwei\ta.jpg\r\n"
     (tmp_path / "a.tsv").write_text(text, encoding=encoding, newline="")
     assert pack_tsv(tmp_path / "a.tsv", tmp_path / "s").pairs == 2
     with tarfile.open(tmp_path / "s" / "00000.tar") as tar:
         assert tar.extractfile("000000001.txt").read().decode() == "ein Bär"
+        assert json.loads(tar.extractfile("000000001.json").read())["captions"] == ["ein Bär", "auf\u2028zwei"]
 
 
 def test_a_tsv_in_utf16_without_a_mark_is_told(tmp_path):

@@ -1,6 +1,7 @@
 import json
 import pickle
 import shutil
+from contextlib import suppress
 
 import pytest
 from transformers import AutoTokenizer
@@ -73,6 +74,18 @@ def test_what_opens_the_turns_of_a_chat_does_not_start_a_text(template, start, t
     tokenizer.save_pretrained(tmp_path)
     found = PromptTokenizer(str(tmp_path))
     assert found.start() == [found.special_id(text) for text in start]
+
+
+def test_code_beside_a_tokenizer_is_not_run(tmp_path):
+    for path in (TOY / "opt").glob("*"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    about = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    about |= {"tokenizer_class": "Strange", "auto_map": {"AutoTokenizer": ["strange.Strange", "strange.Strange"]}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(about))
+    (tmp_path / "strange.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Strange: pass\n")
+    with suppress(UserError):
+        PromptTokenizer(str(tmp_path))
+    assert not (tmp_path / "ran").exists()
 
 
 def test_no_tokenizer_is_a_clear_error(tmp_path):

@@ -12,12 +12,12 @@ from fromage.errors import UserError
 from fromage.evals import answers as answering
 from fromage.evals.answer_file import AnswerFile
 from fromage.evals.answers import evaluate
+from fromage.evals.options import Options
 from fromage.evals.questions import read_questions
 from fromage.evals.report import table
 from fromage.evals.vqa import Annotated
 from fromage.models.fromage import Fromage
 from fromage.octopus.module import load_octopus
-from fromage.retrieval.encode import Options
 
 FIELDS = ["question_id", "prompt", "text", "answer_id", "model_id", "metadata"]
 

@@ -14,10 +14,10 @@ from fromage.evals.chatir import read_chats
 from fromage.evals.circo import read_circo
 from fromage.evals.cirr import read_cirr
 from fromage.evals.dialogues import read_dialogues
+from fromage.evals.options import Options
 from fromage.evals.report import markdown, table
 from fromage.evals.retrieval import evaluate_clip
 from fromage.evals.vist import read_stories
-from fromage.retrieval.encode import Options
 
 
 @pytest.fixture

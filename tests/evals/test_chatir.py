@@ -10,7 +10,8 @@ from fromage.errors import UserError
 from fromage.evals import base, chatir
 from fromage.evals.chatir import chance_by_round, evaluate, hits_by_round, read_chats
 from fromage.evals.clip import load_clip_baseline
-from fromage.retrieval.encode import Options, encode_files
+from fromage.evals.options import Options
+from fromage.models.encode_images import encode_files
 
 
 @pytest.fixture

@@ -23,12 +23,13 @@ from fromage.evals.captioning import caption_figures
 from fromage.evals.clip import load_clip_baseline
 from fromage.evals.coco import both_ways, evaluate, gallery_of
 from fromage.evals.coco_lightning import CocoCaptions, CocoModule
+from fromage.evals.options import Options
 from fromage.evals.report import markdown, table
 from fromage.generation.generate import caption
 from fromage.images.open import open_image
+from fromage.models.encode_images import encode_files
 from fromage.models.vision.open_clip import OpenClipTower, load_clip
 from fromage.models.vision.open_clip import _projection as projection
-from fromage.retrieval.encode import Options, encode_files
 
 
 @pytest.fixture

@@ -18,9 +18,10 @@ from fromage.evals.clip import load_clip_baseline
 from fromage.evals.composed import Composed, ComposedSet
 from fromage.evals.fashion_iq import read_fashion_iq
 from fromage.evals.genecis import dilated, read_genecis
+from fromage.evals.options import Options
 from fromage.evals.report import markdown, table
 from fromage.images.regions import Region
-from fromage.retrieval.encode import Options, encode_files
+from fromage.models.encode_images import encode_files
 
 SYSTEMS = ("fromage", "clip", "clip image", "clip text", "chance")
 

@@ -13,7 +13,7 @@ from fromage.evals import eccv
 from fromage.evals.caption_sets import Numbers
 from fromage.evals.coco import evaluate
 from fromage.evals.eccv import chance_figures, figures, read_test, scorer
-from fromage.retrieval.encode import Options
+from fromage.evals.options import Options
 
 SHORT = {"t2i": "text_to_image", "i2t": "image_to_text"}
 

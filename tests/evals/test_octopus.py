@@ -13,6 +13,7 @@ from fromage.evals import pope as evaluating_pope
 from fromage.evals import predict as predicting
 from fromage.evals import refcoco as evaluating_refcoco
 from fromage.evals.instructions import evaluate as evaluate_instructions
+from fromage.evals.options import Options
 from fromage.evals.pope import coin, figures
 from fromage.evals.pope import evaluate as evaluate_pope
 from fromage.evals.predict import ImageStream, listed, predict
@@ -26,7 +27,6 @@ from fromage.octopus.model import Octopus
 from fromage.octopus.module import load_octopus
 from fromage.octopus.sources import Instructions, Pope, RefCOCO
 from fromage.octopus.sources.listed import with_masks
-from fromage.retrieval.encode import Options
 
 A, B, FAR = (0.0, 0.0, 0.5, 0.5), (0.5, 0.5, 1.0, 1.0), (0.9, 0.0, 1.0, 0.1)
 

@@ -8,11 +8,11 @@ import torch
 from tiny_octopus import save_untrained
 
 from fromage.errors import UserError
+from fromage.evals.options import Options
 from fromage.evals.predict import ImageStream, predict
 from fromage.octopus.model import Octopus
 from fromage.octopus.module import load_octopus
 from fromage.octopus.sources import RefCOCO
-from fromage.retrieval.encode import Options
 
 
 @pytest.fixture(scope="module")

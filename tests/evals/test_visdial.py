@@ -14,6 +14,7 @@ from fromage.errors import UserError
 from fromage.evals import contextual, visdial
 from fromage.evals.clip import load_clip_baseline
 from fromage.evals.dialogues import Dialogue, Dialogues, Round, read_dialogues
+from fromage.evals.options import Options
 from fromage.evals.visdial import (
     ANSWER_PROTOCOLS,
     answer_figures,
@@ -24,8 +25,8 @@ from fromage.evals.visdial import (
     our_prompt,
     score_answers,
 )
+from fromage.models.encode_images import encode_files
 from fromage.models.prompts import embed_prompts
-from fromage.retrieval.encode import Options, encode_files
 from fromage.retrieval.metrics import places, recall_at
 
 

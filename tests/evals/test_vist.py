@@ -9,9 +9,10 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from fromage.errors import UserError
 from fromage.evals.clip import load_clip_baseline
+from fromage.evals.options import Options
 from fromage.evals.vist import KEPT, SETTINGS, Stories, Story, evaluate, read_stories, story_prompt
+from fromage.models.encode_images import encode_files
 from fromage.models.prompts import RET, START, prompt_ids
-from fromage.retrieval.encode import Options, encode_files
 
 
 @pytest.fixture

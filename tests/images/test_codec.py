@@ -154,6 +154,8 @@ def test_a_jpeg_of_many_scans_is_refused_and_one_of_ten_is_not():
     assert decode_image(data + b"\xff\xda" * 1000).size == (64, 64), "what follows the image does not count"
     with pytest.raises(BrokenSample, match="more than 64 scans"):
         decode_image(data[:at] + scan * 100 + b"\xff\xd9")
+    with pytest.raises(BrokenSample, match="more than 64 scans"):  # a marker without a length hides none
+        decode_image(data[:at] + b"\xff\x01" + scan * 100 + b"\xff\xd9")
     with pytest.raises(BrokenSample, match="segments"):
         decode_image(data[:2] + b"\xff\xfe\0\2" * 20_000 + data[2:])
     photo = encoded(image, "JPEG", exif=b"Exif\0\0" + b"\xff\xda" * 900)

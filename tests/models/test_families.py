@@ -56,6 +56,11 @@ FAMILIES = {
     "qwen2": (hf.Qwen2Config, GROUPED),
     "qwen3": (hf.Qwen3Config, GROUPED | {"head_dim": 16, "tie_word_embeddings": True}),
     "phi": (hf.PhiConfig, SIZES),
+    "granite": (
+        hf.GraniteConfig,
+        GROUPED | {"logits_scaling": 4.0, "embedding_multiplier": 3.0, "residual_multiplier": 0.5},
+    ),
+    "cohere": (hf.CohereConfig, GROUPED | {"logit_scale": 0.25}),
     "gemma": (hf.GemmaConfig, GROUPED),
     "gemma2": (hf.Gemma2Config, GROUPED | {"query_pre_attn_scalar": 8, "sliding_window": 5} | CAPS),
     "gemma3": (hf.Gemma3TextConfig, GROUPED | {"query_pre_attn_scalar": 8, "sliding_window": 5} | LOCAL),
@@ -117,6 +122,23 @@ def test_scores_are_those_of_full_passes(family):
     prompt, texts = [torch.ones(20), "what is it?"], [" red.", " a small ring.", " no, i do not think so."]
     for got, text in zip(score(model, prompt, texts).total, texts, strict=True):
         torch.testing.assert_close(got, whole_pass(model, prompt, text), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_are_those_of_the_model_itself(family):
+    model = build(family)
+    embeds = model.embed(torch.tensor([[2, 9, 40, 7, 100]]))  # (1, T, d)
+    ours = model.lm.logits(model.lm(embeds, torch.ones(1, 5, dtype=torch.bool)))
+    theirs = model.lm.hf(inputs_embeds=embeds, use_cache=False).logits
+    words = model.lm.added.vocab_size
+    torch.testing.assert_close(ours[..., :words], theirs[..., :words].float(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma", "gemma2", "gemma3"])
+def test_ret_enters_as_long_as_an_ordinary_token(family):
+    model = build(family)
+    words, ret = (model.lm.embed(torch.tensor([ids])).norm(dim=-1) for ids in (range(50), [model.tokenizer.ret_id]))
+    assert ret.item() == pytest.approx(words.mean().item(), rel=0.3)
 
 
 @pytest.mark.parametrize("family", ["mistral", "gemma2", "gemma3"])

@@ -76,6 +76,13 @@ def test_vit_l_14_features_are_hugging_faces_pooler_output():
         torch.testing.assert_close(tower(pixels), theirs(pixels).pooler_output, atol=1e-4, rtol=1e-4)
 
 
+def test_a_file_of_weights_does_not_say_its_activation(tmp_path, monkeypatch):
+    monkeypatch.setattr(open_clip, "create_model_and_transforms", lambda name, **options: (torch.nn.Identity(), None, None))
+    (tmp_path / "clip.pt").touch()
+    with pytest.warns(UserWarning, match="name ViT-B-32-quickgelu"):
+        load_clip("ViT-B-32", str(tmp_path / "clip.pt"))
+
+
 def test_openai_weights_bring_quick_gelu(monkeypatch):
     """open_clip itself builds GELU for ViT-B-32 and the tag openai, and only warns."""
     built = {}

@@ -61,7 +61,12 @@ def test_pieces_and_candidates_of_index_tokens():
     t = tokenizer(3)
     answer = read_indexed([*t.encode("a star"), t.row_ids[1], t.row_ids[2]], t, [A, B, C], [0.1, 0.7, 0.2])
     assert answer.text == "a star<d1><d2>" and answer.pieces == ["a star", B, C] and answer.queries == [1, 2]
-    assert answer.candidates == [(B, 0.7), (C, 0.2), (A, 0.1)]
+    assert answer.candidates == [(B, 0.7), (C, 0.2), (A, 0.1)] and answer.pointed == [(B, 0.7), (C, 0.2)]
+
+
+def test_two_queries_with_the_same_box_keep_their_scores():
+    t = tokenizer(2)
+    assert [read_indexed([t.row_ids[i]], t, [A, A], [0.9, 0.1]).pointed for i in (0, 1)] == [[(A, 0.9)], [(A, 0.1)]]
 
 
 def test_an_index_out_of_range_is_an_error():

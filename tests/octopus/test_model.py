@@ -1,16 +1,19 @@
 """The language model in two halves: who sees whom, what is relayed, and that the cache changes nothing."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from tiny_octopus import FAMILIES, NoTower, build
 from torch.nn.functional import pad
 
 from fromage.errors import UserError
-from fromage.models.prompts import embed_prompts, pad_left, prompt_ids
+from fromage.models.prompts import START, Starts, embed_prompts, pad_left, prompt_ids, started
 from fromage.octopus.decoding import ground
-from fromage.octopus.model import Octopus, alone, among, positions, query_places, seen
+from fromage.octopus.model import SLOTS, Octopus, alone, among, fill_template, positions, query_places, seen
+from fromage.training.configs import find_config
 
 ASKED = ["where is the red star?", "where are the rings by the small blue moon?", "star"]
 
@@ -24,6 +27,15 @@ def embedded(model, asked=ASKED):
 def read(model, asked=ASKED):
     prompts, patches = embedded(model, asked)
     return model.read(prompts.ids, alone(prompts.mask), prompts.embeds, patches)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_prompt_of_full_size_has_one_start_token_at_its_front(stage):
+    options = yaml.safe_load(Path(find_config(f"octopus_stage{stage}.yaml")).read_text())["model"]["init_args"]
+    for template in (options["template"], options["template"].removeprefix("{start}")):
+        parts = fill_template(SLOTS.split(template), torch.zeros(4, 20), "where is the cat?", ask=True)
+        parts = [part for part in started(parts, Starts.EACH) if part != ""]
+        assert [i for i, part in enumerate(parts) if part is START] == [0]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

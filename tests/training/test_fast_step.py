@@ -200,11 +200,11 @@ def test_an_image_that_is_no_negative_of_its_other_caption(models, chunk):
 @pytest.mark.parametrize("chunk", [0, 2])
 def test_dropout_of_image_features_is_the_retrieval_passs_alone(models, chunk):
     model, batch = models["untied", 4], make_batch(models["untied", 4], [5, 12, 3, 24])
-    kept = (torch.arange(batch.features.numel()).view_as(batch.features) % 3 > 0) * 1.5  # a third is left out
-    steps = partial(fast_step, chunk=chunk, kept=kept), partial(reference_step, kept=kept)
+    dropout = (torch.arange(batch.features.numel()).view_as(batch.features) % 3 > 0) * 1.5  # a third is left out
+    steps = partial(fast_step, chunk=chunk, dropout=dropout), partial(reference_step, dropout=dropout)
     compare(model, batch, True, *steps)
     out, plain = steps[0](model, batch, True), fast_step(model, batch, True)
-    torch.testing.assert_close(out.images, model.embed_images(batch.features * kept))
+    torch.testing.assert_close(out.images, model.embed_images(batch.features * dropout))
     assert out.captioning_loss == plain.captioning_loss and out.contrastive_loss != plain.contrastive_loss
 
 

@@ -1,8 +1,9 @@
 import math
 
+import pytest
 import torch
 
-from fromage.training.losses import info_nce, next_token_loss
+from fromage.training.losses import info_nce, next_token_loss, row_hashes
 
 
 def test_next_token_loss_is_the_mean_over_targets_by_hand():
@@ -51,6 +52,17 @@ def test_other_captions_of_an_image_are_no_negatives_where_that_is_asked():
     assert all(g.isfinite().all() for g in torch.autograd.grad(loss, (images, texts)))
     plain, distinct = info_nce(images, texts, scale)[0], torch.randn(5, 7)
     assert plain > loss and info_nce(images, texts, scale, distinct)[0] == plain
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_equal_rows_alone_have_equal_hashes(dtype):
+    rows = torch.randn(300, 40, generator=torch.Generator().manual_seed(0)).to(dtype)
+    rows[:, 3] = 0
+    twins = rows.clone()
+    twins[:, 3] = -0.0
+    assert torch.equal(row_hashes(rows), row_hashes(twins)) and len(row_hashes(rows).unique()) == 300
+    swapped = rows[:, [1, 0, *range(2, 40)]]
+    assert not (row_hashes(swapped) == row_hashes(rows)).any()
 
 
 def test_info_nce_of_equal_sides_finds_all():

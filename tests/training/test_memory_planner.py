@@ -106,6 +106,25 @@ def test_a_frozen_temperature_is_not_counted_as_trained(small, tmp_path):
     assert as_json(frozen, 1, 1)["trained"] == frozen.trained
 
 
+@pytest.mark.parametrize(
+    ("options", "untrained", "without"),
+    [
+        ({"captioning_weight": 0.0}, ["visual_prefix"], "captioning"),
+        ({"retrieval_weight": 0.0}, ["text_head", "image_head", "logit_scale"], None),
+        ({"pooling": "last"}, [], None),
+    ],
+)
+@pytest.mark.parametrize("step", ["fast", "reference"])
+def test_what_a_run_does_not_train_is_not_planned(small, options, untrained, without, step):
+    counted, whole = plan(replace(small, step=step, **options)), plan(replace(small, step=step))
+    parameters = real(small)[0].trained()
+    held = sum(p.numel() for name, p in parameters.items() if name.split(".")[0] in untrained)
+    assert counted.trained == whole.trained - held and counted.parameters == whole.parameters
+    if step == "fast":
+        assert set(whole.passes) - set(counted.passes) == ({without} if without else set())
+    assert counted.flop < whole.flop
+
+
 def test_the_image_head_of_clips_space_is_not_counted_as_trained(small):
     learned, clip = (plan(replace(small, q=128, space=space)) for space in ("learned", "clip"))
     head = 128 * plan_vision("toy", "float32").width + 128
@@ -204,7 +223,7 @@ def test_tuples_are_planned_as_they_train(small):
     for tokens, lengths in ((made.conditions, made.lengths), (made.captions, made.caption_lengths)):
         for row, n in zip(tokens, lengths, strict=True):
             row[:n] = torch.randint(3, 400, (n,))
-    held = kept_bytes(model, lambda: fast_composition(model, made, run.composition).loss)
+    held = kept_bytes(model, lambda: fast_composition(model, made, run.weights).loss)
     assert sum(tuples.kept.values()) == pytest.approx(held, rel=0.05)
     assert sum(plan(replace(run, chunk=3)).passes["the tuples"].kept.values()) < held
     assert count(run, model, batch._replace(tuples=made)).flop == counted.flop
@@ -213,8 +232,8 @@ def test_tuples_are_planned_as_they_train(small):
 def test_tuples_are_planned_from_a_configuration(tmp_path):
     both = [str(find_config(name)) for name in ("toy.yaml", "ablations/composition_both.yaml")]
     run = read_run(both)
-    assert run.composition.composition_captioning == run.composition.composition_retrieval == 1.0
-    assert read_run(both[:1]).composition is None
+    assert run.weights.composition_captioning == run.weights.composition_retrieval == 1.0
+    assert not read_run(both[:1]).weights.composes
     with pytest.raises(UserError, match="step fast alone"):
         read_run(both, step="reference")
 

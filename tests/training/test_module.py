@@ -17,7 +17,7 @@ from fromage.evals.coco import evaluate as evaluate_coco
 from fromage.models.fromage import load_model
 from fromage.training.fast_step import fast_step
 from fromage.training.module import FromageModule
-from fromage.training.reference_step import Weights
+from fromage.training.reference_step import Weights, freeze_unused
 
 TOY = {"lm": "toy", "vision": "toy", "vision_weights": None, "dtype": "float32", "lr": 5e-3, "warmup_steps": 2, "q": 32}
 
@@ -220,7 +220,7 @@ def test_whatever_is_trained_has_a_gradient(kind, weights, pooling):
     """As DDP demands."""
     module = FromageModule(**TOY, captioning_weight=weights.captioning, retrieval_weight=weights.retrieval)
     module.model = build(kind, 1, pooling=pooling)
-    module._freeze_unused()
+    freeze_unused(module.model, module.weights, module.h.freeze_temperature)
     fast_step(module.model, make_batch(module.model, [5, 12, 3]), False, weights).loss.backward()
     for name, p in module.model.trained().items():
         assert p.requires_grad == (p.grad is not None), name
@@ -249,7 +249,7 @@ def test_a_frozen_temperature_changes_no_other_gradient(chunk):
     for frozen in (False, True):
         module = FromageModule(**TOY, freeze_temperature=frozen, chunk=chunk)
         module.model = build("tied", 1)
-        module._freeze_unused()
+        freeze_unused(module.model, module.weights, module.h.freeze_temperature)
         out = module.losses(make_batch(module.model, [5, 12, 3, 8, 9, 4]), False)
         out.loss.backward()
         found.append((out.loss, {name: p.grad for name, p in module.model.trained().items()}))
@@ -281,12 +281,13 @@ class Rates(pl.Callback):
         ({"warmup_from_zero": True}, [0, 0.25, 0.5, 0.75, 1, 1]),  # step n of the released code: min(1, n / warmup_steps)
         ({"warmup_from_zero": True, "warmup_steps": 0}, [1] * 6),
         ({"warmup_from_zero": True, "decay_steps": 4}, [0, 0.25, 0.5, 0.75, 1, (1 + 0.5**0.5) / 2]),
+        ({"warmup_steps": 1, "decay_steps": 2}, [1, 1, 0.5, 0, 0, 0]),  # and it does not rise again
     ],
 )
-def test_warm_up_from_zero_is_one_step_later(options, want, world, tmp_path):
+def test_the_learning_rate(options, want, world, tmp_path):
     rates = Rates()
     run(world, tmp_path, 6, callbacks=[rates], **{"warmup_steps": 4, **options})
-    assert rates.rates == pytest.approx(want)
+    assert rates.rates == pytest.approx(want, abs=1e-9)
 
 
 def test_the_first_step_from_zero_moves_nothing_but_the_norm_of_ret(fitted, world, tmp_path):
@@ -319,9 +320,10 @@ def test_dropout_of_image_features_depends_on_seed_and_step_alone():
     one, other, off = (FromageModule(**TOY | {"image_dropout": share}) for share in (0.25, 0.25, 0.0))
     for module in (one, other, off):
         module.configure_model()
-    kept = one.kept(7, 200)
-    assert torch.equal(kept, other.kept(7, 200)) and not torch.equal(kept, one.kept(8, 200)) and off.kept(7, 200) is None
-    assert kept.unique().tolist() == pytest.approx([0, 4 / 3]) and 0.2 < (kept == 0).float().mean() < 0.3
+    factors = one.dropout(7, 200)
+    assert torch.equal(factors, other.dropout(7, 200)) and off.dropout(7, 200) is None
+    assert not any(torch.equal(factors, others) for others in (one.dropout(8, 200), one.dropout(7, 200, part=1)))
+    assert factors.unique().tolist() == pytest.approx([0, 4 / 3]) and 0.2 < (factors == 0).float().mean() < 0.3
     with pytest.raises(UserError, match=r"model\.image_dropout is 1.*from 0 to 0\.99"):
         FromageModule(**TOY, image_dropout=1)
 

@@ -144,7 +144,7 @@ class HfText(TextTower, nn.Module):
         try:
             if where.is_dir() and not any((where / file).exists() for file in VOCABULARIES):
                 raise FileNotFoundError("no vocabulary")  # transformers would make an empty one
-            self.tokenize = AutoTokenizer.from_pretrained(str(where))
+            self.tokenize = AutoTokenizer.from_pretrained(str(where), trust_remote_code=False)
         except Exception as error:
             told = "no tokenizer of its text tower; add its files, or leave CLIP out: --no-clip"
             raise UserError(f"vision tower {name}: {told}") from error
@@ -241,7 +241,7 @@ def preprocessing(name: str, visual: Any, squash: bool = False) -> tuple[Any, tu
     """
     config, on_meta = visual.config, next(visual.parameters()).device.type == "meta"
     try:
-        processor = AutoImageProcessor.from_pretrained(folder_of(name))
+        processor = AutoImageProcessor.from_pretrained(folder_of(name), trust_remote_code=False)
     except Exception as error:
         if on_meta and isinstance(getattr(config, "image_size", None), int):
             return None, (config.image_size, config.image_size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from copy import deepcopy
 from pathlib import Path
@@ -124,6 +125,9 @@ def load_clip(
     _check_name(name)
     pretrained = None if random_weights else clip_weights(name, pretrained)
     device, file = torch.get_default_device(), pretrained and Path(pretrained).is_file()
+    if file and f"{name}-quickgelu" in open_clip.list_models():
+        told = f"vision tower {name}: a file does not say which activation it was trained with, so it has {name}'s, GELU"
+        warnings.warn(f"{told}; for OpenAI's weights name {name}-quickgelu", stacklevel=2)
     source = f"local-dir:{TOY / 'clip'}" if name == "toy" else name
     precision = {"float32": "fp32", "bfloat16": "pure_bf16", "float16": "pure_fp16"}[dtype]
     if not source.startswith("local-dir:") and (pretrained or ":" in source) and not file:

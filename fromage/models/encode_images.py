@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,22 +23,18 @@ from fromage.models.base import VisualPrefixLM
 
 
 @dataclass(frozen=True)
-class Options:
-    """How an evaluation runs.
+class Encoding:
+    """How images are encoded.
 
     Attributes:
-        batch_size: texts or images in a pass.
+        batch_size: images in a pass.
         workers: processes that decode images; 0 decodes in this one.
         max_lost: share of the images, 0 to 1, that may be missing or broken.
-        clip: whether the frozen CLIP is evaluated as a baseline.
-        features: folder of stored patches, for Octopus; what it lacks is added. None: nothing is stored.
     """
 
     batch_size: int = 64
     workers: int = 0
     max_lost: float = 0.05
-    clip: bool = True
-    features: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -101,7 +96,7 @@ def _of_region(data: bytes, region: Region, transform: Transform) -> Tensor:
 
 
 def encode_files(
-    model: VisualPrefixLM, paths: Sequence[Place], options: Options, framings: Sequence[Framing] = ("own",)
+    model: VisualPrefixLM, paths: Sequence[Place], options: Encoding, framings: Sequence[Framing] = ("own",)
 ) -> Encoded:
     """Encode each distinct image once in each framing; one that is lost in any has no features.
 
@@ -126,7 +121,7 @@ def encode_files(
 def encode_batches(
     model: VisualPrefixLM,
     batches: Sequence[Sequence[Place]],
-    options: Options,
+    options: Encoding,
     framings: Sequence[Framing] = ("own",),
 ) -> Iterator[Encoded]:
     """Batches of image files, each encoded in one pass when it is asked for, in the tower's dtype; a batch may be empty.
