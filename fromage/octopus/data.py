@@ -275,46 +275,48 @@ class OctopusData(pl.LightningDataModule):
 
     def _loader(self, part: str, batch_size: int, shuffle: bool) -> DataLoader[Any]:
         module: Any = self.trainer.lightning_module  # type: ignore[union-attr]
-        examples = [
-            e for e in self.examples[part] if not module.model.num_queries or len(e.meant) <= module.model.num_queries
-        ]
-        queries = module.model.num_queries
-        if len(examples) < len(self.examples[part]):
-            left = len(self.examples[part]) - len(examples)
-            warnings.warn(f"{left} examples point at more than the {queries} object queries: left out", stacklevel=2)
-        if shuffle and module.wants_masks and not any(any(example.masks) for example in examples):
-            raise UserError("model.mask_scale: no example of data.train has a mask; name files of RefCOCO, or set it to 0")
+        examples = self._usable(part, module)
         store = self._store(examples, module.model.vision) if self.features else None
         if store is not None:
             examples = [example for example in examples if example.image not in store.lost]
-        if queries and not module.asks and any(example.meant for example in examples):
-            raise UserError(
-                f"data.{part}: some answers point at boxes, and stage 1 has no object queries yet; name captions"
-            )
         rows = rows_of(examples, self.per_image, self.seed) if shuffle else [[[example]] for example in examples]
         if any(len(turns) + len(row) > 2 for row in rows for turns in row) and not image_first(module.model.template):
             raise UserError("model.template: the image must come first where prompts share it; or set data.per_image to 1")
         dataset = GroundingDataset(rows, module.model.vision.transform, store, self.max_lost)
-        devices = self.trainer.world_size  # type: ignore[union-attr]
-        if shuffle and len(rows) // devices < batch_size:
-            each = f" on each of {devices} devices" * (devices > 1)
-            told = f"{len(rows)} rows of training examples are fewer than data.batch_size {batch_size}{each}"
-            raise UserError(f"{told}: lower it")
-        sampler = None
-        if shuffle:
-            lengths = [characters(row) for row in rows] if self.group_by_length else None
-            seen = self._seen() * batch_size
-            sampler = ResumableSampler(dataset, self.trainer, self.seed, seen, batch_size, lengths)
         return PlainErrors(
             dataset,
             batch_size,
-            sampler=sampler,
+            sampler=self._sampler(dataset, batch_size) if shuffle else None,
             drop_last=shuffle,
             num_workers=0 if store is not None else self.workers,
             worker_init_fn=init_worker,
             collate_fn=Collate(module.model, store is not None, module.asks),
             pin_memory=torch.cuda.is_available(),
         )
+
+    def _usable(self, part: str, module: Any) -> list[Example]:
+        """The examples that have enough object queries. Raises UserError for what the module's stage cannot learn from."""
+        queries, all_of_them = module.model.num_queries, self.examples[part]
+        examples = [example for example in all_of_them if not queries or len(example.meant) <= queries]
+        if left := len(all_of_them) - len(examples):
+            warnings.warn(f"{left} examples point at more than the {queries} object queries: left out", stacklevel=2)
+        if part == "train" and module.wants_masks and not any(any(example.masks) for example in examples):
+            raise UserError("model.mask_scale: no example of data.train has a mask; name files of RefCOCO, or set it to 0")
+        if queries and not module.asks and any(example.meant for example in examples):
+            raise UserError(
+                f"data.{part}: some answers point at boxes, and stage 1 has no object queries yet; name captions"
+            )
+        return examples
+
+    def _sampler(self, dataset: GroundingDataset, batch_size: int) -> ResumableSampler:
+        """The order of the rows in training. Raises UserError where a device has less than a batch of them."""
+        rows, devices = dataset.rows, self.trainer.world_size  # type: ignore[union-attr]
+        if len(rows) // devices < batch_size:
+            each = f" on each of {devices} devices" * (devices > 1)
+            told = f"{len(rows)} rows of training examples are fewer than data.batch_size {batch_size}{each}"
+            raise UserError(f"{told}: lower it")
+        lengths = [characters(row) for row in rows] if self.group_by_length else None
+        return ResumableSampler(dataset, self.trainer, self.seed, self._seen() * batch_size, batch_size, lengths)
 
     def _seen(self) -> int:
         """Batches of this epoch that were trained on before the run was stopped; Lightning counts them."""

@@ -84,7 +84,7 @@ def nearest(boxes: Tensor, objects: Objects) -> Tensor:
     return torch.stack([(l1 + giou).argmin(0) for l1, giou in pairs])  # (B, K)
 
 
-def set_loss(found: Detections, objects: Objects, matcher: Matcher = match) -> tuple[Tensor, dict[str, Tensor]]:
+def detection_loss(found: Detections, objects: Objects, matcher: Matcher = match) -> tuple[Tensor, dict[str, Tensor]]:
     """The detection loss (equation 3), summed over the decoder layers, each with its own matching by matcher.
 
     Returns the loss, and the last layer's parts by name: score, l1, giou; where there are masks, mask and dice too, of the

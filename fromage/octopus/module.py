@@ -5,7 +5,6 @@ from __future__ import annotations
 from math import inf
 from typing import Any, Literal
 
-import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
@@ -18,14 +17,14 @@ from fromage.models.language_model import Quantized
 from fromage.models.pretrained import from_hyperparameters
 from fromage.octopus.checkpoint import MASKS, RENAMED, check_names, check_shaped, current_names, current_state, of_stage
 from fromage.octopus.decoding import decode, grounded
+from fromage.octopus.metrics import box_metrics, mask_areas, mean_percent
 from fromage.octopus.model import Octopus
 from fromage.octopus.step import GroundingBatch, image_patches, octopus_step
-from fromage.training.checkpoint_io import saved_checkpoint
 from fromage.training.layers import checkpoint_blocks
-from fromage.training.nonfinite import NonFiniteGuard
+from fromage.training.nonfinite import GuardedModule, NonFiniteGuard
 
 
-class OctopusModule(pl.LightningModule):
+class OctopusModule(GuardedModule):
     """The stages of the paper (section 4.1): 1 visual prefix, on captions; 2 the DETR part; 3 everything and the LM.
 
     The towers are loaded when the run starts. Checkpoints hold the parameters trained so far, including the language model
@@ -120,7 +119,7 @@ class OctopusModule(pl.LightningModule):
             raise UserError("model.stage 2 trains the object queries, and model.num_queries is 0: choose stage 1 or 3")
         if quantize and stage == 3 and not self.hparams["lora_rank"]:
             raise UserError("model.quantize: a quantised language model is trained by adapters only; give model.lora_rank")
-        self.guard = NonFiniteGuard(nonfinite == "skip", ("answer", "recognition"))
+        self.guard = NonFiniteGuard(nonfinite == "skip", ("answer", "detection"))
         self._metrics: list[dict[str, float]] = []
         self._taken: set[str] = set()  # names of parameters that earlier stages trained
 
@@ -160,9 +159,8 @@ class OctopusModule(pl.LightningModule):
 
     def training_step(self, batch: GroundingBatch, index: int) -> Tensor:
         """Loss of one batch; logs its parts."""
-        self.guard.check(saved_checkpoint(self.trainer) or "none yet")
         out = octopus_step(self.model, batch)
-        self.guard.see((out.answer_loss, out.set_loss), batch.keys)
+        self.guard.see((out.answer_loss, out.detection_loss), batch.keys)
         many = len(batch.examples)
         self.log("train/loss", out.loss.detach(), prog_bar=True, batch_size=many)
         scalars = {"answer_loss": out.answer_loss, "token_accuracy": out.token_accuracy}
@@ -171,22 +169,12 @@ class OctopusModule(pl.LightningModule):
         self.log("train/lr", self.trainer.optimizers[0].param_groups[0]["lr"])
         return out.loss
 
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Skip the update if a loss or gradient is not finite."""
-        self.guard.before_update(optimizer, self.global_step)
-
-    def on_train_end(self) -> None:
-        """Check the last losses too."""
-        self.guard.check(saved_checkpoint(self.trainer) or "none yet", wait=True)
-
     def on_validation_epoch_start(self) -> None:
         """Reset the results of the last validation."""
         self._metrics = []
 
     def validation_step(self, batch: GroundingBatch, index: int) -> None:
         """Losses, and metrics of greedy answers (fromage.octopus.metrics)."""
-        from fromage.octopus.metrics import box_metrics, mask_areas
-
         out = octopus_step(self.model, batch)
         named = {"val/answer_loss": out.answer_loss, "val/token_accuracy": out.token_accuracy, "val/loss": out.loss}
         self.log_dict(named, batch_size=len(batch.examples), sync_dist=True)
@@ -205,8 +193,6 @@ class OctopusModule(pl.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Means over the validation set, in percent."""
-        from fromage.octopus.metrics import mean_percent
-
         figures = mean_percent(self._metrics)
         self.log_dict({f"val/{name}": value for name, value in figures.items()}, sync_dist=True)
         if "acc_iou50" in figures:

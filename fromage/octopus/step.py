@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fromage.octopus.examples import Example
-from fromage.octopus.matching import Matcher, Objects, match, nearest, set_loss
+from fromage.octopus.matching import Matcher, Objects, detection_loss, match, nearest
 from fromage.octopus.model import Octopus
 
 
@@ -53,20 +53,20 @@ class GroundingOutput:
 
     Attributes:
         answer_loss: cross-entropy of the answers' tokens (Octopus, equation 5).
-        set_loss: detection loss (equation 3); 0 without queries.
+        detection_loss: detection loss (equation 3); 0 without queries.
         parts: score, l1 and giou loss of the last decoder layer.
         token_accuracy: share of the answers' tokens with the highest logit.
     """
 
     answer_loss: Tensor
-    set_loss: Tensor
+    detection_loss: Tensor
     parts: dict[str, Tensor]
     token_accuracy: Tensor
 
     @property
     def loss(self) -> Tensor:
         """The sum of both losses."""
-        return self.answer_loss + self.set_loss
+        return self.answer_loss + self.detection_loss
 
 
 def image_patches(model: Octopus, batch: GroundingBatch) -> Tensor:
@@ -87,7 +87,7 @@ def octopus_step(model: Octopus, batch: GroundingBatch, matcher: Matcher = match
     recognition, answers = embeds.new_zeros((), dtype=torch.float32), batch.answers
     parts: dict[str, Tensor] = {}
     if prefill.found is not None:
-        recognition, parts = set_loss(prefill.found, batch.objects, matcher)
+        recognition, parts = detection_loss(prefill.found, batch.objects, matcher)
         answers = point_at_queries(answers, nearest(prefill.found.boxes[-1], batch.objects), model.tokenizer.row_ids[0])
     hidden = prefill.states  # (B, T, d)
     if batch.fed.shape[1]:

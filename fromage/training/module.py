@@ -10,7 +10,6 @@ from math import inf
 from typing import Any, Literal
 
 import numpy as np
-import pytorch_lightning as pl
 import torch
 from PIL import Image
 from torch import Tensor
@@ -30,12 +29,11 @@ from fromage.models.language_model import Quantized
 from fromage.models.pretrained import from_hyperparameters
 from fromage.models.vision.base import TextTower
 from fromage.retrieval.metrics import Gallery, joined, retrieval_recalls
-from fromage.training.checkpoint_io import saved_checkpoint
 from fromage.training.configs import present_step
 from fromage.training.fast_composition import fast_composition
 from fromage.training.fast_step import fast_step
 from fromage.training.layers import checkpoint_blocks, compile_blocks
-from fromage.training.nonfinite import NonFiniteGuard
+from fromage.training.nonfinite import GuardedModule, NonFiniteGuard
 from fromage.training.reference_composition import NO_TUPLES, CompositionOutput, reference_composition
 from fromage.training.reference_step import (
     StepOutput,
@@ -75,7 +73,7 @@ class CosineToZero(torch.optim.lr_scheduler.CosineAnnealingLR):
         return [0.0] * len(self.base_lrs) if self.last_epoch > self.T_max else super().get_lr()  # type: ignore[return-value]
 
 
-class FromageModule(pl.LightningModule):
+class FromageModule(GuardedModule):
     """FROMAGe under Lightning, with the paper's recipe as defaults.
 
     The towers are loaded when the run starts (configure_model), so a configuration can be printed and planned
@@ -279,7 +277,6 @@ class FromageModule(pl.LightningModule):
 
     def training_step(self, batch: Batch, index: int) -> Tensor:
         """Loss of one batch; logs its parts."""
-        self.guard.check(saved_checkpoint(self.trainer) or "none yet")
         step = self.global_step
         part = index % self.trainer.accumulate_grad_batches
         out = self.losses(batch, self.paired(step), self.dropout(step, len(batch.keys), part))
@@ -302,14 +299,6 @@ class FromageModule(pl.LightningModule):
         }
         self.log_dict({name: value.detach() for name, value in scalars.items()})
         return loss
-
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Skip the update if a loss or gradient is not finite."""
-        self.guard.before_update(optimizer, self.global_step)
-
-    def on_train_end(self) -> None:
-        """Check the last losses too."""
-        self.guard.check(saved_checkpoint(self.trainer) or "none yet", wait=True)
 
     def optimizer_step(self, *args: Any, **named: Any) -> None:
         """A step of Adam, then rescaling of [RET], before a checkpoint of the step can be saved."""

@@ -6,14 +6,16 @@ import logging
 from collections import deque
 from collections.abc import Iterable, Sequence
 from itertools import cycle
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from fromage.errors import UserError, first_few
+from fromage.training.checkpoint_io import saved_checkpoint
 
 SHOWN = 8  # sample keys in a message
 log = logging.getLogger(__name__)
@@ -85,6 +87,28 @@ class NonFiniteGuard:
             raise UserError(f"{what}. Last good checkpoint: {last_good}; {remedy}")
         self.skipped += 1
         log.warning("%s; %d so far", what, self.skipped)
+
+
+class GuardedModule(pl.LightningModule):
+    """A Lightning module whose updates a guard watches. Its training_step has the guard `see` the losses."""
+
+    guard: NonFiniteGuard
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Tell of an update that was not finite."""
+        self.guard.check(self._last_good)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Skip the update if a loss or gradient is not finite."""
+        self.guard.before_update(optimizer, self.global_step)
+
+    def on_train_end(self) -> None:
+        """Check the last losses too."""
+        self.guard.check(self._last_good, wait=True)
+
+    @property
+    def _last_good(self) -> str:
+        return saved_checkpoint(self.trainer) or "none yet"
 
 
 def _to_host(values: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:

@@ -6,7 +6,7 @@ import torch
 from torchvision.ops import box_convert, generalized_box_iou
 
 from fromage.octopus.masks import DICE, MASK, mask_losses
-from fromage.octopus.matching import GIOU, L1, SCORE, Objects, match, nearest, set_loss
+from fromage.octopus.matching import GIOU, L1, SCORE, Objects, detection_loss, match, nearest
 from fromage.octopus.recognition import Detections, Recognizer
 
 
@@ -42,7 +42,7 @@ def test_what_is_not_a_number_is_matched_and_shows_in_the_loss():
     found, objects = some()
     boxes = found.boxes.clone()
     boxes[:, 1] = torch.nan
-    assert set_loss(replace(found, boxes=boxes), objects)[0].isnan()
+    assert detection_loss(replace(found, boxes=boxes), objects)[0].isnan()
     assert len({*match(found.logits[-1], boxes[-1], objects)[1].tolist()}) == 4
 
 
@@ -63,7 +63,7 @@ def test_what_is_right_costs_nothing_for_boxes_and_little_for_the_score():
         for place in range(count):
             boxes[0, row, order[place]] = objects.boxes[row, place]
             logits[0, row, order[place]] = 20.0
-    loss, parts = set_loss(Detections(logits, boxes, torch.zeros(3, 4, 8)), objects)
+    loss, parts = detection_loss(Detections(logits, boxes, torch.zeros(3, 4, 8)), objects)
     assert float(loss) < 1e-4 and all(float(value) < 1e-4 for value in parts.values())
     assert match(logits[0], boxes[0], objects)[1].tolist() == order
 
@@ -87,12 +87,12 @@ def test_images_of_which_nothing_is_known_do_not_count():
     found, objects = some()
     empty = Objects(torch.zeros(3, 0, 4), [0, 0, 0])
     boxes = found.boxes.clone().requires_grad_()
-    loss, _ = set_loss(replace(found, boxes=boxes), empty)
+    loss, _ = detection_loss(replace(found, boxes=boxes), empty)
     loss.backward()
     assert float(loss) == 0 and boxes.grad.abs().sum() == 0
     more = Objects(torch.cat([objects.boxes, torch.zeros(1, 4, 4)]), [*objects.counts, 0])
     wider = Detections(*(torch.cat([x, x[:, :1]], 1) for x in (found.logits, found.boxes)), found.relay)
-    torch.testing.assert_close(set_loss(wider, more)[0], set_loss(found, objects)[0])
+    torch.testing.assert_close(detection_loss(wider, more)[0], detection_loss(found, objects)[0])
 
 
 def test_masks_are_judged_by_those_of_their_matched_objects_where_they_are_known():
@@ -100,9 +100,9 @@ def test_masks_are_judged_by_those_of_their_matched_objects_where_they_are_known
     torch.manual_seed(1)
     found = replace(found, masks=torch.randn(3, 4, 6, 7, requires_grad=True))
     wanted, places = torch.rand(2, 6, 7), torch.tensor([[0, 1], [1, 3]])  # the first image's second, the second's fourth
-    plain, parts = set_loss(found, objects)
+    plain, parts = detection_loss(found, objects)
     assert parts.keys() == {"score", "l1", "giou"}
-    loss, parts = set_loss(found, replace(objects, masks=wanted, masked=places))
+    loss, parts = detection_loss(found, replace(objects, masks=wanted, masked=places))
     matched = match(found.logits[-1], found.boxes[-1], objects)
     queries = [int(matched[0, 1]), int(matched[1, 3])]
     theirs = mask_losses(torch.stack([found.masks[0, queries[0]], found.masks[1, queries[1]]]), wanted)
@@ -116,7 +116,7 @@ def test_masks_are_judged_by_those_of_their_matched_objects_where_they_are_known
 def test_every_layer_is_judged():
     found, objects = some()
     logits, boxes = found.logits.requires_grad_(), found.boxes.requires_grad_()
-    set_loss(replace(found, logits=logits, boxes=boxes), objects)[0].backward()
+    detection_loss(replace(found, logits=logits, boxes=boxes), objects)[0].backward()
     assert (logits.grad.flatten(1).norm(dim=1) > 0).all() and (boxes.grad.flatten(1).norm(dim=1) > 0).all()
 
 

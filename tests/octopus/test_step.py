@@ -76,8 +76,8 @@ def test_examples_that_share_their_image_have_the_gradients_of_examples_on_their
     (batch, out, grads), (_, one_by_one, wanted) = step(model, together, ask), step(model, alone, ask)
     assert len(batch.ids) == 2 and batch.keys == [turns[0].key for row in together for turns in row]
     torch.testing.assert_close(out.answer_loss, one_by_one.answer_loss, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(out.set_loss, one_by_one.set_loss, rtol=1e-5, atol=1e-6)
-    assert (out.set_loss > 0) == ask
+    torch.testing.assert_close(out.detection_loss, one_by_one.detection_loss, rtol=1e-5, atol=1e-6)
+    assert (out.detection_loss > 0) == ask
     assert grads.keys() == wanted.keys()
     largest = max(grad.abs().max() for grad in wanted.values())
     for name, grad in grads.items():
@@ -96,7 +96,7 @@ def test_masks_of_examples_that_share_their_image_have_the_gradients_of_examples
     (batch, out, grads), (_, one_by_one, wanted) = step(model, together), step(model, alone)
     assert batch.objects.masks.shape == (3, 8, 8) and batch.objects.masked.shape == (2, 3)
     assert {batch.keys[row]: place for row, place in batch.objects.masked.T.tolist()} == {"1": 0, "2": 1, "4": 0}
-    torch.testing.assert_close(out.set_loss, one_by_one.set_loss, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(out.detection_loss, one_by_one.detection_loss, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(out.parts["mask"], one_by_one.parts["mask"], rtol=1e-5, atol=1e-6)
     assert grads.keys() == wanted.keys() and any("recognizer.masks" in name for name in grads)
     largest = max(grad.abs().max() for grad in wanted.values())
