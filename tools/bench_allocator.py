@@ -16,7 +16,6 @@ random. Seconds are those of the CPU, user's and system's, of the measured loop;
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +23,8 @@ from typing import Any
 
 import torch
 from own_process import allocated_as_asked, measured, tell, used
+
+from fromage.io import write_json
 
 WORDS = "a dog runs through the snow with a red ball in its mouth"
 
@@ -111,7 +112,7 @@ def main() -> None:
         cells += [f"{kept['system']:.2f}", f"{own['resident'] / 1e6:.0f}", f"{kept['resident'] / 1e6:.0f}"]
         print(f"| {task} | {' | '.join(cells)} |", flush=True)
     if args.json:
-        args.json.write_text(json.dumps({"threads": torch.get_num_threads(), "tasks": found}, indent=2))
+        write_json(args.json, {"threads": torch.get_num_threads(), "tasks": found})
 
 
 if __name__ == "__main__":

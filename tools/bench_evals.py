@@ -10,7 +10,6 @@ again for every candidate, 20 of them in a batch padded to the longest, as the r
 from __future__ import annotations
 
 import argparse
-import json
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -20,9 +19,10 @@ import torch
 from bench_generate import seconds_of, with_words, words
 from bench_step import PRESETS, build
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
+from fromage.data.padding import pad
 from fromage.generation.score import score
+from fromage.io import write_json
 from fromage.models.fromage import Fromage
 from fromage.models.prompts import START, Prompt, embed_prompts, prompt_length
 
@@ -47,13 +47,12 @@ def score_again(model: Fromage, prompt: Prompt, texts: list[str]) -> Tensor:
     embeds = embed_prompts(model, [prompt]).embeds  # (1, P, d)
     totals = []
     for start in range(0, len(texts), TOGETHER):
-        rows = [torch.tensor(model.tokenizer.encode(text)) for text in texts[start : start + TOGETHER]]
-        ids = pad_sequence(rows, batch_first=True, padding_value=1).to(model.device)  # (c, T)
+        rows = [model.tokenizer.encode(text) for text in texts[start : start + TOGETHER]]
+        ids, mask = (x.to(model.device) for x in pad(rows, 1))  # (c, T) each
         both = torch.cat([embeds.expand(len(ids), -1, -1), model.embed(ids)], 1)  # (c, P + T, d)
         judged = model.lm.hf(inputs_embeds=both, use_cache=False).logits[:, embeds.shape[1] - 1 : -1].float().log_softmax(-1)
-        within = torch.arange(ids.shape[1]) < torch.tensor([len(row) for row in rows]).unsqueeze(1)  # (c, T)
         chosen = judged.gather(2, ids.unsqueeze(2)).squeeze(2)  # (c, T)
-        totals.append(chosen.masked_fill(~within.to(model.device), 0).sum(1))
+        totals.append(chosen.masked_fill(~mask, 0).sum(1))
     return torch.cat(totals)
 
 
@@ -94,7 +93,7 @@ def main() -> None:
     print(f"prefix cache {report['speedup_prefix_cache']:.1f} x; {report['device']}")
     print(f"largest difference of scores {report['max_score_error']:.1e} nats")
     if args.json:
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
+        write_json(args.json, report)
 
 
 if __name__ == "__main__":

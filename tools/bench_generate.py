@@ -14,7 +14,6 @@ embeddings.
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import statistics
 from collections.abc import Callable
@@ -30,6 +29,7 @@ from torch import Tensor, nn
 from fromage.generation.generate import generate
 from fromage.generation.options import Decoding
 from fromage.generation.score import score
+from fromage.io import write_json
 from fromage.models.cpu_linear import halves_of
 from fromage.models.fromage import Fromage
 from fromage.models.prompts import Prompt, embed_prompts, prompt_length
@@ -197,7 +197,7 @@ def main(words: list[str] | None = None) -> None:
     if args.static:
         print(f"static cache: {report['static_cache']}")
     if args.json:
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
+        write_json(args.json, report)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ part of the prefill: all there is before an answer's first token.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -36,6 +35,7 @@ from fromage.errors import UserError
 from fromage.evals.options import Options
 from fromage.evals.refcoco import evaluate
 from fromage.images.open import open_image
+from fromage.io import write_json
 from fromage.models.frozen import TOY
 from fromage.models.language_model import LanguageModel
 from fromage.models.prompts import ImageInput
@@ -203,7 +203,7 @@ def main(words: list[str] | None = None) -> int:
         return 2
     print(table(report))
     if args.json:
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
+        write_json(args.json, report)
     return 0
 
 

@@ -17,7 +17,6 @@ with the root of N at the same nprobe, since lists are 4 sqrt(N); building with 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import tempfile
 import time
@@ -32,6 +31,7 @@ import torch
 from on_device import Save, device_name, elapsed, keep_nothing
 
 from fromage.data.image_source import Item
+from fromage.io import write_json
 from fromage.retrieval.ann import lists_kind
 from fromage.retrieval.base import FLAT, ImageIndex, IndexSpec
 from fromage.retrieval.build import write_index
@@ -194,7 +194,7 @@ def main() -> None:
     report = run(args)
     print("\n".join(f"{name:28} {value}" for name, value in report.items()))
     if args.json:
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
+        write_json(args.json, report)
 
 
 def run(args: argparse.Namespace, save: Save = keep_nothing) -> dict[str, object]:

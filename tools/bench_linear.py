@@ -10,7 +10,6 @@ Shapes: rows x inputs x outputs, of the toy language model and of OPT-125m, Smol
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -20,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fromage.io import write_json
 from fromage.models.cpu_linear import FEW_HALVES, CpuLinears, halves_of
 from fromage.processor import mkl_is_slow
 
@@ -91,7 +91,7 @@ def main() -> None:
             figures = {f"{way}_s": value for way, value in taken.items()}
             found.append({"shape": shape, "backward": backward, **figures, "ratio": taken["plain"] / taken["ours"]})
     if args.json:
-        args.json.write_text(json.dumps({"threads": args.threads, "onednn": mkl_is_slow(), "layers": found}, indent=2))
+        write_json(args.json, {"threads": args.threads, "onednn": mkl_is_slow(), "layers": found})
 
 
 if __name__ == "__main__":

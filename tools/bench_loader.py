@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
 import math
 import random
 import statistics
@@ -36,6 +35,7 @@ from fromage.data.shards import write_shards
 from fromage.data.tokenizer import PromptTokenizer
 from fromage.images.codec import decode_image, is_image
 from fromage.images.transforms import JpegDecoding, halves
+from fromage.io import write_json
 from fromage.models.language_model import load_tokenizer
 
 STEP, PAIRS = 0.2, 180  # seconds and pairs of a step that the loader is to keep up with
@@ -147,7 +147,7 @@ def main() -> None:
     wanted = f"{PAIRS} pairs in {STEP} s"
     print(f"cores that feed a card of {wanted}: {report['cores_per_card']:.1f}, plain {report['cores_per_card_plain']:.1f}")
     if args.json:
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
+        write_json(args.json, report)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ examples in rows of their own.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 from collections.abc import Callable
 from functools import partial
@@ -25,6 +24,7 @@ from bench_generate import seconds_of
 from bench_grounding import ASKED, PRESETS, QUERIES, build
 from on_device import Save, device_name, elapsed, keep_nothing
 
+from fromage.io import write_json
 from fromage.octopus.data import Collate
 from fromage.octopus.examples import Example
 from fromage.octopus.lora import add_lora
@@ -141,7 +141,7 @@ def main(words: list[str] | None = None) -> None:
         print(f"stage {stage}: " + (found.get("failed") or f"{found['seconds']:.3f} s, {found['trained']:,} trained"))
     print("rows of examples that share an image: " + (report["rows"].get("failed") or compared(report["rows"])))
     if args.json:
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
+        write_json(args.json, report)
 
 
 if __name__ == "__main__":

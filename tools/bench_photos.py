@@ -11,7 +11,6 @@ Each measurement is a process of its own, in turns.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import tempfile
 import time
@@ -21,6 +20,8 @@ from typing import Any
 
 import torch
 from own_process import allocated_as_asked, measured, tell, used
+
+from fromage.io import write_json
 
 VISION, LM, BATCH, STEPS = "efficientnet-lite2", "smollm2", 64, 3
 CAPTIONS = 5  # of a photograph, as a plain loop over pairs of image and caption encodes it
@@ -138,7 +139,7 @@ def main() -> None:
         print(f"| {name} | {' | '.join(cells)} |", flush=True)
     print(f"\nA photograph of {CAPTIONS} captions is encoded once: over pairs the first ratio is {CAPTIONS} times as large.")
     if args.json:
-        args.json.write_text(json.dumps({"threads": args.threads, "found": found}, indent=2))
+        write_json(args.json, {"threads": args.threads, "found": found})
 
 
 if __name__ == "__main__":

@@ -31,6 +31,8 @@ from typing import Any
 
 import numpy as np
 
+from fromage.io import write_json
+
 HOST, TOKENS, ROWS, FOUND = "127.0.0.1", 32, 1000, 5
 WORDS = (
     ("a small", "a big", "the"),
@@ -265,7 +267,7 @@ def main(words: list[str] | None = None) -> None:
     gain = report["continuous_batching_estimate"]
     print(f"ms of a first step of one row and of all, of a token of all: {told}; continuous batching, estimated: {gain} x")
     if args.json:
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
+        write_json(args.json, report)
 
 
 if __name__ == "__main__":

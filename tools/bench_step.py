@@ -15,7 +15,6 @@ bfloat16 against the reference step's in float32, at a depth of four layers.
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import statistics
 from collections.abc import Callable, Iterator
@@ -33,6 +32,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig
 
 from fromage.checkpoints.format import DTYPES
 from fromage.data.batches import Batch
+from fromage.io import write_json
 from fromage.models.fromage import Fromage
 from fromage.models.language_model import LanguageModel
 from fromage.models.vision.open_clip import OpenClipTower
@@ -332,7 +332,7 @@ def main() -> None:
         errors = report["max_rel_grad_error_bfloat16"].items()
         print("in bfloat16, against float32: " + ", ".join(f"{name} {error:.1e}" for name, error in errors))
     if args.json:
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
+        write_json(args.json, report)
 
 
 if __name__ == "__main__":

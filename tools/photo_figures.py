@@ -18,7 +18,7 @@ from study import Figures
 from torch import Tensor
 
 from fromage.data.features import from_npy
-from fromage.data.shards import Broken, captions_of, expand, read_shards, shard_sizes
+from fromage.data.shards import Broken, captions_of, expand, read_shards, sized
 from fromage.evals.captioning import caption_figures
 from fromage.evals.few_shot import examples
 from fromage.generation.decoding import Decoding
@@ -58,7 +58,7 @@ def read(shards: Iterable[str | Path]) -> Photographs:
     features, captions, names = [], [], []
     for place in shards:
         listed = expand(str(place))
-        for raw in read_shards(list(zip(listed, shard_sizes(listed), strict=True)), Broken(1.0)):
+        for raw in read_shards(sized(listed), Broken(1.0)):
             features.append(from_npy(raw["npy"]).float())
             captions.append(captions_of(raw))
             names.append(json.loads(raw["json"])["source"])

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fromage.apps.tours import CHECKPOINT, once, timed
+from fromage.apps.tours import CHECKPOINT, draw_searches, once, placed, timed
 from fromage.checkpoints.format import GENERATION
 from fromage.data.batches import Batch
 from fromage.data.datamodule import CC3M
 from fromage.data.features import from_npy, store_features
 from fromage.data.packing import is_packed, pack_coco
-from fromage.data.shards import Broken, captions_of, expand, image_file, read_shards, shard_sizes
+from fromage.data.shards import Broken, captions_of, expand, image_file, read_shards, shard_sizes, sized
 from fromage.evals.retrieval import evaluate
 from fromage.generation.generate import caption_images
 from fromage.generation.options import Decoding
@@ -31,8 +31,7 @@ from fromage.models.fromage import Fromage, load_model
 from fromage.models.towers import get, is_own
 from fromage.models.vision.registry import load_vision
 from fromage.retrieval.build import build_index
-from fromage.retrieval.open_index import open_index, search_index
-from fromage.retrieval.results import draw_hits, load_images
+from fromage.retrieval.open_index import open_index
 from fromage.training.configs import find_config
 from fromage.training.fit import run_lightning
 from fromage.training.planning import options_of
@@ -102,8 +101,7 @@ def photos(
             build_index(model, str(stored / "*" / "*.tar"), out / "index", checkpoint=checkpoint)
         asked = batches[0].captions[:SEARCHES]
         model, index = open_index(out / "index")
-        found = [load_images(hits, 5)[0] for hits in search_index(model, index, asked, 5)]
-        draw_hits(asked, found).save(out / "searches.png")
+        draw_searches(model, index, asked, out / "searches.png")
     report["seconds"] = {name: round(value, 1) for name, value in seconds.items()}
     write_json(out / "report.json", report)
     return report
@@ -112,12 +110,10 @@ def photos(
 def train(out: Path, words: Sequence[str]) -> Path:
     """`lightning fit`, unless it came to its end before; what was killed goes on. Returns the checkpoint."""
     run = out / "run"
-    placed = [f"--trainer.logger.init_args.save_dir={out}", f"--trainer.logger.init_args.name={run.name}"]
-    placed += [f"--trainer.callbacks.init_args.dirpath={run / CHECKPOINT.parent}", "--overwrite"]
 
     def fit(again: list[str]) -> None:
-        run_lightning(["fit", "--config", CONFIG, *placed, *words, *again])
-        write_json(run / CHECKPOINT.parent / GENERATION, PRESET.stored())
+        run_lightning(["fit", "--config", CONFIG, *placed(run), *words, *again])
+        write_json((run / CHECKPOINT).with_name(GENERATION), PRESET.stored())
 
     return once(run, fit)  # not written again: `fromage tune-ret` adds to it
 
@@ -125,7 +121,7 @@ def train(out: Path, words: Sequence[str]) -> Path:
 def draw_captions(model: Fromage, features: Path) -> Image.Image:
     """The first photographs of shards of features, each with a caption of people and the model's."""
     listed = expand(str(features))
-    rows = list(islice(read_shards(list(zip(listed, shard_sizes(listed), strict=True)), Broken(1.0)), SHOWN))
+    rows = list(islice(read_shards(sized(listed), Broken(1.0)), SHOWN))
     made = caption_images(model, torch.stack([from_npy(raw["npy"]).float() for raw in rows]))
     shown = [(decode_image(image_file(raw)), f"{text}\n{captions_of(raw)[0]}") for raw, text in zip(rows, made, strict=True)]
     return contact_sheet([("captions of photographs that were held out; in grey, a person's", shown)])

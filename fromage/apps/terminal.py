@@ -32,7 +32,6 @@ from fromage.retrieval.results import Opened, draw_hits
 IMAGE = re.compile(r'(?<![^\s(])@(?:"([^"]+)"|([^\s@]\S*?)(?=[.,;:!?)]*(?:\s|$)))')
 DOUBLED = re.compile(r"(?<![^\s(])@@")
 SETTINGS = {f"/{name.replace('_', '-')}": name for name in LIMITS}  # command: option of the decoding
-OLD_COMMANDS = {"/images": "/images-per-ret", "/pictures": "/images-per-ret"}  # for one release
 
 
 def talk(chat: Chat, read: Callable[[str], str] = input, out: TextIO | None = None) -> None:
@@ -106,9 +105,6 @@ class Session:
             self.turn(parse(line[1:] if line.startswith("//") else line))
             return
         name, _, words = line.partition(" ")
-        if name in OLD_COMMANDS:
-            self.screen.complain(f"{name} is the old name of {OLD_COMMANDS[name]}; the next release will not know it")
-            name = OLD_COMMANDS[name]
         if name not in COMMANDS:
             raise UserError(f"{name}: no such command; /help lists them, and // at the front makes it text")
         argument, _, command = COMMANDS[name]

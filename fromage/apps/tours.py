@@ -1,15 +1,20 @@
-"""What the tours have in common: parts with their times, and trainings that are not done twice."""
+"""What the tours have in common: parts with their times, trainings that are not done twice, drawings of searches."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from fromage.io import write_files
+from fromage.models.fromage import Fromage
+from fromage.retrieval.base import ImageIndex
+from fromage.retrieval.open_index import search_index
+from fromage.retrieval.results import draw_hits, load_images
 
 CHECKPOINT = Path("checkpoints", "last.ckpt")
+SHOWN = 5  # images of a search
 FINISHED = "finished"  # a file beside a run's checkpoints
 
 
@@ -31,6 +36,18 @@ def time_left(seconds: Mapping[str, float], usual: Mapping[str, float]) -> float
     done = sum(usual[name] for name in seconds)
     pace = sum(seconds.values()) / done if done else 1.0
     return pace * sum(usual[name] for name in usual if name not in seconds)
+
+
+def placed(run: Path) -> list[str]:
+    """Words for `lightning fit` that keep a run's logs and checkpoints in a folder; a former run in it is replaced."""
+    logger = [f"--trainer.logger.init_args.save_dir={run.parent}", f"--trainer.logger.init_args.name={run.name}"]
+    return [*logger, f"--trainer.callbacks.init_args.dirpath={(run / CHECKPOINT).parent}", "--overwrite"]
+
+
+def draw_searches(model: Fromage, index: ImageIndex, asked: Sequence[str], path: Path) -> None:
+    """Write an image of what each text finds, its five best."""
+    found = [load_images(hits, SHOWN)[0] for hits in search_index(model, index, asked, SHOWN)]
+    draw_hits(asked, found).save(path)
 
 
 def once(run: Path, fit: Callable[[list[str]], object]) -> Path:

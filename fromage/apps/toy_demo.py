@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from fromage.apps.tours import timed
+from fromage.apps.tours import CHECKPOINT, draw_searches, placed, timed
 from fromage.checkpoints.format import GENERATION
 from fromage.data.batches import Batch
 from fromage.data.datamodule import CC3M
@@ -23,8 +23,6 @@ from fromage.images.open import open_image
 from fromage.io import write_json
 from fromage.models.fromage import Fromage, load_model
 from fromage.retrieval.build import build_index
-from fromage.retrieval.open_index import search_index
-from fromage.retrieval.results import draw_hits, load_images
 from fromage.toy.scenes import Scene, names_colour_and_shape
 from fromage.toy.world import make_world
 from fromage.training.fit import run_lightning
@@ -84,23 +82,20 @@ def demo(out: Path, pairs: int = 8192, scenes: int = 1000, options: Sequence[str
             model, str(coco / "val2017"), out / INDEX, captions=captions, checkpoint=checkpoint, overwrite=True
         )
         asked = queries(json.loads(captions.read_text()))
-        found = [load_images(hits, 5)[0] for hits in search_index(model, index, asked, 5)]
-        draw_hits(asked, found).save(out / "searches.png")
+        draw_searches(model, index, asked, out / "searches.png")
     report["seconds"] = {**{k: round(v, 1) for k, v in seconds.items()}, "after_install": round(time.monotonic() - began, 1)}
-    (out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+    write_json(out / "report.json", report)
     print(table(report), f"report: {out / 'report.json'}\nsearches: {out / 'searches.png'}", sep="\n")
     return report
 
 
 def train(out: Path, k: int, world: Path, stored: Path, options: Sequence[str]) -> Path:
     """`lightning fit` with k places per image, from the start; returns the last checkpoint. A former one is replaced."""
-    checkpoints = out / "checkpoints"
     words = [f"--data.train_shards={stored}", f"--data.val_shards={world / 'cc3m' / 'val'}", f"--model.k={k}"]
-    words += [f"--trainer.logger.init_args.save_dir={out.parent}", f"--trainer.logger.init_args.name={out.name}"]
-    words += [f"--trainer.callbacks.init_args.dirpath={checkpoints}", "--overwrite"]
-    run_lightning(["fit", "--config", "toy.yaml", *words, *options])
-    write_json(checkpoints / GENERATION, PRESET.stored())
-    return checkpoints / "last.ckpt"
+    run_lightning(["fit", "--config", "toy.yaml", *words, *placed(out), *options])
+    checkpoint = out / CHECKPOINT
+    write_json(checkpoint.with_name(GENERATION), PRESET.stored())
+    return checkpoint
 
 
 def queries(coco: dict[str, Any]) -> list[str]:

@@ -175,14 +175,9 @@ def _plain(text: str) -> str:
     return text.replace("%", "%%")
 
 
-def respelled(words: Sequence[str], renamed: dict[str, str]) -> tuple[list[str], list[str]]:
-    """Options with dashes in place of underscores and under their present names; and a warning for each old name."""
-    out, warned = list(words), []
-    for i, word in enumerate(words[: words.index("--") if "--" in words else None]):
-        name, equals, value = word.partition("=")
-        if name.startswith("--"):
-            name = "--" + name[2:].replace("_", "-")
-            if name in renamed:
-                warned.append(f"{name} is the old name of {renamed[name]}; the next release will not know it")
-            out[i] = renamed.get(name, name) + equals + value
-    return out, warned
+def dashed(words: Sequence[str]) -> list[str]:
+    """Words of a command line, options with dashes in place of underscores."""
+    ends = words.index("--") if "--" in words else len(words)
+    parts = [word.partition("=") for word in words[:ends]]
+    return ["--" + name[2:].replace("_", "-") + rest + value if name.startswith("--") else name + rest + value
+            for name, rest, value in parts] + list(words[ends:])  # fmt: skip

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from fromage.allocator import keep_freed_memory
 from fromage.cli import data, evals, find, index, talk, tuples
-from fromage.cli.command import Function, call, options_of, parser_of, respelled, speaks, tell
+from fromage.cli.command import Function, call, dashed, options_of, parser_of, speaks, tell
 from fromage.cli.options import HERE, check_out
 from fromage.distribution import pip_install
 from fromage.errors import UserError
@@ -100,10 +100,6 @@ COMMANDS: dict[str, Function] = {
     "serve": talk.serve,
     "completion": completion,
 }
-RENAMED = {  # options that keep their old names for one release
-    "features": {"--keep-pictures": "--keep-images"},
-    "chat": {"--pictures": "--images-per-ret"},
-}
 
 
 def usage(group: str = "") -> str:
@@ -134,9 +130,7 @@ def named(words: list[str]) -> tuple[str, list[str]]:
 def parse(words: list[str]) -> tuple[Function, dict[str, Any]]:
     """The function of a command line, and what its options say. Raises SystemExit for --help."""
     name, rest = named(words)
-    rest, warned = respelled(rest, RENAMED.get(name, {}))
-    for text in warned:
-        warnings.warn(text, FutureWarning, stacklevel=2)
+    rest = dashed(rest)
     reader = parser_of(name, COMMANDS[name])
     if {"-h", "--help"} & {*rest}:  # whatever is wrong beside it
         rest = ["--help"]

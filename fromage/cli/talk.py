@@ -6,12 +6,13 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, make_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_type_hints
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 from fromage.cli.command import Result
 from fromage.errors import UserError, first_few
-from fromage.generation.options import DEFAULTS, Decoding
+from fromage.generation.options import DEFAULTS, Decoding, StyleName
 from fromage.io import listen
+from fromage.serving.batching import Capacity
 
 
 @dataclass(kw_only=True)
@@ -30,7 +31,7 @@ class Opening:
     ckpt: str | None = None
     index: Path | None = None
     images: Path | None = None
-    style: Literal["dialogue", "plain", "alone", "template"] | None = None
+    style: StyleName | None = None
     system: str | None = None
     device: str = "auto"
 
@@ -153,7 +154,7 @@ def chat(*, opening: Opening, decoding: Given) -> None:
 
 
 def tune_ret(
-    ckpt: str, messages: Path, *, style: Literal["dialogue", "plain", "alone", "template"] | None = None,
+    ckpt: str, messages: Path, *, style: StyleName | None = None,
     system: str | None = None, device: str = "auto",
 ) -> Result:  # fmt: skip
     """Choose the [RET] bias by messages that ask for an image and others, and store it beside the checkpoint.
@@ -207,21 +208,18 @@ def demo(*, opening: Opening, octopus: str | None = None, address: Address, deco
 
 def serve(
     *, opening: Opening, address: Address, api_key_file: Path | None = None, cors: Sequence[str] = (),
-    batch_size: int = 16, queue: int = 64, timeout: float = 60.0, decoding: Given,
+    capacity: Capacity, decoding: Given,
 ) -> None:  # fmt: skip
     """Answer programs over HTTP, by a protocol of its own and by OpenAI's.
 
     Args:
         api_key_file: file of keys, one a line, of which a request must have one (Authorization: Bearer KEY)
         cors: origin of web pages that may use the server, such as https://chat.example; repeat it for several
-        batch_size: requests answered together
-        queue: requests that may wait; beyond it the answer is 429
-        timeout: time a request may take, in seconds
     """
     from fromage.serving.access import Access, read_keys
-    from fromage.serving.app import Capacity, serve
+    from fromage.serving.app import serve
 
     access = Access(read_keys(api_key_file) if api_key_file else (), cors)
     model, index, preset = opening.open()
     preset = preset.over(decoding=decoding.options())
-    serve(model, index, None, address.host, address.port, Capacity(batch_size, queue, timeout), preset, access)
+    serve(model, index, None, address.host, address.port, capacity, preset, access)

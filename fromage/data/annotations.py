@@ -220,14 +220,14 @@ def read_annotations(path: Path, wanted: tuple[str, ...], remedy: str) -> tuple[
     return kind, content
 
 
-class CocoCaptions(NamedTuple):
+class CaptionedImages(NamedTuple):
     """What a caption file in COCO's format says. files: image id -> file name; captions: image id -> texts."""
 
     files: dict[Any, str]
     captions: dict[Any, list[str]]
 
 
-def coco_captions(path: Path, content: Any, skip: Skip | None = None) -> CocoCaptions:
+def coco_captions(path: Path, content: Any, skip: Skip | None = None) -> CaptionedImages:
     """The content of a caption file in COCO's format, checked; skip: as of fitting."""
     images = fitting(path, "images", content["images"], {"id": ID, "file_name": FILE}, skip)
     notes = fitting(path, "annotations", content["annotations"], {"image_id": ID, "caption": TEXT}, skip)
@@ -242,4 +242,4 @@ def coco_captions(path: Path, content: Any, skip: Skip | None = None) -> CocoCap
     for note in notes:
         if note["image_id"] in files:
             captions[note["image_id"]].append(note["caption"])
-    return CocoCaptions(files, captions)
+    return CaptionedImages(files, captions)

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from fromage.data.features import from_npy
+from fromage.data.padding import pad
 from fromage.data.requests import request
 from fromage.data.shards import Raw, captions_of, image_file
 from fromage.data.tokenizer import PromptTokenizer
@@ -177,5 +177,4 @@ def requests(samples: list[Sample], pad_id: int) -> Texts:
 
 def padded(ids: list[list[int]], pad_id: int) -> tuple[Tensor, list[int]]:
     """Token ids of B texts -> (B, T), right-padded, and the length of each."""
-    rows = [torch.tensor(row) for row in ids]
-    return pad_sequence(rows, batch_first=True, padding_value=pad_id), [len(row) for row in ids]
+    return pad(ids, pad_id)[0], [len(row) for row in ids]

@@ -34,7 +34,7 @@ from fromage.data.shards import (
     read_shards,
     read_sizes,
     shard_name,
-    shard_sizes,
+    sized,
 )
 from fromage.data.workers import init_worker, plain_errors, usual_workers, worker_share
 from fromage.errors import BrokenSample, UserError
@@ -159,7 +159,7 @@ def _store(
     max_broken: float,
     decoding: JpegDecoding,
 ) -> int:
-    stream = ImageStream(todo, decoding_as(vision.transform, decoding), batch_size, max_broken)
+    stream = ChunkStream(todo, decoding_as(vision.transform, decoding), batch_size, max_broken)
     loader = DataLoader(stream, batch_size=None, num_workers=min(workers, len(todo)), worker_init_fn=init_worker)
     sizes = [size for _, size in stream.shards]
     bar = tqdm(total=None if None in sizes else sum(size or 0 for size in sizes), desc="features", unit=" images")
@@ -239,14 +239,14 @@ class Row(NamedTuple):
     new: list[Tensor]  # (3, H, W), of those of its images that came in no sample before
 
 
-class ImageStream(IterableDataset[Chunk]):
+class ChunkStream(IterableDataset[Chunk]):
     """The images of shards, preprocessed. Worker w of W takes the shards w, w + W, ...; each comes whole and in order.
 
     An image that several samples of a shard have, byte by byte, as those of a photograph with several captions, comes once.
     """
 
     def __init__(self, shards: list[str], transform: Transform, batch_size: int, max_broken: float) -> None:
-        self.shards = list(zip(shards, shard_sizes(shards), strict=True))
+        self.shards = sized(shards)
         self.transform, self.batch_size, self.max_broken = transform, batch_size, max_broken
 
     def decode(self, known: dict[bytes, int], raw: Raw) -> Row:

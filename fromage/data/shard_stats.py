@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from tqdm import tqdm
 
 from fromage.data.features import from_npy
-from fromage.data.shards import Broken, Raw, captions_of, expand, image_of, read_shards, shard_name, shard_sizes
+from fromage.data.shards import Broken, Raw, captions_of, expand, image_of, read_shards, shard_name, sized
 from fromage.data.workers import init_worker, plain_errors, worker_share
 from fromage.errors import BrokenSample
 from fromage.images.codec import SUFFIXES, jpeg
@@ -82,7 +82,7 @@ class RecordReader(IterableDataset[Record]):
     """A record of every sample; worker w of W reads the shards w, w + W, w + 2 W and so on."""
 
     def __init__(self, shards: list[str], measure: Measure, shown: int) -> None:
-        self.shards = list(zip(shards, shard_sizes(shards), strict=True))
+        self.shards = sized(shards)
         self.measure, self.shown = measure, shown
         self.width: int | None = None  # of stored features, that of the first ones
         self.first: list[int] = []  # a heap of the negative draws of the candidates so far

@@ -169,6 +169,11 @@ def shard_sizes(shards: list[str]) -> list[int | None]:
     return [size(shard) for shard in shards]
 
 
+def sized(shards: list[str]) -> list[tuple[str, int | None]]:
+    """Shards, each with how many samples it holds."""
+    return list(zip(shards, shard_sizes(shards), strict=True))
+
+
 def check_no_shards(folder: Path) -> None:
     """Raise UserError where a folder holds shards already."""
     if any(folder.glob("*.tar")):

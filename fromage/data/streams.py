@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from fromage.data.batches import EPOCH
-from fromage.data.shards import Broken, Raw, decoded, read_shards, shard_name, shard_sizes
+from fromage.data.shards import Broken, Raw, decoded, read_shards, shard_name, sized
 from fromage.data.workers import worker_share
 from fromage.errors import UserError
 
@@ -55,7 +55,7 @@ class Stream(IterableDataset[Any]):
     def __init__(
         self, shards: list[str], decode: Decoder, batch_size: int, max_broken: float, rank: int = 0, world: int = 1
     ) -> None:
-        self.shards = list(zip(shards, shard_sizes(shards), strict=True))
+        self.shards = sized(shards)
         sizes = [size for _, size in self.shards if size is not None]
         self.samples = sum(sizes) if len(sizes) == len(shards) else None
         self.decode, self.batch_size, self.max_broken = decode, batch_size, max_broken

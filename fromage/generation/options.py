@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from math import inf
-from typing import Any
+from typing import Any, Literal
 
 from docstring_parser import parse
 
 from fromage.checks import check_real, check_whole
 from fromage.errors import UserError
+
+StyleName = Literal["dialogue", "plain", "alone", "template"]  # of fromage.generation.styles
 
 
 @dataclass(frozen=True)

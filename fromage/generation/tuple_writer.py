@@ -17,9 +17,9 @@ from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from fromage.checks import check_real, check_whole
+from fromage.data.padding import pad
 from fromage.errors import BrokenSample
 from fromage.models.language_model import LanguageModel
-from fromage.models.prompts import pad_left
 
 CAPTION, CHANGE, TARGET = "Caption:", "Change:", "New caption:"
 EXAMPLES = (
@@ -94,7 +94,7 @@ class TupleWriter:
         """What the model says behind each prompt, to the end of the line."""
         lm, how = self.lm, self.sampling
         rows = [lm.tokenizer.start() + lm.tokenizer.encode(prompt) for prompt in prompts]
-        ids, mask = (x.to(self.breaks.device) for x in pad_left(rows, lm.tokenizer.pad_id))  # (B, T) each
+        ids, mask = (x.to(self.breaks.device) for x in pad(rows, lm.tokenizer.pad_id, "left"))  # (B, T) each
         options: dict[str, Any] = {"do_sample": how.temperature > 0, "pad_token_id": lm.tokenizer.pad_id}
         if how.temperature > 0:
             options |= {"temperature": how.temperature, "top_p": how.top_p, "top_k": 0}

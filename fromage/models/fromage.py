@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from fromage.checkpoints.format import FORMAT, PAPER, Saved, differences, dtype_name, parameter_shapes
 from fromage.checks import check_whole
+from fromage.data.padding import token_mask
 from fromage.data.tokenizer import ret_tokens
 from fromage.errors import UserError
 from fromage.models.base import digest
@@ -170,10 +171,9 @@ class Fromage(Pretrained):
 
     def hidden_at_ret(self, ids: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor]:
         """Run right-padded texts (B, T) that end in [RET]: hidden states (B, T, d), and those at [RET] (B, r, d)."""
-        ends = torch.tensor(lengths, device=ids.device).unsqueeze(1)  # (B, 1)
-        mask = torch.arange(ids.shape[1], device=ids.device) < ends  # (B, T)
+        mask = token_mask(lengths, ids.shape[1], ids.device)  # (B, T)
         hidden = self.lm(self.embed(ids), mask, self.positions(ids, mask))  # (B, T, d)
-        first = ends - (self.r if self.pooling == "ret" else 2)  # (B, 1)
+        first = mask.sum(1, keepdim=True) - (self.r if self.pooling == "ret" else 2)  # (B, 1)
         at = first + torch.arange(self.r, device=ids.device)  # (B, r)
         return hidden, hidden.gather(1, at.unsqueeze(2).expand(-1, -1, hidden.shape[2]))  # (B, T, d) -> (B, r, d)
 

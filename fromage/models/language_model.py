@@ -57,7 +57,7 @@ class LanguageModel(FrozenTower):
         self.width: int = embedding.weight.shape[1]
         self.freeze()
         route(hf.config)
-        self._asks = hasattr(sys.modules[type(hf.base_model).__module__], "ALL_ATTENTION_FUNCTIONS")
+        self._routes = hasattr(sys.modules[type(hf.base_model).__module__], "ALL_ATTENTION_FUNCTIONS")
         tied = head.weight is embedding.weight
         followers = len(tokenizer.ret_ids[1:])
         added = AddedTokens(embedding, head, tokenizer.row_ids, tokenizer.vocab_size, tied, followers)
@@ -103,7 +103,7 @@ class LanguageModel(FrozenTower):
         token sees itself and earlier positions. Raises UserError for a family that has positions of its own (ALiBi), and
         for rows beyond a sliding window, which counts places.
         """
-        if not self._asks:
+        if not self._routes:
             kind = self.hf.config.get_text_config().model_type
             raise UserError(f"{self.name}: {kind} counts positions by itself, so [RET] cannot be stacked; choose sequential")
         self._check_window(mask.shape[1])
@@ -132,12 +132,12 @@ class LanguageModel(FrozenTower):
 
         Raises UserError for a family with layers that have an attention of their own, or none: ALiBi, sinks, chunks, states.
         """
-        if self._asks:
+        if self._routes:
             with attending(attend):
                 output = self._run(embeds, position_ids=positions.unsqueeze(0), use_cache=False)
         config = self.hf.config.get_text_config()
         kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
-        if not self._asks or kinds or len(attend.layers) < config.num_hidden_layers:
+        if not self._routes or kinds or len(attend.layers) < config.num_hidden_layers:
             raise UserError(
                 f"{self.name}: {config.model_type} has an attention of its own, which cannot run packed sequences, as the "
                 "fast step and scores do; train with --model.step reference, or choose another language model"

@@ -98,6 +98,10 @@ class PackedLayout:
             0, (self.count, self.max_seqlen)
         )
 
+    def pack(self, padded: Tensor) -> Tensor:
+        """(S, T', ...) with T' >= T -> (N, ...)."""
+        return self.unpad_input(padded[:, : self.max_seqlen])
+
     def unpad_input(self, padded: Tensor) -> Tensor:
         """(S, T, ...) -> (N, ...)."""
         return _UnpadInput.apply(padded.flatten(0, 1), self.indices)

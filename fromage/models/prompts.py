@@ -20,9 +20,9 @@ from typing import Protocol, TypeGuard
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from fromage.checks import HALVES, as_list
+from fromage.data.padding import pad
 from fromage.data.tokenizer import PromptTokenizer
 from fromage.errors import BrokenSample, UserError
 from fromage.images.codec import take_in
@@ -218,7 +218,7 @@ def embed_prompts(model: VisualPrefixLM, prompts: Sequence[Prompt], room: int = 
     prompts = listed(prompts)
     rows = [prompt_ids(model, prompt, starts) for prompt in prompts]
     _check_lengths(model, [len(row) for row in rows], room)
-    ids, mask = pad_left(rows, model.tokenizer.pad_id)  # (B, T) each
+    ids, mask = pad(rows, model.tokenizer.pad_id, "left")  # (B, T) each
     images = [[part for part in parts_of(prompt) if isinstance(part, ImageInput)] for prompt in prompts]
     distinct = {_key(image): image for row in images for image in row}
     number = {key: i for i, key in enumerate(distinct)}
@@ -227,13 +227,6 @@ def embed_prompts(model: VisualPrefixLM, prompts: Sequence[Prompt], room: int = 
     prefix = model.prefix(features)[list(chain.from_iterable(shown))]  # (n, k, d) -> (images in all prompts, k, d)
     ids = ids.to(model.device)  # (B, T)
     return Prompts(ids, mask.to(model.device), model.embed(ids, prefix), features, shown)
-
-
-def pad_left(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
-    """Lists of ids -> (B, T), left-padded to the longest, and (B, T) bool, False at padding."""
-    lengths = torch.tensor([len(row) for row in rows]).unsqueeze(1)  # (B, 1)
-    ids = pad_sequence([torch.tensor(row, dtype=torch.long) for row in rows], True, pad_id, "left")  # (B, T)
-    return ids, torch.arange(ids.shape[1]) >= ids.shape[1] - lengths  # (B, T) each
 
 
 def _key(image: ImageInput) -> int | str:

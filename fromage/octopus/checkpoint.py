@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from types import UnionType
@@ -16,7 +15,7 @@ from fromage.errors import UserError
 if TYPE_CHECKING:
     from fromage.octopus.model import Octopus
 
-RENAMED = {"n": "num_queries", "after": "split_layer", "c": "decoder_width", "low_rank": "lora_rank"}  # former options
+RENAMED = {"n": "num_queries", "after": "split_layer", "c": "decoder_width", "low_rank": "lora_rank"}  # in files of 0.1
 FORMER_INDEX = "index."  # former prefix of the index tokens' parameters
 PARTS = ("queries", "recognizer.", "index_tokens.")  # parameters trained from stage 2 on
 LEAVE = "recognizer.leave."  # among them, but only with relay
@@ -25,14 +24,10 @@ MASKS = "recognizer.masks."  # among them, but only with masks
 SHAPED = ("vision_layer", "num_queries", "split_layer", "decoder_width", "decoder_layers", "heads", "relay", "template")
 
 
-def current_names(settings: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """Settings under today's names, with a warning about former ones. source: where they are from."""
-    old = [name for name in RENAMED if settings.get(name) is not None]
-    if old:
-        told = ", ".join(f"{name} (now {RENAMED[name]})" for name in old)
-        warnings.warn(f"{source}: former names of options: {told}; the next release will not read them", stacklevel=3)
-    kept = {name: value for name, value in settings.items() if name not in RENAMED}
-    return kept | {RENAMED[name]: settings[name] for name in old}
+def current_names(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a file under today's names."""
+    former = {RENAMED[name]: value for name, value in settings.items() if name in RENAMED and value is not None}
+    return former | {name: value for name, value in settings.items() if name not in RENAMED}
 
 
 def current_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -50,7 +45,7 @@ def of_stage(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def present(saved: Saved) -> Saved:
     """Saved parameters and settings under today's names; see Pretrained.present."""
-    settings = current_names(saved.settings, saved.source)
+    settings = current_names(saved.settings)
     if "stage" in settings:  # of a run
         if settings["stage"] == 1 and settings["num_queries"]:
             told = "of stage 1, which trains no object queries; give a checkpoint of stage 2 or 3"

@@ -10,13 +10,13 @@ from typing import Any, NamedTuple
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 from torchvision.ops import box_convert
 
 from fromage.checks import check_real, check_whole
 from fromage.data.annotations import odd_allowed
 from fromage.data.loader import PlainErrors, no_loaders
+from fromage.data.padding import pad
 from fromage.data.shards import Broken
 from fromage.data.tokenizer import PromptTokenizer
 from fromage.data.workers import init_worker
@@ -24,7 +24,7 @@ from fromage.errors import BrokenSample, UserError, first_few
 from fromage.images.open import file_bytes
 from fromage.images.transforms import Transform, read_image
 from fromage.models.encode_images import check_lost
-from fromage.models.prompts import pad_left, prompt_ids
+from fromage.models.prompts import prompt_ids
 from fromage.octopus.answers import answer_ids
 from fromage.octopus.examples import Conversation, Example, Source, characters, rows_of
 from fromage.octopus.matching import Objects
@@ -108,10 +108,10 @@ class Collate:
         """Conversations with the pixels (3, H, W) or patches (P, m) of their image -> a batch."""
         tokenizer, num_queries = self.layout.tokenizer, self.layout.num_queries
         laid = [self._lay(row) for row, _ in rows]
-        (ids, real), (fed, _) = pad_left([one.ids for one in laid], tokenizer.pad_id), _pad([one.fed for one in laid])
+        (ids, real), (fed, _) = pad([one.ids for one in laid], tokenizer.pad_id, "left"), pad([one.fed for one in laid], 0)
         T, F = ids.shape[1], fed.shape[1]
-        branch = pad_left([one.branch for one in laid], 0)[0].masked_fill(~real, -1)  # (B, T)
-        answers, kept = _pad([answer for one in laid for answer in one.answers], tokenizer.pad_id)  # (E, A)
+        branch = pad([one.branch for one in laid], 0, "left")[0].masked_fill(~real, -1)  # (B, T)
+        answers, kept = pad([answer for one in laid for answer in one.answers], tokenizer.pad_id)  # (E, A)
         queries = query_places(ids == tokenizer.added[QUERY], num_queries)  # (E, N)
         A, first, places = answers.shape[1], 0, []
         for number, one in enumerate(laid):
@@ -124,7 +124,7 @@ class Collate:
         shown = (None, pixels) if self.stored else (pixels, None)
         return GroundingBatch(
             examples, ids, branch, answers, kept.flatten().nonzero().flatten(), fed,
-            _pad([one.fed for one in laid], -1)[0], torch.tensor(places, dtype=torch.long), queries,
+            pad([one.fed for one in laid], -1)[0], torch.tensor(places, dtype=torch.long), queries,
             objects_of(examples, num_queries, self.layout.mask_size), *shown,
         )  # fmt: skip
 
@@ -170,13 +170,6 @@ class _Laid(NamedTuple):
         """More tokens of a branch."""
         self.ids.extend(ids)
         self.branch.extend([branch] * len(ids))
-
-
-def _pad(rows: list[list[int]], value: int = 0) -> tuple[Tensor, Tensor]:
-    """Lists of integers -> (B, T), right-padded, and (B, T) bool, False at padding."""
-    lengths = torch.tensor([len(row) for row in rows]).unsqueeze(1)  # (B, 1)
-    padded = pad_sequence([torch.tensor(row, dtype=torch.long) for row in rows], True, value)  # (B, T)
-    return padded, torch.arange(padded.shape[1]) < lengths
 
 
 def objects_of(examples: Sequence[Example], num_queries: int, mask_size: tuple[int, int] | None = None) -> Objects:
@@ -243,7 +236,7 @@ class OctopusData(pl.LightningDataModule):
         """Read the sources. Raises UserError for missing files and for empty training data."""
         module: Any = self.trainer and self.trainer.lightning_module
         for part, sources in self.sources.items():
-            if getattr(module, "wants_masks", False):
+            if getattr(module, "trains_masks", False):
                 with_masks(sources)
             if part not in self.examples and (part == "val" or stage == "fit"):
                 with odd_allowed(self.max_lost):
@@ -290,7 +283,7 @@ class OctopusData(pl.LightningDataModule):
             drop_last=shuffle,
             num_workers=0 if store is not None else self.workers,
             worker_init_fn=init_worker,
-            collate_fn=Collate(module.model, store is not None, module.asks),
+            collate_fn=Collate(module.model, store is not None, module.with_queries),
             pin_memory=torch.cuda.is_available(),
         )
 
@@ -300,9 +293,9 @@ class OctopusData(pl.LightningDataModule):
         examples = [example for example in all_of_them if not queries or len(example.meant) <= queries]
         if left := len(all_of_them) - len(examples):
             warnings.warn(f"{left} examples point at more than the {queries} object queries: left out", stacklevel=2)
-        if part == "train" and module.wants_masks and not any(any(example.masks) for example in examples):
+        if part == "train" and module.trains_masks and not any(any(example.masks) for example in examples):
             raise UserError("model.mask_scale: no example of data.train has a mask; name files of RefCOCO, or set it to 0")
-        if queries and not module.asks and any(example.meant for example in examples):
+        if queries and not module.with_queries and any(example.meant for example in examples):
             raise UserError(
                 f"data.{part}: some answers point at boxes, and stage 1 has no object queries yet; name captions"
             )

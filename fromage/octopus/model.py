@@ -117,7 +117,7 @@ class Octopus(Pretrained):
         super().__init__(lm, vision, vision.shape[0])
         self.num_queries, self.relay = num_queries, relay
         self.split_layer = len(lm.blocks) // 2 if split_layer is None else split_layer
-        self.template = [part for part in SLOTS.split(template.replace("{picture}", "{image}")) if part]  # its former name
+        self.template = [part for part in SLOTS.split(template.replace("{picture}", "{image}")) if part]  # of 0.1
         self.masks = mask_scale > 0
         if num_queries:
             _check_queries(lm, vision, self.split_layer, decoder_width, decoder_layers, heads)

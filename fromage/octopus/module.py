@@ -15,7 +15,7 @@ from fromage.checks import check_real, check_whole
 from fromage.errors import UserError
 from fromage.models.language_model import Quantized
 from fromage.models.pretrained import from_hyperparameters
-from fromage.octopus.checkpoint import MASKS, RENAMED, check_names, check_shaped, current_names, current_state, of_stage
+from fromage.octopus.checkpoint import MASKS, check_names, check_shaped, current_names, current_state, of_stage
 from fromage.octopus.decoding import decode, grounded
 from fromage.octopus.metrics import box_metrics, mask_areas, mean_percent
 from fromage.octopus.model import Octopus
@@ -61,10 +61,6 @@ class OctopusModule(GuardedModule):
         warmup_steps: int = 100,
         nonfinite: Literal["stop", "skip"] = "stop",
         seed: int = 0,
-        n: int | None = None,
-        after: int | None = None,
-        c: int | None = None,
-        low_rank: int | None = None,
     ) -> None:
         """Set model and optimiser.
 
@@ -97,16 +93,9 @@ class OctopusModule(GuardedModule):
             warmup_steps: steps over which the learning rate rises from lr / warmup_steps; then it falls to 0 along a cosine.
             nonfinite: on a NaN or infinite loss or gradient: stop the run, or skip the update.
             seed: seed of the trained parameters.
-            n: former name of num_queries, for one more release.
-            after: former name of split_layer.
-            c: former name of decoder_width.
-            low_rank: former name of lora_rank.
         """
         super().__init__()
-        self.save_hyperparameters(ignore=[*RENAMED])
-        former = current_names({"n": n, "after": after, "c": c, "low_rank": low_rank}, "model")
-        if former:
-            self.save_hyperparameters(former)
+        self.save_hyperparameters()
         self.h: Any = self.hparams
         for name, least in {
             "num_queries": 0, "decoder_width": 1, "decoder_layers": 1, "heads": 1, "lora_rank": 0, "warmup_steps": 0
@@ -124,14 +113,14 @@ class OctopusModule(GuardedModule):
         self._taken: set[str] = set()  # names of parameters that earlier stages trained
 
     @property
-    def asks(self) -> bool:
+    def with_queries(self) -> bool:
         """Whether prompts have object queries."""
         return self.h.stage > 1
 
     @property
-    def wants_masks(self) -> bool:
+    def trains_masks(self) -> bool:
         """Whether the masks of objects are trained."""
-        return self.asks and bool(self.hparams["mask_scale"])
+        return self.with_queries and bool(self.hparams["mask_scale"])
 
     def configure_model(self) -> None:
         """Load the towers, once, and the parameters of the stage before; freeze what this stage does not train."""
@@ -229,7 +218,7 @@ def load_trained(model: Octopus, path: str) -> set[str]:
     """Load the parameters of a checkpoint to start from; returns their names. Raises UserError for another architecture."""
     saved = read_saved(path)
     state = current_state(saved.tensors)
-    check_shaped(model.settings, current_names(saved.settings, path), state, path)
+    check_shaped(model.settings, current_names(saved.settings), state, path)
     if "queries" in state and not any(name.startswith(MASKS) for name in state):  # the mask head begins again
         state |= {name: value for name, value in model.state_dict().items() if name.startswith(MASKS)}
     model.take(state, path)

@@ -26,7 +26,6 @@ from fromage.errors import UserError
 from fromage.models.language_model import LanguageModel, Quantized
 from fromage.models.vision.base import VisionTower
 from fromage.models.vision.registry import plan_vision
-from fromage.octopus.checkpoint import current_names
 from fromage.octopus.data import Collate
 from fromage.octopus.examples import Example
 from fromage.octopus.lora import add_lora
@@ -106,7 +105,7 @@ def read_run(config: str | Sequence[str], **options: Any) -> Run:
     found["stored_features"] = found.get("features") is not None
     if not isinstance(found.get("devices"), int):  # such as auto: one is planned
         found.pop("devices", None)
-    found = current_names(found, str(config)) | {name: value for name, value in options.items() if value is not None}
+    found |= {name: value for name, value in options.items() if value is not None}
     run = run_of(Run, found, config)
     run = replace(run, dtype=dtype_name(run.dtype))
     if run.stage == 1:

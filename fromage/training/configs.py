@@ -1,10 +1,9 @@
-"""Where configurations are found, and the names in them that have changed."""
+"""Where configurations are found."""
 
 from __future__ import annotations
 
 import itertools
 import re
-import warnings
 from collections.abc import Iterable
 from difflib import get_close_matches
 from pathlib import Path
@@ -52,62 +51,17 @@ def _check_yaml(path: Path) -> None:
         raise UserError(f"configuration {path}: not a mapping of trainer, model and data; see {config_folder()}")
 
 
-OLD_CLASSES = {  # class paths of configurations written before: their present names
-    "fromage.checkpoint_io.SafeCheckpoint": "fromage.SafeCheckpoint",
-    "fromage.data.CC3M": "fromage.CC3M",
-    "fromage.lightning_module.FromageModule": "fromage.FromageModule",
-    "fromage.lr_finder.LRFinder": "fromage.LRFinder",
-    "fromage.octopus.lightning_module.OctopusModule": "fromage.OctopusModule",
-    "fromage.run_report.RunReport": "fromage.RunReport",
-    "fromage.sharded_towers.ShardedTowers": "fromage.ShardedTowers",
-}
-_OLD = re.compile(rf"(?<![\w.])(?:{'|'.join(map(re.escape, OLD_CLASSES))})(?![\w.])")
-_PLAIN = re.compile(r"""((?:\bmodel\.(?:init_args\.)?step=|^\s*step:\s*|[{,]\s*step:\s*)["']?)plain\b""", re.MULTILINE)
-
-
-def present(text: str) -> str:
-    """A configuration, or a word of a command line, with present names in place of old ones, each of which is warned of."""
-    for old in sorted({match[0] for match in _OLD.finditer(text)}):
-        _warn_old(old, OLD_CLASSES[old])
-    text = _OLD.sub(lambda match: OLD_CLASSES[match[0]], text)
-    text, changed = _PLAIN.subn(r"\1reference", text)
-    if changed:
-        present_step("plain")
-    return text
-
-
-def present_step(step: str) -> str:
-    """The name of a training step; its old name is warned of."""
-    if step == "plain":
-        _warn_old("model.step plain", "model.step reference")
-        return "reference"
-    return step
-
-
-def _warn_old(old: str, new: str) -> None:
-    warnings.warn(f"{old} is the old name of {new}; the next release will not know it", FutureWarning, stacklevel=3)
-
-
 def with_configs_found(argv: list[str]) -> list[str]:
-    """A command line with the files its --config options name, and present names in place of old ones."""
+    """A command line with the files its --config options name."""
     out: list[str] = []
     for before, word in zip(["", *argv], argv, strict=False):
         if before in ("--config", "-c"):
-            out.append(_config(word))
+            out.append(find_config(word))
         elif word.startswith("--config="):
-            out.append("--config=" + _config(word.removeprefix("--config=")))
-        elif before in ("--model.step", "--model.init_args.step"):
-            out.append(present_step(word))
+            out.append("--config=" + find_config(word.removeprefix("--config=")))
         else:
-            out.append(present(word))
+            out.append(word)
     return out
-
-
-def _config(name: str) -> str:
-    """The file of a configuration; its text, where that has old names in it."""
-    path = find_config(name)
-    text = Path(path).read_text(encoding="utf-8")
-    return path if (renewed := present(text)) == text else renewed
 
 
 def near(word: str, known: Iterable[str], front: str = "") -> str:

@@ -85,7 +85,7 @@ def composed(model: Fromage, tuples: Tuples, features: Tensor, weights: Weights)
     if weights.composition_captioning:
         rows = zip(begins, trunk, words, strict=True)
         at = [i for start, t, n in rows for i in (start + t - 1, *range(start + t + ret, start + t + ret + n))]
-        targets = _unpadded(tuples.captions, tuples.caption_lengths)  # (sum of lengths,)
+        targets = PackedLayout(tuples.caption_lengths, device).pack(tuples.captions)  # (sum of lengths,)
         loss, accuracy = frozen_head_loss(hidden.index_select(0, to_device(at, device)), targets, model.lm)
     if weights.composition_retrieval:
         first = [start + t - at_word for start, t in zip(begins, trunk, strict=True)]
@@ -118,17 +118,11 @@ def _ids(model: Fromage, tuples: Tuples, trunk: list[int], ret: int, words: list
     device, tokenizer = tuples.conditions.device, model.tokenizer
     # (k,), (r,)
     image, asked = (to_device(ids, device) for ids in ([tokenizer.image_id] * model.k, tokenizer.ret_ids[:ret]))
-    conditions = _unpadded(tuples.conditions, tuples.lengths)  # (sum of lengths,)
-    captions = _unpadded(tuples.captions, tuples.caption_lengths)
+    conditions = PackedLayout(tuples.lengths, device).pack(tuples.conditions)  # (sum of lengths,)
+    captions = PackedLayout(tuples.caption_lengths, device).pack(tuples.captions)
     of_condition, of_caption = starts(tuples.lengths), [0, *accumulate(tuples.caption_lengths)]
     parts = [
         (image, conditions[a : a + t - model.k], asked, captions[b : b + n])
         for a, t, b, n in zip(of_condition, trunk, of_caption, words, strict=False)
     ]
     return torch.cat(list(chain.from_iterable(parts)))  # (N,)
-
-
-def _unpadded(ids: Tensor, lengths: list[int]) -> Tensor:
-    """(B, T) ids of texts of these lengths -> (sum of lengths,)."""
-    layout = PackedLayout(lengths, ids.device)
-    return layout.unpad_input(ids[:, : layout.max_seqlen])

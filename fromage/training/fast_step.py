@@ -105,7 +105,7 @@ def captioning(model: Fromage, batch: Batch, features: Tensor, paired: bool) -> 
     """Next-token loss of [W_c v(x)] [</s> y_1 ... y_n], packed, and its token accuracy (equation 1): shortcuts 3, 4, 6."""
     k, r, lengths = model.k, model.r, [n - model.r for n in batch.lengths]  # without [RET]
     words = PackedLayout(batch.lengths, batch.ids.device)
-    packed = words.unpad_input(batch.ids[:, : words.max_seqlen])  # (sum of lengths,)
+    packed = words.pack(batch.ids)  # (sum of lengths,)
     places = packed.new_full((k,), model.tokenizer.image_id)  # (k,)
     bounds = pairwise([*words.starts, len(packed)])
     parts = [(places, packed[a : b - r]) for a, b in bounds]
@@ -126,11 +126,11 @@ def retrieval_text(model: Fromage, batch: Batch) -> tuple[Tensor, Tensor]:
     """
     device, r, lengths = batch.ids.device, model.r, [n - model.r for n in batch.lengths]
     rows = PackedLayout(lengths, device)
-    ids = rows.unpad_input(batch.ids[:, : rows.max_seqlen])  # (N,), without [RET]
+    ids = rows.pack(batch.ids)  # (N,), without [RET]
     before = Causal(rows, keep=True)
     with torch.no_grad():
         hidden = model.lm.packed(model.lm.embed(ids.unsqueeze(0)), rows.positions, before)  # (N, d)
-        targets = rows.unpad_input(batch.ids[:, 1 : rows.max_seqlen + 1])  # (N,): y_1 ... y_n [RET]
+        targets = rows.pack(batch.ids[:, 1:])  # (N,): y_1 ... y_n [RET]
         lse, z = frozen_log_sum_exp(hidden, targets, model.lm)  # (N,) each; z is 0 where [RET] is the target
     ret_logit = model.lm.capped((hidden @ model.lm.added.output[0].to(hidden.dtype)).float())  # (N,)
     is_ret = targets == model.tokenizer.ret_id  # (N,)

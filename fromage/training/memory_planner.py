@@ -31,7 +31,6 @@ from fromage.models.fusion import RetFusion
 from fromage.models.language_model import LanguageModel, Quantized
 from fromage.models.vision.base import VisionTower
 from fromage.models.vision.registry import plan_vision
-from fromage.training.configs import present_step
 from fromage.training.fast_composition import fast_composition
 from fromage.training.fast_step import captioning, fast_step, retrieval_text
 from fromage.training.layers import checkpoint_blocks
@@ -97,7 +96,6 @@ class Run:
 def read_run(config: str | Sequence[str], **options: Any) -> Run:
     """A Run from configuration files; options that are not None override them. Raises UserError for invalid values."""
     found = options_of(config) | {name: value for name, value in options.items() if value is not None}
-    found["step"] = present_step(found.get("step", Run.step))
     run = run_of(Run, found, config)
     run = replace(run, dtype=dtype_name(run.dtype))
     check_choices(run, {"step": ("fast", "reference"), "quantize": (None, *get_args(Quantized))})

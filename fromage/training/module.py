@@ -29,7 +29,6 @@ from fromage.models.language_model import Quantized
 from fromage.models.pretrained import from_hyperparameters
 from fromage.models.vision.base import TextTower
 from fromage.retrieval.metrics import Gallery, joined, retrieval_recalls
-from fromage.training.configs import present_step
 from fromage.training.fast_composition import fast_composition
 from fromage.training.fast_step import fast_step
 from fromage.training.layers import checkpoint_blocks, compile_blocks
@@ -171,10 +170,11 @@ class FromageModule(GuardedModule):
             seed: seed of the trained parameters and of the pairing.
         """
         super().__init__()
-        step = present_step(step)  # type: ignore[assignment]  # also of a checkpoint
         self.save_hyperparameters()
         self.h: Any = self.hparams
         _check(self.h)
+        if step not in ("fast", "reference"):
+            raise UserError(f"model.step {step}: choose fast or reference")
         if chunk < 0:
             raise UserError(f"model.chunk {chunk}: choose a number of examples, or 0 for all at once")
         if chunk and step == "reference":

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fromage.data.batches import padded
+from fromage.data.padding import pad
 from fromage.data.tuples import NO_IMAGE, Tuples
 from fromage.errors import UserError, first_few
 from fromage.models.fromage import Fromage
@@ -96,8 +96,7 @@ def reference_composition(
 
 def _padded(model: Fromage, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
     """Token ids -> (B, T) and their bool mask (B, T), right-padded."""
-    ids, lengths = padded(rows, model.tokenizer.pad_id)
-    mask = torch.arange(ids.shape[1]) < torch.tensor(lengths).unsqueeze(1)  # (B, T)
+    ids, mask = pad(rows, model.tokenizer.pad_id)
     return ids.to(model.device), mask.to(model.device)
 
 

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from fromage.data.batches import Batch, Texts
+from fromage.data.padding import token_mask
 from fromage.data.tuples import Images, Tuples
 from fromage.errors import UserError, first_few
 from fromage.models.fromage import Fromage
@@ -121,7 +122,7 @@ def captioning_ids(model: Fromage, batch: Batch, paired: bool) -> tuple[Tensor, 
     """
     B = len(batch.ids)
     places = batch.ids.new_full((B, model.k), model.tokenizer.image_id)  # (B, k)
-    words = _within(batch, without=model.r)  # (B, T), without [RET]
+    words = _token_mask(batch, without=model.r)  # (B, T), without [RET]
     ids = torch.cat([places, batch.ids.masked_fill(~words, model.tokenizer.pad_id)], 1)  # (B, k + T)
     mask = torch.cat([torch.ones_like(places, dtype=torch.bool), words], 1)  # (B, k + T)
     if not paired:
@@ -132,10 +133,9 @@ def captioning_ids(model: Fromage, batch: Batch, paired: bool) -> tuple[Tensor, 
     return ids.reshape(-1, 2 * ids.shape[1]), mask.reshape(-1, 2 * mask.shape[1])  # (B, k + T) -> (B / 2, 2 (k + T))
 
 
-def _within(batch: Batch, without: int) -> Tensor:
+def _token_mask(batch: Batch, without: int) -> Tensor:
     """(B, T) bool: the positions of each caption, except its last `without` tokens."""
-    ends = torch.tensor(batch.lengths, device=batch.ids.device).unsqueeze(1) - without  # (B, 1)
-    return torch.arange(batch.ids.shape[1], device=batch.ids.device) < ends  # (T,) < (B, 1) -> (B, T)
+    return token_mask([n - without for n in batch.lengths], batch.ids.shape[1], batch.ids.device)
 
 
 def no_captioning(device: torch.device) -> tuple[Tensor, Tensor]:
@@ -173,7 +173,7 @@ def reference_step(
 
     queries = batch.queries
     hidden, at_ret = model.hidden_at_ret(queries.ids, queries.lengths)  # (B, T, d), (B, r, d)
-    labels = queries.ids.masked_fill(~_within(queries, without=model.r - 1), -100)  # (B, T): of r [RET] tokens the first
+    labels = queries.ids.masked_fill(~_token_mask(queries, without=model.r - 1), -100)  # (B, T): of r [RET] tokens the first
     text_loss, _ = next_token_loss(model.lm.logits(hidden), labels)
 
     features = image_features(model, batch)  # (B, m); as in the released code, images are encoded twice

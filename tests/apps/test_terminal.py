@@ -198,7 +198,7 @@ def test_nothing_foreign_reaches_the_terminal(model, index, monkeypatch):
 
 def test_settings_are_exchanged_and_told(model):
     chat = Chat(model)
-    shown = said(chat, "/ret-bias 2.5", "/temperature 0.7", "/images-per-ret 3", "/images")
+    shown = said(chat, "/ret-bias 2.5", "/temperature 0.7", "/images-per-ret 3", "/images-per-ret")
     assert (chat.decoding.ret_bias, chat.decoding.temperature, chat.decoding.images_per_ret) == (2.5, 0.7, 3)
     assert shown.splitlines() == [
         "(ret-bias is 2.5)",

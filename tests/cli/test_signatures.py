@@ -1,4 +1,4 @@
-"""Commands derived from signatures: what their options say, their help, old names, completion, and a quick start."""
+"""Commands derived from signatures: what their options say, their help, completion, and a quick start."""
 
 import socket
 import subprocess
@@ -7,15 +7,14 @@ from pathlib import Path
 from typing import get_type_hints
 
 import pytest
-import yaml
 
 from fromage.cli.command import arguments, call
-from fromage.cli.main import COMMANDS, RENAMED, main, parse
+from fromage.cli.main import COMMANDS, main, parse
 from fromage.cli.options import HERE
 from fromage.cli.talk import Opening
 from fromage.errors import UserError
 from fromage.generation.options import DEFAULTS, HELP, LIMITS, Decoding
-from fromage.training.configs import OLD_CLASSES, config_folder, present
+from fromage.training.configs import config_folder
 
 HEAVY = ("torch", "transformers", "pytorch_lightning", "open_clip", "numpy", "PIL", "gradio", "fastapi")
 LINES = {  # command line: what it says of some options, defaults among them
@@ -139,55 +138,6 @@ def test_a_function_gets_what_was_said(monkeypatch):
     assert main(["chat", "--ckpt", "someone/c", "--images-per-ret", "2", "--no-use-cache", "--top", "3"]) == 0
     assert got == [(Opening(ckpt="someone/c"), Decoding(images_per_ret=2, use_cache=False), 3)]
     assert main(["chat", "--min-tokens", "50"]) == 2
-
-
-@pytest.mark.usefixtures("place")
-def test_old_names_warn():
-    for command, renamed in RENAMED.items():
-        for old, new in renamed.items():
-            rest = ["s", "--out", "o", old] if command == "features" else [f"{old}=2"]
-            with pytest.warns(FutureWarning, match=f"{old} is the old name of {new}"):
-                values = parse([command, *rest])[1]
-            assert values[new[2:].replace("-", "_")] in (True, 2)
-
-
-def test_old_configurations_are_read_with_a_warning(tmp_path, capsys):
-    old = tmp_path / "old.yaml"
-    old.write_text(
-        "trainer:\n  callbacks:\n    - class_path: fromage.run_report.RunReport\n"
-        "model:\n  class_path: fromage.lightning_module.FromageModule\n  init_args: {lm: toy, step: plain}\n"
-        "data:\n  class_path: fromage.data.CC3M\n  init_args: {train_shards: x}\n"
-    )
-    for words in (["--config", str(old)], [f"--config={old}", "--model.step", "plain"]):
-        with pytest.raises(SystemExit) as stop:
-            main(["fit", *words, "--print_config"])
-        printed = capsys.readouterr()
-        told = yaml.safe_load(printed.out)
-        assert stop.value.code == 0 and told["model"]["init_args"]["step"] == "reference"
-        assert told["model"]["class_path"].endswith("FromageModule") and told["data"]["class_path"].endswith("CC3M")
-        assert all(name in printed.err for name in ("run_report.RunReport", "data.CC3M", "step plain", "fromage.RunReport"))
-
-
-def test_every_old_class_has_a_present_one():
-    import fromage
-
-    for old, new in OLD_CLASSES.items():
-        with pytest.warns(FutureWarning, match=old):
-            assert present(f"class_path: {old}  # it") == f"class_path: {new}  # it"
-        assert hasattr(fromage, new.removeprefix("fromage."))
-    untouched = "class_path: fromage.data.CC3Mother\nstyle: plain\nnext_step: plain\n--model.step=fast"
-    assert present(untouched) == untouched
-
-
-def test_a_step_keeps_its_old_name_for_a_release(tmp_path):
-    from fromage.training.memory_planner import read_run
-    from fromage.training.module import FromageModule
-
-    (tmp_path / "c.yaml").write_text("model: {step: plain}")
-    with pytest.warns(FutureWarning, match="model.step reference"):
-        assert read_run(str(tmp_path / "c.yaml")).step == "reference"
-    with pytest.warns(FutureWarning, match="model.step reference"):
-        assert FromageModule(lm="toy", vision="toy", vision_weights=None, step="plain").h.step == "reference"
 
 
 @pytest.mark.parametrize(

@@ -7,10 +7,11 @@ import pytest
 import torch
 import yaml
 from tiny_octopus import FAMILIES, NoTower, build
-from torch.nn.functional import pad
+from torch.nn import functional as F
 
+from fromage.data.padding import pad
 from fromage.errors import UserError
-from fromage.models.prompts import START, Starts, embed_prompts, pad_left, prompt_ids, started
+from fromage.models.prompts import START, Starts, embed_prompts, prompt_ids, started
 from fromage.octopus.decoding import ground
 from fromage.octopus.model import SLOTS, Octopus, alone, among, fill_template, positions, query_places, seen
 from fromage.training.configs import find_config
@@ -58,7 +59,7 @@ def test_answers_behind_a_reading_are_those_of_one_pass_over_all(family):
     answers = torch.tensor([[5, 9, model.tokenizer.row_ids[1]], [model.tokenizer.row_ids[0], 7, 8], [3, 4, 5]])
     prefill = model.read(prompts.ids, alone(prompts.mask), prompts.embeds, patches)
     first, rest = prefill.hidden, model.extend(prefill, answers)
-    ids, mask = torch.cat([prompts.ids, answers], 1), pad(prompts.mask, (0, 3), value=True)
+    ids, mask = torch.cat([prompts.ids, answers], 1), F.pad(prompts.mask, (0, 3), value=True)
     embeds = torch.cat([prompts.embeds, model.embed(answers)], 1)
     places = model.is_query(ids)
     sees = seen(alone(mask), alone(mask))
@@ -217,7 +218,7 @@ def test_a_prompt_beyond_the_language_models_positions_is_refused():
 
 
 def test_left_padding():
-    ids, mask = pad_left([[5], [6, 7]], 1)
+    ids, mask = pad([[5], [6, 7]], 1, "left")
     assert ids.tolist() == [[1, 5], [6, 7]] and mask.tolist() == [[False, True], [True, True]]
 
 

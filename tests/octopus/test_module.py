@@ -275,12 +275,7 @@ def test_the_full_size_stages_have_the_papers_values():
     assert sequential["num_queries"] == 0 and "stage1" in sequential["init"]
 
 
-def test_options_and_checkpoints_with_former_names_are_read_with_a_warning(trained, tmp_path):
-    with pytest.warns(UserWarning, match=r"n \(now num_queries\), after \(now split_layer\)"):
-        old = OctopusModule(stage=3, n=4, after=1, c=16, low_rank=2, **SMALL)
-    new = OctopusModule(stage=3, num_queries=4, split_layer=1, decoder_width=16, lora_rank=2, **SMALL)
-    assert dict(old.hparams) == dict(new.hparams) == dict(old.hparams_initial) and not RENAMED.keys() & old.hparams.keys()
-
+def test_checkpoints_with_former_names_are_read(trained, tmp_path):
     path = trained / "stage2" / "checkpoints" / "last.ckpt"
     stored = torch.load(path, weights_only=True)
     settings = {**stored["hyper_parameters"]}
@@ -289,12 +284,9 @@ def test_options_and_checkpoints_with_former_names_are_read_with_a_warning(train
     assert state.keys() != stored["state_dict"].keys()
     written = tmp_path / "former.ckpt"
     torch.save(stored | {"state_dict": state, "hyper_parameters": settings | former}, written)
-    with pytest.warns(UserWarning, match=r"former\.ckpt: former names .* c \(now decoder_width\)"):
-        model = load_octopus(str(written))
-    assert model.fingerprint() == load_octopus(str(path)).fingerprint()
-    words = [*QUICK, "--model.n=8", "--trainer.max_steps=4", f"--ckpt_path={written}", "--model.c=96"]
-    with pytest.warns(UserWarning, match=r"n \(now num_queries\), c \(now decoder_width\)"):
-        octopus_tour.train(trained, octopus_tour.STAGES[1:2], [*words, f"--trainer.callbacks.init_args.dirpath={tmp_path}"])
+    assert load_octopus(str(written)).fingerprint() == load_octopus(str(path)).fingerprint()
+    words = [*QUICK, "--trainer.max_steps=4", f"--ckpt_path={written}"]
+    octopus_tour.train(trained, octopus_tour.STAGES[1:2], [*words, f"--trainer.callbacks.init_args.dirpath={tmp_path}"])
     assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 4
 
 
