@@ -28,14 +28,11 @@ from fromage.data.features import store_features
 from fromage.data.tuple_packing import pack_tuples
 from fromage.evals import coco, few_shot, visdial, vist
 from fromage.evals.caption_sets import read_caption_set
-from fromage.evals.clip import load_clip_baseline
+from fromage.evals.composed import Composed, ComposedRun, ComposedSet
 from fromage.evals.dialogues import read_dialogues
-from fromage.evals.options import Options
 from fromage.io import write_json
-from fromage.models.encode_images import encode_files
 from fromage.models.fromage import Fromage, load_model
-from fromage.retrieval.metrics import Scope, chance, places, rank_figures
-from fromage.retrieval.queries import embed_queries
+from fromage.retrieval.metrics import Scope
 from fromage.toy.tuples import LINES, make_tuples
 from fromage.toy.world import make_world
 from fromage.training.configs import config_folder
@@ -84,31 +81,19 @@ def prepare(out: Path) -> tuple[Path, Path]:
     return world, stored
 
 
+@torch.no_grad()
 def find_composed(model: Fromage, folder: Path) -> dict[str, Any]:
-    """Composed retrieval over a folder of tuples, by FROMAGe and by CLIP: both of its embeddings summed, or one of them."""
+    """Composed retrieval over a folder of tuples, by FROMAGe and by CLIP: both of its embeddings, or one of them."""
     entries = [json.loads(line) for line in (folder / LINES).read_text("utf-8").splitlines()]
-    shown = [folder / entry["target_image"] for entry in entries]
-    paths = list(dict.fromkeys([folder / entry["image"] for entry in entries] + shown))  # references, then n targets
-    row = {path: i for i, path in enumerate(paths)}
-    n, features = len(entries), encode_files(model, paths, Options()).of(paths)  # (M, m)
-    conditions = [entry["condition"] for entry in entries]
-    own = torch.tensor([row[folder / entry["image"]] for entry in entries])  # (n,)
-    targets = torch.tensor([row[path] for path in shown])  # (n,)
-
-    def found(queries: torch.Tensor, gallery: torch.Tensor) -> dict[str, dict[str, float]]:
-        """(n, q) queries in a gallery (M, q), each without its own reference."""
-        place = places(queries, gallery, [[i] for i in targets.tolist()], Scope([[i] for i in own.tolist()]))  # (n, 1)
-        return {"composed": rank_figures(place[:, 0])}
-
-    prompts = [[image, condition] for image, condition in zip(features[own].cpu(), conditions, strict=True)]
-    asked = torch.cat([embed_queries(model, prompts[i : i + 128]) for i in range(0, n, 128)])  # (n, q)
-    report = {"fromage": found(asked, model.embed_images(features)), "chance": {"composed": chance(len(paths) - 1)}}
-    clip = load_clip_baseline(model)
-    if clip is not None:
-        images, texts = clip.embed_features(features), clip.embed_text(conditions)  # (M, e), (n, e)
-        queries = {"clip": images[own] + texts, "clip_image": images[own], "clip_text": texts}
-        report |= {who: found(rows, images) for who, rows in queries.items()}
-    return report
+    queries = [
+        Composed(str(i), folder / entry["image"], entry["condition"], (folder / entry["target_image"],))
+        for i, entry in enumerate(entries)
+    ]
+    gallery = [query.reference for query in queries] + [query.right[0] for query in queries]
+    run = ComposedRun(model, folder.name, [ComposedSet(folder.name, queries, gallery)], None)
+    (part,) = run.parts
+    found = run.evaluate({"composed": part.tasks("composed", Scope(part.own))["composed"]})
+    return {who.replace(" ", "_"): figures for who, figures in found.items()}
 
 
 def judge(model: Fromage, world: Path, answers: int) -> dict[str, float]:

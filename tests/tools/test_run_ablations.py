@@ -111,13 +111,19 @@ def test_the_configurations_of_composition_learning(tool, tmp_path, monkeypatch)
 
 
 def test_composed_retrieval_leaves_out_the_reference_of_a_query(tool, toy_model, tmp_path, monkeypatch):
+    from fromage.evals.base import Retriever
     from fromage.toy.tuples import make_tuples
 
     make_tuples(tmp_path / "t", 6, "val", 2, progress=False)
     rows = torch.eye(toy_model.q)[:9]  # three references, then six targets
     monkeypatch.setattr(toy_model, "embed_images", lambda features: rows)
     want = 3 * rows[[0, 0, 1, 1, 2, 2]] + 2 * rows[3:]  # nearest to the own reference, then to the target
-    monkeypatch.setattr(tool, "embed_queries", lambda model, prompts: want[[0, 1, 2, 3, 5, 4]])
+    embed = Retriever.embed_text
+
+    def asked(system, texts, what):
+        return want[[0, 1, 2, 3, 5, 4]] if system.name == "fromage" else embed(system, texts, what)
+
+    monkeypatch.setattr(Retriever, "embed_text", asked)
     report = tool.find_composed(toy_model, tmp_path / "t")
     assert report["fromage"]["composed"]["r1"] == pytest.approx(100 * 4 / 6)
     assert report["chance"]["composed"]["r1"] == pytest.approx(100 / 8)
