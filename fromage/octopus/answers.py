@@ -48,7 +48,8 @@ class Grounded:
     def pointed(self) -> list[tuple[Box, float | None]]:
         """The boxes pointed at with their scores; a spelled box has None."""
         boxes = self.boxes
-        return list(zip(boxes, self.scores or [None] * len(boxes), strict=True))
+        scores: Sequence[float | None] = self.scores or [None] * len(boxes)
+        return list(zip(boxes, scores, strict=True))
 
     @property
     def words(self) -> str:

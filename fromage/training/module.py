@@ -67,9 +67,9 @@ def _check(h: Any) -> None:
 class CosineToZero(torch.optim.lr_scheduler.CosineAnnealingLR):
     """A cosine from lr to zero that stays there; PyTorch's own rises again."""
 
-    def get_lr(self) -> list[float]:
+    def get_lr(self) -> list[float | Tensor]:
         """Of each group of parameters."""
-        return [0.0] * len(self.base_lrs) if self.last_epoch > self.T_max else super().get_lr()  # type: ignore[return-value]
+        return [0.0 for _ in self.base_lrs] if self.last_epoch > self.T_max else super().get_lr()
 
 
 class FromageModule(GuardedModule):
