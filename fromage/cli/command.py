@@ -175,9 +175,11 @@ def _plain(text: str) -> str:
     return text.replace("%", "%%")
 
 
-def dashed(words: Sequence[str]) -> list[str]:
+def with_dashes(words: Sequence[str]) -> list[str]:
     """Words of a command line, options with dashes in place of underscores."""
-    ends = words.index("--") if "--" in words else len(words)
-    parts = [word.partition("=") for word in words[:ends]]
-    return ["--" + name[2:].replace("_", "-") + rest + value if name.startswith("--") else name + rest + value
-            for name, rest, value in parts] + list(words[ends:])  # fmt: skip
+    out = list(words)
+    for i, word in enumerate(words[: words.index("--") if "--" in words else None]):
+        name, equals, value = word.partition("=")
+        if name.startswith("--"):
+            out[i] = name.replace("_", "-") + equals + value
+    return out

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from fromage.allocator import keep_freed_memory
 from fromage.cli import data, evals, find, index, talk, tuples
-from fromage.cli.command import Function, call, dashed, options_of, parser_of, speaks, tell
+from fromage.cli.command import Function, call, options_of, parser_of, speaks, tell, with_dashes
 from fromage.cli.options import HERE, check_out
 from fromage.distribution import pip_install
 from fromage.errors import UserError
@@ -130,7 +130,7 @@ def named(words: list[str]) -> tuple[str, list[str]]:
 def parse(words: list[str]) -> tuple[Function, dict[str, Any]]:
     """The function of a command line, and what its options say. Raises SystemExit for --help."""
     name, rest = named(words)
-    rest = dashed(rest)
+    rest = with_dashes(rest)
     reader = parser_of(name, COMMANDS[name])
     if {"-h", "--help"} & {*rest}:  # whatever is wrong beside it
         rest = ["--help"]
