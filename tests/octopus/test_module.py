@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import pytorch_lightning as pl
@@ -312,3 +313,10 @@ def test_images_that_cannot_be_decoded_are_counted_and_too_many_refused(folder, 
             match=r"^3 of 9 images cannot be had, more than 30%: .*0\.jpg \(broken\).*data\.max_lost in training\)$",
         ):
             list(loader)
+
+
+def test_a_device_with_less_than_a_batch_is_told():
+    data = OctopusData(batch_size=4)
+    data.trainer = SimpleNamespace(world_size=8)
+    with pytest.raises(UserError, match=r"20 rows .* fewer than data.batch_size 4 on each of 8 devices"):
+        data._sampler(SimpleNamespace(rows=[None] * 20), 4)

@@ -1,5 +1,6 @@
 """Checkpoints under torn files, flipped bits, full disks, SIGKILL and SIGTERM."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import pytorch_lightning as pl
@@ -20,7 +22,7 @@ from test_module import TOY
 from fromage.cli.main import main
 from fromage.data.datamodule import CC3M
 from fromage.errors import UserError
-from fromage.training.checkpoint_io import BEFORE, LAST, TERMINATED, SafeCheckpoint, SafeCheckpointIO
+from fromage.training.checkpoint_io import BEFORE, LAST, TERMINATED, SafeCheckpoint, SafeCheckpointIO, _on_first_device
 from fromage.training.module import FromageModule
 
 
@@ -306,3 +308,15 @@ def test_the_end_of_training_is_not_written_twice(world, tmp_path):
         trainer.fit(FromageModule(**TOY), data)
         steps = {p.name: torch.load(p, weights_only=True)["global_step"] for p in tmp_path.glob("*.ckpt")}
         assert steps == ({} if trial else {LAST: 2, BEFORE: 1})
+
+
+def test_an_error_of_the_first_device_is_told_on_all():
+    told = []
+    strategy = SimpleNamespace(broadcast=lambda said: told.append(said) or said)
+
+    def refuse():
+        raise PermissionError(errno.EACCES, "Permission denied", "/there/.lock")
+
+    with pytest.raises(UserError, match="cannot be opened"):
+        _on_first_device(SimpleNamespace(is_global_zero=True, strategy=strategy), refuse)
+    assert "/there/.lock" in told[0]
