@@ -159,7 +159,7 @@ def few_shot(model: Fromage, data: Photographs, limit: int) -> Figures:
     return found
 
 
-class Question(NamedTuple):
+class PhotoQuestion(NamedTuple):
     """Of one photograph, by number, with its answers; right is one of them, by number."""
 
     photograph: int
@@ -168,7 +168,7 @@ class Question(NamedTuple):
     right: int
 
 
-def ask(instances: Path, data: Photographs) -> dict[str, list[Question]]:
+def ask(instances: Path, data: Photographs) -> dict[str, list[PhotoQuestion]]:
     """Yes-or-no questions, each kind of thing asked for as often where it is as where it is not, and questions how many.
 
     instances: boxes of the photographs, in COCO's format.
@@ -185,14 +185,14 @@ def ask(instances: Path, data: Photographs) -> dict[str, list[Question]]:
         others = [i for i in there if i not in shown]
         for i, other in zip(shown, others[: len(shown)], strict=False):
             asked = f"Is there a {kind} in the picture?"
-            exists += [Question(i, asked, (" Yes", " No"), 0), Question(other, asked, (" Yes", " No"), 1)]
+            exists += [PhotoQuestion(i, asked, (" Yes", " No"), 0), PhotoQuestion(other, asked, (" Yes", " No"), 1)]
         numbers = [" one", " two", " three", " four"]
         counted = [i for i in shown if there[i][kind] <= len(numbers)]
-        many += [Question(i, f"How many of {kind} are in the picture?", numbers, there[i][kind] - 1) for i in counted]
+        many += [PhotoQuestion(i, f"How many of {kind} are in the picture?", numbers, there[i][kind] - 1) for i in counted]
     return {"yes or no": exists, "how many": many}
 
 
-def answers(model: Fromage, data: Photographs, questions: Sequence[Question], n: int) -> Figures:
+def answers(model: Fromage, data: Photographs, questions: Sequence[PhotoQuestion], n: int) -> Figures:
     """Share of the questions whose right answer is the likeliest, behind n others with theirs; with images and without."""
     return {
         name: 100 * sum(map(partial(_is_right, model, data, questions, n, blind), range(len(questions)))) / len(questions)
@@ -200,7 +200,9 @@ def answers(model: Fromage, data: Photographs, questions: Sequence[Question], n:
     }
 
 
-def _is_right(model: Fromage, data: Photographs, questions: Sequence[Question], n: int, blind: bool, number: int) -> bool:
+def _is_right(
+    model: Fromage, data: Photographs, questions: Sequence[PhotoQuestion], n: int, blind: bool, number: int
+) -> bool:
     question, prompt = questions[number], []
     for other in examples(number, n, len(questions)):
         prompt += _asked(data, questions[other], blind, questions[other].answers[questions[other].right] + "\n")
@@ -208,8 +210,8 @@ def _is_right(model: Fromage, data: Photographs, questions: Sequence[Question], 
     return int(score(model, prompt, question.answers).total.argmax()) == question.right
 
 
-def _asked(data: Photographs, question: Question, blind: bool, answer: str) -> list[Tensor | str]:
-    text = f"Question: {question.text} Answer:{answer}"
+def _asked(data: Photographs, question: PhotoQuestion, blind: bool, answer: str) -> list[Tensor | str]:
+    text = f"PhotoQuestion: {question.text} Answer:{answer}"
     return [text] if blind else [data.features[question.photograph], text]
 
 

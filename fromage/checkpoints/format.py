@@ -46,7 +46,7 @@ BESIDE: dict[str, Any] = {"added_tokens": dict, "fingerprint": str | None, "sha2
 
 
 @dataclass(frozen=True)
-class Layout:
+class ConfigLayout:
     """What config.json says of one kind of model.
 
     Attributes:
@@ -68,14 +68,14 @@ class Layout:
 PAPER: dict[str, Any] = {"r": 1, "ret_attention": "sequential", "ret_fusion": "mean", "space": "learned"}
 TOWER_KINDS: dict[str, Any] = {"lm": str, "vision": str, "vision_weights": str | None, "dtype": str}
 LAYOUTS = {
-    FORMAT: Layout(
+    FORMAT: ConfigLayout(
         "FROMAGe",
         TOWER_KINDS | {"k": int, "q": int, "pooling": str, "input_prompt": str} | {key: type(PAPER[key]) for key in PAPER},
         {"pooling": "ret", "input_prompt": "", **PAPER},
         False,
         fromage_card,
     ),
-    OCTOPUS: Layout("Octopus", TOWER_KINDS, {}, True, octopus_card),
+    OCTOPUS: ConfigLayout("Octopus", TOWER_KINDS, {}, True, octopus_card),
 }
 
 

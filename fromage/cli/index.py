@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(kw_only=True)
-class Target:
+class IndexTarget:
     """Where an index goes, and its kind."""
 
     out: Path
@@ -105,8 +105,8 @@ def embed(
 
 
 def build(
-    *, embeddings: Path | None = None, images: str | None = None, ckpt: str | None = None, target: Target, reading: Reading,
-    describing: Describing,
+    *, embeddings: Path | None = None, images: str | None = None, ckpt: str | None = None, target: IndexTarget,
+    reading: Reading, describing: Describing,
 ) -> Result:  # fmt: skip
     """Build an index of embeddings, or directly of images.
 
@@ -159,7 +159,7 @@ def remove(index: Path, path: list[str]) -> Result:
     return _told(index_builder.remove(index, path), index)
 
 
-def merge(index: list[Path], *, target: Target) -> Result:
+def merge(index: list[Path], *, target: IndexTarget) -> Result:
     """Merge indexes of the same checkpoint; of images at the same path the first counts."""
     from fromage.retrieval import build as index_builder
 
@@ -197,7 +197,7 @@ def trust(index: Path, *, images: Path | None = None) -> Iterator[Result]:
     yield _told(believed, index)
 
 
-def import_embeddings(source: list[Path], *, ckpt: str, images: Path | None = None, target: Target) -> Result:
+def import_embeddings(source: list[Path], *, ckpt: str, images: Path | None = None, target: IndexTarget) -> Result:
     """Build an index of embeddings that others made: the authors' pickles, or a folder of clip-retrieval or autofaiss.
 
     Args:

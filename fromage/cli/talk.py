@@ -66,7 +66,7 @@ class Opening:
 
 
 @dataclass(kw_only=True)
-class Address:
+class ServerAddress:
     """Where a server listens.
 
     Attributes:
@@ -193,7 +193,7 @@ def tune_ret(
     return Result.of([*lines, f"stored in {place}"], data | {"before": found.before, "after": found.after})
 
 
-def demo(*, opening: Opening, octopus: str | None = None, address: Address, decoding: Given) -> None:
+def demo(*, opening: Opening, octopus: str | None = None, address: ServerAddress, decoding: Given) -> None:
     """Talk and search in a browser.
 
     Args:
@@ -207,7 +207,7 @@ def demo(*, opening: Opening, octopus: str | None = None, address: Address, deco
 
 
 def serve(
-    *, opening: Opening, address: Address, api_key_file: Path | None = None, cors: Sequence[str] = (),
+    *, opening: Opening, address: ServerAddress, api_key_file: Path | None = None, cors: Sequence[str] = (),
     capacity: Capacity, decoding: Given,
 ) -> None:  # fmt: skip
     """Answer programs over HTTP, by a protocol of its own and by OpenAI's.

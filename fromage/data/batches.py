@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 EPOCH = "__epoch__"  # of a stored sample, set by the training stream: the pass that it is read in
 
 
-class Texts(NamedTuple):
+class FurtherTexts(NamedTuple):
     """Further texts of a batch's images: captions behind the first one of each, or requests."""
 
     captions: list[str]  # N
@@ -35,9 +35,9 @@ class Texts(NamedTuple):
     lengths: list[int]  # N, as of Batch
     rows: list[int]  # N: which image of the batch each belongs to
 
-    def part(self, start: int, stop: int) -> Texts:
+    def part(self, start: int, stop: int) -> FurtherTexts:
         """The texts from start to stop, with padding cut to the longest of them."""
-        part = Texts(*(field[start:stop] for field in self))  # type: ignore[arg-type]
+        part = FurtherTexts(*(field[start:stop] for field in self))  # type: ignore[arg-type]
         return part._replace(ids=part.ids[:, : max(part.lengths)])
 
 
@@ -50,8 +50,8 @@ class Batch(NamedTuple):
     lengths: list[int]  # B: tokens of each caption, all [RET] included, without padding; on the host, for packing
     pixels: Tensor | None  # (B, 3, H, W) uint8, resized and cropped; another transform may give float
     features: Tensor | None  # (B, m) stored pooled features, in the dtype of their tower
-    more: Texts | None = None  # of validation: the images' other captions
-    requests: Texts | None = None  # of training: B texts, some of them the caption framed as a request (data.requests)
+    more: FurtherTexts | None = None  # of validation: the images' other captions
+    requests: FurtherTexts | None = None  # of training: B texts, some of them captions framed as requests (data.requests)
     tuples: Tuples | None = None  # of training: a batch of tuples, for the composition losses of the same step
 
     @property
@@ -69,7 +69,7 @@ class Batch(NamedTuple):
         requests = self.requests and self.requests.part(start, stop)
         return rows._replace(ids=rows.ids[:, : max(rows.lengths)], requests=requests)
 
-    def others(self) -> Iterator[Texts]:
+    def others(self) -> Iterator[FurtherTexts]:
         """The captions in `more`, at most B at a time, with padding cut to the longest of them."""
         B, more = len(self.keys), self.more
         for start in range(0, len(more.rows), B) if more else ():
@@ -161,18 +161,18 @@ def collate(samples: list[Sample], pad_id: int) -> Batch:
     )
 
 
-def others(samples: list[Sample], pad_id: int) -> Texts | None:
+def others(samples: list[Sample], pad_id: int) -> FurtherTexts | None:
     """The captions behind the first one of each row; None where there are none."""
     if not (rows := [i for i, sample in enumerate(samples) for _ in sample.captions[1:]]):
         return None
     captions = [text for sample in samples for text in sample.captions[1:]]
-    return Texts(captions, *padded([row for sample in samples for row in sample.ids[1:]], pad_id), rows)
+    return FurtherTexts(captions, *padded([row for sample in samples for row in sample.ids[1:]], pad_id), rows)
 
 
-def requests(samples: list[Sample], pad_id: int) -> Texts:
+def requests(samples: list[Sample], pad_id: int) -> FurtherTexts:
     """What the retrieval pass reads of each row: its request, or else its caption."""
     read = [sample.request or (sample.captions[0], sample.ids[0]) for sample in samples]
-    return Texts([text for text, _ in read], *padded([ids for _, ids in read], pad_id), list(range(len(read))))
+    return FurtherTexts([text for text, _ in read], *padded([ids for _, ids in read], pad_id), list(range(len(read))))
 
 
 def padded(ids: list[list[int]], pad_id: int) -> tuple[Tensor, list[int]]:

@@ -17,7 +17,7 @@ from fromage.errors import UserError
 
 if TYPE_CHECKING:
     from fromage.data.batches import Batch
-    from fromage.data.streams import Stream, TrainStream
+    from fromage.data.streams import BatchStream, TrainStream
 
 log = logging.getLogger(__name__)
 BEFORE = {"data.captions_per_image": None, "data.requests": 0.0}  # what a layout meant without such an option
@@ -33,7 +33,7 @@ class PlainErrors(DataLoader):
 class Loader(PlainErrors):
     """The batches of a stream."""
 
-    def __init__(self, stream: Stream, workers: int = 0) -> None:
+    def __init__(self, stream: BatchStream, workers: int = 0) -> None:
         super().__init__(
             stream,
             batch_size=None,

@@ -43,7 +43,7 @@ class Decoder(Protocol):
         """What else decides which row a sample gives, by option."""
 
 
-class Stream(IterableDataset[Any]):
+class BatchStream(IterableDataset[Any]):
     """The batches of one device, made in its workers.
 
     Attributes:
@@ -67,7 +67,7 @@ class Stream(IterableDataset[Any]):
         return self.batches
 
 
-class ValidationStream(Stream):
+class ValidationStream(BatchStream):
     """All samples once, in stored order: batch i is made by device i mod world, so no device lacks more than one batch.
 
     Every worker reads all shards, and decodes only what its own batches need.
@@ -98,7 +98,7 @@ class ValidationStream(Stream):
             yield held
 
 
-class TrainStream(Stream):
+class TrainStream(BatchStream):
     """Shuffled full batches. Each epoch deals the shards again to devices and workers, by (seed, epoch).
 
     Each batch comes with the worker that made it and how many stored samples that took since the epoch began, so that the

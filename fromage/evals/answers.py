@@ -25,7 +25,7 @@ from fromage.evals.options import Options
 from fromage.evals.predict import SECONDS, ImageStream
 from fromage.evals.questions import Question, Questions
 from fromage.evals.report import Figures, Report, System
-from fromage.evals.vqa import Annotated, accuracy
+from fromage.evals.vqa import HumanAnswers, accuracy
 from fromage.generation.decoding import Decoding
 from fromage.generation.generate import generate
 from fromage.models.fromage import Fromage
@@ -68,7 +68,7 @@ def evaluate(
     out: Path,
     options: Options | None = None,
     max_new_tokens: int = MAX_NEW_TOKENS,
-    annotations: Mapping[int | str, Annotated] | None = None,
+    annotations: Mapping[int | str, HumanAnswers] | None = None,
     model_id: str | None = None,
     overwrite: bool = False,
 ) -> Report:
@@ -124,16 +124,16 @@ def _record(question: Question, text: str, model_id: str) -> dict[str, Any]:
     return record | {"model_id": model_id, "metadata": {}}
 
 
-def _known(questions: Sequence[Question], annotations: Mapping[int | str, Annotated]) -> dict[int | str, Annotated]:
+def _known(questions: Sequence[Question], annotations: Mapping[int | str, HumanAnswers]) -> dict[int | str, HumanAnswers]:
     """What people answered, by question: found under its id, or its image's name."""
-    found: dict[int | str, Annotated] = {}
+    found: dict[int | str, HumanAnswers] = {}
     for question in questions:
         note = annotations.get(question.key) or (question.image and annotations.get(question.image.name))
         found |= {question.key: note} if note else {}
     return found
 
 
-def _accuracies(first: Figures, texts: Mapping[int | str, str], annotations: Mapping[int | str, Annotated]) -> System:
+def _accuracies(first: Figures, texts: Mapping[int | str, str], annotations: Mapping[int | str, HumanAnswers]) -> System:
     """VQA accuracy in percent, of all annotated answers, beside the figures of `first`, and by kind of answer."""
     found: dict[str, list[float]] = defaultdict(list)
     for key, text in texts.items():

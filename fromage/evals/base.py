@@ -30,7 +30,7 @@ PACKAGES = ("fromage", "torch", "torchvision", "transformers", "open_clip_torch"
 NAMED = 20  # lost images that a report names
 
 
-class Run:
+class EvaluationRun:
     """One run of a benchmark: of a model on a data set, `data` in the report, whose images are `encoded` once.
 
     Attributes:
@@ -149,7 +149,7 @@ class Retriever(NamedTuple):
         return torch.empty_like(made).index_copy_(0, order, made)
 
 
-class RetrievalRun(Run):
+class RetrievalRun(EvaluationRun):
     """A run of a retrieval benchmark; `systems` are FROMAGe and, unless options.clip is false, the frozen CLIP.
 
     Of a vision tower without text tower there is no CLIP: a warning says so at once, and the report's protocol.
@@ -163,7 +163,7 @@ class RetrievalRun(Run):
         options: Options | None,
         framings: Sequence[Framing] = ("own",),
     ) -> None:
-        """As of Run; what the text tower lacks is known before the first image is encoded."""
+        """As of EvaluationRun; what the text tower lacks is known before the first image is encoded."""
         options = options or Options()
         size = options.batch_size
         self.systems = [Retriever("fromage", partial(model.embed_text, batch_size=size), model.embed_images, size, "prompt")]

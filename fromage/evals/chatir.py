@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fromage.data.annotations import FILE, TEXT, Kind, Wanted, fitting, read_annotations
 from fromage.errors import UserError
-from fromage.evals.contextual import ContextualRun, Query, Side, Task
+from fromage.evals.contextual import ContextualRun, Query, RetrievalTask, Side
 from fromage.evals.options import Options
 from fromage.evals.report import Figures, Report, System
 from fromage.images.regions import below
@@ -101,7 +101,7 @@ def evaluate(model: Fromage, data: Chats, options: Options | None = None) -> Rep
     tasks = {}
     for n in range(data.rounds + 1):
         said = [SEPARATOR.join(texts[: n + 1]) for _, texts in talks]
-        tasks[f"round_{n}"] = Task(Side(f"round {n}", [Query([text], text) for text in said]), pool, right)
+        tasks[f"round_{n}"] = RetrievalTask(Side(f"round {n}", [Query([text], text) for text in said]), pool, right)
     figures = {who: hits_by_round(list(found.values())) for who, found in run.places(tasks).items()}
     figures["chance"] = chance_by_round(len(pool.items), data.rounds)
     sizes = {"gallery": len(pool.items), "queries": len(talks)}

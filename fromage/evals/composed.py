@@ -18,7 +18,7 @@ from typing import Any
 
 from fromage.data.annotations import TEXT, Kind
 from fromage.errors import UserError
-from fromage.evals.contextual import RANKS, ContextualRun, Measure, Query, Side, Task
+from fromage.evals.contextual import RANKS, ContextualRun, Measure, Query, RetrievalTask, Side
 from fromage.evals.options import Options
 from fromage.evals.report import Report, System
 from fromage.images.regions import Place
@@ -95,7 +95,7 @@ class ComposedSet:
             raise UserError(f"{told}; leave out --limit, and see that no query is odd and no image missing")
 
 
-class Part:
+class ComposedQueries:
     """Queries of a set whose images were encoded, and the gallery that they search.
 
     Attributes:
@@ -112,14 +112,14 @@ class Part:
             ending: Side(data.name + ending, [_asked(query, form) for query in queries]) for ending, form in PROMPTS.items()
         }
 
-    def tasks(self, name: str, scope: Scope = WHOLE, measure: Measure = RANKS) -> dict[str, Task]:
+    def tasks(self, name: str, scope: Scope = WHOLE, measure: Measure = RANKS) -> dict[str, RetrievalTask]:
         """A task for each prompt; CLIP has no prompt, and so the first alone."""
         return {
-            name + ending: Task(side, self.gallery, self._right, scope, measure, only="fromage" if ending else None)
+            name + ending: RetrievalTask(side, self.gallery, self._right, scope, measure, only="fromage" if ending else None)
             for ending, side in self._sides.items()
         }
 
-    def answers(self, run: ContextualRun, task: Task, k: int) -> dict[str, list[Any]]:
+    def answers(self, run: ContextualRun, task: RetrievalTask, k: int) -> dict[str, list[Any]]:
         """The k images that FROMAGe finds for each query, by the benchmark's names."""
         found = [[self.data.names[task.gallery.items[i]] for i in items] for items in run.best(task, k)]  # type: ignore[index]
         return {query.key: items for query, items in zip(self.queries, found, strict=True)}
@@ -145,7 +145,7 @@ class ComposedRun(ContextualRun):
         super().__init__(model, name, images, options, apart=True)
         self.sets = sets
         self.parts = [
-            Part(
+            ComposedQueries(
                 some,
                 self.keep(some.queries, lambda query: [query.reference, *query.right, *query.members]),
                 self.images(some.gallery),

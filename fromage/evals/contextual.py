@@ -106,7 +106,7 @@ def recalls(*ks: int) -> Measure:
 
 
 @dataclass(frozen=True)
-class Task:
+class RetrievalTask:
     """Queries, the gallery that they search, and which of its items are right.
 
     Attributes:
@@ -163,7 +163,7 @@ class ContextualRun(RetrievalRun):
         """A gallery of those of the images that were encoded, each once."""
         return Side("images", [image for image in dict.fromkeys(images) if image in self.encoded.row], framing)
 
-    def places(self, tasks: Mapping[str, Task]) -> dict[str, dict[str, Tensor]]:
+    def places(self, tasks: Mapping[str, RetrievalTask]) -> dict[str, dict[str, Tensor]]:
         """For each system and task the places (N, R) of the right items; see metrics.places."""
         found: dict[str, dict[str, Tensor]] = {}
         for system in self.systems:
@@ -175,7 +175,7 @@ class ContextualRun(RetrievalRun):
             }
         return found
 
-    def evaluate(self, tasks: Mapping[str, Task]) -> dict[str, System]:
+    def evaluate(self, tasks: Mapping[str, RetrievalTask]) -> dict[str, System]:
         """The figures of every system in every task, and of chance."""
         found = {
             who: {at: tasks[at].measure.figures(place) for at, place in some.items()}
@@ -183,7 +183,7 @@ class ContextualRun(RetrievalRun):
         }
         return found | {"chance": {at: task.chance() for at, task in tasks.items()}}
 
-    def best(self, task: Task, k: int) -> list[list[int]]:
+    def best(self, task: RetrievalTask, k: int) -> list[list[int]]:
         """FROMAGe's k best items of the gallery for each query, the best first."""
         embedded = _Embedded(self.systems[0], self.encoded)
         return best(embedded(task.queries), embedded(task.gallery), k, task.scope)

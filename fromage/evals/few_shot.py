@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fromage.data.annotations import FILE, Kind, fitting, optional, read_annotations
 from fromage.errors import UserError
-from fromage.evals.base import Run
+from fromage.evals.base import EvaluationRun
 from fromage.evals.caption_sets import read_caption_set
 from fromage.evals.dialogues import Dialogue, read_dialogues
 from fromage.evals.options import Options
@@ -104,7 +104,7 @@ def evaluate(model: Fromage, data: ToyWorld, options: Options | None = None, sho
 
     Raises UserError for too many images lost, and for more examples than there are.
     """
-    run = Run(model, data.name, [shot.image for shot in (*data.captions, *data.questions)], options)
+    run = EvaluationRun(model, data.name, [shot.image for shot in (*data.captions, *data.questions)], options)
     captions, questions = (run.keep(some, lambda shot: [shot.image]) for some in (data.captions, data.questions))
     system: System = {}
     for task, listed in (("captioning", captions), ("questions", questions)):

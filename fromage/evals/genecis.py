@@ -15,7 +15,7 @@ import torch
 from fromage.data.annotations import NUMBER, WHOLE, Wanted, fitting, read_annotations
 from fromage.errors import UserError
 from fromage.evals.composed import ASKED, WORDS, Composed, ComposedRun, ComposedSet, with_mean
-from fromage.evals.contextual import Task, recalls
+from fromage.evals.contextual import RetrievalTask, recalls
 from fromage.evals.options import Options
 from fromage.evals.report import Report, System
 from fromage.images.regions import Place, Region
@@ -113,7 +113,7 @@ def evaluate(model: Fromage, data: list[ComposedSet], options: Options | None = 
     Raises UserError for too many images lost.
     """
     run = ComposedRun(model, ", ".join(some.name for some in data), data, options)
-    tasks: dict[str, Task] = {}
+    tasks: dict[str, RetrievalTask] = {}
     for part in run.parts:
         tasks |= part.tasks(part.data.name, Scope(among=part.members), recalls(*RECALL))
     figures = with_mean(run.evaluate(tasks), [some.name for some in data])

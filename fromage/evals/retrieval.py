@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from fromage.data.batches import Batch, Texts
+from fromage.data.batches import Batch, FurtherTexts
 from fromage.errors import UserError
 from fromage.evals.clip import load_clip_baseline, no_baseline
 from fromage.models.fromage import Fromage
@@ -35,7 +35,7 @@ def evaluate_clip(model: Fromage, batches: Iterable[Batch]) -> dict[str, float]:
 def _recalls(
     model: Fromage,
     batches: Iterable[Batch],
-    embed_text: Callable[[Batch | Texts], Tensor],
+    embed_text: Callable[[Batch | FurtherTexts], Tensor],
     embed_images: Callable[[Tensor], Tensor],
 ) -> dict[str, float]:
     parts = []

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fromage.evals.contextual import ContextualRun, Query, Side, Task
+from fromage.evals.contextual import ContextualRun, Query, RetrievalTask, Side
 from fromage.evals.dialogues import Dialogue, Dialogues, spoken
 from fromage.evals.options import Options
 from fromage.evals.report import Figures, Report
@@ -124,7 +124,7 @@ def evaluate(
     return run.report("visdial", figures, sizes, skipped, PROTOCOL, PAPER, HEADLINE)
 
 
-def image_tasks(dialogues: Sequence[Dialogue]) -> dict[str, Task]:
+def image_tasks(dialogues: Sequence[Dialogue]) -> dict[str, RetrievalTask]:
     """Find the image of a dialogue by 0 to all of its rounds; and, as the released code does, the dialogue of an image."""
     images = [dialogue.image for dialogue in dialogues]
     own, square = Side("images", images), Side("images", images, "square")
@@ -133,8 +133,8 @@ def image_tasks(dialogues: Sequence[Dialogue]) -> dict[str, Task]:
     for n in range(len(dialogues[0].rounds) + 1):
         said = [spoken(dialogue.rounds[:n]) for dialogue in dialogues]
         rounds = Side(f"{n} rounds", [Query([text], text) for text in said])
-        tasks[f"{n}_rounds"] = Task(rounds, own, right)
-        turned[f"{n}_rounds{AUTHORS}"] = Task(square, rounds, right)
+        tasks[f"{n}_rounds"] = RetrievalTask(rounds, own, right)
+        turned[f"{n}_rounds{AUTHORS}"] = RetrievalTask(square, rounds, right)
     return tasks | turned
 
 

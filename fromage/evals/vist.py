@@ -18,7 +18,7 @@ import torch
 
 from fromage.data.annotations import DIGITS, FILE, ID, TEXT, WHOLE, Kind, fitting, read_annotations
 from fromage.errors import UserError
-from fromage.evals.contextual import ContextualRun, Query, Side, Task
+from fromage.evals.contextual import ContextualRun, Query, RetrievalTask, Side
 from fromage.evals.options import Options
 from fromage.evals.report import Report
 from fromage.images.regions import named
@@ -165,7 +165,7 @@ def evaluate(model: Fromage, data: Stories, options: Options | None = None) -> R
     run = ContextualRun(model, data.name, data.images, options, [how.framing for how in (CORRECTED, AUTHORS)])
     stories = run.keep(data.stories, lambda story: story.images)
     galleries = {how.framing: run.images(data.images, how.framing) for how in (CORRECTED, AUTHORS)}
-    tasks: dict[str, Task] = {}
+    tasks: dict[str, RetrievalTask] = {}
     for at, setting in SETTINGS.items():
         tasks[at], tasks[at + KEPT] = story_tasks(at, setting, stories, galleries[setting.protocol.framing])
     skipped = {"stories with a lost image": len(data.stories) - len(stories), "stories of other lengths": data.other}
@@ -173,7 +173,7 @@ def evaluate(model: Fromage, data: Stories, options: Options | None = None) -> R
     return run.report("vist", run.evaluate(tasks), sizes, skipped, PROTOCOL, PAPER, list(SETTINGS))
 
 
-def story_tasks(name: str, setting: Setting, stories: Sequence[Story], gallery: Side) -> tuple[Task, Task]:
+def story_tasks(name: str, setting: Setting, stories: Sequence[Story], gallery: Side) -> tuple[RetrievalTask, RetrievalTask]:
     """Find the last image of each story, without the story's own first four in the gallery, and with them."""
     how = setting.protocol
     told = [story.told(how.filed) for story in stories]
@@ -181,8 +181,8 @@ def story_tasks(name: str, setting: Setting, stories: Sequence[Story], gallery: 
     shown = [gallery.numbers(story.images) for story in told]
     last = [numbers[-1:] for numbers in shown]
     return (
-        Task(queries, gallery, last, Scope([numbers[:-1] for numbers in shown], own_stays=not how.bars_own)),
-        Task(queries, gallery, last, Scope(own_stays=not how.bars_own)),
+        RetrievalTask(queries, gallery, last, Scope([numbers[:-1] for numbers in shown], own_stays=not how.bars_own)),
+        RetrievalTask(queries, gallery, last, Scope(own_stays=not how.bars_own)),
     )
 
 

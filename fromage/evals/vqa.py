@@ -39,14 +39,14 @@ SAID: dict[str, Wanted] = {"answers": [{"answer": TEXT}], "answer_type": optiona
 FILE = "v2_mscoco_val2014_annotations.json, VizWiz's val.json, or another of these forms"
 
 
-class Annotated(NamedTuple):
+class HumanAnswers(NamedTuple):
     """What people answered, and the kind of answer (yes/no, number, other, unanswerable); '' where the file does not say."""
 
     answers: list[str]
     kind: str
 
 
-def read_vqa(path: Path) -> dict[int | str, Annotated]:
+def read_vqa(path: Path) -> dict[int | str, HumanAnswers]:
     """What people answered, by question_id (VQAv2: {annotations: [...]}) or by the name of the image (VizWiz: a list).
 
     Raises UserError for a file of another format.
@@ -59,7 +59,7 @@ def read_vqa(path: Path) -> dict[int | str, Annotated]:
     else:
         raise UserError(f"{path}: has no annotations; name {FILE}")
     return {
-        note[key]: Annotated([each["answer"] for each in note["answers"]], note.get("answer_type") or "")
+        note[key]: HumanAnswers([each["answer"] for each in note["answers"]], note.get("answer_type") or "")
         for note in notes
         if note["answers"]
     }

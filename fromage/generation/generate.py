@@ -56,7 +56,7 @@ class Answer:
         return [part for part in self.parts if isinstance(part, RetrievedImages)]
 
 
-class Stream(Generator[str | RetrievedImages]):
+class AnswerStream(Generator[str | RetrievedImages]):
     """The pieces of an answer while it is decoded; closing it stops decoding. ids: the tokens so far."""
 
     def __init__(self, pieces: Generator[str | RetrievedImages], ids: list[int]) -> None:
@@ -120,7 +120,7 @@ def stream(
     resolve: Resolve | None = None,
     starts: Starts = Starts.EACH,
     between: Callable[[], object] = lambda: None,
-) -> Stream:
+) -> AnswerStream:
     """The answer to one prompt, piece by piece while it is decoded; Answer.of joins the pieces.
 
     Decoding runs in a thread of its own and does not wait for the caller; closing the iterator stops it. Arguments and
@@ -152,7 +152,7 @@ def stream(
             draft.done = True
             thread.join()
 
-    return Stream(read(), draft.ids)
+    return AnswerStream(read(), draft.ids)
 
 
 def caption(model: Fromage, images: str | ImageInput | Sequence[str | ImageInput], max_new_tokens: int = 32) -> list[str]:

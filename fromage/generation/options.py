@@ -16,7 +16,7 @@ StyleName = Literal["dialogue", "plain", "alone", "template"]  # of fromage.gene
 
 
 @dataclass(frozen=True)
-class Limits:
+class OptionLimits:
     """What an option may be.
 
     Attributes:
@@ -37,7 +37,7 @@ class Limits:
 
 
 def _number(default: Any, *limits: Any, **more: Any) -> Any:
-    return field(default=default, metadata={"limits": Limits(*limits, **more)})
+    return field(default=default, metadata={"limits": OptionLimits(*limits, **more)})
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class Decoding:
         object.__setattr__(self, "stop", tuple(stop))
 
 
-LIMITS: dict[str, Limits] = {f.name: f.metadata["limits"] for f in fields(Decoding) if f.metadata}
+LIMITS: dict[str, OptionLimits] = {f.name: f.metadata["limits"] for f in fields(Decoding) if f.metadata}
 HELP = {p.arg_name: " ".join((p.description or "").split()) for p in parse(Decoding.__doc__ or "").params}
 DEFAULTS: dict[str, Any] = {f.name: f.default for f in fields(Decoding)}
 

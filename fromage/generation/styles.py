@@ -42,7 +42,7 @@ class Style(Protocol):
 
 
 @dataclass(frozen=True)
-class Texts:
+class TurnTexts:
     """Texts around the turns.
 
     Attributes:
@@ -149,9 +149,9 @@ def _place(part: Part, held: list[Part]) -> str:
 
 
 STYLES = {
-    "dialogue": Texts("Q: ", "\nA:", "\n", images_first=True),  # the paper's dialogue prompts
-    "plain": Texts("", "", " "),  # the answer continues the user's text
-    "alone": Texts("", "", "", history=False),  # the same without history: like the captions and images of training
+    "dialogue": TurnTexts("Q: ", "\nA:", "\n", images_first=True),  # the paper's dialogue prompts
+    "plain": TurnTexts("", "", " "),  # the answer continues the user's text
+    "alone": TurnTexts("", "", "", history=False),  # the same without history: like the captions and images of training
 }
 
 

@@ -27,7 +27,7 @@ HEADERS = {"User-Agent": "fromage (image retrieval)", "Accept": "image/*", "Acce
 
 
 @dataclass(frozen=True)
-class Limits:
+class FetchLimits:
     """What an image may cost. Times in seconds, sizes in bytes."""
 
     connect: float = 3.0  # to one of the host's addresses
@@ -40,7 +40,7 @@ class Limits:
 
 
 def fetch_image(
-    url: str, limits: Limits | None = None, cache: Path | None = None, allow_private: bool = False
+    url: str, limits: FetchLimits | None = None, cache: Path | None = None, allow_private: bool = False
 ) -> Image.Image:
     """The RGB image at an http or https address.
 
@@ -51,7 +51,7 @@ def fetch_image(
     Raises:
         UserError: the address is not allowed, does not answer in time, or answers with anything but an image.
     """
-    limits, folder = limits or Limits(), cache or cache_folder() / "images"
+    limits, folder = limits or FetchLimits(), cache or cache_folder() / "images"
     kept = folder / hashlib.sha256(f"{allow_private} {url}".encode("utf-8", "replace")).hexdigest()
     with suppress(OSError, BrokenSample):
         image = decode_apart(kept.read_bytes(), limits.pixels)
@@ -80,7 +80,7 @@ def _keep(path: Path, data: bytes, limit: int) -> None:
         excess -= size
 
 
-def _attempts(url: str, limits: Limits, allow_private: bool) -> bytes:
+def _attempts(url: str, limits: FetchLimits, allow_private: bool) -> bytes:
     """Fetch, again after a while where the cause may pass."""
     deadline = time.monotonic() + limits.total
     transport = GuardedTransport(deadline, limits.connect, allow_private)
@@ -98,7 +98,7 @@ def _attempts(url: str, limits: Limits, allow_private: bool) -> bytes:
     raise Refused("no attempt is allowed")
 
 
-def _follow(client: httpx.Client, url: str, limits: Limits) -> bytes:
+def _follow(client: httpx.Client, url: str, limits: FetchLimits) -> bytes:
     """Fetch, from where redirects lead to. The client would follow them too, but reads their bodies whole."""
     request = client.build_request("GET", _parse(url))
     for _ in range(limits.redirects + 1):

@@ -38,7 +38,7 @@ SAME, OWN = 0.98, 0.9  # median cosine from which the towers are the same, and s
 CHUNK = 1 << 14  # rows
 
 
-class Part(NamedTuple):
+class EmbeddingPart(NamedTuple):
     """Embeddings in an .npy file and what is known of them in a Parquet file, or both in the latter."""
 
     rows: Path
@@ -140,14 +140,14 @@ class EmbeddingFolder:
         raise UserError(f"{self.folder}: none of its images can be opened to compare ({why}); name their folder by --images")
 
 
-def _parts(folder: Path) -> list[Part]:
+def _parts(folder: Path) -> list[EmbeddingPart]:
     arrays, tables = sorted((folder / "img_emb").glob("*.npy")), sorted((folder / "metadata").glob("*.parquet"))
     if arrays and [_number(path) for path in arrays] == [_number(path) for path in tables]:
-        return [Part(*pair) for pair in zip(arrays, tables, strict=True)]
+        return [EmbeddingPart(*pair) for pair in zip(arrays, tables, strict=True)]
     if arrays:
         raise UserError(f"{folder}: {len(arrays)} files in img_emb and {len(tables)} in metadata, which do not fit; get all")
     if own := sorted(folder.glob("*.parquet")):
-        return [Part(path, path) for path in own]
+        return [EmbeddingPart(path, path) for path in own]
     raise UserError(f"{folder}: holds neither img_emb/*.npy with metadata/*.parquet nor *.parquet with a column {EMBEDDING}")
 
 
@@ -155,7 +155,7 @@ def _number(path: Path) -> str:
     return path.stem.rpartition("_")[2]
 
 
-def _table(part: Part) -> pa.Table:
+def _table(part: EmbeddingPart) -> pa.Table:
     try:
         names = [name for name in pq.read_schema(part.about).names if name != EMBEDDING]
         return pq.read_table(part.about, columns=names)
@@ -163,7 +163,7 @@ def _table(part: Part) -> pa.Table:
         raise UserError(f"{part.about}: cannot be read as Parquet ({first_line(error)}); get the file again") from error
 
 
-def _rows(part: Part) -> np.ndarray:
+def _rows(part: EmbeddingPart) -> np.ndarray:
     """(n, w) numbers."""
     try:
         if part.rows.suffix == ".npy":

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, create_model, model_validator
 from pydantic_core import PydanticCustomError
 
-from fromage.generation.options import DEFAULTS, HELP, LIMITS, Decoding, Limits, is_whole
+from fromage.generation.options import DEFAULTS, HELP, LIMITS, Decoding, OptionLimits, is_whole
 from fromage.retrieval.where import MOST
 
 CHARACTERS, IMAGES, URLS, PARTS, MESSAGES = 1 << 15, 32, 4, 64, 64  # of a request
@@ -134,7 +134,7 @@ class _DecodingOptions(Strict):
         return replace(decoding, **self.model_dump(exclude_unset=True))
 
 
-def _served(name: str, limits: Limits) -> tuple[Any, Any]:
+def _served(name: str, limits: OptionLimits) -> tuple[Any, Any]:
     """Type and default of a field of DecodingOptions."""
     kind: Any = int if is_whole(name) else float
     least, most = (kind(bound) for bound in limits.served or ())

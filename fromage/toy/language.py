@@ -58,7 +58,7 @@ def caption(scene: Scene, rng: random.Random, keep: float = 0.9) -> str:
 
 
 @dataclass(frozen=True)
-class Story:
+class ToyStory:
     """Five scenes with a sentence each. All sentences together describe the last scene."""
 
     scenes: tuple[Scene, ...]
@@ -81,7 +81,7 @@ def _set(scene: Scene, what: str, value: str) -> Scene:
     return replace(scene, things=(replace(scene.things[0], **{what: value}),))
 
 
-def story(rng: random.Random, split: str) -> Story:
+def story(rng: random.Random, split: str) -> ToyStory:
     """A story about one object that changes: each sentence tells one of six attributes of the last scene.
 
     An image shows what was said so far; what is said only later still looks different. The sixth attribute stays
@@ -101,11 +101,11 @@ def story(rng: random.Random, split: str) -> Story:
             scenes.append(scene)
             sentences.append(rng.choice(_SAYS[what]).format(word, shape=thing.shape))
         if all(s.split == "train" for s in scenes[:-1]) and len({s.key for s in scenes}) == 5:
-            return Story(tuple(scenes), tuple(sentences))
+            return ToyStory(tuple(scenes), tuple(sentences))
 
 
 @dataclass(frozen=True)
-class Round:
+class ToyRound:
     """One question of a dialogue, its answer, and other answers that mean the same."""
 
     question: str
@@ -113,16 +113,16 @@ class Round:
     same: tuple[str, ...]
 
 
-def _round(question: str, answers: list[str], rng: random.Random) -> Round:
+def _round(question: str, answers: list[str], rng: random.Random) -> ToyRound:
     answer = rng.choice(answers)
-    return Round(question, answer, tuple(a for a in answers if a != answer))
+    return ToyRound(question, answer, tuple(a for a in answers if a != answer))
 
 
 def _yes_no(yes: bool) -> list[str]:
     return ["yes", "yes, it is", "yes, i think so"] if yes else ["no", "no, it is not", "no, i do not think so"]
 
 
-def dialogue(scene: Scene, rng: random.Random, rounds: int = 10) -> tuple[str, list[Round]]:
+def dialogue(scene: Scene, rng: random.Random, rounds: int = 10) -> tuple[str, list[ToyRound]]:
     """A short caption of a scene's first object and rounds of question and answer that tell the rest of the scene."""
     t = scene.things[0]
     it = t.shape
@@ -160,7 +160,7 @@ def answer_pool() -> list[str]:
     return pool + [f"{'an' if c == 'orange' else 'a'} {c} {s}" for c in COLOURS for s in SHAPES]
 
 
-def question_text(rounds: list[Round]) -> str:
+def question_text(rounds: list[ToyRound]) -> str:
     """Rounds in the paper's prompt format: 'Q: ... A: ...'."""
     return " ".join(f"Q: {r.question} A: {r.answer}." for r in rounds)
 

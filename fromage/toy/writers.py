@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from fromage.data.shards import write_shards
-from fromage.toy.language import Round, Story, answer_pool, caption, dialogue, story
+from fromage.toy.language import ToyRound, ToyStory, answer_pool, caption, dialogue, story
 from fromage.toy.masks import categories, instance
 from fromage.toy.scenes import PIXELS, Mark, Scene, draw
 
@@ -144,12 +144,12 @@ def write_flickr30k(out: Path, split: str, scenes: list[Scene], rng: random.Rand
     write_json(out / "flickr30k" / "dataset_flickr30k.json", {"images": images, "dataset": "flickr30k"})
 
 
-def sample_stories(rng: random.Random, split: str, count: int) -> list[Story]:
+def sample_stories(rng: random.Random, split: str, count: int) -> list[ToyStory]:
     """Draw stories of a split whose last scenes are all different; the four before are training scenes in either split.
 
     So no image of the validation gallery shows what the last image of another story shows.
     """
-    stories: dict[str, Story] = {}
+    stories: dict[str, ToyStory] = {}
     while len(stories) < count:
         tale = story(rng, split)
         if all(scene.split == "train" for scene in tale.scenes[:-1]):
@@ -157,7 +157,7 @@ def sample_stories(rng: random.Random, split: str, count: int) -> list[Story]:
     return list(stories.values())
 
 
-def write_vist(out: Path, split: str, stories: list[Story], paint: Paint) -> None:
+def write_vist(out: Path, split: str, stories: list[ToyStory], paint: Paint) -> None:
     """Visual Storytelling, stories in sequence (SIS): one album of five photos per story, ids as strings."""
     scenes = [scene for tale in stories for scene in tale.scenes]
     ids, sentences = _ids(scenes, split), [text for tale in stories for text in tale.sentences]
@@ -175,7 +175,7 @@ def write_vist(out: Path, split: str, stories: list[Story], paint: Paint) -> Non
     write_json(out / "vist" / "sis" / f"{split}.story-in-sequence.json", content)
 
 
-def _plain(said: Round) -> str:
+def _plain(said: ToyRound) -> str:
     return said.question.removesuffix("?")
 
 
@@ -183,7 +183,7 @@ def _numbered(texts: set[str]) -> dict[str, int]:
     return {text: n for n, text in enumerate(sorted(texts))}
 
 
-def _candidates(said: Round, rng: random.Random) -> list[str]:
+def _candidates(said: ToyRound, rng: random.Random) -> list[str]:
     """The answer, equivalent ones, and wrong ones up to CANDIDATES in all, in random order."""
     right = [said.answer, *said.same]
     wrong = [a for a in answer_pool() if a not in right]
@@ -192,7 +192,7 @@ def _candidates(said: Round, rng: random.Random) -> list[str]:
     return listed
 
 
-def _relevance(said: Round, candidates: list[str], rng: random.Random) -> list[float]:
+def _relevance(said: ToyRound, candidates: list[str], rng: random.Random) -> list[float]:
     return [1.0 if a == said.answer else rng.choice((0.5, 0.75, 1.0)) if a in said.same else 0.0 for a in candidates]
 
 

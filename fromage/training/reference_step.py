@@ -26,7 +26,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fromage.data.batches import Batch, Texts
+from fromage.data.batches import Batch, FurtherTexts
 from fromage.data.padding import token_mask
 from fromage.data.tuples import Images, Tuples
 from fromage.errors import UserError, first_few
@@ -98,7 +98,7 @@ def image_features(model: Fromage, batch: Batch | Tuples | Images) -> Tensor:
     return batch.features.to(model.device) if batch.features is not None else model.vision(batch.pixels)
 
 
-def text_embeddings(model: Fromage, texts: Batch | Texts) -> Tensor:
+def text_embeddings(model: Fromage, texts: Batch | FurtherTexts) -> Tensor:
     """(B, q) unit rows of captions, read at [RET]."""
     return model.embed_ret(model.hidden_at_ret(texts.ids.to(model.device), texts.lengths)[1])  # (B, T) -> (B, q)
 

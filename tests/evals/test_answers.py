@@ -15,7 +15,7 @@ from fromage.evals.answers import evaluate
 from fromage.evals.options import Options
 from fromage.evals.questions import read_questions
 from fromage.evals.report import table
-from fromage.evals.vqa import Annotated
+from fromage.evals.vqa import HumanAnswers
 from fromage.models.fromage import Fromage
 from fromage.octopus.module import load_octopus
 
@@ -163,7 +163,7 @@ def test_accuracy_where_annotations_are_given(octopus, data, monkeypatch, tmp_pa
     monkeypatch.setattr(
         answering, "answer", lambda model, some, length: ["Two." if "1" in text else "red" for _, text in some]
     )
-    said = {i: Annotated(["2"] * 2 + ["red"] * 8, "number" if i < 2 else "other") for i in range(4)}
+    said = {i: HumanAnswers(["2"] * 2 + ["red"] * 8, "number" if i < 2 else "other") for i in range(4)}
     report = evaluate(octopus, data, tmp_path / "answers.jsonl", Options(4), 4, said)
     found = report["octopus"]
     assert found["all"]["accuracy"] == pytest.approx((3 * 100 + 60) / 4) and report["annotated"] == 4

@@ -8,7 +8,7 @@ import torch
 
 from fromage.errors import UserError
 from fromage.evals import chatir, circo, cirr, coco, visdial, vist
-from fromage.evals.base import Run
+from fromage.evals.base import EvaluationRun
 from fromage.evals.caption_sets import read_caption_set
 from fromage.evals.chatir import read_chats
 from fromage.evals.circo import read_circo
@@ -65,7 +65,7 @@ def test_a_tower_without_text_tower_has_no_baseline_which_is_told_before_the_fir
 
 def test_what_has_a_lost_image_is_left_out(toy_model, benchmarks, tmp_path):
     images = [*benchmarks[coco].images, tmp_path / "gone.png"]
-    run = Run(toy_model, "data.json", images, Options(max_lost=0.5))
+    run = EvaluationRun(toy_model, "data.json", images, Options(max_lost=0.5))
     assert run.keep([images[:2], images[2:]], lambda pair: pair) == [images[:2]]
     with pytest.raises(UserError, match=r"data\.json: no entry has all its images"):
         run.keep([images[3:]], lambda paths: paths)
@@ -73,7 +73,7 @@ def test_what_has_a_lost_image_is_left_out(toy_model, benchmarks, tmp_path):
 
 @torch.no_grad()
 def test_a_report_is_printed_with_published_figures_of_its_settings_alone(toy_model, benchmarks):
-    run = Run(toy_model, "data.json", benchmarks[coco].images, None)
+    run = EvaluationRun(toy_model, "data.json", benchmarks[coco].images, None)
     figures = {"fromage": {"a": {"r1": 12.34567, "r5": 50.0}, "b": {"right": 7.0}}, "chance": {"a": {"r1": 1.0, "r5": 5.0}}}
     paper = {"fromage": {"a": {"r5": 60.0}, "c": {"r1": 1.0}}, "clip": {"a": {"r1": 2.0}}}
     report = run.report("some", figures, {"gallery": 3}, {"entries": 2}, {"a": "first"}, paper, ("a", "c"))

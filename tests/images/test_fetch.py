@@ -16,12 +16,12 @@ from test_codec import encoded
 
 from fromage.errors import UserError
 from fromage.images.decode_process import DECODERS
-from fromage.images.fetch import Limits, fetch_image
+from fromage.images.fetch import FetchLimits, fetch_image
 from fromage.images.guarded_transport import GuardedBackend, GuardedTransport, is_public
 from fromage.images.open import open_image
 
 RED = encoded(Image.new("RGB", (8, 6), (255, 0, 0)))
-QUICK = Limits(connect=0.5, total=1.0, size=4000, attempts=3, redirects=3)
+QUICK = FetchLimits(connect=0.5, total=1.0, size=4000, attempts=3, redirects=3)
 
 
 class Server(BaseHTTPRequestHandler):
@@ -146,7 +146,7 @@ FAILURES = {
 def test_what_is_no_image_is_one_line_and_only_what_may_pass_is_asked_for_again(fetch, server, path):
     cause, asked = FAILURES[path]
     with pytest.raises(UserError, match=cause) as failure:
-        fetch(path, Limits(connect=0.5, total=5, size=4000, redirects=3))
+        fetch(path, FetchLimits(connect=0.5, total=5, size=4000, redirects=3))
     assert str(failure.value).startswith(server + path) and "\n" not in str(failure.value)
     assert len(Server.seen) == asked
 
@@ -154,7 +154,7 @@ def test_what_is_no_image_is_one_line_and_only_what_may_pass_is_asked_for_again(
 def test_what_decodes_without_end_is_given_up(fetch, monkeypatch):
     monkeypatch.setattr(DECODERS, "seconds", 0.5)
     with pytest.raises(UserError, match="longer than"):
-        fetch("/heavy", Limits(total=20))
+        fetch("/heavy", FetchLimits(total=20))
 
 
 @pytest.mark.parametrize("path", ["/silent", "/slow", "/headers_one_by_one"])
@@ -175,7 +175,7 @@ def test_a_resolver_that_does_not_answer_is_left_behind(fetch, monkeypatch):
 
     monkeypatch.setattr(socket, "getaddrinfo", slow)
     with pytest.raises(UserError, match="no answer within"):
-        fetch("/red", Limits(total=0.3))
+        fetch("/red", FetchLimits(total=0.3))
     assert not over.is_set()
     go.set()
     assert over.wait(10)
@@ -209,7 +209,7 @@ def test_all_addresses_of_a_host_share_the_time_there_is(monkeypatch):
 
 def test_an_image_of_too_many_pixels_is_refused(fetch):
     with pytest.raises(UserError, match="8 x 6 pixels are too large"):
-        fetch("/red", Limits(pixels=47))
+        fetch("/red", FetchLimits(pixels=47))
 
 
 def test_nobody_is_there(fetch):
@@ -390,7 +390,7 @@ def test_an_image_is_fetched_once(fetch, tmp_path):
 
 
 def test_the_cache_is_bounded(fetch, tmp_path):
-    limits = Limits(cache=3 * len(RED))
+    limits = FetchLimits(cache=3 * len(RED))
     for i in range(5):
         fetch(f"/red?{i}", limits)
         time.sleep(0.02)

@@ -83,7 +83,7 @@ def test_the_sequential_counterpart_comes_back_too(tmp_path):
     assert same(model, Octopus.from_pretrained(tmp_path))
 
 
-@pytest.mark.filterwarnings("error")
+@pytest.mark.filterwarnings("error", "ignore::ResourceWarning")  # what an earlier test left to the collector is not meant
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("rank", [0, 2])
 def test_what_stage_3_trained_of_the_language_model_is_stored(rank, dtype, tmp_path, capsys):

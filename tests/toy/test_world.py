@@ -20,7 +20,7 @@ import pytest
 from PIL import Image
 
 from fromage.errors import UserError
-from fromage.toy.language import Story
+from fromage.toy.language import ToyStory
 from fromage.toy.scenes import COLOURS, PIXELS, PLACES, SHAPES, SIZES, Scene, Thing
 from fromage.toy.world import make_world
 from fromage.toy.writers import sample_stories
@@ -196,7 +196,7 @@ def said_attributes(text: str, scene: Scene) -> set[str]:
 
 
 def test_last_sentence_of_a_story_is_not_enough():
-    stories: list[Story] = sample_stories(random.Random(0), "val", 60)
+    stories: list[ToyStory] = sample_stories(random.Random(0), "val", 60)
     for tale in stories:
         last = tale.scenes[-1]
         alone, together = said_attributes(tale.sentences[-1], last), said_attributes(" ".join(tale.sentences), last)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
-from fromage.data.batches import Batch, Texts
+from fromage.data.batches import Batch, FurtherTexts
 from fromage.data.tokenizer import PromptTokenizer, ret_tokens
 from fromage.errors import UserError
 from fromage.models.fromage import Fromage
@@ -212,7 +212,7 @@ def test_dropout_of_image_features_is_the_retrieval_passs_alone(models, chunk):
 def test_other_captions_of_a_batch_change_no_loss_and_no_gradient(models, chunk):
     model, step = models["untied", 4], partial(fast_step, chunk=chunk)
     batch = make_batch(model, [5, 12, 3, 24])
-    more = Texts(["x"] * 2, batch.ids[:2], batch.lengths[:2], [0, 3])
+    more = FurtherTexts(["x"] * 2, batch.ids[:2], batch.lengths[:2], [0, 3])
     (a, plain), (b, grads) = run(step, model, batch, True), run(step, model, batch._replace(more=more), True)
     assert torch.equal(a.loss, b.loss) and all(torch.equal(grads[name], value) for name, value in plain.items())
 
@@ -223,7 +223,7 @@ def test_other_captions_of_a_batch_change_no_loss_and_no_gradient(models, chunk)
 def test_requests_are_read_by_retrieval_alone(models, which, paired, chunk):
     model, fast = models[which], partial(fast_step, chunk=chunk)
     batch, other = make_batch(model, [5, 12, 3, 24, 7]), make_batch(model, [9, 12, 14, 24, 2], seed=1)
-    asking = batch._replace(requests=Texts([""] * 5, other.ids, other.lengths, list(range(5))))
+    asking = batch._replace(requests=FurtherTexts([""] * 5, other.ids, other.lengths, list(range(5))))
     compare(model, asking, paired, fast)
     both, captions = fast(model, asking, paired), fast(model, batch, paired)
     requests = fast(model, other._replace(features=batch.features), paired)
