@@ -9,7 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import islice
 from math import inf, isfinite
-from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import unquote, urlsplit
 
@@ -55,15 +54,18 @@ class Hit(NamedTuple):
                 where = urlsplit(self.path)
             except ValueError:
                 return self.path
-            return Path(unquote(where.path)).name or where.netloc
+            return _last(unquote(where.path)) or where.netloc
         shard, is_member, key = self.path.partition(".tar#")
-        return f"{Path(shard).name}.tar#{key}" if is_member else Path(self.path).name
+        return f"{_last(shard)}.tar#{key}" if is_member else _last(self.path)
 
     @property
     def key(self) -> str:
         """The key within a shard; of other images the file name without its suffix."""
         _, is_member, key = self.path.partition(".tar#")
-        return key if is_member and not self.path.startswith(ADDRESSES) else Path(self.name).stem
+        if is_member and not self.path.startswith(ADDRESSES):
+            return key
+        name = _last(self.name)
+        return name.rpartition(".")[0] or name
 
     @property
     def metadata(self) -> dict[str, Any]:
@@ -83,6 +85,11 @@ class Hit(NamedTuple):
     def line(self) -> str:
         """For a list on the screen."""
         return f"  {self.rank:3d}  {self.score:.3f}  {self.path}  {self.caption}"
+
+
+def _last(path: str) -> str:
+    """The name at a path's end, as pathlib has it, at a fraction of its time: every hit of every reply asks."""
+    return path.rstrip("/").rpartition("/")[2]
 
 
 def parsed(meta: str) -> dict[str, Any]:
