@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import cycle
 
 import torch
 import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
-from torchvision.ops import box_convert, generalized_box_iou
+from torchvision.ops import box_convert
 
 from fromage.models.packed_attention import to_device
 from fromage.octopus.masks import DICE, MASK, mask_losses
@@ -47,29 +48,45 @@ class Objects:
 
 @torch.no_grad()
 def match(logits: Tensor, boxes: Tensor, objects: Objects) -> Tensor:
-    """Match one layer's queries to the objects, one to one, at the lowest cost (Hungarian): (B, K) int64 query numbers.
+    """Match each layer's queries to the objects, one to one, at the lowest cost (Hungarian): (..., B, K) query numbers.
 
-    logits (B, N), boxes (B, N, 4). Padding holds 0. The assignment runs on the host.
+    logits (..., B, N), boxes (..., B, N, 4). Padding holds 0. The assignment runs on the host, which waits once.
     """
-    likely, ours, theirs = logits.float().sigmoid().cpu(), boxes.float().cpu(), objects.boxes.cpu()
-    found = torch.zeros(theirs.shape[:2], dtype=torch.long)  # (B, K)
-    for row, count in enumerate(objects.counts):
-        if not count:
-            continue
-        l1, giou = distances(ours[row], theirs[row, :count])  # (N, count) each
-        cost = L1 * l1 + GIOU * giou - SCORE * likely[row].unsqueeze(1)  # (N, count); NaN if training diverged
-        queries, numbers = linear_sum_assignment(cost.nan_to_num(FAR, FAR, -FAR))
-        found[row, torch.from_numpy(numbers)] = torch.from_numpy(queries)
+    l1, giou = distances(boxes.float(), objects.boxes)  # (..., B, N, K) each
+    cost = L1 * l1 + GIOU * giou - SCORE * logits.float().sigmoid().unsqueeze(-1)  # (..., B, N, K)
+    cost = cost.nan_to_num(FAR, FAR, -FAR).cpu()  # NaN if training diverged
+    found = torch.zeros(*cost.shape[:-2], cost.shape[-1], dtype=torch.long)  # (..., B, K)
+    rows = zip(cost.flatten(0, -3), found.flatten(0, -2), cycle(objects.counts))  # (N, K), (K,), of each layer and image
+    for of_row, found_row, count in rows:
+        queries, numbers = linear_sum_assignment(of_row[:, :count])
+        found_row[torch.from_numpy(numbers)] = torch.from_numpy(queries)
     return found.to(logits.device)
 
 
 Matcher = Callable[[Tensor, Tensor, Objects], Tensor]  # as `match`
 
 
+def apart(ours: Tensor, theirs: Tensor) -> tuple[Tensor, Tensor]:
+    """(..., 4) and (..., 4) boxes, broadcast -> L1 distance and 1 - GIoU (Rezatofighi et al., CVPR 2019), (...) each.
+
+    torchvision's is of all pairs within one image; this one serves whole batches, and pairs alone.
+    """
+    a, b = (box_convert(boxes, "cxcywh", "xyxy") for boxes in (ours, theirs))  # (..., 4)
+    low, high = torch.minimum(a, b), torch.maximum(a, b)  # (..., 4)
+    inner = _area((low[..., 2:] - high[..., :2]).clamp(min=0))  # (...), of the intersection
+    union = _area(ours[..., 2:]) + _area(theirs[..., 2:]) - inner  # (...)
+    hull = _area(high[..., 2:] - low[..., :2])  # (...), of the smallest box around both
+    return (ours - theirs).abs().sum(-1), 2 - inner / union - union / hull
+
+
+def _area(sides: Tensor) -> Tensor:
+    """(..., 2) -> (...)."""
+    return sides[..., 0] * sides[..., 1]
+
+
 def distances(ours: Tensor, theirs: Tensor) -> tuple[Tensor, Tensor]:
     """(..., N, 4) and (..., K, 4) boxes -> L1 distances and 1 - GIoU, (..., N, K) each."""
-    corners = (box_convert(boxes, "cxcywh", "xyxy") for boxes in (ours, theirs))
-    return torch.cdist(ours, theirs, p=1), 1 - generalized_box_iou(*corners)
+    return apart(ours.unsqueeze(-2), theirs.unsqueeze(-3))
 
 
 @torch.no_grad()
@@ -78,10 +95,8 @@ def nearest(boxes: Tensor, objects: Objects) -> Tensor:
 
     boxes (B, N, 4) of this step. Two objects can have the same query.
     """
-    if not objects.boxes.shape[1]:
-        return torch.zeros(len(boxes), 0, dtype=torch.long, device=boxes.device)
-    pairs = [distances(ours.float(), theirs) for ours, theirs in zip(boxes, objects.boxes, strict=True)]  # (N, K) each
-    return torch.stack([(l1 + giou).argmin(0) for l1, giou in pairs])  # (B, K)
+    l1, giou = distances(boxes.float(), objects.boxes)  # (B, N, K) each
+    return (l1 + giou).argmin(-2)  # (B, K)
 
 
 def detection_loss(found: Detections, objects: Objects, matcher: Matcher = match) -> tuple[Tensor, dict[str, Tensor]]:
@@ -91,33 +106,30 @@ def detection_loss(found: Detections, objects: Objects, matcher: Matcher = match
     last layer alone. Images whose objects are not known are left out, and objects whose mask is not known.
     As in DETR; the paper does not say whether inner layers have a loss.
     """
-    total, parts = found.relay.new_zeros((), dtype=torch.float32), {}
-    for logits, boxes in zip(found.logits, found.boxes, strict=True):
-        matched = matcher(logits, boxes, objects)  # (B, K)
-        parts = _layer_loss(logits, boxes, matched, objects)
-        total = total + SCORE * parts["score"] + L1 * parts["l1"] + GIOU * parts["giou"]
+    matched = matcher(found.logits, found.boxes, objects)  # (L, B, K)
+    of_layers = _losses(found.logits, found.boxes, matched, objects)
+    total = SCORE * of_layers["score"].sum() + L1 * of_layers["l1"].sum() + GIOU * of_layers["giou"].sum()
+    parts = {name: each[-1] for name, each in of_layers.items()}
     if found.masks is not None and objects.masks is not None and objects.masked is not None:
         rows, places = objects.masked  # (M,) each
-        parts |= mask_losses(found.masks[rows, matched[rows, places]], objects.masks)
+        parts |= mask_losses(found.masks[rows, matched[-1, rows, places]], objects.masks)
         total = total + MASK * parts["mask"] + DICE * parts["dice"]
     return total, parts
 
 
-def _layer_loss(logits: Tensor, boxes: Tensor, matched: Tensor, objects: Objects) -> dict[str, Tensor]:
+def _losses(logits: Tensor, boxes: Tensor, matched: Tensor, objects: Objects) -> dict[str, Tensor]:
+    """(L, B, N), (L, B, N, 4), (L, B, K) -> score, l1 and giou, (L,) each."""
     device = logits.device
     known = [row for row, count in enumerate(objects.counts) if count]
     if not known:
-        nothing = 0 * (logits.sum() + boxes.sum())  # a zero gradient, since DDP waits for one
+        nothing = 0 * (logits.sum((1, 2)) + boxes.sum((1, 2, 3)))  # a zero gradient, since DDP waits for one
         return {"score": nothing, "l1": nothing, "giou": nothing}
     rows = to_device([row for row in known for _ in range(objects.counts[row])], device)  # (M,), the image of each object
     places = to_device([place for row in known for place in range(objects.counts[row])], device)  # (M,)
-    queries = matched[rows, places]  # (M,)
-    foreground = torch.zeros_like(logits, dtype=torch.float32)  # (B, N)
-    foreground[rows, queries] = 1.0
-    ours, theirs = boxes[rows, queries].float(), objects.boxes[rows, places]  # (M, 4) each
-    giou = torch.diagonal(generalized_box_iou(*(box_convert(b, "cxcywh", "xyxy") for b in (ours, theirs))))  # (M,)
-    return {
-        "score": F.binary_cross_entropy_with_logits(logits[known].float(), foreground[known], reduction="sum") / len(rows),
-        "l1": F.l1_loss(ours, theirs, reduction="sum") / len(rows),
-        "giou": (1 - giou).sum() / len(rows),
-    }
+    layers = torch.arange(len(logits), device=device).unsqueeze(1)  # (L, 1)
+    queries = matched[:, rows, places]  # (L, M)
+    foreground = torch.zeros_like(logits, dtype=torch.float32)  # (L, B, N)
+    foreground[layers, rows, queries] = 1.0
+    l1, giou = apart(boxes[layers, rows, queries].float(), objects.boxes[rows, places])  # (L, M) each
+    told = F.binary_cross_entropy_with_logits(logits[:, known].float(), foreground[:, known], reduction="none")
+    return {"score": told.sum((1, 2)) / len(rows), "l1": l1.mean(1), "giou": giou.mean(1)}

@@ -201,8 +201,8 @@ def lay_out(run: Run, model: Octopus) -> GroundingBatch:
 
 
 def in_order(logits: Tensor, boxes: Tensor, objects: Objects) -> Tensor:
-    """A matching (B, K) without a look at values: object i has query i."""
-    return torch.arange(objects.boxes.shape[1], device=logits.device).expand(len(logits), -1)
+    """A matching (L, B, K) without a look at values: object i has query i."""
+    return torch.arange(objects.boxes.shape[1], device=logits.device).expand(*logits.shape[:-1], -1)
 
 
 class Weight(NamedTuple):

@@ -6,7 +6,7 @@ import torch
 from torchvision.ops import box_convert, generalized_box_iou
 
 from fromage.octopus.masks import DICE, MASK, mask_losses
-from fromage.octopus.matching import GIOU, L1, SCORE, Objects, detection_loss, match, nearest
+from fromage.octopus.matching import GIOU, L1, SCORE, Objects, apart, detection_loss, match, nearest
 from fromage.octopus.recognition import Detections, Recognizer
 
 
@@ -36,6 +36,21 @@ def test_the_matching_is_the_cheapest_of_all():
 
         best = min(itertools.permutations(range(4), count), key=total)
         assert matched[row, :count].tolist() == list(best)
+
+
+def test_all_layers_are_matched_at_once_as_each_alone():
+    found, objects = some(L=3)
+    each = [match(logits, boxes, objects) for logits, boxes in zip(found.logits, found.boxes, strict=True)]
+    assert torch.equal(match(found.logits, found.boxes, objects), torch.stack(each))
+
+
+@pytest.mark.parametrize("theirs", [[0.5, 0.5, 0.2, 0.2], [0.52, 0.5, 0.2, 0.4], [0.9, 0.1, 0.1, 0.1], [0.5, 0.5, 0.1, 0.1]])
+def test_pairs_are_as_far_apart_as_torchvision_has_them(theirs):
+    ours, theirs = torch.tensor([0.5, 0.5, 0.2, 0.2]).requires_grad_(), torch.tensor(theirs)
+    l1, giou = apart(ours, theirs)
+    pair = (box_convert(box[None], "cxcywh", "xyxy") for box in (ours, theirs))
+    torch.testing.assert_close(giou, 1 - generalized_box_iou(*pair)[0, 0], atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(l1, torch.nn.functional.l1_loss(ours, theirs, reduction="sum"))
 
 
 def test_what_is_not_a_number_is_matched_and_shows_in_the_loss():
