@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from fromage.checks import check_whole
 from fromage.cli.command import Result
-from fromage.cli.options import DType, check_free, save_png
+from fromage.cli.options import DType, Quantized, check_free, save_png
 
 if TYPE_CHECKING:
     from fromage.checkpoints.format import Saved
@@ -243,7 +243,7 @@ class Overrides:
     tokens: float | None = None
     r: int | None = None
     chunk: int | None = None
-    quantize: Literal["int8", "nf4"] | None = None
+    quantize: Quantized | None = None
     activation_checkpointing: bool = False
     stored_features: bool = False
     per_image: int | None = None

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fromage.cli.command import Result
+from fromage.cli.options import Quantized
 from fromage.errors import UserError
 
 QUESTION = "where is {}?"
@@ -22,12 +23,13 @@ class EvalOptions:
     ckpt: str
     limit: int | None = None
     device: str = "auto"
+    quantize: Quantized | None = None
 
     def model(self) -> Any:
         """The FROMAGe of the checkpoint."""
         from fromage.models.fromage import load_model
 
-        return load_model(self.ckpt, self.device)
+        return load_model(self.ckpt, self.device, quantize=self.quantize)
 
     def told(self, report: dict[str, Any]) -> Result:
         """A report as tables."""
@@ -79,7 +81,7 @@ class OctopusOptions(ImageOptions):
         with self.reading():
             for each in data:
                 len(each)  # what is wrong with the files is told before towers are loaded
-        return self.told(evaluate(load_octopus(self.ckpt, self.device), data, self.options()))
+        return self.told(evaluate(load_octopus(self.ckpt, self.device, quantize=self.quantize), data, self.options()))
 
 
 @dataclass(kw_only=True)
@@ -347,7 +349,7 @@ def answers(
 
     data = read_questions(questions, run.images, run.limit)
     said = read_vqa(annotations) if annotations else None
-    model = load_any(run.ckpt, run.device)
+    model = load_any(run.ckpt, run.device, quantize=run.quantize)
     return run.told(evaluate(model, data, answers_file, run.options(), max_new_tokens, said, model_id, overwrite))
 
 

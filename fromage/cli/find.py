@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from fromage.cli.command import Result
 from fromage.cli.evals import QUESTION
-from fromage.cli.options import save_png
+from fromage.cli.options import Quantized, save_png
 from fromage.errors import UserError
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ TOY = Path("runs/octopus")  # where the toy Octopus is trained, in minutes
 def search(
     text: Sequence[str] = (), *, image: Sequence[str] = (), index: Path, images: Path | None = None,
     ckpt: str | None = None, images_per_ret: int = 5, where: str = "", png: Path | None = None, device: str = "auto",
+    quantize: Quantized | None = None,
 ) -> Iterator[Result]:  # fmt: skip
     """Find images for texts, for images, or for both together; print them, and draw them.
 
@@ -43,7 +44,7 @@ def search(
     opened = [open_image(path) for path in image]
     queries: list[Any] = [[*opened, words] for words in text] or list(opened)
     asked = [" ".join([*(f"@{path}" for path in image), words]) for words in text] or list(image)
-    model, found_in = open_index(index, ckpt, device, images)
+    model, found_in = open_index(index, ckpt, device, images, quantize=quantize)
     if where:
         found_in.filter(where)
     rows = embed_queries(model, queries).float().cpu().numpy()  # (B, q)

@@ -146,7 +146,15 @@ def parse(words: list[str]) -> tuple[Function, dict[str, Any]]:
     except argparse.ArgumentError as error:
         unknown = re.search(r"unrecognized arguments: (--[\w-]+)", str(error))
         meant = near(unknown[1], options_of(COMMANDS[name])) if unknown else ""
-        raise UserError(f"{name}: {error}{meant} (fromage {name} --help)") from error
+        raise UserError(f"{name}: {_plainly(error)}{meant} (fromage {name} --help)") from error
+
+
+def _plainly(error: argparse.ArgumentError) -> str:
+    """What an option lacks; jsonargparse words a choice in Python's types."""
+    if found := re.search(r'Parser key "(\w+)":\s+Expected a typing\.Literal\[(.*)\]\. Got value: (.*)', str(error)):
+        choices = ", ".join(re.findall("'([^']*)'", found[2]))
+        return f"{found[1].replace('_', '-')}: {found[3]}: give {choices}"
+    return str(error)
 
 
 def _check_said(name: str, words: list[str]) -> None:

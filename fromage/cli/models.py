@@ -13,10 +13,10 @@ def model_class(kind: str) -> Any:
     return {cls.kind: cls for cls in (Fromage, Octopus)}[kind]
 
 
-def load_any(ckpt: str, device: str) -> Any:
-    """The model of a checkpoint, folder or hub name, of whichever kind it is."""
+def load_any(ckpt: str, device: str, **options: Any) -> Any:
+    """The model of a checkpoint, folder or hub name, of whichever kind it is. options: as of from_pretrained."""
     from fromage.checkpoints.load import read_saved
     from fromage.models.pretrained import build
 
     saved = read_saved(ckpt)
-    return build(model_class(saved.format), saved, device)
+    return build(model_class(saved.format), saved, device, **options)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
 
 from fromage.cli.command import Result
+from fromage.cli.options import Quantized
 from fromage.errors import UserError, first_few
 from fromage.generation.options import DEFAULTS, Decoding, StyleName
 from fromage.io import listen
@@ -34,6 +35,7 @@ class Opening:
     style: StyleName | None = None
     system: str | None = None
     device: str = "auto"
+    quantize: Quantized | None = None
 
     def open(self) -> tuple[Any, Any, Any]:
         """Model, index (or None) and Preset: as named, else those of the toy world."""
@@ -49,12 +51,12 @@ class Opening:
         from fromage.retrieval.open_index import open_index
 
         if self.index:
-            return open_index(self.index, self.ckpt, self.device, self.images)
+            return open_index(self.index, self.ckpt, self.device, self.images, quantize=self.quantize)
         if self.ckpt:
-            return load_model(self.ckpt, self.device), None
+            return load_model(self.ckpt, self.device, quantize=self.quantize), None
         from fromage.apps.toy_demo import conversation_index
 
-        return open_index(conversation_index(TOY), None, self.device)
+        return open_index(conversation_index(TOY), None, self.device, quantize=self.quantize)
 
     def octopus(self, ckpt: str | None) -> Any:
         """The one that is named; beside the toy FROMAGe the toy one, if it was trained already; or None."""
@@ -86,7 +88,13 @@ TOY = Path("runs/demo")  # where the toy world and its models are made, in minut
 
 
 def caption(
-    image: Sequence[str], *, ckpt: str | None = None, max_new_tokens: int = 32, batch_size: int = 32, device: str = "auto"
+    image: Sequence[str],
+    *,
+    ckpt: str | None = None,
+    max_new_tokens: int = 32,
+    batch_size: int = 32,
+    device: str = "auto",
+    quantize: Quantized | None = None,
 ) -> Iterator[Result]:
     """Caption images, a line for each.
 
@@ -102,8 +110,8 @@ def caption(
         raise UserError(f"{', '.join(image)}: holds no image; name images, or folders of them")
     from fromage.generation.generate import caption_files
 
-    lost = []
-    for name, made in caption_files(Opening(ckpt=ckpt, device=device).open()[0], names, max_new_tokens, batch_size):
+    lost, model = [], Opening(ckpt=ckpt, device=device, quantize=quantize).open()[0]
+    for name, made in caption_files(model, names, max_new_tokens, batch_size):
         if isinstance(made, str):
             yield Result.of([f"{name}\t{made}"], {"image": name, "caption": made})
         else:

@@ -225,6 +225,6 @@ def load_trained(model: Octopus, path: str) -> set[str]:
     return set(state)
 
 
-def load_octopus(path: str, device: str = "cpu") -> Octopus:
+def load_octopus(path: str, device: str = "cpu", **options: Any) -> Octopus:
     """Octopus.from_pretrained as a function."""
-    return Octopus.from_pretrained(path, device)
+    return Octopus.from_pretrained(path, device, **options)

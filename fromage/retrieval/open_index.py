@@ -68,19 +68,24 @@ def place_of(folder: Path, about: dict[str, Any], images: str | Path | None = No
 
 
 def open_index(
-    folder: str | Path, ckpt: str | Path | None = None, device: str = "cpu", images: str | Path | None = None
+    folder: str | Path,
+    ckpt: str | Path | None = None,
+    device: str = "cpu",
+    images: str | Path | None = None,
+    **options: Any,
 ) -> tuple[Fromage, ImageIndex]:
     """The model an index was built with, and the index, which knows the model. A warning counts images that are missing.
 
     Args:
         ckpt: where the model is now, if not where it was then.
         images: where the images are now, as for load_index.
+        options: further ones of load_model, such as quantize.
     """
     index = load_index(folder, images=images)
     checkpoint = _checkpoint(folder, index.checkpoint, ckpt)
     if said := index.missing().said(folder, len(index), index.place.own):
         warnings.warn(said, stacklevel=2)
-    model = load_model(checkpoint, device)
+    model = load_model(checkpoint, device, **options)
     index.require(model.fingerprint(), folder)
     index.model = model
     return model, index

@@ -1,15 +1,23 @@
 """Frozen layers in int8 and 4 bits."""
 
+from typing import get_args
+
 import pytest
 import torch
 from test_fast_step import make_batch, run
 from transformers import AutoTokenizer, OPTConfig, OPTForCausalLM
 
+from fromage.cli import options
+from fromage.cli.evals import EvalOptions
+from fromage.cli.models import load_any
+from fromage.cli.talk import Opening
 from fromage.data.tokenizer import PromptTokenizer
 from fromage.errors import UserError
+from fromage.models import language_model
 from fromage.models.fromage import Fromage
 from fromage.models.frozen import TOY
 from fromage.models.language_model import load_lm
+from fromage.retrieval.open_index import open_index
 from fromage.training.fast_step import fast_step
 from fromage.training.reference_step import reference_step
 
@@ -21,7 +29,7 @@ class NoTower(torch.nn.Module):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def opt(tmp_path_factory):
     """A small OPT on disk, in the layout of the real ones."""
     out = tmp_path_factory.mktemp("opt")
     tokenizer = PromptTokenizer(str(TOY / "opt"))
@@ -33,9 +41,9 @@ def folder(tmp_path_factory):
     return out
 
 
-def model_of(folder, **options):
+def model_of(opt, **options):
     torch.manual_seed(0)
-    return Fromage(load_lm(str(folder), **options), NoTower(), 1, q=16)
+    return Fromage(load_lm(str(opt), **options), NoTower(), 1, q=16)
 
 
 def block_bytes(model):
@@ -43,8 +51,8 @@ def block_bytes(model):
 
 
 @pytest.mark.parametrize(("kind", "share", "alike"), [("int8", 1 / 4, 0.98), ("nf4", 1 / 8, 0.9)])
-def test_they_take_less_memory_and_train_nearly_alike(folder, kind, share, alike):
-    whole, small = model_of(folder), model_of(folder, quantize=kind)
+def test_they_take_less_memory_and_train_nearly_alike(opt, kind, share, alike):
+    whole, small = model_of(opt), model_of(opt, quantize=kind)
     assert block_bytes(small) == pytest.approx(share * block_bytes(whole), rel=0.01)
     batch = make_batch(whole, [5, 12, 3, 24, 20, 7, 2, 9])
     _, want = run(fast_step, whole, batch, False)
@@ -53,8 +61,8 @@ def test_they_take_less_memory_and_train_nearly_alike(folder, kind, share, alike
     assert torch.cosine_similarity(*flat, dim=0) > alike
 
 
-def test_fast_and_plain_steps_agree_on_four_bits(folder):
-    model = model_of(folder, quantize="nf4")
+def test_fast_and_plain_steps_agree_on_four_bits(opt):
+    model = model_of(opt, quantize="nf4")
     batch = make_batch(model, [5, 12, 3, 9])
     (slow, slow_grads), (fast, fast_grads) = run(reference_step, model, batch, True), run(fast_step, model, batch, True)
     torch.testing.assert_close(fast.loss, slow.loss, rtol=1e-5, atol=1e-5)
@@ -62,12 +70,23 @@ def test_fast_and_plain_steps_agree_on_four_bits(folder):
         assert (fast_grads[name] - grad).norm() < 1e-3 * grad.norm(), name
 
 
-def test_random_weights_are_not_quantised(folder):
+def test_random_weights_are_not_quantised(opt):
     with pytest.raises(UserError, match="needs weights"):
-        load_lm(str(folder), random_weights=True, quantize="int8")
+        load_lm(str(opt), random_weights=True, quantize="int8")
 
 
-def test_a_missing_package_is_named(folder, monkeypatch):
+def test_a_missing_package_is_named(opt, monkeypatch):
     monkeypatch.setattr("fromage.models.language_model.is_bitsandbytes_available", lambda: False)
     with pytest.raises(UserError, match=r"fromage-torch\[quant\]"):
-        load_lm(str(folder), quantize="int8")
+        load_lm(str(opt), quantize="int8")
+
+
+def test_commands_hold_the_layers_as_they_are_told(model, index, tmp_path):
+    model.save_pretrained(tmp_path / "model", "float32")
+    index.save(tmp_path / "index")
+    how = {"ckpt": str(tmp_path / "model"), "device": "cpu", "quantize": "nf4"}
+    opened = Opening(**how).open()[0], EvalOptions(**how).model(), load_any(**how)
+    found, _ = open_index(tmp_path / "index", **how)
+    for small in (*opened, found):
+        assert block_bytes(small) == pytest.approx(block_bytes(model) / 8, rel=0.01)
+    assert get_args(options.Quantized) == get_args(language_model.Quantized)
