@@ -22,6 +22,7 @@ import torch
 from own_process import allocated_as_asked, measured, tell, used
 
 from fromage.io import write_json
+from fromage.training.meter import Meter
 
 VISION, LM, BATCH, STEPS = "efficientnet-lite2", "smollm2", 64, 3
 CAPTIONS = 5  # of a photograph, as a plain loop over pairs of image and caption encodes it
@@ -75,8 +76,8 @@ def our_features(files: list[Path]) -> Callable[[], Any]:
     return work
 
 
-def steps(kind: str, dtype: str) -> Callable[[], Any]:
-    """Whole training steps of random captions of real lengths."""
+def steps(kind: str, dtype: str) -> Callable[..., Any]:
+    """So many whole training steps of random captions of real lengths."""
     import bench_step
 
     from fromage.models.fromage import Fromage
@@ -87,11 +88,16 @@ def steps(kind: str, dtype: str) -> Callable[[], Any]:
     optimizer = torch.optim.Adam(model.trained().values())
     batches = [bench_step.make_batch(model, BATCH, seed, pixels=False) for seed in range(STEPS)]
     step = {"fast": fast_step, "reference": reference_step}[kind]
-    return lambda: [bench_step.one_step(step, model, optimizer, batch, i % 2 == 0) for i, batch in enumerate(batches)]
+
+    def work(count: int = STEPS) -> None:
+        for i, batch in enumerate(batches[:count]):
+            bench_step.one_step(step, model, optimizer, batch, i % 2 == 0)
+
+    return work
 
 
 def measure(task: str, words: list[str], images: Path, limit: int) -> dict[str, float]:
-    """In this process: wall-clock seconds for each example, and bytes."""
+    """In this process: wall-clock seconds for each example, and bytes; of training steps, FLOP for each example too."""
     allocated_as_asked()
     files = photographs(images, limit)
     work = {"plain": plain_features, "ours": our_features}[words[0]](files) if task == "features" else steps(*words)
@@ -100,7 +106,12 @@ def measure(task: str, words: list[str], images: Path, limit: int) -> dict[str, 
     began = time.perf_counter()
     found = used(work)
     examples = len(files) if task == "features" else STEPS * BATCH
-    return {"each": (time.perf_counter() - began) / examples, **found}
+    found["each"] = (time.perf_counter() - began) / examples
+    if task == "steps":
+        meter = Meter([])
+        meter.run("step", lambda: work(1))
+        found["flop"] = meter.flop / BATCH
+    return found
 
 
 def main() -> None:
@@ -137,7 +148,14 @@ def main() -> None:
         cells = [f"{1 / plain['each']:.1f}", f"{1 / ours['each']:.1f}", f"{found[name]['ratio']:.2f}"]
         cells += [f"{side['resident'] / 1e6:.0f}" for side in (plain, ours)]
         print(f"| {name} | {' | '.join(cells)} |", flush=True)
-    print(f"\nA photograph of {CAPTIONS} captions is encoded once: over pairs the first ratio is {CAPTIONS} times as large.")
+        if task == "steps":
+            work = [rounds[0][i]["flop"] / 1e9 for i in (0, 1)]
+            told = (
+                f"A step's matrix products: {work[0]:.2f} and {work[1]:.2f} GFLOP an example, {work[0] / work[1]:.2f} times"
+            )
+            found[name]["gflop"] = dict(zip(("plain", "ours"), work, strict=True))
+    print(f"\n{told}.")
+    print(f"A photograph of {CAPTIONS} captions is encoded once: over pairs the first ratio is {CAPTIONS} times as large.")
     if args.json:
         write_json(args.json, {"threads": args.threads, "found": found})
 
