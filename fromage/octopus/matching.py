@@ -120,16 +120,18 @@ def detection_loss(found: Detections, objects: Objects, matcher: Matcher = match
 def _losses(logits: Tensor, boxes: Tensor, matched: Tensor, objects: Objects) -> dict[str, Tensor]:
     """(L, B, N), (L, B, N, 4), (L, B, K) -> score, l1 and giou, (L,) each."""
     device = logits.device
-    known = [row for row, count in enumerate(objects.counts) if count]
-    if not known:
+    listed = [(row, place) for row, count in enumerate(objects.counts) for place in range(count)]
+    if not listed:
         nothing = 0 * (logits.sum((1, 2)) + boxes.sum((1, 2, 3)))  # a zero gradient, since DDP waits for one
         return {"score": nothing, "l1": nothing, "giou": nothing}
-    rows = to_device([row for row in known for _ in range(objects.counts[row])], device)  # (M,), the image of each object
-    places = to_device([place for row in known for place in range(objects.counts[row])], device)  # (M,)
+    rows, places = to_device(torch.tensor(listed).T, device)  # (M,) each: the image of an object, and its place there
+    known = to_device([row for row, count in enumerate(objects.counts) if count], device)
     layers = torch.arange(len(logits), device=device).unsqueeze(1)  # (L, 1)
     queries = matched[:, rows, places]  # (L, M)
     foreground = torch.zeros_like(logits, dtype=torch.float32)  # (L, B, N)
     foreground[layers, rows, queries] = 1.0
     l1, giou = apart(boxes[layers, rows, queries].float(), objects.boxes[rows, places])  # (L, M) each
-    told = F.binary_cross_entropy_with_logits(logits[:, known].float(), foreground[:, known], reduction="none")
-    return {"score": told.sum((1, 2)) / len(rows), "l1": l1.mean(1), "giou": giou.mean(1)}
+    score = F.binary_cross_entropy_with_logits(
+        logits[:, known].float(), foreground[:, known], reduction="none"
+    )  # (L, B', N)
+    return {"score": score.sum((1, 2)) / len(listed), "l1": l1.mean(1), "giou": giou.mean(1)}
