@@ -109,7 +109,7 @@ def _tensor(storage: Any, offset: int, size: tuple[int, ...], stride: tuple[int,
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
     if min((offset, *size, *stride)) < 0 or prod(size) > held or (prod(size) and last >= held):
         raise pickle.UnpicklingError(f"a tensor of {tuple(size)} in a storage of {held} numbers")
-    return torch.empty(0, dtype=dtype).set_(untyped, offset, size, stride)
+    return torch.empty(0, dtype=dtype, device="cpu").set_(untyped, offset, size, stride)
 
 
 def _storage(data: bytes) -> Any:

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Normalize, ToTensor
 from torchvision.transforms import Resize as Scale
-from torchvision.transforms.functional import normalize, pil_to_tensor
+from torchvision.transforms.functional import pil_to_tensor
 
 from fromage.errors import BrokenSample, reason
 from fromage.images.codec import decode_image, is_upright, opened, take_in
@@ -170,10 +170,18 @@ class Normalise:
 
     def __init__(self, mean: list[float], std: list[float]) -> None:
         self.mean, self.std = mean, std
+        self._there: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def __call__(self, pixels: Tensor) -> Tensor:
-        """(x / 255 - mean) / std of each channel: the same numbers as open_clip's transform, to the bit on a CPU."""
-        return normalize(pixels.to(torch.float32).div_(255), self.mean, self.std, inplace=True)
+        """(x / 255 - mean) / std of each channel: the same numbers as open_clip's transform, to the bit on a CPU.
+
+        torchvision's copies both to the device each time, and waits for it.
+        """
+        if pixels.device not in self._there:
+            made = (torch.tensor(each, device=pixels.device).view(3, 1, 1) for each in (self.mean, self.std))
+            self._there[pixels.device] = tuple(made)  # type: ignore[assignment]
+        mean, std = self._there[pixels.device]
+        return pixels.to(torch.float32).div_(255).sub_(mean).div_(std)
 
 
 def scaling(
@@ -194,7 +202,7 @@ def halves(transform: Any) -> tuple[Any, Normalise | None]:
     *steps, convert, last = parts
     if type(convert).__name__ not in ("ToTensor", "MaybeToTensor") or type(last).__name__ != "Normalize":
         return transform, None
-    return Resize(transform, steps), Normalise(list(last.mean), list(last.std))
+    return Resize(transform, steps), Normalise([*map(float, last.mean)], [*map(float, last.std)])
 
 
 def read_image(data: bytes, transform: Transform) -> Tensor:

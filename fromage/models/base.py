@@ -63,5 +63,12 @@ def digest(built: str, trained: Mapping[str, Tensor]) -> str:
 
 
 def fill(embeds: Tensor, places: Tensor, rows: Tensor) -> Tensor:
-    """(B, T, d) in which the places (B, T) bool are replaced, in order, by rows (..., d)."""
-    return embeds.masked_scatter(places.unsqueeze(-1), rows.to(embeds.dtype))  # (B, T, 1) places -> (B, T, d)
+    """(B, T, d) in which the places (B, T) bool are replaced, in order, by rows (..., d).
+
+    The backward of masked_scatter would wait for the device.
+    """
+    if not rows.numel():
+        return embeds
+    number = (places.flatten().cumsum(0) - 1).clamp(min=0)  # (B T,): of the row at a place, or before it
+    there = rows.to(embeds.dtype).flatten(0, -2).index_select(0, number)  # (B T, d)
+    return torch.where(places.unsqueeze(-1), there.view_as(embeds), embeds)  # (B, T, d)

@@ -133,8 +133,9 @@ class LanguageModel(FrozenTower):
         Raises UserError for a family with layers that have an attention of their own, or none: ALiBi, sinks, chunks, states.
         """
         if self._routes:
+            whole = torch.ones(embeds.shape[:2], dtype=torch.bool, device=embeds.device)  # or transformers reads positions
             with attending(attend):
-                output = self._run(embeds, position_ids=positions.unsqueeze(0), use_cache=False)
+                output = self._run(embeds, attention_mask=whole, position_ids=positions.unsqueeze(0), use_cache=False)
         config = self.hf.config.get_text_config()
         kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
         if not self._routes or kinds or len(attend.layers) < config.num_hidden_layers:

@@ -85,9 +85,9 @@ class ExtendedEmbedding(nn.Module):
         frozen = self.frozen(ids.clamp(max=added.vocab_size - 1))  # (B, T, d)
         if not len(added.input):
             return frozen
-        # Gemma 3 scales what it looks up
-        rows = added.input[(ids - added.first).clamp(0, len(added.input) - 1)] * getattr(self.frozen, "embed_scale", 1.0)
-        return torch.where((ids >= added.first).unsqueeze(-1), rows.to(frozen.dtype), frozen)  # (B, T, d) each
+        number = (ids - added.first).clamp(0, len(added.input) - 1)  # (B, T); an index would sort them in the backward
+        rows = added.input.index_select(0, number.flatten()) * getattr(self.frozen, "embed_scale", 1.0)  # as Gemma 3 scales
+        return torch.where((ids >= added.first).unsqueeze(-1), rows.view_as(frozen).to(frozen.dtype), frozen)  # (B, T, d)
 
 
 class ExtendedHead(nn.Module):

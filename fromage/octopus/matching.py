@@ -40,10 +40,17 @@ class Objects:
     masks: Tensor | None = None
     masked: Tensor | None = None
 
-    def to(self, device: torch.device) -> Objects:
+    def to(self, device: torch.device, non_blocking: bool = True) -> Objects:
         """The same objects with boxes and masks on the device."""
-        moved = [t if t is None else t.to(device, non_blocking=True) for t in (self.boxes, self.masks, self.masked)]
-        return Objects(moved[0], self.counts, *moved[1:])  # type: ignore[arg-type]
+        return self._with(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Objects:
+        """The same objects in memory from which a device copies by itself; a loader asks for it."""
+        return self._with(Tensor.pin_memory)
+
+    def _with(self, change: Callable[[Tensor], Tensor]) -> Objects:
+        changed = [tensor if tensor is None else change(tensor) for tensor in (self.boxes, self.masks, self.masked)]
+        return Objects(changed[0], self.counts, *changed[1:])  # type: ignore[arg-type]
 
 
 @torch.no_grad()

@@ -215,7 +215,8 @@ class Octopus(Pretrained):
         if not self.num_queries:
             return embeds
         number = (places.cumsum(1) - 1) % self.num_queries  # (B, T)
-        return torch.where(places.unsqueeze(-1), self.queries[number].to(embeds.dtype), embeds)  # (B, T, d)
+        rows = self.queries.index_select(0, number.flatten()).view_as(embeds)  # (B, T, d)
+        return torch.where(places.unsqueeze(-1), rows.to(embeds.dtype), embeds)  # (B, T, d)
 
     def is_query(self, ids: Tensor) -> Tensor:
         """(B, T) bool: whether a token is an object query."""

@@ -126,7 +126,8 @@ class OctopusModule(GuardedModule):
         """Load the towers, once, and the parameters of the stage before; freeze what this stage does not train."""
         if hasattr(self, "model"):
             return
-        self.model = from_hyperparameters(Octopus, of_stage(self.h))
+        with torch.device("cpu"):  # as of FromageModule
+            self.model = from_hyperparameters(Octopus, of_stage(self.h))
         if self.h.init:
             self._taken = load_trained(self.model, self.h.init)
         choose_trained(self.model, self.h.stage, whole=not self.hparams["lora_rank"])
@@ -150,12 +151,11 @@ class OctopusModule(GuardedModule):
         """Loss of one batch; logs its parts."""
         out = octopus_step(self.model, batch)
         self.guard.see((out.answer_loss, out.detection_loss), batch.keys)
-        many = len(batch.examples)
-        self.log("train/loss", out.loss.detach(), prog_bar=True, batch_size=many)
-        scalars = {"answer_loss": out.answer_loss, "token_accuracy": out.token_accuracy}
-        scalars |= {f"{name}_loss": value for name, value in out.parts.items()}
-        self.log_dict({f"train/{name}": value.detach() for name, value in scalars.items()}, batch_size=many)
-        self.log("train/lr", self.trainer.optimizers[0].param_groups[0]["lr"])
+        figures = {"loss": out.loss, "answer_loss": out.answer_loss, "token_accuracy": out.token_accuracy}
+        figures |= {f"{name}_loss": value for name, value in out.parts.items()}
+        figures["lr"] = self.trainer.optimizers[0].param_groups[0]["lr"]
+        named = {f"train/{name}": value for name, value in figures.items()}
+        self.log_figures(named, ["train/loss"], batch_size=len(batch.examples))
         return out.loss
 
     def on_validation_epoch_start(self) -> None:

@@ -37,7 +37,9 @@ class GroundingBatch(NamedTuple):
     def to(self, device: torch.device) -> GroundingBatch:
         """The same batch with tensors and boxes on the device."""
         moved: Any = {
-            name: field.to(device) for name, field in self._asdict().items() if isinstance(field, Tensor | Objects)
+            name: field.to(device, non_blocking=True)
+            for name, field in self._asdict().items()
+            if isinstance(field, Tensor | Objects)
         }
         return self._replace(**moved)
 

@@ -188,7 +188,8 @@ class FromageModule(GuardedModule):
     def configure_model(self) -> None:
         """Load the towers, once."""
         if not hasattr(self, "model"):
-            self.model = from_hyperparameters(Fromage, self.h)
+            with torch.device("cpu"):  # Lightning asks for the device; what is read there at the start belongs on the host
+                self.model = from_hyperparameters(Fromage, self.h)
             freeze_unused(self.model, self.weights, self.h.freeze_temperature)
             if self.h.compile_blocks:
                 compile_blocks(self.model.lm)
@@ -285,10 +286,10 @@ class FromageModule(GuardedModule):
         if composed is not None and batch.tuples is not None:
             parts, keys = [*parts, composed.captioning_loss, composed.contrastive_loss], keys + batch.tuples.keys
             loss = loss + composed.loss
-            self.log_dict({f"train/composition_{name}": value for name, value in composed.figures().items()})
+            self.log_figures({f"train/composition_{name}": value for name, value in composed.figures().items()})
         self.guard.see(parts, keys)
-        self.log("train/loss", loss.detach(), prog_bar=True)
-        scalars = {
+        figures = {
+            "train/loss": loss,
             "train/captioning_loss": out.captioning_loss,
             "train/text_loss": out.text_loss,
             "train/contrastive_loss": out.contrastive_loss,
@@ -297,7 +298,7 @@ class FromageModule(GuardedModule):
             "train/ret_norm": self.model.ret.input.norm(),
             "train/temperature": 1 / self.model.logit_scale.exp(),
         }
-        self.log_dict({name: value.detach() for name, value in scalars.items()})
+        self.log_figures(figures, ["train/loss"])
         return loss
 
     def optimizer_step(self, *args: Any, **named: Any) -> None:
@@ -308,12 +309,11 @@ class FromageModule(GuardedModule):
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, index: int) -> None:
         """Log speed and learning rate."""
-        now = time.monotonic()
+        now, figures = time.monotonic(), {"train/lr": self.trainer.optimizers[0].param_groups[0]["lr"]}
         if self._clock:
-            rate = len(batch.keys) * self.trainer.world_size / (now - self._clock)
-            self.log("train/examples_per_second", rate, prog_bar=True)
+            figures["train/examples_per_second"] = len(batch.keys) * self.trainer.world_size / (now - self._clock)
         self._clock = now
-        self.log("train/lr", self.trainer.optimizers[0].param_groups[0]["lr"])
+        self.log_figures(figures, ["train/examples_per_second"])
 
     @property
     def stage(self) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import cycle
 from typing import Any, NamedTuple
 
@@ -90,9 +90,24 @@ class NonFiniteGuard:
 
 
 class GuardedModule(pl.LightningModule):
-    """A Lightning module whose updates a guard watches. Its training_step has the guard `see` the losses."""
+    """A Lightning module whose updates a guard watches, and whose figures no device is waited for.
+
+    Its training_step has the guard `see` the losses.
+    """
 
     guard: NonFiniteGuard
+
+    def log_figures(self, figures: Mapping[str, Tensor | float], shown: Sequence[str] = (), **how: Any) -> None:
+        """Log a step's figures; shown: those that the progress bar has too.
+
+        Lightning reads what is shown in every step, and for that waits for the device. On other devices than a CPU figures
+        are therefore of the steps that the trainer logs, and on the host.
+        """
+        if self.device.type != "cpu" and not self.trainer._logger_connector.should_update_logs:
+            return
+        for name, value in figures.items():
+            on_host = torch.as_tensor(value, device="cpu").detach()
+            self.log(name, on_host, prog_bar=name in shown, **how)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Tell of an update that was not finite."""

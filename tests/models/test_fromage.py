@@ -3,6 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from fromage.errors import UserError
+from fromage.models.base import fill
 from fromage.models.fromage import Fromage
 from fromage.training.reference_step import captioning_ids, reference_step
 
@@ -125,3 +126,17 @@ def test_fingerprint_follows_the_trained_parameters():
 def test_an_unknown_pooling_is_refused():
     with pytest.raises(UserError, match="pooling mean: must be ret or last"):
         Fromage.load(pooling="mean")
+
+
+@pytest.mark.parametrize("places", [[[0, 1, 0], [1, 1, 0]], [[0, 0, 0], [0, 0, 1]], [[0, 0, 0], [0, 0, 0]]])
+def test_rows_take_their_places_in_order_and_both_have_gradients(places):
+    places = torch.tensor(places, dtype=torch.bool)
+    made = []
+    for how in (fill, lambda e, p, r: e.masked_scatter(p.unsqueeze(-1), r)):
+        torch.manual_seed(0)
+        embeds, rows = torch.randn(2, 3, 4, requires_grad=True), torch.randn(int(places.sum()), 1, 4, requires_grad=True)
+        out = how(embeds, places, rows)
+        (out * torch.arange(24.0).view(2, 3, 4)).sum().backward()
+        made.append((out, embeds.grad, torch.zeros_like(rows) if rows.grad is None else rows.grad))
+    for ours, theirs in zip(*made, strict=True):
+        assert torch.equal(ours, theirs)

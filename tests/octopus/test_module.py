@@ -50,6 +50,13 @@ def state(folder, stage):
     return torch.load(folder / stage / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
 
 
+def test_the_model_is_made_on_the_host_whatever_device_lightning_asks_for():
+    module = OctopusModule(stage=2, num_queries=8, **SMALL)
+    with torch.device("meta"):
+        module.configure_model()
+    assert {tensor.device.type for tensor in (*module.parameters(), *module.buffers())} == {"cpu"}
+
+
 def test_each_stage_trains_its_part_and_keeps_what_came_before(trained):
     parts = {s: {name.split(".")[1] for name in state(trained, s)} for s in ("stage1", "stage2", "stage3", "sequential")}
     assert parts["stage1"] == {"visual_prefix"}

@@ -7,9 +7,12 @@ import numpy as np
 import pytest
 import torch
 
+from fromage.cli.main import main
 from fromage.data.image_source import Item
 from fromage.generation.generate import generate
 from fromage.generation.options import Decoding
+from fromage.models.fromage import load_model
+from fromage.octopus import load_octopus
 from fromage.retrieval.faiss_index import FaissIndex
 from fromage.training.fast_step import fast_step
 from fromage.training.layers import checkpoint_blocks, compile_blocks
@@ -19,7 +22,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
-DEVICE = "cuda"
+DEVICE, ACCELERATOR = "cuda", "gpu"
 SIZES = {"width": 256, "layers": 4, "heads": 4, "vision": "ViT-S-32", "batch": 24, "dtype": "float32"}
 LLAMA = {"family": "llama", "kv_heads": 2, "ffn": 512, "tokens": 49152}
 FAMILIES = [{}, LLAMA]
@@ -168,3 +171,28 @@ def test_the_static_cache_is_compiled_and_gives_the_same_tokens(tool, bench):
     found = tool("bench_generate").measure("tiny", DEVICE, 1, static=True)["static_cache"]
     assert found["offered"], found
     assert found["compiled"] and found["same_tokens"]
+
+
+def fit(config, *words):
+    """`lightning fit` of a few steps on the card, with a sanity check, images, and processes that decode them."""
+    few = ["--trainer.max_steps=3", "--trainer.val_check_interval=3", "--trainer.limit_val_batches=1"]
+    few += ["--trainer.num_sanity_val_steps=1", "--trainer.enable_progress_bar=false", "--data.workers=2"]
+    assert main(["fit", "--config", config, f"--trainer.accelerator={ACCELERATOR}", *few, *words]) == 0
+
+
+@pytest.mark.parametrize("strategy", ["auto", "fromage.ShardedTowers"])
+def test_fromage_is_fitted(strategy, world, tmp_path):
+    shards = [f"--data.{part}_shards={world}/cc3m/{part}" for part in ("train", "val")]
+    places = [f"--trainer.logger.init_args.save_dir={tmp_path}", f"--trainer.callbacks.init_args.dirpath={tmp_path}/saved"]
+    fit("toy.yaml", *shards, *places, "--data.batch_size=16", f"--trainer.strategy={strategy}")
+    assert load_model(tmp_path / "saved", DEVICE).device.type == DEVICE
+
+
+def test_octopus_is_fitted_from_stage_to_stage(world, tmp_path, monkeypatch):
+    from fromage.apps import octopus_demo
+
+    (tmp_path / "world").symlink_to(world)
+    monkeypatch.setattr(octopus_demo, "run_lightning", lambda words: fit(words[2], *words[3:]))
+    for config in octopus_demo.STAGES:
+        octopus_demo.train(tmp_path, [config], ["--data.batch_size=4", "--data.val_batch_size=8"])
+    assert load_octopus(str(tmp_path / "stage3" / "checkpoints" / "last.ckpt"), DEVICE).device.type == DEVICE

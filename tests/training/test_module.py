@@ -55,6 +55,15 @@ def fitted(world, tmp_path_factory):
     return before, module, trainer, out
 
 
+def test_the_model_is_made_on_the_host_whatever_device_lightning_asks_for():
+    here, there = FromageModule(**TOY), FromageModule(**TOY)
+    here.configure_model()
+    with torch.device("meta"):
+        there.configure_model()
+    for name, p in here.named_parameters():
+        assert torch.equal(there.get_parameter(name), p), name
+
+
 def test_frozen_parts_are_bit_identical_after_a_fit_and_trained_ones_moved(fitted):
     before, module, _, _ = fitted
     trained = set(module.model.trained())

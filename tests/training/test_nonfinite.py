@@ -1,6 +1,7 @@
 """Losses that are NaN or infinite: the run stops and names the samples, or leaves the update out."""
 
 import logging
+from types import SimpleNamespace
 
 import pytest
 import pytorch_lightning as pl
@@ -11,7 +12,7 @@ from fromage.data.datamodule import CC3M
 from fromage.errors import UserError
 from fromage.models.fromage import load_model
 from fromage.training.module import FromageModule
-from fromage.training.nonfinite import NonFiniteGuard
+from fromage.training.nonfinite import GuardedModule, NonFiniteGuard
 
 BAD = 3  # the step whose loss is bad
 
@@ -80,3 +81,26 @@ def test_a_bad_micro_batch_spoils_the_whole_update_and_only_that():
         assert torch.equal(p, before) == bad
     guard.check("nowhere")
     assert guard.skipped == 1
+
+
+class Recorder(GuardedModule):
+    """Records what is logged, as if on some device."""
+
+    def __init__(self, device, due):
+        super().__init__()
+        self.there, self.said = torch.device(device), {}
+        self._trainer = SimpleNamespace(_logger_connector=SimpleNamespace(should_update_logs=due))
+
+    device = property(lambda self: self.there)
+    trainer = property(lambda self: self._trainer)
+
+    def log(self, name, value, prog_bar=False, **options):
+        self.said[name] = value, prog_bar
+
+
+@pytest.mark.parametrize(("device", "due", "logged"), [("cpu", False, True), ("cuda", False, False), ("cuda", True, True)])
+def test_figures_are_read_from_a_device_only_where_they_are_logged(device, due, logged):
+    module = Recorder(device, due)
+    module.log_figures({"a": torch.ones((), requires_grad=True), "b": 0.5}, shown=["b"])
+    assert module.said == ({"a": (torch.tensor(1.0), False), "b": (torch.tensor(0.5), True)} if logged else {})
+    assert not any(value.requires_grad for value, _ in module.said.values())
