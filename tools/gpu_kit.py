@@ -62,7 +62,7 @@ class Part:
 
 PARTS = {
     "1": Part("environment", "environment", 20, 5),
-    "2": Part("tests on the card", "tests", 90, 30),
+    "2": Part("tests on the card", "tests", 130, 30),
     "3": Part("training step", "step", 200, 60),
     "4": Part("plan", "planned", 60, 15),
     "5": Part("profile of a fast step", "profile", 60, 20),

@@ -5,18 +5,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import pytorch_lightning as pl
 import torch
 
-from fromage.cli.main import main
+from fromage.data.datamodule import CC3M
 from fromage.data.image_source import Item
 from fromage.generation.generate import generate
 from fromage.generation.options import Decoding
-from fromage.models.fromage import load_model
-from fromage.octopus import load_octopus
+from fromage.octopus import Instructions, OctopusData, OctopusModule, RefCOCO
 from fromage.retrieval.faiss_index import FaissIndex
 from fromage.training.fast_step import fast_step
 from fromage.training.layers import checkpoint_blocks, compile_blocks
+from fromage.training.module import FromageModule
 from fromage.training.reference_step import reference_step
+from fromage.training.strategy import ShardedTowers
 
 pytestmark = [
     pytest.mark.gpu,
@@ -173,26 +175,27 @@ def test_the_static_cache_is_compiled_and_gives_the_same_tokens(tool, bench):
     assert found["compiled"] and found["same_tokens"]
 
 
-def fit(config, *words):
-    """`lightning fit` of a few steps on the card, with a sanity check, images, and processes that decode them."""
-    few = ["--trainer.max_steps=3", "--trainer.val_check_interval=3", "--trainer.limit_val_batches=1"]
-    few += ["--trainer.num_sanity_val_steps=1", "--trainer.enable_progress_bar=false", "--data.workers=2"]
-    assert main(["fit", "--config", config, f"--trainer.accelerator={ACCELERATOR}", *few, *words]) == 0
+def fit(module, data, strategy="auto"):
+    """A few steps of `lightning fit` on the card, behind a sanity check, from images that other processes decode."""
+    trainer = pl.Trainer(accelerator=ACCELERATOR, devices=1, strategy=strategy, max_steps=3, limit_val_batches=1,
+                         num_sanity_val_steps=1, log_every_n_steps=2, logger=False, enable_checkpointing=False,
+                         enable_progress_bar=False, enable_model_summary=False, gradient_clip_val=1.0)  # fmt: skip
+    trainer.fit(module, data)
+    assert trainer.global_step == 3 and float(trainer.callback_metrics["train/loss"]) > 0
+    return module
 
 
-@pytest.mark.parametrize("strategy", ["auto", "fromage.ShardedTowers"])
-def test_fromage_is_fitted(strategy, world, tmp_path):
-    shards = [f"--data.{part}_shards={world}/cc3m/{part}" for part in ("train", "val")]
-    places = [f"--trainer.logger.init_args.save_dir={tmp_path}", f"--trainer.callbacks.init_args.dirpath={tmp_path}/saved"]
-    fit("toy.yaml", *shards, *places, "--data.batch_size=16", f"--trainer.strategy={strategy}")
-    assert load_model(tmp_path / "saved", DEVICE).device.type == DEVICE
+@pytest.mark.parametrize("strategy", ["auto", "sharded"])
+def test_fromage_is_fitted(strategy, world):
+    module = FromageModule(lm="toy", vision="toy", dtype="float32", q=32)
+    data = CC3M(*(str(world / "cc3m" / part) for part in ("train", "val")), batch_size=16, max_tokens=40, workers=2)
+    fit(module, data, ShardedTowers() if strategy == "sharded" else "auto")
 
 
-def test_octopus_is_fitted_from_stage_to_stage(world, tmp_path, monkeypatch):
-    from fromage.apps import octopus_demo
-
-    (tmp_path / "world").symlink_to(world)
-    monkeypatch.setattr(octopus_demo, "run_lightning", lambda words: fit(words[2], *words[3:]))
-    for config in octopus_demo.STAGES:
-        octopus_demo.train(tmp_path, [config], ["--data.batch_size=4", "--data.val_batch_size=8"])
-    assert load_octopus(str(tmp_path / "stage3" / "checkpoints" / "last.ckpt"), DEVICE).device.type == DEVICE
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_octopus_is_fitted(stage, world):
+    module = OctopusModule(stage=stage, lm="toy", vision="toy", num_queries=8, decoder_layers=1, heads=2, dtype="float32")
+    refs = (world / "refcoco" / name for name in ("refs(unc).p", "instances.json", "images"))
+    captions = str(world / "llava" / "pretrain_train.json"), str(world)
+    sources = [Instructions(*captions) if stage == 1 else RefCOCO(*map(str, refs), split="train")]
+    fit(module, OctopusData(sources, sources, batch_size=4, workers=2))
