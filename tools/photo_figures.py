@@ -211,7 +211,7 @@ def _is_right(
 
 
 def _asked(data: Photographs, question: PhotoQuestion, blind: bool, answer: str) -> list[Tensor | str]:
-    text = f"PhotoQuestion: {question.text} Answer:{answer}"
+    text = f"Question: {question.text} Answer:{answer}"
     return [text] if blind else [data.features[question.photograph], text]
 
 

@@ -353,7 +353,9 @@ def answers(
     return run.told(evaluate(model, data, answers_file, run.options(), max_new_tokens, said, model_id, overwrite))
 
 
-def mteb(*, ckpt: str, tasks: Sequence[str], batch_size: int = 64, device: str = "auto") -> Result:
+def mteb(
+    *, ckpt: str, tasks: Sequence[str], batch_size: int = 64, device: str = "auto", quantize: Quantized | None = None
+) -> Result:
     """Run tasks of mteb and MIEB over texts and images, by their own runner.
 
     Args:
@@ -365,5 +367,5 @@ def mteb(*, ckpt: str, tasks: Sequence[str], batch_size: int = 64, device: str =
     from fromage.models.fromage import load_model
 
     found = find_tasks(tasks)
-    report = evaluate(load_model(ckpt, device), found, batch_size)
+    report = evaluate(load_model(ckpt, device, quantize=quantize), found, batch_size)
     return Result(tabulate(report["table"]["rows"], report["table"]["head"], "github", floatfmt=".4f"), report)

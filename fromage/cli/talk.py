@@ -64,7 +64,7 @@ class Opening:
         from fromage.octopus.module import load_octopus
 
         path = ckpt or (None if self.index or self.ckpt else trained(Path(HOME)))
-        return load_octopus(str(path), self.device) if path else None
+        return load_octopus(str(path), self.device, quantize=self.quantize if ckpt else None) if path else None
 
 
 @dataclass(kw_only=True)

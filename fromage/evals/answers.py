@@ -20,7 +20,7 @@ from tqdm import tqdm
 from fromage.checkpoints.format import OCTOPUS
 from fromage.errors import UserError
 from fromage.evals.answer_file import AnswerFile
-from fromage.evals.base import make_report
+from fromage.evals.base import make_report, quantized
 from fromage.evals.options import Options
 from fromage.evals.predict import SECONDS, ImageStream
 from fromage.evals.questions import Question, Questions
@@ -83,9 +83,10 @@ def evaluate(
     if annotations is not None and not known:
         raise UserError(f"{data.file}: none of its questions is in the annotations; name those of the same split")
     kind = "sequential" if model.kind == OCTOPUS and not model.num_queries else model.kind
-    name = model_id or f"{kind}-{model.fingerprint()}"
+    held = quantized(model)
+    name = model_id or "-".join([kind, model.fingerprint(), *held.values()])
     about = {"checkpoint": model.fingerprint(), "questions": digest_of(data.questions), "length": max_new_tokens}
-    with AnswerFile(out, about | {"model_id": name}, overwrite) as file:
+    with AnswerFile(out, about | {"model_id": name} | held, overwrite) as file:
         todo = [question for question in data.questions if question.key not in file.answered]
         stream = ImageStream(model, [question.image for question in todo], options)
         start = perf_counter()

@@ -119,8 +119,14 @@ def make_report(
         "skipped": {**lost_counts(lost), **skipped},
         "lost": [f"{path} ({cause})" for cause, path in lost[:NAMED]],
         "checkpoint": model.fingerprint(),
+        **quantized(model),
         "versions": {"python": platform.python_version(), **versions(PACKAGES)},
     }
+
+
+def quantized(model: VisualPrefixLM) -> dict[str, str]:
+    """What holds the language model's layers, where they are quantised: fingerprints of FROMAGe do not tell."""
+    return {"quantized": model.lm.quantized} if model.lm.quantized else {}
 
 
 def _rounded(figures: Mapping[str, float]) -> dict[str, float]:

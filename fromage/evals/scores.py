@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from fromage.errors import UserError
+from fromage.evals.base import quantized
 from fromage.evals.dialogues import Dialogue
 from fromage.identity import FolderKind
 from fromage.images.transforms import Framing
@@ -21,7 +22,7 @@ from fromage.models.fromage import Fromage
 def identity(model: Fromage, dialogues: Sequence[Dialogue], protocols: Mapping[str, Framing]) -> dict[str, Any]:
     """What scores belong to: a model, dialogues in order, and the protocols, each with the framing of its images."""
     digest = hashlib.sha256(repr([(talk.image.name, talk.rounds) for talk in dialogues]).encode()).hexdigest()[:16]
-    return {"checkpoint": model.fingerprint(), "dialogues": digest, "protocols": dict(protocols)}
+    return {"checkpoint": model.fingerprint(), "dialogues": digest, "protocols": dict(protocols)} | quantized(model)
 
 
 SCORES = FolderKind(

@@ -178,7 +178,9 @@ class Normalise:
         torchvision's copies both to the device each time, and waits for it.
         """
         if pixels.device not in self._there:
-            made = (torch.tensor(each, device=pixels.device).view(3, 1, 1) for each in (self.mean, self.std))
+            made = (
+                torch.tensor(each, dtype=torch.float32, device=pixels.device).view(3, 1, 1) for each in (self.mean, self.std)
+            )
             self._there[pixels.device] = tuple(made)  # type: ignore[assignment]
         mean, std = self._there[pixels.device]
         return pixels.to(torch.float32).div_(255).sub_(mean).div_(std)

@@ -68,7 +68,7 @@ def fill(embeds: Tensor, places: Tensor, rows: Tensor) -> Tensor:
     The backward of masked_scatter would wait for the device.
     """
     if not rows.numel():
-        return embeds
+        return embeds + rows.sum()  # a zero gradient, since DDP waits for one
     number = (places.flatten().cumsum(0) - 1).clamp(min=0)  # (B T,): of the row at a place, or before it
     there = rows.to(embeds.dtype).flatten(0, -2).index_select(0, number)  # (B T, d)
     return torch.where(places.unsqueeze(-1), there.view_as(embeds), embeds)  # (B, T, d)

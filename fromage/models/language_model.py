@@ -45,7 +45,8 @@ class LanguageModel(FrozenTower):
 
     added: AddedTokens
 
-    def __init__(self, hf: Any, tokenizer: PromptTokenizer, name: str) -> None:
+    def __init__(self, hf: Any, tokenizer: PromptTokenizer, name: str, quantized: Quantized | None = None) -> None:
+        """quantized: number type that the layers are held in, where it is not that of the weights."""
         super().__init__()
         embedding, head = hf.get_input_embeddings(), hf.get_output_embeddings()
         if embedding.weight.shape[0] < tokenizer.vocab_size:
@@ -53,7 +54,7 @@ class LanguageModel(FrozenTower):
             raise UserError(
                 f"{name}: the tokenizer has {tokenizer.vocab_size} tokens, the model only {rows} rows; load a fitting pair"
             )
-        self.hf, self.tokenizer, self.name = hf, tokenizer, name
+        self.hf, self.tokenizer, self.name, self.quantized = hf, tokenizer, name, quantized
         self.width: int = embedding.weight.shape[1]
         self.freeze()
         route(hf.config)
@@ -246,7 +247,7 @@ def load_lm(
         # gradients do not pass through 4-bit weights repacked by bitsandbytes
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-    return LanguageModel(hf, tokenizer, name)
+    return LanguageModel(hf, tokenizer, name, quantize)
 
 
 def _quantization(kind: Quantized, dtype: str) -> BitsAndBytesConfig:

@@ -168,10 +168,10 @@ class Weighting(NamedTuple):
     def attention(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """q (S, H, T, e), k and v (S, H', T', e), bool mask (None: causal) -> (S, H, T, e)."""
         if self.cap is None and not slow_kernel(q):
-            causal = mask is None
-            if not causal and q.is_cuda:  # its fast kernels take a mask or shared keys, not both
+            causal, grouped = mask is None, q.shape[1] != k.shape[1]
+            if grouped and not causal and q.is_cuda:  # its fast kernels take a mask or shared keys, not both
                 k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))  # (S, H, T', e)
-            grouped = q.shape[1] != k.shape[1]
+                grouped = False
             return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=self.scale, enable_gqa=grouped)
         (_, H, T, e), rows = q.shape, (k.shape[1], -1)  # queries of one key: rows of one product
         mask = torch.ones(T, k.shape[2], dtype=torch.bool, device=q.device).tril() if mask is None else mask

@@ -37,7 +37,7 @@ from fromage.octopus.step import GroundingBatch
 AT_ONCE = 5000  # images whose patches one device encodes while the others wait, which they do for half an hour at most
 
 
-class PromptLayout(NamedTuple):
+class GroundingLayout(NamedTuple):
     """The parts of a model that determine the tokens of its prompts; worker processes get these only."""
 
     tokenizer: PromptTokenizer
@@ -101,7 +101,7 @@ class Collate:
 
     def __init__(self, model: Octopus, stored: bool, ask: bool) -> None:
         # a worker need not carry the model
-        self.layout = PromptLayout(model.tokenizer, model.k, model.num_queries, model.template, model.mask_size)
+        self.layout = GroundingLayout(model.tokenizer, model.k, model.num_queries, model.template, model.mask_size)
         self.stored, self.ask = stored, ask
 
     def __call__(self, rows: list[tuple[Row, Tensor]]) -> GroundingBatch:

@@ -186,7 +186,11 @@ class Octopus(Pretrained):
         check_kinds(saved, get_type_hints(cls.__init__) | get_type_hints(cls.load))
 
     def take(self, tensors: Mapping[str, Tensor], source: str) -> None:
-        """Load saved parameters. Raises UserError for those of another architecture."""
+        """Load saved parameters. Raises UserError for those of another architecture, or of layers quantised here."""
+        whole = any(name.startswith("lm.") and "lora_" not in name for name in tensors)
+        if whole and self.lm.quantized:
+            told = f"its language model was trained itself, and would be held in {self.lm.quantized}"
+            raise UserError(f"{source}: {told}; leave out quantize")
         check_names(self, tensors, source)
         self.load_state_dict(dict(tensors), strict=False)
         self.tuned |= {name for name in tensors if name.startswith("lm.")}

@@ -182,7 +182,7 @@ class FromageModule(GuardedModule):
         self.guard = NonFiniteGuard(nonfinite == "skip", LOSSES if self.weights.composes else LOSSES[:3])
         self._validation: list[Gallery] = []
         self._to_show: list[tuple[str, Tensor, Tensor | None]] = []
-        self._clock = 0.0
+        self._clock, self._examples = 0.0, 0  # when figures were logged last, and examples since
         self.sheets: dict[str, Image.Image] = {}  # contact sheets of the last validation, by tag
 
     def configure_model(self) -> None:
@@ -288,7 +288,7 @@ class FromageModule(GuardedModule):
             loss = loss + composed.loss
             self.log_figures({f"train/composition_{name}": value for name, value in composed.figures().items()})
         self.guard.see(parts, keys)
-        figures = {
+        figures = self._progress() | {
             "train/loss": loss,
             "train/captioning_loss": out.captioning_loss,
             "train/text_loss": out.text_loss,
@@ -298,7 +298,8 @@ class FromageModule(GuardedModule):
             "train/ret_norm": self.model.ret.input.norm(),
             "train/temperature": 1 / self.model.logit_scale.exp(),
         }
-        self.log_figures(figures, ["train/loss"])
+        self.log_figures(figures, ["train/loss", "train/examples_per_second"])
+        self._examples += len(batch.keys) * self.trainer.world_size
         return loss
 
     def optimizer_step(self, *args: Any, **named: Any) -> None:
@@ -307,13 +308,14 @@ class FromageModule(GuardedModule):
         if self.h.rescale_ret:
             self.model.ret.rescale_()
 
-    def on_train_batch_end(self, outputs: Any, batch: Batch, index: int) -> None:
-        """Log speed and learning rate."""
-        now, figures = time.monotonic(), {"train/lr": self.trainer.optimizers[0].param_groups[0]["lr"]}
-        if self._clock:
-            figures["train/examples_per_second"] = len(batch.keys) * self.trainer.world_size / (now - self._clock)
-        self._clock = now
-        self.log_figures(figures, ["train/examples_per_second"])
+    def _progress(self) -> dict[str, float]:
+        """Learning rate, and examples per second since figures were logged last."""
+        figures, now = {"train/lr": self.trainer.optimizers[0].param_groups[0]["lr"]}, time.monotonic()
+        if self.figures_due:
+            if self._clock:
+                figures["train/examples_per_second"] = self._examples / (now - self._clock)
+            self._clock, self._examples = now, 0
+        return figures
 
     @property
     def stage(self) -> str:

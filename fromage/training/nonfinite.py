@@ -90,7 +90,7 @@ class NonFiniteGuard:
 
 
 class GuardedModule(pl.LightningModule):
-    """A Lightning module whose updates a guard watches, and whose figures no device is waited for.
+    """A Lightning module whose updates a guard watches, and which waits for a device's figures only where they are logged.
 
     Its training_step has the guard `see` the losses.
     """
@@ -101,13 +101,19 @@ class GuardedModule(pl.LightningModule):
         """Log a step's figures; shown: those that the progress bar has too.
 
         Lightning reads what is shown in every step, and for that waits for the device. On other devices than a CPU figures
-        are therefore of the steps that the trainer logs, and on the host.
+        are therefore on the host, and of the steps that the trainer logs alone: callbacks that monitor one see it change
+        every log_every_n_steps steps.
         """
-        if self.device.type != "cpu" and not self.trainer._logger_connector.should_update_logs:
+        if not self.figures_due:
             return
         for name, value in figures.items():
             on_host = torch.as_tensor(value, device="cpu").detach()
             self.log(name, on_host, prog_bar=name in shown, **how)
+
+    @property
+    def figures_due(self) -> bool:
+        """Whether this step's figures are logged."""
+        return self.device.type == "cpu" or self.trainer._logger_connector.should_update_logs
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Tell of an update that was not finite."""

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch.distributed as dist
-from pytorch_lightning import Trainer
 from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict, set_optimizer_state_dict
@@ -31,11 +30,6 @@ class ShardedTowers(DDPStrategy):
 
         lightning fit --config cc3m.yaml --trainer.devices 4 --trainer.strategy fromage.ShardedTowers
     """
-
-    def setup(self, trainer: Trainer) -> None:
-        """Validate as `train_first` says."""
-        train_first(trainer)
-        super().setup(trainer)
 
     def model_to_device(self) -> None:
         """Shard the layers, one by one, and move the rest to the device. Raises UserError if they are trained."""
@@ -88,11 +82,6 @@ class ShardedModel(ModelParallelStrategy):
         """Data parallelism over all devices."""
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
-
-    def setup(self, trainer: Trainer) -> None:
-        """Validate as `train_first` says."""
-        train_first(trainer)
-        super().setup(trainer)
 
     def model_to_device(self) -> None:
         """Shard, layer by layer, and move what stays whole to the device."""
@@ -149,17 +138,6 @@ class ShardedModel(ModelParallelStrategy):
 
     on_test_start = on_predict_start = on_validation_start
     on_test_end = on_predict_end = on_validation_end
-
-
-def train_first(trainer: Trainer) -> None:
-    """Have all loops run without gradients by no_grad, not by inference mode.
-
-    FSDP2 keeps the tensors that it gathers into from the first forward pass on. Lightning's sanity check would make them
-    inference tensors, which no later training step can use.
-    """
-    loops = trainer.fit_loop.epoch_loop.val_loop, trainer.validate_loop, trainer.test_loop, trainer.predict_loop
-    for loop in loops:
-        loop.inference_mode = False
 
 
 def _from_first(strict: bool = True) -> StateDictOptions:

@@ -13,10 +13,12 @@ from fromage.cli.models import load_any
 from fromage.cli.talk import Opening
 from fromage.data.tokenizer import PromptTokenizer
 from fromage.errors import UserError
+from fromage.evals.base import quantized
 from fromage.models import language_model
 from fromage.models.fromage import Fromage
 from fromage.models.frozen import TOY
 from fromage.models.language_model import load_lm
+from fromage.octopus import Octopus
 from fromage.retrieval.open_index import open_index
 from fromage.training.fast_step import fast_step
 from fromage.training.reference_step import reference_step
@@ -90,3 +92,16 @@ def test_commands_hold_the_layers_as_they_are_told(model, index, tmp_path):
     for small in (*opened, found):
         assert block_bytes(small) == pytest.approx(block_bytes(model) / 8, rel=0.01)
     assert get_args(options.Quantized) == get_args(language_model.Quantized)
+
+
+def test_answers_of_a_quantised_model_have_a_name_of_their_own(opt):
+    small = model_of(opt, quantize="nf4")
+    assert quantized(small) == {"quantized": "nf4"} and quantized(model_of(opt)) == {}
+
+
+def test_a_language_model_that_was_trained_itself_is_not_quantised(tmp_path):
+    model = Octopus.load(num_queries=3, decoder_width=16, decoder_layers=1, heads=2)
+    model.lm.hf.requires_grad_(True)
+    model.save_pretrained(tmp_path / "model")
+    with pytest.raises(UserError, match="trained itself, and would be held in int8; leave out quantize"):
+        Octopus.from_pretrained(tmp_path / "model", quantize="int8")

@@ -86,9 +86,7 @@ def test_an_answer_is_the_likeliest_with_the_photographs_or_without(data, monkey
     questions = [PhotoQuestion(i, f"{i}?", (" Yes", " No"), int(i > 0)) for i in range(3)]
     found = photo_figures.answers(None, data, questions, 1)
     assert found == {"right": pytest.approx(200 / 3), "right without images": pytest.approx(200 / 3)}
-    assert (
-        len(prompts[0]) == 4 and prompts[0][3] == "PhotoQuestion: 0? Answer:" and prompts[0][1].endswith((" Yes\n", " No\n"))
-    )
+    assert len(prompts[0]) == 4 and prompts[0][3] == "Question: 0? Answer:" and prompts[0][1].endswith((" Yes\n", " No\n"))
     assert prompts[0][2] is not prompts[0][0] and torch.equal(prompts[0][2], data.features[0])
     assert len(prompts) == 6 and all(isinstance(part, str) for prompt in prompts[3:] for part in prompt)
 

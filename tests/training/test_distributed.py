@@ -18,7 +18,7 @@ from fromage.models.fromage import load_model
 from fromage.training.fast_step import fast_step
 from fromage.training.module import FromageModule
 from fromage.training.reference_step import reference_step
-from fromage.training.strategy import ShardedModel, ShardedTowers
+from fromage.training.strategy import ShardedTowers
 
 STRATEGIES = {"ddp": DDPStrategy, "sharded": ShardedTowers}
 LENGTHS = [5, 12, 3, 24, 20, 7, 2, 9]  # the halves have different numbers of tokens
@@ -133,12 +133,3 @@ def test_sharded_towers_train_as_whole_ones_do(fitted):
     whole, sharded = (load_model(fitted[name] / "last.ckpt").trained() for name in STRATEGIES)
     for name, value in whole.items():
         torch.testing.assert_close(sharded[name], value, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("strategy", [ShardedTowers, ShardedModel])
-def test_validation_before_training_leaves_no_inference_tensors(strategy, monkeypatch):
-    trainer = pl.Trainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False)
-    monkeypatch.setattr(strategy.__mro__[1], "setup", lambda self, trainer: None)
-    strategy().setup(trainer)
-    loops = trainer.fit_loop.epoch_loop.val_loop, trainer.validate_loop, trainer.test_loop, trainer.predict_loop
-    assert not any(loop.inference_mode for loop in loops)

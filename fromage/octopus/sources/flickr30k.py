@@ -21,7 +21,7 @@ EDGES = ("xmin", "ymin", "xmax", "ymax")
 ENTITIES = "the folder that holds Sentences, Annotations and train.txt, val.txt, test.txt, and its split"
 
 
-class AnnotatedImage(NamedTuple):
+class EntitiesImage(NamedTuple):
     """An image of Flickr30k Entities.
 
     Attributes:
@@ -54,7 +54,7 @@ class EntitiesFolder(FileSource):
         super().__init__(Path(split) if not ids.is_file() and Path(split).is_file() else ids, limit)
         self.folder, self.images = Path(folder), Path(images)
 
-    def annotated(self) -> Iterator[AnnotatedImage]:
+    def annotated(self) -> Iterator[EntitiesImage]:
         """The images of the split, in its order; odd files are counted."""
         for name in read_text(self.file, ENTITIES).split():
             self.seen += 1
@@ -64,7 +64,7 @@ class EntitiesFolder(FileSource):
                 self.odd.append(str(error))
                 continue
             sentences = read_text(self.folder / "Sentences" / f"{name}.txt", ENTITIES).splitlines()
-            yield AnnotatedImage(name, str(self.images / f"{name}.jpg"), boxes, entities, sentences)
+            yield EntitiesImage(name, str(self.images / f"{name}.jpg"), boxes, entities, sentences)
 
     def _entities(self, path: Path) -> tuple[tuple[Box, ...], dict[str, list[int | None]]]:
         """The boxes of an image, and the numbers of each entity's boxes. In the files pixels count from 1, inclusive.
@@ -161,7 +161,7 @@ class Flickr30kSpotting(EntitiesFolder):
                     answer = tuple(piece for piece in pieces if piece is not None)
                     yield Example(f"{image.name}.{place}", image.path, self.instruction, answer, image.boxes)
 
-    def _pieces(self, sentence: str, image: AnnotatedImage) -> list[str | int | None]:
+    def _pieces(self, sentence: str, image: EntitiesImage) -> list[str | int | None]:
         """A sentence as text and the numbers of boxes; None for a box without an area.
 
         Boxes follow their phrase at once, and the text behind them begins with its own space or punctuation: in tokens that
