@@ -179,7 +179,8 @@ class Normalise:
         """
         if pixels.device not in self._there:
             made = (
-                torch.tensor(each, dtype=torch.float32, device=pixels.device).view(3, 1, 1) for each in (self.mean, self.std)
+                torch.tensor([*map(float, each)], dtype=torch.float32, device=pixels.device).view(3, 1, 1)
+                for each in (self.mean, self.std)
             )
             self._there[pixels.device] = tuple(made)  # type: ignore[assignment]
         mean, std = self._there[pixels.device]
@@ -204,7 +205,7 @@ def halves(transform: Any) -> tuple[Any, Normalise | None]:
     *steps, convert, last = parts
     if type(convert).__name__ not in ("ToTensor", "MaybeToTensor") or type(last).__name__ != "Normalize":
         return transform, None
-    return Resize(transform, steps), Normalise([*map(float, last.mean)], [*map(float, last.std)])
+    return Resize(transform, steps), Normalise(list(last.mean), list(last.std))
 
 
 def read_image(data: bytes, transform: Transform) -> Tensor:

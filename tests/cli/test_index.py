@@ -24,7 +24,7 @@ HIT = {"rank", "score", "path", "name", "key", "caption", "metadata"}
 def ckpt(tmp_path, monkeypatch):
     """A checkpoint of the model of three colours."""
     for module in ("models.fromage", "retrieval.open_index"):
-        monkeypatch.setattr(f"fromage.{module}.load_model", lambda path, device="cpu": Model())
+        monkeypatch.setattr(f"fromage.{module}.load_model", lambda path, device="cpu", **options: Model())
     (tmp_path / "a.ckpt").touch()
     return str(tmp_path / "a.ckpt")
 
@@ -130,7 +130,7 @@ def test_what_a_stranger_named_is_printed_without_control_characters(ckpt, tmp_p
     FaissIndex.build(rows(1, q=3), items, "f00d", ckpt).save(tmp_path / "index")
     program = (
         "import fromage.retrieval.open_index, test_faiss_index; from fromage.cli.main import main\n"
-        "fromage.retrieval.open_index.load_model = lambda path, device: test_faiss_index.Model()\n"
+        "fromage.retrieval.open_index.load_model = lambda path, device, **options: test_faiss_index.Model()\n"
         f"main(['search', 'blue', '--index', {str(tmp_path / 'index')!r}])"
     )
     where = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1] / "retrieval"), "PYTHONIOENCODING": "utf-8:strict"}

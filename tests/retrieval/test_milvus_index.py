@@ -269,7 +269,7 @@ def test_answers_and_the_server_show_the_same_images(db, tmp_path, model, index)
 def ckpt(tmp_path, monkeypatch):
     """A checkpoint of the model of three colours."""
     for module in ("models.fromage", "retrieval.open_index"):
-        monkeypatch.setattr(f"fromage.{module}.load_model", lambda path, device="cpu": Model())
+        monkeypatch.setattr(f"fromage.{module}.load_model", lambda path, device="cpu", **options: Model())
     (tmp_path / "a.ckpt").touch()
     return str(tmp_path / "a.ckpt")
 

@@ -80,12 +80,14 @@ def test_both_rates_are_of_the_same_photographs(images, monkeypatch):
 
 def test_steps_count_what_they_train_on_and_warm_up(monkeypatch):
     ran = []
-    monkeypatch.setattr(bench_photos, "steps", lambda *kind: lambda: ran.append(kind))
+    monkeypatch.setattr(bench_photos, "steps", lambda *kind: lambda *count: ran.append((*kind, *count)))
     monkeypatch.setattr(bench_photos, "allocated_as_asked", lambda: None)
     clock = iter([0.0, 6.0])
     monkeypatch.setattr(bench_photos, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
     found = bench_photos.measure("steps", ["fast", "float32"], Path("nowhere"), 3)
-    assert ran == [("fast", "float32")] * 2 and found["each"] == 6 / (bench_photos.STEPS * bench_photos.BATCH)
+    whole = "fast", "float32"
+    assert ran == [whole, whole, (*whole, 1)] and found["each"] == 6 / (bench_photos.STEPS * bench_photos.BATCH)
+    assert found["flop"] == 0, "of one step, which does nothing here"
 
 
 def test_features_are_of_every_photograph_or_there_is_no_rate(images, monkeypatch):
@@ -105,6 +107,7 @@ def test_the_table_of_photographs_has_medians_and_their_ratios(images, monkeypat
         return {
             "each": {"plain": (4, 9, 2), "reference": (4, 9, 2), "ours": (3, 1, 2), "fast": (3, 1, 2)}[side][turn],
             "resident": 5e6,
+            "flop": 4e9 if side == "reference" else 2e9,
         }
 
     monkeypatch.setattr(bench_photos, "measured", measured)
@@ -112,7 +115,9 @@ def test_the_table_of_photographs_has_medians_and_their_ratios(images, monkeypat
     bench_photos.main()
     found = json.loads((tmp_path / "f.json").read_text())["found"]
     assert found["features"] == {"plain": {"each": 4, "resident": 5e6}, "ours": {"each": 2, "resident": 5e6}, "ratio": 2}
-    assert "| features | 0.2 | 0.5 | 2.00 | 5 | 5 |" in capsys.readouterr().out and "steps float32" in found
+    told = capsys.readouterr().out
+    assert "| features | 0.2 | 0.5 | 2.00 | 5 | 5 |" in told and "4.00 and 2.00 GFLOP an example, 2.00 times" in told
+    assert found["steps float32"]["gflop"] == {"plain": 4, "ours": 2}
     assert {words[-6:] for _, _, words, _ in asked} == {("--images", str(images), "--limit", "3", "--threads", "2")}
     assert {(task, side) for task, side, _, plain in asked if plain} == {("features", "plain")}
 
