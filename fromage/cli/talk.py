@@ -64,7 +64,8 @@ class Opening:
         from fromage.octopus.module import load_octopus
 
         path = ckpt or (None if self.index or self.ckpt else trained(Path(HOME)))
-        return load_octopus(str(path), self.device, quantize=self.quantize if ckpt else None) if path else None
+        quantize = self.quantize if ckpt else None  # the toy one's language model was trained itself, and stays as it is
+        return load_octopus(str(path), self.device, quantize=quantize) if path else None
 
 
 @dataclass(kw_only=True)

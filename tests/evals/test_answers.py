@@ -66,6 +66,13 @@ def test_each_question_has_a_line_in_llavas_form_and_order(octopus, data, rows, 
     )
 
 
+def test_answers_of_quantised_layers_have_a_name_of_their_own(octopus, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(octopus.lm, "quantized", "nf4")
+    report = evaluate(octopus, data, tmp_path / "answers.jsonl", Options(3), 4)
+    assert {line["model_id"] for line in lines(tmp_path / "answers.jsonl")} == {f"octopus-{octopus.fingerprint()}-nf4"}
+    assert report["quantized"] == "nf4"
+
+
 class Killed(BaseException):
     """Stands for a signal."""
 

@@ -13,7 +13,7 @@ from fromage.cli.models import load_any
 from fromage.cli.talk import Opening
 from fromage.data.tokenizer import PromptTokenizer
 from fromage.errors import UserError
-from fromage.evals.base import quantized
+from fromage.evals.scores import identity
 from fromage.models import language_model
 from fromage.models.fromage import Fromage
 from fromage.models.frozen import TOY
@@ -94,9 +94,10 @@ def test_commands_hold_the_layers_as_they_are_told(model, index, tmp_path):
     assert get_args(options.Quantized) == get_args(language_model.Quantized)
 
 
-def test_answers_of_a_quantised_model_have_a_name_of_their_own(opt):
-    small = model_of(opt, quantize="nf4")
-    assert quantized(small) == {"quantized": "nf4"} and quantized(model_of(opt)) == {}
+def test_scores_of_a_quantised_model_are_not_taken_for_the_others(opt, monkeypatch):
+    monkeypatch.setattr(Fromage, "fingerprint", lambda self: "the same")
+    small, whole = (identity(model_of(opt, **how), [], {}) for how in ({"quantize": "nf4"}, {}))
+    assert small == whole | {"quantized": "nf4"} != whole
 
 
 def test_a_language_model_that_was_trained_itself_is_not_quantised(tmp_path):
