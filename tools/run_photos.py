@@ -46,6 +46,7 @@ ALONE = ["--model.captioning_weight=0"]
 BARE, BLIND = "retrieval alone", "untrained language model"
 ROWS: dict[str, list[str]] = {
     "base": [],
+    "all captioned": ["--model.captioned_share=1"],
     "k2": ["--model.k=2"],
     "k4": ["--model.k=4"],
     "k8": ["--model.k=8"],

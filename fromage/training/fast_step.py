@@ -64,23 +64,30 @@ def fast_step(
     parts = chunks(model, batch, chunk + chunk % 2) if chunk else [batch]  # an even number, so that pairs stay together
     features = [image_features(model, part) for part in parts]  # (b, m) each
     run = again_in_backward if len(parts) > 1 else part_losses
-    done = [run(model, part, v, paired, weights) for part, v in zip(parts, features, strict=True)]
-    captioning_loss, caption_accuracy = _mean(model, batch, parts, [torch.stack((one[0], one[2])) for one in done])
-    queries = batch.queries
-    text_loss = _mean(model, queries, [part.queries for part in parts], [one[1] for one in done])
+    told = _told(parts, weights.captioned(model, batch))  # examples of each part that are captioned
+    done = [run(model, part, v, paired, weights, n) for part, v, n in zip(parts, features, told, strict=True)]
+    targets = [count_targets(model, part.part(0, n)) if n else 0 for part, n in zip(parts, told, strict=True)]
+    captioning_loss, caption_accuracy = _mean(targets, [torch.stack((one[0], one[2])) for one in done])
+    asked_for = [count_targets(model, part.queries) for part in parts]
+    text_loss = _mean(asked_for, [one[1] for one in done])
     texts, v = torch.cat([one[3] for one in done]), torch.cat(features)  # (B, q), (B, m)
     images = model.embed_images(dropped(v, dropout))  # (B, q)
     apart = None if weights.same_image_negatives else v
     contrastive_loss, retrieval_accuracy = info_nce(images, texts, model.logit_scale, apart)
-    captioned, asked = (device_weight(count_targets(model, some), batch.ids.device) for some in (batch, queries))
+    captioned, asked = (device_weight(sum(counts), batch.ids.device) for counts in (targets, asked_for))
     losses = captioning_loss * captioned, text_loss * asked, contrastive_loss
     return StepOutput(*losses, caption_accuracy, retrieval_accuracy, images, texts, weights)
 
 
-def _mean(model: Fromage, batch: Batch, parts: list[Batch], means: list[Tensor]) -> Tensor:
-    """The mean over all targets of a batch, from the means over those of its parts."""
-    shares = [count_targets(model, part) / count_targets(model, batch) for part in parts]
-    return torch.stack([mean * share for mean, share in zip(means, shares, strict=True)]).sum(0)
+def _mean(targets: list[int], means: list[Tensor]) -> Tensor:
+    """The mean over all targets of a batch, from the numbers and means of those of its parts."""
+    return torch.stack([mean * (n / sum(targets)) for mean, n in zip(means, targets, strict=True)]).sum(0)
+
+
+def _told(parts: list[Batch], n: int) -> list[int]:
+    """How many examples of each part are among the first n of all."""
+    sizes = [len(part.lengths) for part in parts]
+    return [min(max(n - start, 0), size) for start, size in zip(starts(sizes), sizes, strict=True)]
 
 
 def chunks(model: Fromage, batch: Batch, size: int) -> list[Batch]:
@@ -90,10 +97,13 @@ def chunks(model: Fromage, batch: Batch, size: int) -> list[Batch]:
     return [batch.part(i, j) for i, j in pairwise([0, *worded[1:], B])]
 
 
-def part_losses(model: Fromage, batch: Batch, features: Tensor, paired: bool, weights: Weights) -> tuple[Tensor, ...]:
-    """Captioning loss, text loss, token accuracy of captioning, and text embeddings (B, q)."""
-    run = weights.captioning != 0
-    captioning_loss, caption_accuracy = captioning(model, batch, features, paired) if run else no_captioning(model.device)
+def part_losses(
+    model: Fromage, batch: Batch, features: Tensor, paired: bool, weights: Weights, n: int
+) -> tuple[Tensor, ...]:
+    """Captioning loss of the first n examples, text loss, token accuracy of captioning, and text embeddings (B, q)."""
+    captioning_loss, caption_accuracy = no_captioning(model.device)
+    if weights.captioning and n and count_targets(model, told := batch.part(0, n)):
+        captioning_loss, caption_accuracy = captioning(model, told, features[:n], paired)
     text_loss, at_ret = retrieval_text(model, batch.queries)
     return captioning_loss, text_loss, caption_accuracy, model.embed_ret(at_ret)
 

@@ -81,6 +81,7 @@ class Run:
     pooling: str = "ret"
     freeze_temperature: bool = False
     captioning_weight: float = 1.0
+    captioned_share: float = 1.0
     retrieval_weight: float = 1.0
     composition_captioning_weight: float = 0.0
     composition_retrieval_weight: float = 0.0
@@ -90,7 +91,7 @@ class Run:
     def weights(self) -> Weights:
         """Of the losses."""
         composition = self.composition_captioning_weight, self.composition_retrieval_weight
-        return Weights(self.captioning_weight, self.retrieval_weight, True, *composition)
+        return Weights(self.captioning_weight, self.retrieval_weight, True, *composition, self.captioned_share)
 
 
 def read_run(config: str | Sequence[str], **options: Any) -> Run:
@@ -186,7 +187,8 @@ def _fast(meter: Meter, model: Fromage, batch: Batch, weights: Weights) -> None:
     features = meter.run("the image tower", lambda: image_features(model, batch))
     loss: Any = 0.0
     if weights.captioning:
-        loss = meter.run("captioning", lambda: captioning(model, batch, features, paired=False)[0])
+        n = weights.captioned(model, batch)
+        loss = meter.run("captioning", lambda: captioning(model, batch.part(0, n), features[:n], paired=False)[0])
     text_loss, at_ret = meter.run("the text pass", lambda: retrieval_text(model, batch))
     contrastive = meter.run(
         "the contrastive loss",

@@ -55,7 +55,8 @@ def _check(h: Any) -> None:
     for name, least in {"k": 1, "q": 1, "r": 1, "warmup_steps": 0, "decay_steps": 0, "shown": 0}.items():
         check_whole(f"model.{name}", h[name], least)
     weights = ("captioning_weight", "retrieval_weight", *COMPOSITION)
-    for name, most in {"lr": inf, "eps": inf, "pairing": 1, "image_dropout": 0.99, **dict.fromkeys(weights, inf)}.items():
+    shares = {"pairing": 1, "image_dropout": 0.99, "captioned_share": 1}
+    for name, most in {"lr": inf, "eps": inf, **shares, **dict.fromkeys(weights, inf)}.items():
         check_real(f"model.{name}", h[name], 0, most)
     for beta in h.betas:
         check_real("model.betas", beta, 0, 1)
@@ -104,6 +105,7 @@ class FromageModule(GuardedModule):
         decay_steps: int = 0,
         pairing: float = 0.5,
         captioning_weight: float = 1.0,
+        captioned_share: float = 1.0,
         retrieval_weight: float = 1.0,
         composition_captioning_weight: float = 0.0,
         composition_retrieval_weight: float = 0.0,
@@ -147,6 +149,8 @@ class FromageModule(GuardedModule):
             decay_steps: steps of a cosine decay to zero after warm-up; 0 keeps the learning rate constant.
             pairing: probability that the captioning sequences of a batch contain two examples each.
             captioning_weight: weight of the captioning loss; with 0 its pass is not run, and the prefix is not trained.
+            captioned_share: share of a step's examples that the captioning pass reads, the first ones; below 1 where large
+                batches are for the contrastive loss alone. Validation reads all.
             retrieval_weight: weight of the two losses of the retrieval pass; with 0 both heads are not trained.
             composition_captioning_weight: weight of captioning the target of a tuple after image and condition (MCL); tuples
                 are data.train_tuples. With 0 its pass is not run.
@@ -219,8 +223,9 @@ class FromageModule(GuardedModule):
     @property
     def weights(self) -> Weights:
         """Of the losses."""
-        h = self.h
-        return Weights(h.captioning_weight, h.retrieval_weight, h.same_image_negatives, *(h[name] for name in COMPOSITION))
+        h, composition = self.h, (self.h[name] for name in COMPOSITION)
+        share = h.captioned_share if self.training else 1.0
+        return Weights(h.captioning_weight, h.retrieval_weight, h.same_image_negatives, *composition, share)
 
     def dropout(self, step: int, examples: int, part: int = 0) -> Tensor | None:
         """(B, m) factors of dropout on the image features of a step's retrieval pass: 0, or 1 / (1 - image_dropout).

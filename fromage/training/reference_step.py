@@ -46,6 +46,14 @@ class Weights(NamedTuple):
     same_image_negatives: bool = True  # whether other captions of an image are its negatives
     composition_captioning: float = 0.0
     composition_retrieval: float = 0.0
+    captioned_share: float = 1.0  # of the examples, the first of a batch: those that the captioning pass reads
+
+    def captioned(self, model: Fromage, batch: Batch) -> int:
+        """Number of the first examples of a batch that the captioning pass reads: an even one, and a word among them."""
+        B, n = len(batch.lengths), round(self.captioned_share * len(batch.lengths))
+        worded = next(i for i, length in enumerate(batch.lengths) if length > len(model.tokenizer.start()) + model.r)
+        n = max(n, worded + 1)
+        return min(n + n % 2, B)
 
     @property
     def composes(self) -> bool:
@@ -168,8 +176,8 @@ def reference_step(
         dropout: (B, m) factors of dropout on the image features that the image head reads; None: without.
     """
     check_captions(model, batch)
-    run = weights.captioning != 0
-    captioning_loss, caption_accuracy = _captioning(model, batch, paired) if run else no_captioning(model.device)
+    run, told = weights.captioning != 0, batch.part(0, weights.captioned(model, batch))
+    captioning_loss, caption_accuracy = _captioning(model, told, paired) if run else no_captioning(model.device)
 
     queries = batch.queries
     hidden, at_ret = model.hidden_at_ret(queries.ids, queries.lengths)  # (B, T, d), (B, r, d)
@@ -181,6 +189,6 @@ def reference_step(
     texts = model.embed_ret(at_ret)  # (B, q)
     apart = None if weights.same_image_negatives else features
     contrastive_loss, retrieval_accuracy = info_nce(images, texts, model.logit_scale, apart)
-    captioned, asked = (device_weight(count_targets(model, some), batch.ids.device) for some in (batch, queries))
+    captioned, asked = (device_weight(count_targets(model, some), batch.ids.device) for some in (told, queries))
     losses = captioning_loss * captioned, text_loss * asked, contrastive_loss
     return StepOutput(*losses, caption_accuracy, retrieval_accuracy, images, texts, weights)

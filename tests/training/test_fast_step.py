@@ -18,7 +18,7 @@ from fromage.models.frozen import TOY
 from fromage.models.language_model import LanguageModel
 from fromage.training.fast_step import fast_step, retrieval_text
 from fromage.training.meter import Meter
-from fromage.training.reference_step import Weights, reference_step
+from fromage.training.reference_step import ALL, Weights, reference_step
 
 M = 20  # width of the image features
 
@@ -241,6 +241,28 @@ def test_either_pass_may_weigh_less_or_nothing(models, weights):
     out = plain(model, make_batch(model, lengths), True)
     want = weights.captioning * out.captioning_loss + weights.retrieval * (out.text_loss + out.contrastive_loss)
     assert torch.equal(out.loss, want) and (out.captioning_loss == 0) == (weights.captioning == 0)
+
+
+@pytest.mark.parametrize("chunk", [0, 2, 4])
+@pytest.mark.parametrize("paired", [False, True])
+def test_captioning_may_read_a_share_of_the_examples(models, paired, chunk):
+    model, some = models["untied", 4], Weights(captioned_share=0.5)
+    batch = make_batch(model, [5, 12, 3, 24, 9, 7, 2])  # half of 7 examples is 4, two pairs
+    compare(model, batch, paired, partial(fast_step, weights=some, chunk=chunk), partial(reference_step, weights=some))
+    out, whole, first = (fast_step(model, b, paired, w) for b, w in ((batch, some), (batch, ALL), (batch.part(0, 4), ALL)))
+    torch.testing.assert_close(out.captioning_loss, first.captioning_loss)
+    torch.testing.assert_close(out.contrastive_loss, whole.contrastive_loss)
+    assert out.captioning_loss != whole.captioning_loss
+
+
+def test_a_share_of_the_examples_has_a_word(models):
+    batch = make_batch(models["untied", 1], [1, 1, 1, 6, 1, 9])
+    assert [Weights(captioned_share=share).captioned(models["untied", 1], batch) for share in (0, 0.5, 0.7, 1)] == [
+        4,
+        4,
+        4,
+        6,
+    ]
 
 
 @pytest.mark.parametrize("kind", ["tied", "untied"])

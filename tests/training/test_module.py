@@ -337,6 +337,13 @@ def test_dropout_of_image_features_depends_on_seed_and_step_alone():
         FromageModule(**TOY, image_dropout=1)
 
 
+def test_a_share_of_the_examples_is_captioned_in_training_alone():
+    module = FromageModule(**TOY, captioned_share=0.25)
+    assert module.train().weights.captioned_share == 0.25 and module.eval().weights.captioned_share == 1
+    with pytest.raises(UserError, match=r"model\.captioned_share is 2.*from 0 to 1"):
+        FromageModule(**TOY, captioned_share=2)
+
+
 def test_pairing_depends_on_seed_and_step_alone():
     one, other = FromageModule(**TOY, pairing=0.5), FromageModule(**TOY, pairing=0.5)
     draws = [one.paired(step) for step in range(400)]
