@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     from fromage.data.datamodule import CC3M as CC3M
     from fromage.errors import UserError as UserError
     from fromage.generation.chat import Chat as Chat
-    from fromage.generation.decoding import Decoding as Decoding
     from fromage.generation.generate import Answer as Answer
     from fromage.generation.generate import caption as caption
     from fromage.generation.generate import generate as generate
     from fromage.generation.generate import stream as stream
+    from fromage.generation.options import Decoding as Decoding
     from fromage.generation.score import score as score
     from fromage.generation.score import score_prompts as score_prompts
     from fromage.models.fromage import Fromage as Fromage
@@ -48,7 +48,7 @@ _MODULES = {  # public name: its module; a test holds it equal to the imports ab
     "Answer": "fromage.generation.generate",
     "CC3M": "fromage.data.datamodule",
     "Chat": "fromage.generation.chat",
-    "Decoding": "fromage.generation.decoding",
+    "Decoding": "fromage.generation.options",
     "FaissIndex": "fromage.retrieval.faiss_index",
     "Fromage": "fromage.models.fromage",
     "FromageModule": "fromage.training.module",

@@ -1,4 +1,4 @@
-"""What a user gives: numbers of the right kind and within their bounds, lists or one item of them."""
+"""What a user gives: numbers of the right kind and within their bounds, lists or one item of them, addresses."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 from fromage.errors import UserError
 
 HALVES = re.compile("[\ud800-\udfff]")  # surrogates: halves of a character in UTF-16, no characters themselves
+ADDRESSES = ("http://", "https://")  # what an address on the web begins with
 
 
 def check_whole(name: str, value: object, least: float, most: float = inf) -> None:

@@ -1,6 +1,7 @@
 """Errors of what is outside the program: files, options, data."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
 
 
 class UserError(Exception):
@@ -32,3 +33,9 @@ def first_few(names: Sequence[str], between: str = ", ", few: int = 3) -> str:
     """The first names of a list, and how many more there are."""
     more = [f"and {len(names) - few} more"] if len(names) > few else []
     return between.join([*names[:few], *more])
+
+
+def near(word: str, known: Iterable[str], front: str = "") -> str:
+    """A question whether something known was meant, or nothing."""
+    names = {name.lower(): name for name in known}
+    return "".join(f"; did you mean {front}{names[match]}?" for match in get_close_matches(word.lower(), names, n=1))

@@ -1,4 +1,4 @@
-"""What the processor can do, as far as it decides how numbers are multiplied."""
+"""What the processor can do, as far as it decides how numbers are multiplied, and devices by name."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+
+from fromage.errors import UserError
 
 
 def on_cpu(*tensors: Tensor) -> bool:
@@ -50,3 +52,17 @@ def reads_weights_slowly(rows: int, weight: Tensor) -> bool:
     if torch.backends.cpu.get_cpu_capability() == "AVX512":
         return True
     return torch.get_num_threads() > 1 and (rows > 1 or weight.numel() >= 2**23)
+
+
+def find_device(name: str) -> str:
+    """A device that PyTorch can use, by name; 'auto' is the first there of cuda, mps and cpu.
+
+    Called before towers are loaded. Raises UserError for one that cannot be used.
+    """
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device {name}: PyTorch cannot use it here; give auto, cpu, cuda or mps") from error
+    return name

@@ -196,6 +196,19 @@ def test_every_file_is_told_of():
     assert not untold and not {each for each in named if each[-1] != "/"} - files
 
 
+def test_where_to_look_names_modules_that_are_there():
+    """The left column of the lists in the docstrings of packages."""
+    lists = 0
+    for file in sorted((ROOT / "fromage").rglob("__init__.py")):
+        if found := re.search(r"^Where to look:\n\n((?: {4}.+\n)+)", text(file), re.MULTILINE):
+            lists += 1
+            rows = re.findall(r"^ {4}(\S.*)$", found[1], re.MULTILINE)
+            named = {name for row in rows for name in row.partition("  ")[0].split(", ")}
+            there = {path.stem for path in [*file.parent.glob("*.py"), *file.parent.glob("*/")]}
+            assert named and not named - there, file
+    assert lists >= 7
+
+
 def test_the_layers_are_those_of_setup_cfg():
     config = configparser.ConfigParser()
     config.read(ROOT / "setup.cfg")

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from bench_generate import seconds_of, with_words, words
 from bench_step import PRESETS, build
+from on_device import device_name
 from torch import Tensor
 
 from fromage.data.padding import pad
@@ -70,7 +71,7 @@ def measure(preset: str, device: str, rounds: int) -> dict[str, Any]:
     again, kept = taken.values()
     return {
         "preset": preset,
-        "device": torch.cuda.get_device_name() if model.device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads",
+        "device": device_name(model.device),
         "prompt_tokens": [prompt_length(model, prompt) for prompt, _ in talk],
         "candidates": CANDIDATES,
         "seconds": taken,

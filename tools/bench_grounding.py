@@ -6,7 +6,8 @@
 
 Time is from an image and an instruction to the finished answer, one at a time: with the image's patch features given,
 and from its pixels. Both sides read the prompt in one pass and decode greedily on its keys and values, by the same code;
-their logits are overruled, so that an answer is exactly 1, 3 or 8 boxes and </s>. A box is one token for Octopus. For the
+their logits are overruled, so that an answer is exactly 1, 2, 3, 4 or 8 boxes and </s>, or a sentence with so many boxes
+among its words, as a caption has them. A box is one token for Octopus. For the
 counterpart it is four numbers of three decimals, each digit a token as in LLaMA's vocabulary: 25 tokens (17 to 18 in
 OPT's, which has tokens of several digits). What Octopus pays for that, its queries in the prompt and the DETR decoder, is
 part of the prefill: all there is before an answer's first token.
@@ -47,8 +48,10 @@ from fromage.octopus.model import QUERY, Octopus, index_token_names
 from fromage.octopus.module import load_octopus
 from fromage.octopus.sources import RefCOCO
 
-BOXES = (1, 3, 8)
-GIVEN = ("", "_from_pixels")  # patch features, or the image
+BOXES = (1, 2, 3, 4, 8)
+FORMS = ("", "_from_pixels", "_in_a_sentence")  # patch features; the image; patch features, with words between the boxes
+WORDS = " and a small red star "  # before each box of a sentence
+PAPER = {1: (0.17, 0.89), 4: (0.82, 3.80)}  # its seconds by the number of boxes, Octopus' and sequential (Table 4)
 ASKED = "where is the small star left of the big red ring?"
 QUERIES = 64
 OPT = {"vocab_size": 50272, "pad_token_id": 1, "dropout": 0.0, "attention_dropout": 0.0}
@@ -73,10 +76,11 @@ def build(preset: dict[str, Any], n: int, device: str) -> Octopus:
     return Octopus(LanguageModel(hf, tokenizer, "random"), tower, n).to(device).eval()
 
 
-def forced(model: Octopus, count: int) -> list[int]:
-    """The tokens of an answer of so many boxes, </s> behind."""
+def forced(model: Octopus, count: int, words: str = "") -> list[int]:
+    """The tokens of an answer of so many boxes, words before each of them, </s> behind."""
     boxes = tuple((i / 100, 0.2, 0.5 + i / 100, 0.9) for i in range(count))
-    return answer_ids(Example("", "", ASKED, tuple(range(count)), boxes), model.tokenizer, model.num_queries)
+    said = tuple(piece for number in range(count) for piece in (words, number) if piece != "")
+    return answer_ids(Example("", "", ASKED, said, boxes), model.tokenizer, model.num_queries)
 
 
 @contextmanager
@@ -95,16 +99,16 @@ def saying(model: Octopus, ids: Sequence[int]) -> Iterator[None]:
         handle.remove()
 
 
-def answer(model: Octopus, image: ImageInput, count: int) -> Grounded:
+def answer(model: Octopus, image: ImageInput, count: int, words: str = "") -> Grounded:
     """An answer of so many boxes; with none, the prompt is read and one token chosen: the prefill."""
-    ids = forced(model, count) if count else [0]
+    ids = forced(model, count, words) if count else [0]
     with saying(model, ids):
         (told,) = ground(model, [(image, ASKED)], len(ids))
     assert len(told.boxes) == count
     return told
 
 
-def measure(models: dict[str, Octopus], image: Image.Image, rounds: int, boxes: Sequence[int] = BOXES) -> dict[str, Any]:
+def measure(models: dict[str, Octopus], image: Image.Image, rounds: int, boxes: Sequence[int]) -> dict[str, Any]:
     """Both sides and how they compare, by the number of boxes."""
     calls: dict[str, Callable[[], Any]] = {}
     for who, model in models.items():
@@ -112,6 +116,7 @@ def measure(models: dict[str, Octopus], image: Image.Image, rounds: int, boxes: 
         for count in (0, *boxes):
             calls[f"{who} {count}"] = partial(answer, model, features, count)
             calls[f"{who} {count}_from_pixels"] = partial(answer, model, image, count)
+            calls[f"{who} {count}_in_a_sentence"] = partial(answer, model, features, count, WORDS)
     octopus = models["octopus"]
     taken = seconds_of(calls, rounds, octopus.device)
     report: dict[str, Any] = {
@@ -119,7 +124,7 @@ def measure(models: dict[str, Octopus], image: Image.Image, rounds: int, boxes: 
         "patches": octopus.vision.shape[0],
         "queries": octopus.num_queries,
     }
-    for given in GIVEN:
+    for given in FORMS:
         for count in boxes:
             slow, fast = (taken[f"{who} {count}{given}"] for who in ("sequential", "octopus"))
             report[f"speedup_{named(count)}{given}"] = round(slow / fast, 2)
@@ -129,7 +134,7 @@ def measure(models: dict[str, Octopus], image: Image.Image, rounds: int, boxes: 
 def one_side(model: Octopus, who: str, taken: dict[str, float], boxes: Sequence[int]) -> dict[str, Any]:
     """What a box costs, and the times of one side, with the prefill's share in them."""
     figures: dict[str, Any] = {"tokens_per_box": (len(forced(model, 8)) - len(forced(model, 3))) / 5}
-    for given in GIVEN:
+    for given in FORMS:
         prefill, whole = taken[f"{who} 0{given}"], {count: taken[f"{who} {count}{given}"] for count in boxes}
         figures[f"seconds{given}"] = {"prefill": prefill} | {named(count): each for count, each in whole.items()}
         figures[f"prefill_share{given}"] = {named(count): round(prefill / each, 3) for count, each in whole.items()}
@@ -149,7 +154,7 @@ def trained(args: argparse.Namespace) -> dict[str, Any]:
     models = {who: load_octopus(getattr(args, who), args.device) for who in ("octopus", "sequential")}
     if models["octopus"].num_queries < max(BOXES) or models["sequential"].num_queries:
         raise UserError(f"--octopus wants a model of at least {max(BOXES)} object queries, --sequential one of none")
-    report = measure(models, image, args.rounds)
+    report = measure(models, image, args.rounds, BOXES)
     for who, model in models.items():
         found = evaluate(model, data, Options())
         report[who] |= {"acc_iou50": found[who]["val"]["acc_iou50"], "checkpoint": found["checkpoint"]}
@@ -162,19 +167,23 @@ def untrained(args: argparse.Namespace) -> dict[str, Any]:
     torch.manual_seed(0)
     models = {who: build(PRESETS[args.preset], n, args.device) for who, n in (("octopus", QUERIES), ("sequential", 0))}
     image = Image.effect_noise((640, 480), 64).convert("RGB")
-    return {"preset": args.preset} | measure(models, image, args.rounds)
+    return {"preset": args.preset} | measure(models, image, args.rounds, BOXES)
 
 
 def table(report: dict[str, Any]) -> str:
     """The figures as lines; times in milliseconds."""
     ours, theirs = report["octopus"], report["sequential"]
     lines = [f"{'milliseconds':24}{'octopus':>12}{'sequential':>12}{'ratio':>8}{'prefill, %':>20}"]
-    for given in GIVEN:
+    for given in FORMS:
         for name, fast in ours[f"seconds{given}"].items():
             slow = theirs[f"seconds{given}"][name]
             shares = [100 * side[f"prefill_share{given}"].get(name, 1) for side in (ours, theirs)]
             times = f"{name.replace('_', ' ') + given.replace('_', ' '):24}{1000 * fast:12.1f}{1000 * slow:12.1f}"
             lines.append(f"{times}{slow / fast:8.2f}{shares[0]:13.0f} and {shares[1]:.0f}")
+    for count, (fast, slow) in PAPER.items():
+        lines.append(
+            f"{named(count).replace('_', ' ') + ', the paper':24}{1000 * fast:12.1f}{1000 * slow:12.1f}{slow / fast:8.2f}"
+        )
     lines.append(f"tokens for a box: {ours['tokens_per_box']:.0f} and {theirs['tokens_per_box']:.0f}; {report['device']}")
     if "examples" in report:
         lines.append(f"right (IoU 0.5) in {ours['acc_iou50']:.1f} and {theirs['acc_iou50']:.1f} % of {report['examples']}")

@@ -36,6 +36,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from fromage.checks import ADDRESSES
 from fromage.cli.options import fraction, natural, out_folder, positive
 from fromage.data.shards import read_sizes
 from fromage.errors import UserError
@@ -79,7 +80,7 @@ class Pairs:
                 except UnicodeDecodeError:
                     self.left_out["line is not UTF-8"] += 1
                     continue
-                if not caption.strip() or not url.strip().startswith(("http://", "https://")):
+                if not caption.strip() or not url.strip().startswith(ADDRESSES):
                     self.left_out["line without caption and http address"] += bool(line.strip())
                     continue
                 yield {"caption": caption.strip(), "url": url.strip()}

@@ -21,8 +21,8 @@ from fromage.data.features import from_npy
 from fromage.data.shards import Broken, captions_of, expand, read_shards, sized
 from fromage.evals.captioning import caption_figures
 from fromage.evals.few_shot import examples
-from fromage.generation.decoding import Decoding
 from fromage.generation.generate import caption_images, generate
+from fromage.generation.options import Decoding
 from fromage.generation.preset import Preset
 from fromage.generation.ret_tuning import read_messages, tune_ret
 from fromage.generation.score import score

@@ -14,6 +14,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from fromage.training.meter import Meter
+from fromage.training.planning import attention_in_parts
 
 PRODUCT = re.compile(r"gemm|gemv|cutlass|nvjet|xmma|wgmma|matmul|splitk|\bmm\b|\bbmm\b|addmm", re.IGNORECASE)
 ATTENTION = re.compile(r"flash|fmha|attention|sdpa", re.IGNORECASE)
@@ -112,14 +113,10 @@ def product_rate(device: torch.device, dtype: torch.dtype, size: int = 8192, rou
 
 def work(step: Callable[[], Any], held: Iterable[torch.Tensor]) -> int:
     """FLOP of a call, counted on its own operations."""
-    fastpath = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # one opaque operation, whose work would not count
-    try:
-        meter = Meter(held)
+    meter = Meter(held)
+    with attention_in_parts():
         meter.run("step", step)
-        return meter.flop
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fastpath)
+    return meter.flop
 
 
 def profiled(bench: Any, step: Callable[[], Any], size: int, save: Save = keep_nothing) -> dict[str, Any]:

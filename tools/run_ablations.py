@@ -129,7 +129,7 @@ def run(name: str, seed: int, out: Path, prepared: tuple[Path, Path], answers: i
         words += [f"--seed_everything={seed}", f"--model.seed={seed}", *options]
         return judge(load_model(train(folder, 1, *prepared, words)), prepared[0], answers)
 
-    made = measured(folder / "figures.json", measure)
+    made = measured(folder / "figures.json", measure, answers=answers, options=options)
     kept = {name: value for name, value in made["figures"].items() if name in SHOWN or ".composed." in name}
     return made | {"figures": kept}
 

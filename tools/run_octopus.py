@@ -6,11 +6,11 @@
 
 octopus is trained as lightning_configs/octopus_toy1.yaml to 3 say, sequential as octopus_sequential.yaml; slow and fast are
 sequential with other learning rates, by which its own was chosen. The other rows change one thing of octopus each, in
-stages 2 and 3, at the same length; five of them undo what is ours, not the paper's: how far apart queries begin
-(far_queries) and where (random_queries), that they see one another (blind_queries), the layer norm before the decoder
-(no_norm), and reference points of their own (no_points). Stage 1 is one for all rows of a seed. Figures are of scenes that
-no training has seen: of a world of another seed, or (--judged val) of the training world's validation scenes, which designs
-are chosen on.
+stages 2 and 3, at the same length; five of them undo what is ours, not the paper's: that the decoder begins with whitened
+states (not_whitened), how far apart queries begin (far_queries) and where (random_queries), that they see one another
+(blind_queries), and reference points of their own (no_points). Stage 1 is one for all rows of a seed. Figures are of scenes
+that no training has seen: of a world of another seed, or (--judged val) of the training world's validation scenes, which
+designs are chosen on.
 
 What is there is not run again: after a kill, give the command again; to use two cores, give it twice, with other seeds
 (once the patches are there). --json adds to a file like docs/results/octopus.json, with each run's commit and
@@ -45,12 +45,12 @@ ROWS: dict[str, list[str]] = {  # of Octopus: what is changed
     "n16": ["--model.num_queries=16"],
     "n32": ["--model.num_queries=32"],
     "by_length": ["--data.group_by_length=true"],
+    "not_whitened": ["--model.whiten=false"],
 }
 TRIED: dict[str, tuple[Any, str, Any]] = {  # what of Octopus is another one, and what it is then
     "far_queries": (model, "APART", 1.0),
     "random_queries": (model, "_start", lambda lm, n: torch.randn(n, lm.width) * lm.added.mean_norm.cpu() / lm.width**0.5),
     "blind_queries": (model, "among", lambda places, n: torch.zeros(*places.shape, places.shape[1], dtype=torch.bool)),
-    "no_norm": (recognition, "_enter", torch.nn.Linear),
     "no_points": (recognition, "_spread", lambda n: torch.zeros(n, 2)),
 }
 COUNTERPARTS: dict[str, list[str]] = {
@@ -125,7 +125,7 @@ def run(name: str, out: Path, seed: int, judged: str, limit: int, options: list[
             checkpoint = train(name, out, seed, options)
             return judge(checkpoint, out / ("test_world" if judged == "test" else "world"), limit)
 
-    return measured(out / f"seed{seed}" / name / f"{judged}.json", measure)
+    return measured(out / f"seed{seed}" / name / f"{judged}.json", measure, limit=limit, options=options)
 
 
 def main() -> None:

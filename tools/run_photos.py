@@ -5,9 +5,10 @@
     python tools/run_photos.py ... --choose --only base              # judged on photographs held out of the training ones
 
 Both files are captions in COCO's format, images the folder of the photographs. base is lightning_configs/photos.yaml; each
-other row changes one thing of it. Rows without captions train the retrieval pass alone, which shares no parameter with
-captioning. --coco FOLDER holds val2017/, captions_val2017_sample.json and instances_val2017_sample.json: photographs of
-another kind, and what questions are asked of. What is there is not run again: after a kill, give the command again.
+other row changes one thing of it. Rows without captions train the retrieval pass alone, which shares one row with
+captioning, that of [RET] in the output head. --coco FOLDER holds val2017/, captions_val2017_sample.json and
+instances_val2017_sample.json: photographs of another kind, and what questions are asked of. What is there is not run again:
+after a kill, give the command again.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from pathlib import Path
 
 import torch
 from photo_figures import (
+    SENTENCES,
+    SHOTS,
     Figures,
     Ridge,
     answers,
@@ -36,11 +39,13 @@ from study import Run, Runs, begin, collect, measured, table
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from fromage.apps.photos import train
+from fromage.apps.tours import draw_searches
 from fromage.data.features import store_features
 from fromage.data.packing import is_packed, pack_coco
 from fromage.models.fromage import Fromage, load_model
 from fromage.models.towers import folder_of, get
 from fromage.models.vision.registry import load_vision
+from fromage.retrieval.build import build_index
 
 ALONE = ["--model.captioning_weight=0"]
 BARE, BLIND = "retrieval alone", "untrained language model"
@@ -62,7 +67,9 @@ ROWS: dict[str, list[str]] = {
 }
 SOME = {"1000 photographs": 1, "2000 photographs": 2, "4000 photographs": 4}  # shards of 1,000 that are trained on
 LM, VISION = "smollm2", "efficientnet-lite2"
+EXAMPLES = (0, 2, 4)  # photographs with their questions and answers that stand before a question
 STYLES = ("alone", "dialogue", "template")  # in which an image is asked for
+OF_JUDGED = {"photographs", "captions", "growing", "few shot"}  # what is measured on the photographs that judge
 RIDGE = (0.001, 0.01, 0.1)  # weights of the linear baseline, the best of which is taken on photographs held out
 SHOWN = {
     "photographs.t2i_r1": "R@1",
@@ -79,14 +86,34 @@ SHOWN = {
 ASKED = {"base", "requests"}  # rows of which it is measured whether an image comes when one is asked for
 KINDS = {"images, as trained": "asked for", "words, as trained": "else", "images, with bias": "asked for, bias",
          "words, with bias": "else, bias"}  # fmt: skip
+GROWING = {  # R@1 of queries of so many captions
+    kind: {f"growing.{kind}, {n}": str(n) for n in range(1, SENTENCES + 1)}
+    for kind in ("text", "dialogue", "others between", "mean")
+}
+SHOTS_SHOWN = {
+    f"few shot.{name}, {n} shown": f"{told}, {n}" for name, told in (("cider", "CIDEr"), ("bleu4", "BLEU-4")) for n in SHOTS
+}
+QUESTIONS = {
+    f"{kind}, {n} shown.{name}": f"{kind}, {n} shown" + ", without images" * (name != "right")
+    for kind in ("yes or no", "how many")
+    for n in EXAMPLES
+    for name in ("right", "right without images")
+}
+SEARCHES = (  # in the sample of COCO
+    "a man riding a wave on a surfboard",
+    "a dog",
+    "people skiing in the snow",
+    "a plate of food on a table",
+    "a train at a station",
+)
 COMES = {f"asking, {style}.{name}": f"{style}: {told}" for style in STYLES for name, told in KINDS.items()}
 
 
 def prepare(args: argparse.Namespace) -> None:
-    """Towers, shards and features, made once: out/features/train, held_out, judged and coco."""
+    """Towers, shards and features, made once: out/features/train, held_out, coco and that of the judged file."""
     for name in (LM, VISION):
         get(name)
-    sets = {"train": (args.train, args.images), "judged": (args.judged, args.images)}
+    sets = {"train": (args.train, args.images), judges(args): (args.judged, args.images)}
     if args.coco:
         sets["coco"] = args.coco / "captions_val2017_sample.json", args.coco / "val2017"
     for name, (captions_file, images) in sets.items():
@@ -122,10 +149,15 @@ def words_of(name: str, args: argparse.Namespace, seed: int) -> list[str]:
     return [*words, *(ALONE if name in SOME else ROWS[name])]
 
 
+def judges(args: argparse.Namespace) -> str:
+    """The photographs that judge: the folder of their features, and of the figures that depend on them."""
+    return "held_out" if args.choose else f"judged/{args.judged.stem}"
+
+
 def parts(name: str, args: argparse.Namespace, model: Fromage) -> dict[str, Callable[[], Figures]]:
     """What is measured of a row: captions where captioning was trained, requests of ASKED, what takes long of base alone."""
     features = args.out / "features"
-    judged = read([features / ("held_out" if args.choose else "judged")])
+    judged = read([features / judges(args)])
     todo: dict[str, Callable[[], Figures]] = {"photographs": partial(recalls, model, judged)}
     if "--model.captioning_weight=0" not in words_of(name, args, 0):
         todo["captions"] = partial(captions, model, judged)
@@ -141,7 +173,7 @@ def parts(name: str, args: argparse.Namespace, model: Fromage) -> dict[str, Call
     todo |= {"growing": partial(growing, model, judged), "few shot": partial(few_shot, model, judged, 500)}
     if args.coco:
         for kind, questions in ask(args.coco / "instances_val2017_sample.json", coco).items():
-            todo |= {f"{kind}, {n} shown": partial(answers, model, coco, questions, n) for n in (0, 2, 4)}
+            todo |= {f"{kind}, {n} shown": partial(answers, model, coco, questions, n) for n in EXAMPLES}
     return todo
 
 
@@ -149,13 +181,20 @@ def run(name: str, args: argparse.Namespace, seed: int) -> Run:
     """Train and judge a row with one seed; what was measured before is not measured again."""
     folder = args.out / ("chosen" if args.choose else "runs") / name.replace(" ", "_") / f"seed{seed}"
     print(f"\n== {name}, seed {seed}", flush=True)
-    model = load_model(train(folder, [*words_of(name, args, seed), *args.options]))
+    checkpoint = train(folder, words_of(name, args, seed), args.options)
+    model = load_model(checkpoint)
     made: Run = {}
     found: Figures = {}
     for part, measure in parts(name, args, model).items():
-        made = measured(folder / "figures" / f"{part.replace(' ', '_')}.json", measure)
+        place = folder / "figures" / (judges(args) if part in OF_JUDGED else "")
+        made = measured(place / f"{part.replace(' ', '_')}.json", measure)
         found |= {f"{part}.{what}": value for what, value in made["figures"].items()}
         print(part, flush=True)
+    if args.coco and not (sheet := folder / "coco_searches.png").exists():
+        index = build_index(
+            model, str(args.out / "shards" / "coco"), folder / "coco_index", checkpoint=checkpoint, overwrite=True
+        )
+        draw_searches(model, index, SEARCHES, sheet)
     return made | {"figures": found}
 
 
@@ -165,7 +204,7 @@ def baselines(args: argparse.Namespace) -> Runs:
 
     def linear() -> Figures:
         model = Fromage.load(LM, VISION)
-        train_set, held_out, judged = (read([features / name]) for name in ("train", "held_out", "judged"))
+        train_set, held_out, judged = (read([features / name]) for name in ("train", "held_out", judges(args)))
         fitted = {weight: Ridge(model, train_set, weight) for weight in RIDGE}
         best = max(RIDGE, key=lambda weight: fitted[weight].recalls(held_out)["t2i_r10"])
         both = read([features / "train", features / "held_out"])
@@ -174,8 +213,9 @@ def baselines(args: argparse.Namespace) -> Runs:
     def named(figures: Figures) -> Figures:
         return {f"photographs.{name}": value for name, value in figures.items()}
 
-    made = {"linear": linear, "chance": lambda: named(chance(len(read([features / "judged"]).names)))}
-    return {name: {"none": measured(args.out / f"{name}.json", measure)} for name, measure in made.items()}
+    made = {"linear": linear, "chance": lambda: named(chance(len(read([features / judges(args)]).names)))}
+    beside = args.out / "baselines" / judges(args)
+    return {name: {"none": measured(beside / f"{name}.json", measure)} for name, measure in made.items()}
 
 
 def main() -> None:
@@ -205,8 +245,18 @@ def main() -> None:
             collect(args.json, {name: runs[name]}, **setting)
     runs = collect(args.json, runs, **setting)
     print(f"\n{table(SHOWN, runs)}\n\nin %, mean and standard deviation")
-    if asked := {name: seeds for name, seeds in runs.items() if name in ASKED}:
-        print(f"\nanswers that bring an image, where one is asked for and else\n\n{table(COMES, asked)}")
+    further = {f"R@1 of queries of one to five captions: {kind}": shown for kind, shown in GROWING.items()}
+    further["captions behind other photographs with theirs"] = SHOTS_SHOWN
+    further["questions answered right"] = QUESTIONS
+    further["answers that bring an image, where one is asked for and else"] = COMES
+    for heading, shown in further.items():
+        some = {
+            name: seeds
+            for name, seeds in runs.items()
+            if any(shown.keys() & run["figures"].keys() for run in seeds.values())
+        }
+        if some:
+            print(f"\n{heading}\n\n{table(shown, some)}")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 import statistics
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,6 +16,7 @@ from gpu_kit import commit
 from fromage.allocator import keep_freed_memory
 from fromage.errors import UserError
 from fromage.io import write_json
+from fromage.processor import described
 
 Figures = dict[str, float]  # by name, shares in percent
 Run = dict[str, Any]  # commit, machine, torch, and figures: Figures
@@ -27,12 +29,25 @@ def begin(threads: int) -> None:
     torch.set_num_threads(threads)
 
 
-def measured(path: Path, measure: Callable[[], Figures]) -> Run:
-    """The run of a file; where there is none, `measure` makes its figures."""
+def machine() -> str:
+    """The processor, and how many threads of it."""
+    model = re.search(r"model name\s*:\s*(.+)", described())
+    return f"{model[1].strip() if model else platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def measured(path: Path, measure: Callable[[], Figures], **setting: Any) -> Run:
+    """The run of a file; where there is none, `measure` makes its figures. setting: what they depend on.
+
+    Raises UserError where the file's figures were made in another setting.
+    """
     if not path.exists():
-        origin = {"commit": commit(), "machine": f"{platform.machine()}, {torch.get_num_threads()} threads"}
-        write_json(path, {**origin, "torch": torch.__version__, "figures": measure()})
-    return json.loads(path.read_text())
+        origin = {"commit": commit(), "machine": machine(), "torch": torch.__version__}
+        write_json(path, {**origin, "setting": setting, "figures": measure()})
+    run = json.loads(path.read_text())
+    there = run.pop("setting", setting)
+    if there != json.loads(json.dumps(setting)):
+        raise UserError(f"{path} holds figures of {there}, these are of {setting}: give it again, or remove the file")
+    return run
 
 
 def collect(path: Path | None, runs: Runs, **setting: Any) -> Runs:

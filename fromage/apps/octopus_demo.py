@@ -79,7 +79,7 @@ def train_once(
 
     Returns the checkpoint.
     """
-    return once(out / name, lambda again: train(out, configs, [*options, *again], shared))
+    return once(out / name, options, lambda again: train(out, configs, [*options, *again], shared))
 
 
 def trained(out: Path, name: str = "stage3") -> Path | None:

@@ -56,6 +56,7 @@ def photos(
     lm: str = "smollm2",
     vision: str = "efficientnet-lite2",
     options: Sequence[str] = (),
+    val_fraction: float = HELD_OUT,
 ) -> dict[str, Any]:
     """Fetch towers, pack, encode, train, evaluate on photographs held out, and index; returns what report.json holds.
 
@@ -64,6 +65,7 @@ def photos(
         images: folder of its photographs.
         lm, vision: towers; those that fromage.models.towers keeps are fetched.
         options: further words for `lightning fit --config photos.yaml`.
+        val_fraction: share of the photographs, 0 to 1, that are held out.
 
     Raises:
         UserError: a tower is out of reach, the file or its images cannot be read, or the folder is of another tour.
@@ -76,7 +78,7 @@ def photos(
     shards, stored = out / "shards", out / "features"
     with timed("shards", seconds):
         if not is_packed(shards):
-            print(pack_coco(captions, images, shards, val_fraction=HELD_OUT, overwrite=True).text())
+            print(pack_coco(captions, images, shards, val_fraction=val_fraction, overwrite=True).text())
     with timed("features", seconds):
         tower = load_vision(vision)
         for part in ("train", "val"):
@@ -87,7 +89,7 @@ def photos(
         photographs = sum(size or 0 for size in shard_sizes(expand(str(stored / "train"))))
         if photographs < options_of(find_config(CONFIG))["batch_size"]:
             words.append(f"--data.batch_size={photographs}")
-        checkpoint = train(out, [*words, *options])
+        checkpoint = train(out, words, options)
     with timed("evaluate", seconds):
         model = load_model(checkpoint)
         data = CC3M(str(stored / "train"), str(stored / "val"), batch_size=100, max_tokens=32, workers=0)
@@ -107,15 +109,18 @@ def photos(
     return report
 
 
-def train(out: Path, words: Sequence[str]) -> Path:
-    """`lightning fit`, unless it came to its end before; what was killed goes on. Returns the checkpoint."""
+def train(out: Path, words: Sequence[str], options: Sequence[str] = ()) -> Path:
+    """`lightning fit`, unless it came to its end before; what was killed goes on. Returns the checkpoint.
+
+    words, options: of `lightning fit`; a run that was begun with other options is refused.
+    """
     run = out / "run"
 
     def fit(again: list[str]) -> None:
-        run_lightning(["fit", "--config", CONFIG, *placed(run), *words, *again])
+        run_lightning(["fit", "--config", CONFIG, *placed(run), *words, *options, *again])
         write_json((run / CHECKPOINT).with_name(GENERATION), PRESET.stored())
 
-    return once(run, fit)  # not written again: `fromage tune-ret` adds to it
+    return once(run, options, fit)  # not written again: `fromage tune-ret` adds to it
 
 
 def draw_captions(model: Fromage, features: Path) -> Image.Image:

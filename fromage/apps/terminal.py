@@ -25,7 +25,7 @@ from fromage.generation.options import HELP, LIMITS, is_whole
 from fromage.generation.retrieved import RetrievedImages
 from fromage.images.codec import to_png
 from fromage.io import write_files
-from fromage.models.prompts import Part, Url
+from fromage.models.prompts import Part, Url, located
 from fromage.retrieval.results import Opened, draw_hits
 
 # An image is at the start of a word; punctuation after an unquoted path belongs to the text.
@@ -85,11 +85,10 @@ def _text(words: str) -> list[Part]:
 
 
 def _image(name: str) -> Part:
-    if name.startswith(("http://", "https://")):
-        return Url(name)
+    place = located(name)
     with suppress(RuntimeError):  # ~nobody
-        return Path(name).expanduser()
-    return Path(name)
+        return place.expanduser() if isinstance(place, Path) else place
+    return place
 
 
 class Session:

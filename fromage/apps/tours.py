@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from fromage.errors import UserError
 from fromage.io import write_files
 from fromage.models.fromage import Fromage
 from fromage.retrieval.base import ImageIndex
@@ -15,7 +17,7 @@ from fromage.retrieval.results import draw_hits, load_images
 
 CHECKPOINT = Path("checkpoints", "last.ckpt")
 SHOWN = 5  # images of a search
-FINISHED = "finished"  # a file beside a run's checkpoints
+FINISHED, OPTIONS = "finished", "options.json"  # files beside a run's checkpoints
 
 
 @contextmanager
@@ -50,11 +52,23 @@ def draw_searches(model: Fromage, index: ImageIndex, asked: Sequence[str], path:
     draw_hits(asked, found).save(path)
 
 
-def once(run: Path, fit: Callable[[list[str]], object]) -> Path:
+def once(run: Path, options: Sequence[str], fit: Callable[[list[str]], object]) -> Path:
     """Train what saves its checkpoints in a run's folder, unless it came to its end before; returns the checkpoint.
 
-    fit: takes further words for `lightning fit`, by which a run that was killed goes on.
+    Args:
+        run: the folder.
+        options: words of `lightning fit` that the user gave; the folder keeps them.
+        fit: takes further words for `lightning fit`, by which a run that was killed goes on.
+
+    Raises:
+        UserError: the folder's run was begun with other options.
     """
+    kept = run / OPTIONS
+    there = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else list(options)
+    if there != list(options):
+        told = " and ".join(repr(" ".join(some)) for some in (there, options))
+        raise UserError(f"{run}: its training was begun with other options ({told}); give the same, or another folder")
+    write_files(run, {OPTIONS: json.dumps(there).encode()})
     if (checkpoint := finished(run)) is None:
         checkpoint = run / CHECKPOINT
         fit(["--ckpt_path=last"] if checkpoint.exists() else [])

@@ -15,8 +15,8 @@ from fromage.errors import BrokenSample, UserError
 from fromage.evals.answer_file import AnswerFile
 from fromage.generation.tuple_writer import EXAMPLES, Sampling, TupleWriter, read_written
 from fromage.io import write_files, write_json
-from fromage.models.frozen import find_device
 from fromage.models.language_model import load_lm
+from fromage.processor import find_device
 
 WRITTEN, LINES, REPORT = "written.jsonl", "tuples.jsonl", "report.json"
 

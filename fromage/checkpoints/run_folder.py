@@ -1,4 +1,7 @@
-"""Where the checkpoints of a run are. Nothing that takes time is imported here: commands ask before any work."""
+"""Where the checkpoints of a run are, and whether they are its own. Nothing that takes time is imported here.
+
+Commands ask before any work.
+"""
 
 from __future__ import annotations
 
@@ -26,4 +29,24 @@ def checkpoint_file(path: str | Path) -> Path:
         other = last_checkpoint(path.parent.parent)
         hint = f"the newest of this run is {other}" if other else "`lightning fit` writes them under its run folder"
         raise UserError(f"checkpoint {path}: no such file{' in it' if path.is_dir() else ''}; {hint}")
+    return found
+
+
+def goes_on(folder: Path, resumed: str | Path | None) -> bool:
+    """Whether a run that begins from `resumed` goes on with the one that has its checkpoints in a folder."""
+    last = last_checkpoint(folder)
+    return resumed is not None and last is not None and Path(resumed).resolve() == last.resolve()
+
+
+def others_checkpoints(folder: Path, resumed: str | Path | None, overwrite: bool) -> list[Path]:
+    """The checkpoints in a folder that are of another run than the one that begins from `resumed`.
+
+    Raises UserError where there are some, and they may not be replaced.
+    """
+    found = [] if goes_on(folder, resumed) else sorted(folder.glob("*.ckpt"))
+    if found and not overwrite:
+        raise UserError(
+            f"{found[0]}: is of another run, and would be lost; go on with that run by --ckpt_path last, replace it by "
+            "--overwrite, or name another dirpath"
+        )
     return found

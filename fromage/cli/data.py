@@ -127,23 +127,23 @@ def shards_check(
 
 def photos(
     captions: Path, *, images: Path, out: Path = Path("runs/photos"), lm: str = "smollm2",
-    vision: str = "efficientnet-lite2", options: Sequence[str] = (),
+    vision: str = "efficientnet-lite2", val_fraction: float = 0.1, options: Sequence[str] = (),
 ) -> Result:  # fmt: skip
     """Train on captioned photographs: towers, features, training, evaluation, index.
 
-    A pretrained pair is fetched, SmolLM2-135M and EfficientNet-Lite2. A tenth of the photographs is held out. After a kill
-    the same command goes on.
+    A pretrained pair is fetched, SmolLM2-135M and EfficientNet-Lite2. After a kill the same command goes on.
 
     Args:
         captions: caption file in COCO's format
         images: folder of its photographs
         lm: language model
         vision: image tower
+        val_fraction: share of the photographs that are held out
         options: a further option of `lightning fit`, as --options=--trainer.max_steps=100
     """
     from fromage.apps.photos import photos as tour
 
-    report = tour(captions, images, out, lm, vision, options)
+    report = tour(captions, images, out, lm, vision, options, val_fraction)
     recalls = ", ".join(f"{name} {value:.1f}" for name, value in report["fromage"].items())
     lines = [f"{report['held_out']} photographs held out, recall in %: {recalls}"]
     lines += [f"drawn: {out / 'captions.png'}, {out / 'searches.png'}; report: {out / 'report.json'}"]
@@ -197,8 +197,8 @@ def features(
     """
     from fromage.data.features import check_source, store_features
     from fromage.data.shards import read_sizes
-    from fromage.models.frozen import find_device
     from fromage.models.vision.registry import load_vision
+    from fromage.processor import find_device
 
     if workers is not None:
         check_whole("--workers", workers, 0)

@@ -328,6 +328,23 @@ def instructions(file: Path, *, padded: bool = False, run: OctopusOptions) -> Re
     return run.point(lambda model, _, options: evaluate(model, data, options), [data])
 
 
+def spotting(
+    folder: Path, *, split: str = "test", question: str = "Describe the image with positions.", run: OctopusOptions,
+) -> Result:  # fmt: skip
+    """Octopus: captions with boxes, of Flickr30k Entities.
+
+    Args:
+        folder: folder with Sentences, Annotations, train.txt, val.txt and test.txt
+        split: train, val or test
+        question: what is asked of every image
+    """
+    from fromage.evals.instructions import evaluate
+    from fromage.octopus.sources import Flickr30kSpotting
+
+    data = Flickr30kSpotting(str(folder), str(run.images), split, question, run.limit)
+    return run.point(lambda model, _, options: evaluate(model, data, options), [data])
+
+
 def answers(
     questions: Path, *, answers_file: Path, annotations: Path | None = None, model_id: str | None = None,
     max_new_tokens: int = 128, overwrite: bool = False, run: ImageOptions,

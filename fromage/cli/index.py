@@ -91,7 +91,7 @@ def embed(
         ray: run as a Ray job: on this machine, or on the cluster at this address
     """
     from fromage.models.fromage import load_model
-    from fromage.models.frozen import find_device
+    from fromage.processor import find_device
     from fromage.retrieval.embed_images import embed_images
     from fromage.retrieval.embed_ray import RayJob
 
@@ -205,26 +205,10 @@ def import_embeddings(source: list[Path], *, ckpt: str, images: Path | None = No
         images: folder that paths of files in them are relative to; no other file will be opened
     """
     from fromage.models.fromage import load_model
-    from fromage.retrieval.authors_embeddings import rows_of
-    from fromage.retrieval.base import IndexSpec
-    from fromage.retrieval.build import write_index
-    from fromage.retrieval.clip_retrieval import EmbeddingFolder
-    from fromage.retrieval.embed_images import located
-    from fromage.retrieval.image_root import ImageAccess, ImageRoot
+    from fromage.retrieval import build as index_builder
 
-    folders = [path for path in source if path.is_dir()]
-    if folders and len(source) > 1:
-        raise UserError(f"{folders[0]}: is a folder; import it alone, and put indexes together by `fromage index merge`")
-    gallery = EmbeddingFolder(folders[0]) if folders else None
-    tables = [gallery.table()] if gallery else []
-    model = load_model(ckpt)
-    of = model.q, model.fingerprint(), located(ckpt)
-    root = str(Path(images).absolute()) if images else ""
-    place = ImageAccess(ImageRoot(root), confined=True, within=root or str(target.out.absolute()))
-    within = root or str(target.out.absolute())
-    rows = gallery.embedded(model, ImageRoot(root), within) if gallery else rows_of(source, model.q)
-    spec = IndexSpec(*of, target.kind, where=target.milvus or "", overwrite=target.overwrite, place=place, tables=tables)
-    built = write_index(target.out, rows, spec)
+    how = images, ckpt, target.kind, target.milvus, target.overwrite
+    built = index_builder.import_embeddings(lambda: load_model(ckpt), source, target.out, *how)
     if said := built.missing().said(target.out, len(built), True):
         warnings.warn(said, stacklevel=2)
     return _told(built, target.out)

@@ -18,10 +18,9 @@ from fromage.cli import data, evals, find, index, talk, tuples
 from fromage.cli.command import Function, call, options_of, parser_of, speaks, tell, with_dashes
 from fromage.cli.options import HERE, check_out
 from fromage.distribution import pip_install
-from fromage.errors import UserError
+from fromage.errors import UserError, near
 from fromage.io import disk_error
 from fromage.printable import PrintableStream, one_line
-from fromage.training.configs import near
 from fromage.training.fit import FITTING, run_lightning
 
 if TYPE_CHECKING:
@@ -91,6 +90,7 @@ COMMANDS: dict[str, Function] = {
     "eval refcoco": evals.refcoco,
     "eval pope": evals.pope,
     "eval instructions": evals.instructions,
+    "eval spotting": evals.spotting,
     "eval answers": evals.answers,
     "eval mteb": evals.mteb,
     "caption": talk.caption,

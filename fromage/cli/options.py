@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
+from fromage.checks import ADDRESSES
 from fromage.errors import UserError, reason
 from fromage.io import set_aside, write_files
 
@@ -125,7 +126,7 @@ def in_shards(text: str) -> str:
 
 def in_image(text: str) -> str:
     """An image or a folder of images, or a URL. Raises UserError where there is none."""
-    if not text.startswith(("http://", "https://")) and not Path(text.partition("#")[0]).exists():
+    if not text.startswith(ADDRESSES) and not Path(text.partition("#")[0]).exists():
         raise UserError(f"{text}: no such file; name an image that is there, or a URL")
     return text
 

@@ -58,7 +58,20 @@ class FileStamp(NamedTuple):
     @classmethod
     def of(cls, about: os.stat_result, data: bytes | None = None) -> FileStamp:
         """The stamp of a file from what the system says of it, and its content."""
-        return cls(about.st_size, about.st_mtime_ns, "" if data is None else hashlib.sha256(data).hexdigest()[:32])
+        return cls(about.st_size, about.st_mtime_ns, "" if data is None else cls.digest_of(data))
+
+    @classmethod
+    def at(cls, path: str | Path) -> FileStamp | None:
+        """The stamp of a file as it is now, without a digest; None where there is none."""
+        try:
+            return cls.of(os.stat(path))  # noqa: PTH116 (a shard's name may be an address)
+        except (OSError, ValueError):  # ValueError: a null byte, or half a character
+            return None
+
+    @staticmethod
+    def digest_of(data: bytes) -> str:
+        """32 hex digits of a file's content."""
+        return hashlib.sha256(data).hexdigest()[:32]
 
     @classmethod
     def read(cls, text: str) -> FileStamp | None:
@@ -128,10 +141,7 @@ class ImageSource(IterableDataset[ImageBatch]):
 
     def stamp(self, name: str) -> str:
         """The stamp of a file or shard as it is now, without a digest; '' for what is no file."""
-        try:
-            return str(FileStamp.of(os.stat(name)))  # noqa: PTH116 (a shard's name may be an address)
-        except (OSError, ValueError):
-            return ""
+        return str(FileStamp.at(name) or "")
 
     def digest(self) -> str:
         """16 hex digits that change with the names of the images or shards and with the division into parts."""

@@ -26,8 +26,8 @@ from fromage.evals.predict import SECONDS, ImageStream
 from fromage.evals.questions import Question, Questions
 from fromage.evals.report import Figures, Report, System
 from fromage.evals.vqa import HumanAnswers, accuracy
-from fromage.generation.decoding import Decoding
 from fromage.generation.generate import generate
+from fromage.generation.options import Decoding
 from fromage.models.fromage import Fromage
 from fromage.models.pretrained import Pretrained
 from fromage.models.prompts import Part

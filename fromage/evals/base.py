@@ -20,7 +20,7 @@ from fromage.evals.report import SYSTEMS, Report, System
 from fromage.images.regions import Place
 from fromage.images.transforms import Framing
 from fromage.models.base import VisualPrefixLM
-from fromage.models.encode_images import encode_files, lost_counts
+from fromage.models.encode_files import encode_files, lost_counts
 from fromage.models.fromage import Fromage
 from fromage.models.prompts import batches_by_length
 from fromage.retrieval.metrics import chance

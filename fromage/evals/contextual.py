@@ -25,7 +25,7 @@ from fromage.evals.options import Options
 from fromage.evals.report import Figures, System
 from fromage.images.regions import Place
 from fromage.images.transforms import Framing
-from fromage.models.encode_images import Encoded
+from fromage.models.encode_files import Encoded
 from fromage.models.fromage import Fromage
 from fromage.models.prompts import Special
 from fromage.retrieval.metrics import (

@@ -23,8 +23,8 @@ from fromage.evals.caption_sets import read_caption_set
 from fromage.evals.dialogues import Dialogue, read_dialogues
 from fromage.evals.options import Options
 from fromage.evals.report import Report, System
-from fromage.generation.decoding import Decoding
 from fromage.generation.generate import generate
+from fromage.generation.options import Decoding
 from fromage.models.fromage import Fromage
 from fromage.models.prompts import Part
 from fromage.toy.scenes import Scene, names_colour_and_shape

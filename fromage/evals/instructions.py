@@ -1,4 +1,4 @@
-"""Instructions as LLaVA writes them: answers that point at one or several objects, and answers in text alone.
+"""Instructions as LLaVA writes them, and captions with boxes: answers that point at objects, and answers in text alone.
 
 Protocol: figures by the number of objects that the right answer points at. A measure of ours, not of a paper.
 """
@@ -13,7 +13,7 @@ from fromage.evals.report import Figures, Report
 from fromage.octopus.examples import Example
 from fromage.octopus.metrics import box_metrics, mean_percent
 from fromage.octopus.model import Octopus
-from fromage.octopus.sources import Instructions
+from fromage.octopus.sources import Flickr30kSpotting, Instructions
 
 PROTOCOL = {
     "all_found": "as many boxes as there ought to be, and each the partner of one of these with an IoU from 0.5 on",
@@ -21,8 +21,11 @@ PROTOCOL = {
 }
 
 
-def evaluate(model: Octopus, data: Instructions, options: Options | None = None) -> Report:
-    """Figures in percent: 'text', '1_object', '2_objects' and so on. Raises UserError as predict does."""
+def evaluate(model: Octopus, data: Instructions | Flickr30kSpotting, options: Options | None = None) -> Report:
+    """Figures in percent: 'text', '1_object', '2_objects' and so on; and 'all', seconds per example.
+
+    Raises UserError as predict does.
+    """
     predictions = predict(model, [data], options)
     metrics: dict[str, list[Figures]] = defaultdict(list)
     for example, answer in sorted(predictions.pairs[0], key=lambda pair: len(pair[0].meant)):
@@ -30,7 +33,7 @@ def evaluate(model: Octopus, data: Instructions, options: Options | None = None)
         wanted = [example.boxes[piece] for piece in example.answer if isinstance(piece, int)]
         found = box_metrics(answer, wanted, words)
         metrics[setting(example)].append({name: found[name] for name in found if name in PROTOCOL})
-    figures = {name: mean_percent(some) for name, some in metrics.items()}
+    figures = {name: mean_percent(some) for name, some in metrics.items()} | {"all": {"seconds": predictions.seconds}}
     sizes = {f"answers_{name}": len(some) for name, some in metrics.items()}
     return report("instructions", [predictions], figures, PROTOCOL, sizes=sizes)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from fromage.models.encode_images import Encoding
+from fromage.models.encode_files import Encoding
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from fromage.evals.options import Options
 from fromage.evals.report import Report, System
 from fromage.images.regions import Place
 from fromage.models.base import VisualPrefixLM
-from fromage.models.encode_images import Encoded, check_lost, encode_batches
+from fromage.models.encode_files import Encoded, check_lost, encode_batches
 from fromage.octopus.answers import Grounded, answer_ids
 from fromage.octopus.decoding import ground
 from fromage.octopus.examples import Example

@@ -12,7 +12,7 @@ from fromage.errors import UserError
 from fromage.evals.clip import load_clip_baseline, no_baseline
 from fromage.models.fromage import Fromage
 from fromage.retrieval.metrics import Gallery, joined, retrieval_recalls
-from fromage.training.reference_step import image_features, text_embeddings
+from fromage.training.step import image_features, text_embeddings
 
 
 def evaluate(model: Fromage, batches: Iterable[Batch]) -> dict[str, float]:

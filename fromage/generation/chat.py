@@ -16,8 +16,8 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from fromage.generation.decoding import Decoding
 from fromage.generation.generate import Answer, stream
+from fromage.generation.options import Decoding
 from fromage.generation.preset import read_preset
 from fromage.generation.retrieved import Resolve, RetrievedImages
 from fromage.generation.styles import Exchange, Style, find_style
@@ -29,7 +29,6 @@ from fromage.models.prompts import (
     Prompt,
     encode_images,
     joined,
-    max_length,
     parts_of,
     prompt_length,
 )
@@ -114,7 +113,7 @@ class Chat:
         history = [*self.examples, *(turn.exchange for turn in self.turns)] if self.style.history else []
         kept = dict(enumerate(history))
         droppable = [*range(len(self.examples), len(history)), *range(len(self.examples))]  # oldest turns, then examples
-        room = (max_length(self.model) or math.inf) - self.decoding.max_new_tokens
+        room = (self.model.lm.max_length or math.inf) - self.decoding.max_new_tokens
         lengths: list[int] = []
         while True:
             parts = self.style.prompt(self.system, list(kept.values()), said)

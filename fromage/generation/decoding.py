@@ -1,4 +1,4 @@
-"""Decoding: the options, the [RET] bias, and the decoding loop.
+"""Decoding: the decoding loop, the [RET] bias and sampling; their options are in fromage.generation.options.
 
 The loop is Hugging Face's `generate` with its key-value cache. We add rules for the [RET] logit (RetRules), sampling with a
 random generator per row (GumbelSampler), and hooks that read each step's tokens and the hidden state at each [RET]. A prompt
@@ -29,7 +29,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from fromage.generation.options import Decoding as Decoding
+from fromage.generation.options import Decoding
 from fromage.models.cpu_linear import CpuLinears, halves_of
 from fromage.models.fromage import Fromage
 from fromage.models.prompts import Prompts

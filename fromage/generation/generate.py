@@ -6,7 +6,6 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
-from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
 from typing import TYPE_CHECKING, Any
@@ -16,12 +15,13 @@ from torch import Tensor
 
 from fromage.checks import check_whole
 from fromage.errors import UserError
-from fromage.generation.decoding import GREEDY, Decoding, Draft, write
+from fromage.generation.decoding import GREEDY, Draft, write
+from fromage.generation.options import Decoding
 from fromage.generation.preset import read_preset
 from fromage.generation.retrieved import ImageRetriever, Resolve, RetrievedImages
 from fromage.images.open import open_image
 from fromage.models.fromage import Fromage
-from fromage.models.prompts import ImageInput, Prompt, Starts, Url, embed_prompts, encode_images, listed
+from fromage.models.prompts import ImageInput, Prompt, Starts, embed_prompts, encode_images, listed, located
 from fromage.retrieval.results import POOL
 
 if TYPE_CHECKING:
@@ -160,12 +160,8 @@ def caption(model: Fromage, images: str | ImageInput | Sequence[str | ImageInput
 
     max_new_tokens: maximum length of a caption, in tokens. Raises UserError for an image that cannot be opened.
     """
-    named: list[Any] = [_located(image) if isinstance(image, str) else image for image in listed(images)]
+    named: list[Any] = [located(image) if isinstance(image, str) else image for image in listed(images)]
     return caption_images(model, encode_images(model, named), max_new_tokens) if named else []
-
-
-def _located(name: str) -> Path | Url:
-    return Url(name) if name.startswith(("http://", "https://")) else Path(name)
 
 
 def caption_files(

@@ -13,6 +13,7 @@ from fromage.checks import check_real, check_whole
 from fromage.errors import UserError
 
 StyleName = Literal["dialogue", "plain", "alone", "template"]  # of fromage.generation.styles
+STOPS, STOP_LENGTH = 8, 64  # stop texts of a request or a preset, and characters of each
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,13 @@ class Decoding:
 LIMITS: dict[str, OptionLimits] = {f.name: f.metadata["limits"] for f in fields(Decoding) if f.metadata}
 HELP = {p.arg_name: " ".join((p.description or "").split()) for p in parse(Decoding.__doc__ or "").params}
 DEFAULTS: dict[str, Any] = {f.name: f.default for f in fields(Decoding)}
+
+
+def served(name: str) -> tuple[Any, Any]:
+    """Smallest and largest value of an option in a request. Raises ValueError for one that requests do not have."""
+    kind: Any = int if is_whole(name) else float
+    least, most = (kind(bound) for bound in LIMITS[name].served or ())
+    return least, most
 
 
 def is_whole(name: str) -> bool:

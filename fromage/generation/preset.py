@@ -12,10 +12,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fromage.errors import UserError
-from fromage.generation.options import DEFAULTS, LIMITS, Decoding
+from fromage.generation.options import DEFAULTS, LIMITS, STOP_LENGTH, STOPS, Decoding
 
 SYSTEM, LINE, EXAMPLES = 4000, 200, 8  # characters of the system prompt and of other texts; number of examples
-STOPS, STOP = 8, 64  # stop texts, and characters of each
 TEXTS = {"style": 20, "system": SYSTEM, "name": LINE, "about": LINE}  # keys that hold a text, and how long it may be
 
 
@@ -73,8 +72,8 @@ def _decoding(options: Any, source: str) -> Decoding:
     if not isinstance(options, dict):
         raise UserError(f"{source}: decoding must be options by name")
     _only(options, {*DEFAULTS}, source)
-    if not _texts(options.get("stop", []), STOPS, STOP):
-        raise UserError(f"{source}: stop must be at most {STOPS} texts of at most {STOP} characters")
+    if not _texts(options.get("stop", []), STOPS, STOP_LENGTH):
+        raise UserError(f"{source}: stop must be at most {STOPS} texts of at most {STOP_LENGTH} characters")
     for name, value in options.items():
         if isinstance(DEFAULTS[name], bool) and not isinstance(value, bool):
             raise UserError(f"{source}: {name} must be true or false, not {str(value)[:40]}")

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from fromage.errors import UserError
 from fromage.generation.chat import Chat
-from fromage.generation.decoding import Decoding, end_ids
+from fromage.generation.decoding import end_ids
 from fromage.generation.generate import generate
+from fromage.generation.options import Decoding
 from fromage.generation.preset import Preset
 from fromage.io import read_json
 from fromage.models.fromage import Fromage

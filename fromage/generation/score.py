@@ -18,7 +18,7 @@ from fromage.checks import as_list, check_whole
 from fromage.errors import UserError
 from fromage.models.fromage import Fromage
 from fromage.models.language_model import LanguageModel
-from fromage.models.packed_attention import Branches, Causal, PackedLayout, to_device
+from fromage.models.packed_attention import Causal, Continuations, PackedLayout, to_device
 from fromage.models.prompts import Prompt, Starts, embed_prompts, listed
 
 CHUNK = 512  # tokens of continuations that run at a time; a longer continuation runs alone
@@ -65,9 +65,9 @@ def score(
     prefix = Causal(layout, keep=True)  # one sequence, S = 1
     last = model.lm.packed(prompted.embeds, layout.positions, prefix)[-1:]  # (1, T, d) -> (1, d)
     if unshifted:
-        return LogLikelihoods(branch_totals(model.lm, prefix, rows, rows), counts)
+        return LogLikelihoods(continuation_totals(model.lm, prefix, rows, rows), counts)
     first = torch.tensor([row[0] for row in rows], dtype=torch.long, device=model.device)  # (C,)
-    rest = branch_totals(model.lm, prefix, [row[:-1] for row in rows], [row[1:] for row in rows])
+    rest = continuation_totals(model.lm, prefix, [row[:-1] for row in rows], [row[1:] for row in rows])
     return LogLikelihoods(model.lm.logits(last)[0].log_softmax(-1)[first] + rest, counts)  # (C,) each
 
 
@@ -101,7 +101,7 @@ def score_prompts(
     return LogLikelihoods(torch.cat(totals), torch.cat(counts))  # (C,) each
 
 
-def branch_totals(lm: LanguageModel, prefix: Causal, rows: list[list[int]], targets: list[list[int]]) -> Tensor:
+def continuation_totals(lm: LanguageModel, prefix: Causal, rows: list[list[int]], targets: list[list[int]]) -> Tensor:
     """(C,) sums of the log-likelihoods of each row's targets; target i is predicted after token i of the row."""
     device = prefix.layout.positions.device
     total = torch.zeros(len(rows), device=device)  # (C,)
@@ -109,7 +109,7 @@ def branch_totals(lm: LanguageModel, prefix: Causal, rows: list[list[int]], targ
         lengths = [len(rows[i]) for i in some]
         flat = [[i, token, target] for i in some for token, target in zip(rows[i], targets[i], strict=True)]
         owner, ids, wanted = to_device(flat, device).T  # (N, 3) -> (N,) each
-        attend = Branches(prefix, lengths, device)
+        attend = Continuations(prefix, lengths, device)
         hidden = lm.packed(lm.embed(ids.unsqueeze(0)), attend.positions, attend)  # (N, d)
         total.index_add_(0, owner, log_likelihoods(lm, hidden, wanted))
     return total

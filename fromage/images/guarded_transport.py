@@ -20,7 +20,7 @@ from typing import Any
 import httpcore
 import httpx
 
-ADDRESSES = 4  # of a host that are tried
+TRIED = 4  # addresses of a host
 EMBEDS_IPV4 = [ipaddress.ip_network(prefix) for prefix in ("::/96", "::ffff:0:0/96", "64:ff9b::/96")]  # in the last 32 bits
 GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")  # the part of IPv6 that is given out
 NOT_PUBLIC = [  # special-purpose ranges (IANA) that some versions of ipaddress call global
@@ -90,7 +90,7 @@ class GuardedBackend(httpcore.NetworkBackend):
         if not self.allow_private and not all(map(is_public, addresses)):
             raise Refused("its host is in a private network, from which nothing is fetched")
         failure: Exception = OSError("its host has no address")
-        for address in addresses[:ADDRESSES]:
+        for address in addresses[:TRIED]:
             seconds = min(self.connect, _remaining(self.deadline))
             try:
                 stream = self.inner.connect_tcp(address, port, seconds, local_address, socket_options)

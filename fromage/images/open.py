@@ -11,12 +11,12 @@ from typing import BinaryIO
 
 from PIL import Image
 
+from fromage.checks import ADDRESSES
 from fromage.errors import BrokenSample, UserError, reason
 from fromage.images.codec import SUFFIXES, decode_image
 from fromage.images.tars import plain_files
 
 MAX_FILE = 1 << 29  # bytes of an image file; the largest that can be decoded is a BMP of 358 MB
-ADDRESSES = ("http://", "https://")
 
 
 def open_image(locator: str, within: str | Path | None = None) -> Image.Image:

@@ -17,13 +17,13 @@ from PIL import Image
 from fromage.checks import check_whole
 from fromage.distribution import pip_install
 from fromage.errors import UserError
-from fromage.generation.decoding import Decoding
 from fromage.generation.generate import generate
+from fromage.generation.options import Decoding
 from fromage.generation.preset import read_preset
 from fromage.generation.score import score
 from fromage.generation.styles import find_style
 from fromage.models.fromage import load_model
-from fromage.models.prompts import Part, max_length, prompt_length
+from fromage.models.prompts import Part, prompt_length
 
 try:
     from lmms_eval.api.model import lmms
@@ -132,7 +132,7 @@ class FromageLmms(lmms):
 
     def _fitting(self, prompts: Sequence[list[Part]], decoding: Decoding) -> Decoding:
         """The decoding with a length for which there are positions behind every prompt."""
-        limit = max_length(self.model)
+        limit = self.model.lm.max_length
         if limit is None:
             return decoding
         room = limit - max(prompt_length(self.model, prompt) for prompt in prompts)

@@ -15,7 +15,7 @@ import numpy as np
 from fromage.distribution import pip_install, versions
 from fromage.errors import UserError, first_few, first_line
 from fromage.models.fromage import Fromage
-from fromage.models.prompts import Part, max_length
+from fromage.models.prompts import Part
 from fromage.retrieval.queries import embed_queries
 
 try:
@@ -41,7 +41,7 @@ class FromageMteb(AbsEncoder):
             languages=None,
             n_parameters=sum(p.numel() for p in model.parameters()),
             memory_usage_mb=None,
-            max_tokens=max_length(model),
+            max_tokens=model.lm.max_length,
             embed_dim=model.q,
             license=None,
             open_weights=None,

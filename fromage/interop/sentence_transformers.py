@@ -16,7 +16,7 @@ from typing import Any
 from fromage.distribution import pip_install
 from fromage.errors import UserError
 from fromage.models.fromage import Fromage, load_model
-from fromage.models.prompts import ImageInput, Part, Url, is_text, max_length
+from fromage.models.prompts import ImageInput, Part, is_text, located
 from fromage.retrieval.queries import embed_queries
 
 try:
@@ -71,7 +71,7 @@ class FromageEncoder(InputModule):
     @property
     def max_seq_length(self) -> int | None:
         """Longest sequence the language model has positions for, in tokens; None if it sets no limit."""
-        return max_length(self.model)
+        return self.model.lm.max_length
 
     def get_embedding_dimension(self) -> int:
         """q, the width of the retrieval space."""
@@ -115,9 +115,7 @@ def _parts(one: Any) -> Iterator[Part]:
 
 
 def _image(named: Any) -> ImageInput:
-    if not isinstance(named, str):
-        return named
-    return Url(named) if named.startswith(("http://", "https://")) else Path(named)
+    return located(named) if isinstance(named, str) else named
 
 
 def _behind(prompt: str, parts: list[Part]) -> list[Part]:

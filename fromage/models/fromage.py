@@ -134,7 +134,16 @@ class Fromage(Pretrained):
             torch.manual_seed(seed)
             tower = load_vision(vision, vision_weights, here, random_weights)
             language_model = load_lm(lm, here, random_weights, quantize, ret_tokens(r))
-            model = cls(language_model, tower, k, q, pooling, ret_attention, ret_fusion, space)
+            model = cls(
+                lm=language_model,
+                vision=tower,
+                k=k,
+                q=q,
+                pooling=pooling,
+                ret_attention=ret_attention,
+                ret_fusion=ret_fusion,
+                space=space,
+            )
         model.settings = {"lm": lm, "vision": vision, "vision_weights": vision_weights, "k": k, "q": q, "dtype": dtype}
         model.settings |= {"pooling": pooling, "random_weights": random_weights, "input_prompt": input_prompt}
         model.settings |= {"r": r, "ret_attention": ret_attention, "ret_fusion": ret_fusion, "space": space}

@@ -8,10 +8,7 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-import torch
 from torch import nn
-
-from fromage.errors import UserError
 
 TOY = Path(__file__).parents[1] / "toy" / "backbones"  # the pair that ships with the package
 
@@ -45,17 +42,3 @@ def digest_of_samples(module: nn.Module) -> str:
         digest.update(name.encode())
         digest.update(flat[:: max(1, flat.numel() // 64)].bfloat16().float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-def find_device(name: str) -> str:
-    """A device that PyTorch can use, by name; 'auto' is the first there of cuda, mps and cpu.
-
-    Called before towers are loaded. Raises UserError for one that cannot be used.
-    """
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device {name}: PyTorch cannot use it here; give auto, cpu, cuda or mps") from error
-    return name

@@ -7,6 +7,7 @@ digest of the file. Weights are float16 there; a file of 4 bits has no finer one
 from __future__ import annotations
 
 import logging
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -38,18 +39,26 @@ def unpacked(file: Path) -> Path:
         log.info("unpacking %s into %s, once ...", file, folder)
         with writing(folder), whole_folder(folder) as new:
             unpack(file, new)
+    check_unpacked(folder)
+    return folder
+
+
+def check_unpacked(folder: Path) -> None:
+    """Raise UserError for a folder of unpack that was changed."""
     there = {name: digest_of(folder / name) for name in UNPACKED.read(folder)["files"]}
     UNPACKED.require(folder, {"files": there})
-    return folder
+
+
+def check_package(file: str | Path) -> None:
+    """Raise UserError without the package gguf, that a file needs."""
+    if find_spec("gguf") is None:
+        raise UserError(f"{file}: a GGUF file needs the package gguf: {pip_install('gguf')}")
 
 
 def unpack(file: Path, folder: Path) -> None:
     """Write a GGUF file's model and tokenizer into a folder. Raises UserError as unpacked does."""
     _digest_of_gguf(file)
-    try:
-        import gguf  # noqa: F401
-    except ImportError as error:
-        raise UserError(f"{file}: a GGUF file needs the package gguf: {pip_install('gguf')}") from error
+    check_package(file)
     disable_progress_bar()  # a hundred lines of it, in a file
     try:
         place: Any = file.parent, {"gguf_file": file.name}

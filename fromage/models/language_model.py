@@ -72,6 +72,11 @@ class LanguageModel(FrozenTower):
         return self.hf.get_input_embeddings().weight.dtype
 
     @property
+    def max_length(self) -> int | None:
+        """Longest sequence that there are positions for, in tokens; None where there is no limit."""
+        return getattr(self.hf.config.get_text_config(), "max_position_embeddings", None)
+
+    @property
     def blocks(self) -> list[nn.Module]:
         """The transformer layers, which are compiled, recomputed or sharded one by one."""
         return [module for module in self.hf.base_model.modules() if isinstance(module, GradientCheckpointingLayer)]

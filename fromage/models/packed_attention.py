@@ -4,7 +4,7 @@ A Hugging Face model calls a registered function for its attention. Ours stands 
 and asks in each call whether this thread runs packed sequences (`attending`); if not, the model's own answers, so that
 one thread can decode while another scores. For packed sequences ours pads queries, keys and values to (S, T), computes
 causal attention (the padding comes last, so no mask is needed) and removes the padding again. What the tokens attend to
-is an Attend: Causal, More (r new tokens after cached ones: the one-token backward) or Branches.
+is an Attend: Causal, More (r new tokens after cached ones: the one-token backward) or Continuations.
 
 A token sees itself and the tokens at earlier positions, so tokens that share a position do not see one another: this is all
 that stacked [RET] tokens are (`distances`). A sequence may also end in several branches, each of which goes on from the
@@ -136,12 +136,11 @@ class Attend:
     """Attention of the packed tokens of one forward pass, called by each layer.
 
     Attributes:
-        max_seqlen: tokens of the longest sequence, cached ones included.
         layers: numbers of the layers that have called it.
     """
 
-    def __init__(self, max_seqlen: int) -> None:
-        self.max_seqlen, self.layers = max_seqlen, set[int]()
+    def __init__(self) -> None:
+        self.layers = set[int]()
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, weighting: Weighting) -> Tensor:
         """q (N, H, e), k and v (N, H', e) with H' <= H -> (N, H, e)."""
@@ -190,11 +189,11 @@ def slow_kernel(q: Tensor) -> bool:
 class Causal(Attend):
     """Each token attends to itself and to those before it in its sequence.
 
-    keep: cache keys and values, for More or Branches.
+    keep: cache keys and values, for More or Continuations.
     """
 
     def __init__(self, layout: PackedLayout, keep: bool = False) -> None:
-        super().__init__(layout.max_seqlen)
+        super().__init__()
         self.layout, self.keep = layout, keep
         self.kept: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> keys, values (S, H', T, e)
 
@@ -206,8 +205,8 @@ class Causal(Attend):
         mask = None
         if self.layout.shared:
             mask = weighting.seen(self.layout.distances.unsqueeze(1))  # (S, 1, T, T)
-        elif weighting.window is not None and weighting.window < self.max_seqlen:
-            mask = weighting.seen(distances(torch.arange(self.max_seqlen, device=q.device)))  # (T, T)
+        elif weighting.window is not None and weighting.window < self.layout.max_seqlen:
+            mask = weighting.seen(distances(torch.arange(self.layout.max_seqlen, device=q.device)))  # (T, T)
         return self.layout.unpad_input(weighting.attention(q, k, v, mask).transpose(1, 2))  # (S, T, H, e) -> (N, H, e)
 
 
@@ -220,9 +219,10 @@ class More(Attend):
 
     def __init__(self, before: Causal, lengths: list[int], offsets: list[int], device: torch.device) -> None:
         """lengths: tokens of each sequence. offsets: r, the positions of the new tokens behind a sequence's end."""
-        super().__init__(before.max_seqlen + len(offsets))
+        super().__init__()
         self.kept, self.r = before.kept, len(offsets)
-        ends, further, place = torch.tensor(lengths)[:, None, None], torch.tensor(offsets), torch.arange(before.max_seqlen)
+        ends, further = torch.tensor(lengths)[:, None, None], torch.tensor(offsets)  # (S, 1, 1), (r,)
+        place = torch.arange(before.layout.max_seqlen)  # (T,)
         back = (ends + further[:, None] - place).where(place < ends, -1)  # (S, r, T); below 0: padding
         among = distances(further).expand(len(lengths), -1, -1)  # (S, r, r)
         self.back = to_device(torch.cat([back, among], 2).unsqueeze(1), device)  # (S, 1, r, T + r)
@@ -235,7 +235,7 @@ class More(Attend):
         return weighting.attention(q, keys, values, seen).transpose(1, 2).flatten(0, 1)  # (S, H, r, e) -> (N, H, e)
 
 
-class Branches(Attend):
+class Continuations(Attend):
     """Sequences that continue one prefix, whose keys and values an earlier pass over the prefix cached.
 
     One attention over the prefix and all N tokens: each token sees the prefix, and its own sequence up to itself.
@@ -245,7 +245,7 @@ class Branches(Attend):
     """
 
     def __init__(self, prefix: Causal, lengths: list[int], device: torch.device) -> None:
-        super().__init__(prefix.max_seqlen + max(lengths))
+        super().__init__()
         self.kept = prefix.kept
         owner = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))  # (N,)
         place = torch.tensor([t for n in lengths for t in range(n)])  # (N,)

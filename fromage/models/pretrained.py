@@ -19,7 +19,7 @@ from fromage.checkpoints.format import DTYPES, LAYOUTS, TOWERS, Saved, dtype_nam
 from fromage.checkpoints.load import HUB_OPTIONS, read_saved
 from fromage.errors import UserError, first_line
 from fromage.models.base import VisualPrefixLM
-from fromage.models.frozen import find_device
+from fromage.processor import find_device
 
 
 class Pretrained(VisualPrefixLM, ModelHubMixin):

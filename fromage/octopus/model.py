@@ -336,10 +336,26 @@ def _start(lm: LanguageModel, n: int) -> Tensor:
 
 def fill_template(template: Sequence[str], image: ImageInput | None, instruction: str, ask: bool) -> list[Part]:
     """The parts of a template -> a prompt, with queries (ask) or without; with START in front where it names none."""
+    return _fill(([] if "{start}" in template else ["{start}"]) + list(template), image, instruction, ask)
+
+
+def fill_further_turn(template: Sequence[str], instruction: str, ask: bool) -> list[Part]:
+    """A question behind an answer: as fill_template, without the image, the white space behind it, and START before it.
+
+    Of "{start}USER: {image}\\n{instruction} ASSISTANT:" that is "USER: {instruction} ASSISTANT:", as LLaVA has it.
+    """
+    place = template.index("{image}")
+    before, behind = [part for part in template[:place] if part != "{start}"], list(template[place + 1 :])
+    if behind and not SLOTS.match(behind[0]):
+        behind[0] = behind[0].lstrip()
+    return _fill([*before, *behind], None, instruction, ask)
+
+
+def _fill(template: Sequence[str], image: ImageInput | None, instruction: str, ask: bool) -> list[Part]:
     slots: dict[str, Part | None] = {"{image}": image, "{instruction}": instruction, "{start}": START}
     slots["{queries}"] = QUERIES if ask else None
-    parts = [slots.get(part, part) for part in ([] if "{start}" in template else ["{start}"]) + list(template)]
-    return joined([part for part in parts if part is not None])
+    parts = [slots.get(part, part) for part in template]
+    return joined([part for part in parts if part is not None and part != ""])
 
 
 def image_first(template: Sequence[str]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from math import inf
 from typing import Any, Literal
 
@@ -20,8 +21,11 @@ from fromage.octopus.decoding import decode, grounded
 from fromage.octopus.metrics import box_metrics, mask_areas, mean_percent
 from fromage.octopus.model import Octopus
 from fromage.octopus.step import GroundingBatch, image_patches, octopus_step
+from fromage.training.guarded_module import GuardedModule
 from fromage.training.layers import checkpoint_blocks
-from fromage.training.nonfinite import GuardedModule, NonFiniteGuard
+from fromage.training.nonfinite import NonFiniteGuard
+
+SEEN_BEFORE = 20  # batches that stage 2 reads before it begins
 
 
 class OctopusModule(GuardedModule):
@@ -57,6 +61,7 @@ class OctopusModule(GuardedModule):
         activation_checkpointing: bool = False,
         lr: float = 1e-4,
         new_lr: float | None = None,
+        whiten: bool = True,
         weight_decay: float = 0.0,
         warmup_steps: int = 100,
         nonfinite: Literal["stop", "skip"] = "stop",
@@ -89,6 +94,7 @@ class OctopusModule(GuardedModule):
                 in the backward.
             lr: learning rate of AdamW after warm-up.
             new_lr: learning rate of the parameters outside the language model in stage 3; null for lr.
+            whiten: begin stage 2 with a map into the decoder that whitens the queries' states (Recognizer.whiten).
             weight_decay: weight decay of AdamW.
             warmup_steps: steps over which the learning rate rises from lr / warmup_steps; then it falls to 0 along a cosine.
             nonfinite: on a NaN or infinite loss or gradient: stop the run, or skip the update.
@@ -147,6 +153,35 @@ class OctopusModule(GuardedModule):
         both = torch.optim.lr_scheduler.SequentialLR(optimizer, [warm, fall], [h.warmup_steps])
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": both, "interval": "step"}}
 
+    def on_train_start(self) -> None:
+        """Begin stage 2 as `whiten` says, with the states of some batches' queries."""
+        super().on_train_start()
+        if self.h.stage == 2 and self.hparams["whiten"] and self.global_step == 0:
+            self.model.recognizer.whiten(*self._of_states(SEEN_BEFORE), self.h.seed)
+
+    @torch.no_grad()
+    def _of_states(self, batches: int) -> tuple[Tensor, Tensor]:
+        """Mean (d,) and covariance (d, d) of the queries' states behind the decoder's layer norm, in the first batches."""
+        strategy, sums = self.trainer.strategy, [torch.zeros((), device=self.device)] * 3
+
+        def note(recognizer: Any, args: tuple[Tensor, ...]) -> None:
+            states = recognizer.enter[0](args[0].float()).flatten(0, 1)  # (E, N, d) -> (M, d)
+            more = torch.ones(len(states), device=states.device).sum(), states.sum(0), states.T @ states
+            sums[:] = [before + new for before, new in zip(sums, more, strict=True)]
+
+        handle = self.model.recognizer.register_forward_pre_hook(note)
+        try:
+            for batch in islice(iter(self.trainer.train_dataloader), batches):  # type: ignore[arg-type]
+                here = strategy.batch_to_device(batch, self.device)
+                patches = image_patches(self.model, here)
+                embeds = self.model.embed(here.ids, self.model.prefix(patches))
+                self.model.read(here.ids, here.branch, embeds, patches, here.queries)
+        finally:
+            handle.remove()
+        count, total, squares = (strategy.reduce(each, reduce_op="sum") for each in sums)  # over devices
+        mean = total / count  # (d,)
+        return mean, squares / count - torch.outer(mean, mean)
+
     def training_step(self, batch: GroundingBatch, index: int) -> Tensor:
         """Loss of one batch; logs its parts."""
         out = octopus_step(self.model, batch)
@@ -191,7 +226,9 @@ class OctopusModule(GuardedModule):
         """Raise UserError for a checkpoint of another architecture."""
         state = {name.removeprefix(PREFIX): value for name, value in checkpoint["state_dict"].items()}
         state = current_state(state)
-        check_names(self.model, state, "the checkpoint to resume from")
+        source, theirs = "the checkpoint to resume from", current_names(checkpoint.get("hyper_parameters", {}))
+        check_names(self.model, state, source)
+        check_shaped(self.model.settings, theirs, state, source)
         checkpoint["state_dict"] = {PREFIX + name: value for name, value in state.items()}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -15,11 +15,12 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from fromage.data.annotations import TEXT, WHOLE, Kind, Wanted, optional, problem
+from fromage.data.image_source import FileStamp
 from fromage.data.workers import init_worker, plain_errors
 from fromage.errors import UserError
 from fromage.identity import FolderKind
 from fromage.io import WholeFile, parse_json, writing
-from fromage.models.encode_images import Files
+from fromage.models.encode_files import Files
 from fromage.models.vision.base import VisionTower
 
 LINES, ROWS, LOCK = "pictures.jsonl", "patches.bf16", "lock"
@@ -134,8 +135,5 @@ class PatchStore:
 
 def stamp_of(path: Path) -> list[int] | None:
     """Size in bytes and time of the last change of a file; None where it is not there."""
-    try:
-        found = path.stat()
-    except OSError:
-        return None
-    return [found.st_size, found.st_mtime_ns]
+    now = FileStamp.at(path)
+    return [now.size, now.changed] if now else None

@@ -251,8 +251,10 @@ def count(run: Run, model: Octopus, batch: GroundingBatch, weights: Sequence[Wei
     meter.run("the backward", loss.backward)
     many, trained_bytes = sum(w.numbers for w in trained), sum(w.size for w in trained)
     return Plan(
-        run, heading(run, batch), run.batch_size * run.per_image, run.max_steps, parameters, many, trained_bytes,
-        sizes, held, sum(t.nbytes for t in given), {}, beside(run, model, weights), meter.passes, run.devices,
+        run=run, heading=heading(run, batch), examples=run.batch_size * run.per_image, max_steps=run.max_steps,
+        parameters=parameters, trained=many, trained_bytes=trained_bytes, weights=sizes, held=held,
+        batch=sum(t.nbytes for t in given), transient={}, beside=beside(run, model, weights), passes=meter.passes,
+        devices=run.devices,
     )  # fmt: skip
 
 

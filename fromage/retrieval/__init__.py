@@ -13,5 +13,5 @@ Where to look:
     metadata, where     columns to filter by, read from a user's table_file, and the language of filters
     authors_embeddings, clip_retrieval     rows that other programs embedded
     milvus_client, milvus_collection       the connection to Milvus, and what lies there
-    encode, metrics     images in batches for evaluations; ranks and recalls
+    metrics             exact ranks, and recalls and other metrics of them
 """

@@ -50,7 +50,7 @@ class IndexSpec:
         kind: a name that the backend knows; None chooses by the number of rows.
         trained: candidates of the kind, which hold the first of the rows or none.
         texts: (n, q) unit rows that texts ask with, to measure an approximate kind with.
-        where: where the rows go in place of this disk, see fromage.retrieval.milvus_client; kind is then one of Milvus.
+        milvus: where the rows go in place of this disk, see fromage.retrieval.milvus_client; kind is then one of Milvus.
         overwrite: an index that is there may be replaced.
         place: where the images are, and whether they may be opened; without a root it is the deepest folder that holds them.
         tables: metadata of the images; of several tables with an image the first counts.
@@ -62,7 +62,7 @@ class IndexSpec:
     kind: str | None = None
     trained: ANNIndex | None = None
     texts: np.ndarray | None = None
-    where: str = ""
+    milvus: str = ""
     overwrite: bool = False
     place: ImageAccess = field(default_factory=ImageAccess)
     tables: Sequence[Table] = ()
@@ -182,8 +182,8 @@ class ImageIndex(ABC):
 
     @classmethod
     @abstractmethod
-    def check(cls, kind: str | None, width: int, where: str = "") -> None:
-        """Raise UserError for a kind that cannot be made for rows of width q, and for a backend that is out of reach."""
+    def check(cls, kind: str | None, width: int, milvus: str = "") -> None:
+        """Raise UserError for a kind that cannot be made for rows of width q, and for a Milvus that is out of reach."""
 
     @classmethod
     @abstractmethod

@@ -1,4 +1,4 @@
-"""Making saved indexes: from embeddings, and from other indexes by adding, removing and merging.
+"""Making saved indexes: from embeddings, ours or others', and from other indexes by adding, removing and merging.
 
 Each of these streams rows into a new folder, which takes the place of the old one when it is whole. Approximate kinds keep
 what they have learnt, and are measured again, with the captions they were first measured with.
@@ -10,7 +10,7 @@ import math
 import os
 import shutil
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -24,11 +24,13 @@ from fromage.errors import UserError
 from fromage.io import write_json
 from fromage.locks import held
 from fromage.models.fromage import Fromage, load_model
-from fromage.models.prompts import RET, max_length, prompt_length
+from fromage.models.prompts import RET, prompt_length
 from fromage.places import state_folder
 from fromage.retrieval.ann import MEASURED_WITH, default_kind
+from fromage.retrieval.authors_embeddings import rows_of
 from fromage.retrieval.base import FLAT, ImageIndex, IndexSpec
-from fromage.retrieval.embed_images import embed_images
+from fromage.retrieval.clip_retrieval import EmbeddingFolder
+from fromage.retrieval.embed_images import embed_images, located
 from fromage.retrieval.embedding_store import EmbeddingStore
 from fromage.retrieval.faiss_index import FaissIndex
 from fromage.retrieval.image_root import ImageAccess, ImageRoot
@@ -44,7 +46,7 @@ def write_index(out: str | Path, rows: Iterable[Embedded], spec: IndexSpec) -> I
     """Write unit rows as an index. Raises UserError where one is there already and may not be replaced."""
     with held(out, beside=True):
         old = read_about(Path(out)) if (Path(out) / ABOUT).exists() else None
-        index = BACKENDS[_backend(spec.where)].write(out, rows, spec)
+        index = BACKENDS[_backend(spec.milvus)].write(out, rows, spec)
         if old:
             BACKENDS[backend_of(old)].drop(old)
     return index
@@ -66,7 +68,7 @@ def build(
     """Index what embed_images stored.
 
     model: the one that embedded the images; with it an approximate kind is measured with their captions too. Raises
-    UserError for another. milvus, overwrite, tables: where, overwrite, tables of IndexSpec.
+    UserError for another. milvus, overwrite, tables: as of IndexSpec.
     """
     check_replaceable(out, overwrite)
     about = store.about
@@ -74,10 +76,18 @@ def build(
         raise UserError(f"{store.folder}: embedded with another checkpoint than this; give its own, or embed again")
     kind = kind if milvus else kind or default_kind(len(store))
     texts = _texts(store, model) if model and kind and not milvus and kind.lower() != FLAT else None
-    of = about["width"], about["fingerprint"], about["checkpoint"]
     root = about.get("root", "")
-    place = ImageAccess(ImageRoot(root) if root else None, store.is_own())
-    spec = IndexSpec(*of, kind, texts=texts, where=milvus or "", overwrite=overwrite, place=place, tables=tables)
+    spec = IndexSpec(
+        width=about["width"],
+        fingerprint=about["fingerprint"],
+        checkpoint=about["checkpoint"],
+        kind=kind,
+        texts=texts,
+        milvus=milvus or "",
+        overwrite=overwrite,
+        place=ImageAccess(ImageRoot(root) if root else None, store.is_own()),
+        tables=tables,
+    )
     return write_index(out, unit_rows(store), spec)
 
 
@@ -86,7 +96,7 @@ def _texts(store: EmbeddingStore, model: Fromage) -> np.ndarray | None:
     captions = store.captions()
     some = np.random.default_rng(0).choice(len(captions), min(MEASURED_WITH, len(captions)), replace=False)
     texts = [caption.decode("utf-8", "replace") for caption in captions.take(pa.array(np.sort(some))).to_pylist()]
-    short = [text for text in texts if prompt_length(model, [text, RET]) <= (max_length(model) or math.inf)]
+    short = [text for text in texts if prompt_length(model, [text, RET]) <= (model.lm.max_length or math.inf)]
     return model.embed_text(short).float().cpu().numpy() if short else None
 
 
@@ -121,6 +131,61 @@ def build_index(
         index = build(store, out, kind, model, milvus, overwrite, tables)
         shutil.rmtree(beside)
     index.model = model
+    return index
+
+
+def import_embeddings(
+    model: Fromage | Callable[[], Fromage],
+    sources: str | Path | Sequence[str | Path],
+    out: str | Path,
+    images: str | Path | None = None,
+    checkpoint: str | Path | None = None,
+    kind: str | None = None,
+    milvus: str | None = None,
+    overwrite: bool = False,
+) -> ImageIndex:
+    """Save an index of embeddings that others made as the folder out.
+
+    It names files of other machines, so of those here only what lies in the folder of its images is ever opened.
+
+    Args:
+        model: whose retrieval space the rows are in; or what loads it, called when the sources look right.
+        sources: the authors' pickles of N paths and (N, q) rows, see fromage.retrieval.authors_embeddings; or one folder of
+            clip-retrieval or autofaiss with features (n, m) of the model's tower or rows (n, q), see
+            fromage.retrieval.clip_retrieval.
+        images: folder that the paths in them are relative to; None opens no file but those within out.
+        checkpoint: where the model was loaded from, so that open_index finds it.
+        kind: as of IndexSpec.
+        milvus: as of build_index.
+        overwrite: as of build_index.
+
+    Raises:
+        UserError: a source cannot be read, or its rows are of another width or of another tower than the model's; there are
+            several sources and one is a folder; what is at out may not be replaced.
+    """
+    paths = [Path(source) for source in as_list(sources)]
+    folders = [path for path in paths if path.is_dir()]
+    if folders and len(paths) > 1:
+        raise UserError(f"{folders[0]}: is a folder; import it alone, and put indexes together by `fromage index merge`")
+    check_replaceable(out, overwrite)
+    gallery = EmbeddingFolder(folders[0]) if folders else None
+    tables = [gallery.table()] if gallery else []
+    made: Fromage = model if hasattr(model, "embed_images") else model()  # type: ignore[assignment, operator]
+    root = ImageRoot(str(Path(images).absolute()) if images else "")
+    within = root.path or str(Path(out).absolute())
+    spec = IndexSpec(
+        width=made.q,
+        fingerprint=made.fingerprint(),
+        checkpoint=located(checkpoint),
+        kind=kind,
+        milvus=milvus or "",
+        overwrite=overwrite,
+        place=ImageAccess(root, confined=True, within=within),
+        tables=tables,
+    )
+    rows = gallery.embedded(made, root, within) if gallery else rows_of(paths, made.q)
+    index = write_index(out, rows, spec)
+    index.model = made
     return index
 
 
@@ -212,12 +277,20 @@ def merge(
     if first.backend == _backend(milvus):  # one backend's names of kinds mean nothing to another
         trained = first.learnt(folders[0]) if kind in (None, first.kind) else None
         kind = kind or first.kind
-    of = first.width, first.fingerprint, first.checkpoint
-    some = texts[:: max(1, len(texts) // MEASURED_WITH)]
     own = all(index.place.own and not index.place.confined for index in indexes)
-    place = ImageAccess(_joint([index.root.path for index in indexes]), own)
-    tables = [table for index in indexes if (table := index.table())]
-    return write_index(out, chain(*parts), IndexSpec(*of, kind, trained, some, milvus or "", overwrite, place, tables))
+    spec = IndexSpec(
+        width=first.width,
+        fingerprint=first.fingerprint,
+        checkpoint=first.checkpoint,
+        kind=kind,
+        trained=trained,
+        texts=texts[:: max(1, len(texts) // MEASURED_WITH)],
+        milvus=milvus or "",
+        overwrite=overwrite,
+        place=ImageAccess(_joint([index.root.path for index in indexes]), own),
+        tables=[table for index in indexes if (table := index.table())],
+    )
+    return write_index(out, chain(*parts), spec)
 
 
 def trust(folder: str | Path, images: str | Path | None = None) -> ImageIndex:

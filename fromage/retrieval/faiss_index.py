@@ -254,7 +254,7 @@ class FaissIndex(ImageIndex):
             raise INDEX.unreadable(folder, f"{CANDIDATES} is of another index")
 
     @classmethod
-    def check(cls, kind: str | None, width: int, where: str = "") -> None:
+    def check(cls, kind: str | None, width: int, milvus: str = "") -> None:
         """Raise UserError for a kind that FAISS cannot make for rows of width q; None is any."""
         check_kind(kind, width)
 
@@ -295,9 +295,18 @@ class FaissIndex(ImageIndex):
         kept = without(self.rows(), pa.chunked_array([gone])) if len(gone) else self.rows()
         root = root or (ImageRoot(self.root.path) if self.root.path and not self.root.former else None)
         place = replace(self.place, root=root)
-        known = self.width, self.fingerprint, self.checkpoint, self.kind, trained, self.texts
         mine = self.table()
-        spec = IndexSpec(*known, overwrite=True, place=place, tables=[*([mine] if mine else []), *tables])
+        spec = IndexSpec(
+            width=self.width,
+            fingerprint=self.fingerprint,
+            checkpoint=self.checkpoint,
+            kind=self.kind,
+            trained=trained,
+            texts=self.texts,
+            overwrite=True,
+            place=place,
+            tables=[*([mine] if mine else []), *tables],
+        )
         return self.write(folder, chain(kept, rows), spec)
 
     def describe(self, folder: str | Path, tables: Sequence[Table]) -> FaissIndex:

@@ -186,19 +186,19 @@ class MilvusIndex(ImageIndex):
         return {*self.collection.rows_of(paths.to_pylist())}
 
     @classmethod
-    def check(cls, kind: str | None, width: int, where: str = "") -> None:
-        """Raise UserError unless there is a Milvus at `where` that answers; kinds are checked when one is made."""
-        reach(where)
+    def check(cls, kind: str | None, width: int, milvus: str = "") -> None:
+        """Raise UserError unless there is a Milvus at `milvus` that answers; kinds are checked when one is made."""
+        reach(milvus)
 
     @classmethod
     def write(cls, out: str | Path, rows: Iterable[Embedded], spec: IndexSpec) -> MilvusIndex:
         """Put unit rows into a new collection and name it in the folder out; spec.trained and spec.texts are not used.
 
-        Kind None is flat for up to a million rows, and beyond what Milvus takes by itself; for spec.where see
+        Kind None is flat for up to a million rows, and beyond what Milvus takes by itself; for spec.milvus see
         fromage.retrieval.milvus_client. What is killed leaves its collection, named fromage_..., to be dropped by hand.
         """
         check_replaceable(out, spec.overwrite)
-        uri = located(spec.where)
+        uri = located(spec.milvus)
         if Path(out).resolve() in Path(uri).parents:
             raise UserError(f"{uri}: lies in the folder of the index, which is replaced as a whole; name another place")
         joined = Joined(spec.tables) if spec.tables else None

@@ -8,9 +8,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from fromage.checks import ADDRESSES
 from fromage.data.image_source import Item
 from fromage.errors import UserError
-from fromage.images.open import ADDRESSES, file_of, inside
+from fromage.images.open import file_of, inside
 
 CHECKED = 10_000  # images at most
 SECONDS = 3.0  # a slow network disk ends the count

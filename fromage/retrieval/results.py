@@ -14,10 +14,11 @@ from urllib.parse import unquote, urlsplit
 
 from PIL import Image
 
+from fromage.checks import ADDRESSES
 from fromage.errors import UserError
 from fromage.images.codec import small
 from fromage.images.contact_sheet import contact_sheet
-from fromage.images.open import ADDRESSES, open_image
+from fromage.images.open import open_image
 
 SECONDS = 15.0  # after which no further hits are tried
 THREADS = 8  # that open images, for all who ask

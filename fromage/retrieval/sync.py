@@ -18,10 +18,11 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 
+from fromage.checks import ADDRESSES
 from fromage.data.image_source import FileStamp, Item, find_images, is_shards, read_captions
 from fromage.errors import UserError
 from fromage.images.codec import image_files
-from fromage.images.open import ADDRESSES, read_file
+from fromage.images.open import read_file
 from fromage.locks import held
 from fromage.models.fromage import Fromage
 from fromage.retrieval.base import ImageIndex
@@ -159,12 +160,9 @@ def _difference(index: ImageIndex, where: Path, said: dict[str, str]) -> _Differ
 def _compare(item: Item, caption: str, found: _Difference) -> None:
     """Put an image where it belongs."""
     known = FileStamp.read(item.stamp)
-    try:
-        now = FileStamp.of(os.stat(item.path))  # noqa: PTH116
-    except OSError:  # since it was listed
+    if not (now := FileStamp.at(item.path)):  # it went since it was listed
         found.deleted.append(item.path)
-        return
-    if known and known[:2] == now[:2] and caption == item.caption:
+    elif known and known[:2] == now[:2] and caption == item.caption:
         found.same += 1
     elif known and (known[:2] == now[:2] or _digest(item.path) == known.digest):
         found.touched[item.path] = item._replace(caption=caption, stamp=str(now._replace(digest=known.digest)))
@@ -174,7 +172,7 @@ def _compare(item: Item, caption: str, found: _Difference) -> None:
 
 def _digest(path: str) -> str:
     try:
-        return FileStamp.of(os.stat(path), read_file(Path(path))).digest  # noqa: PTH116
+        return FileStamp.digest_of(read_file(Path(path)))
     except OSError:
         return ""
 
@@ -215,10 +213,8 @@ def _key(path: str, root: ImageRoot) -> str:
 
 def _stamp(path: str) -> str:
     """Size and time of change of a file as it is now; '' where it is gone."""
-    try:
-        return "{} {}".format(*FileStamp.of(os.stat(path)))  # noqa: PTH116
-    except OSError:
-        return ""
+    now = FileStamp.at(path)
+    return f"{now.size} {now.changed}" if now else ""
 
 
 def _known(index: ImageIndex, paths: list[str]) -> dict[str, tuple[str, str]]:

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from fromage.errors import UserError
 from fromage.generation.chat import Chat
-from fromage.generation.decoding import GREEDY, Decoding
+from fromage.generation.decoding import GREEDY
 from fromage.generation.generate import Answer, generate, stream
+from fromage.generation.options import Decoding
 from fromage.generation.retrieved import RetrievedImages
 from fromage.generation.styles import find_style
 from fromage.models.fromage import Fromage

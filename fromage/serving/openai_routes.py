@@ -14,10 +14,9 @@ from pydantic import BaseModel
 
 from fromage.errors import UserError
 from fromage.generation.generate import Answer
-from fromage.generation.options import LIMITS
-from fromage.models.prompts import max_length
 from fromage.serving.model_worker import Usage
 from fromage.serving.openai_schema import (
+    MOST_TOKENS,
     NAME,
     ChatCompletion,
     ChatCompletionRequest,
@@ -42,7 +41,6 @@ from fromage.serving.routes import REFUSALS, Piece, attended, begun, broken_off
 
 router = APIRouter(prefix=OPENAI.rstrip("/"))
 STARTED = int(time.time())
-MOST = int((LIMITS["max_new_tokens"].served or (1, 1))[1])  # tokens of an answer
 
 
 class UnknownModel(UserError):
@@ -69,8 +67,8 @@ async def chat_completions(body: ChatCompletionRequest, request: Request) -> Any
     In a stream `delta.content` is always a string, and images come as `delta.images`, a list of `image_url` parts.
     """
     handler, own = _handler(request, body.model), _own(request)
-    fits = (max_length(handler.model) or 2 * MOST) // 2  # of a conversation, older turns give way
-    asked = body.chat(own, min(MOST, fits))
+    fits = (handler.model.lm.max_length or 2 * MOST_TOKENS) // 2  # of a conversation, older turns give way
+    asked = body.chat(own, min(MOST_TOKENS, fits))
     about: dict[str, Any] = {"id": f"chatcmpl-{uuid4().hex}", "created": int(time.time())}
     if not body.stream:
         answer, usage = await attended(request, handler.answer(asked), handler.capacity.timeout)

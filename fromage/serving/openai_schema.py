@@ -11,10 +11,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
+from fromage.checks import ADDRESSES
 from fromage.errors import UserError
+from fromage.generation.options import served
 from fromage.serving.schema import (
     CHARACTERS,
-    IMAGES,
     MESSAGES,
     PARTS,
     PIXEL,
@@ -27,15 +28,18 @@ from fromage.serving.schema import (
     Message,
     RetrievedPart,
     Stop,
+    StopText,
     Strict,
     Text,
     Words,
     check_said,
+    check_size,
 )
 
 NAME = "fromage"  # of the one model that a server has
 INPUTS = 128  # of a request for embeddings
 LONGEST = 4 * CHARACTERS  # characters of them in all
+MOST_TOKENS: int = served("max_new_tokens")[1]  # of an answer
 DATA = re.compile(r"data:image/[\w.+-]+;base64,")
 
 ModelName = Annotated[str, Field(max_length=256, description="A name of /v1/models.", json_schema_extra={"enum": [NAME]})]
@@ -43,8 +47,14 @@ Nothing = Annotated[list[Any], Field(max_length=0)]
 Zero = Annotated[float, Field(ge=0, le=0)]
 
 
+def _limits(option: str) -> Any:
+    """The limits of a field that is an option of ours."""
+    least, most = served(option)
+    return Field(ge=least, le=most)
+
+
 def _image_address(url: str) -> str:
-    if not DATA.match(url) and not (url.startswith(("http://", "https://")) and len(url) <= 2048):
+    if not DATA.match(url) and not (url.startswith(ADDRESSES) and len(url) <= 2048):
         raise ValueError("an image is data:image/TYPE;base64,DATA, or an http(s) address of up to 2048 characters")
     return url
 
@@ -136,13 +146,15 @@ class ChatCompletionRequest(Strict):
     messages: Annotated[list[OpenAIMessage], Field(min_length=1, max_length=MESSAGES)]
     max_completion_tokens: Annotated[
         int | None,
-        Field(ge=1, description="Length of the answer, in tokens; at most 512, and half of what the model reads."),
+        Field(
+            ge=1, description=f"Length of the answer, in tokens; at most {MOST_TOKENS}, and half of what the model reads."
+        ),
     ] = None
     max_tokens: Annotated[int | None, Field(ge=1, description="The old name of max_completion_tokens.")] = None
     temperature: Annotated[float | None, Field(ge=0, le=2)] = None
-    top_p: Annotated[float | None, Field(ge=1e-6, le=1)] = None
-    seed: Annotated[int | None, Field(ge=0, le=2**32 - 1)] = None
-    stop: Annotated[str, Field(min_length=1, max_length=64)] | Stop | None = None
+    top_p: Annotated[float | None, _limits("top_p")] = None
+    seed: Annotated[int | None, _limits("seed")] = None
+    stop: StopText | Stop | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     n: Literal[1] | None = None
@@ -231,11 +243,10 @@ class EmbeddingRequest(Strict):
         listed = self.input if isinstance(self.input, list) else [self.input]
         with _ours():
             inputs = [_together(self.messages, own)] if self.messages else [_embedded(one, own) for one in listed]
-        texts = sum(len(part.text) for parts in inputs for part in parts if isinstance(part, Text))
-        images = sum(not isinstance(part, Text) for parts in inputs for part in parts)
-        for count, limit, what in ((texts, LONGEST, "characters"), (images, IMAGES, "images")):
-            if count > limit:
-                raise UserError(f"a request may hold {limit} {what} in all, not {count}; send less at a time")
+        try:
+            check_size(inputs, LONGEST)
+        except ValueError as error:
+            raise UserError(f"{error}; send less at a time") from None
         for number, parts in enumerate(inputs):
             try:
                 check_said(parts)
@@ -256,7 +267,7 @@ def _ours() -> Iterator[None]:
 def _embedded(one: Any, own: str) -> list[Any]:
     if not isinstance(one, EmbeddingInput):
         return _parts(one, own)
-    image = one.image and (one.image if one.image.startswith(("http://", "https://", "data:")) else _data(one.image))
+    image = one.image and (one.image if one.image.startswith((*ADDRESSES, "data:")) else _data(one.image))
     return [*([_image(image, None, own)] if image else []), *_parts(one.text, own)]
 
 

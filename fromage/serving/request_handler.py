@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import numpy as np
 from PIL import Image
 
+from fromage.checks import ADDRESSES
 from fromage.data.image_source import without_folders
 from fromage.errors import BrokenSample, UserError
 from fromage.generation.generate import Answer
@@ -196,7 +197,7 @@ class RequestHandler:
                 name=_sound(hit.name),
                 key=_sound(hit.key),
                 metadata=without_folders(hit.metadata),
-                url=_sound(hit.path) if hit.path.startswith(("http://", "https://")) else None,
+                url=_sound(hit.path) if hit.path.startswith(ADDRESSES) else None,
                 image=base64.b64encode(jpeg(image, SMALL)).decode() if image else None,
             )
             for hit, image in zip_longest(shown.hits, shown.images)

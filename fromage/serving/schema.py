@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, create_model, model_validator
 from pydantic_core import PydanticCustomError
 
-from fromage.generation.options import DEFAULTS, HELP, LIMITS, Decoding, OptionLimits, is_whole
+from fromage.generation.options import DEFAULTS, HELP, LIMITS, STOP_LENGTH, STOPS, Decoding, is_whole, served
 from fromage.retrieval.where import MOST
 
 CHARACTERS, IMAGES, URLS, PARTS, MESSAGES = 1 << 15, 32, 4, 64, 64  # of a request
@@ -106,12 +106,12 @@ def check_said(content: str | Sequence[Any]) -> None:
         raise ValueError("there is nothing in it; give some words or an image")
 
 
-def check_size(contents: Iterable[str | Sequence[Any]]) -> None:
-    """Raise ValueError if the contents exceed the limits of a request."""
+def check_size(contents: Iterable[str | Sequence[Any]], characters: int = CHARACTERS) -> None:
+    """Raise ValueError if the contents exceed the limits of a request. characters: how many they may have in all."""
     listed = [part for content in contents for part in parts(content)]
     shown = sum(len(part.hits) if isinstance(part, RetrievedPart) else not isinstance(part, Text) for part in listed)
     for count, limit, what in (
-        (sum(len(part.text) for part in listed if isinstance(part, Text)), CHARACTERS, "characters"),
+        (sum(len(part.text) for part in listed if isinstance(part, Text)), characters, "characters"),
         (shown, IMAGES, "images"),
         (sum(isinstance(part, Address) for part in listed), URLS, "addresses"),
     ):
@@ -134,17 +134,17 @@ class _DecodingOptions(Strict):
         return replace(decoding, **self.model_dump(exclude_unset=True))
 
 
-def _served(name: str, limits: OptionLimits) -> tuple[Any, Any]:
+def _field(name: str) -> tuple[Any, Any]:
     """Type and default of a field of DecodingOptions."""
     kind: Any = int if is_whole(name) else float
-    least, most = (kind(bound) for bound in limits.served or ())
-    default = DEFAULTS[name]
+    (least, most), default = served(name), DEFAULTS[name]
     return Annotated[kind | None if default is None else kind, Field(ge=least, le=most, description=HELP[name])], default
 
 
+StopText = Annotated[str, Field(min_length=1, max_length=STOP_LENGTH)]
 Stop = Annotated[
-    list[Annotated[str, Field(min_length=1, max_length=64)]],
-    Field(max_length=8, description="Texts at which the answer ends, besides those of the server's style."),
+    list[StopText],
+    Field(max_length=STOPS, description="Texts at which the answer ends, besides those of the server's style."),
 ]
 if TYPE_CHECKING:
     DecodingOptions = _DecodingOptions
@@ -154,7 +154,7 @@ else:
         __base__=_DecodingOptions,
         __doc__=_DecodingOptions.__doc__,
         __module__=__name__,
-        **{name: _served(name, limits) for name, limits in LIMITS.items() if limits.served},
+        **{name: _field(name) for name, limits in LIMITS.items() if limits.served},
         end_at_image=(bool, Field(False, description=HELP["end_at_image"])),
         stop=(Stop, []),
     )

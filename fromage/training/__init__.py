@@ -2,11 +2,18 @@
 
 Where to look:
 
+    step                what all training steps share: weights of the losses, their output
     reference_step      the training step as the released code computes it: captioning, [RET], InfoNCE
     fast_step           the same losses and gradients with less work: the one-token backward
+    reference_composition, fast_composition     the losses of composition learning, both ways
     losses              next-token cross-entropy and InfoNCE
-    module              the Lightning module: optimiser, pairing, validation (fromage.data.batches truncates captions)
-    checkpoint_io       checkpoints; exact resume is in fromage.data.loader
+    module              the Lightning module: optimiser, pairing, validation; guarded_module is shared with Octopus'
+    nonfinite           losses and gradients that are not finite
+    fit, lightning_cli  `lightning fit` and its kin; configs finds configurations, option_errors tells what is wrong in one
+    runs                folders of runs; run_report and predictions are what a run leaves in one
+    checkpoint_io       checkpoints that survive a kill; exact resume is in fromage.data.loader
+    lr_finder           a learning rate
     memory_planner      memory and work of a run, before it starts; meter counts them; Octopus' shares planning with it
+    layers              the frozen layers: compiled, recomputed, sharded
     strategy            several devices: the frozen language model spread over them, or all that is trained
 """

@@ -22,7 +22,7 @@ from lightning_fabric.plugins.io.torch_io import TorchCheckpointIO
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
-from fromage.checkpoints.run_folder import BEFORE, LAST, last_checkpoint
+from fromage.checkpoints.run_folder import BEFORE, LAST, others_checkpoints
 from fromage.checkpoints.safe_pickle import read_pickle
 from fromage.errors import UserError
 from fromage.io import WholeFile, disk_error
@@ -144,7 +144,7 @@ class SafeCheckpoint(ModelCheckpoint):
         """Remove the checkpoints of another run, or raise UserError on all devices; the first knows what was resumed."""
 
         def clear() -> None:
-            for path in check_free(Path(str(self.dirpath)), resumed, self.overwrite):
+            for path in others_checkpoints(Path(str(self.dirpath)), resumed, self.overwrite):
                 path.unlink()
 
         _on_first_device(trainer, clear)
@@ -193,26 +193,6 @@ class SafeCheckpoint(ModelCheckpoint):
         steps = getattr(trainer.strategy.checkpoint_io, "steps", {})  # known to the first device only
         if trainer.strategy.broadcast(again or steps.get(Path(self.last_model_path)) != trainer.global_step):
             trainer.save_checkpoint(self.last_model_path, self.save_weights_only)
-
-
-def goes_on(folder: Path, resumed: str | Path | None) -> bool:
-    """Whether a run that begins from `resumed` goes on with the one that has its checkpoints in a folder."""
-    last = last_checkpoint(folder)
-    return resumed is not None and last is not None and Path(resumed).resolve() == last.resolve()
-
-
-def check_free(folder: Path, resumed: str | Path | None, overwrite: bool) -> list[Path]:
-    """The checkpoints in a folder that are of another run than the one that begins from `resumed`.
-
-    Raises UserError where there are some, and they may not be replaced.
-    """
-    found = [] if goes_on(folder, resumed) else sorted(folder.glob("*.ckpt"))
-    if found and not overwrite:
-        raise UserError(
-            f"{found[0]}: is of another run, and would be lost; go on with that run by --ckpt_path last, replace it by "
-            "--overwrite, or name another dirpath"
-        )
-    return found
 
 
 def saved_checkpoint(trainer: pl.Trainer) -> str:

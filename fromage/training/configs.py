@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterable
-from difflib import get_close_matches
 from pathlib import Path
 
 import yaml
@@ -62,9 +60,3 @@ def with_configs_found(argv: list[str]) -> list[str]:
         else:
             out.append(word)
     return out
-
-
-def near(word: str, known: Iterable[str], front: str = "") -> str:
-    """A question whether something known was meant, or nothing."""
-    names = {name.lower(): name for name in known}
-    return "".join(f"; did you mean {front}{names[match]}?" for match in get_close_matches(word.lower(), names, n=1))

@@ -32,9 +32,10 @@ from fromage.data.tuples import Tuples
 from fromage.models.fromage import Fromage
 from fromage.models.packed_attention import Causal, PackedLayout, starts, to_device
 from fromage.models.vision.base import TextTower
+from fromage.training.fast_step import mean_over_parts
 from fromage.training.losses import device_weight, frozen_head_loss
 from fromage.training.reference_composition import CompositionOutput, composed_nce, wanted
-from fromage.training.reference_step import Weights, image_features
+from fromage.training.step import Weights, image_features
 
 TRUNK, OF_RET, OF_CAPTION = 0, 1, 2  # numbers of the branches
 
@@ -48,7 +49,7 @@ def fast_composition(
     (GradCache, as in fast_step).
     """
     nothing = torch.zeros((), device=model.device)
-    if not weights.composition_captioning and not weights.composition_retrieval:
+    if not weights.composes:
         return CompositionOutput(nothing, nothing, nothing, nothing, weights)
     rows = wanted(model, tuples, text_tower) if weights.composition_retrieval else None  # (B, q)
     features = image_features(model, tuples)  # (B, m)
@@ -57,11 +58,9 @@ def fast_composition(
     parts = [(tuples.part(i, i + size), features[i : i + size]) for i in range(0, B, size)]
     run = again_in_backward if len(parts) > 1 else composed
     done = [run(model, part, v, weights) for part, v in parts]
-    count = sum(tuples.caption_lengths)
-    shares = [sum(part.caption_lengths) / count for part, _ in parts]
-    sums = [torch.stack(one[:2]) * share for share, one in zip(shares, done, strict=True)]  # (2,) each
-    captioning_loss, caption_accuracy = torch.stack(sums).sum(0)  # (parts, 2) -> scalars
-    captioning_loss = captioning_loss * device_weight(count, model.device)
+    words = [sum(part.caption_lengths) for part, _ in parts]
+    captioning_loss, caption_accuracy = mean_over_parts(words, [torch.stack(one[:2]) for one in done])
+    captioning_loss = captioning_loss * device_weight(sum(words), model.device)
     if rows is None:
         return CompositionOutput(captioning_loss, nothing, caption_accuracy, nothing, weights)
     queries = torch.cat([one[2] for one in done])  # (B, q)

@@ -35,7 +35,7 @@ from fromage.data.batches import Batch
 from fromage.models.fromage import Fromage
 from fromage.models.packed_attention import Causal, More, PackedLayout, starts, to_device
 from fromage.training.losses import device_weight, frozen_head_loss, frozen_log_sum_exp, info_nce
-from fromage.training.reference_step import (
+from fromage.training.step import (
     ALL,
     StepOutput,
     Weights,
@@ -64,27 +64,27 @@ def fast_step(
     parts = chunks(model, batch, chunk + chunk % 2) if chunk else [batch]  # an even number, so that pairs stay together
     features = [image_features(model, part) for part in parts]  # (b, m) each
     run = again_in_backward if len(parts) > 1 else part_losses
-    told = _told(parts, weights.captioned(model, batch))  # examples of each part that are captioned
-    done = [run(model, part, v, paired, weights, n) for part, v, n in zip(parts, features, told, strict=True)]
-    targets = [count_targets(model, part.part(0, n)) if n else 0 for part, n in zip(parts, told, strict=True)]
-    captioning_loss, caption_accuracy = _mean(targets, [torch.stack((one[0], one[2])) for one in done])
-    asked_for = [count_targets(model, part.queries) for part in parts]
-    text_loss = _mean(asked_for, [one[1] for one in done])
+    captioned = _of_first(parts, weights.captioned(model, batch))  # examples of each part that are captioned
+    done = [run(model, part, v, paired, weights, n) for part, v, n in zip(parts, features, captioned, strict=True)]
+    words = [count_targets(model, part.part(0, n)) if n else 0 for part, n in zip(parts, captioned, strict=True)]
+    captioning_loss, caption_accuracy = mean_over_parts(words, [torch.stack((one[0], one[2])) for one in done])
+    query_words = [count_targets(model, part.queries) for part in parts]
+    text_loss = mean_over_parts(query_words, [one[1] for one in done])
     texts, v = torch.cat([one[3] for one in done]), torch.cat(features)  # (B, q), (B, m)
     images = model.embed_images(dropped(v, dropout))  # (B, q)
     apart = None if weights.same_image_negatives else v
     contrastive_loss, retrieval_accuracy = info_nce(images, texts, model.logit_scale, apart)
-    captioned, asked = (device_weight(sum(counts), batch.ids.device) for counts in (targets, asked_for))
-    losses = captioning_loss * captioned, text_loss * asked, contrastive_loss
+    scales = [device_weight(sum(counts), batch.ids.device) for counts in (words, query_words)]
+    losses = captioning_loss * scales[0], text_loss * scales[1], contrastive_loss
     return StepOutput(*losses, caption_accuracy, retrieval_accuracy, images, texts, weights)
 
 
-def _mean(targets: list[int], means: list[Tensor]) -> Tensor:
+def mean_over_parts(targets: list[int], means: list[Tensor]) -> Tensor:
     """The mean over all targets of a batch, from the numbers and means of those of its parts."""
     return torch.stack([mean * (n / sum(targets)) for mean, n in zip(means, targets, strict=True)]).sum(0)
 
 
-def _told(parts: list[Batch], n: int) -> list[int]:
+def _of_first(parts: list[Batch], n: int) -> list[int]:
     """How many examples of each part are among the first n of all."""
     sizes = [len(part.lengths) for part in parts]
     return [min(max(n - start, 0), size) for start, size in zip(starts(sizes), sizes, strict=True)]
@@ -102,8 +102,8 @@ def part_losses(
 ) -> tuple[Tensor, ...]:
     """Captioning loss of the first n examples, text loss, token accuracy of captioning, and text embeddings (B, q)."""
     captioning_loss, caption_accuracy = no_captioning(model.device)
-    if weights.captioning and n and count_targets(model, told := batch.part(0, n)):
-        captioning_loss, caption_accuracy = captioning(model, told, features[:n], paired)
+    if weights.captioning and n and count_targets(model, some := batch.part(0, n)):
+        captioning_loss, caption_accuracy = captioning(model, some, features[:n], paired)
     text_loss, at_ret = retrieval_text(model, batch.queries)
     return captioning_loss, text_loss, caption_accuracy, model.embed_ret(at_ret)
 

@@ -48,7 +48,8 @@ from fromage.training.planning import (
     quantized_bytes,
     run_of,
 )
-from fromage.training.reference_step import Weights, count_targets, freeze_unused, image_features, reference_step
+from fromage.training.reference_step import reference_step
+from fromage.training.step import Weights, count_targets, freeze_unused, image_features
 
 PARTS = {
     "lm": LM, "vision": TOWER, "visual_prefix": "W_c", "text_head": "W_t", "image_head": "W_i", "ret": "[RET]",
@@ -90,8 +91,13 @@ class Run:
     @property
     def weights(self) -> Weights:
         """Of the losses."""
-        composition = self.composition_captioning_weight, self.composition_retrieval_weight
-        return Weights(self.captioning_weight, self.retrieval_weight, True, *composition, self.captioned_share)
+        return Weights(
+            captioning=self.captioning_weight,
+            retrieval=self.retrieval_weight,
+            composition_captioning=self.composition_captioning_weight,
+            composition_retrieval=self.composition_retrieval_weight,
+            captioned_share=self.captioned_share,
+        )
 
 
 def read_run(config: str | Sequence[str], **options: Any) -> Run:
@@ -156,8 +162,9 @@ def count(run: Run, model: Fromage, batch: Batch) -> Plan:
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     held = {part: weights[part] for part in (LM, TOWER)} | of_training(4 * trained)  # trained parameters are float32
     return Plan(
-        run, _heading(run), run.batch_size, run.max_steps, parameters, trained, 4 * trained, dict(weights), held,
-        sum(t.nbytes for t in given), transient, {"a weight, dequantised": largest} if largest else {}, meter.passes,
+        run=run, heading=_heading(run), examples=run.batch_size, max_steps=run.max_steps, parameters=parameters,
+        trained=trained, trained_bytes=4 * trained, weights=dict(weights), held=held, batch=sum(t.nbytes for t in given),
+        transient=transient, beside={"a weight, dequantised": largest} if largest else {}, passes=meter.passes,
     )  # fmt: skip
 
 

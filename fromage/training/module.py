@@ -31,17 +31,12 @@ from fromage.models.vision.base import TextTower
 from fromage.retrieval.metrics import Gallery, joined, retrieval_recalls
 from fromage.training.fast_composition import fast_composition
 from fromage.training.fast_step import fast_step
+from fromage.training.guarded_module import GuardedModule
 from fromage.training.layers import checkpoint_blocks, compile_blocks
-from fromage.training.nonfinite import GuardedModule, NonFiniteGuard
+from fromage.training.nonfinite import NonFiniteGuard
 from fromage.training.reference_composition import NO_TUPLES, CompositionOutput, reference_composition
-from fromage.training.reference_step import (
-    StepOutput,
-    Weights,
-    freeze_unused,
-    image_features,
-    reference_step,
-    text_embeddings,
-)
+from fromage.training.reference_step import reference_step
+from fromage.training.step import StepOutput, Weights, freeze_unused, image_features, text_embeddings
 from fromage.training.strategy import gather_parts
 
 COMPOSITION = ("composition_captioning_weight", "composition_retrieval_weight")
@@ -223,9 +218,15 @@ class FromageModule(GuardedModule):
     @property
     def weights(self) -> Weights:
         """Of the losses."""
-        h, composition = self.h, (self.h[name] for name in COMPOSITION)
-        share = h.captioned_share if self.training else 1.0
-        return Weights(h.captioning_weight, h.retrieval_weight, h.same_image_negatives, *composition, share)
+        h = self.h
+        return Weights(
+            captioning=h.captioning_weight,
+            retrieval=h.retrieval_weight,
+            same_image_negatives=h.same_image_negatives,
+            composition_captioning=h.composition_captioning_weight,
+            composition_retrieval=h.composition_retrieval_weight,
+            captioned_share=h.captioned_share if self.training else 1.0,
+        )
 
     def dropout(self, step: int, examples: int, part: int = 0) -> Tensor | None:
         """(B, m) factors of dropout on the image features of a step's retrieval pass: 0, or 1 / (1 - image_dropout).
@@ -409,7 +410,7 @@ class FromageModule(GuardedModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Raise UserError for a checkpoint of another architecture, and to resume one that trained other parameters."""
         state, then = checkpoint.get("state_dict", {}), dict(checkpoint.get("hyper_parameters", self.h))
-        for name, before in PAPER.items():
+        for name, before in {**PAPER, "pooling": "ret"}.items():
             if (was := then.get(name, before)) != self.h[name]:
                 raise UserError(f"checkpoint: trained with model.{name} {was}, not {self.h[name]}; give it as it was then")
         self.model.check_trained({name.removeprefix(PREFIX): value for name, value in state.items()})

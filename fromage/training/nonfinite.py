@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import cycle
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from fromage.errors import UserError, first_few
-from fromage.training.checkpoint_io import saved_checkpoint
 
 SHOWN = 8  # sample keys in a message
 log = logging.getLogger(__name__)
@@ -87,49 +85,6 @@ class NonFiniteGuard:
             raise UserError(f"{what}. Last good checkpoint: {last_good}; {remedy}")
         self.skipped += 1
         log.warning("%s; %d so far", what, self.skipped)
-
-
-class GuardedModule(pl.LightningModule):
-    """A Lightning module whose updates a guard watches, and which waits for a device's figures only where they are logged.
-
-    Its training_step has the guard `see` the losses.
-    """
-
-    guard: NonFiniteGuard
-
-    def log_figures(self, figures: Mapping[str, Tensor | float], shown: Sequence[str] = (), **how: Any) -> None:
-        """Log a step's figures; shown: those that the progress bar has too.
-
-        Lightning reads what is shown in every step, and for that waits for the device. On other devices than a CPU figures
-        are therefore on the host, and of the steps that the trainer logs alone: callbacks that monitor one see it change
-        every log_every_n_steps steps.
-        """
-        if not self.figures_due:
-            return
-        for name, value in figures.items():
-            on_host = torch.as_tensor(value, device="cpu").detach()
-            self.log(name, on_host, prog_bar=name in shown, **how)
-
-    @property
-    def figures_due(self) -> bool:
-        """Whether this step's figures are logged."""
-        return self.device.type == "cpu" or self.trainer._logger_connector.should_update_logs
-
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Tell of an update that was not finite."""
-        self.guard.check(self._last_good)
-
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Skip the update if a loss or gradient is not finite."""
-        self.guard.before_update(optimizer, self.global_step)
-
-    def on_train_end(self) -> None:
-        """Check the last losses too."""
-        self.guard.check(self._last_good, wait=True)
-
-    @property
-    def _last_good(self) -> str:
-        return saved_checkpoint(self.trainer) or "none yet"
 
 
 def _to_host(values: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:

@@ -8,8 +8,7 @@ from importlib import import_module
 from inspect import signature
 from typing import Any
 
-from fromage.errors import UserError
-from fromage.training.configs import near
+from fromage.errors import UserError, near
 
 SECTIONS = ("model", "data", "trainer", "ckpt_path", "seed_everything", "optimizer", "lr_scheduler")  # of a configuration
 WORDS = {

@@ -28,7 +28,7 @@ from fromage.models.fromage import Fromage
 from fromage.models.packed_attention import to_device
 from fromage.models.vision.base import TextTower
 from fromage.training.losses import device_weight, info_nce, next_token_loss
-from fromage.training.reference_step import Weights, image_features
+from fromage.training.step import Weights, image_features
 
 NO_TUPLES = "model.composition_captioning_weight, model.composition_retrieval_weight: the data has no tuples; "
 NO_TUPLES += "give data.train_tuples, or leave both weights at 0"

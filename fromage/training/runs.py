@@ -13,9 +13,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from fromage.checkpoints.run_folder import last_checkpoint
+from fromage.checkpoints.run_folder import goes_on, last_checkpoint, others_checkpoints
 from fromage.locks import held
-from fromage.training.checkpoint_io import check_free, goes_on
 
 Config = Any  # jsonargparse's Namespace of a subcommand, or of a class: class_path and init_args
 
@@ -44,7 +43,7 @@ def prepare(config: Config) -> None:
         folder = _root(logger) / _folder(logger.version) / "checkpoints"
     if folder is not None and folder.exists():
         with held(folder):
-            check_free(folder, resumed, config.overwrite)
+            others_checkpoints(folder, resumed, config.overwrite)
 
 
 def _dirpath(config: Config) -> Path | None:

@@ -10,7 +10,7 @@ pytest.importorskip("ipywidgets")
 
 from fromage.apps.notebook import SIDE, NotebookChat
 from fromage.generation.chat import Chat
-from fromage.generation.decoding import Decoding
+from fromage.generation.options import Decoding
 
 
 @pytest.fixture(scope="module")

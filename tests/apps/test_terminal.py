@@ -16,8 +16,8 @@ from PIL import Image
 from fromage.apps.screen import Screen, iterm, kitty, protocol
 from fromage.apps.terminal import COMMANDS, parse, talk
 from fromage.generation.chat import Chat
-from fromage.generation.decoding import Decoding
 from fromage.generation.generate import Answer
+from fromage.generation.options import Decoding
 from fromage.generation.retrieved import RetrievedImages
 from fromage.models.prompts import Url
 from fromage.retrieval.results import Hit

@@ -11,7 +11,7 @@ from fromage.evals import base, chatir
 from fromage.evals.chatir import chance_by_round, evaluate, hits_by_round, read_chats
 from fromage.evals.clip import load_clip_baseline
 from fromage.evals.options import Options
-from fromage.models.encode_images import encode_files
+from fromage.models.encode_files import encode_files
 
 
 @pytest.fixture

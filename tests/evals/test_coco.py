@@ -27,7 +27,7 @@ from fromage.evals.options import Options
 from fromage.evals.report import markdown, table
 from fromage.generation.generate import caption
 from fromage.images.open import open_image
-from fromage.models.encode_images import encode_files
+from fromage.models.encode_files import encode_files
 from fromage.models.vision.open_clip import OpenClipTower, load_clip
 from fromage.models.vision.open_clip import _projection as projection
 

@@ -21,7 +21,7 @@ from fromage.evals.genecis import dilated, read_genecis
 from fromage.evals.options import Options
 from fromage.evals.report import markdown, table
 from fromage.images.regions import Region
-from fromage.models.encode_images import encode_files
+from fromage.models.encode_files import encode_files
 
 SYSTEMS = ("fromage", "clip", "clip image", "clip text", "chance")
 

@@ -197,6 +197,7 @@ def test_several_objects_must_all_be_found(octopus, world, answering, wrong):
     report = evaluate_instructions(octopus, data, Options(64))
     found = report["octopus"]
     assert {"text", "1_object", "2_objects"} <= found.keys() and next(iter(found)) == "text"
+    assert found.pop("all")["seconds"] > 0
     assert all(figures["all_found"] == (0 if wrong else 100) for name, figures in found.items() if name != "text")
     assert found["text"]["words"] == (0 if wrong else 100) and "all_found" not in found["text"]
     counts = [report[f"answers_{name}"] for name in found]

@@ -25,7 +25,7 @@ from fromage.evals.visdial import (
     our_prompt,
     score_answers,
 )
-from fromage.models.encode_images import encode_files
+from fromage.models.encode_files import encode_files
 from fromage.models.prompts import embed_prompts
 from fromage.retrieval.metrics import places, recall_at
 

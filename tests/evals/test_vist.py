@@ -11,7 +11,7 @@ from fromage.errors import UserError
 from fromage.evals.clip import load_clip_baseline
 from fromage.evals.options import Options
 from fromage.evals.vist import KEPT, SETTINGS, Stories, Story, evaluate, read_stories, story_prompt
-from fromage.models.encode_images import encode_files
+from fromage.models.encode_files import encode_files
 from fromage.models.prompts import RET, START, prompt_ids
 
 

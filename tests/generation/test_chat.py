@@ -7,7 +7,7 @@ import torch
 
 from fromage.errors import UserError
 from fromage.generation.chat import Chat
-from fromage.generation.decoding import Decoding
+from fromage.generation.options import Decoding
 from fromage.generation.retrieved import RetrievedImages
 from fromage.models.fromage import Fromage
 from fromage.models.prompts import RET, prompt_ids, prompt_length

@@ -19,8 +19,9 @@ from transformers import (
 from fromage.data.tokenizer import PromptTokenizer, ret_tokens
 from fromage.errors import UserError
 from fromage.generation import decoding
-from fromage.generation.decoding import Decoding, Draft, certain, end_ids
+from fromage.generation.decoding import Draft, certain, end_ids
 from fromage.generation.generate import generate
+from fromage.generation.options import Decoding
 from fromage.generation.score import score, score_prompts
 from fromage.models.fromage import Fromage
 from fromage.models.frozen import TOY

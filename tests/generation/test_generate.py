@@ -11,7 +11,8 @@ from PIL import Image
 
 from fromage.data.image_source import Item
 from fromage.errors import UserError
-from fromage.generation.generate import Answer, Decoding, RetrievedImages, caption, caption_images, generate, stream
+from fromage.generation.generate import Answer, RetrievedImages, caption, caption_images, generate, stream
+from fromage.generation.options import Decoding
 from fromage.models.fromage import load_model
 from fromage.models.prompts import encode_images, prompt_ids
 from fromage.retrieval.faiss_index import FaissIndex

@@ -10,7 +10,7 @@ from fromage.checkpoints.format import GENERATION
 from fromage.checkpoints.load import read_saved
 from fromage.errors import UserError
 from fromage.generation.chat import Chat
-from fromage.generation.decoding import Decoding
+from fromage.generation.options import Decoding
 from fromage.generation.preset import Preset, read_preset
 from fromage.generation.styles import STYLES
 from fromage.models.fromage import Fromage, load_model

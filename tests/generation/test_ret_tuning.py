@@ -11,8 +11,8 @@ from fromage.cli.main import main
 from fromage.cli.talk import Opening
 from fromage.errors import UserError
 from fromage.generation.chat import Chat
-from fromage.generation.decoding import Decoding
 from fromage.generation.generate import generate
+from fromage.generation.options import Decoding
 from fromage.generation.preset import Preset
 from fromage.generation.ret_tuning import best_cut, ret_margins, tune_ret
 from fromage.models.fromage import Fromage, load_model

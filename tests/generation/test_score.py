@@ -8,13 +8,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from fromage.data.batches import Batch
 from fromage.errors import UserError
-from fromage.generation.decoding import Decoding
 from fromage.generation.generate import stream
+from fromage.generation.options import Decoding
 from fromage.generation.score import score, score_prompts
 from fromage.models.fromage import Fromage
 from fromage.models.language_model import LanguageModel, load_lm
 from fromage.models.packed_attention import Causal, PackedLayout, attending, route
-from fromage.models.prompts import RET, Starts, embed_prompts, encode_images, max_length
+from fromage.models.prompts import RET, Starts, embed_prompts, encode_images
 from fromage.models.vision.registry import load_vision
 from fromage.training.fast_step import fast_step
 from fromage.training.reference_step import reference_step
@@ -88,7 +88,7 @@ def test_nothing_to_score(model, prompt):
 
 def test_too_long(model, prompt):
     with pytest.raises(UserError, match="shorten"):
-        score(model, prompt, ["star " * max_length(model)])
+        score(model, prompt, ["star " * model.lm.max_length])
 
 
 @torch.no_grad()

@@ -11,8 +11,9 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from fromage.cli.main import main
 from fromage.errors import UserError
 from fromage.generation.chat import Chat
-from fromage.generation.decoding import Decoding, end_ids
+from fromage.generation.decoding import end_ids
 from fromage.generation.generate import caption, generate
+from fromage.generation.options import Decoding
 from fromage.generation.styles import STYLES, Template
 from fromage.models.fromage import Fromage, load_model
 from fromage.models.frozen import TOY

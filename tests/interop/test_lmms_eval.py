@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from fromage.errors import UserError
-from fromage.generation.decoding import Decoding
 from fromage.generation.generate import generate
+from fromage.generation.options import Decoding
 from fromage.generation.score import score
 from fromage.interop.lmms_eval_manifest import CLASS, MODEL
 

@@ -8,8 +8,8 @@ from test_score import whole_pass
 
 from fromage.data.tokenizer import PromptTokenizer, ret_tokens
 from fromage.errors import UserError
-from fromage.generation.decoding import Decoding
 from fromage.generation.generate import generate
+from fromage.generation.options import Decoding
 from fromage.generation.score import score
 from fromage.models.fromage import Fromage
 from fromage.models.frozen import TOY

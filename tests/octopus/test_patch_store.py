@@ -68,6 +68,8 @@ def test_an_image_that_was_replaced_is_encoded_again(tower, images, tmp_path):
     store = PatchStore(tmp_path / "store", tower)
     store.add([str(own), str(tmp_path / "later.png"), *images])
     red, kept = store[str(own)], store[images[0]]
+    lines = [json.loads(line) for line in (tmp_path / "store" / LINES).read_text().splitlines()]
+    assert lines[0]["stamp"] == [own.stat().st_size, own.stat().st_mtime_ns] and lines[1]["stamp"] is None
     Image.new("RGB", (96, 96), "blue").save(own)
     Image.new("RGB", (96, 96), "red").save(tmp_path / "later.png")
     again = PatchStore(tmp_path / "store", tower)

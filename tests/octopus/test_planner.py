@@ -3,6 +3,7 @@
 import inspect
 import json
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -12,16 +13,18 @@ from fromage.cli.main import main
 from fromage.errors import UserError
 from fromage.models import cpu_linear
 from fromage.models.vision.registry import plan_vision
+from fromage.octopus import planner
 from fromage.octopus.data import OctopusData
 from fromage.octopus.model import QUERY
 from fromage.octopus.module import OctopusModule
-from fromage.octopus.planner import Run, build, count, in_order, lay_out, plan, prepare, read_run
+from fromage.octopus.planner import Run, build, count, in_order, lay_out, prepare, read_run
 from fromage.octopus.step import octopus_step
 from fromage.training.configs import find_config
 from fromage.training.meter import Meter
 from fromage.training.planning import LM, TOWER, attention_in_parts
 
 GIB = 2**30
+plan = cache(planner.plan)  # of one run, several tests ask
 TOYS = {"lm": "toy", "vision": "toy", "dtype": "float32", "num_queries": 4, "decoder_width": 32, "decoder_layers": 2}
 SMALL = Run(stage=3, batch_size=2, per_image=3, heads=4, stored_features=True, **TOYS)
 

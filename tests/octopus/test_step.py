@@ -159,3 +159,21 @@ def test_an_earlier_turn_does_not_depend_on_later_ones():
         hidden.append(prefill.states.flatten(0, 1)[batch.at[batch.targets < batch.answers.shape[1]]])
         assert len(prefill.found.boxes[-1]) == 2  # queries of each turn
     torch.testing.assert_close(*hidden, rtol=1e-4, atol=1e-4)
+
+
+def test_later_turns_have_the_template_without_image_and_start():
+    model = build("llama", template="{start}USER: {image}\n{instruction}{queries} ASSISTANT:")
+    batch = Collate(model, stored=True, ask=True)(list(zip([[TALK]], patches([[TALK]]), strict=True)))
+    shown = model.tokenizer.decode([i for i in batch.ids[0].tolist() if i != model.tokenizer.image_id])
+    assert shown.count("USER: ") == 3 and shown.count("ASSISTANT:") == 3
+    for turn in TALK[1:]:
+        assert f"USER: {turn.instruction}" in shown, "no line break, which is the image's"
+    assert batch.ids[0].tolist().count(model.tokenizer.bos_id) == 3, "at the beginning, and as </s> of two answers"
+
+
+def test_a_conversation_is_cut_behind_the_last_turn_that_has_positions():
+    model = build()
+    collate = Collate(model, stored=True, ask=True)
+    ends = [len(laid.ids) + len(laid.fed) for laid in (collate._lay([TALK[:n]]) for n in (1, 2, 3))]
+    for longest, turns in ((ends[0] - 1, 0), (ends[0], 1), (ends[1] - 1, 1), (ends[1], 2), (ends[2], 3), (10**6, 3)):
+        assert collate.fitting(TALK, longest) == TALK[:turns]

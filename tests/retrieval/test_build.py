@@ -1,6 +1,7 @@
 """Indexes made of embeddings and of other indexes, against a flat one of the same rows."""
 
 import multiprocessing
+import pickle
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from test_faiss_index import Model, items, rows, write_colours
 from fromage.data.image_source import Item
 from fromage.errors import UserError
 from fromage.retrieval import build as index_builder
-from fromage.retrieval.build import add, build, build_index, merge, remove
+from fromage.retrieval.build import add, build, build_index, import_embeddings, merge, remove
 from fromage.retrieval.embedding_store import EmbeddingStore
 from fromage.retrieval.faiss_index import FaissIndex
 from fromage.retrieval.open_index import load_index, search_index
@@ -45,6 +46,32 @@ def test_build_is_the_flat_index_of_the_stored_rows(tmp_path, dtype):
     index = build(store(tmp_path / "store", embeddings, things, dtype=dtype), tmp_path / "index")
     same(index, embeddings.astype(dtype), things)
     assert (index.kind, index.fingerprint, index.checkpoint) == ("flat", "f00d", "a.ckpt")
+
+
+def test_embeddings_of_others_become_an_index(tmp_path):
+    photos, loaded = write_colours(tmp_path / "photos"), []
+    source, given = tmp_path / "e.pkl", rows(3, q=3)
+    paths = ["red/a.png", "blue/a.png", "https://images.example/b.jpg"]
+    source.write_bytes(pickle.dumps({"paths": paths, "embeddings": 7 * given}))
+    index = import_embeddings(Model(), source, tmp_path / "one", photos, checkpoint="a/b", kind="flat")
+    assert [row[0].path for row in index.search(given, 1)] == [str(photos / paths[0]), str(photos / paths[1]), paths[2]]
+    assert (index.checkpoint, index.fingerprint, index.place.within) == ("a/b", "f00d", str(photos))
+    assert index.place.confined and len(index.search(["red"], 2)[0]) == 2, "the model is kept for texts"
+
+    def load():
+        loaded.append(Model())
+        return loaded[-1]
+
+    for sources, out, told in (
+        ([source, photos], "two", "import it alone"),
+        ([source], "one", "overwrite"),
+        (photos, "two", "neither img_emb"),
+    ):
+        with pytest.raises(UserError, match=told):
+            import_embeddings(load, sources, tmp_path / out)
+    assert not loaded and not (tmp_path / "two").exists(), "what is wrong is told before a model is loaded"
+    assert len(import_embeddings(load, [source], tmp_path / "one", overwrite=True)) == 3 and len(loaded) == 1
+    assert load_index(tmp_path / "one").place.within == str(tmp_path / "one"), "no file of this machine is opened"
 
 
 @settings(max_examples=15, deadline=None)

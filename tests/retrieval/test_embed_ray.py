@@ -128,7 +128,7 @@ def test_a_killed_job_loses_and_doubles_nothing_even_if_a_worker_dies_too(cluste
 
 def test_the_verb(shards, wanted, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("fromage.models.fromage.load_model", lambda path, device: Model())
-    monkeypatch.setattr("fromage.models.frozen.find_device", lambda name: name)
+    monkeypatch.setattr("fromage.processor.find_device", lambda name: name)
     jobs = []
     monkeypatch.setattr(RayJob, "embed", lambda job, model, images: jobs.append(job) or _here(model, images, 0))
     (tmp_path / "a.ckpt").touch()

@@ -17,8 +17,8 @@ from test_faiss_index import Model, items, rows, write_colours
 from fromage.cli.main import main
 from fromage.data.image_source import Item
 from fromage.errors import UserError
-from fromage.generation.decoding import Decoding
 from fromage.generation.generate import generate
+from fromage.generation.options import Decoding
 from fromage.retrieval.base import IndexSpec
 from fromage.retrieval.build import add, build, build_index, describe, merge, remove, trust, write_index
 from fromage.retrieval.embedding_store import EmbeddingStore
@@ -56,7 +56,7 @@ def flat(embeddings, things):
 def in_milvus(folder, db, embeddings, things, kind=None, overwrite=True):
     unit = embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True)
     return write_index(
-        folder, [(unit, to_batch(things))], IndexSpec(unit.shape[1], "f00d", "a.ckpt", kind, where=db, overwrite=overwrite)
+        folder, [(unit, to_batch(things))], IndexSpec(unit.shape[1], "f00d", "a.ckpt", kind, milvus=db, overwrite=overwrite)
     )
 
 
@@ -251,7 +251,7 @@ def test_ids_of_images_are_asked_of_milvus(db, tmp_path):
 
 
 def test_answers_and_the_server_show_the_same_images(db, tmp_path, model, index):
-    there = write_index(tmp_path / "index", index.rows(), IndexSpec(index.width, index.fingerprint, where=db))
+    there = write_index(tmp_path / "index", index.rows(), IndexSpec(index.width, index.fingerprint, milvus=db))
     said, shown = [], []
     for one in (index, there):
         said.append(generate(model, ["a red image"], Decoding(max_new_tokens=6, ret_bias=1e4, max_images=3), one)[0].parts)
@@ -414,8 +414,8 @@ def filtered(db, tmp_path_factory):
     folder, table = tmp_path_factory.mktemp("filtered"), told(items(60), 60)
     batches = [(flat(rows(60), items(60)).vectors, to_batch(items(60)))]
     return [
-        write_index(folder / name, batches, IndexSpec(4, "f00d", kind="flat", where=where or "", tables=[table]))
-        for name, where in (("milvus", db), ("disk", None))
+        write_index(folder / name, batches, IndexSpec(4, "f00d", kind="flat", milvus=address or "", tables=[table]))
+        for name, address in (("milvus", db), ("disk", None))
     ]
 
 

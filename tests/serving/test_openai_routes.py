@@ -19,6 +19,7 @@ from fromage.retrieval.queries import embed_queries
 from fromage.serving.app import create_app
 from fromage.serving.batching import Capacity
 from fromage.serving.connections import guarded, open_port
+from fromage.serving.schema import PIXEL
 
 NAME, STAR = "fromage", [{"role": "user", "content": "a red star"}]
 WORDS = {"max_new_tokens": 6, "max_images": 0}
@@ -182,7 +183,19 @@ ODD = [
     ({"input": [1, 2, 3]}, "input"),
     ({"input": []}, "input"),
     ({"input": ["a"] * 129}, "input"),
-    ({"input": ["x" * 30_000] * 5}, "131072 characters"),
+    ({"input": ["x" * 30_000] * 5}, "131072 characters in all, not 150000; send less at a time"),
+    ({"input": [{"image": PIXEL}] * 33}, "32 images in all, not 33"),
+    ({"input": [{"image": f"https://images.example/{i}.png"} for i in range(5)]}, "4 addresses in all, not 5; send less"),
+    (
+        {
+            "input": [
+                [image_part("https://images.example/a.png")] * 3,
+                {"image": "http://b.example/b"},
+                [image_part("http://c/c")],
+            ]
+        },
+        "4 addresses in all, not 5",
+    ),
     ({"input": ""}, "nothing in it"),
     ({"input": ["a", " "]}, "input 1"),
     ({"input": "star " * 3000}, "shorten"),
@@ -284,6 +297,11 @@ def test_addresses_are_fetched_under_the_guard(official, monkeypatch, folder):
     message = {"role": "user", "content": [image_part("https://images.example/a.png"), {"type": "text", "text": "what?"}]}
     assert ask(official, [message]).choices[0].message.content and asked == ["https://images.example/a.png"]
     assert fetch.fetch_image is not None
+    inputs = [{"image": f"https://images.example/{i}.png"} for i in range(5)]
+    assert len(official.embeddings.create(model=NAME, input=inputs[:4]).data) == 4 and len(asked) == 5
+    with pytest.raises(openai.BadRequestError, match="4 addresses in all, not 5"):
+        official.embeddings.create(model=NAME, input=inputs)
+    assert len(asked) == 5, "nothing is fetched for a request that is refused"
 
 
 def test_json_of_our_own_route_is_as_before(client):

@@ -20,7 +20,7 @@ from served import SAY, captions, sent
 from fromage.data.image_source import Item
 from fromage.errors import UserError
 from fromage.generation.chat import Chat
-from fromage.generation.decoding import Decoding
+from fromage.generation.options import Decoding
 from fromage.retrieval.build import describe
 from fromage.retrieval.faiss_index import FaissIndex
 from fromage.retrieval.table_file import Table
@@ -304,7 +304,15 @@ def test_the_schema_tells_limits_and_examples(app):
     openai = {"/v1/chat/completions", "/v1/embeddings", "/v1/models", "/v1/models/{name}"}
     assert set(schema["paths"]) == {"/chat", "/search", "/images/{name}", "/healthz", "/metrics"} | openai
     shapes = schema["components"]["schemas"]
-    assert shapes["DecodingOptions"]["properties"]["max_new_tokens"]["maximum"] == 512
+    ours, theirs = (shapes[name]["properties"] for name in ("DecodingOptions", "ChatCompletionRequest"))
+    assert ours["max_new_tokens"]["maximum"] == 512 and "at most 512, and" in theirs["max_completion_tokens"]["description"]
+    for name, bounds in {"top_p": (1e-6, 1), "seed": (0, 2**32 - 1)}.items():
+        for shape in (theirs[name], ours[name]):
+            number = shape.get("anyOf", [shape])[0]
+            assert (number["minimum"], number["maximum"]) == bounds
+    text, texts, _ = theirs["stop"]["anyOf"]
+    assert (texts["maxItems"], ours["stop"]["maxItems"]) == (8, 8)
+    assert [each["maxLength"] for each in (text, texts["items"], ours["stop"]["items"])] == [64] * 3
     for name, path in (
         ("SearchRequest", "/search"),
         ("ChatRequest", "/chat"),

@@ -23,6 +23,8 @@ def test_what_is_forced_is_answered(bench, n, tokens):
         assert len(answer.boxes) == count
         assert len(bench.forced(model, count)) == count * tokens + 1 and answer.words == ""
     assert answer.queries == ([0, 1, 2] if n else [])
+    told = bench.answer(model, bench.torch.randn(4, 20), 2, bench.WORDS)
+    assert len(told.boxes) == 2 and told.words == " ".join([bench.WORDS.strip()] * 2)
     assert not model.lm.hf.get_output_embeddings()._forward_hooks, "afterwards the model speaks for itself"
 
 
@@ -31,8 +33,11 @@ def test_untrained_pairs_are_timed(bench, tmp_path, monkeypatch, capsys):
     out = tmp_path / "bench.json"
     assert bench.main(["--preset", "tiny", "--rounds", "1", "--json", str(out)]) == 0
     report = json.loads(out.read_text())
-    speedups = {f"speedup_{boxes}{given}" for boxes in ("1_box", "3_boxes") for given in ("", "_from_pixels")}
+    speedups = {
+        f"speedup_{boxes}{given}" for boxes in ("1_box", "3_boxes") for given in ("", "_from_pixels", "_in_a_sentence")
+    }
     assert all(report[name] > 0 for name in speedups)
+    assert not any("8_boxes" in name for name in report)
     assert (report["octopus"]["tokens_per_box"], report["sequential"]["tokens_per_box"]) == (1, 25)
     assert all(report[who]["prefill_share"]["3_boxes"] > 0 for who in ("octopus", "sequential"))
     assert report["patches"] == 49 and report["queries"] == 64 and "25" in capsys.readouterr().out

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fromage.errors import UserError
 from fromage.generation import ret_tuning
 from fromage.models.fromage import Fromage
 from fromage.models.frozen import TOY
@@ -113,7 +114,7 @@ def test_a_picture_comes_when_asked_for_by_a_bias_that_the_other_half_chose(mode
 
 
 def test_requests_are_measured_beside_base(model, monkeypatch):
-    args = argparse.Namespace(out=Path("o"), choose=False, coco=None)
+    args = argparse.Namespace(out=Path("o"), choose=False, coco=None, judged=Path("j.json"))
     monkeypatch.setattr(run_photos, "read", lambda places: None)
     asked = {name: [part for part in run_photos.parts(name, args, model) if "asking" in part] for name in run_photos.ROWS}
     assert {name for name, some in asked.items() if some} == run_photos.ASKED and asked["base"] == asked["requests"]
@@ -154,6 +155,26 @@ def test_a_row_is_trained_and_judged_once(world, tmp_path, monkeypatch, capsys):
     count = len(json.loads(listed.read_text())["images"])
     assert told["figures"]["k2"]["captions.cider"]["mean"] == count and "captions.cider" not in told["figures"]["last token"]
     assert told["runs"]["linear"]["none"]["figures"]["weight"] in run_photos.RIDGE and "| k2 | " in capsys.readouterr().out
-    monkeypatch.setattr(run_photos, "recalls", lambda *_: pytest.fail("measured twice"))
-    run_photos.main()
+    with monkeypatch.context() as patch:
+        patch.setattr(run_photos, "recalls", lambda *_: pytest.fail("measured twice"))
+        run_photos.main()
     assert json.loads((tmp_path / "f.json").read_text()) == told
+
+    monkeypatch.setattr("sys.argv", [*sys.argv, "--model.lr=1e-4"])
+    with pytest.raises(UserError, match="begun with other options"):
+        run_photos.main()
+
+    content, other = json.loads(listed.read_text()), tmp_path / "five.json"
+    content["images"] = content["images"][:5]
+    kept = {image["id"] for image in content["images"]}
+    content["annotations"] = [one for one in content["annotations"] if one["image_id"] in kept]
+    other.write_text(json.dumps(content))
+    argv = [
+        {str(tmp_path / "f.json"): str(tmp_path / "g.json"), "k2": "last token"}.get(word, word) for word in sys.argv[:-1]
+    ]
+    argv[argv.index("--judged") + 1] = str(other)
+    monkeypatch.setattr("sys.argv", argv)
+    run_photos.main()
+    of_five = json.loads((tmp_path / "g.json").read_text())
+    assert of_five["figures"]["chance"]["photographs.t2i_r1"]["mean"] == 20, "figures of the other file's photographs"
+    assert of_five["setting"] == {"judged": "five.json"}

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from fromage.errors import UserError
 
@@ -22,6 +23,14 @@ def test_what_was_measured_is_not_measured_again(study, tmp_path):
     first = study.measured(tmp_path / "a.json", lambda: {"x": 1.0})
     assert first["figures"] == {"x": 1.0} and first["commit"]
     assert study.measured(tmp_path / "a.json", lambda: pytest.fail("measured twice")) == first
+    assert first["machine"].endswith(f"{torch.get_num_threads()} threads")
+
+
+def test_figures_of_another_setting_are_refused(study, tmp_path):
+    first = study.measured(tmp_path / "a.json", lambda: {"x": 1.0}, limit=200)
+    assert study.measured(tmp_path / "a.json", dict, limit=200) == first and "setting" not in first
+    with pytest.raises(UserError, match="limit"):
+        study.measured(tmp_path / "a.json", dict, limit=2000)
 
 
 def test_runs_of_later_calls_stand_beside_those_of_earlier_ones(study, tmp_path):

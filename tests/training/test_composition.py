@@ -14,7 +14,7 @@ from fromage.errors import UserError
 from fromage.models.prompts import RET, Starts, embed_prompts
 from fromage.training.fast_composition import fast_composition
 from fromage.training.reference_composition import reference_composition
-from fromage.training.reference_step import Weights
+from fromage.training.step import Weights
 
 Q = 16
 BOTH = Weights(composition_captioning=1.0, composition_retrieval=1.0)

@@ -18,7 +18,8 @@ from fromage.models.frozen import TOY
 from fromage.models.language_model import LanguageModel
 from fromage.training.fast_step import fast_step, retrieval_text
 from fromage.training.meter import Meter
-from fromage.training.reference_step import ALL, Weights, reference_step
+from fromage.training.reference_step import reference_step
+from fromage.training.step import ALL, Weights
 
 M = 20  # width of the image features
 

@@ -3,6 +3,7 @@
 import inspect
 import json
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -15,16 +16,18 @@ from fromage.data.batches import Batch
 from fromage.data.datamodule import CC3M
 from fromage.errors import UserError
 from fromage.models.vision.registry import plan_vision
+from fromage.training import memory_planner
 from fromage.training.configs import find_config
 from fromage.training.fast_composition import fast_composition
 from fromage.training.fast_step import captioning, fast_step
 from fromage.training.layers import checkpoint_blocks
-from fromage.training.memory_planner import Run, _model, _tuples, caption_lengths, count, plan, read_run
+from fromage.training.memory_planner import Run, _model, _tuples, caption_lengths, count, read_run
 from fromage.training.meter import Meter
 from fromage.training.module import FromageModule
-from fromage.training.planning import LM, OPT, as_json, lm_config
+from fromage.training.planning import LM, OPT, as_json, attention_in_parts, lm_config
 
 GIB = 2**30
+plan = cache(memory_planner.plan)  # of one run, several tests ask
 
 
 @pytest.fixture(scope="module")
@@ -162,11 +165,8 @@ def test_a_layer_keeps_what_its_operations_need(small):
 def test_without_storage_the_counts_are_those_of_real_tensors(small):
     run = replace(small, stored_features=False)
     fastpath = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
+    with attention_in_parts():
         want = count(run, *real(run))
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fastpath)
     got = plan(run)
     assert torch.backends.mha.get_fastpath_enabled() == fastpath
     assert got.parameters == want.parameters and got.flop == want.flop

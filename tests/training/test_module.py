@@ -1,6 +1,7 @@
 """The life cycle: fit, what stays frozen, what a checkpoint holds, resuming."""
 
 import json
+import time
 from dataclasses import replace
 
 import pytest
@@ -17,7 +18,7 @@ from fromage.evals.coco import evaluate as evaluate_coco
 from fromage.models.fromage import load_model
 from fromage.training.fast_step import fast_step
 from fromage.training.module import FromageModule
-from fromage.training.reference_step import Weights, freeze_unused
+from fromage.training.step import Weights, freeze_unused
 
 TOY = {"lm": "toy", "vision": "toy", "vision_weights": None, "dtype": "float32", "lr": 5e-3, "warmup_steps": 2, "q": 32}
 
@@ -271,6 +272,24 @@ def test_resuming_with_other_parameters_trained_is_one_line(fitted, world, tmp_p
     last = str(fitted[3] / "last.ckpt")
     with pytest.raises(UserError, match=r"8 parameter tensors were trained, and now 7 .*freeze_temperature"):
         run(world, tmp_path, 9, ckpt_path=last, freeze_temperature=True)
+
+
+def test_resuming_with_another_place_to_read_a_text_at_is_one_line(fitted, world, tmp_path):
+    with pytest.raises(UserError, match=r"trained with model.pooling ret, not last; give it"):
+        run(world, tmp_path, 9, ckpt_path=str(fitted[3] / "last.ckpt"), pooling="last")
+
+
+def test_the_time_left_is_told(world, tmp_path):
+    class Left(pl.Callback):
+        seen = []
+
+        def on_train_batch_end(self, trainer, module, *_):
+            time.sleep(0.1)
+            self.seen.append(trainer.progress_bar_metrics.get("minutes_left"))
+
+    _, trainer = run(world, tmp_path, 4, callbacks=[Left()])
+    seen = [*Left.seen[1:], trainer.progress_bar_metrics["minutes_left"]]
+    assert seen[-1] == 0 and all(2 / 600 < left < 1 for left in seen[:2]) and "minutes_left" not in trainer.logged_metrics
 
 
 class Rates(pl.Callback):

@@ -11,8 +11,9 @@ from test_module import TOY
 from fromage.data.datamodule import CC3M
 from fromage.errors import UserError
 from fromage.models.fromage import load_model
+from fromage.training.guarded_module import GuardedModule
 from fromage.training.module import FromageModule
-from fromage.training.nonfinite import GuardedModule, NonFiniteGuard
+from fromage.training.nonfinite import NonFiniteGuard
 
 BAD = 3  # the step whose loss is bad
 

@@ -43,6 +43,14 @@ def run(world, out, steps, *callbacks):
     return trainer
 
 
+def test_a_run_that_logs_no_step_has_a_report(world, tmp_path):
+    data = CC3M(str(world / "cc3m" / "train"), batch_size=8, max_tokens=40, workers=0)
+    trainer = pl.Trainer(max_steps=1, accelerator="cpu", logger=CSVLogger(tmp_path, "logs"), callbacks=[RunReport()],
+                         log_every_n_steps=0, enable_progress_bar=False, enable_checkpointing=False)  # fmt: skip
+    trainer.fit(FromageModule(**TOY), data)
+    assert read(tmp_path, 0)[0]["outcome"] == ["finished"]
+
+
 def read(out, version):
     """A report's facts and figures, and its folder."""
     folder = out / "logs" / f"version_{version}"

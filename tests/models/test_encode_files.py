@@ -6,7 +6,7 @@ from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
 from fromage.evals.options import Options
-from fromage.models.encode_images import encode_files
+from fromage.models.encode_files import encode_files
 
 
 def test_each_framing_has_features_of_its_own_pixels(toy_model, tmp_path):

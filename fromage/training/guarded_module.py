@@ -1,0 +1,71 @@
+"""What the Lightning modules share: updates that a guard watches, figures that are logged without waiting for a device."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from math import isfinite
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+
+from fromage.training.checkpoint_io import saved_checkpoint
+from fromage.training.nonfinite import NonFiniteGuard
+
+
+class GuardedModule(pl.LightningModule):
+    """A Lightning module whose updates a guard watches, and which waits for a device's figures only where they are logged.
+
+    Its training_step has the guard `see` the losses.
+    """
+
+    guard: NonFiniteGuard
+    _began: tuple[float, int]  # seconds of a clock, and steps made, when this run began or went on
+
+    def log_figures(self, figures: Mapping[str, Tensor | float], shown: Sequence[str] = (), **how: Any) -> None:
+        """Log a step's figures; shown: those that the progress bar has too.
+
+        Lightning reads what is shown in every step, and for that waits for the device. On other devices than a CPU figures
+        are therefore on the host, and of the steps that the trainer logs alone: callbacks that monitor one see it change
+        every log_every_n_steps steps.
+        """
+        if not self.figures_due:
+            return
+        for name, value in figures.items():
+            on_host = torch.as_tensor(value, device="cpu").detach()
+            self.log(name, on_host, prog_bar=name in shown, **how)
+
+    @property
+    def figures_due(self) -> bool:
+        """Whether this step's figures are logged."""
+        return self.device.type == "cpu" or self.trainer._logger_connector.should_update_logs
+
+    def on_train_start(self) -> None:
+        """Start the clock of the time left."""
+        self._began = time.monotonic(), self.global_step
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Tell the progress bar how many minutes of the run are left: an estimate from its pace so far."""
+        (began, first), steps = self._began, float(self.trainer.estimated_stepping_batches)
+        if isfinite(steps) and self.global_step > first:
+            pace = (time.monotonic() - began) / (self.global_step - first)
+            left = {"minutes_left": pace * max(0.0, steps - self.global_step) / 60}
+            self.log_figures(left, ["minutes_left"], logger=False)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Tell of an update that was not finite."""
+        self.guard.check(self._last_good)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Skip the update if a loss or gradient is not finite."""
+        self.guard.before_update(optimizer, self.global_step)
+
+    def on_train_end(self) -> None:
+        """Check the last losses too."""
+        self.guard.check(self._last_good, wait=True)
+
+    @property
+    def _last_good(self) -> str:
+        return saved_checkpoint(self.trainer) or "none yet"
