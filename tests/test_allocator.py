@@ -19,6 +19,40 @@ print(told, resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
 """
 
 
+OF_COMMANDS = """
+import multiprocessing, resource, sys
+from fromage.cli.main import main
+
+def faults(queue):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        bytearray(b"x") * (64 << 20)
+    queue.put(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+
+sys.argv = ["fromage", "--version"]
+main()
+process = multiprocessing.get_context("fork")
+queue = process.Queue()
+faults(queue)
+worker = process.Process(target=faults, args=(queue,))
+worker.start()
+print(queue.get(), queue.get())
+worker.join()
+"""
+
+
+@pytest.mark.skipif(not GLIBC, reason="the C library is not glibc")
+def test_the_command_line_and_its_workers_keep_freed_memory():
+    plain = {name: value for name, value in os.environ.items() if not name.startswith((allocator.OPTION, *allocator.OTHERS))}
+    counted = []
+    for said in ({}, {allocator.OPTION: "system"}):
+        out = subprocess.run(
+            [sys.executable, "-c", OF_COMMANDS], env=plain | said, capture_output=True, text=True, check=True
+        )
+        counted.append([int(word) for word in out.stdout.split()[-2:]])
+    assert all(few < many / 4 for few, many in zip(*counted, strict=True)), counted
+
+
 def run(**variables):
     """Whether it was told, and how many pages were faulted in by twenty blocks of 64 MB."""
     plain = {name: value for name, value in os.environ.items() if not name.startswith((allocator.OPTION, *allocator.OTHERS))}

@@ -6,7 +6,8 @@
 Generation: 32 tokens behind a prompt of 100 tokens, one image among them. The authors run prompt and answer again for
 every token, the logits of all places with it; here keys and values are kept. Scoring: 100 answers of 3 to 7 tokens to
 that prompt, one whole pass each against one pass of the prompt that all of them share. On a CPU, generation is timed once
-more with weights in float16 (Decoding.half_weights); an answer counts as changed from its first other token on. `--static`
+more with weights in float16 (Decoding.half_weights); an answer counts as changed from its first other token on, and the loss
+is that of random words. The first piece of a stream is timed too: what a user of a chat waits for. `--static`
 adds Hugging Face's static cache, which on a card it compiles and replays as CUDA graphs, where it offers that for input
 embeddings.
 """
@@ -26,16 +27,17 @@ from bench_step import PRESETS, build
 from on_device import Save, device_name, elapsed, keep_nothing
 from torch import Tensor, nn
 
-from fromage.generation.generate import generate
+from fromage.generation.generate import generate, stream
 from fromage.generation.options import Decoding
 from fromage.generation.score import score
 from fromage.io import write_json
-from fromage.models.cpu_linear import halves_of
+from fromage.models.cpu_linear import CpuLinears, halves_of
 from fromage.models.fromage import Fromage
 from fromage.models.prompts import Prompt, embed_prompts, prompt_length
 
 PROMPT, NEW, CANDIDATES = 100, 32, 100  # tokens, tokens, answers
 COMPARED = 8  # prompts whose answers are compared
+JUDGED = 15  # tokens of a text whose loss is taken: so few rows are read with weights in float16
 
 
 def with_words(model: Fromage) -> Fromage:
@@ -139,6 +141,7 @@ def measure(preset: str, device: str, rounds: int, static: bool = False, save: S
     }
     if halves:
         report["half_weights"] = with_halves(model, rng, plain, kept, taken["generate, weights in float16"])
+    report["seconds_to_first_piece"] = first_piece(model, prompt, plain, rounds)
     save(report)
     if static:
         report["static_cache"] = with_static_cache(model, prompt, rounds, fast)
@@ -146,8 +149,28 @@ def measure(preset: str, device: str, rounds: int, static: bool = False, save: S
     return report
 
 
+def first_piece(model: Fromage, prompt: Prompt, decoding: Decoding, rounds: int) -> float:
+    """Median seconds from a prompt to the first piece of its streamed answer."""
+    taken = []
+    for _ in range(rounds):
+        pieces: list[Any] = []
+        taken.append(elapsed(lambda to=pieces: to.append(stream(model, prompt, decoding)) or next(to[0]), model.device))
+        pieces[0].close()
+    return statistics.median(taken)
+
+
+def loss_of(model: Fromage, rng: random.Random, halves: Any) -> float:
+    """Mean loss of random words behind random prompts, in nats a token, with weights in float32 or in float16."""
+    found = []
+    for _ in range(COMPARED):
+        with CpuLinears(halves):
+            found.append(float(score(model, [words(rng, PROMPT)], [words(rng, JUDGED)]).total))
+    return -sum(found) / (COMPARED * JUDGED)
+
+
 def with_halves(model: Fromage, rng: random.Random, decoding: Decoding, exact: float, half: float) -> dict[str, Any]:
-    """Weights read per token and how fast, in both ways, and tokens that change. exact, half: seconds of an answer."""
+    """Weights read per token and how fast, in both ways; tokens that change; the loss. exact, half: seconds of an answer."""
+    halves = halves_of(model.lm.hf)
     size = sum(each.weight.numel() for each in model.lm.hf.modules() if isinstance(each, nn.Linear))
     pairs = []
     for _ in range(COMPARED):
@@ -160,6 +183,7 @@ def with_halves(model: Fromage, rng: random.Random, decoding: Decoding, exact: f
         "megabytes_per_token": {"float32": size * 4e-6, "float16": size * 2e-6},
         "gigabytes_per_second": {"float32": size * 4e-9 * NEW / exact, "float16": size * 2e-9 * NEW / half},
         "changed_tokens": 1 - same / len(pairs),
+        "loss": {"float32": loss_of(model, random.Random(1), None), "float16": loss_of(model, random.Random(1), halves)},
     }
 
 
@@ -193,6 +217,8 @@ def main(words: list[str] | None = None) -> None:
     if half := report.get("half_weights"):
         rates = ", ".join(f"{kind} {rate:.1f} GB/s" for kind, rate in half["gigabytes_per_second"].items())
         print(f"weights in float16 {half['speedup']:.2f} x, {half['changed_tokens']:.1%} of tokens changed; {rates}")
+        print("loss in nats a token: " + ", ".join(f"{kind} {loss:.5f}" for kind, loss in half["loss"].items()))
+    print(f"first piece of a stream after {report['seconds_to_first_piece']:.3f} s")
     print(f"same tokens: {report['same_tokens']}; largest difference of scores {report['max_score_error']:.1e} nats")
     if args.static:
         print(f"static cache: {report['static_cache']}")

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from study import Run, Runs, begin, collect, measured, table
+from study import Run, begin, every, measured, table
 
 from fromage.apps.toy_demo import name_things, train
 from fromage.data.features import store_features
@@ -148,12 +148,9 @@ def main() -> None:
     begin(min(2, torch.get_num_threads()))
     prepared = prepare(args.out)
     asked = [name for word in args.only for name in (compositions() if word == COMPOSITION else [word])]
-    runs: Runs = {name: {} for name in asked}
-    for seed in args.seeds:
-        for name in asked:
-            runs[name][str(seed)] = run(name, seed, args.out, prepared, args.answers, args.options)
-            collect(args.json, {name: runs[name]}, answers=args.answers)
-    print(f"\n{table(SHOWN, collect(args.json, runs, answers=args.answers))}\n\nR@1 in %, mean and standard deviation")
+    one = lambda name, seed: run(name, seed, args.out, prepared, args.answers, args.options)  # noqa: E731
+    runs = every(asked, args.seeds, one, args.json, answers=args.answers)
+    print(f"\n{table(SHOWN, runs)}\n\nR@1 in %, mean and standard deviation")
 
 
 if __name__ == "__main__":

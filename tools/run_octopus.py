@@ -13,8 +13,8 @@ that no training has seen: of a world of another seed, or (--judged val) of the 
 designs are chosen on.
 
 What is there is not run again: after a kill, give the command again; to use two cores, give it twice, with other seeds
-(once the patches are there). --json adds to a file like docs/results/octopus.json, with each run's commit and
-machine.
+(once the patches are there). Figures of the usual setting are added to docs/results/octopus.json, with each run's commit and
+machine, or to the file --json.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from study import Run, Runs, begin, collect, measured, table
+from study import Run, begin, every, measured, table
 
 from fromage.apps import octopus_demo as octopus_tour
 from fromage.evals import instructions, pope, refcoco
@@ -44,6 +44,7 @@ ROWS: dict[str, list[str]] = {  # of Octopus: what is changed
     "n4": ["--model.num_queries=4"],
     "n16": ["--model.num_queries=16"],
     "n32": ["--model.num_queries=32"],
+    "masks": ["--model.mask_scale=4"],
     "by_length": ["--data.group_by_length=true"],
     "not_whitened": ["--model.whiten=false"],
 }
@@ -58,6 +59,8 @@ COUNTERPARTS: dict[str, list[str]] = {
     "slow": ["--model.lr=3e-4", "--model.new_lr=6e-4"],
     "fast": ["--model.lr=3e-3", "--model.new_lr=6e-3"],
 }
+RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results" / "octopus.json"
+TRACKED = {"judged": "test", "limit": 2000}  # the setting of its figures
 TEST_SEED = 1000  # of the world that all is judged on
 SHOWN = {
     "refcoco.val.acc_iou50": "RefCOCO",
@@ -71,6 +74,18 @@ SHOWN = {
     "spotting.4_objects.all_found": "4",
     "instructions.text.words": "words",
     "attributes.val.accuracy": "yes or no",
+}
+SETS = {"refcoco": "RefCOCO", "refcoco+": "RefCOCO+", "refcocog": "RefCOCOg"}
+FURTHER = {
+    "the right object among the decoder's best boxes (the paper's table 5)": {
+        f"{name}.val.head_recall_top{k}": f"{told}, {k}" for name, told in SETS.items() for k in range(1, 6)
+    },
+    "a random object is right": {f"chance.{name}.val.acc_iou50": told for name, told in SETS.items()},
+    "questions about attributes": {f"attributes.val/{kind}.accuracy": kind for kind in ("colour", "shape", "size", "place")},
+    "masks, cIoU (the paper's table 6), and that of the box filled": {
+        "refcoco.val.mask_ciou": "RefCOCO",
+        "refcoco.val.box_ciou": "box",
+    },
 }
 
 
@@ -133,25 +148,31 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of the worlds and the runs")
     known = [*ROWS, *TRIED, *COUNTERPARTS]
-    usual = [*ROWS, "sequential"]
+    usual = [*ROWS, *COUNTERPARTS]
     parser.add_argument("--only", nargs="+", choices=known, default=usual, metavar="NAME", help=", ".join(known))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--judged", choices=("test", "val"), default="test", help="scenes that figures are of")
     parser.add_argument("--limit", type=int, default=2000, help="examples of each kind that are judged")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--json", type=Path, help="file for the figures of each seed; runs that it holds stay")
+    parser.add_argument(
+        "--json", type=Path, help="file for the figures of each seed; runs that it holds stay (default: see above)"
+    )
     parser.add_argument("options", nargs="*", help="behind --: further words for `lightning fit`")
     args = parser.parse_args()
     begin(args.threads)
     prepare(args.out)
     setting = {"judged": args.judged, "limit": args.limit}
-    runs: Runs = {name: {} for name in args.only}
-    for seed in args.seeds:
-        for name in args.only:
-            runs[name][str(seed)] = run(name, args.out, seed, args.judged, args.limit, args.options)
-            collect(args.json, {name: runs[name]}, **setting)
-    runs = collect(args.json, runs, **setting)
+    path = args.json or (RESULTS if setting == TRACKED else None)
+    runs = every(
+        args.only,
+        args.seeds,
+        lambda name, seed: run(name, args.out, seed, args.judged, args.limit, args.options),
+        path,
+        **setting,
+    )
     print(f"\n{table(SHOWN, runs)}\n\nin %, of {args.judged} scenes, mean and standard deviation over seeds")
+    for heading, shown in FURTHER.items():
+        print(f"\n{heading}\n\n{table(shown, runs)}")
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ from photo_figures import (
     read,
     recalls,
 )
-from study import Run, Runs, begin, collect, measured, table
+from study import Run, Runs, begin, collect, every, measured, table
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from fromage.apps.photos import train
@@ -238,12 +238,9 @@ def main() -> None:
     begin(args.threads)
     prepare(args)
     setting = {"judged": "held out" if args.choose else args.judged.name}
-    runs: Runs = {name: {} for name in args.only} if args.choose else baselines(args)
-    for seed in args.seeds:
-        for name in args.only:
-            runs.setdefault(name, {})[str(seed)] = run(name, args, seed)
-            collect(args.json, {name: runs[name]}, **setting)
-    runs = collect(args.json, runs, **setting)
+    first: Runs = {} if args.choose else baselines(args)
+    collect(args.json, first, **setting)
+    runs = first | every(args.only, args.seeds, lambda name, seed: run(name, args, seed), args.json, **setting)
     print(f"\n{table(SHOWN, runs)}\n\nin %, mean and standard deviation")
     further = {f"R@1 of queries of one to five captions: {kind}": shown for kind, shown in GROWING.items()}
     further["captions behind other photographs with theirs"] = SHOTS_SHOWN

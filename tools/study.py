@@ -6,7 +6,7 @@ import json
 import platform
 import re
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,22 @@ def collect(path: Path | None, runs: Runs, **setting: Any) -> Runs:
     runs = known | {row: dict(sorted((known.get(row, {}) | seeds).items())) for row, seeds in runs.items()}
     write_json(path, {"setting": setting, "runs": runs, "figures": {row: spread(seeds) for row, seeds in runs.items()}})
     return runs
+
+
+def every(
+    rows: Sequence[str], seeds: Sequence[int], run: Callable[[str, int], Run], path: Path | None, **setting: Any
+) -> Runs:
+    """Run each row with each seed; the file has each as soon as it is done, and is refused before the first if need be.
+
+    Returns what `collect` does.
+    """
+    collect(path, {}, **setting)
+    runs: Runs = {name: {} for name in rows}
+    for seed in seeds:
+        for name in rows:
+            runs[name][str(seed)] = run(name, seed)
+            collect(path, {name: runs[name]}, **setting)
+    return collect(path, runs, **setting)
 
 
 def spread(seeds: Mapping[str, Run]) -> dict[str, dict[str, float]]:

@@ -49,7 +49,7 @@ def tour(
     checkpoint = first
     for stage, config in list(enumerate(STAGES[:stages], 1))[first is not None :]:
         begin = [f"--model.init={checkpoint}"] if checkpoint else []
-        checkpoint = train_once(out, f"stage{stage}", (config,), [*begin, *options], shared)
+        checkpoint = train_once(out, f"stage{stage}", (config,), options, shared, begin)
     assert checkpoint
     return checkpoint
 
@@ -69,17 +69,23 @@ def sequential(out: Path, options: Sequence[str] = (), shared: Path | None = Non
     """Train the sequential counterpart in the folder `out`, from a checkpoint of stage 1; None: that of `out`."""
     if trained(out, "sequential") is None and first is None:
         first = tour(out, options, shared, stages=1)
-    return train_once(out, "sequential", SEQUENTIAL, [f"--model.init={first}", *options], shared)
+    return train_once(out, "sequential", SEQUENTIAL, options, shared, [f"--model.init={first}"])
 
 
 def train_once(
-    out: Path, name: str, configs: Sequence[str], options: Sequence[str] = (), shared: Path | None = None
+    out: Path,
+    name: str,
+    configs: Sequence[str],
+    options: Sequence[str] = (),
+    shared: Path | None = None,
+    begin: Sequence[str] = (),
 ) -> Path:
     """Train what saves its checkpoints in the folder out / name, unless it came to its end before; what was killed goes on.
 
-    Returns the checkpoint.
+    begin: words that come before the options, and that another call may have in another form. Returns the checkpoint.
+    Raises UserError as `once` does.
     """
-    return once(out / name, options, lambda again: train(out, configs, [*options, *again], shared))
+    return once(out / name, options, lambda again: train(out, configs, [*begin, *options, *again], shared))
 
 
 def trained(out: Path, name: str = "stage3") -> Path | None:

@@ -57,23 +57,26 @@ def once(run: Path, options: Sequence[str], fit: Callable[[list[str]], object]) 
 
     Args:
         run: the folder.
-        options: words of `lightning fit` that the user gave; the folder keeps them.
+        options: words of `lightning fit` that the user gave; the folder keeps them. Without any, a run that came to its end
+            will do whatever its options were.
         fit: takes further words for `lightning fit`, by which a run that was killed goes on.
 
     Raises:
         UserError: the folder's run was begun with other options.
     """
-    kept = run / OPTIONS
-    there = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else list(options)
-    if there != list(options):
-        told = " and ".join(repr(" ".join(some)) for some in (there, options))
+    done, kept, given = finished(run), run / OPTIONS, list(options)
+    if done and not given:
+        return done
+    there = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else given
+    if there != given:
+        told = " and ".join(repr(" ".join(some)) for some in (there, given))
         raise UserError(f"{run}: its training was begun with other options ({told}); give the same, or another folder")
-    write_files(run, {OPTIONS: json.dumps(there).encode()})
-    if (checkpoint := finished(run)) is None:
-        checkpoint = run / CHECKPOINT
-        fit(["--ckpt_path=last"] if checkpoint.exists() else [])
-        write_files(run, {FINISHED: b""})
-    return checkpoint
+    if done:
+        return done
+    write_files(run, {OPTIONS: json.dumps(given).encode()})
+    fit(["--ckpt_path=last"] if (run / CHECKPOINT).exists() else [])
+    write_files(run, {FINISHED: b""})
+    return run / CHECKPOINT
 
 
 def finished(run: Path) -> Path | None:

@@ -37,6 +37,7 @@ def test_nothing_is_done_twice(made, coco, monkeypatch):
     for name in ("pack_coco", "run_lightning", "build_index"):
         monkeypatch.setattr(tour, name, None)
     assert tour.photos(*coco, out, "toy", "toy", FEW)["fromage"] == report["fromage"]
+    assert tour.photos(*coco, out, "toy", "toy")["fromage"] == report["fromage"], "without options any will do"
     with pytest.raises(UserError, match=r"begun with other options.*max_steps=4.*give the same"):
         tour.photos(*coco, out, "toy", "toy", [*FEW, "--model.lr=1e-4"])
 
