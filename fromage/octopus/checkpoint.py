@@ -43,6 +43,16 @@ def of_stage(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {**settings, "lora_rank": settings.get("lora_rank") or 0 if settings["stage"] == 3 else 0}
 
 
+def check_run(stage: int, num_queries: int, quantize: str | None, lora_rank: int) -> None:
+    """Raise UserError for a run that no model can have; lora_rank as it was given, though it counts in stage 3 alone."""
+    if stage not in (1, 2, 3):
+        raise UserError(f"model.stage {stage}: choose 1, 2 or 3")
+    if stage == 2 and not num_queries:
+        raise UserError("model.stage 2 trains the object queries, and model.num_queries is 0: choose stage 1 or 3")
+    if quantize and stage == 3 and not lora_rank:
+        raise UserError("model.quantize: a quantised language model is trained by adapters only; give model.lora_rank")
+
+
 def present(saved: Saved) -> Saved:
     """Saved parameters and settings under today's names; see Pretrained.present."""
     settings = current_names(saved.settings)

@@ -13,10 +13,9 @@ from fromage.checkpoints.format import dtype_name
 from fromage.checkpoints.lightning import PREFIX
 from fromage.checkpoints.load import read_saved
 from fromage.checks import check_real, check_whole
-from fromage.errors import UserError
 from fromage.models.language_model import Quantized
 from fromage.models.pretrained import from_hyperparameters
-from fromage.octopus.checkpoint import MASKS, check_names, check_shaped, current_names, current_state, of_stage
+from fromage.octopus.checkpoint import MASKS, check_names, check_run, check_shaped, current_names, current_state, of_stage
 from fromage.octopus.decoding import decode, grounded
 from fromage.octopus.metrics import box_metrics, mask_areas, mean_percent
 from fromage.octopus.model import Octopus
@@ -61,7 +60,7 @@ class OctopusModule(GuardedModule):
         activation_checkpointing: bool = False,
         lr: float = 1e-4,
         new_lr: float | None = None,
-        whiten: bool = True,
+        whiten: bool = False,
         weight_decay: float = 0.0,
         warmup_steps: int = 100,
         nonfinite: Literal["stop", "skip"] = "stop",
@@ -110,10 +109,7 @@ class OctopusModule(GuardedModule):
         for name in ("lr", "weight_decay"):
             check_real(f"model.{name}", self.hparams[name], 0, inf)
         dtype_name(dtype)
-        if not self.hparams["num_queries"] and stage == 2:
-            raise UserError("model.stage 2 trains the object queries, and model.num_queries is 0: choose stage 1 or 3")
-        if quantize and stage == 3 and not self.hparams["lora_rank"]:
-            raise UserError("model.quantize: a quantised language model is trained by adapters only; give model.lora_rank")
+        check_run(stage, self.hparams["num_queries"], quantize, self.hparams["lora_rank"])
         self.guard = NonFiniteGuard(nonfinite == "skip", ("answer", "detection"))
         self._metrics: list[dict[str, float]] = []
         self._taken: set[str] = set()  # names of parameters that earlier stages trained

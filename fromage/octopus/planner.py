@@ -26,6 +26,7 @@ from fromage.errors import UserError
 from fromage.models.language_model import LanguageModel, Quantized
 from fromage.models.vision.base import VisionTower
 from fromage.models.vision.registry import plan_vision
+from fromage.octopus.checkpoint import check_run
 from fromage.octopus.data import Collate
 from fromage.octopus.examples import Example
 from fromage.octopus.lora import add_lora
@@ -117,10 +118,7 @@ def read_run(config: str | Sequence[str], **options: Any) -> Run:
     for name, value in least.items():
         if getattr(run, name) < value:
             raise UserError(f"{name} {getattr(run, name)}: give a whole number from {value} on")
-    if run.stage not in (1, 2, 3) or (run.stage == 2 and not run.num_queries):
-        raise UserError(f"stage {run.stage} with {run.num_queries} object queries: there are stages 1 to 3, 2 with queries")
-    if run.quantize and run.stage == 3 and not run.lora_rank:
-        raise UserError(f"quantize {run.quantize}: a quantised language model is trained by adapters only; give lora_rank")
+    check_run(run.stage, run.num_queries, run.quantize, run.lora_rank)
     if run.answer_tokens < run.objects + 1 or (run.num_queries and run.objects > run.num_queries):
         raise UserError(
             f"answers of {run.answer_tokens} tokens with {run.objects} boxes and </s>, {run.num_queries} object queries: "
