@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from fromage.models.prompts import Url as Url
     from fromage.octopus.data import OctopusData as OctopusData
     from fromage.octopus.model import Octopus as Octopus
+    from fromage.octopus.model import load_octopus as load_octopus
     from fromage.octopus.module import OctopusModule as OctopusModule
-    from fromage.octopus.module import load_octopus as load_octopus
     from fromage.retrieval.base import ImageIndex as ImageIndex
     from fromage.retrieval.build import build_index as build_index
     from fromage.retrieval.faiss_index import FaissIndex as FaissIndex
@@ -70,7 +70,7 @@ _MODULES = {  # public name: its module; a test holds it equal to the imports ab
     "caption": "fromage.generation.generate",
     "generate": "fromage.generation.generate",
     "load_model": "fromage.models.fromage",
-    "load_octopus": "fromage.octopus.module",
+    "load_octopus": "fromage.octopus.model",
     "open_index": "fromage.retrieval.open_index",
     "score": "fromage.generation.score",
     "score_prompts": "fromage.generation.score",

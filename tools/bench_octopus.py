@@ -25,7 +25,7 @@ from bench_grounding import ASKED, PRESETS, QUERIES, build
 from on_device import Save, device_name, elapsed, keep_nothing
 
 from fromage.io import write_json
-from fromage.octopus.data import Collate
+from fromage.octopus.collate import Collate
 from fromage.octopus.examples import Example
 from fromage.octopus.lora import add_lora
 from fromage.octopus.model import Octopus

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torchvision.ops import box_convert, box_iou
 
 from fromage.octopus import RefCOCO
-from fromage.octopus.data import Collate
+from fromage.octopus.collate import Collate
 from fromage.octopus.examples import Example
 from fromage.octopus.matching import Objects, detection_loss
 from fromage.octopus.model import Octopus

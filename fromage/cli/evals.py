@@ -76,7 +76,7 @@ class OctopusOptions(ImageOptions):
 
     def point(self, evaluate: Callable[..., dict[str, Any]], data: Sequence[Any]) -> Result:
         """Evaluate an Octopus on data sets."""
-        from fromage.octopus.module import load_octopus
+        from fromage.octopus.model import load_octopus
 
         with self.reading():
             for each in data:

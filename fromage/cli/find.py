@@ -82,7 +82,7 @@ def ground(
     from fromage.images.open import open_image
     from fromage.octopus.decoding import ground, instruction
     from fromage.octopus.drawing import draw_answer
-    from fromage.octopus.module import load_octopus
+    from fromage.octopus.model import load_octopus
 
     asked, opened = instruction(text, question), open_image(image)
     if mask and not ckpt:

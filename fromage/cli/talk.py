@@ -61,7 +61,7 @@ class Opening:
     def octopus(self, ckpt: str | None) -> Any:
         """The one that is named; beside the toy FROMAGe the toy one, if it was trained already; or None."""
         from fromage.apps.octopus_demo import HOME, trained
-        from fromage.octopus.module import load_octopus
+        from fromage.octopus.model import load_octopus
 
         path = ckpt or (None if self.index or self.ckpt else trained(Path(HOME)))
         quantize = self.quantize if ckpt else None  # the toy one's language model was trained itself, and stays as it is

@@ -5,12 +5,13 @@ NeurIPS 2024. No code was published: it is the paper's model where the paper spe
 
 Where to look:
 
-    model               the prompt, the two halves of the language model and the relay between them
+    model               the two halves of the language model and the relay between them
+    template, branches  the prompt; several prompts about one image in one row
     recognition         the DETR decoder: object queries -> boxes and scores; masks: the mask head, an option
     matching            Hungarian matching and the detection loss
     step                the training step; module: the three stages; planner: what they take
     decoding, answers   answers with boxes; metrics judges them
-    sources, data       data sets in their published files, and batches of them
+    sources, data       data sets in their published files, mixed; collate: batches of them
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ if TYPE_CHECKING:
     from fromage.octopus.decoding import ground as ground
     from fromage.octopus.examples import Example as Example
     from fromage.octopus.model import Octopus as Octopus
+    from fromage.octopus.model import load_octopus as load_octopus
     from fromage.octopus.module import OctopusModule as OctopusModule
-    from fromage.octopus.module import load_octopus as load_octopus
     from fromage.octopus.sources import CocoObjects as CocoObjects
     from fromage.octopus.sources import Flickr30kEntities as Flickr30kEntities
     from fromage.octopus.sources import Flickr30kSpotting as Flickr30kSpotting
@@ -46,7 +47,7 @@ _MODULES = {
     "RefCOCO": "fromage.octopus.sources",
     "VisualGenome": "fromage.octopus.sources",
     "ground": "fromage.octopus.decoding",
-    "load_octopus": "fromage.octopus.module",
+    "load_octopus": "fromage.octopus.model",
 }
 __all__ = [*_MODULES]
 

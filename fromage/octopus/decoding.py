@@ -11,7 +11,8 @@ from fromage.checks import check_whole
 from fromage.errors import UserError
 from fromage.models.prompts import ImageInput, embed_prompts
 from fromage.octopus.answers import Grounded, read_indexed, read_text
-from fromage.octopus.model import Octopus, Prefill, alone
+from fromage.octopus.branches import alone
+from fromage.octopus.model import Octopus, Prefill
 from fromage.octopus.sources import check_question
 
 MAX_NEW_TOKENS = 128

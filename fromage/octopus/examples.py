@@ -42,6 +42,7 @@ class Example:
 
 
 Conversation = list[Example]  # turns about one image, in order; only the last answer may point at boxes
+Row = list[Conversation]  # about one image
 
 
 def conversations(examples: Iterable[Example]) -> Iterator[Conversation]:
@@ -60,9 +61,9 @@ def conversations(examples: Iterable[Example]) -> Iterator[Conversation]:
         yield turns
 
 
-def rows_of(examples: Iterable[Example], per_image: int, seed: int) -> list[list[Conversation]]:
+def rows_of(examples: Iterable[Example], per_image: int, seed: int) -> list[Row]:
     """Conversations about one image together, in an order of their own, at most per_image in a row; images as they come."""
-    images: dict[str, list[Conversation]] = {}
+    images: dict[str, Row] = {}
     for turns in conversations(examples):
         images.setdefault(turns[0].image, []).append(turns)
     rows = []
@@ -73,7 +74,7 @@ def rows_of(examples: Iterable[Example], per_image: int, seed: int) -> list[list
     return rows
 
 
-def characters(row: Iterable[Conversation]) -> int:
+def characters(row: Row) -> int:
     """The length of a row in characters of its instructions and answers; a box counts as one."""
     turns = [turn for conversation in row for turn in conversation]
     return sum(len(turn.instruction) + sum(len(p) if isinstance(p, str) else 1 for p in turn.answer) for turn in turns)

@@ -5,11 +5,7 @@
 Below split_layer the language model reads image, instruction and queries; then a DETR decoder turns the queries into boxes;
 above, the decoder's output takes the queries' places. The legend of shapes is in fromage.models.
 
-Several prompts about one image stand in one row, as branches: the image is read once, and each branch sees the image and
-itself alone, at the positions it would have on its own. So a row gives the hidden states of its prompts one by one, exactly.
-
-    branch (B, T)   0: the part that all branches of the row see; 1, 2, ...: a branch; -1: padding
-    E               prompts with queries in all rows, row by row
+Several prompts about one image stand in one row, as branches (fromage.octopus.branches). E prompts with queries in all rows.
 
     visual prefix   W_c  (d x m)   a patch becomes an input embedding                                           section 4.1
     object queries  (N x d)        input embeddings after the instruction; they see it, the image and each other        3.2
@@ -23,8 +19,7 @@ A reconstruction of Zhao et al., NeurIPS 2024; docs/octopus.md says what is know
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, get_type_hints
@@ -40,17 +35,18 @@ from fromage.models.base import digest
 from fromage.models.frozen import digest_of_samples, hold
 from fromage.models.language_model import LanguageModel, Quantized, load_lm
 from fromage.models.pretrained import Pretrained, parameters_of
-from fromage.models.prompts import QUERIES, START, ImageInput, Part, joined
+from fromage.models.prompts import QUERIES, ImageInput, Part
 from fromage.models.vision.base import VisionTower
 from fromage.models.vision.registry import load_patches
+from fromage.octopus.branches import among, positions, query_places, seen
 from fromage.octopus.checkpoint import check_kinds, check_names, present
 from fromage.octopus.lora import add_lora
 from fromage.octopus.masks import SCALES
 from fromage.octopus.recognition import Detections, Recognizer
+from fromage.octopus.template import check_template, fill_template, parts_of
 
 QUERY = QUERIES.value
 APART = 0.1  # of the length of an embedding, between the beginnings of queries
-SLOTS = re.compile(r"(\{\w+\})")
 
 
 def index_token_names(num_queries: int) -> list[str]:
@@ -117,12 +113,12 @@ class Octopus(Pretrained):
         super().__init__(lm, vision, vision.shape[0])
         self.num_queries, self.relay = num_queries, relay
         self.split_layer = len(lm.blocks) // 2 if split_layer is None else split_layer
-        self.template = [part for part in SLOTS.split(template.replace("{picture}", "{image}")) if part]  # of 0.1
+        self.template = parts_of(template)
         self.masks = mask_scale > 0
         if num_queries:
             _check_queries(lm, vision, self.split_layer, decoder_width, decoder_layers, heads)
         _check_masks(mask_scale, num_queries)
-        _check_template(self.template)
+        check_template(self.template)
         self.visual_prefix = nn.Linear(vision.width, lm.width)  # W_c: (B, P, m) -> (B, P, d)
         self.index_tokens = lm.added  # (N, d), rows of <d0> ... <dN-1>
         if num_queries:
@@ -317,12 +313,6 @@ def _check_masks(mask_scale: int, num_queries: int) -> None:
         raise UserError(f"model.mask_scale {mask_scale}: choose {', '.join(map(str, SCALES))}, or 0 for no masks")
 
 
-def _check_template(template: Sequence[str]) -> None:
-    named = sorted(part for part in template if SLOTS.match(part) and part != "{start}")
-    if named != ["{image}", "{instruction}", "{queries}"]:
-        raise UserError(f"model.template {''.join(template)!r}: name {{image}}, {{instruction}} and {{queries}} once each")
-
-
 def _start(lm: LanguageModel, n: int) -> Tensor:
     """(n, d): where queries begin, at the embedding of '.', and a tenth of a random embedding each.
 
@@ -334,63 +324,6 @@ def _start(lm: LanguageModel, n: int) -> Tensor:
     return full_stop + APART * torch.randn(n, lm.width) * scale
 
 
-def fill_template(template: Sequence[str], image: ImageInput | None, instruction: str, ask: bool) -> list[Part]:
-    """The parts of a template -> a prompt, with queries (ask) or without; with START in front where it names none."""
-    return _fill(([] if "{start}" in template else ["{start}"]) + list(template), image, instruction, ask)
-
-
-def fill_further_turn(template: Sequence[str], instruction: str, ask: bool) -> list[Part]:
-    """A question behind an answer: as fill_template, without the image, the white space behind it, and START before it.
-
-    Of "{start}USER: {image}\\n{instruction} ASSISTANT:" that is "USER: {instruction} ASSISTANT:", as LLaVA has it.
-    """
-    place = template.index("{image}")
-    before, behind = [part for part in template[:place] if part != "{start}"], list(template[place + 1 :])
-    if behind and not SLOTS.match(behind[0]):
-        behind[0] = behind[0].lstrip()
-    return _fill([*before, *behind], None, instruction, ask)
-
-
-def _fill(template: Sequence[str], image: ImageInput | None, instruction: str, ask: bool) -> list[Part]:
-    slots: dict[str, Part | None] = {"{image}": image, "{instruction}": instruction, "{start}": START}
-    slots["{queries}"] = QUERIES if ask else None
-    parts = [slots.get(part, part) for part in template]
-    return joined([part for part in parts if part is not None and part != ""])
-
-
-def image_first(template: Sequence[str]) -> bool:
-    """Whether instruction and queries stand behind the image, so that prompts can share it."""
-    return all(template.index("{image}") < template.index(slot) for slot in ("{instruction}", "{queries}"))
-
-
-def alone(mask: Tensor) -> Tensor:
-    """(B, T) bool, False at padding -> (B, T) branch numbers of rows that hold one prompt each."""
-    return mask.long() - 1
-
-
-def seen(new: Tensor, known: Tensor) -> Tensor:
-    """Branch numbers (B, A) of the last tokens of known (B, S) -> (B, A, S) bool: which token (row) sees which (column).
-
-    Each token sees itself, and before it the shared part and its own branch. Padding sees itself, to avoid NaN.
-    """
-    (_, A), S = new.shape, known.shape[1]
-    before = torch.ones(A, S, dtype=torch.bool, device=new.device).tril(S - A)  # (A, S), oneself included
-    theirs = (known == 0).unsqueeze(1) | (known.unsqueeze(1) == new.unsqueeze(2)) & (known >= 0).unsqueeze(1)  # (B, A, S)
-    itself = torch.eye(S, dtype=torch.bool, device=new.device)[S - A :]  # (A, S)
-    return theirs & before | itself
-
-
-def query_places(places: Tensor, num_queries: int) -> Tensor:
-    """(B, T) bool, where queries stand -> (E, N) int64: which of the B T tokens are the queries of each prompt."""
-    return places.flatten().nonzero().view(-1, max(1, num_queries))
-
-
-def among(places: Tensor, num_queries: int) -> Tensor:
-    """(B, T) bool, where queries stand -> (B, T, T) bool: queries of one prompt see each other, also later ones."""
-    prompt = torch.where(places, (places.cumsum(1) - 1) // max(1, num_queries), -1)  # (B, T)
-    return (prompt.unsqueeze(1) == prompt.unsqueeze(2)) & places.unsqueeze(1)
-
-
-def positions(sees: Tensor) -> Tensor:
-    """(B, A, S) of `seen` -> (B, A): the position of each token, which is the number of tokens before it that it sees."""
-    return sees.sum(-1) - 1
+def load_octopus(path: str, device: str = "cpu", **options: Any) -> Octopus:
+    """Octopus.from_pretrained as a function."""
+    return Octopus.from_pretrained(path, device, **options)

@@ -256,8 +256,3 @@ def load_trained(model: Octopus, path: str) -> set[str]:
         state |= {name: value for name, value in model.state_dict().items() if name.startswith(MASKS)}
     model.take(state, path)
     return set(state)
-
-
-def load_octopus(path: str, device: str = "cpu", **options: Any) -> Octopus:
-    """Octopus.from_pretrained as a function."""
-    return Octopus.from_pretrained(path, device, **options)

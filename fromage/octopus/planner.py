@@ -27,7 +27,7 @@ from fromage.models.language_model import LanguageModel, Quantized
 from fromage.models.vision.base import VisionTower
 from fromage.models.vision.registry import plan_vision
 from fromage.octopus.checkpoint import check_run
-from fromage.octopus.data import Collate
+from fromage.octopus.collate import Collate
 from fromage.octopus.examples import Example
 from fromage.octopus.lora import add_lora
 from fromage.octopus.matching import Objects

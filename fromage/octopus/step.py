@@ -15,7 +15,7 @@ from fromage.octopus.model import Octopus
 
 
 class GroundingBatch(NamedTuple):
-    """Images, one a row, prompts about them as branches of the row (fromage.octopus.model), and their answers.
+    """Images, one a row, prompts about them as branches of the row (fromage.octopus.branches), and their answers.
 
     The prompts are read first. A branch's last answer is fed behind them, once it is known which queries it points at;
     the answers of earlier turns are text, and stand within the prompts. It has either pixels or patches.

@@ -18,10 +18,10 @@ from fromage.cli.talk import Opening
 from fromage.errors import UserError
 from fromage.models.prompts import embed_prompts
 from fromage.octopus.answers import Grounded, read_text
+from fromage.octopus.branches import alone
 from fromage.octopus.decoding import grounded, instruction
 from fromage.octopus.drawing import COLOURS, OTHERS, SIDE, draw_answer
-from fromage.octopus.model import alone
-from fromage.octopus.module import load_octopus
+from fromage.octopus.model import load_octopus
 
 LEFT, RIGHT, ALL, EDGE = (0.1, 0.25, 0.4, 0.75), (0.6, 0.25, 0.9, 0.75), (0.0, 0.0, 1.0, 1.0), (0.99, 0.99, 1.0, 1.0)
 FOUND = [(RIGHT, 0.9), (LEFT, 0.8), (ALL, 0.7), (EDGE, 0.6)]

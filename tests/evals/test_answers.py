@@ -17,7 +17,7 @@ from fromage.evals.questions import read_questions
 from fromage.evals.report import table
 from fromage.evals.vqa import HumanAnswers
 from fromage.models.fromage import Fromage
-from fromage.octopus.module import load_octopus
+from fromage.octopus.model import load_octopus
 
 FIELDS = ["question_id", "prompt", "text", "answer_id", "model_id", "metadata"]
 

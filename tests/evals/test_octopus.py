@@ -23,8 +23,7 @@ from fromage.models.fromage import Fromage
 from fromage.octopus.answers import Grounded
 from fromage.octopus.decoding import ground
 from fromage.octopus.metrics import chance_metrics
-from fromage.octopus.model import Octopus
-from fromage.octopus.module import load_octopus
+from fromage.octopus.model import Octopus, load_octopus
 from fromage.octopus.sources import Instructions, Pope, RefCOCO
 from fromage.octopus.sources.listed import with_masks
 

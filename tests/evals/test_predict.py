@@ -10,8 +10,7 @@ from tiny_octopus import save_untrained
 from fromage.errors import UserError
 from fromage.evals.options import Options
 from fromage.evals.predict import ImageStream, predict
-from fromage.octopus.model import Octopus
-from fromage.octopus.module import load_octopus
+from fromage.octopus.model import Octopus, load_octopus
 from fromage.octopus.sources import RefCOCO
 
 

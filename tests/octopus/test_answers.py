@@ -8,7 +8,7 @@ from fromage.errors import UserError
 from fromage.models.frozen import TOY
 from fromage.octopus.answers import answer_ids, read_indexed, read_text
 from fromage.octopus.boxes import spelled
-from fromage.octopus.data import objects_of
+from fromage.octopus.collate import objects_of
 from fromage.octopus.examples import Example
 from fromage.octopus.model import QUERY, index_token_names
 from fromage.octopus.step import point_at_queries

@@ -12,8 +12,10 @@ from torch.nn import functional as F
 from fromage.data.padding import pad
 from fromage.errors import UserError
 from fromage.models.prompts import START, Starts, embed_prompts, prompt_ids, started
+from fromage.octopus.branches import alone, among, positions, query_places, seen
 from fromage.octopus.decoding import ground
-from fromage.octopus.model import SLOTS, Octopus, alone, among, fill_template, positions, query_places, seen
+from fromage.octopus.model import Octopus
+from fromage.octopus.template import fill_template, parts_of
 from fromage.training.configs import find_config
 
 ASKED = ["where is the red star?", "where are the rings by the small blue moon?", "star"]
@@ -34,7 +36,7 @@ def read(model, asked=ASKED):
 def test_a_prompt_of_full_size_has_one_start_token_at_its_front(stage):
     options = yaml.safe_load(Path(find_config(f"octopus_stage{stage}.yaml")).read_text())["model"]["init_args"]
     for template in (options["template"], options["template"].removeprefix("{start}")):
-        parts = fill_template(SLOTS.split(template), torch.zeros(4, 20), "where is the cat?", ask=True)
+        parts = fill_template(parts_of(template), torch.zeros(4, 20), "where is the cat?", ask=True)
         parts = [part for part in started(parts, Starts.EACH) if part != ""]
         assert [i for i, part in enumerate(parts) if part is START] == [0]
 

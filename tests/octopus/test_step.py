@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny_octopus import FAMILIES, build
 
-from fromage.octopus.data import Collate
+from fromage.octopus.collate import Collate
 from fromage.octopus.examples import Example, conversations, rows_of
 from fromage.octopus.segments import read_mask
 from fromage.octopus.step import octopus_step

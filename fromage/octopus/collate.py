@@ -1,0 +1,163 @@
+"""Rows of conversations -> a batch: prompts and answers as tokens, known objects, pixels or stored patches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import chain
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torchvision.ops import box_convert
+
+from fromage.data.padding import pad
+from fromage.data.tokenizer import PromptTokenizer
+from fromage.models.prompts import part_ids, prompt_ids
+from fromage.octopus.answers import answer_ids
+from fromage.octopus.branches import query_places
+from fromage.octopus.examples import Conversation, Example, Row
+from fromage.octopus.matching import Objects
+from fromage.octopus.model import QUERY, Octopus
+from fromage.octopus.step import GroundingBatch
+from fromage.octopus.template import fill_further_turn, fill_template
+
+LONGEST_BOX = len("[0.000,0.000,0.000,0.000]")
+
+
+class GroundingLayout(NamedTuple):
+    """The parts of a model that determine the tokens of its prompts; worker processes get these only."""
+
+    tokenizer: PromptTokenizer
+    k: int
+    num_queries: int
+    template: list[str]
+    mask_size: tuple[int, int] | None
+
+
+class Collate:
+    """Rows -> a batch."""
+
+    def __init__(self, model: Octopus, stored: bool, ask: bool) -> None:
+        # a worker need not carry the model
+        self.layout = GroundingLayout(model.tokenizer, model.k, model.num_queries, model.template, model.mask_size)
+        self.stored, self.ask = stored, ask
+
+    def __call__(self, rows: list[tuple[Row, Tensor]]) -> GroundingBatch:
+        """Conversations with the pixels (3, H, W) or patches (P, m) of their image -> a batch."""
+        tokenizer, num_queries = self.layout.tokenizer, self.layout.num_queries
+        laid = [self._lay(row) for row, _ in rows]
+        (ids, real), (fed, _) = pad([one.ids for one in laid], tokenizer.pad_id, "left"), pad([one.fed for one in laid], 0)
+        T, F = ids.shape[1], fed.shape[1]
+        branch = pad([one.branch for one in laid], 0, "left")[0].masked_fill(~real, -1)  # (B, T)
+        answers, kept = pad([answer for one in laid for answer in one.answers], tokenizer.pad_id)  # (E, A)
+        queries = query_places(ids == tokenizer.added[QUERY], num_queries)  # (E, N)
+        A, first, places = answers.shape[1], 0, []
+        for number, one in enumerate(laid):
+            shift = T - len(one.ids)  # padding before the row's tokens
+            places += [number * (T + F) + (T + col if behind else shift + col) for at in one.at for behind, col in at]
+            fed[number, : len(one.fed)] = torch.tensor([(first + turn) * A + place for turn, place in one.fed_from])
+            first += len(one.answers)
+        shown = torch.stack([tensor for _, tensor in rows])
+        examples = [turn for row, _ in rows for turns in row for turn in turns]
+        return GroundingBatch(
+            examples=examples,
+            ids=ids,
+            branch=branch,
+            answers=answers,
+            targets=kept.flatten().nonzero().flatten(),
+            fed=fed,
+            fed_branch=pad([one.fed for one in laid], -1)[0],
+            at=torch.tensor(places, dtype=torch.long),
+            queries=queries,
+            objects=objects_of(examples, num_queries, self.layout.mask_size),
+            pixels=None if self.stored else shown,
+            patches=shown if self.stored else None,
+        )
+
+    def _lay(self, row: Row) -> _Laid:
+        """The tokens of a row: the shared part, then each conversation as a branch."""
+        laid = _Laid([], [], [], [], [], [])
+        for number, turns in enumerate(row, 1):
+            for turn in turns:
+                answer = answer_ids(turn, self.layout.tokenizer, self.layout.num_queries)
+                prompt, cut = self._prompt(turn, first=turn is turns[0]), 0
+                if turn is turns[0]:
+                    cut = len(prompt) - prompt[::-1].index(self.layout.tokenizer.image_id)  # behind the image
+                if not laid.ids:
+                    laid.add(prompt[:cut], 0)
+                laid.add(prompt[cut:], number)
+                at, turn_number = [(False, len(laid.ids) - 1)], len(laid.answers)
+                if turn is turns[-1]:
+                    at += [(True, len(laid.fed) + place) for place in range(len(answer) - 1)]
+                    laid.fed.extend([number] * (len(answer) - 1))
+                    laid.fed_from.extend((turn_number, place) for place in range(len(answer) - 1))
+                else:
+                    at += [(False, len(laid.ids) + place) for place in range(len(answer) - 1)]
+                    laid.add(answer, number)
+                laid.answers.append(answer)
+                laid.at.append(at)
+        return laid
+
+    def _prompt(self, example: Example, first: bool) -> list[int]:
+        """first: of its conversation; the image stands there alone."""
+        template, asks = self.layout.template, self.ask and self.layout.num_queries > 0
+        if not first:
+            turn = fill_further_turn(template, example.instruction, asks)
+            return list(chain.from_iterable(part_ids(self.layout, part) for part in turn))
+        image = torch.empty(0)  # any tensor: only the number of its tokens matters
+        return prompt_ids(self.layout, fill_template(template, image, example.instruction, asks))
+
+    def fitting(self, turns: Conversation, longest: int) -> Conversation:
+        """As many first turns of a conversation as have at most `longest` tokens, image included."""
+        spelled = 0 if self.layout.num_queries else LONGEST_BOX
+        for count in range(len(turns), 0, -1):
+            some = turns[:count]
+            fixed = self.layout.k + count * (self.layout.num_queries + len("".join(self.layout.template).encode()) + 8)
+            if fixed + sum(_most_tokens(turn, spelled) for turn in some) <= longest:
+                return some
+            laid = self._lay([some])
+            if len(laid.ids) + len(laid.fed) <= longest:
+                return some
+        return []
+
+
+def _most_tokens(turn: Example, box: int) -> int:
+    """A bound on the tokens of a question and its answer: each is at least a byte, and each text may begin with one more.
+
+    box: bytes of a box that is spelled; 0 where it is one token.
+    """
+    pieces = [len(piece.encode()) + 1 if isinstance(piece, str) else max(1, box) for piece in turn.answer]
+    return len(turn.instruction.encode()) + sum(pieces)
+
+
+class _Laid(NamedTuple):
+    """The tokens of a row, before padding."""
+
+    ids: list[int]
+    branch: list[int]
+    answers: list[list[int]]  # of each turn
+    at: list[list[tuple[bool, int]]]  # where each token of an answer is predicted: behind the prompts or in them; the place
+    fed: list[int]  # branches of the tokens behind the prompts
+    fed_from: list[tuple[int, int]]  # the turn and the place in its answer of each
+
+    def add(self, ids: list[int], branch: int) -> None:
+        """More tokens of a branch."""
+        self.ids.extend(ids)
+        self.branch.extend([branch] * len(ids))
+
+
+def objects_of(examples: Sequence[Example], num_queries: int, mask_size: tuple[int, int] | None = None) -> Objects:
+    """The objects that the answers point at, at most num_queries per image; their masks too where a size (H, W) is given."""
+    rows = [[example.boxes[i] for i in example.meant][:num_queries] for example in examples]
+    boxes = torch.zeros(len(rows), max(map(len, rows)), 4)  # (B, K, 4)
+    for row, theirs in zip(boxes, rows, strict=True):
+        if theirs:
+            row[: len(theirs)] = box_convert(torch.tensor(theirs), "xyxy", "cxcywh")
+    counts = [len(row) for row in rows]
+    if mask_size is None:
+        return Objects(boxes, counts)
+    known = [(row, place) for row, one in enumerate(examples) for place, mask in enumerate(one.masks[: counts[row]]) if mask]
+    masks = torch.zeros(len(known), *mask_size)  # (M, H, W)
+    for cells, (row, place) in zip(masks, known, strict=True):
+        cells.copy_(examples[row].masks[place].coverage(mask_size))  # type: ignore[union-attr]
+    return Objects(boxes, counts, masks, torch.tensor(known, dtype=torch.long).view(-1, 2).T)
