@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fromage.errors import UserError, reason
-from fromage.io import as_json, parse_json, write_files
+from fromage.io import as_json, digest_of, parse_json, write_files
 from fromage.locks import LOCK
 
 OWN = {"format", "version"}  # keys that say what the file is, not what the folder belongs to
@@ -96,6 +96,17 @@ class FolderKind:
         named = dict(zip(("format", "version"), self.format, strict=True)) if self.format else {}
         write_files(folder, {self.file: as_json(named | about)})
         return named | about
+
+    def seal(self, folder: Path, about: dict[str, Any]) -> None:
+        """Write the file of a folder that must stay as it is: with the digests of all others in it."""
+        files = {path.name: digest_of(path) for path in sorted(folder.iterdir())}
+        write_files(folder, {self.file: as_json(about | {"files": files})})
+
+    def require_unchanged(self, folder: Path) -> None:
+        """Raise UserError where a file is missing or is not as `seal` found it."""
+        for name, digest in self.read(folder)["files"].items():
+            if not (folder / name).is_file() or digest_of(folder / name) != digest:
+                raise UserError(f"{folder}: {name} is missing or was changed; {self.again}")
 
     def unreadable(self, folder: Path, cause: str) -> UserError:
         """What is raised for a folder of this kind that cannot be used."""

@@ -22,6 +22,7 @@ from study import Figures, Run, begin, every, measured, table
 from torch import Tensor, nn
 from torchvision.ops import box_convert, box_iou
 
+from fromage.io import digest_of
 from fromage.octopus import RefCOCO
 from fromage.octopus.collate import Collate
 from fromage.octopus.examples import Example
@@ -192,7 +193,15 @@ def main() -> None:
         store = PatchStore(args.out / "patches", model.vision)
         store.add(list(dict.fromkeys(each.image for each in examples)))
         parts.append(see(model, examples, store))
-    setting = {"train": args.train, "val": args.val, "steps": args.steps, "batch_size": args.batch_size, "lr": args.lr}
+    setting = {
+        "octopus": digest_of(args.octopus)[:16],
+        "world": str(args.world),
+        "train": args.train,
+        "val": args.val,
+        "steps": args.steps,
+        "batch_size": args.batch_size,
+        "lr": args.lr,
+    }
 
     def run(name: str, seed: int) -> Run:
         print(f"== {name}", flush=True)

@@ -1,6 +1,6 @@
 """Octopus on the toy world: the published model, its sequential counterpart, and what each part of it does.
 
-    python tools/run_octopus.py --out runs/octopus_study                        # all, three seeds: a night on two cores
+    python tools/run_octopus.py --out runs/octopus_study                        # all: 13 rows of three seeds, days of a core
     python tools/run_octopus.py --out runs/octopus_study --only octopus sequential --seeds 0
     python tools/run_octopus.py --out runs/octopus_study --only slow fast --seeds 0 --judged val
 
@@ -13,7 +13,7 @@ seed, or (--judged val) of the training world's validation scenes, which designs
 
 What is there is not run again: after a kill, give the command again; to use two cores, give it twice, with other seeds
 (once the patches are there). Figures of the usual setting are added to docs/results/octopus.json, with each run's commit and
-machine, or to the file --json.
+machine, or to the file --json. A row takes one to two hours of a core per seed.
 """
 
 from __future__ import annotations
@@ -161,7 +161,7 @@ def main() -> None:
     begin(args.threads)
     prepare(args.out)
     setting = {"judged": args.judged, "limit": args.limit}
-    path = args.json or (RESULTS if setting == TRACKED else None)
+    path = args.json or (RESULTS if setting == TRACKED and not args.options else None)
     runs = every(
         args.only,
         args.seeds,

@@ -42,6 +42,7 @@ from fromage.apps.photos import train
 from fromage.apps.tours import draw_searches
 from fromage.data.features import store_features
 from fromage.data.packing import is_packed, pack_coco
+from fromage.identity import FolderKind
 from fromage.models.fromage import Fromage, load_model
 from fromage.models.towers import folder_of, get
 from fromage.models.vision.registry import load_vision
@@ -70,6 +71,7 @@ LM, VISION = "smollm2", "efficientnet-lite2"
 EXAMPLES = (0, 2, 4)  # photographs with their questions and answers that stand before a question
 STYLES = ("alone", "dialogue", "template")  # in which an image is asked for
 OF_JUDGED = {"photographs", "captions", "growing", "few shot"}  # what is measured on the photographs that judge
+SOURCE = FolderKind("source.json", "photographs", of="source", remedy="name another folder: --out")
 RIDGE = (0.001, 0.01, 0.1)  # weights of the linear baseline, the best of which is taken on photographs held out
 SHOWN = {
     "photographs.t2i_r1": "R@1",
@@ -113,13 +115,16 @@ def prepare(args: argparse.Namespace) -> None:
     """Towers, shards and features, made once: out/features/train, held_out, coco and that of the judged file."""
     for name in (LM, VISION):
         get(name)
-    sets = {"train": (args.train, args.images), judges(args): (args.judged, args.images)}
+    sets = {"train": (args.train, args.images)}
+    if not args.choose:
+        sets[judges(args)] = args.judged, args.images
     if args.coco:
         sets["coco"] = args.coco / "captions_val2017_sample.json", args.coco / "val2017"
     for name, (captions_file, images) in sets.items():
-        shards = args.out / "shards" / name
+        shards, held_out = args.out / "shards" / name, args.held_out if name == "train" else 0.0
+        of = {"captions": str(captions_file.resolve()), "images": str(images.resolve()), "held_out": held_out}
+        SOURCE.begin(args.out / "sources" / name, of)
         if not is_packed(shards):
-            held_out = args.held_out if name == "train" else 0.0
             print(pack_coco(captions_file, images, shards, val_fraction=held_out, overwrite=True).text())
     tower = load_vision(VISION)
     shards = args.out / "shards"
@@ -183,19 +188,25 @@ def run(name: str, args: argparse.Namespace, seed: int) -> Run:
     print(f"\n== {name}, seed {seed}", flush=True)
     checkpoint = train(folder, words_of(name, args, seed), args.options)
     model = load_model(checkpoint)
-    made: Run = {}
-    found: Figures = {}
+    made: dict[str, Run] = {}
     for part, measure in parts(name, args, model).items():
         place = folder / "figures" / (judges(args) if part in OF_JUDGED else "")
-        made = measured(place / f"{part.replace(' ', '_')}.json", measure)
-        found |= {f"{part}.{what}": value for what, value in made["figures"].items()}
+        made[part] = measured(place / f"{part.replace(' ', '_')}.json", measure, options=args.options)
         print(part, flush=True)
     if args.coco and not (sheet := folder / "coco_searches.png").exists():
         index = build_index(
             model, str(args.out / "shards" / "coco"), folder / "coco_index", checkpoint=checkpoint, overwrite=True
         )
         draw_searches(model, index, SEARCHES, sheet)
-    return made | {"figures": found}
+    return together(made)
+
+
+def together(parts: dict[str, Run]) -> Run:
+    """All figures of a run, PART.FIGURE, with commit and machine of its first part; the commits of later ones, if others."""
+    first = next(iter(parts.values()))
+    figures = {f"{part}.{what}": value for part, run in parts.items() for what, value in run["figures"].items()}
+    later = {part: run["commit"] for part, run in parts.items() if run["commit"] != first["commit"]}
+    return first | ({"later": later} if later else {}) | {"figures": figures}
 
 
 def baselines(args: argparse.Namespace) -> Runs:

@@ -83,9 +83,11 @@ def every(
 
 
 def spread(seeds: Mapping[str, Run]) -> dict[str, dict[str, float]]:
-    """Mean and standard deviation over the seeds of every figure."""
-    runs = [run["figures"] for run in seeds.values()]
-    values = {name: [figures[name] for figures in runs] for name in runs[0]}
+    """Mean and standard deviation of every figure over the seeds that have it."""
+    values: dict[str, list[float]] = {}
+    for run in seeds.values():
+        for name, value in run["figures"].items():
+            values.setdefault(name, []).append(value)
     return {
         name: {"mean": statistics.fmean(some), "deviation": statistics.stdev(some) if len(some) > 1 else 0.0}
         for name, some in values.items()
@@ -95,11 +97,19 @@ def spread(seeds: Mapping[str, Run]) -> dict[str, dict[str, float]]:
 def table(shown: Mapping[str, str], runs: Runs) -> str:
     """Rows of a Markdown table: seeds, and of each figure the mean, behind ± the deviation of several.
 
-    shown: heading of each figure by its name.
+    shown: heading of each figure by its name. A figure that not all seeds have is marked by their number.
     """
     rows = [["", *shown.values(), "seeds"], ["---"] * (len(shown) + 2)]
     for row, seeds in runs.items():
-        figures, told = spread(seeds), "{mean:.1f} ± {deviation:.1f}" if len(seeds) > 1 else "{mean:.1f}"
-        cells = [told.format(**figures[name]) if name in figures else "" for name in shown]
-        rows.append([row, *cells, ", ".join(seeds)])
+        figures = spread(seeds)
+        rows.append([row, *(_cell(name, figures.get(name), seeds) for name in shown), ", ".join(seeds)])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _cell(name: str, value: Mapping[str, float] | None, seeds: Mapping[str, Run]) -> str:
+    """A figure of a row, in words."""
+    if value is None:
+        return ""
+    having = sum(name in run["figures"] for run in seeds.values())
+    told = f"{value['mean']:.1f}" + f" ± {value['deviation']:.1f}" * (having > 1)
+    return told + f" ({having} of {len(seeds)})" * (having < len(seeds))

@@ -35,15 +35,15 @@ def toy_checkpoint(out: Path) -> Path:
 
 def tour(
     out: Path,
-    options: Sequence[str] = (),
+    options: Sequence[str] | None = None,
     shared: Path | None = None,
     stages: int = len(STAGES),
     first: Path | None = None,
 ) -> Path:
     """Make the world and train the first stages in the folder `out`; returns the last one's checkpoint.
 
-    options: further words for every `lightning fit`. shared: folder of the world and its patches, in place of `out`. first:
-    a checkpoint of stage 1, which is then not trained here.
+    options: further words for every `lightning fit`, as of `once`. shared: folder of the world and its patches, in place of
+    `out`. first: a checkpoint of stage 1, which is then not trained here.
     """
     make(shared or out)
     checkpoint = first
@@ -65,7 +65,9 @@ def make(out: Path) -> None:
         make_world(out / "world", **COUNTS)
 
 
-def sequential(out: Path, options: Sequence[str] = (), shared: Path | None = None, first: Path | None = None) -> Path:
+def sequential(
+    out: Path, options: Sequence[str] | None = None, shared: Path | None = None, first: Path | None = None
+) -> Path:
     """Train the sequential counterpart in the folder `out`, from a checkpoint of stage 1; None: that of `out`."""
     if trained(out, "sequential") is None and first is None:
         first = tour(out, options, shared, stages=1)
@@ -76,7 +78,7 @@ def train_once(
     out: Path,
     name: str,
     configs: Sequence[str],
-    options: Sequence[str] = (),
+    options: Sequence[str] | None = None,
     shared: Path | None = None,
     begin: Sequence[str] = (),
 ) -> Path:
@@ -85,7 +87,7 @@ def train_once(
     begin: words that come before the options, and that another call may have in another form. Returns the checkpoint.
     Raises UserError as `once` does.
     """
-    return once(out / name, options, lambda again: train(out, configs, [*begin, *options, *again], shared))
+    return once(out / name, options, lambda again: train(out, configs, [*begin, *(options or ()), *again], shared))
 
 
 def trained(out: Path, name: str = "stage3") -> Path | None:

@@ -19,14 +19,15 @@ from fromage.data.datamodule import CC3M
 from fromage.data.features import from_npy, store_features
 from fromage.data.packing import is_packed, pack_coco
 from fromage.data.shards import Broken, captions_of, expand, image_file, read_shards, shard_sizes, sized
+from fromage.errors import UserError
 from fromage.evals.retrieval import evaluate
 from fromage.generation.generate import caption_images
 from fromage.generation.options import Decoding
 from fromage.generation.preset import Preset
 from fromage.identity import FolderKind
-from fromage.images.codec import decode_image
+from fromage.images.codec import decode_image, to_png
 from fromage.images.contact_sheet import contact_sheet
-from fromage.io import write_json
+from fromage.io import write_files, write_json
 from fromage.models.fromage import Fromage, load_model
 from fromage.models.towers import get, is_own
 from fromage.models.vision.registry import load_vision
@@ -64,13 +65,17 @@ def photos(
         captions: caption file in COCO's format.
         images: folder of its photographs.
         lm, vision: towers; those that fromage.models.towers keeps are fetched.
-        options: further words for `lightning fit --config photos.yaml`.
-        val_fraction: share of the photographs, 0 to 1, that are held out.
+        options: further words for `lightning fit --config photos.yaml`; without any, a run that came to its end will do.
+        val_fraction: share of the photographs, between 0 and 1, that are held out.
 
     Raises:
-        UserError: a tower is out of reach, the file or its images cannot be read, or the folder is of another tour.
+        UserError: a tower is out of reach, the file or its images cannot be read, nothing is held out, or the folder is of
+            another tour.
     """
-    TOUR.begin(out, {"captions": str(captions.resolve()), "images": str(images.resolve()), "lm": lm, "vision": vision})
+    if not 0 < val_fraction < 1:
+        raise UserError(f"val_fraction {val_fraction}: photographs held out judge the model; give a share, as {HELD_OUT}")
+    of = {"captions": str(captions.resolve()), "images": str(images.resolve()), "lm": lm, "vision": vision}
+    TOUR.begin(out, of | {"val_fraction": val_fraction})
     seconds: dict[str, float] = {}
     with timed("towers", seconds):
         for name in filter(is_own, (lm, vision)):
@@ -89,7 +94,7 @@ def photos(
         photographs = sum(size or 0 for size in shard_sizes(expand(str(stored / "train"))))
         if photographs < options_of(find_config(CONFIG))["batch_size"]:
             words.append(f"--data.batch_size={photographs}")
-        checkpoint = train(out, words, options)
+        checkpoint = train(out, words, options or None)
     with timed("evaluate", seconds):
         model = load_model(checkpoint)
         data = CC3M(str(stored / "train"), str(stored / "val"), batch_size=100, max_tokens=32, workers=0)
@@ -97,7 +102,7 @@ def photos(
         batches: list[Batch] = list(data.val_dataloader())  # type: ignore[arg-type]
         held_out = sum(len(batch.keys) for batch in batches)
         report: dict[str, Any] = {"held_out": held_out, "fromage": evaluate(model, batches)}
-        draw_captions(model, stored / "val").save(out / "captions.png")
+        write_files(out, {"captions.png": to_png(draw_captions(model, stored / "val"))})
     with timed("index", seconds):
         if not (out / "index").exists():
             build_index(model, str(stored / "*" / "*.tar"), out / "index", checkpoint=checkpoint)
@@ -109,15 +114,15 @@ def photos(
     return report
 
 
-def train(out: Path, words: Sequence[str], options: Sequence[str] = ()) -> Path:
+def train(out: Path, words: Sequence[str], options: Sequence[str] | None = None) -> Path:
     """`lightning fit`, unless it came to its end before; what was killed goes on. Returns the checkpoint.
 
-    words, options: of `lightning fit`; a run that was begun with other options is refused.
+    words, options: of `lightning fit`; options as of `once`.
     """
     run = out / "run"
 
     def fit(again: list[str]) -> None:
-        run_lightning(["fit", "--config", CONFIG, *placed(run), *words, *options, *again])
+        run_lightning(["fit", "--config", CONFIG, *placed(run), *words, *(options or ()), *again])
         write_json((run / CHECKPOINT).with_name(GENERATION), PRESET.stored())
 
     return once(run, options, fit)  # not written again: `fromage tune-ret` adds to it

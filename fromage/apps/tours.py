@@ -8,7 +8,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from fromage.checkpoints.run_folder import last_checkpoint
 from fromage.errors import UserError
+from fromage.images.codec import to_png
 from fromage.io import write_files
 from fromage.models.fromage import Fromage
 from fromage.retrieval.base import ImageIndex
@@ -47,34 +49,35 @@ def placed(run: Path) -> list[str]:
 
 
 def draw_searches(model: Fromage, index: ImageIndex, asked: Sequence[str], path: Path) -> None:
-    """Write an image of what each text finds, its five best."""
+    """Write an image of what each text finds, its five best, as PNG."""
     found = [load_images(hits, SHOWN)[0] for hits in search_index(model, index, asked, SHOWN)]
-    draw_hits(asked, found).save(path)
+    write_files(path.parent, {path.name: to_png(draw_hits(asked, found))})
 
 
-def once(run: Path, options: Sequence[str], fit: Callable[[list[str]], object]) -> Path:
+def once(run: Path, options: Sequence[str] | None, fit: Callable[[list[str]], object]) -> Path:
     """Train what saves its checkpoints in a run's folder, unless it came to its end before; returns the checkpoint.
 
     Args:
         run: the folder.
-        options: words of `lightning fit` that the user gave; the folder keeps them. Without any, a run that came to its end
-            will do whatever its options were.
+        options: words of `lightning fit` that the user gave; the folder keeps them. None: a run that came to its end will
+            do whatever its options were.
         fit: takes further words for `lightning fit`, by which a run that was killed goes on.
 
     Raises:
-        UserError: the folder's run was begun with other options.
+        UserError: the folder's run has a checkpoint, and was begun with other options.
     """
-    done, kept, given = finished(run), run / OPTIONS, list(options)
-    if done and not given:
+    done, kept, given = finished(run), run / OPTIONS, list(options or ())
+    if done and options is None:
         return done
-    there = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else given
+    begun = last_checkpoint((run / CHECKPOINT).parent)
+    there = json.loads(kept.read_text(encoding="utf-8")) if begun and kept.exists() else given
     if there != given:
         told = " and ".join(repr(" ".join(some)) for some in (there, given))
         raise UserError(f"{run}: its training was begun with other options ({told}); give the same, or another folder")
     if done:
         return done
     write_files(run, {OPTIONS: json.dumps(given).encode()})
-    fit(["--ckpt_path=last"] if (run / CHECKPOINT).exists() else [])
+    fit(["--ckpt_path=last"] if begun else [])
     write_files(run, {FINISHED: b""})
     return run / CHECKPOINT
 

@@ -35,7 +35,8 @@ def evaluate(model: Octopus, data: Instructions | Flickr30kSpotting, options: Op
         metrics[setting(example)].append({name: found[name] for name in found if name in PROTOCOL})
     figures = {name: mean_percent(some) for name, some in metrics.items()} | {"all": {"seconds": predictions.seconds}}
     sizes = {f"answers_{name}": len(some) for name, some in metrics.items()}
-    return report("instructions", [predictions], figures, PROTOCOL, sizes=sizes)
+    name = "spotting" if isinstance(data, Flickr30kSpotting) else "instructions"
+    return report(name, [predictions], figures, PROTOCOL, sizes=sizes)
 
 
 def setting(example: Example) -> str:

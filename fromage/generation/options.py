@@ -106,7 +106,7 @@ DEFAULTS: dict[str, Any] = {f.name: f.default for f in fields(Decoding)}
 
 
 def served(name: str) -> tuple[Any, Any]:
-    """Smallest and largest value of an option in a request. Raises ValueError for one that requests do not have."""
+    """Smallest and largest value of an option in a request. Raises LookupError or ValueError where requests have it not."""
     kind: Any = int if is_whole(name) else float
     least, most = (kind(bound) for bound in LIMITS[name].served or ())
     return least, most

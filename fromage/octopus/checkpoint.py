@@ -96,11 +96,14 @@ def check_names(model: Octopus, state: Mapping[str, Tensor], source: str) -> Non
         raise UserError(f"{source}: of another architecture or version ({wrong[0]}); {remedy}")
 
 
-def check_shaped(settings: Mapping[str, Any], theirs: Mapping[str, Any], state: Mapping[str, Tensor], source: str) -> None:
+def check_shaped(model: Octopus, theirs: Mapping[str, Any], state: Mapping[str, Tensor], source: str) -> None:
     """Raise UserError where parameters of stage 2 were trained with other settings; theirs: those of the checkpoint."""
     if not any(name.startswith("recognizer.") for name in state):
         return
-    changed = [name for name, value in settings.items() if name in SHAPED and theirs.get(name, value) != value]
+    usual = {"split_layer": len(model.lm.blocks) // 2}  # of those that are None
+    ours = {name: usual.get(name) if value is None else value for name, value in model.settings.items()}
+    theirs = {name: usual.get(name) if value is None else value for name, value in theirs.items()}
+    changed = [name for name, value in ours.items() if name in SHAPED and theirs.get(name, value) != value]
     if changed:
-        was, now = theirs[changed[0]], settings[changed[0]]
+        was, now = theirs[changed[0]], ours[changed[0]]
         raise UserError(f"{source}: of another architecture (model.{changed[0]} {was}, not {now}); give its own settings")

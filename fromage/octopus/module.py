@@ -151,9 +151,9 @@ class OctopusModule(GuardedModule):
 
     def on_train_start(self) -> None:
         """Begin stage 2 as `whiten` says, with the states of some batches' queries."""
-        super().on_train_start()
         if self.h.stage == 2 and self.hparams["whiten"] and self.global_step == 0:
             self.model.recognizer.whiten(*self._of_states(SEEN_BEFORE), self.h.seed)
+        super().on_train_start()  # now the clock starts
 
     @torch.no_grad()
     def _of_states(self, batches: int) -> tuple[Tensor, Tensor]:
@@ -203,7 +203,10 @@ class OctopusModule(GuardedModule):
         patches = image_patches(self.model, batch)
         embeds = self.model.embed(batch.ids, self.model.prefix(patches))
         prefill = self.model.read(batch.ids, batch.branch, embeds, patches, batch.queries)
-        answers = grounded(self.model, prefill, decode(self.model, prefill, batch.answers.shape[1] + 1))
+        room = (self.model.lm.max_length or inf) - batch.ids.shape[1]
+        answers = grounded(
+            self.model, prefill, decode(self.model, prefill, max(1, int(min(batch.answers.shape[1] + 1, room))))
+        )
         for example, answer in zip(batch.examples, answers, strict=True):
             due = "" if example.meant else "".join(piece for piece in example.answer if isinstance(piece, str))
             figures = box_metrics(answer, [example.boxes[i] for i in example.meant], due)
@@ -224,7 +227,7 @@ class OctopusModule(GuardedModule):
         state = current_state(state)
         source, theirs = "the checkpoint to resume from", current_names(checkpoint.get("hyper_parameters", {}))
         check_names(self.model, state, source)
-        check_shaped(self.model.settings, theirs, state, source)
+        check_shaped(self.model, theirs, state, source)
         checkpoint["state_dict"] = {PREFIX + name: value for name, value in state.items()}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -251,7 +254,7 @@ def load_trained(model: Octopus, path: str) -> set[str]:
     """Load the parameters of a checkpoint to start from; returns their names. Raises UserError for another architecture."""
     saved = read_saved(path)
     state = current_state(saved.tensors)
-    check_shaped(model.settings, current_names(saved.settings), state, path)
+    check_shaped(model, current_names(saved.settings), state, path)
     if "queries" in state and not any(name.startswith(MASKS) for name in state):  # the mask head begins again
         state |= {name: value for name, value in model.state_dict().items() if name.startswith(MASKS)}
     model.take(state, path)

@@ -111,9 +111,10 @@ class Recognizer(nn.Module):
         """Begin again with a map into the decoder that whitens what enters it.
 
         Which words a prompt has makes a small part of the variance of the queries' states; what all prompts share, and what
-        comes from the image, large ones. A random map keeps these shares, and the decoder learns late or never what the
-        words mean. Here the main directions of the states begin with equal variance and zero mean, and a random map from
-        them to c follows. (Data-dependent initialisation: Kraehenbuehl et al., ICLR 2016.)
+        comes from the image, large ones. A random map keeps these shares, and behind a frozen language model a decoder then
+        learns late or never what some words mean (docs/octopus.md). Here the main directions of the states begin with equal
+        variance and zero mean, and a random map from them to c follows. (Data-dependent initialisation: Kraehenbuehl et al.,
+        ICLR 2016.)
 
         Args:
             mean: (d,), of the states behind the layer norm.

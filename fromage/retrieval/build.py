@@ -149,7 +149,8 @@ def import_embeddings(
     It names files of other machines, so of those here only what lies in the folder of its images is ever opened.
 
     Args:
-        model: whose retrieval space the rows are in; or what loads it, called when the sources look right.
+        model: whose retrieval space the rows are in; or what loads it, called when a folder looks right. Pickles are read
+            after it.
         sources: the authors' pickles of N paths and (N, q) rows, see fromage.retrieval.authors_embeddings; or one folder of
             clip-retrieval or autofaiss with features (n, m) of the model's tower or rows (n, q), see
             fromage.retrieval.clip_retrieval.

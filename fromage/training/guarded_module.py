@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from math import isfinite
+from math import inf
 from typing import Any
 
 import pytorch_lightning as pl
@@ -49,7 +49,7 @@ class GuardedModule(pl.LightningModule):
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Tell the progress bar how many minutes of the run are left: an estimate from its pace so far."""
         (began, first), steps = self._began, float(self.trainer.estimated_stepping_batches)
-        if isfinite(steps) and self.global_step > first:
+        if 0 < steps < inf and self.global_step > first:  # -1 where Lightning does not know
             pace = (time.monotonic() - began) / (self.global_step - first)
             left = {"minutes_left": pace * max(0.0, steps - self.global_step) / 60}
             self.log_figures(left, ["minutes_left"], logger=False)

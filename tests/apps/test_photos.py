@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 
 from fromage.apps import photos as tour
+from fromage.apps.tours import CHECKPOINT, FINISHED, once
+from fromage.checkpoints.run_folder import BEFORE
 from fromage.cli.main import main
 from fromage.errors import UserError
 
@@ -40,6 +42,42 @@ def test_nothing_is_done_twice(made, coco, monkeypatch):
     assert tour.photos(*coco, out, "toy", "toy")["fromage"] == report["fromage"], "without options any will do"
     with pytest.raises(UserError, match=r"begun with other options.*max_steps=4.*give the same"):
         tour.photos(*coco, out, "toy", "toy", [*FEW, "--model.lr=1e-4"])
+
+
+def test_photographs_that_judge_are_a_share_that_stays(made, coco, tmp_path):
+    for odd in (0, 1, float("nan")):
+        with pytest.raises(UserError, match="val_fraction"):
+            tour.photos(*coco, tmp_path / "new", "toy", "toy", val_fraction=odd)
+    assert not (tmp_path / "new").exists()
+    with pytest.raises(UserError, match=r"of another photographs \(val_fraction 0\.1 there, 0\.2 here"):
+        tour.photos(*coco, made[0], "toy", "toy", FEW, val_fraction=0.2)
+
+
+def test_options_that_were_wrong_can_be_corrected(coco, tmp_path):
+    words = [*coco, tmp_path / "tour", "toy", "toy"]
+    with pytest.raises((UserError, SystemExit)):
+        tour.photos(*words, [*FEW, "--trainer.steps=3"])
+    assert tour.photos(*words, FEW)["held_out"]
+
+
+def test_a_study_takes_no_run_of_other_options(tmp_path):
+    run = tmp_path / "run"
+    checkpoint = run / CHECKPOINT
+
+    def fit(again):
+        asked.append(again)
+        checkpoint.parent.mkdir(parents=True, exist_ok=True)
+        checkpoint.touch()
+
+    asked = []
+    assert once(run, ["--a=1"], fit) == once(run, ["--a=1"], fit) == once(run, None, fit) == checkpoint
+    assert asked == [[]]
+    with pytest.raises(UserError, match="begun with other options"):
+        once(run, [], fit)
+    (run / FINISHED).unlink()
+    checkpoint.rename(checkpoint.with_name(BEFORE))
+    once(run, ["--a=1"], fit)
+    assert asked == [[], ["--ckpt_path=last"]], "the one before the last will do"
 
 
 def test_a_run_that_was_killed_goes_on(coco, tmp_path, monkeypatch):

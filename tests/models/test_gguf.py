@@ -5,6 +5,7 @@ import torch
 from tiny_gguf import TEMPLATE, rounded, tiny_llama, write_gguf
 
 from fromage.errors import UserError
+from fromage.identity import FolderKind
 from fromage.models import gguf
 from fromage.models.language_model import load_lm
 
@@ -67,7 +68,7 @@ def test_a_kill_in_the_middle_leaves_no_half_of_it(file, cache, monkeypatch):
     def killed(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(gguf, "write_json", killed)
+    monkeypatch.setattr(FolderKind, "seal", killed)
     with pytest.raises(KeyboardInterrupt):
         gguf.unpacked(file)
     assert not [path for path in (cache / "gguf").iterdir() if path.is_dir()]

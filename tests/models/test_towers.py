@@ -65,9 +65,14 @@ def test_what_this_machine_cannot_unpack_is_not_fetched(cache, index, monkeypatc
 
 def test_one_that_was_changed_is_not_used(cache, index):
     folder = Path(towers.get("smollm2"))
-    with (folder / "config.json").open("a") as file:
-        file.write(" ")
-    with pytest.raises(UserError, match=r"smollm2: holds a model that was unpacked.*remove it"):
+    config = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(config + " ")
+    with pytest.raises(UserError, match=r"smollm2: config\.json is missing or was changed; remove it, and fetch it"):
+        load_lm("smollm2")
+    (folder / "config.json").write_text(config)
+    assert load_lm("smollm2").width == 64
+    (folder / "config.json").unlink()
+    with pytest.raises(UserError, match=r"config\.json is missing"):
         load_lm("smollm2")
 
 

@@ -161,7 +161,7 @@ def test_boxes_to_point_at_are_refused_where_nothing_is_asked_yet(trained, world
 
 def test_other_settings_of_what_recognises_are_refused(trained):
     words = [*QUICK, "--model.split_layer=1", f"--model.init={trained}/stage2/checkpoints/last.ckpt"]
-    with pytest.raises(UserError, match=r"another architecture \(model.split_layer None, not 1\)"):
+    with pytest.raises(UserError, match=r"another architecture \(model.split_layer 2, not 1\)"):
         octopus_tour.train(trained, octopus_tour.STAGES[2:], words)
 
 
@@ -252,7 +252,7 @@ def test_stage_2_may_begin_with_whitened_states(trained):
 
 def test_a_run_does_not_go_on_with_the_decoder_at_another_layer(trained):
     last = trained / "stage2" / "checkpoints" / "last.ckpt"
-    with pytest.raises(UserError, match=r"resume from: of another architecture \(model.split_layer None, not 1\)"):
+    with pytest.raises(UserError, match=r"resume from: of another architecture \(model.split_layer 2, not 1\)"):
         octopus_tour.train(trained, octopus_tour.STAGES[1:2], [*QUICK, "--model.split_layer=1", f"--ckpt_path={last}"])
 
 

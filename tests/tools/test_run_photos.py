@@ -178,3 +178,30 @@ def test_a_row_is_trained_and_judged_once(world, tmp_path, monkeypatch, capsys):
     of_five = json.loads((tmp_path / "g.json").read_text())
     assert of_five["figures"]["chance"]["photographs.t2i_r1"]["mean"] == 20, "figures of the other file's photographs"
     assert of_five["setting"] == {"judged": "five.json"}
+
+    same_name = tmp_path / "elsewhere" / "five.json"
+    same_name.parent.mkdir()
+    same_name.write_text(other.read_text())
+    argv[argv.index("--judged") + 1] = str(same_name)
+    with pytest.raises(UserError, match="photographs of another source"):
+        run_photos.main()
+
+
+def test_a_choice_is_judged_on_photographs_held_out_of_training(world, tmp_path, monkeypatch):
+    listed, images = world / "coco" / "annotations" / "captions_val2017.json", world / "coco" / "val2017"
+    monkeypatch.setattr(run_photos, "get", lambda name: None)
+    monkeypatch.setattr(run_photos, "folder_of", lambda name: TOY / "opt")
+    monkeypatch.setattr(run_photos, "VISION", "toy")
+    args = argparse.Namespace(train=listed, images=images, judged=tmp_path / "test.json", coco=None, held_out=0.3)
+    args.out, args.choose = tmp_path, True  # the file that judges is not there, and is not missed
+    run_photos.prepare(args)
+    count, held_out = len(json.loads(listed.read_text())["images"]), run_photos.read([tmp_path / "features" / "held_out"])
+    trained = run_photos.read([tmp_path / "features" / "train"])
+    assert run_photos.judges(args) == "held_out" and len(held_out.names) + len(trained.names) == count
+    assert 0 < len(held_out.names) < len(trained.names) and not {*held_out.names} & {*trained.names}
+
+
+def test_a_run_names_the_commits_of_parts_that_were_measured_later():
+    parts = {"a": {"commit": "1", "figures": {"x": 1.0}}, "b": {"commit": "2", "figures": {"y": 2.0}}}
+    assert run_photos.together(parts) == {"commit": "1", "later": {"b": "2"}, "figures": {"a.x": 1.0, "b.y": 2.0}}
+    assert "later" not in run_photos.together({"a": parts["a"]})

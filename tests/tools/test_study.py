@@ -51,6 +51,12 @@ def test_runs_of_later_calls_stand_beside_those_of_earlier_ones(study, tmp_path)
     assert json.loads(file.read_text()) == written
 
 
+def test_a_figure_that_some_seeds_lack_is_the_mean_of_the_others_and_says_so(study):
+    seeds = {"0": {"figures": {"x": 1.0}}, "1": {"figures": {"x": 3.0, "y": 5.0}}}
+    assert study.spread(seeds)["y"] == {"mean": 5.0, "deviation": 0.0}
+    assert study.table({"x": "X", "y": "Y"}, {"row": seeds}).splitlines()[2] == "| row | 2.0 ± 1.4 | 5.0 (1 of 2) | 0, 1 |"
+
+
 def test_figures_of_the_repository_are_means_of_the_runs_beside_them(study):
     for path in (TOOLS.parent / "docs" / "results").glob("*.json"):
         held = json.loads(path.read_text())
