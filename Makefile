@@ -43,4 +43,4 @@ container:
 	@touch .venv/demo $(if $(filter .venv/ready,$@),.venv/photos) $@
 
 clean:
-	rm -rf .venv build dist site *.egg-info runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -8,6 +8,10 @@ class UserError(Exception):
     """Something a user can mend, in one line that names the thing and the remedy; the command line prints it alone."""
 
 
+class OutOfReach(UserError):
+    """A service that does not answer, such as Milvus; the message names its address, which strangers are not told."""
+
+
 class BrokenSample(Exception):
     """A sample, or its image, that cannot be used; the message is 'cause' or 'cause: detail', without a name."""
 

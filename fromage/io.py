@@ -13,14 +13,16 @@ import os
 import shutil
 import socket
 import threading
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from fromage.errors import UserError, reason
-from fromage.locks import LOCK, held
+from fromage.locks import LOCK, InUse, held
 
+WAIT = 0.5  # seconds between two looks at what another process makes
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 REFUSED = FULL | {errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
 
@@ -206,6 +208,18 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with held(folder, beside=True):
         yield from _filled(folder)
+
+
+def fill_once(folder: Path, fill: Callable[[Path], object]) -> None:
+    """Make a folder, whole, unless it is there; where another process is making it, wait for that one.
+
+    fill: writes what belongs into a new folder, which then takes its name.
+    """
+    while not folder.exists():
+        with suppress(InUse), writing(folder), whole_folder(folder) as new:
+            fill(new)
+        if not folder.exists():
+            time.sleep(WAIT)
 
 
 def _filled(folder: Path) -> Iterator[Path]:

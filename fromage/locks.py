@@ -13,6 +13,11 @@ from typing import IO
 
 from fromage.errors import UserError
 
+
+class InUse(UserError):
+    """A folder that another process, or another thread, writes."""
+
+
 LOCK = ".lock"  # its name in a folder; one that is replaced as a whole has its lock beside it
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}  # of file systems that know none
 
@@ -87,6 +92,6 @@ def _is_at(path: Path, file: IO[str]) -> bool:
         return False
 
 
-def _busy(folder: Path, holder: str) -> UserError:
+def _busy(folder: Path, holder: str) -> InUse:
     by = f"process {holder}" if holder.strip().isdigit() else "another process"
-    return UserError(f"{folder}: is in use by {by}, which writes it; wait until it ends, or name another folder")
+    return InUse(f"{folder}: is in use by {by}, which writes it; wait until it ends, or name another folder")

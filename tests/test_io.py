@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fromage.errors import UserError
-from fromage.io import WholeFile, check_new, set_aside, whole_folder, write_files, writing
+from fromage.io import WholeFile, check_new, fill_once, set_aside, whole_folder, write_files, writing
 from fromage.locks import LOCK
 
 
@@ -161,3 +161,25 @@ def test_what_is_there_is_not_replaced_without_a_word(tmp_path):
         with pytest.raises(UserError, match=r"is there already.*--overwrite"):
             check_new(path)
         check_new(path, overwrite=True)
+
+
+def test_a_folder_that_another_makes_is_waited_for(tmp_path, monkeypatch):
+    made, begun, go = [], threading.Event(), threading.Event()
+    monkeypatch.setattr("fromage.io.WAIT", 0.01)
+
+    def fill(folder):
+        made.append(folder)
+        begun.set()
+        go.wait(10)
+        (folder / "a").write_text("x")
+
+    threads = [threading.Thread(target=fill_once, args=(tmp_path / "out", fill)) for _ in range(3)]
+    threads[0].start()
+    assert begun.wait(10)
+    for thread in threads[1:]:
+        thread.start()
+    go.set()
+    for thread in threads:
+        thread.join(10)
+    assert len(made) == 1 and content(tmp_path / "out") == {"a": b"x"}
+    fill_once(tmp_path / "out", pytest.fail)

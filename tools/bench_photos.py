@@ -4,8 +4,9 @@
 
 The pair is SmolLM2-135M and EfficientNet-Lite2, as `fromage towers get` fetches them. The plain loop over photographs is
 timm's: its transform, a DataLoader over the files, batches of 32 through the model. Ours is what `fromage features` does.
-Both have one process that decodes. Training steps have stored features; the reference step is that of the released code.
-Each measurement is a process of its own, in turns.
+Both have one process that decodes; the plain loop gives freed memory back to the system, as a plain program does. Training
+steps have stored features; the reference step is that of the released code. Each measurement is a process of its own, in
+turns.
 """
 
 from __future__ import annotations

@@ -20,11 +20,12 @@ import socket
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import cache
 from http.client import HTTPConnection
+from itertools import takewhile
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -152,9 +153,10 @@ def body(path: str, number: int) -> bytes:
     return json.dumps({"query": said, "k": FOUND} if path == "search" else asked).encode()
 
 
-def client(port: int, path: str, numbers: range, seconds: list[float]) -> None:
-    """Send requests one after the other, and note how long each takes."""
+def client(port: int, path: str, numbers: Iterable[int], seconds: list[float]) -> None:
+    """Send requests one after the other over one connection, and note how long each takes."""
     connection = HTTPConnection(HOST, port, timeout=120)
+    connection.connect()
     for number in numbers:
         asked, began = body(path, number), time.perf_counter()
         connection.request("POST", f"/{path}", asked, {"content-type": "application/json"})
@@ -188,8 +190,7 @@ def beside(port: int, clients: int, requests: int) -> dict[str, list[float]]:
     client(port, "search", range(clients), seconds["alone"])
     others = Thread(target=lambda: seconds["chat"].extend(load(port, "chat", clients, requests)[1]))
     others.start()
-    while others.is_alive():
-        client(port, "search", range(1), seconds["search"])
+    client(port, "search", takewhile(lambda _: others.is_alive(), range(clients, 10**9)), seconds["search"])
     others.join()
     return seconds
 

@@ -6,7 +6,8 @@
 
 A configuration is lightning_configs/toy.yaml and a file of lightning_configs/ablations/ over it; base is toy.yaml alone.
 Each run leaves figures.json in its folder, and one that is there is not run again: after a kill, give the command again.
-All is measured on scenes of which no training, of the towers or between them, has seen the combination of attributes.
+All that is to be found are scenes of which no training, of the towers or between them, has seen the combination of
+attributes. The images before a story's last are scenes of training.
 
 composition stands for base and the files composition_*.yaml, which train on tuples too (fromage.toy.tuples). The column
 of composed queries is theirs: an image and a condition among the images of all tuples of unseen scenes, references and

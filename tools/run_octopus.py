@@ -7,9 +7,10 @@
 octopus is trained as lightning_configs/octopus_toy1.yaml to 3 say, sequential as octopus_sequential.yaml; slow and fast are
 sequential with other learning rates, by which its own was chosen. The other rows change one thing of octopus each, in
 stages 2 and 3, at the same length; four of them undo what is ours, not the paper's: how far apart queries begin
-(far_queries) and where (random_queries), that they see one another (blind_queries), and reference points of their own
-(no_points). Stage 1 is one for all rows of a seed. Figures are of scenes that no training has seen: of a world of another
-seed, or (--judged val) of the training world's validation scenes, which designs are chosen on.
+(far_queries) and where (random_queries), that they see one another (blind_queries), and that their reference points begin
+spread over the image (no_points: all in its middle). Stage 1 is one for all rows of a seed. Figures are of scenes that no
+training has seen: of a world of another seed, or (--judged val) of the training world's validation scenes, which designs are
+chosen on.
 
 What is there is not run again: after a kill, give the command again; to use two cores, give it twice, with other seeds
 (once the patches are there). Figures of the usual setting are added to docs/results/octopus.json, with each run's commit and
@@ -25,7 +26,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from study import Run, begin, every, measured, table
+from study import Run, begin, every, measured, table, trained_at
 
 from fromage.apps import octopus_demo as octopus_tour
 from fromage.evals import instructions, pope, refcoco
@@ -81,6 +82,9 @@ FURTHER = {
     },
     "a random object is right": {f"chance.{name}.val.acc_iou50": told for name, told in SETS.items()},
     "questions about attributes": {f"attributes.val/{kind}.accuracy": kind for kind in ("colour", "shape", "size", "place")},
+    "captions in which each phrase points at its own object": {
+        f"spotting.{n}_objects.in_order": f"{n} boxes" for n in (2, 3, 4)
+    },
     "masks, cIoU (the paper's table 6), and that of the box filled": {
         "refcoco.val.mask_ciou": "RefCOCO",
         "refcoco.val.box_ciou": "box",
@@ -139,7 +143,10 @@ def run(name: str, out: Path, seed: int, judged: str, limit: int, options: list[
             checkpoint = train(name, out, seed, options)
             return judge(checkpoint, out / ("test_world" if judged == "test" else "world"), limit)
 
-    return measured(out / f"seed{seed}" / name / f"{judged}.json", measure, limit=limit, options=options)
+    folder = out / f"seed{seed}" / name
+    ended = octopus_tour.trained(folder, "sequential" if name in COUNTERPARTS else "stage3") is not None
+    trained = trained_at(folder, ended)
+    return measured(folder / f"{judged}.json", measure, limit=limit, options=options) | trained
 
 
 def main() -> None:

@@ -35,11 +35,11 @@ from photo_figures import (
     read,
     recalls,
 )
-from study import Run, Runs, begin, collect, every, measured, table
+from study import Run, Runs, begin, collect, every, measured, table, trained_at
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from fromage.apps.photos import train
-from fromage.apps.tours import draw_searches
+from fromage.apps.tours import draw_searches, finished
 from fromage.data.features import store_features
 from fromage.data.packing import is_packed, pack_coco
 from fromage.identity import FolderKind
@@ -186,6 +186,7 @@ def run(name: str, args: argparse.Namespace, seed: int) -> Run:
     """Train and judge a row with one seed; what was measured before is not measured again."""
     folder = args.out / ("chosen" if args.choose else "runs") / name.replace(" ", "_") / f"seed{seed}"
     print(f"\n== {name}, seed {seed}", flush=True)
+    trained = trained_at(folder, finished(folder / "run") is not None)
     checkpoint = train(folder, words_of(name, args, seed), args.options)
     model = load_model(checkpoint)
     made: dict[str, Run] = {}
@@ -198,7 +199,7 @@ def run(name: str, args: argparse.Namespace, seed: int) -> Run:
             model, str(args.out / "shards" / "coco"), folder / "coco_index", checkpoint=checkpoint, overwrite=True
         )
         draw_searches(model, index, SEARCHES, sheet)
-    return together(made)
+    return together(made) | trained
 
 
 def together(parts: dict[str, Run]) -> Run:

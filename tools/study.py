@@ -19,7 +19,7 @@ from fromage.io import write_json
 from fromage.processor import described
 
 Figures = dict[str, float]  # by name, shares in percent
-Run = dict[str, Any]  # commit, machine, torch, and figures: Figures
+Run = dict[str, Any]  # commit (of the measurement), machine, torch, and figures: Figures; trained: commits of the training
 Runs = dict[str, dict[str, Run]]  # by row and seed
 
 
@@ -35,6 +35,19 @@ def machine() -> str:
     return f"{model[1].strip() if model else platform.machine()}, {torch.get_num_threads()} threads"
 
 
+def trained_at(folder: Path, ended: bool) -> Run:
+    """{'trained': the commits at which a run was begun and gone on with}, kept in its folder; called before it is trained.
+
+    ended: whether it has come to its end, so that nothing is trained now. Without a file, of a run that has ended: {}.
+    """
+    file = folder / "commits.json"
+    known = json.loads(file.read_text()) if file.exists() else []
+    if not ended and commit() not in known[-1:]:
+        known.append(commit())
+        write_json(file, known)
+    return {"trained": known} if known else {}
+
+
 def measured(path: Path, measure: Callable[[], Figures], **setting: Any) -> Run:
     """The run of a file; where there is none, `measure` makes its figures. setting: what they depend on.
 
@@ -44,7 +57,7 @@ def measured(path: Path, measure: Callable[[], Figures], **setting: Any) -> Run:
         origin = {"commit": commit(), "machine": machine(), "torch": torch.__version__}
         write_json(path, {**origin, "setting": setting, "figures": measure()})
     run = json.loads(path.read_text())
-    there = run.pop("setting", setting)
+    there = run.get("setting", setting)
     if there != json.loads(json.dumps(setting)):
         raise UserError(f"{path} holds figures of {there}, these are of {setting}: give it again, or remove the file")
     return run
@@ -53,7 +66,7 @@ def measured(path: Path, measure: Callable[[], Figures], **setting: Any) -> Run:
 def collect(path: Path | None, runs: Runs, **setting: Any) -> Runs:
     """Runs, and those that a file has beside them, written into it; `setting` is what all have in common.
 
-    Raises UserError where the file's runs were made in another setting.
+    Raises UserError where the file's runs were made in another setting, or runs of one row with other options each.
     """
     if path is None:
         return runs
@@ -62,6 +75,11 @@ def collect(path: Path | None, runs: Runs, **setting: Any) -> Runs:
         raise UserError(f"{path} holds runs of {there['setting']}, these are of {setting}: name another file")
     known = there["runs"]
     runs = known | {row: dict(sorted((known.get(row, {}) | seeds).items())) for row, seeds in runs.items()}
+    for row, seeds in runs.items():
+        options = [run["setting"].get("options") for run in seeds.values() if "setting" in run]
+        if any(each != options[0] for each in options):
+            told = " and ".join(map(str, options))
+            raise UserError(f"{path}: row {row} would hold runs with other options each ({told}): name another file")
     write_json(path, {"setting": setting, "runs": runs, "figures": {row: spread(seeds) for row, seeds in runs.items()}})
     return runs
 

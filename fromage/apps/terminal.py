@@ -170,6 +170,8 @@ class Session:
         pages = [(_said(turn.said), opened) for turn in self.chat.turns if (opened := _opened(turn))]
         if not pages:
             raise UserError(f"{name}: no image has been shown yet; ask for one, or raise /ret-bias")
+        if path.exists():
+            raise UserError(f"{name} {words}: is there already; name another file")
         write_files(
             path.parent, {path.name: to_png(draw_hits([said for said, _ in pages], [opened for _, opened in pages]))}
         )

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from fromage.octopus.answers import Grounded
 
 TRAINED = "name the checkpoint of a training with model.mask_scale by --ckpt"
-TOY = Path("runs/octopus")  # where the toy Octopus is trained, in minutes
+TOY = Path("runs/octopus")  # where the toy Octopus is trained, in one to two hours
 
 
 def search(
@@ -36,6 +36,7 @@ def search(
     """
     if not text and not image:
         raise UserError("search: give texts, or images with --image")
+    from fromage.images.contact_sheet import TILE
     from fromage.images.open import open_image
     from fromage.retrieval.open_index import open_index
     from fromage.retrieval.queries import embed_queries
@@ -55,7 +56,7 @@ def search(
         yield Result.of([query, *(hit.line() for hit in hits)], {"query": query, "hits": [hit.as_dict() for hit in hits]})
     if png:
         drawn = [
-            load_images(found_in.beyond(row, hits, where=where), images_per_ret)
+            load_images(found_in.beyond(row, hits, where=where), images_per_ret, TILE)
             for row, hits in zip(rows, found, strict=True)
         ]
         for note in (note for _, lost in drawn for note in left_out(lost)):

@@ -90,7 +90,7 @@ class CC3M(pl.LightningDataModule):
         if captions_per_image is not None:
             check_whole("data.captions_per_image", captions_per_image, 1)
         check_whole("data.batch_size", batch_size, 1)
-        check_whole("data.val_batch_size", val_batch_size or batch_size, 1)
+        check_whole("data.val_batch_size", batch_size if val_batch_size is None else val_batch_size, 1)
         check_whole("data.tuple_batch_size", batch_size if tuple_batch_size is None else tuple_batch_size, 1)
         check_whole("data.workers", workers, 0)
         check_whole("data.shuffle", shuffle, 0)
@@ -138,7 +138,8 @@ class CC3M(pl.LightningDataModule):
         shards, (rank, world) = self._shards(urls), self._rank()
         how: dict[str, Any] = {"shuffle": shuffle, "seed": self.seed, "samples_per_epoch": samples}
         stream = TrainStream(shards, decode, batch_size, self.max_broken, rank, world, **how)
-        epoch, loop = (self.trainer.current_epoch, self.trainer.fit_loop) if self.trainer else (0, None)
+        loop: Any = self.trainer.fit_loop if self.trainer else None
+        epoch = loop.epoch_progress.current.processed if loop else 0  # one more than `completed` behind an epoch's end
         return TrainLoader(stream, min(self.workers, len(shards) // world), epoch, self.exact_resume, loop)
 
     def val_dataloader(self) -> Loader | list[Loader]:
@@ -152,7 +153,12 @@ class CC3M(pl.LightningDataModule):
     test_dataloader = val_dataloader
 
     def predict_dataloader(self) -> Plain:
-        """The validation samples. Not a DataLoader, since Lightning would replace its sampler."""
+        """The validation samples. Not a DataLoader, since Lightning would replace its sampler.
+
+        Raises UserError without validation shards.
+        """
+        if self.val_shards is None:
+            raise UserError("data.val_shards: is null, and these are what is predicted; name shards")
         return Plain(self.val_dataloader())  # type: ignore[arg-type]
 
     def _shards(self, urls: str | list[str]) -> list[str]:

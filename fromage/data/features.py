@@ -138,6 +138,11 @@ def _done(sources: list[str], out: Path, of: list[str], there: Any) -> list[str]
         differs = f"{shard_name(done[0])} there is of {', '.join(map(str, there))}, here of {', '.join(of)}"
         moved = f"where shards have only moved, correct source in {FEATURES.file}"
         raise UserError(f"{out}: holds features of other shards ({differs}); name another folder; {moved}")
+    for source in done:
+        made = out / shard_name(source)
+        if not is_remote(source) and Path(source).is_file() and Path(source).stat().st_mtime > made.stat().st_mtime:
+            told = f"remove {made} to encode it again, or touch it where the shard has only been copied"
+            raise UserError(f"{source}: is newer than its features; {told}")
     return done
 
 

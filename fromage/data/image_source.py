@@ -18,7 +18,7 @@ from torch.utils.data import IterableDataset
 from fromage.data.annotations import FILE, TEXT, coco_captions, kind_of, leave_out, problem, shown
 from fromage.data.features import from_npy
 from fromage.data.packing import PackReport, by_image, jsonl_pairs, tsv_pairs
-from fromage.data.shards import expand, read_shard, shard_sizes
+from fromage.data.shards import Raw, captions_of, expand, read_shard, shard_sizes
 from fromage.data.workers import worker_share
 from fromage.errors import BrokenSample, UserError
 from fromage.images.codec import SUFFIXES, image_files, is_image
@@ -199,8 +199,15 @@ def _read_shard(part: Names, lost: OnLost) -> Iterator[tuple[Item, Members]]:
     where = shard if ":" in shard else Path(shard).absolute()
     for sample in read_shard(shard, lost):
         members = {k: v for k, v in sample.items() if isinstance(v, bytes)}
-        caption = members.get("txt", b"").decode("utf-8", "replace").strip()
-        yield Item(f"{where}#{sample['__key__']}", caption, _meta(members.get("json", b""))), members
+        yield Item(f"{where}#{sample['__key__']}", _caption(sample), _meta(members.get("json", b""))), members
+
+
+def _caption(sample: Raw) -> str:
+    """A sample's first caption, as training reads it; '' where there is none."""
+    try:
+        return captions_of(sample)[0]
+    except BrokenSample:
+        return ""
 
 
 def _meta(data: bytes) -> str:

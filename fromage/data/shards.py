@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from functools import cache
 from itertools import groupby, islice
+from math import ceil
 from pathlib import Path
 from subprocess import TimeoutExpired
 from typing import Any, TypeVar
@@ -211,7 +212,7 @@ def _write_members(samples: Iterable[tuple[str, dict[str, bytes]]], out: Path, p
     total = 0
     for number, group in groupby(enumerate(samples), key=lambda item: item[0] // per_shard):
         if number == 0 and overwrite:
-            for old in (*out.glob("*.tar"), out / "sizes.json"):
+            for old in (*out.glob("*.tar"), *(out / name for name in BESIDE)):
                 old.unlink(missing_ok=True)
         kept = f"whole shards before it: {number}; to begin again, give --overwrite"
         shard = ShardWriter(out / f"{number:05d}.tar", kept)
@@ -228,6 +229,9 @@ def _write_members(samples: Iterable[tuple[str, dict[str, bytes]]], out: Path, p
 # --- reading --------------------------------------------------------------------------------------------------------
 
 
+BESIDE = ("sizes.json", "report.json", "features.json")  # what is said of the shards of a folder
+
+
 def read_shard(shard: str, lost: Callable[[str, str], None]) -> Iterator[Raw]:
     """Yield a shard's samples, the extensions in lower case.
 
@@ -236,12 +240,19 @@ def read_shard(shard: str, lost: Callable[[str, str], None]) -> Iterator[Raw]:
     yielded.
     """
     done, cause = 0, ""
+    told: set[tuple[str, str]] = set()
+
+    def lost_once(name: str, why: str) -> None:  # however often the shard is begun again
+        if (name, why) not in told:
+            told.add((name, why))
+            lost(name, why)
+
     for attempt in range(ATTEMPTS if is_remote(shard) else 1):
         time.sleep(2 * attempt)
         stream = None
         try:
             stream = open_shard(shard)
-            for sample in islice(_samples(stream, shard, lost), done, None):
+            for sample in islice(_samples(stream, shard, lost_once), done, None):
                 done += 1
                 yield sample
             while stream.read(1 << 20):  # a command that is not read to its end would fail
@@ -347,6 +358,7 @@ class Broken:
         """limit: share of the samples, 0 to 1, that may be broken; option: what sets it."""
         self.option = option
         self.limit, self.good, self.bad, self.lost, self.missing = limit, 0, 0, 0, 0
+        self.read = 0  # samples of all shards, where others use some of them
         self.last: deque[str] = deque(maxlen=5)
 
     def add(self, key: str, cause: str) -> None:
@@ -370,10 +382,15 @@ class Broken:
 
         Samples that a shard holds too few count at the end alone: shards are read ahead of their samples' use.
         """
-        bad = self.bad + self.lost + (self.missing if end else 0)
+        lost: float = self.lost + (self.missing if end else 0)
+        if self.read:  # this worker's share of what all of them lose
+            lost = lost * (self.good + self.bad) / self.read
+        bad = self.bad + lost
         seen = bad + self.good
         if (end or seen >= CHECK_FROM) and bad > self.limit * seen:
-            share = f"{bad} of {seen} samples are broken ({bad / seen:.1%}, {self.option} allows {self.limit:.1%})"
+            share = (
+                f"{ceil(bad)} of {ceil(seen)} samples are broken ({bad / seen:.1%}, {self.option} allows {self.limit:.1%})"
+            )
             raise UserError(f"{share}; the last: {', '.join(self.last)}; mend or remove them, or raise {self.option}")
 
 

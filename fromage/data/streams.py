@@ -76,6 +76,8 @@ class ValidationStream(BatchStream):
     def __init__(self, *args: Any, **named: Any) -> None:
         super().__init__(*args, **named)
         every = None if self.samples is None else -(-self.samples // self.batch_size)
+        if every is None and self.world > 1:
+            raise UserError("several devices need a known number of validation samples: there is no sizes.json beside them")
         if every is not None and every < self.world:
             raise UserError(f"{every} validation batches are too few for {self.world} devices: lower val_batch_size")
         self.batches = None if every is None else len(range(self.rank, every, self.world))
@@ -87,8 +89,11 @@ class ValidationStream(BatchStream):
         raws = enumerate(read_shards(self.shards, broken))
         for number, group in groupby(raws, key=lambda item: item[0] // self.batch_size):
             if number % turn != mine:
+                broken.read += sum(1 for _ in group)
                 continue
-            samples = list(decoded((raw for _, raw in group), self.decode, broken))
+            read = [raw for _, raw in group]
+            broken.read += len(read)
+            samples = list(decoded(read, self.decode, broken))
             if samples:
                 if held is not None:
                     yield held

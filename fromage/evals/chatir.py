@@ -31,7 +31,7 @@ PROTOCOL = {
     PLAIN: "share of the dialogues whose image is among the first ten in this round",
     CUMULATIVE: "the same in this round or an earlier one, as published",
     "gallery": "the pool",
-    "clip": "the same text, cut at 77 tokens",
+    "clip": "the same text, cut at the length of its context (OpenAI's: 77 tokens)",
     "chance": "a random order in each round",
     "ranks": "exact; ties count against the model",
 }

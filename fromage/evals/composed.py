@@ -163,10 +163,10 @@ class ComposedRun(ContextualRun):
         headline: Sequence[str],
     ) -> Report:
         """The report; paper: rows that were published, shown where the sets are whole and theirs, as `published` says."""
-        whole = all(some.published for some in self.sets)
-        kept = sum(len(part.queries) for part in self.parts)
+        kept, count = sum(len(part.queries) for part in self.parts), sum(len(some.queries) for some in self.sets)
+        whole = all(some.published for some in self.sets) and kept == count and not self.encoded.lost
         sizes = {"gallery": sum(len(part.gallery.items) for part in self.parts), "queries": kept}
-        skipped = {"queries with a lost image": sum(len(some.queries) for some in self.sets) - kept}
+        skipped = {"queries with a lost image": count - kept}
         protocol = {**PROTOCOL, **protocol, "published rows": published if whole else f"none on these data; {published}"}
         return self.report(
             name, figures, sizes, skipped, protocol, paper if whole else {}, headline if figures or whole else []

@@ -1,7 +1,8 @@
 """POPE: is this in the image, yes or no? (Li et al., "Evaluating Object Hallucination ...", EMNLP 2023)
 
-Protocol: an answer counts as yes where it begins with yes, and as no else; accuracy, precision, recall and F1 of yes. The
-benchmark has three splits, random, popular and adversarial, of other objects that are asked for and not there.
+Protocol: that of POPE's own script. Of an answer the first sentence counts, as no where it holds the word no or not, and as
+yes else; accuracy, precision, recall and F1 of yes. The benchmark has three splits, random, popular and adversarial, of
+other objects that are asked for and not there.
 """
 
 from __future__ import annotations
@@ -19,10 +20,12 @@ from fromage.octopus.model import Octopus
 from fromage.octopus.sources import Pope
 
 MEASURES = {"accuracy": binary_accuracy, "precision": binary_precision, "recall": binary_recall, "f1": binary_f1_score}
+SENTENCE = 16  # tokens of an answer at least, where it does not end before: its first sentence counts
 PROTOCOL = {
     "precision, recall, f1": "yes is what is to be found",
-    "yes": "share of the answers that begin with yes; all others count as no",
+    "yes": "share of the answers whose first sentence holds neither no nor not; as POPE's script has it, these count as yes",
     "neither": "share of the answers that begin with neither yes nor no",
+    "answers": f"greedy, and of {SENTENCE} tokens at most",
     "chance": "to be expected of a coin",
 }
 # The published files and their numbers of questions; coco_pope_random.json came with 2,910 and later with 3,000.
@@ -47,7 +50,7 @@ def evaluate(model: Octopus, data: Pope | Sequence[Pope], options: Options | Non
     names = [file.file.stem for file in files]
     if twice := {name for name in names if names.count(name) > 1}:
         raise UserError(f"{min(twice)}: two files of this name; give each split once, or rename one")
-    predictions = predict(model, files, options)
+    predictions = predict(model, files, options, least=SENTENCE)
     own: System = {}
     chance: System = {}
     for file, name, pairs in zip(files, names, predictions.pairs, strict=True):
@@ -65,7 +68,7 @@ def evaluate(model: Octopus, data: Pope | Sequence[Pope], options: Options | Non
             system["mean"] = {"f1": sum(system[name]["f1"] for name in names) / len(names)}
         protocol = protocol | {"mean": "of the files"}
     sizes = {f"examples_{name}": len(pairs) for name, pairs in zip(names, predictions.pairs, strict=True)}
-    paper = PAPER if official(files) else {}
+    paper = PAPER if official(files) and not predictions.lost else {}
     if paper:
         protocol = protocol | {"in brackets": "the paper's figures, since these are POPE's three files of COCO"}
     title = "pope" if all("pope" in name for name in names) else "yes-or-no questions"
@@ -80,12 +83,18 @@ def official(files: Sequence[Pope]) -> bool:
 
 def figures(texts: Sequence[str], labels: Sequence[bool]) -> Figures:
     """Figures of N answers in words, in percent; labels: whether yes is right."""
-    lowered = [text.lower() for text in texts]
-    yes, no = ([text.startswith(word) for text in lowered] for word in ("yes", "no"))
+    yes = [says_yes(text) for text in texts]
+    neither = [not text.lower().startswith(("yes", "no")) for text in texts]
     predicted, target = torch.tensor(yes).int(), torch.tensor(labels).int()  # (N,)
     found = {name: float(measure(predicted, target)) for name, measure in MEASURES.items()}
-    shares = {"yes": sum(yes) / len(yes), "neither": 1 - sum(yes + no) / len(yes)}
+    shares = {"yes": sum(yes) / len(yes), "neither": sum(neither) / len(neither)}
     return {name: 100 * value for name, value in (found | shares).items()}
+
+
+def says_yes(text: str) -> bool:
+    """Whether POPE's script takes an answer for yes."""
+    words = text.partition(".")[0].replace(",", "").split(" ")
+    return not {"No", "no", "not"} & {*words}
 
 
 def coin(labels: Sequence[bool]) -> Figures:

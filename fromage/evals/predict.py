@@ -72,15 +72,21 @@ class ImageStream:
             numbers = [i for i in batch if self.paths[i] is None or self.paths[i] in held]
             yield numbers, [None if (path := self.paths[i]) is None else held[path] for i in numbers]
 
+    def store_features(self) -> None:
+        """Encode what options.features, the folder of stored patches, has not yet; nothing without such a folder."""
+        if self.options.features is not None:
+            names = [str(path) for path in dict.fromkeys(self.paths) if path]
+            PatchStore(self.options.features, self.model.vision).add(names, self.options.batch_size, self.options.workers)
+
     def _encoded(self, batches: list[list[Path]]) -> Iterator[Encoded]:
         """The features of batches of distinct images: encoded now, or from a folder of stored patches."""
         options = self.options
         if options.features is None:
             yield from encode_batches(self.model, batches, options)
             return
+        self.store_features()
         names = [str(path) for batch in batches for path in batch]
         store = PatchStore(options.features, self.model.vision)
-        store.add(names, options.batch_size, options.workers)
         check_lost([(store.lost[name], Path(name)) for name in names if name in store.lost], len(names), options.max_lost)
         for batch in batches:
             good = [path for path in batch if str(path) in store.rows]
@@ -119,10 +125,12 @@ def predict(
     sources: Sequence[FileSource],
     options: Options | None = None,
     look: Callable[[Example, Grounded], None] | None = None,
+    least: int = 1,
 ) -> Predictions:
     """Answers to all examples whose image is there and that point at no more objects than the model has queries.
 
-    look is shown each of them with its masks, which are not kept.
+    look is shown each of them with its masks, which are not kept; its time does not count. least: tokens that an answer may
+    have, however short the right ones are.
     Raises UserError for files that are wrong, too many images lost, and where no example is left.
     """
     options = options or Options()
@@ -132,17 +140,21 @@ def predict(
         raise UserError(
             f"{sources[0].file}: every answer points at more objects than the model's {model.num_queries} object queries"
         )
-    longest = max(len(answer_ids(example, model.tokenizer, model.num_queries)) for _, example in few)
+    longest = max(least, *(len(answer_ids(example, model.tokenizer, model.num_queries)) for _, example in few))
     stream = ImageStream(model, [Path(example.image) for _, example in few], options)
     answers: dict[int, Grounded] = {}
+    looked = 0.0
+    stream.store_features()
     start = perf_counter()
     for numbers, patches in tqdm(stream, "predicting", len(stream.batches), unit="batch", leave=False):
         asked = [(shown, few[i][1].instruction) for i, shown in zip(numbers, patches, strict=True)]
         for i, answer in zip(numbers, ground(model, asked, longest, options.batch_size), strict=True):
             if look:
+                began = perf_counter()
                 look(few[i][1], answer)
+                looked += perf_counter() - began
             answers[i] = replace(answer, masks=[])
-    seconds = (perf_counter() - start) / max(1, len(answers))
+    seconds = (perf_counter() - start - looked) / max(1, len(answers))
     pairs: list[list[tuple[Example, Grounded]]] = [[] for _ in sources]
     for i in sorted(answers):
         pairs[few[i][0]].append((few[i][1], answers[i]))
@@ -174,7 +186,7 @@ def report(
     skipped = {what: sum(part.skipped.get(what, 0) for part in parts) for part in parts for what in part.skipped}
     lost = list(dict.fromkeys(each for part in parts for each in part.lost))
     data = ", ".join(dict.fromkeys(source.file.name for part in parts for source in part.sources))
-    told = {**protocol, "answers": LENGTH}
+    told = {"answers": LENGTH, **protocol}
     if any("seconds" in some for some in figures.values()):
         told["seconds"] = SECONDS.format(device=model.device, batch_size=options.batch_size)
         told["seconds"] += ", patches stored before" * (options.features is not None)

@@ -80,7 +80,7 @@ def evaluate(model: Octopus, data: RefCOCO | Sequence[RefCOCO], options: Options
         own[split.split] |= some.figures() | {"seconds": part.seconds}
         chance[split.split] = mean_percent([chance_metrics(example.boxes, wanted) for example, _, wanted in pairs])
     protocol = PROTOCOL | (HEAD if model.num_queries else {}) | (MASKS if model.masks else {})
-    names = {split.split: official(split) for split in splits}
+    names = {split.split: "" if part.lost else official(split) for split, part in zip(splits, parts, strict=True)}
     if any(names.values()):
         known = ", ".join(f"{split} has as many expressions as {name}'s" for split, name in names.items() if name)
         protocol |= {"in brackets": f"the paper's figures, since {known}"}

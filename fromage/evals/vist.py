@@ -83,7 +83,8 @@ PAPER = {
         "5_captions_4_images": {"r1": 2.4, "r5": 21.3, "r10": 34.0},
     },
 }
-PAPER = {who: {at: figures.get(at.removesuffix("_authors"), {}) for at in SETTINGS} for who, figures in PAPER.items()}
+PAPER = {who: {f"{at}_authors": some for at, some in figures.items()} for who, figures in PAPER.items()}
+PUBLISHED, STORIES = "val.story-in-sequence.json", range(4900, 5000)  # the published file, and how many stories it may hold
 PROTOCOL = {
     "query": "</s>, sentence, image, ..., sentence, [RET], as the story was arranged",
     "images": "as the tower takes them, resized and cropped in the middle",
@@ -91,8 +92,8 @@ PROTOCOL = {
     "shape; sentences and images in the order of the file; a right image that the story has shown before is barred too",
     "gallery": "all annotated images but the story's own before its last; in ..._context_kept with these",
     "skipped stories": "those with an image that cannot be had, and those that are not of five images",
-    "clip": "all sentences as one text, cut at 77 tokens; with images, the mean of its unit rows and theirs (our choice); "
-    "in ..._authors its images, order and bar are those of the released code",
+    "clip": "all sentences as one text, cut at the length of its context (OpenAI's: 77 tokens); with images, the mean of "
+    "its unit rows and theirs (our choice); in ..._authors its images, order and bar are those of the released code",
     "ranks": "exact; ties count against the model",
 }
 
@@ -170,7 +171,8 @@ def evaluate(model: Fromage, data: Stories, options: Options | None = None) -> R
         tasks[at], tasks[at + KEPT] = story_tasks(at, setting, stories, galleries[setting.protocol.framing])
     skipped = {"stories with a lost image": len(data.stories) - len(stories), "stories of other lengths": data.other}
     sizes = {"gallery": len(run.encoded.row), "queries": len(stories)}
-    return run.report("vist", run.evaluate(tasks), sizes, skipped, PROTOCOL, PAPER, list(SETTINGS))
+    paper = PAPER if data.name == PUBLISHED and len(data.stories) + data.other in STORIES else {}
+    return run.report("vist", run.evaluate(tasks), sizes, skipped, PROTOCOL, paper, list(SETTINGS))
 
 
 def story_tasks(name: str, setting: Setting, stories: Sequence[Story], gallery: Side) -> tuple[RetrievalTask, RetrievalTask]:

@@ -2,10 +2,10 @@
 
     accuracy = mean over the ten of min(1, how many of the other nine said the same / 3)
 
-so that 1, 2, 3 and 4 people who said the same make 0.3, 0.6, 0.9 and 1. Answers are compared after the official evaluation's
-normalisation (github.com/GT-Vision-Lab/VQA, vqaEval.py): the model's always, as LLaVA's scripts do before they hand in, and
-those of people where they differ, as vqaEval.py does. So of ten people who all say "t-shirt" none has said the model's
-"t shirt": there and here it counts as wrong.
+so that 1, 2, 3 and 4 people who said the same make 0.3, 0.6, 0.9 and 1. Answers are compared after the normalisation of the
+official evaluation (github.com/GT-Vision-Lab/VQA, vqaEval.py): those of people where they differ, as there, and the model's
+always, for so they are commonly handed in. So of ten people who all say "t-shirt" none has said the model's "t shirt": it
+counts as wrong. LLaVA's scripts take one step more before they hand in, which sets off "'s" as a word; it is not taken here.
 """
 
 from __future__ import annotations
@@ -68,7 +68,8 @@ def read_vqa(path: Path) -> dict[int | str, HumanAnswers]:
 def accuracy(answer: str, said: Sequence[str]) -> float:
     """VQA accuracy, 0 to 1, of an answer against those of N people."""
     own = normalised(answer)
-    theirs = [normalised(each) for each in said] if len(set(said)) > 1 else list(said)
+    plain = [_plain(each) for each in said]
+    theirs = [normalised(each) for each in plain] if len(set(plain)) > 1 else plain
     same = theirs.count(own)
     return sum(min(1.0, (same - (each == own)) / ENOUGH) for each in theirs) / len(theirs)
 
@@ -78,7 +79,7 @@ def normalised(text: str) -> str:
 
     Punctuation beside a space goes, also where digits have a comma between them; elsewhere it becomes a space.
     """
-    text = text.replace("\n", " ").replace("\t", " ").strip()
+    text = _plain(text)
     thousands, bare = re.search(r"\d,+\d", text), text
     for mark in PUNCTUATION:
         goes = thousands or f"{mark} " in text or f" {mark}" in text
@@ -86,3 +87,8 @@ def normalised(text: str) -> str:
     words = re.sub(r"\.(?!\d)", "", bare).lower().split()
     kept = [word for word in (NUMBERS.get(word, word) for word in words) if word not in ARTICLES]
     return " ".join(CONTRACTIONS.get(word.replace("'", ""), word) for word in kept)
+
+
+def _plain(text: str) -> str:
+    """On one line, without white space around it."""
+    return text.replace("\n", " ").replace("\t", " ").strip()

@@ -29,6 +29,7 @@ EXAMPLES = (
     ("a girl in a coat walks in the rain", "with a small dog", "a girl in a coat walks a small dog in the rain"),
     ("a bowl of soup on a table", "and bread beside it", "a bowl of soup and some bread on a table"),
 )
+TOO_LONG = "(caption too long)"  # in place of what is written
 MOST = {"condition": 20, "target caption": 40}  # words
 LITTLE = "a an the of in on at to and with is are by it its as for from be but this that"  # words that say little
 
@@ -86,9 +87,18 @@ class TupleWriter:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(self.sampling.seed * 1_000_003 + number)
             prompts = [prompt_of(caption) for caption in captions]
+            fits = [self._fits(prompt) for prompt in prompts]
+            prompts = [prompt if fit else prompt_of("") for prompt, fit in zip(prompts, fits, strict=True)]
             conditions = self._lines(prompts)
             targets = self._lines([f"{p} {c}\n{TARGET}" for p, c in zip(prompts, conditions, strict=True)])
-        return [f"{condition}\n{TARGET} {target}" for condition, target in zip(conditions, targets, strict=True)]
+        written = [f"{condition}\n{TARGET} {target}" for condition, target in zip(conditions, targets, strict=True)]
+        return [text if fit else TOO_LONG for text, fit in zip(written, fits, strict=True)]
+
+    def _fits(self, prompt: str) -> bool:
+        """Whether the language model has positions for a prompt and all that is written behind it."""
+        most, tokenizer = self.lm.max_length, self.lm.tokenizer
+        behind = 2 * self.sampling.max_new_tokens + len(tokenizer.encode(f" \n{TARGET}"))
+        return most is None or len(tokenizer.start()) + len(tokenizer.encode(prompt)) + behind <= most
 
     def _lines(self, prompts: Sequence[str]) -> list[str]:
         """What the model says behind each prompt, to the end of the line."""
@@ -121,6 +131,8 @@ class LineEnd(StoppingCriteria):
 
 def read_written(caption: str, written: str) -> tuple[str, str]:
     """Condition and target caption of what the model wrote. Raises BrokenSample with the cause for what is of no use."""
+    if written == TOO_LONG:
+        raise BrokenSample("caption too long for the language model")
     lines = [line.strip() for line in written.split("\n")]
     if len(lines) < 2 or not lines[1].startswith(TARGET):
         raise BrokenSample("not in the form of the examples")

@@ -13,12 +13,13 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from fromage.printable import printable
 
 MARGIN, GAP, MAX_COLUMNS, MIN_WIDTH = 24, 16, 10, 480  # pixels, but for the number of columns
+TILE = 160  # pixels of an image's square
 WHITE, INK, GREY, PALE, RULE = (255, 255, 255), (28, 30, 34), (112, 116, 124), (240, 241, 243), (222, 224, 228)
 WIDE_FONTS = ("DejaVuSans.ttf", "NotoSans-Regular.ttf", "Arial Unicode.ttf", "arial.ttf")  # where the system has one
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
-def contact_sheet(rows: Sequence[tuple[str, Sequence[tuple[Image.Image | None, str]]]], tile: int = 160) -> Image.Image:
+def contact_sheet(rows: Sequence[tuple[str, Sequence[tuple[Image.Image | None, str]]]], tile: int = TILE) -> Image.Image:
     """One row of labelled images under each query.
 
     An image None becomes a grey tile. A label's first line is dark (rank, score), what follows it grey (caption).

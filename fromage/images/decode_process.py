@@ -80,9 +80,10 @@ class Decoders:
 
     def close(self) -> None:
         """End all processes that are idle."""
-        for _ in range(self._idle.qsize()):
-            if decoder := self._idle.get():
-                decoder.end()
+        idle = [self._idle.get() for _ in range(self._idle.qsize())]
+        for decoder in filter(None, idle):
+            decoder.end()
+        for _ in idle:
             self._idle.put(None)
 
 

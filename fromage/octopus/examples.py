@@ -67,8 +67,8 @@ def rows_of(examples: Iterable[Example], per_image: int, seed: int) -> list[Row]
     for turns in conversations(examples):
         images.setdefault(turns[0].image, []).append(turns)
     rows = []
-    for image, theirs in images.items():
-        Random(f"{seed} {image}").shuffle(theirs)
+    for theirs in images.values():
+        Random(f"{seed} {theirs[0][0].key}").shuffle(theirs)  # not by the path, which differs from machine to machine
         count = ceil(len(theirs) / per_image)
         rows += [theirs[start::count] for start in range(count)]
     return rows

@@ -28,6 +28,8 @@ def box_metrics(answer: Grounded, wanted: Sequence[Box], words: str = "") -> dic
         where there is no head. head_iou: of the first of them.
     With one or more:
         all_found: as many boxes as wanted, and each with a partner of IoU 0.5.
+    With several:
+        in_order: the same, where the partner of the first is the first wanted one, and so on.
     With words:
         words: whether the answer's words are these.
     """
@@ -43,6 +45,8 @@ def box_metrics(answer: Grounded, wanted: Sequence[Box], words: str = "") -> dic
             metrics["head_iou"] = float(heads[0])
     if wanted:
         metrics["all_found"] = float(all_found(answer.boxes, wanted))
+    if len(wanted) > 1:
+        metrics["in_order"] = float(in_order(answer.boxes, wanted))
     if words:
         metrics["words"] = float(answer.words == " ".join(words.split()))
     return metrics
@@ -99,6 +103,11 @@ def all_found(boxes: Sequence[Box], wanted: Sequence[Box]) -> bool:
         return False
     found = (overlaps(boxes, wanted) >= FOUND).numpy()
     return bool(found[linear_sum_assignment(~found)].all())
+
+
+def in_order(boxes: Sequence[Box], wanted: Sequence[Box]) -> bool:
+    """Whether there are as many boxes as wanted, and each has an IoU of 0.5 with the wanted one of its place."""
+    return len(boxes) == len(wanted) and bool((overlaps(boxes, wanted).diagonal() >= FOUND).all())
 
 
 def overlaps(boxes: Sequence[Box], wanted: Sequence[Box]) -> Tensor:

@@ -106,8 +106,9 @@ class OctopusModule(GuardedModule):
             "num_queries": 0, "decoder_width": 1, "decoder_layers": 1, "heads": 1, "lora_rank": 0, "warmup_steps": 0
         }.items():  # fmt: skip
             check_whole(f"model.{name}", self.hparams[name], least)
-        for name in ("lr", "weight_decay"):
-            check_real(f"model.{name}", self.hparams[name], 0, inf)
+        for name in ("lr", "new_lr", "weight_decay"):
+            if self.hparams[name] is not None:
+                check_real(f"model.{name}", self.hparams[name], 0, inf)
         dtype_name(dtype)
         check_run(stage, self.hparams["num_queries"], quantize, self.hparams["lora_rank"])
         self.guard = NonFiniteGuard(nonfinite == "skip", ("answer", "detection"))
@@ -142,7 +143,7 @@ class OctopusModule(GuardedModule):
         lm = [p for p in self.model.lm.parameters() if p.requires_grad]
         known = {id(p) for p in lm}
         new = [p for p in self.model.parameters() if p.requires_grad and id(p) not in known]
-        groups = [{"params": lm, "lr": h.lr}, {"params": new, "lr": h.new_lr or h.lr}]
+        groups = [{"params": lm, "lr": h.lr}, {"params": new, "lr": h.lr if h.new_lr is None or h.stage < 3 else h.new_lr}]
         optimizer = torch.optim.AdamW([g for g in groups if g["params"]], weight_decay=h.weight_decay, fused=True)
         warm = torch.optim.lr_scheduler.LinearLR(optimizer, 1 / max(1, h.warmup_steps), total_iters=h.warmup_steps)
         fall = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps - h.warmup_steps))
@@ -209,7 +210,8 @@ class OctopusModule(GuardedModule):
         )
         for example, answer in zip(batch.examples, answers, strict=True):
             due = "" if example.meant else "".join(piece for piece in example.answer if isinstance(piece, str))
-            figures = box_metrics(answer, [example.boxes[i] for i in example.meant], due)
+            wanted = [example.boxes[piece] for piece in example.answer if isinstance(piece, int)]
+            figures = box_metrics(answer, wanted, due)
             if self.model.masks and len(example.masks) == 1 and example.masks[0]:
                 figures["mask_mean_iou"] = mask_areas(answer, example.masks[0]).iou
             self._metrics.append(figures)

@@ -37,7 +37,7 @@ from fromage.retrieval.image_root import ImageAccess, ImageRoot
 from fromage.retrieval.index_folder import ABOUT, check_files, check_replaceable, read_about
 from fromage.retrieval.item_table import Embedded, ItemTable, without
 from fromage.retrieval.open_index import BACKENDS, backend_of, load_index
-from fromage.retrieval.rerank import unit
+from fromage.retrieval.rerank import as_float32, unit
 from fromage.retrieval.table_file import Table
 from fromage.retrieval.trust import is_sealed, sealed
 
@@ -227,7 +227,8 @@ def from_folder(
 def add(folder: str | Path, store: EmbeddingStore, tables: Sequence[Table] = ()) -> ImageIndex:
     """Put embeddings behind those of an index, which keeps its kind; images that are there already stay as they are.
 
-    The root of its images becomes the folder that holds both. Embeddings from elsewhere make it one from elsewhere.
+    The root of its images becomes the folder that holds both, but that of an imported index stays. Embeddings from elsewhere
+    make it one from elsewhere.
 
     tables: metadata of images that have none yet, see fromage.retrieval.table_file.read_table.
     """
@@ -269,9 +270,9 @@ def merge(
     folders = as_list(folders)
     first = load_index(folders[0])
     indexes = [first, *(load_index(folder, first.fingerprint) for folder in folders[1:])]
-    parts, seen = [first.rows()], first.paths()
+    parts, seen = [_in_full(first.rows())], first.paths()
     for index in indexes[1:]:
-        parts.append(without(index.rows(), seen))
+        parts.append(without(_in_full(index.rows()), seen))
         seen = pa.chunked_array([*seen.chunks, *index.paths().chunks], pa.binary())
     texts = np.concatenate([index.texts for index in indexes])  # (n, q)
     trained = None
@@ -294,6 +295,11 @@ def merge(
     return write_index(out, chain(*parts), spec)
 
 
+def _in_full(rows: Iterable[Embedded]) -> Iterator[Embedded]:
+    """Rows in float32, also those that their index keeps in float16."""
+    return ((as_float32(vectors), items) for vectors, items in rows)
+
+
 def trust(folder: str | Path, images: str | Path | None = None) -> ImageIndex:
     """Seal an index as one that was built here, so that what it says is believed: paths, Milvus, FAISS file.
 
@@ -301,6 +307,8 @@ def trust(folder: str | Path, images: str | Path | None = None) -> ImageIndex:
     and where this machine has no place for its secret.
     """
     folder = Path(folder).resolve()
+    if images is not None and not Path(images).is_dir():
+        raise UserError(f"{images}: is no folder; name the folder of the images of {folder}")
     with held(folder, beside=True):
         return _trusted(folder, images)
 

@@ -170,7 +170,10 @@ def _rows(part: EmbeddingPart) -> np.ndarray:
             rows = np.load(part.rows, mmap_mode="r", allow_pickle=False)
         else:
             column = pq.read_table(part.rows, columns=[EMBEDDING]).column(0).combine_chunks()
-            rows = column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), -1)
+            widths = pc.unique(pc.list_value_length(column))
+            if len(widths) != 1 or column.null_count:
+                raise ValueError("rows of different lengths")
+            rows = column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), widths[0].as_py())
         if rows.ndim != 2 or rows.dtype.kind != "f":
             raise ValueError(f"an array of the shape {rows.shape} and the type {rows.dtype}")
         return rows

@@ -32,6 +32,7 @@ from fromage.retrieval.item_table import SCHEMA, Embedded, filled, to_batch
 
 ABOUT, FORMAT, VERSION = "embeddings.json", "fromage-embeddings", 1
 DTYPES = ("float32", "float16")
+MOST_PARTS = 1_000_000
 STORE = FolderKind(
     ABOUT,
     "embeddings",
@@ -112,7 +113,12 @@ class EmbeddingStore:
     @classmethod
     def open(cls, folder: str | Path) -> EmbeddingStore:
         """The store in a folder. Raises UserError if there is none that can be read."""
-        return cls(Path(folder), STORE.read(Path(folder)))
+        about = STORE.read(Path(folder))
+        kinds = {"parts": int, "width": int, "fingerprint": str, "dtype": str}
+        odd = next((name for name, kind in kinds.items() if type(about.get(name)) is not kind), None)
+        if odd or not 0 <= about["parts"] <= MOST_PARTS or about["width"] < 1:
+            raise STORE.unreadable(Path(folder), f"its {odd or 'parts or width'} cannot be")
+        return cls(Path(folder), about)
 
     def _path(self, part: int) -> Path:
         return self.folder / f"{part:05d}.parquet"
@@ -158,9 +164,12 @@ class EmbeddingStore:
             file = pq.ParquetFile(path, memory_map=True)
             metadata = file.schema_arrow.metadata or {}
             json.loads(metadata[b"broken"])
+            fingerprint = metadata[b"fingerprint"].decode()
+            if lacking := {"path", "embedding"} - {*file.schema_arrow.names}:
+                raise ValueError(f"no column {min(lacking)}")
         except (OSError, KeyError, ValueError, pa.ArrowException) as error:
             raise UserError(f"{path}: is damaged ({reason(error)}); remove it and embed again") from error
-        if metadata[b"fingerprint"].decode() != self.about["fingerprint"]:
+        if fingerprint != self.about["fingerprint"]:
             raise UserError(f"{path}: was embedded by another model than {self.folder / ABOUT} says; remove one of them")
         return file
 

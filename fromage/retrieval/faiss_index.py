@@ -192,7 +192,7 @@ class FaissIndex(ImageIndex):
     def save(self, folder: str | Path, overwrite: bool = False) -> None:
         """See ImageIndex.save; an index that is there is replaced at once."""
         with replacing(folder, overwrite) as new:
-            root = write_rows(new, self.rows(), self.root if self.root.path else None)
+            root = write_rows(new, self.rows(), self.root if self.root.path or self.place.confined else None)
             FaissIndex(
                 *(self.vectors, self.items, self.fingerprint, self.checkpoint, self.candidates, self.texts),
                 place=replace(self.place, root=root),
@@ -293,6 +293,8 @@ class FaissIndex(ImageIndex):
         if trained and len(gone):
             trained.index.reset()  # forgets the rows, not the training
         kept = without(self.rows(), pa.chunked_array([gone])) if len(gone) else self.rows()
+        if self.place.confined:  # what strangers' paths say never makes the folder wider that images are opened in
+            root = ImageRoot(self.root.path)
         root = root or (ImageRoot(self.root.path) if self.root.path and not self.root.former else None)
         place = replace(self.place, root=root)
         mine = self.table()

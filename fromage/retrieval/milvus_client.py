@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fromage.distribution import pip_install
-from fromage.errors import UserError, first_line
+from fromage.errors import OutOfReach, UserError, first_line
 
 if TYPE_CHECKING:
     from pymilvus import MilvusClient
@@ -52,16 +52,20 @@ def asking(uri: str) -> Iterator[None]:
         yield
     except (MilvusException, grpc.RpcError) as error:
         cause = error.message if isinstance(error, MilvusException) else error.details()
-        raise UserError(f"Milvus at {uri}: {first_line(Exception(cause))}{_hint(uri, error)}") from error
+        told = f"Milvus at {uri}: {first_line(Exception(cause))}{_hint(uri, error)}"
+        raise (OutOfReach(told) if _is_silent(error) else UserError(told)) from error
 
 
 def _hint(uri: str, error: Exception) -> str:
     """The remedy, where Milvus was not reached; what it refuses it explains itself."""
     if uri.endswith(LITE):
         return "; one process at a time can use it" if "Open local" in str(error) else ""
+    return f"; see that the server runs, and what {TOKEN} says" if _is_silent(error) else ""
+
+
+def _is_silent(error: Exception) -> bool:
     code = getattr(error, "code", None)
-    silent = not isinstance(code, int) or code in UNREACHED
-    return f"; see that the server runs, and what {TOKEN} says" if silent else ""
+    return not isinstance(code, int) or code in UNREACHED
 
 
 def located(uri: str) -> str:

@@ -120,7 +120,7 @@ class Collection:
         for vectors, batch in rows:
             for start in range(0, len(batch), CHUNK):
                 items = _items(some := batch.slice(start, CHUNK))
-                told = joined.of(ItemTable([some])).table.to_pylist() if joined else [{}] * len(items)
+                told = (joined.of(ItemTable([some])).table.to_pylist() if joined else []) or [{}] * len(items)
                 data = [self._entity(first + i, item, vectors[start + i], told[i]) for i, item in enumerate(items)]
                 with asking(self.uri):
                     self.client.insert(self.name, data, timeout=SECONDS)

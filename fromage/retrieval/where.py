@@ -217,10 +217,12 @@ def _fitting(name: str, kind: str, value: Value) -> Value:
     if kind in ("timestamp[us]", "date32[day]") and isinstance(value, str):
         try:
             time = datetime.fromisoformat(value)
-        except ValueError:
+            return time.astimezone(UTC).replace(tzinfo=None) if time.tzinfo else time
+        except (ValueError, OverflowError):
             raise UserError(f"where: {name} holds {KINDS[kind]}, and {value[:40]!r} is none; write '2019-05-01'") from None
-        return time.astimezone(UTC).replace(tzinfo=None) if time.tzinfo else time
-    if {"int64": number, "double": number, "string": isinstance(value, str), "bool": isinstance(value, bool)}.get(kind):
+    if kind == "double" and number:
+        return float(value)  # type: ignore[arg-type]
+    if {"int64": number, "string": isinstance(value, str), "bool": isinstance(value, bool)}.get(kind):
         return value
     shown = repr(value)[:40] if isinstance(value, str) else str(value).lower()
     raise UserError(f"where: {name} holds {KINDS[kind]}; compare it with {WANTED[kind]}, not with {shown}")

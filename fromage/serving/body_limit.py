@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -43,8 +44,9 @@ class BodyLimit:
         oldest = next(iter(self.arriving), None)
         if oldest is None or now - self.arriving[oldest] < SLOW:
             return False
-        oldest.reschedule(now)
         del self.arriving[oldest]
+        with suppress(RuntimeError):  # its time is over this very moment
+            oldest.reschedule(now)
         return True
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -12,7 +12,7 @@ import torch
 from fastapi import APIRouter, HTTPException, Request, Response
 from fastapi.responses import StreamingResponse
 
-from fromage.errors import UserError
+from fromage.errors import OutOfReach, UserError
 from fromage.generation.generate import Answer
 from fromage.generation.retrieved import RetrievedImages
 from fromage.serving.batching import Busy, Closed
@@ -32,6 +32,7 @@ from fromage.serving.schema import (
 )
 
 STATUS: dict[type[Exception], tuple[int, str]] = {
+    OutOfReach: (503, "the index of images is out of reach; try later"),
     UserError: (400, ""),
     Busy: (429, BUSY),
     Closed: (503, "the server is shutting down"),
@@ -112,6 +113,8 @@ async def image(name: ImageId, request: Request) -> Response:
     handler: RequestHandler = request.app.state.handler
     try:
         return Response(await attended(request, handler.image(name), handler.capacity.timeout), media_type="image/jpeg")
+    except OutOfReach:
+        raise
     except UserError as error:
         raise HTTPException(404, str(error)) from None
 
@@ -122,7 +125,8 @@ async def healthz(request: Request) -> Health:
     handler: RequestHandler = request.app.state.handler
     if handler.batcher.closed:
         raise Closed
-    return Health(images=len(handler.index or ()), waiting=handler.batcher.waiting)
+    images = 0 if handler.index is None else await asyncio.to_thread(len, handler.index)  # Milvus may take its time
+    return Health(images=images, waiting=handler.batcher.waiting)
 
 
 @router.get("/metrics", response_class=Response, responses={200: {"content": {MEDIA_TYPE: {"schema": {"type": "string"}}}}})

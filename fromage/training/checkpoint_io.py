@@ -112,8 +112,10 @@ class SafeCheckpoint(ModelCheckpoint):
         Args:
             dirpath: folder of the checkpoints; null for `checkpoints` in the folder that the logger gives each run.
             overwrite: remove checkpoints of another run that are there.
-            options: of Lightning's ModelCheckpoint.
+            options: of Lightning's ModelCheckpoint; save_last null is true here.
         """
+        if options.get("save_last") is None:
+            options["save_last"] = True
         super().__init__(dirpath, **options)
         self.overwrite, self.interrupted = overwrite, False
         self._hold, self._holds = ExitStack(), False

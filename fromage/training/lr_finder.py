@@ -38,7 +38,9 @@ class LRFinder(pl.Callback):
         self.losses: list[float] = []
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Switch the run's own schedule off."""
+        """Switch the run's own schedule off. Raises UserError without a number of steps, over which the rate rises."""
+        if trainer.max_steps < 2:
+            raise UserError("learning-rate finder: needs trainer.max_steps, of 2 or more: the rate rises over them")
         trainer.strategy.lr_scheduler_configs = []
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:

@@ -113,6 +113,8 @@ def read_run(config: str | Sequence[str], **options: Any) -> Run:
             f"batches of {run.batch_size}, {_captions(run)}: "
             "give a batch size and r from 1 on, and tokens from 1 to max_tokens without [RET]"
         )
+    if run.chunk and run.step == "reference":
+        raise UserError("step reference: does not run in chunks; leave out model.chunk, or take step fast")
     if run.weights.composes and run.step == "reference":
         raise UserError("step reference: what it takes to learn from tuples is planned for step fast alone")
     return run

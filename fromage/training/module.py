@@ -53,6 +53,10 @@ def _check(h: Any) -> None:
     shares = {"pairing": 1, "image_dropout": 0.99, "captioned_share": 1}
     for name, most in {"lr": inf, "eps": inf, **shares, **dict.fromkeys(weights, inf)}.items():
         check_real(f"model.{name}", h[name], 0, most)
+    if not h.captioned_share:
+        raise UserError("model.captioned_share 0: choose more; model.captioning_weight 0 leaves captioning out")
+    if h.image_dropout and h.space == "clip":
+        raise UserError("model.image_dropout: with model.space clip the image head is frozen; leave it out")
     for beta in h.betas:
         check_real("model.betas", beta, 0, 1)
     if not any(h[name] for name in weights):
@@ -154,7 +158,7 @@ class FromageModule(GuardedModule):
             same_image_negatives: whether an image that a batch holds twice is a negative of its other caption, as in the
                 paper; false where images were packed once for each caption.
             image_dropout: share, 0 to 0.99, of an image's features that the image head is trained without, others in each
-                step; against overfitting where images are few. The captioning pass and evaluations see all.
+                step; against overfitting where images are few. The captioning pass, tuples and evaluations see all.
             rescale_ret: rescale [RET] to the mean norm of the frozen embeddings after every step, as the released code does.
             freeze_temperature: keep the temperature of the contrastive loss at 0.07; in the released bfloat16 run it could
                 not move.
@@ -275,6 +279,13 @@ class FromageModule(GuardedModule):
         composes = self.weights.composes
         if stage == "fit" and composes and getattr(data, "train_tuples", True) is None:
             raise UserError(NO_TUPLES)
+        h, steps = self.h, self.trainer.max_steps
+        if stage == "fit" and h.decay_steps and h.warmup_steps + h.decay_steps < steps:
+            end = h.warmup_steps + h.decay_steps
+            warnings.warn(
+                f"model.decay_steps: the learning rate is 0 from step {end} on, and trainer.max_steps is {steps}",
+                stacklevel=2,
+            )
         if stage == "fit" and not composes and getattr(data, "train_tuples", None) is not None:
             warnings.warn(
                 f"data.train_tuples: nothing is learned from them while model.{COMPOSITION[1]} and "

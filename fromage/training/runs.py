@@ -41,7 +41,9 @@ def prepare(config: Config) -> None:
         logger.version = int(number[1]) if number else folder.parent.name
     elif folder is None and logger is not None and logger.get("version") is not None:
         folder = _root(logger) / _folder(logger.version) / "checkpoints"
-    if folder is not None and folder.exists():
+    from pytorch_lightning.utilities.rank_zero import rank_zero_only
+
+    if folder is not None and folder.exists() and not getattr(rank_zero_only, "rank", 0):  # the lock waits for nobody
         with held(folder):
             others_checkpoints(folder, resumed, config.overwrite)
 

@@ -1,4 +1,5 @@
 import io
+import json
 import logging
 import multiprocessing
 import os
@@ -151,12 +152,11 @@ def rank_of_two(rank, data, tell):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("sizes", [True, False])
+@pytest.mark.parametrize("sizes", [True, False])  # of the training shards
 def test_two_processes_share_without_overlap(tmp_path, workers, sizes):
     data = module(shards(tmp_path / "s", 32), shards(tmp_path / "v", 21), workers=workers)
     if not sizes:
         (tmp_path / "s/sizes.json").unlink()
-        (tmp_path / "v/sizes.json").unlink()
         data.samples_per_epoch = 32
     fork, pipes = multiprocessing.get_context("fork"), [multiprocessing.Pipe(duplex=False) for _ in range(2)]
     ranks = [fork.Process(target=rank_of_two, args=(rank, data, tell)) for rank, (_, tell) in enumerate(pipes)]
@@ -217,6 +217,9 @@ def test_a_device_without_validation_batch_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "7")
     with pytest.raises(UserError, match="6 validation batches are too few for 7 devices"):
         module("unused", shards(tmp_path / "s")).val_dataloader()
+    (tmp_path / "s/sizes.json").unlink()
+    with pytest.raises(UserError, match="known number of validation samples"):
+        module("unused", str(tmp_path / "s")).val_dataloader()
 
 
 @pytest.mark.parametrize(
@@ -266,6 +269,25 @@ def test_too_many_broken_samples_stop_the_run(tmp_path, workers, hook):
         keys(getattr(data, hook)())
     data.max_broken = 0.5
     assert set(keys(getattr(data, hook)())) <= {f"k{i:03d}" for i in range(24) if i % 3}
+
+
+@pytest.mark.parametrize("workers", [0, 1, 4])
+def test_a_torn_validation_shard_is_the_same_share_for_any_number_of_workers(tmp_path, workers):
+    folder = shards(tmp_path / "s", 240, 24)
+    sizes = json.loads((tmp_path / "s" / "sizes.json").read_text())
+    sizes["00000.tar"] += 7  # of 247 samples: 2.8 %, and 10 % of what one of four workers uses
+    (tmp_path / "s" / "sizes.json").write_text(json.dumps(sizes))
+    loader = module("unused", folder, max_broken=0.05, workers=workers).val_dataloader()
+    assert len(keys(loader)) == 240
+    with pytest.raises(UserError, match="are broken"):
+        keys(module("unused", folder, max_broken=0.02, workers=workers).val_dataloader())
+
+
+def test_options_that_mean_nothing_are_refused(tmp_path):
+    with pytest.raises(UserError, match="val_batch_size"):
+        CC3M("unused", val_batch_size=0)
+    with pytest.raises(UserError, match="val_shards"):
+        CC3M("unused").predict_dataloader()
 
 
 def test_a_long_stream_stops_at_the_hundredth_sample(tmp_path):
@@ -370,9 +392,9 @@ class Recorder(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), 0.1)
 
 
-def fit(folder, data, resume=None, **named):
+def fit(folder, data, resume=None, saved=None, **named):
     recorder = Recorder()
-    saved = pl.callbacks.ModelCheckpoint(folder, "{step}", save_top_k=-1, every_n_train_steps=1)
+    saved = saved or pl.callbacks.ModelCheckpoint(folder, "{step}", save_top_k=-1, every_n_train_steps=1)
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
     trainer = pl.Trainer(callbacks=[saved], num_sanity_val_steps=0, **quiet, **named)
     trainer.fit(recorder, data, ckpt_path=resume)
@@ -393,6 +415,19 @@ def test_a_run_taken_up_in_mid_epoch_sees_what_it_would_have_seen(tmp_path, work
     for step in (3, len(first), len(first) + 1):
         rest = fit(tmp_path / "b", CC3M(folder, None, **options), tmp_path / f"a/step={step}.ckpt", max_epochs=2)
         assert rest.seen == whole.seen[step:], step
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("sizes", [True, False])
+def test_a_run_taken_up_at_an_epochs_end_goes_on_with_the_next(tmp_path, sizes):
+    folder = shards(tmp_path / "s")
+    if not sizes:
+        (tmp_path / "s/sizes.json").unlink()
+    options = {"batch_size": 4, "workers": 0}
+    saved = pl.callbacks.ModelCheckpoint(tmp_path / "a", "{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
+    whole = fit(tmp_path / "a", CC3M(folder, None, **options), max_epochs=3, saved=saved)
+    rest = fit(tmp_path / "b", CC3M(folder, None, **options), tmp_path / "a/epoch=0.ckpt", max_epochs=3)
+    assert rest.seen == [row for row in whole.seen if row[0] > 0]
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -288,3 +288,14 @@ def test_a_folder_that_another_process_writes_is_refused(tmp_path, other_writer)
     pid = other_writer(tmp_path / "f")
     with pytest.raises(UserError, match=f"f: is in use by process {pid}"):
         store_features(shards(tmp_path / "s"), tmp_path / "f", Vision(), workers=0)
+
+
+def test_shards_that_are_newer_than_their_features_are_refused(tmp_path):
+    source, out = shards(tmp_path / "s"), tmp_path / "f"
+    store_features(source, out, Vision(), workers=0)
+    made = (out / "00001.tar").stat()
+    os.utime(tmp_path / "s" / "00001.tar", (made.st_atime, made.st_mtime + 5))
+    with pytest.raises(UserError, match=r"s/00001\.tar: is newer than its features; remove .*f/00001\.tar"):
+        store_features(source, out, Vision(), workers=0)
+    (out / "00001.tar").unlink()
+    assert store_features(source, out, vision := Vision(), workers=0) == vision.shown > 0

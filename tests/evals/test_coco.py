@@ -73,7 +73,9 @@ def test_from_two_thousand_on_there_are_galleries_of_a_thousand(monkeypatch):
     assert "text_to_image_1k" not in both_ways(texts[:20], images[:10], owner[:20])
 
 
-def test_a_report_has_everything_and_chance_is_beaten_by_clip(toy_model, data):
+def test_a_report_has_everything_and_chance_is_beaten_by_clip(toy_model, data, monkeypatch):
+    assert not evaluate(toy_model, data, Options(clip=False))["paper"], "of other images"
+    monkeypatch.setattr(coco, "WHOLE", 60)
     report = evaluate(toy_model, data)
     assert report["gallery"] == 60 and report["queries"] == 300 and not any(report["skipped"].values())
     assert report["clip"]["text_to_image"]["r1"] > 50 > 10 > report["chance"]["text_to_image"]["r1"]

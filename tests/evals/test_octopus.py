@@ -203,11 +203,11 @@ def test_several_objects_must_all_be_found(octopus, world, answering, wrong):
     assert sum(counts) == report["examples"] and "chance" not in report
 
 
-def test_pope_counts_what_begins_with_yes():
-    texts, labels = ["yes", "Yes, it is", "no", "yesterday?", "perhaps", "yes"], [True, True, True, False, True, False]
+def test_pope_counts_what_does_not_say_no():
+    texts, labels = ["yes", "Yes, it is", "no", "not so", "perhaps", "yes"], [True, True, True, False, True, False]
     found = figures(texts, labels)
-    assert found["precision"] == pytest.approx(50) and found["recall"] == pytest.approx(50)
-    assert found["accuracy"] == pytest.approx(100 / 3) and found["f1"] == pytest.approx(50)
+    assert found["precision"] == pytest.approx(75) and found["recall"] == pytest.approx(75)
+    assert found["accuracy"] == pytest.approx(400 / 6) and found["f1"] == pytest.approx(75)
     assert found["yes"] == pytest.approx(400 / 6) and found["neither"] == pytest.approx(100 / 6)
     assert coin([True, False, False, False])["precision"] == 25
 
@@ -252,6 +252,11 @@ def test_questions_of_several_kinds_have_figures_by_kind(octopus, world, answeri
     assert report["evaluation"] == "yes-or-no questions" and len(own) > 2 and own.keys() == report["chance"].keys()
     assert own[f"val/{wrong}"]["neither"] == 100 > own["val"]["neither"] > 0 and 0 < own["val"]["accuracy"] < 100
     assert all(own[name]["accuracy"] == 100 for name in own if name not in ("val", f"val/{wrong}"))
+
+
+def test_answers_count_as_yes_or_no_by_popes_rule():
+    for text, yes in (("Yes", 1), ("There is a dog", 1), ("No, there is none", 0), ("There is not", 0), ("yes. not so", 1)):
+        assert evaluating_pope.says_yes(text) == yes, text
 
 
 def test_popes_published_figures_stand_beside_its_three_files_alone(octopus, three, answering, monkeypatch):

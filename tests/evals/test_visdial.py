@@ -202,7 +202,8 @@ def test_scores_of_another_framing_are_refused(toy_model, data, tmp_path, monkey
             score_answers(toy_model, data.dialogues[:1], features, tmp_path)
 
 
-def test_the_whole_evaluation(toy_model, data, tmp_path):
+def test_the_whole_evaluation(toy_model, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(visdial, "PUBLISHED", 2)
     report = evaluate(toy_model, data, scores=tmp_path / "scores")
     assert report["gallery"] == 2 and report["candidates"] == 7
     assert {"answers", "answers_authors", "0_rounds", "2_rounds", "2_rounds_authors"} <= report["fromage"].keys()
@@ -213,4 +214,6 @@ def test_the_whole_evaluation(toy_model, data, tmp_path):
     some = Dialogues("three", [gone, *data.dialogues])
     fewer = evaluate(toy_model, some, Options(max_lost=0.5, clip=False), answers=False)
     assert fewer["skipped"]["dialogues with a lost image"] == 1 and "answers" not in fewer["fromage"]
+    monkeypatch.undo()
+    assert not evaluate(toy_model, data, Options(clip=False), answers=False)["paper"], "of other dialogues"
     assert all(fewer["fromage"][f"{n}_rounds"] == report["fromage"][f"{n}_rounds"] for n in range(3))

@@ -41,6 +41,7 @@ def test_a_contraction_is_known_by_its_letters():
 
 
 def test_unanimous_answers_of_people_are_taken_as_they_are():
+    assert accuracy("yes", ["yes "] * 10) == accuracy("yes", ["yes "] * 5 + ["yes"] * 5) == 1
     assert accuracy("A dog", ["a dog"] * 10) == 0 and accuracy("A dog", ["a dog"] * 9 + ["dog"]) == 1
 
 

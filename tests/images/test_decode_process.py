@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 from hostile import encoded, endless
@@ -151,3 +152,14 @@ def test_without_processes_it_is_one_line(decoders, monkeypatch):
     monkeypatch.setattr(subprocess, "Popen", refuse)
     with pytest.raises(UserError, match="no process can be started"):
         decoders.decode(b"")
+
+
+def test_closing_ends_every_process_that_is_idle():
+    decoders = Decoders(3)
+    held = [decoders._idle.get() for _ in range(3)]
+    ended = []
+    for number in range(2):
+        decoders._idle.put(SimpleNamespace(end=lambda number=number: ended.append(number)))
+    decoders._idle.put(held[0])
+    decoders.close()
+    assert sorted(ended) == [0, 1] and decoders._idle.qsize() == 3

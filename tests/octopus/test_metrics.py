@@ -20,3 +20,11 @@ def test_the_answer_stands_beside_the_head():
     assert names == ["acc_iou50", *(f"head_recall_top{k}" for k in range(1, 6)), "mean_iou", "head_iou", "all_found"]
     assert not any("head" in name for name in box_metrics(Grounded("", [A]), [A]))
     assert mean_percent([{"acc_iou50": 1.0}, {"acc_iou50": 0.0}, {"words": 1.0}]) == {"acc_iou50": 50, "words": 100}
+
+
+def test_boxes_in_another_order_are_all_found_and_not_in_order():
+    boxes = [(0.0, 0.0, 0.2, 0.2), (0.5, 0.5, 0.9, 0.9)]
+    for said, figures in ((boxes, (1, 1)), (boxes[::-1], (1, 0)), (boxes[:1], (0, 0))):
+        found = box_metrics(Grounded("", list(said)), boxes)
+        assert (found["all_found"], found["in_order"]) == figures
+    assert "in_order" not in box_metrics(Grounded("", boxes[:1]), boxes[:1])

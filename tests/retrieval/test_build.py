@@ -74,6 +74,48 @@ def test_embeddings_of_others_become_an_index(tmp_path):
     assert load_index(tmp_path / "one").place.within == str(tmp_path / "one"), "no file of this machine is opened"
 
 
+def test_what_a_stranger_s_paths_say_never_opens_more(tmp_path):
+    private = write_colours(tmp_path / "private")
+    paths = [str(private / name / "a.png") for name in ("red", "blue")] + ["/elsewhere/c.png"]
+    source, out = tmp_path / "e.pkl", tmp_path / "index"
+    source.write_bytes(pickle.dumps({"paths": paths, "embeddings": rows(3, q=3)}))
+    import_embeddings(Model(), source, out, kind="flat")
+    remove(out, paths[2])  # what is left has a common folder
+    assert load_index(out).place.within == str(out) and load_index(out).root.path == ""
+    index = load_index(out)
+    index.save(tmp_path / "copy")
+    assert load_index(tmp_path / "copy").place.within == str(tmp_path / "copy")
+    near = write_colours(tmp_path / "near")
+    import_embeddings(Model(), source, out, near, kind="flat", overwrite=True)
+    more = store(
+        tmp_path / "store", rows(1, q=3, seed=5), [Item(str(private / "green" / "a.png"), "")], Model().fingerprint()
+    )
+    more.about["root"] = str(private)
+    add(out, more)
+    assert load_index(out).place.within == str(near), "no wider than was said"
+
+
+def test_trusting_with_a_folder_that_is_none_seals_nothing(tmp_path):
+    write_colours(tmp_path / "p")
+    source = tmp_path / "e.pkl"
+    source.write_bytes(pickle.dumps({"paths": ["red/a.png"], "embeddings": rows(1, q=3)}))
+    import_embeddings(Model(), source, tmp_path / "index", tmp_path / "p", kind="flat")
+    before = (tmp_path / "index" / "index.json").read_bytes()
+    with pytest.raises(UserError, match="is no folder"):
+        index_builder.trust(tmp_path / "index", tmp_path / "typo")
+    assert (tmp_path / "index" / "index.json").read_bytes() == before
+
+
+def test_rows_in_float16_are_merged_at_unit_length(tmp_path):
+    for name in "ab":
+        build(store(tmp_path / f"s{name}", rows(300, seed=ord(name)), [Item(f"/{name}/{i}", "") for i in range(300)]),
+              tmp_path / name, kind="IVF4,Flat")  # fmt: skip
+    assert load_index(tmp_path / "a").vectors.dtype == np.float16
+    whole = merge([tmp_path / "a", tmp_path / "b"], tmp_path / "c", kind="flat")
+    assert whole.vectors.dtype == np.float32
+    np.testing.assert_allclose(np.linalg.norm(whole.vectors, axis=1), 1, atol=1e-6)
+
+
 @settings(max_examples=15, deadline=None)
 @given(st.data())
 def test_adding_removing_and_merging_are_building_anew(tmp_path_factory, data):

@@ -112,4 +112,9 @@ def test_embeddings_that_do_not_match_are_refused_in_one_line(ckpt, photos, feat
     assert "img_emb_0.npy: holds no embeddings" in told(capsys, noise, *how, "--images", photos)
     pq.write_table(pa.table({"image_path": names[:4]}), wide / "metadata" / "metadata_0.parquet")
     assert "4 rows for 5 embeddings" in told(capsys, wide, *how, "--images", photos)
+    ragged = [row.tolist() for row in features]
+    ragged[3], ragged[9] = ragged[3][:-1], [*ragged[9], ragged[3][-1]]  # as many numbers in all
+    (tmp_path / "auto").mkdir()
+    pq.write_table(pa.table({"path": names, "embedding": ragged}), tmp_path / "auto" / "0.parquet")
+    assert "rows of different lengths" in told(capsys, tmp_path / "auto", *how, "--images", photos)
     assert not (tmp_path / "out").exists()

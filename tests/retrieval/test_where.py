@@ -207,6 +207,13 @@ def test_what_does_not_fit_the_columns_is_said(where, told):
     assert told in str(error.value)
 
 
+def test_numbers_and_times_at_the_ends_of_what_there_is_are_compared_or_refused():
+    table = Metadata(pa.table({"price": [1.5, 1e18], "taken": pa.array([datetime(2019, 5, 1)] * 2, pa.timestamp("us"))}))
+    assert table.rows("price > 99999999999999999").tolist() == [1]
+    with pytest.raises(UserError, match="taken holds times"):
+        table.rows("taken > '0001-01-01T00:00+14:00'")
+
+
 def test_times_are_compared_in_utc():
     times = [datetime(2019, 5, 1, 12), datetime(2019, 5, 2), None]
     days = pa.array([None if time is None else time.date() for time in times], pa.date32())

@@ -28,7 +28,7 @@ def test_what_was_measured_is_not_measured_again(study, tmp_path):
 
 def test_figures_of_another_setting_are_refused(study, tmp_path):
     first = study.measured(tmp_path / "a.json", lambda: {"x": 1.0}, limit=200)
-    assert study.measured(tmp_path / "a.json", dict, limit=200) == first and "setting" not in first
+    assert study.measured(tmp_path / "a.json", dict, limit=200) == first and first["setting"] == {"limit": 200}
     with pytest.raises(UserError, match="limit"):
         study.measured(tmp_path / "a.json", dict, limit=2000)
 
@@ -49,6 +49,26 @@ def test_runs_of_later_calls_stand_beside_those_of_earlier_ones(study, tmp_path)
     with pytest.raises(UserError, match="holds runs of"):
         study.collect(file, {"base": {"2": run(3.0)}}, judged="val")
     assert json.loads(file.read_text()) == written
+
+
+def test_runs_of_other_options_do_not_stand_in_one_row(study, tmp_path):
+    runs = [{"commit": "c", "setting": {"options": some}, "figures": {"x": 1.0}} for some in ([], [], ["--model.k=2"])]
+    study.collect(tmp_path / "a.json", {"base": {"0": runs[0]}})
+    study.collect(tmp_path / "a.json", {"base": {"1": runs[1]}, "k2": {"0": runs[2]}})
+    with pytest.raises(UserError, match=r"row base would hold runs with other options"):
+        study.collect(tmp_path / "a.json", {"base": {"2": runs[2]}})
+
+
+def test_a_run_names_the_commits_of_its_training(study, tmp_path, monkeypatch):
+    assert study.trained_at(tmp_path, ended=True) == {}
+    for commit, ended, named in (
+        ("a", False, ["a"]),
+        ("a", False, ["a"]),
+        ("b", False, ["a", "b"]),
+        ("c", True, ["a", "b"]),
+    ):
+        monkeypatch.setattr(study, "commit", lambda now=commit: now)
+        assert study.trained_at(tmp_path, ended) == {"trained": named}
 
 
 def test_a_figure_that_some_seeds_lack_is_the_mean_of_the_others_and_says_so(study):

@@ -320,3 +320,8 @@ def test_an_error_of_the_first_device_is_told_on_all():
     with pytest.raises(UserError, match="cannot be opened"):
         _on_first_device(SimpleNamespace(is_global_zero=True, strategy=strategy), refuse)
     assert "/there/.lock" in told[0]
+
+
+def test_the_last_checkpoint_is_kept_unless_it_is_unwanted(tmp_path):
+    assert SafeCheckpoint(tmp_path).save_last and SafeCheckpoint(tmp_path, save_last=None).save_last
+    assert not SafeCheckpoint(tmp_path, save_last=False).save_last

@@ -64,3 +64,8 @@ def test_a_loss_that_never_falls_is_an_error(tmp_path):
     finder, trainer = go([1.0, 1.0, 1.0, 2.0, 2.0], 5, tmp_path)
     with pytest.raises(UserError, match="never fell"):
         finder.on_train_end(trainer, None)
+
+
+def test_without_a_number_of_steps_there_is_no_range():
+    with pytest.raises(UserError, match=r"needs trainer\.max_steps"):
+        LRFinder().on_fit_start(SimpleNamespace(max_steps=-1), None)

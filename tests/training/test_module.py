@@ -357,6 +357,9 @@ def test_dropout_of_image_features_depends_on_seed_and_step_alone():
 
 
 def test_a_share_of_the_examples_is_captioned_in_training_alone():
+    for odd, told in (({"captioned_share": 0}, "captioned_share 0"), ({"image_dropout": 0.3, "space": "clip"}, "is frozen")):
+        with pytest.raises(UserError, match=told):
+            FromageModule(**TOY | odd)
     module = FromageModule(**TOY, captioned_share=0.25)
     assert module.train().weights.captioned_share == 0.25 and module.eval().weights.captioned_share == 1
     with pytest.raises(UserError, match=r"model\.captioned_share is 2.*from 0 to 1"):

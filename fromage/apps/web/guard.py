@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from math import isfinite
-from numbers import Real
 from typing import Any
 
 import gradio as gr
@@ -27,6 +25,7 @@ OPEN = 64  # POSTs at a time whose bodies are not files, each up to SENT bytes
 SENT = 1 << 20
 UPLOADS, UPLOADED = 4, 64 << 20  # requests at a time that upload files, and bytes of each
 SECONDS = 60.0  # in which what is sent must arrive
+LARGEST = 1e300  # number of a slider
 
 
 class GuardedBlocks(gr.Blocks):
@@ -39,7 +38,7 @@ class GuardedBlocks(gr.Blocks):
         """Refuse a call before Gradio reads its files."""
         super().validate_inputs(block_fn, inputs)
         for block, value in zip(block_fn.inputs, inputs, strict=False):
-            if isinstance(block, gr.Slider) and not (isinstance(value, Real) and isfinite(value)):
+            if isinstance(block, gr.Slider) and not (isinstance(value, int | float) and abs(value) <= LARGEST):
                 raise gr.Error(f"{block.label} must be a number", print_exception=False)
             if isinstance(block, gr.Textbox) and not (isinstance(value, str) and not HALVES.search(value)):
                 raise gr.Error(f"{block.label} must be a text", print_exception=False)
@@ -96,7 +95,7 @@ class UploadLimit:
 
     def __init__(self, app: Any, shelf: Shelf) -> None:
         self.app, self.shelf = app, shelf
-        self.sizes: list[int] = []  # of what is being uploaded
+        self.sizes: list[tuple[str, int]] = []  # of what is being uploaded, and by whom
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Pass an upload on, or refuse it by 411, 413, 429 or 408."""
@@ -108,19 +107,23 @@ class UploadLimit:
         if len(self.sizes) >= UPLOADS:
             return await PlainTextResponse("too many uploads at once; try again in a moment", 429)(scope, receive, send)
         visitor, reply = str((scope.get("client") or ("",))[0]), _Reply(send)
-        self.sizes.append(size)
+        self.sizes.append((visitor, size))
         try:
-            await asyncio.to_thread(self.shelf.make_room, sum(self.sizes), visitor)
+            await asyncio.to_thread(self.shelf.make_room, *self._due(visitor), visitor)
             async with asyncio.timeout(SECONDS):
                 await self.app(scope, receive, reply)
             self.shelf.uploaded(visitor, reply.paths())
-            await asyncio.to_thread(self.shelf.make_room, 0, visitor)
+            await asyncio.to_thread(self.shelf.make_room, 0, 0, visitor)
         except TimeoutError:
             if not reply.begun:
                 await PlainTextResponse("the upload took too long", 408)(scope, receive, send)
         finally:
-            self.sizes.remove(size)
+            self.sizes.remove((visitor, size))
         return None
+
+    def _due(self, visitor: str) -> tuple[int, int]:
+        """Bytes that are being uploaded by all, and by a visitor."""
+        return sum(size for _, size in self.sizes), sum(size for who, size in self.sizes if who == visitor)
 
 
 class _Reply:

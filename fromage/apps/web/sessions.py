@@ -145,7 +145,7 @@ class Sessions:
             return [], ""
         if not hits:
             gr.Info("No image fits the filter.")
-        opened, lost = load_images(self.index.beyond(query[0], hits, where=where), int(count))
+        opened, lost = load_images(self.index.beyond(query[0], hits, where=where), int(count), SIDE)
         if lost:
             gr.Info(GONE)
         return [(drawn(image), caption(hit)) for hit, image in opened], read_as(self.model, said)

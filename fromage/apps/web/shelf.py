@@ -37,13 +37,16 @@ class Shelf:
         self._owners: dict[str, str] = {}
         self._written, self._lock = 0, Lock()
 
-    def make_room(self, size: int, visitor: str = "") -> None:
-        """Remove the oldest files, a visitor's own first, until so many bytes more keep within the limits."""
+    def make_room(self, size: int, own_size: int = 0, visitor: str = "") -> None:
+        """Remove the oldest files, a visitor's own first, until so many bytes more keep within the limits.
+
+        own_size: those of them that are the visitor's.
+        """
         with self._lock:
             files = sorted(self._files())
             self._owners = {path: self._owners[path] for _, _, path in files if path in self._owners}
             own = [file for file in files if visitor and self._owners.get(file.path) == visitor]
-            gone = _oldest(own, sum(file.size for file in own) + size - EACH)
+            gone = _oldest(own, sum(file.size for file in own) + own_size - EACH)
             rest = sorted({*files} - {*gone})
             gone += _oldest(rest, sum(file.size for file in rest) + size - TOTAL, len(rest) - FILES)
             for _, _, path in gone:
@@ -54,7 +57,8 @@ class Shelf:
 
     def uploaded(self, visitor: str, paths: Iterable[str]) -> None:
         """Note whose files these are."""
-        self._owners |= dict.fromkeys(paths, visitor)
+        with self._lock:
+            self._owners |= dict.fromkeys(paths, visitor)
 
     def wrote(self, size: int) -> None:
         """Note what the demo wrote itself."""

@@ -107,8 +107,8 @@ class OpenClipText(TextTower, nn.Module):
 
     @torch.no_grad()
     def embed_text(self, texts: Sequence[str]) -> Tensor:
-        """N texts -> (N, e) unit rows; texts are cut to CLIP's 77 tokens, as in the paper."""
-        ids = self.tokenize(list(texts)).to(self.clip.logit_scale.device)  # (N, 77)
+        """N texts -> (N, e) unit rows; texts are cut at the length of its context, 77 tokens of OpenAI's."""
+        ids = self.tokenize(list(texts)).to(self.clip.logit_scale.device)  # (N, L)
         return F.normalize(self.clip.encode_text(ids).float(), dim=-1)  # (N, e)
 
 

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from PIL import Image
 
 from fromage.data.annotations import FILE, TEXT, Wanted, read_annotations
 from fromage.images.codec import FORMATS
-from fromage.octopus.boxes import SPELLED, clipped, read_spelled, relative
+from fromage.octopus.boxes import SPELLED, clipped, read_spelled, relative, spelled
 from fromage.octopus.examples import Box, Example
-from fromage.octopus.sources.listed import LOST_ANSWERS, ODD_TURNS, FileSource
+from fromage.octopus.sources.listed import HELD_OUT, LOST_ANSWERS, ODD_TURNS, FileSource
+from fromage.octopus.sources.refcoco import held_out
 
+COCO = re.compile(r"(?:^|_)(\d{12})$")  # the name of a photograph of COCO, without its ending
 TURNS: Wanted = {"conversations": [{"from": TEXT, "value": TEXT}]}  # image and id may be anything
 
 
 class Instructions(FileSource):
     """Instructions in LLaVA's JSON: one example per question and answer, also in conversations of several turns."""
 
-    def __init__(self, file: str, images: str, padded: bool = False, limit: int | None = None) -> None:
+    def __init__(
+        self, file: str, images: str, padded: bool = False, limit: int | None = None, apart_from: Sequence[str] = ()
+    ) -> None:
         """Set the files; nothing is read yet.
 
         Args:
@@ -28,30 +33,52 @@ class Instructions(FileSource):
             padded: whether boxes are relative to the image padded to a square, as in LLaVA-1.5's own files; false:
                 relative to the image itself.
             limit: maximum number of examples, the first ones; null for all.
+            apart_from: files of references, such as refs(unc).p; images of COCO in their splits other than train are left
+                out, by the number in the file's name.
         """
         super().__init__(Path(file), limit)
-        self.images, self.padded = Path(images), padded
+        self.images, self.padded, self.apart_from = Path(images), padded, tuple(apart_from)
 
     def read(self) -> Iterator[Example]:
         """One example per question and answer, the turns of a conversation one behind the other.
 
-        Spelled boxes in answers become box numbers; in questions they stay text.
+        Spelled boxes in answers become box numbers; in questions they stay text, relative to the image itself.
         """
+        barred, left_out = held_out(self.apart_from), set()
         _, entries = read_annotations(self.file, ("instructions of LLaVA",), "a JSON file of LLaVA's instructions")
         for number, entry in enumerate(self.fitting(self.file, "entries", entries, TURNS)):
             if not FILE.fits(entry.get("image")):
                 self.drop("entries without an image, or of several")
                 continue
             image, turns = self.images / entry["image"], entry["conversations"]
+            if (number_of_coco := COCO.search(image.stem)) and int(number_of_coco[1]) in barred:
+                left_out.add(image)
+                continue
             pairs = list(zip(turns[::2], turns[1::2], strict=False))
             self.drop(ODD_TURNS, len(turns) % 2)
             for place, (asked, told) in enumerate(pairs):
                 question, answer = (turn["value"].replace("<image>", "").strip() for turn in (asked, told))
                 if (asked["from"], told["from"]) != ("human", "gpt") or not question or not answer:
                     self.drop(ODD_TURNS)
-                elif (pointed := self._pointed(answer, image)) is not None:
+                elif (asked_of := self._asked(question, image)) and (pointed := self._pointed(answer, image)):
                     key = f"{entry.get('id', '')}#{number}.{place}"  # several entries can have the same id
-                    yield Example(key, str(image), question, *pointed, dialogue=f"#{number}")
+                    yield Example(key, str(image), asked_of, *pointed, dialogue=f"#{number}")
+        self.drop(HELD_OUT, len(left_out))
+
+    def _asked(self, text: str, image: Path) -> str | None:
+        """A question with its boxes relative to the image itself; None, and counted, if one of them has no area."""
+        if not self.padded or not SPELLED.search(text):
+            return text
+        good, kept = self.kept(
+            self._unpadded(sides, image) for found in SPELLED.finditer(text) for sides in read_spelled(found[0])
+        )
+        if None in kept:
+            self.drop(LOST_ANSWERS)
+            return None
+        boxes = iter(good)
+        return SPELLED.sub(
+            lambda found: ";".join(spelled(next(boxes)) for _ in read_spelled(found[0])).replace("];[", ";"), text
+        )
 
     def _pointed(self, text: str, image: Path) -> tuple[tuple[str | int, ...], tuple[Box, ...]] | None:
         """The pieces and boxes of an answer; None, and counted, if one of the boxes has no area."""

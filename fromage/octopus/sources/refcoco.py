@@ -14,7 +14,7 @@ from fromage.errors import UserError, reason
 from fromage.octopus.examples import Example
 from fromage.octopus.segments import Mask, OddMask, read_mask
 from fromage.octopus.sources.instances import AnnotatedImage, Instances
-from fromage.octopus.sources.listed import LOST_ANSWERS, check_question
+from fromage.octopus.sources.listed import HELD_OUT, LOST_ANSWERS, check_question
 
 CATEGORY: Wanted = {"id": WHOLE}  # of instances.json
 EXPRESSION: Wanted = {"sent": TEXT, "sent_id": WHOLE}
@@ -55,6 +55,7 @@ class RefCOCO(Instances):
         question: str = "where is {}?",
         limit: int | None = None,
         match: str | None = None,
+        apart_from: Sequence[str] = (),
     ) -> None:
         """Set the files; nothing is read yet. Raises UserError for an invalid question or pattern.
 
@@ -66,9 +67,11 @@ class RefCOCO(Instances):
             question: the instruction; {} stands for the expression.
             limit: maximum number of examples, the first ones; null for all.
             match: regular expression; only expressions that contain it are used; null for all.
+            apart_from: files of references, such as refs(unc).p of the other data sets, which split the same images of COCO
+                in other ways; images of their splits other than train are left out.
         """
         super().__init__(Path(refs), instances, images, limit)
-        self.split, self.question = split, check_question(question)
+        self.split, self.question, self.apart_from = split, check_question(question), tuple(apart_from)
         try:
             self.match = re.compile(match or "")
         except (re.error, OverflowError, RecursionError) as error:
@@ -76,7 +79,9 @@ class RefCOCO(Instances):
 
     def read(self) -> Iterator[Example]:
         """One example per sentence; its answer is the box alone."""
-        refs, content = self._refs(), self.content()
+        refs, barred, content = self._refs(), held_out(self.apart_from), self.content()
+        self.drop(HELD_OUT, len({ref["image_id"] for ref in refs} & barred))
+        refs = [ref for ref in refs if ref["image_id"] not in barred]
         listed = self.fitting(self.instances, "categories", content.get("categories"), CATEGORY)
         categories = {category["id"] for category in listed}
         images = self.annotated(content, {ref["image_id"] for ref in refs})

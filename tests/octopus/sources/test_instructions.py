@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 from source_files import write
 
+from fromage.checkpoints.safe_pickle import load_plain
 from fromage.errors import UserError
 from fromage.octopus.boxes import reading_order, spelled
 from fromage.octopus.examples import conversations
@@ -93,6 +94,29 @@ def test_boxes_of_the_padded_image(tmp_path):
     (plain,), (padded,) = instructions(tmp_path, entry), instructions(tmp_path, entry, padded=True)
     assert plain.boxes[0] == (0.25, 0.25, 0.5, 0.5)
     assert padded.boxes[0] == (0.25, 0.0, 0.5, 0.5) and padded.answer == (0, " ", 0)  # what lay in the margin is cut off
+
+
+def test_boxes_in_questions_are_of_the_image_itself_too(tmp_path):
+    Image.new("RGB", (200, 100)).save(tmp_path / "a.jpg")
+    entry = talk(
+        ("what is in [0.000,0.250,1.000,0.750;0.000,0.250,0.500,0.500]?", "it"), ("and in [0.1,0.0,0.2,0.1]?", "nothing")
+    )
+    with pytest.warns(UserWarning, match="left out are"):
+        (whole,) = instructions(tmp_path, entry, padded=True)
+    plain = instructions(tmp_path, entry)
+    assert whole.instruction == "what is in [0.000,0.000,1.000,1.000;0.000,0.000,0.500,0.500]?"
+    assert [each.instruction for each in plain][1] == "and in [0.1,0.0,0.2,0.1]?"
+
+
+def test_images_that_evaluations_look_at_are_left_out(world, tmp_path):
+    refs = load_plain(world / "refcoco" / "refs(unc).p")
+    barred = next(ref["image_id"] for ref in refs if ref["split"] == "val")
+    names = [f"coco/train2017/{barred:012d}.jpg", f"COCO_train2014_{barred:012d}.jpg", f"vg/{barred}.jpg", "000.jpg"]
+    entries = [{"image": name, "conversations": talk(("what?", "it"))["conversations"]} for name in names]
+    (tmp_path / "some.json").write_text(json.dumps(entries))
+    source = Instructions(str(tmp_path / "some.json"), "i", apart_from=[str(world / "refcoco" / "refs(unc).p")])
+    assert [Path(each.image).name for each in source] == [f"{barred}.jpg", "000.jpg"]
+    assert source.dropped["images that are held out"] == 2
 
 
 def test_instructions_that_are_wrong(world, tmp_path):

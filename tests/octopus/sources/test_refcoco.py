@@ -198,3 +198,20 @@ def test_images_of_other_splits_are_held_out(one, tmp_path):
     Path(files[0]).write_bytes(pickle.dumps([{"split": "val"}]))
     with pytest.raises(UserError, match=r"references\[0\] lacks image_id"):
         held_out(files)
+
+
+def test_images_that_another_data_set_tests_on_are_not_trained_on(world, tmp_path):
+    refs, rest = world / "refcoco" / "refs(unc).p", (str(world / "refcoco/instances.json"), str(world / "refcoco/images"))
+    whole = RefCOCO(str(refs), *rest)
+    notes = pickle.loads(refs.read_bytes())
+    barred = next(note["image_id"] for note in notes if note["split"] == "train")
+    other = [{**note, "split": "val" if note["image_id"] == barred else "train"} for note in notes]
+    (tmp_path / "other.p").write_bytes(pickle.dumps(other))
+    fewer = RefCOCO(str(refs), *rest, apart_from=[str(tmp_path / "other.p")])
+    there = {note["ref_id"] for note in notes if note["image_id"] == barred}
+    assert (
+        {e.key for e in whole} - {e.key for e in fewer}
+        == {e.key for e in whole if int(e.key.split(".")[0]) in there}
+        != set()
+    )
+    assert fewer.dropped["images that are held out"] == 1 and not fewer.odd
