@@ -82,7 +82,7 @@ def open_index(
         options: further ones of load_model, such as quantize.
     """
     index = load_index(folder, images=images)
-    checkpoint = _checkpoint(folder, index.checkpoint, ckpt)
+    checkpoint = _checkpoint(folder, index.checkpoint, ckpt, index.place.own)
     if said := index.missing().said(folder, len(index), index.place.own):
         warnings.warn(said, stacklevel=2)
     model = load_model(checkpoint, device, **options)
@@ -93,11 +93,14 @@ def open_index(
 
 def model_of(folder: str | Path, ckpt: str | Path | None = None, device: str = "cpu") -> Fromage:
     """The model an index was built with. ckpt: where it is now, if not where it was then."""
-    return load_model(_checkpoint(folder, read_about(Path(folder))["checkpoint"], ckpt), device)
+    about = read_about(Path(folder))
+    return load_model(_checkpoint(folder, about["checkpoint"], ckpt, is_sealed(about)), device)
 
 
-def _checkpoint(folder: str | Path, known: str, ckpt: str | Path | None) -> str | Path:
-    """Where the model of an index is. Raises UserError where that is not known."""
+def _checkpoint(folder: str | Path, known: str, ckpt: str | Path | None, own: bool) -> str | Path:
+    """Where the model of an index is. Raises UserError where that is not known, or is a stranger's name on the hub."""
+    if not ckpt and not own and known and not Path(known).is_absolute():
+        raise UserError(f"{folder}: was not built here, so the checkpoint that it names is not fetched; give --ckpt {known}")
     if not ckpt and (not known or (Path(known).is_absolute() and not Path(known).exists())):  # else a name on the hub
         raise UserError(f"{folder}: its checkpoint is not at {known or '(not on record)'}; give it with --ckpt")
     return ckpt or known

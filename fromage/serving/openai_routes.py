@@ -64,7 +64,7 @@ async def chat_completions(body: ChatCompletionRequest, request: Request) -> Any
     """Answer a conversation, with words and with images of the index.
 
     `content` of the answer is a string; where images were retrieved it is a list of `text` and `image_url` parts, in order.
-    In a stream `delta.content` is always a string, and images come as `delta.images`, a list of `image_url` parts.
+    In a stream `delta.content` is a string where there is text; images come as `delta.images`, a list of `image_url` parts.
     """
     handler, own = _handler(request, body.model), _own(request)
     fits = (handler.model.lm.max_length or 2 * MOST_TOKENS) // 2  # of a conversation, older turns give way
