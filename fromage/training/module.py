@@ -293,6 +293,16 @@ class FromageModule(GuardedModule):
                 stacklevel=2,
             )
 
+    def on_fit_start(self) -> None:
+        """Raise UserError where captions may be longer than the language model has positions for."""
+        most = getattr(getattr(self.trainer, "datamodule", None), "max_tokens", 0)
+        tokens = (2 if self.h.pairing else 1) * (self.h.k + most - self.model.r)  # of a captioning sequence
+        if (longest := self.model.lm.max_length) and max(tokens, most) > longest:
+            raise UserError(
+                f"data.max_tokens {most}: a sequence may have {max(tokens, most)} tokens, and {self.model.lm.name} has "
+                f"positions for {longest}; lower it"
+            )
+
     def training_step(self, batch: Batch, index: int) -> Tensor:
         """Loss of one batch; logs its parts."""
         step = self.global_step

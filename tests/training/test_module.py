@@ -3,6 +3,7 @@
 import json
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import pytorch_lightning as pl
@@ -357,6 +358,11 @@ def test_dropout_of_image_features_depends_on_seed_and_step_alone():
 
 
 def test_a_share_of_the_examples_is_captioned_in_training_alone():
+    module = FromageModule(**TOY)
+    module.configure_model()
+    module._trainer = SimpleNamespace(datamodule=SimpleNamespace(max_tokens=10**6))
+    with pytest.raises(UserError, match=r"data\.max_tokens 1000000: a sequence may have 2\d+ tokens"):
+        module.on_fit_start()
     for odd, told in (({"captioned_share": 0}, "captioned_share 0"), ({"image_dropout": 0.3, "space": "clip"}, "is frozen")):
         with pytest.raises(UserError, match=told):
             FromageModule(**TOY | odd)
