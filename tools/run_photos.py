@@ -148,7 +148,7 @@ def words_of(name: str, args: argparse.Namespace, seed: int) -> list[str]:
         f"--model.lm={lm}",
         f"--model.vision={VISION}",
         f"--data.train_shards={json.dumps(shards)}",
-        f"--data.val_shards={features / 'held_out'}",
+        f"--data.val_shards={features / 'held_out' if args.choose else 'null'}",  # else they are trained on
     ]
     words += [f"--{what}={seed}" for what in ("seed_everything", "model.seed", "data.seed")]
     return [*words, *(ALONE if name in SOME else ROWS[name])]
