@@ -5,8 +5,8 @@
     python tools/run_photos.py ... --choose --only base              # judged on photographs held out of the training ones
 
 Both files are captions in COCO's format, images the folder of the photographs. base is lightning_configs/photos.yaml; each
-other row changes one thing of it. Rows without captions train the retrieval pass alone, which shares one row with
-captioning, that of [RET] in the output head. --coco FOLDER holds val2017/, captions_val2017_sample.json and
+other row changes one thing of it. Most train one of the two passes alone, which share one row, that of [RET] in the output
+head: those of captions as many captions as base, 32 a step. --coco FOLDER holds val2017/, captions_val2017_sample.json and
 instances_val2017_sample.json: photographs of another kind, and what questions are asked of. What is there is not run again:
 after a kill, give the command again.
 """
@@ -48,14 +48,14 @@ from fromage.models.towers import folder_of, get
 from fromage.models.vision.registry import load_vision
 from fromage.retrieval.build import build_index
 
-ALONE = ["--model.captioning_weight=0"]
+ALONE, CAPTIONING = ["--model.captioning_weight=0"], ["--model.retrieval_weight=0"]
 BARE, BLIND = "retrieval alone", "untrained language model"
 ROWS: dict[str, list[str]] = {
     "base": [],
-    "all captioned": ["--model.captioned_share=1"],
-    "k2": ["--model.k=2"],
-    "k4": ["--model.k=4"],
-    "k8": ["--model.k=8"],
+    **{
+        f"captions k{k}": [*CAPTIONING, "--model.captioned_share=1", "--data.batch_size=32", f"--model.k={k}"]
+        for k in (1, 2, 4, 8)
+    },
     "requests": ["--data.requests=0.2"],
     BARE: ALONE,
     "last token": [*ALONE, "--model.pooling=last", "--model.r=1"],
@@ -160,13 +160,14 @@ def judges(args: argparse.Namespace) -> str:
 
 
 def parts(name: str, args: argparse.Namespace, model: Fromage) -> dict[str, Callable[[], Figures]]:
-    """What is measured of a row: captions where captioning was trained, requests of ASKED, what takes long of base alone."""
-    features = args.out / "features"
-    judged = read([features / judges(args)])
-    todo: dict[str, Callable[[], Figures]] = {"photographs": partial(recalls, model, judged)}
-    if "--model.captioning_weight=0" not in words_of(name, args, 0):
+    """What is measured of a row: of each pass that was trained, requests of ASKED, what takes long of base alone."""
+    features, words = args.out / "features", words_of(name, args, 0)
+    judged, todo = read([features / judges(args)]), dict[str, Callable[[], Figures]]()
+    if not {*CAPTIONING} & {*words}:
+        todo["photographs"] = partial(recalls, model, judged)
+    if not {*ALONE} & {*words}:
         todo["captions"] = partial(captions, model, judged)
-    if args.coco:
+    if args.coco and "photographs" in todo:
         coco = read([features / "coco"])
         todo["coco"] = partial(recalls, model, coco)
     if name in ASKED:
@@ -194,7 +195,7 @@ def run(name: str, args: argparse.Namespace, seed: int) -> Run:
         place = folder / "figures" / (judges(args) if part in OF_JUDGED else "")
         made[part] = measured(place / f"{part.replace(' ', '_')}.json", measure, options=args.options)
         print(part, flush=True)
-    if args.coco and not (sheet := folder / "coco_searches.png").exists():
+    if "coco" in made and not (sheet := folder / "coco_searches.png").exists():
         index = build_index(
             model, str(args.out / "shards" / "coco"), folder / "coco_index", checkpoint=checkpoint, overwrite=True
         )

@@ -126,9 +126,8 @@ def in_shards(text: str) -> str:
 
 def in_image(text: str) -> str:
     """An image or a folder of images, or a URL. Raises UserError where there is none."""
-    from fromage.images.open import file_of
-
-    if not text.startswith(ADDRESSES) and not file_of(text)[0].exists():
+    shard, is_member, _ = text.partition(".tar#")
+    if not text.startswith(ADDRESSES) and not Path(text).exists() and not (is_member and Path(f"{shard}.tar").exists()):
         raise UserError(f"{text}: no such file; name an image that is there, or a URL")
     return text
 

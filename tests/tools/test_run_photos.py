@@ -139,7 +139,7 @@ def test_a_row_is_trained_and_judged_once(world, tmp_path, monkeypatch, capsys):
         "--held-out",
         "0.3",
         "--only",
-        "k2",
+        "captions k2",
         "last token",
         "--seeds",
         "0",
@@ -153,8 +153,14 @@ def test_a_row_is_trained_and_judged_once(world, tmp_path, monkeypatch, capsys):
     run_photos.main()
     told = json.loads((tmp_path / "f.json").read_text())
     count = len(json.loads(listed.read_text())["images"])
-    assert told["figures"]["k2"]["captions.cider"]["mean"] == count and "captions.cider" not in told["figures"]["last token"]
-    assert told["runs"]["linear"]["none"]["figures"]["weight"] in run_photos.RIDGE and "| k2 | " in capsys.readouterr().out
+    assert told["figures"]["captions k2"]["captions.cider"]["mean"] == count, "captions alone, and of all photographs"
+    assert (
+        "photographs.t2i_r1" not in told["figures"]["captions k2"] and "captions.cider" not in told["figures"]["last token"]
+    )
+    assert (
+        told["runs"]["linear"]["none"]["figures"]["weight"] in run_photos.RIDGE
+        and "| captions k2 | " in capsys.readouterr().out
+    )
     with monkeypatch.context() as patch:
         patch.setattr(run_photos, "recalls", lambda *_: pytest.fail("measured twice"))
         run_photos.main()
@@ -170,7 +176,8 @@ def test_a_row_is_trained_and_judged_once(world, tmp_path, monkeypatch, capsys):
     content["annotations"] = [one for one in content["annotations"] if one["image_id"] in kept]
     other.write_text(json.dumps(content))
     argv = [
-        {str(tmp_path / "f.json"): str(tmp_path / "g.json"), "k2": "last token"}.get(word, word) for word in sys.argv[:-1]
+        {str(tmp_path / "f.json"): str(tmp_path / "g.json"), "captions k2": "last token"}.get(word, word)
+        for word in sys.argv[:-1]
     ]
     argv[argv.index("--judged") + 1] = str(other)
     monkeypatch.setattr("sys.argv", argv)

@@ -49,9 +49,9 @@ def test_a_visitor_of_many_files_makes_room_for_himself(folder):
     kept = Shelf(folder.path)
     kept.uploaded("other", [folder("a", 200, 9)])
     kept.uploaded("one", [folder("b", 200, 5), folder("c", 200, 4)])
-    kept.make_room(150, "one")
+    kept.make_room(150, 150, "one")
     assert names(folder) == ["a", "c"], "the other visitor's file is older, and stays"
-    kept.make_room(400, "one")
+    kept.make_room(400, 400, "one")
     assert names(folder) == ["a"]
 
 
