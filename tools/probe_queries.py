@@ -1,11 +1,13 @@
 """What a DETR decoder learns from the states of Octopus' queries, by what enters it.
 
     python tools/probe_queries.py --octopus STAGE1_CKPT --world FOLDER --json probe.json
+    python tools/probe_queries.py --octopus STAGE1_CKPT --world FOLDER --judge STAGE2_CKPT STAGE3_CKPT
 
 The states of the queries behind the bottom layers are computed once, from a checkpoint of stage 1 and new queries; the
 language model is frozen. For each way in, a decoder of its own is trained on them and on the patches with the detection loss
 alone, on RefCOCO+'s training expressions, and judged on its validation expressions: how often its best box is right. The
-world is that of `fromage toy make`. Half an hour of a core for all rows.
+world is that of `fromage toy make`. Half an hour of a core for all rows. --judge has whole models' own decoders judged in
+their place, on the same expressions.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from fromage.octopus import RefCOCO
 from fromage.octopus.collate import Collate
 from fromage.octopus.examples import Example
 from fromage.octopus.matching import Objects, detection_loss
-from fromage.octopus.model import Octopus
+from fromage.octopus.model import Octopus, load_octopus
 from fromage.octopus.module import load_trained
 from fromage.octopus.patch_store import PatchStore
 from fromage.octopus.recognition import Recognizer
@@ -156,6 +158,13 @@ def judge(decoder: Recognizer, given: Tensor, seen: Seen) -> Figures:
     return {name: 100 * sum(hits) / len(hits) for name, hits in right.items() if name}
 
 
+def judge_whole(checkpoint: Path, examples: Sequence[Example], store: PatchStore) -> Figures:
+    """As judge, of the decoder of a whole model."""
+    model = load_octopus(str(checkpoint))
+    seen = see(model, examples, store)
+    return judge(model.recognizer, seen.states, seen)
+
+
 def kind(text: str) -> str:
     """What alone an expression names: 'colour' of "the red one", 'shape' of "the arrow"; '' of others."""
     (thing,) = re.findall(r"the ([^?]+)", text) or [""]
@@ -168,6 +177,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--octopus", type=Path, required=True, help="checkpoint of stage 1 on the toy towers")
     parser.add_argument("--world", type=Path, required=True, help="folder of `fromage toy make`")
+    parser.add_argument(
+        "--judge", type=Path, nargs="+", metavar="CKPT", help="checkpoints of stages 2 and 3 to judge instead"
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/probe"), help="folder of patches and of each row's figures")
     parser.add_argument("--only", nargs="+", choices=WAYS, default=list(WAYS), metavar="WAY", help="; ".join(WAYS))
     parser.add_argument("--train", type=int, default=12000, help="expressions to train on, at most")
@@ -187,6 +199,13 @@ def main() -> None:
         args.world / "refcoco" / "instances.json",
         args.world / "refcoco" / "images",
     )
+    if args.judge:
+        examples = list(RefCOCO(*map(str, files), split="val", limit=args.val))
+        store = PatchStore(args.out / "patches", model.vision)
+        store.add(list(dict.fromkeys(each.image for each in examples)))
+        runs = {str(path): {"": {"figures": judge_whole(path, examples, store)}} for path in args.judge}
+        print(f"\n{table(SHOWN, runs)}\n\nin %, of {args.val} validation expressions at most")
+        return
     parts: list[Any] = []
     for split, limit in (("train", args.train), ("val", args.val)):
         examples = list(RefCOCO(*map(str, files), split=split, limit=limit))

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_octopus import save_untrained
 
 from fromage.octopus.module import OctopusModule
 
@@ -28,6 +29,10 @@ def test_every_way_in_is_trained_and_judged_once(world, tmp_path, monkeypatch, c
     assert all(0 <= found["all"]["mean"] <= 100 for found in figures.values())
     monkeypatch.setattr(probe_queries, "train", lambda *given: pytest.fail("trained twice"))
     probe_queries.main()
+    whole = str(save_untrained(tmp_path / "whole.ckpt"))
+    monkeypatch.setattr(sys, "argv", [*words, "--judge", whole])
+    probe_queries.main()
+    assert f"| {whole} | " in capsys.readouterr().out
 
 
 def test_expressions_of_one_word_of_a_kind():
