@@ -50,6 +50,8 @@ class Opening:
         from fromage.models.fromage import load_model
         from fromage.retrieval.open_index import open_index
 
+        if self.images and not self.index:
+            raise UserError("--images: names where the images of an index are; give --index too")
         if self.index:
             return open_index(self.index, self.ckpt, self.device, self.images, quantize=self.quantize)
         if self.ckpt:

@@ -300,3 +300,9 @@ def test_both_names_are_installed():
     for name in ("fromage", "lightning"):
         path = shutil.which(name, path=str(Path(sys.executable).parent))
         assert path and "fit" in subprocess.run([path, "--help"], capture_output=True, text=True).stdout
+
+
+@pytest.mark.parametrize("verb", ["chat", "demo", "serve"])
+def test_a_folder_of_images_without_an_index_is_refused(verb, tmp_path, capsys):
+    assert main([verb, "--images", str(tmp_path)]) == 2
+    assert "give --index too" in capsys.readouterr().err

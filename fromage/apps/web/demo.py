@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from fromage.octopus.model import Octopus
     from fromage.retrieval.base import ImageIndex
 
-CACHE = "GRADIO_TEMP_DIR"
+CACHE, EXAMPLES = "GRADIO_TEMP_DIR", "GRADIO_EXAMPLES_CACHE"
 UPLOAD = "20mb"  # maximum size of one file
 SESSIONS = 200  # conversations kept; beyond it the least recently used one is deleted
 QUEUE = 64  # requests that may wait
@@ -122,14 +122,18 @@ def running(
 
 @contextmanager
 def _cache() -> Iterator[Path]:
-    """A temporary folder for uploads and shown images; Gradio's default is one permanent folder for all its demos."""
-    before = os.environ.get(CACHE)
+    """A temporary folder for uploads and shown images; Gradio's default is one permanent folder for all its demos.
+
+    In it too lies what Gradio would serve beside them, from a folder of the place where the demo is started.
+    """
+    before = {name: os.environ.get(name) for name in (CACHE, EXAMPLES)}
     with tempfile.TemporaryDirectory(prefix="fromage-") as folder:
-        os.environ[CACHE] = folder
+        os.environ |= {CACHE: folder, EXAMPLES: str(Path(folder, "examples"))}
         try:
             yield Path(folder)
         finally:
-            os.environ.pop(CACHE) if before is None else os.environ.update({CACHE: before})
+            for name, value in before.items():
+                os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
 def _app(blocks: gr.Blocks, host: str, port: int) -> FastAPI:
