@@ -17,7 +17,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from study import Figures, Run, begin, every, measured, table
@@ -199,19 +199,19 @@ def main() -> None:
         args.world / "refcoco" / "instances.json",
         args.world / "refcoco" / "images",
     )
-    if args.judge:
-        examples = list(RefCOCO(*map(str, files), split="val", limit=args.val))
-        store = PatchStore(args.out / "patches", model.vision)
-        store.add(list(dict.fromkeys(each.image for each in examples)))
-        runs = {str(path): {"": {"figures": judge_whole(path, examples, store)}} for path in args.judge}
-        print(f"\n{table(SHOWN, runs)}\n\nin %, of {args.val} validation expressions at most")
-        return
-    parts: list[Any] = []
-    for split, limit in (("train", args.train), ("val", args.val)):
+
+    def shown(split: str, limit: int) -> tuple[list[Example], PatchStore]:
         examples = list(RefCOCO(*map(str, files), split=split, limit=limit))
         store = PatchStore(args.out / "patches", model.vision)
         store.add(list(dict.fromkeys(each.image for each in examples)))
-        parts.append(see(model, examples, store))
+        return examples, store
+
+    if args.judge:
+        unseen = shown("val", args.val)
+        runs = {str(path): {"": {"figures": judge_whole(path, *unseen)}} for path in args.judge}
+        print(f"\n{table(SHOWN, runs)}\n\nin %, of {args.val} validation expressions at most")
+        return
+    parts = [see(model, *shown(split, limit)) for split, limit in (("train", args.train), ("val", args.val))]
     setting = {
         "octopus": digest_of(args.octopus)[:16],
         "world": str(args.world),
