@@ -232,6 +232,8 @@ def test_images_shown_are_saved_as_a_page(model, index, folder, tmp_path, capsys
     chat = Chat(model, index, IMAGES_PLEASE)
     shown = said(chat, "a star", f'@"{folder / "red.png"}"', f"/save {tmp_path / 'the page.png'}", "/save /dev/null/a.png")
     assert "(drawn:" in shown and "no folder /dev/null" in capsys.readouterr().err
+    said(chat, f"/save {tmp_path / 'the page.png'}")
+    assert "is there already" in capsys.readouterr().err, "it may be the user's own photograph"
     page = Image.open(tmp_path / "the page.png")
     assert page.format == "PNG" and len(list(tmp_path.iterdir())) == 1
     assert len({page.getpixel((x, y)) for x in range(0, page.width, 9) for y in range(0, page.height, 9)}) > 2

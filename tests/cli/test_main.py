@@ -12,7 +12,7 @@ import pytest
 
 from fromage.cli.command import options_of, parser_of
 from fromage.cli.main import COMMANDS, main
-from fromage.cli.options import FILES
+from fromage.cli.options import FILES, in_image
 from fromage.errors import UserError
 from fromage.training.configs import config_folder, find_config
 
@@ -306,3 +306,13 @@ def test_both_names_are_installed():
 def test_a_folder_of_images_without_an_index_is_refused(verb, tmp_path, capsys):
     assert main([verb, "--images", str(tmp_path)]) == 2
     assert "give --index too" in capsys.readouterr().err
+
+
+def test_files_with_a_hash_in_their_names_are_files(tmp_path):
+    (tmp_path / "photo#1.jpg").touch()
+    (tmp_path / "a.tar").touch()
+    for there in ("photo#1.jpg", "a.tar#key"):
+        assert in_image(str(tmp_path / there)) == str(tmp_path / there)
+    for gone in ("photo#2.jpg", "b.tar#key", "photo"):
+        with pytest.raises(UserError, match="no such file"):
+            in_image(str(tmp_path / gone))

@@ -143,3 +143,12 @@ def test_numbers_out_of_range_and_no_captions(tmp_path):
     (tmp_path / "c.json").write_text("{}")
     with pytest.raises(UserError, match="holds no caption"):
         write_tuples(tmp_path / "c.json", tmp_path / "o", "toy")
+
+
+def test_a_caption_beyond_the_positions_is_left_out_and_the_others_are_written(lm):
+    longest = lm.max_length or 0
+    assert longest, "the toy language model has learned positions"
+    written = TupleWriter(lm, Sampling(max_new_tokens=3)).write(["word " * 2 * longest, CAPTION], 0)
+    with pytest.raises(BrokenSample, match="too long for the language model"):
+        read_written("x", written[0])
+    assert "New caption:" in written[1]

@@ -13,6 +13,7 @@ from test_faiss_index import COLOURS, Model, items, rows, write_colours
 
 from fromage.data.image_source import Item
 from fromage.errors import UserError
+from fromage.retrieval import open_index
 from fromage.retrieval.base import ImageIndex
 from fromage.retrieval.build import add, build, build_index, merge, trust
 from fromage.retrieval.faiss_index import FaissIndex
@@ -309,3 +310,11 @@ def test_an_index_from_a_folder_is_made_once_and_opened_then(photos, tmp_path, m
     with pytest.raises(UserError, match="not with beef"):
         ImageIndex.from_folder(moved, Model(), tmp_path / "index")
     shutil.rmtree(tmp_path / "index")
+
+
+def test_a_stranger_s_index_does_not_choose_what_is_fetched(tmp_path):
+    for known in ("stranger/model", "folder"):
+        with pytest.raises(UserError, match=f"give --ckpt {known}"):
+            open_index._checkpoint(tmp_path, known, None, own=False)
+        assert open_index._checkpoint(tmp_path, known, None, own=True) == known
+        assert open_index._checkpoint(tmp_path, known, "mine", own=False) == "mine"

@@ -18,7 +18,7 @@ from schemathesis.checks import load_all_checks
 from served import SAY, captions, sent
 
 from fromage.data.image_source import Item
-from fromage.errors import UserError
+from fromage.errors import OutOfReach, UserError
 from fromage.generation.chat import Chat
 from fromage.generation.options import Decoding
 from fromage.retrieval.build import describe
@@ -26,6 +26,7 @@ from fromage.retrieval.faiss_index import FaissIndex
 from fromage.retrieval.table_file import Table
 from fromage.serving.app import create_app
 from fromage.serving.image_ids import ImageIds
+from fromage.serving.routes import status_of
 
 JSON = {"content-type": "application/json"}
 IMAGES_PLEASE = {"max_new_tokens": 6, "ret_bias": 1e4}
@@ -414,3 +415,8 @@ def test_filters_without_metadata_and_too_long_ones_are_refused(client):
     assert reply.status_code == 400 and "has no metadata" in reply.json()["detail"]
     for bad in ("x" * 4097, 3, None, ["a"]):
         assert client.post("/search", json={"query": "x", "where": bad}).status_code == 422
+
+
+def test_a_service_that_does_not_answer_is_503_and_its_address_stays_here():
+    status, told = status_of(OutOfReach("Milvus at http://10.0.0.5:19530: no answer"))
+    assert status == 503 and "10.0.0.5" not in told and status_of(UserError("a faulty filter")) == (400, "a faulty filter")
