@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from bench_step import PRESETS, build
 from on_device import Save, device_name, elapsed, keep_nothing
 from torch import Tensor, nn
@@ -31,7 +32,7 @@ from fromage.generation.generate import generate, stream
 from fromage.generation.options import Decoding
 from fromage.generation.score import score
 from fromage.io import write_json
-from fromage.models.cpu_linear import CpuLinears, halves_of
+from fromage.models.cpu_linear import halves_of, with_cpu_linears
 from fromage.models.fromage import Fromage
 from fromage.models.prompts import Prompt, embed_prompts, prompt_length
 
@@ -159,13 +160,17 @@ def first_piece(model: Fromage, prompt: Prompt, decoding: Decoding, rounds: int)
     return statistics.median(taken)
 
 
+@torch.no_grad()
 def loss_of(model: Fromage, rng: random.Random, halves: Any) -> float:
     """Mean loss of random words behind random prompts, in nats a token, with weights in float32 or in float16."""
+    hf: Any = with_cpu_linears(model.lm.hf, halves)
     found = []
     for _ in range(COMPARED):
-        with CpuLinears(halves):
-            found.append(float(score(model, [words(rng, PROMPT)], [words(rng, JUDGED)]).total))
-    return -sum(found) / (COMPARED * JUDGED)
+        prompt, ids = (torch.tensor([model.tokenizer.encode(words(rng, count))]) for count in (PROMPT, JUDGED))  # (1, t)
+        past = hf(input_ids=prompt[:, :-1], use_cache=True).past_key_values
+        logits = hf(input_ids=torch.cat([prompt[:, -1:], ids[:, :-1]], 1), past_key_values=past).logits[0]  # (t, V + 2)
+        found.append(F.cross_entropy(logits.float(), ids[0]))
+    return float(torch.stack(found).mean())
 
 
 def with_halves(model: Fromage, rng: random.Random, decoding: Decoding, exact: float, half: float) -> dict[str, Any]:

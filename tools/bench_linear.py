@@ -13,6 +13,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fromage.io import write_json
-from fromage.models.cpu_linear import FEW_HALVES, CpuLinears, halves_of
+from fromage.models.cpu_linear import FEW_HALVES, cpu_linear, halves_of
 from fromage.processor import mkl_is_slow
 
 SHAPES = [(2048, 192, 768), (512, 768, 3072), (512, 576, 1536), (257, 1024, 4096)]
@@ -41,23 +42,17 @@ def ways(rows: int, inputs: int, outputs: int, backward: bool) -> dict[str, Call
     x, layer = torch.randn(rows, inputs), nn.Linear(inputs, outputs)
     slope = torch.randn(rows, outputs)
 
-    def plain() -> None:
+    def run(linear: Callable[..., Tensor]) -> None:
         with torch.set_grad_enabled(backward):
             given = [tensor.detach().requires_grad_(backward) for tensor in (x, layer.weight, layer.bias)]
-            y: Tensor = F.linear(*given)
+            y = linear(*given)
             if backward:
                 torch.autograd.grad(y, given, slope)
 
-    def ours() -> None:
-        with CpuLinears():
-            plain()
-
-    def halves() -> None:
-        with torch.no_grad(), CpuLinears(packed):
-            layer(x)
-
     packed = halves_of(layer) if rows <= FEW_HALVES and not backward else {}
-    return {"plain": plain, "ours": ours} | ({"float16": halves} if packed else {})
+    halved = partial(cpu_linear, halved=packed.get(id(layer.weight)))
+    calls = {"plain": F.linear, "ours": cpu_linear} | ({"float16": halved} if packed else {})
+    return {name: partial(run, call) for name, call in calls.items()}
 
 
 def main() -> None:

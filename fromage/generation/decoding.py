@@ -30,7 +30,7 @@ from transformers import (
 )
 
 from fromage.generation.options import Decoding
-from fromage.models.cpu_linear import CpuLinears, halves_of
+from fromage.models.cpu_linear import halves_of, with_cpu_linears
 from fromage.models.fromage import Fromage
 from fromage.models.prompts import Prompts
 
@@ -51,9 +51,11 @@ def write(
     first: number of the first row, for its seed. between: called behind each token, by the same thread; it may embed queries
     with the model, and decode nothing.
     """
-    hf, steps = model.lm.hf, Steps(drafts, between)
+    hf: Any = model.lm.hf
+    if model.device.type == "cpu":
+        hf = with_cpu_linears(hf, halves_of(hf) if decoding.half_weights else None)
+    steps = Steps(drafts, between)
     with ExitStack() as hooks:
-        hooks.enter_context(CpuLinears(halves_of(hf) if decoding.half_weights else None))
         hooks.enter_context(hf.get_output_embeddings().register_forward_pre_hook(steps.look))
         if model.stacked or not decoding.use_cache:
             sequences = Sequences(model, prompts, decoding.use_cache)

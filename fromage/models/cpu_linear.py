@@ -14,6 +14,7 @@ tools/bench_linear.py measures both.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -34,23 +35,49 @@ Halves = Mapping[int, Any]  # by the id of a weight: its values in float16, as F
 _halves: WeakKeyDictionary[nn.Module, Halves] = WeakKeyDictionary()
 
 
-class CpuLinears(TorchFunctionMode):
-    """A context in which this thread's F.linear, which nn.Linear calls, is cpu_linear. No model is changed.
+def cpu_linears() -> AbstractContextManager[object]:
+    """A context in which this thread's F.linear, which nn.Linear calls, is cpu_linear, where many rows gain by that."""
+    return _CpuLinears() if mkl_is_slow() else nullcontext()
 
-    halves: of the weights that are read in float16 where rows are few; see halves_of.
-    """
 
-    def __init__(self, halves: Halves | None = None) -> None:
-        super().__init__()
-        self.halves = halves
+class _CpuLinears(TorchFunctionMode):
+    """PyTorch calls it for each of its functions: microseconds each, which a pass over many rows does not notice."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Called by PyTorch for each of its functions."""
-        if func is F.linear:
-            return cpu_linear(*args, **{**(kwargs or {}), "halves": self.halves})
-        return func(*args, **(kwargs or {}))
+        return (cpu_linear if func is F.linear else func)(*args, **(kwargs or {}))
+
+
+class CpuLinear(nn.Linear):
+    """A linear layer that is computed by cpu_linear. halved: its weight in float16, or None."""
+
+    halved: Any = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., K) -> (..., N)."""
+        return cpu_linear(x, self.weight, self.bias, self.halved)
+
+
+def with_cpu_linears(model: nn.Module, halves: Halves | None = None) -> nn.Module:
+    """A second object for a model, whose linear layers are CpuLinear: for answers, whose tokens are few rows each.
+
+    Parameters, buffers and hooks are the model's own; the model is not changed. Making it takes a few milliseconds.
+    halves: see halves_of.
+    """
+    seen: dict[nn.Module, nn.Module] = {}
+
+    def second(module: nn.Module) -> nn.Module:
+        if module not in seen:
+            kind = CpuLinear if type(module) is nn.Linear else type(module)
+            seen[module] = twin = kind.__new__(kind)
+            children = {name: child and second(child) for name, child in module._modules.items()}
+            vars(twin).update(vars(module), _modules=children)
+            if isinstance(twin, CpuLinear) and halves:
+                twin.halved = halves.get(id(twin.weight))
+        return seen[module]
+
+    return second(model)
 
 
 def halves_of(model: nn.Module) -> Halves:
@@ -67,11 +94,10 @@ def halves_of(model: nn.Module) -> Halves:
     return _halves[model]
 
 
-def cpu_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, halves: Halves | None = None) -> Tensor:
-    """F.linear, (..., K) -> (..., N), by the fastest way that there is for its arguments."""
+def cpu_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, halved: Any = None) -> Tensor:
+    """F.linear, (..., K) -> (..., N), by the fastest way that there is for its arguments. halved: see CpuLinear."""
     rows = x.numel() // max(weight.shape[-1], 1)
-    halved = halves.get(id(weight)) if halves and 0 < rows <= FEW_HALVES and not torch.is_grad_enabled() else None
-    if halved is not None and x.dtype == torch.float32:
+    if halved is not None and x.dtype == torch.float32 and 0 < rows <= FEW_HALVES and not torch.is_grad_enabled():
         y = torch.ops.quantized.linear_dynamic_fp16(x.reshape(rows, -1), halved)  # (r, N)
         return (y if bias is None else y.add_(bias)).reshape(*x.shape[:-1], -1)
     if not on_cpu(x, weight) or not x.dtype == weight.dtype == torch.float32 or torch.is_autocast_enabled("cpu"):

@@ -25,7 +25,7 @@ from fromage.data.tokenizer import IMAGE, RET, PromptTokenizer
 from fromage.distribution import pip_install
 from fromage.errors import UserError, first_line
 from fromage.models import gguf, towers
-from fromage.models.cpu_linear import CpuLinears
+from fromage.models.cpu_linear import cpu_linears
 from fromage.models.frozen import TOY, FrozenTower, hold
 from fromage.models.packed_attention import Attend, attending, distances, route
 from fromage.models.special_tokens import AddedTokens, ExtendedEmbedding, ExtendedHead
@@ -152,7 +152,7 @@ class LanguageModel(FrozenTower):
         return output.last_hidden_state[0]  # (1, N, d) -> (N, d)
 
     def _run(self, embeds: Tensor, **named: Any) -> Any:
-        with CpuLinears():
+        with cpu_linears():
             return self.hf.base_model(inputs_embeds=embeds, **named)
 
     @property
@@ -162,12 +162,12 @@ class LanguageModel(FrozenTower):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., d) hidden states -> (..., V + 1 + n) logits in float32; the column of <|image|> is -inf."""
-        with CpuLinears():
+        with cpu_linears():
             return self.capped(self.hf.get_output_embeddings()(hidden).float())  # (..., d) -> (..., V + 1 + n)
 
     def frozen_logits(self, hidden: Tensor) -> Tensor:
         """(N, d) hidden states -> (N, V) logits in float32, of the frozen vocabulary alone."""
-        with CpuLinears():
+        with cpu_linears():
             return self.capped(self.head(hidden)[:, : self.added.vocab_size].float())  # (N, d) -> (N, V)
 
     @property

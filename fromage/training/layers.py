@@ -15,7 +15,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_f
 from torch.utils.checkpoint import checkpoint
 from transformers import Cache
 
-from fromage.models.cpu_linear import CpuLinears
+from fromage.models.cpu_linear import cpu_linears
 from fromage.models.language_model import LanguageModel
 from fromage.models.packed_attention import More, attending, current_attention
 
@@ -43,7 +43,7 @@ def _recomputed(forward: Callable[..., Any], number: int, *args: Any, **named: A
     def run(past: tuple[Tensor, Tensor] | None, *args: Any, **named: Any) -> Any:
         """Again in the backward, outside of the caller's `attending`, and on the keys and values of the first time."""
         layer = _LayerCache(past)
-        with nullcontext() if attend is None else attending(attend), CpuLinears():
+        with nullcontext() if attend is None else attending(attend), cpu_linears():
             return forward(*args, **named, **dict.fromkeys(cached, layer)), layer.states
 
     layers: Any = [] if cache is None else cache.layers

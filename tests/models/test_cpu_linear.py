@@ -9,7 +9,15 @@ from torch import nn
 from torch.testing import assert_close
 
 from fromage.models import cpu_linear
-from fromage.models.cpu_linear import FEW_HALVES, FEW_ROWS, MANY_PRODUCTS, MANY_ROWS, CpuLinears, halves_of
+from fromage.models.cpu_linear import (
+    FEW_HALVES,
+    FEW_ROWS,
+    MANY_PRODUCTS,
+    MANY_ROWS,
+    cpu_linears,
+    halves_of,
+    with_cpu_linears,
+)
 from fromage.processor import reads_weights_slowly
 
 PLAIN = F.linear
@@ -44,8 +52,7 @@ def test_few_rows_give_what_a_linear_layer_gives(shape, bias, out, ways):
     with torch.no_grad():
         for module, value in [(layer, x), (layer, columns), (layer.double(), x.double())]:
             plain = module.to(value.dtype)(value)
-            with CpuLinears():
-                assert_close(module(value), plain, atol=1e-5, rtol=1e-5)
+            assert_close(with_cpu_linears(module)(value), plain, atol=1e-5, rtol=1e-5)
     rows = x.numel() // 24
     assert ways == ([("slices", rows)] * 2 if 0 < rows <= FEW_ROWS and out % 8 == 0 else [])
 
@@ -59,7 +66,7 @@ def test_many_rows_give_values_and_gradients_of_a_linear_layer(shape, bias, ways
     slope = torch.randn(*shape[:-1], N)
     wanted = PLAIN(*given)
     gradients = torch.autograd.grad(wanted, given, slope)
-    with CpuLinears():
+    with cpu_linears():
         found = F.linear(*given)
     assert_close(found, wanted, atol=1e-4, rtol=1e-5)
     for ours, theirs in zip(torch.autograd.grad(found, given, slope), gradients, strict=True):
@@ -76,7 +83,7 @@ def test_layouts(layout, ways):
         "sliced": torch.randn(64, 600)[:, 100:356],
     }[layout].requires_grad_()
     weight = torch.randn(256, 128).T
-    with CpuLinears():
+    with cpu_linears():
         y = F.linear(x, weight)
         (grad,) = torch.autograd.grad(y.sum(), x)
     assert_close(y, PLAIN(x, weight), atol=1e-4, rtol=1e-5)
@@ -86,7 +93,7 @@ def test_layouts(layout, ways):
 
 def test_a_frozen_layer_keeps_no_input_and_has_no_gradient(ways):
     x, weight = torch.randn(64, 256, requires_grad=True), torch.randn(128, 256)
-    with CpuLinears():
+    with cpu_linears():
         y = F.linear(x, weight)
     assert [kept is None for kept in y.grad_fn.saved_tensors] == [True, False]
     y.sum().backward()
@@ -95,7 +102,7 @@ def test_a_frozen_layer_keeps_no_input_and_has_no_gradient(ways):
 
 def test_a_gradient_of_few_rows_is_a_linear_layers(ways):
     weight, x = torch.randn(16, 8), torch.randn(1, 8, requires_grad=True)
-    with CpuLinears():
+    with cpu_linears():
         F.linear(x, weight).sum().backward()
     assert_close(x.grad, weight.sum(0, keepdim=True))
     assert ways == []
@@ -103,7 +110,7 @@ def test_a_gradient_of_few_rows_is_a_linear_layers(ways):
 
 def test_autocast_and_other_types_are_pytorchs_own(ways):
     x, weight = torch.randn(64, 256), torch.randn(128, 256)
-    with CpuLinears():
+    with cpu_linears():
         with torch.autocast("cpu", torch.bfloat16):
             assert F.linear(x, weight).dtype == torch.bfloat16
         assert F.linear(x.bfloat16(), weight.bfloat16()).dtype == torch.bfloat16
@@ -113,18 +120,44 @@ def test_autocast_and_other_types_are_pytorchs_own(ways):
 
 @torch.no_grad()
 def test_a_model_is_not_changed_and_other_threads_are_not_affected(ways):
-    tower, x = nn.Sequential(nn.Linear(8, 8), nn.Sequential(nn.Linear(8, 8))), torch.randn(1, 8)
+    tower, x = nn.Sequential(nn.Linear(8, 2**12), nn.Sequential(nn.Linear(2**12, 2**8))), torch.randn(MANY_ROWS, 8)
     before = [(type(layer), dict(vars(layer))) for layer in tower.modules()]
-    with CpuLinears():
+    with cpu_linears():
         other = threading.Thread(target=tower, args=(x,))
         other.start()
         other.join()
         assert ways == []
         tower(x)
     tower(x)
-    assert ways == [("slices", 1)] * 2
-    assert [type(layer) for layer in tower.modules()] == [kind for kind, _ in before]
-    assert [vars(layer).keys() for layer in tower.modules()] == [held.keys() for _, held in before]
+    assert ways == [("onednn", MANY_ROWS)] * 2
+    twin = with_cpu_linears(tower)
+    twin(x[:1])
+    tower(x[:1])
+    assert ways[2:] == [("slices", 1)] * 2
+    assert [(type(layer), vars(layer)) for layer in tower.modules()] == before
+    assert all(mine is its for mine, its in zip(twin.parameters(), tower.parameters(), strict=True))
+
+
+def test_nothing_is_called_in_between_where_no_layer_gains(monkeypatch):
+    monkeypatch.setattr(cpu_linear, "mkl_is_slow", lambda: False)
+    with cpu_linears():
+        assert not torch.overrides._get_current_function_mode_stack()
+
+
+@torch.no_grad()
+def test_shared_layers_hooks_and_subclasses_stay(ways):
+    class Own(nn.Linear):
+        pass
+
+    shared = nn.Linear(8, 8)
+    model, x = nn.Sequential(shared, Own(8, 8), shared), torch.randn(1, 8)
+    called = []
+    model[0].register_forward_hook(lambda *given: called.append(len(given)))
+    twin = with_cpu_linears(model)
+    assert_close(twin(x), model(x))
+    assert twin[0] is twin[2] and type(twin[1]) is Own and called == [3] * 4 and ways == [("slices", 1)] * 2
+    twin[0].weight.zero_()
+    assert not model[0].weight.any()
 
 
 def test_layers_of_the_toy_model_go_there(toy_model, ways):
@@ -143,8 +176,8 @@ def test_few_rows_by_weights_in_float16(bias, shape):
     halves, x = halves_of(model), torch.randn(shape)
     if not halves:
         pytest.skip("PyTorch has no such kernel for this processor")
-    with torch.no_grad(), CpuLinears(halves):
-        made = model(x)
+    with torch.no_grad():
+        made = with_cpu_linears(model, halves)(x)
     expected = F.linear(x, model[0].weight.half().float(), model[0].bias)
     few = x.numel() // 24 <= FEW_HALVES
     assert_close(made, expected if few else model(x), atol=1e-5, rtol=1e-5)
@@ -156,8 +189,8 @@ def test_weights_in_float16_are_of_frozen_float32_layers_on_the_cpu_alone():
     assert not halves_of(nn.Sequential(nn.Linear(8, 8).bfloat16()))
     model = nn.Sequential(nn.Linear(8, 8))
     x = torch.randn(2, 8, requires_grad=True)
-    with CpuLinears(halves_of(model)):
-        assert torch.equal(model(x), F.linear(x, model[0].weight, model[0].bias)), "where a gradient is wanted, none of it"
+    made = with_cpu_linears(model, halves_of(model))(x)
+    assert torch.equal(made, F.linear(x, model[0].weight, model[0].bias)), "where a gradient is wanted, none of it"
 
 
 def test_slices_are_taken_where_they_were_seen_to_help(monkeypatch):

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from fromage.errors import UserError
 from fromage.images.transforms import JpegDecoding, decoding_as, halves
-from fromage.models.cpu_linear import CpuLinears
+from fromage.models.cpu_linear import cpu_linears
 from fromage.models.frozen import FrozenTower, digest_of_samples
 
 
@@ -121,7 +121,7 @@ class VisionTower(FrozenTower, ABC):
         pixels = pixels.to(parameter.device, non_blocking=True)
         if pixels.dtype == torch.uint8 and self.normalise:
             pixels = self.normalise(pixels)
-        with CpuLinears():
+        with cpu_linears():
             features = self.encode(pixels.to(parameter.dtype))  # (B, *shape)
         return features.contiguous()  # a ViT returns a view, which would keep all its tokens in memory
 
