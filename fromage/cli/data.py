@@ -257,7 +257,7 @@ def plan(*, config: Sequence[str], overrides: Overrides, device_tflops: float = 
     """Count a run's parameters, memory, work and time, without weights.
 
     Args:
-        config: configuration, as for `lightning fit`; repeat it for files put behind, which override the ones before
+        config: configuration, as for `lightning fit`; repeatable; later files override earlier ones
         device_tflops: the device's rate in TFLOP/s; an A6000 in bfloat16 has 150
         share: share of that rate that training is assumed to reach, 0 to 1
     """

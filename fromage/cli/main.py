@@ -31,7 +31,7 @@ USAGE = """usage: fromage COMMAND [options]        (fromage COMMAND --help lists
 {commands}
 
 A configuration (`fit --config cc3m.yaml`) is found as given, else in lightning_configs/. Options take dashes or underscores.
-What a user can mend is one line on stderr and exit code 2; after Ctrl-C the code is 130. --debug shows the traceback.
+Users' errors are one line on stderr and exit code 2; after Ctrl-C the code is 130. --debug shows the traceback.
 --version prints the version. Completion: eval "$(fromage completion bash)" in .bashrc, or zsh (needs shtab)."""
 
 
