@@ -110,12 +110,20 @@ class LanguageModel(FrozenTower):
         for rows beyond a sliding window, which counts places.
         """
         if not self._routes:
-            kind = self.hf.config.get_text_config().model_type
-            raise UserError(f"{self.name}: {kind} counts positions by itself, so [RET] cannot be stacked; choose sequential")
+            raise UserError(
+                f"{self.name}: {self._kind} counts positions by itself, so [RET] cannot be stacked; choose sequential"
+            )
         self._check_window(mask.shape[1])
-        hidden = (distances(positions) < 0) | ~mask.unsqueeze(1)  # (B, T, T)
-        zeros = torch.zeros(hidden.shape, dtype=self.dtype, device=mask.device)
-        return zeros.masked_fill_(hidden, torch.finfo(self.dtype).min).unsqueeze(1)  # (B, 1, T, T)
+        return self.additive((distances(positions) >= 0) & mask.unsqueeze(1)).unsqueeze(1)  # (B, 1, T, T)
+
+    def additive(self, sees: Tensor) -> Tensor:
+        """Which token sees which, bool -> what is added to products of queries and keys: 0, or the least number."""
+        zeros = torch.zeros(sees.shape, dtype=self.dtype, device=sees.device)
+        return zeros.masked_fill_(~sees, torch.finfo(self.dtype).min)
+
+    @property
+    def _kind(self) -> str:
+        return self.hf.config.get_text_config().model_type
 
     def _check_window(self, tokens: int) -> None:
         """Raise UserError for rows longer than a sliding window, where a mask of our own has no room for it."""
@@ -127,10 +135,13 @@ class LanguageModel(FrozenTower):
         """(B, T, d) input embeddings at positions (B, T), which follow the cached tokens -> (B, T, d) hidden states.
 
         mask: (B, 1, T, S + T) bool, which of S cached and T new tokens each new token sees. The cache grows by T tokens.
-        Raises UserError where that is more than a sliding window.
+        Raises UserError where that is more than a sliding window, and for a family that has positions of its own (ALiBi).
         """
+        if not self._routes:
+            raise UserError(f"{self.name}: {self._kind} counts positions by itself, which branches of a row cannot have")
         self._check_window(mask.shape[-1])
-        output = self._run(embeds, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
+        attention = self.additive(mask)  # numbers: eager attention (Gemma 2, gpt-oss) would add a bool as 0 and 1
+        output = self._run(embeds, attention_mask=attention, position_ids=positions, past_key_values=cache, use_cache=True)
         return output.last_hidden_state  # (B, T, d)
 
     def packed(self, embeds: Tensor, positions: Tensor, attend: Attend) -> Tensor:

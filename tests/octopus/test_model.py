@@ -68,7 +68,7 @@ def test_answers_behind_a_reading_are_those_of_one_pass_over_all(family):
     visible = (sees | among(places, model.num_queries)).unsqueeze(1)
     with model._recognising(query_places(places, model.num_queries), patches):
         whole = model.lm.hf.base_model(
-            inputs_embeds=embeds, attention_mask=visible, position_ids=positions(sees), use_cache=False
+            inputs_embeds=embeds, attention_mask=model.lm.additive(visible), position_ids=positions(sees), use_cache=False
         ).last_hidden_state
     torch.testing.assert_close(torch.cat([first.unsqueeze(1), rest], 1), whole[:, -4:], rtol=1e-4, atol=1e-4)
 

@@ -19,6 +19,7 @@ FAMILIES = {
     "mistral": (hf.MistralConfig, GROUPED),
     "qwen2": (hf.Qwen2Config, GROUPED),
     "pythia": (hf.GPTNeoXConfig, SIZES),
+    "gemma2, eager": (hf.Gemma2Config, GROUPED),
 }
 
 
