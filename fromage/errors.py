@@ -12,6 +12,9 @@ class OutOfReach(UserError):
     """A service that does not answer, such as Milvus; the message names its address, which strangers are not told."""
 
 
+OUT_OF_REACH = "the index of images is out of reach; try later"  # what strangers are told
+
+
 class BrokenSample(Exception):
     """A sample, or its image, that cannot be used; the message is 'cause' or 'cause: detail', without a name."""
 

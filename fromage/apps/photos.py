@@ -5,6 +5,7 @@ Each part leaves its result in the folder and is not done again: after a kill, t
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
@@ -27,7 +28,7 @@ from fromage.generation.preset import Preset
 from fromage.identity import FolderKind
 from fromage.images.codec import decode_image, to_png
 from fromage.images.contact_sheet import contact_sheet
-from fromage.io import write_files, write_json
+from fromage.io import as_json, digest_of, write_files, write_json
 from fromage.models.fromage import Fromage, load_model
 from fromage.models.towers import get, is_own
 from fromage.models.vision.registry import load_vision
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 TOUR = FolderKind(
     "photos.json", "a tour", of="photographs", remedy="name another folder: --out", again="name another folder: --out"
 )
+SOURCE = FolderKind("source.json", "shards", of="captions or photographs", remedy="they have changed: give another --out")
 CONFIG = "photos.yaml"
 HELD_OUT = 0.1  # share of the photographs that are not trained on
 SHOWN, SEARCHES = 12, 5  # captioned photographs, and searches, that are drawn
@@ -82,7 +84,11 @@ def photos(
             get(name)
     shards, stored = out / "shards", out / "features"
     with timed("shards", seconds):
+        source = source_of(captions, images)
+        if (shards / SOURCE.file).exists() and is_packed(shards):
+            SOURCE.require(shards, source)
         if not is_packed(shards):
+            write_files(shards, {SOURCE.file: as_json(source)})
             print(pack_coco(captions, images, shards, val_fraction=val_fraction, overwrite=True).text())
     with timed("features", seconds):
         tower = load_vision(vision)
@@ -112,6 +118,15 @@ def photos(
     report["seconds"] = {name: round(value, 1) for name, value in seconds.items()}
     write_json(out / "report.json", report)
     return report
+
+
+def source_of(captions: Path, images: Path) -> dict[str, str]:
+    """Digests of the captions, and of names, sizes and times of the photographs; nothing where one is missing."""
+    if not captions.is_file() or not images.is_dir():
+        return {}
+    files = sorted((each.name, each.stat().st_size, each.stat().st_mtime_ns) for each in images.iterdir() if each.is_file())
+    listed = hashlib.sha256(repr(files).encode("utf-8", "surrogatepass")).hexdigest()
+    return {"captions": digest_of(captions)[:16], "photographs": listed[:16]}
 
 
 def train(out: Path, words: Sequence[str], options: Sequence[str] | None = None) -> Path:

@@ -134,7 +134,7 @@ def in_image(text: str) -> str:
 
 def in_index(text: str) -> Path:
     """The folder of an index. Raises UserError where there is none."""
-    if set_aside(Path(text)).exists():  # saving was interrupted
+    if set_aside(Path(text).resolve()).exists():  # saving was interrupted
         from fromage.retrieval.index_folder import read_about
 
         read_about(Path(text))

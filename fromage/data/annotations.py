@@ -18,6 +18,7 @@ from fromage.checks import HALVES
 from fromage.errors import UserError
 from fromage.io import read_json
 
+LARGE = 2**63  # of whole numbers, as in databases
 MAX_ODD = 0.05  # share of a file's entries that may be odd, where nothing else is said by odd_allowed
 _allowed: ContextVar[float | None] = ContextVar("share of odd entries", default=None)
 
@@ -48,11 +49,11 @@ def _is_text(value: Any) -> bool:
 
 
 def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < LARGE
 
 
 def _is_number(value: Any) -> bool:
-    return (_is_whole(value) and abs(value) < 1e300) or (isinstance(value, float) and isfinite(value))
+    return _is_whole(value) or (isinstance(value, float) and isfinite(value))
 
 
 def _is_file(value: Any) -> bool:
@@ -64,7 +65,9 @@ def _is_file(value: Any) -> bool:
 TEXT = Kind("a text", _is_text)
 FILE = Kind("a file name", _is_file)
 WHOLE = Kind("a whole number", _is_whole)
-DIGITS = Kind("a whole number", lambda value: _is_whole(value) or (isinstance(value, str) and value.isdecimal()))
+DIGITS = Kind(
+    "a whole number", lambda value: _is_whole(value) or (isinstance(value, str) and value.isdecimal() and len(value) < 19)
+)
 NUMBER = Kind("a number", _is_number)
 ID = Kind("a number or text", lambda value: _is_whole(value) or _is_text(value))
 
@@ -107,7 +110,7 @@ def shown(value: Any) -> str:
         return "a text with half a character" if HALVES.search(value) else f"the text {value[:40]!r}"
     if isinstance(value, (list, dict)):
         return f"{'a list' if isinstance(value, list) else 'an object'}{'' if value else ' of nothing'}"
-    return str(value)[:40]
+    return "a number that is too large" if isinstance(value, int) and abs(value) >= LARGE else str(value)[:40]
 
 
 def fitting(path: Path, name: str, entries: Any, wanted: Wanted, skip: Skip | None = None) -> list[Any]:
@@ -121,6 +124,17 @@ def fitting(path: Path, name: str, entries: Any, wanted: Wanted, skip: Skip | No
     odd = {number: cause for number, entry in enumerate(entries) if (cause := problem(entry, wanted))}
     leave_out(path, [f"{name}[{number}]{cause}" for number, cause in odd.items()], len(entries), skip)
     return [entry for number, entry in enumerate(entries) if number not in odd]
+
+
+def by_id(path: Path, name: str, entries: list[dict[str, Any]]) -> dict[Any, dict[str, Any]]:
+    """Entries, called name, by their `id`. Raises UserError for two that share one, as in files put together."""
+    found: dict[Any, dict[str, Any]] = {}
+    for entry in entries:
+        if (other := found.setdefault(entry["id"], entry)) != entry:
+            told = f"{path}: {name} have the id {shown(entry['id'])} twice"
+            names = " and ".join(str(each["file_name"]) for each in (other, entry) if "file_name" in each)
+            raise UserError(f"{told}{f' ({names})' if names else ''}; files put together need ids of their own")
+    return found
 
 
 def leave_out(path: Path, odd: list[str], count: int, skip: Skip | None = None) -> None:
@@ -231,7 +245,7 @@ def coco_captions(path: Path, content: Any, skip: Skip | None = None) -> Caption
     """The content of a caption file in COCO's format, checked; skip: as of fitting."""
     images = fitting(path, "images", content["images"], {"id": ID, "file_name": FILE}, skip)
     notes = fitting(path, "annotations", content["annotations"], {"image_id": ID, "caption": TEXT}, skip)
-    files = {image["id"]: image["file_name"] for image in images}
+    files = {key: image["file_name"] for key, image in by_id(path, "images", images).items()}
     captions: dict[Any, list[str]] = {key: [] for key in files}
     strays = [
         f"annotations of image {shown(note['image_id'])}, which is missing"

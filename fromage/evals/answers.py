@@ -88,7 +88,8 @@ def evaluate(
     about = {"checkpoint": model.fingerprint(), "questions": digest_of(data.questions), "length": max_new_tokens}
     with AnswerFile(out, about | {"model_id": name} | held, overwrite) as file:
         todo = [question for question in data.questions if question.key not in file.answered]
-        stream = ImageStream(model, [question.image for question in todo], options)
+        whole = len({question.image for question in data.questions if question.image})
+        stream = ImageStream(model, [question.image for question in todo], options, whole)
         start = perf_counter()
         for numbers, images in tqdm(stream, "answering", len(stream.batches), unit="batch", leave=False):
             asked = [(image, todo[i].asked) for i, image in zip(numbers, images, strict=True)]

@@ -42,8 +42,14 @@ class ImageStream:
         lost: (cause, path) of the images that had none.
     """
 
-    def __init__(self, model: VisualPrefixLM, paths: Sequence[Path | None], options: Options) -> None:
-        """paths: of each item's image; None for an item without."""
+    def __init__(
+        self, model: VisualPrefixLM, paths: Sequence[Path | None], options: Options, whole: int | None = None
+    ) -> None:
+        """paths: of each item's image; None for an item without.
+
+        whole: images of which options.max_lost may be lost, where these are what a killed run left; None: these alone.
+        """
+        self.whole = whole
         self.model, self.paths, self.options = model, paths, options
         self.images: set[Place] = set()
         self.lost: list[tuple[str, Place]] = []
@@ -82,12 +88,13 @@ class ImageStream:
         """The features of batches of distinct images: encoded now, or from a folder of stored patches."""
         options = self.options
         if options.features is None:
-            yield from encode_batches(self.model, batches, options)
+            yield from encode_batches(self.model, batches, options, whole=self.whole)
             return
         self.store_features()
         names = [str(path) for batch in batches for path in batch]
         store = PatchStore(options.features, self.model.vision)
-        check_lost([(store.lost[name], Path(name)) for name in names if name in store.lost], len(names), options.max_lost)
+        gone = [(store.lost[name], Path(name)) for name in names if name in store.lost]
+        check_lost(gone, self.whole or len(names), options.max_lost)
         for batch in batches:
             good = [path for path in batch if str(path) in store.rows]
             lost = [(store.lost[str(path)], path) for path in batch if path not in good]

@@ -123,13 +123,16 @@ def encode_batches(
     batches: Sequence[Sequence[Place]],
     options: Encoding,
     framings: Sequence[Framing] = ("own",),
+    whole: int | None = None,
 ) -> Iterator[Encoded]:
     """Batches of image files, each encoded in one pass when it is asked for, in the tower's dtype; a batch may be empty.
 
-    Raises UserError as soon as more than options.max_lost of all images are missing or broken.
+    whole: images of which these are a part; None: these are all. Raises UserError as soon as more than options.max_lost of
+    the whole are missing or broken.
     """
     paths = [path for batch in batches for path in batch]
-    check_lost([("missing", path) for path in paths if not file_at(path).is_file()], len(paths), options.max_lost)
+    whole = whole or len(paths)
+    check_lost([("missing", path) for path in paths if not file_at(path).is_file()], whole, options.max_lost)
     vision, numbers = model.vision, iter(range(len(paths)))
     files = Files(paths, Several([framed_as(vision.transform, how, vision.image_size) for how in framings]))
     sampler = [list(islice(numbers, len(batch))) for batch in batches]
@@ -141,7 +144,7 @@ def encode_batches(
         some = list(zip(batch, found, strict=True))
         here = [(cause, path) for path, cause in some if isinstance(cause, str)]
         lost += here
-        check_lost(lost, len(paths), options.max_lost)
+        check_lost(lost, whole, options.max_lost)
         good = {path: pixels for path, pixels in some if isinstance(pixels, Tensor)}
         framed = torch.stack([*good.values()], 1) if good else [torch.empty(0)] * len(framings)  # (V, b, 3, H, W)
         none = torch.empty(0, *vision.shape, device=model.device)

@@ -156,7 +156,7 @@ def check_files(folder: Path, about: dict[str, Any], full: bool | Container[str]
 def check_replaceable(folder: str | Path, overwrite: bool) -> None:
     """Raise UserError unless an index may be saved here: nothing is there, or an index alone, which may be replaced."""
     folder = Path(folder).resolve()
-    if not folder.exists():
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     INDEX.require_own(folder)
     if {path.name for path in folder.iterdir()} - {ABOUT} - read_about(folder)["files"].keys():

@@ -22,7 +22,7 @@ import pyarrow.compute as pc
 from fromage.errors import UserError
 from fromage.retrieval.item_table import ItemTable, encoded, open_arrow, write_arrow
 from fromage.retrieval.results import Hit, parsed
-from fromage.retrieval.table_file import KEPT, Table, kind_of
+from fromage.retrieval.table_file import KEPT, Table, in_calendar, kind_of
 from fromage.retrieval.where import KINDS, Both, Comparison, Condition, bound, parse
 
 CHUNK = 1 << 16  # rows
@@ -58,7 +58,8 @@ class Metadata:
 
     def over(self, meta: str, row: int) -> str:
         """The metadata of an image, JSON, with its row of the table over it."""
-        values = self.table.slice(row, 1).to_pylist()[0]
+        columns = zip(self.table.column_names, self.table.slice(row, 1).columns, strict=True)
+        values = {name: in_calendar(column)[0].as_py() for name, column in columns}
         return merged(meta, {name: value for name, value in values.items() if value is not None}, self.kinds)
 
     def rows(self, where: str) -> np.ndarray:

@@ -52,8 +52,10 @@ def asking(uri: str) -> Iterator[None]:
         yield
     except (MilvusException, grpc.RpcError) as error:
         cause = error.message if isinstance(error, MilvusException) else error.details()
-        told = f"Milvus at {uri}: {first_line(Exception(cause))}{_hint(uri, error)}"
-        raise (OutOfReach(told) if _is_silent(error) else UserError(told)) from error
+        told = f"{first_line(Exception(cause))}{_hint(uri, error)}"
+        if _is_silent(error):
+            raise OutOfReach(f"Milvus at {uri}: {told}") from error
+        raise UserError(f"Milvus: {told}") from error  # a client over HTTP reads this, and not the address
 
 
 def _hint(uri: str, error: Exception) -> str:

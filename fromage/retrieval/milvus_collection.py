@@ -172,7 +172,7 @@ class Collection:
         """The rows of these numbers, in their order."""
         entities = {e["row"]: e for e in self._query(f"row in {list(map(int, rows))}")} if len(rows) else {}
         if gone := [row for row in rows if row not in entities]:
-            raise UserError(f"Milvus at {self.uri}: row {gone[0]} was removed meanwhile; search again")
+            raise UserError(f"Milvus: row {gone[0]} was removed meanwhile; search again")
         return self._found([entities[row] for row in rows])
 
     def with_id(self, name: str) -> Item | None:

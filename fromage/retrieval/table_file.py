@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+from datetime import date
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +22,8 @@ from fromage.io import decode_text
 
 JSON = {b"holds": b"json"}  # of a field
 TIME = pa.timestamp("us")
+FIRST_DAY, LAST_DAY = (day.toordinal() - date(1970, 1, 1).toordinal() for day in (date.min, date.max))  # since 1970
+DEEP = 100  # brackets in a line of JSON, up to which it is not looked at more closely
 KEPT = (pa.bool_(), pa.int64(), pa.float64(), pa.string(), TIME, pa.date32())
 
 
@@ -83,6 +86,7 @@ def _read(path: Path) -> pa.Table:
     try:
         if path.suffix.lower() in (".jsonl", ".ndjson"):
             data = decode_text(path.read_bytes(), path).encode()
+            _check_depth(path, data)
             table = pj.read_json(io.BytesIO(data), pj.ReadOptions(block_size=max(1 << 16, len(data) + 1)))
         else:
             table = pq.read_table(path)
@@ -94,9 +98,35 @@ def _read(path: Path) -> pa.Table:
     return table
 
 
+def _check_depth(path: Path, data: bytes) -> None:
+    """Raise UserError for lines of JSON that are nested so deep that pyarrow's reader would end the process."""
+    for number, line in enumerate(data.split(b"\n"), 1):
+        if line.count(b"[") + line.count(b"{") > DEEP:
+            try:
+                json.loads(line)
+            except RecursionError:
+                raise UserError(f"{path}: line {number} is nested too deep; give plain columns") from None
+            except ValueError:
+                continue  # pyarrow says what is wrong
+
+
+def in_calendar(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Times and dates, null outside of the years 1 to 9999, which Python cannot show."""
+    kind = column.type
+    if pa.types.is_timestamp(kind) and kind.unit != "ns":  # nanoseconds end in 2262
+        numbers, a_day = column.cast(pa.int64()), 86400 * {"s": 1, "ms": 10**3, "us": 10**6}[kind.unit]
+    elif pa.types.is_date(kind):
+        small = pa.types.is_date32(kind)
+        numbers, a_day = column.cast(pa.int32() if small else pa.int64()).cast(pa.int64()), 1 if small else 86_400_000
+    else:
+        return column
+    within = pc.and_(pc.greater_equal(numbers, FIRST_DAY * a_day), pc.less(numbers, (LAST_DAY + 1) * a_day))
+    return pc.if_else(within, column, pa.scalar(None, kind))
+
+
 def _kept(path: Path, name: str, column: pa.ChunkedArray) -> tuple[pa.Field, pa.ChunkedArray]:
     """A column as one of the types that are kept."""
-    kind = column.type
+    column, kind = in_calendar(column), column.type
     if pa.types.is_dictionary(kind):
         return _kept(path, name, column.cast(kind.value_type))
     try:
@@ -116,5 +146,5 @@ def _kept(path: Path, name: str, column: pa.ChunkedArray) -> tuple[pa.Field, pa.
         else:
             to = pa.bool_() if pa.types.is_boolean(kind) else pa.date32() if pa.types.is_date(kind) else pa.string()
         return pa.field(name, to), column.cast(to, safe=to != pa.float64())
-    except pa.ArrowException as error:
+    except (pa.ArrowException, OverflowError, ValueError) as error:
         raise UserError(f"{path}: {name} holds {kind}, which is not kept ({first_line(error)}); leave it out") from error

@@ -12,7 +12,7 @@ import torch
 from fastapi import APIRouter, HTTPException, Request, Response
 from fastapi.responses import StreamingResponse
 
-from fromage.errors import OutOfReach, UserError
+from fromage.errors import OUT_OF_REACH, OutOfReach, UserError
 from fromage.generation.generate import Answer
 from fromage.generation.retrieved import RetrievedImages
 from fromage.serving.batching import Busy, Closed
@@ -32,7 +32,7 @@ from fromage.serving.schema import (
 )
 
 STATUS: dict[type[Exception], tuple[int, str]] = {
-    OutOfReach: (503, "the index of images is out of reach; try later"),
+    OutOfReach: (503, OUT_OF_REACH),
     UserError: (400, ""),
     Busy: (429, BUSY),
     Closed: (503, "the server is shutting down"),

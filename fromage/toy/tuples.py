@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,12 +13,14 @@ from tqdm import tqdm
 
 from fromage.errors import UserError
 from fromage.io import whole_folder
+from fromage.locks import LOCK
 from fromage.toy.changes import KINDS, Change, change, fitting
 from fromage.toy.language import caption
 from fromage.toy.scenes import Scene, sample_scene
 from fromage.toy.writers import encode
 
-LINES = "tuples.jsonl"
+LINES, IMAGES = "tuples.jsonl", "images"
+OWN = re.compile(rf"{IMAGES}/\d{{6}}(_target)?\.jpg|{IMAGES}|{re.escape(LINES)}|{re.escape(LOCK)}")  # what a folder holds
 TRIES, MOST_CHANGES = 8, 4  # draws of a change until one fits; changes of a reference image, at most
 
 
@@ -62,13 +65,18 @@ def make_tuples(
 
     The same bytes for the same arguments. Tuples of 'val' are of scenes that no training has seen, targets included.
     changes: tuples of each reference image, one behind the other; with several the image alone does not tell which target
-    is asked for. Raises UserError for numbers out of range, and where another process writes there.
+    is asked for. A folder of such tuples is replaced. Raises UserError for one that holds anything else, for numbers out of
+    range, and where another process writes there.
     """
     if count < 1 or not 1 <= changes <= MOST_CHANGES:
         raise UserError(f"--count {count} --changes {changes}: give a count from 1, changes from 1 to {MOST_CHANGES}")
     rng, counts = random.Random(f"{seed}/tuples/{split}"), dict.fromkeys(KINDS, 0)
-    with whole_folder(Path(out).resolve()) as draft:
-        (draft / "images").mkdir()
+    out = Path(out).resolve()
+    for path in out.rglob("*"):
+        if not OWN.fullmatch(str(path.relative_to(out))):
+            raise UserError(f"{out}: holds {path.name}, which is not of toy tuples; name another folder")
+    with whole_folder(out) as draft:
+        (draft / IMAGES).mkdir()
         made, entries = sample_tuples(rng, split, changes), list[dict[str, Any]]()
         with tqdm(total=count, desc="tuples", unit="", disable=not progress) as bar:
             while len(entries) < count:
@@ -85,11 +93,11 @@ def _write(folder: Path, numbers: range, one: ToyTuple, rng: random.Random) -> l
 
     numbers: those that are left for tuples; further changes are left out.
     """
-    reference, said = f"images/{numbers[0]:06d}.jpg", caption(one.scene, rng)
+    reference, said = f"{IMAGES}/{numbers[0]:06d}.jpg", caption(one.scene, rng)
     (folder / reference).write_bytes(encode((one.scene, numbers[0]))[0])
     lines = []
     for i, drawn in zip(numbers, one.changes.values(), strict=False):
-        shown = f"images/{i:06d}_target.jpg"
+        shown = f"{IMAGES}/{i:06d}_target.jpg"
         (folder / shown).write_bytes(encode((drawn.scene, i))[0])
         line = {"image": reference, "caption": said, "condition": drawn.words}
         line |= {"target_caption": caption(drawn.scene, rng), "target_image": shown, "kind": drawn.kind}

@@ -1,6 +1,7 @@
 """The tour on captioned photographs, here of toy scenes by the toy towers: all parts, none twice, none of another's."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -133,3 +134,19 @@ def test_what_is_missing_is_one_line(coco, tmp_path, capsys):
     assert "none.json" in capsys.readouterr().err
     assert main(["photos", str(coco[0]), "--images", str(tmp_path), *words]) == 2
     assert capsys.readouterr().err.strip().splitlines()[-1].startswith("fromage: ")
+
+
+def test_captions_or_photographs_that_changed_are_not_passed_over(made, coco, tmp_path):
+    captions, images = tmp_path / "captions.json", tmp_path / "images"
+    shutil.copytree(coco[1], images)
+    shutil.copy(coco[0], captions)
+    before = tour.source_of(captions, images)
+    assert before == tour.source_of(captions, images) and tour.source_of(tmp_path / "none.json", images) == {}
+    (images / next(images.iterdir()).name).touch()
+    touched = tour.source_of(captions, images)
+    captions.write_text(captions.read_text().replace("a ", "the ", 1))
+    corrected = tour.source_of(captions, images)
+    assert touched["captions"] == before["captions"] != corrected["captions"]
+    assert before["photographs"] != touched["photographs"]
+    with pytest.raises(UserError, match="they have changed: give another --out"):
+        tour.SOURCE.require(made[0] / "shards", corrected)

@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 
-from fromage.data.annotations import kind_of, odd_allowed
+from fromage.data.annotations import DIGITS, ID, WHOLE, coco_captions, kind_of, odd_allowed, problem
 from fromage.errors import UserError
 from fromage.evals.caption_sets import read_caption_set
 from fromage.evals.dialogues import read_dialogues, spoken
@@ -271,3 +271,19 @@ def test_ratings_of_other_dialogues(world, tmp_path):
         (tmp_path / "dense.json").write_text(json.dumps([ratings[0] | broken, *ratings[1:]][:5]))
         with pytest.raises(UserError, match=rf"dense\.json: .*{said}"):
             read_dialogues(path, tmp_path / "dense.json", world, limit=5)
+
+
+def test_images_that_share_an_id_are_refused_and_the_same_entry_twice_is_not(tmp_path):
+    """As in files put together, where captions would go to the wrong image."""
+    file, one = tmp_path / "captions.json", {"id": 1, "file_name": "a.png"}
+    notes = [{"image_id": 1, "caption": "a dog"}, {"image_id": 1, "caption": "a cat"}]
+    file.write_text(json.dumps({"images": [one, {"id": 1, "file_name": "b.png"}], "annotations": notes}))
+    with pytest.raises(UserError, match=r"images have the id 1 twice \(a.png and b.png\); files put together need ids"):
+        coco_captions(file, json.loads(file.read_text()))
+    assert coco_captions(file, {"images": [one, one], "annotations": notes}).captions == {1: ["a dog", "a cat"]}
+
+
+def test_numbers_without_bound_are_odd():
+    for kind in (WHOLE, ID, DIGITS):
+        assert problem(10**400, kind) == f" is a number that is too large, not {kind.name}" and not problem(7, kind)
+    assert problem("9" * 5000, DIGITS) and not problem("12", DIGITS)

@@ -226,3 +226,16 @@ def test_the_verb_writes_answers_and_a_report(ckpt, data, tmp_path, capsys):
     assert main(words) == 2 and "is there already" in capsys.readouterr().err
     assert main([*words, "--overwrite", "--limit", "2"]) == 0 and len(lines(tmp_path / "answers.jsonl")) == 2
     assert main([*words[:-1], f"{tmp_path}/answers.json"]) == 2 and "ends in .jsonl" in capsys.readouterr().err
+
+
+def test_lost_images_are_a_share_of_all_images_however_often_it_is_killed(octopus, data, dying, tmp_path):
+    """Questions whose image is lost have no answer, so they are among what a killed run leaves: here two of two images."""
+    (tmp_path / "2.png").unlink()
+    dying(2)
+    with pytest.raises(Killed):
+        evaluate(octopus, data, tmp_path / "a.jsonl", Options(4, max_lost=0.4), 4)
+    dying(-1)
+    report = evaluate(octopus, data, tmp_path / "a.jsonl", Options(4, max_lost=0.4), 4)
+    assert report["answered_before"] == 6 and report["answers"] == 7
+    with pytest.raises(UserError, match="1 of 3 images"):
+        evaluate(octopus, data, tmp_path / "b.jsonl", Options(4, max_lost=0.3), 4)

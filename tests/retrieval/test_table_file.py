@@ -84,3 +84,24 @@ def test_parquet_that_is_none_and_bytes_are_refused(tmp_path):
     pq.write_table(pa.table({"id": ["a"], "jpg": [b"\xff"]}), tmp_path / "t.parquet")
     with pytest.raises(UserError, match="jpg holds bytes; leave that column out"):
         read_table(tmp_path / "t.parquet", "id")
+
+
+@pytest.mark.parametrize(
+    "kind", [pa.timestamp("s"), pa.timestamp("ms", "UTC"), pa.timestamp("us"), pa.date32(), pa.date64()]
+)
+def test_times_that_no_calendar_has_are_null(tmp_path, kind):
+    day = {"s": 86400, "ms": 86_400_000, "us": 86_400_000_000}.get(getattr(kind, "unit", ""), 1)
+    day = 86_400_000 if kind == pa.date64() else day
+    days = [-719162, 0, 2932896, -719163, 2932897, 60_000_000]  # 1 January 1, 1970, 31 December 9999, and what is beyond
+    stored = pa.array([number * day for number in days], pa.int32() if kind == pa.date32() else pa.int64()).cast(kind)
+    pq.write_table(pa.table({"id": list("abcdef"), "at": stored}), tmp_path / "t.parquet")
+    years = [each and each.year for each in read_table(tmp_path / "t.parquet", "id").columns.column("at").to_pylist()]
+    assert years == [1, 1970, 9999, None, None, None]
+
+
+def test_json_that_is_nested_too_deep_does_not_end_the_process(tmp_path):
+    (tmp_path / "t.jsonl").write_text('{"id": "a", "x": ' + "[" * 100_000 + "]" * 100_000 + "}\n")
+    with pytest.raises(UserError, match="line 1 is nested too deep"):
+        read_table(tmp_path / "t.jsonl", "id")
+    (tmp_path / "t.jsonl").write_text('{"id": "a", "x": "' + "[" * 1000 + '"}\n')
+    assert read_table(tmp_path / "t.jsonl", "id").columns.column("x").to_pylist() == ["[" * 1000]

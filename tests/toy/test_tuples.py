@@ -66,3 +66,14 @@ def test_the_command_and_its_shards(tmp_path, capsys):
     assert main(["tuples", "toy", "--out", str(out), "--count", "4"]) == 2
     assert main(["shards", "tuples", str(out / LINES), "--out", str(tmp_path / "s"), "--per-shard", "3"]) == 0
     assert "4 tuples packed" in capsys.readouterr().out and len(list((tmp_path / "s").glob("*.tar"))) == 2
+
+
+@pytest.mark.parametrize("name", ["thesis.tex", "images/photo.jpg", "more/000000.jpg"])
+def test_a_folder_with_anything_else_in_it_is_not_replaced(name, tmp_path, capsys):
+    words = ["tuples", "toy", "--out", str(tmp_path / "t"), "--count", "2", "--overwrite"]
+    assert main(words) == 0
+    (tmp_path / "t" / name).parent.mkdir(exist_ok=True)
+    (tmp_path / "t" / name).write_text("mine")
+    assert main(words) == 2
+    assert "which is not of toy tuples; name another folder" in capsys.readouterr().err
+    assert (tmp_path / "t" / name).read_text() == "mine"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+from collections import Counter
 from typing import Any
 
 import gradio as gr
@@ -21,6 +22,10 @@ PATHS = re.compile(  # what the page asks for; Gradio has much more
     r"/|/(config|theme\.css|favicon\.ico|manifest\.json|robots\.txt)/?|/(assets|static|svelte)/.*|/gradio_api/("
     r"upload|upload_progress|queue/(join|data)|run/predict|cancel|reset/?|startup-events|theme\.css|heartbeat/\w+|file=(?!.*://).*)"
 )
+STREAMS = {  # replies that stay open, of one address and of all: a page has one of each
+    "/gradio_api/heartbeat/": (32, 128),  # whose client has left; the page works without
+    "/gradio_api/queue/data": (64, 192),  # answers while they are decoded
+}
 OPEN = 64  # POSTs at a time whose bodies are not files, each up to SENT bytes
 SENT = 1 << 20
 UPLOADS, UPLOADED = 4, 64 << 20  # requests at a time that upload files, and bytes of each
@@ -72,6 +77,7 @@ class Guard:
 
     def __init__(self, app: Any, shelf: Shelf) -> None:
         self.app, self.uploads = BodyLimit(app, OPEN, SECONDS, SENT), UploadLimit(app, shelf)
+        self.streams: Counter[tuple[str, str]] = Counter()  # that are open, by kind and address
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Pass a request on, or refuse it."""
@@ -86,8 +92,23 @@ class Guard:
             await send({"type": "websocket.close", "code": 1008})
         elif scope["type"] == "http" and not PATHS.fullmatch(path):
             await PlainTextResponse("the page does not ask for this", 404)(scope, receive, send)
+        elif kind := next((kind for kind in STREAMS if path.startswith(kind)), None):
+            await self._stream(kind, scope, receive, guarded)
         else:
             await (self.uploads if path == UPLOAD else self.app)(scope, receive, guarded)
+
+    async def _stream(self, kind: str, scope: Any, receive: Any, send: Any) -> None:
+        """Pass on a request whose reply stays open, or refuse it by 429, so that streams do not take all connections."""
+        who, (of_one, of_all) = (kind, str((scope.get("client") or ("",))[0])), STREAMS[kind]
+        if self.streams[who] >= of_one or sum(n for (of, _), n in self.streams.items() if of == kind) >= of_all:
+            return await PlainTextResponse("too many open pages; close one", 429)(scope, receive, send)
+        self.streams[who] += 1
+        try:
+            await self.app(scope, receive, send)
+        finally:
+            self.streams[who] -= 1
+            self.streams += Counter()  # drops zeros
+        return None
 
 
 class UploadLimit:

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from fromage.apps.web.shelf import shelf_at
-from fromage.errors import BrokenSample, UserError
+from fromage.errors import OUT_OF_REACH, BrokenSample, OutOfReach, UserError
 from fromage.generation.chat import Chat, Turn
 from fromage.generation.generate import Answer
 from fromage.generation.options import is_whole
@@ -229,4 +229,4 @@ def caption(hit: Hit) -> str:
 
 def warn(error: UserError) -> None:
     """Tell the visitor; Gradio would read the text as HTML."""
-    gr.Warning(escape(str(error)))
+    gr.Warning(OUT_OF_REACH if isinstance(error, OutOfReach) else escape(str(error)))

@@ -6,7 +6,7 @@ from collections.abc import Container
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fromage.data.annotations import FILE, NUMBER, WHOLE, Wanted, optional, read_annotations
+from fromage.data.annotations import FILE, NUMBER, WHOLE, Wanted, by_id, optional, read_annotations
 from fromage.octopus.boxes import relative
 from fromage.octopus.examples import Box
 from fromage.octopus.sources.listed import HELD_OUT, SIDE, FileSource
@@ -49,7 +49,7 @@ class Instances(FileSource):
     ) -> dict[int, AnnotatedImage]:
         """The images by their id, in stored order: the wanted ones (None: all) without those that are held out."""
         listed = self.fitting(self.instances, "images", content.get("images"), IMAGE)
-        chosen = [image for image in listed if wanted is None or image["id"] in wanted]
+        chosen = [image for key, image in by_id(self.instances, "images", listed).items() if wanted is None or key in wanted]
         images = [image for image in chosen if image["id"] not in held_out]
         self.drop(HELD_OUT, len(chosen) - len(images))
         notes: dict[int, list[dict[str, Any]]] = {image["id"]: [] for image in images}

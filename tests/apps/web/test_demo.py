@@ -1,5 +1,6 @@
 """The web demo over HTTP, as a stranger may use it, and in a browser, as a visitor does."""
 
+import asyncio
 import importlib
 import json
 import os
@@ -19,6 +20,7 @@ from PIL import Image
 
 pytest.importorskip("gradio")
 
+from fromage.apps.web import guard
 from fromage.apps.web import sessions as web_visits
 from fromage.apps.web.demo import launch, running
 from fromage.apps.web.sessions import SIDE, Sessions, contents, conversation, read
@@ -557,3 +559,28 @@ def test_the_page_fits_a_telephone(address):
         page.locator("textarea").first.wait_for()
         assert page.evaluate("document.documentElement.scrollWidth") <= 390
         assert page.locator("textarea").first.bounding_box()["width"] > 150
+
+
+def test_replies_that_stay_open_do_not_take_all_connections(monkeypatch):
+    monkeypatch.setattr(guard, "STREAMS", {"/gradio_api/heartbeat/": (2, 3)})
+    ended, sent = asyncio.Event(), []
+
+    async def app(scope, receive, send):
+        await ended.wait()
+
+    async def send(message):
+        sent.append(message.get("status"))
+
+    async def visit(one, who):
+        await one({"type": "http", "path": "/gradio_api/heartbeat/x", "client": (who, 1), "headers": []}, None, send)
+
+    async def all_of_them():
+        one = guard.Guard(app, None)
+        waiting = [asyncio.create_task(visit(one, who)) for who in ("a", "a", "a", "b", "b")]
+        await asyncio.sleep(0.05)
+        assert [task.done() for task in waiting] == [False, False, True, False, True] and sent[0] == 429
+        ended.set()
+        await asyncio.gather(*waiting)
+        assert not one.streams
+
+    asyncio.run(all_of_them())
