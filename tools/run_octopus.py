@@ -45,8 +45,6 @@ ROWS: dict[str, list[str]] = {  # of Octopus: what is changed
     "n16": ["--model.num_queries=16"],
     "n32": ["--model.num_queries=32"],
     "masks": ["--model.mask_scale=4"],
-    "by_length": ["--data.group_by_length=true"],
-    "whitened": ["--model.whiten=true"],
 }
 TRIED: dict[str, tuple[Any, str, Any]] = {  # what of Octopus is another one, and what it is then
     "far_queries": (model, "APART", 1.0),

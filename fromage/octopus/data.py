@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from fromage.images.open import file_bytes
 from fromage.images.transforms import Transform, read_image
 from fromage.models.encode_files import check_lost
 from fromage.octopus.collate import Collate
-from fromage.octopus.examples import Example, Row, Source, characters, rows_of
+from fromage.octopus.examples import Example, Row, Source, rows_of
 from fromage.octopus.patch_store import PatchStore
 from fromage.octopus.sampler import ResumableSampler
 from fromage.octopus.sources.listed import with_masks
@@ -39,7 +40,16 @@ class GroundingDataset(Dataset[Any]):
     broken, as of fromage.data.shards.Broken, or of all there are, it stops the run.
     """
 
-    def __init__(self, rows: Sequence[Row], transform: Transform, store: PatchStore | None, max_lost: float = 0.05) -> None:
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        transform: Transform,
+        store: PatchStore | None,
+        max_lost: float = 0.05,
+        replace: bool = True,
+    ) -> None:
+        """replace: whether the next row stands for one whose image is broken, as in training; else there is None."""
+        self.replace = replace
         self.rows, self.transform, self.store = rows, transform, store
         self.images, self.broken = len({row[0][0].image for row in rows}), Broken(max_lost, "data.max_lost")
         self.seen: set[str] = set()
@@ -48,7 +58,7 @@ class GroundingDataset(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, number: int) -> tuple[Row, Tensor]:
+    def __getitem__(self, number: int) -> tuple[Row, Tensor] | None:
         """Raises UserError if no image can be decoded, or too many cannot."""
         for place in range(len(self.rows)):
             row = self.rows[(number + place) % len(self.rows)]
@@ -59,6 +69,8 @@ class GroundingDataset(Dataset[Any]):
                 pixels = read_image(file_bytes(Path(example.image)), self.transform)
             except BrokenSample as error:
                 self._count(example, str(error))
+                if not self.replace:
+                    return None
             else:
                 self._count(example)
                 return row, pixels
@@ -78,6 +90,12 @@ class GroundingDataset(Dataset[Any]):
             self.broken.check()
 
 
+def collated(collate: Collate, found: Sequence[tuple[Row, Tensor] | None]) -> GroundingBatch | None:
+    """A batch of the rows that are not broken; None where all are."""
+    rows = [row for row in found if row is not None]
+    return collate(rows) if rows else None
+
+
 class OctopusData(pl.LightningDataModule):
     """The data module: examples of one or several sources, mixed."""
 
@@ -88,7 +106,6 @@ class OctopusData(pl.LightningDataModule):
         batch_size: int = 16,
         val_batch_size: int | None = None,
         per_image: int = 1,
-        group_by_length: bool = False,
         features: str | None = None,
         workers: int = 4,
         max_lost: float = 0.05,
@@ -103,7 +120,6 @@ class OctopusData(pl.LightningDataModule):
             val_batch_size: examples per validation step on each device; null for batch_size.
             per_image: maximum number of conversations in a row. They share their image, which is read once: the gradients
                 are those of rows of one conversation each, at a fraction of the work.
-            group_by_length: whether the rows of a training step have like lengths, so that less padding is computed.
             features: folder of stored patch features, written on first use; null encodes images in every step.
             workers: processes that decode images, per device.
             max_lost: maximum share (0 to 1) of missing or broken images, and of odd entries.
@@ -117,9 +133,10 @@ class OctopusData(pl.LightningDataModule):
         check_real("data.max_lost", max_lost, 0, 1)
         self.sources = {"train": train or [], "val": val or []}
         self.batch_size, self.val_batch_size, self.features = batch_size, val_batch_size or batch_size, features
-        self.per_image, self.group_by_length = per_image, group_by_length
-        self.workers, self.max_lost, self.seed = workers, max_lost, seed
+        self.per_image, self.workers, self.max_lost, self.seed = per_image, workers, max_lost, seed
         self.examples: dict[str, list[Example]] = {}
+        self.layout: dict[str, int] = {}  # what the order of the rows depends on
+        self.former: dict[str, int] | None = None  # of the run that goes on
 
     def setup(self, stage: str) -> None:
         """Read the sources. Raises UserError for missing files and for empty training data."""
@@ -151,9 +168,19 @@ class OctopusData(pl.LightningDataModule):
         """All examples in stored order; an empty list if there are none."""
         return self._loader("val", self.val_batch_size, shuffle=False) if self.examples["val"] else no_loaders()
 
-    def transfer_batch_to_device(self, batch: GroundingBatch, device: torch.device, dataloader_idx: int) -> GroundingBatch:
+    def transfer_batch_to_device(
+        self, batch: GroundingBatch | None, device: torch.device, dataloader_idx: int
+    ) -> GroundingBatch | None:
         """Move tensors and boxes to the device."""
-        return batch.to(device)
+        return batch and batch.to(device)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the order of the rows depends on; Lightning keeps it in the checkpoint."""
+        return {"layout": self.layout}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """The layout of the run that goes on."""
+        self.former = state_dict["layout"]
 
     def _loader(self, part: str, batch_size: int, shuffle: bool) -> DataLoader[Any]:
         module: Any = self.trainer.lightning_module  # type: ignore[union-attr]
@@ -166,7 +193,7 @@ class OctopusData(pl.LightningDataModule):
         rows = self._fitting(part, rows, collate, module.model.lm.max_length)
         if any(len(turns) + len(row) > 2 for row in rows for turns in row) and not image_first(module.model.template):
             raise UserError("model.template: the image must come first where prompts share it; or set data.per_image to 1")
-        dataset = GroundingDataset(rows, module.model.vision.transform, store, self.max_lost)
+        dataset = GroundingDataset(rows, module.model.vision.transform, store, self.max_lost, replace=shuffle)
         return PlainErrors(
             dataset,
             batch_size,
@@ -174,7 +201,7 @@ class OctopusData(pl.LightningDataModule):
             drop_last=shuffle,
             num_workers=0 if store is not None else self.workers,
             worker_init_fn=init_worker,
-            collate_fn=collate,
+            collate_fn=partial(collated, collate),
             pin_memory=torch.cuda.is_available(),
         )
 
@@ -220,8 +247,13 @@ class OctopusData(pl.LightningDataModule):
             each = f" on each of {devices} devices" * (devices > 1)
             told = f"{len(rows)} rows of training examples are fewer than data.batch_size {batch_size}{each}"
             raise UserError(f"{told}: lower it")
-        lengths = [characters(row) for row in rows] if self.group_by_length else None
-        return ResumableSampler(dataset, self.trainer, self.seed, self._seen() * batch_size, batch_size, lengths)
+        self.layout = {"rows": len(rows), "data.batch_size": batch_size, "data.per_image": self.per_image}
+        self.layout |= {"data.seed": self.seed, "trainer.devices": devices}
+        if (seen := self._seen()) and self.former and self.former != self.layout:
+            name = next(name for name in self.layout if self.former.get(name) != self.layout[name])
+            told = f"{name} {self.former.get(name)} (now {self.layout[name]})"
+            raise UserError(f"the checkpoint is from the middle of an epoch with {told}: set that back to go on exactly")
+        return ResumableSampler(dataset, self.trainer, self.seed, seen * batch_size)
 
     def _seen(self) -> int:
         """Batches of this epoch that were trained on before the run was stopped; Lightning counts them."""

@@ -74,12 +74,6 @@ def rows_of(examples: Iterable[Example], per_image: int, seed: int) -> list[Row]
     return rows
 
 
-def characters(row: Row) -> int:
-    """The length of a row in characters of its instructions and answers; a box counts as one."""
-    turns = [turn for conversation in row for turn in conversation]
-    return sum(len(turn.instruction) + sum(len(p) if isinstance(p, str) else 1 for p in turn.answer) for turn in turns)
-
-
 class Source(Protocol):
     """A data set; `lightning_configs/octopus_*.yaml` name sources by class_path and init_args."""
 

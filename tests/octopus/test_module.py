@@ -216,7 +216,7 @@ def test_a_run_that_goes_on_sees_what_it_would_have_seen(world, tmp_path):
         )
         trainer.fit(
             module,
-            OctopusData([source], batch_size=4, group_by_length=True, features=str(tmp_path / "patches")),
+            OctopusData([source], batch_size=4, features=str(tmp_path / "patches")),
             ckpt_path=resume,
         )
         return seen.keys
@@ -226,28 +226,6 @@ def test_a_run_that_goes_on_sees_what_it_would_have_seen(world, tmp_path):
     for stop in (3, 5, 7):
         out = tmp_path / str(stop)
         assert fit(out, stop) + fit(out, 12, str(out / "last.ckpt")) == whole
-
-
-def test_stage_2_may_begin_with_whitened_states(trained):
-    begun = []
-
-    def begin(recognizer, mean, covariance, seed):
-        begun.append((mean, covariance))
-        whiten(recognizer, mean, covariance, seed)
-
-    whiten, last = Recognizer.whiten, trained / "stage2" / "checkpoints" / "last.ckpt"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Recognizer, "whiten", begin)
-        elsewhere = f"--trainer.callbacks.init_args.dirpath={trained}/again"
-        on = "--model.whiten=true"
-        for more in ([], [on, "--trainer.max_steps=4", f"--ckpt_path={last}"], [on]):
-            octopus_tour.train(trained, octopus_tour.STAGES[1:2], [*QUICK, elsewhere, *more])
-    assert len(begun) == 1, "not where a run goes on, nor where it is not wanted"
-    mean, covariance = begun[0]
-    variances = torch.linalg.eigvalsh(covariance)
-    assert mean.shape == (192,) and variances.min() > -1e-4 and 0.01 < variances.sum() < 192
-    again = torch.load(trained / "again" / "last.ckpt", weights_only=True)["state_dict"]["model.recognizer.enter.1.weight"]
-    assert again.std() > 2 * state(trained, "stage2")["model.recognizer.enter.1.weight"].std()
 
 
 def test_a_run_does_not_go_on_with_the_decoder_at_another_layer(trained):
