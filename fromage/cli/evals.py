@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -57,11 +57,19 @@ class ImageOptions(EvalOptions):
 
         return Options(**{field.name: getattr(self, field.name) for field in fields(Options) if hasattr(self, field.name)})
 
-    def reading(self) -> AbstractContextManager[None]:
-        """In this context annotation files are read."""
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """In this context annotation files are read; the report counts the entries that were left out."""
         from fromage.data.annotations import odd_allowed
 
-        return odd_allowed(self.max_lost)
+        with odd_allowed(self.max_lost) as allowed:
+            yield
+        self.odd = allowed.count
+
+    def told(self, report: Any) -> Result:
+        """As of EvalOptions, with the entries that were left out in reading."""
+        odd = getattr(self, "odd", 0)
+        return super().told(report | {"skipped": report["skipped"] | {"odd entries": odd}} if odd else report)
 
 
 @dataclass(kw_only=True)

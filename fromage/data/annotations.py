@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -20,15 +21,26 @@ from fromage.io import read_json
 
 LARGE = 2**63  # of whole numbers, as in databases
 MAX_ODD = 0.05  # share of a file's entries that may be odd, where nothing else is said by odd_allowed
-_allowed: ContextVar[float | None] = ContextVar("share of odd entries", default=None)
+
+
+@dataclass
+class OddAllowed:
+    """share: of a file's entries that may be odd, 0 to 1. count: of those that were left out so far."""
+
+    share: float
+    count: int = 0
+
+
+_allowed: ContextVar[OddAllowed | None] = ContextVar("odd entries", default=None)
 
 
 @contextmanager
-def odd_allowed(share: float) -> Iterator[None]:
+def odd_allowed(share: float) -> Iterator[OddAllowed]:
     """In this context a share (0 to 1) of a file's entries may be odd: --max-lost, which the user gave."""
-    before = _allowed.set(share)
+    allowed = OddAllowed(share)
+    before = _allowed.set(allowed)
     try:
-        yield
+        yield allowed
     finally:
         _allowed.reset(before)
 
@@ -144,12 +156,14 @@ def leave_out(path: Path, odd: list[str], count: int, skip: Skip | None = None) 
             skip(name, f"odd entry: {why}")
         return
     told = f"{path}: {len(odd)} of {count} entries are odd ({odd[0]})" if odd else ""
-    share = _allowed.get()
-    if len(odd) > (MAX_ODD if share is None else share) * count:
-        more = "" if share is None else ", or allow more by --max-lost (data.max_lost in training)"
+    allowed = _allowed.get()
+    if len(odd) > (MAX_ODD if allowed is None else allowed.share) * count:
+        more = "" if allowed is None else ", or allow more by --max-lost (data.max_lost in training)"
         raise UserError(f"{told}; fetch the file again, or correct it{more}")
     if odd:
         warnings.warn(f"{told} and left out", stacklevel=3)
+    if allowed is not None:
+        allowed.count += len(odd)
 
 
 FIRST = 20  # entries by which a file is recognised: the very first one may be odd

@@ -6,7 +6,8 @@ import warnings
 
 import pytest
 
-from fromage.data.annotations import DIGITS, ID, WHOLE, coco_captions, kind_of, odd_allowed, problem
+from fromage.cli.evals import ImageOptions
+from fromage.data.annotations import DIGITS, ID, TEXT, WHOLE, coco_captions, fitting, kind_of, odd_allowed, problem
 from fromage.errors import UserError
 from fromage.evals.caption_sets import read_caption_set
 from fromage.evals.dialogues import read_dialogues, spoken
@@ -287,3 +288,12 @@ def test_numbers_without_bound_are_odd():
     for kind in (WHOLE, ID, DIGITS):
         assert problem(10**400, kind) == f" is a number that is too large, not {kind.name}" and not problem(7, kind)
     assert problem("9" * 5000, DIGITS) and not problem("12", DIGITS)
+
+
+def test_entries_that_are_left_out_are_counted_in_the_report(tmp_path):
+    options = ImageOptions(ckpt="none", images=tmp_path, max_lost=0.5)
+    with options.reading(), pytest.warns(UserWarning, match="1 of 3 entries are odd"):
+        assert fitting(tmp_path / "a.json", "images", ["a", None, "b"], TEXT) == ["a", "b"]
+    report = {"evaluation": "e", "data": "d", "headline": [], "skipped": {"images missing": 0}, "protocol": {}, "paper": {}}
+    assert options.told(report).data["skipped"] == {"images missing": 0, "odd entries": 1}
+    assert ImageOptions(ckpt="none", images=tmp_path).told(report).data["skipped"] == {"images missing": 0}

@@ -17,11 +17,10 @@ from fromage.errors import UserError
 from fromage.models.vision.registry import load_patches
 from fromage.octopus import Flickr30kEntities, OctopusData, OctopusModule, RefCOCO, load_octopus
 from fromage.octopus.checkpoint import RENAMED
-from fromage.octopus.data import GroundingDataset
+from fromage.octopus.data import GroundingDataset, collated
 from fromage.octopus.decoding import ground
 from fromage.octopus.examples import Example
 from fromage.octopus.lora import add_lora
-from fromage.octopus.recognition import Recognizer
 from fromage.toy.world import VERSION
 from fromage.training.checkpoint_io import SafeCheckpoint
 from fromage.training.configs import config_folder, find_config
@@ -140,10 +139,14 @@ def test_in_the_place_of_an_image_that_cannot_be_decoded_stands_the_next(folder,
     examples = [Example(name, path, "star", ("yes",), ()) for name, path in (("bad", str(broken)), ("good", whole))]
     rows = [[[example]] for example in examples]
     transform = load_patches("toy").transform
-    dataset = GroundingDataset(rows, transform, None, max_lost=0.5)
+    dataset = GroundingDataset(rows, transform, None, 0.5, replace=True)
     assert [dataset[i][0] for i in (0, 1)] == [rows[1], rows[1]] and "bad" in caplog.text
+    unmoved = GroundingDataset(rows, transform, None, 0.5, replace=False)
+    found = [unmoved[i] for i in (0, 1)]
+    assert found[0] is None and found[1][0] == rows[1], "in validation no example counts twice"
+    assert collated(lambda kept: [row for row, _ in kept], found) == [rows[1]] and collated(list, [None]) is None
     with pytest.raises(UserError, match=r"1 of 1 images cannot be had.*broken\.jpg \(broken\)"):
-        GroundingDataset(rows[:1], transform, None)[0]
+        GroundingDataset(rows[:1], transform, None, 0.05, replace=True)[0]
 
 
 def test_boxes_to_point_at_are_refused_where_nothing_is_asked_yet(trained, world):
@@ -204,7 +207,7 @@ class Seen(pl.Callback):
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_run_that_goes_on_sees_what_it_would_have_seen(world, tmp_path):
-    def fit(out, steps, resume=None):
+    def fit(out, steps, resume=None, batch_size=4):
         coco = world / "refcoco"
         source = RefCOCO(str(coco / "refs(unc).p"), str(coco / "instances.json"), str(coco / "images"), limit=22)
         saver = SafeCheckpoint(out, save_last=True, save_top_k=0, every_n_train_steps=1, enable_version_counter=False)
@@ -216,7 +219,7 @@ def test_a_run_that_goes_on_sees_what_it_would_have_seen(world, tmp_path):
         )
         trainer.fit(
             module,
-            OctopusData([source], batch_size=4, features=str(tmp_path / "patches")),
+            OctopusData([source], batch_size=batch_size, features=str(tmp_path / "patches")),
             ckpt_path=resume,
         )
         return seen.keys
@@ -226,6 +229,8 @@ def test_a_run_that_goes_on_sees_what_it_would_have_seen(world, tmp_path):
     for stop in (3, 5, 7):
         out = tmp_path / str(stop)
         assert fit(out, stop) + fit(out, 12, str(out / "last.ckpt")) == whole
+    with pytest.raises(UserError, match=r"middle of an epoch with data.batch_size 4 \(now 2\): set that back"):
+        fit(tmp_path / "other", 15, str(tmp_path / "7" / "last.ckpt"), batch_size=2)
 
 
 def test_a_run_does_not_go_on_with_the_decoder_at_another_layer(trained):
@@ -314,13 +319,13 @@ def test_images_that_cannot_be_decoded_are_counted_and_too_many_refused(folder, 
     listed += [Example(f"bad{i}", str(tmp_path / f"{i % 3}.jpg"), "star", ("yes",), ()) for i in range(6)]
     listed = [[[example]] for example in listed]
     transform = load_patches("toy").transform
-    some = GroundingDataset(listed, transform, None, max_lost=0.5)
+    some = GroundingDataset(listed, transform, None, 0.5, replace=True)
     for _ in range(3):
         assert all(some[i][0][0][0].key.startswith("good") for i in range(len(listed)))
     assert (some.broken.good, some.broken.bad) == (len(whole), 3) and caplog.text.count("skipped") == 3
     for workers in (0, 2):
         loader = PlainErrors(
-            GroundingDataset(listed, transform, None, max_lost=0.3), 4, num_workers=workers, collate_fn=list
+            GroundingDataset(listed, transform, None, 0.3, replace=True), 4, num_workers=workers, collate_fn=list
         )
         with pytest.raises(
             UserError,
