@@ -78,7 +78,7 @@ def tune_ret(model: Fromage, messages: Mapping[str, Sequence[str]], preset: Pres
 
     Raises UserError for a model that never says [RET], and as Chat and generate do.
     """
-    if model.pooling != "ret":
+    if model.reads_word:
         raise UserError("a model of pooling last never says [RET], so there is no bias to tune; train one of pooling ret")
     chat = Chat(model, None, preset.decoding, preset.style, preset.system)
     stop = (*preset.decoding.stop, *chat.style.stop)

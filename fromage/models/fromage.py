@@ -178,13 +178,29 @@ class Fromage(Pretrained):
         follows = torch.isin(ids, torch.tensor(self.tokenizer.ret_ids[1:], device=ids.device))  # (B, T)
         return ((mask & ~follows).cumsum(1) - 1).clamp(min=0)  # (B, T)
 
+    @property
+    def reads_word(self) -> bool:
+        """Whether the state at its last word embeds a text, and no state at [RET]: pooling 'last'."""
+        return self.pooling == "last"
+
+    def at_ret(self, hidden: Tensor, ends: Tensor) -> Tensor:
+        """(B, T, d) hidden states of texts -> (B, r, d), those that embed them: at [RET], or at the last word before it.
+
+        ends: (B,) places of the first [RET], which are the numbers of tokens in front of it. Of packed texts hidden is
+        (N, d), and ends are places among the N.
+        """
+        if hidden.ndim == 3:  # put end to end
+            ends = ends + hidden.shape[1] * torch.arange(len(ends), device=ends.device)  # (B,)
+            hidden = hidden.flatten(0, 1)  # (B, T, d) -> (B T, d)
+        first = ends - 1 if self.reads_word else ends  # (B,)
+        at = first.unsqueeze(1) + torch.arange(self.r, device=ends.device)  # (B, r)
+        return hidden.index_select(0, at.flatten()).unflatten(0, at.shape)  # (B r, d) -> (B, r, d)
+
     def hidden_at_ret(self, ids: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor]:
         """Run right-padded texts (B, T) that end in [RET]: hidden states (B, T, d), and those at [RET] (B, r, d)."""
         mask = token_mask(lengths, ids.shape[1], ids.device)  # (B, T)
         hidden = self.lm(self.embed(ids), mask, self.positions(ids, mask))  # (B, T, d)
-        first = mask.sum(1, keepdim=True) - (self.r if self.pooling == "ret" else 2)  # (B, 1)
-        at = first + torch.arange(self.r, device=ids.device)  # (B, r)
-        return hidden, hidden.gather(1, at.unsqueeze(2).expand(-1, -1, hidden.shape[2]))  # (B, T, d) -> (B, r, d)
+        return hidden, self.at_ret(hidden, mask.sum(1) - self.r)  # (B, T, d) -> (B, r, d)
 
     @torch.no_grad()
     def embed_text(self, prompts: Sequence[Prompt], batch_size: int = 128, starts: Starts = Starts.ONCE) -> Tensor:
@@ -195,7 +211,7 @@ class Fromage(Pretrained):
         """
         check_whole("batch_size", batch_size, 1)
         prompts = listed(prompts)
-        suffix = [RET] if self.pooling == "ret" else []
+        suffix = [] if self.reads_word else [RET]
         rows = torch.empty(len(prompts), self.q, device=self.device)  # (B, q)
         for at in batches_by_length(prompts, batch_size):
             batch = embed_prompts(self, [[*parts_of(prompts[i]), *suffix] for i in at], starts=starts)

@@ -70,9 +70,9 @@ def fast_composition(
 
 def composed(model: Fromage, tuples: Tuples, features: Tensor, weights: Weights) -> tuple[Tensor, ...]:
     """Captioning loss and token accuracy of the target captions, and the queries (B, q) read at [RET]; 0 where not run."""
-    k, device, at_word = model.k, tuples.conditions.device, model.pooling == "last"
+    k, device = model.k, tuples.conditions.device
     trunk = [k + n - model.r for n in tuples.lengths]  # tokens of each
-    ret = model.r if weights.composition_retrieval and not at_word else 0
+    ret = model.r if weights.composition_retrieval and not model.reads_word else 0
     words = [n - 1 if weights.composition_captioning else 0 for n in tuples.caption_lengths]
     each = [t + ret + n for t, n in zip(trunk, words, strict=True)]
     layout = _layout(model, trunk, ret, words, device)
@@ -87,10 +87,8 @@ def composed(model: Fromage, tuples: Tuples, features: Tensor, weights: Weights)
         targets = PackedLayout(tuples.caption_lengths, device).pack(tuples.captions)  # (sum of lengths,)
         loss, accuracy = frozen_head_loss(hidden.index_select(0, to_device(at, device)), targets, model.lm)
     if weights.composition_retrieval:
-        first = [start + t - at_word for start, t in zip(begins, trunk, strict=True)]
-        at = [i + j for i in first for j in range(model.r)]
-        at_ret = hidden.index_select(0, to_device(at, device)).unflatten(0, (-1, model.r))  # (B r, d) -> (B, r, d)
-        queries = model.embed_ret(at_ret)  # (B, q)
+        ends = to_device([start + t for start, t in zip(begins, trunk, strict=True)], device)  # (B,)
+        queries = model.embed_ret(model.at_ret(hidden, ends))  # (N, d) -> (B, r, d) -> (B, q)
     return loss, accuracy.float(), queries
 
 

@@ -53,7 +53,7 @@ def freeze_unused(model: Fromage, weights: Weights, freeze_temperature: bool = F
     if model.space == "clip":
         model.image_head.requires_grad_(False)
     model.logit_scale.requires_grad_(finding and not freeze_temperature)
-    model.ret.input.requires_grad_(model.pooling == "ret" or model.ret.tied)  # with pooling last no input is [RET]
+    model.ret.input.requires_grad_(not model.reads_word or model.ret.tied)  # with pooling last no input is [RET]
 
 
 @dataclass
