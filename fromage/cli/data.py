@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from fromage.checks import check_whole
 from fromage.cli.command import Result
-from fromage.cli.options import DType, Quantized, check_free, save_png
+from fromage.cli.options import DType, check_free, save_png
+from fromage.models.options import Quantized
 
 if TYPE_CHECKING:
     from fromage.checkpoints.format import Saved

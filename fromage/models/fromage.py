@@ -23,7 +23,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -35,17 +35,15 @@ from fromage.data.padding import token_mask
 from fromage.data.tokenizer import ret_tokens
 from fromage.errors import UserError
 from fromage.models.base import digest
-from fromage.models.fusion import RetFusion, make_fusion
-from fromage.models.language_model import LanguageModel, Quantized, load_lm
+from fromage.models.fusion import make_fusion
+from fromage.models.language_model import LanguageModel, load_lm
+from fromage.models.options import CHOICES, Pooling, Quantized, RetAttention, RetFusion, Space
 from fromage.models.pretrained import Pretrained
 from fromage.models.prompts import RET, ImageInput, Prompt, Starts, batches_by_length, embed_prompts, listed, parts_of
 from fromage.models.vision.base import VisionTower
 from fromage.models.vision.registry import load_vision
 
 OTHER = "{source}: of another architecture ({differs}); give the lm, vision, k, q, r and ret_fusion it was trained with"
-RetAttention = Literal["sequential", "stacked"]  # what r > 1 [RET] tokens see: their predecessors, or not one another
-Space = Literal["learned", "clip"]  # where images and texts are compared: q numbers of our own, or CLIP's joint space
-Pooling = Literal["ret", "last"]  # which hidden state embeds a text: the one at [RET], or at its last word (an ablation)
 
 
 class Fromage(Pretrained):
@@ -78,10 +76,10 @@ class Fromage(Pretrained):
         or several [RET] tokens would stand for nothing.
         """
         super().__init__(lm, vision, k)
-        choices = {"pooling": (pooling, Pooling), "ret_attention": (ret_attention, RetAttention)}
-        for name, (value, known) in (choices | {"ret_fusion": (ret_fusion, RetFusion), "space": (space, Space)}).items():
-            if value not in get_args(known):  # of a file, say
-                raise UserError(f"{name} {value}: must be {' or '.join(get_args(known))}")
+        chosen = {"pooling": pooling, "ret_attention": ret_attention, "ret_fusion": ret_fusion, "space": space}
+        for name, known in CHOICES.items():
+            if chosen[name] not in known:  # of a file, say
+                raise UserError(f"{name} {chosen[name]}: must be {' or '.join(known)}")
         self.r = len(lm.tokenizer.ret_ids)
         if pooling == "last" and not lm.tokenizer.start():
             raise UserError(f"{lm.name}: its texts have no start token, so an empty one has no last word; use pooling 'ret'")

@@ -9,7 +9,7 @@ import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,11 +27,11 @@ from fromage.errors import UserError, first_line
 from fromage.models import gguf, towers
 from fromage.models.cpu_linear import cpu_linears
 from fromage.models.frozen import TOY, FrozenTower, hold
+from fromage.models.options import Quantized
 from fromage.models.packed_attention import Attend, attending, distances, route
 from fromage.models.special_tokens import AddedTokens, ExtendedEmbedding, ExtendedHead
 
 log = logging.getLogger(__name__)
-Quantized = Literal["int8", "nf4"]
 
 
 class LanguageModel(FrozenTower):

@@ -13,7 +13,7 @@ from fromage.checkpoints.format import dtype_name
 from fromage.checkpoints.lightning import PREFIX
 from fromage.checkpoints.load import read_saved
 from fromage.checks import check_real, check_whole
-from fromage.models.language_model import Quantized
+from fromage.models.options import Quantized
 from fromage.models.pretrained import from_hyperparameters
 from fromage.octopus.checkpoint import MASKS, check_names, check_run, check_shaped, current_names, current_state, of_stage
 from fromage.octopus.decoding import decode, grounded

@@ -21,9 +21,8 @@ from fromage.data.batches import Batch
 from fromage.data.tuples import Tuples
 from fromage.errors import UserError
 from fromage.generation.generate import caption_images
-from fromage.models.fromage import Fromage, Pooling, RetAttention, Space
-from fromage.models.fusion import RetFusion
-from fromage.models.language_model import Quantized
+from fromage.models.fromage import Fromage
+from fromage.models.options import Pooling, Quantized, RetAttention, RetFusion, Space
 from fromage.models.pretrained import from_hyperparameters
 from fromage.models.vision.base import TextTower
 from fromage.training.fast_composition import fast_composition
