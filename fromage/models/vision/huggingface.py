@@ -116,7 +116,7 @@ class HfPatches(HfTower):
         super().__init__(visual, transform, f"{name}, patches of {layer}", size, source)
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """(B, 3, H, W) normalised pixels -> (B, P, m)."""
+        """(B, 3, H, W) normalised pixels -> (B, m, rows, columns)."""
         states = self.visual(pixel_values=pixels, output_hidden_states=True).hidden_states or ()
         found = states[1:][self.layer]  # the first is in front of the layers
         if found.ndim == 3:
@@ -124,7 +124,7 @@ class HfPatches(HfTower):
             if others < 0:
                 raise UserError(f"vision tower {self.source[0]}: has no grid of patches; choose a ViT or a ConvNeXt")
             found = found[:, others:].transpose(1, 2).unflatten(2, grid)  # (B, T, m) -> (B, m, rows, columns)
-        return self.patches(found)
+        return found
 
     def text_tower(self) -> None:
         """None: a text tower goes with pooled features."""

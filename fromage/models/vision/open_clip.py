@@ -81,9 +81,9 @@ class OpenClipPatches(OpenClipTower):
         super().__init__(clip, open_clip.transform.image_transform_v2(config, is_train=False), f"{name}, patches of {layer}")
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """(B, 3, H, W) normalised pixels -> (B, P, m)."""
+        """(B, 3, H, W) normalised pixels -> (B, m, rows, columns)."""
         layers = {"indices": [self.layer], "stop_early": True, "intermediates_only": True}
-        return self.patches(self.visual.forward_intermediates(pixels, **layers)["image_intermediates"][0])
+        return self.visual.forward_intermediates(pixels, **layers)["image_intermediates"][0]
 
 
 class OpenClipText(TextTower, nn.Module):

@@ -63,9 +63,9 @@ class TimmPatches(TimmTower):
         super().__init__(visual, transform, f"{name}, patches of {layer}", size)
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """(B, 3, H, W) normalised pixels -> (B, P, m)."""
+        """(B, 3, H, W) normalised pixels -> (B, m, rows, columns)."""
         layers = {"indices": [self.layer], "stop_early": True, "intermediates_only": True}
-        return self.patches(self.visual.forward_intermediates(pixels, **layers)[0])
+        return self.visual.forward_intermediates(pixels, **layers)[0]
 
 
 def _create(name: str, weights: str | None, random_weights: bool) -> tuple[Any, dict[str, Any]]:
