@@ -21,12 +21,10 @@ A loss of weight 0 has no branch; with both 0 nothing runs.
 
 from __future__ import annotations
 
-from functools import partial
 from itertools import accumulate, chain
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from fromage.data.tuples import Tuples
 from fromage.models.fromage import Fromage
@@ -35,7 +33,7 @@ from fromage.models.vision.base import TextTower
 from fromage.training.fast_step import mean_over_parts
 from fromage.training.losses import device_weight, frozen_head_loss
 from fromage.training.reference_composition import CompositionOutput, composed_nce, wanted
-from fromage.training.step import Weights, image_features
+from fromage.training.step import Weights, image_features, recomputed
 
 TRUNK, OF_RET, OF_CAPTION = 0, 1, 2  # numbers of the branches
 
@@ -56,7 +54,7 @@ def fast_composition(
     B = len(tuples.keys)
     size = chunk or B
     parts = [(tuples.part(i, i + size), features[i : i + size]) for i in range(0, B, size)]
-    run = again_in_backward if len(parts) > 1 else composed
+    run = recomputed(composed) if len(parts) > 1 else composed
     done = [run(model, part, v, weights) for part, v in parts]
     words = [sum(part.caption_lengths) for part, _ in parts]
     captioning_loss, caption_accuracy = mean_over_parts(words, [torch.stack(one[:2]) for one in done])
@@ -90,9 +88,6 @@ def composed(model: Fromage, tuples: Tuples, features: Tensor, weights: Weights)
         ends = to_device([start + t for start, t in zip(begins, trunk, strict=True)], device)  # (B,)
         queries = model.embed_ret(model.at_ret(hidden, ends))  # (N, d) -> (B, r, d) -> (B, q)
     return loss, accuracy.float(), queries
-
-
-again_in_backward = partial(checkpoint, composed, use_reentrant=False, preserve_rng_state=False)
 
 
 def _layout(model: Fromage, trunk: list[int], ret: int, words: list[int], device: torch.device) -> PackedLayout:

@@ -24,12 +24,10 @@ Why each shortcut is exact:
 
 from __future__ import annotations
 
-from functools import partial
 from itertools import accumulate, chain, pairwise
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from fromage.data.batches import Batch
 from fromage.models.fromage import Fromage
@@ -44,6 +42,7 @@ from fromage.training.step import (
     dropped,
     image_features,
     no_captioning,
+    recomputed,
 )
 
 
@@ -63,7 +62,7 @@ def fast_step(
     check_captions(model, batch)
     parts = chunks(model, batch, chunk + chunk % 2) if chunk else [batch]  # an even number, so that pairs stay together
     features = [image_features(model, part) for part in parts]  # (b, m) each
-    run = again_in_backward if len(parts) > 1 else part_losses
+    run = recomputed(part_losses) if len(parts) > 1 else part_losses
     captioned = _of_first(parts, weights.captioned(model, batch))  # examples of each part that are captioned
     done = [run(model, part, v, paired, weights, n) for part, v, n in zip(parts, features, captioned, strict=True)]
     words = [count_targets(model, part.part(0, n)) if n else 0 for part, n in zip(parts, captioned, strict=True)]
@@ -106,9 +105,6 @@ def part_losses(
         captioning_loss, caption_accuracy = captioning(model, some, features[:n], paired)
     text_loss, at_ret = retrieval_text(model, batch.queries)
     return captioning_loss, text_loss, caption_accuracy, model.embed_ret(at_ret)
-
-
-again_in_backward = partial(checkpoint, part_losses, use_reentrant=False, preserve_rng_state=False)
 
 
 def captioning(model: Fromage, batch: Batch, features: Tensor, paired: bool) -> tuple[Tensor, Tensor]:

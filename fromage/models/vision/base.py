@@ -32,11 +32,17 @@ class TextTower(ABC):
     """The text side of a contrastive pair such as CLIP; the baseline of retrieval compares images and texts with it.
 
     e is the width of the space that images and texts share.
+
+    Attributes:
+        project: features of the vision tower (N, m) -> (N, e), not normalised.
     """
 
-    @abstractmethod
+    project: nn.Module
+
+    @torch.no_grad()
     def embed_features(self, features: Tensor) -> Tensor:
         """(N, m) features of the vision tower -> (N, e) unit rows."""
+        return F.normalize(self.project(features.float()), dim=-1)  # (N, m) -> (N, e)
 
     @abstractmethod
     def embed_text(self, texts: Sequence[str]) -> Tensor:

@@ -150,11 +150,6 @@ class HfText(TextTower, nn.Module):
             raise UserError(f"vision tower {name}: {told}") from error
 
     @torch.no_grad()
-    def embed_features(self, features: Tensor) -> Tensor:
-        """(N, m) image features -> (N, e) unit rows."""
-        return F.normalize(self.project(features.float()), dim=-1)  # (N, m) -> (N, e)
-
-    @torch.no_grad()
     def embed_text(self, texts: Sequence[str]) -> Tensor:
         """N texts -> (N, e) unit rows; filled up and cut to the text tower's length, as it was trained."""
         form: dict[str, Any] = {"padding": "max_length", "truncation": True, "max_length": self.length}

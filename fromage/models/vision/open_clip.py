@@ -101,11 +101,6 @@ class OpenClipText(TextTower, nn.Module):
         del self.clip.visual  # OpenClipTower holds it
 
     @torch.no_grad()
-    def embed_features(self, features: Tensor) -> Tensor:
-        """(N, m) image features -> (N, e) unit rows."""
-        return F.normalize(self.project(features.float()), dim=-1)  # (N, m) -> (N, e)
-
-    @torch.no_grad()
     def embed_text(self, texts: Sequence[str]) -> Tensor:
         """N texts -> (N, e) unit rows; texts are cut at the length of its context, 77 tokens of OpenAI's."""
         ids = self.tokenize(list(texts)).to(self.clip.logit_scale.device)  # (N, L)
