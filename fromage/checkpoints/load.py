@@ -9,7 +9,7 @@ from huggingface_hub import snapshot_download
 
 from fromage.checkpoints.card import about_run
 from fromage.checkpoints.format import CONFIG, FORMAT, GENERATION, OCTOPUS, WEIGHTS, Saved, read_folder, read_generation
-from fromage.checkpoints.hub import HUB_NAME, look_for_hub
+from fromage.checkpoints.hub import HUB_NAME, stay_offline_without_hub
 from fromage.checkpoints.lightning import PREFIX, read_checkpoint
 from fromage.checkpoints.run_folder import checkpoint_file, last_checkpoint
 from fromage.errors import UserError, first_line
@@ -23,7 +23,7 @@ def read_saved(path: str | Path, **hub: Any) -> Saved:
         return read_folder(Path(path))
     if Path(path).exists() or not HUB_NAME.fullmatch(str(path)):
         return _from_lightning(path)
-    look_for_hub()
+    stay_offline_without_hub()
     try:
         folder = snapshot_download(str(path), allow_patterns=[CONFIG, WEIGHTS, GENERATION], **hub)
     except Exception as error:

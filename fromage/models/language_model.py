@@ -20,7 +20,7 @@ from transformers.utils import is_bitsandbytes_available
 from transformers.utils.logging import disable_progress_bar
 
 from fromage.checkpoints.format import DTYPES
-from fromage.checkpoints.hub import look_for_hub
+from fromage.checkpoints.hub import stay_offline_without_hub
 from fromage.data.tokenizer import IMAGE, RET, PromptTokenizer
 from fromage.distribution import pip_install
 from fromage.errors import UserError, first_line
@@ -209,7 +209,7 @@ def _folder(name: str) -> str:
         return str(towers.folder_of(name))
     folder = str(TOY / "opt") if name == "toy" else name
     if not Path(folder).exists():
-        look_for_hub()
+        stay_offline_without_hub()
     return folder
 
 

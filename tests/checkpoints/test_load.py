@@ -175,7 +175,7 @@ def test_load_model_takes_a_lightning_checkpoint_a_folder_and_a_hub_name(model, 
         return str(folder)
 
     monkeypatch.setattr(fromage.checkpoints.load, "snapshot_download", snapshot_download)
-    monkeypatch.setattr(fromage.checkpoints.load, "look_for_hub", lambda: None)
+    monkeypatch.setattr(fromage.checkpoints.load, "stay_offline_without_hub", lambda: None)
     run = load_model(lightning_checkpoint(model, tmp_path / "last.ckpt"))
     assert run.fingerprint() == model.fingerprint()
     there, hub = load_model(str(folder)), Fromage.from_pretrained("someone/fromage-toy", revision="v1")

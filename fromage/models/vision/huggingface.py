@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenize
 from transformers.image_utils import SizeDict
 
 from fromage.checkpoints.format import DTYPES
-from fromage.checkpoints.hub import look_for_hub
+from fromage.checkpoints.hub import stay_offline_without_hub
 from fromage.errors import UserError, first_line
 from fromage.images.transforms import halves, scaling
 from fromage.models.frozen import hold
@@ -167,7 +167,7 @@ def folder_of(name: str) -> str:
     """The folder or name on the hub of 'hf:...'. Raises UserError for a folder that holds no model of transformers."""
     where = name.removeprefix("hf:")
     if not Path(where).exists():
-        look_for_hub()
+        stay_offline_without_hub()
     elif not (Path(where) / "config.json").is_file():
         raise UserError(f"vision tower {name}: no folder with a config.json of transformers; name another")
     return where

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fromage.checkpoints.hub import look_for_hub
+from fromage.checkpoints.hub import stay_offline_without_hub
 from fromage.checkpoints.weights import read_weights
 from fromage.errors import UserError, first_line
 from fromage.models.frozen import TOY, hold
@@ -126,7 +126,7 @@ def load_clip(
     source = f"local-dir:{TOY / 'clip'}" if name == "toy" else name
     precision = {"float32": "fp32", "bfloat16": "pure_bf16", "float16": "pure_fp16"}[dtype]
     if not source.startswith("local-dir:") and (pretrained or ":" in source) and not file:
-        look_for_hub()
+        stay_offline_without_hub()
     try:
         with quiet():  # open_clip logs what the error below says, and warns of random weights
             model, _, transform = open_clip.create_model_and_transforms(
