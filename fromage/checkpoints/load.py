@@ -8,7 +8,17 @@ from typing import Any
 from huggingface_hub import snapshot_download
 
 from fromage.checkpoints.card import about_run
-from fromage.checkpoints.format import CONFIG, FORMAT, GENERATION, OCTOPUS, WEIGHTS, Saved, read_folder, read_generation
+from fromage.checkpoints.format import (
+    CONFIG,
+    FORMAT,
+    GENERATION,
+    LAYOUTS,
+    OCTOPUS,
+    WEIGHTS,
+    Saved,
+    read_folder,
+    read_generation,
+)
 from fromage.checkpoints.hub import HUB_NAME, stay_offline_without_hub
 from fromage.checkpoints.lightning import PREFIX, read_checkpoint
 from fromage.checkpoints.run_folder import checkpoint_file, last_checkpoint
@@ -56,5 +66,7 @@ def _from_lightning(path: str | Path) -> Saved:
     checkpoint = read_checkpoint(path)
     tensors = {name.removeprefix(PREFIX): value for name, value in checkpoint.get("state_dict", {}).items()}
     settings, generation = dict(checkpoint["hyper_parameters"]), read_generation(Path(path).parent)
-    kind = OCTOPUS if "stage" in settings else FORMAT  # Octopus is trained in stages
+    kind = checkpoint.get("kind") or (OCTOPUS if "stage" in settings else FORMAT)  # older files do not say it
+    if kind not in [*LAYOUTS]:
+        raise UserError(f"checkpoint {path}: a model of kind {kind!r}, which this version does not know; update fromage")
     return Saved(str(path), tensors, settings, {}, generation=generation, format=kind, about=about_run(checkpoint))

@@ -233,7 +233,8 @@ class OctopusModule(GuardedModule):
         checkpoint["state_dict"] = {PREFIX + name: value for name, value in state.items()}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the parameters trained in this stage or before."""
+        """Keep the parameters trained in this stage or before, and say whose they are."""
+        checkpoint["kind"] = self.model.kind
         trained = {name for name, p in self.model.named_parameters() if p.requires_grad} | self._taken
         state = checkpoint["state_dict"].items()
         checkpoint["state_dict"] = {name: value for name, value in state if name.removeprefix(PREFIX) in trained}

@@ -381,7 +381,8 @@ class FromageModule(GuardedModule):
             return False
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the trained parameters only; see fromage.checkpoints.lightning."""
+        """Keep the trained parameters only, and say whose they are; see fromage.checkpoints.lightning."""
+        checkpoint["kind"] = self.model.kind
         checkpoint["state_dict"] = trained_state(checkpoint["state_dict"])
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalL
 import fromage.checkpoints.load
 from fromage.checkpoints.format import CARD, CONFIG, GENERATION, WEIGHTS, read_folder
 from fromage.checkpoints.lightning import read_checkpoint
+from fromage.checkpoints.load import read_saved
 from fromage.cli.main import main
 from fromage.errors import UserError
 from fromage.models.fromage import Fromage, load_model
@@ -361,3 +362,14 @@ def test_a_checkpoint_whose_tensor_claims_more_numbers_than_it_holds_is_refused_
     assert path.stat().st_size < 1 << 20
     with pytest.raises(UserError, match="claims more numbers than are stored"):
         load_model(path)
+
+
+def test_a_checkpoint_says_its_kind_and_an_older_one_is_known_by_its_stage(model, tmp_path):
+    checkpoint = torch.load(lightning_checkpoint(model, tmp_path / "last.ckpt"), weights_only=True)
+    for kind, stage, want in ((None, {}, "fromage"), (None, {"stage": 2}, "octopus"), ("octopus", {}, "octopus")):
+        options = checkpoint["hyper_parameters"] | stage
+        torch.save(checkpoint | {"hyper_parameters": options} | ({"kind": kind} if kind else {}), tmp_path / "a.ckpt")
+        assert read_saved(tmp_path / "a.ckpt").format == want
+    torch.save(checkpoint | {"kind": "squid"}, tmp_path / "a.ckpt")
+    with pytest.raises(UserError, match=r"a\.ckpt: a model of kind 'squid'.*update fromage"):
+        read_saved(tmp_path / "a.ckpt")
