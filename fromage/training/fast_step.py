@@ -90,10 +90,10 @@ def _of_first(parts: list[Batch], n: int) -> list[int]:
 
 
 def chunks(model: Fromage, batch: Batch, size: int) -> list[Batch]:
-    """Parts of `size` examples; a part without any word, which a language model cannot run on, joins the one before."""
+    """Parts of `size` examples; one without any token but [RET], which no language model can run on, joins that before."""
     B = len(batch.lengths)
-    worded = [i for i in range(0, B, size) if count_targets(model, batch.part(i, i + size))]
-    return [batch.part(i, j) for i, j in pairwise([0, *worded[1:], B])]
+    begins = [i for i in range(0, B, size) if count_targets(model, batch.part(i, i + size))]
+    return [batch.part(i, j) for i, j in pairwise([0, *begins[1:], B])]
 
 
 def part_losses(
