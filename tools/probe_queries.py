@@ -35,8 +35,8 @@ from fromage.octopus.patch_store import PatchStore
 from fromage.octopus.recognition import Recognizer
 from fromage.toy.scenes import COLOURS, SHAPES
 from fromage.training.configs import find_config
-from fromage.training.module import CosineToZero
 from fromage.training.planning import options_of
+from fromage.training.schedule import CosineToZero
 
 SIZES = {"num_queries": 8, "decoder_width": 96, "decoder_layers": 4, "heads": 4}
 SHOWN = {"all": "all", "colour": "the red one", "shape": "the arrow"}

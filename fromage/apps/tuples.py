@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,13 @@ from tqdm import tqdm
 from fromage.data.image_source import read_captions
 from fromage.errors import BrokenSample, UserError
 from fromage.evals.answer_file import AnswerFile
-from fromage.generation.tuple_writer import EXAMPLES, Sampling, TupleWriter, read_written
+from fromage.generation.tuple_writer import EXAMPLES, Sampling, TupleWriter, Written, usable
 from fromage.io import write_files, write_json
 from fromage.models.language_model import load_lm
 from fromage.processor import find_device
 
 WRITTEN, LINES, REPORT = "written.jsonl", "tuples.jsonl", "report.json"
+TARGET = "target"  # in a line of written.jsonl
 
 
 def write_tuples(
@@ -54,16 +56,17 @@ def write_tuples(
     out.mkdir(parents=True, exist_ok=True)
     known = hashlib.sha256(json.dumps([caption for _, caption in said]).encode()).hexdigest()[:16]
     about = {"captions": captions.name, "said": known, "count": len(said), "lm": lm, "dtype": dtype}
-    about |= {"examples": len(EXAMPLES), **sampling.about()}
+    about |= {"examples": len(EXAMPLES), **asdict(sampling)}
     with AnswerFile(out / WRITTEN, about, overwrite) as file:
         batches = [range(i, min(i + sampling.batch_size, len(said))) for i in range(0, len(said), sampling.batch_size)]
-        todo = [n for n, batch in enumerate(batches) if not file.answered.keys() >= set(batch)]
+        there = {i for i, record in file.answered.items() if TARGET in record}  # lines of former versions lack it
+        todo = [n for n, batch in enumerate(batches) if not there >= set(batch)]
         if todo:
             writer = TupleWriter(load_lm(lm, dtype, rows=(), places=()).to(place), sampling)
         for number in tqdm(todo, "writing", unit=" batches"):
-            texts = writer.write([said[i][1] for i in batches[number]], number)
-            file.add([{"question_id": i, "text": text} for i, text in zip(batches[number], texts, strict=True)])
-        entries, causes = kept(said, [file.answered[i]["text"] for i in range(len(said))])
+            written = writer.write([said[i][1] for i in batches[number]], number)
+            file.add([as_record(i, one) for i, one in zip(batches[number], written, strict=True)])
+        entries, causes = kept(said, [of_record(file.answered[i]) for i in range(len(said))])
         report = {**about, "kept": len(entries), "left_out": dict(causes)}
         write_files(out, {LINES: "".join(f"{json.dumps(entry)}\n" for entry in entries).encode()})
         write_json(out / REPORT, report)
@@ -71,12 +74,23 @@ def write_tuples(
     return report
 
 
-def kept(said: list[tuple[str, str]], written: list[str]) -> tuple[list[dict[str, str]], Counter[str]]:
+def as_record(number: int, written: Written | None) -> dict[str, Any]:
+    """A line of written.jsonl: the condition as its text, and the target caption, null where nothing was written."""
+    condition, target = written or ("", None)
+    return {"question_id": number, "text": condition, TARGET: target}
+
+
+def of_record(record: dict[str, Any]) -> Written | None:
+    """What a line of written.jsonl holds."""
+    return None if record[TARGET] is None else Written(record["text"], record[TARGET])
+
+
+def kept(said: list[tuple[str, str]], written: list[Written | None]) -> tuple[list[dict[str, str]], Counter[str]]:
     """The tuples that are of use, as lines of `fromage shards tuples`, and how many others there are, by cause."""
     entries, causes = [], Counter[str]()
-    for (image, caption), text in zip(said, written, strict=True):
+    for (image, caption), one in zip(said, written, strict=True):
         try:
-            condition, target = read_written(caption, text)
+            condition, target = usable(caption, one)
         except BrokenSample as error:
             causes[str(error)] += 1
             continue

@@ -12,8 +12,12 @@ HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*(?<!\.ckpt)")
 
 
 @cache
-def look_for_hub() -> None:
-    """Without a way to the model hub, look at its cache only: the hub's own retries take minutes to fail."""
+def stay_offline_without_hub() -> None:
+    """Without a way to the model hub, set huggingface_hub offline, so that it looks at its cache only.
+
+    Its own retries take minutes to fail. The hub is looked for once, and not behind a proxy; the setting holds for the rest
+    of the process.
+    """
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE or getproxies():

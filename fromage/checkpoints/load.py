@@ -8,8 +8,18 @@ from typing import Any
 from huggingface_hub import snapshot_download
 
 from fromage.checkpoints.card import about_run
-from fromage.checkpoints.format import CONFIG, FORMAT, GENERATION, OCTOPUS, WEIGHTS, Saved, read_folder, read_generation
-from fromage.checkpoints.hub import HUB_NAME, look_for_hub
+from fromage.checkpoints.format import (
+    CONFIG,
+    FORMAT,
+    GENERATION,
+    LAYOUTS,
+    OCTOPUS,
+    WEIGHTS,
+    Saved,
+    read_folder,
+    read_generation,
+)
+from fromage.checkpoints.hub import HUB_NAME, stay_offline_without_hub
 from fromage.checkpoints.lightning import PREFIX, read_checkpoint
 from fromage.checkpoints.run_folder import checkpoint_file, last_checkpoint
 from fromage.errors import UserError, first_line
@@ -23,7 +33,7 @@ def read_saved(path: str | Path, **hub: Any) -> Saved:
         return read_folder(Path(path))
     if Path(path).exists() or not HUB_NAME.fullmatch(str(path)):
         return _from_lightning(path)
-    look_for_hub()
+    stay_offline_without_hub()
     try:
         folder = snapshot_download(str(path), allow_patterns=[CONFIG, WEIGHTS, GENERATION], **hub)
     except Exception as error:
@@ -56,5 +66,7 @@ def _from_lightning(path: str | Path) -> Saved:
     checkpoint = read_checkpoint(path)
     tensors = {name.removeprefix(PREFIX): value for name, value in checkpoint.get("state_dict", {}).items()}
     settings, generation = dict(checkpoint["hyper_parameters"]), read_generation(Path(path).parent)
-    kind = OCTOPUS if "stage" in settings else FORMAT  # Octopus is trained in stages
+    kind = checkpoint.get("kind") or (OCTOPUS if "stage" in settings else FORMAT)  # older files do not say it
+    if kind not in [*LAYOUTS]:
+        raise UserError(f"checkpoint {path}: a model of kind {kind!r}, which this version does not know; update fromage")
     return Saved(str(path), tensors, settings, {}, generation=generation, format=kind, about=about_run(checkpoint))

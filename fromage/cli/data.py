@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from fromage.checks import check_whole
 from fromage.cli.command import Result
-from fromage.cli.options import DType, Quantized, check_free, save_png
+from fromage.cli.options import DType, check_free, save_png
+from fromage.errors import UserError
+from fromage.models.options import Quantized
 
 if TYPE_CHECKING:
     from fromage.checkpoints.format import Saved
@@ -267,7 +269,11 @@ def plan(*, config: Sequence[str], overrides: Overrides, device_tflops: float = 
     from fromage.training.planning import as_json, check_known, model_of, report
 
     files = [find_config(name) for name in config]
-    planner: Any = of_octopus if model_of(files) == "OctopusModule" else of_fromage
+    planners: dict[str, Any] = {"FromageModule": of_fromage, "OctopusModule": of_octopus}
+    if (name := model_of(files) or "FromageModule") not in planners:
+        told = f"no run of {name} can be planned; choose {' or '.join(planners)}"
+        raise UserError(f"configuration {', '.join(config)}: model.class_path: {told}")
+    planner = planners[name]
     # a switch is only set
     given = {name: value for name, value in asdict(overrides).items() if value is not None and value is not False}
     check_known(planner.Run, given, config)

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fromage.cli.command import Result
-from fromage.cli.options import Quantized
 from fromage.errors import UserError
+from fromage.models.options import Quantized
 
 QUESTION = "where is {}?"
 Split = Literal["val", "testA", "testB", "test", "train"]

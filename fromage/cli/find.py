@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from fromage.cli.command import Result
 from fromage.cli.evals import QUESTION
-from fromage.cli.options import Quantized, save_png
+from fromage.cli.options import save_png
 from fromage.errors import UserError
+from fromage.models.options import Quantized
 
 if TYPE_CHECKING:
     from fromage.octopus.answers import Grounded

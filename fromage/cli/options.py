@@ -15,7 +15,6 @@ from fromage.errors import UserError, reason
 from fromage.io import set_aside, write_files
 
 DType = Literal["float32", "bfloat16", "float16"]
-Quantized = Literal["int8", "nf4"]
 Check = Callable[[str], Any]
 
 

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
 
 from fromage.cli.command import Result
-from fromage.cli.options import Quantized
 from fromage.errors import UserError, first_few
 from fromage.generation.options import DEFAULTS, Decoding, StyleName
 from fromage.io import listen
+from fromage.models.options import Quantized
 from fromage.serving.batching import Capacity
 
 

@@ -69,6 +69,11 @@ class PromptTokenizer:
         """Id of [RET], the first of ret_ids. Raises KeyError for a tokenizer without it."""
         return self.added[RET]
 
+    @property
+    def never_chosen(self) -> list[int]:
+        """Ids that no model predicts: <|image|>, and the [RET] tokens behind the first, which follow it by rule."""
+        return [self.image_id, *self.ret_ids[1:]]
+
     def encode(self, text: str) -> list[int]:
         """Ids of a text without a start token; '[RET]' or '</s>' within it are plain text."""
         return self.hf.encode(text, add_special_tokens=False, split_special_tokens=True)

@@ -147,8 +147,8 @@ def processors(model: Fromage, decoding: Decoding, rows: range) -> Iterator[Logi
     if decoding.repetition_penalty != 1:
         yield RepetitionPenaltyLogitsProcessor(float(decoding.repetition_penalty))
     if model.lm.cap is not None:  # Hugging Face caps the head's -inf too
-        yield SuppressTokensLogitsProcessor([model.tokenizer.image_id, *model.tokenizer.ret_ids[1:]], str(model.device))
-    yield RetRules(model.tokenizer.ret_ids, decoding if model.pooling == "ret" else replace(decoding, max_images=0))
+        yield SuppressTokensLogitsProcessor(model.tokenizer.never_chosen, str(model.device))
+    yield RetRules(model.tokenizer.ret_ids, replace(decoding, max_images=0) if model.reads_word else decoding)
     if decoding.temperature > 0:
         yield TemperatureLogitsWarper(float(decoding.temperature))
         if decoding.top_k:

@@ -27,6 +27,7 @@ from fromage.models.fromage import Fromage
 from fromage.models.prompts import Prompt, embed_prompts
 
 IMAGES, WORDS = "images", "words"  # kinds of messages: those that ask for an image, and others
+BATCH = 25  # answers that are generated at a time
 LEAST = 4  # messages of a kind, half of which judge
 FLOOR = -1e4  # the margin where no place of the answer may hold [RET]; the bias that a request over HTTP may have at most
 
@@ -78,7 +79,7 @@ def tune_ret(model: Fromage, messages: Mapping[str, Sequence[str]], preset: Pres
 
     Raises UserError for a model that never says [RET], and as Chat and generate do.
     """
-    if model.pooling != "ret":
+    if model.reads_word:
         raise UserError("a model of pooling last never says [RET], so there is no bias to tune; train one of pooling ret")
     chat = Chat(model, None, preset.decoding, preset.style, preset.system)
     stop = (*preset.decoding.stop, *chat.style.stop)
@@ -108,9 +109,9 @@ def best_cut(above: Tensor, below: Tensor) -> tuple[float, float]:
 
 
 @torch.no_grad()
-def ret_margins(model: Fromage, prompts: Sequence[Prompt], decoding: Decoding, batch_size: int = 25) -> Tensor:
+def ret_margins(model: Fromage, prompts: Sequence[Prompt], decoding: Decoding) -> Tensor:
     """(N,) the most by which the logit of [RET] exceeds all others, over the places of each answer where it may come."""
-    answers = generate(model, prompts, replace(decoding, max_images=0, temperature=0.0), batch_size=batch_size)
+    answers = generate(model, prompts, replace(decoding, max_images=0, temperature=0.0), batch_size=BATCH)
     return torch.stack([_margin(model, *pair, decoding) for pair in zip(prompts, (a.ids for a in answers), strict=True)])
 
 
@@ -133,5 +134,5 @@ def _margin(model: Fromage, prompt: Prompt, answer: list[int], decoding: Decodin
 
 def _share(model: Fromage, prompts: Sequence[Prompt], decoding: Decoding) -> float:
     """Share of the answers that bring an image, in percent."""
-    shown = [model.tokenizer.ret_id in answer.ids for answer in generate(model, prompts, decoding, batch_size=25)]
+    shown = [model.tokenizer.ret_id in answer.ids for answer in generate(model, prompts, decoding, batch_size=BATCH)]
     return 100 * sum(shown) / len(shown)

@@ -89,7 +89,7 @@ def score_prompts(
         shared = model.positions(batch.ids, batch.mask)  # (B, T)
         layout = PackedLayout(batch.mask.sum(1).tolist(), model.device, None if shared is None else shared[batch.mask])
         hidden = model.lm.packed(batch.embeds[batch.mask].unsqueeze(0), layout.positions, Causal(layout))  # (N, d)
-        given = torch.tensor([model.tokenizer.image_id, *model.tokenizer.ret_ids[1:]], device=model.device)  # nobody chooses
+        given = torch.tensor(model.tokenizer.never_chosen, device=model.device)
         scored = ~torch.isin(batch.ids, given)[:, 1:] & batch.mask[:, :-1]  # (B, T - 1): a token behind another
         if not bool((tokens := scored.sum(1)).all()):
             raise UserError("a prompt to score has no text behind its first token; write at least one word")

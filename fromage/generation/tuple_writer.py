@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,9 +29,15 @@ EXAMPLES = (
     ("a girl in a coat walks in the rain", "with a small dog", "a girl in a coat walks a small dog in the rain"),
     ("a bowl of soup on a table", "and bread beside it", "a bowl of soup and some bread on a table"),
 )
-TOO_LONG = "(caption too long)"  # in place of what is written
 MOST = {"condition": 20, "target caption": 40}  # words
 LITTLE = "a an the of in on at to and with is are by it its as for from be but this that"  # words that say little
+
+
+class Written(NamedTuple):
+    """What the model wrote for a caption, one line each."""
+
+    condition: str
+    target: str
 
 
 @dataclass(frozen=True)
@@ -59,10 +65,6 @@ class Sampling:
         check_real("temperature", self.temperature, 0, 100)
         check_real("top_p", self.top_p, 0, 1)
 
-    def about(self) -> dict[str, Any]:
-        """All of it, by name."""
-        return asdict(self)
-
 
 def prompt_of(caption: str) -> str:
     """The examples, and a caption that waits for its change."""
@@ -81,8 +83,8 @@ class TupleWriter:
         self.breaks = torch.tensor(["\n" in piece for piece in pieces], device=device)  # (V,) tokens with a line end
 
     @torch.inference_mode()
-    def write(self, captions: Sequence[str], number: int) -> list[str]:
-        """What the model says behind the prompts of batch `number`: a condition, a line end, TARGET and a target caption."""
+    def write(self, captions: Sequence[str], number: int) -> list[Written | None]:
+        """What the model writes for the captions of batch `number`; None for one too long for its positions."""
         device = self.breaks.device
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(self.sampling.seed * 1_000_003 + number)
@@ -91,8 +93,7 @@ class TupleWriter:
             prompts = [prompt if fit else prompt_of("") for prompt, fit in zip(prompts, fits, strict=True)]
             conditions = self._lines(prompts)
             targets = self._lines([f"{p} {c}\n{TARGET}" for p, c in zip(prompts, conditions, strict=True)])
-        written = [f"{condition}\n{TARGET} {target}" for condition, target in zip(conditions, targets, strict=True)]
-        return [text if fit else TOO_LONG for text, fit in zip(written, fits, strict=True)]
+        return [Written(c, t) if fit else None for c, t, fit in zip(conditions, targets, fits, strict=True)]
 
     def _fits(self, prompt: str) -> bool:
         """Whether the language model has positions for a prompt and all that is written behind it."""
@@ -129,14 +130,11 @@ class LineEnd(StoppingCriteria):
         return self.breaks[written].any(1)  # (B, t) -> (B,)
 
 
-def read_written(caption: str, written: str) -> tuple[str, str]:
-    """Condition and target caption of what the model wrote. Raises BrokenSample with the cause for what is of no use."""
-    if written == TOO_LONG:
+def usable(caption: str, written: Written | None) -> Written:
+    """What the model wrote for a caption, where it is of use. Raises BrokenSample with the cause where it is not."""
+    if written is None:
         raise BrokenSample("caption too long for the language model")
-    lines = [line.strip() for line in written.split("\n")]
-    if len(lines) < 2 or not lines[1].startswith(TARGET):
-        raise BrokenSample("not in the form of the examples")
-    condition, target = lines[0], lines[1].removeprefix(TARGET).strip()
+    condition, target = written
     for name, text in (("condition", condition), ("target caption", target)):
         if not _words(text):
             raise BrokenSample(f"empty {name}")
@@ -153,7 +151,7 @@ def read_written(caption: str, written: str) -> tuple[str, str]:
         raise BrokenSample("the condition does not say what is new")
     if after <= change:
         raise BrokenSample("the condition says all of the target caption")
-    return condition, target
+    return written
 
 
 def _words(text: str) -> list[str]:

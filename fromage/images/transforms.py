@@ -35,7 +35,7 @@ SPARE = 2
 
 The decoder then leaves out frequencies that the antialiased resize would have taken out nearly whole. Between 2 and 3 times,
 COCO photographs differ by 0.45 to 0.8 levels of 255 in the mean, under half of what a bilinear filter for the bicubic one
-changes; between 1 and 1.5 times it would be two levels (tests/test_image_transform.py).
+changes; between 1 and 1.5 times it would be two levels (tests/images/test_transforms.py).
 """
 
 

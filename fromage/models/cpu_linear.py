@@ -70,7 +70,7 @@ def with_cpu_linears(model: nn.Module, halves: Halves | None = None) -> nn.Modul
     def second(module: nn.Module) -> nn.Module:
         if module not in seen:
             kind = CpuLinear if type(module) is nn.Linear else type(module)
-            seen[module] = twin = kind.__new__(kind)
+            seen[module] = twin = object.__new__(kind)  # that of FSDP2 would begin the layer anew
             children = {name: child and second(child) for name, child in module._modules.items()}
             vars(twin).update(vars(module), _modules=children)
             if isinstance(twin, CpuLinear) and halves:

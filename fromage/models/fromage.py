@@ -23,7 +23,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -35,17 +35,15 @@ from fromage.data.padding import token_mask
 from fromage.data.tokenizer import ret_tokens
 from fromage.errors import UserError
 from fromage.models.base import digest
-from fromage.models.fusion import RetFusion, make_fusion
-from fromage.models.language_model import LanguageModel, Quantized, load_lm
+from fromage.models.fusion import make_fusion
+from fromage.models.language_model import LanguageModel, load_lm
+from fromage.models.options import CHOICES, Pooling, Quantized, RetAttention, RetFusion, Space
 from fromage.models.pretrained import Pretrained
 from fromage.models.prompts import RET, ImageInput, Prompt, Starts, batches_by_length, embed_prompts, listed, parts_of
 from fromage.models.vision.base import VisionTower
 from fromage.models.vision.registry import load_vision
 
 OTHER = "{source}: of another architecture ({differs}); give the lm, vision, k, q, r and ret_fusion it was trained with"
-RetAttention = Literal["sequential", "stacked"]  # what r > 1 [RET] tokens see: their predecessors, or not one another
-Space = Literal["learned", "clip"]  # where images and texts are compared: q numbers of our own, or CLIP's joint space
-Pooling = Literal["ret", "last"]  # which hidden state embeds a text: the one at [RET], or at its last word (an ablation)
 
 
 class Fromage(Pretrained):
@@ -78,10 +76,10 @@ class Fromage(Pretrained):
         or several [RET] tokens would stand for nothing.
         """
         super().__init__(lm, vision, k)
-        choices = {"pooling": (pooling, Pooling), "ret_attention": (ret_attention, RetAttention)}
-        for name, (value, known) in (choices | {"ret_fusion": (ret_fusion, RetFusion), "space": (space, Space)}).items():
-            if value not in get_args(known):  # of a file, say
-                raise UserError(f"{name} {value}: must be {' or '.join(get_args(known))}")
+        chosen = {"pooling": pooling, "ret_attention": ret_attention, "ret_fusion": ret_fusion, "space": space}
+        for name, known in CHOICES.items():
+            if chosen[name] not in known:  # of a file, say
+                raise UserError(f"{name} {chosen[name]}: must be {' or '.join(known)}")
         self.r = len(lm.tokenizer.ret_ids)
         if pooling == "last" and not lm.tokenizer.start():
             raise UserError(f"{lm.name}: its texts have no start token, so an empty one has no last word; use pooling 'ret'")
@@ -178,13 +176,29 @@ class Fromage(Pretrained):
         follows = torch.isin(ids, torch.tensor(self.tokenizer.ret_ids[1:], device=ids.device))  # (B, T)
         return ((mask & ~follows).cumsum(1) - 1).clamp(min=0)  # (B, T)
 
+    @property
+    def reads_word(self) -> bool:
+        """Whether the state at its last word embeds a text, and no state at [RET]: pooling 'last'."""
+        return self.pooling == "last"
+
+    def at_ret(self, hidden: Tensor, ends: Tensor) -> Tensor:
+        """(B, T, d) hidden states of texts -> (B, r, d), those that embed them: at [RET], or at the last word before it.
+
+        ends: (B,) places of the first [RET], which are the numbers of tokens in front of it. Of packed texts hidden is
+        (N, d), and ends are places among the N.
+        """
+        if hidden.ndim == 3:  # put end to end
+            ends = ends + hidden.shape[1] * torch.arange(len(ends), device=ends.device)  # (B,)
+            hidden = hidden.flatten(0, 1)  # (B, T, d) -> (B T, d)
+        first = ends - 1 if self.reads_word else ends  # (B,)
+        at = first.unsqueeze(1) + torch.arange(self.r, device=ends.device)  # (B, r)
+        return hidden.index_select(0, at.flatten()).unflatten(0, at.shape)  # (B r, d) -> (B, r, d)
+
     def hidden_at_ret(self, ids: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor]:
         """Run right-padded texts (B, T) that end in [RET]: hidden states (B, T, d), and those at [RET] (B, r, d)."""
         mask = token_mask(lengths, ids.shape[1], ids.device)  # (B, T)
         hidden = self.lm(self.embed(ids), mask, self.positions(ids, mask))  # (B, T, d)
-        first = mask.sum(1, keepdim=True) - (self.r if self.pooling == "ret" else 2)  # (B, 1)
-        at = first + torch.arange(self.r, device=ids.device)  # (B, r)
-        return hidden, hidden.gather(1, at.unsqueeze(2).expand(-1, -1, hidden.shape[2]))  # (B, T, d) -> (B, r, d)
+        return hidden, self.at_ret(hidden, mask.sum(1) - self.r)  # (B, T, d) -> (B, r, d)
 
     @torch.no_grad()
     def embed_text(self, prompts: Sequence[Prompt], batch_size: int = 128, starts: Starts = Starts.ONCE) -> Tensor:
@@ -195,7 +209,7 @@ class Fromage(Pretrained):
         """
         check_whole("batch_size", batch_size, 1)
         prompts = listed(prompts)
-        suffix = [RET] if self.pooling == "ret" else []
+        suffix = [] if self.reads_word else [RET]
         rows = torch.empty(len(prompts), self.q, device=self.device)  # (B, q)
         for at in batches_by_length(prompts, batch_size):
             batch = embed_prompts(self, [[*parts_of(prompts[i]), *suffix] for i in at], starts=starts)

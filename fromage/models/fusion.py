@@ -10,11 +10,10 @@ NeurIPS 2023): it maps all r states and keeps the first. With r = 1, mean and fi
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 from torch import Tensor, nn
 
-RetFusion = Literal["mean", "transformer", "first"]
+from fromage.models.options import RetFusion
 
 
 class Mean(nn.Module):

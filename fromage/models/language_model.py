@@ -9,7 +9,7 @@ import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,18 +20,18 @@ from transformers.utils import is_bitsandbytes_available
 from transformers.utils.logging import disable_progress_bar
 
 from fromage.checkpoints.format import DTYPES
-from fromage.checkpoints.hub import look_for_hub
+from fromage.checkpoints.hub import stay_offline_without_hub
 from fromage.data.tokenizer import IMAGE, RET, PromptTokenizer
 from fromage.distribution import pip_install
 from fromage.errors import UserError, first_line
 from fromage.models import gguf, towers
 from fromage.models.cpu_linear import cpu_linears
 from fromage.models.frozen import TOY, FrozenTower, hold
+from fromage.models.options import Quantized
 from fromage.models.packed_attention import Attend, attending, distances, route
 from fromage.models.special_tokens import AddedTokens, ExtendedEmbedding, ExtendedHead
 
 log = logging.getLogger(__name__)
-Quantized = Literal["int8", "nf4"]
 
 
 class LanguageModel(FrozenTower):
@@ -220,7 +220,7 @@ def _folder(name: str) -> str:
         return str(towers.folder_of(name))
     folder = str(TOY / "opt") if name == "toy" else name
     if not Path(folder).exists():
-        look_for_hub()
+        stay_offline_without_hub()
     return folder
 
 

@@ -43,7 +43,7 @@ class Special(Enum):
     """Tokens that text in a prompt cannot produce."""
 
     RET = "[RET]"
-    START = "</s>"
+    START = "start"  # which token it is, if any, the tokenizer says
     QUERIES = "<|query|>"
 
 

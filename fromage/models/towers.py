@@ -210,9 +210,9 @@ def _member(name: str, wheel: Wheel, folder: Path) -> Path:
 def _from_hub(name: str, repository: str) -> str:
     from huggingface_hub import snapshot_download
 
-    from fromage.checkpoints.hub import look_for_hub
+    from fromage.checkpoints.hub import stay_offline_without_hub
 
-    look_for_hub()
+    stay_offline_without_hub()
     try:
         return snapshot_download(repository, ignore_patterns=list(OTHERS))
     except Exception as error:

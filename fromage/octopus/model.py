@@ -33,7 +33,8 @@ from fromage.data.tokenizer import IMAGE
 from fromage.errors import UserError
 from fromage.models.base import digest
 from fromage.models.frozen import digest_of_samples, hold
-from fromage.models.language_model import LanguageModel, Quantized, load_lm
+from fromage.models.language_model import LanguageModel, load_lm
+from fromage.models.options import Quantized
 from fromage.models.pretrained import Pretrained, parameters_of
 from fromage.models.prompts import QUERIES, ImageInput, Part
 from fromage.models.vision.base import VisionTower

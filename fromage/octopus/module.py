@@ -13,7 +13,7 @@ from fromage.checkpoints.format import dtype_name
 from fromage.checkpoints.lightning import PREFIX
 from fromage.checkpoints.load import read_saved
 from fromage.checks import check_real, check_whole
-from fromage.models.language_model import Quantized
+from fromage.models.options import Quantized
 from fromage.models.pretrained import from_hyperparameters
 from fromage.octopus.checkpoint import MASKS, check_names, check_run, check_shaped, current_names, current_state, of_stage
 from fromage.octopus.decoding import decode, grounded
@@ -233,7 +233,8 @@ class OctopusModule(GuardedModule):
         checkpoint["state_dict"] = {PREFIX + name: value for name, value in state.items()}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the parameters trained in this stage or before."""
+        """Keep the parameters trained in this stage or before, and say whose they are."""
+        checkpoint["kind"] = self.model.kind
         trained = {name for name, p in self.model.named_parameters() if p.requires_grad} | self._taken
         state = checkpoint["state_dict"].items()
         checkpoint["state_dict"] = {name: value for name, value in state if name.removeprefix(PREFIX) in trained}

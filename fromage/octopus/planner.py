@@ -23,7 +23,8 @@ from transformers import AutoModelForCausalLM
 from fromage.checkpoints.format import DTYPES, dtype_name
 from fromage.data.tokenizer import IMAGE
 from fromage.errors import UserError
-from fromage.models.language_model import LanguageModel, Quantized
+from fromage.models.language_model import LanguageModel
+from fromage.models.options import Quantized
 from fromage.models.vision.base import VisionTower
 from fromage.models.vision.registry import plan_vision
 from fromage.octopus.checkpoint import check_run

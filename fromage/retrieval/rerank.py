@@ -31,7 +31,7 @@ class Near(NamedTuple):
 
 
 def rerank(query: np.ndarray, near: Near, k: int, excluded: frozenset[str] = frozenset()) -> tuple[list[Hit], float]:
-    """The best k of the rows near a query (q,), best first, and the worst score among all of the rows, or somewhat more.
+    """The best k of the rows near a query (q,), best first, and an upper bound of the lowest score of all of them.
 
     excluded: paths that must not be found.
     """

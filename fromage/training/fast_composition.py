@@ -21,12 +21,10 @@ A loss of weight 0 has no branch; with both 0 nothing runs.
 
 from __future__ import annotations
 
-from functools import partial
 from itertools import accumulate, chain
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from fromage.data.tuples import Tuples
 from fromage.models.fromage import Fromage
@@ -35,7 +33,7 @@ from fromage.models.vision.base import TextTower
 from fromage.training.fast_step import mean_over_parts
 from fromage.training.losses import device_weight, frozen_head_loss
 from fromage.training.reference_composition import CompositionOutput, composed_nce, wanted
-from fromage.training.step import Weights, image_features
+from fromage.training.step import Weights, image_features, recomputed
 
 TRUNK, OF_RET, OF_CAPTION = 0, 1, 2  # numbers of the branches
 
@@ -56,7 +54,7 @@ def fast_composition(
     B = len(tuples.keys)
     size = chunk or B
     parts = [(tuples.part(i, i + size), features[i : i + size]) for i in range(0, B, size)]
-    run = again_in_backward if len(parts) > 1 else composed
+    run = recomputed(composed) if len(parts) > 1 else composed
     done = [run(model, part, v, weights) for part, v in parts]
     words = [sum(part.caption_lengths) for part, _ in parts]
     captioning_loss, caption_accuracy = mean_over_parts(words, [torch.stack(one[:2]) for one in done])
@@ -70,9 +68,9 @@ def fast_composition(
 
 def composed(model: Fromage, tuples: Tuples, features: Tensor, weights: Weights) -> tuple[Tensor, ...]:
     """Captioning loss and token accuracy of the target captions, and the queries (B, q) read at [RET]; 0 where not run."""
-    k, device, at_word = model.k, tuples.conditions.device, model.pooling == "last"
+    k, device = model.k, tuples.conditions.device
     trunk = [k + n - model.r for n in tuples.lengths]  # tokens of each
-    ret = model.r if weights.composition_retrieval and not at_word else 0
+    ret = model.r if weights.composition_retrieval and not model.reads_word else 0
     words = [n - 1 if weights.composition_captioning else 0 for n in tuples.caption_lengths]
     each = [t + ret + n for t, n in zip(trunk, words, strict=True)]
     layout = _layout(model, trunk, ret, words, device)
@@ -87,14 +85,9 @@ def composed(model: Fromage, tuples: Tuples, features: Tensor, weights: Weights)
         targets = PackedLayout(tuples.caption_lengths, device).pack(tuples.captions)  # (sum of lengths,)
         loss, accuracy = frozen_head_loss(hidden.index_select(0, to_device(at, device)), targets, model.lm)
     if weights.composition_retrieval:
-        first = [start + t - at_word for start, t in zip(begins, trunk, strict=True)]
-        at = [i + j for i in first for j in range(model.r)]
-        at_ret = hidden.index_select(0, to_device(at, device)).unflatten(0, (-1, model.r))  # (B r, d) -> (B, r, d)
-        queries = model.embed_ret(at_ret)  # (B, q)
+        ends = to_device([start + t for start, t in zip(begins, trunk, strict=True)], device)  # (B,)
+        queries = model.embed_ret(model.at_ret(hidden, ends))  # (N, d) -> (B, r, d) -> (B, q)
     return loss, accuracy.float(), queries
-
-
-again_in_backward = partial(checkpoint, composed, use_reentrant=False, preserve_rng_state=False)
 
 
 def _layout(model: Fromage, trunk: list[int], ret: int, words: list[int], device: torch.device) -> PackedLayout:

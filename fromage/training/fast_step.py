@@ -24,12 +24,10 @@ Why each shortcut is exact:
 
 from __future__ import annotations
 
-from functools import partial
 from itertools import accumulate, chain, pairwise
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from fromage.data.batches import Batch
 from fromage.models.fromage import Fromage
@@ -44,6 +42,7 @@ from fromage.training.step import (
     dropped,
     image_features,
     no_captioning,
+    recomputed,
 )
 
 
@@ -63,7 +62,7 @@ def fast_step(
     check_captions(model, batch)
     parts = chunks(model, batch, chunk + chunk % 2) if chunk else [batch]  # an even number, so that pairs stay together
     features = [image_features(model, part) for part in parts]  # (b, m) each
-    run = again_in_backward if len(parts) > 1 else part_losses
+    run = recomputed(part_losses) if len(parts) > 1 else part_losses
     captioned = _of_first(parts, weights.captioned(model, batch))  # examples of each part that are captioned
     done = [run(model, part, v, paired, weights, n) for part, v, n in zip(parts, features, captioned, strict=True)]
     words = [count_targets(model, part.part(0, n)) if n else 0 for part, n in zip(parts, captioned, strict=True)]
@@ -91,10 +90,10 @@ def _of_first(parts: list[Batch], n: int) -> list[int]:
 
 
 def chunks(model: Fromage, batch: Batch, size: int) -> list[Batch]:
-    """Parts of `size` examples; a part without any word, which a language model cannot run on, joins the one before."""
+    """Parts of `size` examples; one without any token but [RET], which no language model can run on, joins that before."""
     B = len(batch.lengths)
-    worded = [i for i in range(0, B, size) if count_targets(model, batch.part(i, i + size))]
-    return [batch.part(i, j) for i, j in pairwise([0, *worded[1:], B])]
+    begins = [i for i in range(0, B, size) if count_targets(model, batch.part(i, i + size))]
+    return [batch.part(i, j) for i, j in pairwise([0, *begins[1:], B])]
 
 
 def part_losses(
@@ -106,9 +105,6 @@ def part_losses(
         captioning_loss, caption_accuracy = captioning(model, some, features[:n], paired)
     text_loss, at_ret = retrieval_text(model, batch.queries)
     return captioning_loss, text_loss, caption_accuracy, model.embed_ret(at_ret)
-
-
-again_in_backward = partial(checkpoint, part_losses, use_reentrant=False, preserve_rng_state=False)
 
 
 def captioning(model: Fromage, batch: Batch, features: Tensor, paired: bool) -> tuple[Tensor, Tensor]:
@@ -146,8 +142,8 @@ def retrieval_text(model: Fromage, batch: Batch) -> tuple[Tensor, Tensor]:
     is_ret = targets == model.tokenizer.ret_id  # (N,)
     text_loss = (torch.logaddexp(lse, ret_logit) - torch.where(is_ret, ret_logit, z)).mean()
 
-    if model.pooling == "last":
-        return text_loss, hidden.index_select(0, to_device(list(accumulate(lengths)), device) - 1).unsqueeze(1)  # (B, 1, d)
+    if model.reads_word:
+        return text_loss, model.at_ret(hidden, to_device(list(accumulate(lengths)), device))  # (N, d) -> (B, 1, d)
     ret = model.lm.embed(to_device(model.tokenizer.ret_ids * len(lengths), device).unsqueeze(0))  # (1, B r, d)
     positions = to_device([n + further for n in lengths for further in model.ret_offsets], device)  # (B r,)
     at_ret = model.lm.packed(ret, positions, More(before, lengths, model.ret_offsets, device))  # (B r, d)

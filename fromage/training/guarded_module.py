@@ -22,6 +22,7 @@ class GuardedModule(pl.LightningModule):
     """
 
     guard: NonFiniteGuard
+    figures_due = True  # whether the figures of this step are logged
     _began: tuple[float, int]  # seconds of a clock, and steps made, when this run began or went on
 
     def log_figures(self, figures: Mapping[str, Tensor | float], shown: Sequence[str] = (), **how: Any) -> None:
@@ -37,11 +38,6 @@ class GuardedModule(pl.LightningModule):
             on_host = torch.as_tensor(value, device="cpu").detach()
             self.log(name, on_host, prog_bar=name in shown, **how)
 
-    @property
-    def figures_due(self) -> bool:
-        """Whether this step's figures are logged."""
-        return self.device.type == "cpu" or self.trainer._logger_connector.should_update_logs
-
     def on_train_start(self) -> None:
         """Start the clock of the time left."""
         self._began = time.monotonic(), self.global_step
@@ -55,7 +51,12 @@ class GuardedModule(pl.LightningModule):
             self.log_figures(left, ["minutes_left"], logger=False)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Tell of an update that was not finite."""
+        """Decide whether the figures of this step are logged; tell of an update that was not finite.
+
+        It is decided here, for all batches of a step, since global_step has advanced where the last of them ends.
+        """
+        due = logs_step(self.trainer, self.global_step + 1) or self.trainer.should_stop
+        self.figures_due = self.device.type == "cpu" or due
         self.guard.check(self._last_good)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -69,3 +70,8 @@ class GuardedModule(pl.LightningModule):
     @property
     def _last_good(self) -> str:
         return saved_checkpoint(self.trainer) or "none yet"
+
+
+def logs_step(trainer: Any, step: int) -> bool:
+    """Whether a trainer logs a step, counted from 1: every log_every_n_steps steps, and none with 0."""
+    return trainer.log_every_n_steps > 0 and step % trainer.log_every_n_steps == 0

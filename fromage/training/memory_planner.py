@@ -26,9 +26,9 @@ from fromage.checkpoints.format import DTYPES, dtype_name
 from fromage.data.batches import Batch
 from fromage.data.tuples import Images, Tuples
 from fromage.errors import UserError
-from fromage.models.fromage import Fromage, Pooling, RetAttention, Space
-from fromage.models.fusion import RetFusion
-from fromage.models.language_model import LanguageModel, Quantized
+from fromage.models.fromage import Fromage
+from fromage.models.language_model import LanguageModel
+from fromage.models.options import CHOICES, Quantized
 from fromage.models.vision.base import VisionTower
 from fromage.models.vision.registry import plan_vision
 from fromage.training.fast_composition import fast_composition
@@ -105,9 +105,7 @@ def read_run(config: str | Sequence[str], **options: Any) -> Run:
     found = options_of(config) | {name: value for name, value in options.items() if value is not None}
     run = run_of(Run, found, config)
     run = replace(run, dtype=dtype_name(run.dtype))
-    check_choices(run, {"step": ("fast", "reference"), "quantize": (None, *get_args(Quantized))})
-    check_choices(run, {"ret_attention": get_args(RetAttention), "ret_fusion": get_args(RetFusion)})
-    check_choices(run, {"space": get_args(Space), "pooling": get_args(Pooling)})
+    check_choices(run, {"step": ("fast", "reference"), "quantize": (None, *get_args(Quantized)), **CHOICES})
     if min(run.batch_size, run.r) < 1 or not 1 <= run.tokens <= run.max_tokens - run.r:
         raise UserError(
             f"batches of {run.batch_size}, {_captions(run)}: "

@@ -21,14 +21,10 @@ from fromage.data.batches import Batch
 from fromage.data.tuples import Tuples
 from fromage.errors import UserError
 from fromage.generation.generate import caption_images
-from fromage.images.contact_sheet import contact_sheet
-from fromage.images.transforms import to_image
-from fromage.models.fromage import Fromage, Pooling, RetAttention, Space
-from fromage.models.fusion import RetFusion
-from fromage.models.language_model import Quantized
+from fromage.models.fromage import Fromage
+from fromage.models.options import Pooling, Quantized, RetAttention, RetFusion, Space
 from fromage.models.pretrained import from_hyperparameters
 from fromage.models.vision.base import TextTower
-from fromage.retrieval.metrics import Gallery, joined, retrieval_recalls
 from fromage.training.fast_composition import fast_composition
 from fromage.training.fast_step import fast_step
 from fromage.training.guarded_module import GuardedModule
@@ -36,13 +32,13 @@ from fromage.training.layers import checkpoint_blocks, compile_blocks
 from fromage.training.nonfinite import NonFiniteGuard
 from fromage.training.reference_composition import NO_TUPLES, CompositionOutput, reference_composition
 from fromage.training.reference_step import reference_step
+from fromage.training.schedule import warmup_then
 from fromage.training.step import StepOutput, Weights, freeze_unused, image_features, text_embeddings
-from fromage.training.strategy import gather_parts
+from fromage.training.validation import Validation
 
 COMPOSITION = ("composition_captioning_weight", "composition_retrieval_weight")
 FREEZING = ("freeze_temperature", "captioning_weight", "retrieval_weight", *COMPOSITION, "pooling")  # decide what is trained
 LOSSES = ("captioning", "text", "contrastive", "composition captioning", "composition contrastive")
-SHOWN_FROM = 200  # images of the validation set that the logged searches rank
 
 
 def _check(h: Any) -> None:
@@ -62,14 +58,12 @@ def _check(h: Any) -> None:
     if not any(h[name] for name in weights):
         raise UserError("model.captioning_weight, model.retrieval_weight: choose numbers from 0 on, not all of them 0")
     dtype_name(h.dtype)
-
-
-class CosineToZero(torch.optim.lr_scheduler.CosineAnnealingLR):
-    """A cosine from lr to zero that stays there; PyTorch's own rises again."""
-
-    def get_lr(self) -> list[float | Tensor]:
-        """Of each group of parameters."""
-        return [0.0 for _ in self.base_lrs] if self.last_epoch > self.T_max else super().get_lr()
+    if h.step not in ("fast", "reference"):
+        raise UserError(f"model.step {h.step}: choose fast or reference")
+    if h.chunk < 0:
+        raise UserError(f"model.chunk {h.chunk}: choose a number of examples, or 0 for all at once")
+    if h.chunk and h.step == "reference":
+        raise UserError("model.chunk is the fast step's: leave out model.chunk, or choose model.step fast")
 
 
 class FromageModule(GuardedModule):
@@ -81,6 +75,7 @@ class FromageModule(GuardedModule):
 
     strict_loading = False
     model: Fromage
+    _validation: Validation
 
     def __init__(
         self,
@@ -176,15 +171,7 @@ class FromageModule(GuardedModule):
         self.save_hyperparameters()
         self.h: Any = self.hparams
         _check(self.h)
-        if step not in ("fast", "reference"):
-            raise UserError(f"model.step {step}: choose fast or reference")
-        if chunk < 0:
-            raise UserError(f"model.chunk {chunk}: choose a number of examples, or 0 for all at once")
-        if chunk and step == "reference":
-            raise UserError("model.chunk is the fast step's: leave out model.chunk, or choose model.step fast")
         self.guard = NonFiniteGuard(nonfinite == "skip", LOSSES if self.weights.composes else LOSSES[:3])
-        self._validation: list[Gallery] = []
-        self._to_show: list[tuple[str, Tensor, Tensor | None]] = []
         self._clock, self._examples = 0.0, 0  # when figures were logged last, and examples since
         self.sheets: dict[str, Image.Image] = {}  # contact sheets of the last validation, by tag
 
@@ -208,12 +195,8 @@ class FromageModule(GuardedModule):
         trained = [p for p in self.model.trained().values() if p.requires_grad]
         optimizer = torch.optim.Adam(trained, lr=h.lr, betas=tuple(h.betas), eps=h.eps, fused=True)
         first = 0 if h.warmup_from_zero and h.warmup_steps else 1
-        warmup = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + first) / max(1, h.warmup_steps)))
-        if not h.decay_steps:
-            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": warmup, "interval": "step"}}
-        cosine = CosineToZero(optimizer, h.decay_steps)
-        both = torch.optim.lr_scheduler.SequentialLR(optimizer, [warmup, cosine], [h.warmup_steps])
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": both, "interval": "step"}}
+        scheduler = warmup_then(optimizer, h.warmup_steps, first, h.decay_steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def paired(self, step: int) -> bool:
         """Whether a step's captioning sequences contain two examples. It depends on seed and step only, for exact resume."""
@@ -350,8 +333,8 @@ class FromageModule(GuardedModule):
         return "test" if self.trainer.testing else "val"
 
     def on_validation_epoch_start(self) -> None:
-        """Reset the results of the last validation."""
-        self._validation, self._to_show, self._clock = [], [], 0.0
+        """Begin a validation."""
+        self._validation, self._clock = Validation(self.model), 0.0
 
     def validation_step(self, batch: Batch, index: int, dataloader_idx: int = 0) -> None:
         """Losses of the unpaired step with each image's first caption; embeddings of all captions are kept until the end."""
@@ -359,49 +342,22 @@ class FromageModule(GuardedModule):
         losses = {"captioning_loss": out.captioning_loss, "text_loss": out.text_loss, "loss": out.loss}
         named = {f"{self.stage}/{name}": value for name, value in losses.items()}
         self.log_dict(named, batch_size=len(batch.keys), sync_dist=True)
-        texts = torch.cat([out.texts, *(text_embeddings(self.model, some) for some in batch.others())])  # (N, q)
-        self._validation.append(Gallery(texts, out.images, batch.owners))
-        if len(self._to_show) < SHOWN_FROM:
-            features = image_features(self.model, batch).cpu()
-            pixels = [None] * len(features) if batch.pixels is None else list(batch.pixels.cpu())
-            self._to_show += zip(batch.captions, features, pixels, strict=True)
+        self._validation.add(out, batch)
 
     def on_validation_epoch_end(self) -> None:
-        """Recall@1/5/10 in both directions over the validation set; contact sheets for TensorBoard and the report.
-
-        An image is found by each of its captions, and finds any of them.
-        """
-        gallery = joined(gather_parts(self._validation) if self.trainer.world_size > 1 else self._validation)
-        if copies := len(gallery.images) - len(gallery.images.unique(dim=0)):
-            found = f"{copies} of {len(gallery.images)} validation images equal another, so recall counts them as not found"
-            warnings.warn(f"{found}: pack each image once with all its captions (fromage shards)", stacklevel=2)
-        recalls = retrieval_recalls(*gallery)
+        """Recalls over the validation set; contact sheets for TensorBoard and the report."""
+        recalls = self._validation.recalls()
         self.log_dict({f"{self.stage}/{name}": value for name, value in recalls.items()}, sync_dist=True)
         self.log(f"{self.stage}/r1", recalls["t2i_r1"], prog_bar=True, sync_dist=True)
         if self.trainer.is_global_zero and self.h.shown:
-            self._show(gallery)
-        self._validation, self._to_show = [], []
+            self._show({f"{self.stage}/{name}": sheet for name, sheet in self._validation.sheets(self.h.shown).items()})
+        del self._validation  # its embeddings
 
-    def _show(self, gallery: Gallery) -> None:
-        """Images with their generated captions, and queries, first captions, with the five images found for them."""
-        first = {owner: row for row, owner in reversed(list(enumerate(gallery.owners.tolist())))}  # image -> its first text
-        thumbnails = [None if pixels is None else to_image(pixels) for _, _, pixels in self._to_show]
-        shown = range(min(self.h.shown, len(self._to_show)))
-        features = torch.stack([self._to_show[i][1] for i in shown]).to(self.device)
-        made = caption_images(self.model, features)
-        self._add_sheet(
-            f"{self.stage}/captions", [(f"true: {self._to_show[i][0]}", [(thumbnails[i], made[i])]) for i in shown]
-        )
-        rows = []
-        for i in shown:
-            scores, best = (gallery.texts[first[i]] @ gallery.images[: len(thumbnails)].T).topk(min(5, len(thumbnails)))
-            rows.append((self._to_show[i][0], [(thumbnails[j], f"{s:.2f}") for s, j in zip(scores, best, strict=True)]))
-        self._add_sheet(f"{self.stage}/search", rows)
-
-    def _add_sheet(self, tag: str, rows: list[tuple[str, list[tuple[Image.Image | None, str]]]]) -> None:
-        sheet = self.sheets[tag] = contact_sheet(rows)
+    def _show(self, sheets: dict[str, Image.Image]) -> None:
+        """Keep contact sheets by tag for the report, and give them to a logger that takes images."""
+        self.sheets |= sheets
         board: Any = getattr(self.logger, "experiment", None)
-        if hasattr(board, "add_image"):
+        for tag, sheet in sheets.items() if hasattr(board, "add_image") else ():
             board.add_image(tag, np.array(sheet), self.global_step, dataformats="HWC")  # (H, W, 3)
 
     test_step = validation_step
@@ -425,7 +381,8 @@ class FromageModule(GuardedModule):
             return False
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the trained parameters only; see fromage.checkpoints.lightning."""
+        """Keep the trained parameters only, and say whose they are; see fromage.checkpoints.lightning."""
+        checkpoint["kind"] = self.model.kind
         checkpoint["state_dict"] = trained_state(checkpoint["state_dict"])
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

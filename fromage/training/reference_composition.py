@@ -85,9 +85,7 @@ def reference_composition(
     if weights.composition_retrieval:
         ids, mask = _padded(model, [trunk + model.tokenizer.ret_ids for trunk in trunks])  # (B, k + T)
         hidden = model.lm(model.embed(ids, prefix), mask, model.positions(ids, mask))  # (B, k + T, d)
-        first = torch.tensor([len(trunk) - (model.pooling == "last") for trunk in trunks], device=ids.device)  # (B,)
-        at = first.unsqueeze(1) + torch.arange(model.r, device=ids.device)  # (B, r)
-        at_ret = hidden.gather(1, at.unsqueeze(2).expand(-1, -1, hidden.shape[2]))  # (B, k + T, d) -> (B, r, d)
+        at_ret = model.at_ret(hidden, torch.tensor([len(trunk) for trunk in trunks], device=ids.device))  # (B, r, d)
         contrastive_loss, retrieval_accuracy = composed_nce(
             model, model.embed_ret(at_ret), wanted(model, tuples, text_tower), weights
         )

@@ -23,6 +23,7 @@ from fromage.images.line_chart import line_chart
 from fromage.io import write_files
 from fromage.printable import printable
 from fromage.training.checkpoint_io import saved_checkpoint
+from fromage.training.guarded_module import logs_step
 
 PACKAGES = ("fromage", "torch", "pytorch-lightning", "transformers", "open_clip_torch", "webdataset")
 CHARTS = {  # title: pattern of the metrics; the group is the name of a line
@@ -67,7 +68,7 @@ class RunReport(pl.Callback):
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Count examples; record the metrics of logged steps."""
         self.examples += len(batch.keys) * trainer.world_size
-        if trainer.log_every_n_steps and trainer.global_step % trainer.log_every_n_steps == 0:
+        if logs_step(trainer, trainer.global_step):
             self._note(trainer, "train/")
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import partial
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from fromage.data.batches import Batch, FurtherTexts
 from fromage.data.tuples import Images, Tuples
 from fromage.errors import UserError, first_few
 from fromage.models.fromage import Fromage
 from fromage.models.packed_attention import to_device
+
+T = TypeVar("T")
 
 
 class Weights(NamedTuple):
@@ -53,7 +58,7 @@ def freeze_unused(model: Fromage, weights: Weights, freeze_temperature: bool = F
     if model.space == "clip":
         model.image_head.requires_grad_(False)
     model.logit_scale.requires_grad_(finding and not freeze_temperature)
-    model.ret.input.requires_grad_(model.pooling == "ret" or model.ret.tied)  # with pooling last no input is [RET]
+    model.ret.input.requires_grad_(not model.reads_word or model.ret.tied)  # with pooling last no input is [RET]
 
 
 @dataclass
@@ -111,3 +116,8 @@ def no_captioning(device: torch.device) -> tuple[Tensor, Tensor]:
 def dropped(features: Tensor, factors: Tensor | None) -> Tensor:
     """(B, m) image features behind dropout, by its factors."""
     return features if factors is None else features * to_device(factors, features.device)
+
+
+def recomputed(run: Callable[..., T]) -> Callable[..., T]:
+    """The same function, whose activations are not kept for the backward: it runs again there."""
+    return partial(checkpoint, run, use_reentrant=False, preserve_rng_state=False)

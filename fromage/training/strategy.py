@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-import torch.distributed as dist
 from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict, set_optimizer_state_dict
@@ -15,7 +14,6 @@ from torch.utils._pytree import tree_map_only
 
 from fromage.checkpoints.format import DTYPES, TOWERS
 from fromage.errors import UserError
-from fromage.retrieval.metrics import Gallery
 from fromage.training.layers import gather_blocks, shard_all, shard_blocks
 
 
@@ -142,10 +140,3 @@ class ShardedModel(ModelParallelStrategy):
 
 def _from_first(strict: bool = True) -> StateDictOptions:
     return StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=strict)
-
-
-def gather_parts(parts: list[Gallery]) -> list[Gallery]:
-    """The parts of all devices; devices can have different numbers of batches."""
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, [part.to("cpu") for part in parts])
-    return [part for theirs in everyone for part in theirs]

@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalL
 import fromage.checkpoints.load
 from fromage.checkpoints.format import CARD, CONFIG, GENERATION, WEIGHTS, read_folder
 from fromage.checkpoints.lightning import read_checkpoint
+from fromage.checkpoints.load import read_saved
 from fromage.cli.main import main
 from fromage.errors import UserError
 from fromage.models.fromage import Fromage, load_model
@@ -175,7 +176,7 @@ def test_load_model_takes_a_lightning_checkpoint_a_folder_and_a_hub_name(model, 
         return str(folder)
 
     monkeypatch.setattr(fromage.checkpoints.load, "snapshot_download", snapshot_download)
-    monkeypatch.setattr(fromage.checkpoints.load, "look_for_hub", lambda: None)
+    monkeypatch.setattr(fromage.checkpoints.load, "stay_offline_without_hub", lambda: None)
     run = load_model(lightning_checkpoint(model, tmp_path / "last.ckpt"))
     assert run.fingerprint() == model.fingerprint()
     there, hub = load_model(str(folder)), Fromage.from_pretrained("someone/fromage-toy", revision="v1")
@@ -361,3 +362,14 @@ def test_a_checkpoint_whose_tensor_claims_more_numbers_than_it_holds_is_refused_
     assert path.stat().st_size < 1 << 20
     with pytest.raises(UserError, match="claims more numbers than are stored"):
         load_model(path)
+
+
+def test_a_checkpoint_says_its_kind_and_an_older_one_is_known_by_its_stage(model, tmp_path):
+    checkpoint = torch.load(lightning_checkpoint(model, tmp_path / "last.ckpt"), weights_only=True)
+    for kind, stage, want in ((None, {}, "fromage"), (None, {"stage": 2}, "octopus"), ("octopus", {}, "octopus")):
+        options = checkpoint["hyper_parameters"] | stage
+        torch.save(checkpoint | {"hyper_parameters": options} | ({"kind": kind} if kind else {}), tmp_path / "a.ckpt")
+        assert read_saved(tmp_path / "a.ckpt").format == want
+    torch.save(checkpoint | {"kind": "squid"}, tmp_path / "a.ckpt")
+    with pytest.raises(UserError, match=r"a\.ckpt: a model of kind 'squid'.*update fromage"):
+        read_saved(tmp_path / "a.ckpt")

@@ -6,44 +6,42 @@ import pytest
 import torch
 
 from fromage.apps import tuples
-from fromage.apps.tuples import LINES, REPORT, WRITTEN, write_tuples
+from fromage.apps.tuples import LINES, REPORT, WRITTEN, as_record, of_record, write_tuples
 from fromage.data.tuple_packing import tuple_lines
 from fromage.errors import BrokenSample, UserError
-from fromage.generation.tuple_writer import EXAMPLES, LineEnd, Sampling, TupleWriter, prompt_of, read_written
+from fromage.generation.tuple_writer import EXAMPLES, LineEnd, Sampling, TupleWriter, Written, prompt_of, usable
 from fromage.models.language_model import load_lm
 
 CAPTION = "a brown dog runs on a beach"
 CASES = {
-    " with a ball\nNew caption: a brown dog runs on a beach with a ball\n\nCaption: x": None,
-    " but black.\nNew caption: a black dog runs on a beach": None,
-    " two dogs": "not in the form",
-    " two dogs\na brown dog": "not in the form",
-    " Caption: two\nNew caption: a dog with two balls": "not in the form",
-    "\nNew caption: a dog at night": "empty condition",
-    " at night\nNew caption: .": "empty target caption",
-    f" at {'very ' * 30} night\nNew caption: a dog at night": "condition of more than 20 words",
-    f" at night\nNew caption: a dog at night {'x ' * 60}": "target caption of more than 40 words",
-    f" the same\nNew caption: {CAPTION.upper()}.": "nothing is new",
-    " the dogs\nNew caption: the dogs of a beach": "nothing is new",
-    " at night\nNew caption: a red car": "nothing of the caption is left",
-    " at night\nNew caption: a brown dog swims": "does not say what is new",
-    " a brown dog with a ball\nNew caption: a dog and a ball": "says all of the target",
+    ("with a ball", "a brown dog runs on a beach with a ball"): None,
+    ("but black.", "a black dog runs on a beach"): None,
+    ("Caption: two", "a dog with two balls"): "not in the form",
+    ("two balls", "a dog New caption: two balls"): "not in the form",
+    ("", "a dog at night"): "empty condition",
+    ("at night", "."): "empty target caption",
+    (f"at {'very ' * 30} night", "a dog at night"): "condition of more than 20 words",
+    ("at night", f"a dog at night {'x ' * 60}"): "target caption of more than 40 words",
+    ("the same", f"{CAPTION.upper()}."): "nothing is new",
+    ("the dogs", "the dogs of a beach"): "nothing is new",
+    ("at night", "a red car"): "nothing of the caption is left",
+    ("at night", "a brown dog swims"): "does not say what is new",
+    ("a brown dog with a ball", "a dog and a ball"): "says all of the target",
 }
 
 
 @pytest.mark.parametrize("written", CASES)
 def test_what_is_kept(written):
     if (cause := CASES[written]) is None:
-        condition, target = read_written(CAPTION, written)
-        assert condition == written.split("\n")[0].strip() and target.startswith("a b")
+        assert usable(CAPTION, Written(*written)) == written
     else:
         with pytest.raises(BrokenSample, match=cause):
-            read_written(CAPTION, written)
+            usable(CAPTION, Written(*written))
 
 
 def test_the_examples_would_be_kept_themselves():
     for caption, condition, target in EXAMPLES:
-        assert read_written(caption, f" {condition}\nNew caption: {target}\n") == (condition, target)
+        assert usable(caption, Written(condition, target)) == (condition, target)
         assert f"Caption: {caption}\nChange: {condition}\nNew caption: {target}\n" in prompt_of("x")
     assert prompt_of(" a\ndog ").endswith("\n\nCaption: a dog\nChange:")
 
@@ -75,7 +73,7 @@ def test_a_row_ends_with_its_line(lm):
 def test_the_target_caption_is_written_behind_the_condition(lm, monkeypatch):
     writer, seen = TupleWriter(lm, Sampling()), []
     monkeypatch.setattr(writer, "_lines", lambda prompts: seen.append(prompts) or [f"line {len(seen)}"] * len(prompts))
-    assert writer.write(["a dog", "a cat"], 0) == ["line 1\nNew caption: line 2"] * 2
+    assert writer.write(["a dog", "a cat"], 0) == [("line 1", "line 2")] * 2
     assert seen[1] == [f"{prompt_of(said)} line 1\nNew caption:" for said in ("a dog", "a cat")]
 
 
@@ -90,7 +88,7 @@ class Writer:
     def write(self, captions, number):
         if number == 3 and Writer.killed:
             raise KeyboardInterrupt
-        return [" at night\nNew caption: " + text + " at night" * (text != "image 2") for text in captions]
+        return [Written("at night", text + " at night" * (text != "image 2")) for text in captions]
 
 
 def test_a_run_that_was_killed_ends_as_one_that_was_not(tmp_path, monkeypatch):
@@ -149,6 +147,29 @@ def test_a_caption_beyond_the_positions_is_left_out_and_the_others_are_written(l
     longest = lm.max_length or 0
     assert longest, "the toy language model has learned positions"
     written = TupleWriter(lm, Sampling(max_new_tokens=3)).write(["word " * 2 * longest, CAPTION], 0)
+    assert written[0] is None and written[1] is not None
     with pytest.raises(BrokenSample, match="too long for the language model"):
-        read_written("x", written[0])
-    assert "New caption:" in written[1]
+        usable("x", written[0])
+
+
+def test_what_was_written_is_read_again_from_its_line():
+    for written in (Written("at night", ""), None):
+        assert of_record(json.loads(json.dumps(as_record(3, written)))) == written
+
+
+def test_lines_of_a_former_version_are_written_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(tuples, "load_lm", lambda name, *args, **named: load_lm("toy", **named))
+    monkeypatch.setattr(tuples, "TupleWriter", Writer)
+    monkeypatch.setattr(Writer, "killed", True)
+    captions, sampling, out = tmp_path / "c.json", Sampling(batch_size=1), tmp_path / "out"
+    captions.write_text(json.dumps({f"{i}.jpg": f"image {i}" for i in range(5)}))
+    with pytest.raises(KeyboardInterrupt):
+        write_tuples(captions, out, "some", sampling=sampling)
+    part = out / f"{WRITTEN}.part"
+    lines = [json.loads(line) for line in part.read_text().splitlines()]
+    assert len(lines) == 4 and lines[1].pop("target") == "image 0 at night"
+    part.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    monkeypatch.setattr(Writer, "killed", False)
+    assert write_tuples(captions, out, "some", sampling=sampling)["kept"] == 4
+    written = [json.loads(line) for line in (out / WRITTEN).read_text().splitlines()]
+    assert written[0] == {"question_id": 0, "text": "at night", "target": "image 0 at night"} and len(written) == 5

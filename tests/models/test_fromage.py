@@ -95,6 +95,17 @@ def test_plain_step_is_the_paper_sequence_by_sequence(toy_model, batch, paired):
     assert tokenizer.ret_id == captions[0][-1]
 
 
+@pytest.mark.parametrize(("pooling", "r", "offsets"), [("ret", 1, [0]), ("ret", 3, [0, 1, 2]), ("last", 1, [-1])])
+def test_the_states_that_embed_texts_are_those_behind_the_ends_or_one_before(pooling, r, offsets):
+    model = Fromage.load(k=1, q=4, r=r, pooling=pooling)
+    hidden, ends = torch.randn(3, 9, 5), [4, 1, 6]
+    want = torch.stack([hidden[row, [end + i for i in offsets]] for row, end in enumerate(ends)])  # (B, r, d)
+    assert torch.equal(model.at_ret(hidden, torch.tensor(ends)), want)
+    packed = [9 * row + end for row, end in enumerate(ends)]
+    assert torch.equal(model.at_ret(hidden.flatten(0, 1), torch.tensor(packed)), want)
+    assert model.reads_word == (pooling == "last")
+
+
 def test_every_trained_parameter_gets_a_gradient_and_no_other(toy_model, batch):
     reference_step(toy_model, batch, True).loss.backward()
     have = {name for name, p in toy_model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}

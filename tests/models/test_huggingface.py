@@ -213,7 +213,7 @@ def test_missing_tensors_and_weights_beside_the_folder(folder):
 
 def test_no_hub_no_grid_and_no_tokenizer(hf_folders, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr(hub, "look_for_hub", lambda: None)
+    monkeypatch.setattr(hub, "stay_offline_without_hub", lambda: None)
     with pytest.raises(UserError, match=r"neither a folder nor within reach on the hub.* hf download none/such"):
         load_vision("hf:none/such")
     with pytest.raises(UserError, match="swin: has no grid of patches"):

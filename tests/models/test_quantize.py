@@ -1,20 +1,16 @@
 """Frozen layers in int8 and 4 bits."""
 
-from typing import get_args
-
 import pytest
 import torch
 from test_fast_step import make_batch, run
 from transformers import AutoTokenizer, OPTConfig, OPTForCausalLM
 
-from fromage.cli import options
 from fromage.cli.evals import EvalOptions
 from fromage.cli.models import load_any
 from fromage.cli.talk import Opening
 from fromage.data.tokenizer import PromptTokenizer
 from fromage.errors import UserError
 from fromage.evals.scores import identity
-from fromage.models import language_model
 from fromage.models.fromage import Fromage
 from fromage.models.frozen import TOY
 from fromage.models.language_model import load_lm
@@ -91,7 +87,6 @@ def test_commands_hold_the_layers_as_they_are_told(model, index, tmp_path):
     found, _ = open_index(tmp_path / "index", **how)
     for small in (*opened, found):
         assert block_bytes(small) == pytest.approx(block_bytes(model) / 8, rel=0.01)
-    assert get_args(options.Quantized) == get_args(language_model.Quantized)
 
 
 def test_scores_of_a_quantised_model_are_not_taken_for_the_others(opt, monkeypatch):

@@ -47,7 +47,9 @@ def trained(world, tmp_path_factory):
 
 
 def state(folder, stage):
-    return torch.load(folder / stage / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    checkpoint = torch.load(folder / stage / "checkpoints" / "last.ckpt", weights_only=True)
+    assert checkpoint["kind"] == "octopus"
+    return checkpoint["state_dict"]
 
 
 def test_the_model_is_made_on_the_host_whatever_device_lightning_asks_for():

@@ -327,3 +327,12 @@ def test_heads_that_share_keys_and_values_work_as_much_as_if_each_had_its_own(kv
     meter.run("backward", out.sum().backward)
     product = 2 * 2 * 4 * 16 * 8 * 16
     assert (meter.passes["forward"].flop, meter.passes["backward"].flop) == (2 * product, 5 * product)
+
+
+@pytest.mark.parametrize("path", ["fromage.OctopusModul", "mine.OtherModule"])
+def test_a_run_of_an_unknown_class_is_not_planned_as_fromages(path, tmp_path, capsys):
+    config = tmp_path / "c.yaml"
+    config.write_text(f"model:\n  class_path: {path}\n  init_args: {{lm: toy, vision: toy}}\n")
+    assert main(["plan", "-c", str(config)]) == 2
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert path.rpartition(".")[2] in told and told.endswith("choose FromageModule or OctopusModule")

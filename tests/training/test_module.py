@@ -84,6 +84,7 @@ def test_a_checkpoint_holds_the_trained_parameters_and_their_moments_only(fitted
     checkpoint = torch.load(out / "last.ckpt", weights_only=True)
     assert {name.removeprefix("model.") for name in checkpoint["state_dict"]} == set(module.model.trained())
     assert len(checkpoint["optimizer_states"][0]["state"]) == len(module.model.trained())
+    assert checkpoint["kind"] == "fromage"
 
 
 def test_load_model_gives_back_the_model(fitted):

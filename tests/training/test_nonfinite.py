@@ -1,7 +1,6 @@
 """Losses that are NaN or infinite: the run stops and names the samples, or leaves the update out."""
 
 import logging
-from types import SimpleNamespace
 
 import pytest
 import pytorch_lightning as pl
@@ -87,21 +86,62 @@ def test_a_bad_micro_batch_spoils_the_whole_update_and_only_that():
 class Recorder(GuardedModule):
     """Records what is logged, as if on some device."""
 
-    def __init__(self, device, due):
+    def __init__(self, device):
         super().__init__()
         self.there, self.said = torch.device(device), {}
-        self._trainer = SimpleNamespace(_logger_connector=SimpleNamespace(should_update_logs=due))
 
     device = property(lambda self: self.there)
-    trainer = property(lambda self: self._trainer)
 
     def log(self, name, value, prog_bar=False, **options):
         self.said[name] = value, prog_bar
 
 
-@pytest.mark.parametrize(("device", "due", "logged"), [("cpu", False, True), ("cuda", False, False), ("cuda", True, True)])
-def test_figures_are_read_from_a_device_only_where_they_are_logged(device, due, logged):
-    module = Recorder(device, due)
+@pytest.mark.parametrize("due", [False, True])
+def test_figures_are_read_from_a_device_only_where_they_are_logged(due):
+    module = Recorder("cuda")
+    module.figures_due = due
     module.log_figures({"a": torch.ones((), requires_grad=True), "b": 0.5}, shown=["b"])
-    assert module.said == ({"a": (torch.tensor(1.0), False), "b": (torch.tensor(0.5), True)} if logged else {})
+    assert module.said == ({"a": (torch.tensor(1.0), False), "b": (torch.tensor(0.5), True)} if due else {})
     assert not any(value.requires_grad for value, _ in module.said.values())
+
+
+class Accumulating(Recorder):
+    """Fits five batches an epoch, and records of each whether its figures are logged, in the step and behind it."""
+
+    def __init__(self, device):
+        super().__init__(device)
+        self.guard, self.p = NonFiniteGuard(False, ("loss",)), torch.nn.Parameter(torch.ones(1))
+        self.due, self.behind, self.of_lightning = [], [], []
+
+    def training_step(self, batch, index):
+        self.due.append(self.figures_due)
+        self.of_lightning.append(self.trainer._logger_connector.should_update_logs)
+        return (self.p * batch.sum()).sum()
+
+    def on_train_batch_end(self, *args):
+        super().on_train_batch_end(*args)
+        self.behind.append(self.figures_due)
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), lr=0.0, fused=True)
+
+
+@pytest.mark.parametrize(
+    ("device", "accumulated", "every", "steps"),  # batches of a step, steps between logs, steps that are logged
+    [
+        ("cuda", 1, 3, [3, 6, 9]), ("cuda", 2, 1, [1, 2, 3, 4, 5, 6]), ("cuda", 2, 2, [2, 4, 6]), ("cuda", 3, 4, [4]),
+        ("cuda", 1, 0, []), ("cpu", 2, 2, [1, 2, 3, 4, 5, 6]),
+    ],
+)  # fmt: skip
+def test_all_batches_of_a_step_are_logged_or_none(device, accumulated, every, steps, tmp_path):
+    module = Accumulating(device)
+    trainer = pl.Trainer(
+        accelerator="cpu", max_epochs=2, accumulate_grad_batches=accumulated, log_every_n_steps=every, logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path,
+    )  # fmt: skip
+    trainer.fit(module, torch.utils.data.DataLoader(torch.ones(5, 1)))
+    an_epoch = -(-5 // accumulated)  # steps; the last batches of an epoch are a step even if they are few
+    step_of = [1 + epoch * an_epoch + batch // accumulated for epoch in range(2) for batch in range(5)]
+    assert module.due == module.behind == [step in steps for step in step_of]
+    if device == "cuda":
+        assert module.due == module.of_lightning

@@ -5,8 +5,8 @@
     hf:FOLDER, hf:ORG/NAME                            transformers: CLIP, SigLIP, DINOv2, DINOv3, ViT, ConvNeXt and others
 
 A new kind of tower is a subclass with `encode` and `load`, about 20 lines (example: fromage.models.vision.timm), plus one
-line in fromage.models.vision.registry. Three methods are for those that have more: `load_patches` for Octopus (its `encode`
-ends in `patches`), `text_tower` for the CLIP baseline, `check` for names that are wrong from the start.
+line in fromage.models.vision.registry. Three methods are for those that have more: `load_patches` for Octopus, `text_tower`
+for the CLIP baseline, `check` for names that are wrong from the start.
 """
 
 from __future__ import annotations
@@ -32,11 +32,17 @@ class TextTower(ABC):
     """The text side of a contrastive pair such as CLIP; the baseline of retrieval compares images and texts with it.
 
     e is the width of the space that images and texts share.
+
+    Attributes:
+        project: features of the vision tower (N, m) -> (N, e), not normalised.
     """
 
-    @abstractmethod
+    project: nn.Module
+
+    @torch.no_grad()
     def embed_features(self, features: Tensor) -> Tensor:
         """(N, m) features of the vision tower -> (N, e) unit rows."""
+        return F.normalize(self.project(features.float()), dim=-1)  # (N, m) -> (N, e)
 
     @abstractmethod
     def embed_text(self, texts: Sequence[str]) -> Tensor:
@@ -59,7 +65,6 @@ class VisionTower(FrozenTower, ABC):
     """
 
     visual: Any
-    grid: tuple[int, int] | None = None
     projection: nn.Module | None = None
 
     def __init__(self, visual: nn.Module, transform: Any, name: str, image_size: int | Sequence[int]) -> None:
@@ -75,12 +80,14 @@ class VisionTower(FrozenTower, ABC):
         parameter = next(self.visual.parameters())
         with torch.no_grad():
             probe = torch.zeros(1, 3, height, width, dtype=parameter.dtype, device=parameter.device)
-            self.shape = self.encode(probe).shape[1:]
+            found = self.encode(probe)  # (1, m), or (1, m, rows, columns)
+        self.grid: tuple[int, int] | None = (found.shape[2], found.shape[3]) if found.ndim == 4 else None
+        self.shape = _in_rows(found).shape[1:]
         self.width: int = self.shape[-1]
 
     @abstractmethod
     def encode(self, pixels: Tensor) -> Tensor:
-        """(B, 3, H, W) normalised pixels -> (B, *shape) features."""
+        """(B, 3, H, W) normalised pixels -> (B, m) features, or (B, m, rows, columns) at patches."""
 
     @classmethod
     @abstractmethod
@@ -103,12 +110,6 @@ class VisionTower(FrozenTower, ABC):
         """The text tower trained with this vision tower, or None if there is none."""
         return None
 
-    def patches(self, found: Tensor) -> Tensor:
-        """(B, m, rows, columns) of a layer -> (B, P, m), each patch at mean 0 and variance 1; tells `grid`."""
-        self.grid = (found.shape[2], found.shape[3])
-        rows = found.flatten(2).transpose(1, 2)  # (B, P, m)
-        return F.layer_norm(rows.float(), rows.shape[-1:]).to(found.dtype)  # (B, P, m)
-
     @property
     def dtype(self) -> torch.dtype:
         """dtype of the frozen weights."""
@@ -122,13 +123,21 @@ class VisionTower(FrozenTower, ABC):
         if pixels.dtype == torch.uint8 and self.normalise:
             pixels = self.normalise(pixels)
         with cpu_linears():
-            features = self.encode(pixels.to(parameter.dtype))  # (B, *shape)
+            features = _in_rows(self.encode(pixels.to(parameter.dtype)))  # (B, *shape)
         return features.contiguous()  # a ViT returns a view, which would keep all its tokens in memory
 
     def fingerprint(self, decoding: JpegDecoding = "draft") -> dict[str, str]:
         """The identity of stored features: the tower's name, its weights (a digest of samples) and the preprocessing."""
         shown = re.sub(r" at 0x[0-9a-f]+|\s+", " ", str(decoding_as(self.transform, decoding)))
         return {"tower": self.name, "weights": digest_of_samples(self.visual), "preprocessing": shown}
+
+
+def _in_rows(found: Tensor) -> Tensor:
+    """(B, m, rows, columns) at patches -> (B, P, m), each patch at mean 0 and variance 1; others as they are."""
+    if found.ndim != 4:
+        return found
+    rows = found.flatten(2).transpose(1, 2)  # (B, P, m)
+    return F.layer_norm(rows.float(), rows.shape[-1:]).to(found.dtype)  # (B, P, m)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenize
 from transformers.image_utils import SizeDict
 
 from fromage.checkpoints.format import DTYPES
-from fromage.checkpoints.hub import look_for_hub
+from fromage.checkpoints.hub import stay_offline_without_hub
 from fromage.errors import UserError, first_line
 from fromage.images.transforms import halves, scaling
 from fromage.models.frozen import hold
@@ -116,7 +116,7 @@ class HfPatches(HfTower):
         super().__init__(visual, transform, f"{name}, patches of {layer}", size, source)
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """(B, 3, H, W) normalised pixels -> (B, P, m)."""
+        """(B, 3, H, W) normalised pixels -> (B, m, rows, columns)."""
         states = self.visual(pixel_values=pixels, output_hidden_states=True).hidden_states or ()
         found = states[1:][self.layer]  # the first is in front of the layers
         if found.ndim == 3:
@@ -124,7 +124,7 @@ class HfPatches(HfTower):
             if others < 0:
                 raise UserError(f"vision tower {self.source[0]}: has no grid of patches; choose a ViT or a ConvNeXt")
             found = found[:, others:].transpose(1, 2).unflatten(2, grid)  # (B, T, m) -> (B, m, rows, columns)
-        return self.patches(found)
+        return found
 
     def text_tower(self) -> None:
         """None: a text tower goes with pooled features."""
@@ -150,11 +150,6 @@ class HfText(TextTower, nn.Module):
             raise UserError(f"vision tower {name}: {told}") from error
 
     @torch.no_grad()
-    def embed_features(self, features: Tensor) -> Tensor:
-        """(N, m) image features -> (N, e) unit rows."""
-        return F.normalize(self.project(features.float()), dim=-1)  # (N, m) -> (N, e)
-
-    @torch.no_grad()
     def embed_text(self, texts: Sequence[str]) -> Tensor:
         """N texts -> (N, e) unit rows; filled up and cut to the text tower's length, as it was trained."""
         form: dict[str, Any] = {"padding": "max_length", "truncation": True, "max_length": self.length}
@@ -172,7 +167,7 @@ def folder_of(name: str) -> str:
     """The folder or name on the hub of 'hf:...'. Raises UserError for a folder that holds no model of transformers."""
     where = name.removeprefix("hf:")
     if not Path(where).exists():
-        look_for_hub()
+        stay_offline_without_hub()
     elif not (Path(where) / "config.json").is_file():
         raise UserError(f"vision tower {name}: no folder with a config.json of transformers; name another")
     return where

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fromage.checkpoints.hub import look_for_hub
+from fromage.checkpoints.hub import stay_offline_without_hub
 from fromage.checkpoints.weights import read_weights
 from fromage.errors import UserError, first_line
 from fromage.models.frozen import TOY, hold
@@ -81,9 +81,9 @@ class OpenClipPatches(OpenClipTower):
         super().__init__(clip, open_clip.transform.image_transform_v2(config, is_train=False), f"{name}, patches of {layer}")
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """(B, 3, H, W) normalised pixels -> (B, P, m)."""
+        """(B, 3, H, W) normalised pixels -> (B, m, rows, columns)."""
         layers = {"indices": [self.layer], "stop_early": True, "intermediates_only": True}
-        return self.patches(self.visual.forward_intermediates(pixels, **layers)["image_intermediates"][0])
+        return self.visual.forward_intermediates(pixels, **layers)["image_intermediates"][0]
 
 
 class OpenClipText(TextTower, nn.Module):
@@ -99,11 +99,6 @@ class OpenClipText(TextTower, nn.Module):
             raise UserError(f"CLIP's {kind} has no projection after its pooling; leave it out by --no-clip")
         self.project = project
         del self.clip.visual  # OpenClipTower holds it
-
-    @torch.no_grad()
-    def embed_features(self, features: Tensor) -> Tensor:
-        """(N, m) image features -> (N, e) unit rows."""
-        return F.normalize(self.project(features.float()), dim=-1)  # (N, m) -> (N, e)
 
     @torch.no_grad()
     def embed_text(self, texts: Sequence[str]) -> Tensor:
@@ -131,7 +126,7 @@ def load_clip(
     source = f"local-dir:{TOY / 'clip'}" if name == "toy" else name
     precision = {"float32": "fp32", "bfloat16": "pure_bf16", "float16": "pure_fp16"}[dtype]
     if not source.startswith("local-dir:") and (pretrained or ":" in source) and not file:
-        look_for_hub()
+        stay_offline_without_hub()
     try:
         with quiet():  # open_clip logs what the error below says, and warns of random weights
             model, _, transform = open_clip.create_model_and_transforms(

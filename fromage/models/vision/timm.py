@@ -11,7 +11,7 @@ from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
 
 from fromage.checkpoints.format import DTYPES
-from fromage.checkpoints.hub import look_for_hub
+from fromage.checkpoints.hub import stay_offline_without_hub
 from fromage.checkpoints.weights import read_weights
 from fromage.errors import UserError, first_line
 from fromage.images.transforms import scaling
@@ -63,9 +63,9 @@ class TimmPatches(TimmTower):
         super().__init__(visual, transform, f"{name}, patches of {layer}", size)
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """(B, 3, H, W) normalised pixels -> (B, P, m)."""
+        """(B, 3, H, W) normalised pixels -> (B, m, rows, columns)."""
         layers = {"indices": [self.layer], "stop_early": True, "intermediates_only": True}
-        return self.patches(self.visual.forward_intermediates(pixels, **layers)[0])
+        return self.visual.forward_intermediates(pixels, **layers)[0]
 
 
 def _create(name: str, weights: str | None, random_weights: bool) -> tuple[Any, dict[str, Any]]:
@@ -82,7 +82,7 @@ def _create(name: str, weights: str | None, random_weights: bool) -> tuple[Any, 
             visual = timm.create_model(model, num_classes=0)
         else:
             if not model.startswith(LOCAL):
-                look_for_hub()
+                stay_offline_without_hub()
             # timm compares all names with the model's own number of classes only
             visual = timm.create_model(model, pretrained=True)
             visual.reset_classifier(0)
