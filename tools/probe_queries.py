@@ -36,9 +36,10 @@ from fromage.octopus.recognition import Recognizer
 from fromage.toy.scenes import COLOURS, SHAPES
 from fromage.training.configs import find_config
 from fromage.training.planning import options_of
-from fromage.training.schedule import CosineToZero
+from fromage.training.schedule import Schedule
 
 SIZES = {"num_queries": 8, "decoder_width": 96, "decoder_layers": 4, "heads": 4}
+MAIN, SCALE = 0.95, 3.0  # of whitened states: share of the variance that is kept, standard deviation of each direction
 SHOWN = {"all": "all", "colour": "the red one", "shape": "the arrow"}
 
 
@@ -104,6 +105,23 @@ def centred(train: Seen, val: Seen) -> tuple[Tensor, Tensor]:
     return 10 * (normed[0] - mean), 10 * (normed[1] - mean)
 
 
+@torch.no_grad()
+def whiten(linear: nn.Linear, states: Tensor, seed: int) -> None:
+    """Let a map into the decoder begin as one that whitens the states (M, d), followed by a random map.
+
+    Their main directions then have equal variance and zero mean. Which words a prompt has makes a small part of the
+    variance, and a random map alone keeps these shares. (Data-dependent initialisation: Kraehenbuehl et al., ICLR 2016.)
+    """
+    mean, (variances, directions) = states.mean(0), torch.linalg.eigh(torch.cov(states.T))  # (d,), (d,), (d, d)
+    variances, directions = variances.flip(0), directions.flip(1)  # largest first
+    count = min(int((variances.cumsum(0) < MAIN * variances.sum()).sum()) + 1, linear.out_features)
+    whitened = SCALE * directions[:, :count] * variances[:count].rsqrt()  # (d, n)
+    torch.manual_seed(seed)
+    mix = nn.Linear(count, linear.out_features)  # (c, n)
+    linear.weight.copy_(mix.weight @ whitened.T)
+    linear.bias.copy_(mix.bias - linear.weight @ mean)
+
+
 WAYS = {
     "a layer norm and a random map": Way(),
     "the same, its learning rate tenfold": Way(faster=10.0),
@@ -121,7 +139,7 @@ def train(way: Way, seen: Seen, unseen: Seen, args: argparse.Namespace) -> Figur
     decoder = Recognizer(d, m, (round(P**0.5),) * 2, N, SIZES["decoder_width"], SIZES["decoder_layers"], SIZES["heads"])
     if way.whitened:
         normed = decoder.enter[0](given).detach().flatten(0, 1)  # (E N, d)
-        decoder.whiten(normed.mean(0), torch.cov(normed.T), args.seed)
+        whiten(decoder.enter[1], normed, args.seed)
     if not way.normed:
         decoder.enter[0] = nn.Identity()
     entry = list(decoder.enter.parameters())
@@ -129,7 +147,7 @@ def train(way: Way, seen: Seen, unseen: Seen, args: argparse.Namespace) -> Figur
     optimizer = torch.optim.AdamW(
         [{"params": entry, "lr": args.lr * way.faster}, {"params": rest}], lr=args.lr, weight_decay=0.0
     )
-    cosine = CosineToZero(optimizer, args.steps)
+    cosine = Schedule(optimizer, decay=args.steps)
     meant = box_convert(seen.boxes, "xyxy", "cxcywh").unsqueeze(1)  # (E, 1, 4)
     for _ in range(args.steps):
         some = torch.randint(len(given), (args.batch_size,))

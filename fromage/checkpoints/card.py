@@ -30,7 +30,7 @@ FIGURE = re.compile(r"val/\w{1,60}")
 RECIPE = (
     "lr", "betas", "eps", "warmup_steps", "decay_steps", "pairing", "captioning_weight", "captioned_share",
     "retrieval_weight", "composition_captioning_weight", "composition_retrieval_weight", "same_image_negatives",
-    "image_dropout", "rescale_ret", "freeze_temperature", "stage", "whiten", "quantize", "seed",
+    "image_dropout", "rescale_ret", "freeze_temperature", "stage", "quantize", "seed",
 )  # fmt: skip
 LENGTH, ENTRIES, DEPTH = 200, 100, 8  # of what a file may tell: characters of a text, entries of a list, lists in each other
 TOY = "The toy towers know drawings of coloured shapes and their captions, and nothing else."

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import islice
 from math import inf
 from typing import Any, Literal
 
@@ -20,11 +19,11 @@ from fromage.octopus.decoding import decode, grounded
 from fromage.octopus.metrics import box_metrics, mask_areas, mean_percent
 from fromage.octopus.model import Octopus
 from fromage.octopus.step import GroundingBatch, image_patches, octopus_step
+from fromage.training.gather import gathered
 from fromage.training.guarded_module import GuardedModule
 from fromage.training.layers import checkpoint_blocks
 from fromage.training.nonfinite import NonFiniteGuard
-
-SEEN_BEFORE = 20  # batches that stage 2 reads before it begins
+from fromage.training.schedule import Schedule
 
 
 class OctopusModule(GuardedModule):
@@ -60,7 +59,6 @@ class OctopusModule(GuardedModule):
         activation_checkpointing: bool = False,
         lr: float = 1e-4,
         new_lr: float | None = None,
-        whiten: bool = False,
         weight_decay: float = 0.0,
         warmup_steps: int = 100,
         nonfinite: Literal["stop", "skip"] = "stop",
@@ -93,7 +91,6 @@ class OctopusModule(GuardedModule):
                 in the backward.
             lr: learning rate of AdamW after warm-up.
             new_lr: learning rate of the parameters outside the language model in stage 3; null for lr.
-            whiten: begin stage 2 with a map into the decoder that whitens the queries' states (Recognizer.whiten).
             weight_decay: weight decay of AdamW.
             warmup_steps: steps over which the learning rate rises from lr / warmup_steps; then it falls to 0 along a cosine.
             nonfinite: on a NaN or infinite loss or gradient: stop the run, or skip the update.
@@ -145,39 +142,8 @@ class OctopusModule(GuardedModule):
         new = [p for p in self.model.parameters() if p.requires_grad and id(p) not in known]
         groups = [{"params": lm, "lr": h.lr}, {"params": new, "lr": h.lr if h.new_lr is None or h.stage < 3 else h.new_lr}]
         optimizer = torch.optim.AdamW([g for g in groups if g["params"]], weight_decay=h.weight_decay, fused=True)
-        warm = torch.optim.lr_scheduler.LinearLR(optimizer, 1 / max(1, h.warmup_steps), total_iters=h.warmup_steps)
-        fall = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps - h.warmup_steps))
-        both = torch.optim.lr_scheduler.SequentialLR(optimizer, [warm, fall], [h.warmup_steps])
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": both, "interval": "step"}}
-
-    def on_train_start(self) -> None:
-        """Begin stage 2 as `whiten` says, with the states of some batches' queries."""
-        if self.h.stage == 2 and self.hparams["whiten"] and self.global_step == 0:
-            self.model.recognizer.whiten(*self._of_states(SEEN_BEFORE), self.h.seed)
-        super().on_train_start()  # now the clock starts
-
-    @torch.no_grad()
-    def _of_states(self, batches: int) -> tuple[Tensor, Tensor]:
-        """Mean (d,) and covariance (d, d) of the queries' states behind the decoder's layer norm, in the first batches."""
-        strategy, sums = self.trainer.strategy, [torch.zeros((), device=self.device)] * 3
-
-        def note(recognizer: Any, args: tuple[Tensor, ...]) -> None:
-            states = recognizer.enter[0](args[0].float()).flatten(0, 1)  # (E, N, d) -> (M, d)
-            more = torch.ones(len(states), device=states.device).sum(), states.sum(0), states.T @ states
-            sums[:] = [before + new for before, new in zip(sums, more, strict=True)]
-
-        handle = self.model.recognizer.register_forward_pre_hook(note)
-        try:
-            for batch in islice(iter(self.trainer.train_dataloader), batches):  # type: ignore[arg-type]
-                here = strategy.batch_to_device(batch, self.device)
-                patches = image_patches(self.model, here)
-                embeds = self.model.embed(here.ids, self.model.prefix(patches))
-                self.model.read(here.ids, here.branch, embeds, patches, here.queries)
-        finally:
-            handle.remove()
-        count, total, squares = (strategy.reduce(each, reduce_op="sum") for each in sums)  # over devices
-        mean = total / count  # (d,)
-        return mean, squares / count - torch.outer(mean, mean)
+        scheduler = Schedule(optimizer, h.warmup_steps, decay=max(1, steps - h.warmup_steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def training_step(self, batch: GroundingBatch, index: int) -> Tensor:
         """Loss of one batch; logs its parts."""
@@ -194,8 +160,10 @@ class OctopusModule(GuardedModule):
         """Reset the results of the last validation."""
         self._metrics = []
 
-    def validation_step(self, batch: GroundingBatch, index: int) -> None:
-        """Losses, and metrics of greedy answers (fromage.octopus.metrics)."""
+    def validation_step(self, batch: GroundingBatch | None, index: int) -> None:
+        """Losses, and metrics of greedy answers (fromage.octopus.metrics). batch: None where all its images are broken."""
+        if batch is None:
+            return
         out = octopus_step(self.model, batch)
         named = {"val/answer_loss": out.answer_loss, "val/token_accuracy": out.token_accuracy, "val/loss": out.loss}
         self.log_dict(named, batch_size=len(batch.examples), sync_dist=True)
@@ -217,8 +185,8 @@ class OctopusModule(GuardedModule):
             self._metrics.append(figures)
 
     def on_validation_epoch_end(self) -> None:
-        """Means over the validation set, in percent."""
-        figures = mean_percent(self._metrics)
+        """Means over the validation set, in percent, of the examples of all devices, which may be of other kinds on each."""
+        figures = mean_percent(gathered(self._metrics))
         self.log_dict({f"val/{name}": value for name, value in figures.items()}, sync_dist=True)
         if "acc_iou50" in figures:
             self.log("val/acc", figures["acc_iou50"], prog_bar=True, sync_dist=True)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,10 +44,6 @@ class Detections:
     def corners(self) -> Tensor:
         """(E, N, 4): left, top, right, bottom, clipped to the image."""
         return box_convert(self.boxes[-1], "cxcywh", "xyxy").clamp(0, 1)
-
-
-MAIN = 0.95  # share of the states' variance whose directions the decoder begins with
-SCALE = 3.0  # standard deviation of each of them
 
 
 class Recognizer(nn.Module):
@@ -105,34 +100,6 @@ class Recognizer(nn.Module):
         read = self.norm(torch.stack(states))  # (L, E, N, c)
         masks = self.masks(read[-1], patches, rows) if self.masks else None  # (E, N, H, W)
         return Detections(self.score(read).squeeze(-1), self._boxes(read), self.leave(read[-1]), masks)
-
-    @torch.no_grad()
-    def whiten(self, mean: Tensor, covariance: Tensor, seed: int) -> None:
-        """Begin again with a map into the decoder that whitens what enters it.
-
-        Which words a prompt has makes a small part of the variance of the queries' states; what all prompts share, and what
-        comes from the image, large ones. A random map keeps these shares, and behind a frozen language model a decoder then
-        learns late or never what some words mean (docs/octopus.md). Here the main directions of the states begin with equal
-        variance and zero mean, and a random map from them to c follows. (Data-dependent initialisation: Kraehenbuehl et al.,
-        ICLR 2016.)
-
-        Args:
-            mean: (d,), of the states behind the layer norm.
-            covariance: (d, d), of them; without any variance nothing is changed.
-            seed: of the random map.
-        """
-        linear: Any = self.enter[1]
-        variances, directions = torch.linalg.eigh(covariance.float())  # (d,), (d, d)
-        variances, directions = variances.flip(0), directions.flip(1)  # largest first
-        if not (total := variances.sum()) > 0:
-            return
-        count = min(int((variances.cumsum(0) < MAIN * total).sum()) + 1, linear.out_features)
-        whitened = SCALE * directions[:, :count] * variances[:count].rsqrt()  # (d, n)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            mix = nn.Linear(count, linear.out_features).to(mean.device)  # (c, n)
-        linear.weight.copy_(mix.weight @ whitened.T)
-        linear.bias.copy_(mix.bias - linear.weight @ mean)
 
     def _boxes(self, read: Tensor) -> Tensor:
         """(L, E, N, c) -> (L, E, N, 4): centres from the queries' points, sizes free."""

@@ -39,7 +39,14 @@ class GuardedModule(pl.LightningModule):
             self.log(name, on_host, prog_bar=name in shown, **how)
 
     def on_train_start(self) -> None:
-        """Start the clock of the time left."""
+        """Start the clock of the time left. A run that goes on has the optimiser options that it was given.
+
+        PyTorch restores those of the checkpoint.
+        """
+        if self.global_step:
+            own: Any = self.configure_optimizers()
+            for group, mine in zip(self.trainer.optimizers[0].param_groups, own["optimizer"].param_groups, strict=True):
+                group |= {name: value for name, value in mine.items() if name not in ("params", "lr", "initial_lr")}
         self._began = time.monotonic(), self.global_step
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:

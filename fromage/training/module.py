@@ -32,7 +32,7 @@ from fromage.training.layers import checkpoint_blocks, compile_blocks
 from fromage.training.nonfinite import NonFiniteGuard
 from fromage.training.reference_composition import NO_TUPLES, CompositionOutput, reference_composition
 from fromage.training.reference_step import reference_step
-from fromage.training.schedule import warmup_then
+from fromage.training.schedule import Schedule
 from fromage.training.step import StepOutput, Weights, freeze_unused, image_features, text_embeddings
 from fromage.training.validation import Validation
 
@@ -195,7 +195,7 @@ class FromageModule(GuardedModule):
         trained = [p for p in self.model.trained().values() if p.requires_grad]
         optimizer = torch.optim.Adam(trained, lr=h.lr, betas=tuple(h.betas), eps=h.eps, fused=True)
         first = 0 if h.warmup_from_zero and h.warmup_steps else 1
-        scheduler = warmup_then(optimizer, h.warmup_steps, first, h.decay_steps)
+        scheduler = Schedule(optimizer, h.warmup_steps, first, h.decay_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def paired(self, step: int) -> bool:

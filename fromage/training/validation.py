@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from functools import cached_property
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,6 +16,7 @@ from fromage.images.contact_sheet import contact_sheet
 from fromage.images.transforms import to_image
 from fromage.models.fromage import Fromage
 from fromage.retrieval.metrics import Gallery, joined, retrieval_recalls
+from fromage.training.gather import gathered
 from fromage.training.step import StepOutput, image_features, text_embeddings
 
 SHOWN_FROM = 200  # images of the validation set that the logged searches rank
@@ -42,7 +42,7 @@ class Validation:
     @cached_property
     def gallery(self) -> Gallery:
         """All embeddings, of all devices, which must ask for them together; after the last batch."""
-        return joined(gather_parts(self._parts))
+        return joined(gathered([part.to("cpu") for part in self._parts] if dist.is_initialized() else self._parts))
 
     def recalls(self) -> dict[str, float]:
         """Recall@1/5/10 in both directions, in percent; warns of images that are there twice.
@@ -72,12 +72,3 @@ class Validation:
             scores, best = (query @ images.T).topk(min(5, len(thumbnails)))
             found.append((caption, [(thumbnails[j], f"{s:.2f}") for s, j in zip(scores, best, strict=True)]))
         return {"captions": contact_sheet(captioned), "search": contact_sheet(found)}
-
-
-def gather_parts(parts: list[Gallery]) -> list[Gallery]:
-    """The parts of all devices, where there are several; devices can have different numbers of batches."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return parts
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, [part.to("cpu") for part in parts])
-    return [part for theirs in everyone for part in theirs]

@@ -148,31 +148,6 @@ def test_boxes_lie_in_the_image_and_start_from_the_queries_points(grid):
     torch.testing.assert_close(at, recognizer.points.sigmoid().expand(2, -1, -1))
 
 
-def test_small_directions_of_the_states_enter_the_decoder_as_large_ones_do():
-    torch.manual_seed(0)
-    recognizer = Recognizer(12, 6, (2, 2), 5, decoder_width=16, layers=1, heads=2)
-    signs = (
-        torch.randint(2, (4000, 3)) * 2.0 - 1
-    )  # three bits, of which the second is a tenth of the first and the third lost
-    directions = torch.linalg.qr(torch.randn(12, 3))[0].T
-    states = 5 + signs * torch.tensor([1.0, 0.3, 0.01]) @ directions
-    states = recognizer.enter[0](states)
-
-    def share(bit):  # of the variance behind the map
-        x = recognizer.enter[1](states)
-        means = [x[signs[:, bit] == sign].mean(0) for sign in (1, -1)]
-        return float(((means[0] - means[1]) / 2).square().sum() / x.var(0).sum())
-
-    before = share(1)
-    recognizer.whiten(states.mean(0), torch.cov(states.T), 0)
-    assert before < 0.2 and 0.3 < share(1) < 0.7 and 0.3 < share(0) < 0.7 and share(2) < 0.05
-    x = recognizer.enter[1](states)
-    assert 1 < x.std(0).mean() < 3 and x.mean(0).abs().max() < 1
-    kept = recognizer.enter[1].weight.clone()
-    recognizer.whiten(states.mean(0), torch.zeros(12, 12), 1)
-    assert torch.equal(recognizer.enter[1].weight, kept), "states that do not vary change nothing"
-
-
 def test_the_places_of_patches_tell_them_apart():
     places = Recognizer(8, 6, (3, 5), 2, decoder_width=32, layers=1, heads=2).places
     assert torch.cdist(places, places).add(torch.eye(15) * 9).min() > 0.3

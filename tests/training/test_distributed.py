@@ -16,6 +16,7 @@ from fromage.data.packing import pack_coco
 from fromage.evals.retrieval import evaluate
 from fromage.models.fromage import load_model
 from fromage.training.fast_step import fast_step
+from fromage.training.gather import gathered
 from fromage.training.module import FromageModule
 from fromage.training.reference_step import reference_step
 from fromage.training.strategy import ShardedTowers
@@ -49,8 +50,9 @@ def mean_gradients(rank, step, model):
 def one_of_two(rank, step, store, out):
     join(rank, store)
     grads = mean_gradients(rank, step, build("tied", 1))
+    different = gathered([{f"of {rank}": rank}] * (1 + rank))
     if rank == 0:
-        torch.save(grads, out)
+        torch.save((grads, different), out)
     leave()
 
 
@@ -59,7 +61,8 @@ def test_two_processes_give_the_gradients_of_one_with_the_whole_batch(step, tmp_
     on_two_processes(one_of_two, step, tmp_path / "store", tmp_path / "grads.pt")
     model = build("tied", 1)
     step(model, make_batch(model, LENGTHS), False).loss.backward()
-    two = torch.load(tmp_path / "grads.pt")
+    two, different = torch.load(tmp_path / "grads.pt")
+    assert different == [{"of 0": 0}, {"of 1": 1}, {"of 1": 1}] and gathered([7]) == [7]
     for parameter, p in model.trained().items():
         error = (two[parameter] - p.grad).norm() / p.grad.norm()
         assert error < 1e-5, f"{parameter}: {error:.1e}"

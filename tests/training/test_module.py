@@ -3,6 +3,7 @@
 import json
 import time
 from dataclasses import replace
+from math import cos, pi
 from types import SimpleNamespace
 
 import pytest
@@ -318,6 +319,16 @@ def test_the_learning_rate(options, want, world, tmp_path):
     rates = Rates()
     run(world, tmp_path, 6, callbacks=[rates], **{"warmup_steps": 4, **options})
     assert rates.rates == pytest.approx(want, abs=1e-9)
+
+
+def test_a_run_that_goes_on_has_its_own_learning_rate_and_optimiser_options(world, tmp_path):
+    """As the remedy for a loss that is not finite says: a lower model.lr, from the last good checkpoint."""
+    run(world, tmp_path, 3, warmup_steps=2, decay_steps=4)
+    rates, other = Rates(), {"lr": TOY["lr"] / 10, "betas": (0.5, 0.6), "eps": 1e-3, "decay_steps": 8}
+    _, trainer = run(world, tmp_path, 8, ckpt_path="last", callbacks=[rates], warmup_steps=2, **other)
+    assert rates.rates == pytest.approx([0.1 * (1 + cos(pi * n / 8)) / 2 for n in range(1, 6)])
+    group = trainer.optimizers[0].param_groups[0]
+    assert (group["betas"], group["eps"], group["initial_lr"]) == ((0.5, 0.6), 1e-3, other["lr"])
 
 
 def test_the_first_step_from_zero_moves_nothing_but_the_norm_of_ret(fitted, world, tmp_path):
