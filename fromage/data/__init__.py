@@ -3,7 +3,10 @@
 Where to look:
 
     packing             image files and captions -> shards; tuple_packing for composition learning
-    shards              naming, writing and reading shards; shard_streams opens them, shard_stats looks at them before a run
+    shards              reading shards; shard_streams opens them, shard_names and shard_sizes say which there are, how large
+    shard_writer        writing shards
+    shard_stats         statistics of shards, before a run
+    broken              samples that cannot be used: left out, counted, limited
     features            the frozen image tower's features, stored in shards of their own
     datamodule          the Lightning data module: shards -> batches
     streams             the order of samples: by device and worker, shuffled, one caption per image and epoch

@@ -22,20 +22,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 from tqdm import tqdm
 
+from fromage.data.broken import Broken, decoded, read_shards
+from fromage.data.shard_names import expand, shard_name
+from fromage.data.shard_sizes import read_sizes, sized, total
 from fromage.data.shard_streams import is_remote
-from fromage.data.shards import (
-    Broken,
-    Raw,
-    ShardWriter,
-    captions_of,
-    decoded,
-    expand,
-    image_file,
-    read_shards,
-    read_sizes,
-    shard_name,
-    sized,
-)
+from fromage.data.shard_writer import ShardWriter
+from fromage.data.shards import Raw, captions_of, image_file
 from fromage.data.workers import init_worker, plain_errors, usual_workers, worker_share
 from fromage.errors import BrokenSample, UserError
 from fromage.identity import FolderKind
@@ -166,8 +158,7 @@ def _store(
 ) -> int:
     stream = ChunkStream(todo, decoding_as(vision.transform, decoding), batch_size, max_broken)
     loader = DataLoader(stream, batch_size=None, num_workers=min(workers, len(todo)), worker_init_fn=init_worker)
-    sizes = [size for _, size in stream.shards]
-    bar = tqdm(total=None if None in sizes else sum(size or 0 for size in sizes), desc="features", unit=" images")
+    bar = tqdm(total=total(stream.shards), desc="features", unit=" images")
     writers: dict[str, ShardWriter] = {}  # of the shards that workers are at
     rows: dict[str, list[Tensor]] = {}  # (m,) of each image of theirs
     encoded = 0

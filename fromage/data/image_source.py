@@ -18,7 +18,9 @@ from torch.utils.data import IterableDataset
 from fromage.data.annotations import FILE, TEXT, coco_captions, kind_of, leave_out, problem, shown
 from fromage.data.features import from_npy
 from fromage.data.packing import PackReport, by_image, jsonl_pairs, tsv_pairs
-from fromage.data.shards import Raw, captions_of, expand, read_shard, shard_sizes
+from fromage.data.shard_names import expand
+from fromage.data.shard_sizes import sized, total
+from fromage.data.shards import Raw, captions_of, read_shard
 from fromage.data.workers import worker_share
 from fromage.errors import BrokenSample, UserError
 from fromage.images.codec import SUFFIXES, image_files, is_image
@@ -240,11 +242,9 @@ def find_images(source: str, transform: Transform, captions: Path | None = None)
         if captions is not None:
             raise UserError(f"{source}: shards contain their captions; leave out {captions}")
         shards = expand(source)
-        sizes = [size for size in shard_sizes(shards) if size is not None]
-        count = sum(sizes) if len(sizes) == len(shards) else None
         folders = [str(Path(shard).absolute().parent) for shard in shards if ":" not in shard]
         root = os.path.commonpath(folders) if folders else ""
-        return ImageSource([(shard,) for shard in shards], _read_shard, transform, count, root)
+        return ImageSource([(shard,) for shard in shards], _read_shard, transform, total(sized(shards)), root)
     folder = Path(source).absolute()
     files = [str(path) for path in image_files(folder)]
     if not files:

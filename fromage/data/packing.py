@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from fromage.checks import check_real
 from fromage.data.annotations import FILE, TEXT, coco_captions, problem, read_annotations
-from fromage.data.shards import check_no_shards, members_of, write_members
+from fromage.data.shard_writer import check_no_shards, members_of, write_members
 from fromage.errors import BrokenSample, UserError, first_few, reason
 from fromage.images.codec import decode_image
 from fromage.images.open import file_bytes

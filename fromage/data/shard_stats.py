@@ -20,8 +20,11 @@ from tabulate import tabulate
 from torch.utils.data import DataLoader, IterableDataset
 from tqdm import tqdm
 
+from fromage.data.broken import Broken, read_shards
 from fromage.data.features import from_npy
-from fromage.data.shards import Broken, Raw, captions_of, expand, image_of, read_shards, shard_name, sized
+from fromage.data.shard_names import expand, shard_name
+from fromage.data.shard_sizes import sized, total
+from fromage.data.shards import Raw, captions_of, image_of
 from fromage.data.workers import init_worker, plain_errors, worker_share
 from fromage.errors import BrokenSample
 from fromage.images.codec import SUFFIXES, jpeg
@@ -278,7 +281,7 @@ def check_shards(
     """Read all samples of shards, with a progress bar.
 
     Args:
-        shards: patterns of shards, see fromage.data.shards.expand.
+        shards: patterns of shards, see fromage.data.shard_names.expand.
         max_broken: share of broken samples that training is to allow, 0 to 1. Training applies it to each worker's shards
             as it reads them; the report applies it to all shards together.
         workers: processes that decode; 0 decodes in this one.
@@ -291,12 +294,10 @@ def check_shards(
     """
     reader = RecordReader(expand(shards), measure, shown)
     report = ShardReport(max_broken, unit, shown)
-    sizes = [size for _, size in reader.shards]
-    total = None if None in sizes else sum(size or 0 for size in sizes)
     loader = DataLoader(
         reader, batch_size=None, num_workers=min(workers, len(reader.shards)), collate_fn=tuple, worker_init_fn=init_worker
     )
-    with tqdm(total=total, desc="shards", unit=" samples") as bar:
+    with tqdm(total=total(reader.shards), desc="shards", unit=" samples") as bar:
         for record in (Record(*row) for row in plain_errors(loader)):
             report.add(record)
             bar.update(bool(record.key))

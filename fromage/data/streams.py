@@ -16,7 +16,10 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from fromage.data.batches import EPOCH
-from fromage.data.shards import Broken, Raw, decoded, read_shards, shard_name, sized
+from fromage.data.broken import Broken, decoded, read_shards
+from fromage.data.shard_names import shard_name
+from fromage.data.shard_sizes import sized, total
+from fromage.data.shards import Raw
 from fromage.data.workers import worker_share
 from fromage.errors import UserError
 
@@ -56,8 +59,7 @@ class BatchStream(IterableDataset[Any]):
         self, shards: list[str], decode: Decoder, batch_size: int, max_broken: float, rank: int = 0, world: int = 1
     ) -> None:
         self.shards = sized(shards)
-        sizes = [size for _, size in self.shards if size is not None]
-        self.samples = sum(sizes) if len(sizes) == len(shards) else None
+        self.samples = total(self.shards)
         self.decode, self.batch_size, self.max_broken = decode, batch_size, max_broken
         self.rank, self.world = rank, world
 

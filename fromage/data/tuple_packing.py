@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from fromage.data.annotations import FILE, TEXT, problem
 from fromage.data.features import TARGET_IMAGE
 from fromage.data.packing import PackReport, as_jpeg, json_lines, pack
-from fromage.data.shards import members_of
+from fromage.data.shard_writer import members_of
 from fromage.data.tuples import CONDITION, TARGET
 from fromage.errors import UserError
 

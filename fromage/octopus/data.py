@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from fromage.checks import check_real, check_whole
 from fromage.data.annotations import odd_allowed
+from fromage.data.broken import Broken
 from fromage.data.loader import PlainErrors, no_loaders
-from fromage.data.shards import Broken
 from fromage.data.workers import init_worker
 from fromage.errors import BrokenSample, UserError, first_few
 from fromage.images.open import file_bytes
@@ -36,7 +36,7 @@ class GroundingDataset(Dataset[Any]):
     """Rows with the pixels or patches of their image. If it cannot be decoded, the next row takes its place.
 
     Each worker counts the images it has seen, and names those it could not decode. Where more than max_lost of them are
-    broken, as of fromage.data.shards.Broken, or of all there are, it stops the run.
+    broken, as of fromage.data.broken.Broken, or of all there are, it stops the run.
     """
 
     def __init__(self, rows: Sequence[Row], transform: Transform, store: PatchStore | None, max_lost: float = 0.05) -> None:

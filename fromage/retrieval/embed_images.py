@@ -19,7 +19,7 @@ from fromage.checkpoints.run_folder import last_checkpoint
 from fromage.checks import check_whole
 from fromage.data.features import check_features
 from fromage.data.image_source import FileStamp, ImageBatch, ImageSample, ImageSource, find_images, is_shards
-from fromage.data.shards import expand
+from fromage.data.shard_names import expand
 from fromage.data.workers import init_worker, plain_errors
 from fromage.errors import UserError, first_few
 from fromage.locks import held

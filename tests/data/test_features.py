@@ -11,9 +11,13 @@ from PIL import Image
 from torch import nn
 
 from fromage.data.batches import Decode, collate
+from fromage.data.broken import Broken, decoded
 from fromage.data.datamodule import CC3M
 from fromage.data.features import check_features, check_source, from_npy, store_features, to_npy
-from fromage.data.shards import Broken, captions_of, decoded, expand, read_shard, read_sizes, write_shards
+from fromage.data.shard_names import expand
+from fromage.data.shard_sizes import read_sizes
+from fromage.data.shard_writer import write_shards
+from fromage.data.shards import captions_of, read_shard
 from fromage.data.tokenizer import PromptTokenizer
 from fromage.data.workers import usual_workers
 from fromage.errors import BrokenSample, UserError

@@ -13,17 +13,11 @@ import fsspec
 import pytest
 from PIL import Image
 
-from fromage.data.shards import (
-    Broken,
-    expand,
-    image_of,
-    read_shard,
-    read_shards,
-    read_sizes,
-    shard_name,
-    shard_sizes,
-    write_shards,
-)
+from fromage.data.broken import Broken, read_shards
+from fromage.data.shard_names import expand, shard_name
+from fromage.data.shard_sizes import read_sizes, shard_sizes, sized, total
+from fromage.data.shard_writer import write_shards
+from fromage.data.shards import image_of, read_shard
 from fromage.errors import BrokenSample, UserError
 
 SHARED = Path(os.environ.get("FROMAGE_SHARED_DATA", Path(__file__).resolve().parents[3] / "shared" / "data"))
@@ -51,6 +45,14 @@ def test_written_shards_are_read_back(tmp_path):
     samples = [sample for shard in expand(str(tmp_path / "s")) for sample in read(shard)[0]]
     found = [(s["__key__"], s["jpg"], s["txt"].decode(), json.loads(s["json"])) for s in samples]
     assert found == pairs(5)
+
+
+def test_the_samples_of_shards_together_are_known_where_each_size_is(tmp_path):
+    write_shards(pairs(5), tmp_path / "s", per_shard=2)
+    known = sized(expand(str(tmp_path / "s")))
+    assert total(known) == 5 and total([]) == 0
+    (tmp_path / "s/00003.tar").write_bytes((tmp_path / "s/00000.tar").read_bytes())  # sizes.json does not name it
+    assert total(sized(expand(str(tmp_path / "s")))) is None
 
 
 def test_equal_samples_make_equal_bytes(tmp_path):
