@@ -20,12 +20,33 @@ CHECK_FROM = 100  # samples; a smaller stream is judged at its end
 class Broken:
     """Counts the samples a worker used and those it could not, logs the latter, and stops when they are too many."""
 
-    def __init__(self, limit: float, option: str = "max_broken") -> None:
-        """limit: share of the samples, 0 to 1, that may be broken; option: what sets it."""
-        self.option = option
-        self.limit, self.good, self.bad, self.lost, self.missing = limit, 0, 0, 0, 0
+    def __init__(self, limit: float, option: str = "max_broken", good: int = 0, bad: int = 0) -> None:
+        """Begin to count.
+
+        Args:
+            limit: share of the samples, 0 to 1, that may be broken.
+            option: what sets it.
+            good: samples that were used before, by a run that is resumed.
+            bad: those that could not be used before.
+        """
+        self.limit, self.option = limit, option
+        self.good, self.bad, self.lost, self.missing = good, bad, 0, 0
         self.read = 0  # samples of all shards, where others use some of them
         self.last: deque[str] = deque(maxlen=5)
+
+    @property
+    def taken(self) -> int:
+        """Samples that this worker took, used or not, those before a resumed run included."""
+        return self.good + self.bad
+
+    def used(self) -> None:
+        """Count a sample that was used."""
+        self.good += 1
+        self.check()
+
+    def passed(self, samples: int) -> None:
+        """Count samples that this worker read, where it uses only some of what it reads."""
+        self.read += samples
 
     def add(self, key: str, cause: str) -> None:
         """Count and log a sample that cannot be used."""
@@ -36,6 +57,12 @@ class Broken:
         """Count and log a shard that cannot be read to its end, or a member of it that belongs to no sample."""
         self.lost += 1
         self._note(shard, cause)
+
+    def lacks(self, shard: str, found: int, size: int) -> None:
+        """Count and log a shard that holds fewer samples than its size by sizes.json; the limit applies at the end."""
+        self.missing += size - found
+        self.last.append(f"{shard_name(shard)} ({found} samples of {size})")
+        log.warning("%s holds %d samples, sizes.json says %d", shard, found, size)
 
     def _note(self, name: str, cause: str) -> None:
         cause = " ".join(cause.split())
@@ -50,7 +77,7 @@ class Broken:
         """
         lost: float = self.lost + (self.missing if end else 0)
         if self.read:  # this worker's share of what all of them lose
-            lost = lost * (self.good + self.bad) / self.read
+            lost = lost * self.taken / self.read
         bad = self.bad + lost
         seen = bad + self.good
         if (end or seen >= CHECK_FROM) and bad > self.limit * seen:
@@ -68,9 +95,7 @@ def read_shards(shards: Iterable[tuple[str, int | None]], broken: Broken) -> Ite
             found += 1
             yield raw
         if size is not None and found < size:
-            broken.missing += size - found
-            broken.last.append(f"{shard_name(shard)} ({found} samples of {size})")
-            log.warning("%s holds %d samples, sizes.json says %d", shard, found, size)
+            broken.lacks(shard, found, size)
 
 
 def decoded(raws: Iterable[Raw], decode: Callable[[Raw], T], broken: Broken) -> Iterator[T]:
@@ -81,6 +106,5 @@ def decoded(raws: Iterable[Raw], decode: Callable[[Raw], T], broken: Broken) -> 
         except BrokenSample as error:
             broken.add(raw["__key__"], str(error))
             continue
-        broken.good += 1
-        broken.check()
+        broken.used()
         yield sample

@@ -70,15 +70,21 @@ def digest(*parts: bytes) -> int:
 
 
 class CollectedLosses(Broken):
-    """Collects what could not be used, without a limit."""
+    """Collects what a shard loses, as records; there is no limit and nothing is logged."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: str) -> None:
+        """name: of the shard, in the records."""
         super().__init__(limit=1.0)
-        self.found: list[tuple[str, str]] = []
+        self.name = name
+        self.records: list[Record] = []
 
     def lose(self, shard: str, cause: str) -> None:
         """Collect a shard that cannot be read to its end, or a member that belongs to no sample."""
-        self.found.append((shard, " ".join(cause.split())))
+        self.records.append(Record(self.name, broken=" ".join(cause.split())))
+
+    def lacks(self, shard: str, found: int, size: int) -> None:
+        """Collect how many samples the shard holds too few."""
+        self.records.append(Record(self.name, lost=size - found))
 
 
 class RecordReader(IterableDataset[Record]):
@@ -93,12 +99,11 @@ class RecordReader(IterableDataset[Record]):
     def __iter__(self) -> Iterator[Record]:
         worker, workers = worker_share()
         for shard in self.shards[worker::workers]:
-            losses, name = CollectedLosses(), shard[0] if Path(shard[0]).is_file() else shard_name(shard[0])
+            name = shard[0] if Path(shard[0]).is_file() else shard_name(shard[0])
+            losses = CollectedLosses(name)
             for raw in read_shards([shard], losses):
                 yield self.record(name, raw)
-            for _, cause in losses.found:
-                yield Record(name, broken=cause)
-            yield Record(name, lost=losses.missing)
+            yield from losses.records
 
     def record(self, shard: str, raw: Raw) -> Record:
         """Decode a sample and measure it."""

@@ -91,10 +91,10 @@ class ValidationStream(BatchStream):
         raws = enumerate(read_shards(self.shards, broken))
         for number, group in groupby(raws, key=lambda item: item[0] // self.batch_size):
             if number % turn != mine:
-                broken.read += sum(1 for _ in group)
+                broken.passed(sum(1 for _ in group))
                 continue
             read = [raw for _, raw in group]
-            broken.read += len(read)
+            broken.passed(len(read))
             samples = list(decoded(read, self.decode, broken))
             if samples:
                 if held is not None:
@@ -143,9 +143,8 @@ class TrainStream(BatchStream):
         dealt = self.shuffled(self.shards, epoch)[self.rank :: self.world]
         parts = [dealt[w::workers] for w in range(workers)]
         quota = self.quotas(parts)[worker] if self.batches is not None else None
-        broken = Broken(self.max_broken)
-        broken.good = first * self.batch_size
-        broken.bad = taken - broken.good
+        good = first * self.batch_size
+        broken = Broken(self.max_broken, good=good, bad=taken - good)
         samples = decoded(islice(self.passes(parts[worker], epoch, worker, broken), taken, None), self.decode, broken)
         for number in count(first):
             if quota is not None and number >= quota:
@@ -157,7 +156,7 @@ class TrainStream(BatchStream):
                 return
             if number + 1 == quota:
                 broken.check(end=True)  # before the last batch: whoever knows the length asks for no more
-            yield self.decode.collate(batch), worker, broken.good + broken.bad
+            yield self.decode.collate(batch), worker, broken.taken
 
     def layout(self) -> dict[str, Any]:
         """All that the order of samples follows from but the number of workers, by the option that sets it."""

@@ -74,8 +74,7 @@ class GroundingDataset(Dataset[Any]):
             self.lost.append(("broken", Path(example.image)))
             check_lost(self.lost, self.images, self.broken.limit)
         else:
-            self.broken.good += 1
-            self.broken.check()
+            self.broken.used()
 
 
 class OctopusData(pl.LightningDataModule):

@@ -254,10 +254,39 @@ def test_a_shard_cut_between_members_is_found_by_its_size(tmp_path):
     shard.write_bytes(shard.read_bytes()[:end])
     broken = Broken(0.05)
     assert len(list(read_shards([(str(shard), *shard_sizes([str(shard)]))], broken))) == 2
-    broken.good = 2
-    broken.check()
+    broken.used()
+    broken.used()
     with pytest.raises(UserError, match=r"2 of 4 samples.*00000\.tar"):
         broken.check(end=True)
+
+
+def test_samples_that_a_shard_lacks_are_logged_and_judged_at_the_end(caplog):
+    broken = Broken(0.4, "data.max_broken", good=100)
+    broken.lacks("s/00003.tar", 30, 130)
+    assert "s/00003.tar holds 30 samples, sizes.json says 130" in caplog.text
+    broken.used()  # more than a hundred samples: what is lost counts now, what is lacking at the end alone
+    with pytest.raises(
+        UserError, match=r"^100 of 201 .*data\.max_broken allows 40.*; the last: 00003\.tar \(30 samples of 130\);"
+    ):
+        broken.check(end=True)
+
+
+def test_a_worker_that_uses_part_of_what_it_reads_answers_for_its_share_of_what_is_lost(caplog):
+    broken = Broken(0.1, good=10, bad=0)
+    broken.passed(40)
+    broken.lose("a.tar", "torn")
+    broken.lacks("b.tar", 0, 3)
+    broken.check(end=True)  # a quarter of 4 lost samples, of 11
+    broken.lacks("c.tar", 0, 1)
+    with pytest.raises(UserError, match=r"^2 of 12 samples"):
+        broken.check(end=True)
+
+
+def test_a_resumed_worker_counts_on():
+    broken = Broken(0.5, good=6, bad=2)
+    broken.used()
+    broken.add("k", "torn")
+    assert (broken.taken, broken.good, broken.bad) == (10, 7, 3)
 
 
 @pytest.mark.parametrize(("kind", "mode"), [("JPEG", "CMYK"), ("PNG", "P"), ("PNG", "RGBA"), ("PNG", "L")])
