@@ -2,6 +2,7 @@
 
 Where to look:
 
+    caption_files       files of captions: a TSV, JSON lines, JSON
     packing             image files and captions -> shards; tuple_packing for composition learning
     shards              reading shards; shard_streams opens them, shard_names and shard_sizes say which there are, how large
     shard_writer        writing shards
