@@ -18,7 +18,7 @@ from study import Figures
 from torch import Tensor
 
 from fromage.data.broken import Broken, read_shards
-from fromage.data.features import from_npy
+from fromage.data.sample_images import from_npy
 from fromage.data.shard_names import expand
 from fromage.data.shard_sizes import sized
 from fromage.data.shards import captions_of

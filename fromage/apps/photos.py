@@ -17,8 +17,9 @@ from fromage.checkpoints.format import GENERATION
 from fromage.data.batches import Batch
 from fromage.data.broken import Broken, read_shards
 from fromage.data.datamodule import CC3M
-from fromage.data.features import from_npy, store_features
+from fromage.data.features import store_features
 from fromage.data.packing import is_packed, pack_coco
+from fromage.data.sample_images import from_npy
 from fromage.data.shard_names import expand
 from fromage.data.shard_sizes import shard_sizes, sized
 from fromage.data.shards import captions_of, image_file

@@ -13,6 +13,7 @@ Where to look:
     streams             the order of samples: by device and worker, shuffled, one caption per image and epoch
     loader              worker processes, epochs, and going on in the middle of one; workers starts and ends them
     batches             a stored sample -> a row -> a batch; tuples are those of composition learning
+    sample_images       the image of a stored sample: its pixels, or its stored features
     tokenizer           text -> token ids; truncation of captions that keeps [RET]
     requests            captions read as requests for an image
     annotations         published annotation files, read and checked

@@ -8,7 +8,6 @@ KEY.target.jpg, its second image.
 
 from __future__ import annotations
 
-import io
 from collections import Counter
 from collections.abc import Iterator
 from functools import partial
@@ -16,20 +15,20 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 from tqdm import tqdm
 
 from fromage.data.broken import Broken, decoded, read_shards
+from fromage.data.sample_images import TARGET_IMAGE, target_image, to_npy
 from fromage.data.shard_names import expand, shard_name
 from fromage.data.shard_sizes import read_sizes, sized, total
 from fromage.data.shard_streams import is_remote
 from fromage.data.shard_writer import ShardWriter
 from fromage.data.shards import Raw, captions_of, image_file
 from fromage.data.workers import init_worker, plain_errors, usual_workers, worker_share
-from fromage.errors import BrokenSample, UserError
+from fromage.errors import UserError
 from fromage.identity import FolderKind
 from fromage.images.transforms import JpegDecoding, Transform, decoding_as, read_image
 from fromage.locks import held
@@ -38,7 +37,6 @@ if TYPE_CHECKING:
     from fromage.models.vision.base import VisionTower
 
 MOST = 8  # times as many samples as images in a chunk
-TARGET_IMAGE = "target."  # in front of an extension: of a tuple's second image
 FEATURES = FolderKind(
     "features.json",
     "features",
@@ -48,39 +46,6 @@ FEATURES = FolderKind(
     ignored=frozenset({"source"}),  # for those who read them; see store_features
     foreign="*.tar",
 )
-
-
-def to_npy(features: Tensor) -> bytes:
-    """Features (m,) as a .npy file, value for value. NumPy has no bfloat16: its 16 bits are stored as uint16."""
-    bits = features.detach().cpu().contiguous()
-    buffer = io.BytesIO()
-    np.save(buffer, (bits.view(torch.uint16) if bits.dtype == torch.bfloat16 else bits).numpy(), allow_pickle=False)
-    return buffer.getvalue()
-
-
-def from_npy(data: bytes, width: int | None = None) -> Tensor:
-    """What to_npy stored: (m,). Raises BrokenSample for anything else; width: m, where that is known.
-
-    NumPy would allocate what the header claims, and a damaged header raises nearly anything.
-    """
-    try:
-        file = io.BytesIO(data)
-        if np.lib.format.read_magic(file) != (1, 0):
-            raise BrokenSample("unreadable features: no .npy as they are stored")
-        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-        if len(shape) != 1 or dtype.hasobject:
-            raise BrokenSample(f"features are not a finite vector: {shape} {dtype}")
-        bits = torch.from_numpy(np.frombuffer(data, dtype, shape[0], file.tell()).copy())
-    except BrokenSample:
-        raise
-    except Exception:
-        raise BrokenSample("unreadable features: a damaged .npy") from None
-    features = bits.view(torch.bfloat16) if bits.dtype == torch.uint16 else bits
-    if not features.is_floating_point() or not features.isfinite().all():
-        raise BrokenSample(f"features are not a finite vector: {tuple(features.shape)} {features.dtype}")
-    if width is not None and len(features) != width:
-        raise BrokenSample(f"features of another width: {len(features)}, not {width}")
-    return features
 
 
 def store_features(
@@ -199,11 +164,6 @@ def _check_names(shards: list[str]) -> None:
     twice = [name for name, n in Counter(map(shard_name, shards)).items() if n > 1]
     if twice:
         raise UserError(f"several shards are called {twice[0]}: store each folder's features in a folder of its own")
-
-
-def target_image(raw: Raw) -> Raw:
-    """The members of a tuple's target image, as those of an image; empty where there is none."""
-    return {kind.removeprefix(TARGET_IMAGE): data for kind, data in raw.items() if kind.startswith(TARGET_IMAGE)}
 
 
 def _members(raw: Raw, keep_images: bool) -> dict[str, bytes]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from fromage.data.caption_files import read_captions
-from fromage.data.features import from_npy
+from fromage.data.sample_images import from_npy
 from fromage.data.shard_names import expand
 from fromage.data.shard_sizes import sized, total
 from fromage.data.shards import Raw, captions_of, read_shard

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from tqdm import tqdm
 
 from fromage.data.broken import Broken, read_shards
-from fromage.data.features import from_npy
+from fromage.data.sample_images import from_npy
 from fromage.data.shard_names import expand, shard_name
 from fromage.data.shard_sizes import sized, total
 from fromage.data.shards import Raw, captions_of, image_of

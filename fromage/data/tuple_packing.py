@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 from fromage.data.annotations import FILE, TEXT, problem
 from fromage.data.caption_files import Skipped, check_there, json_lines
-from fromage.data.features import TARGET_IMAGE
 from fromage.data.packing import PackReport, as_jpeg, pack
+from fromage.data.sample_images import TARGET_IMAGE
 from fromage.data.shard_writer import members_of
 from fromage.data.tuples import CONDITION, TARGET
 
