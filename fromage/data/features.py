@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import IterableDataset
 from tqdm import tqdm
 
 from fromage.data.broken import Broken, decoded, read_shards
@@ -27,7 +27,7 @@ from fromage.data.shard_sizes import read_sizes, sized, total
 from fromage.data.shard_streams import is_remote
 from fromage.data.shard_writer import ShardWriter
 from fromage.data.shards import Raw, captions_of, image_file
-from fromage.data.workers import init_worker, plain_errors, usual_workers, worker_share
+from fromage.data.workers import WorkerLoader, usual_workers, worker_share
 from fromage.errors import UserError
 from fromage.identity import FolderKind
 from fromage.images.transforms import JpegDecoding, Transform, decoding_as, read_image
@@ -122,13 +122,13 @@ def _store(
     decoding: JpegDecoding,
 ) -> int:
     stream = ChunkStream(todo, decoding_as(vision.transform, decoding), batch_size, max_broken)
-    loader = DataLoader(stream, batch_size=None, num_workers=min(workers, len(todo)), worker_init_fn=init_worker)
+    loader = WorkerLoader(stream, None, num_workers=min(workers, len(todo)))
     bar = tqdm(total=total(stream.shards), desc="features", unit=" images")
     writers: dict[str, ShardWriter] = {}  # of the shards that workers are at
     rows: dict[str, list[Tensor]] = {}  # (m,) of each image of theirs
     encoded = 0
     try:
-        for chunk in plain_errors(loader):
+        for chunk in loader:
             name = shard_name(chunk.shard)
             if name not in writers:
                 writers[name] = ShardWriter(out / name, "shards that are finished are kept, and the same command goes on")

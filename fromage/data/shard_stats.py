@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 from tabulate import tabulate
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import IterableDataset
 from tqdm import tqdm
 
 from fromage.data.broken import Broken, read_shards
@@ -25,7 +25,7 @@ from fromage.data.sample_images import from_npy
 from fromage.data.shard_names import expand, shard_name
 from fromage.data.shard_sizes import sized, total
 from fromage.data.shards import Raw, captions_of, image_of
-from fromage.data.workers import init_worker, plain_errors, worker_share
+from fromage.data.workers import WorkerLoader, worker_share
 from fromage.errors import BrokenSample
 from fromage.images.codec import SUFFIXES, jpeg
 from fromage.images.contact_sheet import contact_sheet
@@ -299,11 +299,9 @@ def check_shards(
     """
     reader = RecordReader(expand(shards), measure, shown)
     report = ShardReport(max_broken, unit, shown)
-    loader = DataLoader(
-        reader, batch_size=None, num_workers=min(workers, len(reader.shards)), collate_fn=tuple, worker_init_fn=init_worker
-    )
+    loader = WorkerLoader(reader, None, num_workers=min(workers, len(reader.shards)), collate_fn=tuple)
     with tqdm(total=total(reader.shards), desc="shards", unit=" samples") as bar:
-        for record in (Record(*row) for row in plain_errors(loader)):
+        for record in (Record(*row) for row in loader):
             report.add(record)
             bar.update(bool(record.key))
     return report

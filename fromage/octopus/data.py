@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader, Dataset
 from fromage.checks import check_real, check_whole
 from fromage.data.annotations import odd_allowed
 from fromage.data.broken import Broken
-from fromage.data.loader import PlainErrors, no_loaders
-from fromage.data.workers import init_worker
+from fromage.data.loader import no_loaders
+from fromage.data.workers import WorkerLoader
 from fromage.errors import BrokenSample, UserError, first_few
 from fromage.images.open import file_bytes
 from fromage.images.transforms import Transform, read_image
@@ -166,13 +166,12 @@ class OctopusData(pl.LightningDataModule):
         if any(len(turns) + len(row) > 2 for row in rows for turns in row) and not image_first(module.model.template):
             raise UserError("model.template: the image must come first where prompts share it; or set data.per_image to 1")
         dataset = GroundingDataset(rows, module.model.vision.transform, store, self.max_lost)
-        return PlainErrors(
+        return WorkerLoader(
             dataset,
             batch_size,
             sampler=self._sampler(dataset, batch_size) if shuffle else None,
             drop_last=shuffle,
             num_workers=0 if store is not None else self.workers,
-            worker_init_fn=init_worker,
             collate_fn=collate,
             pin_memory=torch.cuda.is_available(),
         )
