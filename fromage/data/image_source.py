@@ -25,6 +25,7 @@ from fromage.errors import BrokenSample, UserError
 from fromage.images.codec import SUFFIXES, image_files, is_image
 from fromage.images.open import MAX_FILE, open_regular
 from fromage.images.transforms import Transform, read_image
+from fromage.io import json_object
 
 MAX_META = 1 << 14  # bytes of what is kept of an image's own JSON
 PATHS = ("source", "target_image")  # of what fromage.data.packing writes: as they stood in the list of images
@@ -211,11 +212,8 @@ def _caption(sample: Raw) -> str:
 
 def _meta(data: bytes) -> str:
     """What a shard says of an image, compact; '' for what is no JSON object, and for more than MAX_META bytes."""
-    try:
-        found = json.loads(data) if len(data) <= MAX_META else None
-    except (ValueError, RecursionError):
-        return ""
-    if not isinstance(found, dict) or not found:
+    found = json_object(data) if len(data) <= MAX_META else {}
+    if not found:
         return ""
     return json.dumps(without_folders(found), ensure_ascii=False).encode("utf-8", "replace").decode()
 

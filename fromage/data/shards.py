@@ -6,7 +6,6 @@ the first of several) and KEY.json (whatever else is known of it; "captions" lis
 
 from __future__ import annotations
 
-import json
 import re
 import tarfile
 import time
@@ -24,6 +23,7 @@ from fromage.data.shard_streams import is_remote, open_shard
 from fromage.errors import BrokenSample, reason
 from fromage.images.codec import SUFFIXES, decode_image
 from fromage.images.tars import MAX_MEMBER, plain_files
+from fromage.io import json_object
 
 Raw = dict[str, Any]  # a stored sample: '__key__', and the members' bytes by extension
 ATTEMPTS = 3  # to read a shard that comes over the network
@@ -113,11 +113,7 @@ def _listed_captions(data: bytes) -> list[Any] | None:
     """The list "captions" of a sample's JSON; None where there is none."""
     if b'"captions"' not in data:  # others' JSON can be large
         return None
-    try:
-        found = json.loads(data)
-    except (ValueError, RecursionError):
-        return None
-    listed = found.get("captions") if isinstance(found, dict) else None
+    listed = json_object(data).get("captions")
     return listed if isinstance(listed, list) else None
 
 

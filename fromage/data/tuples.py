@@ -10,7 +10,6 @@ Learning" (MCL), ICML 2024, section 3; its tuples have no target images.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any, ClassVar, NamedTuple
@@ -23,6 +22,7 @@ from fromage.data.shards import Raw, plain_text
 from fromage.data.tokenizer import PromptTokenizer
 from fromage.errors import BrokenSample
 from fromage.images.transforms import Transform
+from fromage.io import json_object
 
 CONDITION, TARGET = "condition", "target_caption"  # in KEY.json
 NO_IMAGE = "no target image is read, and a caption alone is learned in CLIP's space: give model.space clip, or target images"
@@ -113,11 +113,7 @@ class DecodeTuple:
 
 def texts_of(raw: Raw) -> tuple[str, str]:
     """The condition and the target caption of a stored tuple. Raises BrokenSample where one is missing or empty."""
-    try:
-        found = json.loads(raw.get("json", b"{}"))
-    except (ValueError, RecursionError):
-        found = {}
-    fields = found if isinstance(found, dict) else {}
+    fields = json_object(raw.get("json", b""))
     for name in (CONDITION, TARGET):
         if name not in fields:
             raise BrokenSample(OTHER.format(name))
