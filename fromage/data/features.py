@@ -9,7 +9,7 @@ KEY.target.jpg, its second image.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from hashlib import blake2b
 from pathlib import Path
@@ -72,8 +72,11 @@ def store_features(
     _check_names(sources)
     with held(out):
         todo = _to_do(sources, out, vision.fingerprint(decoding))
+        stream = ChunkStream(todo, decoding_as(vision.transform, decoding), batch_size, max_broken)
         reading = usual_workers() if workers is None else workers
-        return _store(todo, out, vision, batch_size, keep_images, reading, max_broken, decoding)
+        loader = WorkerLoader(stream, None, num_workers=min(reading, len(todo)))
+        with tqdm(total=total(stream.shards), desc="features", unit=" images") as bar:
+            return _store(loader, out, vision, keep_images, bar)
 
 
 def _to_do(sources: list[str], out: Path, tower: dict[str, Any]) -> list[str]:
@@ -111,45 +114,50 @@ def check_source(shards: str | list[str], out: Path) -> None:
         _done(sources, out, of := _folders(sources), FEATURES.read(out).get("source", of))
 
 
-def _store(
-    todo: list[str],
-    out: Path,
-    vision: VisionTower,
-    batch_size: int,
-    keep_images: bool,
-    workers: int,
-    max_broken: float,
-    decoding: JpegDecoding,
-) -> int:
-    stream = ChunkStream(todo, decoding_as(vision.transform, decoding), batch_size, max_broken)
-    loader = WorkerLoader(stream, None, num_workers=min(workers, len(todo)))
-    bar = tqdm(total=total(stream.shards), desc="features", unit=" images")
-    writers: dict[str, ShardWriter] = {}  # of the shards that workers are at
-    rows: dict[str, list[Tensor]] = {}  # (m,) of each image of theirs
+def _store(chunks: Iterable[Chunk], out: Path, vision: VisionTower, keep_images: bool, bar: tqdm) -> int:
+    """Write shards of features from chunks of shards, as they come; returns how many samples there are."""
+    begun: dict[str, StoredShard] = {}  # the shards that workers are at, by file name
     encoded = 0
     try:
-        for chunk in loader:
+        for chunk in chunks:
             name = shard_name(chunk.shard)
-            if name not in writers:
-                writers[name] = ShardWriter(out / name, "shards that are finished are kept, and the same command goes on")
-                rows[name] = []
-            writer = writers[name]
-            if not chunk.samples:
-                writer.close()
-                del rows[name]
-                encoded += len(writers.pop(name).keys)
-                continue
-            if chunk.pixels is not None:
-                rows[name] += _encode(vision, chunk.pixels)
-            for raw, images in zip(chunk.samples, chunk.images, strict=True):
-                named = zip(("npy", f"{TARGET_IMAGE}npy"), (to_npy(rows[name][i]) for i in images), strict=False)
-                writer.write(raw["__key__"], _members(raw, keep_images) | dict(named))
-            bar.update(len(chunk.samples))
+            if name not in begun:
+                begun[name] = StoredShard(out / name)
+            if chunk.samples:
+                begun[name].add(chunk, vision, keep_images)
+                bar.update(len(chunk.samples))
+            else:
+                encoded += begun[name].close()
+                del begun[name]
         return encoded
     finally:
-        bar.close()
-        for writer in writers.values():
-            writer.discard()
+        for shard in begun.values():
+            shard.discard()
+
+
+class StoredShard:
+    """A shard of features that is being written, from the chunks of one shard."""
+
+    def __init__(self, path: Path) -> None:
+        self.writer = ShardWriter(path, "shards that are finished are kept, and the same command goes on")
+        self.rows: list[Tensor] = []  # (m,) of each image so far
+
+    def add(self, chunk: Chunk, vision: VisionTower, keep_images: bool) -> None:
+        """Encode the images that are new in a chunk, and write its samples."""
+        if chunk.pixels is not None:
+            self.rows += _encode(vision, chunk.pixels)  # (n, m)
+        for raw, images in zip(chunk.samples, chunk.images, strict=True):
+            named = zip(("npy", f"{TARGET_IMAGE}npy"), (to_npy(self.rows[i]) for i in images), strict=False)
+            self.writer.write(raw["__key__"], _members(raw, keep_images) | dict(named))
+
+    def close(self) -> int:
+        """Finish the shard and give it its name; returns how many samples it holds."""
+        self.writer.close()
+        return len(self.writer.keys)
+
+    def discard(self) -> None:
+        """Drop a shard that was not closed."""
+        self.writer.discard()
 
 
 def check_features(shards: str | list[str], vision: VisionTower, decoding: JpegDecoding = "draft") -> None:
