@@ -115,6 +115,15 @@ def parse_json(text: str, name: object, wanted: str) -> Any:
     raise UserError(f"{name}: {said}; name {wanted}") from None
 
 
+def json_object(data: str | bytes) -> dict[str, Any]:
+    """The JSON object that a text holds; empty for what is none. For data of others, where a damaged one costs nothing."""
+    try:
+        found = json.loads(data) if data else {}
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 class WholeFile:
     """A file that takes its name when it is whole. A kill before that leaves the former file, and a part beside it.
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fromage.errors import UserError
-from fromage.io import WholeFile, check_new, fill_once, set_aside, whole_folder, write_files, writing
+from fromage.io import WholeFile, check_new, fill_once, json_object, set_aside, whole_folder, write_files, writing
 from fromage.locks import LOCK
 
 
@@ -183,3 +183,9 @@ def test_a_folder_that_another_makes_is_waited_for(tmp_path, monkeypatch):
         thread.join(10)
     assert len(made) == 1 and content(tmp_path / "out") == {"a": b"x"}
     fill_once(tmp_path / "out", pytest.fail)
+
+
+@pytest.mark.parametrize("data", ["", b"", "[1]", "null", b"{", b"\xff", '{"a": ' + "[" * 100_000, "1" * 5000])
+def test_what_is_no_json_object_is_read_as_an_empty_one(data):
+    assert json_object(data) == {}
+    assert json_object('{"a": [1]}') == json_object(b'{"a": [1]}') == {"a": [1]}

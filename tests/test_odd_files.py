@@ -20,8 +20,8 @@ from PIL import Image
 from fromage.cli.main import main
 from fromage.data.image_source import find_images
 from fromage.data.packing import PackReport, pack_coco, pack_jsonl, pack_tsv
+from fromage.data.shard_sizes import read_sizes
 from fromage.data.shard_stats import check_shards
-from fromage.data.shards import read_sizes
 from fromage.errors import UserError
 from fromage.evals.caption_sets import read_caption_set
 from fromage.evals.dialogues import read_dialogues

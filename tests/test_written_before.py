@@ -13,9 +13,12 @@ import pytest
 import torch
 from PIL import Image
 
-from fromage.data.features import check_features, from_npy, store_features
+from fromage.data.features import check_features, store_features
 from fromage.data.image_source import Item
-from fromage.data.shards import expand, read_shard, write_shards
+from fromage.data.sample_images import from_npy
+from fromage.data.shard_names import expand
+from fromage.data.shard_writer import write_shards
+from fromage.data.shards import read_shard
 from fromage.errors import UserError
 from fromage.images.codec import to_png
 from fromage.models.fromage import Fromage, load_model

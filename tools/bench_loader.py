@@ -31,7 +31,7 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 
 from fromage.data.datamodule import CC3M
-from fromage.data.shards import write_shards
+from fromage.data.shard_writer import write_shards
 from fromage.data.tokenizer import PromptTokenizer
 from fromage.images.codec import decode_image, is_image
 from fromage.images.transforms import JpegDecoding, halves

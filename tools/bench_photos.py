@@ -63,7 +63,7 @@ def plain_features(files: list[Path]) -> Callable[[], Any]:
 def our_features(files: list[Path]) -> Callable[[], Any]:
     """Shards of the photographs, which stand before, to shards of features."""
     from fromage.data.features import store_features
-    from fromage.data.shards import write_shards
+    from fromage.data.shard_writer import write_shards
     from fromage.models.vision.registry import load_vision
 
     folder, tower = Path(tempfile.mkdtemp()), load_vision(VISION)

@@ -38,7 +38,7 @@ import pyarrow.parquet as pq
 
 from fromage.checks import ADDRESSES
 from fromage.cli.options import fraction, natural, out_folder, positive
-from fromage.data.shards import read_sizes
+from fromage.data.shard_sizes import read_sizes
 from fromage.errors import UserError
 from fromage.io import as_json, write_files, write_json
 from fromage.places import cache_folder

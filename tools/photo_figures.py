@@ -17,8 +17,11 @@ import torch.nn.functional as F
 from study import Figures
 from torch import Tensor
 
-from fromage.data.features import from_npy
-from fromage.data.shards import Broken, captions_of, expand, read_shards, sized
+from fromage.data.broken import Broken, read_shards
+from fromage.data.sample_images import from_npy
+from fromage.data.shard_names import expand
+from fromage.data.shard_sizes import sized
+from fromage.data.shards import captions_of
 from fromage.evals.captioning import caption_figures
 from fromage.evals.few_shot import examples
 from fromage.generation.generate import caption_images, generate

@@ -16,10 +16,14 @@ import torch
 from fromage.apps.tours import CHECKPOINT, draw_searches, once, placed, timed
 from fromage.checkpoints.format import GENERATION
 from fromage.data.batches import Batch
+from fromage.data.broken import Broken, read_shards
 from fromage.data.datamodule import CC3M
-from fromage.data.features import from_npy, store_features
+from fromage.data.features import store_features
 from fromage.data.packing import is_packed, pack_coco
-from fromage.data.shards import Broken, captions_of, expand, image_file, read_shards, shard_sizes, sized
+from fromage.data.sample_images import from_npy
+from fromage.data.shard_names import expand
+from fromage.data.shard_sizes import shard_sizes, sized
+from fromage.data.shards import captions_of, image_file
 from fromage.errors import UserError
 from fromage.evals.retrieval import evaluate
 from fromage.generation.generate import caption_images

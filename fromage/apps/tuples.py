@@ -11,7 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from fromage.data.image_source import read_captions
+from fromage.data.caption_files import read_captions
 from fromage.errors import BrokenSample, UserError
 from fromage.evals.answer_file import AnswerFile
 from fromage.generation.tuple_writer import EXAMPLES, Sampling, TupleWriter, Written, usable
@@ -41,7 +41,7 @@ def write_tuples(
     files of an uninterrupted one.
 
     Args:
-        captions: as fromage.data.image_source.read_captions reads them.
+        captions: as fromage.data.caption_files.read_captions reads them.
         lm: as fromage.models.language_model.load_lm has it.
         images: folder of the images (default: that of the captions).
         limit: only the first so many images.

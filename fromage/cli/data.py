@@ -198,7 +198,7 @@ def features(
         workers: processes that read images (default: for half of the cores, 4 at most)
     """
     from fromage.data.features import check_source, store_features
-    from fromage.data.shards import read_sizes
+    from fromage.data.shard_sizes import read_sizes
     from fromage.models.vision.registry import load_vision
     from fromage.processor import find_device
 

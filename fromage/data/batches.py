@@ -13,13 +13,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from fromage.data.features import from_npy
 from fromage.data.padding import pad
 from fromage.data.requests import request
-from fromage.data.shards import Raw, captions_of, image_file
+from fromage.data.sample_images import Images, read_images, stacked
+from fromage.data.shards import Raw, captions_of
 from fromage.data.tokenizer import PromptTokenizer
-from fromage.errors import UserError
-from fromage.images.transforms import Transform, read_image
+from fromage.images.transforms import Transform
 
 if TYPE_CHECKING:
     from fromage.data.tuples import Tuples
@@ -87,8 +86,7 @@ class Sample(NamedTuple):
     key: str
     captions: list[str]  # at least one
     ids: list[list[int]]  # of each caption
-    pixels: Tensor | None  # (3, H, W)
-    features: Tensor | None  # (m,)
+    image: Images  # (3, H, W) or (m,)
     request: tuple[str, list[int]] | None = None  # the caption framed as a request, and its ids
 
 
@@ -129,12 +127,11 @@ class Decode:
         if EPOCH in raw:
             captions = [captions[drawn(len(captions), self.seed, raw["__key__"], raw[EPOCH])]]
             asked = request(captions[0], self.requests, self.seed, raw["__key__"], raw[EPOCH])
-        features = from_npy(raw["npy"], self.width) if "npy" in raw else None
-        self.width = self.width if features is None else len(features)
-        pixels = read_image(image_file(raw), self.transform) if features is None else None
+        image = read_images(raw, self.transform, self.width)
+        self.width = self.width if image.width is None else image.width
         ids = [self.tokenizer.caption(caption, self.max_tokens) for caption in captions]
         framed = None if asked is None else (asked, self.tokenizer.caption(asked, self.max_tokens))
-        return Sample(raw["__key__"], captions, ids, pixels, features, framed)
+        return Sample(raw["__key__"], captions, ids, image, framed)
 
 
 def drawn(n: int, seed: int, key: str, epoch: int) -> int:
@@ -147,15 +144,12 @@ def drawn(n: int, seed: int, key: str, epoch: int) -> int:
 
 def collate(samples: list[Sample], pad_id: int) -> Batch:
     """Rows -> a batch. Raises UserError if some rows have features and others images."""
-    keys, captions, ids, pixels, features, framed = (list(column) for column in zip(*samples, strict=True))
-    if any(p is None for p in pixels) and any(f is None for f in features):
-        raise UserError(f"some shards hold features, others only images (near {keys[0]}): name shards of one kind")
+    keys, captions, ids, images, framed = (list(column) for column in zip(*samples, strict=True))
     return Batch(
         keys,
         [said[0] for said in captions],
         *padded([rows[0] for rows in ids], pad_id),
-        None if pixels[0] is None else torch.stack(pixels),  # (B, 3, H, W)
-        None if features[0] is None else torch.stack(features),  # (B, m)
+        *stacked(images, keys[0], "shards"),  # (B, 3, H, W), or (B, m)
         others(samples, pad_id),
         requests(samples, pad_id) if any(framed) else None,
     )

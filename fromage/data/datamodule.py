@@ -16,7 +16,7 @@ from fromage.checks import check_real, check_whole
 from fromage.data.batches import Decode
 from fromage.data.features import check_features
 from fromage.data.loader import Loader, Plain, TrainLoader, WithTuples, no_loaders
-from fromage.data.shards import expand
+from fromage.data.shard_names import expand
 from fromage.data.streams import Decoder, TrainStream, ValidationStream
 from fromage.data.tuples import DecodeTuple
 from fromage.errors import UserError

@@ -8,36 +8,27 @@ KEY.target.jpg, its second image.
 
 from __future__ import annotations
 
-import io
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import IterableDataset
 from tqdm import tqdm
 
+from fromage.data.broken import Broken, decoded, read_shards
+from fromage.data.sample_images import TARGET_IMAGE, target_image, to_npy
+from fromage.data.shard_names import expand, shard_name
+from fromage.data.shard_sizes import read_sizes, sized, total
 from fromage.data.shard_streams import is_remote
-from fromage.data.shards import (
-    Broken,
-    Raw,
-    ShardWriter,
-    captions_of,
-    decoded,
-    expand,
-    image_file,
-    read_shards,
-    read_sizes,
-    shard_name,
-    sized,
-)
-from fromage.data.workers import init_worker, plain_errors, usual_workers, worker_share
-from fromage.errors import BrokenSample, UserError
+from fromage.data.shard_writer import ShardWriter
+from fromage.data.shards import Raw, captions_of, image_file
+from fromage.data.workers import WorkerLoader, usual_workers, worker_share
+from fromage.errors import UserError
 from fromage.identity import FolderKind
 from fromage.images.transforms import JpegDecoding, Transform, decoding_as, read_image
 from fromage.locks import held
@@ -46,7 +37,6 @@ if TYPE_CHECKING:
     from fromage.models.vision.base import VisionTower
 
 MOST = 8  # times as many samples as images in a chunk
-TARGET_IMAGE = "target."  # in front of an extension: of a tuple's second image
 FEATURES = FolderKind(
     "features.json",
     "features",
@@ -56,39 +46,6 @@ FEATURES = FolderKind(
     ignored=frozenset({"source"}),  # for those who read them; see store_features
     foreign="*.tar",
 )
-
-
-def to_npy(features: Tensor) -> bytes:
-    """Features (m,) as a .npy file, value for value. NumPy has no bfloat16: its 16 bits are stored as uint16."""
-    bits = features.detach().cpu().contiguous()
-    buffer = io.BytesIO()
-    np.save(buffer, (bits.view(torch.uint16) if bits.dtype == torch.bfloat16 else bits).numpy(), allow_pickle=False)
-    return buffer.getvalue()
-
-
-def from_npy(data: bytes, width: int | None = None) -> Tensor:
-    """What to_npy stored: (m,). Raises BrokenSample for anything else; width: m, where that is known.
-
-    NumPy would allocate what the header claims, and a damaged header raises nearly anything.
-    """
-    try:
-        file = io.BytesIO(data)
-        if np.lib.format.read_magic(file) != (1, 0):
-            raise BrokenSample("unreadable features: no .npy as they are stored")
-        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-        if len(shape) != 1 or dtype.hasobject:
-            raise BrokenSample(f"features are not a finite vector: {shape} {dtype}")
-        bits = torch.from_numpy(np.frombuffer(data, dtype, shape[0], file.tell()).copy())
-    except BrokenSample:
-        raise
-    except Exception:
-        raise BrokenSample("unreadable features: a damaged .npy") from None
-    features = bits.view(torch.bfloat16) if bits.dtype == torch.uint16 else bits
-    if not features.is_floating_point() or not features.isfinite().all():
-        raise BrokenSample(f"features are not a finite vector: {tuple(features.shape)} {features.dtype}")
-    if width is not None and len(features) != width:
-        raise BrokenSample(f"features of another width: {len(features)}, not {width}")
-    return features
 
 
 def store_features(
@@ -115,8 +72,11 @@ def store_features(
     _check_names(sources)
     with held(out):
         todo = _to_do(sources, out, vision.fingerprint(decoding))
+        stream = ChunkStream(todo, decoding_as(vision.transform, decoding), batch_size, max_broken)
         reading = usual_workers() if workers is None else workers
-        return _store(todo, out, vision, batch_size, keep_images, reading, max_broken, decoding)
+        loader = WorkerLoader(stream, None, num_workers=min(reading, len(todo)))
+        with tqdm(total=total(stream.shards), desc="features", unit=" images") as bar:
+            return _store(loader, out, vision, keep_images, bar)
 
 
 def _to_do(sources: list[str], out: Path, tower: dict[str, Any]) -> list[str]:
@@ -154,46 +114,50 @@ def check_source(shards: str | list[str], out: Path) -> None:
         _done(sources, out, of := _folders(sources), FEATURES.read(out).get("source", of))
 
 
-def _store(
-    todo: list[str],
-    out: Path,
-    vision: VisionTower,
-    batch_size: int,
-    keep_images: bool,
-    workers: int,
-    max_broken: float,
-    decoding: JpegDecoding,
-) -> int:
-    stream = ChunkStream(todo, decoding_as(vision.transform, decoding), batch_size, max_broken)
-    loader = DataLoader(stream, batch_size=None, num_workers=min(workers, len(todo)), worker_init_fn=init_worker)
-    sizes = [size for _, size in stream.shards]
-    bar = tqdm(total=None if None in sizes else sum(size or 0 for size in sizes), desc="features", unit=" images")
-    writers: dict[str, ShardWriter] = {}  # of the shards that workers are at
-    rows: dict[str, list[Tensor]] = {}  # (m,) of each image of theirs
+def _store(chunks: Iterable[Chunk], out: Path, vision: VisionTower, keep_images: bool, bar: tqdm) -> int:
+    """Write shards of features from chunks of shards, as they come; returns how many samples there are."""
+    begun: dict[str, StoredShard] = {}  # the shards that workers are at, by file name
     encoded = 0
     try:
-        for chunk in plain_errors(loader):
+        for chunk in chunks:
             name = shard_name(chunk.shard)
-            if name not in writers:
-                writers[name] = ShardWriter(out / name, "shards that are finished are kept, and the same command goes on")
-                rows[name] = []
-            writer = writers[name]
-            if not chunk.samples:
-                writer.close()
-                del rows[name]
-                encoded += len(writers.pop(name).keys)
-                continue
-            if chunk.pixels is not None:
-                rows[name] += _encode(vision, chunk.pixels)
-            for raw, images in zip(chunk.samples, chunk.images, strict=True):
-                named = zip(("npy", f"{TARGET_IMAGE}npy"), (to_npy(rows[name][i]) for i in images), strict=False)
-                writer.write(raw["__key__"], _members(raw, keep_images) | dict(named))
-            bar.update(len(chunk.samples))
+            if name not in begun:
+                begun[name] = StoredShard(out / name)
+            if chunk.samples:
+                begun[name].add(chunk, vision, keep_images)
+                bar.update(len(chunk.samples))
+            else:
+                encoded += begun[name].close()
+                del begun[name]
         return encoded
     finally:
-        bar.close()
-        for writer in writers.values():
-            writer.discard()
+        for shard in begun.values():
+            shard.discard()
+
+
+class StoredShard:
+    """A shard of features that is being written, from the chunks of one shard."""
+
+    def __init__(self, path: Path) -> None:
+        self.writer = ShardWriter(path, "shards that are finished are kept, and the same command goes on")
+        self.rows: list[Tensor] = []  # (m,) of each image so far
+
+    def add(self, chunk: Chunk, vision: VisionTower, keep_images: bool) -> None:
+        """Encode the images that are new in a chunk, and write its samples."""
+        if chunk.pixels is not None:
+            self.rows += _encode(vision, chunk.pixels)  # (n, m)
+        for raw, images in zip(chunk.samples, chunk.images, strict=True):
+            named = zip(("npy", f"{TARGET_IMAGE}npy"), (to_npy(self.rows[i]) for i in images), strict=False)
+            self.writer.write(raw["__key__"], _members(raw, keep_images) | dict(named))
+
+    def close(self) -> int:
+        """Finish the shard and give it its name; returns how many samples it holds."""
+        self.writer.close()
+        return len(self.writer.keys)
+
+    def discard(self) -> None:
+        """Drop a shard that was not closed."""
+        self.writer.discard()
 
 
 def check_features(shards: str | list[str], vision: VisionTower, decoding: JpegDecoding = "draft") -> None:
@@ -208,11 +172,6 @@ def _check_names(shards: list[str]) -> None:
     twice = [name for name, n in Counter(map(shard_name, shards)).items() if n > 1]
     if twice:
         raise UserError(f"several shards are called {twice[0]}: store each folder's features in a folder of its own")
-
-
-def target_image(raw: Raw) -> Raw:
-    """The members of a tuple's target image, as those of an image; empty where there is none."""
-    return {kind.removeprefix(TARGET_IMAGE): data for kind, data in raw.items() if kind.startswith(TARGET_IMAGE)}
 
 
 def _members(raw: Raw, keep_images: bool) -> dict[str, bytes]:

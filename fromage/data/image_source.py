@@ -15,18 +15,18 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
-from fromage.data.annotations import FILE, TEXT, coco_captions, kind_of, leave_out, problem, shown
-from fromage.data.features import from_npy
-from fromage.data.packing import PackReport, by_image, jsonl_pairs, tsv_pairs
-from fromage.data.shards import Raw, captions_of, expand, read_shard, shard_sizes
+from fromage.data.caption_files import read_captions
+from fromage.data.sample_images import from_npy
+from fromage.data.shard_names import expand
+from fromage.data.shard_sizes import sized, total
+from fromage.data.shards import Raw, captions_of, read_shard
 from fromage.data.workers import worker_share
 from fromage.errors import BrokenSample, UserError
 from fromage.images.codec import SUFFIXES, image_files, is_image
 from fromage.images.open import MAX_FILE, open_regular
 from fromage.images.transforms import Transform, read_image
-from fromage.io import read_json
+from fromage.io import json_object
 
-PAIRS = {".tsv": tsv_pairs, ".jsonl": jsonl_pairs}
 MAX_META = 1 << 14  # bytes of what is kept of an image's own JSON
 PATHS = ("source", "target_image")  # of what fromage.data.packing writes: as they stood in the list of images
 FILES_PER_PART = 1024  # files of a folder per part; at most this many are encoded again after a kill
@@ -212,11 +212,8 @@ def _caption(sample: Raw) -> str:
 
 def _meta(data: bytes) -> str:
     """What a shard says of an image, compact; '' for what is no JSON object, and for more than MAX_META bytes."""
-    try:
-        found = json.loads(data) if len(data) <= MAX_META else None
-    except (ValueError, RecursionError):
-        return ""
-    if not isinstance(found, dict) or not found:
+    found = json_object(data) if len(data) <= MAX_META else {}
+    if not found:
         return ""
     return json.dumps(without_folders(found), ensure_ascii=False).encode("utf-8", "replace").decode()
 
@@ -240,11 +237,9 @@ def find_images(source: str, transform: Transform, captions: Path | None = None)
         if captions is not None:
             raise UserError(f"{source}: shards contain their captions; leave out {captions}")
         shards = expand(source)
-        sizes = [size for size in shard_sizes(shards) if size is not None]
-        count = sum(sizes) if len(sizes) == len(shards) else None
         folders = [str(Path(shard).absolute().parent) for shard in shards if ":" not in shard]
         root = os.path.commonpath(folders) if folders else ""
-        return ImageSource([(shard,) for shard in shards], _read_shard, transform, count, root)
+        return ImageSource([(shard,) for shard in shards], _read_shard, transform, total(sized(shards)), root)
     folder = Path(source).absolute()
     files = [str(path) for path in image_files(folder)]
     if not files:
@@ -260,30 +255,6 @@ def find_images(source: str, transform: Transform, captions: Path | None = None)
 def is_shards(source: Path) -> bool:
     """Whether a source is shards: a folder that contains some, or a name with .tar in it."""
     return any(source.glob("*.tar")) if source.is_dir() else ".tar" in str(source)
-
-
-def read_captions(path: Path, folder: Path) -> dict[str, str]:
-    """File -> first caption, names relative to folder.
-
-    From a TSV or JSON lines as they are packed, from {"a.jpg": "text" or ["text", ...]}, or from COCO's caption JSON.
-    """
-    if (read := PAIRS.get(path.suffix.lower())) and path.is_file():
-        report = PackReport()
-        rows = by_image(read(path, folder, report), report)
-        lost = [f"{name}: {cause}" for cause, names in report.names.items() for name in names]
-        leave_out(path, lost, len(lost) + sum(len(row.captions) for row in rows))
-        return {os.path.normpath(row.image): row.captions[0] for row in rows}
-    remedy = "a .tsv or .jsonl of captions, {file: caption} as JSON, or COCO's caption file"
-    data = read_json(path, remedy)
-    if kind_of(data) == "captions of COCO":
-        files, captions = coco_captions(path, data)
-        return {str(folder / files[key]): texts[0].strip() for key, texts in captions.items() if texts}
-    if not isinstance(data, dict):
-        raise UserError(f"{path}: is {shown(data)}, not an object; name {remedy}")
-    said = {name: texts if isinstance(texts, list) and texts else [texts] for name, texts in data.items()}
-    odd = {name: cause for name, texts in said.items() if (cause := problem(name, FILE) or problem(texts[0], TEXT))}
-    leave_out(path, [f"the caption of {ascii(name)[:60]}{cause}" for name, cause in odd.items()], len(said))
-    return {str(folder / name): texts[0].strip() for name, texts in said.items() if name not in odd}
 
 
 def collate(samples: list[ImageSample]) -> list[tuple[Tensor | None, list[ImageSample]]]:

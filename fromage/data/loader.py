@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch.utils.data import DataLoader
 
-from fromage.data.workers import init_worker, plain_errors
+from fromage.data.workers import WorkerLoader
 from fromage.errors import UserError
 
 if TYPE_CHECKING:
@@ -23,14 +22,7 @@ log = logging.getLogger(__name__)
 BEFORE = {"data.captions_per_image": None, "data.requests": 0.0}  # what a layout meant without such an option
 
 
-class PlainErrors(DataLoader):
-    """A DataLoader whose workers say in one line what a user can mend."""
-
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        return plain_errors(super().__iter__())
-
-
-class Loader(PlainErrors):
+class Loader(WorkerLoader):
     """The batches of a stream."""
 
     def __init__(self, stream: BatchStream, workers: int = 0) -> None:
@@ -40,7 +32,6 @@ class Loader(PlainErrors):
             num_workers=workers,
             persistent_workers=workers > 0,
             pin_memory=torch.cuda.is_available(),
-            worker_init_fn=init_worker,
         )
         warnings.filterwarnings("ignore", r".*IterableDataset. has .__len__")  # the stream shares out its length
 

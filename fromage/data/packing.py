@@ -1,53 +1,33 @@
 """Packing image files and captions (a TSV, JSON lines, or COCO's caption file) into webdataset shards.
 
-An image is packed once with all its captions, wherever they stand in the file. The readers give pairs; what they have in
-common, the grouping, the split into training and validation and the report, stands behind them.
+An image is packed once with all its captions, wherever they stand in the file. fromage.data.caption_files reads the pairs;
+here are the split into training and validation, the images, and the report.
 """
 
 from __future__ import annotations
 
 import io
-import json
 import os
-from codecs import BOM_UTF8
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 from tqdm import tqdm
 
 from fromage.checks import check_real
-from fromage.data.annotations import FILE, TEXT, coco_captions, problem, read_annotations
-from fromage.data.shards import check_no_shards, members_of, write_members
-from fromage.errors import BrokenSample, UserError, first_few, reason
+from fromage.data.annotations import coco_captions, read_annotations
+from fromage.data.caption_files import Captioned, Pair, Reader, Skipped, by_image, check_there, jsonl_pairs, tsv_pairs
+from fromage.data.shard_writer import check_no_shards, members_of, write_members
+from fromage.errors import BrokenSample, UserError, first_few
 from fromage.images.codec import decode_image
 from fromage.images.open import file_bytes
-from fromage.io import decode_text, encoding_of, read_json, write_json
+from fromage.io import read_json, write_json
 
 JPEG = b"\xff\xd8\xff"  # first bytes of a JPEG file
-IMAGES, CAPTIONS = ("image", "file_name"), ("captions", "caption", "text")  # fields of JSON lines; the first that is there
 SHOWN = 3  # names under a cause
 REPORT = "report.json"  # beside the shards
-
-
-class Pair(NamedTuple):
-    """One caption of an image, before the image is read. meta holds the image's name in the file as 'source'."""
-
-    key: str
-    caption: str
-    image: Path
-    meta: dict[str, Any]
-
-
-class Captioned(NamedTuple):
-    """An image and all its captions; key and meta are those of its first pair."""
-
-    key: str
-    captions: list[str]
-    image: str
-    meta: dict[str, Any]
 
 
 class OfImage(Protocol):
@@ -65,24 +45,13 @@ Packed = TypeVar("Packed", bound=OfImage)
 
 
 @dataclass
-class PackReport:
+class PackReport(Skipped):
     """Result of packing: the number of images and of pairs, one per caption, and the names of what was skipped by cause."""
 
     images: int = 0
     pairs: int = 0
     unit: str = "image"
-    names: dict[str, list[str]] = field(default_factory=dict)
     folders: dict[str, int] = field(default_factory=dict)  # folder of shards -> its images
-
-    @property
-    def skipped(self) -> dict[str, int]:
-        """How many pairs or images were skipped, by cause."""
-        return {cause: len(names) for cause, names in self.names.items()}
-
-    def skip(self, name: str, why: str) -> None:
-        """Record a skipped pair or image. why: 'cause' or 'cause: detail'."""
-        cause, _, detail = why.partition(": ")
-        self.names.setdefault(cause, []).append(f"{name} ({detail})" if detail else name)
 
     def text(self) -> str:
         """The report for a terminal."""
@@ -118,45 +87,8 @@ def pack_tsv(
     Raises:
         UserError: the TSV is missing, out already contains shards, or one side has no image that could be packed.
     """
-    report = PackReport()
-    if not os.path.isfile(tsv):  # noqa: PTH113 (Path.is_file raises for a long name)
-        raise UserError(f"{tsv} is missing: name a file with a caption, a tab and an image's path on each line")
-    pairs = tsv_pairs(tsv, images or tsv.parent, report)
-    return pack(by_image(pairs, report), captioned, report, out, per_shard, val_fraction, overwrite)
-
-
-def tsv_pairs(tsv: Path, images: Path, report: PackReport) -> Iterator[Pair]:
-    """The pairs of a TSV; images: folder that paths are relative to. Lines that are no pair go to the report."""
-    for number, line in _lines(tsv, report):
-        caption, _, rest = line.partition("\t")
-        image = rest.partition("\t")[0].strip()
-        if image and "\0" not in image:
-            yield Pair(f"{number:09d}", caption, images / image, {"source": image, "line": number})
-        elif line.strip():
-            report.skip(f"line {number}", "null byte in the image's name" if image else "no tab and image")
-
-
-def _lines(path: Path, report: PackReport) -> Iterator[tuple[int, str]]:
-    """The lines of a text file with their numbers, from 1; a broken line of UTF-8 is skipped."""
-    for number, line in enumerate(_raw_lines(path), 1):
-        try:
-            yield number, (line if isinstance(line, str) else line.decode("utf-8")).strip("\r\n")
-        except UnicodeDecodeError:
-            report.skip(f"line {number}", "not UTF-8")
-
-
-def _raw_lines(path: Path) -> Iterator[str | bytes]:
-    """The lines of a text file, as bytes where they are UTF-8. Raises UserError where it cannot be read."""
-    try:
-        with path.open("rb") as lines:
-            encoding = encoding_of(lines.peek(64), path)
-            if encoding == "utf-16":
-                yield from decode_text(lines.read(), path).split("\n")
-            elif encoding == "utf-8-sig":
-                lines.read(len(BOM_UTF8))
-            yield from lines
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({reason(error)}); name another file") from error
+    wanted = "a file with a caption, a tab and an image's path on each line"
+    return _pack_pairs(tsv, tsv_pairs, wanted, out, images, per_shard, val_fraction, overwrite)
 
 
 def pack_jsonl(
@@ -174,35 +106,25 @@ def pack_jsonl(
     Raises:
         UserError: as pack_tsv does.
     """
+    wanted = 'a file of lines {"image": path, "captions": [text, ...]}'
+    return _pack_pairs(jsonl, jsonl_pairs, wanted, out, images, per_shard, val_fraction, overwrite)
+
+
+def _pack_pairs(
+    file: Path,
+    read: Reader,
+    wanted: str,
+    out: Path,
+    images: Path | None,
+    per_shard: int,
+    val_fraction: float,
+    overwrite: bool,
+) -> PackReport:
+    """Pack the pairs of a file, as pack_tsv says. wanted: what to name where the file is missing."""
+    check_there(file, wanted)
     report = PackReport()
-    if not os.path.isfile(jsonl):  # noqa: PTH113
-        raise UserError(f'{jsonl} is missing: name a file of lines {{"image": path, "captions": [text, ...]}}')
-    pairs = jsonl_pairs(jsonl, images or jsonl.parent, report)
-    return pack(by_image(pairs, report), captioned, report, out, per_shard, val_fraction, overwrite)
-
-
-def jsonl_pairs(jsonl: Path, images: Path, report: PackReport) -> Iterator[Pair]:
-    """The pairs of JSON lines, as tsv_pairs gives them."""
-    for number, fields in json_lines(jsonl, report):
-        image, said = (next((fields[name] for name in names if name in fields), None) for names in (IMAGES, CAPTIONS))
-        texts: Any = [said] if isinstance(said, str) else said
-        if isinstance(image, str) and not problem(image, FILE) and not problem(texts, [TEXT]):
-            meta = {"source": image, "line": number}
-            yield from (Pair(f"{number:09d}", text, images / image, meta) for text in texts)
-        else:
-            report.skip(f"line {number}", "no image and captions")
-
-
-def json_lines(path: Path, report: PackReport) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The lines of JSON of a file with their numbers, from 1; empty where one is no object. Blank lines are left out."""
-    for number, line in _lines(path, report):
-        try:
-            entry = json.loads(line) if line.strip() else None
-        except (ValueError, RecursionError):
-            report.skip(f"line {number}", "no JSON")
-            continue
-        if line.strip():
-            yield number, entry if isinstance(entry, dict) else {}
+    samples = by_image(read(file, images or file.parent, report), report)
+    return pack(samples, captioned, report, out, per_shard, val_fraction, overwrite)
 
 
 def pack_coco(
@@ -266,23 +188,6 @@ def pack(
 def is_packed(out: Path) -> bool:
     """Whether a folder was packed to the end, with an image on each side."""
     return (out / REPORT).exists() and all(read_json(out / REPORT, "a report of packing")["folders"].values())
-
-
-def by_image(rows: Iterable[Pair], report: PackReport) -> list[Captioned]:
-    """Pairs grouped by the path of their image, in the order of their first ones; without empty captions.
-
-    All of them are in memory, about 0.9 GB for a million images with a caption of ten words each.
-    """
-    groups: dict[str, Captioned] = {}
-    for row in rows:
-        if not (caption := row.caption.strip()):
-            report.skip(f"{row.key} {row.image}", "empty caption")
-            continue
-        same = os.path.normpath(row.image)
-        if same not in groups:
-            groups[same] = Captioned(row.key, [], str(row.image), row.meta)
-        groups[same].captions.append(caption)
-    return list(groups.values())
 
 
 def split(samples: list[Packed], out: Path, fraction: float) -> dict[Path, list[Packed]]:

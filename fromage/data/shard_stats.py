@@ -17,12 +17,15 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 from tabulate import tabulate
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import IterableDataset
 from tqdm import tqdm
 
-from fromage.data.features import from_npy
-from fromage.data.shards import Broken, Raw, captions_of, expand, image_of, read_shards, shard_name, sized
-from fromage.data.workers import init_worker, plain_errors, worker_share
+from fromage.data.broken import Broken, read_shards
+from fromage.data.sample_images import from_npy
+from fromage.data.shard_names import expand, shard_name
+from fromage.data.shard_sizes import sized, total
+from fromage.data.shards import Raw, captions_of, image_of
+from fromage.data.workers import WorkerLoader, worker_share
 from fromage.errors import BrokenSample
 from fromage.images.codec import SUFFIXES, jpeg
 from fromage.images.contact_sheet import contact_sheet
@@ -67,15 +70,21 @@ def digest(*parts: bytes) -> int:
 
 
 class CollectedLosses(Broken):
-    """Collects what could not be used, without a limit."""
+    """Collects what a shard loses, as records; there is no limit and nothing is logged."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: str) -> None:
+        """name: of the shard, in the records."""
         super().__init__(limit=1.0)
-        self.found: list[tuple[str, str]] = []
+        self.name = name
+        self.records: list[Record] = []
 
     def lose(self, shard: str, cause: str) -> None:
         """Collect a shard that cannot be read to its end, or a member that belongs to no sample."""
-        self.found.append((shard, " ".join(cause.split())))
+        self.records.append(Record(self.name, broken=" ".join(cause.split())))
+
+    def lacks(self, shard: str, found: int, size: int) -> None:
+        """Collect how many samples the shard holds too few."""
+        self.records.append(Record(self.name, lost=size - found))
 
 
 class RecordReader(IterableDataset[Record]):
@@ -90,12 +99,11 @@ class RecordReader(IterableDataset[Record]):
     def __iter__(self) -> Iterator[Record]:
         worker, workers = worker_share()
         for shard in self.shards[worker::workers]:
-            losses, name = CollectedLosses(), shard[0] if Path(shard[0]).is_file() else shard_name(shard[0])
+            name = shard[0] if Path(shard[0]).is_file() else shard_name(shard[0])
+            losses = CollectedLosses(name)
             for raw in read_shards([shard], losses):
                 yield self.record(name, raw)
-            for _, cause in losses.found:
-                yield Record(name, broken=cause)
-            yield Record(name, lost=losses.missing)
+            yield from losses.records
 
     def record(self, shard: str, raw: Raw) -> Record:
         """Decode a sample and measure it."""
@@ -278,7 +286,7 @@ def check_shards(
     """Read all samples of shards, with a progress bar.
 
     Args:
-        shards: patterns of shards, see fromage.data.shards.expand.
+        shards: patterns of shards, see fromage.data.shard_names.expand.
         max_broken: share of broken samples that training is to allow, 0 to 1. Training applies it to each worker's shards
             as it reads them; the report applies it to all shards together.
         workers: processes that decode; 0 decodes in this one.
@@ -291,13 +299,9 @@ def check_shards(
     """
     reader = RecordReader(expand(shards), measure, shown)
     report = ShardReport(max_broken, unit, shown)
-    sizes = [size for _, size in reader.shards]
-    total = None if None in sizes else sum(size or 0 for size in sizes)
-    loader = DataLoader(
-        reader, batch_size=None, num_workers=min(workers, len(reader.shards)), collate_fn=tuple, worker_init_fn=init_worker
-    )
-    with tqdm(total=total, desc="shards", unit=" samples") as bar:
-        for record in (Record(*row) for row in plain_errors(loader)):
+    loader = WorkerLoader(reader, None, num_workers=min(workers, len(reader.shards)), collate_fn=tuple)
+    with tqdm(total=total(reader.shards), desc="shards", unit=" samples") as bar:
+        for record in (Record(*row) for row in loader):
             report.add(record)
             bar.update(bool(record.key))
     return report

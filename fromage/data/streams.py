@@ -16,7 +16,10 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from fromage.data.batches import EPOCH
-from fromage.data.shards import Broken, Raw, decoded, read_shards, shard_name, sized
+from fromage.data.broken import Broken, decoded, read_shards
+from fromage.data.shard_names import shard_name
+from fromage.data.shard_sizes import sized, total
+from fromage.data.shards import Raw
 from fromage.data.workers import worker_share
 from fromage.errors import UserError
 
@@ -56,8 +59,7 @@ class BatchStream(IterableDataset[Any]):
         self, shards: list[str], decode: Decoder, batch_size: int, max_broken: float, rank: int = 0, world: int = 1
     ) -> None:
         self.shards = sized(shards)
-        sizes = [size for _, size in self.shards if size is not None]
-        self.samples = sum(sizes) if len(sizes) == len(shards) else None
+        self.samples = total(self.shards)
         self.decode, self.batch_size, self.max_broken = decode, batch_size, max_broken
         self.rank, self.world = rank, world
 
@@ -89,10 +91,10 @@ class ValidationStream(BatchStream):
         raws = enumerate(read_shards(self.shards, broken))
         for number, group in groupby(raws, key=lambda item: item[0] // self.batch_size):
             if number % turn != mine:
-                broken.read += sum(1 for _ in group)
+                broken.passed(sum(1 for _ in group))
                 continue
             read = [raw for _, raw in group]
-            broken.read += len(read)
+            broken.passed(len(read))
             samples = list(decoded(read, self.decode, broken))
             if samples:
                 if held is not None:
@@ -141,9 +143,8 @@ class TrainStream(BatchStream):
         dealt = self.shuffled(self.shards, epoch)[self.rank :: self.world]
         parts = [dealt[w::workers] for w in range(workers)]
         quota = self.quotas(parts)[worker] if self.batches is not None else None
-        broken = Broken(self.max_broken)
-        broken.good = first * self.batch_size
-        broken.bad = taken - broken.good
+        good = first * self.batch_size
+        broken = Broken(self.max_broken, good=good, bad=taken - good)
         samples = decoded(islice(self.passes(parts[worker], epoch, worker, broken), taken, None), self.decode, broken)
         for number in count(first):
             if quota is not None and number >= quota:
@@ -155,7 +156,7 @@ class TrainStream(BatchStream):
                 return
             if number + 1 == quota:
                 broken.check(end=True)  # before the last batch: whoever knows the length asks for no more
-            yield self.decode.collate(batch), worker, broken.good + broken.bad
+            yield self.decode.collate(batch), worker, broken.taken
 
     def layout(self) -> dict[str, Any]:
         """All that the order of samples follows from but the number of workers, by the option that sets it."""

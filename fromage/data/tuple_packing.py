@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from fromage.data.annotations import FILE, TEXT, problem
-from fromage.data.features import TARGET_IMAGE
-from fromage.data.packing import PackReport, as_jpeg, json_lines, pack
-from fromage.data.shards import members_of
+from fromage.data.caption_files import Skipped, check_there, json_lines
+from fromage.data.packing import PackReport, as_jpeg, pack
+from fromage.data.sample_images import TARGET_IMAGE
+from fromage.data.shard_writer import members_of
 from fromage.data.tuples import CONDITION, TARGET
-from fromage.errors import UserError
 
 LINE = '{"image": path, "caption": text, "condition": text, "target_caption": text}, where it is there "target_image": path'
 TEXTS = {"caption": "caption", CONDITION: "condition", TARGET: "target caption"}  # field -> its name for people
@@ -43,23 +42,22 @@ def pack_tuples(
     Raises:
         UserError: as pack_tsv does.
     """
-    if not os.path.isfile(jsonl):  # noqa: PTH113 (Path.is_file raises for a long name)
-        raise UserError(f"{jsonl} is missing: name a file of lines {LINE}")
+    check_there(jsonl, f"a file of lines {LINE}")
     report = PackReport(unit="tuple")
     samples = list(tuple_lines(jsonl, images or jsonl.parent, report))
     return pack(samples, members, report, out, per_shard, val_fraction, overwrite)
 
 
-def tuple_lines(jsonl: Path, images: Path, report: PackReport) -> Iterator[StoredTuple]:
-    """The tuples of JSON lines; images: folder that paths are relative to. Lines that are no tuple go to the report."""
-    for number, fields in json_lines(jsonl, report):
+def tuple_lines(jsonl: Path, images: Path, skipped: Skipped) -> Iterator[StoredTuple]:
+    """The tuples of JSON lines; images: folder that paths are relative to. Lines that are no tuple go to skipped."""
+    for number, fields in json_lines(jsonl, skipped):
         image: Any = fields.get("image")
         shown: Any = fields.get("target_image")
         texts = {name: _text(fields.get(name)) for name in TEXTS}
         if problem(image, FILE) or (shown is not None and problem(shown, FILE)):
-            report.skip(f"line {number}", "no image" if problem(image, FILE) else "target_image is no file name")
+            skipped.skip(f"line {number}", "no image" if problem(image, FILE) else "target_image is no file name")
         elif lacking := next((TEXTS[name] for name, said in texts.items() if not said), None):
-            report.skip(f"line {number}", f"no {lacking}, or an empty one")
+            skipped.skip(f"line {number}", f"no {lacking}, or an empty one")
         else:
             meta = {"source": image, "line": number} | ({"target_image": shown} if shown else {})
             yield StoredTuple(f"{number:09d}", str(images / image), texts, images / shown if shown else None, meta)

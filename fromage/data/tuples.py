@@ -10,32 +10,23 @@ Learning" (MCL), ICML 2024, section 3; its tuples have no target images.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any, ClassVar, NamedTuple
 
-import torch
 from torch import Tensor
 
 from fromage.data.batches import padded
-from fromage.data.features import from_npy, target_image
-from fromage.data.shards import Raw, image_file, plain_text
+from fromage.data.sample_images import Images, read_images, stacked, target_image
+from fromage.data.shards import Raw, plain_text
 from fromage.data.tokenizer import PromptTokenizer
-from fromage.errors import BrokenSample, UserError
-from fromage.images.transforms import Transform, read_image
+from fromage.errors import BrokenSample
+from fromage.images.transforms import Transform
+from fromage.io import json_object
 
 CONDITION, TARGET = "condition", "target_caption"  # in KEY.json
 NO_IMAGE = "no target image is read, and a caption alone is learned in CLIP's space: give model.space clip, or target images"
 OTHER = "no tuple: no {} in member json; pack tuples with fromage shards tuples"
-
-
-class Images(NamedTuple):
-    """n images, or their features; the other is None."""
-
-    pixels: Tensor | None  # (n, 3, H, W), as of Batch
-    features: Tensor | None  # (n, m)
 
 
 class Tuples(NamedTuple):
@@ -107,28 +98,22 @@ class DecodeTuple:
 
     def _image(self, raw: Raw) -> Images:
         """Pixels (3, H, W), or features (m,) where they are stored."""
-        if "npy" not in raw:
-            return Images(read_image(image_file(raw), self.transform), None)
-        features = from_npy(raw["npy"], self.width)
-        self.width = len(features)
-        return Images(None, features)
+        image = read_images(raw, self.transform, self.width)
+        self.width = self.width if image.width is None else image.width
+        return image
 
     def collate(self, samples: list[Tuple]) -> Tuples:
         """Rows -> a batch, padded with the tokenizer's pad. Raises UserError for features beside images without them."""
         keys, targets, conditions, captions, images, shown = zip(*samples, strict=True)
         pad_id, rows = self.tokenizer.pad_id, [i for i, image in enumerate(shown) if image is not None]
         texts = *padded(list(conditions), pad_id), *padded(list(captions), pad_id)
-        targets_shown = stacked([shown[i] for i in rows], keys[0]) if rows else None
-        return Tuples(list(keys), list(targets), *texts, *stacked(images, keys[0]), rows, targets_shown)
+        targets_shown = stacked([shown[i] for i in rows], keys[0], "tuples") if rows else None
+        return Tuples(list(keys), list(targets), *texts, *stacked(images, keys[0], "tuples"), rows, targets_shown)
 
 
 def texts_of(raw: Raw) -> tuple[str, str]:
     """The condition and the target caption of a stored tuple. Raises BrokenSample where one is missing or empty."""
-    try:
-        found = json.loads(raw.get("json", b"{}"))
-    except (ValueError, RecursionError):
-        found = {}
-    fields = found if isinstance(found, dict) else {}
+    fields = json_object(raw.get("json", b""))
     for name in (CONDITION, TARGET):
         if name not in fields:
             raise BrokenSample(OTHER.format(name))
@@ -142,11 +127,3 @@ def composed_ids(tokenizer: PromptTokenizer, condition: str, target: str, max_to
     alone, both = tokenizer.encode(condition), tokenizer.encode(f"{condition} {target}")
     same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(alone, both, strict=False)))
     return tokenizer.caption(condition, max_tokens), both[min(same, len(both) - 1) :][:max_tokens]
-
-
-def stacked(images: Sequence[Images | None], near: str) -> Images:
-    """Images of rows -> of a batch: (n, 3, H, W) or (n, m). Raises UserError where some have features and others not."""
-    columns = [[x for x in column if x is not None] for column in zip(*filter(None, images), strict=True)]
-    if all(columns):
-        raise UserError(f"some tuples hold features, others only images (near {near}): name shards of one kind")
-    return Images(*(torch.stack(column) if column else None for column in columns))  # (n, 3, H, W), (n, m)

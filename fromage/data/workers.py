@@ -9,9 +9,9 @@ import sys
 from collections.abc import Iterable, Iterator
 from multiprocessing.queues import Queue
 from threading import Thread
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from torch.utils.data import get_worker_info
+from torch.utils.data import DataLoader, get_worker_info
 
 from fromage.errors import UserError, first_line
 
@@ -50,6 +50,18 @@ def _await_sigterm() -> None:
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
         signal.alarm(GRACE)
     os._exit(0)
+
+
+class WorkerLoader(DataLoader):
+    """A DataLoader whose workers start and end as init_worker has it, and say in one line what a user can mend."""
+
+    def __init__(self, dataset: Any, batch_size: int | None = 1, **options: Any) -> None:
+        """options: of DataLoader. Lightning builds loaders anew from their attributes, worker_init_fn among them."""
+        options.setdefault("worker_init_fn", init_worker)
+        super().__init__(dataset, batch_size, **options)
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        return plain_errors(super().__iter__())
 
 
 def worker_share() -> tuple[int, int]:

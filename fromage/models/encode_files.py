@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from fromage.data.workers import init_worker, plain_errors
+from fromage.data.workers import WorkerLoader
 from fromage.errors import BrokenSample, UserError, first_few
 from fromage.images.codec import decode_image
 from fromage.images.open import file_bytes
@@ -136,11 +136,9 @@ def encode_batches(
     vision, numbers = model.vision, iter(range(len(paths)))
     files = Files(paths, Several([framed_as(vision.transform, how, vision.image_size) for how in framings]))
     sampler = [list(islice(numbers, len(batch))) for batch in batches]
-    loader: Any = DataLoader(
-        files, batch_sampler=sampler, num_workers=options.workers, collate_fn=list, worker_init_fn=init_worker
-    )
+    loader = WorkerLoader(files, batch_sampler=sampler, num_workers=options.workers, collate_fn=list)
     lost: list[tuple[str, Place]] = []
-    for batch, found in zip(batches, plain_errors(loader), strict=True):
+    for batch, found in zip(batches, loader, strict=True):
         some = list(zip(batch, found, strict=True))
         here = [(cause, path) for path, cause in some if isinstance(cause, str)]
         lost += here

@@ -15,9 +15,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from fromage.checks import check_real, check_whole
 from fromage.data.annotations import odd_allowed
-from fromage.data.loader import PlainErrors, no_loaders
-from fromage.data.shards import Broken
-from fromage.data.workers import init_worker
+from fromage.data.broken import Broken
+from fromage.data.loader import no_loaders
+from fromage.data.workers import WorkerLoader
 from fromage.errors import BrokenSample, UserError, first_few
 from fromage.images.open import file_bytes
 from fromage.images.transforms import Transform, read_image
@@ -37,7 +37,7 @@ class GroundingDataset(Dataset[Any]):
     """Rows with the pixels or patches of their image. If it cannot be decoded, the next row takes its place.
 
     Each worker counts the images it has seen, and names those it could not decode. Where more than max_lost of them are
-    broken, as of fromage.data.shards.Broken, or of all there are, it stops the run.
+    broken, as of fromage.data.broken.Broken, or of all there are, it stops the run.
     """
 
     def __init__(
@@ -86,8 +86,7 @@ class GroundingDataset(Dataset[Any]):
             self.lost.append(("broken", Path(example.image)))
             check_lost(self.lost, self.images, self.broken.limit)
         else:
-            self.broken.good += 1
-            self.broken.check()
+            self.broken.used()
 
 
 def collated(collate: Collate, found: Sequence[tuple[Row, Tensor] | None]) -> GroundingBatch | None:
@@ -193,15 +192,24 @@ class OctopusData(pl.LightningDataModule):
         rows = self._fitting(part, rows, collate, module.model.lm.max_length)
         if any(len(turns) + len(row) > 2 for row in rows for turns in row) and not image_first(module.model.template):
             raise UserError("model.template: the image must come first where prompts share it; or set data.per_image to 1")
+<<<<<<< HEAD
         dataset = GroundingDataset(rows, module.model.vision.transform, store, self.max_lost, replace=shuffle)
         return PlainErrors(
+=======
+        dataset = GroundingDataset(rows, module.model.vision.transform, store, self.max_lost)
+        return WorkerLoader(
+>>>>>>> part_d
             dataset,
             batch_size,
             sampler=self._sampler(dataset, batch_size) if shuffle else None,
             drop_last=shuffle,
             num_workers=0 if store is not None else self.workers,
+<<<<<<< HEAD
             worker_init_fn=init_worker,
             collate_fn=partial(collated, collate),
+=======
+            collate_fn=collate,
+>>>>>>> part_d
             pin_memory=torch.cuda.is_available(),
         )
 

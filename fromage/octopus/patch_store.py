@@ -11,12 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from fromage.data.annotations import TEXT, WHOLE, Kind, Wanted, optional, problem
 from fromage.data.image_source import FileStamp
-from fromage.data.workers import init_worker, plain_errors
+from fromage.data.workers import WorkerLoader
 from fromage.errors import UserError
 from fromage.identity import FolderKind
 from fromage.io import WholeFile, parse_json, writing
@@ -104,10 +103,10 @@ class PatchStore:
         self, todo: list[Path], stamps: dict[str, list[int] | None], count: int, batch_size: int, workers: int
     ) -> None:
         files = Files(todo, self.vision.transform)
-        loader: Any = DataLoader(files, batch_size, num_workers=workers, collate_fn=list, worker_init_fn=init_worker)
+        loader = WorkerLoader(files, batch_size, num_workers=workers, collate_fn=list)
         done = 0
         with (self.folder / ROWS).open("ab") as rows, (self.folder / LINES).open("a", encoding="utf-8") as lines:
-            for batch in tqdm(plain_errors(loader), "patches", len(loader), unit="batch", disable=not todo):
+            for batch in tqdm(loader, "patches", len(loader), unit="batch", disable=not todo):
                 some = list(zip(map(str, todo[done : done + len(batch)]), batch, strict=True))
                 done += len(batch)
                 if good := [pixels for _, pixels in some if isinstance(pixels, Tensor)]:

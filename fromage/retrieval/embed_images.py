@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from fromage.checkpoints.format import CONFIG
@@ -19,8 +18,8 @@ from fromage.checkpoints.run_folder import last_checkpoint
 from fromage.checks import check_whole
 from fromage.data.features import check_features
 from fromage.data.image_source import FileStamp, ImageBatch, ImageSample, ImageSource, find_images, is_shards
-from fromage.data.shards import expand
-from fromage.data.workers import init_worker, plain_errors
+from fromage.data.shard_names import expand
+from fromage.data.workers import WorkerLoader
 from fromage.errors import UserError, first_few
 from fromage.locks import held
 from fromage.retrieval.embedding_store import DTYPES, EmbeddingStore
@@ -118,8 +117,8 @@ def embed_chunk(model: Fromage | ImageSide, chunk: ImageBatch) -> Done:
 
 def _here(model: Fromage, images: ImageSource, workers: int) -> Iterator[Done]:
     """Embed the parts to do in this process."""
-    loader = DataLoader(images, batch_size=None, num_workers=min(workers, len(images.todo)), worker_init_fn=init_worker)
-    return (embed_chunk(model, chunk) for chunk in plain_errors(loader))
+    loader = WorkerLoader(images, None, num_workers=min(workers, len(images.todo)))
+    return (embed_chunk(model, chunk) for chunk in loader)
 
 
 def _fill(store: EmbeddingStore, chunks: Iterable[Done], images: ImageSource) -> None:

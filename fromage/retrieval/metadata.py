@@ -20,9 +20,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from fromage.errors import UserError
+from fromage.io import json_object
 from fromage.retrieval.item_table import ItemTable, encoded, open_arrow, write_arrow
+<<<<<<< HEAD
 from fromage.retrieval.results import Hit, parsed
 from fromage.retrieval.table_file import KEPT, Table, in_calendar, kind_of
+=======
+from fromage.retrieval.results import Hit
+from fromage.retrieval.table_file import KEPT, Table, kind_of
+>>>>>>> part_d
 from fromage.retrieval.where import KINDS, Both, Comparison, Condition, bound, parse
 
 CHUNK = 1 << 16  # rows
@@ -102,7 +108,7 @@ def merged(meta: str, row: dict[str, Any], kinds: Mapping[str, str]) -> str:
         if kinds[name] == "json":
             with suppress(ValueError, RecursionError):
                 row[name] = json.loads(row[name])
-    return json.dumps(parsed(meta) | row, default=lambda value: value.isoformat())
+    return json.dumps(json_object(meta) | row, default=lambda value: value.isoformat())
 
 
 class Joined:

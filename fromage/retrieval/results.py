@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +18,7 @@ from fromage.errors import UserError
 from fromage.images.codec import small
 from fromage.images.contact_sheet import contact_sheet
 from fromage.images.open import open_image
+from fromage.io import json_object
 
 SECONDS = 15.0  # after which no further hits are tried
 THREADS = 8  # that open images, for all who ask
@@ -71,7 +71,7 @@ class Hit(NamedTuple):
     @property
     def metadata(self) -> dict[str, Any]:
         """What the shard's JSON and the index's table say of the image, as JSON can say it; empty where there is none."""
-        return _plain(parsed(self.meta))
+        return _plain(json_object(self.meta))
 
     @property
     def label(self) -> str:
@@ -91,15 +91,6 @@ class Hit(NamedTuple):
 def _last(path: str) -> str:
     """The name at a path's end, as pathlib has it, at a fraction of its time: every hit of every reply asks."""
     return path.rstrip("/").rpartition("/")[2]
-
-
-def parsed(meta: str) -> dict[str, Any]:
-    """The metadata of an image, which is JSON; empty where it is none."""
-    try:
-        found = json.loads(meta) if meta else {}
-    except (ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _plain(value: Any, depth: int = 0) -> Any:

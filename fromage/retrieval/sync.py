@@ -19,7 +19,8 @@ import numpy as np
 import pyarrow as pa
 
 from fromage.checks import ADDRESSES
-from fromage.data.image_source import FileStamp, Item, find_images, is_shards, read_captions
+from fromage.data.caption_files import read_captions
+from fromage.data.image_source import FileStamp, Item, find_images, is_shards
 from fromage.errors import UserError
 from fromage.images.codec import image_files
 from fromage.images.open import read_file

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from fromage.data.shards import write_shards
+from fromage.data.shard_writer import write_shards
 from fromage.toy.language import ToyRound, ToyStory, answer_pool, caption, dialogue, story
 from fromage.toy.masks import categories, instance
 from fromage.toy.scenes import PIXELS, Mark, Scene, draw

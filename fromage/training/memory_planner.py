@@ -24,7 +24,8 @@ from transformers import AutoModelForCausalLM
 
 from fromage.checkpoints.format import DTYPES, dtype_name
 from fromage.data.batches import Batch
-from fromage.data.tuples import Images, Tuples
+from fromage.data.sample_images import Images
+from fromage.data.tuples import Tuples
 from fromage.errors import UserError
 from fromage.models.fromage import Fromage
 from fromage.models.language_model import LanguageModel

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from fromage.data.batches import Batch, FurtherTexts
-from fromage.data.tuples import Images, Tuples
+from fromage.data.sample_images import Images
+from fromage.data.tuples import Tuples
 from fromage.errors import UserError, first_few
 from fromage.models.fromage import Fromage
 from fromage.models.packed_attention import to_device

@@ -16,9 +16,10 @@ from PIL import Image
 from torch import nn
 
 from fromage.data.datamodule import CC3M
-from fromage.data.features import to_npy
 from fromage.data.requests import REQUESTS, request
-from fromage.data.shards import captions_of, write_shards
+from fromage.data.sample_images import to_npy
+from fromage.data.shard_writer import write_shards
+from fromage.data.shards import captions_of
 from fromage.errors import BrokenSample, UserError
 
 

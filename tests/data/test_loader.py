@@ -214,14 +214,13 @@ def test_keys_of_a_plain_run(data):
 
 ORPHANS = """
 import os, sys, time, torch
-from torch.utils.data import DataLoader
-from fromage.data.loader import init_worker
+from fromage.data.workers import WorkerLoader
 
 class Heavy(torch.utils.data.Dataset):
     def __len__(self): return 1000
     def __getitem__(self, i): return os.getpid(), "x" * 1_000_000
 
-batches = iter(DataLoader(Heavy(), batch_size=None, num_workers=2, worker_init_fn=init_worker))
+batches = iter(WorkerLoader(Heavy(), None, num_workers=2))
 print(next(batches)[0], next(batches)[0], flush=True)
 time.sleep(600)
 """

@@ -9,7 +9,8 @@ from test_shards import SHARED, image, read
 
 from fromage.cli.main import main
 from fromage.data.packing import is_packed, pack_coco, pack_jsonl, pack_tsv
-from fromage.data.shards import captions_of, read_sizes
+from fromage.data.shard_sizes import read_sizes
+from fromage.data.shards import captions_of
 from fromage.errors import UserError
 
 

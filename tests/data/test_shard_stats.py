@@ -7,9 +7,9 @@ from test_datamodule import image, tar
 from test_shards import pairs
 
 from fromage.cli.main import main
-from fromage.data.features import to_npy
+from fromage.data.sample_images import to_npy
 from fromage.data.shard_stats import check_shards, quantiles
-from fromage.data.shards import write_shards
+from fromage.data.shard_writer import write_shards
 from fromage.images.open import open_image
 
 GOOD = {"jpg": image(), "txt": b"three short words"}

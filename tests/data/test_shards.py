@@ -13,17 +13,11 @@ import fsspec
 import pytest
 from PIL import Image
 
-from fromage.data.shards import (
-    Broken,
-    expand,
-    image_of,
-    read_shard,
-    read_shards,
-    read_sizes,
-    shard_name,
-    shard_sizes,
-    write_shards,
-)
+from fromage.data.broken import Broken, read_shards
+from fromage.data.shard_names import expand, shard_name
+from fromage.data.shard_sizes import read_sizes, shard_sizes, sized, total
+from fromage.data.shard_writer import write_shards
+from fromage.data.shards import image_of, read_shard
 from fromage.errors import BrokenSample, UserError
 
 SHARED = Path(os.environ.get("FROMAGE_SHARED_DATA", Path(__file__).resolve().parents[3] / "shared" / "data"))
@@ -51,6 +45,14 @@ def test_written_shards_are_read_back(tmp_path):
     samples = [sample for shard in expand(str(tmp_path / "s")) for sample in read(shard)[0]]
     found = [(s["__key__"], s["jpg"], s["txt"].decode(), json.loads(s["json"])) for s in samples]
     assert found == pairs(5)
+
+
+def test_the_samples_of_shards_together_are_known_where_each_size_is(tmp_path):
+    write_shards(pairs(5), tmp_path / "s", per_shard=2)
+    known = sized(expand(str(tmp_path / "s")))
+    assert total(known) == 5 and total([]) == 0
+    (tmp_path / "s/00003.tar").write_bytes((tmp_path / "s/00000.tar").read_bytes())  # sizes.json does not name it
+    assert total(sized(expand(str(tmp_path / "s")))) is None
 
 
 def test_equal_samples_make_equal_bytes(tmp_path):
@@ -252,10 +254,39 @@ def test_a_shard_cut_between_members_is_found_by_its_size(tmp_path):
     shard.write_bytes(shard.read_bytes()[:end])
     broken = Broken(0.05)
     assert len(list(read_shards([(str(shard), *shard_sizes([str(shard)]))], broken))) == 2
-    broken.good = 2
-    broken.check()
+    broken.used()
+    broken.used()
     with pytest.raises(UserError, match=r"2 of 4 samples.*00000\.tar"):
         broken.check(end=True)
+
+
+def test_samples_that_a_shard_lacks_are_logged_and_judged_at_the_end(caplog):
+    broken = Broken(0.4, "data.max_broken", good=100)
+    broken.lacks("s/00003.tar", 30, 130)
+    assert "s/00003.tar holds 30 samples, sizes.json says 130" in caplog.text
+    broken.used()  # more than a hundred samples: what is lost counts now, what is lacking at the end alone
+    with pytest.raises(
+        UserError, match=r"^100 of 201 .*data\.max_broken allows 40.*; the last: 00003\.tar \(30 samples of 130\);"
+    ):
+        broken.check(end=True)
+
+
+def test_a_worker_that_uses_part_of_what_it_reads_answers_for_its_share_of_what_is_lost(caplog):
+    broken = Broken(0.1, good=10, bad=0)
+    broken.passed(40)
+    broken.lose("a.tar", "torn")
+    broken.lacks("b.tar", 0, 3)
+    broken.check(end=True)  # a quarter of 4 lost samples, of 11
+    broken.lacks("c.tar", 0, 1)
+    with pytest.raises(UserError, match=r"^2 of 12 samples"):
+        broken.check(end=True)
+
+
+def test_a_resumed_worker_counts_on():
+    broken = Broken(0.5, good=6, bad=2)
+    broken.used()
+    broken.add("k", "torn")
+    assert (broken.taken, broken.good, broken.bad) == (10, 7, 3)
 
 
 @pytest.mark.parametrize(("kind", "mode"), [("JPEG", "CMYK"), ("PNG", "P"), ("PNG", "RGBA"), ("PNG", "L")])

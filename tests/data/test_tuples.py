@@ -9,7 +9,8 @@ from test_features import Vision
 
 from fromage.data.datamodule import CC3M
 from fromage.data.features import store_features
-from fromage.data.shards import expand, read_shard
+from fromage.data.shard_names import expand
+from fromage.data.shards import read_shard
 from fromage.data.tokenizer import PromptTokenizer, ret_tokens
 from fromage.data.tuple_packing import pack_tuples
 from fromage.data.tuples import composed_ids

@@ -12,7 +12,7 @@ from tiny_octopus import build
 
 from fromage.apps import octopus_demo as octopus_tour
 from fromage.cli.main import main
-from fromage.data.loader import PlainErrors
+from fromage.data.workers import WorkerLoader
 from fromage.errors import UserError
 from fromage.models.vision.registry import load_patches
 from fromage.octopus import Flickr30kEntities, OctopusData, OctopusModule, RefCOCO, load_octopus
@@ -326,7 +326,7 @@ def test_images_that_cannot_be_decoded_are_counted_and_too_many_refused(folder, 
         assert all(some[i][0][0][0].key.startswith("good") for i in range(len(listed)))
     assert (some.broken.good, some.broken.bad) == (len(whole), 3) and caplog.text.count("skipped") == 3
     for workers in (0, 2):
-        loader = PlainErrors(
+        loader = WorkerLoader(
             GroundingDataset(listed, transform, None, 0.3, replace=True), 4, num_workers=workers, collate_fn=list
         )
         with pytest.raises(

@@ -401,7 +401,7 @@ def test_a_folder_that_has_grown_is_gone_on_with(images, tmp_path, monkeypatch, 
 
 
 def test_shards_that_have_come_are_gone_on_with(tmp_path, monkeypatch):
-    from fromage.data.shards import write_shards
+    from fromage.data.shard_writer import write_shards
     from fromage.images.codec import to_png
 
     def shards(*numbers):

@@ -13,7 +13,8 @@ from subprocess import PIPE, Popen
 import pytest
 from test_shards import image, read
 
-from fromage.data.shards import expand, read_sizes, shard_sizes
+from fromage.data.shard_names import expand
+from fromage.data.shard_sizes import read_sizes, shard_sizes
 
 TOOL = runpy.run_path(str(Path(__file__).resolve().parents[2] / "tools" / "make_cc3m_shards.py"))
 STAND_IN = """

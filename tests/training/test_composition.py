@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from test_fast_step import M, build
 from torch import nn
 
-from fromage.data.tuples import Images, Tuples
+from fromage.data.sample_images import Images
+from fromage.data.tuples import Tuples
 from fromage.errors import UserError
 from fromage.models.prompts import RET, Starts, embed_prompts
 from fromage.training.fast_composition import fast_composition

@@ -13,7 +13,9 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from test_fast_step import build, make_batch
 
 from fromage.data.datamodule import CC3M
-from fromage.data.shards import expand, read_shard, write_shards
+from fromage.data.shard_names import expand
+from fromage.data.shard_writer import write_shards
+from fromage.data.shards import read_shard
 from fromage.errors import UserError
 from fromage.evals.caption_sets import read_caption_set
 from fromage.evals.coco import evaluate as evaluate_coco
