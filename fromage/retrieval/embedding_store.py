@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from fromage.data.image_source import ImageSource, Item
+from fromage.data.image_source import ImageSource, Item, Names
 from fromage.errors import UserError, reason
 from fromage.identity import FolderKind
 from fromage.io import WholeFile, as_json, write_files
@@ -61,21 +61,23 @@ class EmbeddingStore:
         return cls(Path(folder), STORE.begin(Path(folder), about))
 
     @classmethod
-    def begin_for(cls, folder: str | Path, images: ImageSource, **about: Any) -> EmbeddingStore:
-        """As begin, for a source, which may have grown since: images.parts and images.todo become what is to be embedded.
+    def begin_for(cls, folder: str | Path, images: ImageSource, **about: Any) -> tuple[EmbeddingStore, ImageSource]:
+        """As begin, for a source, which may have grown since; returns with the store what of the source is to be embedded.
 
         Parts whose files are no longer there, or have changed, are embedded again without these.
         """
         folder = Path(folder)
         about |= {"source": images.digest(), "root": images.root, "parts": len(images.parts)}
         there = replace(STORE, ignored=STORE.ignored | GROWS).find(folder, about)
-        if there is None or not (store := cls(folder, there))._take_up(images):
-            store = cls.begin(folder, **about)
-        images.todo = store.missing()
-        return store
+        store, parts = None if there is None else cls(folder, there), None
+        if store is not None:
+            parts = store._take_up(images)
+        if store is None or parts is None:
+            store, parts = cls.begin(folder, **about), images.parts
+        return store, images.only(parts, store.missing(), images.count)
 
-    def _take_up(self, images: ImageSource) -> bool:
-        """Go on with a source that is not as it was; False for another source, of which nothing is here."""
+    def _take_up(self, images: ImageSource) -> list[Names] | None:
+        """The parts with which a source goes on that is not as it was; None for another source, of which nothing is here."""
         same = self.about["source"] == images.digest()
         now = {name: images.stamp(name) for part in images.parts for name in part}
         made = {
@@ -83,10 +85,10 @@ class EmbeddingStore:
         }
         known = {name: stamp for names in made.values() for name, stamp in names.items()}
         if not same and self.about.get("root") != images.root and not known.keys() <= now.keys():
-            return False
+            return None
         stale = {part for part, names in made.items() if any(n not in now or (s and s != now[n]) for n, s in names.items())}
         if same and not stale and all(tuple(names) == images.parts[part] for part, names in made.items()):
-            return True
+            return images.parts
         kept = {part: names for part, names in made.items() if part not in stale}
         done = {name for names in kept.values() for name in names}
         left = images.parts_of([name for name in now if name not in done])
@@ -98,8 +100,7 @@ class EmbeddingStore:
         write_files(self.folder, {ABOUT: as_json(self.about)})
         for part in stale:
             self._path(part).unlink()
-        images.parts = [parts[part] for part in range(count)]
-        return True
+        return [parts[part] for part in range(count)]
 
     def _made_of(self, part: int) -> dict[str, str]:
         """The files or shards that a part was made of, with their stamps; of parts of former versions those of its rows."""

@@ -190,9 +190,9 @@ def _embed(
     """Embed some files of a folder."""
     made: Fromage = model if hasattr(model, "embed_images") else model()  # type: ignore[assignment, operator]
     index.require_model(made)
-    source = find_images(str(where), made.vision.transform, Path(captions) if captions else None)
-    source.parts, source.count = source.parts_of(todo), len(todo)
-    return embed_source(made, source, beside, batch_size, workers)
+    source = find_images(str(where), made.vision.transform, Path(captions) if captions else None, batch_size)
+    parts = source.parts_of(todo)
+    return embed_source(made, source.only(parts, range(len(parts)), len(todo)), beside, workers)
 
 
 def _bad(broken: list[str], paths: set[str]) -> dict[str, str]:
