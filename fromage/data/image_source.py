@@ -23,6 +23,7 @@ from fromage.data.shards import Raw, captions_of, expand, read_shard, shard_size
 from fromage.data.workers import worker_share
 from fromage.errors import BrokenSample, UserError
 from fromage.images.codec import SUFFIXES, image_files, is_image
+from fromage.images.locators import locator
 from fromage.images.open import MAX_FILE, open_regular
 from fromage.images.transforms import Transform, read_image
 from fromage.io import read_json
@@ -208,7 +209,7 @@ def _read_shard(part: Names, lost: OnLost) -> Iterator[tuple[Item, Members]]:
     where = shard if ":" in shard else Path(shard).absolute()
     for sample in read_shard(shard, lost):
         members = {k: v for k, v in sample.items() if isinstance(v, bytes)}
-        yield Item(f"{where}#{sample['__key__']}", _caption(sample), _meta(members.get("json", b""))), members
+        yield Item(locator(str(where), sample["__key__"]), _caption(sample), _meta(members.get("json", b""))), members
 
 
 def _caption(sample: Raw) -> str:

@@ -1,6 +1,6 @@
 """Names of images, as texts: a file's path, an http(s) address, or 'shard.tar#key' for a member of a tar.
 
-key is the member's name without its suffix. Nothing is opened here; fromage.images.open does that.
+The key is the member's name without its suffix. Nothing is opened here; fromage.images.open does that.
 """
 
 from __future__ import annotations

@@ -26,6 +26,7 @@ import pyarrow.parquet as pq
 from fromage.data.image_source import ImageSource, Item, Names
 from fromage.errors import UserError, reason
 from fromage.identity import FolderKind
+from fromage.images.locators import MEMBER, split_locator
 from fromage.io import WholeFile, as_json, write_files
 from fromage.retrieval import trust
 from fromage.retrieval.item_table import SCHEMA, Embedded, filled, to_batch
@@ -109,7 +110,7 @@ class EmbeddingStore:
         if names or not file.metadata.num_rows:
             return dict(names)
         paths = [path for batch in self._read(part, ["path"]) for path in batch.column("path").to_pylist()]
-        return dict.fromkeys((path.partition(".tar#")[0] + ".tar" if ".tar#" in path else path for path in paths), "")
+        return dict.fromkeys((split_locator(path)[0] for path in paths), "")
 
     @classmethod
     def open(cls, folder: str | Path) -> EmbeddingStore:
@@ -141,9 +142,8 @@ class EmbeddingStore:
         names: of the files or shards that it was made of, with their stamps.
         """
         values = pa.array(rows.astype(self.about["dtype"], copy=False).ravel())  # (n q)
-        keys = [item.path.rpartition(".tar#")[2] if ".tar#" in item.path else Path(item.path).stem for item in items]
         batch = to_batch(items)
-        named, *_ = to_batch([Item(key) for key in keys])
+        named, *_ = to_batch([Item(_key(item.path)) for item in items])
         texts = [column.cast(pa.string(), safe=False) for column in (named, *batch.columns)]  # safe: only Unicode
         table = pa.table(
             [*texts, pa.FixedSizeListArray.from_arrays(values, self.about["width"])],
@@ -228,3 +228,9 @@ class EmbeddingStore:
         texts = [(name, batch.column(name).cast(pa.binary())) for name in SCHEMA.names if name in batch.schema.names]
         items = filled(pa.record_batch([column for _, column in texts], names=[name for name, _ in texts]))
         return values.reshape(len(batch), self.about["width"]).astype(np.float32), items
+
+
+def _key(path: str) -> str:
+    """What the column `key` says of an image: the key in its shard, behind the last of several '.tar#'; else the stem."""
+    _, is_member, key = path.rpartition(MEMBER)
+    return key if is_member else Path(path).stem

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from fromage.images.locators import split_locator
+
 NO_FILE = "^(pipe:|[^/]*:/?/)"  # no root is put in front of these
 ADDRESS = re.compile(NO_FILE.encode())
 
@@ -91,8 +93,8 @@ def common_root(paths: Iterable[pa.Array]) -> str:
             ends = [min(ends), max(ends)]
     if not ends or not all(end.startswith(b"/") for end in ends):
         return ""
-    folders = [os.path.dirname(end.partition(b".tar#")[0]) for end in ends]  # noqa: PTH120 (bytes)
-    return os.fsdecode(os.path.commonpath(folders))
+    folders = [os.path.dirname(split_locator(os.fsdecode(end))[0]) for end in ends]  # noqa: PTH120 (as they are stored)
+    return os.path.commonpath(folders)
 
 
 def _prefix(folder: str) -> bytes:

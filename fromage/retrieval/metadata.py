@@ -7,7 +7,6 @@ fromage.retrieval.where; pyarrow's compute functions carry them out.
 from __future__ import annotations
 
 import json
-import operator
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -20,8 +19,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from fromage.errors import UserError
+from fromage.images.locators import key_of, name_of
 from fromage.retrieval.item_table import ItemTable, encoded, open_arrow, write_arrow
-from fromage.retrieval.results import Hit, parsed
+from fromage.retrieval.results import parsed
 from fromage.retrieval.table_file import KEPT, Table, kind_of
 from fromage.retrieval.where import KINDS, Both, Comparison, Condition, bound, parse
 
@@ -178,10 +178,10 @@ def _found(names: pa.ChunkedArray, keys: pa.Array) -> np.ndarray:
     return pc.fill_null(pc.index_in(names, value_set=keys), -1).to_numpy().astype(np.int64)
 
 
-def _named(name: Callable[[Hit], str]) -> Callable[[ItemTable], pa.Array]:
+def _named(name: Callable[[str], str]) -> Callable[[ItemTable], pa.Array]:
     def way(items: ItemTable) -> pa.Array:
         paths = (path.decode("utf-8", "surrogateescape") for path in items.paths().to_pylist())
-        return pa.array(encoded(name(Hit(1, 0, path, "")) for path in paths), pa.binary())
+        return pa.array(encoded(map(name, paths)), pa.binary())
 
     return way
 
@@ -192,6 +192,6 @@ def _stored(items: ItemTable) -> pa.Array:
 
 WAYS: Iterable[Callable[[ItemTable], pa.Array]] = (
     _stored,  # within the folder of the images
-    _named(operator.attrgetter("name")),
-    _named(operator.attrgetter("key")),
+    _named(name_of),
+    _named(key_of),
 )

@@ -22,6 +22,7 @@ from fromage.checks import ADDRESSES
 from fromage.data.image_source import FileStamp, Item, find_images, is_shards, read_captions
 from fromage.errors import UserError
 from fromage.images.codec import image_files
+from fromage.images.locators import split_locator
 from fromage.images.open import read_file
 from fromage.locks import held
 from fromage.models.fromage import Fromage
@@ -150,7 +151,7 @@ def _difference(index: ImageIndex, where: Path, said: dict[str, str]) -> _Differ
                 seen.add(item.path)
                 _compare(item, said.get(item.path, item.caption), found)
             elif not item.path.startswith(ADDRESSES):
-                inside = item.path.startswith(within) and ".tar#" not in item.path
+                inside = item.path.startswith(within) and split_locator(item.path)[1] is None
                 found.strange += not inside
                 found.deleted += [item.path] * inside
     found.new = [path for path in files if path not in seen]

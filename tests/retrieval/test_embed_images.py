@@ -37,6 +37,15 @@ def embed_images(model, source, *options, **more):
         return rows_and_items(module.embed_images(model, source, folder, *options, **more))
 
 
+def test_the_key_of_an_image_in_a_shard_is_behind_the_last_of_several_shards_in_its_name(tmp_path):
+    about = {"fingerprint": "f00d", "checkpoint": "", "source": "", "width": 2, "dtype": "float32", "parts": 1}
+    store = EmbeddingStore.begin(tmp_path / "out", **about)
+    items = [Item("/a/0.tar#k"), Item("/a/0.tar#b/1.tar#k2"), Item("/a/red.one.jpg"), Item("https://a.example/0.tar#k3")]
+    store.write(0, np.eye(2, dtype=np.float32)[[0, 1, 0, 1]], items, [])
+    keys = pq.read_table(tmp_path / "out" / "00000.parquet").column("key").to_pylist()
+    assert keys == ["k", "k2", "red.one", "k3"]
+
+
 def test_folder_shards_and_stored_features_agree(tmp_path, monkeypatch):
     folder = write_colours(tmp_path / "images")
     data = {name: (folder / name / "a.png").read_bytes() for name in COLOURS}
