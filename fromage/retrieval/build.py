@@ -28,13 +28,14 @@ from fromage.models.prompts import RET, prompt_length
 from fromage.places import state_folder
 from fromage.retrieval.ann import MEASURED_WITH, default_kind
 from fromage.retrieval.authors_embeddings import rows_of
-from fromage.retrieval.base import FLAT, ImageIndex, IndexSpec
+from fromage.retrieval.base import ImageIndex
 from fromage.retrieval.clip_retrieval import EmbeddingFolder
 from fromage.retrieval.embed_images import embed_images, located
 from fromage.retrieval.embedding_store import EmbeddingStore
 from fromage.retrieval.faiss_index import FaissIndex
 from fromage.retrieval.image_root import ImageAccess, ImageRoot
 from fromage.retrieval.index_folder import ABOUT, check_files, check_replaceable, read_about
+from fromage.retrieval.index_spec import FLAT, IndexSpec
 from fromage.retrieval.item_table import Embedded, ItemTable, without
 from fromage.retrieval.open_index import BACKENDS, backend_of, load_index
 from fromage.retrieval.rerank import as_float32, unit

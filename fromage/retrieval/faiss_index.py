@@ -16,7 +16,7 @@ import pyarrow as pa
 from fromage.data.image_source import Item
 from fromage.errors import UserError
 from fromage.retrieval.ann import ANNIndex, check_kind, default_kind
-from fromage.retrieval.base import FLAT, ImageIndex, IndexSpec
+from fromage.retrieval.base import ImageIndex
 from fromage.retrieval.chosen import Chosen, knn
 from fromage.retrieval.image_root import ImageAccess, ImageRoot
 from fromage.retrieval.index_folder import (
@@ -34,6 +34,7 @@ from fromage.retrieval.index_folder import (
     write_about,
     write_rows,
 )
+from fromage.retrieval.index_spec import FLAT, IndexSpec
 from fromage.retrieval.item_table import Embedded, ItemTable, to_batch, without
 from fromage.retrieval.metadata import NO_TABLE, Joined, Metadata
 from fromage.retrieval.rerank import RERANK_FACTOR, Near, as_float32, unit

@@ -14,9 +14,9 @@ from fromage.cli.main import main
 from fromage.data.image_source import Item
 from fromage.errors import UserError
 from fromage.retrieval import chosen
-from fromage.retrieval.base import IndexSpec
 from fromage.retrieval.build import add, build, describe, merge, remove, write_index
 from fromage.retrieval.faiss_index import FaissIndex
+from fromage.retrieval.index_spec import IndexSpec
 from fromage.retrieval.item_table import to_batch
 from fromage.retrieval.metadata import Metadata
 from fromage.retrieval.open_index import load_index

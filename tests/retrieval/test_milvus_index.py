@@ -19,10 +19,10 @@ from fromage.data.image_source import Item
 from fromage.errors import UserError
 from fromage.generation.generate import generate
 from fromage.generation.options import Decoding
-from fromage.retrieval.base import IndexSpec
 from fromage.retrieval.build import add, build, build_index, describe, merge, remove, trust, write_index
 from fromage.retrieval.embedding_store import EmbeddingStore
 from fromage.retrieval.faiss_index import FaissIndex
+from fromage.retrieval.index_spec import IndexSpec
 from fromage.retrieval.item_table import image_id, to_batch
 from fromage.retrieval.open_index import load_index, open_index, search_index
 from fromage.retrieval.sync import sync
