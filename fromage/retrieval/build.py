@@ -36,7 +36,7 @@ from fromage.retrieval.faiss_index import FaissIndex
 from fromage.retrieval.image_root import ImageAccess, ImageRoot
 from fromage.retrieval.index_folder import ABOUT, check_files, check_replaceable, read_about
 from fromage.retrieval.index_spec import FLAT, IndexSpec
-from fromage.retrieval.item_table import Embedded, ItemTable, without
+from fromage.retrieval.item_table import Embedded, without
 from fromage.retrieval.open_index import BACKENDS, backend_of, load_index
 from fromage.retrieval.rerank import as_float32, unit
 from fromage.retrieval.table_file import Table
@@ -215,12 +215,7 @@ def from_folder(
     else:
         with TemporaryDirectory() as folder:
             store = embed_images(model, images, Path(folder) / "store", batch_size, workers, captions, checkpoint)
-            batches = list(unit_rows(store))
-            made = FaissIndex(
-                np.concatenate([rows for rows, _ in batches]), ItemTable([each for _, each in batches]), model.fingerprint()
-            )
-            made._prepare(kind or default_kind(len(made)))
-            index = made
+            index = FaissIndex.in_memory(unit_rows(store), model.fingerprint(), kind)
     index.model = model
     return index
 

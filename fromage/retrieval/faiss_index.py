@@ -89,8 +89,16 @@ class FaissIndex(ImageIndex):
             raise UserError("an index needs at least one image; none was given")
         if len(rows) != len(items):
             raise UserError(f"{len(rows)} embeddings for {len(items)} images; give one of each")
-        index = cls(rows, ItemTable([to_batch(items)]), fingerprint, checkpoint)
-        index._prepare(kind)
+        return cls.in_memory([(rows, to_batch(items))], fingerprint, kind, checkpoint)
+
+    @classmethod
+    def in_memory(
+        cls, rows: Iterable[Embedded], fingerprint: str, kind: str | None = None, checkpoint: str = ""
+    ) -> FaissIndex:
+        """Index unit rows, of which there is one at least, without a folder. kind: None chooses by the number of rows."""
+        vectors, items = zip(*rows, strict=True)
+        index = cls(np.concatenate(vectors), ItemTable(items), fingerprint, checkpoint)  # (N, q)
+        index._prepare(kind or default_kind(len(index)))
         return index
 
     def _prepare(self, kind: str, trained: ANNIndex | None = None) -> None:
