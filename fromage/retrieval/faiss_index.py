@@ -71,8 +71,8 @@ class FaissIndex(ImageIndex):
         metadata: Metadata | None = None,
     ) -> None:
         """kind: of an index whose candidates are not believed; others have that of their candidates."""
-        self.vectors, self.items, self.candidates, self._kind = vectors, items, candidates, kind  # (N, q), N
-        self.metadata, self.items.over = metadata, metadata.over if metadata else None
+        self.vectors, self.candidates, self._kind, self.metadata = vectors, candidates, kind, metadata  # (N, q)
+        self.items = items.having(items.root, metadata.over if metadata else None)  # N
         self._chosen = lru_cache(FILTERS)(self._choose)
         super().__init__(fingerprint, checkpoint, texts, place)
 
@@ -145,7 +145,7 @@ class FaissIndex(ImageIndex):
 
     def set_place(self, place: ImageAccess) -> None:
         """Look for the images elsewhere; nothing is written."""
-        self.place, self.items.root = place, place.root or ImageRoot()
+        self.place, self.items = place, self.items.having(place.root, self.items.over)
 
     def rows(self) -> Iterator[Embedded]:
         """All vectors with their items, in order, some at a time."""
@@ -202,11 +202,17 @@ class FaissIndex(ImageIndex):
         """See ImageIndex.save; an index that is there is replaced at once."""
         with replacing(folder, overwrite) as new:
             root = write_rows(new, self.rows(), self.root if self.root.path or self.place.confined else None)
-            FaissIndex(
-                *(self.vectors, self.items, self.fingerprint, self.checkpoint, self.candidates, self.texts),
+            saved = FaissIndex(
+                self.vectors,
+                self.items,
+                self.fingerprint,
+                self.checkpoint,
+                candidates=self.candidates,
+                texts=self.texts,
                 place=replace(self.place, root=root),
                 metadata=self.metadata,
-            )._finish(new)
+            )
+            saved._finish(new)
 
     def _finish(self, folder: Path) -> None:
         """Write what belongs beside the vectors and items of a new folder."""
@@ -296,8 +302,12 @@ class FaissIndex(ImageIndex):
         rows: Iterable[Embedded],
         root: ImageRoot | None = None,
         tables: Sequence[Table] = (),
+        replaces_table: bool = False,
     ) -> FaissIndex:
-        """The index in this folder without the images at the paths `gone`, and with rows behind; what was learnt is kept."""
+        """The index in this folder without the images at the paths `gone`, and with rows behind; what was learnt is kept.
+
+        replaces_table: tables come in place of the metadata that the index has.
+        """
         trained = self.learnt(folder)
         if trained and len(gone):
             trained.index.reset()  # forgets the rows, not the training
@@ -306,7 +316,7 @@ class FaissIndex(ImageIndex):
             root = ImageRoot(self.root.path)
         root = root or (ImageRoot(self.root.path) if self.root.path and not self.root.former else None)
         place = replace(self.place, root=root)
-        mine = self.table()
+        mine = None if replaces_table else self.table()
         spec = IndexSpec(
             width=self.width,
             fingerprint=self.fingerprint,
@@ -322,8 +332,7 @@ class FaissIndex(ImageIndex):
 
     def describe(self, folder: str | Path, tables: Sequence[Table]) -> FaissIndex:
         """The index in this folder with the metadata of tables in place of its own."""
-        self.metadata = self.items.over = None
-        return self.change(folder, pa.array([], pa.binary()), (), tables=tables)
+        return self.change(folder, pa.array([], pa.binary()), (), tables=tables, replaces_table=True)
 
     def learnt(self, folder: str | Path) -> ANNIndex | None:
         """The candidates of the index in this folder, in memory, where they can be changed; None in a flat index."""

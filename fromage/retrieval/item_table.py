@@ -37,17 +37,20 @@ def to_batch(items: Sequence[Item]) -> pa.RecordBatch:
 
 
 class ItemTable(Sequence[Item]):
-    """Items by position, read when they are asked for.
+    """Items by position, read when they are asked for; never changed.
 
     Attributes:
         root: what the paths of the batches are relative to.
         over: (metadata of an item, its position) -> its metadata with what a table says of it, where there is one.
     """
 
-    over: Callable[[str, int], str] | None = None
-
-    def __init__(self, batches: Sequence[pa.RecordBatch], root: ImageRoot | None = None) -> None:
-        self.batches, self.root = list(batches), root or ImageRoot()
+    def __init__(
+        self,
+        batches: Sequence[pa.RecordBatch],
+        root: ImageRoot | None = None,
+        over: Callable[[str, int], str] | None = None,
+    ) -> None:
+        self.batches, self.root, self.over = list(batches), root or ImageRoot(), over
         self.starts = np.cumsum([0, *map(len, self.batches)])  # (batches + 1,)
 
     @classmethod
@@ -58,6 +61,10 @@ class ItemTable(Sequence[Item]):
         if any(column.null_count for batch in batches for column in batch.columns):
             raise UserError(f"{path}: is damaged (an entry is missing); build the index again")
         return cls([filled(batch) for batch in batches], root)
+
+    def having(self, root: ImageRoot | None, over: Callable[[str, int], str] | None) -> ItemTable:
+        """A table over the same batches; root and over as of the class."""
+        return ItemTable(self.batches, root, over)
 
     def __len__(self) -> int:
         return int(self.starts[-1])

@@ -149,6 +149,14 @@ def test_tables_that_do_not_fit_are_refused_before_anything_is_replaced(tmp_path
     assert (tmp_path / "index" / "index.json").read_bytes() == before
 
 
+def test_an_open_index_keeps_its_metadata_where_others_are_refused(tmp_path, described):
+    opened = written(tmp_path / "index", [described], n=9)
+    with pytest.raises(UserError, match="names no image of the index"):
+        opened.describe(tmp_path / "index", [table_of("xyz", n=range(3))])
+    assert [hit.path for hit in opened.search(rows(1, 16), 9, where="place = 'Rome'")[0]] == ["3.jpg"]
+    assert '"year": 2000' in opened.items[0].meta
+
+
 def test_a_stranger_s_columns_are_looked_at_before_they_are_believed(tmp_path, described):
     written(tmp_path / "index", [described])
     good = load_index(tmp_path / "index").metadata.table
