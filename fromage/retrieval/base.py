@@ -24,9 +24,9 @@ from PIL import Image
 from fromage.checks import check_whole
 from fromage.data.image_source import Item
 from fromage.errors import UserError
-from fromage.retrieval.image_root import ImageAccess, ImageRoot
+from fromage.retrieval.image_root import ImageAccess, ImageRoot, to_bytes
 from fromage.retrieval.index_spec import FLAT, IndexSpec
-from fromage.retrieval.item_table import Embedded, ItemTable, check_there, encoded, image_id, without
+from fromage.retrieval.item_table import Embedded, ItemTable, check_there, image_id, without
 from fromage.retrieval.missing import CHECKED, Missing, look
 from fromage.retrieval.rerank import RERANK_FACTOR, Near, search_approximate, search_exact, unit
 from fromage.retrieval.results import Hit
@@ -211,7 +211,7 @@ class ImageIndex(ABC):
         """
         ways = [
             (name, os.path.abspath(name), self.root.locate(name))  # noqa: PTH100 (bytes)
-            for name in encoded([paths] if isinstance(paths, str) else paths)
+            for name in map(to_bytes, [paths] if isinstance(paths, str) else paths)
         ]
         there = self.there(pa.array([way for some in ways for way in some], pa.binary()))
         gone = [next((way for way in some if way in there), some[0]) for some in ways]
@@ -229,7 +229,7 @@ class ImageIndex(ABC):
 
     def id_of(self, path: str) -> str:
         """The id of an image, with which `finder` finds it."""
-        return image_id(self.root.store(*encoded([path])))
+        return image_id(self.root.store(to_bytes(path)))
 
     def about(self) -> dict[str, Any]:
         """What index.json says of the index, of where its images are too; a subclass adds what is its own."""

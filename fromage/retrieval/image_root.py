@@ -20,6 +20,16 @@ NO_FILE = "^(pipe:|[^/]*:/?/)"  # no root is put in front of these
 ADDRESS = re.compile(NO_FILE.encode())
 
 
+def to_bytes(text: str) -> bytes:
+    """A path or another text of an image as it is stored; Python's surrogates stand for bytes that are no Unicode."""
+    return text.encode("utf-8", "surrogateescape")
+
+
+def to_text(data: bytes) -> str:
+    """The other way round."""
+    return data.decode("utf-8", "surrogateescape")
+
+
 @dataclass(frozen=True)
 class ImageRoot:
     """Where the images of an index are.
@@ -56,6 +66,10 @@ class ImageRoot:
         if self.former:
             return _swap(stored, _prefix(self.former), _prefix(self.path))
         return stored if stored.startswith(b"/") or ADDRESS.match(stored) else _prefix(self.path) + stored
+
+    def path_of(self, stored: str) -> str:
+        """As locate, of a text."""
+        return to_text(self.locate(to_bytes(stored)))
 
     def store(self, located: bytes) -> bytes:
         """The other way round."""

@@ -20,7 +20,8 @@ import pyarrow.compute as pc
 
 from fromage.errors import UserError
 from fromage.images.locators import key_of, name_of
-from fromage.retrieval.item_table import ItemTable, encoded, open_arrow, write_arrow
+from fromage.retrieval.image_root import to_bytes, to_text
+from fromage.retrieval.item_table import ItemTable, open_arrow, write_arrow
 from fromage.retrieval.results import parsed
 from fromage.retrieval.table_file import KEPT, Table, kind_of
 from fromage.retrieval.where import KINDS, Both, Comparison, Condition, bound, parse
@@ -180,8 +181,8 @@ def _found(names: pa.ChunkedArray, keys: pa.Array) -> np.ndarray:
 
 def _named(name: Callable[[str], str]) -> Callable[[ItemTable], pa.Array]:
     def way(items: ItemTable) -> pa.Array:
-        paths = (path.decode("utf-8", "surrogateescape") for path in items.paths().to_pylist())
-        return pa.array(encoded(map(name, paths)), pa.binary())
+        paths = items.paths().to_pylist()
+        return pa.array([to_bytes(name(to_text(path))) for path in paths], pa.binary())
 
     return way
 

@@ -30,9 +30,9 @@ from fromage.retrieval.base import ImageIndex
 from fromage.retrieval.build import unit_rows
 from fromage.retrieval.embed_images import embed_source
 from fromage.retrieval.embedding_store import EmbeddingStore
-from fromage.retrieval.image_root import ImageRoot
+from fromage.retrieval.image_root import ImageRoot, to_bytes
 from fromage.retrieval.index_folder import read_about
-from fromage.retrieval.item_table import Embedded, ItemTable, encoded, to_batch
+from fromage.retrieval.item_table import Embedded, ItemTable, to_batch
 from fromage.retrieval.open_index import load_index
 from fromage.retrieval.trust import is_sealed, secret
 
@@ -124,7 +124,7 @@ def _synced(
     index.set_place(replace(index.place, left_out={_key(path, root): " ".join(said) for path, said in known.items()} | odd))
     if gone or len(todo) > len(bad) or odd or _stale(folder, index, root):
         rows = chain(_touched(index, found.touched), *fresh)
-        index = index.change(folder, pa.array(encoded(gone), pa.binary()), rows, root)
+        index = index.change(folder, pa.array([to_bytes(path) for path in gone], pa.binary()), rows, root)
     shutil.rmtree(beside, ignore_errors=True)
     new, changed = (sum(path not in bad | known for path in paths) for paths in (found.new, found.changed))
     return index, Synced(new, changed, len(found.deleted), found.same + len(found.touched), broken)
