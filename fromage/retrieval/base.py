@@ -173,6 +173,7 @@ class ImageIndex(ABC):
         images: str | Path,
         model: Fromage | str | Path,
         out: str | Path | None = None,
+        *,
         captions: str | Path | None = None,
         batch_size: int = 64,
         workers: int = 0,
@@ -192,7 +193,7 @@ class ImageIndex(ABC):
         """
         from fromage.retrieval.build import from_folder  # stands above this module: an exception named in setup.cfg
 
-        return from_folder(images, model, out, captions, batch_size, workers, kind)
+        return from_folder(images, model, out, captions=captions, batch_size=batch_size, workers=workers, kind=kind)
 
     def add(
         self, folder: str | Path, rows: Iterable[Embedded], root: ImageRoot | None = None, tables: Sequence[Table] = ()

@@ -15,6 +15,7 @@ from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -61,6 +62,7 @@ def build(
     store: EmbeddingStore,
     out: str | Path,
     kind: str | None = None,
+    *,
     model: Fromage | None = None,
     milvus: str | None = None,
     overwrite: bool = False,
@@ -105,6 +107,7 @@ def build_index(
     model: Fromage,
     images: str | Path,
     out: str | Path,
+    *,
     batch_size: int = 64,
     workers: int = 0,
     captions: str | Path | None = None,
@@ -128,8 +131,10 @@ def build_index(
     out = Path(out).resolve()
     beside = out.with_name(f".{out.name}.{model.fingerprint()}.embeddings")
     with held(out, beside=True):
-        store = embed_images(model, images, beside, batch_size, workers, captions, checkpoint)
-        index = build(store, out, kind, model, milvus, overwrite, tables)
+        store = embed_images(
+            model, images, beside, batch_size=batch_size, workers=workers, captions=captions, checkpoint=checkpoint
+        )
+        index = build(store, out, kind, model=model, milvus=milvus, overwrite=overwrite, tables=tables)
         shutil.rmtree(beside)
     index.model = model
     return index
@@ -139,6 +144,7 @@ def import_embeddings(
     model: Fromage | Callable[[], Fromage],
     sources: str | Path | Sequence[str | Path],
     out: str | Path,
+    *,
     images: str | Path | None = None,
     checkpoint: str | Path | None = None,
     kind: str | None = None,
@@ -195,6 +201,7 @@ def from_folder(
     images: str | Path,
     model: Fromage | str | Path,
     out: str | Path | None = None,
+    *,
     captions: str | Path | None = None,
     batch_size: int = 64,
     workers: int = 0,
@@ -202,6 +209,7 @@ def from_folder(
 ) -> ImageIndex:
     """See ImageIndex.from_folder."""
     checkpoint = model if isinstance(model, (str, Path)) else None
+    reading: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "captions": captions, "checkpoint": checkpoint}
     model = load_model(model) if isinstance(model, (str, Path)) else model
     saved = next((Path(each) for each in (out, images) if each is not None and (Path(each) / ABOUT).exists()), None)
     if saved:
@@ -211,10 +219,10 @@ def from_folder(
         if said := index.missing().said(saved, len(index), index.place.own):
             warnings.warn(said, stacklevel=3)
     elif out is not None:
-        index = build_index(model, images, out, batch_size, workers, captions, checkpoint, kind)
+        index = build_index(model, images, out, kind=kind, **reading)
     else:
         with TemporaryDirectory() as folder:
-            store = embed_images(model, images, Path(folder) / "store", batch_size, workers, captions, checkpoint)
+            store = embed_images(model, images, Path(folder) / "store", **reading)
             index = FaissIndex.in_memory(unit_rows(store), model.fingerprint(), kind)
     index.model = model
     return index
@@ -255,6 +263,7 @@ def merge(
     folders: Sequence[str | Path],
     out: str | Path,
     kind: str | None = None,
+    *,
     milvus: str | None = None,
     overwrite: bool = False,
 ) -> ImageIndex:

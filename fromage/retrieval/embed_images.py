@@ -34,6 +34,7 @@ def embed_images(
     model: Fromage,
     source: str | Path,
     out: str | Path,
+    *,
     batch_size: int = 64,
     workers: int = 0,
     captions: str | Path | None = None,
@@ -63,11 +64,12 @@ def embed_images(
     check_whole("workers", workers, 0)
     if dtype not in DTYPES:
         raise UserError(f"dtype {dtype}: embeddings are stored as {' or '.join(DTYPES)}")
-    images = find_images(str(source), model.vision.transform, None if captions is None else Path(captions), batch_size)
+    said = None if captions is None else Path(captions)
+    images = find_images(str(source), model.vision.transform, said, batch_size)
     if is_shards(Path(source)):
         check_features(expand(str(source)), model.vision)
     with held(out):
-        store = embed_source(model, images, out, workers, checkpoint, dtype, ray)
+        store = embed_source(model, images, out, workers=workers, checkpoint=checkpoint, dtype=dtype, ray=ray)
         _report(store, source)
     return store
 
@@ -76,6 +78,7 @@ def embed_source(
     model: Fromage,
     images: ImageSource,
     out: str | Path,
+    *,
     workers: int = 0,
     checkpoint: str | Path | None = None,
     dtype: str = "float32",

@@ -63,6 +63,7 @@ class FaissIndex(ImageIndex):
         vectors: np.ndarray,
         items: ItemTable,
         fingerprint: str,
+        *,
         checkpoint: str = "",
         candidates: ANNIndex | None = None,
         texts: np.ndarray | None = None,
@@ -97,7 +98,7 @@ class FaissIndex(ImageIndex):
     ) -> FaissIndex:
         """Index unit rows, of which there is one at least, without a folder. kind: None chooses by the number of rows."""
         vectors, items = zip(*rows, strict=True)
-        index = cls(np.concatenate(vectors), ItemTable(items), fingerprint, checkpoint)  # (N, q)
+        index = cls(np.concatenate(vectors), ItemTable(items), fingerprint, checkpoint=checkpoint)  # (N, q)
         index._prepare(kind or default_kind(len(index)))
         return index
 
@@ -206,7 +207,7 @@ class FaissIndex(ImageIndex):
                 self.vectors,
                 self.items,
                 self.fingerprint,
-                self.checkpoint,
+                checkpoint=self.checkpoint,
                 candidates=self.candidates,
                 texts=self.texts,
                 place=replace(self.place, root=root),
@@ -241,8 +242,15 @@ class FaissIndex(ImageIndex):
             raise INDEX.unreadable(folder, f"{METADATA} is of another index")
         if len(items) != about["count"] or (about["kind"] == FLAT) == (CANDIDATES in files):
             raise INDEX.unreadable(folder, "tells of another index than is there")
-        known = about["fingerprint"], about["checkpoint"]
-        index = cls(vectors, items, *known, place=place, kind=about["kind"], metadata=metadata)
+        index = cls(
+            vectors,
+            items,
+            about["fingerprint"],
+            checkpoint=about["checkpoint"],
+            place=place,
+            kind=about["kind"],
+            metadata=metadata,
+        )
         if TEXTS in files:
             index.texts = np.fromfile(folder / TEXTS, "<f4")
             if len(index.texts) % index.width:
@@ -281,8 +289,15 @@ class FaissIndex(ImageIndex):
             place = replace(spec.place, root=write_rows(new, rows, spec.place.root))
             vectors, items = open_rows(new, spec.width, place.root)  # (N, q)
             metadata = _joined(items, spec.tables)
-            known = spec.fingerprint, spec.checkpoint
-            index = cls(vectors, items, *known, texts=spec.texts, place=place, metadata=metadata)
+            index = cls(
+                vectors,
+                items,
+                spec.fingerprint,
+                checkpoint=spec.checkpoint,
+                texts=spec.texts,
+                place=place,
+                metadata=metadata,
+            )
             index._prepare(spec.kind or default_kind(len(index)), spec.trained)
             index._finish(new)
         opened = cls.open(out := Path(out).resolve(), INDEX.read(out), replace(place, own=True))  # these files are ours

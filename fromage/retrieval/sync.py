@@ -69,6 +69,7 @@ def sync(
     folder: str | Path,
     images: str | Path,
     model: Fromage | Callable[[], Fromage],
+    *,
     captions: str | Path | None = None,
     batch_size: int = 64,
     workers: int = 0,
@@ -193,7 +194,7 @@ def _embed(
     index.require_model(made)
     source = find_images(str(where), made.vision.transform, Path(captions) if captions else None, batch_size)
     parts = source.parts_of(todo)
-    return embed_source(made, source.only(parts, range(len(parts)), len(todo)), beside, workers)
+    return embed_source(made, source.only(parts, range(len(parts)), len(todo)), beside, workers=workers)
 
 
 def _bad(broken: list[str], paths: set[str]) -> dict[str, str]:

@@ -115,10 +115,10 @@ def test_a_file_whose_content_is_the_same_is_not_embedded_again(index, photos):
 
 def test_captions_are_taken_over(index, photos, tmp_path):
     (tmp_path / "captions.json").write_text('{"red/a.png": "a red one ", "green/a.png": "a green one"}')
-    found, done = sync(index, photos, never, tmp_path / "captions.json")
+    found, done = sync(index, photos, never, captions=tmp_path / "captions.json")
     assert done[:4] == (0, 0, 0, 3) and sorted(item.caption for item in found.items) == ["", "a green one", "a red one"]
     before = (index / "index.json").read_bytes()
-    sync(index, photos, never, tmp_path / "captions.json")
+    sync(index, photos, never, captions=tmp_path / "captions.json")
     assert (index / "index.json").read_bytes() == before
 
 
