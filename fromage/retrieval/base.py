@@ -291,14 +291,14 @@ class ImageIndex(ABC):
 
     def _embedded(self, queries: Sequence[Any]) -> np.ndarray:
         """(B, q) rows of texts and images."""
-        from fromage.retrieval.queries import embed_queries
+        from fromage.retrieval.queries import query_rows
 
         if self.model is None:
             raise UserError(
                 "the index was opened without its model, which texts and images need; use open_index or search_index"
             )
         self.require_model(self.model)
-        return embed_queries(self.model, queries).float().cpu().numpy()
+        return query_rows(self.model, queries)
 
     def _search(self, queries: np.ndarray, k: int, excluded: frozenset[str], passing: Any) -> list[list[Hit]]:
         rows = unit(queries, "the query")  # (B, q)

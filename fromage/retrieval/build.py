@@ -141,7 +141,7 @@ def build_index(
 
 
 def import_embeddings(
-    model: Fromage | Callable[[], Fromage],
+    load: Callable[[], Fromage],
     sources: str | Path | Sequence[str | Path],
     out: str | Path,
     *,
@@ -156,8 +156,8 @@ def import_embeddings(
     It names files of other machines, so of those here only what lies in the folder of its images is ever opened.
 
     Args:
-        model: whose retrieval space the rows are in; or what loads it, called when a folder looks right. Pickles are read
-            after it.
+        load: gives the model whose retrieval space the rows are in; called when a folder looks right. Pickles are read after
+            it.
         sources: the authors' pickles of N paths and (N, q) rows, see fromage.retrieval.authors_embeddings; or one folder of
             clip-retrieval or autofaiss with features (n, m) of the model's tower or rows (n, q), see
             fromage.retrieval.clip_retrieval.
@@ -178,12 +178,12 @@ def import_embeddings(
     check_replaceable(out, overwrite)
     gallery = EmbeddingFolder(folders[0]) if folders else None
     tables = [gallery.table()] if gallery else []
-    made: Fromage = model if hasattr(model, "embed_images") else model()  # type: ignore[assignment, operator]
+    model = load()
     root = ImageRoot(str(Path(images).absolute()) if images else "")
     within = root.path or str(Path(out).absolute())
     spec = IndexSpec(
-        width=made.q,
-        fingerprint=made.fingerprint(),
+        width=model.q,
+        fingerprint=model.fingerprint(),
         checkpoint=located(checkpoint),
         kind=kind,
         milvus=milvus or "",
@@ -191,9 +191,9 @@ def import_embeddings(
         place=ImageAccess(root, confined=True, within=within),
         tables=tables,
     )
-    rows = gallery.embedded(made, root, within) if gallery else rows_of(paths, made.q)
+    rows = gallery.embedded(model, root, within) if gallery else rows_of(paths, model.q)
     index = write_index(out, rows, spec)
-    index.model = made
+    index.model = model
     return index
 
 

@@ -68,7 +68,7 @@ class _Difference:
 def sync(
     folder: str | Path,
     images: str | Path,
-    model: Fromage | Callable[[], Fromage],
+    load: Callable[[], Fromage],
     *,
     captions: str | Path | None = None,
     batch_size: int = 64,
@@ -80,7 +80,7 @@ def sync(
     at addresses and in shards stay as they are. Images of an index without stamps, of a former version, are embedded again.
 
     Args:
-        model: that built the index; or what loads it, called where there is something to embed.
+        load: gives the model that built the index; called where there is something to embed.
         captions: as for embed_images; captions that differ are taken over.
 
     Raises:
@@ -90,13 +90,13 @@ def sync(
     if not where.is_dir() or is_shards(where):
         raise UserError(f"{images}: is no folder of images; shards are added with: fromage index embed, fromage index add")
     with held(folder, beside=True):
-        return _synced(folder, where, model, captions, batch_size, workers)
+        return _synced(folder, where, load, captions, batch_size, workers)
 
 
 def _synced(
     folder: Path,
     where: Path,
-    model: Fromage | Callable[[], Fromage],
+    load: Callable[[], Fromage],
     captions: str | Path | None,
     batch_size: int,
     workers: int,
@@ -117,7 +117,7 @@ def _synced(
     beside = folder.with_name(f".{folder.name}.{index.fingerprint}.sync")
     if todo := sorted({*found.new, *found.changed} - known.keys()):
         was = {path: _stamp(path) for path in todo}  # before they are read
-        store = _embed(index, todo, where, model, captions, beside, batch_size, workers)
+        store = _embed(index, todo, where, load, captions, beside, batch_size, workers)
         bad, fresh = _bad(store.broken(), {*todo}), [unit_rows(store)]
         broken += store.broken()
         odd = _remembered(bad, was, root)
@@ -183,18 +183,18 @@ def _embed(
     index: ImageIndex,
     todo: list[str],
     where: Path,
-    model: Fromage | Callable[[], Fromage],
+    load: Callable[[], Fromage],
     captions: str | Path | None,
     beside: Path,
     batch_size: int,
     workers: int,
 ) -> EmbeddingStore:
     """Embed some files of a folder."""
-    made: Fromage = model if hasattr(model, "embed_images") else model()  # type: ignore[assignment, operator]
-    index.require_model(made)
-    source = find_images(str(where), made.vision.transform, Path(captions) if captions else None, batch_size)
+    model = load()
+    index.require_model(model)
+    source = find_images(str(where), model.vision.transform, Path(captions) if captions else None, batch_size)
     parts = source.parts_of(todo)
-    return embed_source(made, source.only(parts, range(len(parts)), len(todo)), beside, workers=workers)
+    return embed_source(model, source.only(parts, range(len(parts)), len(todo)), beside, workers=workers)
 
 
 def _bad(broken: list[str], paths: set[str]) -> dict[str, str]:

@@ -180,7 +180,7 @@ def test_it_follows_its_folder_and_travels(tmp_path, db):
     build_index(Model(), photos, tmp_path / "index", milvus=db)
     (photos / "red" / "a.png").rename(photos / "red" / "b.png")
     (photos / "blue" / "a.png").write_bytes((photos / "green" / "a.png").read_bytes())
-    assert sync(tmp_path / "index", photos, Model())[1][:4] == (1, 1, 1, 1)
+    assert sync(tmp_path / "index", photos, Model)[1][:4] == (1, 1, 1, 1)
     moved = photos.rename(tmp_path / "moved")
     index, done = sync(tmp_path / "index", moved, lambda: pytest.fail("nothing to embed"))
     assert done[:4] == (0, 0, 0, 3)
