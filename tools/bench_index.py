@@ -33,10 +33,11 @@ from on_device import Save, device_name, elapsed, keep_nothing
 from fromage.data.image_source import Item
 from fromage.io import write_json
 from fromage.retrieval.ann import lists_kind
-from fromage.retrieval.base import FLAT, ImageIndex, IndexSpec
+from fromage.retrieval.base import ImageIndex
 from fromage.retrieval.build import write_index
 from fromage.retrieval.faiss_index import FaissIndex
 from fromage.retrieval.index_folder import CANDIDATES
+from fromage.retrieval.index_spec import FLAT, IndexSpec
 from fromage.retrieval.item_table import Embedded, to_batch
 from fromage.retrieval.open_index import load_index
 from fromage.retrieval.rerank import unit

@@ -40,7 +40,7 @@ def search(
     from fromage.images.contact_sheet import TILE
     from fromage.images.open import open_image
     from fromage.retrieval.open_index import open_index
-    from fromage.retrieval.queries import embed_queries
+    from fromage.retrieval.queries import query_rows
     from fromage.retrieval.results import draw_hits, left_out, load_images
 
     opened = [open_image(path) for path in image]
@@ -49,7 +49,7 @@ def search(
     model, found_in = open_index(index, ckpt, device, images, quantize=quantize)
     if where:
         found_in.filter(where)
-    rows = embed_queries(model, queries).float().cpu().numpy()  # (B, q)
+    rows = query_rows(model, queries)  # (B, q)
     found = found_in.search(rows, images_per_ret, where=where)
     if where and not any(found):
         warnings.warn(f"no image of the index fits {where}", stacklevel=2)

@@ -97,11 +97,20 @@ def embed(
 
     gpus = float(find_device(reading.device).startswith("cuda")) if gpus is None else gpus
     reading.check(images)
-    job = RayJob(ray, actors, gpus, reading.workers) if ray else None
+    job = RayJob(ray, actors=actors, gpus=gpus, readers=reading.workers) if ray else None
     model = load_model(ckpt, "cpu" if job else reading.device)
-    how = reading.batch_size, reading.workers, reading.captions, ckpt, dtype, job
-    count = len(embed_images(model, images, out, *how))
-    return Result(f"{count} embeddings -> {out}", {"embeddings": count, "out": str(out)})
+    store = embed_images(
+        model,
+        images,
+        out,
+        batch_size=reading.batch_size,
+        workers=reading.workers,
+        captions=reading.captions,
+        checkpoint=ckpt,
+        dtype=dtype,
+        ray=job,
+    )
+    return Result(f"{len(store)} embeddings -> {out}", {"embeddings": len(store), "out": str(out)})
 
 
 def build(
@@ -124,12 +133,31 @@ def build(
     if embeddings:
         store = EmbeddingStore.open(embeddings)
         model = load_model(ckpt, reading.device) if ckpt else None
-        index = index_builder.build(store, target.out, target.kind, model, target.milvus, target.overwrite, tables)
+        index = index_builder.build(
+            store,
+            target.out,
+            target.kind,
+            model=model,
+            milvus=target.milvus,
+            overwrite=target.overwrite,
+            tables=tables,
+        )
     else:
         assert images and ckpt
         reading.check(images)
-        how = reading.batch_size, reading.workers, reading.captions, ckpt, target.kind, target.milvus, target.overwrite
-        index = index_builder.build_index(load_model(ckpt, reading.device), images, target.out, *how, tables)
+        index = index_builder.build_index(
+            load_model(ckpt, reading.device),
+            images,
+            target.out,
+            batch_size=reading.batch_size,
+            workers=reading.workers,
+            captions=reading.captions,
+            checkpoint=ckpt,
+            kind=target.kind,
+            milvus=target.milvus,
+            overwrite=target.overwrite,
+            tables=tables,
+        )
     return _told(index, target.out)
 
 
@@ -163,7 +191,8 @@ def merge(index: list[Path], *, target: IndexTarget) -> Result:
     """Merge indexes of the same checkpoint; of images at the same path the first counts."""
     from fromage.retrieval import build as index_builder
 
-    return _told(index_builder.merge(index, target.out, target.kind, target.milvus, target.overwrite), target.out)
+    made = index_builder.merge(index, target.out, target.kind, milvus=target.milvus, overwrite=target.overwrite)
+    return _told(made, target.out)
 
 
 def sync(index: Path, *, images: Path, ckpt: str | None = None, reading: Reading) -> Iterator[Result]:
@@ -176,8 +205,14 @@ def sync(index: Path, *, images: Path, ckpt: str | None = None, reading: Reading
     from fromage.retrieval.open_index import model_of
     from fromage.retrieval.sync import sync as bring
 
-    how = reading.captions, reading.batch_size, reading.workers
-    changed, done = bring(index, images, lambda: model_of(index, ckpt, reading.device), *how)
+    changed, done = bring(
+        index,
+        images,
+        lambda: model_of(index, ckpt, reading.device),
+        captions=reading.captions,
+        batch_size=reading.batch_size,
+        workers=reading.workers,
+    )
     yield Result(str(done), done._asdict())
     if done.broken:
         warnings.warn(f"{images}: {len(done.broken)} images are left out: {first_few(done.broken, '; ')}", stacklevel=2)
@@ -207,8 +242,16 @@ def import_embeddings(source: list[Path], *, ckpt: str, images: Path | None = No
     from fromage.models.fromage import load_model
     from fromage.retrieval import build as index_builder
 
-    how = images, ckpt, target.kind, target.milvus, target.overwrite
-    built = index_builder.import_embeddings(lambda: load_model(ckpt), source, target.out, *how)
+    built = index_builder.import_embeddings(
+        lambda: load_model(ckpt),
+        source,
+        target.out,
+        images=images,
+        checkpoint=ckpt,
+        kind=target.kind,
+        milvus=target.milvus,
+        overwrite=target.overwrite,
+    )
     if said := built.missing().said(target.out, len(built), True):
         warnings.warn(said, stacklevel=2)
     return _told(built, target.out)

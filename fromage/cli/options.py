@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from fromage.checks import ADDRESSES
 from fromage.errors import UserError, reason
+from fromage.images.locators import split_locator
 from fromage.io import set_aside, write_files
 
 DType = Literal["float32", "bfloat16", "float16"]
@@ -125,8 +126,8 @@ def in_shards(text: str) -> str:
 
 def in_image(text: str) -> str:
     """An image or a folder of images, or a URL. Raises UserError where there is none."""
-    shard, is_member, _ = text.partition(".tar#")
-    if not text.startswith(ADDRESSES) and not Path(text).exists() and not (is_member and Path(f"{shard}.tar").exists()):
+    there = Path(text).exists() or Path(split_locator(text)[0]).exists()
+    if not text.startswith(ADDRESSES) and not there:
         raise UserError(f"{text}: no such file; name an image that is there, or a URL")
     return text
 

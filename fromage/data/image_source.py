@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -23,6 +24,7 @@ from fromage.data.shards import Raw, captions_of, read_shard
 from fromage.data.workers import worker_share
 from fromage.errors import BrokenSample, UserError
 from fromage.images.codec import SUFFIXES, image_files, is_image
+from fromage.images.locators import locator
 from fromage.images.open import MAX_FILE, open_regular
 from fromage.images.transforms import Transform, read_image
 from fromage.io import json_object
@@ -117,23 +119,31 @@ class ImageSource(IterableDataset[ImageBatch]):
     """The images of files or shards, in parts that are divided among the workers. A broken image is an ImageSample too.
 
     Attributes:
-        parts: the parts; todo: the numbers of the parts that are read.
+        parts: the parts; todo: the numbers of the parts that are read, at first all.
         count: expected number of images; None if unknown.
     """
 
     def __init__(
         self,
-        parts: Sequence[Names],
+        names: Sequence[str],
         read: Reader,
         transform: Transform,
         count: int | None,
         root: str = "",
         per_part: int = 1,
+        batch_size: int = 64,
     ) -> None:
-        """root: folder that the files are in, '' for what is none; per_part: names of a part, at most."""
-        self.parts, self.read, self.transform, self.count = list(parts), read, transform, count
-        self.root, self.per_part = root, per_part
-        self.todo, self.batch_size = list(range(len(parts))), 64
+        """names: files or shards; root: folder that they are in, '' for none; per_part: names of a part, at most."""
+        self.read, self.transform, self.count, self.root = read, transform, count, root
+        self.per_part, self.batch_size = per_part, batch_size
+        self.parts = self.parts_of(names)
+        self.todo = list(range(len(self.parts)))
+
+    def only(self, parts: Sequence[Names], todo: Sequence[int], count: int | None) -> ImageSource:
+        """The same kind of source with other parts; todo and count as of the class."""
+        other = copy.copy(self)
+        other.parts, other.todo, other.count = list(parts), list(todo), count
+        return other
 
     def parts_of(self, names: Sequence[str]) -> list[Names]:
         """Names divided into parts."""
@@ -199,7 +209,7 @@ def _read_shard(part: Names, lost: OnLost) -> Iterator[tuple[Item, Members]]:
     where = shard if ":" in shard else Path(shard).absolute()
     for sample in read_shard(shard, lost):
         members = {k: v for k, v in sample.items() if isinstance(v, bytes)}
-        yield Item(f"{where}#{sample['__key__']}", _caption(sample), _meta(members.get("json", b""))), members
+        yield Item(locator(str(where), sample["__key__"]), _caption(sample), _meta(members.get("json", b""))), members
 
 
 def _caption(sample: Raw) -> str:
@@ -224,7 +234,7 @@ def without_folders(found: dict[str, Any]) -> dict[str, Any]:
     return found | {name: os.path.basename(path) for name, path in paths.items() if os.path.isabs(path)}  # noqa: PTH117, PTH119
 
 
-def find_images(source: str, transform: Transform, captions: Path | None = None) -> ImageSource:
+def find_images(source: str, transform: Transform, captions: Path | None = None, batch_size: int = 64) -> ImageSource:
     """The images of a folder or of webdataset shards; embed_images describes the possible sources.
 
     Raises UserError if there are no images, and for a caption file that cannot be read or names none of them.
@@ -239,7 +249,7 @@ def find_images(source: str, transform: Transform, captions: Path | None = None)
         shards = expand(source)
         folders = [str(Path(shard).absolute().parent) for shard in shards if ":" not in shard]
         root = os.path.commonpath(folders) if folders else ""
-        return ImageSource([(shard,) for shard in shards], _read_shard, transform, total(sized(shards)), root)
+        return ImageSource(shards, _read_shard, transform, total(sized(shards)), root, batch_size=batch_size)
     folder = Path(source).absolute()
     files = [str(path) for path in image_files(folder)]
     if not files:
@@ -247,9 +257,8 @@ def find_images(source: str, transform: Transform, captions: Path | None = None)
     said = read_captions(captions, folder) if captions else {}
     if captions and said.keys().isdisjoint(files):
         raise UserError(f"{captions}: names no image of {source}; names in it must be relative to that folder")
-    found = ImageSource([], partial(_read_files, captions=said), transform, len(files), str(folder), FILES_PER_PART)
-    found.parts = found.parts_of(files)
-    return found
+    read = partial(_read_files, captions=said)
+    return ImageSource(files, read, transform, len(files), str(folder), FILES_PER_PART, batch_size)
 
 
 def is_shards(source: Path) -> bool:

@@ -29,6 +29,7 @@ from fromage.data.workers import WorkerLoader, worker_share
 from fromage.errors import BrokenSample
 from fromage.images.codec import SUFFIXES, jpeg
 from fromage.images.contact_sheet import contact_sheet
+from fromage.images.locators import locator
 
 TILE = 160  # pixels of an image on the sheet
 EXAMPLES = 5  # names under a heading
@@ -58,7 +59,7 @@ class Record(NamedTuple):
     @property
     def name(self) -> str:
         """'shards/00000.tar#key', as images.open_image takes it."""
-        return f"{self.shard}#{self.key}" if self.key else self.shard
+        return locator(self.shard, self.key) if self.key else self.shard
 
 
 def digest(*parts: bytes) -> int:

@@ -14,6 +14,7 @@ from PIL import Image
 from fromage.checks import ADDRESSES
 from fromage.errors import BrokenSample, UserError, reason
 from fromage.images.codec import SUFFIXES, decode_image
+from fromage.images.locators import split_locator
 from fromage.images.tars import plain_files
 
 MAX_FILE = 1 << 29  # bytes of an image file; the largest that can be decoded is a BMP of 358 MB
@@ -43,9 +44,10 @@ def open_image(locator: str, within: str | Path | None = None) -> Image.Image:
 
 def file_of(locator: str) -> tuple[Path, str | None]:
     """The file that a locator names, and the key within it where it is a tar."""
-    shard, is_member, key = locator.partition(".tar#")
-    whole = os.path.isfile(locator)  # noqa: PTH113 (Path.is_file raises for a long path)
-    return (Path(f"{shard}.tar"), key) if is_member and not whole else (Path(locator), None)
+    if os.path.isfile(locator):  # noqa: PTH113 (Path.is_file raises for a long path)
+        return Path(locator), None
+    file, key = split_locator(locator)
+    return Path(file), key
 
 
 def read_file(path: Path) -> bytes:

@@ -16,7 +16,7 @@ from fromage.distribution import pip_install, versions
 from fromage.errors import UserError, first_few, first_line
 from fromage.models.fromage import Fromage
 from fromage.models.prompts import Part
-from fromage.retrieval.queries import embed_queries
+from fromage.retrieval.queries import query_rows
 
 try:
     import mteb
@@ -56,7 +56,7 @@ class FromageMteb(AbsEncoder):
 
     def encode(self, inputs: Iterable[Mapping[str, Sequence[Any]]], **options: Any) -> np.ndarray:  # type: ignore[override]
         """Batches of items, {"text": ..., "image": ...} in lists -> (N, q) unit rows. Raises UserError as embed_queries."""
-        rows = [embed_queries(self.model, items(batch)).cpu().numpy() for batch in inputs]  # (b, q) each
+        rows = [query_rows(self.model, items(batch)) for batch in inputs]  # (b, q) each
         return np.concatenate([np.empty((0, self.model.q), np.float32), *rows])  # (N, q)
 
 

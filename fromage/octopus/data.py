@@ -192,24 +192,14 @@ class OctopusData(pl.LightningDataModule):
         rows = self._fitting(part, rows, collate, module.model.lm.max_length)
         if any(len(turns) + len(row) > 2 for row in rows for turns in row) and not image_first(module.model.template):
             raise UserError("model.template: the image must come first where prompts share it; or set data.per_image to 1")
-<<<<<<< HEAD
         dataset = GroundingDataset(rows, module.model.vision.transform, store, self.max_lost, replace=shuffle)
-        return PlainErrors(
-=======
-        dataset = GroundingDataset(rows, module.model.vision.transform, store, self.max_lost)
         return WorkerLoader(
->>>>>>> part_d
             dataset,
             batch_size,
             sampler=self._sampler(dataset, batch_size) if shuffle else None,
             drop_last=shuffle,
             num_workers=0 if store is not None else self.workers,
-<<<<<<< HEAD
-            worker_init_fn=init_worker,
             collate_fn=partial(collated, collate),
-=======
-            collate_fn=collate,
->>>>>>> part_d
             pin_memory=torch.cuda.is_available(),
         )
 

@@ -22,8 +22,8 @@ import faiss
 import numpy as np
 
 from fromage.errors import UserError
-from fromage.retrieval.base import FLAT
 from fromage.retrieval.chosen import Chosen, knn
+from fromage.retrieval.index_spec import FLAT
 from fromage.retrieval.rerank import RERANK_FACTOR, as_float32
 
 FLAT_UP_TO = 1_000_000  # rows

@@ -1,8 +1,8 @@
-"""The image index: what every kind of it gives, and the search, which is the same for all kinds.
+"""The image index: what every kind of it gives, and what all kinds share.
 
 q is the width of the shared retrieval space, N the number of images in the index, B that of the queries. A subclass names
-rows near a query (nearest, propose); fromage.retrieval.rerank scores them exactly. To add a backend, write its subclass and
-name it in open_index.BACKENDS and build._backend.
+rows near a query (nearest, propose); fromage.retrieval.rerank searches with these and scores them exactly. To add a backend,
+write its subclass and name it in open_index.BACKENDS and build._backend.
 """
 
 from __future__ import annotations
@@ -10,8 +10,7 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from importlib import import_module
+from functools import partial
 from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, overload
@@ -25,10 +24,11 @@ from PIL import Image
 from fromage.checks import check_whole
 from fromage.data.image_source import Item
 from fromage.errors import UserError
-from fromage.retrieval.image_root import ImageAccess, ImageRoot
-from fromage.retrieval.item_table import Embedded, ItemTable, check_there, encoded, image_id, without
+from fromage.retrieval.image_root import ImageAccess, ImageRoot, to_bytes
+from fromage.retrieval.index_spec import FLAT, IndexSpec
+from fromage.retrieval.item_table import Embedded, ItemTable, check_there, image_id, without
 from fromage.retrieval.missing import CHECKED, Missing, look
-from fromage.retrieval.rerank import NEAR_TIE, RERANK_FACTOR, Near, rerank, unit
+from fromage.retrieval.rerank import RERANK_FACTOR, Near, search_approximate, search_exact, unit
 from fromage.retrieval.results import Hit
 from fromage.retrieval.table_file import Table
 
@@ -36,36 +36,7 @@ if TYPE_CHECKING:
     from fromage.models.fromage import Fromage
     from fromage.retrieval.ann import ANNIndex
 
-FLAT = "flat"  # the kind that compares a query with every row
 State = list[tuple[int, int]]  # of parameters: address and version of each
-
-
-@dataclass(frozen=True)
-class IndexSpec:
-    """What a new index is to be.
-
-    Attributes:
-        width: q.
-        fingerprint: of the model that embedded the rows; checkpoint is where it lies, if that is known.
-        kind: a name that the backend knows; None chooses by the number of rows.
-        trained: candidates of the kind, which hold the first of the rows or none.
-        texts: (n, q) unit rows that texts ask with, to measure an approximate kind with.
-        milvus: where the rows go in place of this disk, see fromage.retrieval.milvus_client; kind is then one of Milvus.
-        overwrite: an index that is there may be replaced.
-        place: where the images are, and whether they may be opened; without a root it is the deepest folder that holds them.
-        tables: metadata of the images; of several tables with an image the first counts.
-    """
-
-    width: int
-    fingerprint: str
-    checkpoint: str = ""
-    kind: str | None = None
-    trained: ANNIndex | None = None
-    texts: np.ndarray | None = None
-    milvus: str = ""
-    overwrite: bool = False
-    place: ImageAccess = field(default_factory=ImageAccess)
-    tables: Sequence[Table] = ()
 
 
 class ImageIndex(ABC):
@@ -202,6 +173,7 @@ class ImageIndex(ABC):
         images: str | Path,
         model: Fromage | str | Path,
         out: str | Path | None = None,
+        *,
         captions: str | Path | None = None,
         batch_size: int = 64,
         workers: int = 0,
@@ -219,8 +191,9 @@ class ImageIndex(ABC):
                 None keeps the index in memory.
             captions: and the others are those of fromage.build_index.
         """
-        build = import_module("fromage.retrieval.build")  # which stands above this module
-        return build.from_folder(images, model, out, captions, batch_size, workers, kind)  # type: ignore[no-any-return]
+        from fromage.retrieval.build import from_folder  # stands above this module: an exception named in setup.cfg
+
+        return from_folder(images, model, out, captions=captions, batch_size=batch_size, workers=workers, kind=kind)
 
     def add(
         self, folder: str | Path, rows: Iterable[Embedded], root: ImageRoot | None = None, tables: Sequence[Table] = ()
@@ -239,7 +212,7 @@ class ImageIndex(ABC):
         """
         ways = [
             (name, os.path.abspath(name), self.root.locate(name))  # noqa: PTH100 (bytes)
-            for name in encoded([paths] if isinstance(paths, str) else paths)
+            for name in map(to_bytes, [paths] if isinstance(paths, str) else paths)
         ]
         there = self.there(pa.array([way for some in ways for way in some], pa.binary()))
         gone = [next((way for way in some if way in there), some[0]) for some in ways]
@@ -257,7 +230,7 @@ class ImageIndex(ABC):
 
     def id_of(self, path: str) -> str:
         """The id of an image, with which `finder` finds it."""
-        return image_id(self.root.store(*encoded([path])))
+        return image_id(self.root.store(to_bytes(path)))
 
     def about(self) -> dict[str, Any]:
         """What index.json says of the index, of where its images are too; a subclass adds what is its own."""
@@ -318,48 +291,27 @@ class ImageIndex(ABC):
 
     def _embedded(self, queries: Sequence[Any]) -> np.ndarray:
         """(B, q) rows of texts and images."""
-        from fromage.retrieval.queries import embed_queries
+        from fromage.retrieval.queries import query_rows
 
         if self.model is None:
             raise UserError(
                 "the index was opened without its model, which texts and images need; use open_index or search_index"
             )
         self.require_model(self.model)
-        return embed_queries(self.model, queries).float().cpu().numpy()
+        return query_rows(self.model, queries)
 
     def _search(self, queries: np.ndarray, k: int, excluded: frozenset[str], passing: Any) -> list[list[Hit]]:
         rows = unit(queries, "the query")  # (B, q)
         if rows.shape[1] != self.width:
             raise UserError(f"queries are {rows.shape[1]} wide, the index {self.width}; use the model that built the index")
-        find = self._exact if self.exact else self._approximate
-        found = find(rows, k, excluded, passing)
+        nearest, propose = partial(self.nearest, passing=passing), partial(self.propose, passing=passing)
+        if self.exact:
+            found = search_exact(nearest, rows, k, excluded)
+        else:
+            found = search_approximate(propose, nearest, self.factor, rows, k, excluded)
         if self.place.within is None:
             return found
         return [[hit._replace(within=self.place.within) for hit in hits] for hits in found]
-
-    def _approximate(self, rows: np.ndarray, k: int, excluded: frozenset[str], passing: Any) -> list[list[Hit]]:
-        """The nearest k of what is proposed to each of (B, q)."""
-        nearby = self.propose(rows, self.factor * max(10, k + len(excluded)), passing)
-        found = [rerank(row, near, k, excluded)[0] for row, near in zip(rows, nearby, strict=True)]
-        return [
-            hits if len(hits) == k or near.whole else self._exact(row[None], k, excluded, passing)[0]  # they ran out
-            for row, hits, near in zip(rows, found, nearby, strict=True)
-        ]
-
-    def _exact(self, rows: np.ndarray, k: int, excluded: frozenset[str], passing: Any) -> list[list[Hit]]:
-        """The true k nearest to each of (B, q)."""
-        n = k + len(excluded) + 1
-        first = self.nearest(rows, n, passing)  # n for each of B
-        return [self._settle(row, near, n, k, excluded, passing) for row, near in zip(rows, first, strict=True)]
-
-    def _settle(self, row: np.ndarray, near: Near, n: int, k: int, excluded: frozenset[str], passing: Any) -> list[Hit]:
-        """Rank the n that are near a query (q,), and ask for more until the last of it is clearly worse than the k-th."""
-        hits, worst = rerank(row, near, k, excluded)
-        while not near.whole and (len(hits) < k or worst > hits[-1].score - NEAR_TIE):
-            n *= 2
-            near = self.nearest(row[None], n, passing)[0]
-            hits, worst = rerank(row, near, k, excluded)
-        return hits
 
     @property
     def exact(self) -> bool:

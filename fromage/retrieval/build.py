@@ -15,6 +15,7 @@ from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -28,14 +29,15 @@ from fromage.models.prompts import RET, prompt_length
 from fromage.places import state_folder
 from fromage.retrieval.ann import MEASURED_WITH, default_kind
 from fromage.retrieval.authors_embeddings import rows_of
-from fromage.retrieval.base import FLAT, ImageIndex, IndexSpec
+from fromage.retrieval.base import ImageIndex
 from fromage.retrieval.clip_retrieval import EmbeddingFolder
 from fromage.retrieval.embed_images import embed_images, located
 from fromage.retrieval.embedding_store import EmbeddingStore
 from fromage.retrieval.faiss_index import FaissIndex
 from fromage.retrieval.image_root import ImageAccess, ImageRoot
 from fromage.retrieval.index_folder import ABOUT, check_files, check_replaceable, read_about
-from fromage.retrieval.item_table import Embedded, ItemTable, without
+from fromage.retrieval.index_spec import FLAT, IndexSpec
+from fromage.retrieval.item_table import Embedded, without
 from fromage.retrieval.open_index import BACKENDS, backend_of, load_index
 from fromage.retrieval.rerank import as_float32, unit
 from fromage.retrieval.table_file import Table
@@ -60,6 +62,7 @@ def build(
     store: EmbeddingStore,
     out: str | Path,
     kind: str | None = None,
+    *,
     model: Fromage | None = None,
     milvus: str | None = None,
     overwrite: bool = False,
@@ -104,6 +107,7 @@ def build_index(
     model: Fromage,
     images: str | Path,
     out: str | Path,
+    *,
     batch_size: int = 64,
     workers: int = 0,
     captions: str | Path | None = None,
@@ -127,17 +131,20 @@ def build_index(
     out = Path(out).resolve()
     beside = out.with_name(f".{out.name}.{model.fingerprint()}.embeddings")
     with held(out, beside=True):
-        store = embed_images(model, images, beside, batch_size, workers, captions, checkpoint)
-        index = build(store, out, kind, model, milvus, overwrite, tables)
+        store = embed_images(
+            model, images, beside, batch_size=batch_size, workers=workers, captions=captions, checkpoint=checkpoint
+        )
+        index = build(store, out, kind, model=model, milvus=milvus, overwrite=overwrite, tables=tables)
         shutil.rmtree(beside)
     index.model = model
     return index
 
 
 def import_embeddings(
-    model: Fromage | Callable[[], Fromage],
+    load: Callable[[], Fromage],
     sources: str | Path | Sequence[str | Path],
     out: str | Path,
+    *,
     images: str | Path | None = None,
     checkpoint: str | Path | None = None,
     kind: str | None = None,
@@ -149,8 +156,8 @@ def import_embeddings(
     It names files of other machines, so of those here only what lies in the folder of its images is ever opened.
 
     Args:
-        model: whose retrieval space the rows are in; or what loads it, called when a folder looks right. Pickles are read
-            after it.
+        load: gives the model whose retrieval space the rows are in; called when a folder looks right. Pickles are read after
+            it.
         sources: the authors' pickles of N paths and (N, q) rows, see fromage.retrieval.authors_embeddings; or one folder of
             clip-retrieval or autofaiss with features (n, m) of the model's tower or rows (n, q), see
             fromage.retrieval.clip_retrieval.
@@ -171,12 +178,12 @@ def import_embeddings(
     check_replaceable(out, overwrite)
     gallery = EmbeddingFolder(folders[0]) if folders else None
     tables = [gallery.table()] if gallery else []
-    made: Fromage = model if hasattr(model, "embed_images") else model()  # type: ignore[assignment, operator]
+    model = load()
     root = ImageRoot(str(Path(images).absolute()) if images else "")
     within = root.path or str(Path(out).absolute())
     spec = IndexSpec(
-        width=made.q,
-        fingerprint=made.fingerprint(),
+        width=model.q,
+        fingerprint=model.fingerprint(),
         checkpoint=located(checkpoint),
         kind=kind,
         milvus=milvus or "",
@@ -184,9 +191,9 @@ def import_embeddings(
         place=ImageAccess(root, confined=True, within=within),
         tables=tables,
     )
-    rows = gallery.embedded(made, root, within) if gallery else rows_of(paths, made.q)
+    rows = gallery.embedded(model, root, within) if gallery else rows_of(paths, model.q)
     index = write_index(out, rows, spec)
-    index.model = made
+    index.model = model
     return index
 
 
@@ -194,6 +201,7 @@ def from_folder(
     images: str | Path,
     model: Fromage | str | Path,
     out: str | Path | None = None,
+    *,
     captions: str | Path | None = None,
     batch_size: int = 64,
     workers: int = 0,
@@ -201,6 +209,7 @@ def from_folder(
 ) -> ImageIndex:
     """See ImageIndex.from_folder."""
     checkpoint = model if isinstance(model, (str, Path)) else None
+    reading: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "captions": captions, "checkpoint": checkpoint}
     model = load_model(model) if isinstance(model, (str, Path)) else model
     saved = next((Path(each) for each in (out, images) if each is not None and (Path(each) / ABOUT).exists()), None)
     if saved:
@@ -210,16 +219,11 @@ def from_folder(
         if said := index.missing().said(saved, len(index), index.place.own):
             warnings.warn(said, stacklevel=3)
     elif out is not None:
-        index = build_index(model, images, out, batch_size, workers, captions, checkpoint, kind)
+        index = build_index(model, images, out, kind=kind, **reading)
     else:
         with TemporaryDirectory() as folder:
-            store = embed_images(model, images, Path(folder) / "store", batch_size, workers, captions, checkpoint)
-            batches = list(unit_rows(store))
-            made = FaissIndex(
-                np.concatenate([rows for rows, _ in batches]), ItemTable([each for _, each in batches]), model.fingerprint()
-            )
-            made._prepare(kind or default_kind(len(made)))
-            index = made
+            store = embed_images(model, images, Path(folder) / "store", **reading)
+            index = FaissIndex.in_memory(unit_rows(store), model.fingerprint(), kind)
     index.model = model
     return index
 
@@ -259,6 +263,7 @@ def merge(
     folders: Sequence[str | Path],
     out: str | Path,
     kind: str | None = None,
+    *,
     milvus: str | None = None,
     overwrite: bool = False,
 ) -> ImageIndex:

@@ -125,7 +125,7 @@ class EmbeddingFolder:
         why = "there is none"
         for vectors, items in self.features():
             for i in np.unique(np.linspace(0, len(items) - 1, min(len(items), TRIED), dtype=int)):
-                path = root.locate(items[i].path.encode("utf-8", "surrogateescape")).decode("utf-8", "surrogateescape")
+                path = root.path_of(items[i].path)
                 if path in images:
                     continue
                 try:

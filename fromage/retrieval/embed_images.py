@@ -33,6 +33,7 @@ def embed_images(
     model: Fromage,
     source: str | Path,
     out: str | Path,
+    *,
     batch_size: int = 64,
     workers: int = 0,
     captions: str | Path | None = None,
@@ -62,11 +63,12 @@ def embed_images(
     check_whole("workers", workers, 0)
     if dtype not in DTYPES:
         raise UserError(f"dtype {dtype}: embeddings are stored as {' or '.join(DTYPES)}")
-    images = find_images(str(source), model.vision.transform, None if captions is None else Path(captions))
+    said = None if captions is None else Path(captions)
+    images = find_images(str(source), model.vision.transform, said, batch_size)
     if is_shards(Path(source)):
         check_features(expand(str(source)), model.vision)
     with held(out):
-        store = embed_source(model, images, out, batch_size, workers, checkpoint, dtype, ray)
+        store = embed_source(model, images, out, workers=workers, checkpoint=checkpoint, dtype=dtype, ray=ray)
         _report(store, source)
     return store
 
@@ -75,7 +77,7 @@ def embed_source(
     model: Fromage,
     images: ImageSource,
     out: str | Path,
-    batch_size: int = 64,
+    *,
     workers: int = 0,
     checkpoint: str | Path | None = None,
     dtype: str = "float32",
@@ -83,9 +85,8 @@ def embed_source(
 ) -> EmbeddingStore:
     """As embed_images, but what is left out is not reported, and nothing may be left."""
     of = {"fingerprint": model.fingerprint(), "checkpoint": located(checkpoint), "width": model.q, "dtype": dtype}
-    store = EmbeddingStore.begin_for(out, images, **of)
-    images.batch_size = batch_size
-    _fill(store, ray.embed(model, images) if ray else _here(model, images, workers), images)
+    store, left = EmbeddingStore.begin_for(out, images, **of)
+    _fill(store, ray.embed(model, left) if ray else _here(model, left, workers), left)
     return store
 
 

@@ -10,7 +10,6 @@ fromage.retrieval.embedding_store: a job that was killed goes on with those that
 
 from __future__ import annotations
 
-import copy
 import logging
 import os
 import pickle
@@ -171,9 +170,7 @@ def _reader(images: ImageSource) -> Callable[[Row], Iterator[Row]]:
     """What reads a part."""
     import ray
 
-    alone = copy.copy(images)
-    alone.parts, alone.todo = [], []  # each task gets its own
-    source = ray.put(alone)
+    source = ray.put(images.only([], [], None))  # each task gets its own part
 
     def read(row: Row) -> Iterator[Row]:
         try:

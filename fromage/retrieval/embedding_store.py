@@ -23,9 +23,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from fromage.data.image_source import ImageSource, Item
+from fromage.data.image_source import ImageSource, Item, Names
 from fromage.errors import UserError, reason
 from fromage.identity import FolderKind
+from fromage.images.locators import MEMBER, split_locator
 from fromage.io import WholeFile, as_json, write_files
 from fromage.retrieval import trust
 from fromage.retrieval.item_table import SCHEMA, Embedded, filled, to_batch
@@ -61,21 +62,23 @@ class EmbeddingStore:
         return cls(Path(folder), STORE.begin(Path(folder), about))
 
     @classmethod
-    def begin_for(cls, folder: str | Path, images: ImageSource, **about: Any) -> EmbeddingStore:
-        """As begin, for a source, which may have grown since: images.parts and images.todo become what is to be embedded.
+    def begin_for(cls, folder: str | Path, images: ImageSource, **about: Any) -> tuple[EmbeddingStore, ImageSource]:
+        """As begin, for a source, which may have grown since; returns with the store what of the source is to be embedded.
 
         Parts whose files are no longer there, or have changed, are embedded again without these.
         """
         folder = Path(folder)
         about |= {"source": images.digest(), "root": images.root, "parts": len(images.parts)}
         there = replace(STORE, ignored=STORE.ignored | GROWS).find(folder, about)
-        if there is None or not (store := cls(folder, there))._take_up(images):
-            store = cls.begin(folder, **about)
-        images.todo = store.missing()
-        return store
+        store, parts = None if there is None else cls(folder, there), None
+        if store is not None:
+            parts = store._take_up(images)
+        if store is None or parts is None:
+            store, parts = cls.begin(folder, **about), images.parts
+        return store, images.only(parts, store.missing(), images.count)
 
-    def _take_up(self, images: ImageSource) -> bool:
-        """Go on with a source that is not as it was; False for another source, of which nothing is here."""
+    def _take_up(self, images: ImageSource) -> list[Names] | None:
+        """The parts with which a source goes on that is not as it was; None for another source, of which nothing is here."""
         same = self.about["source"] == images.digest()
         now = {name: images.stamp(name) for part in images.parts for name in part}
         made = {
@@ -83,10 +86,10 @@ class EmbeddingStore:
         }
         known = {name: stamp for names in made.values() for name, stamp in names.items()}
         if not same and self.about.get("root") != images.root and not known.keys() <= now.keys():
-            return False
+            return None
         stale = {part for part, names in made.items() if any(n not in now or (s and s != now[n]) for n, s in names.items())}
         if same and not stale and all(tuple(names) == images.parts[part] for part, names in made.items()):
-            return True
+            return images.parts
         kept = {part: names for part, names in made.items() if part not in stale}
         done = {name for names in kept.values() for name in names}
         left = images.parts_of([name for name in now if name not in done])
@@ -98,8 +101,7 @@ class EmbeddingStore:
         write_files(self.folder, {ABOUT: as_json(self.about)})
         for part in stale:
             self._path(part).unlink()
-        images.parts = [parts[part] for part in range(count)]
-        return True
+        return [parts[part] for part in range(count)]
 
     def _made_of(self, part: int) -> dict[str, str]:
         """The files or shards that a part was made of, with their stamps; of parts of former versions those of its rows."""
@@ -108,7 +110,7 @@ class EmbeddingStore:
         if names or not file.metadata.num_rows:
             return dict(names)
         paths = [path for batch in self._read(part, ["path"]) for path in batch.column("path").to_pylist()]
-        return dict.fromkeys((path.partition(".tar#")[0] + ".tar" if ".tar#" in path else path for path in paths), "")
+        return dict.fromkeys((split_locator(path)[0] for path in paths), "")
 
     @classmethod
     def open(cls, folder: str | Path) -> EmbeddingStore:
@@ -140,9 +142,8 @@ class EmbeddingStore:
         names: of the files or shards that it was made of, with their stamps.
         """
         values = pa.array(rows.astype(self.about["dtype"], copy=False).ravel())  # (n q)
-        keys = [item.path.rpartition(".tar#")[2] if ".tar#" in item.path else Path(item.path).stem for item in items]
         batch = to_batch(items)
-        named, *_ = to_batch([Item(key) for key in keys])
+        named, *_ = to_batch([Item(_key(item.path)) for item in items])
         texts = [column.cast(pa.string(), safe=False) for column in (named, *batch.columns)]  # safe: only Unicode
         table = pa.table(
             [*texts, pa.FixedSizeListArray.from_arrays(values, self.about["width"])],
@@ -227,3 +228,9 @@ class EmbeddingStore:
         texts = [(name, batch.column(name).cast(pa.binary())) for name in SCHEMA.names if name in batch.schema.names]
         items = filled(pa.record_batch([column for _, column in texts], names=[name for name, _ in texts]))
         return values.reshape(len(batch), self.about["width"]).astype(np.float32), items
+
+
+def _key(path: str) -> str:
+    """What the column `key` says of an image: the key in its shard, behind the last of several '.tar#'; else the stem."""
+    _, is_member, key = path.rpartition(MEMBER)
+    return key if is_member else Path(path).stem

@@ -16,7 +16,7 @@ import pyarrow as pa
 from fromage.data.image_source import Item
 from fromage.errors import UserError
 from fromage.retrieval.ann import ANNIndex, check_kind, default_kind
-from fromage.retrieval.base import FLAT, ImageIndex, IndexSpec
+from fromage.retrieval.base import ImageIndex
 from fromage.retrieval.chosen import Chosen, knn
 from fromage.retrieval.image_root import ImageAccess, ImageRoot
 from fromage.retrieval.index_folder import (
@@ -34,6 +34,7 @@ from fromage.retrieval.index_folder import (
     write_about,
     write_rows,
 )
+from fromage.retrieval.index_spec import FLAT, IndexSpec
 from fromage.retrieval.item_table import Embedded, ItemTable, to_batch, without
 from fromage.retrieval.metadata import NO_TABLE, Joined, Metadata
 from fromage.retrieval.rerank import RERANK_FACTOR, Near, as_float32, unit
@@ -62,6 +63,7 @@ class FaissIndex(ImageIndex):
         vectors: np.ndarray,
         items: ItemTable,
         fingerprint: str,
+        *,
         checkpoint: str = "",
         candidates: ANNIndex | None = None,
         texts: np.ndarray | None = None,
@@ -70,8 +72,8 @@ class FaissIndex(ImageIndex):
         metadata: Metadata | None = None,
     ) -> None:
         """kind: of an index whose candidates are not believed; others have that of their candidates."""
-        self.vectors, self.items, self.candidates, self._kind = vectors, items, candidates, kind  # (N, q), N
-        self.metadata, self.items.over = metadata, metadata.over if metadata else None
+        self.vectors, self.candidates, self._kind, self.metadata = vectors, candidates, kind, metadata  # (N, q)
+        self.items = items.having(items.root, metadata.over if metadata else None)  # N
         self._chosen = lru_cache(FILTERS)(self._choose)
         super().__init__(fingerprint, checkpoint, texts, place)
 
@@ -88,8 +90,16 @@ class FaissIndex(ImageIndex):
             raise UserError("an index needs at least one image; none was given")
         if len(rows) != len(items):
             raise UserError(f"{len(rows)} embeddings for {len(items)} images; give one of each")
-        index = cls(rows, ItemTable([to_batch(items)]), fingerprint, checkpoint)
-        index._prepare(kind)
+        return cls.in_memory([(rows, to_batch(items))], fingerprint, kind, checkpoint)
+
+    @classmethod
+    def in_memory(
+        cls, rows: Iterable[Embedded], fingerprint: str, kind: str | None = None, checkpoint: str = ""
+    ) -> FaissIndex:
+        """Index unit rows, of which there is one at least, without a folder. kind: None chooses by the number of rows."""
+        vectors, items = zip(*rows, strict=True)
+        index = cls(np.concatenate(vectors), ItemTable(items), fingerprint, checkpoint=checkpoint)  # (N, q)
+        index._prepare(kind or default_kind(len(index)))
         return index
 
     def _prepare(self, kind: str, trained: ANNIndex | None = None) -> None:
@@ -136,7 +146,7 @@ class FaissIndex(ImageIndex):
 
     def set_place(self, place: ImageAccess) -> None:
         """Look for the images elsewhere; nothing is written."""
-        self.place, self.items.root = place, place.root or ImageRoot()
+        self.place, self.items = place, self.items.having(place.root, self.items.over)
 
     def rows(self) -> Iterator[Embedded]:
         """All vectors with their items, in order, some at a time."""
@@ -193,11 +203,17 @@ class FaissIndex(ImageIndex):
         """See ImageIndex.save; an index that is there is replaced at once."""
         with replacing(folder, overwrite) as new:
             root = write_rows(new, self.rows(), self.root if self.root.path or self.place.confined else None)
-            FaissIndex(
-                *(self.vectors, self.items, self.fingerprint, self.checkpoint, self.candidates, self.texts),
+            saved = FaissIndex(
+                self.vectors,
+                self.items,
+                self.fingerprint,
+                checkpoint=self.checkpoint,
+                candidates=self.candidates,
+                texts=self.texts,
                 place=replace(self.place, root=root),
                 metadata=self.metadata,
-            )._finish(new)
+            )
+            saved._finish(new)
 
     def _finish(self, folder: Path) -> None:
         """Write what belongs beside the vectors and items of a new folder."""
@@ -226,8 +242,15 @@ class FaissIndex(ImageIndex):
             raise INDEX.unreadable(folder, f"{METADATA} is of another index")
         if len(items) != about["count"] or (about["kind"] == FLAT) == (CANDIDATES in files):
             raise INDEX.unreadable(folder, "tells of another index than is there")
-        known = about["fingerprint"], about["checkpoint"]
-        index = cls(vectors, items, *known, place=place, kind=about["kind"], metadata=metadata)
+        index = cls(
+            vectors,
+            items,
+            about["fingerprint"],
+            checkpoint=about["checkpoint"],
+            place=place,
+            kind=about["kind"],
+            metadata=metadata,
+        )
         if TEXTS in files:
             index.texts = np.fromfile(folder / TEXTS, "<f4")
             if len(index.texts) % index.width:
@@ -266,8 +289,15 @@ class FaissIndex(ImageIndex):
             place = replace(spec.place, root=write_rows(new, rows, spec.place.root))
             vectors, items = open_rows(new, spec.width, place.root)  # (N, q)
             metadata = _joined(items, spec.tables)
-            known = spec.fingerprint, spec.checkpoint
-            index = cls(vectors, items, *known, texts=spec.texts, place=place, metadata=metadata)
+            index = cls(
+                vectors,
+                items,
+                spec.fingerprint,
+                checkpoint=spec.checkpoint,
+                texts=spec.texts,
+                place=place,
+                metadata=metadata,
+            )
             index._prepare(spec.kind or default_kind(len(index)), spec.trained)
             index._finish(new)
         opened = cls.open(out := Path(out).resolve(), INDEX.read(out), replace(place, own=True))  # these files are ours
@@ -287,8 +317,12 @@ class FaissIndex(ImageIndex):
         rows: Iterable[Embedded],
         root: ImageRoot | None = None,
         tables: Sequence[Table] = (),
+        replaces_table: bool = False,
     ) -> FaissIndex:
-        """The index in this folder without the images at the paths `gone`, and with rows behind; what was learnt is kept."""
+        """The index in this folder without the images at the paths `gone`, and with rows behind; what was learnt is kept.
+
+        replaces_table: tables come in place of the metadata that the index has.
+        """
         trained = self.learnt(folder)
         if trained and len(gone):
             trained.index.reset()  # forgets the rows, not the training
@@ -297,7 +331,7 @@ class FaissIndex(ImageIndex):
             root = ImageRoot(self.root.path)
         root = root or (ImageRoot(self.root.path) if self.root.path and not self.root.former else None)
         place = replace(self.place, root=root)
-        mine = self.table()
+        mine = None if replaces_table else self.table()
         spec = IndexSpec(
             width=self.width,
             fingerprint=self.fingerprint,
@@ -313,8 +347,7 @@ class FaissIndex(ImageIndex):
 
     def describe(self, folder: str | Path, tables: Sequence[Table]) -> FaissIndex:
         """The index in this folder with the metadata of tables in place of its own."""
-        self.metadata = self.items.over = None
-        return self.change(folder, pa.array([], pa.binary()), (), tables=tables)
+        return self.change(folder, pa.array([], pa.binary()), (), tables=tables, replaces_table=True)
 
     def learnt(self, folder: str | Path) -> ANNIndex | None:
         """The candidates of the index in this folder, in memory, where they can be changed; None in a flat index."""

@@ -14,8 +14,20 @@ from dataclasses import dataclass, field
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from fromage.images.locators import split_locator
+
 NO_FILE = "^(pipe:|[^/]*:/?/)"  # no root is put in front of these
 ADDRESS = re.compile(NO_FILE.encode())
+
+
+def to_bytes(text: str) -> bytes:
+    """A path or another text of an image as it is stored; Python's surrogates stand for bytes that are no Unicode."""
+    return text.encode("utf-8", "surrogateescape")
+
+
+def to_text(data: bytes) -> str:
+    """The other way round."""
+    return data.decode("utf-8", "surrogateescape")
 
 
 @dataclass(frozen=True)
@@ -55,6 +67,10 @@ class ImageRoot:
             return _swap(stored, _prefix(self.former), _prefix(self.path))
         return stored if stored.startswith(b"/") or ADDRESS.match(stored) else _prefix(self.path) + stored
 
+    def path_of(self, stored: str) -> str:
+        """As locate, of a text."""
+        return to_text(self.locate(to_bytes(stored)))
+
     def store(self, located: bytes) -> bytes:
         """The other way round."""
         if not self.path:
@@ -91,8 +107,8 @@ def common_root(paths: Iterable[pa.Array]) -> str:
             ends = [min(ends), max(ends)]
     if not ends or not all(end.startswith(b"/") for end in ends):
         return ""
-    folders = [os.path.dirname(end.partition(b".tar#")[0]) for end in ends]  # noqa: PTH120 (bytes)
-    return os.fsdecode(os.path.commonpath(folders))
+    folders = [os.path.dirname(split_locator(os.fsdecode(end))[0]) for end in ends]  # noqa: PTH120 (as they are stored)
+    return os.path.commonpath(folders)
 
 
 def _prefix(folder: str) -> bytes:

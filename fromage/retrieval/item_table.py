@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 
 from fromage.data.image_source import Item
 from fromage.errors import UserError, first_line
-from fromage.retrieval.image_root import ImageRoot
+from fromage.retrieval.image_root import ImageRoot, to_bytes, to_text
 
 SCHEMA = pa.schema([(name, pa.binary()) for name in Item._fields])
 LEAST = {"path", "caption"}  # columns of every table; those of former versions have no others
@@ -32,22 +32,25 @@ def image_id(path: bytes) -> str:
 
 def to_batch(items: Sequence[Item]) -> pa.RecordBatch:
     """Items as a record batch."""
-    columns = [[item[i].encode("utf-8", "surrogateescape") for item in items] for i in range(len(Item._fields))]
+    columns = [[to_bytes(item[i]) for item in items] for i in range(len(Item._fields))]
     return pa.record_batch([pa.array(column, pa.binary()) for column in columns], schema=SCHEMA)
 
 
 class ItemTable(Sequence[Item]):
-    """Items by position, read when they are asked for.
+    """Items by position, read when they are asked for; never changed.
 
     Attributes:
         root: what the paths of the batches are relative to.
         over: (metadata of an item, its position) -> its metadata with what a table says of it, where there is one.
     """
 
-    over: Callable[[str, int], str] | None = None
-
-    def __init__(self, batches: Sequence[pa.RecordBatch], root: ImageRoot | None = None) -> None:
-        self.batches, self.root = list(batches), root or ImageRoot()
+    def __init__(
+        self,
+        batches: Sequence[pa.RecordBatch],
+        root: ImageRoot | None = None,
+        over: Callable[[str, int], str] | None = None,
+    ) -> None:
+        self.batches, self.root, self.over = list(batches), root or ImageRoot(), over
         self.starts = np.cumsum([0, *map(len, self.batches)])  # (batches + 1,)
 
     @classmethod
@@ -59,6 +62,10 @@ class ItemTable(Sequence[Item]):
             raise UserError(f"{path}: is damaged (an entry is missing); build the index again")
         return cls([filled(batch) for batch in batches], root)
 
+    def having(self, root: ImageRoot | None, over: Callable[[str, int], str] | None) -> ItemTable:
+        """A table over the same batches; root and over as of the class."""
+        return ItemTable(self.batches, root, over)
+
     def __len__(self) -> int:
         return int(self.starts[-1])
 
@@ -68,7 +75,7 @@ class ItemTable(Sequence[Item]):
         number = int(np.searchsorted(self.starts, position, side="right")) - 1
         place = int(position - self.starts[number])
         path, *others = (column[place].as_py() for column in self.batches[number].columns)
-        item = Item(*(text.decode("utf-8", "surrogateescape") for text in (self.root.locate(path), *others)))
+        item = Item(*map(to_text, (self.root.locate(path), *others)))
         return item._replace(meta=self.over(item.meta, position)) if self.over else item
 
     def __eq__(self, other: object) -> bool:
@@ -120,11 +127,6 @@ def without(rows: Iterable[Embedded], barred: pa.ChunkedArray) -> Iterator[Embed
     for vectors, items in rows:
         keep = keep_mask(items, barred)
         yield vectors[keep], items.filter(pa.array(keep))
-
-
-def encoded(paths: Iterable[str]) -> list[bytes]:
-    """Paths as they stand in the columns."""
-    return [path.encode("utf-8", "surrogateescape") for path in paths]
 
 
 def check_there(folder: str | Path, paths: Iterable[bytes], there: Collection[bytes]) -> None:

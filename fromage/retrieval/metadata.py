@@ -7,7 +7,6 @@ fromage.retrieval.where; pyarrow's compute functions carry them out.
 from __future__ import annotations
 
 import json
-import operator
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -20,15 +19,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from fromage.errors import UserError
+from fromage.images.locators import key_of, name_of
 from fromage.io import json_object
-from fromage.retrieval.item_table import ItemTable, encoded, open_arrow, write_arrow
-<<<<<<< HEAD
-from fromage.retrieval.results import Hit, parsed
+from fromage.retrieval.image_root import to_bytes, to_text
+from fromage.retrieval.item_table import ItemTable, open_arrow, write_arrow
 from fromage.retrieval.table_file import KEPT, Table, in_calendar, kind_of
-=======
-from fromage.retrieval.results import Hit
-from fromage.retrieval.table_file import KEPT, Table, kind_of
->>>>>>> part_d
 from fromage.retrieval.where import KINDS, Both, Comparison, Condition, bound, parse
 
 CHUNK = 1 << 16  # rows
@@ -185,10 +180,10 @@ def _found(names: pa.ChunkedArray, keys: pa.Array) -> np.ndarray:
     return pc.fill_null(pc.index_in(names, value_set=keys), -1).to_numpy().astype(np.int64)
 
 
-def _named(name: Callable[[Hit], str]) -> Callable[[ItemTable], pa.Array]:
+def _named(name: Callable[[str], str]) -> Callable[[ItemTable], pa.Array]:
     def way(items: ItemTable) -> pa.Array:
-        paths = (path.decode("utf-8", "surrogateescape") for path in items.paths().to_pylist())
-        return pa.array(encoded(name(Hit(1, 0, path, "")) for path in paths), pa.binary())
+        paths = items.paths().to_pylist()
+        return pa.array([to_bytes(name(to_text(path))) for path in paths], pa.binary())
 
     return way
 
@@ -199,6 +194,6 @@ def _stored(items: ItemTable) -> pa.Array:
 
 WAYS: Iterable[Callable[[ItemTable], pa.Array]] = (
     _stored,  # within the folder of the images
-    _named(operator.attrgetter("name")),
-    _named(operator.attrgetter("key")),
+    _named(name_of),
+    _named(key_of),
 )

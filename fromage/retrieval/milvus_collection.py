@@ -25,7 +25,7 @@ import pyarrow as pa
 
 from fromage.data.image_source import Item
 from fromage.errors import UserError
-from fromage.retrieval.image_root import ImageRoot
+from fromage.retrieval.image_root import ImageRoot, to_bytes, to_text
 from fromage.retrieval.item_table import SCHEMA, Embedded, ItemTable, image_id, to_batch
 from fromage.retrieval.metadata import Joined, Metadata, merged
 from fromage.retrieval.milvus_client import LITE, SECONDS, asking, connect
@@ -187,7 +187,7 @@ class Collection:
             some = set(paths[start : start + CHUNK])
             ids = [_signed(image_id(self.root.store(path))) for path in some]
             for entity in self._query(f"{ID} in {ids}", ["row", "path"]):
-                path = self.root.locate(_plain(entity["path"]).encode("utf-8", "surrogateescape"))
+                path = self.root.locate(to_bytes(_plain(entity["path"])))
                 if path in some:  # and not another one of the same id
                     found.setdefault(path, []).append(entity["row"])
         return found
@@ -223,7 +223,7 @@ class Collection:
             for start in starts
         )
         entities = [entity for some in which for entity in self._query(some, wanted)]
-        paths = [self.root.locate(_plain(entity["path"]).encode("utf-8", "surrogateescape")) for entity in entities]
+        paths = [self.root.locate(to_bytes(_plain(entity["path"]))) for entity in entities]
         schema = pa.schema([field_of(name, kind) for name, kind in self.columns.items()])
         values = [self._told(entity) for entity in entities]
         return Metadata(pa.Table.from_pylist(values, schema)).keyed(pa.array(paths, pa.binary()))
@@ -250,8 +250,8 @@ class Collection:
         return Found(rows, vectors, [self._item(entity, told) for entity in entities])
 
     def _entity(self, row: int, item: Item, vector: np.ndarray, told: dict[str, Any]) -> dict[str, Any]:
-        path = self.root.store(item.path.encode("utf-8", "surrogateescape"))
-        texts = item._replace(path=path.decode("utf-8", "surrogateescape"))._asdict()
+        path = self.root.store(to_bytes(item.path))
+        texts = item._replace(path=to_text(path))._asdict()
         for name in ("caption", "meta", "stamp"):
             texts[name] = texts[name].translate(ODD).encode()[:TEXT].decode(errors="ignore")
         texts["path"] = texts["path"].translate(ODD)
@@ -261,7 +261,7 @@ class Collection:
     def _item(self, entity: dict[str, Any], told: bool = True) -> Item:
         """The image of an entity; told: with the metadata of the table."""
         path, *others = (_plain(entity.get(name, "")) for name in SCHEMA.names)
-        item = Item(self.root.locate(path.encode("utf-8", "surrogateescape")).decode("utf-8", "surrogateescape"), *others)
+        item = Item(self.root.path_of(path), *others)
         return item._replace(meta=merged(item.meta, self._told(entity), self.columns)) if told and self.fields else item
 
     def _query(self, which: str, fields: Sequence[str] | None = None, **more: Any) -> list[Any]:
@@ -303,7 +303,7 @@ def _literal(value: Any) -> str:
 
 def _items(batch: Any) -> list[Item]:
     columns = [batch.column(name).to_pylist() for name in SCHEMA.names]
-    return [Item(*(text.decode("utf-8", "surrogateescape") for text in texts)) for texts in zip(*columns, strict=True)]
+    return [Item(*map(to_text, texts)) for texts in zip(*columns, strict=True)]
 
 
 def _plain(text: str) -> str:

@@ -23,9 +23,10 @@ from fromage.data.image_source import Item
 from fromage.errors import UserError
 from fromage.io import as_json, write_files
 from fromage.retrieval.ann import FLAT_UP_TO
-from fromage.retrieval.base import FLAT, ImageIndex, IndexSpec
+from fromage.retrieval.base import ImageIndex
 from fromage.retrieval.image_root import ImageAccess, ImageRoot
 from fromage.retrieval.index_folder import ABOUT, INDEX, MILVUS, about_json, check_replaceable, replacing, write_about
+from fromage.retrieval.index_spec import FLAT, IndexSpec
 from fromage.retrieval.item_table import Embedded, keep_mask
 from fromage.retrieval.metadata import Joined
 from fromage.retrieval.milvus_client import located, reach

@@ -16,7 +16,7 @@ from fromage.retrieval.faiss_index import FaissIndex
 from fromage.retrieval.image_root import ImageAccess, ImageRoot, common_root
 from fromage.retrieval.index_folder import INDEX, MILVUS, read_about
 from fromage.retrieval.milvus_index import MilvusIndex
-from fromage.retrieval.queries import embed_queries
+from fromage.retrieval.queries import query_rows
 from fromage.retrieval.results import Hit
 from fromage.retrieval.trust import is_sealed
 
@@ -118,4 +118,4 @@ def search_index(
     index.require_model(model)
     if not (queries := listed(queries)):
         return []
-    return index.search(embed_queries(model, queries).float().cpu().numpy(), k, where=where)  # (B, q)
+    return index.search(query_rows(model, queries), k, where=where)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -36,6 +37,11 @@ def embed_queries(model: Fromage, queries: Sequence[Prompt]) -> Tensor:
     if others:
         rows[others] = model.embed_text([parts[i] for i in others])
     return rows
+
+
+def query_rows(model: Fromage, queries: Sequence[Prompt]) -> np.ndarray:
+    """As embed_queries, in the form that ImageIndex.search takes: (B, q) float32 in NumPy."""
+    return embed_queries(model, queries).float().cpu().numpy()
 
 
 def _is_image(parts: Sequence[Part]) -> bool:

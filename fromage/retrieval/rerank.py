@@ -30,6 +30,49 @@ class Near(NamedTuple):
     whole: bool  # no more can be had by asking for more
 
 
+Search = Callable[[np.ndarray, int], list[Near]]  # unit queries (B, q), n -> for each query n rows that are near it
+
+
+def search_exact(nearest: Search, rows: np.ndarray, k: int, excluded: frozenset[str] = frozenset()) -> list[list[Hit]]:
+    """The true k nearest to each of the unit queries `rows` (B, q), best first; fewer where there are not as many.
+
+    Args:
+        nearest: gives the n nearest up to the rounding of float32, or all rows as whole where there are fewer.
+        excluded: paths that must not be found.
+    """
+    n = k + len(excluded) + 1
+    first = nearest(rows, n)  # n for each of B
+    return [_settle(nearest, row, near, n, k, excluded) for row, near in zip(rows, first, strict=True)]
+
+
+def _settle(nearest: Search, row: np.ndarray, near: Near, n: int, k: int, excluded: frozenset[str]) -> list[Hit]:
+    """Rank the n that are near a query (q,), and ask for more until the last of it is clearly worse than the k-th."""
+    hits, worst = rerank(row, near, k, excluded)
+    while not near.whole and (len(hits) < k or worst > hits[-1].score - NEAR_TIE):
+        n *= 2
+        near = nearest(row[None], n)[0]
+        hits, worst = rerank(row, near, k, excluded)
+    return hits
+
+
+def search_approximate(
+    propose: Search, nearest: Search, factor: int, rows: np.ndarray, k: int, excluded: frozenset[str] = frozenset()
+) -> list[list[Hit]]:
+    """The best k of the rows that are proposed to each of the unit queries `rows` (B, q); the true k where those run out.
+
+    Args:
+        propose: as nearest, but may miss some.
+        nearest: as of search_exact; excluded too.
+        factor: rows proposed per image that is asked for.
+    """
+    nearby = propose(rows, factor * max(10, k + len(excluded)))
+    found = [rerank(row, near, k, excluded)[0] for row, near in zip(rows, nearby, strict=True)]
+    return [
+        hits if len(hits) == k or near.whole else search_exact(nearest, row[None], k, excluded)[0]
+        for row, hits, near in zip(rows, found, nearby, strict=True)
+    ]
+
+
 def rerank(query: np.ndarray, near: Near, k: int, excluded: frozenset[str] = frozenset()) -> tuple[list[Hit], float]:
     """The best k of the rows near a query (q,), best first, and an upper bound of the lowest score of all of them.
 

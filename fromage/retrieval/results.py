@@ -9,14 +9,13 @@ from functools import partial
 from itertools import islice
 from math import inf, isfinite
 from typing import Any, NamedTuple
-from urllib.parse import unquote, urlsplit
 
 from PIL import Image
 
-from fromage.checks import ADDRESSES
 from fromage.errors import UserError
 from fromage.images.codec import small
 from fromage.images.contact_sheet import contact_sheet
+from fromage.images.locators import key_of, name_of
 from fromage.images.open import open_image
 from fromage.io import json_object
 
@@ -50,23 +49,12 @@ class Hit(NamedTuple):
     @property
     def name(self) -> str:
         """The file name, without folders: 'red.jpg', '00000.tar#key', the end of an address."""
-        if self.path.startswith(ADDRESSES):
-            try:
-                where = urlsplit(self.path)
-            except ValueError:
-                return self.path
-            return _last(unquote(where.path)) or where.netloc
-        shard, is_member, key = self.path.partition(".tar#")
-        return f"{_last(shard)}.tar#{key}" if is_member else _last(self.path)
+        return name_of(self.path)
 
     @property
     def key(self) -> str:
         """The key within a shard; of other images the file name without its suffix."""
-        _, is_member, key = self.path.partition(".tar#")
-        if is_member and not self.path.startswith(ADDRESSES):
-            return key
-        name = _last(self.name)
-        return name.rpartition(".")[0] or name
+        return key_of(self.path)
 
     @property
     def metadata(self) -> dict[str, Any]:
@@ -86,11 +74,6 @@ class Hit(NamedTuple):
     def line(self) -> str:
         """For a list on the screen."""
         return f"  {self.rank:3d}  {self.score:.3f}  {self.path}  {self.caption}"
-
-
-def _last(path: str) -> str:
-    """The name at a path's end, as pathlib has it, at a fraction of its time: every hit of every reply asks."""
-    return path.rstrip("/").rpartition("/")[2]
 
 
 def _plain(value: Any, depth: int = 0) -> Any:

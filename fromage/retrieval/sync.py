@@ -23,6 +23,7 @@ from fromage.data.caption_files import read_captions
 from fromage.data.image_source import FileStamp, Item, find_images, is_shards
 from fromage.errors import UserError
 from fromage.images.codec import image_files
+from fromage.images.locators import split_locator
 from fromage.images.open import read_file
 from fromage.locks import held
 from fromage.models.fromage import Fromage
@@ -30,9 +31,9 @@ from fromage.retrieval.base import ImageIndex
 from fromage.retrieval.build import unit_rows
 from fromage.retrieval.embed_images import embed_source
 from fromage.retrieval.embedding_store import EmbeddingStore
-from fromage.retrieval.image_root import ImageRoot
+from fromage.retrieval.image_root import ImageRoot, to_bytes
 from fromage.retrieval.index_folder import read_about
-from fromage.retrieval.item_table import Embedded, ItemTable, encoded, to_batch
+from fromage.retrieval.item_table import Embedded, ItemTable, to_batch
 from fromage.retrieval.open_index import load_index
 from fromage.retrieval.trust import is_sealed, secret
 
@@ -68,7 +69,8 @@ class _Difference:
 def sync(
     folder: str | Path,
     images: str | Path,
-    model: Fromage | Callable[[], Fromage],
+    load: Callable[[], Fromage],
+    *,
     captions: str | Path | None = None,
     batch_size: int = 64,
     workers: int = 0,
@@ -79,7 +81,7 @@ def sync(
     at addresses and in shards stay as they are. Images of an index without stamps, of a former version, are embedded again.
 
     Args:
-        model: that built the index; or what loads it, called where there is something to embed.
+        load: gives the model that built the index; called where there is something to embed.
         captions: as for embed_images; captions that differ are taken over.
 
     Raises:
@@ -89,13 +91,13 @@ def sync(
     if not where.is_dir() or is_shards(where):
         raise UserError(f"{images}: is no folder of images; shards are added with: fromage index embed, fromage index add")
     with held(folder, beside=True):
-        return _synced(folder, where, model, captions, batch_size, workers)
+        return _synced(folder, where, load, captions, batch_size, workers)
 
 
 def _synced(
     folder: Path,
     where: Path,
-    model: Fromage | Callable[[], Fromage],
+    load: Callable[[], Fromage],
     captions: str | Path | None,
     batch_size: int,
     workers: int,
@@ -116,7 +118,7 @@ def _synced(
     beside = folder.with_name(f".{folder.name}.{index.fingerprint}.sync")
     if todo := sorted({*found.new, *found.changed} - known.keys()):
         was = {path: _stamp(path) for path in todo}  # before they are read
-        store = _embed(index, todo, where, model, captions, beside, batch_size, workers)
+        store = _embed(index, todo, where, load, captions, beside, batch_size, workers)
         bad, fresh = _bad(store.broken(), {*todo}), [unit_rows(store)]
         broken += store.broken()
         odd = _remembered(bad, was, root)
@@ -124,7 +126,7 @@ def _synced(
     index.set_place(replace(index.place, left_out={_key(path, root): " ".join(said) for path, said in known.items()} | odd))
     if gone or len(todo) > len(bad) or odd or _stale(folder, index, root):
         rows = chain(_touched(index, found.touched), *fresh)
-        index = index.change(folder, pa.array(encoded(gone), pa.binary()), rows, root)
+        index = index.change(folder, pa.array([to_bytes(path) for path in gone], pa.binary()), rows, root)
     shutil.rmtree(beside, ignore_errors=True)
     new, changed = (sum(path not in bad | known for path in paths) for paths in (found.new, found.changed))
     return index, Synced(new, changed, len(found.deleted), found.same + len(found.touched), broken)
@@ -151,7 +153,7 @@ def _difference(index: ImageIndex, where: Path, said: dict[str, str]) -> _Differ
                 seen.add(item.path)
                 _compare(item, said.get(item.path, item.caption), found)
             elif not item.path.startswith(ADDRESSES):
-                inside = item.path.startswith(within) and ".tar#" not in item.path
+                inside = item.path.startswith(within) and split_locator(item.path)[1] is None
                 found.strange += not inside
                 found.deleted += [item.path] * inside
     found.new = [path for path in files if path not in seen]
@@ -182,18 +184,18 @@ def _embed(
     index: ImageIndex,
     todo: list[str],
     where: Path,
-    model: Fromage | Callable[[], Fromage],
+    load: Callable[[], Fromage],
     captions: str | Path | None,
     beside: Path,
     batch_size: int,
     workers: int,
 ) -> EmbeddingStore:
     """Embed some files of a folder."""
-    made: Fromage = model if hasattr(model, "embed_images") else model()  # type: ignore[assignment, operator]
-    index.require_model(made)
-    source = find_images(str(where), made.vision.transform, Path(captions) if captions else None)
-    source.parts, source.count = source.parts_of(todo), len(todo)
-    return embed_source(made, source, beside, batch_size, workers)
+    model = load()
+    index.require_model(model)
+    source = find_images(str(where), model.vision.transform, Path(captions) if captions else None, batch_size)
+    parts = source.parts_of(todo)
+    return embed_source(model, source.only(parts, range(len(parts)), len(todo)), beside, workers=workers)
 
 
 def _bad(broken: list[str], paths: set[str]) -> dict[str, str]:

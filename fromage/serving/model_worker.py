@@ -22,7 +22,7 @@ from fromage.generation.styles import find_style
 from fromage.models.fromage import Fromage
 from fromage.models.prompts import Part, Starts, prompt_length
 from fromage.retrieval.base import ImageIndex
-from fromage.retrieval.queries import embed_queries
+from fromage.retrieval.queries import query_rows
 
 IMAGES = 32  # images encoded at a time
 Put = Callable[[str | RetrievedImages], bool]  # takes a piece of an answer; returns whether to continue
@@ -108,7 +108,7 @@ class ModelWorker:
     def embed(self, requests: list[list[ModelRequest]]) -> list[tuple[np.ndarray, int]]:
         """For each of some lists of B queries: their rows (B, q), and the number of their tokens."""
         queries = [request.messages[0] for request in self._encoded([one for some in requests for one in some])]
-        rows = iter(embed_queries(self.model, queries).cpu().numpy())  # (q,) each
+        rows = iter(query_rows(self.model, queries))  # (q,) each
         sizes = iter([prompt_length(self.model, query, Starts.ONCE) for query in queries])
         return [(np.stack([*islice(rows, len(some))]), sum(islice(sizes, len(some)))) for some in requests]
 
@@ -120,8 +120,7 @@ class ModelWorker:
         where = requests[0].where
         if where:
             self.index.filter(where)  # a faulty one is refused before the work
-        # (B, q)
-        rows = embed_queries(self.model, [request.messages[0] for request in self._encoded(requests)]).cpu().numpy()
+        rows = query_rows(self.model, [request.messages[0] for request in self._encoded(requests)])  # (B, q)
         found = self.index.search(rows, max(request.k for request in requests), where=where)
         nearest = map(partial(self.index.beyond, where=where), rows, found)
         return [

@@ -15,25 +15,27 @@ from pydantic import BaseModel
 from fromage.errors import UserError
 from fromage.generation.generate import Answer
 from fromage.serving.model_worker import Usage
-from fromage.serving.openai_schema import (
-    MOST_TOKENS,
-    NAME,
+from fromage.serving.openai_replies import (
     ChatCompletion,
-    ChatCompletionRequest,
     Choice,
     Embedding,
-    EmbeddingRequest,
     Embeddings,
-    ImageUrlPart,
-    ModelName,
     OpenAIModel,
     OpenAIModels,
     OpenAIProblem,
-    OpenAIText,
     OpenAIUsage,
     Said,
     found_part,
     packed,
+)
+from fromage.serving.openai_schema import (
+    MOST_TOKENS,
+    NAME,
+    ChatCompletionRequest,
+    EmbeddingRequest,
+    ImageUrlPart,
+    ModelName,
+    OpenAIText,
 )
 from fromage.serving.refusals import OPENAI, openai_error
 from fromage.serving.request_handler import RequestHandler

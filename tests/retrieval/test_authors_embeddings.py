@@ -11,8 +11,8 @@ from test_faiss_index import rows
 
 from fromage.errors import UserError
 from fromage.retrieval.authors_embeddings import read_embeddings, rows_of
-from fromage.retrieval.base import IndexSpec
 from fromage.retrieval.build import write_index
+from fromage.retrieval.index_spec import IndexSpec
 
 URLS = [f"https://images.example/{i}.jpg" for i in range(6)]
 

@@ -53,7 +53,7 @@ def test_embeddings_of_others_become_an_index(tmp_path):
     source, given = tmp_path / "e.pkl", rows(3, q=3)
     paths = ["red/a.png", "blue/a.png", "https://images.example/b.jpg"]
     source.write_bytes(pickle.dumps({"paths": paths, "embeddings": 7 * given}))
-    index = import_embeddings(Model(), source, tmp_path / "one", photos, checkpoint="a/b", kind="flat")
+    index = import_embeddings(Model, source, tmp_path / "one", images=photos, checkpoint="a/b", kind="flat")
     assert [row[0].path for row in index.search(given, 1)] == [str(photos / paths[0]), str(photos / paths[1]), paths[2]]
     assert (index.checkpoint, index.fingerprint, index.place.within) == ("a/b", "f00d", str(photos))
     assert index.place.confined and len(index.search(["red"], 2)[0]) == 2, "the model is kept for texts"
@@ -79,14 +79,14 @@ def test_what_a_stranger_s_paths_say_never_opens_more(tmp_path):
     paths = [str(private / name / "a.png") for name in ("red", "blue")] + ["/elsewhere/c.png"]
     source, out = tmp_path / "e.pkl", tmp_path / "index"
     source.write_bytes(pickle.dumps({"paths": paths, "embeddings": rows(3, q=3)}))
-    import_embeddings(Model(), source, out, kind="flat")
+    import_embeddings(Model, source, out, kind="flat")
     remove(out, paths[2])  # what is left has a common folder
     assert load_index(out).place.within == str(out) and load_index(out).root.path == ""
     index = load_index(out)
     index.save(tmp_path / "copy")
     assert load_index(tmp_path / "copy").place.within == str(tmp_path / "copy")
     near = write_colours(tmp_path / "near")
-    import_embeddings(Model(), source, out, near, kind="flat", overwrite=True)
+    import_embeddings(Model, source, out, images=near, kind="flat", overwrite=True)
     more = store(
         tmp_path / "store", rows(1, q=3, seed=5), [Item(str(private / "green" / "a.png"), "")], Model().fingerprint()
     )
@@ -99,7 +99,7 @@ def test_trusting_with_a_folder_that_is_none_seals_nothing(tmp_path):
     write_colours(tmp_path / "p")
     source = tmp_path / "e.pkl"
     source.write_bytes(pickle.dumps({"paths": ["red/a.png"], "embeddings": rows(1, q=3)}))
-    import_embeddings(Model(), source, tmp_path / "index", tmp_path / "p", kind="flat")
+    import_embeddings(Model, source, tmp_path / "index", images=tmp_path / "p", kind="flat")
     before = (tmp_path / "index" / "index.json").read_bytes()
     with pytest.raises(UserError, match="is no folder"):
         index_builder.trust(tmp_path / "index", tmp_path / "typo")
@@ -188,7 +188,7 @@ def test_an_index_that_another_process_writes_is_refused_before_the_work(tmp_pat
     folder, made = tmp_path / "index", store(tmp_path / "a", rows(5), items(5))
     build(made, folder)
     pid = other_writer(folder, beside=True)
-    monkeypatch.setattr(index_builder, "embed_images", lambda *args: pytest.fail("hours of work"))
+    monkeypatch.setattr(index_builder, "embed_images", lambda *args, **options: pytest.fail("hours of work"))
     monkeypatch.setattr("fromage.retrieval.faiss_index.write_rows", lambda *args: pytest.fail("minutes of writing"))
     for act in (
         lambda: add(folder, made),
@@ -205,7 +205,7 @@ def test_an_index_that_another_process_writes_is_refused_before_the_work(tmp_pat
 def test_an_index_is_replaced_only_where_that_is_said(tmp_path, monkeypatch):
     folder, made = tmp_path / "index", store(tmp_path / "a", rows(5), items(5))
     build(made, folder)
-    monkeypatch.setattr(index_builder, "embed_images", lambda *args: pytest.fail("hours of work"))
+    monkeypatch.setattr(index_builder, "embed_images", lambda *args, **options: pytest.fail("hours of work"))
     for act in (
         lambda: build(made, folder),
         lambda: merge([folder], folder),
@@ -255,7 +255,7 @@ def test_images_become_an_index_at_once(tmp_path):
 
 def test_a_build_that_was_killed_does_not_embed_again(tmp_path, monkeypatch):
     folder = write_colours(tmp_path / "images")
-    monkeypatch.setattr(index_builder, "build", lambda *args: 1 / 0)
+    monkeypatch.setattr(index_builder, "build", lambda *args, **options: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         build_index(Model(), folder, tmp_path / "index")
     monkeypatch.undo()
@@ -264,7 +264,7 @@ def test_a_build_that_was_killed_does_not_embed_again(tmp_path, monkeypatch):
 
 
 def test_a_place_that_is_taken_and_a_kind_that_is_none_are_refused_before_the_work(tmp_path, monkeypatch):
-    monkeypatch.setattr(index_builder, "embed_images", lambda *args: pytest.fail("hours of work"))
+    monkeypatch.setattr(index_builder, "embed_images", lambda *args, **options: pytest.fail("hours of work"))
     with pytest.raises(UserError, match="something else than an index"):
         build_index(Model(), tmp_path, tmp_path)
     with pytest.raises(UserError, match=r"kind IVF,SQ8: FAISS cannot"):
@@ -287,8 +287,8 @@ def test_an_approximate_index_is_measured_with_captions_too_and_again_when_it_ch
     about = toy_model.fingerprint()
     made = store(tmp_path / "a", embeddings[:150], things[:150], about)
     assert build(made, tmp_path / "unasked", "IVF8,Flat").candidates.text_recall is None
-    assert build(made, tmp_path / "flat", "Flat", toy_model).texts.shape == (0, 32)
-    index = build(made, tmp_path / "index", "IVF8,Flat", toy_model)
+    assert build(made, tmp_path / "flat", "Flat", model=toy_model).texts.shape == (0, 32)
+    index = build(made, tmp_path / "index", "IVF8,Flat", model=toy_model)
     want = toy_model.embed_text([said[0], said[2], "a gr\N{REPLACEMENT CHARACTER}n star."]).numpy()
     np.testing.assert_allclose(np.unique(index.texts.round(4), axis=0), np.unique(want.round(4), axis=0), atol=1e-3)
     assert len(index.texts) == 90 and index.candidates.text_recall >= 0.97
@@ -303,4 +303,4 @@ def test_an_approximate_index_is_measured_with_captions_too_and_again_when_it_ch
         shares = [np.isin(true, positions).mean() for true, positions in zip(near, found, strict=True)]
         assert each.candidates.text_recall == pytest.approx(np.mean(shares), abs=1e-3)
     with pytest.raises(UserError, match="another checkpoint"):
-        build(made, tmp_path / "other", "IVF8,Flat", Model())
+        build(made, tmp_path / "other", "IVF8,Flat", model=Model())

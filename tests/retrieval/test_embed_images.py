@@ -31,10 +31,19 @@ def rows_and_items(store):
     return np.concatenate([rows for rows, _ in batches]), list(ItemTable([items for _, items in batches]))
 
 
-def embed_images(model, source, *options, **more):
+def embed_images(model, source, **options):
     """Embed into a new folder, and read it."""
     with tempfile.TemporaryDirectory() as folder:
-        return rows_and_items(module.embed_images(model, source, folder, *options, **more))
+        return rows_and_items(module.embed_images(model, source, folder, **options))
+
+
+def test_the_key_of_an_image_in_a_shard_is_behind_the_last_of_several_shards_in_its_name(tmp_path):
+    about = {"fingerprint": "f00d", "checkpoint": "", "source": "", "width": 2, "dtype": "float32", "parts": 1}
+    store = EmbeddingStore.begin(tmp_path / "out", **about)
+    items = [Item("/a/0.tar#k"), Item("/a/0.tar#b/1.tar#k2"), Item("/a/red.one.jpg"), Item("https://a.example/0.tar#k3")]
+    store.write(0, np.eye(2, dtype=np.float32)[[0, 1, 0, 1]], items, [])
+    keys = pq.read_table(tmp_path / "out" / "00000.parquet").column("key").to_pylist()
+    assert keys == ["k", "k2", "red.one", "k3"]
 
 
 def test_folder_shards_and_stored_features_agree(tmp_path, monkeypatch):
@@ -50,7 +59,7 @@ def test_folder_shards_and_stored_features_agree(tmp_path, monkeypatch):
     monkeypatch.chdir(shards)
     for source in (shards, ".", "{0..1}.tar", str(shards / "*.tar")):
         for batch_size, workers in ((1, 0), (64, 0)):
-            embeddings, found = embed_images(Model(), source, batch_size, workers)
+            embeddings, found = embed_images(Model(), source, batch_size=batch_size, workers=workers)
             np.testing.assert_allclose(embeddings, wanted, atol=1e-6)
             assert found[0] == Item(f"{shards}/0.tar#b", "a blue one")
             assert found[2] == Item(f"{shards}/1.tar#r", "rouge é")
@@ -71,9 +80,9 @@ def test_workers_change_nothing(tmp_path):
         Image.new("RGB", (4, 4), (i * 30, 200, 90)).save(tmp_path / f"{i}.bmp")
     (tmp_path / "4.bmp").write_bytes(b"broken")
     with pytest.warns(UserWarning, match="4.bmp"):
-        alone, found_alone = embed_images(Model(), tmp_path, 2, 0)
+        alone, found_alone = embed_images(Model(), tmp_path, batch_size=2, workers=0)
     with pytest.warns(UserWarning, match="4.bmp"):
-        shared, found_shared = embed_images(Model(), tmp_path, 2, 2)
+        shared, found_shared = embed_images(Model(), tmp_path, batch_size=2, workers=2)
     np.testing.assert_array_equal(alone, shared)
     assert found_alone == found_shared
 
@@ -205,7 +214,7 @@ class Killed(BaseException):
 @pytest.mark.parametrize("step", [0, 1, 2, 5, 8])
 @pytest.mark.parametrize("where", ["write_table", "model"])
 def test_a_run_that_was_stopped_goes_on(images, tmp_path, monkeypatch, step, where):
-    wanted = rows_and_items(module.embed_images(Model(), images, tmp_path / "whole", 1))
+    wanted = rows_and_items(module.embed_images(Model(), images, tmp_path / "whole", batch_size=1))
     calls = []
 
     def counted(original):
@@ -228,7 +237,7 @@ def test_a_run_that_was_stopped_goes_on(images, tmp_path, monkeypatch, step, whe
         else:
             patch.setattr("fromage.retrieval.embedding_store.pq.write_table", counted(original if step % 2 else torn))
         try:
-            module.embed_images(Model(), images, tmp_path / "out", 1)
+            module.embed_images(Model(), images, tmp_path / "out", batch_size=1)
         except (Killed, UserError):
             assert len(calls) <= step + 1
     for path in (tmp_path / "out").glob("*.parquet"):  # what a power cut can leave; the message says to remove it
@@ -237,7 +246,7 @@ def test_a_run_that_was_stopped_goes_on(images, tmp_path, monkeypatch, step, whe
     again = []
     embed = Model.embed_images
     monkeypatch.setattr(Model, "embed_images", lambda *args: again.append(1) or embed(*args))
-    rows, items = rows_and_items(module.embed_images(Model(), images, tmp_path / "out", 1))
+    rows, items = rows_and_items(module.embed_images(Model(), images, tmp_path / "out", batch_size=1))
     np.testing.assert_array_equal(rows, wanted[0])
     assert items == wanted[1]
     if where == "model" and step == 8:
@@ -253,14 +262,14 @@ from fromage.retrieval import embed_images as embed_images
 from fromage.data import image_source as image_source
 image_source.FILES_PER_PART = 2
 print("ready", flush=True)
-embed_images.embed_images(Model(0.03), {source!r}, {out!r}, 1, workers=2)
+embed_images.embed_images(Model(0.03), {source!r}, {out!r}, batch_size=1, workers=2)
 """
 
 
 @pytest.mark.filterwarnings("ignore:.*04.bmp")
 def test_a_killed_process_loses_and_doubles_nothing(images, tmp_path):
     model = colour_tower.Model()  # which another process imports at once
-    wanted = rows_and_items(module.embed_images(model, images, tmp_path / "whole", 1))
+    wanted = rows_and_items(module.embed_images(model, images, tmp_path / "whole", batch_size=1))
     out, rng = tmp_path / "out", random.Random(0)
     script = RUN.format(path=sys.path, source=str(images), out=str(out))
     for _ in range(2):
@@ -269,7 +278,7 @@ def test_a_killed_process_loses_and_doubles_nothing(images, tmp_path):
         time.sleep(rng.uniform(0.05, 0.3))
         process.send_signal(signal.SIGKILL)
         process.wait()
-    rows, items = rows_and_items(module.embed_images(model, images, out, 1))
+    rows, items = rows_and_items(module.embed_images(model, images, out, batch_size=1))
     np.testing.assert_array_equal(rows, wanted[0])
     assert items == wanted[1]
 
@@ -297,7 +306,7 @@ def test_a_store_of_something_else_is_refused(images, tmp_path, monkeypatch):
 @pytest.mark.parametrize(("batch_size", "workers"), [(0, 0), (-1, 0), (1, -1)])
 def test_batches_and_workers_that_cannot_be(images, tmp_path, batch_size, workers):
     with pytest.raises(UserError, match=r"(batch_size|workers) is .*whole number from"):
-        module.embed_images(Model(), images, tmp_path / "out", batch_size, workers)
+        module.embed_images(Model(), images, tmp_path / "out", batch_size=batch_size, workers=workers)
     assert not (tmp_path / "out").exists()
 
 
@@ -386,17 +395,19 @@ def test_a_folder_that_has_grown_is_gone_on_with(images, tmp_path, monkeypatch, 
         (images / names[6]).write_bytes((images / names[0]).read_bytes())
     seen, embed = [], Model.embed_images
     monkeypatch.setattr(Model, "embed_images", lambda self, rows: seen.append(len(rows)) or embed(self, rows))
-    rows, items = rows_and_items(module.embed_images(Model(), images, out, 1))
+    rows, items = rows_and_items(module.embed_images(Model(), images, out, batch_size=1))
     good = [path.name for path in sorted(images.iterdir()) if path.name != "04.bmp"]
     assert sorted(Path(item.path).name for item in items) == good
     there = {path.name: path.read_bytes() for path in out.glob("*.parquet")}
     assert sum(there.get(name) == data for name, data in kept.items()) == len(kept) - 1 - stamped
     assert sum(seen) == 3 + 1 + 2 * stamped, "the new, and what shared a part with the gone and the changed"
-    wanted = dict(zip(*reversed(rows_and_items(module.embed_images(Model(), images, tmp_path / "again", 1))), strict=True))
+    wanted = dict(
+        zip(*reversed(rows_and_items(module.embed_images(Model(), images, tmp_path / "again", batch_size=1))), strict=True)
+    )
     for item, row in zip(items, rows, strict=True):
         np.testing.assert_array_equal(row, next(r for i, r in wanted.items() if i.path == item.path))
     seen.clear()
-    module.embed_images(Model(), images, out, 1)
+    module.embed_images(Model(), images, out, batch_size=1)
     assert not seen, "nothing is left to do"
 
 

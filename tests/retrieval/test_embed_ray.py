@@ -67,7 +67,7 @@ def shards(tmp_path_factory):
 def wanted(shards, tmp_path_factory):
     """What embedding in this process stores."""
     out = tmp_path_factory.mktemp("wanted")
-    embed_images(Model(), shards, out, 2)
+    embed_images(Model(), shards, out, batch_size=2)
     assert len(stored(out)) == 6
     return out
 
@@ -94,7 +94,7 @@ from colour_tower import Model
 from fromage.retrieval.embed_images import embed_images
 from fromage.retrieval.embed_ray import RayJob
 ray.init({address!r}, log_to_driver=False, logging_level="ERROR")
-embed_images(Model(0.1), {shards!r}, {out!r}, 2, ray=RayJob())
+embed_images(Model(0.1), {shards!r}, {out!r}, batch_size=2, ray=RayJob())
 """
 
 
@@ -118,10 +118,10 @@ def test_a_killed_job_loses_and_doubles_nothing_even_if_a_worker_dies_too(cluste
 
     killer = threading.Thread(target=kill)
     killer.start()
-    embed_images(Model(0.05, str(seen)), shards, out, 2, ray=RayJob(readers=2))
+    embed_images(Model(0.05, str(seen)), shards, out, batch_size=2, ray=RayJob(readers=2))
     killer.join()
     same(out, wanted)
-    embed_images(Model(), shards, out, 2, ray=RayJob())  # nothing is left to do
+    embed_images(Model(), shards, out, batch_size=2, ray=RayJob())  # nothing is left to do
     assert len(list(seen.iterdir())) == 2  # Ray began again with another one
     assert all(path.stat().st_mtime_ns == then for path, then in before.items())
 

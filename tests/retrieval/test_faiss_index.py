@@ -3,6 +3,7 @@ import shutil
 from types import SimpleNamespace
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from hypothesis import given, settings
@@ -16,6 +17,9 @@ from fromage.models.fromage import Fromage
 from fromage.retrieval import index_folder
 from fromage.retrieval import open_index as open_index_module
 from fromage.retrieval.faiss_index import FaissIndex
+from fromage.retrieval.image_root import ImageAccess, ImageRoot
+from fromage.retrieval.item_table import ItemTable, to_batch
+from fromage.retrieval.metadata import Metadata
 from fromage.retrieval.open_index import load_index, open_index, search_index
 
 COLOURS = {"blue": (0, 0, 255), "green": (0, 255, 0), "red": (255, 0, 0)}
@@ -145,6 +149,14 @@ def test_bad_builds_are_refused(embeddings):
 
 
 # --- save and load ----------------------------------------------------------------------------------------------------
+
+
+def test_an_index_changes_nothing_of_the_table_it_is_given():
+    table = ItemTable([to_batch([Item("a.jpg")])], ImageRoot("/old"))
+    index = FaissIndex(np.eye(1, dtype=np.float32), table, "f00d", metadata=Metadata(pa.table({"n": [7]})))
+    index.set_place(ImageAccess(ImageRoot("/new")))
+    assert (index.items[0].path, index.items[0].meta) == ("/new/a.jpg", '{"n": 7}')
+    assert table == [Item("/old/a.jpg")]
 
 
 @settings(max_examples=15, deadline=None)

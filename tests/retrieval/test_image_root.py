@@ -2,7 +2,7 @@ import pyarrow as pa
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fromage.retrieval.image_root import ImageRoot, common_root
+from fromage.retrieval.image_root import ImageRoot, common_root, to_bytes, to_text
 
 PIECES = st.sampled_from(
     [b"/", b"/data", b"/photos", b"a.jpg", b"..", b"https://", b"s3://", b"pipe:", b"C:", b"0.tar#k", b"caf\xe9\n"]
@@ -40,6 +40,11 @@ def test_files_are_relative_and_addresses_are_not():
     assert ImageRoot("/mnt").located(stored).to_pylist() == [b"/mnt/a/b.jpg", paths[1], paths[2], b"/mnt/0.tar#k", paths[4]]
     moved = ImageRoot("/mnt", "/data")
     assert moved.locate(paths[0]) == b"/mnt/photos/a/b.jpg" and moved.store(moved.locate(paths[0])) == paths[0]
+
+
+def test_a_path_that_is_a_text_is_located_as_its_bytes_are():
+    assert ImageRoot("/mnt").path_of("a/caf\udce9 é.jpg") == "/mnt/a/caf\udce9 é.jpg"
+    assert to_bytes("caf\udce9 é") == b"caf\xe9 \xc3\xa9" and to_text(b"caf\xe9 \xc3\xa9") == "caf\udce9 é"
 
 
 def test_the_common_folder():

@@ -14,9 +14,9 @@ from fromage.cli.main import main
 from fromage.data.image_source import Item
 from fromage.errors import UserError
 from fromage.retrieval import chosen
-from fromage.retrieval.base import IndexSpec
 from fromage.retrieval.build import add, build, describe, merge, remove, write_index
 from fromage.retrieval.faiss_index import FaissIndex
+from fromage.retrieval.index_spec import IndexSpec
 from fromage.retrieval.item_table import to_batch
 from fromage.retrieval.metadata import Metadata
 from fromage.retrieval.open_index import load_index
@@ -147,6 +147,14 @@ def test_tables_that_do_not_fit_are_refused_before_anything_is_replaced(tmp_path
         tables = [table_of(["1.jpg"], n=["a"]), table_of(["2.jpg"], n=[1])]
         describe(tmp_path / "index", tables)
     assert (tmp_path / "index" / "index.json").read_bytes() == before
+
+
+def test_an_open_index_keeps_its_metadata_where_others_are_refused(tmp_path, described):
+    opened = written(tmp_path / "index", [described], n=9)
+    with pytest.raises(UserError, match="names no image of the index"):
+        opened.describe(tmp_path / "index", [table_of("xyz", n=range(3))])
+    assert [hit.path for hit in opened.search(rows(1, 16), 9, where="place = 'Rome'")[0]] == ["3.jpg"]
+    assert '"year": 2000' in opened.items[0].meta
 
 
 def test_a_stranger_s_columns_are_looked_at_before_they_are_believed(tmp_path, described):

@@ -19,10 +19,10 @@ from fromage.data.image_source import Item
 from fromage.errors import UserError
 from fromage.generation.generate import generate
 from fromage.generation.options import Decoding
-from fromage.retrieval.base import IndexSpec
 from fromage.retrieval.build import add, build, build_index, describe, merge, remove, trust, write_index
 from fromage.retrieval.embedding_store import EmbeddingStore
 from fromage.retrieval.faiss_index import FaissIndex
+from fromage.retrieval.index_spec import IndexSpec
 from fromage.retrieval.item_table import image_id, to_batch
 from fromage.retrieval.open_index import load_index, open_index, search_index
 from fromage.retrieval.sync import sync
@@ -180,7 +180,7 @@ def test_it_follows_its_folder_and_travels(tmp_path, db):
     build_index(Model(), photos, tmp_path / "index", milvus=db)
     (photos / "red" / "a.png").rename(photos / "red" / "b.png")
     (photos / "blue" / "a.png").write_bytes((photos / "green" / "a.png").read_bytes())
-    assert sync(tmp_path / "index", photos, Model())[1][:4] == (1, 1, 1, 1)
+    assert sync(tmp_path / "index", photos, Model)[1][:4] == (1, 1, 1, 1)
     moved = photos.rename(tmp_path / "moved")
     index, done = sync(tmp_path / "index", moved, lambda: pytest.fail("nothing to embed"))
     assert done[:4] == (0, 0, 0, 3)

@@ -49,7 +49,7 @@ def test_new_changed_and_deleted_images(index, photos, tmp_path):
     make(photos / "red" / "a.png", "yellow")
     (photos / "blue" / "a.png").unlink()
     (photos / "more" / "broken.jpg").write_bytes(b"no image")
-    changed, done = sync(index, photos, lambda: Model())
+    changed, done = sync(index, photos, Model)
     assert done[:4] == (1, 1, 1, 1) and "broken.jpg" in done.broken[0]
     assert str(done) == "1 new, 1 changed, 1 deleted, 1 unchanged, 1 left out" and len(changed) == 3
     (photos / "more" / "broken.jpg").unlink()
@@ -62,14 +62,14 @@ def test_new_changed_and_deleted_images(index, photos, tmp_path):
 def test_a_file_that_is_no_image_is_tried_once(index, photos, tmp_path):
     for name in ("odd.jpg", "late.jpg"):
         (photos / name).write_bytes(b"no image")
-    first = sync(index, photos, Model())[1]
+    first = sync(index, photos, Model)[1]
     assert (first.new, len(first.broken)) == (0, 2)
     before = (index / "index.json").read_bytes()
     again = sync(index, photos, never)[1]
     assert sorted(again.broken) == sorted(first.broken) and again.new == 0
     assert (index / "index.json").read_bytes() == before
     make(photos / "late.jpg", "white")
-    found, done = sync(index, photos, Model())
+    found, done = sync(index, photos, Model)
     assert (done.new, len(done.broken), len(found)) == (1, 1, 4) and "odd.jpg" in done.broken[0]
     moved = photos.rename(tmp_path / "moved")
     assert len(sync(index, moved, never)[1].broken) == 1
@@ -97,8 +97,8 @@ def test_a_file_that_cannot_be_read_is_tried_again(index, photos, monkeypatch):
         real = image_source.open_regular
         shut = PermissionError(13, "Permission denied")
         patch.setattr(image_source, "open_regular", lambda path: _raise(shut) if path.name == "shut.png" else real(path))
-        assert "Permission denied" in sync(index, photos, Model())[1].broken[0]
-    assert sync(index, photos, Model())[1][:4] == (1, 0, 0, 3)
+        assert "Permission denied" in sync(index, photos, Model)[1].broken[0]
+    assert sync(index, photos, Model)[1][:4] == (1, 0, 0, 3)
 
 
 def _raise(error):
@@ -115,10 +115,10 @@ def test_a_file_whose_content_is_the_same_is_not_embedded_again(index, photos):
 
 def test_captions_are_taken_over(index, photos, tmp_path):
     (tmp_path / "captions.json").write_text('{"red/a.png": "a red one ", "green/a.png": "a green one"}')
-    found, done = sync(index, photos, never, tmp_path / "captions.json")
+    found, done = sync(index, photos, never, captions=tmp_path / "captions.json")
     assert done[:4] == (0, 0, 0, 3) and sorted(item.caption for item in found.items) == ["", "a green one", "a red one"]
     before = (index / "index.json").read_bytes()
-    sync(index, photos, never, tmp_path / "captions.json")
+    sync(index, photos, never, captions=tmp_path / "captions.json")
     assert (index / "index.json").read_bytes() == before
 
 
@@ -129,17 +129,17 @@ def test_a_folder_that_was_moved_is_where_the_images_are_from_then_on(index, pho
     found = load_index(index)
     assert found.place.own and found.root.path == str(moved) and not found.missing().gone
     make(moved / "b.png", "white")
-    assert sync(index, moved, Model())[1][:4] == (1, 0, 0, 3) and same_as_new(index, moved, tmp_path / "new")
+    assert sync(index, moved, Model)[1][:4] == (1, 0, 0, 3) and same_as_new(index, moved, tmp_path / "new")
 
 
 def test_a_part_of_the_folder_and_one_around_it(index, photos, tmp_path):
     make(photos / "red" / "b.png", "white")
     make(photos / "green" / "b.png", "white")
-    assert sync(index, photos / "red", Model())[1][:4] == (1, 0, 0, 1)
+    assert sync(index, photos / "red", Model)[1][:4] == (1, 0, 0, 1)
     assert len(load_index(index)) == 4 and load_index(index).root.path == str(photos)
     make(tmp_path / "around.png", "yellow")
     folder = index.rename(tmp_path.parent / f"{tmp_path.name}.index")
-    assert sync(folder, tmp_path, Model())[1][:4] == (2, 0, 0, 4)
+    assert sync(folder, tmp_path, Model)[1][:4] == (2, 0, 0, 4)
     assert load_index(folder).root.path == str(tmp_path)
 
 
@@ -174,12 +174,12 @@ def test_a_sync_that_was_killed_may_be_repeated(index, photos, tmp_path, monkeyp
         if when == "writing":
             patch.setattr("fromage.retrieval.faiss_index.write_rows", lambda *args: 1 / 0)
         with pytest.raises((KeyboardInterrupt, ZeroDivisionError)):
-            sync(index, photos, Model())
+            sync(index, photos, Model)
     assert len(load_index(index)) == 3, "as it was"
     make(photos / "late.png", "white")
     (photos / "new0.png").unlink()
     calls[:] = [0] * 9
-    assert sync(index, photos, Model())[1][:4] == (4, 0, 0, 3)
+    assert sync(index, photos, Model)[1][:4] == (4, 0, 0, 3)
     assert sum(calls) == (3 if when == "embedding" else 1), "what was embedded is not embedded again"
     monkeypatch.undo()
     assert same_as_new(index, photos, tmp_path / "new")
@@ -192,5 +192,5 @@ def test_an_index_of_a_former_version_without_stamps_is_embedded_once_more(index
     old = load_index(index)
     FaissIndex.build(old.vectors, [Item(item.path, item.caption) for item in old.items], "f00d").save(index, overwrite=True)
     from_elsewhere(index)
-    assert sync(index, photos, Model())[1][:4] == (0, 3, 0, 0)
+    assert sync(index, photos, Model)[1][:4] == (0, 3, 0, 0)
     assert sync(index, photos, never)[1][:4] == (0, 0, 0, 3) and len(COLOURS) == 3

@@ -30,7 +30,7 @@ from fromage.images.decode_process import decode_apart
 from fromage.io import WholeFile
 from fromage.models.fromage import Fromage
 from fromage.models.prompts import Part, parts_of
-from fromage.retrieval.queries import embed_queries, read_as
+from fromage.retrieval.queries import query_rows, read_as
 from fromage.retrieval.results import Hit, load_images
 
 if TYPE_CHECKING:
@@ -138,7 +138,7 @@ class Sessions:
                 self.index.filter(where)
             said = read(sent)
             with self.lock:
-                query = embed_queries(self.model, [said]).cpu().numpy()  # (1, q)
+                query = query_rows(self.model, [said])  # (1, q)
             hits = self.index.search(query, int(count), where=where)[0]
         except UserError as error:
             warn(error)
