@@ -149,15 +149,18 @@ def captions(model: Fromage, data: Photographs) -> Figures:
 
 
 def few_shot(model: Fromage, data: Photographs, limit: int) -> Figures:
-    """CIDEr and BLEU-4 of greedy captions behind 0, 1, 2 and 4 other photographs with theirs."""
+    """CIDEr and BLEU-4 of greedy captions behind 0, 1, 2 and 4 other photographs with theirs, in a row as pairs of training.
+
+    Behind examples the model begins a new line before its caption; the caption is the first line that is not empty.
+    """
     count, found = min(limit, len(data.names)), {}
     for n in SHOTS:
         prompts: list[Prompt] = []
         for i in range(count):
-            shown = [(data.features[j], data.captions[j][0] + "\n") for j in examples(i, n, count)]
+            shown = [(data.features[j], data.captions[j][0]) for j in examples(i, n, count)]
             prompts.append([*(part for pair in shown for part in pair), data.features[i]])
-        made = generate(model, prompts, Decoding(32, stop=(".", "\n"), max_images=0), batch_size=32)
-        figures = caption_figures([answer.text.strip() for answer in made], data.captions[:count])
+        made = generate(model, prompts, Decoding(32, stop=(".",), max_images=0), batch_size=32)
+        figures = caption_figures([answer.text.strip().partition("\n")[0] for answer in made], data.captions[:count])
         found |= {f"{name}, {n} shown": figures[name] for name in ("cider", "bleu4")}
     return found
 
