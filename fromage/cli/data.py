@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from fromage.checks import check_whole
+from fromage.checks import check_real, check_whole
 from fromage.cli.command import Result
 from fromage.cli.options import DType, check_free, save_png
 from fromage.errors import UserError
@@ -186,7 +186,7 @@ def towers_get(name: str) -> Result:
 def features(
     shards: str, *, out: Path, vision: str = "ViT-L-14", vision_weights: str = "openai", dtype: DType = "float32",
     batch_size: int = 256, decoding: Literal["draft", "exact"] = "draft", keep_images: bool = False,
-    workers: int | None = None, device: str = "auto",
+    workers: int | None = None, max_broken: float = 0.05, device: str = "auto",
 ) -> Result:  # fmt: skip
     """Store each image's pooled features in place of it, or beside it.
 
@@ -196,6 +196,7 @@ def features(
         decoding: how JPEGs are decoded, as in a configuration
         keep_images: keep the images beside their features
         workers: processes that read images (default: for half of the cores, 4 at most)
+        max_broken: share of the samples that may be broken, 0 to 1
     """
     from fromage.data.features import check_source, store_features
     from fromage.data.shard_sizes import read_sizes
@@ -204,9 +205,10 @@ def features(
 
     if workers is not None:
         check_whole("--workers", workers, 0)
+    check_real("--max-broken", max_broken, 0, 1)
     check_source(shards, out)
     tower = load_vision(vision, vision_weights, dtype).to(find_device(device))
-    count = store_features(shards, out, tower, batch_size, keep_images, workers, decoding=decoding)
+    count = store_features(shards, out, tower, batch_size, keep_images, workers, max_broken, decoding)
     there = sum(read_sizes(out).values())
     text = f"{count} samples encoded, {there} are there: {out}"
     return Result(text, {"samples": count, "there": there, "out": str(out)})

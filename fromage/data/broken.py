@@ -53,6 +53,13 @@ class Broken:
         self.bad += 1
         self._note(key, cause)
 
+    def join(self, other: Broken) -> None:
+        """Add what another counted, of other shards."""
+        self.good, self.bad = self.good + other.good, self.bad + other.bad
+        self.lost, self.missing = self.lost + other.lost, self.missing + other.missing
+        self.last.extend(other.last)
+        self.check()
+
     def lose(self, shard: str, cause: str) -> None:
         """Count and log a shard that cannot be read to its end, or a member of it that belongs to no sample."""
         self.lost += 1
@@ -93,6 +100,9 @@ def read_shards(shards: Iterable[tuple[str, int | None]], broken: Broken) -> Ite
         found = 0
         for raw in read_shard(shard, broken.lose):
             found += 1
+            if size is not None and found > size:
+                told = f"{shard}: holds more samples than the {size} that sizes.json beside it says"
+                raise UserError(f"{told}; remove sizes.json, or write the shards again")
             yield raw
         if size is not None and found < size:
             broken.lacks(shard, found, size)

@@ -43,7 +43,7 @@ FEATURES = FolderKind(
     of="tower",
     remedy="load that tower, or store the features in another folder",
     again="store the features again",
-    ignored=frozenset({"source"}),  # for those who read them; see store_features
+    ignored=frozenset({"source", "keep_images"}),  # for those who read them; see store_features
     foreign="*.tar",
 )
 
@@ -66,23 +66,30 @@ def store_features(
 
     Raises:
         UserError: out holds the features of another tower or other shards, another process writes it, two shards share a
-            name, the disk is full, or more than max_broken of a worker's samples are broken.
+            name, the disk is full, or more than max_broken of the samples are broken.
     """
     sources = expand(shards)
     _check_names(sources)
     with held(out):
-        todo = _to_do(sources, out, vision.fingerprint(decoding))
-        stream = ChunkStream(todo, decoding_as(vision.transform, decoding), batch_size, max_broken)
+        todo = _to_do(sources, out, vision.fingerprint(decoding) | {"keep_images": keep_images})
+        broken = Broken(max_broken, good=sum(read_sizes(out).get(shard_name(s), 0) for s in sources if s not in todo))
+        stream = ChunkStream(todo, decoding_as(vision.transform, decoding), batch_size)
         reading = usual_workers() if workers is None else workers
         loader = WorkerLoader(stream, None, num_workers=min(reading, len(todo)))
         with tqdm(total=total(stream.shards), desc="features", unit=" images") as bar:
-            return _store(loader, out, vision, keep_images, bar)
+            encoded = _store(loader, out, vision, keep_images, broken, bar)
+        broken.check(end=True)
+        return encoded
 
 
 def _to_do(sources: list[str], out: Path, tower: dict[str, Any]) -> list[str]:
     """The shards whose features are not there yet. Raises UserError where those that are there are of other shards."""
     of = _folders(sources)
-    done = _done(sources, out, of, FEATURES.begin(out, tower | {"source": of}).get("source", of))
+    there = FEATURES.begin(out, tower | {"source": of})
+    done = _done(sources, out, of, there.get("source", of))
+    if done and there.get("keep_images", tower["keep_images"]) != tower["keep_images"]:
+        told = "with" if there["keep_images"] else "without"
+        raise UserError(f"{out}: holds features {told} their images; name another folder, or give --keep-images as then")
     return [s for s in sources if s not in done]
 
 
@@ -114,8 +121,11 @@ def check_source(shards: str | list[str], out: Path) -> None:
         _done(sources, out, of := _folders(sources), FEATURES.read(out).get("source", of))
 
 
-def _store(chunks: Iterable[Chunk], out: Path, vision: VisionTower, keep_images: bool, bar: tqdm) -> int:
-    """Write shards of features from chunks of shards, as they come; returns how many samples there are."""
+def _store(chunks: Iterable[Chunk], out: Path, vision: VisionTower, keep_images: bool, broken: Broken, bar: tqdm) -> int:
+    """Write shards of features from chunks of shards, as they come; returns how many samples there are.
+
+    broken: counts those of all workers together, so that the verdict does not depend on how many there are.
+    """
     begun: dict[str, StoredShard] = {}  # the shards that workers are at, by file name
     encoded = 0
     try:
@@ -123,10 +133,11 @@ def _store(chunks: Iterable[Chunk], out: Path, vision: VisionTower, keep_images:
             name = shard_name(chunk.shard)
             if name not in begun:
                 begun[name] = StoredShard(out / name)
-            if chunk.samples:
+            if chunk.broken is None:
                 begun[name].add(chunk, vision, keep_images)
                 bar.update(len(chunk.samples))
             else:
+                broken.join(chunk.broken)
                 encoded += begun[name].close()
                 del begun[name]
         return encoded
@@ -187,12 +198,13 @@ def _encode(vision: VisionTower, pixels: Tensor) -> Tensor:
 
 
 class Chunk(NamedTuple):
-    """Part of a shard on its way to the tower; without samples it says that the shard is at its end."""
+    """Part of a shard on its way to the tower. At the shard's end comes one without samples, with what of it is broken."""
 
     shard: str
     samples: list[Raw]
     images: list[list[int]]  # of each sample: numbers of its images, one or two, in the order in which they come
     pixels: Tensor | None  # (n, 3, H, W), of the images that come first in this chunk; None where there is none
+    broken: Broken | None = None
 
 
 class Row(NamedTuple):
@@ -209,9 +221,8 @@ class ChunkStream(IterableDataset[Chunk]):
     An image that several samples of a shard have, byte by byte, as those of a photograph with several captions, comes once.
     """
 
-    def __init__(self, shards: list[str], transform: Transform, batch_size: int, max_broken: float) -> None:
-        self.shards = sized(shards)
-        self.transform, self.batch_size, self.max_broken = transform, batch_size, max_broken
+    def __init__(self, shards: list[str], transform: Transform, batch_size: int) -> None:
+        self.shards, self.transform, self.batch_size = sized(shards), transform, batch_size
 
     def decode(self, known: dict[bytes, int], raw: Raw) -> Row:
         """A stored sample as a row; known: numbers of the images before it, by their digest, to which its own are added.
@@ -227,9 +238,8 @@ class ChunkStream(IterableDataset[Chunk]):
 
     def __iter__(self) -> Iterator[Chunk]:
         worker, workers = worker_share()
-        broken, mine = Broken(self.max_broken), self.shards[worker::workers]
-        for number, shard in enumerate(mine, 1):
-            chunk: list[Row] = []
+        for shard in self.shards[worker::workers]:
+            broken, chunk = Broken(limit=1.0), list[Row]()  # counted here, judged where all are put together
             for row in decoded(read_shards([shard], broken), partial(self.decode, {}), broken):
                 chunk.append(row)
                 if sum(len(one.new) for one in chunk) >= self.batch_size or len(chunk) == MOST * self.batch_size:
@@ -237,8 +247,7 @@ class ChunkStream(IterableDataset[Chunk]):
                     chunk = []
             if chunk:
                 yield self.chunk(shard[0], chunk)
-            broken.check(end=number == len(mine))
-            yield self.chunk(shard[0], [])
+            yield Chunk(shard[0], [], [], None, broken)
 
     def chunk(self, shard: str, rows: list[Row]) -> Chunk:
         """Rows -> a chunk."""

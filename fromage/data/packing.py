@@ -19,7 +19,7 @@ from tqdm import tqdm
 from fromage.checks import check_real
 from fromage.data.annotations import coco_captions, read_annotations
 from fromage.data.caption_files import Captioned, Pair, Reader, Skipped, by_image, check_there, jsonl_pairs, tsv_pairs
-from fromage.data.shard_writer import check_no_shards, members_of, write_members
+from fromage.data.shard_writer import check_no_shards, members_of, own_shards, remove_shards, write_members
 from fromage.errors import BrokenSample, UserError, first_few
 from fromage.images.codec import decode_image
 from fromage.images.open import file_bytes
@@ -171,10 +171,15 @@ def pack(
     if val_fraction:
         sets = split(sets[out], out, val_fraction)
     for folder in sets:
-        if not overwrite:
-            check_no_shards(folder)
+        own_shards(folder) if overwrite else check_no_shards(folder)
+    if overwrite:
+        (out / REPORT).unlink(missing_ok=True)  # which says that all was packed
     for folder, samples in sets.items():
         report.folders[str(folder)] = write_members(_encoded(samples, members, report), folder, per_shard, overwrite)
+    if overwrite:  # shards of another split, which would hold the same images once more
+        for folder in {out, out / "train", out / "val"} - sets.keys():
+            if (folder / "sizes.json").exists():
+                remove_shards(folder)
     report.images = sum(report.folders.values())
     counts = {"images": report.images, "pairs": report.pairs, "folders": report.folders}
     write_json(out / REPORT, counts | {"skipped": report.skipped, "names": report.names})

@@ -17,6 +17,7 @@ import fsspec
 from fromage.errors import UserError, first_line
 
 STREAMED = ("http", "https", "hf")  # protocols that give a file from begin to end, without ranges, with block_size 0
+MOST_JSON = 1 << 24  # bytes of sizes.json at a URL
 CONNECT, STALLED = 30, 60  # seconds until a web server takes the connection, and without a byte from it
 PATIENCE = 120  # seconds without a byte from a command after which it counts as failed
 
@@ -96,10 +97,12 @@ def read_remote_json(url: str) -> Any:
         file = RemoteReader(url)
     except FileNotFoundError:
         return None
-    parts = []
+    parts: list[bytes] = []
     try:
         while part := file.read(1 << 20):
             parts.append(part)
+            if sum(map(len, parts)) > MOST_JSON:
+                raise OSError(f"holds more than {MOST_JSON >> 20} MiB")
     finally:
         with suppress(OSError):
             file.close()

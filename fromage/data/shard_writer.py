@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from contextlib import suppress
 from itertools import groupby
@@ -61,6 +62,21 @@ def check_no_shards(folder: Path) -> None:
         raise UserError(f"{folder} holds shards already: name another folder, or replace them with --overwrite")
 
 
+def own_shards(folder: Path) -> list[Path]:
+    """The shards of a folder that were written here. Raises UserError for tars of others, which nobody may replace."""
+    ours = set(read_sizes(folder))
+    shards = sorted(folder.glob("*.tar"))
+    if strange := [path.name for path in shards if path.name not in ours and not re.fullmatch(r"\d{5}\.tar", path.name)]:
+        raise UserError(f"{folder} holds {strange[0]}, which is no shard of this command; name another folder")
+    return shards
+
+
+def remove_shards(folder: Path) -> None:
+    """Remove the shards of a folder, and what is said of them. Raises UserError as own_shards does."""
+    for old in (*own_shards(folder), *(folder / name for name in BESIDE)):
+        old.unlink(missing_ok=True)
+
+
 def write_shards(
     samples: Iterable[tuple[str, bytes, str, dict[str, Any]]], out: Path, per_shard: int = 1000, overwrite: bool = False
 ) -> int:
@@ -80,10 +96,10 @@ def write_members(
     """Write (key, members) as 00000.tar, 00001.tar ... of a new folder; returns how many there were.
 
     overwrite: shards that are there are removed when there is a first sample to write. Raises UserError where the folder
-    holds shards already, another process writes it, the disk is full, or a key cannot be one.
+    holds shards already, or with overwrite tars of others, another process writes it, the disk is full, or a key cannot be
+    one.
     """
-    if not overwrite:
-        check_no_shards(out)  # before the lock, which makes the folder
+    own_shards(out) if overwrite else check_no_shards(out)  # before the lock, which makes the folder
     with held(out):
         return _write_members(samples, out, per_shard, overwrite)
 
@@ -92,8 +108,7 @@ def _write_members(samples: Iterable[tuple[str, dict[str, bytes]]], out: Path, p
     total = 0
     for number, group in groupby(enumerate(samples), key=lambda item: item[0] // per_shard):
         if number == 0 and overwrite:
-            for old in (*out.glob("*.tar"), *(out / name for name in BESIDE)):
-                old.unlink(missing_ok=True)
+            remove_shards(out)
         kept = f"whole shards before it: {number}; to begin again, give --overwrite"
         shard = ShardWriter(out / f"{number:05d}.tar", kept)
         try:

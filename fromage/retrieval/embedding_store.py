@@ -29,6 +29,7 @@ from fromage.identity import FolderKind
 from fromage.images.locators import MEMBER, split_locator
 from fromage.io import WholeFile, as_json, write_files
 from fromage.retrieval import trust
+from fromage.retrieval.index_folder import check_paths
 from fromage.retrieval.item_table import SCHEMA, Embedded, filled, to_batch
 
 ABOUT, FORMAT, VERSION = "embeddings.json", "fromage-embeddings", 1
@@ -41,7 +42,7 @@ STORE = FolderKind(
     again="make some with: fromage index embed",
     format=(FORMAT, VERSION),
     keys=frozenset({"fingerprint", "checkpoint", "source", "width", "dtype", "parts"}),
-    ignored=frozenset({"checkpoint", "root"}),  # paths, which may change
+    ignored=frozenset({"checkpoint", "root", "captions"}),  # paths, which may change; captions are compared by themselves
 )
 GROWS = frozenset({"source", "parts"})  # keys that change as a source grows
 PATHS = "embeddings' paths"  # what a seal is for
@@ -68,8 +69,10 @@ class EmbeddingStore:
         Parts whose files are no longer there, or have changed, are embedded again without these.
         """
         folder = Path(folder)
-        about |= {"source": images.digest(), "root": images.root, "parts": len(images.parts)}
+        about |= {"source": images.digest(), "root": images.root, "parts": len(images.parts), "captions": images.captions}
         there = replace(STORE, ignored=STORE.ignored | GROWS).find(folder, about)
+        if there is not None and there.get("captions", "") != images.captions:
+            raise UserError(f"{folder}: was embedded with other captions; name another folder, or remove it")
         store, parts = None if there is None else cls(folder, there), None
         if store is not None:
             parts = store._take_up(images)
@@ -120,6 +123,7 @@ class EmbeddingStore:
         odd = next((name for name, kind in kinds.items() if type(about.get(name)) is not kind), None)
         if odd or not 0 <= about["parts"] <= MOST_PARTS or about["width"] < 1:
             raise STORE.unreadable(Path(folder), f"its {odd or 'parts or width'} cannot be")
+        check_paths(STORE, Path(folder), about)
         return cls(Path(folder), about)
 
     def _path(self, part: int) -> Path:

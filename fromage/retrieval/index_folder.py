@@ -23,6 +23,7 @@ from typing import IO, Any
 import numpy as np
 import pyarrow as pa
 
+from fromage.checks import HALVES
 from fromage.errors import UserError, reason
 from fromage.identity import FolderKind
 from fromage.io import check_new, digest_of, set_aside, whole_folder, write_json
@@ -42,6 +43,7 @@ INDEX = FolderKind(
     keys=frozenset({"count", "width", "fingerprint", "checkpoint", "kind", "setting", "recall_at_10", "files"}),
 )
 KINDS = {"count": int, "width": int, "fingerprint": str, "checkpoint": str, "kind": str, "setting": str}  # of what it says
+LONGEST = 4096  # characters of a path
 MILVUS = "milvus"  # the key of what only an index in Milvus says: uri and collection
 BLOCK, BLOCKS = 1 << 16, 64  # bytes; a spot digest reads so many blocks, spread over the file
 
@@ -125,18 +127,29 @@ def read_about(folder: Path) -> dict[str, Any]:
             raise INDEX.unreadable(folder, f"{name} is {about[name]!r:.40}")
     if not isinstance(about["files"], dict) or not all(_is_file(name, said) for name, said in about["files"].items()):
         raise INDEX.unreadable(folder, "it names no files")
-    root = about.get("root", "")
-    if not isinstance(root, str) or (root and not Path(root).is_absolute()) or "\0" in root:
-        raise INDEX.unreadable(folder, f"root is {root!r:.40}, no absolute folder")
-    left_out = about.get("left_out", {})
-    if not isinstance(left_out, dict) or not all(isinstance(value, str) for value in left_out.values()):
-        raise INDEX.unreadable(folder, "left_out is no object of texts")
+    check_paths(INDEX, folder, about)
+    for name in ("left_out", "columns"):
+        said = about.get(name, {})
+        if not isinstance(said, dict) or not all(isinstance(value, str) for value in said.values()):
+            raise INDEX.unreadable(folder, f"{name} is no object of texts")
     return about
+
+
+def check_paths(kind: FolderKind, folder: Path, about: dict[str, Any]) -> None:
+    """Raise UserError where the paths and the fingerprint that a folder names cannot be such."""
+    root, checkpoint, fingerprint = (about.get(name) or "" for name in ("root", "checkpoint", "fingerprint"))
+    if not isinstance(root, str) or (root and not Path(root).is_absolute()) or "\0" in root or HALVES.search(root):
+        raise kind.unreadable(folder, f"root is {root!r:.40}, no absolute folder")
+    if not isinstance(checkpoint, str) or "\0" in checkpoint or HALVES.search(checkpoint) or len(checkpoint) > LONGEST:
+        raise kind.unreadable(folder, f"checkpoint is {checkpoint!r:.40}, no path")
+    if not isinstance(fingerprint, str) or "/" in fingerprint or "\0" in fingerprint:
+        raise kind.unreadable(folder, f"fingerprint is {fingerprint!r:.40}")
 
 
 def _is_file(name: str, said: Any) -> bool:
     """Whether index.json names a file of its folder, with size and digests."""
-    return Path(name).name == name and isinstance(said, dict) and said.keys() >= {"bytes", "spot", "sha256"}
+    named = Path(name).name == name and len(name) < 256
+    return named and isinstance(said, dict) and said.keys() >= {"bytes", "spot", "sha256"}
 
 
 def check_files(folder: Path, about: dict[str, Any], full: bool | Container[str] = False) -> None:

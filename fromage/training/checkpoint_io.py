@@ -22,6 +22,7 @@ from lightning_fabric.plugins.io.torch_io import TorchCheckpointIO
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
+from fromage.checkpoints.format import GENERATION
 from fromage.checkpoints.run_folder import BEFORE, LAST, others_checkpoints
 from fromage.checkpoints.safe_pickle import read_pickle
 from fromage.errors import UserError
@@ -148,6 +149,7 @@ class SafeCheckpoint(ModelCheckpoint):
         def clear() -> None:
             for path in others_checkpoints(Path(str(self.dirpath)), resumed, self.overwrite):
                 path.unlink()
+                (path.parent / GENERATION).unlink(missing_ok=True)  # how to talk with the model that was there
 
         _on_first_device(trainer, clear)
 

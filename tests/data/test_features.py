@@ -130,6 +130,8 @@ def test_images_may_be_kept(tmp_path):
     store_features(source, tmp_path / "f", Vision(), keep_images=True, workers=0)
     before, after = (list(read_shard(expand(f)[0], print)) for f in (source, str(tmp_path / "f")))
     assert [a["jpg"] for a in after] == [b["jpg"] for b in before]
+    with pytest.raises(UserError, match="holds features with their images; name another folder"):
+        store_features(source, tmp_path / "f", Vision(), workers=0)
 
 
 def test_an_interrupted_run_is_taken_up(tmp_path):
@@ -193,6 +195,17 @@ def test_broken_samples_are_left_out_until_they_are_too_many(tmp_path):
         store_features(source, tmp_path / "f", Vision(), workers=0)
     assert store_features(source, tmp_path / "g", Vision(), workers=0, max_broken=0.2) == 8
     assert batch(tmp_path / "g", Vision()).keys == [f"k{i}" for i in range(10) if i not in (1, 5)]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_verdict_is_the_same_however_the_work_is_cut(tmp_path, workers):
+    """Two of ten, all in the last shard: more than its share, and of a worker's."""
+    source, out = shards(tmp_path / "s", bad=[8, 9]), tmp_path / "f"
+    assert store_features(source, out, Vision(), workers=workers, max_broken=0.2) == 8
+    (out / "00002.tar").unlink()
+    assert store_features(source, out, Vision(), workers=workers, max_broken=0.2) == 0
+    with pytest.raises(UserError, match="2 of 10 samples are broken"):
+        store_features(source, tmp_path / "g", Vision(), workers=workers, max_broken=0.19)
 
 
 def test_folders_that_hold_something_else_are_refused(tmp_path):

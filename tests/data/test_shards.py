@@ -375,3 +375,11 @@ def test_shards_that_another_process_writes_are_refused(tmp_path, other_writer):
     pid = other_writer(tmp_path / "out")
     with pytest.raises(UserError, match=f"out: is in use by process {pid}"):
         write_shards([("a", b"jpg", "words", {})], tmp_path / "out", overwrite=True)
+
+
+def test_shards_that_hold_more_than_sizes_json_says_are_told(tmp_path):
+    """Else a validation would end before its last samples."""
+    write_shards([(f"k{i}", b"jpeg", "a dog", {}) for i in range(3)], tmp_path)
+    (tmp_path / "sizes.json").write_text('{"00000.tar": 2}')
+    with pytest.raises(UserError, match=r"00000.tar: holds more samples than the 2 that sizes.json beside it says; remove"):
+        list(read_shards(sized(expand(str(tmp_path))), Broken(1.0)))

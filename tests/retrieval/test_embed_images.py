@@ -147,6 +147,31 @@ def test_captions_of_a_folder(tmp_path):
         assert [item.caption for item in found] == ["blau", "", "rot"]
 
 
+def test_captions_that_came_later_or_were_corrected_are_not_passed_over(tmp_path):
+    folder, out, said = write_colours(tmp_path / "images"), tmp_path / "e", tmp_path / "captions.json"
+    module.embed_images(Model(), folder, out)
+    said.write_text(json.dumps({"red/a.png": "rot"}))
+    refused = pytest.raises(UserError, match="was embedded with other captions; name another folder")
+    with refused:
+        module.embed_images(Model(), folder, out, captions=said)
+    for _ in range(2):
+        module.embed_images(Model(), folder, tmp_path / "f", captions=said)
+    said.write_text(json.dumps({"red/a.png": "roter"}))
+    with refused:
+        module.embed_images(Model(), folder, tmp_path / "f", captions=said)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("root", "x"), ("root", "/a\0"), ("root", 5), ("checkpoint", 5), ("root", "/\ud800")]
+)
+def test_paths_that_cannot_be_are_refused_where_the_store_is_opened(tmp_path, name, value):
+    module.embed_images(Model(), write_colours(tmp_path / "images"), tmp_path / "e")
+    file = tmp_path / "e" / "embeddings.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {name: value}))
+    with pytest.raises(UserError, match=f"embeddings.json: {name} is "):
+        EmbeddingStore.open(tmp_path / "e")
+
+
 @pytest.mark.parametrize(
     ("name", "text"),
     [

@@ -240,6 +240,12 @@ def test_the_faiss_file_of_an_index_from_elsewhere_is_not_read(tmp_path, monkeyp
         {"root": "/a\0b"},
         {"kind": 3},
         {"version": [2]},
+        {"columns": 3},
+        {"columns": {"x": [1]}},
+        {"checkpoint": "x" * 5000},
+        {"fingerprint": "../../x"},
+        {"root": "/x\ud800"},
+        {"files": {"x" * 300: {"bytes": 1, "spot": "", "sha256": ""}}},
     ],
 )
 def test_an_index_json_that_makes_no_sense_is_one_line(index, change):
