@@ -73,12 +73,12 @@ class EmbeddingStore:
         there = replace(STORE, ignored=STORE.ignored | GROWS).find(folder, about)
         if there is not None and there.get("captions", "") != images.captions:
             raise UserError(f"{folder}: was embedded with other captions; name another folder, or remove it")
-        store, parts = None if there is None else cls(folder, there), None
-        if store is not None:
-            parts = store._take_up(images)
-        if store is None or parts is None:
-            store, parts = cls.begin(folder, **about), images.parts
-        return store, images.only(parts, store.missing(), images.count)
+        if there is not None:
+            store = cls(folder, there)
+            if (parts := store._take_up(images)) is not None:
+                return store, images.only(parts, store.missing(), images.count)
+        store = cls.begin(folder, **about)
+        return store, images.only(images.parts, store.missing(), images.count)
 
     def _take_up(self, images: ImageSource) -> list[Names] | None:
         """The parts with which a source goes on that is not as it was; None for another source, of which nothing is here."""

@@ -90,11 +90,11 @@ class FaissIndex(ImageIndex):
             raise UserError("an index needs at least one image; none was given")
         if len(rows) != len(items):
             raise UserError(f"{len(rows)} embeddings for {len(items)} images; give one of each")
-        return cls.in_memory([(rows, to_batch(items))], fingerprint, kind, checkpoint)
+        return cls.in_memory([(rows, to_batch(items))], fingerprint, kind, checkpoint=checkpoint)
 
     @classmethod
     def in_memory(
-        cls, rows: Iterable[Embedded], fingerprint: str, kind: str | None = None, checkpoint: str = ""
+        cls, rows: Iterable[Embedded], fingerprint: str, kind: str | None = None, *, checkpoint: str = ""
     ) -> FaissIndex:
         """Index unit rows, of which there is one at least, without a folder. kind: None chooses by the number of rows."""
         vectors, items = zip(*rows, strict=True)

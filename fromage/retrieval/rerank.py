@@ -37,7 +37,7 @@ def search_exact(nearest: Search, rows: np.ndarray, k: int, excluded: frozenset[
     """The true k nearest to each of the unit queries `rows` (B, q), best first; fewer where there are not as many.
 
     Args:
-        nearest: gives the n nearest up to the rounding of float32, or all rows as whole where there are fewer.
+        nearest: gives the n nearest rows, up to the rounding of float32; fewer, and whole, where there are not as many.
         excluded: paths that must not be found.
     """
     n = k + len(excluded) + 1
