@@ -25,7 +25,7 @@ from fromage.generation.options import HELP, LIMITS, is_whole
 from fromage.generation.retrieved import RetrievedImages
 from fromage.images.codec import to_png
 from fromage.io import write_files
-from fromage.models.prompts import Part, Url, located
+from fromage.models.prompts import Part, Url, path_or_url
 from fromage.retrieval.results import Opened, draw_hits
 
 # An image is at the start of a word; punctuation after an unquoted path belongs to the text.
@@ -85,7 +85,7 @@ def _text(words: str) -> list[Part]:
 
 
 def _image(name: str) -> Part:
-    place = located(name)
+    place = path_or_url(name)
     with suppress(RuntimeError):  # ~nobody
         return place.expanduser() if isinstance(place, Path) else place
     return place

@@ -38,7 +38,7 @@ GREEDY = Decoding()
 
 
 @torch.no_grad()
-def write(
+def decode(
     model: Fromage,
     prompts: Prompts,
     decoding: Decoding,

@@ -15,13 +15,13 @@ from torch import Tensor
 
 from fromage.checks import check_whole
 from fromage.errors import UserError
-from fromage.generation.decoding import GREEDY, Draft, write
+from fromage.generation.decoding import GREEDY, Draft, decode
 from fromage.generation.options import Decoding
 from fromage.generation.preset import read_preset
 from fromage.generation.retrieved import ImageRetriever, Resolve, RetrievedImages
 from fromage.images.open import open_image
 from fromage.models.fromage import Fromage
-from fromage.models.prompts import ImageInput, Prompt, Starts, embed_prompts, encode_images, listed, located
+from fromage.models.prompts import ImageInput, Prompt, Starts, embed_prompts, encode_images, listed, path_or_url
 from fromage.retrieval.results import POOL
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def generate(
             by the next best, with a note. If None, images stay unopened, and RetrievedImages.rest has the hits that follow.
         batch_size: prompts decoded at a time.
         starts: where </s> stands in the prompts.
-        between: called behind each token, by the thread that decodes; see fromage.generation.decoding.write.
+        between: called behind each token, by the thread that decodes; see fromage.generation.decoding.decode.
 
     Raises:
         UserError: a prompt and its answer do not fit the language model's positions, an image cannot be opened or fetched,
@@ -104,7 +104,7 @@ def generate(
         embedded = embed_prompts(model, batch, decoding.max_new_tokens, starts)
         pieces: list[list[Any]] = [[] for _ in batch]
         drafts = [Draft(model, decoding, row.append) for row in pieces]
-        write(model, embedded, decoding, drafts, start, between)
+        decode(model, embedded, decoding, drafts, start, between)
         for row, prompt in enumerate(batch):
             features = embedded.features[embedded.shown[row]]  # (images of the prompt, m)
             retriever = ImageRetriever(model, index, resolve, decoding.images_per_ret, prompt, features)
@@ -135,7 +135,7 @@ def stream(
 
     def work() -> None:
         try:
-            write(model, embedded, decoding, [draft], between=between)
+            decode(model, embedded, decoding, [draft], between=between)
             pieces.put(None)
         except BaseException as error:  # raised in the caller's thread
             pieces.put(error)
@@ -160,7 +160,7 @@ def caption(model: Fromage, images: str | ImageInput | Sequence[str | ImageInput
 
     max_new_tokens: maximum length of a caption, in tokens. Raises UserError for an image that cannot be opened.
     """
-    named: list[Any] = [located(image) if isinstance(image, str) else image for image in listed(images)]
+    named: list[Any] = [path_or_url(image) if isinstance(image, str) else image for image in listed(images)]
     return caption_images(model, encode_images(model, named), max_new_tokens) if named else []
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from fromage.distribution import pip_install
 from fromage.errors import UserError
 from fromage.models.fromage import Fromage, load_model
-from fromage.models.prompts import ImageInput, Part, is_text, located
+from fromage.models.prompts import ImageInput, Part, is_text, path_or_url
 from fromage.retrieval.queries import embed_queries
 
 try:
@@ -115,7 +115,7 @@ def _parts(one: Any) -> Iterator[Part]:
 
 
 def _image(named: Any) -> ImageInput:
-    return located(named) if isinstance(named, str) else named
+    return path_or_url(named) if isinstance(named, str) else named
 
 
 def _behind(prompt: str, parts: list[Part]) -> list[Part]:

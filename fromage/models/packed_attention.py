@@ -34,7 +34,7 @@ from fromage.processor import on_cpu
 PREFIX = "fromage_packed_or_"  # before the name of the attention that a model was loaded with
 
 
-def starts(lengths: list[int]) -> list[int]:
+def offsets(lengths: list[int]) -> list[int]:
     """The offset of each sequence among the packed tokens."""
     return [0, *accumulate(lengths)][:-1]
 
@@ -76,7 +76,7 @@ class PackedLayout:
         places = [t for n in lengths for t in range(n)]
         flat = [s * self.max_seqlen + t for s, n in enumerate(lengths) for t in range(n)]
         self.positions, self.indices = to_device([places, flat], device)  # (2, N) -> (N,) each
-        self.starts, self.shared, self.branches = starts(lengths), positions is not None, branches
+        self.starts, self.shared, self.branches = offsets(lengths), positions is not None, branches
         if positions is not None:
             self.positions = positions
 

@@ -34,7 +34,7 @@ class Url(str):
     """The http(s) address of an image."""
 
 
-def located(name: str) -> Path | Url:
+def path_or_url(name: str) -> Path | Url:
     """The place that a name of an image means: an address where it begins with http:// or https://, else a path."""
     return Url(name) if name.startswith(ADDRESSES) else Path(name)
 

@@ -31,7 +31,7 @@ from fromage.retrieval.ann import MEASURED_WITH, default_kind
 from fromage.retrieval.authors_embeddings import rows_of
 from fromage.retrieval.base import ImageIndex
 from fromage.retrieval.clip_retrieval import EmbeddingFolder
-from fromage.retrieval.embed_images import embed_images, located
+from fromage.retrieval.embed_images import absolute_checkpoint, embed_images
 from fromage.retrieval.embedding_store import EmbeddingStore
 from fromage.retrieval.faiss_index import FaissIndex
 from fromage.retrieval.image_root import ImageAccess, ImageRoot
@@ -184,7 +184,7 @@ def import_embeddings(
     spec = IndexSpec(
         width=model.q,
         fingerprint=model.fingerprint(),
-        checkpoint=located(checkpoint),
+        checkpoint=absolute_checkpoint(checkpoint),
         kind=kind,
         milvus=milvus or "",
         overwrite=overwrite,

@@ -84,7 +84,12 @@ def embed_source(
     ray: RayJob | None = None,
 ) -> EmbeddingStore:
     """As embed_images, but what is left out is not reported, and nothing may be left."""
-    of = {"fingerprint": model.fingerprint(), "checkpoint": located(checkpoint), "width": model.q, "dtype": dtype}
+    of = {
+        "fingerprint": model.fingerprint(),
+        "checkpoint": absolute_checkpoint(checkpoint),
+        "width": model.q,
+        "dtype": dtype,
+    }
     store, left = EmbeddingStore.begin_for(out, images, **of)
     _fill(store, ray.embed(model, left) if ray else _here(model, left, workers), left)
     return store
@@ -171,7 +176,7 @@ def _report(store: EmbeddingStore, source: str | Path) -> None:
         warnings.warn(f"{source}: {len(broken)} of {good + len(broken)} images are left out: {some}", stacklevel=3)
 
 
-def located(checkpoint: str | Path | None) -> str:
+def absolute_checkpoint(checkpoint: str | Path | None) -> str:
     """A checkpoint's place for later: an absolute path, of a run's folder the file, or a name on the hub as it is."""
     if not checkpoint or not Path(checkpoint).exists():
         return str(checkpoint or "")

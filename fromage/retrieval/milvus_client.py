@@ -39,7 +39,7 @@ def connect(uri: str) -> MilvusClient:
 
 def reach(uri: str) -> None:
     """Raise UserError unless there is a Milvus that answers; no connection is kept."""
-    connect(located(uri)).close()
+    connect(absolute_uri(uri)).close()
 
 
 @contextmanager
@@ -70,7 +70,7 @@ def _is_silent(error: Exception) -> bool:
     return not isinstance(code, int) or code in UNREACHED
 
 
-def located(uri: str) -> str:
+def absolute_uri(uri: str) -> str:
     """A place for later: the absolute path of a .db, or an address as it is. Raises UserError for what is neither."""
     if uri.startswith(("http://", "https://", "tcp://", "unix:")):
         if "@" in uri:

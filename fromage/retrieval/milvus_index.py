@@ -29,7 +29,7 @@ from fromage.retrieval.index_folder import ABOUT, INDEX, MILVUS, about_json, che
 from fromage.retrieval.index_spec import FLAT, IndexSpec
 from fromage.retrieval.item_table import Embedded, keep_mask
 from fromage.retrieval.metadata import Joined
-from fromage.retrieval.milvus_client import located, reach
+from fromage.retrieval.milvus_client import absolute_uri, reach
 from fromage.retrieval.milvus_collection import Collection
 from fromage.retrieval.rerank import Near
 from fromage.retrieval.table_file import Table, kind_of
@@ -199,7 +199,7 @@ class MilvusIndex(ImageIndex):
         fromage.retrieval.milvus_client. What is killed leaves its collection, named fromage_..., to be dropped by hand.
         """
         check_replaceable(out, spec.overwrite)
-        uri = located(spec.milvus)
+        uri = absolute_uri(spec.milvus)
         if Path(out).resolve() in Path(uri).parents:
             raise UserError(f"{uri}: lies in the folder of the index, which is replaced as a whole; name another place")
         joined = Joined(spec.tables) if spec.tables else None

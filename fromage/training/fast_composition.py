@@ -28,7 +28,7 @@ from torch import Tensor
 
 from fromage.data.tuples import Tuples
 from fromage.models.fromage import Fromage
-from fromage.models.packed_attention import Causal, PackedLayout, starts, to_device
+from fromage.models.packed_attention import Causal, PackedLayout, offsets, to_device
 from fromage.models.vision.base import TextTower
 from fromage.training.fast_step import mean_over_parts
 from fromage.training.losses import device_weight, frozen_head_loss
@@ -77,7 +77,7 @@ def composed(model: Fromage, tuples: Tuples, features: Tensor, weights: Weights)
     embeds = model.embed(_ids(model, tuples, trunk, ret, words).unsqueeze(0), model.prefix(features))  # (1, N, d)
     hidden = model.lm.packed(embeds, layout.positions, Causal(layout))  # (N, d)
 
-    begins = starts(each)
+    begins = offsets(each)
     loss, accuracy, queries = features.new_zeros((), dtype=torch.float32), features.new_zeros(()), features.new_zeros(0)
     if weights.composition_captioning:
         rows = zip(begins, trunk, words, strict=True)
@@ -112,7 +112,7 @@ def _ids(model: Fromage, tuples: Tuples, trunk: list[int], ret: int, words: list
     image, asked = (to_device(ids, device) for ids in ([tokenizer.image_id] * model.k, tokenizer.ret_ids[:ret]))
     conditions = PackedLayout(tuples.lengths, device).pack(tuples.conditions)  # (sum of lengths,)
     captions = PackedLayout(tuples.caption_lengths, device).pack(tuples.captions)
-    of_condition, of_caption = starts(tuples.lengths), [0, *accumulate(tuples.caption_lengths)]
+    of_condition, of_caption = offsets(tuples.lengths), [0, *accumulate(tuples.caption_lengths)]
     parts = [
         (image, conditions[a : a + t - model.k], asked, captions[b : b + n])
         for a, t, b, n in zip(of_condition, trunk, of_caption, words, strict=False)

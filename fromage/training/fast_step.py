@@ -31,7 +31,7 @@ from torch import Tensor
 
 from fromage.data.batches import Batch
 from fromage.models.fromage import Fromage
-from fromage.models.packed_attention import Causal, More, PackedLayout, starts, to_device
+from fromage.models.packed_attention import Causal, More, PackedLayout, offsets, to_device
 from fromage.training.losses import device_weight, frozen_head_loss, frozen_log_sum_exp, info_nce
 from fromage.training.step import (
     ALL,
@@ -86,7 +86,7 @@ def mean_over_parts(targets: list[int], means: list[Tensor]) -> Tensor:
 def _of_first(parts: list[Batch], n: int) -> list[int]:
     """How many examples of each part are among the first n of all."""
     sizes = [len(part.lengths) for part in parts]
-    return [min(max(n - start, 0), size) for start, size in zip(starts(sizes), sizes, strict=True)]
+    return [min(max(n - start, 0), size) for start, size in zip(offsets(sizes), sizes, strict=True)]
 
 
 def chunks(model: Fromage, batch: Batch, size: int) -> list[Batch]:
@@ -120,7 +120,7 @@ def captioning(model: Fromage, batch: Batch, features: Tensor, paired: bool) -> 
     rows = PackedLayout([sum(each[i : i + 2]) for i in range(0, len(each), 2)] if paired else each, ids.device)
     embeds = model.embed(ids.unsqueeze(0), model.prefix(features))  # (1, N, d)
     hidden = model.lm.packed(embeds, rows.positions, Causal(rows))  # (N, d)
-    at = [start + k - 1 + t for start, n in zip(starts(each), lengths, strict=True) for t in range(n)]
+    at = [start + k - 1 + t for start, n in zip(offsets(each), lengths, strict=True) for t in range(n)]
     before = to_device(at, ids.device)  # (N - B k,), the position before each word
     return frozen_head_loss(hidden.index_select(0, before), ids[before + 1], model.lm)  # hidden (N, d) -> (N - B k, d)
 

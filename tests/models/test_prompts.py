@@ -22,7 +22,7 @@ from fromage.models.prompts import (
     embed_prompts,
     encode_images,
     listed,
-    located,
+    path_or_url,
     prompt_ids,
     prompt_length,
 )
@@ -326,9 +326,9 @@ def test_an_empty_prompt_needs_a_start_token(toy_model, monkeypatch):
 
 def test_a_name_of_an_image_is_an_address_or_a_path():
     for name in ("http://a.b/c.jpg", "https://a.b/c.jpg?d=1"):
-        assert located(name) == name and type(located(name)) is Url
+        assert path_or_url(name) == name and type(path_or_url(name)) is Url
     for name in ("a.jpg", "/b/0.tar#key", "ftp://a.b/c.jpg", "HTTP://a.b/c", "~/a.jpg", ""):
-        assert located(name) == Path(name)
+        assert path_or_url(name) == Path(name)
 
 
 def test_a_bare_text_or_image_is_one_item_and_never_its_letters(toy_model, images):

@@ -15,7 +15,7 @@ from fromage.checkpoints.load import read_saved
 from fromage.checkpoints.run_folder import BEFORE, LAST, last_checkpoint
 from fromage.cli.main import main
 from fromage.errors import UserError
-from fromage.retrieval.embed_images import located
+from fromage.retrieval.embed_images import absolute_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -117,7 +117,7 @@ def test_the_last_checkpoint_of_a_folder_of_runs(tmp_path):
         torch.save({"hyper_parameters": {"n": number}, "state_dict": {}}, path)
         os.utime(path, ns=(number, number))
         assert last_checkpoint(tmp_path) == path and read_checkpoint(tmp_path)["hyper_parameters"] == {"n": number}
-    assert read_saved(tmp_path).source == located(tmp_path) == str(path)
+    assert read_saved(tmp_path).source == absolute_checkpoint(tmp_path) == str(path)
     assert last_checkpoint(tmp_path / "version_1") == tmp_path / "version_1" / "checkpoints" / "last-1.ckpt"
     path.rename(tmp_path / "version_0" / "last.ckpt")
     (tmp_path / "checkpoints" / LAST).unlink()
