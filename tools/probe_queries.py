@@ -18,6 +18,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
+from unittest.mock import patch
 
 import torch
 from study import Figures, Run, begin, every, measured, table
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 from torchvision.ops import box_convert, box_iou
 
 from fromage.io import digest_of
-from fromage.octopus import RefCOCO
+from fromage.octopus import RefCOCO, matching
 from fromage.octopus.collate import Collate
 from fromage.octopus.examples import Example
 from fromage.octopus.matching import Objects, detection_loss
@@ -82,12 +83,14 @@ class Way(NamedTuple):
         whitened: whether the decoder begins with whitened states.
         faster: times of the learning rate for the map into the decoder.
         normed: whether the decoder's layer norm stands before that map.
+        score: weight of the score, in the loss and in the matching; DETR's is 1.
     """
 
     given: Callable[[Seen, Seen], tuple[Tensor, Tensor]] = lambda train, val: (train.states, val.states)
     whitened: bool = False
     faster: float = 1.0
     normed: bool = True
+    score: float = 1.0
 
 
 def words(train: Seen, val: Seen) -> tuple[Tensor, Tensor]:
@@ -127,6 +130,7 @@ WAYS = {
     "the same, its learning rate tenfold": Way(faster=10.0),
     "the states without their mean, times ten": Way(centred, normed=False),
     "whitened": Way(whitened=True),
+    "the score's weight four": Way(score=4.0),
     "a row for each word": Way(words, normed=False),
 }
 
@@ -152,7 +156,8 @@ def train(way: Way, seen: Seen, unseen: Seen, args: argparse.Namespace) -> Figur
     for _ in range(args.steps):
         some = torch.randint(len(given), (args.batch_size,))
         found = decoder(given[some], seen.patches, seen.rows[some])
-        loss, _ = detection_loss(found, Objects(meant[some], [1] * len(some)))
+        with patch.object(matching, "SCORE", way.score):
+            loss, _ = detection_loss(found, Objects(meant[some], [1] * len(some)))
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)
