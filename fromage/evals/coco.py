@@ -24,7 +24,7 @@ WHOLE = 5000  # images of COCO's val and test sets
 PROTOCOL = {
     "text_to_image": "each caption against all images",
     "image_to_text": "each image against all captions; the best of its own counts",
-    "..._1k": "mean over galleries of 1,000 images each, in the order of the file",
+    "..._1k": "mean over galleries of 1,000 images each, in the order of the file; those left over at its end are in none",
     "ranks": "exact; ties count against the model",
     "clip": "both towers of the frozen CLIP; captions are cut at the length of its context (OpenAI's: 77 tokens)",
 }

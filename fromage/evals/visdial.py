@@ -9,6 +9,7 @@ Two tasks, each in two protocols, ours and the released code's, by which the pap
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,6 +25,7 @@ from fromage.evals.report import Figures, Report
 from fromage.evals.scores import ScoreStore, identity
 from fromage.generation.score import score
 from fromage.images.transforms import Framing
+from fromage.locks import held
 from fromage.models.fromage import Fromage
 from fromage.models.prompts import START, Part
 from fromage.retrieval.metrics import mean_reciprocal_rank, ndcg, ranks_among, recall_at
@@ -146,15 +148,17 @@ def score_answers(
     """(D, R, C) scores of C candidates in R rounds of D dialogues, by protocol; views: features (D, m) by framing.
 
     folder: where each dialogue's scores are kept; what is there already, from a run that was killed, is not computed again.
-    Raises UserError for a folder with scores of another model or of other dialogues.
+    Raises UserError for a folder with scores of another model or of other dialogues, and where another process writes it.
     """
-    store = ScoreStore(folder, identity(model, dialogues, {name: how.framing for name, how in ANSWER_PROTOCOLS.items()}))
-    rows = [
-        store.get(number)
-        if number in store
-        else store.put(number, dialogue_scores(model, dialogue, {how: features[number] for how, features in views.items()}))
-        for number, dialogue in enumerate(tqdm(dialogues, desc="ranking answers", unit="dialogue"))
-    ]  # (2, R, C) each
+    about = identity(model, dialogues, {name: how.framing for name, how in ANSWER_PROTOCOLS.items()})
+    with nullcontext() if folder is None else held(folder):
+        store = ScoreStore(folder, about)
+        rows = [
+            store.get(number)
+            if number in store
+            else store.put(number, dialogue_scores(model, dialogue, {how: views[how][number] for how in views}))
+            for number, dialogue in enumerate(tqdm(dialogues, desc="ranking answers", unit="dialogue"))
+        ]  # (2, R, C) each
     return dict(zip(ANSWER_PROTOCOLS, torch.from_numpy(np.stack(rows, 1)), strict=True))
 
 

@@ -242,7 +242,10 @@ class Fromage(Pretrained):
             raise UserError(OTHER.format(source=source, differs=differs))
 
     def fingerprint(self, trained: Mapping[str, Tensor] | None = None) -> str:
-        """16 hex digits that change with any trained parameter and with the towers; an index stores them.
+        """16 hex digits that change with any trained parameter and the towers; an index stores them.
+
+        Of the vision tower its weights count, of the language model its name alone: whoever replaces the weights behind a
+        name must build indexes again.
 
         trained: values to use in place of the model's own, such as the values after rounding to a file's dtype.
         """

@@ -109,7 +109,7 @@ def test_scores_of_another_model_or_of_other_dialogues_are_refused(toy_model, da
     features, folder = features_of(toy_model, data), tmp_path / "scores"
     score_answers(toy_model, data.dialogues[:1], features, folder)
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="file: cannot be written"):
+    with pytest.raises(UserError, match="file: cannot be a folder, since a file is in the way"):
         score_answers(toy_model, data.dialogues, features, tmp_path / "file")
     with pytest.raises(UserError, match="name another --scores"):
         score_answers(toy_model, data.dialogues, features, folder)
