@@ -14,7 +14,7 @@ import shutil
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -188,13 +188,18 @@ def write_json(path: Path, value: Any) -> None:
         part.write_bytes(as_json(value))
 
 
-def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Write files into a folder; they get their names, in the order given, when all are on disk."""
+def write_files(folder: Path, files: Mapping[str, bytes], remove: Sequence[str] = ()) -> None:
+    """Write files into a folder; they get their names, in the order given, when all are on disk.
+
+    remove: names of files that go before the first one gets its name.
+    """
     whole = [WholeFile(folder / name) for name in files]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for file in whole:
             file.part.write_bytes(files[file.path.name])
+        for name in remove:
+            (folder / name).unlink(missing_ok=True)
         for file in whole:
             file.keep()
     except OSError as error:

@@ -89,7 +89,7 @@ def photos(
     shards, stored = out / "shards", out / "features"
     with timed("shards", seconds):
         source = source_of(captions, images)
-        if (shards / SOURCE.file).exists() and is_packed(shards):
+        if source and (shards / SOURCE.file).exists() and is_packed(shards):
             SOURCE.require(shards, source)
         if not is_packed(shards):
             write_files(shards, {SOURCE.file: as_json(source)})
@@ -125,10 +125,10 @@ def photos(
 
 
 def source_of(captions: Path, images: Path) -> dict[str, str]:
-    """Digests of the captions, and of names, sizes and times of the photographs; nothing where one is missing."""
+    """Digests of the captions, and of names and sizes of the photographs; nothing where one of the two is missing."""
     if not captions.is_file() or not images.is_dir():
         return {}
-    files = sorted((each.name, each.stat().st_size, each.stat().st_mtime_ns) for each in images.iterdir() if each.is_file())
+    files = sorted((each.name, each.stat().st_size) for each in images.iterdir() if each.is_file())
     listed = hashlib.sha256(repr(files).encode("utf-8", "surrogatepass")).hexdigest()
     return {"captions": digest_of(captions)[:16], "photographs": listed[:16]}
 

@@ -185,9 +185,8 @@ def write_folder(
     files = {WEIGHTS: content, CARD: printable(layout.card(config, count), "\n").encode(), CONFIG: as_json(config)}
     files |= {GENERATION: as_json(saved.generation)} if saved.generation else {}
     files |= beside
-    if not saved.generation:
-        (folder / GENERATION).unlink(missing_ok=True)  # of the model that is replaced
-    write_files(folder, {name: data for name, data in files.items() if name != CARD or not (folder / CARD).exists()})
+    kept = {name: data for name, data in files.items() if name != CARD or not (folder / CARD).exists()}
+    write_files(folder, kept, remove=() if saved.generation else [GENERATION])  # of the model that is replaced
 
 
 def dtype_name(name: str) -> str:

@@ -71,6 +71,11 @@ class Broken:
         self.last.append(f"{shard_name(shard)} ({found} samples of {size})")
         log.warning("%s holds %d samples, sizes.json says %d", shard, found, size)
 
+    def exceeds(self, shard: str, size: int) -> None:
+        """Raise UserError for a shard that holds more samples than its size by sizes.json: they would not be used."""
+        told = f"{shard}: holds more samples than the {size} that sizes.json beside it says"
+        raise UserError(f"{told}; remove sizes.json, or write the shards again")
+
     def _note(self, name: str, cause: str) -> None:
         cause = " ".join(cause.split())
         log.warning("skipped %s: %s", name, cause)
@@ -95,14 +100,16 @@ class Broken:
 
 
 def read_shards(shards: Iterable[tuple[str, int | None]], broken: Broken) -> Iterator[Raw]:
-    """The stored samples of (shard, size) pairs, in order; what a shard holds too few, by sizes.json, counts as broken."""
+    """The stored samples of (shard, size) pairs, in order; what a shard holds too few, by sizes.json, counts as broken.
+
+    Raises UserError for a shard that holds more.
+    """
     for shard, size in shards:
         found = 0
         for raw in read_shard(shard, broken.lose):
             found += 1
-            if size is not None and found > size:
-                told = f"{shard}: holds more samples than the {size} that sizes.json beside it says"
-                raise UserError(f"{told}; remove sizes.json, or write the shards again")
+            if size is not None and found == size + 1:
+                broken.exceeds(shard, size)
             yield raw
         if size is not None and found < size:
             broken.lacks(shard, found, size)

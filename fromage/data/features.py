@@ -31,11 +31,13 @@ from fromage.data.workers import WorkerLoader, usual_workers, worker_share
 from fromage.errors import UserError
 from fromage.identity import FolderKind
 from fromage.images.transforms import JpegDecoding, Transform, decoding_as, read_image
+from fromage.io import read_json, write_json
 from fromage.locks import held
 
 if TYPE_CHECKING:
     from fromage.models.vision.base import VisionTower
 
+LOST = "broken.json"  # what of each finished shard could not be used
 MOST = 8  # times as many samples as images in a chunk
 FEATURES = FolderKind(
     "features.json",
@@ -72,7 +74,7 @@ def store_features(
     _check_names(sources)
     with held(out):
         todo = _to_do(sources, out, vision.fingerprint(decoding) | {"keep_images": keep_images})
-        broken = Broken(max_broken, good=sum(read_sizes(out).get(shard_name(s), 0) for s in sources if s not in todo))
+        broken = _so_far(out, {shard_name(s) for s in sources} - {shard_name(s) for s in todo}, max_broken)
         stream = ChunkStream(todo, decoding_as(vision.transform, decoding), batch_size)
         reading = usual_workers() if workers is None else workers
         loader = WorkerLoader(stream, None, num_workers=min(reading, len(todo)))
@@ -87,10 +89,28 @@ def _to_do(sources: list[str], out: Path, tower: dict[str, Any]) -> list[str]:
     of = _folders(sources)
     there = FEATURES.begin(out, tower | {"source": of})
     done = _done(sources, out, of, there.get("source", of))
-    if done and there.get("keep_images", tower["keep_images"]) != tower["keep_images"]:
-        told = "with" if there["keep_images"] else "without"
-        raise UserError(f"{out}: holds features {told} their images; name another folder, or give --keep-images as then")
+    if there.get("keep_images", tower["keep_images"]) != tower["keep_images"]:
+        if done:
+            told = "with" if there["keep_images"] else "without"
+            raise UserError(f"{out}: holds features {told} their images; name another folder, or give --keep-images as then")
+        write_json(out / FEATURES.file, there | {"keep_images": tower["keep_images"]})
     return [s for s in sources if s not in done]
+
+
+def _so_far(out: Path, done: set[str], limit: float) -> Broken:
+    """What is broken of the shards that are finished, by their names."""
+    sizes, said = read_sizes(out), _lost(out)
+    broken = Broken(limit)
+    for name in done:
+        broken.good += sizes.get(name, 0)
+        bad, lost, missing = said.get(name, (0, 0, 0))
+        broken.bad, broken.lost, broken.missing = broken.bad + bad, broken.lost + lost, broken.missing + missing
+    return broken
+
+
+def _lost(out: Path) -> dict[str, Any]:
+    """By the name of a finished shard: samples that were broken, faults of the shard itself, samples it held too few."""
+    return read_json(out / LOST, LOST) if (out / LOST).exists() else {}  # type: ignore[no-any-return]
 
 
 def _folders(sources: list[str]) -> list[str]:
@@ -137,8 +157,10 @@ def _store(chunks: Iterable[Chunk], out: Path, vision: VisionTower, keep_images:
                 begun[name].add(chunk, vision, keep_images)
                 bar.update(len(chunk.samples))
             else:
-                broken.join(chunk.broken)
+                if any(counts := [chunk.broken.bad, chunk.broken.lost, chunk.broken.missing]):
+                    write_json(out / LOST, _lost(out) | {name: counts})
                 encoded += begun[name].close()
+                broken.join(chunk.broken)
                 del begun[name]
         return encoded
     finally:

@@ -6,7 +6,7 @@ import copy
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -27,7 +27,7 @@ from fromage.images.codec import SUFFIXES, image_files, is_image
 from fromage.images.locators import locator
 from fromage.images.open import MAX_FILE, open_regular
 from fromage.images.transforms import Transform, read_image
-from fromage.io import digest_of, json_object
+from fromage.io import json_object
 
 MAX_META = 1 << 14  # bytes of what is kept of an image's own JSON
 PATHS = ("source", "target_image")  # of what fromage.data.packing writes: as they stood in the list of images
@@ -121,10 +121,10 @@ class ImageSource(IterableDataset[ImageBatch]):
     Attributes:
         parts: the parts; todo: the numbers of the parts that are read, at first all.
         count: expected number of images; None if unknown.
-        captions: digest of the file that captions files; '' without one.
+        captions: of files, by path; None for shards, which contain theirs.
     """
 
-    captions = ""
+    captions: Mapping[str, str] | None = None
 
     def __init__(
         self,
@@ -261,9 +261,9 @@ def find_images(source: str, transform: Transform, captions: Path | None = None,
     if captions and said.keys().isdisjoint(files):
         raise UserError(f"{captions}: names no image of {source}; names in it must be relative to that folder")
     read = partial(_read_files, captions=said)
-    source_ = ImageSource(files, read, transform, len(files), str(folder), FILES_PER_PART, batch_size)
-    source_.captions = digest_of(captions)[:16] if captions else ""
-    return source_
+    images = ImageSource(files, read, transform, len(files), str(folder), FILES_PER_PART, batch_size)
+    images.captions = said
+    return images
 
 
 def is_shards(source: Path) -> bool:

@@ -24,6 +24,7 @@ from fromage.errors import BrokenSample, UserError, first_few
 from fromage.images.codec import decode_image
 from fromage.images.open import file_bytes
 from fromage.io import read_json, write_json
+from fromage.locks import held
 
 JPEG = b"\xff\xd8\xff"  # first bytes of a JPEG file
 SHOWN = 3  # names under a cause
@@ -170,16 +171,16 @@ def pack(
     sets = {out: samples}
     if val_fraction:
         sets = split(sets[out], out, val_fraction)
-    for folder in sets:
+    former = _former(out) - sets.keys() if overwrite else set()
+    for folder in (*sets, *former):
         own_shards(folder) if overwrite else check_no_shards(folder)
     if overwrite:
         (out / REPORT).unlink(missing_ok=True)  # which says that all was packed
     for folder, samples in sets.items():
         report.folders[str(folder)] = write_members(_encoded(samples, members, report), folder, per_shard, overwrite)
-    if overwrite:  # shards of another split, which would hold the same images once more
-        for folder in {out, out / "train", out / "val"} - sets.keys():
-            if (folder / "sizes.json").exists():
-                remove_shards(folder)
+    for folder in former:  # of another split: they would hold the same images once more
+        with held(folder):
+            remove_shards(folder)
     report.images = sum(report.folders.values())
     counts = {"images": report.images, "pairs": report.pairs, "folders": report.folders}
     write_json(out / REPORT, counts | {"skipped": report.skipped, "names": report.names})
@@ -188,6 +189,15 @@ def pack(
         told = f"{first_few(empty)}: no {report.unit} could be packed ({causes or 'the file holds no pair'})"
         raise UserError(f"{told}; correct the file, or name the folder of its images. {out / REPORT} has all names")
     return report
+
+
+def _former(out: Path) -> set[Path]:
+    """The folders of shards that the report of a former packing into this one names."""
+    try:
+        folders = read_json(out / REPORT, "a report of packing")["folders"]
+    except (UserError, KeyError, TypeError):
+        return set()
+    return {folder for folder in (out, out / "train", out / "val") if str(folder) in folders and folder.is_dir()}
 
 
 def is_packed(out: Path) -> bool:

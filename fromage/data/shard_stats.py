@@ -87,6 +87,10 @@ class CollectedLosses(Broken):
         """Collect how many samples the shard holds too few."""
         self.records.append(Record(self.name, lost=size - found))
 
+    def exceeds(self, shard: str, size: int) -> None:
+        """Collect that the shard holds more samples than it should."""
+        self.records.append(Record(self.name, broken=f"more than the {size} samples that sizes.json says"))
+
 
 class RecordReader(IterableDataset[Record]):
     """A record of every sample; worker w of W reads the shards w, w + W, w + 2 W and so on."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import re
+import tarfile
 from collections.abc import Iterable
 from contextlib import suppress
 from itertools import groupby
@@ -17,6 +17,7 @@ from fromage.errors import UserError
 from fromage.io import WholeFile, write_json, writing
 from fromage.locks import held
 
+OWNER = "fromage"  # of the members of a tar
 BESIDE = ("sizes.json", "report.json", "features.json")  # what is said of the shards of a folder
 
 
@@ -29,7 +30,7 @@ class ShardWriter:
         self.keys: set[str] = set()
         with writing(path, kept):
             self.file = self.whole.part.open("wb")
-        self.tar = wds.TarWriter(self.file, encoder=False, mtime=0, user="fromage", group="fromage")
+        self.tar = wds.TarWriter(self.file, encoder=False, mtime=0, user=OWNER, group=OWNER)
 
     def write(self, key: str, members: dict[str, bytes]) -> None:
         """Add a sample: members by extension, as in {'jpg': ..., 'txt': ...}."""
@@ -64,11 +65,24 @@ def check_no_shards(folder: Path) -> None:
 
 def own_shards(folder: Path) -> list[Path]:
     """The shards of a folder that were written here. Raises UserError for tars of others, which nobody may replace."""
-    ours = set(read_sizes(folder))
+    try:
+        ours = set(read_sizes(folder))
+    except UserError:  # damaged
+        ours = set()
     shards = sorted(folder.glob("*.tar"))
-    if strange := [path.name for path in shards if path.name not in ours and not re.fullmatch(r"\d{5}\.tar", path.name)]:
+    if strange := [path.name for path in shards if path.name not in ours and not _is_own(path)]:
         raise UserError(f"{folder} holds {strange[0]}, which is no shard of this command; name another folder")
     return shards
+
+
+def _is_own(shard: Path) -> bool:
+    """Whether the first member of a tar says that it was written here."""
+    try:
+        with tarfile.open(shard, "r:") as tar:
+            first = tar.next()
+    except (OSError, tarfile.TarError):
+        return False
+    return first is not None and first.uname == OWNER
 
 
 def remove_shards(folder: Path) -> None:

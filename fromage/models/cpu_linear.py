@@ -62,7 +62,8 @@ class CpuLinear(nn.Linear):
 def with_cpu_linears(model: nn.Module, halves: Halves | None = None) -> nn.Module:
     """A second object for a model, whose linear layers are CpuLinear: for answers, whose tokens are few rows each.
 
-    Parameters, buffers and hooks are the model's own; the model is not changed. Making it takes a few milliseconds.
+    Parameters, buffers and hooks are the model's own; the model is not changed. Any other attribute that a forward
+    pass sets is set on the second object alone. Making it takes a few milliseconds.
     halves: see halves_of.
     """
     seen: dict[nn.Module, nn.Module] = {}

@@ -122,6 +122,13 @@ class LanguageModel(FrozenTower):
         return zeros.masked_fill_(~sees, torch.finfo(self.dtype).min)
 
     @property
+    def _has_alibi(self) -> bool:
+        """Whether attention falls with the distance of tokens, which is counted in places of the row."""
+        config = self.hf.config.get_text_config()
+        inner = getattr(config, "attn_config", None)  # of MPT
+        return config.model_type == "bloom" or bool(getattr(config, "alibi", False) or getattr(inner, "alibi", False))
+
+    @property
     def _kind(self) -> str:
         return self.hf.config.get_text_config().model_type
 
@@ -137,8 +144,9 @@ class LanguageModel(FrozenTower):
         mask: (B, 1, T, S + T) bool, which of S cached and T new tokens each new token sees. The cache grows by T tokens.
         Raises UserError where that is more than a sliding window, and for a family that has positions of its own (ALiBi).
         """
-        if not self._routes:
-            raise UserError(f"{self.name}: {self._kind} counts positions by itself, which branches of a row cannot have")
+        if self._has_alibi:
+            told = f"{self._kind} counts positions by itself (ALiBi), which branches of a row cannot have"
+            raise UserError(f"{self.name}: {told}")
         self._check_window(mask.shape[-1])
         attention = self.additive(mask)  # numbers: eager attention (Gemma 2, gpt-oss) would add a bool as 0 and 1
         output = self._run(embeds, attention_mask=attention, position_ids=positions, past_key_values=cache, use_cache=True)

@@ -247,17 +247,21 @@ class OctopusData(pl.LightningDataModule):
             raise UserError(f"{told}: lower it")
         self.layout = {"rows": len(rows), "data.batch_size": batch_size, "data.per_image": self.per_image}
         self.layout |= {"data.seed": self.seed, "trainer.devices": devices}
-        if (seen := self._seen()) and self.former and self.former != self.layout:
+        return ResumableSampler(dataset, self.trainer, self.seed, self._seen)
+
+    def _seen(self) -> int:
+        """Rows of this epoch that were trained on before the run was stopped, on each device; Lightning counts batches.
+
+        Raises UserError where the order of the rows was another then.
+        """
+        loop: Any = self.trainer.fit_loop  # type: ignore[union-attr]
+        seen = loop.epoch_loop.batch_progress
+        batches: int = seen.current.ready if loop.restarting and not seen.is_last_batch else 0
+        if batches and self.former and self.former != self.layout:
             name = next(name for name in self.layout if self.former.get(name) != self.layout[name])
             told = f"{name} {self.former.get(name)} (now {self.layout[name]})"
             raise UserError(f"the checkpoint is from the middle of an epoch with {told}: set that back to go on exactly")
-        return ResumableSampler(dataset, self.trainer, self.seed, seen * batch_size)
-
-    def _seen(self) -> int:
-        """Batches of this epoch that were trained on before the run was stopped; Lightning counts them."""
-        loop: Any = self.trainer.fit_loop  # type: ignore[union-attr]
-        seen = loop.epoch_loop.batch_progress
-        return seen.current.ready if loop.restarting and not seen.is_last_batch else 0
+        return batches * self.batch_size
 
     def _store(self, examples: Sequence[Example], vision: Any) -> PatchStore:
         """The patches of all images; one process writes them while the others wait."""

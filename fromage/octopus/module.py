@@ -12,6 +12,7 @@ from fromage.checkpoints.format import dtype_name
 from fromage.checkpoints.lightning import PREFIX
 from fromage.checkpoints.load import read_saved
 from fromage.checks import check_real, check_whole
+from fromage.errors import UserError
 from fromage.models.options import Quantized
 from fromage.models.pretrained import from_hyperparameters
 from fromage.octopus.checkpoint import MASKS, check_names, check_run, check_shaped, current_names, current_state, of_stage
@@ -162,6 +163,8 @@ class OctopusModule(GuardedModule):
 
     def validation_step(self, batch: GroundingBatch | None, index: int) -> None:
         """Losses, and metrics of greedy answers (fromage.octopus.metrics). batch: None where all its images are broken."""
+        if batch is None and self.trainer.world_size > 1:  # the others would wait for this device
+            raise UserError("a whole batch of data.val cannot be decoded; remove its images, or raise data.val_batch_size")
         if batch is None:
             return
         out = octopus_step(self.model, batch)

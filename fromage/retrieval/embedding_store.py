@@ -29,6 +29,7 @@ from fromage.identity import FolderKind
 from fromage.images.locators import MEMBER, split_locator
 from fromage.io import WholeFile, as_json, write_files
 from fromage.retrieval import trust
+from fromage.retrieval.image_root import to_bytes, to_text
 from fromage.retrieval.index_folder import check_paths
 from fromage.retrieval.item_table import SCHEMA, Embedded, filled, to_batch
 
@@ -42,7 +43,7 @@ STORE = FolderKind(
     again="make some with: fromage index embed",
     format=(FORMAT, VERSION),
     keys=frozenset({"fingerprint", "checkpoint", "source", "width", "dtype", "parts"}),
-    ignored=frozenset({"checkpoint", "root", "captions"}),  # paths, which may change; captions are compared by themselves
+    ignored=frozenset({"checkpoint", "root"}),  # paths, which may change
 )
 GROWS = frozenset({"source", "parts"})  # keys that change as a source grows
 PATHS = "embeddings' paths"  # what a seal is for
@@ -69,10 +70,8 @@ class EmbeddingStore:
         Parts whose files are no longer there, or have changed, are embedded again without these.
         """
         folder = Path(folder)
-        about |= {"source": images.digest(), "root": images.root, "parts": len(images.parts), "captions": images.captions}
+        about |= {"source": images.digest(), "root": images.root, "parts": len(images.parts)}
         there = replace(STORE, ignored=STORE.ignored | GROWS).find(folder, about)
-        if there is not None and there.get("captions", "") != images.captions:
-            raise UserError(f"{folder}: was embedded with other captions; name another folder, or remove it")
         if there is not None:
             store = cls(folder, there)
             if (parts := store._take_up(images)) is not None:
@@ -91,6 +90,8 @@ class EmbeddingStore:
         if not same and self.about.get("root") != images.root and not known.keys() <= now.keys():
             return None
         stale = {part for part, names in made.items() if any(n not in now or (s and s != now[n]) for n, s in names.items())}
+        if images.captions is not None:
+            stale |= {part for part in made.keys() - stale if not self._has_captions(part, images.captions)}
         if same and not stale and all(tuple(names) == images.parts[part] for part, names in made.items()):
             return images.parts
         kept = {part: names for part, names in made.items() if part not in stale}
@@ -105,6 +106,14 @@ class EmbeddingStore:
         for part in stale:
             self._path(part).unlink()
         return [parts[part] for part in range(count)]
+
+    def _has_captions(self, part: int, captions: Mapping[str, str]) -> bool:
+        """Whether the rows of a part have these captions, by path, and no others."""
+        for batch in self._read(part, ["path", "caption"]):
+            pairs = zip(*(batch.column(name).cast(pa.binary()).to_pylist() for name in ("path", "caption")), strict=True)
+            if any(to_bytes(captions.get(to_text(path), "")) != caption for path, caption in pairs):
+                return False
+        return True
 
     def _made_of(self, part: int) -> dict[str, str]:
         """The files or shards that a part was made of, with their stamps; of parts of former versions those of its rows."""

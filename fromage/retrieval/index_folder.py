@@ -15,6 +15,7 @@ Milvus there is index.json alone, which names the server and the collection.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Container, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +24,6 @@ from typing import IO, Any
 import numpy as np
 import pyarrow as pa
 
-from fromage.checks import HALVES
 from fromage.errors import UserError, reason
 from fromage.identity import FolderKind
 from fromage.io import check_new, digest_of, set_aside, whole_folder, write_json
@@ -138,12 +138,20 @@ def read_about(folder: Path) -> dict[str, Any]:
 def check_paths(kind: FolderKind, folder: Path, about: dict[str, Any]) -> None:
     """Raise UserError where the paths and the fingerprint that a folder names cannot be such."""
     root, checkpoint, fingerprint = (about.get(name) or "" for name in ("root", "checkpoint", "fingerprint"))
-    if not isinstance(root, str) or (root and not Path(root).is_absolute()) or "\0" in root or HALVES.search(root):
+    if not _is_path(root) or (root and not Path(root).is_absolute()):
         raise kind.unreadable(folder, f"root is {root!r:.40}, no absolute folder")
-    if not isinstance(checkpoint, str) or "\0" in checkpoint or HALVES.search(checkpoint) or len(checkpoint) > LONGEST:
+    if not _is_path(checkpoint):
         raise kind.unreadable(folder, f"checkpoint is {checkpoint!r:.40}, no path")
     if not isinstance(fingerprint, str) or "/" in fingerprint or "\0" in fingerprint:
         raise kind.unreadable(folder, f"fingerprint is {fingerprint!r:.40}")
+
+
+def _is_path(value: Any) -> bool:
+    """Whether a disk takes it; names that are not UTF-8 have their bytes as surrogates."""
+    try:
+        return isinstance(value, str) and b"\0" not in os.fsencode(value) and len(value) <= LONGEST
+    except UnicodeEncodeError:
+        return False
 
 
 def _is_file(name: str, said: Any) -> bool:

@@ -100,14 +100,16 @@ def _read(path: Path) -> pa.Table:
 
 def _check_depth(path: Path, data: bytes) -> None:
     """Raise UserError for lines of JSON that are nested so deep that pyarrow's reader would end the process."""
+    depth = 0  # of what lines before have left open
     for number, line in enumerate(data.split(b"\n"), 1):
-        if line.count(b"[") + line.count(b"{") > DEEP:
+        opened = line.count(b"[") + line.count(b"{")
+        if depth + opened > DEEP:
             try:
-                json.loads(line)
-            except RecursionError:
+                json.loads(line)  # brackets within texts count for nothing
+                continue
+            except (RecursionError, ValueError):
                 raise UserError(f"{path}: line {number} is nested too deep; give plain columns") from None
-            except ValueError:
-                continue  # pyarrow says what is wrong
+        depth = max(0, depth + opened - line.count(b"]") - line.count(b"}"))
 
 
 def in_calendar(column: pa.ChunkedArray) -> pa.ChunkedArray:

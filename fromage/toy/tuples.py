@@ -20,7 +20,7 @@ from fromage.toy.scenes import Scene, sample_scene
 from fromage.toy.writers import encode
 
 LINES, IMAGES = "tuples.jsonl", "images"
-OWN = re.compile(rf"{IMAGES}/\d{{6}}(_target)?\.jpg|{IMAGES}|{re.escape(LINES)}|{re.escape(LOCK)}")  # what a folder holds
+OWN = re.compile(rf"{IMAGES}/\d{{6,}}(_target)?\.jpg|{IMAGES}|{re.escape(LINES)}|{re.escape(LOCK)}")  # what a folder holds
 TRIES, MOST_CHANGES = 8, 4  # draws of a change until one fits; changes of a reference image, at most
 
 

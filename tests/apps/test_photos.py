@@ -142,7 +142,8 @@ def test_captions_or_photographs_that_changed_are_not_passed_over(made, coco, tm
     shutil.copy(coco[0], captions)
     before = tour.source_of(captions, images)
     assert before == tour.source_of(captions, images) and tour.source_of(tmp_path / "none.json", images) == {}
-    (images / next(images.iterdir()).name).touch()
+    with (images / next(images.iterdir()).name).open("ab") as photograph:
+        photograph.write(b" ")
     touched = tour.source_of(captions, images)
     captions.write_text(captions.read_text().replace("a ", "the ", 1))
     corrected = tour.source_of(captions, images)

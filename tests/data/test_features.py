@@ -204,8 +204,18 @@ def test_the_verdict_is_the_same_however_the_work_is_cut(tmp_path, workers):
     assert store_features(source, out, Vision(), workers=workers, max_broken=0.2) == 8
     (out / "00002.tar").unlink()
     assert store_features(source, out, Vision(), workers=workers, max_broken=0.2) == 0
-    with pytest.raises(UserError, match="2 of 10 samples are broken"):
-        store_features(source, tmp_path / "g", Vision(), workers=workers, max_broken=0.19)
+    for _ in range(2):  # running it again does not pass it over
+        with pytest.raises(UserError, match="2 of 10 samples are broken"):
+            store_features(source, tmp_path / "g", Vision(), workers=workers, max_broken=0.19)
+
+
+def test_images_are_kept_or_not_from_the_first_shard_on(tmp_path):
+    """Nothing was stored by the run that was killed, so the next one decides."""
+    source, out = shards(tmp_path / "s"), tmp_path / "f"
+    with pytest.raises(KeyboardInterrupt):
+        store_features(source, out, Vision(stops_after=0), batch_size=2, workers=0, keep_images=True)
+    store_features(source, out, Vision(), workers=0)
+    assert store_features(source, out, Vision(), workers=0) == 0
 
 
 def test_folders_that_hold_something_else_are_refused(tmp_path):

@@ -145,16 +145,24 @@ def test_a_split_follows_from_the_images_names_and_stays_when_there_are_more(pho
     assert part["val"] <= whole["val"] and part["train"] <= whole["train"]
 
 
-def test_with_overwrite_another_split_leaves_nothing_and_tars_of_others_stay(photographs, tmp_path):
+def test_with_overwrite_another_split_leaves_nothing_and_shards_of_others_stay(photographs, tmp_path):
     tsv, out = write_tsv(photographs, sorted(path.name for path in photographs.glob("*.jpg"))), tmp_path / "o"
-    for fraction, folders in ((0.0, {"."}), (0.25, {"train", "val"}), (0.0, {"."})):
+    pack_tsv(tsv, out / "val")  # a packing of its own
+    for fraction, folders in ((0.0, {".", "val"}), (0.25, {"train", "val"}), (0.0, {"."})):
         pack_tsv(tsv, out, val_fraction=fraction, overwrite=True)
         assert {str(path.parent.relative_to(out)) for path in out.rglob("*.tar")} == folders
         assert {str(path.parent.relative_to(out)) for path in out.rglob("sizes.json")} == folders
-    (out / "backup.tar").write_bytes(b"mine")
-    with pytest.raises(UserError, match=r"holds backup\.tar, which is no shard of this command"):
-        pack_tsv(tsv, out, overwrite=True)
-    assert (out / "backup.tar").read_bytes() == b"mine" and (out / "00000.tar").exists()
+    for name in ("backup.tar", "00000.tar"):
+        other = tmp_path / name
+        other.mkdir()
+        with tarfile.open(other / name, "w") as tar:
+            tar.add(tsv, "a")
+        before = (other / name).read_bytes()
+        with pytest.raises(UserError, match=f"holds {name}, which is no shard of this command"):
+            pack_tsv(tsv, other, overwrite=True)
+        assert [path.name for path in other.iterdir()] == [name] and (other / name).read_bytes() == before
+    (out / "sizes.json").write_text("damaged")
+    assert pack_tsv(tsv, out, overwrite=True).images
 
 
 def test_a_split_without_an_image_on_one_side_is_refused_before_anything_is_packed(photographs, tmp_path):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from tiny_octopus import FAMILIES, NoTower, build
+from tiny_octopus import FAMILIES, WITH_ALIBI, NoTower, build
 from torch.nn import functional as F
 
 from fromage.data.padding import pad
@@ -71,6 +71,12 @@ def test_answers_behind_a_reading_are_those_of_one_pass_over_all(family):
             inputs_embeds=embeds, attention_mask=model.lm.additive(visible), position_ids=positions(sees), use_cache=False
         ).last_hidden_state
     torch.testing.assert_close(torch.cat([first.unsqueeze(1), rest], 1), whole[:, -4:], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", WITH_ALIBI.values(), ids=WITH_ALIBI)
+def test_a_family_that_counts_positions_by_itself_is_refused(family):
+    with pytest.raises(UserError, match=r"counts positions by itself \(ALiBi\)"):
+        read(build(family))
 
 
 def test_queries_see_each_other_both_ways_and_nothing_sees_what_comes_later():

@@ -1,6 +1,7 @@
 """The three stages under Lightning on a small world: what each trains, what it keeps, and what the next takes up."""
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -209,12 +210,12 @@ class Seen(pl.Callback):
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_run_that_goes_on_sees_what_it_would_have_seen(world, tmp_path):
-    def fit(out, steps, resume=None, batch_size=4):
+    def fit(out, steps, resume=None, batch_size=4, epochs=None):
         coco = world / "refcoco"
         source = RefCOCO(str(coco / "refs(unc).p"), str(coco / "instances.json"), str(coco / "images"), limit=22)
         saver = SafeCheckpoint(out, save_last=True, save_top_k=0, every_n_train_steps=1, enable_version_counter=False)
         seen = Seen()
-        trainer = pl.Trainer(max_steps=steps, accelerator="cpu", logger=False, callbacks=[saver, seen],
+        trainer = pl.Trainer(max_steps=steps, max_epochs=epochs, accelerator="cpu", logger=False, callbacks=[saver, seen],
                              enable_progress_bar=False, enable_model_summary=False)  # fmt: skip
         module = OctopusModule(
             stage=2, lm="toy", vision="toy", num_queries=4, decoder_width=16, decoder_layers=1, heads=2, dtype="float32"
@@ -230,9 +231,14 @@ def test_a_run_that_goes_on_sees_what_it_would_have_seen(world, tmp_path):
     assert len({key for keys in whole[:5] for key in keys}) == 20 and whole[:5] != whole[5:10]
     for stop in (3, 5, 7):
         out = tmp_path / str(stop)
-        assert fit(out, stop) + fit(out, 12, str(out / "last.ckpt")) == whole
-    with pytest.raises(UserError, match=r"middle of an epoch with data.batch_size 4 \(now 2\): set that back"):
-        fit(tmp_path / "other", 15, str(tmp_path / "7" / "last.ckpt"), batch_size=2)
+        begun = fit(out, stop)
+        stopped = shutil.copy(out / "last.ckpt", tmp_path / f"{stop}.ckpt")
+        assert begun + fit(tmp_path / f"steps{stop}", 12, str(stopped)) == whole
+        # a run of epochs, whose loaders Lightning makes before it knows where the run goes on
+        assert fit(tmp_path / f"epochs{stop}", -1, str(stopped), epochs=2) == whole[stop:10]
+    for limit in ({"steps": 15}, {"steps": -1, "epochs": 3}):
+        with pytest.raises(UserError, match=r"middle of an epoch with data.batch_size 4 \(now 2\): set that back"):
+            fit(tmp_path / "other", resume=str(tmp_path / "7.ckpt"), batch_size=2, **limit)
 
 
 def test_a_run_does_not_go_on_with_the_decoder_at_another_layer(trained):

@@ -121,7 +121,7 @@ def test_layers_that_run_again_in_the_backward_give_the_same_gradients(family):
     runs = []
     for block in model.lm.blocks:
         block.register_forward_hook(lambda *_: runs.append("forward"))
-        attention = block.attention if family == "pythia" else block.self_attn
+        attention = getattr(block, {"pythia": "attention", "falcon": "self_attention"}.get(family, "self_attn"))
         attention.register_forward_hook(lambda *_: runs.append("attention"))
     checkpoint_blocks(model.lm)
     _, again, same = step(model, rows)

@@ -20,6 +20,13 @@ FAMILIES = {
     "qwen2": (hf.Qwen2Config, GROUPED),
     "pythia": (hf.GPTNeoXConfig, SIZES),
     "gemma2, eager": (hf.Gemma2Config, GROUPED),
+    "falcon": (hf.FalconConfig, SIZES | {"alibi": False}),
+}
+
+
+WITH_ALIBI = {
+    "falcon": (hf.FalconConfig, SIZES | {"alibi": True}),
+    "bloom": (hf.BloomConfig, {"hidden_size": 32, "n_layer": 4, "n_head": 4}),
 }
 
 
@@ -32,9 +39,9 @@ class NoTower(torch.nn.Module):
 def build(family="opt", num_queries=3, **options):
     torch.manual_seed(0)
     tokenizer = PromptTokenizer(str(TOY / "opt"), index_token_names(num_queries), (IMAGE, QUERY))
-    kind, sizes = FAMILIES[family]
+    kind, sizes = family if isinstance(family, tuple) else FAMILIES[family]
     config = kind(vocab_size=tokenizer.vocab_size + 7, pad_token_id=1, bos_token_id=2, eos_token_id=2, **sizes)
-    lm = LanguageModel(hf.AutoModelForCausalLM.from_config(config), tokenizer, family)
+    lm = LanguageModel(hf.AutoModelForCausalLM.from_config(config), tokenizer, str(family))
     return Octopus(lm, NoTower(), num_queries, **{"decoder_width": 16, "decoder_layers": 2, "heads": 2} | options)
 
 

@@ -147,18 +147,32 @@ def test_captions_of_a_folder(tmp_path):
         assert [item.caption for item in found] == ["blau", "", "rot"]
 
 
-def test_captions_that_came_later_or_were_corrected_are_not_passed_over(tmp_path):
+def test_captions_that_came_later_or_were_corrected_are_not_passed_over(tmp_path, monkeypatch):
     folder, out, said = write_colours(tmp_path / "images"), tmp_path / "e", tmp_path / "captions.json"
-    module.embed_images(Model(), folder, out)
-    said.write_text(json.dumps({"red/a.png": "rot"}))
-    refused = pytest.raises(UserError, match="was embedded with other captions; name another folder")
-    with refused:
-        module.embed_images(Model(), folder, out, captions=said)
-    for _ in range(2):
-        module.embed_images(Model(), folder, tmp_path / "f", captions=said)
-    said.write_text(json.dumps({"red/a.png": "roter"}))
-    with refused:
-        module.embed_images(Model(), folder, tmp_path / "f", captions=said)
+    monkeypatch.setattr(image_source, "FILES_PER_PART", 1)
+    for captions, again in ((None, 3), ({"red/a.png": "rot"}, 1), ({"red/a.png": "roter"}, 1), ({"red/a.png": "roter"}, 0)):
+        said.write_text(json.dumps(captions or {}))
+        model = Model()
+        monkeypatch.setattr(model, "embed_images", counting := Counting(model.embed_images))
+        store = module.embed_images(model, folder, out, captions=said if captions else None)
+        assert counting.rows == again
+        assert sorted(item.caption for item in rows_and_items(store)[1]) == sorted(
+            ["", "", *(captions or {"": ""}).values()]
+        )
+    Image.new("RGB", (8, 8), "red").save(folder / "new.png")
+    said.write_text(json.dumps({"red/a.png": "roter", "new.png": "neu"}))
+    assert len(module.embed_images(Model(), folder, out, captions=said)) == 4, "a folder grows, and its captions with it"
+
+
+class Counting:
+    """A function, and how many rows it was given."""
+
+    def __init__(self, function):
+        self.function, self.rows = function, 0
+
+    def __call__(self, rows):
+        self.rows += len(rows)
+        return self.function(rows)
 
 
 @pytest.mark.parametrize(

@@ -103,5 +103,8 @@ def test_json_that_is_nested_too_deep_does_not_end_the_process(tmp_path):
     (tmp_path / "t.jsonl").write_text('{"id": "a", "x": ' + "[" * 100_000 + "]" * 100_000 + "}\n")
     with pytest.raises(UserError, match="line 1 is nested too deep"):
         read_table(tmp_path / "t.jsonl", "id")
+    (tmp_path / "t.jsonl").write_text('{"id": "a", "x": ' + "[\n" * 200_000)
+    with pytest.raises(UserError, match="line 100 is nested too deep"):
+        read_table(tmp_path / "t.jsonl", "id")
     (tmp_path / "t.jsonl").write_text('{"id": "a", "x": "' + "[" * 1000 + '"}\n')
     assert read_table(tmp_path / "t.jsonl", "id").columns.column("x").to_pylist() == ["[" * 1000]

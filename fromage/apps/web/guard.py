@@ -22,7 +22,7 @@ PATHS = re.compile(  # what the page asks for; Gradio has much more
     r"/|/(config|theme\.css|favicon\.ico|manifest\.json|robots\.txt)/?|/(assets|static|svelte)/.*|/gradio_api/("
     r"upload|upload_progress|queue/(join|data)|run/predict|cancel|reset/?|startup-events|theme\.css|heartbeat/\w+|file=(?!.*://).*)"
 )
-STREAMS = {  # replies that stay open, of one address and of all: a page has one of each
+STREAMS = {  # replies that stay open, of one address (of all clients, behind a proxy) and of all: a page has one of each
     "/gradio_api/heartbeat/": (32, 128),  # whose client has left; the page works without
     "/gradio_api/queue/data": (64, 192),  # answers while they are decoded
 }
