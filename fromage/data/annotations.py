@@ -138,15 +138,19 @@ def fitting(path: Path, name: str, entries: Any, wanted: Wanted, skip: Skip | No
     return [entry for number, entry in enumerate(entries) if number not in odd]
 
 
-def by_id(path: Path, name: str, entries: list[dict[str, Any]]) -> dict[Any, dict[str, Any]]:
-    """Entries, called name, by their `id`. Raises UserError for two that share one, as in files put together."""
+def by_id(path: Path, name: str, entries: list[dict[str, Any]], skip: Skip | None = None) -> dict[Any, dict[str, Any]]:
+    """Entries, called name, by their `id`. Those that share one are odd, all of them, since nobody knows which is meant.
+
+    So files that were put together are refused where their ids are not apart. skip: as of fitting, which also says what is
+    raised.
+    """
     found: dict[Any, dict[str, Any]] = {}
+    twice: dict[Any, dict[str, Any]] = {}
     for entry in entries:
-        if (other := found.setdefault(entry["id"], entry)) != entry:
-            told = f"{path}: {name} have the id {shown(entry['id'])} twice"
-            names = " and ".join(str(each["file_name"]) for each in (other, entry) if "file_name" in each)
-            raise UserError(f"{told}{f' ({names})' if names else ''}; files put together need ids of their own")
-    return found
+        if found.setdefault(entry["id"], entry) != entry:
+            twice[entry["id"]] = entry
+    leave_out(path, [f"{name} of the id {shown(key)}, which several have" for key in twice], len(entries), skip)
+    return {key: entry for key, entry in found.items() if key not in twice}
 
 
 def leave_out(path: Path, odd: list[str], count: int, skip: Skip | None = None) -> None:
@@ -259,7 +263,7 @@ def coco_captions(path: Path, content: Any, skip: Skip | None = None) -> Caption
     """The content of a caption file in COCO's format, checked; skip: as of fitting."""
     images = fitting(path, "images", content["images"], {"id": ID, "file_name": FILE}, skip)
     notes = fitting(path, "annotations", content["annotations"], {"image_id": ID, "caption": TEXT}, skip)
-    files = {key: image["file_name"] for key, image in by_id(path, "images", images).items()}
+    files = {key: image["file_name"] for key, image in by_id(path, "images", images, skip).items()}
     captions: dict[Any, list[str]] = {key: [] for key in files}
     strays = [
         f"annotations of image {shown(note['image_id'])}, which is missing"

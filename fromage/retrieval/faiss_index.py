@@ -99,7 +99,7 @@ class FaissIndex(ImageIndex):
         """Index unit rows, of which there is one at least, without a folder. kind: None chooses by the number of rows."""
         vectors, items = zip(*rows, strict=True)
         index = cls(np.concatenate(vectors), ItemTable(items), fingerprint, checkpoint=checkpoint)  # (N, q)
-        index._prepare(kind or default_kind(len(index)))
+        index._prepare(default_kind(len(index)) if kind is None else kind)
         return index
 
     def _prepare(self, kind: str, trained: ANNIndex | None = None) -> None:

@@ -279,8 +279,10 @@ def test_images_that_share_an_id_are_refused_and_the_same_entry_twice_is_not(tmp
     file, one = tmp_path / "captions.json", {"id": 1, "file_name": "a.png"}
     notes = [{"image_id": 1, "caption": "a dog"}, {"image_id": 1, "caption": "a cat"}]
     file.write_text(json.dumps({"images": [one, {"id": 1, "file_name": "b.png"}], "annotations": notes}))
-    with pytest.raises(UserError, match=r"images have the id 1 twice \(a.png and b.png\); files put together need ids"):
+    with pytest.raises(UserError, match=r"1 of 2 entries are odd \(images of the id 1, which several have\)"):
         coco_captions(file, json.loads(file.read_text()))
+    with odd_allowed(1.0), pytest.warns(UserWarning, match="left out"):
+        assert not coco_captions(file, json.loads(file.read_text())).captions
     assert coco_captions(file, {"images": [one, one], "annotations": notes}).captions == {1: ["a dog", "a cat"]}
 
 

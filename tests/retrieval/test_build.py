@@ -265,6 +265,7 @@ def test_a_build_that_was_killed_does_not_embed_again(tmp_path, monkeypatch):
 
 def test_a_place_that_is_taken_and_a_kind_that_is_none_are_refused_before_the_work(tmp_path, monkeypatch):
     monkeypatch.setattr(index_builder, "embed_images", lambda *args, **options: pytest.fail("hours of work"))
+    (tmp_path / "mine").touch()
     with pytest.raises(UserError, match="something else than an index"):
         build_index(Model(), tmp_path, tmp_path)
     with pytest.raises(UserError, match=r"kind IVF,SQ8: FAISS cannot"):

@@ -227,7 +227,7 @@ def test_there_is_no_index(tmp_path):
 def test_only_an_index_is_replaced(tmp_path):
     index = FaissIndex.build(rows(2), items(2), "")
     (tmp_path / "file").write_text("mine")
-    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "within").mkdir(parents=True)
     index.save(tmp_path / "index")
     (tmp_path / "index" / "notes.txt").write_text("mine")
     for name in ("file", "folder", "index"):

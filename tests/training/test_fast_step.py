@@ -44,6 +44,7 @@ def build(kind, k, dtype=torch.float32, r=1, **options):
             num_attention_heads=4,
             max_position_embeddings=64,
             init_std=0.3,
+            activation_function="gelu",  # ReLU's derivative jumps, where two exact steps may differ
         )
         hf = OPTForCausalLM(config)
     else:

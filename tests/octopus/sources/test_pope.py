@@ -59,3 +59,18 @@ def test_pope_that_is_wrong(tmp_path):
             list(Pope(str(tmp_path / "pope.json"), "images"))
     with pytest.raises(UserError, match="cannot be read"):
         list(Pope(str(tmp_path / "gone.json"), "images"))
+
+
+def test_files_put_together_whose_questions_share_ids_are_refused(tmp_path):
+    """Else the kinds of the last file would stand for all."""
+    rows = [
+        {"question_id": i, "image": "a.jpg", "text": "Is there a dog?", "label": "yes", "category": kind}
+        for kind in ("random", "popular")
+        for i in range(3)
+    ]
+    file = tmp_path / "all.json"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(UserError, match="3 of 6 entries are odd .*line 4 has the question_id 0, which another has"):
+        list(Pope(str(file), str(tmp_path)))
+    file.write_text("\n".join(map(json.dumps, rows[:3] * 2)))
+    assert set(Pope(str(file), str(tmp_path)).kinds) <= {"0", "1", "2"}
