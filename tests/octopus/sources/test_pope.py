@@ -70,7 +70,7 @@ def test_files_put_together_whose_questions_share_ids_are_refused(tmp_path):
     ]
     file = tmp_path / "all.json"
     file.write_text("\n".join(map(json.dumps, rows)))
-    with pytest.raises(UserError, match="3 of 6 entries are odd .*line 4 has the question_id 0, which another has"):
+    with pytest.raises(UserError, match=r"3 of 6 entries are odd .*line 4 has the question_id 0, which another has"):
         list(Pope(str(file), str(tmp_path)))
     file.write_text("\n".join(map(json.dumps, rows[:3] * 2)))
     assert set(Pope(str(file), str(tmp_path)).kinds) <= {"0", "1", "2"}
