@@ -157,8 +157,9 @@ def _store(chunks: Iterable[Chunk], out: Path, vision: VisionTower, keep_images:
                 begun[name].add(chunk, vision, keep_images)
                 bar.update(len(chunk.samples))
             else:
-                if any(counts := [chunk.broken.bad, chunk.broken.lost, chunk.broken.missing]):
-                    write_json(out / LOST, _lost(out) | {name: counts})
+                counts, known = [chunk.broken.bad, chunk.broken.lost, chunk.broken.missing], _lost(out)
+                if any(counts) or name in known:  # of a shard that was mended since
+                    write_json(out / LOST, known | {name: counts})
                 encoded += begun[name].close()
                 broken.join(chunk.broken)
                 del begun[name]

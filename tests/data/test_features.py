@@ -2,6 +2,7 @@ import io
 import json
 import os
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -207,6 +208,17 @@ def test_the_verdict_is_the_same_however_the_work_is_cut(tmp_path, workers):
     for _ in range(2):  # running it again does not pass it over
         with pytest.raises(UserError, match="2 of 10 samples are broken"):
             store_features(source, tmp_path / "g", Vision(), workers=workers, max_broken=0.19)
+
+
+def test_a_shard_that_was_mended_is_judged_anew(tmp_path):
+    source, out = shards(tmp_path / "s", bad=[8, 9]), tmp_path / "f"
+    with pytest.raises(UserError, match="2 of 10 samples are broken"):
+        store_features(source, out, Vision(), workers=0)
+    mended = shards(tmp_path / "m")
+    for name in ("00002.tar", "sizes.json"):
+        (tmp_path / "s" / name).write_bytes((Path(mended) / name).read_bytes())
+    (out / "00002.tar").unlink()
+    assert store_features(source, out, Vision(), workers=0) == 2
 
 
 def test_images_are_kept_or_not_from_the_first_shard_on(tmp_path):
