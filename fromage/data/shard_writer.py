@@ -18,7 +18,7 @@ from fromage.io import WholeFile, write_json, writing
 from fromage.locks import held
 
 OWNER = "fromage"  # of the members of a tar
-BESIDE = ("sizes.json", "report.json", "features.json")  # what is said of the shards of a folder
+BESIDE = ("sizes.json", "report.json", "features.json", "broken.json")  # what is said of the shards of a folder
 
 
 class ShardWriter:

@@ -6,7 +6,6 @@ import random
 import time
 import warnings
 from functools import cached_property
-from math import inf
 from typing import Any, Literal
 
 import numpy as np
@@ -14,9 +13,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fromage.checkpoints.format import PAPER, dtype_name
+from fromage.checkpoints.format import PAPER
 from fromage.checkpoints.lightning import PREFIX, trained_state
-from fromage.checks import check_real, check_whole
 from fromage.data.batches import Batch
 from fromage.data.tuples import Tuples
 from fromage.errors import UserError
@@ -28,6 +26,7 @@ from fromage.models.vision.base import TextTower
 from fromage.training.fast_composition import fast_composition
 from fromage.training.fast_step import fast_step
 from fromage.training.guarded_module import GuardedModule
+from fromage.training.hyperparameters import COMPOSITION, check
 from fromage.training.layers import checkpoint_blocks, compile_blocks
 from fromage.training.nonfinite import NonFiniteGuard
 from fromage.training.reference_composition import NO_TUPLES, CompositionOutput, reference_composition
@@ -36,34 +35,8 @@ from fromage.training.schedule import Schedule
 from fromage.training.step import StepOutput, Weights, freeze_unused, image_features, text_embeddings
 from fromage.training.validation import Validation
 
-COMPOSITION = ("composition_captioning_weight", "composition_retrieval_weight")
 FREEZING = ("freeze_temperature", "captioning_weight", "retrieval_weight", *COMPOSITION, "pooling")  # decide what is trained
 LOSSES = ("captioning", "text", "contrastive", "composition captioning", "composition contrastive")
-
-
-def _check(h: Any) -> None:
-    """Raise UserError for options that no model can have, before a tower is loaded."""
-    for name, least in {"k": 1, "q": 1, "r": 1, "warmup_steps": 0, "decay_steps": 0, "shown": 0}.items():
-        check_whole(f"model.{name}", h[name], least)
-    weights = ("captioning_weight", "retrieval_weight", *COMPOSITION)
-    shares = {"pairing": 1, "image_dropout": 0.99, "captioned_share": 1}
-    for name, most in {"lr": inf, "eps": inf, **shares, **dict.fromkeys(weights, inf)}.items():
-        check_real(f"model.{name}", h[name], 0, most)
-    if not h.captioned_share:
-        raise UserError("model.captioned_share 0: choose more; model.captioning_weight 0 leaves captioning out")
-    if h.image_dropout and h.space == "clip":
-        raise UserError("model.image_dropout: with model.space clip the image head is frozen; leave it out")
-    for beta in h.betas:
-        check_real("model.betas", beta, 0, 1)
-    if not any(h[name] for name in weights):
-        raise UserError("model.captioning_weight, model.retrieval_weight: choose numbers from 0 on, not all of them 0")
-    dtype_name(h.dtype)
-    if h.step not in ("fast", "reference"):
-        raise UserError(f"model.step {h.step}: choose fast or reference")
-    if h.chunk < 0:
-        raise UserError(f"model.chunk {h.chunk}: choose a number of examples, or 0 for all at once")
-    if h.chunk and h.step == "reference":
-        raise UserError("model.chunk is the fast step's: leave out model.chunk, or choose model.step fast")
 
 
 class FromageModule(GuardedModule):
@@ -170,7 +143,7 @@ class FromageModule(GuardedModule):
         super().__init__()
         self.save_hyperparameters()
         self.h: Any = self.hparams
-        _check(self.h)
+        check(self.h)
         self.guard = NonFiniteGuard(nonfinite == "skip", LOSSES if self.weights.composes else LOSSES[:3])
         self._clock, self._examples = 0.0, 0  # when figures were logged last, and examples since
         self.sheets: dict[str, Image.Image] = {}  # contact sheets of the last validation, by tag
