@@ -271,6 +271,6 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except (OSError, OverflowError) as error:
-        why = reason(error).partition(" (while ")[0]  # behind it Python repeats the address
+        why = reason(error).partition(" (while ")[0]  # after it Python repeats the address
         other = "--port" if getattr(error, "errno", 0) in (errno.EADDRINUSE, errno.EACCES, 0) else "--host"
         raise UserError(f"{host}, port {port}: cannot listen there ({why}); give another {other}") from error

@@ -172,7 +172,7 @@ def test_examples_are_typed(tmp_path):
 
 
 def table(heading):
-    """The rows of the first table behind a heading of docs/architecture.md, its head left out."""
+    """The rows of the first table after a heading of docs/architecture.md, its head left out."""
     section = text(DOCS / "architecture.md").split(f"\n## {heading}\n")[1].split("\n## ")[0]
     rows = [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("|")]
     return rows[2:]

@@ -3,7 +3,7 @@
     python tools/bench_evals.py                                # 12-layer OPT 768 wide
     python tools/bench_evals.py --preset paper --device cuda   # OPT-6.7B, bfloat16
 
-Three rounds of a dialogue behind an image, a hundred candidates of 1 to 7 tokens for each answer. Without, the prompt runs
+Three rounds of a dialogue after an image, a hundred candidates of 1 to 7 tokens for each answer. Without, the prompt runs
 again for every candidate, 20 of them in a batch padded to the longest, as the released code does it.
 """
 
@@ -31,7 +31,7 @@ ROUNDS, CANDIDATES, TOGETHER = (1, 5, 10), 100, 20
 
 
 def dialogue(model: Fromage, rng: random.Random) -> list[tuple[Prompt, list[str]]]:
-    """For each of the rounds a prompt, 15 tokens longer with each round before it, and the candidates behind it."""
+    """For each of the rounds a prompt, 15 tokens longer with each round before it, and the candidates after it."""
     image, asked = torch.randn(model.vision.width, device=model.device), words(rng, 15 * max(ROUNDS)).split()
     return [
         (

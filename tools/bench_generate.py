@@ -3,7 +3,7 @@
     python tools/bench_generate.py                                # 12-layer OPT 768 wide
     python tools/bench_generate.py --preset paper --device cuda   # OPT-6.7B, bfloat16
 
-Generation: 32 tokens behind a prompt of 100 tokens, one image among them. The authors run prompt and answer again for
+Generation: 32 tokens after a prompt of 100 tokens, one image among them. The authors run prompt and answer again for
 every token, the logits of all places with it; here keys and values are kept. Scoring: 100 answers of 3 to 7 tokens to
 that prompt, one whole pass each against one pass of the prompt that all of them share. On a CPU, generation is timed once
 more with weights in float16 (Decoding.half_weights); an answer counts as changed from its first other token on, and the loss
@@ -162,7 +162,7 @@ def first_piece(model: Fromage, prompt: Prompt, decoding: Decoding, rounds: int)
 
 @torch.no_grad()
 def loss_of(model: Fromage, rng: random.Random, halves: Any) -> float:
-    """Mean loss of random words behind random prompts, in nats a token, with weights in float32 or in float16."""
+    """Mean loss of random words after random prompts, in nats a token, with weights in float32 or in float16."""
     hf: Any = with_cpu_linears(model.lm.hf, halves)
     found = []
     for _ in range(COMPARED):

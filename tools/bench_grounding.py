@@ -76,7 +76,7 @@ def build(preset: dict[str, Any], n: int, device: str) -> Octopus:
 
 
 def forced(model: Octopus, count: int, words: str = "") -> list[int]:
-    """The tokens of an answer of so many boxes, words before each of them, </s> behind."""
+    """The tokens of an answer of so many boxes, words before each of them, </s> after."""
     boxes = tuple((i / 100, 0.2, 0.5 + i / 100, 0.9) for i in range(count))
     said = tuple(piece for number in range(count) for piece in (words, number) if piece != "")
     return answer_ids(Example("", "", ASKED, said, boxes), model.tokenizer, model.num_queries)

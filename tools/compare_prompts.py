@@ -2,7 +2,7 @@
 
     python tools/compare_prompts.py runs/demo/k4/checkpoints/last.ckpt [--world runs/demo/world] [--limit 120]
 
-A caption follows its image alone, behind another image with its caption, and behind another caption and its image.
+A caption follows its image alone, after another image with its caption, and after another caption and its image.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ Parts, in this order: 1 environment, 2 `pytest -m gpu`, 3 the training step, 4 `
 measured, 5 a profile of the fast step, 6 generation, 7 image search, 8 Octopus, 9 a small model. Each runs in a process of
 its own with a time limit, so that one that hangs, fails or runs out of memory leaves the others alone. Figures are written
 as they come, each time to a new file that then takes the old one's name: a run that is cut off leaves what it had. The
-budget is shared out by priority; what a part leaves over goes to those behind it. The log of all parts is OUT/kit.log.
+budget is shared out by priority; what a part leaves over goes to those after it. The log of all parts is OUT/kit.log.
 
 A bare machine with PyTorch and transformers but no network lacks some packages. Where there is a network:
 

@@ -149,9 +149,9 @@ def captions(model: Fromage, data: Photographs) -> Figures:
 
 
 def few_shot(model: Fromage, data: Photographs, limit: int) -> Figures:
-    """CIDEr and BLEU-4 of greedy captions behind 0, 1, 2 and 4 other photographs with theirs, in a row as pairs of training.
+    """CIDEr and BLEU-4 of greedy captions after 0, 1, 2 and 4 other photographs with theirs, in a row as pairs of training.
 
-    Behind examples the model begins a new line before its caption; the caption is the first line that is not empty.
+    After examples the model begins a new line before its caption; the caption is the first line that is not empty.
     """
     count, found = min(limit, len(data.names)), {}
     for n in SHOTS:
@@ -199,7 +199,7 @@ def ask(instances: Path, data: Photographs) -> dict[str, list[PhotoQuestion]]:
 
 
 def answers(model: Fromage, data: Photographs, questions: Sequence[PhotoQuestion], n: int) -> Figures:
-    """Share of the questions whose right answer is the likeliest, behind n others with theirs; with images and without."""
+    """Share of the questions whose right answer is the likeliest, after n others with theirs; with images and without."""
     return {
         name: 100 * sum(map(partial(_is_right, model, data, questions, n, blind), range(len(questions)))) / len(questions)
         for name, blind in (("right", False), ("right without images", True))

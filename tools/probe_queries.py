@@ -3,7 +3,7 @@
     python tools/probe_queries.py --octopus STAGE1_CKPT --world FOLDER --json probe.json
     python tools/probe_queries.py --octopus STAGE1_CKPT --world FOLDER --judge STAGE2_CKPT STAGE3_CKPT
 
-The states of the queries behind the bottom layers are computed once, from a checkpoint of stage 1 and new queries; the
+The states of the queries after the bottom layers are computed once, from a checkpoint of stage 1 and new queries; the
 language model is frozen. For each way in, a decoder of its own is trained on them and on the patches with the detection loss
 alone, on RefCOCO+'s training expressions, and judged on its validation expressions: how often its best box is right. The
 world is that of `fromage toy make`. Half an hour of a core for all rows. --judge has whole models' own decoders judged in

@@ -144,7 +144,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--answers", type=int, default=60, help="dialogues whose answers are ranked")
     parser.add_argument("--json", type=Path, help="file for the figures of each seed; runs that it holds stay")
-    parser.add_argument("options", nargs="*", help="behind --: further words for `lightning fit`")
+    parser.add_argument("options", nargs="*", help="after --: further words for `lightning fit`")
     args = parser.parse_args()
     begin(min(2, torch.get_num_threads()))
     prepared = prepare(args.out)

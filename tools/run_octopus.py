@@ -161,7 +161,7 @@ def main() -> None:
     parser.add_argument(
         "--json", type=Path, help="file for the figures of each seed; runs that it holds stay (default: see above)"
     )
-    parser.add_argument("options", nargs="*", help="behind --: further words for `lightning fit`")
+    parser.add_argument("options", nargs="*", help="after --: further words for `lightning fit`")
     args = parser.parse_args()
     begin(args.threads)
     prepare(args.out)

@@ -246,7 +246,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path, help="file for the figures of each seed and their means")
-    parser.add_argument("options", nargs="*", help="behind --: further words for `lightning fit`")
+    parser.add_argument("options", nargs="*", help="after --: further words for `lightning fit`")
     args = parser.parse_args()
     begin(args.threads)
     prepare(args)
@@ -256,7 +256,7 @@ def main() -> None:
     runs = first | every(args.only, args.seeds, lambda name, seed: run(name, args, seed), args.json, **setting)
     print(f"\n{table(SHOWN, runs)}\n\nin %, mean and standard deviation")
     further = {f"R@1 of queries of one to five captions: {kind}": shown for kind, shown in GROWING.items()}
-    further["captions behind other photographs with theirs"] = SHOTS_SHOWN
+    further["captions after other photographs with theirs"] = SHOTS_SHOWN
     further["questions answered right"] = QUESTIONS
     further["answers that bring an image, where one is asked for and else"] = COMES
     for heading, shown in further.items():

@@ -113,7 +113,7 @@ def spread(seeds: Mapping[str, Run]) -> dict[str, dict[str, float]]:
 
 
 def table(shown: Mapping[str, str], runs: Runs) -> str:
-    """Rows of a Markdown table: seeds, and of each figure the mean, behind ± the deviation of several.
+    """Rows of a Markdown table: seeds, and of each figure the mean, and after ± the deviation of several.
 
     shown: heading of each figure by its name. A figure that not all seeds have is marked by their number.
     """

@@ -95,7 +95,7 @@ def below(count: int) -> Kind:
 
 
 def problem(value: Any, wanted: Wanted) -> str:
-    """What is odd about a value, to stand behind its name: '.caption is null, not a text'; '' where nothing is."""
+    """What is odd about a value, to stand after its name: '.caption is null, not a text'; '' where nothing is."""
     if isinstance(wanted, Kind):
         return "" if wanted.fits(value) else f" is {shown(value)}, not {wanted.name}"
     if not isinstance(wanted, Mapping):

@@ -27,7 +27,7 @@ EPOCH = "__epoch__"  # of a stored sample, set by the training stream: the pass 
 
 
 class FurtherTexts(NamedTuple):
-    """Further texts of a batch's images: captions behind the first one of each, or requests."""
+    """Further texts of a batch's images: captions after the first one of each, or requests."""
 
     captions: list[str]  # N
     ids: Tensor  # (N, T) int64, as of Batch
@@ -156,7 +156,7 @@ def collate(samples: list[Sample], pad_id: int) -> Batch:
 
 
 def others(samples: list[Sample], pad_id: int) -> FurtherTexts | None:
-    """The captions behind the first one of each row; None where there are none."""
+    """The captions after the first one of each row; None where there are none."""
     if not (rows := [i for i, sample in enumerate(samples) for _ in sample.captions[1:]]):
         return None
     captions = [text for sample in samples for text in sample.captions[1:]]

@@ -139,7 +139,7 @@ class CC3M(pl.LightningDataModule):
         how: dict[str, Any] = {"shuffle": shuffle, "seed": self.seed, "samples_per_epoch": samples}
         stream = TrainStream(shards, decode, batch_size, self.max_broken, rank, world, **how)
         loop: Any = self.trainer.fit_loop if self.trainer else None
-        epoch = loop.epoch_progress.current.processed if loop else 0  # one more than `completed` behind an epoch's end
+        epoch = loop.epoch_progress.current.processed if loop else 0  # one more than `completed` after an epoch's end
         return TrainLoader(stream, min(self.workers, len(shards) // world), epoch, self.exact_resume, loop)
 
     def val_dataloader(self) -> Loader | list[Loader]:

@@ -66,7 +66,7 @@ class ResumeState(NamedTuple):
     places: list[list[int]]
 
     def after(self, worker: int, taken: int) -> ResumeState:
-        """Where it stands behind one more batch, for which a worker took so many samples since the epoch began."""
+        """Where it stands after one more batch, for which a worker took so many samples since the epoch began."""
         places = [list(place) for place in self.places]
         places[worker] = [places[worker][0] + 1, taken]
         return ResumeState(self.given + 1, (worker + 1) % len(places), places)
@@ -76,7 +76,7 @@ class TrainLoader(Loader):
     """Counts epochs for its stream, and goes on exactly where a checkpoint in the middle of one left off.
 
     The samples before that are read once more, but not decoded. A shard that could be read then and cannot be now, or the
-    other way round, shifts the samples behind it.
+    other way round, shifts the samples after it.
     """
 
     dataset: TrainStream
@@ -127,7 +127,7 @@ class TrainLoader(Loader):
         return {"epoch": self.epoch - 1, "whole": whole, "layout": self.layout(), "devices": devices}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on behind the batches that were given of an epoch, or with the next one where it was at its end.
+        """Go on after the batches that were given of an epoch, or with the next one where it was at its end.
 
         Raises:
             UserError: in mid-epoch, and the epoch was dealt out to other workers or devices, or otherwise.

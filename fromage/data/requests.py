@@ -1,4 +1,4 @@
-"""Captions framed as requests for an image (`data.requests`), so that [RET] also stands behind what a person asks with."""
+"""Captions framed as requests for an image (`data.requests`), so that [RET] also stands after what a person asks with."""
 
 from __future__ import annotations
 

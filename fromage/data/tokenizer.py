@@ -14,7 +14,7 @@ IMAGE, RET = "<|image|>", "[RET]"
 
 
 def ret_tokens(r: int) -> list[str]:
-    """The tokens that end a caption and ask for an image: [RET], and behind it [RET2] ... [RETr]."""
+    """The tokens that end a caption and ask for an image: [RET], and after it [RET2] ... [RETr]."""
     return [RET, *(f"{RET[:-1]}{i}]" for i in range(2, r + 1))]
 
 
@@ -71,7 +71,7 @@ class PromptTokenizer:
 
     @property
     def never_chosen(self) -> list[int]:
-        """Ids that no model predicts: <|image|>, and the [RET] tokens behind the first, which follow it by rule."""
+        """Ids that no model predicts: <|image|>, and the [RET] tokens after the first, which follow it by rule."""
         return [self.image_id, *self.ret_ids[1:]]
 
     def encode(self, text: str) -> list[int]:

@@ -123,7 +123,7 @@ def texts_of(raw: Raw) -> tuple[str, str]:
 
 
 def composed_ids(tokenizer: PromptTokenizer, condition: str, target: str, max_tokens: int) -> tuple[list[int], list[int]]:
-    """bos c_1 ... c_m [RET], and y_1 ... y_n: the target caption as it is tokenised behind the condition and a space."""
+    """bos c_1 ... c_m [RET], and y_1 ... y_n: the target caption as it is tokenised after the condition and a space."""
     alone, both = tokenizer.encode(condition), tokenizer.encode(f"{condition} {target}")
     same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(alone, both, strict=False)))
     return tokenizer.caption(condition, max_tokens), both[min(same, len(both) - 1) :][:max_tokens]

@@ -27,7 +27,7 @@ HITS, SEPARATOR = 10, ", "
 POOL, DIALOGUES = 50_000, 2064  # of the published figures
 PLAIN, CUMULATIVE = "hits10", "hits10_cumulative"
 PROTOCOL = {
-    "round_N": "caption and N rounds of question and answer, joined by ', '; [RET] behind them",
+    "round_N": "caption and N rounds of question and answer, joined by ', '; [RET] after them",
     PLAIN: "share of the dialogues whose image is among the first ten in this round",
     CUMULATIVE: "the same in this round or an earlier one, as published",
     "gallery": "the pool",

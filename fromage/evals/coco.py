@@ -69,8 +69,8 @@ def evaluate(model: Fromage, data: CaptionSet, options: Options | None = None, c
     whole = data.dataset == "coco" and len(kept) == WHOLE
     protocol, listed = (PROTOCOL | LISTED_BY, LISTED) if whole else (dict(PROTOCOL), {})
     if captioning:
-        behind = f" behind {model.input_prompt!r}, which is not part of them" if model.input_prompt else ""
-        protocol |= {"captioning": f"greedy captions{behind}, against all of the image's"}
+        after = f" after {model.input_prompt!r}, which is not part of them" if model.input_prompt else ""
+        protocol |= {"captioning": f"greedy captions{after}, against all of the image's"}
     if data.numbers:
         protocol |= eccv.PROTOCOL if numbers else {"eccv": "left out, since some of its images were lost"}
     return run.report(data.dataset, figures, sizes, data.dropped, protocol, listed, HEADLINE)

@@ -47,7 +47,7 @@ class Query(NamedTuple):
     """A query of texts and images.
 
     Attributes:
-        prompt: FROMAGe's, images by their places; [RET] comes behind it.
+        prompt: FROMAGe's, images by their places; [RET] comes after it.
         words: CLIP's text; None for none.
     """
 

@@ -31,14 +31,14 @@ from fromage.toy.scenes import Scene, names_colour_and_shape
 
 DECODING = Decoding(24, stop=(".", "\n"), max_images=0)
 PROTOCOL = {
-    "captioning_N": "scenes of one object whose greedy caption, behind N captioned images, names its colour and shape",
-    "questions_N": "rated questions whose greedy answer, behind N answered ones with their images, people called right",
+    "captioning_N": "scenes of one object whose greedy caption, after N captioned images, names its colour and shape",
+    "questions_N": "rated questions whose greedy answer, after N answered ones with their images, people called right",
     "examples": "other validation scenes, drawn with a fixed seed; with fewer examples, the last ones of these",
 }
 
 
 class Shot(NamedTuple):
-    """An image, the prompt behind it, the text that follows, and whether a completion is right."""
+    """An image, the prompt after it, the text that follows, and whether a completion is right."""
 
     image: Path
     prompt: str
@@ -100,7 +100,7 @@ def question(dialogue: Dialogue) -> Shot:
 
 @torch.no_grad()
 def evaluate(model: Fromage, data: ToyWorld, options: Options | None = None, shots: Sequence[int] = (0, 1, 2, 4)) -> Report:
-    """Shares of captions and answers that are right, in percent, behind each number of examples in shots.
+    """Shares of captions and answers that are right, in percent, after each number of examples in shots.
 
     Raises UserError for too many images lost, and for more examples than there are.
     """
@@ -118,7 +118,7 @@ def evaluate(model: Fromage, data: ToyWorld, options: Options | None = None, sho
 
 
 def complete(model: Fromage, shots: Sequence[Shot], features: Tensor, n: int, batch_size: int = 64) -> list[str]:
-    """The model's text at each image behind n others with theirs; features (S, m) of the S images."""
+    """The model's text at each image after n others with theirs; features (S, m) of the S images."""
     if not 0 <= n < len(shots):
         raise UserError(f"{n} examples in front of a question: there are 0 to {len(shots) - 1}")
 

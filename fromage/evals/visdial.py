@@ -73,11 +73,11 @@ def authors_prompt(dialogue: Dialogue, number: int, features: Tensor) -> list[Pa
 
 ANSWER_PROTOCOLS = {
     "answers": AnswerProtocol(our_prompt, " {}.", unshifted=False, rated_offset=0, framing="own"),
-    # the released code counts rounds from 0 where the file counts from 1, so its NDCG is of the round behind the rated one
+    # the released code counts rounds from 0 where the file counts from 1, so its NDCG is of the round after the rated one
     "answers_authors": AnswerProtocol(authors_prompt, "{}", unshifted=True, rated_offset=1, framing="square"),
 }
 PROTOCOL = {
-    "answers": "log-likelihood of ' candidate.' behind image, </s>, rounds as 'Q: ...? A: ....' and 'Q: ...? A:'",
+    "answers": "log-likelihood of ' candidate.' after image, </s>, rounds as 'Q: ...? A: ....' and 'Q: ...? A:'",
     "answers_authors": "the released code's: image pressed into the tower's square, whatever its shape; rounds as lines; "
     "</s> in front of the candidate; logits at a token compared with this very token; and NDCG of the round that follows "
     "the rated one",
@@ -176,7 +176,7 @@ def dialogue_scores(model: Fromage, dialogue: Dialogue, views: Mapping[Framing, 
 def answer_figures(scores: Tensor, dialogues: Sequence[Dialogue], rated_offset: int = 0) -> Figures:
     """NDCG over the rated rounds; MRR, recalls and mean rank over all; scores (D, R, C). All but the rank in percent.
 
-    rated_offset: see AnswerProtocol. Behind a dialogue's last round comes the next one's first; behind the last, none.
+    rated_offset: see AnswerProtocol. After a dialogue's last round comes the next one's first; after the last, none.
     """
     flat = scores.flatten(0, 1)  # (D, R, C) -> (D R, C)
     right = torch.tensor([turn.right for dialogue in dialogues for turn in dialogue.rounds])  # (D R,)

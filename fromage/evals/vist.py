@@ -195,7 +195,7 @@ def story_query(setting: Setting, story: Story) -> Query:
 
 
 def story_prompt(setting: Setting, sentences: Sequence[str], images: Sequence[Any]) -> list[Any]:
-    """Sentences and images of a story as it is told, those that the setting shows; [RET] comes behind them."""
+    """Sentences and images of a story as it is told, those that the setting shows; [RET] comes after them."""
     parts: list[Any] = []
     for i in range(LENGTH):
         if i in setting.sentences:

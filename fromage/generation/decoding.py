@@ -48,7 +48,7 @@ def decode(
 ) -> None:
     """Decode a batch of prompts into its drafts until all are done.
 
-    first: number of the first row, for its seed. between: called behind each token, by the same thread; it may embed queries
+    first: number of the first row, for its seed. between: called after each token, by the same thread; it may embed queries
     with the model, and decode nothing.
     """
     hf: Any = model.lm.hf

@@ -89,7 +89,7 @@ def generate(
             by the next best, with a note. If None, images stay unopened, and RetrievedImages.rest has the hits that follow.
         batch_size: prompts decoded at a time.
         starts: where </s> stands in the prompts.
-        between: called behind each token, by the thread that decodes; see fromage.generation.decoding.decode.
+        between: called after each token, by the thread that decodes; see fromage.generation.decoding.decode.
 
     Raises:
         UserError: a prompt and its answer do not fit the language model's positions, an image cannot be opened or fetched,
@@ -190,7 +190,7 @@ def caption_images(model: Fromage, features: Tensor, max_new_tokens: int = 32, b
 
     max_new_tokens: maximum length of a caption, in tokens. A caption ends at </s>, at a line break, and at the texts at
     which the model's answers stop (`model.generation`): captioning is not trained to end. As in training, </s>
-    follows the image. The model's input_prompt, if it has one, stands behind it and is not part of the captions.
+    follows the image. The model's input_prompt, if it has one, stands after it and is not part of the captions.
     """
     stop = (*read_preset(model.generation).decoding.stop, "\n")
     decoding = Decoding(max_new_tokens, stop=stop, max_images=0)

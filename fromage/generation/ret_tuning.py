@@ -126,7 +126,7 @@ def _margin(model: Fromage, prompt: Prompt, answer: list[int], decoding: Decodin
     logits[: decoding.min_new_tokens, end_ids(model, decoding.stop)] = -torch.inf
     ret = logits[:, tokenizer.ret_id] * decoding.authors_ret_scale  # (n + 1,)
     logits[:, tokenizer.ret_ids] = -torch.inf
-    stopped = any(stop in tokenizer.decode(answer) for stop in decoding.stop)  # so that the place behind is not reached
+    stopped = any(stop in tokenizer.decode(answer) for stop in decoding.stop)  # so that the place after is not reached
     last = min(len(answer) - stopped, decoding.max_new_tokens - len(tokenizer.ret_ids))
     margins = (ret - logits.amax(1))[decoding.min_tokens : max(last + 1, 0)]  # (places,)
     return torch.cat([margins, margins.new_full((1,), FLOOR)]).max()

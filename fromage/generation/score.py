@@ -75,9 +75,9 @@ def score(
 def score_prompts(
     model: Fromage, prompts: Sequence[Prompt], batch_size: int = 64, starts: Starts = Starts.EACH
 ) -> LogLikelihoods:
-    """log p of the text of whole prompts, in nats: of every token behind an earlier one, images excepted.
+    """log p of the text of whole prompts, in nats: of every token after an earlier one, images excepted.
 
-    [image, "a cat"] is scored as captioning trains it: </s> behind the image counts too, and of r [RET] tokens the first.
+    [image, "a cat"] is scored as captioning trains it: </s> after the image counts too, and of r [RET] tokens the first.
     batch_size: prompts that run at a time, packed. Raises UserError for a prompt without such a token, and as embed_prompts
     does.
     """
@@ -90,9 +90,9 @@ def score_prompts(
         layout = PackedLayout(batch.mask.sum(1).tolist(), model.device, None if shared is None else shared[batch.mask])
         hidden = model.lm.packed(batch.embeds[batch.mask].unsqueeze(0), layout.positions, Causal(layout))  # (N, d)
         given = torch.tensor(model.tokenizer.never_chosen, device=model.device)
-        scored = ~torch.isin(batch.ids, given)[:, 1:] & batch.mask[:, :-1]  # (B, T - 1): a token behind another
+        scored = ~torch.isin(batch.ids, given)[:, 1:] & batch.mask[:, :-1]  # (B, T - 1): a token after another
         if not bool((tokens := scored.sum(1)).all()):
-            raise UserError("a prompt to score has no text behind its first token; write at least one word")
+            raise UserError("a prompt to score has no text after its first token; write at least one word")
         before = F.pad(scored, (0, 1))[batch.mask]  # (N,): the tokens in front of those
         rows = scored.nonzero()[:, 0]  # (S,)
         likelihoods = log_likelihoods(model.lm, hidden[before], batch.ids[:, 1:][scored])  # (S,)

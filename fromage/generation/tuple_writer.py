@@ -1,6 +1,6 @@
 """Conditions and target captions written by a causal language model from captions alone, and which of them are kept.
 
-A few examples show the model what to do. It goes on behind "Caption: ... Change:" with a condition, and behind that and
+A few examples show the model what to do. It goes on after "Caption: ... Change:" with a condition, and after that and
 "New caption:" with the caption of the image that the change would make: two passes, so that no model can leave the form.
 Li et al. (MCL, ICML 2024) have such tuples written by Llama-2; prompt, examples and filters here are our own.
 """
@@ -73,7 +73,7 @@ def prompt_of(caption: str) -> str:
 
 
 class TupleWriter:
-    """A language model that writes behind prompts; it was loaded without added tokens."""
+    """A language model that writes after prompts; it was loaded without added tokens."""
 
     def __init__(self, lm: LanguageModel, sampling: Sampling) -> None:
         self.lm, self.sampling = lm, sampling
@@ -96,13 +96,13 @@ class TupleWriter:
         return [Written(c, t) if fit else None for c, t, fit in zip(conditions, targets, fits, strict=True)]
 
     def _fits(self, prompt: str) -> bool:
-        """Whether the language model has positions for a prompt and all that is written behind it."""
+        """Whether the language model has positions for a prompt and all that is written after it."""
         most, tokenizer = self.lm.max_length, self.lm.tokenizer
-        behind = 2 * self.sampling.max_new_tokens + len(tokenizer.encode(f" \n{TARGET}"))
-        return most is None or len(tokenizer.start()) + len(tokenizer.encode(prompt)) + behind <= most
+        after = 2 * self.sampling.max_new_tokens + len(tokenizer.encode(f" \n{TARGET}"))
+        return most is None or len(tokenizer.start()) + len(tokenizer.encode(prompt)) + after <= most
 
     def _lines(self, prompts: Sequence[str]) -> list[str]:
-        """What the model says behind each prompt, to the end of the line."""
+        """What the model says after each prompt, to the end of the line."""
         lm, how = self.lm, self.sampling
         rows = [lm.tokenizer.start() + lm.tokenizer.encode(prompt) for prompt in prompts]
         ids, mask = (x.to(self.breaks.device) for x in pad(rows, lm.tokenizer.pad_id, "left"))  # (B, T) each

@@ -94,7 +94,7 @@ def _check_scans(data: bytes) -> None:
         scans += marker[1][0] == JPEG_SCAN
         if scans > MAX_SCANS:
             raise BrokenSample(f"undecodable image: a JPEG of more than {MAX_SCANS} scans")
-        at = marker.end() + int.from_bytes(data[marker.end() : marker.end() + 2], "big")  # behind the segment
+        at = marker.end() + int.from_bytes(data[marker.end() : marker.end() + 2], "big")  # after the segment
     raise BrokenSample(f"undecodable image: a JPEG of more than {MAX_SEGMENTS:,} segments")
 
 

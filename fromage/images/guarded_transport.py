@@ -134,7 +134,7 @@ class GuardedStream(httpcore.NetworkStream):
 
 
 def _remaining(deadline: float) -> float:
-    """Seconds until the deadline. Raises httpcore.ReadTimeout behind it."""
+    """Seconds until the deadline. Raises httpcore.ReadTimeout after it."""
     seconds = deadline - time.monotonic()
     if seconds <= 0:
         raise httpcore.ReadTimeout("too slow")

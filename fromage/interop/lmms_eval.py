@@ -131,7 +131,7 @@ class FromageLmms(lmms):
         return Decoding(length, temperature=temperature, stop=stop, max_images=0, **sampled)
 
     def _fitting(self, prompts: Sequence[list[Part]], decoding: Decoding) -> Decoding:
-        """The decoding with a length for which there are positions behind every prompt."""
+        """The decoding with a length for which there are positions after every prompt."""
         limit = self.model.lm.max_length
         if limit is None:
             return decoding

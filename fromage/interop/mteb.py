@@ -29,7 +29,7 @@ MODALITIES: set[Any] = {"text", "image"}
 
 
 class FromageMteb(AbsEncoder):
-    """The encoder that mteb asks for. An item with an image and a text is the image with the text behind it."""
+    """The encoder that mteb asks for. An item with an image and a text is the image with the text after it."""
 
     def __init__(self, model: Fromage) -> None:
         self.model = model

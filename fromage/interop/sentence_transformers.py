@@ -36,7 +36,7 @@ class FromageEncoder(InputModule):
 
     An input is a text, a PIL image, a list or tuple of both in any order, a dictionary {"text": ..., "image": ...} in the
     order of its keys, or messages with "role" and "content". A text is never read as a path or an address; an image by
-    path or address is {"image": "cat.jpg"}. An image alone is embedded as in an index, all else with [RET] behind it.
+    path or address is {"image": "cat.jpg"}. An image alone is embedded as in an index, all else with [RET] after it.
     """
 
     def __init__(self, model: Fromage) -> None:
@@ -83,7 +83,7 @@ class FromageEncoder(InputModule):
         prompt: put in front of the first text of each; an image alone has none. Raises UserError for inputs of other types.
         """
         rows = [list(_parts(one)) for one in inputs]
-        return {"prompts": [_behind(prompt, row) for row in rows] if prompt else rows}
+        return {"prompts": [_after(prompt, row) for row in rows] if prompt else rows}
 
     def forward(self, features: dict[str, Any], **options: Any) -> dict[str, Any]:
         """Prompts of `preprocess` -> sentence_embedding: (B, q) unit rows. Raises UserError as embed_queries does."""
@@ -118,7 +118,7 @@ def _image(named: Any) -> ImageInput:
     return path_or_url(named) if isinstance(named, str) else named
 
 
-def _behind(prompt: str, parts: list[Part]) -> list[Part]:
+def _after(prompt: str, parts: list[Part]) -> list[Part]:
     """Parts with a prompt in front of their first text."""
     first = next((i for i, part in enumerate(parts) if is_text(part)), None)
     return parts if first is None else [*parts[:first], prompt + str(parts[first]), *parts[first + 1 :]]

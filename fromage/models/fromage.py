@@ -88,7 +88,7 @@ class Fromage(Pretrained):
         self.q, self.pooling, self.ret_attention, self.ret_fusion = q, pooling, ret_attention, ret_fusion
         self.space = space
         self.stacked = ret_attention == "stacked" and self.r > 1
-        self.ret_offsets = [0 if self.stacked else i for i in range(self.r)]  # positions of [RET] behind a text's end
+        self.ret_offsets = [0 if self.stacked else i for i in range(self.r)]  # positions of [RET] after a text's end
         self.visual_prefix = nn.Linear(vision.width, k * lm.width)  # W_c: (B, m) -> (B, k d)
         self.text_head = nn.Linear(lm.width, q)  # W_t: (B, d) -> (B, q)
         self.image_head = nn.Linear(vision.width, q)  # W_i: (B, m) -> (B, q)
@@ -122,7 +122,7 @@ class Fromage(Pretrained):
         """Build from names, with newly initialised trained parameters; load_lm and load_vision say what a name may be.
 
         The same seed gives the same trained parameters, and the same towers where they have random weights. input_prompt:
-        text that captions are generated behind, such as the released model's "A picture of". r, ret_attention, ret_fusion:
+        text that captions are generated after, such as the released model's "A picture of". r, ret_attention, ret_fusion:
         number of [RET] tokens, what they see, and how their hidden states become one. space: where images and texts are
         compared; 'clip' wants a vision tower with a text tower, and q of its width.
         """
@@ -169,7 +169,7 @@ class Fromage(Pretrained):
     def positions(self, ids: Tensor, mask: Tensor) -> Tensor | None:
         """(B, T) ids, of which the bool mask shows the tokens -> (B, T) positions where [RET] is stacked; None elsewhere.
 
-        The r tokens of a stacked [RET] share one position, and the token behind them has the next: it sees all of them.
+        The r tokens of a stacked [RET] share one position, and the token after them has the next: it sees all of them.
         """
         if not self.stacked:
             return None
@@ -244,7 +244,7 @@ class Fromage(Pretrained):
     def fingerprint(self, trained: Mapping[str, Tensor] | None = None) -> str:
         """16 hex digits that change with any trained parameter and the towers; an index stores them.
 
-        Of the vision tower its weights count, of the language model its name alone: whoever replaces the weights behind a
+        Of the vision tower its weights count, of the language model its name alone: whoever replaces the weights of a
         name must build indexes again.
 
         trained: values to use in place of the model's own, such as the values after rounding to a file's dtype.

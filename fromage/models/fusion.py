@@ -1,7 +1,7 @@
 """Fusion: one text embedding from the hidden states at r [RET] tokens, each mapped by W_t to the retrieval space.
 
 transformer is MCL's (Li et al., "Improving Context Understanding in Multimodal Large Language Models via Multimodal
-Composition Learning", ICML 2024), whose released code has two such layers. They stand behind W_t there too, where they are
+Composition Learning", ICML 2024), whose released code has two such layers. They stand after W_t there too, where they are
 small: a layer has 8 q^2 weights, 0.5 million at q = 256, and would have 134 million at the width of OPT-6.7B. mean leaves
 the layer out. first is GILL's released retrieval head (Koh et al., "Generating Images with Multimodal Language Models",
 NeurIPS 2023): it maps all r states and keeps the first. With r = 1, mean and first are the paper's FROMAGe.
@@ -33,7 +33,7 @@ class First(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The mean of the r rows behind one transformer layer among them: pre-norm, inner width 2 q, without dropout."""
+    """The mean of the r rows after one transformer layer among them: pre-norm, inner width 2 q, without dropout."""
 
     def __init__(self, q: int) -> None:
         super().__init__()

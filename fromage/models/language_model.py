@@ -88,7 +88,7 @@ class LanguageModel(FrozenTower):
     def forward(self, embeds: Tensor, mask: Tensor, positions: Tensor | None = None) -> Tensor:
         """(B, T, d) input embeddings and (B, T) bool mask -> (B, T, d) hidden states after the last layer norm.
 
-        Padding anywhere changes nothing: positions count unmasked tokens only, and padding between tokens is moved behind
+        Padding anywhere changes nothing: positions count unmasked tokens only, and padding between tokens is moved after
         them, since sliding windows and ALiBi count places. positions: (B, T), where tokens share some; see `visible`.
         """
         order = (~mask).long().argsort(dim=1, stable=True)  # (B, T): tokens first

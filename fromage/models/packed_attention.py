@@ -84,7 +84,7 @@ class PackedLayout:
     def distances(self) -> Tensor:
         """(S, T, T) of the padded sequences, padding and other branches hidden from all tokens."""
         places, padded = self.count * self.max_seqlen, (self.count, self.max_seqlen)
-        after = torch.full((places,), self.max_seqlen, device=self.positions.device)  # (S T,), behind every position
+        after = torch.full((places,), self.max_seqlen, device=self.positions.device)  # (S T,), after every position
         back = distances(after.index_copy_(0, self.indices, self.positions).unflatten(0, padded))  # (S, T, T)
         if self.branches is None:
             return back
@@ -218,7 +218,7 @@ class More(Attend):
     """
 
     def __init__(self, before: Causal, lengths: list[int], offsets: list[int], device: torch.device) -> None:
-        """lengths: tokens of each sequence. offsets: r, the positions of the new tokens behind a sequence's end."""
+        """lengths: tokens of each sequence. offsets: r, the positions of the new tokens after a sequence's end."""
         super().__init__()
         self.kept, self.r = before.kept, len(offsets)
         ends, further = torch.tensor(lengths)[:, None, None], torch.tensor(offsets)  # (S, 1, 1), (r,)
@@ -228,7 +228,7 @@ class More(Attend):
         self.back = to_device(torch.cat([back, among], 2).unsqueeze(1), device)  # (S, 1, r, T + r)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, weighting: Weighting) -> Tensor:
-        """See Attend; here N = S r, the new tokens of one sequence behind those of another."""
+        """See Attend; here N = S r, the new tokens of one sequence after those of another."""
         q, k, v = (x.unflatten(0, (-1, self.r)).transpose(1, 2) for x in (q, k, v))  # (S, H, r, e)
         keys, values = (torch.cat([old, new], 2) for old, new in zip(self.kept.pop(layer), (k, v), strict=True))
         seen = weighting.seen(self.back)  # (S, 1, r, T + r); keys and values are (S, H', T + r, e)
@@ -241,7 +241,7 @@ class Continuations(Attend):
     One attention over the prefix and all N tokens: each token sees the prefix, and its own sequence up to itself.
 
     Attributes:
-        positions: (N,) of the tokens, behind the prefix.
+        positions: (N,) of the tokens, after the prefix.
     """
 
     def __init__(self, prefix: Causal, lengths: list[int], device: torch.device) -> None:

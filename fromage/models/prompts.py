@@ -60,13 +60,13 @@ class Token:
 
 
 class Starts(Enum):
-    """Where </s> stands in a prompt. It always stands behind the images that lead, as in captioning training.
+    """Where </s> stands in a prompt. It always stands after the images that lead, as in captioning training.
 
     Attributes:
-        EACH: behind every image too, a last one included: text that follows an image begins as a caption does in training.
+        EACH: after every image too, a last one included: text that follows an image begins as a caption does in training.
             For generated and scored text.
         ONCE: nowhere else: a text that [RET] closes has one </s> in training. For retrieval queries.
-        RELEASED: in front of each text as it was passed, adjacent ones too, and not behind a last image: the exact form of
+        RELEASED: in front of each text as it was passed, adjacent ones too, and not after a last image: the exact form of
             the released code.
     """
 
@@ -122,7 +122,7 @@ def is_text(part: Part | None) -> TypeGuard[str]:
 
 
 def joined(parts: Sequence[Part]) -> list[Part]:
-    """Parts with adjacent texts joined to one, since a tokenizer puts a space with the word behind it; empty ones left out.
+    """Parts with adjacent texts joined to one, since a tokenizer puts a space with the word after it; empty ones left out.
 
     Spaces at the end of a text in front of [RET] are stripped: in training no caption ends in one.
     """

@@ -54,7 +54,7 @@ class Collate:
         A, first, places = answers.shape[1], 0, []
         for number, one in enumerate(laid):
             shift = T - len(one.ids)  # padding before the row's tokens
-            places += [number * (T + F) + (T + col if behind else shift + col) for at in one.at for behind, col in at]
+            places += [number * (T + F) + (T + col if after else shift + col) for at in one.at for after, col in at]
             fed[number, : len(one.fed)] = torch.tensor([(first + turn) * A + place for turn, place in one.fed_from])
             first += len(one.answers)
         shown = torch.stack([tensor for _, tensor in rows])
@@ -82,7 +82,7 @@ class Collate:
                 answer = answer_ids(turn, self.layout.tokenizer, self.layout.num_queries)
                 prompt, cut = self._prompt(turn, first=turn is turns[0]), 0
                 if turn is turns[0]:
-                    cut = len(prompt) - prompt[::-1].index(self.layout.tokenizer.image_id)  # behind the image
+                    cut = len(prompt) - prompt[::-1].index(self.layout.tokenizer.image_id)  # after the image
                 if not laid.ids:
                     laid.add(prompt[:cut], 0)
                 laid.add(prompt[cut:], number)
@@ -136,8 +136,8 @@ class _Laid(NamedTuple):
     ids: list[int]
     branch: list[int]
     answers: list[list[int]]  # of each turn
-    at: list[list[tuple[bool, int]]]  # where each token of an answer is predicted: behind the prompts or in them; the place
-    fed: list[int]  # branches of the tokens behind the prompts
+    at: list[list[tuple[bool, int]]]  # where each token of an answer is predicted: after the prompts or in them; the place
+    fed: list[int]  # branches of the tokens after the prompts
     fed_from: list[tuple[int, int]]  # the turn and the place in its answer of each
 
     def add(self, ids: list[int], branch: int) -> None:

@@ -218,7 +218,7 @@ class OctopusData(pl.LightningDataModule):
         return examples
 
     def _fitting(self, part: str, rows: list[Row], collate: Collate, longest: int | None) -> list[Row]:
-        """Rows whose conversations the language model has positions for; what is too long is cut behind a turn.
+        """Rows whose conversations the language model has positions for; what is too long is cut after a turn.
 
         Raises UserError where nothing is left.
         """

@@ -46,7 +46,7 @@ Row = list[Conversation]  # about one image
 
 
 def conversations(examples: Iterable[Example]) -> Iterator[Conversation]:
-    """The turns of each dialogue together; a dialogue is cut behind an answer that points at boxes.
+    """The turns of each dialogue together; a dialogue is cut after an answer that points at boxes.
 
     A later turn would have to see such an answer's index tokens, which are known only after the recognition.
     """

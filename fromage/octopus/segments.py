@@ -19,7 +19,7 @@ LONGEST = 30  # bits of a compressed run; 32 and more would be a longer run than
 
 
 class OddMask(ValueError):
-    """What is odd about a segmentation, to stand behind its name."""
+    """What is odd about a segmentation, to stand after its name."""
 
 
 class Mask(NamedTuple):

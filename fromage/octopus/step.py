@@ -17,7 +17,7 @@ from fromage.octopus.model import Octopus
 class GroundingBatch(NamedTuple):
     """Images, one a row, prompts about them as branches of the row (fromage.octopus.branches), and their answers.
 
-    The prompts are read first. A branch's last answer is fed behind them, once it is known which queries it points at;
+    The prompts are read first. A branch's last answer is fed after them, once it is known which queries it points at;
     the answers of earlier turns are text, and stand within the prompts. It has either pixels or patches.
     """
 
@@ -26,7 +26,7 @@ class GroundingBatch(NamedTuple):
     branch: Tensor  # (B, T) int64
     answers: Tensor  # (E, A) int64, right-padded: text, <di> for the i-th object, </s>
     targets: Tensor  # (M,) int64: which of the E A tokens of answers are predicted, all but padding
-    fed: Tensor  # (B, F) int64: which of the E A tokens of answers stand behind the prompts
+    fed: Tensor  # (B, F) int64: which of the E A tokens of answers stand after the prompts
     fed_branch: Tensor  # (B, F) int64
     at: Tensor  # (M,) int64: which of B (T + F) hidden states predicts each
     queries: Tensor  # (E, N) int64: which of the B T tokens are the object queries of each prompt; E = 0: there are none

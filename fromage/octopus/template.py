@@ -33,15 +33,15 @@ def fill_template(template: Sequence[str], image: ImageInput | None, instruction
 
 
 def fill_further_turn(template: Sequence[str], instruction: str, ask: bool) -> list[Part]:
-    """A question behind an answer: as fill_template, without the image, the white space behind it, and START before it.
+    """A question after an answer: as fill_template, without the image, the white space after it, and START before it.
 
     Of "{start}USER: {image}\\n{instruction} ASSISTANT:" that is "USER: {instruction} ASSISTANT:", as LLaVA has it.
     """
     place = template.index("{image}")
-    before, behind = [part for part in template[:place] if part != "{start}"], list(template[place + 1 :])
-    if behind and not SLOTS.match(behind[0]):
-        behind[0] = behind[0].lstrip()
-    return _fill([*before, *behind], None, instruction, ask)
+    before, after = [part for part in template[:place] if part != "{start}"], list(template[place + 1 :])
+    if after and not SLOTS.match(after[0]):
+        after[0] = after[0].lstrip()
+    return _fill([*before, *after], None, instruction, ask)
 
 
 def _fill(template: Sequence[str], image: ImageInput | None, instruction: str, ask: bool) -> list[Part]:
@@ -52,5 +52,5 @@ def _fill(template: Sequence[str], image: ImageInput | None, instruction: str, a
 
 
 def image_first(template: Sequence[str]) -> bool:
-    """Whether instruction and queries stand behind the image, so that prompts can share it."""
+    """Whether instruction and queries stand after the image, so that prompts can share it."""
     return all(template.index("{image}") < template.index(slot) for slot in ("{instruction}", "{queries}"))

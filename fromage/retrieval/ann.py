@@ -119,7 +119,7 @@ class ANNIndex:
 
     @classmethod
     def read(cls, path: Path, *known: Any, mapped: bool = True) -> ANNIndex:
-        """What write wrote; known: kind and all behind it; mapped: from the disk as it is needed, and not to be changed."""
+        """What write wrote; known: kind and all after it; mapped: from the disk as it is needed, and not to be changed."""
         return cls(faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC if mapped else 0), *known)
 
     def write(self, path: Path) -> None:

@@ -129,7 +129,7 @@ class ImageIndex(ABC):
         root: ImageRoot | None = None,
         tables: Sequence[Table] = (),
     ) -> ImageIndex:
-        """The index in this folder without the images at the paths `gone` (bytes), and with rows behind the rest.
+        """The index in this folder without the images at the paths `gone` (bytes), and with rows after the rest.
 
         tables: metadata of images that have none yet.
 
@@ -198,7 +198,7 @@ class ImageIndex(ABC):
     def add(
         self, folder: str | Path, rows: Iterable[Embedded], root: ImageRoot | None = None, tables: Sequence[Table] = ()
     ) -> ImageIndex:
-        """The index in this folder with rows put behind its own; images that are there already stay as they are."""
+        """The index in this folder with rows put after its own; images that are there already stay as they are."""
         return self.change(folder, pa.array([], pa.binary()), without(rows, self.paths()), root, tables)
 
     def describe(self, folder: str | Path, tables: Sequence[Table]) -> ImageIndex:
@@ -326,7 +326,7 @@ class ImageIndex(ABC):
     def beyond(
         self, query: np.ndarray, hits: Sequence[Hit], exclude: str | Collection[str] | None = None, where: str = ""
     ) -> Iterator[Hit]:
-        """The hits of a search for one query (q,), and then all behind them: searched for as they are asked for."""
+        """The hits of a search for one query (q,), and then all after them: searched for as they are asked for."""
         given: set[int] = set()
         while len(hits) > len(given):
             for hit in hits:

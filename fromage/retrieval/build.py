@@ -229,7 +229,7 @@ def from_folder(
 
 
 def add(folder: str | Path, store: EmbeddingStore, tables: Sequence[Table] = ()) -> ImageIndex:
-    """Put embeddings behind those of an index, which keeps its kind; images that are there already stay as they are.
+    """Put embeddings after those of an index, which keeps its kind; images that are there already stay as they are.
 
     The root of its images becomes the folder that holds both, but that of an imported index stays. Embeddings from elsewhere
     make it one from elsewhere.

@@ -3,7 +3,7 @@
 clip-retrieval leaves img_emb/img_emb_0.npy ... (n, w) and metadata/metadata_0.parquet ..., a row each; autofaiss reads
 folders of Parquet files with a column `embedding`. Both hold features of a CLIP or another tower at unit length. They are
 taken where our own embeddings of some of the images say that the tower is ours: features (w = m), or rows of the retrieval
-space (w = q). CLIP's projection of the features cannot be undone, so embeddings behind it match no model that reads them
+space (w = q). CLIP's projection of the features cannot be undone, so embeddings after it match no model that reads them
 before it.
 """
 

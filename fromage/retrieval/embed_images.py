@@ -44,7 +44,7 @@ def embed_images(
     """Embed a folder of images or webdataset shards into the folder out: unit rows, in the order of the names.
 
     A run that was killed is taken up by the next call; what it loses is the parts it was at: a shard, or some thousand
-    files, per worker. So is a source that has grown: what is new comes behind, and parts of which a file has changed or
+    files, per worker. So is a source that has grown: what is new comes after, and parts of which a file has changed or
     gone are embedded again. Shards may hold stored features (npy) in place of images. What is broken is left out with a
     warning. Raises UserError if nothing is left, if out holds the embeddings of another model or source, and where another
     process is writing it.

@@ -244,6 +244,6 @@ class EmbeddingStore:
 
 
 def _key(path: str) -> str:
-    """What the column `key` says of an image: the key in its shard, behind the last of several '.tar#'; else the stem."""
+    """What the column `key` says of an image: the key in its shard, after the last of several '.tar#'; else the stem."""
     _, is_member, key = path.rpartition(MEMBER)
     return key if is_member else Path(path).stem

@@ -319,7 +319,7 @@ class FaissIndex(ImageIndex):
         tables: Sequence[Table] = (),
         replaces_table: bool = False,
     ) -> FaissIndex:
-        """The index in this folder without the images at the paths `gone`, and with rows behind; what was learnt is kept.
+        """The index in this folder without the images at the paths `gone`, and with new rows; what was learnt is kept.
 
         replaces_table: tables come in place of the metadata that the index has.
         """

@@ -185,7 +185,7 @@ def open_arrow(path: Path, fits: Callable[[pa.Schema], bool]) -> tuple[list[pa.R
         file = pa.memory_map(str(path))
         _check_plain(file)
         file.seek(START)
-        reader = pa.ipc.open_stream(file)  # a file is a stream with an index of it behind, which is not believed
+        reader = pa.ipc.open_stream(file)  # a file is a stream and then an index of it, which is not believed
         if not fits(reader.schema):
             raise ValueError(f"columns {reader.schema.names} are not those of an index")
         batches = list(reader)

@@ -122,7 +122,7 @@ class Joined:
 
     def of(self, items: ItemTable) -> Metadata:
         """The rows for some images."""
-        row, end = np.full(len(items), -1, np.int64), 0  # (N,) into all tables, one behind the other
+        row, end = np.full(len(items), -1, np.int64), 0  # (N,) into all tables, one after the other
         for table in self.tables:
             found = _rows(items, table)  # (N,)
             row = np.where((row < 0) & (found >= 0), found + end, row)

@@ -113,7 +113,7 @@ class Collection:
             client.load_collection(self.name)
 
     def insert(self, rows: Iterable[Embedded], first: int = 0, joined: Joined | None = None) -> int:
-        """Put (n, q) unit rows and their items in, numbered from first on; returns the number behind the last.
+        """Put (n, q) unit rows and their items in, numbered from first on; returns the number after the last.
 
         joined: their metadata.
         """
@@ -199,7 +199,7 @@ class Collection:
                 self.client.delete(self.name, filter=f"row in {rows[start : start + CHUNK]}", timeout=SECONDS)
 
     def end(self) -> int:
-        """The number behind the last row: found by halving, since Milvus knows no largest."""
+        """The number after the last row: found by halving, since Milvus knows no largest."""
         low, high = 0, 1  # all rows are below high, where the first loop ends
         while self._query(f"row >= {high}", ["row"], limit=1):
             low, high = high, 2 * high

@@ -140,9 +140,9 @@ class MilvusIndex(ImageIndex):
         root: ImageRoot | None = None,
         tables: Sequence[Table] = (),
     ) -> MilvusIndex:
-        """The index in this folder without the images at the paths `gone`, and with rows behind; `root` stays as it was.
+        """The index in this folder without the images at the paths `gone`, and with new rows; `root` stays as it was.
 
-        Nothing is undone where it is killed: what it has done by then stays done. tables: for the rows behind, of columns
+        Nothing is undone where it is killed: what it has done by then stays done. tables: for the new rows, of columns
         that the collection has.
         """
         if self.root.former:
@@ -179,7 +179,7 @@ class MilvusIndex(ImageIndex):
     def add(
         self, folder: str | Path, rows: Iterable[Embedded], root: ImageRoot | None = None, tables: Sequence[Table] = ()
     ) -> MilvusIndex:
-        """The index in this folder with rows put behind its own; images that are there already stay as they are."""
+        """The index in this folder with rows put after its own; images that are there already stay as they are."""
         return self.change(folder, pa.array([], pa.binary()), rows, tables=tables)
 
     def there(self, paths: pa.Array) -> set[bytes]:

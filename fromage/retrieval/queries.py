@@ -26,7 +26,7 @@ from fromage.models.prompts import (
 
 @torch.no_grad()
 def embed_queries(model: Fromage, queries: Sequence[Prompt]) -> Tensor:
-    """Queries -> (B, q) unit rows: an image alone as it is embedded in an index, all else with [RET] behind it."""
+    """Queries -> (B, q) unit rows: an image alone as it is embedded in an index, all else with [RET] after it."""
     queries = listed(queries)
     rows = torch.empty(len(queries), model.q, device=model.device)  # (B, q)
     parts = [joined(parts_of(query)) for query in queries]

@@ -4,7 +4,7 @@ If the thread is idle a request is answered at once; requests that arrive meanwh
 the load. After a batch the thread waits a moment for its clients' next requests, or the first would be answered alone.
 
 Quick requests, such as searches, pass slow ones: they go first, and work that takes long lets a batch of them pass between
-its steps. Neither kind starves: at most one batch of quick requests passes at a time, and behind one a slow batch begins.
+its steps. Neither kind starves: at most one batch of quick requests passes at a time, and after one a slow batch begins.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ class Batcher:
             self._answer([job for job in self._take() if job.future.set_running_or_notify_cancel()])
 
     def _take(self) -> list[_Job]:
-        """The next batch: quick requests, or behind such a batch slow ones; empty at the end."""
+        """The next batch: quick requests, or after such a batch slow ones; empty at the end."""
         with self._changed:
             self._changed.wait_for(lambda: self._waiting or self.closed)
             self._changed.wait_for(lambda: len(self._waiting) >= self._before or self.closed, PAUSE)

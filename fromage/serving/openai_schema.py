@@ -188,7 +188,7 @@ class ChatCompletionRequest(Strict):
 
 
 class EmbeddingInput(Strict):
-    """A text, an image, or an image with a text behind it."""
+    """A text, an image, or an image with a text after it."""
 
     text: Words | None = None
     image: Annotated[str | None, Field(description="A data: URL, the file's bytes in base64, or an address.")] = None

@@ -64,7 +64,7 @@ def make_tuples(
     """Write a folder: tuples.jsonl, for `fromage shards tuples`, and the images of it. Returns the tuples of each kind.
 
     The same bytes for the same arguments. Tuples of 'val' are of scenes that no training has seen, targets included.
-    changes: tuples of each reference image, one behind the other; with several the image alone does not tell which target
+    changes: tuples of each reference image, one after the other; with several the image alone does not tell which target
     is asked for. A folder of such tuples is replaced. Raises UserError for one that holds anything else, for numbers out of
     range, and where another process writes there.
     """

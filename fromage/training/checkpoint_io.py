@@ -102,7 +102,7 @@ class SafeCheckpoint(ModelCheckpoint):
     second Ctrl-C ends at once. In the middle of a step of several batches (accumulate_grad_batches), or of a validation,
     nothing is saved: resuming goes on from the checkpoint before.
 
-    Where a run ends with a validation, its last checkpoint is written again behind it, so that it holds the figures.
+    Where a run ends with a validation, its last checkpoint is written again after it, so that it holds the figures.
 
     While a run lasts it holds its folder. One with the checkpoints of another run is refused, unless `overwrite` is true.
     """

@@ -9,7 +9,7 @@ The image stands in front. What runs without gradient follows from that:
     one-token backward here: the backward of the loss at the target caption and at [RET] passes through the whole trunk,
     [W_c v(x)] [</s> c_1 ... c_m], to W_c. The weights of the language model get no gradient all the same.
 3.  Both passes of the reference begin with that trunk, and causal attention makes its states the same in both. It runs
-    once, and behind it come two branches: the r [RET] tokens, and the target caption. Both begin at the position behind
+    once, and after it come two branches: the r [RET] tokens, and the target caption. Both begin at the position after
     the trunk; neither sees the other (PackedLayout). The gradients of both losses meet in the trunk, and their sum passes
     through it once. Of k + m + 1 + n and k + m + 1 + r tokens, k + m + n + r remain.
 4.  The last word of a caption predicts nothing, so it is not run: n - 1 words predict, with the trunk's last token, n.

@@ -13,7 +13,7 @@ Why each shortcut is exact:
     packed, attending to the cache and to one another (More).
 2.  Its next-token loss trains only the first [RET] row of the head, the only one there is. With h the frozen hidden states,
     loss = logaddexp(lse, h . e_RET) - z, where lse, the log-sum-exp over the frozen vocabulary, and z, the target's
-    logit, carry no gradient. The last caption token predicts the first [RET]; what stands behind that has no target.
+    logit, carry no gradient. The last caption token predicts the first [RET]; what stands after that has no target.
 3.  Captioning needs the full backward, but neither [RET] nor padding, which are never targets.
 4.  Sequences are packed end to end (fromage.models.packed_attention), so padding is computed in attention only.
 5.  Each image is encoded once for both objectives (the released code encodes it twice).

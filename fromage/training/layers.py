@@ -91,7 +91,7 @@ def shard_all(
     """
     mesh = init_device_mesh(device_type, (dist.get_world_size(),))
     for block in lm.blocks:
-        outer = lm.dtype if block is lm.blocks[-1] else None  # of what runs behind the last layer
+        outer = lm.dtype if block is lm.blocks[-1] else None  # of what runs after the last layer
         policy = MixedPrecisionPolicy(dtype, torch.float32, outer) if dtype else MixedPrecisionPolicy()
         fully_shard(block, mesh=mesh, mp_policy=policy)
     inside = {p for block in lm.blocks for p in block.parameters()}

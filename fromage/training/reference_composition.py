@@ -78,7 +78,7 @@ def reference_composition(
     if weights.composition_captioning:
         said = [row[:n] for row, n in zip(tuples.captions.tolist(), tuples.caption_lengths, strict=True)]
         ids, mask = _padded(model, [trunk + target for trunk, target in zip(trunks, said, strict=True)])  # (B, k + T)
-        labels = _behind(ids, [len(trunk) for trunk in trunks], mask)  # (B, k + T)
+        labels = _after(ids, [len(trunk) for trunk in trunks], mask)  # (B, k + T)
         hidden = model.lm(model.embed(ids, prefix), mask)  # (B, k + T, d)
         captioning_loss, caption_accuracy = next_token_loss(model.lm.logits(hidden), labels)
         captioning_loss = captioning_loss * device_weight(sum(tuples.caption_lengths), model.device)
@@ -98,8 +98,8 @@ def _padded(model: Fromage, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
     return ids.to(model.device), mask.to(model.device)
 
 
-def _behind(ids: Tensor, starts: list[int], mask: Tensor) -> Tensor:
-    """(B, T) ids -> (B, T) labels: those behind each start; -100 elsewhere and at padding."""
+def _after(ids: Tensor, starts: list[int], mask: Tensor) -> Tensor:
+    """(B, T) ids -> (B, T) labels: those after each start; -100 elsewhere and at padding."""
     begins = torch.tensor(starts, device=ids.device).unsqueeze(1)  # (B, 1)
     return ids.masked_fill(~mask | (torch.arange(ids.shape[1], device=ids.device) < begins), -100)
 

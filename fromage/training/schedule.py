@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 def factor(step: int, warmup: int = 0, first: int = 1, decay: int = 0) -> float:
     """The factor of the learning rate in step n = 0, 1 ...: (n + first) / warmup, at most 1, for `warmup` steps.
 
-    Behind them it is 1, or falls along a cosine to 0 in `decay` steps and stays there; decay 0 is without one.
+    After them it is 1, or falls along a cosine to 0 in `decay` steps and stays there; decay 0 is without one.
     """
     if step < warmup or not decay:
         return min(1.0, (step + first) / max(1, warmup))
@@ -32,7 +32,7 @@ class Schedule(LambdaLR):
         super().__init__(optimizer, partial(factor, warmup=warmup, first=first, decay=decay))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on behind the step of a state, which may be of PyTorch's SequentialLR, as former versions had."""
+        """Go on after the step of a state, which may be of PyTorch's SequentialLR, as former versions had."""
         own: list[Any] = list(self.base_lrs)
         lambdas: list[Callable[[int], float]] = self.lr_lambdas
         self.last_epoch = state_dict["last_epoch"]

@@ -115,7 +115,7 @@ def no_captioning(device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def dropped(features: Tensor, factors: Tensor | None) -> Tensor:
-    """(B, m) image features behind dropout, by its factors."""
+    """(B, m) image features after dropout, by its factors."""
     return features if factors is None else features * to_device(factors, features.device)
 
 

@@ -8,7 +8,7 @@ from fromage.errors import UserError
 
 
 class Numbers(Dataset):
-    """0 to 3; a negative limit ends the process at once, another one raises behind it."""
+    """0 to 3; a negative limit ends the process at once, another one raises after it."""
 
     def __init__(self, limit=4):
         self.limit = limit

@@ -141,9 +141,9 @@ def test_clip_by_its_projection_is_clip_whole(toy_model, data):
 def test_the_projection_of_a_vit():
     vision = {"layers": 2, "width": 64, "head_width": 32, "patch_size": 16, "image_size": 32}
     clip = open_clip.CLIP(24, vision, {"layers": 1, "width": 32, "heads": 2, "vocab_size": 100}).eval()
-    pixels, behind = torch.randn(3, 3, 32, 32), projection(clip.visual)
+    pixels, after = torch.randn(3, 3, 32, 32), projection(clip.visual)
     want = clip.encode_image(pixels)
-    torch.testing.assert_close(behind(OpenClipTower(clip, None, "small")(pixels)), want, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(after(OpenClipTower(clip, None, "small")(pixels)), want, atol=1e-5, rtol=1e-4)
 
 
 @torch.no_grad()
@@ -152,10 +152,10 @@ def test_towers_of_timm_and_their_projections(name, width):
     config = open_clip.get_model_config(name)
     visual = _build_vision_tower(config["embed_dim"], config["vision_cfg"]).eval()
     pixels = torch.randn(2, 3, 224, 224)
-    want, behind = visual(pixels), projection(visual)
+    want, after = visual(pixels), projection(visual)
     tower = OpenClipTower(SimpleNamespace(visual=visual), None, name)
     assert tower.width == width
-    torch.testing.assert_close(behind(tower(pixels)), want, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(after(tower(pixels)), want, atol=1e-5, rtol=1e-4)
 
 
 def test_captioning_says_what_is_not_installed(toy_model, data, monkeypatch):

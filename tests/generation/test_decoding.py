@@ -101,7 +101,7 @@ def test_text_prompts_continue_as_hugging_face_does(model):
 
 @torch.no_grad()
 def hidden_after(model, prompt, ids):
-    """The hidden state where the last of ids behind a prompt is read, by one pass over all."""
+    """The hidden state where the last of ids after a prompt is read, by one pass over all."""
     batch = embed_prompts(model, [prompt])
     embeds = torch.cat([batch.embeds, model.embed(torch.tensor([ids]))], 1)
     return model.lm(embeds, torch.ones(embeds.shape[:2], dtype=torch.bool))[0, -1]
@@ -153,7 +153,7 @@ def test_the_tokens_behind_the_first_ret_follow_it_unchosen(three, prompts):
         for place, *shown in zip((2, 5), answer.shown, alone.shown, slow.shown, strict=True):
             want = three.embed_ret(hidden[:, place : place + 3])[0].numpy()
             assert all(found.embedding == pytest.approx(want, abs=2e-4) for found in shown)
-        logits = three.lm.logits(hidden[0, 7:-1])  # (4, V + 4), those of the text behind both
+        logits = three.lm.logits(hidden[0, 7:-1])  # (4, V + 4), those of the text after both
         logits[:, [three.tokenizer.image_id, *ids, *ends]] = -torch.inf
         assert logits.argmax(1).tolist() == answer.ids[8:]
 

@@ -100,7 +100,7 @@ def test_a_caption_as_a_whole_prompt_has_the_loss_of_captioning(model, world):
     batch = Batch(["a", "b", "c"], texts, ids, list(map(len, rows)), None, images)
     loss = reference_step(model, batch, paired=False).captioning_loss
     scores = score_prompts(model, [[image, text] for image, text in zip(images, texts, strict=True)], batch_size=2)
-    assert scores.tokens.tolist() == [len(row) - 1 for row in rows], "</s> behind the image is scored, [RET] is not there"
+    assert scores.tokens.tolist() == [len(row) - 1 for row in rows], "</s> after the image is scored, [RET] is not there"
     torch.testing.assert_close(-scores.total.sum() / scores.tokens.sum(), loss, atol=1e-4, rtol=1e-4)
 
 
@@ -113,7 +113,7 @@ def test_the_parts_of_a_whole_prompt_add_up(model, prompt):
     assert whole.tokens[1] == before.tokens[0] + rest.tokens[0]
     assert whole.tokens[2] == 1 + len(model.tokenizer.encode("a")), "[RET] is scored"
     assert score_prompts(model, []).total.shape == (0,)
-    with pytest.raises(UserError, match="no text behind its first token"):
+    with pytest.raises(UserError, match="no text after its first token"):
         score_prompts(model, [["a"], []])
 
 

@@ -127,7 +127,7 @@ def test_without_special_tokens_the_start_token_stands_in_front_alone(instruct, 
     model = instruct("plain")
     chat = Chat(model, system="Be kind.", examples=HISTORY[:1])
     (start, first, image, rest) = chat.prompt([folder / "red.png", "hello"])
-    assert model.tokenizer.start() == prompt_ids(model, start), "images inside have none behind them"
+    assert model.tokenizer.start() == prompt_ids(model, start), "images inside have none after them"
     want = "### Human: Be kind.\n\nwhat is it?\n### Answer: a red star\n### Human: "
     assert (first, rest) == (want, "hello\n### Answer:") and isinstance(image, Path)
     assert chat.style.stop == ("### Human:",)

@@ -254,7 +254,7 @@ def test_texts_of_like_length_share_a_batch(toy_model, images, monkeypatch):
 @torch.no_grad()
 @pytest.mark.parametrize("sees", ["sequential", "stacked"])
 def test_several_ret_tokens_of_queries_and_captions_are_by_definition(sees):
-    """Stacked, each is run alone behind the text; sequential, the tokens are a plain continuation of it."""
+    """Stacked, each is run alone after the text; sequential, the tokens are a plain continuation of it."""
     model = Fromage.load(q=32, r=3, ret_attention=sees, ret_fusion="transformer").eval()
     texts = ["a red star.", "a small blue ring on the left and a big green square at the top, on the sea at night.", ""]
     rows, states = [model.tokenizer.caption(text, 99) for text in texts], []

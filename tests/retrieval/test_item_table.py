@@ -29,7 +29,7 @@ def test_items_come_back_and_lie_at_their_root(path):
 
 @pytest.mark.parametrize("value", [60_000, 1 << 30, -1])
 def test_an_offset_beyond_its_buffer_is_refused(path, value):
-    """Read as it is, it would show what lies behind in memory, or end the process."""
+    """Read as it is, it would show what lies after in memory, or end the process."""
     data = bytearray(path.read_bytes())
     good = np.cumsum([0, *(len(item.caption) for item in ITEMS[:25])]).astype(np.int32).tobytes()
     at = data.index(good)

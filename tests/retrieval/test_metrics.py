@@ -30,7 +30,7 @@ from fromage.retrieval.metrics import (
 
 
 def oracle(scores, own):
-    """Sorted by score, own items behind all others that tie with them; the place of the first own item."""
+    """Sorted by score, own items after all others that tie with them; the place of the first own item."""
     order = sorted(range(len(scores)), key=lambda j: (-scores[j], j in own))
     return next(place for place, j in enumerate(order, 1) if j in own)
 
@@ -59,7 +59,7 @@ def test_the_best_of_several_own_items_counts(n, each, seed, chunk):
 
 
 def sorted_places(scores, own, left):
-    """Places of the own items among those that are left, each behind all others that tie with it."""
+    """Places of the own items among those that are left, each after all others that tie with it."""
     order = sorted(left, key=lambda j: (-scores[j], j in own))
     return [place for place, j in enumerate(order, 1) if j in own]
 

@@ -33,7 +33,7 @@ def app_on_port(model, index):
 
 @pytest.fixture(scope="module")
 def server(app_on_port):
-    """The address of the application on a port, behind the guards of `fromage serve`."""
+    """The address of the application on a port, after the guards of `fromage serve`."""
     listening = open_port("127.0.0.1", 0)
     running = uvicorn.Server(guarded(app_on_port, "127.0.0.1", 20, log_level="error"))
     thread = threading.Thread(target=running.run, args=([listening],))

@@ -176,7 +176,7 @@ def test_the_static_cache_is_compiled_and_gives_the_same_tokens(tool, bench):
 
 
 def fit(module, data, strategy="auto"):
-    """A few steps of `lightning fit` on the card, behind a sanity check, from images that other processes decode."""
+    """A few steps of `lightning fit` on the card, after a sanity check, from images that other processes decode."""
     trainer = pl.Trainer(accelerator=ACCELERATOR, devices=1, strategy=strategy, max_steps=3, limit_val_batches=1,
                          num_sanity_val_steps=1, log_every_n_steps=2, logger=False, enable_checkpointing=False,
                          enable_progress_bar=False, enable_model_summary=False, gradient_clip_val=1.0)  # fmt: skip

@@ -273,7 +273,7 @@ def test_any_step_and_the_end_of_training_can_be_gone_on_from(world, tmp_path):
 
 
 class Terminated(pl.Callback):
-    """Ends training behind a batch as SIGTERM does."""
+    """Ends training after a batch as SIGTERM does."""
 
     def __init__(self, batch):
         self.batch = batch

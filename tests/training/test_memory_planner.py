@@ -125,7 +125,7 @@ def test_what_a_run_does_not_train_is_not_planned(small, options, untrained, wit
     assert counted.trained == whole.trained - held and counted.parameters == whole.parameters
     if step == "fast":
         assert set(whole.passes) - set(counted.passes) == ({without} if without else set())
-    if (step, options) == ("reference", {"pooling": "last"}):  # it runs all of the text, with [RET] behind it
+    if (step, options) == ("reference", {"pooling": "last"}):  # it runs all of the text, with [RET] after it
         assert counted.flop == whole.flop
     else:
         assert counted.flop < whole.flop

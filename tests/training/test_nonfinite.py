@@ -106,12 +106,12 @@ def test_figures_are_read_from_a_device_only_where_they_are_logged(due):
 
 
 class Accumulating(Recorder):
-    """Fits five batches an epoch, and records of each whether its figures are logged, in the step and behind it."""
+    """Fits five batches an epoch, and records of each whether its figures are logged, in the step and after it."""
 
     def __init__(self, device):
         super().__init__(device)
         self.guard, self.p = NonFiniteGuard(False, ("loss",)), torch.nn.Parameter(torch.ones(1))
-        self.due, self.behind, self.of_lightning = [], [], []
+        self.due, self.after, self.of_lightning = [], [], []
 
     def training_step(self, batch, index):
         self.due.append(self.figures_due)
@@ -120,7 +120,7 @@ class Accumulating(Recorder):
 
     def on_train_batch_end(self, *args):
         super().on_train_batch_end(*args)
-        self.behind.append(self.figures_due)
+        self.after.append(self.figures_due)
 
     def configure_optimizers(self):
         return torch.optim.Adam(self.parameters(), lr=0.0, fused=True)
@@ -142,6 +142,6 @@ def test_all_batches_of_a_step_are_logged_or_none(device, accumulated, every, st
     trainer.fit(module, torch.utils.data.DataLoader(torch.ones(5, 1)))
     an_epoch = -(-5 // accumulated)  # steps; the last batches of an epoch are a step even if they are few
     step_of = [1 + epoch * an_epoch + batch // accumulated for epoch in range(2) for batch in range(5)]
-    assert module.due == module.behind == [step in steps for step in step_of]
+    assert module.due == module.after == [step in steps for step in step_of]
     if device == "cuda":
         assert module.due == module.of_lightning

@@ -20,7 +20,7 @@ TOY = {"lm": "toy", "vision": "toy", "vision_weights": None, "dtype": "float32",
 
 
 class Stop(pl.Callback):
-    """Ends a run in a certain way behind a step."""
+    """Ends a run in a certain way after a step."""
 
     def __init__(self, step, error):
         self.step, self.error = step, error
@@ -61,7 +61,7 @@ def read(out, version):
 
 @pytest.fixture(scope="module")
 def out(world, tmp_path_factory):
-    """A run of five steps that an error ends behind the fourth, which is not saved, and its resumption."""
+    """A run of five steps that an error ends after the fourth, which is not saved, and its resumption."""
     out = tmp_path_factory.mktemp("run")
     with pytest.raises(UserError):
         run(world, out, 5, Stop(4, UserError("the disk \x1b]0;owned\x07 is full\nof files")))
@@ -73,7 +73,7 @@ def test_an_interrupted_run_has_a_report_that_says_why(out):
     assert facts["outcome"] == [
         "interrupted: the disk \N{REPLACEMENT CHARACTER}]0;owned\N{REPLACEMENT CHARACTER} is full"
     ] and facts["steps"] == ["4 of 5"]
-    assert facts["val/t2i_r1"][2] == "2", "validated behind step 2"
+    assert facts["val/t2i_r1"][2] == "2", "validated after step 2"
 
 
 def test_a_resumed_run_reports_on_all_of_its_steps(out):

@@ -60,7 +60,7 @@ class VisionTower(FrozenTower, ABC):
         shape: shape of the features of one image: (m,), or (P, m) for patches.
         width: m.
         grid: rows and columns of patches, P = rows x columns; None for pooled features.
-        projection: the layers of a CLIP behind pooling, features (N, m) -> (N, e) of the space that images and texts share,
+        projection: the layers of a CLIP after pooling, features (N, m) -> (N, e) of the space that images and texts share,
             not normalised; it belongs to no module. None for a tower without text tower.
     """
 

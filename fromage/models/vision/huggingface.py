@@ -159,7 +159,7 @@ class HfText(TextTower, nn.Module):
 
 
 def _projection(pair: Any) -> nn.Module:
-    """(N, m) -> (N, e): what a CLIP has behind its image tower; SigLIP has nothing there."""
+    """(N, m) -> (N, e): what a CLIP has after its image tower; SigLIP has nothing there."""
     return getattr(pair, "visual_projection", nn.Identity()).float().requires_grad_(False)
 
 

@@ -24,7 +24,7 @@ class TimmTower(VisionTower):
     """A frozen image model of timm, pooled before its classifier: v(x) in R^m. It has no text tower.
 
     Names: 'timm:NAME' (weights from the hub), 'timm:hf-hub:ORG/NAME', 'timm:local-dir:FOLDER' (a config.json and weights, as
-    timm's save_for_hf writes them), and any of these with '@FILE' behind it for weights in a torch or safetensors file.
+    timm's save_for_hf writes them), and any of these with '@FILE' after it for weights in a torch or safetensors file.
     """
 
     @classmethod

@@ -123,7 +123,7 @@ class Flickr30kEntities(EntitiesFolder):
 
 
 class Flickr30kSpotting(EntitiesFolder):
-    """Flickr30k Entities: one example per sentence; behind each phrase with boxes the answer points at them.
+    """Flickr30k Entities: one example per sentence; after each phrase with boxes the answer points at them.
 
     "Two girls <d50> <d26> sit on the grass <d19>." is one answer (Fig. 3); known boxes are all boxes of the image.
     """
@@ -164,7 +164,7 @@ class Flickr30kSpotting(EntitiesFolder):
     def _pieces(self, sentence: str, image: EntitiesImage) -> list[str | int | None]:
         """A sentence as text and the numbers of boxes; None for a box without an area.
 
-        Boxes follow their phrase at once, and the text behind them begins with its own space or punctuation: in tokens that
+        Boxes follow their phrase at once, and the text after them begins with its own space or punctuation: in tokens that
         hold their leading space, as the language models' do, the words are those of the sentence without boxes.
         """
         *marked, rest = PHRASE.split(sentence.strip())  # text, entity, phrase, text, entity, phrase ... and a text

@@ -40,7 +40,7 @@ class Instructions(FileSource):
         self.images, self.padded, self.apart_from = Path(images), padded, tuple(apart_from)
 
     def read(self) -> Iterator[Example]:
-        """One example per question and answer, the turns of a conversation one behind the other.
+        """One example per question and answer, the turns of a conversation one after the other.
 
         Spelled boxes in answers become box numbers; in questions they stay text, relative to the image itself.
         """

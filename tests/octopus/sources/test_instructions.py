@@ -44,7 +44,7 @@ def instructions(folder: Path, *entries, **options) -> Instructions:
 def test_the_turns_of_a_conversation_belong_together(tmp_path):
     entries = [talk(("a?", "b"), ("c?", "at [0.1, 0.2, 0.3, 0.4]"), ("d?", "e")), talk(("a?", "b"))]
     rows = [[turn.instruction for turn in turns] for turns in conversations(instructions(tmp_path, *entries))]
-    assert rows == [["a?", "c?"], ["d?"], ["a?"]]  # cut behind an answer with a box, and between conversations
+    assert rows == [["a?", "c?"], ["d?"], ["a?"]]  # cut after an answer with a box, and between conversations
 
 
 @pytest.mark.parametrize(
