@@ -6,6 +6,7 @@ the added rows are trained: in chunks, with the gradient of the hidden states co
 
 from __future__ import annotations
 
+from math import ceil
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from fromage.models.language_model import LanguageModel
 
 HASH = 6364136223846793005  # of Knuth's linear congruential generator
-CHUNK, CPU_CHUNK = 1024, 128  # positions whose logits exist at a time; on a CPU, few enough that memory is used again
+CHUNK, CPU_CHUNK = 1024, 512  # positions whose logits exist at a time; fewer make the matrix products slower
 
 
 def next_token_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -50,7 +51,7 @@ class _FrozenHeadLoss(torch.autograd.Function):
         V, first, weight = lm.added.vocab_size, lm.added.first, lm.head.weight[: lm.added.vocab_size]  # (V, d)
         grad_hidden, grad_rows = torch.empty_like(hidden), torch.zeros_like(rows)
         loss, accuracy = hidden.new_zeros((), dtype=torch.float32), hidden.new_zeros((), dtype=torch.float32)
-        chunk = positions_at_a_time(hidden)
+        chunk = positions_at_a_time(len(hidden), on_cpu(hidden))
         for h, t, out in zip(*(x.split(chunk) for x in (hidden, targets, grad_hidden)), strict=True):
             e, z = lm.frozen_logits(h), lm.capped((h @ rows.to(h.dtype).T).float())  # (c, V), (c, n)
             slopes = None if lm.cap is None else [1 - (x / lm.cap) ** 2 for x in (e, z)]
@@ -82,16 +83,17 @@ class _FrozenHeadLoss(torch.autograd.Function):
         return grad_hidden * grad.to(grad_hidden.dtype), grad_rows * grad.to(grad_rows.dtype), None, None
 
 
-def positions_at_a_time(hidden: Tensor) -> int:
-    """Rows of logits that exist at a time."""
-    return CPU_CHUNK if on_cpu(hidden) else CHUNK
+def positions_at_a_time(count: int, on_host: bool = False) -> int:
+    """Positions whose logits exist at a time: `count` in as few parts as may be, of one size. on_host: on a CPU."""
+    parts = ceil(count / (CPU_CHUNK if on_host else CHUNK))
+    return ceil(count / max(parts, 1)) or 1
 
 
 @torch.no_grad()
 def frozen_log_sum_exp(hidden: Tensor, targets: Tensor, lm: LanguageModel) -> tuple[Tensor, Tensor]:
     """Log-sum-exp over the frozen vocabulary and the targets' logits, (N,) float32 each; an added token's is 0."""
     V, lses, zs = lm.added.vocab_size, [], []
-    chunk = positions_at_a_time(hidden)
+    chunk = positions_at_a_time(len(hidden), on_cpu(hidden))
     for h, t in zip(hidden.split(chunk), targets.split(chunk), strict=True):
         logits = lm.frozen_logits(h)  # (c, V)
         zs.append(torch.where(t < V, logits.gather(1, t.clamp(max=V - 1).unsqueeze(1)).squeeze(1), 0.0))

@@ -35,7 +35,7 @@ from fromage.models.vision.registry import plan_vision
 from fromage.training.fast_composition import fast_composition
 from fromage.training.fast_step import captioning, fast_step, retrieval_text
 from fromage.training.layers import checkpoint_blocks
-from fromage.training.losses import CHUNK, info_nce
+from fromage.training.losses import info_nce, positions_at_a_time
 from fromage.training.meter import Meter
 from fromage.training.planning import (
     LM,
@@ -217,7 +217,7 @@ def _keys_and_values(model: Fromage, batch: Batch) -> int:
 
 def _logits(model: Fromage, batch: Batch) -> int:
     """Bytes of the float32 logits (c, V) that are computed at a time."""
-    return 4 * min(CHUNK, count_targets(model, batch)) * model.lm.added.vocab_size
+    return 4 * positions_at_a_time(count_targets(model, batch)) * model.lm.added.vocab_size
 
 
 def _model(run: Run, tower: VisionTower) -> Fromage:

@@ -17,6 +17,7 @@ from fromage.models.fromage import Fromage
 from fromage.models.frozen import TOY
 from fromage.models.language_model import LanguageModel
 from fromage.training.fast_step import fast_step, retrieval_text
+from fromage.training.losses import positions_at_a_time
 from fromage.training.meter import Meter
 from fromage.training.reference_step import reference_step
 from fromage.training.step import ALL, Weights
@@ -285,15 +286,26 @@ def test_padding_beyond_the_longest_changes_nothing(models):
     torch.testing.assert_close(fast_step(model, wide, True).loss, fast_step(model, batch, True).loss)
 
 
-def test_chunks_do_not_matter(models, monkeypatch):
+@pytest.mark.parametrize("most", [1, 7])
+def test_chunks_do_not_matter(models, monkeypatch, most):
     model = models["tied", 1]
     batch = make_batch(model, [5, 12, 3, 20])
+    seen, real = [], model.lm.frozen_logits
+    monkeypatch.setattr(model.lm, "frozen_logits", lambda hidden: seen.append(len(hidden)) or real(hidden))
     whole, grads = run(fast_step, model, batch, False)
-    monkeypatch.setattr("fromage.training.losses.CHUNK", 7)
+    assert len(seen) == 2 and min(seen) > 7, "the logits of each pass at once"
+    monkeypatch.setattr("fromage.training.losses.CPU_CHUNK", most)
     parts, part_grads = run(fast_step, model, batch, False)
+    assert max(seen[2:]) <= most and sum(seen[2:]) == sum(seen[:2])
     torch.testing.assert_close(parts.loss, whole.loss)
     for name in grads:
         torch.testing.assert_close(part_grads[name], grads[name])
+
+
+@pytest.mark.parametrize(("count", "size"), [(0, 1), (1, 1), (512, 512), (513, 257), (1024, 512), (1025, 342)])
+def test_logits_exist_in_as_few_parts_as_may_be_of_one_size(count, size):
+    assert positions_at_a_time(count, on_host=True) == size
+    assert positions_at_a_time(count) <= 1024
 
 
 def test_in_bfloat16_it_is_no_further_from_float32_than_the_reference_step():
