@@ -31,7 +31,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig
 
 from fromage.checkpoints.format import DTYPES
-from fromage.data.tokenizer import IMAGE, PromptTokenizer
+from fromage.data.tokenizer import IMAGE_TOKEN, PromptTokenizer
 from fromage.errors import UserError
 from fromage.evals.options import Options
 from fromage.evals.refcoco import evaluate
@@ -68,7 +68,7 @@ def build(preset: dict[str, Any], n: int, device: str) -> Octopus:
         config: Any = OPTConfig(word_embed_proj_dim=preset["width"], ffn_dim=4 * preset["width"], **OPT, **sizes)
     else:
         config = LlamaConfig(intermediate_size=11008, **sizes)
-    tokenizer = PromptTokenizer(str(TOY / "opt"), index_token_names(n), (IMAGE, QUERY))
+    tokenizer = PromptTokenizer(str(TOY / "opt"), index_token_names(n), (IMAGE_TOKEN, QUERY))
     with torch.device(device):
         hf = AutoModelForCausalLM.from_config(config, dtype=DTYPES[preset["dtype"]])
     tower = load_patches(preset["vision"], dtype=preset["dtype"], random_weights=True)

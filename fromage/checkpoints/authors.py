@@ -30,7 +30,7 @@ from fromage.checkpoints.format import (
     read_generation,
 )
 from fromage.checkpoints.safe_pickle import read_pickle
-from fromage.data.tokenizer import IMAGE, RET, ret_tokens
+from fromage.data.tokenizer import IMAGE_TOKEN, RET_TOKEN, ret_tokens
 from fromage.errors import UserError, first_line
 from fromage.io import as_json, check_new, read_json, write_files
 
@@ -106,7 +106,7 @@ def read_authors(
     tensors, generation = _read_tensors(file, system, **sizes, ret=ret), read_generation(file.parent)
     if system is GILL:
         warnings.warn(f"{file}: is of GILL; what generates images is left out, its [IMG] tokens become [RET]", stacklevel=2)
-    added = {IMAGE: ret[0] - 1, **dict(zip(ret_tokens(len(ret)), ret, strict=True))}
+    added = {IMAGE_TOKEN: ret[0] - 1, **dict(zip(ret_tokens(len(ret)), ret, strict=True))}
     about = {"source": f"files of the released code of {system.name}, which do not say what they were trained on"}
     return Saved(str(file), tensors, settings, added, generation=generation, about=about)
 
@@ -212,7 +212,7 @@ def write_authors(saved: Saved, folder: str | Path, visual_encoder: str | None =
         )
     args = {"opt_version": saved.settings["lm"], "visual_encoder": visual_encoder or _clip_name(saved.settings)}
     args |= {"n_visual_tokens": saved.settings["k"], "shared_emb_dim": saved.settings["q"], "text_emb_layers": [-1]}
-    args |= {"retrieval_token_idx": saved.added_tokens[RET], **UNUSED}
+    args |= {"retrieval_token_idx": saved.added_tokens[RET_TOKEN], **UNUSED}
     args |= {"input_prompt": prompt} if (prompt := saved.settings.get("input_prompt")) else {}
     content = io.BytesIO()
     torch.save({"state_dict": {theirs[name]: value for name, value in saved.tensors.items()}}, content)

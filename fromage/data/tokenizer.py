@@ -10,12 +10,12 @@ from transformers import AddedToken, AutoTokenizer
 
 from fromage.errors import UserError, first_line
 
-IMAGE, RET = "<|image|>", "[RET]"
+IMAGE_TOKEN, RET_TOKEN = "<|image|>", "[RET]"
 
 
 def ret_tokens(r: int) -> list[str]:
     """The tokens that end a caption and ask for an image: [RET], and after it [RET2] ... [RETr]."""
-    return [RET, *(f"{RET[:-1]}{i}]" for i in range(2, r + 1))]
+    return [RET_TOKEN, *(f"{RET_TOKEN[:-1]}{i}]" for i in range(2, r + 1))]
 
 
 class PromptTokenizer:
@@ -36,7 +36,7 @@ class PromptTokenizer:
         pad_id: id of padding, which is always masked; the end-of-text id if the LM has no padding token.
     """
 
-    def __init__(self, folder: str, rows: Sequence[str] = (RET,), places: Sequence[str] = (IMAGE,)) -> None:
+    def __init__(self, folder: str, rows: Sequence[str] = (RET_TOKEN,), places: Sequence[str] = (IMAGE_TOKEN,)) -> None:
         """Load from a folder or a hub name. Raises UserError if no tokenizer is found."""
         try:
             self.hf: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
@@ -62,12 +62,12 @@ class PromptTokenizer:
     @property
     def image_id(self) -> int:
         """Id of <|image|>."""
-        return self.added[IMAGE]
+        return self.added[IMAGE_TOKEN]
 
     @property
     def ret_id(self) -> int:
         """Id of [RET], the first of ret_ids. Raises KeyError for a tokenizer without it."""
-        return self.added[RET]
+        return self.added[RET_TOKEN]
 
     @property
     def never_chosen(self) -> list[int]:

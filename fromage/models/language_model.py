@@ -21,7 +21,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from fromage.checkpoints.format import DTYPES
 from fromage.checkpoints.hub import stay_offline_without_hub
-from fromage.data.tokenizer import IMAGE, RET, PromptTokenizer
+from fromage.data.tokenizer import IMAGE_TOKEN, RET_TOKEN, PromptTokenizer
 from fromage.distribution import pip_install
 from fromage.errors import UserError, first_line
 from fromage.models import gguf, towers
@@ -237,8 +237,8 @@ def load_lm(
     dtype: str = "float32",
     random_weights: bool = False,
     quantize: Quantized | None = None,
-    rows: Sequence[str] = (RET,),
-    places: Sequence[str] = (IMAGE,),
+    rows: Sequence[str] = (RET_TOKEN,),
+    places: Sequence[str] = (IMAGE_TOKEN,),
 ) -> LanguageModel:
     """Load and freeze a causal LM by its name. rows, places: see PromptTokenizer.
 

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from fromage.checkpoints.format import OCTOPUS, TOWERS, Saved, dtype_name
-from fromage.data.tokenizer import IMAGE
+from fromage.data.tokenizer import IMAGE_TOKEN
 from fromage.errors import UserError
 from fromage.models.base import digest
 from fromage.models.frozen import digest_of_samples, hold
@@ -156,7 +156,7 @@ class Octopus(Pretrained):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             tower = load_patches(vision, vision_weights, vision_layer, here, random_weights)
-            tokens = {"rows": index_token_names(num_queries), "places": (IMAGE, QUERY)}
+            tokens = {"rows": index_token_names(num_queries), "places": (IMAGE_TOKEN, QUERY)}
             model = cls(load_lm(lm, here, random_weights, quantize, **tokens), tower, num_queries, **options)
             if lora_rank:
                 add_lora(model.lm, lora_rank)

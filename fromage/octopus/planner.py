@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_map_only
 from transformers import AutoModelForCausalLM
 
 from fromage.checkpoints.format import DTYPES, dtype_name
-from fromage.data.tokenizer import IMAGE
+from fromage.data.tokenizer import IMAGE_TOKEN
 from fromage.errors import UserError
 from fromage.models.language_model import LanguageModel
 from fromage.models.options import Quantized
@@ -170,7 +170,7 @@ class Words:
 
     def __init__(self, vocab_size: int, num_queries: int) -> None:
         self.vocab_size = vocab_size
-        self.added = {IMAGE: vocab_size, QUERY: vocab_size + 1}
+        self.added = {IMAGE_TOKEN: vocab_size, QUERY: vocab_size + 1}
         self.image_id = vocab_size
         self.row_ids = [vocab_size + 2 + i for i in range(num_queries)]
 

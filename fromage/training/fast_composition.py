@@ -33,13 +33,13 @@ from fromage.models.vision.base import TextTower
 from fromage.training.fast_step import mean_over_parts
 from fromage.training.losses import device_weight, frozen_head_loss
 from fromage.training.reference_composition import CompositionOutput, composed_nce, wanted
-from fromage.training.step import Weights, image_features, recomputed
+from fromage.training.step import LossWeights, image_features, recomputed
 
 TRUNK, OF_RET, OF_CAPTION = 0, 1, 2  # numbers of the branches
 
 
 def fast_composition(
-    model: Fromage, tuples: Tuples, weights: Weights, text_tower: TextTower | None = None, chunk: int = 0
+    model: Fromage, tuples: Tuples, weights: LossWeights, text_tower: TextTower | None = None, chunk: int = 0
 ) -> CompositionOutput:
     """The output of reference_composition, up to rounding.
 
@@ -66,7 +66,7 @@ def fast_composition(
     return CompositionOutput(captioning_loss, contrastive_loss, caption_accuracy, retrieval_accuracy, weights)
 
 
-def composed(model: Fromage, tuples: Tuples, features: Tensor, weights: Weights) -> tuple[Tensor, ...]:
+def composed(model: Fromage, tuples: Tuples, features: Tensor, weights: LossWeights) -> tuple[Tensor, ...]:
     """Captioning loss and token accuracy of the target captions, and the queries (B, q) read at [RET]; 0 where not run."""
     k, device = model.k, tuples.conditions.device
     trunk = [k + n - model.r for n in tuples.lengths]  # tokens of each

@@ -35,8 +35,8 @@ from fromage.models.packed_attention import Causal, More, PackedLayout, offsets,
 from fromage.training.losses import device_weight, frozen_head_loss, frozen_log_sum_exp, info_nce
 from fromage.training.step import (
     ALL,
+    LossWeights,
     StepOutput,
-    Weights,
     check_captions,
     count_targets,
     dropped,
@@ -47,7 +47,7 @@ from fromage.training.step import (
 
 
 def fast_step(
-    model: Fromage, batch: Batch, paired: bool, weights: Weights = ALL, chunk: int = 0, dropout: Tensor | None = None
+    model: Fromage, batch: Batch, paired: bool, weights: LossWeights = ALL, chunk: int = 0, dropout: Tensor | None = None
 ) -> StepOutput:
     """The output of reference_step, up to rounding.
 
@@ -97,7 +97,7 @@ def chunks(model: Fromage, batch: Batch, size: int) -> list[Batch]:
 
 
 def part_losses(
-    model: Fromage, batch: Batch, features: Tensor, paired: bool, weights: Weights, n: int
+    model: Fromage, batch: Batch, features: Tensor, paired: bool, weights: LossWeights, n: int
 ) -> tuple[Tensor, ...]:
     """Captioning loss of the first n examples, text loss, token accuracy of captioning, and text embeddings (B, q)."""
     captioning_loss, caption_accuracy = no_captioning(model.device)

@@ -50,7 +50,7 @@ from fromage.training.planning import (
     run_of,
 )
 from fromage.training.reference_step import reference_step
-from fromage.training.step import Weights, count_targets, freeze_unused, image_features
+from fromage.training.step import LossWeights, count_targets, freeze_unused, image_features
 
 PARTS = {
     "lm": LM, "vision": TOWER, "visual_prefix": "W_c", "text_head": "W_t", "image_head": "W_i", "ret": "[RET]",
@@ -90,9 +90,9 @@ class Run:
     tuple_batch_size: int | None = None  # None: batch_size; conditions and target captions are planned as long as captions
 
     @property
-    def weights(self) -> Weights:
+    def weights(self) -> LossWeights:
         """Of the losses."""
-        return Weights(
+        return LossWeights(
             captioning=self.captioning_weight,
             retrieval=self.retrieval_weight,
             composition_captioning=self.composition_captioning_weight,
@@ -182,7 +182,7 @@ def _captions(run: Run) -> str:
     return f"captions of {run.tokens:g} tokens and {several}[RET], the longest {run.max_tokens}"
 
 
-def _composition(meter: Meter, model: Fromage, batch: Batch, weights: Weights, chunk: int = 0) -> torch.Tensor | float:
+def _composition(meter: Meter, model: Fromage, batch: Batch, weights: LossWeights, chunk: int = 0) -> torch.Tensor | float:
     """The loss of the batch's tuples; 0 without any."""
     tuples = batch.tuples
     if tuples is None:
@@ -190,7 +190,7 @@ def _composition(meter: Meter, model: Fromage, batch: Batch, weights: Weights, c
     return meter.run("the tuples", lambda: fast_composition(model, tuples, weights, chunk=chunk).loss)
 
 
-def _fast(meter: Meter, model: Fromage, batch: Batch, weights: Weights) -> None:
+def _fast(meter: Meter, model: Fromage, batch: Batch, weights: LossWeights) -> None:
     """The parts of fast_step, unpaired; paired captions need no more memory."""
     features = meter.run("the image tower", lambda: image_features(model, batch))
     loss: Any = 0.0

@@ -32,7 +32,7 @@ from fromage.training.nonfinite import NonFiniteGuard
 from fromage.training.reference_composition import NO_TUPLES, CompositionOutput, reference_composition
 from fromage.training.reference_step import reference_step
 from fromage.training.schedule import Schedule
-from fromage.training.step import StepOutput, Weights, freeze_unused, image_features, text_embeddings
+from fromage.training.step import LossWeights, StepOutput, freeze_unused, image_features, text_embeddings
 from fromage.training.validation import Validation
 
 FREEZING = ("freeze_temperature", "captioning_weight", "retrieval_weight", *COMPOSITION, "pooling")  # decide what is trained
@@ -176,10 +176,10 @@ class FromageModule(GuardedModule):
         return random.Random(f"{self.h.seed}/{step}").random() < self.h.pairing
 
     @property
-    def weights(self) -> Weights:
+    def weights(self) -> LossWeights:
         """Of the losses."""
         h = self.h
-        return Weights(
+        return LossWeights(
             captioning=h.captioning_weight,
             retrieval=h.retrieval_weight,
             same_image_negatives=h.same_image_negatives,

@@ -28,7 +28,7 @@ from fromage.models.fromage import Fromage
 from fromage.models.packed_attention import to_device
 from fromage.models.vision.base import TextTower
 from fromage.training.losses import device_weight, info_nce, next_token_loss
-from fromage.training.step import Weights, image_features
+from fromage.training.step import LossWeights, image_features
 
 NO_TUPLES = "model.composition_captioning_weight, model.composition_retrieval_weight: the data has no tuples; "
 NO_TUPLES += "give data.train_tuples, or leave both weights at 0"
@@ -47,7 +47,7 @@ class CompositionOutput:
     contrastive_loss: Tensor
     caption_accuracy: Tensor
     retrieval_accuracy: Tensor
-    weights: Weights
+    weights: LossWeights
 
     @property
     def loss(self) -> Tensor:
@@ -62,7 +62,7 @@ class CompositionOutput:
 
 
 def reference_composition(
-    model: Fromage, tuples: Tuples, weights: Weights, text_tower: TextTower | None = None
+    model: Fromage, tuples: Tuples, weights: LossWeights, text_tower: TextTower | None = None
 ) -> CompositionOutput:
     """Losses of a batch of tuples, by the two passes above.
 
@@ -122,7 +122,7 @@ def wanted(model: Fromage, tuples: Tuples, text_tower: TextTower | None) -> Tens
     return rows
 
 
-def composed_nce(model: Fromage, queries: Tensor, rows: Tensor, weights: Weights) -> tuple[Tensor, Tensor]:
+def composed_nce(model: Fromage, queries: Tensor, rows: Tensor, weights: LossWeights) -> tuple[Tensor, Tensor]:
     """InfoNCE of queries (B, q), read at [RET], with what they ask for (B, q), and its accuracy.
 
     Without weights.same_image_negatives, rows that are equal are no negatives of one another.

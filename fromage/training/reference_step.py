@@ -29,8 +29,8 @@ from fromage.models.fromage import Fromage
 from fromage.training.losses import device_weight, info_nce, next_token_loss
 from fromage.training.step import (
     ALL,
+    LossWeights,
     StepOutput,
-    Weights,
     check_captions,
     count_targets,
     dropped,
@@ -72,7 +72,7 @@ def _captioning(model: Fromage, batch: Batch, paired: bool) -> tuple[Tensor, Ten
 
 
 def reference_step(
-    model: Fromage, batch: Batch, paired: bool, weights: Weights = ALL, dropout: Tensor | None = None
+    model: Fromage, batch: Batch, paired: bool, weights: LossWeights = ALL, dropout: Tensor | None = None
 ) -> StepOutput:
     """Losses of one batch, by the two passes above.
 

@@ -21,7 +21,7 @@ from fromage.models.packed_attention import to_device
 T = TypeVar("T")
 
 
-class Weights(NamedTuple):
+class LossWeights(NamedTuple):
     """Weights of the losses of the two passes, and what counts in them. A captioning pass of weight 0 is not run.
 
     The losses of composition learning (fromage.training.reference_composition) have no pass at weight 0 either.
@@ -47,10 +47,10 @@ class Weights(NamedTuple):
         return self.composition_captioning != 0 or self.composition_retrieval != 0
 
 
-ALL = Weights()
+ALL = LossWeights()
 
 
-def freeze_unused(model: Fromage, weights: Weights, freeze_temperature: bool = False) -> None:
+def freeze_unused(model: Fromage, weights: LossWeights, freeze_temperature: bool = False) -> None:
     """Freeze the parameters that no loss of these weights reaches, and train the others."""
     finding = weights.retrieval + weights.composition_retrieval > 0
     model.visual_prefix.requires_grad_(weights.captioning > 0 or weights.composes)
@@ -78,7 +78,7 @@ class StepOutput:
     retrieval_accuracy: Tensor
     images: Tensor
     texts: Tensor
-    weights: Weights
+    weights: LossWeights
 
     @property
     def loss(self) -> Tensor:

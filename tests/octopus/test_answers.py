@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fromage.data.tokenizer import IMAGE, PromptTokenizer
+from fromage.data.tokenizer import IMAGE_TOKEN, PromptTokenizer
 from fromage.errors import UserError
 from fromage.models.frozen import TOY
 from fromage.octopus.answers import answer_ids, read_indexed, read_text
@@ -17,7 +17,7 @@ A, B, C = (0.1, 0.2, 0.3, 0.4), (0.5, 0.5, 1.0, 0.75), (0.0, 0.0, 0.25, 0.125)
 
 
 def tokenizer(n):
-    return PromptTokenizer(str(TOY / "opt"), index_token_names(n), (IMAGE, QUERY))
+    return PromptTokenizer(str(TOY / "opt"), index_token_names(n), (IMAGE_TOKEN, QUERY))
 
 
 def example(*answer, boxes=(A, B, C)):

@@ -3,7 +3,7 @@
 import torch
 import transformers as hf
 
-from fromage.data.tokenizer import IMAGE, PromptTokenizer
+from fromage.data.tokenizer import IMAGE_TOKEN, PromptTokenizer
 from fromage.models.frozen import TOY
 from fromage.models.language_model import LanguageModel
 from fromage.octopus.model import QUERY, Octopus, index_token_names
@@ -38,7 +38,7 @@ class NoTower(torch.nn.Module):
 
 def build(family="opt", num_queries=3, **options):
     torch.manual_seed(0)
-    tokenizer = PromptTokenizer(str(TOY / "opt"), index_token_names(num_queries), (IMAGE, QUERY))
+    tokenizer = PromptTokenizer(str(TOY / "opt"), index_token_names(num_queries), (IMAGE_TOKEN, QUERY))
     kind, sizes = family if isinstance(family, tuple) else FAMILIES[family]
     config = kind(vocab_size=tokenizer.vocab_size + 7, pad_token_id=1, bos_token_id=2, eos_token_id=2, **sizes)
     lm = LanguageModel(hf.AutoModelForCausalLM.from_config(config), tokenizer, str(family))

@@ -15,10 +15,10 @@ from fromage.errors import UserError
 from fromage.models.prompts import RET, Starts, embed_prompts
 from fromage.training.fast_composition import fast_composition
 from fromage.training.reference_composition import reference_composition
-from fromage.training.step import Weights
+from fromage.training.step import LossWeights
 
 Q = 16
-BOTH = Weights(composition_captioning=1.0, composition_retrieval=1.0)
+BOTH = LossWeights(composition_captioning=1.0, composition_retrieval=1.0)
 KINDS = [(kind, r, sees) for kind in ("tied", "untied") for r in (1, 4, 8) for sees in ("sequential", "stacked")]
 
 
@@ -91,7 +91,7 @@ def compare(model, tuples, weights=BOTH, tower=None, chunk=0):
 @example(lengths=[(5, 9), (2, 1), (7, 4), (1, 12)], which=("untied", 4, "sequential"), weights=(0.5, 2), chunk=0, seed=0)
 @example(lengths=[(5, 9), (2, 1), (7, 4), (1, 12)], which=("tied", 1, "sequential"), weights=(1, 1), chunk=3, seed=0)
 def test_same_losses_and_gradients(models, lengths, which, weights, chunk, seed):
-    model, both = models[which], Weights(composition_captioning=weights[0], composition_retrieval=weights[1])
+    model, both = models[which], LossWeights(composition_captioning=weights[0], composition_retrieval=weights[1])
     compare(model, make_tuples(model, lengths, seed), both, chunk=chunk)
 
 
@@ -121,7 +121,8 @@ def test_a_loss_of_weight_0_runs_no_pass(models, step, weights, rows, monkeypatc
     for name in ("packed", "forward"):
         run_it = getattr(model.lm, name)
         monkeypatch.setattr(model.lm, name, lambda *args, run_it=run_it: ran.append(1) or run_it(*args))
-    step(model, make_tuples(model, LENGTHS), Weights(composition_captioning=weights[0], composition_retrieval=weights[1]))
+    used = LossWeights(composition_captioning=weights[0], composition_retrieval=weights[1])
+    step(model, make_tuples(model, LENGTHS), used)
     assert len(ran) == (rows if step is reference_composition else min(rows, 1))
 
 
@@ -151,5 +152,5 @@ def test_equal_targets_are_no_negatives_where_that_is_asked_for(models):
     model = models["tied", 1, "sequential"]
     tuples = make_tuples(model, LENGTHS)
     same = tuples._replace(shown=Images(None, tuples.shown.features[[0, 1, 0, 1]]))
-    apart = Weights(same_image_negatives=False, composition_retrieval=1.0)
+    apart = LossWeights(same_image_negatives=False, composition_retrieval=1.0)
     assert compare(model, same, apart)[0].contrastive_loss < compare(model, same)[0].contrastive_loss

@@ -20,7 +20,7 @@ from fromage.training.fast_step import fast_step, retrieval_text
 from fromage.training.losses import positions_at_a_time
 from fromage.training.meter import Meter
 from fromage.training.reference_step import reference_step
-from fromage.training.step import ALL, Weights
+from fromage.training.step import ALL, LossWeights
 
 M = 20  # width of the image features
 
@@ -192,7 +192,7 @@ def test_of_several_ret_tokens_the_first_alone_is_a_target():
 
 @pytest.mark.parametrize("chunk", [0, 2])
 def test_an_image_that_is_no_negative_of_its_other_caption(models, chunk):
-    model, apart = models["tied", 1], Weights(same_image_negatives=False)
+    model, apart = models["tied", 1], LossWeights(same_image_negatives=False)
     batch = make_batch(model, [5, 12, 3, 24, 7])
     batch = batch._replace(features=batch.features[[0, 1, 0, 3, 1]])
     steps = partial(fast_step, chunk=chunk, weights=apart), partial(reference_step, weights=apart)
@@ -236,7 +236,7 @@ def test_requests_are_read_by_retrieval_alone(models, which, paired, chunk):
     assert both.text_loss != captions.text_loss
 
 
-@pytest.mark.parametrize("weights", [Weights(0, 1), Weights(1, 0), Weights(0.5, 2)])
+@pytest.mark.parametrize("weights", [LossWeights(0, 1), LossWeights(1, 0), LossWeights(0.5, 2)])
 def test_either_pass_may_weigh_less_or_nothing(models, weights):
     model, lengths = models["untied", 4], [5, 12, 3, 24]
     plain = partial(reference_step, weights=weights)
@@ -249,7 +249,7 @@ def test_either_pass_may_weigh_less_or_nothing(models, weights):
 @pytest.mark.parametrize("chunk", [0, 2, 4])
 @pytest.mark.parametrize("paired", [False, True])
 def test_captioning_may_read_a_share_of_the_examples(models, paired, chunk):
-    model, some = models["untied", 4], Weights(captioned_share=0.5)
+    model, some = models["untied", 4], LossWeights(captioned_share=0.5)
     batch = make_batch(model, [5, 12, 3, 24, 9, 7, 2])  # half of 7 examples is 4, two pairs
     compare(model, batch, paired, partial(fast_step, weights=some, chunk=chunk), partial(reference_step, weights=some))
     out, whole, first = (fast_step(model, b, paired, w) for b, w in ((batch, some), (batch, ALL), (batch.part(0, 4), ALL)))
@@ -260,7 +260,7 @@ def test_captioning_may_read_a_share_of_the_examples(models, paired, chunk):
 
 def test_a_share_of_the_examples_has_a_word(models):
     batch = make_batch(models["untied", 1], [1, 1, 1, 6, 1, 9])
-    assert [Weights(captioned_share=share).captioned(models["untied", 1], batch) for share in (0, 0.5, 0.7, 1)] == [
+    assert [LossWeights(captioned_share=share).captioned(models["untied", 1], batch) for share in (0, 0.5, 0.7, 1)] == [
         4,
         4,
         4,

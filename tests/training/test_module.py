@@ -22,7 +22,7 @@ from fromage.evals.coco import evaluate as evaluate_coco
 from fromage.models.fromage import load_model
 from fromage.training.fast_step import fast_step
 from fromage.training.module import FromageModule
-from fromage.training.step import Weights, freeze_unused
+from fromage.training.step import LossWeights, freeze_unused
 
 TOY = {"lm": "toy", "vision": "toy", "vision_weights": None, "dtype": "float32", "lr": 5e-3, "warmup_steps": 2, "q": 32}
 
@@ -229,7 +229,7 @@ def test_what_no_loss_reaches_is_not_trained(off, heads, fitted, world, tmp_path
 
 
 @pytest.mark.parametrize("pooling", ["ret", "last"])
-@pytest.mark.parametrize("weights", [Weights(1, 1), Weights(0, 1), Weights(1, 0)])
+@pytest.mark.parametrize("weights", [LossWeights(1, 1), LossWeights(0, 1), LossWeights(1, 0)])
 @pytest.mark.parametrize("kind", ["tied", "untied"])
 def test_whatever_is_trained_has_a_gradient(kind, weights, pooling):
     """As DDP demands."""
