@@ -1,6 +1,6 @@
 """Masks of what was recognised: a head on the DETR decoder, and its loss. An option, off by default: model.mask_scale.
 
-Octopus (appendix B) has a mask head on the decoder, and says no more. Here a mask is the product of a query's embedding
+Octopus (appendix B) names a mask head on the decoder, not its design. Here a mask is the product of a query's embedding
 with upsampled features, as in MaskFormer (Cheng et al., NeurIPS 2021, section 3.3); upsampling by transposed convolutions
 is that of SAM's decoder (Kirillov et al., ICCV 2023). Weights of the loss are Mask2Former's (Cheng et al., CVPR 2022).
 """
