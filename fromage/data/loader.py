@@ -114,8 +114,12 @@ class TrainLoader(Loader):
 
     def state_dict(self) -> dict[str, Any]:
         """Where the stream stands, for all devices, each of which has to ask. Lightning keeps it in the checkpoint."""
-        state = self.states[-1]
-        if self.loop is not None:
+        if self.states:
+            state, epoch = self.states[-1], self.epoch - 1
+        else:  # no batch was asked for yet
+            state, epoch = self.start, self.epoch
+        next_begins = self.ended and self.loop is not None and self.loop.batch_idx < 0
+        if self.loop is not None and self.states and not next_begins:
             state = max((s for s in self.states if s.given <= self.loop.batch_idx + 1), default=self.states[0])
         length = min(x for x in (self.dataset.batches, self.loop and self.loop.max_batches, float("inf")) if x is not None)
         mine: dict[str, Any] = {"rank": self.dataset.rank, **state._asdict()}
@@ -124,7 +128,7 @@ class TrainLoader(Loader):
             devices = [{} for _ in range(self.dataset.world)]
             dist.all_gather_object(devices, mine)
         whole = state.given >= length or (self.ended and state is self.states[-1])
-        return {"epoch": self.epoch - 1, "whole": whole, "layout": self.layout(), "devices": devices}
+        return {"epoch": epoch, "whole": whole, "layout": self.layout(), "devices": devices}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on after the batches that were given of an epoch, or with the next one where it was at its end.
@@ -133,6 +137,8 @@ class TrainLoader(Loader):
             UserError: in mid-epoch, and the epoch was dealt out to other workers or devices, or otherwise.
         """
         self.epoch, self.start = state["epoch"] + state.get("whole", False), self._beginning()
+        self.ended = False
+        self.states.clear()
         if state.get("whole"):
             return
         differs = self.differences(BEFORE | state.get("layout", {}))

@@ -61,7 +61,11 @@ class WorkerLoader(DataLoader):
         super().__init__(dataset, batch_size, **options)
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        return plain_errors(super().__iter__())
+        """The batches. Workers begin with the first one that is asked for: Lightning may make the iterator long before.
+
+        A sampler knows only then where a resumed run goes on, and in which epoch.
+        """
+        yield from plain_errors(super().__iter__())
 
 
 def worker_share() -> tuple[int, int]:

@@ -32,6 +32,8 @@ from fromage.models.packed_attention import Attend, attending, distances, route
 from fromage.models.special_tokens import AddedTokens, ExtendedEmbedding, ExtendedHead
 
 log = logging.getLogger(__name__)
+MULTIPLIES = {"hyperclovax"}  # families whose logits_scaling is a factor; Granite and others divide by it
+SCALES_WORDS = {"falcon_h1"}  # families that scale the embeddings of ids, and take those that are given as they are
 
 
 class LanguageModel(FrozenTower):
@@ -78,8 +80,8 @@ class LanguageModel(FrozenTower):
 
     @property
     def blocks(self) -> list[nn.Module]:
-        """The transformer layers, which are compiled, recomputed or sharded one by one."""
-        return [module for module in self.hf.base_model.modules() if isinstance(module, GradientCheckpointingLayer)]
+        """The transformer layers, which are compiled, recomputed or sharded one by one; not a vision tower's."""
+        return [module for module in self.hf.get_decoder().modules() if isinstance(module, GradientCheckpointingLayer)]
 
     def embed(self, ids: Tensor) -> Tensor:
         """(B, T) ids -> (B, T, d) input embeddings."""
@@ -191,14 +193,16 @@ class LanguageModel(FrozenTower):
 
     @property
     def cap(self) -> float | None:
-        """The bound of the logits' soft cap by tanh (Gemma 2), or None."""
-        return getattr(self.hf.config, "final_logit_softcapping", None)
+        """The bound of the logits' soft cap by tanh (Gemma 2, RecurrentGemma), or None."""
+        config = self.hf.config.get_text_config()
+        return getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None)
 
     @property
     def factor(self) -> float:
-        """What the output of the head is multiplied by (Granite, Cohere); 1 elsewhere."""
-        config = self.hf.config
-        return float(getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1))
+        """What the output of the head is multiplied by (Granite, Cohere, HyperCLOVA X); 1 elsewhere."""
+        config = self.hf.config.get_text_config()
+        scaling = float(getattr(config, "logits_scaling", None) or 1)
+        return float(getattr(config, "logit_scale", None) or (scaling if config.model_type in MULTIPLIES else 1 / scaling))
 
     def capped(self, logits: Tensor) -> Tensor:
         """Output of the head -> logits, of the same shape, multiplied and capped as the model has it; -inf stays."""
@@ -271,6 +275,8 @@ def load_lm(
         # gradients do not pass through 4-bit weights repacked by bitsandbytes
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+    if hf.config.model_type in SCALES_WORDS:
+        raise UserError(f"language model {name}: {hf.config.model_type} scales words alone, and not images; choose another")
     return LanguageModel(hf, tokenizer, name, quantize)
 
 

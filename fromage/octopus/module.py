@@ -136,7 +136,9 @@ class OctopusModule(GuardedModule):
             checkpoint_blocks(self.model.lm)
 
     def configure_optimizers(self) -> Any:
-        """AdamW; linear warm-up, then a cosine to the end of the run."""
+        """AdamW; linear warm-up, then a cosine to the end of the run. Raises UserError for a run without an end."""
+        if self.trainer.estimated_stepping_batches == inf:
+            raise UserError("the learning rate falls to 0 at the end of the run: give trainer.max_steps or max_epochs")
         h, steps = self.h, int(self.trainer.estimated_stepping_batches)
         lm = [p for p in self.model.lm.parameters() if p.requires_grad]
         known = {id(p) for p in lm}
@@ -195,12 +197,16 @@ class OctopusModule(GuardedModule):
             self.log("val/acc", figures["acc_iou50"], prog_bar=True, sync_dist=True)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Raise UserError for a checkpoint of another architecture."""
+        """Raise UserError for a checkpoint of another architecture, and to resume one of another stage."""
         state = {name.removeprefix(PREFIX): value for name, value in checkpoint["state_dict"].items()}
         state = current_state(state)
         source, theirs = "the checkpoint to resume from", current_names(checkpoint.get("hyper_parameters", {}))
         check_names(self.model, state, source)
         check_shaped(self.model, theirs, state, source)
+        stage = theirs.get("stage", self.h.stage)
+        if stage != self.h.stage and self.trainer.state.fn == "fit":
+            raise UserError(f"{source}: of stage {stage}, not {self.h.stage}; begin from it by --model.init")
+        self._taken |= set(state)
         checkpoint["state_dict"] = {PREFIX + name: value for name, value in state.items()}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

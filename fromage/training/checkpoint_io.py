@@ -100,7 +100,7 @@ class SafeCheckpoint(ModelCheckpoint):
 
     On SIGTERM the step under way is finished and saved, and the exit code is 143; on the first Ctrl-C too, and it is 130; a
     second Ctrl-C ends at once. In the middle of a step of several batches (accumulate_grad_batches), or of a validation,
-    nothing is saved: resuming goes on from the checkpoint before.
+    nothing is saved: resuming goes on from the checkpoint before. What is due in the middle of a step is saved at its end.
 
     Where a run ends with a validation, its last checkpoint is written again after it, so that it holds the figures.
 
@@ -121,6 +121,7 @@ class SafeCheckpoint(ModelCheckpoint):
         self.overwrite, self.interrupted = overwrite, False
         self._hold, self._holds = ExitStack(), False
         self._judged = -1  # the step of the last validation
+        self._due = False  # whether a validation ended in the middle of the step
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Take over the reading and writing, unless the trainer was given a plugin for that; take hold of the folder."""
@@ -166,17 +167,30 @@ class SafeCheckpoint(ModelCheckpoint):
                 super().on_exception(trainer, pl_module, exception)
                 return
             exception.code = INTERRUPTED if self.interrupted else TERMINATED
-            mid_step = (trainer.fit_loop.batch_idx + 1) % trainer.accumulate_grad_batches and not trainer.is_last_batch
-            if trainer.state.fn == "fit" and not (trainer.validating or trainer.sanity_checking or mid_step):
+            if trainer.state.fn == "fit" and not (trainer.validating or trainer.sanity_checking or _mid_step(trainer)):
                 self._save_now(trainer, pl_module)
         finally:
             self._hold.close()
 
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save what is due, at the end of a step alone."""
+        if _mid_step(trainer):
+            return
+        if self._due:
+            self._due = False
+            super().on_validation_end(trainer, pl_module)
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Note the step, of which there may be a checkpoint without the figures."""
-        super().on_validation_end(trainer, pl_module)
-        if not trainer.sanity_checking:
-            self._judged = trainer.global_step
+        """Save what is due, or at the end of the step; note the step, of which there may be a checkpoint without figures."""
+        if trainer.sanity_checking or trainer.state.fn != "fit":
+            return
+        self._judged = trainer.global_step
+        self._due = _mid_step(trainer)
+        if not self._due:
+            super().on_validation_end(trainer, pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save the last steps, however many they are, with their validation."""
@@ -203,6 +217,11 @@ def saved_checkpoint(trainer: pl.Trainer) -> str:
     """The last checkpoint that a run has written, or its best where it keeps no last one; '' before the first."""
     saver: Any = trainer.checkpoint_callback
     return (saver and (saver.last_model_path or saver.best_model_path)) or ""
+
+
+def _mid_step(trainer: pl.Trainer) -> bool:
+    """Whether a step of several batches has begun, and lacks some."""
+    return bool((trainer.fit_loop.batch_idx + 1) % trainer.accumulate_grad_batches) and not trainer.is_last_batch
 
 
 def _on_first_device(trainer: pl.Trainer, act: Callable[[], object]) -> None:

@@ -11,6 +11,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
+from fromage.errors import UserError
 from fromage.training.checkpoint_io import saved_checkpoint
 from fromage.training.nonfinite import NonFiniteGuard
 
@@ -24,6 +25,12 @@ class GuardedModule(pl.LightningModule):
     guard: NonFiniteGuard
     figures_due = True  # whether the figures of this step are logged
     _began: tuple[float, int]  # seconds of a clock, and steps made, when this run began or went on
+
+    def setup(self, stage: str) -> None:
+        """Raise UserError for another precision than Lightning's own: the frozen towers' is the model's dtype."""
+        if stage == "fit" and self.trainer.precision != "32-true":
+            told = f"trainer.precision {self.trainer.precision}: the towers compute in model.dtype"
+            raise UserError(f"{told}, trained parameters in float32; leave it out")
 
     def log_figures(self, figures: Mapping[str, Tensor | float], shown: Sequence[str] = (), **how: Any) -> None:
         """Log a step's figures; shown: those that the progress bar has too.

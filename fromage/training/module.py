@@ -231,6 +231,7 @@ class FromageModule(GuardedModule):
 
     def setup(self, stage: str) -> None:
         """Raise UserError, before the towers are loaded, where a loss of tuples is to be trained without any."""
+        super().setup(stage)
         data = getattr(self.trainer, "datamodule", None)
         composes = self.weights.composes
         if stage == "fit" and composes and getattr(data, "train_tuples", True) is None:

@@ -6,6 +6,7 @@ import sys
 import time
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from test_datamodule import CC3M, captioned, keys, module, shards
@@ -52,6 +53,24 @@ def test_the_rest_of_an_epoch_is_exactly_what_was_left_and_so_is_the_next(data, 
         else:
             assert rest == first[stop:]
             assert rows(taken_up) == second
+
+
+def test_a_run_that_stops_before_the_first_batch_of_an_epoch_goes_on_with_it(data):
+    whole = data(2).train_dataloader()
+    first, second = rows(whole), rows(whole)
+    untouched = data(2).train_dataloader()
+    ended = data(2).train_dataloader()
+    ended.loop = SimpleNamespace(batch_idx=len(first) - 1, max_batches=len(first))
+    rows(ended)
+    ended.loop.batch_idx = -1  # as Lightning has it where the next epoch begins
+    begun = data(2).train_dataloader()
+    rows(itertools.islice(begun, 2))
+    resumed = data(2).train_dataloader()
+    resumed.load_state_dict(begun.state_dict())
+    for stopped, rest in ((untouched, first), (ended, second), (resumed, first[2:])):
+        taken_up = data(2).train_dataloader()
+        taken_up.load_state_dict(stopped.state_dict())
+        assert rows(taken_up) == rest
 
 
 def test_resuming_twice_is_as_good_as_once(data):

@@ -61,6 +61,7 @@ FAMILIES = {
         GROUPED | {"logits_scaling": 4.0, "embedding_multiplier": 3.0, "residual_multiplier": 0.5},
     ),
     "cohere": (hf.CohereConfig, GROUPED | {"logit_scale": 0.25}),
+    "hyperclovax": (hf.HyperCLOVAXConfig, GROUPED | {"logits_scaling": 0.25}),
     "gemma": (hf.GemmaConfig, GROUPED),
     "gemma2": (hf.Gemma2Config, GROUPED | {"query_pre_attn_scalar": 8, "sliding_window": 5} | CAPS),
     "gemma3": (hf.Gemma3TextConfig, GROUPED | {"query_pre_attn_scalar": 8, "sliding_window": 5} | LOCAL),

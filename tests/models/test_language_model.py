@@ -1,10 +1,14 @@
+import shutil
+
 import open_clip
 import pytest
 import torch
+import transformers
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 from fromage.data.tokenizer import PromptTokenizer
 from fromage.errors import UserError
+from fromage.models.frozen import TOY
 from fromage.models.language_model import LanguageModel, load_lm
 from fromage.models.vision.open_clip import OpenClipTower, load_clip
 from fromage.models.vision.registry import load_vision
@@ -12,8 +16,6 @@ from fromage.models.vision.registry import load_vision
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    from fromage.models.frozen import TOY
-
     return PromptTokenizer(str(TOY / "opt"))
 
 
@@ -189,3 +191,23 @@ def test_weights_count_where_a_name_has_none_of_its_own():
     tower = load_vision("ViT-S-32", "laion", random_weights=True)
     assert tower.name == "ViT-S-32" and tower.width == 384
     assert load_vision("toy", "openai").fingerprint() == load_vision("toy").fingerprint()
+
+
+def test_of_a_model_with_a_vision_tower_the_language_model_counts(tokenizer):
+    seeing = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": 28}
+    words = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 8}
+    words |= {"num_key_value_heads": 2, "vocab_size": 50272, "final_logit_softcapping": 3.0}
+    config = transformers.Gemma3Config(text_config=words, vision_config=seeing | {"patch_size": 14})
+    lm = LanguageModel(transformers.AutoModelForCausalLM.from_config(config), tokenizer, "gemma3")
+    assert len(lm.blocks) == 2 and lm.cap == 3.0
+
+
+def test_a_family_that_scales_words_alone_is_refused(tmp_path):
+    """Falcon H1 multiplies the embeddings of ids, and takes embeddings that are given as they are."""
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    sizes |= {"num_key_value_heads": 2, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "vocab_size": 50272}
+    transformers.FalconH1Config(**sizes).save_pretrained(tmp_path)
+    for name in ("merges.txt", "vocab.json", "tokenizer_config.json"):
+        shutil.copy(TOY / "opt" / name, tmp_path)
+    with pytest.raises(UserError, match="falcon_h1 scales words alone"):
+        load_lm(str(tmp_path), random_weights=True)

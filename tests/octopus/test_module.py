@@ -209,7 +209,8 @@ class Seen(pl.Callback):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_run_that_goes_on_sees_what_it_would_have_seen(world, tmp_path):
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_run_that_goes_on_sees_what_it_would_have_seen(world, tmp_path, workers):
     def fit(out, steps, resume=None, batch_size=4, epochs=None):
         coco = world / "refcoco"
         source = RefCOCO(str(coco / "refs(unc).p"), str(coco / "instances.json"), str(coco / "images"), limit=22)
@@ -222,7 +223,12 @@ def test_a_run_that_goes_on_sees_what_it_would_have_seen(world, tmp_path):
         )
         trainer.fit(
             module,
-            OctopusData([source], batch_size=batch_size, features=str(tmp_path / "patches")),
+            OctopusData(
+                [source],
+                batch_size=batch_size,
+                features=None if workers else str(tmp_path / "patches"),
+                workers=workers,
+            ),
             ckpt_path=resume,
         )
         return seen.keys
@@ -239,6 +245,35 @@ def test_a_run_that_goes_on_sees_what_it_would_have_seen(world, tmp_path):
     for limit in ({"steps": 15}, {"steps": -1, "epochs": 3}):
         with pytest.raises(UserError, match=r"middle of an epoch with data.batch_size 4 \(now 2\): set that back"):
             fit(tmp_path / "other", resume=str(tmp_path / "7.ckpt"), batch_size=2, **limit)
+
+
+def test_a_run_does_not_go_on_with_another_stage(trained):
+    first = trained / "stage1" / "checkpoints" / "last.ckpt"
+    with pytest.raises(UserError, match=r"resume from: of stage 1, not 2; begin from it by --model.init"):
+        octopus_tour.train(trained, octopus_tour.STAGES[1:2], [*QUICK, f"--ckpt_path={first}"])
+
+
+def test_what_earlier_stages_trained_is_kept_by_a_run_that_goes_on(trained, tmp_path):
+    begun = trained / "stage2" / "checkpoints" / "last.ckpt"
+    words = [*QUICK, "--trainer.max_steps=9", "--model.init=null", f"--ckpt_path={begun}"]
+    words += [f"--trainer.callbacks.init_args.dirpath={tmp_path}"]
+    octopus_tour.train(trained, octopus_tour.STAGES[1:2], words)
+    before, after = (torch.load(path, weights_only=True) for path in (begun, tmp_path / "last.ckpt"))
+    assert after["global_step"] > before["global_step"] and after["state_dict"].keys() == before["state_dict"].keys()
+    name = "model.visual_prefix.weight"
+    assert torch.equal(after["state_dict"][name], before["state_dict"][name])
+
+
+def test_a_run_without_an_end_is_refused(world, tmp_path):
+    coco = world / "refcoco"
+    source = RefCOCO(str(coco / "refs(unc).p"), str(coco / "instances.json"), str(coco / "images"), limit=8)
+    module = OctopusModule(
+        stage=2, lm="toy", vision="toy", num_queries=4, decoder_width=16, decoder_layers=1, heads=2, dtype="float32"
+    )
+    trainer = pl.Trainer(max_epochs=-1, accelerator="cpu", logger=False, enable_progress_bar=False,
+                         enable_checkpointing=False, enable_model_summary=False)  # fmt: skip
+    with pytest.raises(UserError, match=r"give trainer.max_steps or max_epochs"):
+        trainer.fit(module, OctopusData([source], batch_size=4, features=str(tmp_path / "patches")))
 
 
 def test_a_run_does_not_go_on_with_the_decoder_at_another_layer(trained):

@@ -298,6 +298,52 @@ def test_sigterm_saves_whole_steps_only(world, tmp_path, batch, saved):
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_another_precision_is_refused_before_the_towers_are_loaded(world, precision):
+    data = CC3M(str(world / "cc3m" / "train"), batch_size=4, max_tokens=40, workers=0, samples_per_epoch=48)
+    trainer = pl.Trainer(max_steps=1, accelerator="cpu", logger=False, precision=precision, enable_checkpointing=False,
+                         enable_progress_bar=False, enable_model_summary=False)  # fmt: skip
+    module = FromageModule(**TOY)
+    with pytest.raises(UserError, match=rf"trainer.precision {precision}: the towers compute in model.dtype"):
+        trainer.fit(module, data)
+    assert not hasattr(module, "model")
+
+
+class Saves(pl.Callback):
+    """Notes the checkpoint before each batch: its step, and the batches that it counts as read."""
+
+    def __init__(self, folder):
+        self.folder, self.found = folder, []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if (path := self.folder / LAST).exists():
+            stored = torch.load(path, weights_only=True)
+            read = stored["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]["ready"]
+            self.found.append((stored["global_step"], read))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_nothing_is_saved_in_the_middle_of_a_step(world, tmp_path):
+    """Neither by the first batch after a resume, nor where a validation ends there: that is saved at the step's end."""
+
+    def fit(folder, steps, resume=None, every=2, **validated):
+        saver = SafeCheckpoint(folder, save_last=True, save_top_k=1, every_n_train_steps=every)
+        data = CC3M(str(world / "cc3m" / "train"), str(world / "cc3m" / "val"), batch_size=4, max_tokens=40, workers=0,
+                    samples_per_epoch=96)  # fmt: skip
+        saves = Saves(folder)
+        trainer = pl.Trainer(max_steps=steps, accelerator="cpu", logger=False, callbacks=[saver, saves],
+                             accumulate_grad_batches=2, num_sanity_val_steps=0, enable_progress_bar=False,
+                             enable_model_summary=False, **validated)  # fmt: skip
+        trainer.fit(FromageModule(**TOY), data, ckpt_path=resume)
+        return saves.found
+
+    assert set(fit(tmp_path / "a", 4, limit_val_batches=0)) == {(2, 4)}
+    assert set(fit(tmp_path / "a", 5, str(tmp_path / "a" / LAST), limit_val_batches=0)) == {(4, 8)}
+    judged = fit(tmp_path / "b", 6, every=None, val_check_interval=3, limit_val_batches=1)
+    assert (2, 4) in judged and all(read == 2 * step for step, read in judged)
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_the_end_of_training_is_not_written_twice(world, tmp_path):
     """So the checkpoint before the last one stays an earlier one; and a trial run writes none."""
     for trial in (True, False):
