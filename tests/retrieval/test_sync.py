@@ -1,5 +1,6 @@
 """An index follows its folder."""
 
+import json
 import os
 
 import numpy as np
@@ -120,6 +121,18 @@ def test_captions_are_taken_over(index, photos, tmp_path):
     before = (index / "index.json").read_bytes()
     sync(index, photos, never, captions=tmp_path / "captions.json")
     assert (index / "index.json").read_bytes() == before
+
+
+def test_an_image_that_was_edited_keeps_its_caption_where_none_is_given(index, photos, tmp_path):
+    (tmp_path / "captions.json").write_text('{"red/a.png": "a red one", "green/a.png": "a green one"}')
+    sync(index, photos, never, captions=tmp_path / "captions.json")
+    captions = lambda found: {item.path.split("/")[-2]: item.caption for item in found.items}  # noqa: E731
+    for colour, given, wanted in (("yellow", None, "a red one"), ("white", {"red/a.png": "was red"}, "was red")):
+        make(photos / "red" / "a.png", colour)
+        if given:
+            (tmp_path / "captions.json").write_text(json.dumps(given))
+        found, done = sync(index, photos, Model, captions=tmp_path / "captions.json" if given else None)
+        assert done.changed == 1 and captions(found) == {"red": wanted, "green": "a green one", "blue": ""}
 
 
 def test_a_folder_that_was_moved_is_where_the_images_are_from_then_on(index, photos, tmp_path):
