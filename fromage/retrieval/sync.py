@@ -29,7 +29,7 @@ from fromage.locks import held
 from fromage.models.fromage import Fromage
 from fromage.retrieval.base import ImageIndex
 from fromage.retrieval.build import unit_rows
-from fromage.retrieval.embed_images import embed_source
+from fromage.retrieval.embed_images import absolute_checkpoint, embed_source
 from fromage.retrieval.embedding_store import EmbeddingStore
 from fromage.retrieval.image_root import ImageRoot, to_bytes
 from fromage.retrieval.index_folder import read_about
@@ -75,6 +75,7 @@ def sync(
     load: Callable[[], Fromage],
     *,
     captions: str | Path | None = None,
+    checkpoint: str | Path | None = None,
     batch_size: int = 64,
     workers: int = 0,
 ) -> tuple[ImageIndex, Synced]:
@@ -86,6 +87,8 @@ def sync(
     Args:
         load: gives the model that built the index; called where there is something to embed.
         captions: as for embed_images; captions that differ are taken over, and images that it does not name keep theirs.
+        checkpoint: where the model is now. An index from elsewhere, which is one that was built here from then on, names
+            this one, or none: what a stranger named is not believed.
 
     Raises:
         UserError: the folder holds no image, or none of those that the index names in it.
@@ -94,7 +97,7 @@ def sync(
     if not where.is_dir() or is_shards(where):
         raise UserError(f"{images}: is no folder of images; shards are added with: fromage index embed, fromage index add")
     with held(folder, beside=True):
-        return _synced(folder, where, load, captions, batch_size, workers)
+        return _synced(folder, where, load, captions, checkpoint, batch_size, workers)
 
 
 def _synced(
@@ -102,6 +105,7 @@ def _synced(
     where: Path,
     load: Callable[[], Fromage],
     captions: str | Path | None,
+    checkpoint: str | Path | None,
     batch_size: int,
     workers: int,
 ) -> tuple[ImageIndex, Synced]:
@@ -112,6 +116,8 @@ def _synced(
     if found.deleted and not found.same and not found.touched and not found.changed:
         raise UserError(f"{folder}: none of its images is in {where}; name their folder, or build one: fromage index build")
     if not found.strange:  # all files that it names were found here
+        if not index.place.own and secret() is not None:  # it is to be sealed
+            index.checkpoint = absolute_checkpoint(checkpoint)
         index.set_place(replace(index.place, own=True, confined=False))
     known = _known(index, found.new)
     broken = [f"{path}: {cause}" for path, (_, cause) in known.items()]

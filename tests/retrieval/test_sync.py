@@ -145,6 +145,18 @@ def test_a_folder_that_was_moved_is_where_the_images_are_from_then_on(index, pho
     assert sync(index, moved, Model)[1][:4] == (1, 0, 0, 3) and same_as_new(index, moved, tmp_path / "new")
 
 
+@pytest.mark.parametrize("given", [None, "mine.ckpt"])
+def test_the_checkpoint_that_a_stranger_named_is_not_sealed(index, photos, tmp_path, given):
+    (tmp_path / "mine.ckpt").touch()
+    known = str(tmp_path / given) if given else ""
+    from_elsewhere(index, checkpoint="stranger/model")
+    sync(index, photos, never, checkpoint=tmp_path / given if given else None)
+    found = load_index(index)
+    assert found.place.own and found.checkpoint == known
+    sync(index, photos, never)
+    assert load_index(index).checkpoint == known, "one's own stays"
+
+
 def test_a_part_of_the_folder_and_one_around_it(index, photos, tmp_path):
     make(photos / "red" / "b.png", "white")
     make(photos / "green" / "b.png", "white")
