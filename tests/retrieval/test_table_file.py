@@ -124,5 +124,5 @@ def test_json_lines_of_2_gib_are_read_and_what_overflows_is_one_line(tmp_path, m
     monkeypatch.setattr(table_file, "decode_text", lambda data, name: SimpleNamespace(encode=lambda: Large(data)))
     assert read_table(tmp_path / "t.jsonl", "id").columns.column("x").to_pylist() == [1, 2]
     monkeypatch.setattr(table_file, "MOST_BLOCK", 1 << 31)
-    with pytest.raises(UserError, match="cannot be read as a table .*give Parquet"):
+    with pytest.raises(UserError, match=r"cannot be read as a table .*give Parquet"):
         read_table(tmp_path / "t.jsonl", "id")
