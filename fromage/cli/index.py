@@ -210,6 +210,7 @@ def sync(index: Path, *, images: Path, ckpt: str | None = None, reading: Reading
         images,
         lambda: model_of(index, ckpt, reading.device),
         captions=reading.captions,
+        checkpoint=ckpt,
         batch_size=reading.batch_size,
         workers=reading.workers,
     )

@@ -6,7 +6,7 @@ import copy
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -156,6 +156,16 @@ class ImageSource(IterableDataset[ImageBatch]):
         """The stamp of a file or shard as it is now, without a digest; '' for what is no file."""
         return str(FileStamp.at(name) or "")
 
+    def goes_on(self, root: str | None, names: Set[str]) -> bool:
+        """Whether this source may be one that has changed since. root, names: the folder and the files or shards it had.
+
+        A folder of shards may hold several sources, so that shards must have one in common with those before.
+        """
+        now = {name for part in self.parts for name in part}
+        if self.captions is None and names and now.isdisjoint(names):
+            return False
+        return root == self.root or names <= now
+
     def digest(self) -> str:
         """16 hex digits that change with the names of the images or shards and with the division into parts."""
         return hashlib.sha256(json.dumps(self.parts).encode()).hexdigest()[:16]
@@ -208,11 +218,10 @@ def _read_files(part: Names, lost: OnLost, captions: dict[str, str]) -> Iterator
 
 
 def _read_shard(part: Names, lost: OnLost) -> Iterator[tuple[Item, Members]]:
-    (shard,) = part
-    where = shard if ":" in shard else Path(shard).absolute()
-    for sample in read_shard(shard, lost):
-        members = {k: v for k, v in sample.items() if isinstance(v, bytes)}
-        yield Item(locator(str(where), sample["__key__"]), _caption(sample), _meta(members.get("json", b""))), members
+    for shard in part:
+        for sample in read_shard(shard, lost):
+            members = {k: v for k, v in sample.items() if isinstance(v, bytes)}
+            yield Item(locator(shard, sample["__key__"]), _caption(sample), _meta(members.get("json", b""))), members
 
 
 def _caption(sample: Raw) -> str:
@@ -249,8 +258,8 @@ def find_images(source: str, transform: Transform, captions: Path | None = None,
             )
         if captions is not None:
             raise UserError(f"{source}: shards contain their captions; leave out {captions}")
-        shards = expand(source)
-        folders = [str(Path(shard).absolute().parent) for shard in shards if ":" not in shard]
+        shards = [shard if is_absolute(shard) else str(Path(shard).absolute()) for shard in expand(source)]
+        folders = [str(Path(shard).parent) for shard in shards if ":" not in shard]
         root = os.path.commonpath(folders) if folders else ""
         return ImageSource(shards, _read_shard, transform, total(sized(shards)), root, batch_size=batch_size)
     folder = Path(source).absolute()
@@ -264,6 +273,11 @@ def find_images(source: str, transform: Transform, captions: Path | None = None,
     images = ImageSource(files, read, transform, len(files), str(folder), FILES_PER_PART, batch_size)
     images.captions = said
     return images
+
+
+def is_absolute(name: str) -> bool:
+    """Whether the name of a file or shard is the same in every folder: an absolute path, an address or a command."""
+    return ":" in name or Path(name).is_absolute()
 
 
 def is_shards(source: Path) -> bool:

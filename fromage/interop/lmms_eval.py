@@ -7,6 +7,7 @@ Answers are text alone: no image is retrieved, and [RET] is barred.
 
 from __future__ import annotations
 
+import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -77,8 +78,9 @@ class FromageLmms(lmms):
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
         """The answers to requests of (context, options, doc_to_visual, doc_id, task, split), in their order.
 
-        Requests with the same options are answered together. An answer is cut to what the language model has positions for.
-        Raises UserError for options that mean something else than greedy decoding or sampling, and for what is no image.
+        Requests with the same options are answered together. An answer is cut to what the language model has positions for
+        after its prompt; where there are none it is '', with a warning. Raises UserError for options that mean something
+        else than greedy decoding or sampling, and for what is no image.
         """
         groups: dict[Decoding, list[int]] = defaultdict(list)
         for number, request in enumerate(requests):
@@ -87,11 +89,9 @@ class FromageLmms(lmms):
         for decoding, numbers in groups.items():
             for start in range(0, len(numbers), self.batch_size):
                 some = numbers[start : start + self.batch_size]
-                prompts = [self._prompt(requests[i].args) for i in some]
-                answers = generate(self.model, prompts, self._fitting(prompts, decoding), batch_size=len(prompts))
-                for i, answer in zip(some, answers, strict=True):
-                    said[i] = answer.text
-                    self.cache_hook.add_partial("generate_until", requests[i].args[:2], answer.text)
+                for i, text in zip(some, self._answers([requests[i].args for i in some], decoding), strict=True):
+                    said[i] = text
+                    self.cache_hook.add_partial("generate_until", requests[i].args[:2], text)
         return said
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
@@ -130,13 +130,28 @@ class FromageLmms(lmms):
         stop = tuple(dict.fromkeys((*self.preset.decoding.stop, *self.style.stop, *until)))
         return Decoding(length, temperature=temperature, stop=stop, max_images=0, **sampled)
 
-    def _fitting(self, prompts: Sequence[list[Part]], decoding: Decoding) -> Decoding:
-        """The decoding with a length for which there are positions after every prompt."""
+    def _answers(self, asked: Sequence[Sequence[Any]], decoding: Decoding) -> list[str]:
+        """The answers to a few requests; those for whose prompts there is as much room are answered together."""
+        prompts = [self._prompt(args) for args in asked]
+        groups: dict[int, list[int]] = defaultdict(list)
+        for number, prompt in enumerate(prompts):
+            groups[self._room(prompt, decoding.max_new_tokens)].append(number)
+        if full := groups.pop(0, []):
+            tasks = ", ".join(sorted({str(asked[number][4]) for number in full}))
+            limit = f"the {self.model.lm.max_length} of the language model"
+            warnings.warn(f"{tasks}: {len(full)} prompts leave no room for an answer in {limit}; it is ''", stacklevel=3)
+        said = [""] * len(prompts)
+        for room, numbers in groups.items():
+            some = [prompts[number] for number in numbers]
+            answers = generate(self.model, some, replace(decoding, max_new_tokens=room), batch_size=len(some))
+            for number, answer in zip(numbers, answers, strict=True):
+                said[number] = answer.text
+        return said
+
+    def _room(self, prompt: list[Part], wanted: int) -> int:
+        """The tokens of an answer for which there are positions after a prompt, wanted at most; 0 where there are none."""
         limit = self.model.lm.max_length
-        if limit is None:
-            return decoding
-        room = limit - max(prompt_length(self.model, prompt) for prompt in prompts)
-        return replace(decoding, max_new_tokens=max(1, min(decoding.max_new_tokens, room)))
+        return wanted if limit is None else max(0, min(wanted, limit - prompt_length(self.model, prompt)))
 
     def _prompt(self, args: Sequence[Any]) -> list[Part]:
         """The prompt of a request: its images, opened by lmms-eval, and its context in the model's style."""

@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from fromage.data.image_source import ImageSource, Item, Names
+from fromage.data.image_source import ImageSource, Item, Names, is_absolute
 from fromage.errors import UserError, reason
 from fromage.identity import FolderKind
 from fromage.images.locators import MEMBER, split_locator
@@ -67,7 +67,8 @@ class EmbeddingStore:
     def begin_for(cls, folder: str | Path, images: ImageSource, **about: Any) -> tuple[EmbeddingStore, ImageSource]:
         """As begin, for a source, which may have grown since; returns with the store what of the source is to be embedded.
 
-        Parts whose files are no longer there, or have changed, are embedded again without these.
+        Parts whose files are no longer there, or have changed, are embedded again without these. Raises UserError as begin
+        does; shards of which none is here already are another source, in the same folder too.
         """
         folder = Path(folder)
         about |= {"source": images.digest(), "root": images.root, "parts": len(images.parts)}
@@ -83,16 +84,15 @@ class EmbeddingStore:
         """The parts with which a source goes on that is not as it was; None for another source, of which nothing is here."""
         same = self.about["source"] == images.digest()
         now = {name: images.stamp(name) for part in images.parts for name in part}
-        made = {
-            part: self._made_of(part) or (dict.fromkeys(images.parts[part], "") if same else {}) for part in self._parts()
-        }
-        known = {name: stamp for names in made.values() for name, stamp in names.items()}
-        if not same and self.about.get("root") != images.root and not known.keys() <= now.keys():
+        planned = images.parts if same else []
+        made = {part: self._made_of(part, planned[part] if part < len(planned) else ()) for part in self._parts()}
+        if not same and not images.goes_on(self.about.get("root"), {name for names in made.values() for name in names}):
             return None
         stale = {part for part, names in made.items() if any(n not in now or (s and s != now[n]) for n, s in names.items())}
         if images.captions is not None:
             stale |= {part for part in made.keys() - stale if not self._has_captions(part, images.captions)}
-        if same and not stale and all(tuple(names) == images.parts[part] for part, names in made.items()):
+        whole = same and not stale and self.about["parts"] == len(images.parts)
+        if whole and all(tuple(names) == images.parts[part] for part, names in made.items()):
             return images.parts
         kept = {part: names for part, names in made.items() if part not in stale}
         done = {name for names in kept.values() for name in names}
@@ -115,14 +115,21 @@ class EmbeddingStore:
                 return False
         return True
 
-    def _made_of(self, part: int) -> dict[str, str]:
-        """The files or shards that a part was made of, with their stamps; of parts of former versions those of its rows."""
+    def _made_of(self, part: int, planned: Names) -> dict[str, str]:
+        """The files or shards that a part was made of, with their stamps; of parts of former versions those of its rows.
+
+        planned: those of a part of a former version that has no rows.
+        """
         file = self._open(part)
-        names = json.loads((file.schema_arrow.metadata or {}).get(b"names", b"{}"))
-        if names or not file.metadata.num_rows:
-            return dict(names)
-        paths = [path for batch in self._read(part, ["path"]) for path in batch.column("path").to_pylist()]
-        return dict.fromkeys((split_locator(path)[0] for path in paths), "")
+        said = (file.schema_arrow.metadata or {}).get(b"names")
+        names: dict[str, str] = json.loads(said or b"{}")
+        if not file.metadata.num_rows:
+            return dict.fromkeys(planned, "") if said is None else names
+        if names and all(map(is_absolute, names)):
+            return names
+        batches = (batch.column("path").cast(pa.binary()).to_pylist() for batch in self._read(part, ["path"]))
+        files = dict.fromkeys(split_locator(to_text(path))[0] for paths in batches for path in paths)
+        return dict.fromkeys(files, next(iter(names.values()), "") if len(names) == 1 else "")
 
     @classmethod
     def open(cls, folder: str | Path) -> EmbeddingStore:

@@ -29,7 +29,7 @@ from fromage.locks import held
 from fromage.models.fromage import Fromage
 from fromage.retrieval.base import ImageIndex
 from fromage.retrieval.build import unit_rows
-from fromage.retrieval.embed_images import embed_source
+from fromage.retrieval.embed_images import absolute_checkpoint, embed_source
 from fromage.retrieval.embedding_store import EmbeddingStore
 from fromage.retrieval.image_root import ImageRoot, to_bytes
 from fromage.retrieval.index_folder import read_about
@@ -56,10 +56,13 @@ class Synced(NamedTuple):
 
 @dataclass
 class _Difference:
-    """Paths, by what became of their files. touched: the item that is to stand in place of one whose content is the same."""
+    """Paths, by what became of their files.
+
+    changed: the caption of each. touched: the item that is to stand in place of one whose content is the same.
+    """
 
     new: list[str] = field(default_factory=list)
-    changed: list[str] = field(default_factory=list)
+    changed: dict[str, str] = field(default_factory=dict)
     deleted: list[str] = field(default_factory=list)
     touched: dict[str, Item] = field(default_factory=dict)
     same: int = 0
@@ -72,6 +75,7 @@ def sync(
     load: Callable[[], Fromage],
     *,
     captions: str | Path | None = None,
+    checkpoint: str | Path | None = None,
     batch_size: int = 64,
     workers: int = 0,
 ) -> tuple[ImageIndex, Synced]:
@@ -82,7 +86,9 @@ def sync(
 
     Args:
         load: gives the model that built the index; called where there is something to embed.
-        captions: as for embed_images; captions that differ are taken over.
+        captions: as for embed_images; captions that differ are taken over, and images that it does not name keep theirs.
+        checkpoint: where the model is now. An index from elsewhere, which is one that was built here from then on, names
+            this one, or none: what a stranger named is not believed.
 
     Raises:
         UserError: the folder holds no image, or none of those that the index names in it.
@@ -91,7 +97,7 @@ def sync(
     if not where.is_dir() or is_shards(where):
         raise UserError(f"{images}: is no folder of images; shards are added with: fromage index embed, fromage index add")
     with held(folder, beside=True):
-        return _synced(folder, where, load, captions, batch_size, workers)
+        return _synced(folder, where, load, captions, checkpoint, batch_size, workers)
 
 
 def _synced(
@@ -99,6 +105,7 @@ def _synced(
     where: Path,
     load: Callable[[], Fromage],
     captions: str | Path | None,
+    checkpoint: str | Path | None,
     batch_size: int,
     workers: int,
 ) -> tuple[ImageIndex, Synced]:
@@ -109,6 +116,8 @@ def _synced(
     if found.deleted and not found.same and not found.touched and not found.changed:
         raise UserError(f"{folder}: none of its images is in {where}; name their folder, or build one: fromage index build")
     if not found.strange:  # all files that it names were found here
+        if not index.place.own and secret() is not None:  # it is to be sealed
+            index.checkpoint = absolute_checkpoint(checkpoint)
         index.set_place(replace(index.place, own=True, confined=False))
     known = _known(index, found.new)
     broken = [f"{path}: {cause}" for path, (_, cause) in known.items()]
@@ -119,7 +128,7 @@ def _synced(
     if todo := sorted({*found.new, *found.changed} - known.keys()):
         was = {path: _stamp(path) for path in todo}  # before they are read
         store = _embed(index, todo, where, load, captions, beside, batch_size, workers)
-        bad, fresh = _bad(store.broken(), {*todo}), [unit_rows(store)]
+        bad, fresh = _bad(store.broken(), {*todo}), [_captioned(unit_rows(store), found.changed)]
         broken += store.broken()
         odd = _remembered(bad, was, root)
     gone = [*found.deleted, *found.changed, *found.touched]
@@ -170,7 +179,7 @@ def _compare(item: Item, caption: str, found: _Difference) -> None:
     elif known and (known[:2] == now[:2] or _digest(item.path) == known.digest):
         found.touched[item.path] = item._replace(caption=caption, stamp=str(now._replace(digest=known.digest)))
     else:
-        found.changed.append(item.path)
+        found.changed[item.path] = caption
 
 
 def _digest(path: str) -> str:
@@ -234,6 +243,15 @@ def _known(index: ImageIndex, paths: list[str]) -> dict[str, tuple[str, str]]:
 def _remembered(bad: dict[str, str], was: dict[str, str], root: ImageRoot) -> dict[str, str]:
     """What is kept of files that cannot be decoded; one that cannot be read may be tomorrow, without any change to it."""
     return {_key(path, root): f"{was[path]} {cause}" for path, cause in bad.items() if cause.startswith(UNDECODABLE)}
+
+
+def _captioned(rows: Iterator[Embedded], captions: dict[str, str]) -> Iterator[Embedded]:
+    """Rows with these captions, by path, in place of their own."""
+    for vectors, batch in rows:
+        yield (
+            vectors,
+            to_batch([item._replace(caption=captions.get(item.path, item.caption)) for item in ItemTable([batch])]),
+        )
 
 
 def _touched(index: ImageIndex, touched: dict[str, Item]) -> Iterator[Embedded]:

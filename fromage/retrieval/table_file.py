@@ -23,6 +23,7 @@ from fromage.io import decode_text
 JSON = {b"holds": b"json"}  # of a field
 TIME = pa.timestamp("us")
 FIRST_DAY, LAST_DAY = (day.toordinal() - date(1970, 1, 1).toordinal() for day in (date.min, date.max))  # since 1970
+MOST_BLOCK = (1 << 31) - 1  # bytes; pyarrow counts them in 32 bits
 DEEP = 100  # brackets in a line of JSON, up to which it is not looked at more closely
 KEPT = (pa.bool_(), pa.int64(), pa.float64(), pa.string(), TIME, pa.date32())
 
@@ -87,11 +88,11 @@ def _read(path: Path) -> pa.Table:
         if path.suffix.lower() in (".jsonl", ".ndjson"):
             data = decode_text(path.read_bytes(), path).encode()
             _check_depth(path, data)
-            table = pj.read_json(io.BytesIO(data), pj.ReadOptions(block_size=max(1 << 16, len(data) + 1)))
+            table = pj.read_json(io.BytesIO(data), pj.ReadOptions(block_size=min(max(1 << 16, len(data) + 1), MOST_BLOCK)))
         else:
             table = pq.read_table(path)
         table.validate(full=True)
-    except (OSError, ValueError, pa.ArrowException) as error:
+    except (OSError, ValueError, OverflowError, pa.ArrowException) as error:
         raise UserError(f"{path}: cannot be read as a table ({first_line(error)}); give Parquet or .jsonl") from error
     if not table.num_rows:
         raise UserError(f"{path}: holds no row; give a row for each image")

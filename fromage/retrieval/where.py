@@ -167,7 +167,7 @@ class _Reader:
 
 
 def _number(word: str) -> int | float:
-    if re.fullmatch("[+-]?[0-9]{1,18}", word):  # fits into 64 bits
+    if re.fullmatch("[+-]?[0-9]{1,19}", word) and abs(int(word)) < WHOLE:  # as a double it would be rounded
         return int(word)
     if not math.isfinite(value := float(word)):
         raise UserError(f"where: the number {word[:30]} is too large")

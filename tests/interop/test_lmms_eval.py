@@ -12,6 +12,7 @@ from fromage.generation.generate import generate
 from fromage.generation.options import Decoding
 from fromage.generation.score import score
 from fromage.interop.lmms_eval_manifest import CLASS, MODEL
+from fromage.models.prompts import prompt_length
 
 COLOURS = ("red", "green", "blue", "white", "black", "yellow")
 HERE = importlib.util.find_spec("lmms_eval") is not None
@@ -91,8 +92,19 @@ def test_options_of_a_task_become_ours(lm):
 def test_an_answer_is_cut_to_the_positions_that_are_left(lm):
     (long,) = lm.generate_until([asked(0, {"max_new_tokens": 100_000})])
     assert isinstance(long, str)
-    with pytest.raises(UserError, match="more than the 512 of the language model"):
-        lm.generate_until([asked(0, {"max_new_tokens": 4}, "a red star " * 500)])
+
+
+def test_an_answer_is_the_same_beside_prompts_that_leave_little_room_or_none(lm):
+    """A long prompt cuts its own answer alone; one that fills the language model is answered by nothing."""
+    options = {"max_new_tokens": 12}
+    beside = lm.model.tokenizer.encode(" red")
+    base = prompt_length(lm.model, lm._prompt(asked(0, options, "").args))
+    contexts = ["is it red?", " red" * ((lm.model.lm.max_length - base - 3) // len(beside)), "a red star " * 500]
+    requests = [asked(i, options, context) for i, context in enumerate(contexts)]
+    alone = [*lm.generate_until(requests[:1]), *lm.generate_until(requests[1:2]), ""]
+    with pytest.warns(UserWarning, match="colours: 1 prompts leave no room for an answer in the 512 of the language model"):
+        assert lm.generate_until(requests) == alone
+    assert alone[0] and len(lm.model.tokenizer.encode(alone[0])) > len(lm.model.tokenizer.encode(alone[1]))
 
 
 def test_log_likelihoods_are_ours_and_greedy_is_what_is_generated(lm, docs):

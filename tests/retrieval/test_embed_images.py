@@ -472,6 +472,65 @@ def test_shards_that_have_come_are_gone_on_with(tmp_path, monkeypatch):
     assert json.loads(items[2].meta)["n"] == 2
 
 
+def colour_shards(folder, *names):
+    """A shard of one image for each name."""
+    folder.mkdir(exist_ok=True)
+    for i, name in enumerate(names):
+        make_tar(folder / f"{name}.tar", {f"{name}.png": encoded(Image.new("RGB", (4, 4), (40 * i, 9, 9)))})
+    return folder
+
+
+def counted(monkeypatch):
+    """The numbers of images that are embedded from now on, by step."""
+    seen, embed = [], Model.embed_images
+    monkeypatch.setattr(Model, "embed_images", lambda self, rows: seen.append(len(rows)) or embed(self, rows))
+    return seen
+
+
+def test_other_shards_of_the_same_folder_are_another_source(tmp_path):
+    folder = colour_shards(tmp_path / "shards", "train-0", "train-1", "val-0")
+    module.embed_images(Model(), folder / "train-*.tar", tmp_path / "out")
+    kept = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    with pytest.raises(UserError, match="another run"):
+        module.embed_images(Model(), folder / "val-*.tar", tmp_path / "out")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == kept
+
+
+@pytest.mark.parametrize("former", [False, True])
+def test_shards_may_be_named_from_another_folder_when_a_run_is_resumed(tmp_path, monkeypatch, former):
+    folder = colour_shards(tmp_path / "shards", "0", "1")
+    monkeypatch.chdir(tmp_path)
+    with monkeypatch.context() as patch:
+        if former:  # which kept the names as they were given
+            find = module.find_images
+
+            def relative(*args):
+                images = find(*args)
+                return images.only([("shards/0.tar",), ("shards/1.tar",)], [0, 1], images.count)
+
+            patch.setattr(module, "find_images", relative)
+            patch.setattr(image_source, "locator", lambda shard, key: f"{Path(shard).absolute()}#{key}")
+        module.embed_images(Model(), "shards/*.tar", "out")
+    seen = counted(monkeypatch)
+    monkeypatch.chdir(folder)
+    for source in (folder, "*.tar"):
+        _, found = rows_and_items(module.embed_images(Model(), source, tmp_path / "out"))
+        assert [item.path for item in found] == [f"{folder}/0.tar#0", f"{folder}/1.tar#1"] and not seen
+
+
+def test_a_source_that_has_lost_shards_is_gone_on_with(tmp_path, monkeypatch):
+    folder = colour_shards(tmp_path / "shards", "0", "1", "2")
+    module.embed_images(Model(), folder, tmp_path / "out")
+    seen = counted(monkeypatch)
+    for lost in ("0", "1"):
+        (folder / f"{lost}.tar").unlink()
+        for _ in range(2):
+            _, found = rows_and_items(module.embed_images(Model(), folder, tmp_path / "out"))
+            assert [Path(item.path).name for item in found] == ["1.tar#1", "2.tar#2"][int(lost) :] and not seen
+    make_tar(folder / "2.tar", {"2.png": encoded(Image.new("RGB", (8, 8), "red")), "3.png": encoded(Image.new("L", (8, 8)))})
+    assert len(module.embed_images(Model(), folder, tmp_path / "out")) == 2, "an empty part stands for no shard"
+
+
 @pytest.mark.filterwarnings("ignore:.*04.bmp")
 def test_rows_of_another_width_shift_nobody(images, tmp_path):
     """Foreign embeddings: a row that is missing would give its place to the next."""

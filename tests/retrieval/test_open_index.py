@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from test_build import store
+from test_codec import encoded, make_tar
 from test_faiss_index import COLOURS, Model, items, rows, write_colours
 
 from fromage.data.image_source import Item
@@ -316,6 +317,15 @@ def test_an_index_from_a_folder_is_made_once_and_opened_then(photos, tmp_path, m
     with pytest.raises(UserError, match="not with beef"):
         ImageIndex.from_folder(moved, Model(), tmp_path / "index")
     shutil.rmtree(tmp_path / "index")
+
+
+def test_an_index_of_shards_is_opened_again_by_the_same_call(tmp_path):
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    make_tar(shards / "0.tar", {"a.png": encoded(Image.new("RGB", (8, 8), "red"))})
+    for source in (shards / "0.tar", shards / "*.tar", shards / "{0..0}.tar"):
+        found = ImageIndex.from_folder(source, Model(), tmp_path / "index")
+        assert [item.path for item in found.items] == [f"{shards}/0.tar#a"] and opened(found) == 1
 
 
 def test_a_stranger_s_index_does_not_choose_what_is_fetched(tmp_path):

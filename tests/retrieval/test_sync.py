@@ -1,5 +1,6 @@
 """An index follows its folder."""
 
+import json
 import os
 
 import numpy as np
@@ -122,6 +123,18 @@ def test_captions_are_taken_over(index, photos, tmp_path):
     assert (index / "index.json").read_bytes() == before
 
 
+def test_an_image_that_was_edited_keeps_its_caption_where_none_is_given(index, photos, tmp_path):
+    (tmp_path / "captions.json").write_text('{"red/a.png": "a red one", "green/a.png": "a green one"}')
+    sync(index, photos, never, captions=tmp_path / "captions.json")
+    captions = lambda found: {item.path.split("/")[-2]: item.caption for item in found.items}  # noqa: E731
+    for colour, given, wanted in (("yellow", None, "a red one"), ("white", {"red/a.png": "was red"}, "was red")):
+        make(photos / "red" / "a.png", colour)
+        if given:
+            (tmp_path / "captions.json").write_text(json.dumps(given))
+        found, done = sync(index, photos, Model, captions=tmp_path / "captions.json" if given else None)
+        assert done.changed == 1 and captions(found) == {"red": wanted, "green": "a green one", "blue": ""}
+
+
 def test_a_folder_that_was_moved_is_where_the_images_are_from_then_on(index, photos, tmp_path):
     moved = photos.rename(tmp_path / "moved")
     from_elsewhere(index)
@@ -130,6 +143,18 @@ def test_a_folder_that_was_moved_is_where_the_images_are_from_then_on(index, pho
     assert found.place.own and found.root.path == str(moved) and not found.missing().gone
     make(moved / "b.png", "white")
     assert sync(index, moved, Model)[1][:4] == (1, 0, 0, 3) and same_as_new(index, moved, tmp_path / "new")
+
+
+@pytest.mark.parametrize("given", [None, "mine.ckpt"])
+def test_the_checkpoint_that_a_stranger_named_is_not_sealed(index, photos, tmp_path, given):
+    (tmp_path / "mine.ckpt").touch()
+    known = str(tmp_path / given) if given else ""
+    from_elsewhere(index, checkpoint="stranger/model")
+    sync(index, photos, never, checkpoint=tmp_path / given if given else None)
+    found = load_index(index)
+    assert found.place.own and found.checkpoint == known
+    sync(index, photos, never)
+    assert load_index(index).checkpoint == known, "one's own stays"
 
 
 def test_a_part_of_the_folder_and_one_around_it(index, photos, tmp_path):

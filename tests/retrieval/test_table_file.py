@@ -1,12 +1,14 @@
 import json
 from datetime import date, datetime
 from decimal import Decimal
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from fromage.errors import UserError
+from fromage.retrieval import table_file
 from fromage.retrieval.table_file import field_of, kind_of, read_table
 
 
@@ -108,3 +110,19 @@ def test_json_that_is_nested_too_deep_does_not_end_the_process(tmp_path):
         read_table(tmp_path / "t.jsonl", "id")
     (tmp_path / "t.jsonl").write_text('{"id": "a", "x": "' + "[" * 1000 + '"}\n')
     assert read_table(tmp_path / "t.jsonl", "id").columns.column("x").to_pylist() == ["[" * 1000]
+
+
+class Large(bytes):
+    """Bytes that say they are 2 GiB."""
+
+    def __len__(self):
+        return 1 << 31
+
+
+def test_json_lines_of_2_gib_are_read_and_what_overflows_is_one_line(tmp_path, monkeypatch):
+    (tmp_path / "t.jsonl").write_text('{"id": "a", "x": 1}\n{"id": "b", "x": 2}\n')
+    monkeypatch.setattr(table_file, "decode_text", lambda data, name: SimpleNamespace(encode=lambda: Large(data)))
+    assert read_table(tmp_path / "t.jsonl", "id").columns.column("x").to_pylist() == [1, 2]
+    monkeypatch.setattr(table_file, "MOST_BLOCK", 1 << 31)
+    with pytest.raises(UserError, match=r"cannot be read as a table .*give Parquet"):
+        read_table(tmp_path / "t.jsonl", "id")

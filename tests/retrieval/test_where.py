@@ -214,6 +214,15 @@ def test_numbers_and_times_at_the_ends_of_what_there_is_are_compared_or_refused(
         table.rows("taken > '0001-01-01T00:00+14:00'")
 
 
+def test_whole_numbers_of_64_bits_are_compared_exactly():
+    most = (1 << 63) - 1
+    numbers = [most, most - 1, -most, 1_234_567_890_123_456_789]
+    table = Metadata(pa.table({"id": pa.array(numbers, pa.int64())}))
+    for row, number in enumerate(numbers):
+        assert table.rows(f"id = {number}").tolist() == [row] == table.rows(f"id in ({number})").tolist()
+    assert table.rows(f"id >= {most}").tolist() == [0] and table.rows(f"id >= {most + 1}").tolist() == []
+
+
 def test_times_are_compared_in_utc():
     times = [datetime(2019, 5, 1, 12), datetime(2019, 5, 2), None]
     days = pa.array([None if time is None else time.date() for time in times], pa.date32())
