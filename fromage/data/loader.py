@@ -114,21 +114,22 @@ class TrainLoader(Loader):
 
     def state_dict(self) -> dict[str, Any]:
         """Where the stream stands, for all devices, each of which has to ask. Lightning keeps it in the checkpoint."""
-        if self.states:
-            state, epoch = self.states[-1], self.epoch - 1
-        else:  # no batch was asked for yet
-            state, epoch = self.start, self.epoch
-        next_begins = self.ended and self.loop is not None and self.loop.batch_idx < 0
-        if self.loop is not None and self.states and not next_begins:
-            state = max((s for s in self.states if s.given <= self.loop.batch_idx + 1), default=self.states[0])
+        newest = self.states[-1] if self.states else self.start  # none: no batch was asked for yet
         length = min(x for x in (self.dataset.batches, self.loop and self.loop.max_batches, float("inf")) if x is not None)
+
+        def ends(state: ResumeState) -> bool:
+            return state.given >= length or (self.ended and state is newest)
+
+        state = newest
+        if self.loop is not None and self.states and not (ends(newest) and self.loop.batch_idx < 0):  # then the next begins
+            state = max((s for s in self.states if s.given <= self.loop.batch_idx + 1), default=self.states[0])
         mine: dict[str, Any] = {"rank": self.dataset.rank, **state._asdict()}
         devices = [mine]
         if self.dataset.world > 1 and dist.is_initialized():
             devices = [{} for _ in range(self.dataset.world)]
             dist.all_gather_object(devices, mine)
-        whole = state.given >= length or (self.ended and state is self.states[-1])
-        return {"epoch": epoch, "whole": whole, "layout": self.layout(), "devices": devices}
+        epoch = self.epoch - bool(self.states)
+        return {"epoch": epoch, "whole": ends(state), "layout": self.layout(), "devices": devices}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on after the batches that were given of an epoch, or with the next one where it was at its end.

@@ -81,7 +81,8 @@ class LanguageModel(FrozenTower):
     @property
     def blocks(self) -> list[nn.Module]:
         """The transformer layers, which are compiled, recomputed or sharded one by one; not a vision tower's."""
-        return [module for module in self.hf.get_decoder().modules() if isinstance(module, GradientCheckpointingLayer)]
+        decoder = self.hf.base_model.get_decoder()
+        return [module for module in decoder.modules() if isinstance(module, GradientCheckpointingLayer)]
 
     def embed(self, ids: Tensor) -> Tensor:
         """(B, T) ids -> (B, T, d) input embeddings."""

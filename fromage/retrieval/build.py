@@ -21,6 +21,7 @@ import numpy as np
 import pyarrow as pa
 
 from fromage.checks import as_list
+from fromage.data.image_source import is_shards
 from fromage.errors import UserError
 from fromage.io import write_json
 from fromage.locks import held
@@ -214,7 +215,7 @@ def from_folder(
     saved = next((Path(each) for each in (out, images) if each is not None and (Path(each) / ABOUT).exists()), None)
     if saved:
         index = load_index(saved, model.fingerprint())
-        if saved != Path(images) and Path(images).is_dir() and index.root.path != str(Path(images).absolute()):
+        if saved != Path(images) and not is_shards(Path(images)) and index.root.path != str(Path(images).absolute()):
             index = load_index(saved, model.fingerprint(), images)
         if said := index.missing().said(saved, len(index), index.place.own):
             warnings.warn(said, stacklevel=3)

@@ -100,7 +100,8 @@ class SafeCheckpoint(ModelCheckpoint):
 
     On SIGTERM the step under way is finished and saved, and the exit code is 143; on the first Ctrl-C too, and it is 130; a
     second Ctrl-C ends at once. In the middle of a step of several batches (accumulate_grad_batches), or of a validation,
-    nothing is saved: resuming goes on from the checkpoint before. What is due in the middle of a step is saved at its end.
+    nothing is saved: resuming goes on from the checkpoint before. Where a validation ends in the middle of a step, its
+    checkpoint is of that step's end, one update later than its figures; validate every so many whole steps to avoid that.
 
     Where a run ends with a validation, its last checkpoint is written again after it, so that it holds the figures.
 
@@ -178,9 +179,7 @@ class SafeCheckpoint(ModelCheckpoint):
         """Save what is due, at the end of a step alone."""
         if _mid_step(trainer):
             return
-        if self._due:
-            self._due = False
-            super().on_validation_end(trainer, pl_module)
+        self._save_due(trainer, pl_module)
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -188,12 +187,13 @@ class SafeCheckpoint(ModelCheckpoint):
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
         self._judged = trainer.global_step
-        self._due = _mid_step(trainer)
-        if not self._due:
-            super().on_validation_end(trainer, pl_module)
+        self._due = True
+        if not _mid_step(trainer):
+            self._save_due(trainer, pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save the last steps, however many they are, with their validation."""
+        self._save_due(trainer, pl_module)
         self._save_now(trainer, pl_module, again=self._judged == trainer.global_step)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -201,6 +201,12 @@ class SafeCheckpoint(ModelCheckpoint):
         super().teardown(trainer, pl_module, stage)
         self._hold.close()
         self._holds = False
+
+    def _save_due(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write the checkpoint of a validation, if one has ended since the last step did."""
+        if self._due:
+            self._due = False
+            super().on_validation_end(trainer, pl_module)
 
     def _save_now(self, trainer: pl.Trainer, pl_module: pl.LightningModule, again: bool = False) -> None:
         """Write the last checkpoint; unless it is of this step already, or again."""

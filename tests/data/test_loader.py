@@ -60,9 +60,9 @@ def test_a_run_that_stops_before_the_first_batch_of_an_epoch_goes_on_with_it(dat
     first, second = rows(whole), rows(whole)
     untouched = data(2).train_dataloader()
     ended = data(2).train_dataloader()
-    ended.loop = SimpleNamespace(batch_idx=len(first) - 1, max_batches=len(first))
-    rows(ended)
-    ended.loop.batch_idx = -1  # as Lightning has it where the next epoch begins
+    ended.loop = SimpleNamespace(batch_idx=-1, max_batches=len(first))  # as Lightning has it where the next epoch begins
+    given = rows(itertools.islice(ended, len(first)))  # of a known length it asks for no more
+    assert given == first and not ended.ended
     begun = data(2).train_dataloader()
     rows(itertools.islice(begun, 2))
     resumed = data(2).train_dataloader()

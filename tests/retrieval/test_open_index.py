@@ -326,6 +326,8 @@ def test_an_index_of_shards_is_opened_again_by_the_same_call(tmp_path):
     for source in (shards / "0.tar", shards / "*.tar", shards / "{0..0}.tar"):
         found = ImageIndex.from_folder(source, Model(), tmp_path / "index")
         assert [item.path for item in found.items] == [f"{shards}/0.tar#a"] and opened(found) == 1
+    with pytest.raises(UserError, match="is no folder"):
+        ImageIndex.from_folder(tmp_path / "lost", Model(), tmp_path / "index")
 
 
 def test_a_stranger_s_index_does_not_choose_what_is_fetched(tmp_path):

@@ -343,6 +343,25 @@ def test_nothing_is_saved_in_the_middle_of_a_step(world, tmp_path):
     assert (2, 4) in judged and all(read == 2 * step for step, read in judged)
 
 
+class StopsThere(pl.Callback):
+    """Ends training with the first validation, as early stopping may."""
+
+    def on_validation_end(self, trainer, pl_module):
+        trainer.should_stop = not trainer.sanity_checking
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_validation_that_ends_a_run_in_the_middle_of_a_step_has_its_checkpoint(world, tmp_path):
+    saver = SafeCheckpoint(tmp_path, save_last=True, save_top_k=1, monitor="val/t2i_r1", mode="max")
+    data = CC3M(str(world / "cc3m" / "train"), str(world / "cc3m" / "val"), batch_size=4, max_tokens=40, workers=0,
+                samples_per_epoch=96)  # fmt: skip
+    trainer = pl.Trainer(max_steps=6, accelerator="cpu", logger=False, callbacks=[StopsThere(), saver], val_check_interval=3,
+                         accumulate_grad_batches=2, num_sanity_val_steps=0, limit_val_batches=1, enable_progress_bar=False,
+                         enable_model_summary=False)  # fmt: skip
+    trainer.fit(FromageModule(**TOY), data)
+    assert trainer.global_step == 1 and Path(saver.best_model_path).is_file()
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_the_end_of_training_is_not_written_twice(world, tmp_path):
     """So the checkpoint before the last one stays an earlier one; and a trial run writes none."""
