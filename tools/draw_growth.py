@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 from collections.abc import Callable
 from functools import partial
@@ -27,7 +26,7 @@ import torch
 from bench_step import make_batch
 from gpu_kit import commit
 from PIL import Image
-from study import begin
+from study import begin, machine
 
 from fromage.data.image_source import Item
 from fromage.generation.generate import generate
@@ -120,6 +119,7 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args(words)
     begin(args.threads)
+    at = commit()  # before the charts are written, which may be tracked
     model = Fromage.load()
     by_words, by_images = of_prompts(model, args.rounds)
     charts = {
@@ -134,8 +134,7 @@ def main(words: list[str] | None = None) -> None:
         (args.out / f"{name}.svg").write_text(line_chart(lines, title, x, y), encoding="utf-8")
         for side, points in lines.items():
             print(f"{title}, {side}, {y} by {x}: " + ", ".join(f"{size:g} {value:g}" for size, value in points))
-    machine = f"{platform.machine()}, {args.threads} threads"
-    told = {"commit": commit(), "machine": machine, "torch": torch.__version__, **charts}
+    told = {"commit": at, "machine": machine(), "torch": torch.__version__, **charts}
     (args.out / "figures.json").write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
 
 
