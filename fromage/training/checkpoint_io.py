@@ -137,6 +137,7 @@ class SafeCheckpoint(ModelCheckpoint):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """See that no other run's checkpoints are lost. From now on Ctrl-C waits for the end of a step, unless ignored."""
         super().on_train_start(trainer, pl_module)
+        self._due = False
         store = trainer.strategy.checkpoint_io
         if self._holds and isinstance(store, SafeCheckpointIO):
             self._clear(trainer, store.loaded)
