@@ -23,6 +23,7 @@ from fromage.checkpoints.format import (
     FORMAT,
     GENERATION,
     LAYOUTS,
+    PAPER,
     Saved,
     differences,
     dtype_name,
@@ -209,6 +210,10 @@ def write_authors(saved: Saved, folder: str | Path, visual_encoder: str | None =
     if saved.settings.get("pooling", "ret") != "ret":
         raise UserError(
             f"{saved.source}: reads texts at their last word, the authors' at [RET]; export it with --format ours"
+        )
+    if saved.settings.get("start", PAPER["start"]) != PAPER["start"]:
+        raise UserError(
+            f"{saved.source}: its start token stands before an image, the authors' after it; export it with --format ours"
         )
     args = {"opt_version": saved.settings["lm"], "visual_encoder": visual_encoder or _clip_name(saved.settings)}
     args |= {"n_visual_tokens": saved.settings["k"], "shared_emb_dim": saved.settings["q"], "text_emb_layers": [-1]}

@@ -65,7 +65,9 @@ class ConfigLayout:
 
 
 # Settings of the paper's model, and of older files, which do not name them.
-PAPER: dict[str, Any] = {"r": 1, "ret_attention": "sequential", "ret_fusion": "mean", "space": "learned"}
+PAPER: dict[str, Any] = {
+    "r": 1, "ret_attention": "sequential", "ret_fusion": "mean", "space": "learned", "start": "after_images",
+}  # fmt: skip
 TOWER_KINDS: dict[str, Any] = {"lm": str, "vision": str, "vision_weights": str | None, "dtype": str}
 LAYOUTS = {
     FORMAT: ConfigLayout(

@@ -37,7 +37,7 @@ from fromage.errors import UserError
 from fromage.models.base import digest
 from fromage.models.fusion import make_fusion
 from fromage.models.language_model import LanguageModel, load_lm
-from fromage.models.options import CHOICES, Pooling, Quantized, RetAttention, RetFusion, Space
+from fromage.models.options import CHOICES, Pooling, Quantized, RetAttention, RetFusion, Space, Start
 from fromage.models.pretrained import Pretrained
 from fromage.models.prompts import RET, ImageInput, Prompt, Starts, batches_by_length, embed_prompts, listed, parts_of
 from fromage.models.vision.base import VisionTower
@@ -65,6 +65,7 @@ class Fromage(Pretrained):
         ret_attention: RetAttention = "sequential",
         ret_fusion: RetFusion = "mean",
         space: Space = "learned",
+        start: Start = "after_images",
     ) -> None:
         """k: input embeddings per image. q: width of the retrieval space. r: as many [RET] as the tokenizer has.
 
@@ -74,9 +75,15 @@ class Fromage(Pretrained):
         pooling: which hidden state embeds a text. With 'last' the model never answers with images, and "at [RET]" below
         means at the last token before it. Raises UserError where 'last' is impossible: an empty text would have no token,
         or several [RET] tokens would stand for nothing.
+
+        start: where the start token stands in a sequence that an image leads: 'after_images', as in the paper, or 'first'.
+        Many language models, LLaMA and its like, make the first place of a sequence an attention sink, whose content later
+        tokens hardly see ("Efficient Streaming Language Models with Attention Sinks", Xiao et al., ICLR 2024). With 'first'
+        that place is the start token's, and not an image's. Raises UserError for 'first' without a start token.
         """
         super().__init__(lm, vision, k)
         chosen = {"pooling": pooling, "ret_attention": ret_attention, "ret_fusion": ret_fusion, "space": space}
+        chosen["start"] = start
         for name, known in CHOICES.items():
             if chosen[name] not in known:  # of a file, say
                 raise UserError(f"{name} {chosen[name]}: must be {' or '.join(known)}")
@@ -85,8 +92,10 @@ class Fromage(Pretrained):
             raise UserError(f"{lm.name}: its texts have no start token, so an empty one has no last word; use pooling 'ret'")
         if pooling == "last" and self.r > 1:
             raise UserError(f"r {self.r}: with pooling 'last' no text is read at [RET]; use r 1, or pooling 'ret'")
+        if start == "first" and not lm.tokenizer.start():
+            raise UserError(f"{lm.name}: its texts have no start token; use start 'after_images'")
         self.q, self.pooling, self.ret_attention, self.ret_fusion = q, pooling, ret_attention, ret_fusion
-        self.space = space
+        self.space, self.start, self.start_first = space, start, start == "first"
         self.stacked = ret_attention == "stacked" and self.r > 1
         self.ret_offsets = [0 if self.stacked else i for i in range(self.r)]  # positions of [RET] after a text's end
         self.visual_prefix = nn.Linear(vision.width, k * lm.width)  # W_c: (B, m) -> (B, k d)
@@ -118,13 +127,15 @@ class Fromage(Pretrained):
         ret_attention: RetAttention = "sequential",
         ret_fusion: RetFusion = "mean",
         space: Space = "learned",
+        start: Start = "after_images",
     ) -> Fromage:
         """Build from names, with newly initialised trained parameters; load_lm and load_vision say what a name may be.
 
         The same seed gives the same trained parameters, and the same towers where they have random weights. input_prompt:
         text that captions are generated after, such as the released model's "A picture of". r, ret_attention, ret_fusion:
         number of [RET] tokens, what they see, and how their hidden states become one. space: where images and texts are
-        compared; 'clip' wants a vision tower with a text tower, and q of its width.
+        compared; 'clip' wants a vision tower with a text tower, and q of its width. start: where the start token stands, as
+        of the class.
         """
         here = dtype_name(dtype)
         check_whole("r", r, 1)
@@ -141,10 +152,11 @@ class Fromage(Pretrained):
                 ret_attention=ret_attention,
                 ret_fusion=ret_fusion,
                 space=space,
+                start=start,
             )
         model.settings = {"lm": lm, "vision": vision, "vision_weights": vision_weights, "k": k, "q": q, "dtype": dtype}
         model.settings |= {"pooling": pooling, "random_weights": random_weights, "input_prompt": input_prompt}
-        model.settings |= {"r": r, "ret_attention": ret_attention, "ret_fusion": ret_fusion, "space": space}
+        model.settings |= {"r": r, "ret_attention": ret_attention, "ret_fusion": ret_fusion, "space": space, "start": start}
         model.input_prompt = input_prompt
         return model
 

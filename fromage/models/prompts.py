@@ -3,7 +3,11 @@
     [W_c v(x)] [</s>] "a cat and" [W_c v(y)] [</s>] "its dog" ...      an image is its visual prefix, k embeddings
 
 In training an image stands in front of the </s> of its caption, in one such pair or two, and a caption that [RET] closes has
-one </s>. `Starts` names the forms of prompts that follow from this. A batch is padded on the left, so that all prompts end
+one </s>. `Starts` names the forms of prompts that follow from this; a model whose `start` is 'first' has one form,
+
+    [</s>] [W_c v(x)] "a cat and" [W_c v(y)] "its dog" ...
+
+in training too. A batch is padded on the left, so that all prompts end
 where generation begins.
 """
 
@@ -135,8 +139,13 @@ def joined(parts: Sequence[Part]) -> list[Part]:
     return out
 
 
-def started(parts: Sequence[Part], starts: Starts) -> list[Part]:
-    """Parts with START where the form has it; parts that hold one already, or a Token of a template, are unchanged."""
+def started(parts: Sequence[Part], starts: Starts, first: bool = False) -> list[Part]:
+    """Parts with START where the form has it; parts that hold one already, or a Token of a template, are unchanged.
+
+    first: whether the model's start token stands in front of all, and nowhere else.
+    """
+    if first and not any(isinstance(part, Token) for part in parts):
+        return [START, *(part for part in parts if part is not START)]
     if any(part is START or isinstance(part, Token) for part in parts):
         return list(parts)
     out: list[Part] = []
@@ -176,6 +185,10 @@ class PromptLayout(Protocol):
     def num_queries(self) -> int:
         """Object queries of Octopus; else 0."""
 
+    @property
+    def start_first(self) -> bool:
+        """Whether the start token stands in front of all, and nowhere else."""
+
 
 def prompt_ids(layout: PromptLayout, prompt: Prompt, starts: Starts = Starts.EACH) -> list[int]:
     """The token ids of a prompt: k times <|image|> for each image, which is not opened."""
@@ -183,7 +196,7 @@ def prompt_ids(layout: PromptLayout, prompt: Prompt, starts: Starts = Starts.EAC
     if any(is_text(part) and RET.value in str(part) for part in parts):
         warnings.warn("'[RET]' within a text is plain text; to ask for an image, pass fromage.RET as a part", stacklevel=2)
     kept = [part for part in parts if not is_text(part) or part] if starts is Starts.RELEASED else joined(parts)
-    return list(chain.from_iterable(part_ids(layout, part) for part in started(kept, starts)))
+    return list(chain.from_iterable(part_ids(layout, part) for part in started(kept, starts, layout.start_first)))
 
 
 def part_ids(layout: PromptLayout, part: Part) -> list[int]:

@@ -59,7 +59,8 @@ def read_as(model: Fromage, query: Prompt) -> str:
         return f"{IMAGE}, compared as the index has it"
     close = [RET] if model.pooling == "ret" else []
     start = model.tokenizer.hf.decode(model.tokenizer.start())
-    return " ".join(filter(None, (_spelled(part, start) for part in started(joined([*parts, *close]), Starts.ONCE))))
+    whole = started(joined([*parts, *close]), Starts.ONCE, model.start_first)
+    return " ".join(filter(None, (_spelled(part, start) for part in whole)))
 
 
 def _spelled(part: Part, start: str) -> str:

@@ -113,8 +113,9 @@ def _ids(model: Fromage, tuples: Tuples, trunk: list[int], ret: int, words: list
     conditions = PackedLayout(tuples.lengths, device).pack(tuples.conditions)  # (sum of lengths,)
     captions = PackedLayout(tuples.caption_lengths, device).pack(tuples.captions)
     of_condition, of_caption = offsets(tuples.lengths), [0, *accumulate(tuples.caption_lengths)]
+    first = int(model.start_first)
     parts = [
-        (image, conditions[a : a + t - model.k], asked, captions[b : b + n])
+        (conditions[a : a + first], image, conditions[a + first : a + t - model.k], asked, captions[b : b + n])
         for a, t, b, n in zip(of_condition, trunk, of_caption, words, strict=False)
     ]
     return torch.cat(list(chain.from_iterable(parts)))  # (N,)

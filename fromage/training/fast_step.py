@@ -39,6 +39,7 @@ from fromage.training.step import (
     StepOutput,
     check_captions,
     count_targets,
+    count_text_targets,
     dropped,
     image_features,
     no_captioning,
@@ -67,7 +68,7 @@ def fast_step(
     done = [run(model, part, v, paired, weights, n) for part, v, n in zip(parts, features, captioned, strict=True)]
     words = [count_targets(model, part.part(0, n)) if n else 0 for part, n in zip(parts, captioned, strict=True)]
     captioning_loss, caption_accuracy = mean_over_parts(words, [torch.stack((one[0], one[2])) for one in done])
-    query_words = [count_targets(model, part.queries) for part in parts]
+    query_words = [count_text_targets(model, part.queries) for part in parts]
     text_loss = mean_over_parts(query_words, [one[1] for one in done])
     texts, v = torch.cat([one[3] for one in done]), torch.cat(features)  # (B, q), (B, m)
     images = model.embed_images(dropped(v, dropout))  # (B, q)
@@ -92,7 +93,7 @@ def _of_first(parts: list[Batch], n: int) -> list[int]:
 def chunks(model: Fromage, batch: Batch, size: int) -> list[Batch]:
     """Parts of `size` examples; one without any token but [RET], which no language model can run on, joins that before."""
     B = len(batch.lengths)
-    begins = [i for i in range(0, B, size) if count_targets(model, batch.part(i, i + size))]
+    begins = [i for i in range(0, B, size) if count_text_targets(model, batch.part(i, i + size))]
     return [batch.part(i, j) for i, j in pairwise([0, *begins[1:], B])]
 
 
@@ -108,21 +109,27 @@ def part_losses(
 
 
 def captioning(model: Fromage, batch: Batch, features: Tensor, paired: bool) -> tuple[Tensor, Tensor]:
-    """Next-token loss of [W_c v(x)] [</s> y_1 ... y_n], packed, and its token accuracy (equation 1): shortcuts 3, 4, 6."""
-    k, r, lengths = model.k, model.r, [n - model.r for n in batch.lengths]  # without [RET]
+    """Next-token loss of [W_c v(x)] [</s> y_1 ... y_n], packed, and its token accuracy (equation 1): shortcuts 3, 4, 6.
+
+    Where the start token stands first, of [</s>] [W_c v(x)] [y_1 ... y_n], and of a pair that shares it.
+    """
+    k, r, first = model.k, model.r, int(model.start_first)
+    targets = [n - r - first for n in batch.lengths]  # of each caption: without [RET]
     words = PackedLayout(batch.lengths, batch.ids.device)
     packed = words.pack(batch.ids)  # (sum of lengths,)
     places = packed.new_full((k,), model.tokenizer.image_id)  # (k,)
     bounds = pairwise([*words.starts, len(packed)])
-    parts = [(places, packed[a : b - r]) for a, b in bounds]
+    starts = [first and not (paired and i % 2) for i in range(len(targets))]  # whether an example brings its own start token
+    parts = [(packed[a : a + s], places, packed[a + first : b - r]) for (a, b), s in zip(bounds, starts, strict=True)]
     ids = torch.cat(list(chain.from_iterable(parts)))  # (N,)
-    each = [k + n for n in lengths]
+    each = [s + k + n for s, n in zip(starts, targets, strict=True)]
     rows = PackedLayout([sum(each[i : i + 2]) for i in range(0, len(each), 2)] if paired else each, ids.device)
     embeds = model.embed(ids.unsqueeze(0), model.prefix(features))  # (1, N, d)
     hidden = model.lm.packed(embeds, rows.positions, Causal(rows))  # (N, d)
-    at = [start + k - 1 + t for start, n in zip(offsets(each), lengths, strict=True) for t in range(n)]
-    before = to_device(at, ids.device)  # (N - B k,), the position before each word
-    return frozen_head_loss(hidden.index_select(0, before), ids[before + 1], model.lm)  # hidden (N, d) -> (N - B k, d)
+    ends = accumulate(each)
+    at = [end - n - 1 + t for end, n in zip(ends, targets, strict=True) for t in range(n)]
+    before = to_device(at, ids.device)  # (sum of targets,), the position before each
+    return frozen_head_loss(hidden.index_select(0, before), ids[before + 1], model.lm)  # (N, d) -> (sum of targets, d)
 
 
 def retrieval_text(model: Fromage, batch: Batch) -> tuple[Tensor, Tensor]:

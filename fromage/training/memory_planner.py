@@ -70,6 +70,7 @@ class Run:
     ret_attention: str = "sequential"
     ret_fusion: str = "mean"
     space: str = "learned"
+    start: str = "after_images"
     dtype: str = "bfloat16"
     step: str = "fast"
     batch_size: int = 180
@@ -229,6 +230,7 @@ def _model(run: Run, tower: VisionTower) -> Fromage:
     )
     tower.to_empty(device="cpu").normalise = None  # it looks at values
     options: Any = {"pooling": run.pooling, "ret_attention": run.ret_attention, "ret_fusion": run.ret_fusion}
+    options["start"] = run.start
     model = Fromage(LanguageModel(hf, tokens, run.lm), tower, run.k, run.q, **options)
     model.space = run.space  # type: ignore[assignment]  # where it is CLIP's, the projection has no weights here
     freeze_unused(model, run.weights, run.freeze_temperature)

@@ -20,7 +20,7 @@ from fromage.data.tuples import Tuples
 from fromage.errors import UserError
 from fromage.generation.generate import caption_images
 from fromage.models.fromage import Fromage
-from fromage.models.options import Pooling, Quantized, RetAttention, RetFusion, Space
+from fromage.models.options import Pooling, Quantized, RetAttention, RetFusion, Space, Start
 from fromage.models.pretrained import from_hyperparameters
 from fromage.models.vision.base import TextTower
 from fromage.training.fast_composition import fast_composition
@@ -62,6 +62,7 @@ class FromageModule(GuardedModule):
         ret_attention: RetAttention = "sequential",
         ret_fusion: RetFusion = "mean",
         space: Space = "learned",
+        start: Start = "after_images",
         dtype: str = "bfloat16",
         random_weights: bool = False,
         lr: float = 3e-4,
@@ -105,6 +106,8 @@ class FromageModule(GuardedModule):
                 first, as GILL's retrieval head.
             space: where images and texts are compared: learned, q numbers of the model's own (the paper), or clip, CLIP's
                 joint space with its frozen projection of images (MCL); q is then its width.
+            start: where the start token stands in a sequence that an image leads: after_images, as in the paper, or first,
+                for language models that hardly see what stands at the first place (LLaMA and its like).
             dtype: dtype of the frozen towers: float32, bfloat16, float16, or auto: bfloat16 where this machine multiplies
                 in it, and float32 elsewhere.
             random_weights: build the towers without weights, for tests and timing.

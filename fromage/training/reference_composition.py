@@ -71,8 +71,9 @@ def reference_composition(
     nothing = torch.zeros((), device=model.device)
     captioning_loss, caption_accuracy, contrastive_loss, retrieval_accuracy = [nothing] * 4
     prefix = model.prefix(image_features(model, tuples))  # (B, m) -> (B, k, d)
+    first = int(model.start_first)
     trunks = [
-        [*[model.tokenizer.image_id] * model.k, *row[: n - model.r]]
+        [*row[:first], *[model.tokenizer.image_id] * model.k, *row[first : n - model.r]]
         for row, n in zip(tuples.conditions.tolist(), tuples.lengths, strict=True)
     ]
     if weights.composition_captioning:

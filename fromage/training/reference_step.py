@@ -33,6 +33,7 @@ from fromage.training.step import (
     StepOutput,
     check_captions,
     count_targets,
+    count_text_targets,
     dropped,
     image_features,
     no_captioning,
@@ -42,15 +43,18 @@ from fromage.training.step import (
 def captioning_ids(model: Fromage, batch: Batch, paired: bool) -> tuple[Tensor, Tensor]:
     """Ids and mask of the captioning pass, (B, k + T), or (B / 2, 2 (k + T)) if two examples share a row.
 
-    [RET] and padding are masked. In an odd batch the last example has a row of its own.
+    [RET] and padding are masked, and where the start token stands first, that of the second of a pair. In an odd batch the
+    last example has a row of its own.
     """
-    B = len(batch.ids)
+    B, first = len(batch.ids), int(model.start_first)
     places = batch.ids.new_full((B, model.k), model.tokenizer.image_id)  # (B, k)
     words = _token_mask(batch, without=model.r)  # (B, T), without [RET]
-    ids = torch.cat([places, batch.ids.masked_fill(~words, model.tokenizer.pad_id)], 1)  # (B, k + T)
-    mask = torch.cat([torch.ones_like(places, dtype=torch.bool), words], 1)  # (B, k + T)
+    texts = batch.ids.masked_fill(~words, model.tokenizer.pad_id)  # (B, T)
+    ids = torch.cat([texts[:, :first], places, texts[:, first:]], 1)  # (B, k + T)
+    mask = torch.cat([words[:, :first], torch.ones_like(places, dtype=torch.bool), words[:, first:]], 1)  # (B, k + T)
     if not paired:
         return ids, mask
+    mask[1::2, :first] = False  # (B / 2,): one start token for both
     if B % 2:
         ids = torch.cat([ids, torch.full_like(ids[:1], model.tokenizer.pad_id)])  # (B + 1, k + T)
         mask = torch.cat([mask, torch.zeros_like(mask[:1])])
@@ -68,6 +72,7 @@ def _captioning(model: Fromage, batch: Batch, paired: bool) -> tuple[Tensor, Ten
     ids, mask = captioning_ids(model, batch, paired)
     hidden = model.lm(model.embed(ids, prefix), mask)  # (B, k + T, d)
     labels = ids.masked_fill(~mask | (ids == model.tokenizer.image_id), -100)  # (B, k + T)
+    labels[:, : int(model.start_first)] = -100  # nothing comes before it
     return next_token_loss(model.lm.logits(hidden), labels)  # (B, k + T, V + 1 + r)
 
 
@@ -95,6 +100,7 @@ def reference_step(
     texts = model.embed_ret(at_ret)  # (B, q)
     apart = None if weights.same_image_negatives else features
     contrastive_loss, retrieval_accuracy = info_nce(images, texts, model.logit_scale, apart)
-    scales = [device_weight(count_targets(model, some), batch.ids.device) for some in (captioned, queries)]
+    counts = count_targets(model, captioned), count_text_targets(model, queries)
+    scales = [device_weight(count, batch.ids.device) for count in counts]
     losses = captioning_loss * scales[0], text_loss * scales[1], contrastive_loss
     return StepOutput(*losses, caption_accuracy, retrieval_accuracy, images, texts, weights)

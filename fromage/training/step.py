@@ -98,8 +98,13 @@ def text_embeddings(model: Fromage, texts: Batch | FurtherTexts) -> Tensor:
 
 
 def count_targets(model: Fromage, batch: Batch) -> int:
-    """Number of targets of captioning, or of batch.queries of retrieval: all tokens of the texts except r each."""
-    return sum(batch.lengths) - model.r * len(batch.lengths)
+    """Number of targets of captioning: all tokens of the captions except r each, and a start token that stands first."""
+    return count_text_targets(model, batch) - model.start_first * len(batch.lengths)
+
+
+def count_text_targets(model: Fromage, texts: Batch) -> int:
+    """Number of targets of the retrieval pass, whose texts are batch.queries: all their tokens except r each."""
+    return sum(texts.lengths) - model.r * len(texts.lengths)
 
 
 def check_captions(model: Fromage, batch: Batch) -> None:

@@ -17,6 +17,7 @@ from fromage.models.prompts import (
     RET,
     START,
     Starts,
+    Token,
     Url,
     batches_by_length,
     embed_prompts,
@@ -92,6 +93,38 @@ def test_a_captioned_image_stands_as_in_training(toy_model, images):
     assert prompt_ids(toy_model, pair) == [*places, *caption, *places, *caption]
     assert prompt_ids(toy_model, ["a red star.", RET], Starts.ONCE) == toy_model.tokenizer.caption("a red star.", 24)
     assert prompt_ids(toy_model, "a red") == prompt_ids(toy_model, ["a red"])
+
+
+@pytest.mark.parametrize(
+    ("prompt", "tokens"),
+    [
+        (["A", "a"], "<##a"),
+        (["A"], "<##"),
+        (["a", "A", " star", RET], "<a## star@"),
+        (["A", "a", "B", "star"], "<##a##star"),
+        (["A", START, "a", START], "<##a"),
+        ([START, "A", "a"], "<##a"),
+        ([], "<"),
+    ],
+)
+def test_a_start_token_that_stands_first_stands_nowhere_else(images, prompt, tokens):
+    model, shown = Fromage.load(k=2, q=32, start="first"), {"A": images[0], "B": images[1]}
+    parts = [shown.get(part, part) if isinstance(part, str) else part for part in prompt]
+    assert {spelled(model, parts, starts) for starts in Starts} == {tokens}
+    template = [Token(7), *parts]
+    assert prompt_ids(model, template)[0] == 7, "a template brings its own"
+
+
+def test_a_place_of_the_start_token_is_the_models_own(tmp_path, monkeypatch):
+    model = Fromage.load(k=2, q=32, start="first")
+    assert model.fingerprint() != Fromage.load(k=2, q=32).fingerprint()
+    model.save_pretrained(tmp_path, dtype="float32")
+    assert Fromage.from_pretrained(tmp_path).start_first
+    with pytest.raises(UserError, match=r"start second: must be after_images or first"):
+        Fromage.load(k=2, q=32, start="second")
+    monkeypatch.setattr(type(model.tokenizer), "start", lambda self: [])
+    with pytest.raises(UserError, match=r"no start token; use start 'after_images'"):
+        Fromage.load(k=2, q=32, start="first")
 
 
 def test_adjacent_texts_are_one_string(toy_model, images):

@@ -37,7 +37,8 @@ def models():
     clip = build("tied", 1, r=4, ret_attention="stacked")
     clip.space = "clip"
     clip.image_head.requires_grad_(False)
-    return made | {"last": last, "clip": clip}
+    first = build("untied", 2, r=4, ret_attention="stacked", start="first")
+    return made | {"last": last, "clip": clip, "first": first}
 
 
 def make_tuples(model, lengths, seed=0, shown=None):
@@ -82,12 +83,13 @@ def compare(model, tuples, weights=BOTH, tower=None, chunk=0):
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     lengths=st.lists(st.tuples(st.integers(1, 12), st.integers(1, 12)), min_size=1, max_size=6),
-    which=st.sampled_from([*KINDS, "last"]),
+    which=st.sampled_from([*KINDS, "last", "first"]),
     weights=st.sampled_from([(1, 1), (0, 1), (1, 0), (0.5, 2)]),
     chunk=st.integers(0, 4),
     seed=st.integers(0, 999),
 )
 @example(lengths=[(3, 1), (9, 1), (1, 1)], which=("tied", 4, "stacked"), weights=(1, 1), chunk=2, seed=0)
+@example(lengths=[(5, 9), (2, 1)], which="first", weights=(1, 1), chunk=0, seed=0)
 @example(lengths=[(5, 9), (2, 1), (7, 4), (1, 12)], which=("untied", 4, "sequential"), weights=(0.5, 2), chunk=0, seed=0)
 @example(lengths=[(5, 9), (2, 1), (7, 4), (1, 12)], which=("tied", 1, "sequential"), weights=(1, 1), chunk=3, seed=0)
 def test_same_losses_and_gradients(models, lengths, which, weights, chunk, seed):
@@ -132,7 +134,7 @@ def test_every_trained_parameter_is_reached(models):
         assert all(grad.norm() > 0 for grad in grads.values()), which
 
 
-@pytest.mark.parametrize("which", [("untied", 4, "sequential"), ("tied", 4, "stacked"), "last"])
+@pytest.mark.parametrize("which", [("untied", 4, "sequential"), ("tied", 4, "stacked"), "last", "first"])
 def test_a_query_is_read_as_it_was_trained(models, which, monkeypatch):
     """The prompt of an image and a text has the states of the retrieval pass."""
     model, seen = models[which], []

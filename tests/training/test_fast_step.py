@@ -17,7 +17,7 @@ from fromage.models.fromage import Fromage
 from fromage.models.frozen import TOY
 from fromage.models.language_model import LanguageModel
 from fromage.training.fast_step import fast_step, retrieval_text
-from fromage.training.losses import positions_at_a_time
+from fromage.training.losses import frozen_head_loss, positions_at_a_time
 from fromage.training.meter import Meter
 from fromage.training.reference_step import reference_step
 from fromage.training.step import ALL, LossWeights
@@ -120,6 +120,46 @@ def test_same_losses_and_gradients(models, kind, k, paired):
 @example(lengths=[1, 1, 5, 1], paired=False, which=("untied", 1), chunk=2, seed=0)  # a chunk without a word
 def test_any_lengths_batch_sizes_and_chunks(models, lengths, paired, which, chunk, seed):
     compare(models[which], make_batch(models[which], lengths, seed), paired, partial(fast_step, chunk=chunk))
+
+
+@pytest.fixture(scope="module")
+def first():
+    """Models whose start token stands in front of the image."""
+    return {(kind, k): build(kind, k, start="first") for kind in ("tied", "untied") for k in (1, 4)}
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    lengths=st.lists(st.integers(2, 24), min_size=1, max_size=9).filter(lambda lengths: max(lengths) > 2),
+    paired=st.booleans(),
+    which=st.sampled_from([(kind, k) for kind in ("tied", "untied") for k in (1, 4)]),
+    chunk=st.integers(0, 9),
+    seed=st.integers(0, 999),
+)
+@example(lengths=[2, 2, 5, 2], paired=True, which=("untied", 1), chunk=2, seed=0)  # captions and a chunk without a word
+def test_a_start_token_in_front_has_the_gradients_of_the_reference(first, lengths, paired, which, chunk, seed):
+    compare(first[which], make_batch(first[which], lengths, seed), paired, partial(fast_step, chunk=chunk))
+
+
+@pytest.mark.parametrize("paired", [False, True])
+def test_a_start_token_in_front_is_read_once_and_is_no_target(first, paired, monkeypatch):
+    """The sequences are </s> image caption, or </s> image caption image caption."""
+    model, read = first["untied", 4], []
+    batch = make_batch(model, [5, 12, 3, 8])
+    embed = model.lm.embed
+    monkeypatch.setattr(model.lm, "embed", lambda ids: read.append(ids[0].tolist()) or embed(ids))
+    want = []
+    for i, (row, n) in enumerate(zip(batch.ids.tolist(), batch.lengths, strict=True)):
+        places = [model.tokenizer.image_id] * 4
+        want += [*row[: not (paired and i % 2)], *places, *row[1 : n - 1]]
+    targets = []
+    monkeypatch.setattr(
+        "fromage.training.fast_step.frozen_head_loss",
+        lambda hidden, ids, lm: targets.append(ids.tolist()) or frozen_head_loss(hidden, ids, lm),
+    )
+    fast_step(model, batch, paired)
+    assert read[0] == want
+    assert targets == [[i for row, n in zip(batch.ids.tolist(), batch.lengths, strict=True) for i in row[1 : n - 1]]]
 
 
 RETS = [(kind, r, sees) for kind in ("tied", "untied") for r in (1, 4, 8) for sees in ("sequential", "stacked")]

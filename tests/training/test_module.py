@@ -180,7 +180,7 @@ def stacked(world, tmp_path_factory):
     return out, run(world, out, 3, **SEVERAL)[0]
 
 
-SEVERAL = {"r": 4, "ret_attention": "stacked", "ret_fusion": "transformer"}
+SEVERAL = {"r": 4, "ret_attention": "stacked", "ret_fusion": "transformer", "start": "first"}
 
 
 def test_several_ret_tokens_train_and_resume(stacked, world, tmp_path):
@@ -200,7 +200,9 @@ def test_several_ret_tokens_train_and_resume(stacked, world, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "other", [{"r": 1}, {"r": 5}, {"ret_attention": "sequential"}, {"ret_fusion": "mean"}], ids=lambda one: str(*one.items())
+    "other",
+    [{"r": 1}, {"r": 5}, {"ret_attention": "sequential"}, {"ret_fusion": "mean"}, {"start": "after_images"}],
+    ids=lambda one: str(*one.items()),
 )
 def test_resuming_with_another_kind_of_ret_is_one_line(stacked, other, world, tmp_path):
     out, _ = stacked
