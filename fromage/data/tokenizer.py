@@ -11,6 +11,7 @@ from transformers import AddedToken, AutoTokenizer
 from fromage.errors import UserError, first_line
 
 IMAGE_TOKEN, RET_TOKEN = "<|image|>", "[RET]"
+SENTENCEPIECE_SPACE = "\u2581"  # how tokens of SentencePiece begin that follow a space
 
 
 def ret_tokens(r: int) -> list[str]:
@@ -122,5 +123,9 @@ class PromptTokenizer:
         return [*ids[: max(max_tokens - len(self.ret_ids), 0)], *self.ret_ids]
 
     def decode(self, ids: list[int]) -> str:
-        """The text of ids, without special tokens."""
-        return self.hf.decode([i for i in ids if i < self.vocab_size], skip_special_tokens=True)
+        """The text of ids, without special tokens; a space in front of the first word stays, for every kind of tokenizer."""
+        specials = self._specials.values()
+        kept = [i for i in ids if i < self.vocab_size and i not in specials]
+        text = self.hf.decode(kept, skip_special_tokens=True)
+        spaced = bool(kept) and (self.hf.convert_ids_to_tokens(kept[0]) or "").startswith(SENTENCEPIECE_SPACE)
+        return f" {text}" if spaced and not text.startswith(" ") else text  # decoders such as LLaMA's strip it

@@ -4,7 +4,7 @@ import shutil
 from contextlib import suppress
 
 import pytest
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, LlamaTokenizer
 
 from fromage.data.tokenizer import PromptTokenizer, ret_tokens
 from fromage.errors import UserError
@@ -86,6 +86,19 @@ def test_code_beside_a_tokenizer_is_not_run(tmp_path):
     with suppress(UserError):
         PromptTokenizer(str(tmp_path))
     assert not (tmp_path / "ran").exists()
+
+
+def test_sentencepiece_keeps_the_space_in_front_of_a_generated_piece(tmp_path):
+    tokens = ["<unk>", "<s>", "</s>", "\u2581", *"sito", "\u2581s", "it", "\u2581sit", "\u2581o"]
+    merges = [("\u2581", "s"), ("i", "t"), ("\u2581s", "it"), ("\u2581", "o")]
+    LlamaTokenizer({token: i for i, token in enumerate(tokens)}, merges).save_pretrained(tmp_path)
+    llama = PromptTokenizer(str(tmp_path))
+    sit_o = llama.encode("sit o")
+    assert llama.hf.convert_ids_to_tokens(sit_o) == ["\u2581sit", "\u2581o"]
+    assert llama.decode(sit_o) == llama.decode([llama.bos_id, *sit_o]) == " sit o"
+    assert llama.decode([tokens.index("i"), *sit_o]) == "i sit o" and llama.decode([]) == ""
+    prompt = "it" + llama.decode(sit_o)  # what the next turn reads
+    assert llama.encode(prompt) == [*llama.encode("it"), *sit_o]
 
 
 def test_no_tokenizer_is_a_clear_error(tmp_path):
