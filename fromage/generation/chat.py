@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Generator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -102,10 +103,11 @@ class Chat:
         """
         said = self._encoded(parts)
         pieces: list[str | RetrievedImages] = []
-        for piece in stream(self.model, self.prompt(said), self._decoding(), self.index, self.resolve):
-            pieces.append(piece)
-            yield piece
-        answer = Answer.of(pieces)
+        with closing(stream(self.model, self.prompt(said), self._decoding(), self.index, self.resolve)) as found:
+            for piece in found:
+                pieces.append(piece)
+                yield piece
+        answer = Answer.of(pieces, found.ids)
         self.turns.append(Turn(list(parts), answer, (said, self._answered(answer))))
 
     def prompt(self, said: Prompt) -> list[Part]:

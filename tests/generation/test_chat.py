@@ -7,6 +7,7 @@ import torch
 
 from fromage.errors import UserError
 from fromage.generation.chat import Chat
+from fromage.generation.generate import generate
 from fromage.generation.options import Decoding
 from fromage.generation.retrieved import RetrievedImages
 from fromage.models.fromage import Fromage
@@ -17,6 +18,12 @@ IMAGES_PLEASE = Decoding(max_new_tokens=6, ret_bias=1e4, max_images=1)
 
 def words(model, chat, said="a star"):
     return model.tokenizer.hf.decode(prompt_ids(model, chat.prompt([said])))
+
+
+def test_an_answer_has_its_token_ids(model):
+    chat = Chat(model, decoding=Decoding(max_new_tokens=4, min_tokens=2, ret_bias=1e4, max_images=1))
+    prompt = chat.prompt(["a ring"])
+    assert chat.say("a ring").ids == generate(model, [prompt], chat._decoding())[0].ids != []
 
 
 def test_turns_examples_and_system_stand_in_the_prompt_in_their_order(model):
