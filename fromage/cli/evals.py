@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from fromage.cli.command import Result
 from fromage.errors import UserError
-from fromage.models.options import Quantized
+from fromage.models.options import AsLoaded
 
 QUESTION = "where is {}?"
 Split = Literal["val", "testA", "testB", "test", "train"]
@@ -23,7 +23,7 @@ class EvalOptions:
     ckpt: str
     limit: int | None = None
     device: str = "auto"
-    quantize: Quantized | None = None
+    quantize: AsLoaded | None = None
 
     def model(self) -> Any:
         """The FROMAGe of the checkpoint."""
@@ -379,7 +379,7 @@ def answers(
 
 
 def mteb(
-    *, ckpt: str, tasks: Sequence[str], batch_size: int = 64, device: str = "auto", quantize: Quantized | None = None
+    *, ckpt: str, tasks: Sequence[str], batch_size: int = 64, device: str = "auto", quantize: AsLoaded | None = None
 ) -> Result:
     """Run tasks of mteb and MIEB over texts and images, by their own runner.
 

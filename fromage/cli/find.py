@@ -11,7 +11,7 @@ from fromage.cli.command import Result
 from fromage.cli.evals import QUESTION
 from fromage.cli.options import save_png
 from fromage.errors import UserError
-from fromage.models.options import Quantized
+from fromage.models.options import AsLoaded
 
 if TYPE_CHECKING:
     from fromage.octopus.answers import Grounded
@@ -23,7 +23,7 @@ TOY = Path("runs/octopus")  # where the toy Octopus is trained, in one to two ho
 def search(
     text: Sequence[str] = (), *, image: Sequence[str] = (), index: Path, images: Path | None = None,
     ckpt: str | None = None, images_per_ret: int = 5, where: str = "", png: Path | None = None, device: str = "auto",
-    quantize: Quantized | None = None,
+    quantize: AsLoaded | None = None,
 ) -> Iterator[Result]:  # fmt: skip
     """Find images for texts, for images, or for both together; print them, and draw them.
 

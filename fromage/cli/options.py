@@ -202,7 +202,10 @@ SHARED: dict[str, tuple[str, Check | None]] = {
     "per_shard": ("images or tuples per shard", positive),
     "overwrite": ("replace what is there already", None),
     "png": ("draw into this file", out_png),
-    "quantize": ("hold the language model's layers in int8 or nf4 (4 bits); needs the extra [quant]", None),
+    "quantize": (
+        "hold the language model's layers in int8 or nf4 (4 bits; extra [quant]); none undoes training's",
+        None,
+    ),
     "question": ("question that an expression is put into, in place of {}", None),
     "table": ("metadata of the images: Parquet, or .jsonl", in_place),
     "val_fraction": ("share of the images that go to OUT/val, the others to OUT/train; with 0 all go to OUT", fraction),

@@ -12,7 +12,7 @@ from fromage.cli.command import Result
 from fromage.errors import UserError, first_few
 from fromage.generation.options import DEFAULTS, Decoding, StyleName
 from fromage.io import listen
-from fromage.models.options import Quantized
+from fromage.models.options import AsLoaded
 from fromage.serving.batching import Capacity
 
 
@@ -35,7 +35,7 @@ class Opening:
     style: StyleName | None = None
     system: str | None = None
     device: str = "auto"
-    quantize: Quantized | None = None
+    quantize: AsLoaded | None = None
 
     def open(self) -> tuple[Any, Any, Any]:
         """Model, index (or None) and Preset: as named, else those of the toy world."""
@@ -97,7 +97,7 @@ def caption(
     max_new_tokens: int = 32,
     batch_size: int = 32,
     device: str = "auto",
-    quantize: Quantized | None = None,
+    quantize: AsLoaded | None = None,
 ) -> Iterator[Result]:
     """Caption images, a line for each.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal, get_args
 
 Quantized = Literal["int8", "nf4"]  # number type that the language model's layers are held in
+AsLoaded = Literal["int8", "nf4", "none"]  # as Quantized, of a checkpoint; none undoes what it was trained with
 Pooling = Literal["ret", "last"]  # which hidden state embeds a text: the one at [RET], or at its last word (an ablation)
 RetAttention = Literal["sequential", "stacked"]  # what r > 1 [RET] tokens see: their predecessors, or not one another
 RetFusion = Literal["mean", "transformer", "first"]  # how their states become one embedding (fromage.models.fusion)

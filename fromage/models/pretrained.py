@@ -51,8 +51,9 @@ class Pretrained(VisualPrefixLM, ModelHubMixin):
         """The model of a folder, of a name on the Hugging Face hub or of a Lightning checkpoint, in eval mode.
 
         dtype: dtype of the towers (overrides the one of training). options: further arguments of `load` to override
-        (quantize; lm, vision and vision_weights if the towers have moved), and revision, token, cache_dir, force_download
-        and local_files_only of the hub. Raises UserError for missing or damaged files and for an unknown device.
+        (lm, vision and vision_weights if the towers have moved; quantize: int8, nf4, or 'none' where training quantised),
+        and revision, token, cache_dir, force_download and local_files_only of the hub. None is what training had. Raises
+        UserError for missing or damaged files and for an unknown device.
         """
         hub = {key: options.pop(key) for key in HUB_OPTIONS & options.keys()}
         return build(cls, read_saved(name, **hub), device, dtype=dtype, **options)
@@ -116,6 +117,8 @@ def build(cls: type[Any], saved: Saved, device: str = "cpu", **options: Any) -> 
         raise UserError(f"{saved.source}: is of {is_of}, and not of {wanted}; {remedy}")
     saved = cls.present(saved)
     options = {name: value for name, value in options.items() if value is not None}
+    if options.get("quantize") == "none":
+        options["quantize"] = None
     dtype = str(options.get("dtype", saved.settings.get("dtype", "float32"))).removeprefix("torch.")
     elsewhere = {"vision_weights": None} if "vision" in options else {}
     device = find_device(device)

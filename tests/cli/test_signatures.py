@@ -246,7 +246,7 @@ EARLY = {  # command line: what its only line says, before a heavy library is im
     "search x --index nowhere": "nowhere: cannot be read as an index",
     "search x --device cud --index nowhere": "give auto, cpu, cuda or mps",
     "caption gone.jpg": "gone.jpg: no such file",
-    "chat --quantize int4": "quantize: int4: give int8, nf4",
+    "chat --quantize int4": "quantize: int4: give int8, nf4, none",
     "completion fish": "shell: fish: give bash, zsh, tcsh",
     "index build --images nowhere --ckpt a/b --out o": "nowhere: no such folder",
     "index embed --images . --ckpt a/b --out o --captions gone.json": "gone.json: no such file",

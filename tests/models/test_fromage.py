@@ -1,11 +1,14 @@
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from fromage.errors import UserError
+from fromage.models import fromage
 from fromage.models.base import fill
 from fromage.models.fromage import Fromage
-from fromage.models.pretrained import parameters_of
+from fromage.models.pretrained import build, describe, parameters_of
 from fromage.training.reference_step import captioning_ids, reference_step
 
 
@@ -137,6 +140,17 @@ def test_fingerprint_follows_the_trained_parameters():
 
 def test_every_argument_of_load_is_on_record(toy_model):
     assert parameters_of(Fromage).keys() - toy_model.settings.keys() == {"seed", "quantize"}
+
+
+def test_a_model_that_was_trained_quantised_can_be_loaded_otherwise(toy_model, monkeypatch):
+    held = []
+    load = lambda name, dtype, random_weights, quantize, rows: held.append(quantize) or toy_model.lm  # noqa: E731
+    monkeypatch.setattr(fromage, "load_lm", load)
+    saved = describe(toy_model)
+    saved = replace(saved, settings=saved.settings | {"quantize": "int8"})
+    for given in (None, "none", "nf4"):
+        build(Fromage, saved, quantize=given)
+    assert held == ["int8", None, "nf4"]
 
 
 def test_an_unknown_pooling_is_refused():
