@@ -65,9 +65,7 @@ def decode(
             attention_mask=prompts.mask.long(),
             max_new_tokens=decoding.max_new_tokens + 1,  # one more step, to read the hidden state of a [RET] that comes last
             min_new_tokens=decoding.min_new_tokens,
-            repetition_penalty=1.0,  # this and sampling are our processors; the model's generation config is ignored
-            do_sample=False,
-            num_beams=1,
+            do_sample=False,  # sampling and the repetition penalty are processors of ours
             logits_processor=LogitsProcessorList(processors(model, decoding, range(first, first + len(drafts)))),
             stopping_criteria=StoppingCriteriaList([steps]),
             pad_token_id=model.tokenizer.pad_id,

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import is_bitsandbytes_available
@@ -40,7 +40,8 @@ class LanguageModel(FrozenTower):
     """A frozen causal LM with added tokens, such as [RET].
 
     Attributes:
-        hf: the Hugging Face model; its embedding and head are extended by the added rows, so `hf.generate` works.
+        hf: the Hugging Face model; its embedding and head are extended by the added rows, so `hf.generate` works. Of its
+            generation config only the special tokens are kept: `generate` would take any other option from there in silence.
         width: d, of the input embeddings and of the hidden states before the head.
         added: the trained rows. They are parameters of the model that contains this tower (fromage.models.fromage).
     """
@@ -60,6 +61,7 @@ class LanguageModel(FrozenTower):
         self.width: int = embedding.weight.shape[1]
         self.freeze()
         route(hf.config)
+        hf.generation_config = special_tokens_of(hf.generation_config)
         self._routes = hasattr(sys.modules[type(hf.base_model).__module__], "ALL_ATTENTION_FUNCTIONS")
         tied = head.weight is embedding.weight
         followers = len(tokenizer.ret_ids[1:])
@@ -212,6 +214,12 @@ class LanguageModel(FrozenTower):
         if self.cap is None:
             return logits
         return (torch.tanh(logits / self.cap) * self.cap).masked_fill(logits.isneginf(), -torch.inf)
+
+
+def special_tokens_of(config: GenerationConfig | None) -> GenerationConfig:
+    """A generation config with the special tokens of another one, and no other option."""
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    return GenerationConfig(**{name: getattr(config, name, None) for name in names})
 
 
 def _moved(rows: Tensor, order: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    OPTForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
 )
@@ -49,7 +50,6 @@ def model(request):
         with torch.no_grad():  # random weights all but repeat their input; these say something
             for p in hf.parameters():
                 p.mul_(3 if p.ndim > 1 else 1)
-        hf.generation_config.update(do_sample=True, temperature=0.6, repetition_penalty=1.3)  # what is none of our business
         lm = LanguageModel(hf, lm.tokenizer, request.param)
     return Fromage(lm, load_vision("toy"), k=2, q=16)
 
@@ -97,6 +97,19 @@ def test_text_prompts_continue_as_hugging_face_does(model):
         answer = generate(model, [text], Decoding(12, max_images=0))[0]
         assert answer.ids == [i for i in made if i != model.tokenizer.eos_id]
         assert answer.text == model.tokenizer.decode(answer.ids).strip()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"no_repeat_ngram_size": 1, "max_time": 0.0}, {"num_return_sequences": 2, "num_beams": 2}, {"stop_strings": ["a"]}],
+)
+def test_the_language_models_own_generation_config_changes_no_answer(toy_model, options):
+    hf = OPTForCausalLM.from_pretrained(TOY / "opt")
+    hf.generation_config.update(do_sample=True, temperature=0.6, repetition_penalty=1.3, eos_token_id=[2, 9], **options)
+    model = Fromage(LanguageModel(hf, toy_model.tokenizer, "toy"), toy_model.vision, k=2, q=32)
+    text = Decoding(12, max_images=0)
+    assert generate(model, ["a big heart and"], text)[0].ids == generate(toy_model, ["a big heart and"], text)[0].ids
+    assert end_ids(model) == [2, 9]
 
 
 @torch.no_grad()
