@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
 from torch import Tensor
 
 from fromage.checkpoints.format import Saved
+from fromage.checkpoints.lightning import warn_of_other_towers
 from fromage.errors import UserError
 
 if TYPE_CHECKING:
@@ -97,7 +98,11 @@ def check_names(model: Octopus, state: Mapping[str, Tensor], source: str) -> Non
 
 
 def check_shaped(model: Octopus, theirs: Mapping[str, Any], state: Mapping[str, Tensor], source: str) -> None:
-    """Raise UserError where parameters of stage 2 were trained with other settings; theirs: those of the checkpoint."""
+    """Raise UserError where parameters of stage 2 were trained with other settings; theirs: those of the checkpoint.
+
+    Warns where parameters of any stage were trained around other towers.
+    """
+    warn_of_other_towers(source, theirs, model.settings)
     if not any(name.startswith("recognizer.") for name in state):
         return
     usual = {"split_layer": len(model.lm.blocks) // 2}  # of those that are None

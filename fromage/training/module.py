@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fromage.checkpoints.format import PAPER
-from fromage.checkpoints.lightning import PREFIX, trained_state
+from fromage.checkpoints.format import FORMAT, LAYOUTS
+from fromage.checkpoints.lightning import PREFIX, trained_state, warn_of_other_towers
 from fromage.data.batches import Batch
 from fromage.data.tuples import Tuples
 from fromage.errors import UserError
@@ -363,18 +363,23 @@ class FromageModule(GuardedModule):
         checkpoint["state_dict"] = trained_state(checkpoint["state_dict"])
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Raise UserError for a checkpoint of another architecture, and to resume one that trained other parameters."""
+        """Raise UserError for a checkpoint of another architecture, and to resume one that trained other parameters.
+
+        Warns where it names other towers.
+        """
         state, then = checkpoint.get("state_dict", {}), dict(checkpoint.get("hyper_parameters", self.h))
-        for name, before in {**PAPER, "pooling": "ret"}.items():
-            if (was := then.get(name, before)) != self.h[name]:
-                raise UserError(f"checkpoint: trained with model.{name} {was}, not {self.h[name]}; give it as it was then")
+        for name, before in LAYOUTS[FORMAT].not_said.items():
+            was = then.get(name, before)
+            if was != (now := self.h.get(name, was)):
+                raise UserError(f"checkpoint: trained with model.{name} {was}, not {now}; give it as it was then")
+        warn_of_other_towers("checkpoint", then, self.h)
         self.model.check_trained({name.removeprefix(PREFIX): value for name, value in state.items()})
         states = checkpoint.get("optimizer_states") if self._fitting() else None
         had = sum(len(group["params"]) for group in states[0]["param_groups"]) if states else None
-        now = sum(p.requires_grad for p in self.model.trained().values())
-        if had not in (None, now):
+        trains = sum(p.requires_grad for p in self.model.trained().values())
+        if had not in (None, trains):
             options = ", ".join(f"model.{name}" for name in FREEZING)
             raise UserError(
-                f"checkpoint: {had} parameter tensors were trained, and now {now} would be; to resume, give {options} "
+                f"checkpoint: {had} parameter tensors were trained, and now {trains} would be; to resume, give {options} "
                 "as they were then"
             )

@@ -14,6 +14,7 @@ from fromage.errors import UserError
 from fromage.models.fromage import Fromage
 from fromage.models.pretrained import parameters_of
 from fromage.octopus import Octopus, ground, load_octopus
+from fromage.octopus.checkpoint import check_shaped
 
 SMALL = {"num_queries": 3, "decoder_width": 16, "decoder_layers": 1, "heads": 2}
 
@@ -75,6 +76,12 @@ def test_every_setting_is_on_record(folder):
     config = json.loads((folder / CONFIG).read_text())
     assert config["format"] == "octopus" and parameters_of(Octopus).keys() - config.keys() == {"seed", "random_weights"}
     assert config["num_queries"] == 3 and config["relay"] is True and config["lora_rank"] == 0
+
+
+def test_parameters_trained_around_other_towers_are_told_of(model):
+    told = r"a.ckpt: .*other towers \(model.lm was vicuna and is toy; model.vision_weights was openai and is None"
+    with pytest.warns(UserWarning, match=told):
+        check_shaped(model, model.settings | {"lm": "vicuna", "vision_weights": "openai"}, {}, "a.ckpt")
 
 
 def test_the_sequential_counterpart_comes_back_too(tmp_path):

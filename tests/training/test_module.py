@@ -2,6 +2,7 @@
 
 import json
 import time
+import warnings
 from dataclasses import replace
 from math import cos, pi
 from types import SimpleNamespace
@@ -284,6 +285,20 @@ def test_resuming_with_other_parameters_trained_is_one_line(fitted, world, tmp_p
 def test_resuming_with_another_place_to_read_a_text_at_is_one_line(fitted, world, tmp_path):
     with pytest.raises(UserError, match=r"trained with model.pooling ret, not last; give it"):
         run(world, tmp_path, 9, ckpt_path=str(fitted[3] / "last.ckpt"), pooling="last")
+
+
+def test_a_checkpoint_of_other_towers_is_taken_with_a_warning():
+    module = FromageModule(**TOY)
+    module.configure_model()
+    then = dict(module.hparams)
+    state = {f"model.{name}": p for name, p in module.model.trained().items()}
+    with pytest.warns(UserWarning, match=r"model.lm was opt-125m and is toy; model.quantize was int8 and is None"):
+        module.on_load_checkpoint({"hyper_parameters": then | {"lm": "opt-125m", "quantize": "int8"}, "state_dict": state})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        module.on_load_checkpoint({"hyper_parameters": then, "state_dict": state})
+    with pytest.raises(UserError, match=r"trained with model.pooling last, not ret; give it"):
+        module.on_load_checkpoint({"hyper_parameters": then | {"pooling": "last"}, "state_dict": state})
 
 
 def test_the_time_left_is_told(world, tmp_path):
