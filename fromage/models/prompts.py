@@ -48,17 +48,15 @@ class Special(Enum):
 
     RET = "[RET]"
     START = "start"  # which token it is, if any, the tokenizer says
-    QUERIES = "<|query|>"
 
 
 RET = Special.RET  # asks for an image
 START = Special.START  # </s> at a place of one's own; a prompt that has one gets no other
-QUERIES = Special.QUERIES  # all object queries of an Octopus
 
 
 @dataclass(frozen=True)
 class Token:
-    """A special token of the language model by its id, as chat templates have them; a prompt that has one gets no </s>."""
+    """A token by its id: a special one, as chat templates have them, or an added one. A prompt that has one gets no </s>."""
 
     id: int
 
@@ -210,8 +208,6 @@ def part_ids(layout: PromptLayout, part: Part) -> list[int]:
         if not tokenizer.ret_ids:
             raise UserError("this model does not answer with images: leave [RET] out of its prompts")
         return tokenizer.ret_ids
-    if part is QUERIES:
-        return [tokenizer.added[QUERIES.value]] * layout.num_queries
     return tokenizer.start() if part is START else tokenizer.encode(str(part))
 
 

@@ -12,12 +12,12 @@ from torchvision.ops import box_convert
 
 from fromage.data.padding import pad
 from fromage.data.tokenizer import PromptTokenizer
-from fromage.models.prompts import part_ids, prompt_ids
+from fromage.models.prompts import part_ids
 from fromage.octopus.answers import answer_ids
 from fromage.octopus.branches import query_places
 from fromage.octopus.examples import Conversation, Example, Row
 from fromage.octopus.matching import Objects
-from fromage.octopus.model import QUERY, Octopus
+from fromage.octopus.model import QUERY, Octopus, query_tokens
 from fromage.octopus.step import GroundingBatch
 from fromage.octopus.template import fill_further_turn, fill_template
 
@@ -100,12 +100,13 @@ class Collate:
 
     def _prompt(self, example: Example, first: bool) -> list[int]:
         """first: of its conversation; the image stands there alone."""
-        template, asks = self.layout.template, self.ask and self.layout.num_queries > 0
-        if not first:
-            turn = fill_further_turn(template, example.instruction, asks)
-            return list(chain.from_iterable(part_ids(self.layout, part) for part in turn))
-        image = torch.empty(0)  # any tensor: only the number of its tokens matters
-        return prompt_ids(self.layout, fill_template(template, image, example.instruction, asks))
+        template, queries = self.layout.template, query_tokens(self.layout.tokenizer, self.layout.num_queries * self.ask)
+        if first:
+            image = torch.empty(0)  # any tensor: only the number of its tokens matters
+            parts = fill_template(template, image, example.instruction, queries)
+        else:
+            parts = fill_further_turn(template, example.instruction, queries)
+        return list(chain.from_iterable(part_ids(self.layout, part) for part in parts))
 
     def fitting(self, turns: Conversation, longest: int) -> Conversation:
         """As many first turns of a conversation as have at most `longest` tokens, image included."""

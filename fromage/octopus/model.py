@@ -29,14 +29,14 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from fromage.checkpoints.format import OCTOPUS, TOWERS, Saved, dtype_name
-from fromage.data.tokenizer import IMAGE_TOKEN
+from fromage.data.tokenizer import IMAGE_TOKEN, PromptTokenizer
 from fromage.errors import UserError
 from fromage.models.base import digest
 from fromage.models.frozen import digest_of_samples, hold
 from fromage.models.language_model import LanguageModel, load_lm
 from fromage.models.options import Quantized
 from fromage.models.pretrained import Pretrained, parameters_of
-from fromage.models.prompts import QUERIES, ImageInput, Part
+from fromage.models.prompts import ImageInput, Part, Token
 from fromage.models.vision.base import VisionTower
 from fromage.models.vision.registry import load_patches
 from fromage.octopus.branches import among, positions, query_places, seen
@@ -46,13 +46,18 @@ from fromage.octopus.masks import SCALES
 from fromage.octopus.recognition import Detections, Recognizer
 from fromage.octopus.template import check_template, fill_template, parts_of
 
-QUERY = QUERIES.value
+QUERY = "<|query|>"  # a place of its own in the tokenizer, which the embeddings of the object queries take
 APART = 0.1  # of the length of an embedding, between the beginnings of queries
 
 
 def index_token_names(num_queries: int) -> list[str]:
     """<d0> ... <dN-1>."""
     return [f"<d{i}>" for i in range(num_queries)]
+
+
+def query_tokens(tokenizer: PromptTokenizer, num_queries: int) -> list[Part]:
+    """The object queries as parts of a prompt."""
+    return [Token(tokenizer.added[QUERY])] * num_queries
 
 
 @dataclass
@@ -208,7 +213,7 @@ class Octopus(Pretrained):
 
     def prompt(self, image: ImageInput | None, instruction: str, ask: bool = True) -> list[Part]:
         """The prompt of an instruction about an image, from the template. ask: include the object queries."""
-        return fill_template(self.template, image, instruction, ask and self.num_queries > 0)
+        return fill_template(self.template, image, instruction, query_tokens(self.tokenizer, self.num_queries * ask))
 
     def embed(self, ids: Tensor, prefix: Tensor | None = None) -> Tensor:
         """(B, T) ids -> (B, T, d); <|image|> tokens take the rows of prefix (B, P, d), <|query|> tokens the queries."""

@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 
 from fromage.errors import UserError
-from fromage.models.prompts import QUERIES, START, ImageInput, Part, joined
+from fromage.models.prompts import START, ImageInput, Part, joined
 
 SLOTS = re.compile(r"(\{\w+\})")
 
@@ -27,12 +27,14 @@ def check_template(template: Sequence[str]) -> None:
         raise UserError(f"model.template {''.join(template)!r}: name {{image}}, {{instruction}} and {{queries}} once each")
 
 
-def fill_template(template: Sequence[str], image: ImageInput | None, instruction: str, ask: bool) -> list[Part]:
-    """The parts of a template -> a prompt, with queries (ask) or without; with START in front where it names none."""
-    return _fill(([] if "{start}" in template else ["{start}"]) + list(template), image, instruction, ask)
+def fill_template(
+    template: Sequence[str], image: ImageInput | None, instruction: str, queries: Sequence[Part]
+) -> list[Part]:
+    """The parts of a template -> a prompt; with START in front where it names none. queries: the object queries' tokens."""
+    return _fill(([] if "{start}" in template else ["{start}"]) + list(template), image, instruction, queries)
 
 
-def fill_further_turn(template: Sequence[str], instruction: str, ask: bool) -> list[Part]:
+def fill_further_turn(template: Sequence[str], instruction: str, queries: Sequence[Part]) -> list[Part]:
     """A question after an answer: as fill_template, without the image, the white space after it, and START before it.
 
     Of "{start}USER: {image}\\n{instruction} ASSISTANT:" that is "USER: {instruction} ASSISTANT:", as LLaVA has it.
@@ -41,14 +43,13 @@ def fill_further_turn(template: Sequence[str], instruction: str, ask: bool) -> l
     before, after = [part for part in template[:place] if part != "{start}"], list(template[place + 1 :])
     if after and not SLOTS.match(after[0]):
         after[0] = after[0].lstrip()
-    return _fill([*before, *after], None, instruction, ask)
+    return _fill([*before, *after], None, instruction, queries)
 
 
-def _fill(template: Sequence[str], image: ImageInput | None, instruction: str, ask: bool) -> list[Part]:
-    slots: dict[str, Part | None] = {"{image}": image, "{instruction}": instruction, "{start}": START}
-    slots["{queries}"] = QUERIES if ask else None
-    parts = [slots.get(part, part) for part in template]
-    return joined([part for part in parts if part is not None and part != ""])
+def _fill(template: Sequence[str], image: ImageInput | None, instruction: str, queries: Sequence[Part]) -> list[Part]:
+    slots: dict[str, Sequence[Part]] = {"{image}": [] if image is None else [image], "{instruction}": [instruction]}
+    slots |= {"{start}": [START], "{queries}": queries}
+    return joined([part for slot in template for part in slots.get(slot, [slot])])
 
 
 def image_first(template: Sequence[str]) -> bool:
