@@ -16,12 +16,13 @@ The image stands in front. What runs without gradient follows from that:
 5.  Sequences are packed end to end, cross-entropy runs at the target captions alone and in chunks, and the layout comes from
     lengths known on the host, as in fromage.training.fast_step.
 
-A loss of weight 0 has no branch; with both 0 nothing runs.
+A loss of weight 0 has no branch; one of them has another weight.
 """
 
 from __future__ import annotations
 
 from itertools import accumulate, chain
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,8 +48,6 @@ def fast_composition(
     (GradCache, as in fast_step).
     """
     nothing = torch.zeros((), device=model.device)
-    if not weights.composes:
-        return CompositionOutput(nothing, nothing, nothing, nothing, weights)
     rows = wanted(model, tuples, text_tower) if weights.composition_retrieval else None  # (B, q)
     features = image_features(model, tuples)  # (B, m)
     B = len(tuples.keys)
@@ -57,17 +56,25 @@ def fast_composition(
     run = recomputed(composed) if len(parts) > 1 else composed
     done = [run(model, part, v, weights) for part, v in parts]
     words = [sum(part.caption_lengths) for part, _ in parts]
-    captioning_loss, caption_accuracy = mean_over_parts(words, [torch.stack(one[:2]) for one in done])
+    captioning_loss, caption_accuracy = mean_over_parts(words, [torch.stack((one.captioning, one.accuracy)) for one in done])
     captioning_loss = captioning_loss * device_weight(sum(words), model.device)
     if rows is None:
         return CompositionOutput(captioning_loss, nothing, caption_accuracy, nothing, weights)
-    queries = torch.cat([one[2] for one in done])  # (B, q)
+    queries = torch.cat([one.queries for one in done])  # (B, q)
     contrastive_loss, retrieval_accuracy = composed_nce(model, queries, rows, weights)
     return CompositionOutput(captioning_loss, contrastive_loss, caption_accuracy, retrieval_accuracy, weights)
 
 
-def composed(model: Fromage, tuples: Tuples, features: Tensor, weights: LossWeights) -> tuple[Tensor, ...]:
-    """Captioning loss and token accuracy of the target captions, and the queries (B, q) read at [RET]; 0 where not run."""
+class PartComposed(NamedTuple):
+    """Captioning loss and token accuracy of target captions, and the queries (B, q) read at [RET]; 0 where not run."""
+
+    captioning: Tensor
+    accuracy: Tensor
+    queries: Tensor
+
+
+def composed(model: Fromage, tuples: Tuples, features: Tensor, weights: LossWeights) -> PartComposed:
+    """The losses of a part of a batch's tuples."""
     k, device = model.k, tuples.conditions.device
     trunk = [k + n - model.r for n in tuples.lengths]  # tokens of each
     ret = model.r if weights.composition_retrieval and not model.reads_word else 0
@@ -87,7 +94,7 @@ def composed(model: Fromage, tuples: Tuples, features: Tensor, weights: LossWeig
     if weights.composition_retrieval:
         ends = to_device([start + t for start, t in zip(begins, trunk, strict=True)], device)  # (B,)
         queries = model.embed_ret(model.at_ret(hidden, ends))  # (N, d) -> (B, r, d) -> (B, q)
-    return loss, accuracy.float(), queries
+    return PartComposed(loss, accuracy.float(), queries)
 
 
 def _layout(model: Fromage, trunk: list[int], ret: int, words: list[int], device: torch.device) -> PackedLayout:

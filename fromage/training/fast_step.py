@@ -25,6 +25,7 @@ Why each shortcut is exact:
 from __future__ import annotations
 
 from itertools import accumulate, chain, pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -67,10 +68,10 @@ def fast_step(
     captioned = _of_first(parts, weights.captioned(model, batch))  # examples of each part that are captioned
     done = [run(model, part, v, paired, weights, n) for part, v, n in zip(parts, features, captioned, strict=True)]
     words = [count_targets(model, part.part(0, n)) if n else 0 for part, n in zip(parts, captioned, strict=True)]
-    captioning_loss, caption_accuracy = mean_over_parts(words, [torch.stack((one[0], one[2])) for one in done])
+    captioning_loss, caption_accuracy = mean_over_parts(words, [torch.stack((one.captioning, one.accuracy)) for one in done])
     query_words = [count_text_targets(model, part.queries) for part in parts]
-    text_loss = mean_over_parts(query_words, [one[1] for one in done])
-    texts, v = torch.cat([one[3] for one in done]), torch.cat(features)  # (B, q), (B, m)
+    text_loss = mean_over_parts(query_words, [one.text for one in done])
+    texts, v = torch.cat([one.texts for one in done]), torch.cat(features)  # (B, q), (B, m)
     images = model.embed_images(dropped(v, dropout))  # (B, q)
     apart = None if weights.same_image_negatives else v
     contrastive_loss, retrieval_accuracy = info_nce(images, texts, model.logit_scale, apart)
@@ -97,15 +98,22 @@ def chunks(model: Fromage, batch: Batch, size: int) -> list[Batch]:
     return [batch.part(i, j) for i, j in pairwise([0, *begins[1:], B])]
 
 
-def part_losses(
-    model: Fromage, batch: Batch, features: Tensor, paired: bool, weights: LossWeights, n: int
-) -> tuple[Tensor, ...]:
-    """Captioning loss of the first n examples, text loss, token accuracy of captioning, and text embeddings (B, q)."""
+class PartLosses(NamedTuple):
+    """Captioning loss and its token accuracy, text loss, all scalars, and text embeddings (B, q), of a part of a batch."""
+
+    captioning: Tensor
+    accuracy: Tensor
+    text: Tensor
+    texts: Tensor
+
+
+def part_losses(model: Fromage, batch: Batch, features: Tensor, paired: bool, weights: LossWeights, n: int) -> PartLosses:
+    """The losses of a part of a batch; captioning is of its first n examples."""
     captioning_loss, caption_accuracy = no_captioning(model.device)
     if weights.captioning and n and count_targets(model, some := batch.part(0, n)):
         captioning_loss, caption_accuracy = captioning(model, some, features[:n], paired)
     text_loss, at_ret = retrieval_text(model, batch.queries)
-    return captioning_loss, text_loss, caption_accuracy, model.embed_ret(at_ret)
+    return PartLosses(captioning_loss, caption_accuracy, text_loss, model.embed_ret(at_ret))
 
 
 def captioning(model: Fromage, batch: Batch, features: Tensor, paired: bool) -> tuple[Tensor, Tensor]:
