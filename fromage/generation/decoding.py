@@ -146,7 +146,7 @@ def processors(model: Fromage, decoding: Decoding, rows: range) -> Iterator[Logi
         yield RepetitionPenaltyLogitsProcessor(float(decoding.repetition_penalty))
     if model.lm.cap is not None:  # Hugging Face caps the head's -inf too
         yield SuppressTokensLogitsProcessor(model.tokenizer.never_chosen, str(model.device))
-    yield RetRules(model.tokenizer.ret_ids, replace(decoding, max_images=0) if model.reads_word else decoding)
+    yield RetRules(model.tokenizer.ret_ids, replace(decoding, max_images=0) if model.pools_last_word else decoding)
     if decoding.temperature > 0:
         yield TemperatureLogitsWarper(float(decoding.temperature))
         if decoding.top_k:

@@ -21,7 +21,7 @@ from fromage.generation.preset import read_preset
 from fromage.generation.retrieved import ImageRetriever, Resolve, RetrievedImages
 from fromage.images.open import open_image
 from fromage.models.fromage import Fromage
-from fromage.models.prompts import ImageInput, Prompt, Starts, embed_prompts, encode_images, listed, path_or_url
+from fromage.models.prompts import ImageInput, Prompt, embed_prompts, encode_images, listed, path_or_url
 from fromage.retrieval.results import POOL
 
 if TYPE_CHECKING:
@@ -78,7 +78,6 @@ def generate(
     index: ImageIndex | None = None,
     resolve: Resolve | None = None,
     batch_size: int = 64,
-    starts: Starts = Starts.EACH,
     between: Callable[[], object] = lambda: None,
 ) -> list[Answer]:
     """Answer each prompt.
@@ -88,7 +87,6 @@ def generate(
         resolve: opens the images found, as retrieval.results.load_images does. An image that cannot be opened is replaced
             by the next best, with a note. If None, images stay unopened, and RetrievedImages.rest has the hits that follow.
         batch_size: prompts decoded at a time.
-        starts: where </s> stands in the prompts.
         between: called after each token, by the thread that decodes; see fromage.generation.decoding.decode.
 
     Raises:
@@ -101,7 +99,7 @@ def generate(
     prompts, answers = listed(prompts), []
     for start in range(0, len(prompts), batch_size):
         batch = prompts[start : start + batch_size]
-        embedded = embed_prompts(model, batch, decoding.max_new_tokens, starts)
+        embedded = embed_prompts(model, batch, decoding.max_new_tokens)
         pieces: list[list[Any]] = [[] for _ in batch]
         drafts = [Draft(model, decoding, row.append) for row in pieces]
         decode(model, embedded, decoding, drafts, start, between)
@@ -118,7 +116,6 @@ def stream(
     decoding: Decoding = GREEDY,
     index: ImageIndex | None = None,
     resolve: Resolve | None = None,
-    starts: Starts = Starts.EACH,
     between: Callable[[], object] = lambda: None,
 ) -> AnswerStream:
     """The answer to one prompt, piece by piece while it is decoded; Answer.of joins the pieces.
@@ -128,7 +125,7 @@ def stream(
     """
     if index is not None:
         index.require_model(model)
-    embedded = embed_prompts(model, [prompt], decoding.max_new_tokens, starts)
+    embedded = embed_prompts(model, [prompt], decoding.max_new_tokens)
     retriever = ImageRetriever(model, index, resolve, decoding.images_per_ret, prompt, embedded.features)
     pieces: SimpleQueue[Any] = SimpleQueue()
     draft = Draft(model, decoding, pieces.put)

@@ -79,7 +79,7 @@ def tune_ret(model: Fromage, messages: Mapping[str, Sequence[str]], preset: Pres
 
     Raises UserError for a model that never says [RET], and as Chat and generate do.
     """
-    if model.reads_word:
+    if model.pools_last_word:
         raise UserError("a model of pooling last never says [RET], so there is no bias to tune; train one of pooling ret")
     chat = Chat(model, None, preset.decoding, preset.style, preset.system)
     stop = (*preset.decoding.stop, *chat.style.stop)

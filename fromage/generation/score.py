@@ -19,7 +19,7 @@ from fromage.errors import UserError
 from fromage.models.fromage import Fromage
 from fromage.models.language_model import LanguageModel
 from fromage.models.packed_attention import Causal, Continuations, PackedLayout, to_device
-from fromage.models.prompts import Prompt, Starts, embed_prompts, listed
+from fromage.models.prompts import Prompt, embed_prompts, listed
 
 CHUNK = 512  # tokens of continuations that run at a time; a longer continuation runs alone
 LOGITS = 128  # positions whose logits are computed at a time
@@ -38,13 +38,7 @@ class LogLikelihoods(NamedTuple):
 
 
 @torch.no_grad()
-def score(
-    model: Fromage,
-    prompt: Prompt,
-    continuations: Sequence[str],
-    unshifted: bool = False,
-    starts: Starts = Starts.EACH,
-) -> LogLikelihoods:
+def score(model: Fromage, prompt: Prompt, continuations: Sequence[str], unshifted: bool = False) -> LogLikelihoods:
     """log p(continuation | prompt) of each continuation, in nats, over the vocabulary with [RET].
 
     Prompt and continuation are tokenised separately. unshifted: score the logits at each token with this token itself, not
@@ -59,7 +53,7 @@ def score(
         if not row:
             raise UserError(f"continuation {number} is empty; there is nothing to score in it")
     counts = torch.tensor([len(row) for row in rows], dtype=torch.long, device=model.device)  # (C,)
-    prompted = embed_prompts(model, [prompt], max(map(len, rows), default=0), starts)
+    prompted = embed_prompts(model, [prompt], max(map(len, rows), default=0))
     shared = model.positions(prompted.ids, prompted.mask)  # (1, T)
     layout = PackedLayout([prompted.ids.shape[1]], model.device, None if shared is None else shared[0])
     prefix = Causal(layout, keep=True)  # one sequence, S = 1
@@ -72,9 +66,7 @@ def score(
 
 
 @torch.no_grad()
-def score_prompts(
-    model: Fromage, prompts: Sequence[Prompt], batch_size: int = 64, starts: Starts = Starts.EACH
-) -> LogLikelihoods:
+def score_prompts(model: Fromage, prompts: Sequence[Prompt], batch_size: int = 64) -> LogLikelihoods:
     """log p of the text of whole prompts, in nats: of every token after an earlier one, images excepted.
 
     [image, "a cat"] is scored as captioning trains it: </s> after the image counts too, and of r [RET] tokens the first.
@@ -85,7 +77,7 @@ def score_prompts(
     prompts = listed(prompts)
     totals, counts = [torch.zeros(0, device=model.device)], [torch.zeros(0, dtype=torch.long, device=model.device)]
     for begin in range(0, len(prompts), batch_size):
-        batch = embed_prompts(model, prompts[begin : begin + batch_size], starts=starts)
+        batch = embed_prompts(model, prompts[begin : begin + batch_size])
         shared = model.positions(batch.ids, batch.mask)  # (B, T)
         layout = PackedLayout(batch.mask.sum(1).tolist(), model.device, None if shared is None else shared[batch.mask])
         hidden = model.lm.packed(batch.embeds[batch.mask].unsqueeze(0), layout.positions, Causal(layout))  # (N, d)

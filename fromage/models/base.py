@@ -21,7 +21,6 @@ class VisualPrefixLM(nn.Module):
     """
 
     visual_prefix: nn.Linear
-    num_queries = 0  # object queries, which Octopus alone has
     start_first = False  # whether a prompt has one start token, in front of all, images included
 
     def __init__(self, lm: LanguageModel, vision: VisionTower, k: int) -> None:

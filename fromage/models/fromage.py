@@ -189,7 +189,7 @@ class Fromage(Pretrained):
         return ((mask & ~follows).cumsum(1) - 1).clamp(min=0)  # (B, T)
 
     @property
-    def reads_word(self) -> bool:
+    def pools_last_word(self) -> bool:
         """Whether the state at its last word embeds a text, and no state at [RET]: pooling 'last'."""
         return self.pooling == "last"
 
@@ -202,7 +202,7 @@ class Fromage(Pretrained):
         if hidden.ndim == 3:  # put end to end
             ends = ends + hidden.shape[1] * torch.arange(len(ends), device=ends.device)  # (B,)
             hidden = hidden.flatten(0, 1)  # (B, T, d) -> (B T, d)
-        first = ends - 1 if self.reads_word else ends  # (B,)
+        first = ends - 1 if self.pools_last_word else ends  # (B,)
         at = first.unsqueeze(1) + torch.arange(self.r, device=ends.device)  # (B, r)
         return hidden.index_select(0, at.flatten()).unflatten(0, at.shape)  # (B r, d) -> (B, r, d)
 
@@ -213,20 +213,20 @@ class Fromage(Pretrained):
         return hidden, self.at_ret(hidden, mask.sum(1) - self.r)  # (B, T, d) -> (B, r, d)
 
     @torch.no_grad()
-    def embed_text(self, prompts: Sequence[Prompt], batch_size: int = 128, starts: Starts = Starts.ONCE) -> Tensor:
+    def embed_text(self, prompts: Sequence[Prompt], batch_size: int = 128) -> Tensor:
         """Texts, or prompts of text and images -> (B, q) unit rows: [RET] is appended to each, and W_t h + b taken there.
 
-        batch_size: prompts encoded at a time, those of like length together. starts: where </s> stands. Raises UserError
-        for prompts that are too long and images that cannot be opened.
+        White space at a prompt's end is stripped, as in training. batch_size: prompts encoded at a time, those of like
+        length together. Raises UserError for prompts that are too long and images that cannot be opened.
         """
         check_whole("batch_size", batch_size, 1)
         prompts = listed(prompts)
-        suffix = [] if self.reads_word else [RET]
         rows = torch.empty(len(prompts), self.q, device=self.device)  # (B, q)
         for at in batches_by_length(prompts, batch_size):
-            batch = embed_prompts(self, [[*parts_of(prompts[i]), *suffix] for i in at], starts=starts)
+            batch = embed_prompts(self, [[*parts_of(prompts[i]), RET] for i in at], starts=Starts.ONCE)
             hidden = self.lm(batch.embeds, batch.mask, self.positions(batch.ids, batch.mask))  # (b, T, d)
-            rows[at] = self.embed_ret(hidden[:, -self.r :])  # (b, r, d) -> (b, q)
+            ends = torch.full((len(at),), hidden.shape[1] - self.r, device=self.device)  # (b,), since padding is on the left
+            rows[at] = self.embed_ret(self.at_ret(hidden, ends))  # (b, T, d) -> (b, r, d) -> (b, q)
         return rows
 
     @classmethod

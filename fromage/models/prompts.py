@@ -68,13 +68,10 @@ class Starts(Enum):
         EACH: after every image too, a last one included: text that follows an image begins as a caption does in training.
             For generated and scored text.
         ONCE: nowhere else: a text that [RET] closes has one </s> in training. For retrieval queries.
-        RELEASED: in front of each text as it was passed, adjacent ones too, and not after a last image: the exact form of
-            the released code.
     """
 
     EACH = "each"
     ONCE = "once"
-    RELEASED = "released"
 
 
 # Path: an image file, or 'shard.tar#key'. Tensor: features (m,) of an image that has been encoded before.
@@ -147,8 +144,8 @@ def started(parts: Sequence[Part], starts: Starts, first: bool = False) -> list[
     if any(part is START or isinstance(part, Token) for part in parts):
         return list(parts)
     out: list[Part] = []
-    for part in (*parts, None) if starts is not Starts.RELEASED else parts:  # None: the end
-        opens = not out or isinstance(out[-1], ImageInput) or (starts is Starts.RELEASED and is_text(part))
+    for part in (*parts, None):  # None: the end
+        opens = not out or isinstance(out[-1], ImageInput)
         if starts is Starts.ONCE and opens:
             opens = all(isinstance(earlier, ImageInput) for earlier in out)
         if opens and not isinstance(part, ImageInput):
@@ -169,7 +166,7 @@ def batches_by_length(prompts: Sequence[Prompt], batch_size: int) -> list[list[i
 
 
 class PromptLayout(Protocol):
-    """What decides the token ids of a prompt; every model has it."""
+    """What decides the token ids of a prompt's parts; every model has it."""
 
     @property
     def tokenizer(self) -> PromptTokenizer:
@@ -179,22 +176,14 @@ class PromptLayout(Protocol):
     def k(self) -> int:
         """Input embeddings per image."""
 
-    @property
-    def num_queries(self) -> int:
-        """Object queries of Octopus; else 0."""
 
-    @property
-    def start_first(self) -> bool:
-        """Whether the start token stands in front of all, and nowhere else."""
-
-
-def prompt_ids(layout: PromptLayout, prompt: Prompt, starts: Starts = Starts.EACH) -> list[int]:
+def prompt_ids(model: VisualPrefixLM, prompt: Prompt, starts: Starts = Starts.EACH) -> list[int]:
     """The token ids of a prompt: k times <|image|> for each image, which is not opened."""
     parts = parts_of(prompt)
     if any(is_text(part) and RET.value in str(part) for part in parts):
         warnings.warn("'[RET]' within a text is plain text; to ask for an image, pass fromage.RET as a part", stacklevel=2)
-    kept = [part for part in parts if not is_text(part) or part] if starts is Starts.RELEASED else joined(parts)
-    return list(chain.from_iterable(part_ids(layout, part) for part in started(kept, starts, layout.start_first)))
+    whole = started(joined(parts), starts, model.start_first)
+    return list(chain.from_iterable(part_ids(model, part) for part in whole))
 
 
 def part_ids(layout: PromptLayout, part: Part) -> list[int]:

@@ -53,14 +53,17 @@ IMAGE = "(image)"
 
 
 def read_as(model: Fromage, query: Prompt) -> str:
-    """How embed_queries reads a query, in words: '(image) </s> but at night [RET]'; nothing is opened."""
+    """How embed_queries reads a query, in words: '(image) </s> but at night [RET]'; nothing is opened.
+
+    Without [RET] where the state at the last word before it embeds a text.
+    """
     parts = joined(parts_of(query))
     if _is_image(parts):
         return f"{IMAGE}, compared as the index has it"
-    close = [RET] if model.pooling == "ret" else []
     start = model.tokenizer.hf.decode(model.tokenizer.start())
-    whole = started(joined([*parts, *close]), Starts.ONCE, model.start_first)
-    return " ".join(filter(None, (_spelled(part, start) for part in whole)))
+    whole = started(joined([*parts, RET]), Starts.ONCE, model.start_first)
+    read = whole[:-1] if model.pools_last_word else whole
+    return " ".join(filter(None, (_spelled(part, start) for part in read)))
 
 
 def _spelled(part: Part, start: str) -> str:

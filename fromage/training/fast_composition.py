@@ -77,7 +77,7 @@ def composed(model: Fromage, tuples: Tuples, features: Tensor, weights: LossWeig
     """The losses of a part of a batch's tuples."""
     k, device = model.k, tuples.conditions.device
     trunk = [k + n - model.r for n in tuples.lengths]  # tokens of each
-    ret = model.r if weights.composition_retrieval and not model.reads_word else 0
+    ret = model.r if weights.composition_retrieval and not model.pools_last_word else 0
     words = [n - 1 if weights.composition_captioning else 0 for n in tuples.caption_lengths]
     each = [t + ret + n for t, n in zip(trunk, words, strict=True)]
     layout = _layout(model, trunk, ret, words, device)

@@ -157,7 +157,7 @@ def retrieval_text(model: Fromage, batch: Batch) -> tuple[Tensor, Tensor]:
     is_ret = targets == model.tokenizer.ret_id  # (N,)
     text_loss = (torch.logaddexp(lse, ret_logit) - torch.where(is_ret, ret_logit, z)).mean()
 
-    if model.reads_word:
+    if model.pools_last_word:
         return text_loss, model.at_ret(hidden, to_device(list(accumulate(lengths)), device))  # (N, d) -> (B, 1, d)
     ret = model.lm.embed(to_device(model.tokenizer.ret_ids * len(lengths), device).unsqueeze(0))  # (1, B r, d)
     positions = to_device([n + further for n in lengths for further in model.ret_offsets], device)  # (B r,)

@@ -59,7 +59,7 @@ def freeze_unused(model: Fromage, weights: LossWeights, freeze_temperature: bool
     if model.space == "clip":
         model.image_head.requires_grad_(False)
     model.logit_scale.requires_grad_(finding and not freeze_temperature)
-    model.ret.input.requires_grad_(not model.reads_word or model.ret.tied)  # with pooling last no input is [RET]
+    model.ret.input.requires_grad_(not model.pools_last_word or model.ret.tied)  # with pooling last no input is [RET]
 
 
 @dataclass

@@ -14,7 +14,7 @@ from fromage.generation.score import score, score_prompts
 from fromage.models.fromage import Fromage
 from fromage.models.language_model import LanguageModel, load_lm
 from fromage.models.packed_attention import Causal, PackedLayout, attending, route
-from fromage.models.prompts import RET, Starts, embed_prompts, encode_images
+from fromage.models.prompts import RET, embed_prompts, encode_images
 from fromage.models.vision.registry import load_vision
 from fromage.training.fast_step import fast_step
 from fromage.training.reference_step import reference_step
@@ -106,9 +106,9 @@ def test_a_caption_as_a_whole_prompt_has_the_loss_of_captioning(model, world):
 
 @torch.no_grad()
 def test_the_parts_of_a_whole_prompt_add_up(model, prompt):
-    whole = score_prompts(model, [["a star"], [*prompt, " red"], ["a", RET]], starts=Starts.ONCE)
-    rest = score(model, prompt, [" red"], starts=Starts.ONCE)
-    before = score_prompts(model, [prompt], starts=Starts.ONCE)
+    whole = score_prompts(model, [["a star"], [*prompt, " red"], ["a", RET]])
+    rest = score(model, prompt, [" red"])
+    before = score_prompts(model, [prompt])
     torch.testing.assert_close(whole.total[1], before.total[0] + rest.total[0], atol=1e-3, rtol=1e-4)
     assert whole.tokens[1] == before.tokens[0] + rest.tokens[0]
     assert whole.tokens[2] == 1 + len(model.tokenizer.encode("a")), "[RET] is scored"

@@ -106,7 +106,7 @@ def test_the_states_that_embed_texts_are_those_behind_the_ends_or_one_before(poo
     assert torch.equal(model.at_ret(hidden, torch.tensor(ends)), want)
     packed = [9 * row + end for row, end in enumerate(ends)]
     assert torch.equal(model.at_ret(hidden.flatten(0, 1), torch.tensor(packed)), want)
-    assert model.reads_word == (pooling == "last")
+    assert model.pools_last_word == (pooling == "last")
 
 
 def test_every_trained_parameter_gets_a_gradient_and_no_other(toy_model, batch):

@@ -61,28 +61,28 @@ def spelled(model, prompt, starts=Starts.EACH):
 
 
 @pytest.mark.parametrize(
-    ("prompt", "each", "once", "released"),
+    ("prompt", "each", "once"),
     [
-        (["A", "a"], "##<a", "##<a", "##<a"),
-        (["A", "B", "a"], "####<a", "####<a", "####<a"),
-        (["A"], "##<", "##<", "##"),
-        (["A", RET], "##<@", "##<@", "##<@"),
-        (["a", RET], "<a@", "<a@", "<a@"),
-        ([RET], "<@", "<@", "<@"),
-        (["a", "A", " star"], "<a##< star", "<a## star", "<a##< star"),
-        (["A", "a", "B", "star"], "##<a##<star", "##<a##star", "##<a##<star"),
-        (["a", "A", RET], "<a##<@", "<a##@", "<a##<@"),
-        (["a", "A"], "<a##<", "<a##", "<a##"),
-        (["a", " star", "A", " and", " ring"], "<a star##< and ring", "<a star## and ring", "<a< star##< and< ring"),
-        (["a ", RET, " star"], "<a@ star", "<a@ star", "<a @< star"),
-        (["A", START, "a", "B", "star"], "##<a##star", "##<a##star", "##<a##star"),
-        ([], "<", "<", ""),
+        (["A", "a"], "##<a", "##<a"),
+        (["A", "B", "a"], "####<a", "####<a"),
+        (["A"], "##<", "##<"),
+        (["A", RET], "##<@", "##<@"),
+        (["a", RET], "<a@", "<a@"),
+        ([RET], "<@", "<@"),
+        (["a", "A", " star"], "<a##< star", "<a## star"),
+        (["A", "a", "B", "star"], "##<a##<star", "##<a##star"),
+        (["a", "A", RET], "<a##<@", "<a##@"),
+        (["a", "A"], "<a##<", "<a##"),
+        (["a", " star", "A", " and", " ring"], "<a star##< and ring", "<a star## and ring"),
+        (["a ", RET, " star"], "<a@ star", "<a@ star"),
+        (["A", START, "a", "B", "star"], "##<a##star", "##<a##star"),
+        ([], "<", "<"),
     ],
 )
-def test_where_start_tokens_stand(toy_model, images, prompt, each, once, released):
+def test_where_start_tokens_stand(toy_model, images, prompt, each, once):
     shown = {"A": images[0], "B": images[1]}
     parts = [shown.get(part, part) if isinstance(part, str) else part for part in prompt]
-    assert [spelled(toy_model, parts, starts) for starts in Starts] == [each, once, released]
+    assert [spelled(toy_model, parts, starts) for starts in Starts] == [each, once]
 
 
 def test_a_captioned_image_stands_as_in_training(toy_model, images):
@@ -131,7 +131,6 @@ def test_adjacent_texts_are_one_string(toy_model, images):
     tokenizer = toy_model.tokenizer
     whole = [*tokenizer.start(), *tokenizer.encode("Q: What is a star?")]
     assert prompt_ids(toy_model, ["Q: ", "", "What is a ", "star?"]) == whole
-    assert prompt_ids(toy_model, ["Q: ", "What is a ", "star?"], Starts.RELEASED) != whole
     assert prompt_ids(toy_model, ["a star  ", " ", RET]) == [
         *tokenizer.start(),
         *tokenizer.encode("a star"),
@@ -318,6 +317,8 @@ def test_a_model_that_reads_the_last_word_does_so_in_prompts_and_folders_too(tmp
     ids = pad_sequence(rows, batch_first=True, padding_value=model.tokenizer.pad_id)
     want = model.embed_ret(model.hidden_at_ret(ids, [len(row) for row in rows])[1])
     torch.testing.assert_close(model.embed_text(texts), want, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(model.embed_text([f"{text} \n" for text in texts]), want, atol=1e-5, rtol=1e-4)
+    assert read_as(model, "a red star ") == "</s> a red star"
     assert (answer := generate(model, texts, Decoding(4, ret_bias=1e4))) and not any(a.shown for a in answer)
     model.save_pretrained(tmp_path, dtype="float32")
     again = Fromage.from_pretrained(tmp_path)
