@@ -19,6 +19,7 @@ from torchvision.ops import box_convert
 from fromage.models.packed_attention import to_device
 from fromage.octopus.masks import DICE, MASK, mask_losses
 from fromage.octopus.recognition import Detections
+from fromage.training.losses import device_weight
 
 SCORE, L1, GIOU = 1.0, 5.0, 2.0
 FAR = 1e4  # larger than any finite cost
@@ -110,16 +111,21 @@ def detection_loss(found: Detections, objects: Objects, matcher: Matcher = match
     """The detection loss (equation 3), summed over the decoder layers, each with its own matching by matcher.
 
     Returns the loss, and the last layer's parts by name: score, l1, giou; where there are masks, mask and dice too, of the
-    last layer alone. Images whose objects are not known are left out, and objects whose mask is not known.
-    As in DETR; the paper does not say whether inner layers have a loss.
+    last layer alone. Images whose objects are not known are left out, and objects whose mask is not known. As in DETR it is
+    divided by the number of objects on all devices that train together (`device_weight`); batches whose gradients are
+    accumulated have means of their own. The paper does not say whether inner layers have a loss.
     """
     matched = matcher(found.logits, found.boxes, objects)  # (L, B, K)
     of_layers = _losses(found.logits, found.boxes, matched, objects)
+    weight = device_weight(sum(objects.counts), found.logits.device)
+    of_layers = {name: weight * each for name, each in of_layers.items()}
     total = SCORE * of_layers["score"].sum() + L1 * of_layers["l1"].sum() + GIOU * of_layers["giou"].sum()
     parts = {name: each[-1] for name, each in of_layers.items()}
     if found.masks is not None and objects.masks is not None and objects.masked is not None:
         rows, places = objects.masked  # (M,) each
-        parts |= mask_losses(found.masks[rows, matched[-1, rows, places]], objects.masks)
+        of_masks = mask_losses(found.masks[rows, matched[-1, rows, places]], objects.masks)
+        weight = device_weight(len(objects.masks), found.logits.device)
+        parts |= {name: weight * each for name, each in of_masks.items()}
         total = total + MASK * parts["mask"] + DICE * parts["dice"]
     return total, parts
 

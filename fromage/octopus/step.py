@@ -12,6 +12,7 @@ from torch import Tensor
 from fromage.octopus.examples import Example
 from fromage.octopus.matching import Matcher, Objects, detection_loss, match, nearest
 from fromage.octopus.model import Octopus
+from fromage.training.losses import device_weight
 
 
 class GroundingBatch(NamedTuple):
@@ -51,7 +52,7 @@ class GroundingBatch(NamedTuple):
 
 @dataclass(frozen=True)
 class GroundingOutput:
-    """The losses of a step, all scalars.
+    """The losses of a step, all scalars. Over devices that train together, their mean is that of all targets and objects.
 
     Attributes:
         answer_loss: cross-entropy of the answers' tokens (Octopus, equation 5).
@@ -99,7 +100,8 @@ def octopus_step(model: Octopus, batch: GroundingBatch, matcher: Matcher = match
     logits = model.logits(hidden.index_select(0, batch.at), prefill)  # (M, V + 2 + N)
     wanted = answers.flatten()[batch.targets]  # (M,)
     token_accuracy = (logits.argmax(-1) == wanted).float().mean()
-    return GroundingOutput(F.cross_entropy(logits, wanted), recognition, parts, token_accuracy)
+    answer_loss = F.cross_entropy(logits, wanted) * device_weight(len(wanted), logits.device)
+    return GroundingOutput(answer_loss, recognition, parts, token_accuracy)
 
 
 def point_at_queries(answers: Tensor, queries: Tensor, first: int) -> Tensor:

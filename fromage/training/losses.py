@@ -168,10 +168,10 @@ class _Gather(torch.autograd.Function):
 def device_weight(count: int, device: torch.device) -> Tensor | float:
     """Weight of this device's mean over `count` targets, so that DDP's mean over W devices is the mean over all targets.
 
-    It is W count / (sum of counts over the devices).
+    It is W count / (sum of counts over the devices), and 0 where no device has a target. All devices must call it together.
     """
     if devices() == 1:
         return 1.0
     total = torch.full((), float(count), device=device)
     dist.all_reduce(total)
-    return count * devices() / total
+    return count * devices() / total.clamp(min=1)

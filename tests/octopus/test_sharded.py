@@ -30,7 +30,7 @@ class Steady(OctopusModule):
 
 
 class Losses(pl.Callback):
-    """The losses of each row, and the bytes of parameters, gradients and moments here."""
+    """The losses of each step, and the bytes of parameters, gradients and moments here."""
 
     def __init__(self):
         self.seen, self.held = [], {}
@@ -51,7 +51,7 @@ def fit(world, out, strategy="auto", devices=1, resume=None, steps=STEPS):
     coco = world / "refcoco"
     pl.seed_everything(0)
     source = RefCOCO(str(coco / "refs(unc).p"), str(coco / "instances.json"), str(coco / "images"), split="train", limit=60)
-    data = OctopusData([source], [source], batch_size=1, val_batch_size=4, per_image=3, workers=0)
+    data = OctopusData([source], [source], batch_size=2 // devices, val_batch_size=4, per_image=3, workers=0)
     module = Steady(stage=3, vision_weights=None, dtype="float32", lr=1e-3, warmup_steps=1, **SMALL)
     losses, saver = (
         Losses(),
@@ -60,7 +60,7 @@ def fit(world, out, strategy="auto", devices=1, resume=None, steps=STEPS):
         ),
     )
     trainer = pl.Trainer(
-        max_steps=steps, accelerator="cpu", devices=devices, strategy=strategy, accumulate_grad_batches=2 // devices,
+        max_steps=steps, accelerator="cpu", devices=devices, strategy=strategy,
         logger=False, callbacks=[losses, saver], val_check_interval=2, check_val_every_n_epoch=None, limit_val_batches=1,
         gradient_clip_val=0.5, enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
@@ -80,11 +80,11 @@ def of_two(rank, world, port, out, resume, dtype, steps):
 
 
 def both(world, out, resume=None, dtype=None, steps=STEPS):
-    """Losses of both processes, in the order of the rows, and what the first holds."""
+    """Losses of each step, the means of both processes, and what the first holds."""
     port = 40000 + (os.getpid() * 7 + len(str(out))) % 20000
     on_two_processes(of_two, world, port, out, resume, dtype, steps)
     (first, held), (second, _) = (torch.load(out / f"{rank}.pt") for rank in (0, 1))
-    return [each for pair in zip(first, second, strict=True) for each in pair], held
+    return ((torch.tensor(first) + torch.tensor(second)) / 2).tolist(), held
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +114,7 @@ def same_weights(found, want):
 
 
 def test_two_processes_have_the_losses_and_end_with_the_weights_of_one(one, two):
-    assert len(one[1]) == len(two[1]) == 2 * STEPS
+    assert len(one[1]) == len(two[1]) == STEPS
     torch.testing.assert_close(torch.tensor(two[1]), torch.tensor(one[1]), rtol=2e-5, atol=1e-6)
     same_weights(two[0], one[0])
     start = OctopusModule(stage=3, vision_weights=None, dtype="float32", **SMALL)
@@ -138,15 +138,15 @@ def test_two_processes_go_on_from_a_checkpoint_of_theirs(world, two, tmp_path):
     last(tmp_path).parent.mkdir()
     copyfile(next((two[0] / "checkpoints").glob("*step=2.ckpt")), last(tmp_path))
     again, _ = both(world, tmp_path, str(last(tmp_path)))
-    torch.testing.assert_close(torch.tensor(again), torch.tensor(two[1][4:]), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(torch.tensor(again), torch.tensor(two[1][2:]), rtol=1e-6, atol=1e-6)
     same_weights(tmp_path, two[0])
 
 
 def test_layers_run_in_bfloat16_and_weights_stay_float32(world, one, tmp_path):
     found, held = both(world, tmp_path, steps=1, dtype="bfloat16")
     assert held["trained parameters"] == pytest.approx(one[2]["trained parameters"] / 2, rel=0.02)
-    torch.testing.assert_close(torch.tensor(found), torch.tensor(one[1][:2]), rtol=0.05, atol=0.05)
-    assert not torch.equal(torch.tensor(found), torch.tensor(one[1][:2]))
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(one[1][:1]), rtol=0.05, atol=0.05)
+    assert not torch.equal(torch.tensor(found), torch.tensor(one[1][:1]))
 
 
 def test_a_language_model_that_is_trained_is_not_for_sharded_towers():

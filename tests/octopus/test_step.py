@@ -104,6 +104,32 @@ def test_masks_of_examples_that_share_their_image_have_the_gradients_of_examples
         assert (grad - wanted[name]).abs().max() < 1e-4 * largest, name
 
 
+def test_devices_with_other_numbers_of_targets_objects_and_masks_have_the_mean_of_all(monkeypatch):
+    model, masks = build(mask_scale=4), [read_mask([[10 * i, 2, 10 * i + 20, 2, 10 * i + 9, 30]], 60, 40) for i in range(2)]
+    examples = [replace(ALONE[0], masks=(masks[0],)), replace(ALONE[1], masks=tuple(masks)), *ALONE[2:]]
+    rows = rows_of(examples, 8, 0)
+    _, whole, wanted = step(model, rows)
+
+    def run(row, weight):
+        for module in ("step", "matching"):
+            monkeypatch.setattr(f"fromage.octopus.{module}.device_weight", lambda count, device: weight(count))
+        return step(model, [row])[1:]
+
+    counts = [[], []]
+    for device, row in zip(counts, rows, strict=True):
+        run(row, lambda count, device=device: device.append(count) or 1.0)
+    totals = list(map(sum, zip(*counts, strict=True)))
+    assert len(totals) == 3 and all(here != there for here, there in zip(*counts, strict=True))
+    left = [iter(totals), iter(totals)]
+    found = [run(row, lambda count, left=left: 2 * count / next(left)) for row, left in zip(rows, left, strict=True)]
+    (one, ours), (other, theirs) = found
+    torch.testing.assert_close((one.answer_loss + other.answer_loss) / 2, whole.answer_loss)
+    torch.testing.assert_close((one.detection_loss + other.detection_loss) / 2, whole.detection_loss)
+    largest = max(grad.abs().max() for grad in wanted.values())
+    for name, grad in wanted.items():
+        assert ((ours[name] + theirs[name]) / 2 - grad).abs().max() < 1e-4 * largest, name
+
+
 def test_masks_are_asked_for_by_a_model_that_has_them_alone():
     examples = [replace(ALONE[0], masks=(read_mask([[1, 2, 20, 2, 9, 30]], 60, 40),))]
     batch, out, _ = step(build(), [[examples]])
