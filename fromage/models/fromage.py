@@ -82,8 +82,8 @@ class Fromage(Pretrained):
         that place is the start token's, and not an image's. Raises UserError for 'first' without a start token.
         """
         super().__init__(lm, vision, k)
-        chosen = {"pooling": pooling, "ret_attention": ret_attention, "ret_fusion": ret_fusion, "space": space}
-        chosen["start"] = start
+        chosen: dict[str, str] = {"pooling": pooling, "ret_attention": ret_attention, "ret_fusion": ret_fusion}
+        chosen |= {"space": space, "start": start}
         for name, known in CHOICES.items():
             if chosen[name] not in known:  # of a file, say
                 raise UserError(f"{name} {chosen[name]}: must be {' or '.join(known)}")
