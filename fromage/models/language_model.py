@@ -33,7 +33,7 @@ from fromage.models.special_tokens import AddedTokens, ExtendedEmbedding, Extend
 
 log = logging.getLogger(__name__)
 MULTIPLIES = {"hyperclovax"}  # families whose logits_scaling is a factor; Granite and others divide by it
-SCALES_WORDS = {"falcon_h1"}  # families that scale the embeddings of ids, and take those that are given as they are
+ROUNDING = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.2}  # of logits, in their standard deviations
 
 
 class LanguageModel(FrozenTower):
@@ -284,9 +284,33 @@ def load_lm(
         # gradients do not pass through 4-bit weights repacked by bitsandbytes
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-    if hf.config.model_type in SCALES_WORDS:
-        raise UserError(f"language model {name}: {hf.config.model_type} scales words alone, and not images; choose another")
-    return LanguageModel(hf, tokenizer, name, quantize)
+    lm = LanguageModel(hf, tokenizer, name, quantize)
+    if not quantize:
+        check_parts(lm)
+    return lm
+
+
+@torch.no_grad()
+def check_parts(lm: LanguageModel) -> None:
+    """Raise UserError unless embedding, layers and head, run one after another, give the logits of the whole model.
+
+    They do not where a family does more with words than to embed them (Falcon-H1 scales them, Gemma 3n gives each layer
+    embeddings of its own), or has more in its head than a linear map and a soft cap (the decoders of ModernBERT).
+    """
+    device, V = lm.hf.get_input_embeddings().weight.device, lm.added.vocab_size
+    ids = torch.arange(5, device=device).unsqueeze(0) * (V - 1) // 4  # (1, 5), spread over the vocabulary
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    whole = lm.hf(input_ids=ids, attention_mask=mask.long(), use_cache=False).logits[..., :V].float()  # (1, 5, V)
+    try:
+        parts = lm.logits(lm(lm.embed(ids), mask))[..., :V]
+        same = bool((parts - whole).abs().max() <= ROUNDING[lm.dtype] * whole.std())
+    except (RuntimeError, ValueError):
+        same = False  # it does not run without ids
+    if not same:
+        raise UserError(
+            f"language model {lm.name}: {lm.hf.config.model_type} does more with words than to embed them, or has more than "
+            "a linear head, so images cannot be read and [RET] cannot be trained as they are; choose another"
+        )
 
 
 def _quantization(kind: Quantized, dtype: str) -> BitsAndBytesConfig:

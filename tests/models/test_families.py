@@ -13,7 +13,7 @@ from fromage.generation.options import Decoding
 from fromage.generation.score import score
 from fromage.models.fromage import Fromage
 from fromage.models.frozen import TOY
-from fromage.models.language_model import LanguageModel
+from fromage.models.language_model import LanguageModel, check_parts
 from fromage.training.fast_step import fast_step
 from fromage.training.reference_step import reference_step
 
@@ -133,6 +133,7 @@ def test_logits_are_those_of_the_model_itself(family):
     theirs = model.lm.hf(inputs_embeds=embeds, use_cache=False).logits
     words = model.lm.added.vocab_size
     torch.testing.assert_close(ours[..., :words], theirs[..., :words].float(), rtol=1e-4, atol=1e-4)
+    check_parts(model.lm)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma", "gemma2", "gemma3"])

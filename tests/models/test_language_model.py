@@ -202,12 +202,23 @@ def test_of_a_model_with_a_vision_tower_the_language_model_counts(tokenizer):
     assert len(lm.blocks) == 2 and lm.cap == 3.0
 
 
-def test_a_family_that_scales_words_alone_is_refused(tmp_path):
-    """Falcon H1 multiplies the embeddings of ids, and takes embeddings that are given as they are."""
+ODD = {
+    "falcon_h1": (  # multiplies the embeddings of ids, and takes embeddings that are given as they are
+        transformers.FalconH1Config,
+        {"num_key_value_heads": 2, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "embedding_multiplier": 5.6},
+    ),
+    "modernbert-decoder": (
+        transformers.ModernBertDecoderConfig,
+        {"initializer_range": 0.3, "cls_token_id": 2, "sep_token_id": 2},
+    ),  # a dense layer in its head
+}
+
+
+@pytest.mark.parametrize("family", ODD)
+def test_a_family_that_is_more_than_embedding_layers_and_head_is_refused(tmp_path, family):
+    kind, more = ODD[family]
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
-    sizes |= {"num_key_value_heads": 2, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "vocab_size": 50272}
-    transformers.FalconH1Config(**sizes).save_pretrained(tmp_path)
-    for name in ("merges.txt", "vocab.json", "tokenizer_config.json"):
-        shutil.copy(TOY / "opt" / name, tmp_path)
-    with pytest.raises(UserError, match="falcon_h1 scales words alone"):
+    kind(**sizes, vocab_size=50272, pad_token_id=1, bos_token_id=2, eos_token_id=2, **more).save_pretrained(tmp_path)
+    transformers.AutoTokenizer.from_pretrained(TOY / "opt").save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=f"{family} does more with words than to embed them, or has more than a linear head"):
         load_lm(str(tmp_path), random_weights=True)
