@@ -16,6 +16,6 @@ Where to look:
     sample_images       the image of a stored sample: its pixels, or its stored features
     tokenizer           text -> token ids; truncation of captions that keeps [RET]
     requests            captions read as requests for an image
-    annotations         published annotation files, read and checked
+    annotation_formats  published annotation files, recognised and read; annotations checks their entries
     image_source        the images of a folder or of shards, to index them
 """

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from fromage.data.annotations import FILE, TEXT, Wanted, read_annotations
+from fromage.data.annotation_formats import read_annotations
+from fromage.data.annotations import FILE, TEXT, Schema
 from fromage.images.codec import FORMATS
 from fromage.octopus.boxes import SPELLED, clipped, read_spelled, relative, spelled
 from fromage.octopus.examples import Box, Example
@@ -16,7 +17,7 @@ from fromage.octopus.sources.listed import HELD_OUT, LOST_ANSWERS, ODD_TURNS, Fi
 from fromage.octopus.sources.refcoco import held_out
 
 COCO = re.compile(r"(?:^|_)(\d{12})$")  # the name of a photograph of COCO, without its ending
-TURNS: Wanted = {"conversations": [{"from": TEXT, "value": TEXT}]}  # image and id may be anything
+TURNS: Schema = {"conversations": [{"from": TEXT, "value": TEXT}]}  # image and id may be anything
 
 
 class Instructions(FileSource):

@@ -6,13 +6,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fromage.data.annotations import FILE, ID, TEXT, Wanted, optional, problem
+from fromage.data.annotations import FILE, ID, TEXT, Schema, optional, problem
 from fromage.errors import BrokenSample, UserError
 from fromage.io import parse_json, read_text
 from fromage.octopus.examples import Example
 from fromage.octopus.sources.listed import FileSource
 
-QUESTION: Wanted = {"question_id": ID, "image": FILE, "text": TEXT, "label": TEXT, "category": optional(TEXT)}
+QUESTION: Schema = {"question_id": ID, "image": FILE, "text": TEXT, "label": TEXT, "category": optional(TEXT)}
 
 
 class Pope(FileSource):

@@ -9,18 +9,18 @@ from pickle import UnpicklingError
 from typing import Any
 
 from fromage.checkpoints.safe_pickle import load_plain
-from fromage.data.annotations import TEXT, WHOLE, Wanted, fitting
+from fromage.data.annotations import TEXT, WHOLE, Schema, fitting
 from fromage.errors import UserError, reason
 from fromage.octopus.examples import Example
 from fromage.octopus.segments import Mask, OddMask, read_mask
 from fromage.octopus.sources.instances import AnnotatedImage, Instances
 from fromage.octopus.sources.listed import HELD_OUT, LOST_ANSWERS, check_question
 
-CATEGORY: Wanted = {"id": WHOLE}  # of instances.json
-EXPRESSION: Wanted = {"sent": TEXT, "sent_id": WHOLE}
+CATEGORY: Schema = {"id": WHOLE}  # of instances.json
+EXPRESSION: Schema = {"sent": TEXT, "sent_id": WHOLE}
 NUMBERS = dict.fromkeys(("ref_id", "image_id", "category_id", "ann_id"), WHOLE)
-REFERENCE: Wanted = {**NUMBERS, "split": TEXT, "sentences": [EXPRESSION]}
-SPLIT: Wanted = {"image_id": WHOLE, "split": TEXT}  # all that is asked of a reference that is held out
+REFERENCE: Schema = {**NUMBERS, "split": TEXT, "sentences": [EXPRESSION]}
+SPLIT: Schema = {"image_id": WHOLE, "split": TEXT}  # all that is asked of a reference that is held out
 
 
 def read_refs(path: Path) -> Any:
