@@ -13,8 +13,8 @@ from fromage.data.annotation_formats import read_annotations
 from fromage.data.annotations import FILE, NUMBER, TEXT, WHOLE, FieldType, Schema, optional, problem
 from fromage.octopus.boxes import reading_order, relative
 from fromage.octopus.examples import Example
-from fromage.octopus.sources.listed import HELD_OUT, LOST_ANSWERS, SIDE, FileSource, check_question
-from fromage.octopus.sources.refcoco import held_out
+from fromage.octopus.sources.file_source import HELD_OUT, LOST_ANSWERS, SIDE, FileSource, check_question
+from fromage.octopus.sources.references import held_out
 
 REGIONS, OBJECTS = "regions of Visual Genome", "objects of Visual Genome"
 ADDRESS = re.compile(r"(VG_100K(?:_2)?/[^/]+\.jpg)$")  # the end of an image's, which is its place in the unpacked archives
@@ -48,6 +48,7 @@ class VisualGenome(FileSource):
         file: str,
         image_data: str,
         images: str,
+        *,
         question: str = "where is {}?",
         per_image: int | None = None,
         apart_from: Sequence[str] = (),
