@@ -6,7 +6,7 @@ Where to look:
     packing             image files and captions -> shards; tuple_packing for composition learning
     shards              reading shards; shard_streams opens them, shard_names and shard_sizes say which there are, how large
     shard_writer        writing shards
-    shard_stats         statistics of shards, before a run
+    shard_stats         statistics of shards, before a run, from the shard_records of their samples
     broken              samples that cannot be used: left out, counted, limited
     features            the frozen image tower's features, stored in shards of their own
     datamodule          the Lightning data module: shards -> batches
