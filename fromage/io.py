@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import shutil
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -264,13 +263,3 @@ def _swap(new: Path, folder: Path, old: Path) -> None:
     except BaseException:
         old.rename(folder)
         raise
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens; port 0 is any free one. Raises UserError where the address is taken or impossible."""
-    try:
-        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
-    except (OSError, OverflowError) as error:
-        why = reason(error).partition(" (while ")[0]  # after it Python repeats the address
-        other = "--port" if getattr(error, "errno", 0) in (errno.EADDRINUSE, errno.EACCES, 0) else "--host"
-        raise UserError(f"{host}, port {port}: cannot listen there ({why}); give another {other}") from error

@@ -39,7 +39,7 @@ from fromage.octopus.sources import (
     RefCOCO,
     VisualGenome,
 )
-from fromage.octopus.sources.listed import with_masks
+from fromage.octopus.sources.file_source import with_masks
 
 PYTHON = re.compile(  # what no message may hold
     r"Traceback|\b\w+Error\b|Errno|NoneType|<class|not subscriptable|unpack|codec can't|Expecting|embedded null"
@@ -89,7 +89,7 @@ def places(world, tmp_path_factory):
         for name in ("Sentences", "Annotations"):
             (folder / name).symlink_to(world / "flickr30k_entities" / name)
         (folder / "val.txt").symlink_to(path)
-        return list(kind(str(folder), str(images), "val"))
+        return list(kind(str(folder), str(images), split="val"))
 
     for name, number in (("image_data", "image_id"), ("region_descriptions", "id"), ("objects", "image_id")):
         few = json.loads((world / "visual_genome" / f"{name}.json").read_text())
@@ -100,7 +100,7 @@ def places(world, tmp_path_factory):
         return list(VisualGenome(str(path), str(sizes), str(world / "visual_genome")))
 
     def segmented(path):
-        source = RefCOCO(str(refs / "refs(unc).p"), str(path), str(images), "val")
+        source = RefCOCO(str(refs / "refs(unc).p"), str(path), str(images), split="val")
         with_masks([source])
         return list(source)
 
@@ -124,7 +124,7 @@ def places(world, tmp_path_factory):
         "ratings": (dense, lambda path: read_dialogues(talks / "visdial_1.0_val.json", path, images)),
         "instances": (
             refs / "instances.json",
-            lambda path: list(RefCOCO(str(refs / "refs(unc).p"), str(path), str(images), "val")),
+            lambda path: list(RefCOCO(str(refs / "refs(unc).p"), str(path), str(images), split="val")),
         ),
         "masks": (refs / "instances.json", segmented),
         "detect": (refs / "instances.json", lambda path: list(CocoObjects(str(path), str(images)))),
@@ -133,7 +133,7 @@ def places(world, tmp_path_factory):
         "sizes": (out / "image_data.json", lambda path: regions(out / "objects.json", path)),
         "refs": (
             refs / "refs(unc).p",
-            lambda path: list(RefCOCO(str(path), str(refs / "instances.json"), str(images), "val")),
+            lambda path: list(RefCOCO(str(path), str(refs / "instances.json"), str(images), split="val")),
         ),
         "llava": (world / "llava" / "instruct_val.json", lambda path: list(Instructions(str(path), str(world)))),
         "pope": (world / "attributes" / "val.json", lambda path: list(Pope(str(path), str(images)))),

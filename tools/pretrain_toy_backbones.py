@@ -3,7 +3,7 @@
     python tools/pretrain_toy_backbones.py lm   --out fromage/toy/backbones/opt
     python tools/pretrain_toy_backbones.py clip --out fromage/toy/backbones/clip
 
-`lm` trains a tiny OPT from texts alone (fromage.toy.language.document) and writes a Hugging Face folder. `clip` trains a
+`lm` trains a tiny OPT from texts alone (tools/toy_documents.py) and writes a Hugging Face folder. `clip` trains a
 tiny CLIP on single captions and writes an open_clip folder ('local-dir:'). No validation scene is ever shown to either;
 the figures printed on the way are of validation scenes.
 """
@@ -24,9 +24,10 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from tokenizers import ByteLevelBPETokenizer, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from toy_documents import EOS, FIRST_SHARES, SHARES, document, tag_words, tags
 from transformers import AutoTokenizer, OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
 
-from fromage.toy.language import EOS, FIRST_SHARES, SHARES, caption, document, story, tag_words, tags
+from fromage.toy.language import caption, story
 from fromage.toy.scenes import COLOURS, GROUNDS, PLACES, SHAPES, SIZES, TIMES, Scene, draw, sample_scene, sample_scenes
 
 OPT_TOKENIZER = {

@@ -118,11 +118,12 @@ def judge(checkpoint: Path, world: Path, limit: int) -> dict[str, float]:
         refs = RefCOCO(str(world / name / file), instances, images, split="val", limit=limit)
         reports[name] = refcoco.evaluate(octopus, refs, options)
     asked = octopus_tour.SPOTTING
-    spotting = Flickr30kSpotting(str(world / "flickr30k_entities"), images, "val", asked, limit)
+    spotting = Flickr30kSpotting(str(world / "flickr30k_entities"), images, split="val", instruction=asked, limit=limit)
     reports["spotting"] = instructions.evaluate(octopus, spotting, options)
     told = Instructions(str(world / "llava" / "instruct_val.json"), str(world), limit=limit)
     reports["instructions"] = instructions.evaluate(octopus, told, options)
-    reports["attributes"] = pope.evaluate(octopus, Pope(str(world / "attributes" / "val.json"), images, limit), options)
+    questions = Pope(str(world / "attributes" / "val.json"), images, limit=limit)
+    reports["attributes"] = pope.evaluate(octopus, questions, options)
     return {
         f"{prefix}{name}.{setting}.{what}": value
         for name, report in reports.items()

@@ -113,7 +113,8 @@ def shards_check(
     """
     import sys
 
-    from fromage.data.shard_stats import check_shards, count_words
+    from fromage.data.shard_records import count_words
+    from fromage.data.shard_stats import check_shards
 
     measure, unit = count_words, "words"
     if tokenizer:

@@ -307,7 +307,8 @@ def refcoco(
     from fromage.octopus.sources import RefCOCO
 
     named = str(refs), str(instances), str(run.images)
-    return run.point(evaluate, [RefCOCO(*named, each, question, run.limit, match) for each in dict.fromkeys(split)])
+    sources = [RefCOCO(*named, split=each, question=question, match=match, limit=run.limit) for each in dict.fromkeys(split)]
+    return run.point(evaluate, sources)
 
 
 def pope(files: Sequence[Path], *, run: OctopusOptions) -> Result:
@@ -319,7 +320,7 @@ def pope(files: Sequence[Path], *, run: OctopusOptions) -> Result:
     from fromage.evals.pope import evaluate
     from fromage.octopus.sources import Pope
 
-    return run.point(evaluate, [Pope(str(file), str(run.images), run.limit) for file in files])
+    return run.point(evaluate, [Pope(str(file), str(run.images), limit=run.limit) for file in files])
 
 
 def instructions(file: Path, *, padded: bool = False, run: OctopusOptions) -> Result:
@@ -332,7 +333,7 @@ def instructions(file: Path, *, padded: bool = False, run: OctopusOptions) -> Re
     from fromage.evals.instructions import evaluate
     from fromage.octopus.sources import Instructions
 
-    data = Instructions(str(file), str(run.images), padded, run.limit)
+    data = Instructions(str(file), str(run.images), padded=padded, limit=run.limit)
     return run.point(lambda model, _, options: evaluate(model, data, options), [data])
 
 
@@ -349,7 +350,7 @@ def spotting(
     from fromage.evals.instructions import evaluate
     from fromage.octopus.sources import Flickr30kSpotting
 
-    data = Flickr30kSpotting(str(folder), str(run.images), split, question, run.limit)
+    data = Flickr30kSpotting(str(folder), str(run.images), split=split, instruction=question, limit=run.limit)
     return run.point(lambda model, _, options: evaluate(model, data, options), [data])
 
 

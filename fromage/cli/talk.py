@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 from fromage.cli.command import Result
 from fromage.errors import UserError, first_few
 from fromage.generation.options import DEFAULTS, Decoding, StyleName
-from fromage.io import listen
 from fromage.models.options import AsLoaded
 from fromage.serving.batching import Capacity
+from fromage.serving.ports import listen
 
 
 @dataclass(kw_only=True)

@@ -6,7 +6,7 @@ Where to look:
     packing             image files and captions -> shards; tuple_packing for composition learning
     shards              reading shards; shard_streams opens them, shard_names and shard_sizes say which there are, how large
     shard_writer        writing shards
-    shard_stats         statistics of shards, before a run
+    shard_stats         statistics of shards, before a run, from the shard_records of their samples
     broken              samples that cannot be used: left out, counted, limited
     features            the frozen image tower's features, stored in shards of their own
     datamodule          the Lightning data module: shards -> batches
@@ -16,6 +16,6 @@ Where to look:
     sample_images       the image of a stored sample: its pixels, or its stored features
     tokenizer           text -> token ids; truncation of captions that keeps [RET]
     requests            captions read as requests for an image
-    annotations         published annotation files, read and checked
+    annotation_formats  published annotation files, recognised and read; annotations checks their entries
     image_source        the images of a folder or of shards, to index them
 """

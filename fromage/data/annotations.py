@@ -1,7 +1,7 @@
-"""Annotation files as their publishers give them: read, recognised by what their first entries hold, and checked.
+"""Entries of annotation files, checked by a schema: those that are odd are told of and left out, and too many refuse a file.
 
-A format is a value of `Wanted`: {"image_id": ID, "caption": TEXT} is a mapping that holds both, [NUMBER] a list of numbers,
-(NUMBER,) * 4 a list of four. Each published format is checked once, where it is read, by `fitting`.
+A value of `Schema` says what an entry holds: {"image_id": ID, "caption": TEXT} is a mapping that holds both, [NUMBER] a list
+of numbers, (NUMBER,) * 4 a list of four. Each published format is checked once, where it is read, by `fitting`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from typing import Any, NamedTuple, TypeAlias
 
 from fromage.checks import HALVES
 from fromage.errors import UserError
-from fromage.io import read_json
 
 LARGE = 2**63  # of whole numbers, as in databases
 MAX_ODD = 0.05  # share of a file's entries that may be odd, where nothing else is said by odd_allowed
@@ -45,14 +44,14 @@ def odd_allowed(share: float) -> Iterator[OddAllowed]:
         _allowed.reset(before)
 
 
-class Kind(NamedTuple):
+class FieldType(NamedTuple):
     """What a field may be: its name for messages, and a test."""
 
     name: str
     fits: Callable[[Any], bool]
 
 
-Wanted: TypeAlias = "Kind | Mapping[str, Wanted] | Sequence[Wanted]"
+Schema: TypeAlias = "FieldType | Mapping[str, Schema] | Sequence[Schema]"
 Skip = Callable[[str, str], None]  # is told the name of an odd entry, and 'cause: detail'
 
 
@@ -74,42 +73,42 @@ def _is_file(value: Any) -> bool:
     return fits and len(value) <= 1024 and all(len(part.encode()) < 256 for part in value.split("/"))
 
 
-TEXT = Kind("a text", _is_text)
-FILE = Kind("a file name", _is_file)
-WHOLE = Kind("a whole number", _is_whole)
-DIGITS = Kind(
+TEXT = FieldType("a text", _is_text)
+FILE = FieldType("a file name", _is_file)
+WHOLE = FieldType("a whole number", _is_whole)
+DIGITS = FieldType(
     "a whole number", lambda value: _is_whole(value) or (isinstance(value, str) and value.isdecimal() and len(value) < 19)
 )
-NUMBER = Kind("a number", _is_number)
-ID = Kind("a number or text", lambda value: _is_whole(value) or _is_text(value))
+NUMBER = FieldType("a number", _is_number)
+ID = FieldType("a number or text", lambda value: _is_whole(value) or _is_text(value))
 
 
-def optional(kind: Kind) -> Kind:
+def optional(field: FieldType) -> FieldType:
     """The same, or null; a mapping may lack it."""
-    return Kind(kind.name, lambda value: value is None or kind.fits(value))
+    return FieldType(field.name, lambda value: value is None or field.fits(value))
 
 
-def below(count: int) -> Kind:
+def below(count: int) -> FieldType:
     """A whole number from 0 to count - 1."""
-    return Kind(f"a whole number below {count}", lambda value: _is_whole(value) and 0 <= value < count)
+    return FieldType(f"a whole number below {count}", lambda value: _is_whole(value) and 0 <= value < count)
 
 
-def problem(value: Any, wanted: Wanted) -> str:
+def problem(value: Any, schema: Schema) -> str:
     """What is odd about a value, to stand after its name: '.caption is null, not a text'; '' where nothing is."""
-    if isinstance(wanted, Kind):
-        return "" if wanted.fits(value) else f" is {shown(value)}, not {wanted.name}"
-    if not isinstance(wanted, Mapping):
+    if isinstance(schema, FieldType):
+        return "" if schema.fits(value) else f" is {shown(value)}, not {schema.name}"
+    if not isinstance(schema, Mapping):
         if not isinstance(value, list):
             return f" is {shown(value)}, not a list"
-        if isinstance(wanted, tuple) and len(value) != len(wanted):
-            return f" is a list of {len(value)}, not of {len(wanted)}"
-        return next((f"[{i}]{odd}" for i, item in enumerate(value) if (odd := problem(item, wanted[0]))), "")
+        if isinstance(schema, tuple) and len(value) != len(schema):
+            return f" is a list of {len(value)}, not of {len(schema)}"
+        return next((f"[{i}]{odd}" for i, item in enumerate(value) if (odd := problem(item, schema[0]))), "")
     if not isinstance(value, dict):
-        return f" is {shown(value)}, not an object with {', '.join(wanted)}"
-    for name, kind in wanted.items():
-        if name not in value and not (isinstance(kind, Kind) and kind.fits(None)):
+        return f" is {shown(value)}, not an object with {', '.join(schema)}"
+    for name, field in schema.items():
+        if name not in value and not (isinstance(field, FieldType) and field.fits(None)):
             return f" lacks {name}"
-        if odd := problem(value.get(name), kind):
+        if odd := problem(value.get(name), field):
             return f".{name}{odd}"
     return ""
 
@@ -125,15 +124,15 @@ def shown(value: Any) -> str:
     return "a number that is too large" if isinstance(value, int) and abs(value) >= LARGE else str(value)[:40]
 
 
-def fitting(path: Path, name: str, entries: Any, wanted: Wanted, skip: Skip | None = None) -> list[Any]:
-    """The entries of a list, called name, that are as its format has them.
+def fitting(path: Path, name: str, entries: Any, schema: Schema, skip: Skip | None = None) -> list[Any]:
+    """The entries of a list, called name, that fit a schema.
 
     skip is told of each of the others. Without it they are warned of, and too many of them refuse the file (odd_allowed).
     Raises UserError for those, and where there is no list.
     """
     if not isinstance(entries, list):
         raise UserError(f"{path}: {name} is {shown(entries)}, not a list; fetch the file again")
-    odd = {number: cause for number, entry in enumerate(entries) if (cause := problem(entry, wanted))}
+    odd = {number: cause for number, entry in enumerate(entries) if (cause := problem(entry, schema))}
     leave_out(path, [f"{name}[{number}]{cause}" for number, cause in odd.items()], len(entries), skip)
     return [entry for number, entry in enumerate(entries) if number not in odd]
 
@@ -168,110 +167,3 @@ def leave_out(path: Path, odd: list[str], count: int, skip: Skip | None = None) 
         warnings.warn(f"{told} and left out", stacklevel=3)
     if allowed is not None:
         allowed.count += len(odd)
-
-
-FIRST = 20  # entries by which a file is recognised: the very first one may be odd
-
-
-def _objects(entries: Any) -> list[dict[str, Any]]:
-    """Those of the first entries that are objects."""
-    return [entry for entry in entries[:FIRST] if isinstance(entry, dict)] if isinstance(entries, list) else []
-
-
-def _some(entries: Any, field: str) -> bool:
-    """Whether one of the first entries has a field; an entry may also be a list of objects."""
-    inner = [entry for some in entries[:FIRST] for entry in _objects(some)] if isinstance(entries, list) else []
-    return any(field in entry for entry in (*_objects(entries), *inner))
-
-
-# Kind of a file -> test of its content; the first that fits counts.
-KINDS: dict[str, Callable[[Any], bool]] = {
-    "captions of COCO": lambda c: _some(c["annotations"], "caption") and _some(c["images"], "file_name"),
-    "boxes of COCO": lambda c: _some(c["annotations"], "bbox"),
-    "Karpathy's split of COCO": lambda c: c["dataset"] == "coco" and _some(c["images"], "sentences"),
-    "Karpathy's split of Flickr30k": lambda c: c["dataset"] == "flickr30k" and _some(c["images"], "sentences"),
-    "Karpathy's split of another data set": lambda c: _some(c["images"], "sentences") and bool(c["dataset"]),
-    "stories in sequence of VIST": lambda c: _some(c["annotations"], "worker_arranged_photo_order"),
-    "descriptions in isolation of VIST": lambda c: _some(c["annotations"], "photo_flickr_id"),
-    "dialogues of VisDial 1.0 with candidates": lambda c: _is_visdial(c, "1.0") and _in_dialogues(c, "gt_index"),
-    "dialogues of VisDial 1.0 without candidates": lambda c: _is_visdial(c, "1.0"),
-    "dialogues of another version of VisDial": lambda c: "dialogs" in c["data"],
-    "instructions of LLaVA": lambda c: any(_some(entry.get("conversations"), "from") for entry in _objects(c)),
-    "dense annotations of VisDial 1.0": lambda c: _some(c, "gt_relevance"),
-    "regions of Visual Genome": lambda c: _some(c, "regions"),
-    "objects of Visual Genome": lambda c: _some(c, "objects"),
-    "images of Visual Genome": lambda c: _some(c, "url") and _some(c, "coco_id"),
-    "images of COCO": lambda c: not isinstance(c, list) and _some(c["images"], "file_name") and "annotations" not in c,
-    "composed queries of CIRCO": lambda c: _some(c, "relative_caption"),
-    "composed queries of CIRR": lambda c: _some(c, "pairid"),
-    "an image split of CIRR": lambda c: isinstance(c, dict) and _are_names(list(c.values())),
-    "captions of FashionIQ": lambda c: _some(c, "candidate") and _some(c, "captions"),
-    "templates of GeneCIS": lambda c: _some(c, "condition") and _some(c, "gallery"),
-    "dialogues of ChatIR": lambda c: _some(c, "img") and _some(c, "dialog"),
-    "a list of images": lambda c: isinstance(c, list) and _are_names(c),
-}
-
-
-def _are_names(values: list[Any]) -> bool:
-    return bool(values) and all(map(_is_file, values[:FIRST]))
-
-
-def _is_visdial(content: Any, version: str) -> bool:
-    return content["version"] == version and "questions" in content["data"]
-
-
-def _in_dialogues(content: Any, field: str) -> bool:
-    return any(_some(dialogue.get("dialog"), field) for dialogue in _objects(content["data"]["dialogs"]))
-
-
-def kind_of(content: Any) -> str:
-    """The kind of an annotation file by its content, one of KINDS or 'of no known kind'."""
-    for kind, fits in KINDS.items():
-        try:
-            if fits(content):
-                return kind
-        except (KeyError, TypeError):
-            continue
-    return "of no known kind"
-
-
-def read_annotations(path: Path, wanted: tuple[str, ...], remedy: str) -> tuple[str, Any]:
-    """The kind of an annotation file, and its content.
-
-    Args:
-        path: a JSON file.
-        wanted: kinds that are accepted, of KINDS.
-        remedy: names of files that would be accepted, for the error.
-
-    Raises:
-        UserError: the file is missing, is no JSON, or is of another kind.
-    """
-    content = read_json(path, remedy)
-    if (kind := kind_of(content)) not in wanted:
-        raise UserError(f"{path}: is {kind}, and not {' or '.join(wanted)}; name {remedy}")
-    return kind, content
-
-
-class CaptionedImages(NamedTuple):
-    """What a caption file in COCO's format says. files: image id -> file name; captions: image id -> texts."""
-
-    files: dict[Any, str]
-    captions: dict[Any, list[str]]
-
-
-def coco_captions(path: Path, content: Any, skip: Skip | None = None) -> CaptionedImages:
-    """The content of a caption file in COCO's format, checked; skip: as of fitting."""
-    images = fitting(path, "images", content["images"], {"id": ID, "file_name": FILE}, skip)
-    notes = fitting(path, "annotations", content["annotations"], {"image_id": ID, "caption": TEXT}, skip)
-    files = {key: image["file_name"] for key, image in by_id(path, "images", images, skip).items()}
-    captions: dict[Any, list[str]] = {key: [] for key in files}
-    strays = [
-        f"annotations of image {shown(note['image_id'])}, which is missing"
-        for note in notes
-        if note["image_id"] not in files
-    ]
-    leave_out(path, strays, len(notes), skip)
-    for note in notes:
-        if note["image_id"] in files:
-            captions[note["image_id"]].append(note["caption"])
-    return CaptionedImages(files, captions)

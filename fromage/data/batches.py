@@ -15,10 +15,9 @@ from torch import Tensor
 
 from fromage.data.padding import pad
 from fromage.data.requests import request
-from fromage.data.sample_images import Images, read_images, stacked
+from fromage.data.sample_images import ImageReader, Images, stacked
 from fromage.data.shards import Raw, captions_of
 from fromage.data.tokenizer import PromptTokenizer
-from fromage.images.transforms import Transform
 
 if TYPE_CHECKING:
     from fromage.data.tuples import Tuples
@@ -95,7 +94,7 @@ class Decode:
     """A stored sample -> a row of a batch.
 
     Attributes:
-        width: m of stored features; None until the first ones are seen, whose width it then is.
+        read: reads the image of a sample.
         captions: of an image, how many are used at most; None for all.
         seed: of the caption that training draws, and of whether it is framed as a request.
         requests: share of the captions of training that the retrieval pass reads as requests; see fromage.data.requests.
@@ -105,12 +104,11 @@ class Decode:
     size_option: ClassVar[str] = "data.batch_size"
     shuffle_option: ClassVar[str] = "data.shuffle"
 
-    transform: Transform
+    read: ImageReader
     tokenizer: PromptTokenizer
     max_tokens: int
     captions: int | None = None
     seed: int = 0
-    width: int | None = None
     requests: float = 0.0
 
     def layout(self) -> dict[str, Any]:
@@ -127,8 +125,7 @@ class Decode:
         if EPOCH in raw:
             captions = [captions[drawn(len(captions), self.seed, raw["__key__"], raw[EPOCH])]]
             asked = request(captions[0], self.requests, self.seed, raw["__key__"], raw[EPOCH])
-        image = read_images(raw, self.transform, self.width)
-        self.width = self.width if image.width is None else image.width
+        image = self.read(raw)
         ids = [self.tokenizer.caption(caption, self.max_tokens) for caption in captions]
         framed = None if asked is None else (asked, self.tokenizer.caption(asked, self.max_tokens))
         return Sample(raw["__key__"], captions, ids, image, framed)

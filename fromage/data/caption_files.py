@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fromage.data.annotations import FILE, TEXT, coco_captions, kind_of, leave_out, problem, shown
+from fromage.data.annotation_formats import coco_captions, format_of
+from fromage.data.annotations import FILE, TEXT, leave_out, problem, shown
 from fromage.errors import UserError, reason
 from fromage.io import decode_text, encoding_of, read_json
 
@@ -153,7 +154,7 @@ def read_captions(path: Path, folder: Path) -> dict[str, str]:
         return {os.path.normpath(row.image): row.captions[0] for row in rows}
     remedy = "a .tsv or .jsonl of captions, {file: caption} as JSON, or COCO's caption file"
     data = read_json(path, remedy)
-    if kind_of(data) == "captions of COCO":
+    if format_of(data) == "captions of COCO":
         files, captions = coco_captions(path, data)
         return {str(folder / files[key]): texts[0].strip() for key, texts in captions.items() if texts}
     if not isinstance(data, dict):

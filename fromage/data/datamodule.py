@@ -16,6 +16,7 @@ from fromage.checks import check_real, check_whole
 from fromage.data.batches import Decode
 from fromage.data.features import check_features
 from fromage.data.loader import Loader, Plain, TrainLoader, WithTuples, no_loaders
+from fromage.data.sample_images import ImageReader
 from fromage.data.shard_names import expand
 from fromage.data.streams import Decoder, TrainStream, ValidationStream
 from fromage.data.tuples import DecodeTuple
@@ -176,16 +177,14 @@ class CC3M(pl.LightningDataModule):
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else wds.utils.pytorch_worker_info()[:2]
 
     def _decode(self) -> Decode:
-        how, tokenizer, width = self._reading()
-        return Decode(how, tokenizer, self.max_tokens, self.captions_per_image, self.seed, width, self.requests)
+        return Decode(*self._reading(), self.max_tokens, self.captions_per_image, self.seed, self.requests)
 
     def _decode_tuple(self) -> DecodeTuple:
-        how, tokenizer, width = self._reading()
         needed = getattr(getattr(self.trainer, "lightning_module", None), "needs_target_images", False)
-        return DecodeTuple(how, tokenizer, self.max_tokens, self.target_images, all_shown=needed, width=width)
+        return DecodeTuple(*self._reading(), self.max_tokens, self.target_images, all_shown=needed)
 
-    def _reading(self) -> tuple[Transform, PromptTokenizer, int | None]:
-        """Transform, tokenizer, and the width of features where it is known."""
+    def _reading(self) -> tuple[ImageReader, PromptTokenizer]:
+        """What reads a sample's image, features of the width that is known, and the tokenizer."""
         model = self._model()
         transform = self.transform or (model and model.vision.transform)
         tokenizer = self.tokenizer or (model and model.tokenizer)
@@ -193,4 +192,4 @@ class CC3M(pl.LightningDataModule):
             raise RuntimeError("CC3M needs a transform and a tokenizer: call attach(transform, tokenizer), or use a Trainer")
         check_whole("data.max_tokens", self.max_tokens, len(tokenizer.start()) + 1 + len(tokenizer.ret_ids))  # with a word
         width = getattr(model and model.vision, "width", None)
-        return decoding_as(transform, self.decoding), tokenizer, width
+        return ImageReader(decoding_as(transform, self.decoding), width), tokenizer

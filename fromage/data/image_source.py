@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from fromage.data.caption_files import read_captions
-from fromage.data.sample_images import from_npy
+from fromage.data.sample_images import read_images
 from fromage.data.shard_names import expand
 from fromage.data.shard_sizes import sized, total
 from fromage.data.shards import Raw, captions_of, read_shard
@@ -26,7 +26,7 @@ from fromage.errors import BrokenSample, UserError
 from fromage.images.codec import SUFFIXES, image_files, is_image
 from fromage.images.locators import locator
 from fromage.images.open import MAX_FILE, open_regular
-from fromage.images.transforms import Transform, read_image
+from fromage.images.transforms import Transform
 from fromage.io import json_object
 
 MAX_META = 1 << 14  # bytes of what is kept of an image's own JSON
@@ -191,17 +191,10 @@ class ImageSource(IterableDataset[ImageBatch]):
 
     def _sample(self, place: int, item: Item, members: Members) -> ImageSample:
         try:
-            return ImageSample(place, item, self._tensor(members))
+            pixels, features = read_images(members, self.transform)
         except BrokenSample as error:
             return ImageSample(place, item, None, f"{item.path}: {error}")
-
-    def _tensor(self, members: Members) -> Tensor:
-        if "npy" in members:
-            return from_npy(members["npy"]).float()  # (m,)
-        suffix = next((suffix for suffix in SUFFIXES if suffix in members), None)
-        if suffix is None:
-            raise BrokenSample(f"holds no image; expected one of {', '.join(SUFFIXES)} or npy")
-        return read_image(members[suffix], self.transform)  # (3, H, W)
+        return ImageSample(place, item, pixels if features is None else features.float())  # (3, H, W) or (m,)
 
 
 def _read_files(part: Names, lost: OnLost, captions: dict[str, str]) -> Iterator[tuple[Item, Members]]:

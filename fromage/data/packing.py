@@ -17,7 +17,7 @@ from typing import Any, Literal, Protocol, TypeVar
 from tqdm import tqdm
 
 from fromage.checks import check_real
-from fromage.data.annotations import coco_captions, read_annotations
+from fromage.data.annotation_formats import coco_captions, read_annotations
 from fromage.data.caption_files import Captioned, Pair, Reader, Skipped, by_image, check_there, jsonl_pairs, tsv_pairs
 from fromage.data.shard_writer import check_no_shards, members_of, own_shards, remove_shards, write_members
 from fromage.errors import BrokenSample, UserError, first_few

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -27,11 +28,6 @@ class Images(NamedTuple):
     pixels: Tensor | None  # (n, 3, H, W), as of Batch
     features: Tensor | None  # (n, m)
 
-    @property
-    def width(self) -> int | None:
-        """m of the features; None where there are pixels."""
-        return None if self.features is None else self.features.shape[-1]
-
 
 def read_images(raw: Raw, transform: Transform, width: int | None = None) -> Images:
     """The image of a stored sample: features (m,) where they are stored, else pixels (3, H, W) by the transform.
@@ -41,6 +37,25 @@ def read_images(raw: Raw, transform: Transform, width: int | None = None) -> Ima
     if "npy" in raw:
         return Images(None, from_npy(raw["npy"], width))
     return Images(read_image(image_file(raw), transform), None)
+
+
+@dataclass
+class ImageReader:
+    """Reads the images of stored samples, by read_images; all stored features must be of one width.
+
+    Attributes:
+        width: m of the features; None until the first ones are read, whose width it then is.
+    """
+
+    transform: Transform
+    width: int | None = None
+
+    def __call__(self, raw: Raw) -> Images:
+        """The image of one sample, as of read_images. Raises BrokenSample for features of another width too."""
+        image = read_images(raw, self.transform, self.width)
+        if image.features is not None:
+            self.width = len(image.features)
+        return image
 
 
 def stacked(images: Sequence[Images], near: str, what: str) -> Images:

@@ -17,11 +17,10 @@ from typing import Any, ClassVar, NamedTuple
 from torch import Tensor
 
 from fromage.data.batches import padded
-from fromage.data.sample_images import Images, read_images, stacked, target_image
+from fromage.data.sample_images import ImageReader, Images, stacked, target_image
 from fromage.data.shards import Raw, plain_text
 from fromage.data.tokenizer import PromptTokenizer
 from fromage.errors import BrokenSample
-from fromage.images.transforms import Transform
 from fromage.io import json_object
 
 CONDITION, TARGET = "condition", "target_caption"  # in KEY.json
@@ -51,7 +50,7 @@ class Tuples(NamedTuple):
         return self._replace(**{**cut, "rows": []})
 
 
-class Tuple(NamedTuple):
+class TupleSample(NamedTuple):
     """One row of a batch of tuples."""
 
     key: str
@@ -67,42 +66,35 @@ class DecodeTuple:
     """A stored tuple -> a row of a batch; max_tokens is the limit of a condition with [RET], and of a target caption.
 
     Attributes:
+        read: reads an image of a tuple.
         images: whether target images are read; without them the captions alone say what is asked for.
         all_shown: whether a tuple without target image cannot be learned from, so that it counts as broken.
-        width: as of Decode.
     """
 
     shards_option: ClassVar[str] = "data.train_tuples"
     size_option: ClassVar[str] = "data.tuple_batch_size"
     shuffle_option: ClassVar[str] = "data.tuple_shuffle"
 
-    transform: Transform
+    read: ImageReader
     tokenizer: PromptTokenizer
     max_tokens: int
     images: bool = True
     all_shown: bool = False
-    width: int | None = None
 
     def layout(self) -> dict[str, Any]:
         """See fromage.data.streams.Decoder."""
         return {"data.target_images": self.images}
 
-    def __call__(self, raw: Raw) -> Tuple:
+    def __call__(self, raw: Raw) -> TupleSample:
         """Raises BrokenSample."""
         condition, target = texts_of(raw)
         ids, following = composed_ids(self.tokenizer, condition, target, self.max_tokens)
         shown = target_image(raw) if self.images else {}
         if self.all_shown and not shown:
             raise BrokenSample(NO_IMAGE)
-        return Tuple(raw["__key__"], target, ids, following, self._image(raw), self._image(shown) if shown else None)
+        return TupleSample(raw["__key__"], target, ids, following, self.read(raw), self.read(shown) if shown else None)
 
-    def _image(self, raw: Raw) -> Images:
-        """Pixels (3, H, W), or features (m,) where they are stored."""
-        image = read_images(raw, self.transform, self.width)
-        self.width = self.width if image.width is None else image.width
-        return image
-
-    def collate(self, samples: list[Tuple]) -> Tuples:
+    def collate(self, samples: list[TupleSample]) -> Tuples:
         """Rows -> a batch, padded with the tokenizer's pad. Raises UserError for features beside images without them."""
         keys, targets, conditions, captions, images, shown = zip(*samples, strict=True)
         pad_id, rows = self.tokenizer.pad_id, [i for i, image in enumerate(shown) if image is not None]

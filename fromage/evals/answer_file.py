@@ -8,12 +8,12 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import IO, Any, Self
 
-from fromage.data.annotations import ID, TEXT, Wanted, problem
+from fromage.data.annotations import ID, TEXT, Schema, problem
 from fromage.errors import UserError
 from fromage.io import WholeFile, check_new, parse_json, writing
 from fromage.locks import held
 
-RECORD: Wanted = {"question_id": ID, "text": TEXT}
+RECORD: Schema = {"question_id": ID, "text": TEXT}
 KEPT = "the answers that are there are kept, and the same command goes on"
 
 

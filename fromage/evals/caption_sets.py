@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from fromage.data.annotations import FILE, TEXT, Wanted, coco_captions, fitting, optional, read_annotations
+from fromage.data.annotation_formats import coco_captions, read_annotations
+from fromage.data.annotations import FILE, TEXT, Schema, fitting, optional
 from fromage.errors import UserError
 from fromage.images.regions import below
 
@@ -19,7 +20,7 @@ KINDS = {
     "flickr30k": ("Karpathy's split of Flickr30k",),
 }
 
-KARPATHY: Wanted = {"filename": FILE, "filepath": optional(TEXT), "split": TEXT, "sentences": [{"raw": TEXT}]}
+KARPATHY: Schema = {"filename": FILE, "filepath": optional(TEXT), "split": TEXT, "sentences": [{"raw": TEXT}]}
 
 
 class Numbers(NamedTuple):

@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fromage.data.annotations import FILE, TEXT, Kind, Wanted, fitting, read_annotations
+from fromage.data.annotation_formats import read_annotations
+from fromage.data.annotations import FILE, TEXT, FieldType, Schema, fitting
 from fromage.errors import UserError
 from fromage.evals.contextual import ContextualRun, Query, RetrievalTask, Side
 from fromage.evals.options import Options
@@ -22,7 +23,7 @@ from fromage.images.regions import below
 from fromage.models.fromage import Fromage
 from fromage.retrieval.metrics import chance_within
 
-DIALOGUE: Wanted = {"img": FILE, "dialog": Kind("a list of texts", lambda value: _texts(value))}
+DIALOGUE: Schema = {"img": FILE, "dialog": FieldType("a list of texts", lambda value: _texts(value))}
 HITS, SEPARATOR = 10, ", "
 POOL, DIALOGUES = 50_000, 2064  # of the published figures
 PLAIN, CUMULATIVE = "hits10", "hits10_cumulative"

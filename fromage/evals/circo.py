@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from fromage.data.annotations import FILE, TEXT, WHOLE, Kind, Wanted, fitting, optional, read_annotations
+from fromage.data.annotation_formats import read_annotations
+from fromage.data.annotations import FILE, TEXT, WHOLE, FieldType, Schema, fitting, optional
 from fromage.errors import UserError
 from fromage.evals.composed import ASKED, WORDS, Composed, ComposedRun, ComposedSet, write_server_files
 from fromage.evals.contextual import PRECISION
@@ -22,8 +23,8 @@ from fromage.models.fromage import Fromage
 from fromage.retrieval.metrics import Scope
 
 KEPT = "_reference_kept"
-IDS = Kind("a list of whole numbers", lambda value: isinstance(value, list) and all(map(WHOLE.fits, value)))
-QUERY: Wanted = {
+IDS = FieldType("a list of whole numbers", lambda value: isinstance(value, list) and all(map(WHOLE.fits, value)))
+QUERY: Schema = {
     "id": WHOLE,
     "reference_img_id": WHOLE,
     "relative_caption": WORDS,

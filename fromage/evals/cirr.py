@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from fromage.data.annotations import FILE, TEXT, WHOLE, Wanted, fitting, optional, read_annotations
+from fromage.data.annotation_formats import read_annotations
+from fromage.data.annotations import FILE, TEXT, WHOLE, Schema, fitting, optional
 from fromage.errors import UserError
 from fromage.evals.composed import ASKED, Composed, ComposedRun, ComposedSet, write_server_files
 from fromage.evals.contextual import recalls
@@ -20,7 +21,7 @@ from fromage.images.regions import Place, below
 from fromage.models.fromage import Fromage
 from fromage.retrieval.metrics import Scope
 
-QUERY: Wanted = {
+QUERY: Schema = {
     "pairid": WHOLE,
     "reference": FILE,
     "target_hard": optional(FILE),

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fromage.data.annotations import TEXT, Kind
+from fromage.data.annotations import TEXT, FieldType
 from fromage.errors import UserError
 from fromage.evals.contextual import RANKS, ContextualRun, Measure, Query, RetrievalTask, Side
 from fromage.evals.options import Options
@@ -28,7 +28,7 @@ from fromage.retrieval.metrics import WHOLE, Scope
 
 ASKED = "_asked"
 PROMPTS = {"": "{}", ASKED: "Q:{}.\nA:it becomes a photo of"}  # as MCL's released evaluation has it
-WORDS = Kind("a text that is not empty", lambda value: TEXT.fits(value) and bool(value.strip()))
+WORDS = FieldType("a text that is not empty", lambda value: TEXT.fits(value) and bool(value.strip()))
 PROTOCOL = {
     "query": "the image, </s>, the words, [RET]",
     "..." + ASKED: "the words within MCL's prompt: 'Q:words.', a new line, 'A:it becomes a photo of'",

@@ -7,16 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fromage.data.annotations import (
-    NUMBER,
-    TEXT,
-    WHOLE,
-    Wanted,
-    below,
-    fitting,
-    problem,
-    read_annotations,
-)
+from fromage.data.annotation_formats import read_annotations
+from fromage.data.annotations import NUMBER, TEXT, WHOLE, Schema, below, fitting, problem
 from fromage.errors import UserError
 
 CANDIDATES = "dialogues of VisDial 1.0 with candidates", "visdial_1.0_val.json"
@@ -74,7 +66,7 @@ def read_dialogues(annotations: Path, dense: Path, images: Path, limit: int | No
         if odd := problem(data.get(name), [TEXT]):
             raise UserError(f"{annotations}: data.{name}{odd}; fetch the file again")
     questions, answers = below(len(data["questions"])), below(len(data["answers"]))
-    turn: Wanted = {"question": questions, "answer": answers, "answer_options": [answers], "gt_index": WHOLE}
+    turn: Schema = {"question": questions, "answer": answers, "answer_options": [answers], "gt_index": WHOLE}
     listed = fitting(annotations, "data.dialogs", data["dialogs"], {"image_id": WHOLE, "dialog": [turn]})[:limit]
     if odd := problem(content.get("split"), TEXT):
         raise UserError(f"{annotations}: split{odd}; fetch the file again")

@@ -15,7 +15,8 @@ from typing import Any
 
 from torch import Tensor
 
-from fromage.data.annotations import FILE, ID, TEXT, fitting, read_annotations
+from fromage.data.annotation_formats import read_annotations
+from fromage.data.annotations import FILE, ID, TEXT, fitting
 from fromage.distribution import pip_install
 from fromage.errors import UserError
 from fromage.evals.caption_sets import CaptionSet, Numbers

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 
-from fromage.data.annotations import FILE, TEXT, Wanted, fitting, read_annotations
+from fromage.data.annotation_formats import read_annotations
+from fromage.data.annotations import FILE, TEXT, Schema, fitting
 from fromage.errors import UserError
 from fromage.evals.composed import Composed, ComposedRun, ComposedSet, with_mean
 from fromage.evals.contextual import RetrievalTask, recalls
@@ -19,7 +20,7 @@ from fromage.images.regions import Place, named
 from fromage.models.fromage import Fromage
 
 KINDS = ("dress", "shirt", "toptee")
-QUERY: Wanted = {"target": FILE, "candidate": FILE, "captions": [TEXT]}
+QUERY: Schema = {"target": FILE, "candidate": FILE, "captions": [TEXT]}
 RECALL = (10, 50)
 PROTOCOL = {
     "gallery": "all images of the kind's split, the query's own too, as in the start kit",

@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fromage.data.annotations import FILE, Kind, fitting, optional, read_annotations
+from fromage.data.annotation_formats import read_annotations
+from fromage.data.annotations import FILE, FieldType, fitting, optional
 from fromage.errors import UserError
 from fromage.evals.base import EvaluationRun
 from fromage.evals.caption_sets import read_caption_set
@@ -62,7 +63,7 @@ def _is_scene(key: Any) -> bool:
         return False
 
 
-SCENE = Kind("a toy scene", _is_scene)
+SCENE = FieldType("a toy scene", _is_scene)
 
 
 def read_world(world: Path, limit: int | None = None) -> ToyWorld:

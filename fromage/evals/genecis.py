@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from fromage.data.annotations import NUMBER, WHOLE, Wanted, fitting, read_annotations
+from fromage.data.annotation_formats import read_annotations
+from fromage.data.annotations import NUMBER, WHOLE, Schema, fitting
 from fromage.errors import UserError
 from fromage.evals.composed import ASKED, WORDS, Composed, ComposedRun, ComposedSet, with_mean
 from fromage.evals.contextual import RetrievalTask, recalls
@@ -22,8 +23,8 @@ from fromage.images.regions import Place, Region
 from fromage.models.fromage import Fromage
 from fromage.retrieval.metrics import Scope
 
-OBJECT: Wanted = {"val_image_id": WHOLE}
-ATTRIBUTE: Wanted = {"image_id": WHOLE, "instance_bbox": (NUMBER,) * 4}
+OBJECT: Schema = {"val_image_id": WHOLE}
+ATTRIBUTE: Schema = {"image_id": WHOLE, "instance_bbox": (NUMBER,) * 4}
 TASKS = {"focus_attribute": ATTRIBUTE, "change_attribute": ATTRIBUTE, "focus_object": OBJECT, "change_object": OBJECT}
 FOLDERS = {"val_image_id": ("val2017",), "image_id": ("VG_100K", "VG_100K_2")}
 DILATED = 0.7  # of the box's side, by which a region is larger than the object
@@ -75,9 +76,9 @@ def read_genecis(files: Sequence[Path], images: Path, limit: int | None = None) 
     return [ComposedSet(some.name, some.queries, some.gallery, published=whole and limit is None) for some in sets]
 
 
-def _read_task(file: Path, wanted: Wanted, images: Path, limit: int | None) -> ComposedSet:
+def _read_task(file: Path, wanted: Schema, images: Path, limit: int | None) -> ComposedSet:
     _, content = read_annotations(file, ("templates of GeneCIS",), f"{file.name} of GeneCIS")
-    template: Wanted = {"condition": WORDS, "reference": wanted, "target": wanted, "gallery": [wanted]}
+    template: Schema = {"condition": WORDS, "reference": wanted, "target": wanted, "gallery": [wanted]}
     queries = []
     for number, entry in enumerate(fitting(file, "templates", content, template)[:limit]):
         reference, target = (_place(images, entry[name]) for name in ("reference", "target"))

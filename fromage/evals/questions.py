@@ -12,12 +12,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fromage.data.annotations import FILE, ID, TEXT, Wanted, leave_out, optional, problem
+from fromage.data.annotations import FILE, ID, TEXT, Schema, leave_out, optional, problem
 from fromage.errors import UserError
 from fromage.io import parse_json, read_text
 
-LINE: Wanted = {"question_id": ID, "image": optional(FILE), "text": TEXT}
-ENTRY: Wanted = {"id": ID, "image": optional(FILE), "conversations": [{"value": TEXT}]}
+LINE: Schema = {"question_id": ID, "image": optional(FILE), "text": TEXT}
+ENTRY: Schema = {"id": ID, "image": optional(FILE), "conversations": [{"value": TEXT}]}
 WANTED = "lines of JSON {question_id, image, text}, as LLaVA's evaluations have them"
 
 

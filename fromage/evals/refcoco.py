@@ -24,7 +24,7 @@ from fromage.octopus.metrics import (
 )
 from fromage.octopus.model import Octopus
 from fromage.octopus.sources import RefCOCO
-from fromage.octopus.sources.listed import LOST_ANSWERS, with_masks
+from fromage.octopus.sources.file_source import LOST_ANSWERS, with_masks
 
 PROTOCOL = {
     "acc_iou50, mean_iou": "of the first box that the answer points at; acc_iou50 counts it from an IoU of 0.5 on",

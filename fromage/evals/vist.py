@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fromage.data.annotations import DIGITS, FILE, ID, TEXT, WHOLE, Kind, fitting, read_annotations
+from fromage.data.annotation_formats import read_annotations
+from fromage.data.annotations import DIGITS, FILE, ID, TEXT, WHOLE, FieldType, fitting
 from fromage.errors import UserError
 from fromage.evals.contextual import ContextualRun, Query, RetrievalTask, Side
 from fromage.evals.options import Options
@@ -30,7 +31,7 @@ from fromage.retrieval.metrics import Scope
 LENGTH = 5  # images, and sentences, of a story
 NONE, ALL, FIRST, LAST = range(0), range(LENGTH), range(LENGTH - 1), range(LENGTH - 1, LENGTH)
 KEPT = "_context_kept"
-PHOTO = Kind("a number or file name", lambda value: WHOLE.fits(value) or FILE.fits(value))
+PHOTO = FieldType("a number or file name", lambda value: WHOLE.fits(value) or FILE.fits(value))
 NOTE = {"worker_arranged_photo_order": DIGITS, "text": TEXT, "photo_flickr_id": PHOTO, "story_id": ID}  # of a sentence
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fromage.data.annotations import FILE as FILE_NAME
-from fromage.data.annotations import ID, TEXT, Wanted, fitting, optional
+from fromage.data.annotations import ID, TEXT, Schema, fitting, optional
 from fromage.errors import UserError
 from fromage.io import read_json
 
@@ -35,7 +35,7 @@ what're what's what've when's where'd where's where've who'd who'd've who'll who
 would've wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've
 """
 CONTRACTIONS = {word.replace("'", ""): word for word in SPELLED.split()}  # without apostrophes -> as it is written
-SAID: dict[str, Wanted] = {"answers": [{"answer": TEXT}], "answer_type": optional(TEXT)}
+SAID: dict[str, Schema] = {"answers": [{"answer": TEXT}], "answer_type": optional(TEXT)}
 FILE = "v2_mscoco_val2014_annotations.json, VizWiz's val.json, or another of these forms"
 
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from fromage.checkpoints.format import GENERATION
 from fromage.errors import UserError
 from fromage.generation.options import DEFAULTS, LIMITS, STOP_LENGTH, STOPS, Decoding
 
@@ -51,45 +52,45 @@ class Preset:
         return plain | {"decoding": options, "examples": list(self.examples)}
 
 
-def read_preset(stored: Mapping[str, Any] | None, source: str = "generation.json") -> Preset:
+def read_preset(stored: Mapping[str, Any] | None) -> Preset:
     """A preset as a model has it (`model.generation`); None: the defaults.
 
     Raises UserError for unknown keys, for values that mean nothing, and for those beyond the limits of a request.
     """
     stored = stored or {}
-    _only(stored, {*TEXTS, "decoding", "examples"}, source)
+    _only(stored, {*TEXTS, "decoding", "examples"})
     for name, most in TEXTS.items():
         if not isinstance(text := stored.get(name, ""), str) or len(text) > most:
-            raise UserError(f"{source}: {name} must be a text of at most {most} characters")
+            raise UserError(f"{GENERATION}: {name} must be a text of at most {most} characters")
     examples = stored.get("examples", [])
     if not _texts(examples, EXAMPLES, LINE):
-        raise UserError(f"{source}: examples must be at most {EXAMPLES} texts of at most {LINE} characters")
+        raise UserError(f"{GENERATION}: examples must be at most {EXAMPLES} texts of at most {LINE} characters")
     texts = {name: stored[name] for name in TEXTS if name in stored}
-    return Preset(**texts, decoding=_decoding(stored.get("decoding", {}), source), examples=tuple(examples))
+    return Preset(**texts, decoding=_decoding(stored.get("decoding", {})), examples=tuple(examples))
 
 
-def _decoding(options: Any, source: str) -> Decoding:
+def _decoding(options: Any) -> Decoding:
     if not isinstance(options, dict):
-        raise UserError(f"{source}: decoding must be options by name")
-    _only(options, {*DEFAULTS}, source)
+        raise UserError(f"{GENERATION}: decoding must be options by name")
+    _only(options, {*DEFAULTS})
     if not _texts(options.get("stop", []), STOPS, STOP_LENGTH):
-        raise UserError(f"{source}: stop must be at most {STOPS} texts of at most {STOP_LENGTH} characters")
+        raise UserError(f"{GENERATION}: stop must be at most {STOPS} texts of at most {STOP_LENGTH} characters")
     for name, value in options.items():
         if isinstance(DEFAULTS[name], bool) and not isinstance(value, bool):
-            raise UserError(f"{source}: {name} must be true or false, not {str(value)[:40]}")
+            raise UserError(f"{GENERATION}: {name} must be true or false, not {str(value)[:40]}")
         served = LIMITS[name].served if name in LIMITS else None
         if served and isinstance(value, (int, float)) and not served[0] <= value <= served[1]:
-            raise UserError(f"{source}: {name} is {value}; it must be from {served[0]:g} to {served[1]:g}")
+            raise UserError(f"{GENERATION}: {name} is {value}; it must be from {served[0]:g} to {served[1]:g}")
     try:
         return Decoding(**options)
     except UserError as error:
-        raise UserError(f"{source}: {error}") from None
+        raise UserError(f"{GENERATION}: {error}") from None
 
 
-def _only(given: Mapping[str, Any], known: set[str], source: str) -> None:
+def _only(given: Mapping[str, Any], known: set[str]) -> None:
     for name in given:
         if name not in known:
-            raise UserError(f"{source}: unknown key {str(name)[:40]!r}; known are {', '.join(sorted(known))}")
+            raise UserError(f"{GENERATION}: unknown key {str(name)[:40]!r}; known are {', '.join(sorted(known))}")
 
 
 def _texts(value: Any, count: int, length: int) -> bool:

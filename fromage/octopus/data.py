@@ -26,7 +26,7 @@ from fromage.octopus.collate import Collate
 from fromage.octopus.examples import Example, Row, Source, rows_of
 from fromage.octopus.patch_store import PatchStore
 from fromage.octopus.sampler import ResumableSampler
-from fromage.octopus.sources.listed import with_masks
+from fromage.octopus.sources.file_source import with_masks
 from fromage.octopus.step import GroundingBatch
 from fromage.octopus.template import image_first
 

@@ -109,7 +109,7 @@ class OctopusModule(GuardedModule):
                 check_real(f"model.{name}", self.hparams[name], 0, inf)
         dtype_name(dtype)
         check_run(stage, self.hparams["num_queries"], quantize, self.hparams["lora_rank"])
-        self.guard = NonFiniteGuard(nonfinite == "skip", ("answer", "detection"))
+        self.guard = NonFiniteGuard(nonfinite == "skip")
         self._metrics: list[dict[str, float]] = []
         self._taken: set[str] = set()  # names of parameters that earlier stages trained
 
@@ -151,7 +151,7 @@ class OctopusModule(GuardedModule):
     def training_step(self, batch: GroundingBatch, index: int) -> Tensor:
         """Loss of one batch; logs its parts."""
         out = octopus_step(self.model, batch)
-        self.guard.see((out.answer_loss, out.detection_loss), batch.keys)
+        self.guard.see({"answer": out.answer_loss, "detection": out.detection_loss}, batch.keys)
         figures = {"loss": out.loss, "answer_loss": out.answer_loss, "token_accuracy": out.token_accuracy}
         figures |= {f"{name}_loss": value for name, value in out.parts.items()}
         figures["lr"] = self.trainer.optimizers[0].param_groups[0]["lr"]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fromage.data.annotations import TEXT, WHOLE, Kind, Wanted, optional, problem
+from fromage.data.annotations import TEXT, WHOLE, FieldType, Schema, optional, problem
 from fromage.data.image_source import FileStamp
 from fromage.data.workers import WorkerLoader
 from fromage.errors import UserError
@@ -27,9 +27,9 @@ IMAGE = "picture"  # key of the image in each line: its name in stores that were
 STORE = FolderKind("tower.json", "patch features", of="tower", again="remove it; the next run makes it again")
 
 
-STAMP = Kind("a list of size and time", lambda value: value is None or not problem(value, (WHOLE,) * 2))
-ROW = Kind("the number of a row", lambda value: value is None or (WHOLE.fits(value) and value >= 0))
-STORED: Wanted = {IMAGE: TEXT, "row": ROW, "lost": optional(TEXT), "stamp": STAMP}  # a line
+STAMP = FieldType("a list of size and time", lambda value: value is None or not problem(value, (WHOLE,) * 2))
+ROW = FieldType("the number of a row", lambda value: value is None or (WHOLE.fits(value) and value >= 0))
+STORED: Schema = {IMAGE: TEXT, "row": ROW, "lost": optional(TEXT), "stamp": STAMP}  # a line
 
 
 class PatchStore:

@@ -112,7 +112,7 @@ class ANNIndex:
         """An index of a kind, trained on a sample of (N, q) rows, none of which is in it. Raises UserError as empty does."""
         made = cls.empty(kind, vectors.shape[1])
         size = min(max(TRAINED_ON, PER_LIST * _lists(made.index)), len(vectors))
-        sample = np.random.default_rng(seed).choice(len(vectors), size, replace=False)  # (size,)
+        sample = np.random.default_rng(0).choice(len(vectors), size, replace=False)  # (size,)
         with _made(f"{kind} of {len(vectors)} images"):
             made.index.train(np.ascontiguousarray(as_float32(vectors[np.sort(sample)])))
         return made
@@ -153,7 +153,7 @@ class ANNIndex:
             self.index.add(np.ascontiguousarray(as_float32(vectors[start : start + CHUNK])))
         self.tune(vectors, texts)
 
-    def tune(self, vectors: np.ndarray, texts: np.ndarray, seed: int = 0) -> None:
+    def tune(self, vectors: np.ndarray, texts: np.ndarray) -> None:
         """Find the cheapest setting and number of candidates that reach RECALL with every sort of query; note that.
 
         The cost is that of the rows scanned and the candidates ranked. Where nothing reaches RECALL, the best is taken.
@@ -162,7 +162,7 @@ class ANNIndex:
             vectors: (N, q) unit rows of the images. Some of them ask; the image itself is none of its nearest.
             texts: (n, q) unit rows that texts ask with, or none.
         """
-        asked = np.random.default_rng(seed).choice(len(vectors), min(MEASURED_WITH, len(vectors)), replace=False)
+        asked = np.random.default_rng(0).choice(len(vectors), min(MEASURED_WITH, len(vectors)), replace=False)
         images = np.ascontiguousarray(as_float32(vectors[asked]))  # (n, q)
         alike = [near[near != i][:10] for near, i in zip(knn(images, vectors, 11), asked, strict=True)]
         meant = knn(texts, vectors, 10)  # (n, 10)

@@ -11,8 +11,8 @@ from typing import Any, ClassVar
 import uvicorn
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
-from fromage.io import listen
 from fromage.serving.hosts import HostGuard
+from fromage.serving.ports import listen
 
 CONNECTIONS = 512  # at a time, idle ones included: a process may have about a thousand files open
 PER_ADDRESS = 256  # connections of one address at a time; behind a reverse proxy all clients have the proxy's

@@ -36,7 +36,6 @@ from fromage.training.step import LossWeights, StepOutput, freeze_unused, image_
 from fromage.training.validation import Validation
 
 FREEZING = ("freeze_temperature", "captioning_weight", "retrieval_weight", *COMPOSITION, "pooling")  # decide what is trained
-LOSSES = ("captioning", "text", "contrastive", "composition captioning", "composition contrastive")
 
 
 class FromageModule(GuardedModule):
@@ -147,7 +146,7 @@ class FromageModule(GuardedModule):
         self.save_hyperparameters()
         self.h: Any = self.hparams
         check(self.h)
-        self.guard = NonFiniteGuard(nonfinite == "skip", LOSSES if self.weights.composes else LOSSES[:3])
+        self.guard = NonFiniteGuard(nonfinite == "skip")
         self._clock, self._examples = 0.0, 0  # when figures were logged last, and examples since
         self.sheets: dict[str, Image.Image] = {}  # contact sheets of the last validation, by tag
 
@@ -269,12 +268,14 @@ class FromageModule(GuardedModule):
         part = index % self.trainer.accumulate_grad_batches
         out = self.losses(batch, self.paired(step), self.dropout(step, len(batch.keys), part))
         composed = self.composition(batch.tuples)
-        parts, keys, loss = [out.captioning_loss, out.text_loss, out.contrastive_loss], batch.keys, out.loss
+        losses = {"captioning": out.captioning_loss, "text": out.text_loss, "contrastive": out.contrastive_loss}
+        keys, loss = batch.keys, out.loss
         if composed is not None and batch.tuples is not None:
-            parts, keys = [*parts, composed.captioning_loss, composed.contrastive_loss], keys + batch.tuples.keys
-            loss = loss + composed.loss
+            losses["composition captioning"] = composed.captioning_loss
+            losses["composition contrastive"] = composed.contrastive_loss
+            keys, loss = keys + batch.tuples.keys, loss + composed.loss
             self.log_figures({f"train/composition_{name}": value for name, value in composed.figures().items()})
-        self.guard.see(parts, keys)
+        self.guard.see(losses, keys)
         figures = self._progress() | {
             "train/loss": loss,
             "train/captioning_loss": out.captioning_loss,

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Iterable, Sequence
-from itertools import cycle
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -24,7 +23,8 @@ class Update(NamedTuple):
 
     step: int
     keys: list[str]
-    values: Tensor  # (2 + M n,) float32: whether skipped, gradient norm, M losses of n micro-batches
+    names: list[str]  # of the M losses, those of one micro-batch after those of another
+    values: Tensor  # (2 + M,) float32: whether skipped, gradient norm, losses
     arrived: torch.cuda.Event | None  # set when the copy is done; None: it is done
 
 
@@ -35,16 +35,18 @@ class NonFiniteGuard:
     it when the values have been copied, about a step later.
     """
 
-    def __init__(self, skip: bool, names: Sequence[str]) -> None:
-        """skip: continue after a skipped update, with a warning; else `check` raises. names: of the M losses."""
-        self.skip, self.skipped, self.names = skip, 0, names
-        self._losses: list[Tensor] = []  # (M,) each, since the last update
-        self._keys: list[str] = []
+    def __init__(self, skip: bool) -> None:
+        """skip: continue after a skipped update, with a warning; else `check` raises."""
+        self.skip, self.skipped = skip, 0
+        self._losses: list[Tensor] = []  # scalars, since the last update
+        self._names: list[str] = []  # of the losses
+        self._keys: list[str] = []  # of the samples
         self._updates: deque[Update] = deque()
 
-    def see(self, losses: Iterable[Tensor], keys: list[str]) -> None:
-        """Record the losses of a micro-batch, scalars in the order of their names, and the keys of its samples."""
-        self._losses.append(torch.stack([loss.detach().float() for loss in losses]))
+    def see(self, losses: Mapping[str, Tensor], keys: list[str]) -> None:
+        """Record the losses of a micro-batch, scalars by their names in messages, and the keys of its samples."""
+        self._losses += [loss.detach().float() for loss in losses.values()]
+        self._names += losses
         self._keys += keys
 
     def before_update(self, optimizer: torch.optim.Optimizer, step: int) -> None:
@@ -52,13 +54,13 @@ class NonFiniteGuard:
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm  # of all devices
-        values = torch.cat([norm.reshape(1), *self._losses])  # (1 + M n,)
+        values = torch.stack([norm, *self._losses])  # (1 + M,)
         found = (~values.isfinite().all()).float().reshape(1)
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(found, dist.ReduceOp.MAX)
         optimizer.found_inf = found[0]  # type: ignore[attr-defined]
-        self._updates.append(Update(step, self._keys, *_to_host(torch.cat([found, values]))))
-        self._losses, self._keys = [], []
+        self._updates.append(Update(step, self._keys, self._names, *_to_host(torch.cat([found, values]))))
+        self._losses, self._names, self._keys = [], [], []
 
     def check(self, last_good: str, wait: bool = False) -> None:
         """Read the values that have arrived. Raises UserError for a skipped update, unless `skip` is set.
@@ -76,7 +78,7 @@ class NonFiniteGuard:
 
     def _report(self, update: Update, last_good: str) -> None:
         _, norm, *losses = update.values.tolist()
-        said = [f"{name} loss {value:.4g}" for name, value in zip(cycle(self.names), losses, strict=False)]
+        said = [f"{name} loss {value:.4g}" for name, value in zip(update.names, losses, strict=True)]
         said += [f"gradient norm {norm:.4g}"]
         samples = f"samples {first_few(update.keys, few=SHOWN)}; {', '.join(said)}"
         what = f"step {update.step}: not finite, here or on another device ({samples}); no update was made"

@@ -7,7 +7,8 @@ import warnings
 import pytest
 
 from fromage.cli.evals import ImageOptions
-from fromage.data.annotations import DIGITS, ID, TEXT, WHOLE, coco_captions, fitting, kind_of, odd_allowed, problem
+from fromage.data.annotation_formats import coco_captions, format_of
+from fromage.data.annotations import DIGITS, ID, TEXT, WHOLE, fitting, odd_allowed, problem
 from fromage.errors import UserError
 from fromage.evals.caption_sets import read_caption_set
 from fromage.evals.dialogues import read_dialogues, spoken
@@ -44,7 +45,7 @@ def read(dataset, world, path):
 
 def test_files_are_told_apart(world):
     for kind, path in paths(world).items():
-        assert kind_of(json.loads(path.read_text())) == kind
+        assert format_of(json.loads(path.read_text())) == kind
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from fromage.data.batches import Decode, collate
 from fromage.data.broken import Broken, decoded
 from fromage.data.datamodule import CC3M
 from fromage.data.features import check_features, check_source, store_features
-from fromage.data.sample_images import to_npy
+from fromage.data.sample_images import ImageReader, to_npy
 from fromage.data.shard_names import expand
 from fromage.data.shard_sizes import read_sizes
 from fromage.data.shard_writer import write_shards
@@ -245,7 +245,7 @@ def test_features_of_another_width_are_skipped_and_named():
     tokenizer = PromptTokenizer(str(TOY / "opt"))
     for width in (None, 12):
         broken = Broken(0.5)
-        decode = Decode(lambda image: image, tokenizer, 40, width=width)
+        decode = Decode(ImageReader(lambda image: image, width), tokenizer, 40)
         rows = list(decoded([stored(12), stored(5), stored(12)], decode, broken))
         assert collate(rows, 0).features.shape == (2, 12)
         assert broken.bad == 1 and broken.last[0] == "k5 (features of another width: 5, not 12)"

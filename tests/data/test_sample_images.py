@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fromage.data.sample_images import Images, from_npy, read_images, stacked, to_npy
+from fromage.data.sample_images import ImageReader, Images, from_npy, read_images, stacked, to_npy
 from fromage.errors import BrokenSample, UserError
 
 
@@ -22,20 +22,29 @@ def red():
 
 def test_stored_features_stand_in_for_the_image():
     image = read_images({"png": red()}, pixels)
-    assert image.pixels.shape == (3, 4, 6) and image.features is None and image.width is None
+    assert image.pixels.shape == (3, 4, 6) and image.features is None
     stored = read_images({"jpg": b"never decoded", "npy": to_npy(torch.ones(5))}, pixels)
-    assert stored.pixels is None and stored.features.equal(torch.ones(5)) and stored.width == 5
+    assert stored.pixels is None and stored.features.equal(torch.ones(5))
     with pytest.raises(BrokenSample, match="features of another width: 5, not 4"):
         read_images({"npy": to_npy(torch.ones(5))}, pixels, width=4)
     with pytest.raises(BrokenSample, match="no image"):
         read_images({"txt": b"a star"}, pixels)
 
 
+def test_a_reader_takes_the_width_of_the_first_features_for_all():
+    read = ImageReader(pixels)
+    assert read({"png": red()}).pixels.shape == (3, 4, 6) and read.width is None
+    assert len(read({"npy": to_npy(torch.ones(5))}).features) == read.width == 5
+    with pytest.raises(BrokenSample, match="features of another width: 4, not 5"):
+        read({"npy": to_npy(torch.ones(4))})
+    assert read({"png": red()}).features is None and read.width == 5
+
+
 def test_images_are_stacked_and_both_kinds_at_once_are_refused():
     image, stored = read_images({"png": red()}, pixels), Images(None, torch.arange(3.0))
     assert stacked([image, image], "k", "shards").pixels.equal(torch.stack([image.pixels] * 2))
     both = stacked([stored, stored], "k", "tuples")
-    assert both.pixels is None and both.features.equal(torch.arange(3.0).expand(2, 3)) and both.width == 3
+    assert both.pixels is None and both.features.equal(torch.arange(3.0).expand(2, 3))
     with pytest.raises(UserError, match=r"tuples hold features, others only images \(near k\): name shards of one kind"):
         stacked([image, stored], "k", "tuples")
 

@@ -25,7 +25,7 @@ from fromage.octopus.decoding import ground
 from fromage.octopus.metrics import chance_metrics
 from fromage.octopus.model import Octopus, load_octopus
 from fromage.octopus.sources import Instructions, Pope, RefCOCO
-from fromage.octopus.sources.listed import with_masks
+from fromage.octopus.sources.file_source import with_masks
 
 A, B, FAR = (0.0, 0.0, 0.5, 0.5), (0.5, 0.5, 1.0, 1.0), (0.9, 0.0, 1.0, 0.1)
 

@@ -58,8 +58,8 @@ def test_it_is_read_and_written():
 )
 def test_what_it_must_not_say_is_one_line(stored, told):
     with pytest.raises(UserError, match=told) as error:
-        read_preset(stored, "m/generation.json")
-    assert str(error.value).startswith("m/generation.json: ") and "\n" not in str(error.value)
+        read_preset(stored)
+    assert str(error.value).startswith("generation.json: ") and "\n" not in str(error.value)
 
 
 def test_an_unknown_style_is_named(talker):

@@ -33,6 +33,12 @@ def test_a_name_is_split_into_file_and_key_and_put_together(path, file, key):
         ("/a/.tar#k", ".tar#k", "k"),
         ("/shards/0.tar#a.tar#b", "0.tar#a.tar#b", "a.tar#b"),
         ("https://images.example/0.tar#k", "0.tar", "0"),
+        ("/photos/red one.jpg", "red one.jpg", "red one"),
+        ("/shards/00000.tar#a/k1", "00000.tar#a/k1", "a/k1"),
+        ("https://images.example/a/b%20c.jpg?size=3", "b c.jpg", "b c"),
+        ("https://images.example", "images.example", "images"),
+        ("https://[broken/a.jpg", "https://[broken/a.jpg", "a"),
+        ("/photos/caf\udce9.jpg", "caf\udce9.jpg", "caf\udce9"),  # a name that is not UTF-8
     ],
 )
 def test_an_image_has_a_short_name_and_a_key(path, name, key):

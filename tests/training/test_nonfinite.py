@@ -69,18 +69,29 @@ def test_skipping_leaves_one_update_out_and_goes_on(world, tmp_path, caplog):
 
 
 def test_a_bad_micro_batch_spoils_the_whole_update_and_only_that():
-    guard, p = NonFiniteGuard(True, ("captioning", "text", "contrastive")), torch.nn.Parameter(torch.ones(2))
+    guard, p = NonFiniteGuard(True), torch.nn.Parameter(torch.ones(2))
     optimizer = torch.optim.Adam([p], fused=True)
     for bad in (False, True, False):
         for micro in range(2):
             loss = torch.tensor(torch.inf if bad and micro == 0 else 1.0)
-            guard.see([loss, loss, loss], [f"{bad}{micro}"])
+            guard.see({"text": loss, "answer": loss}, [f"{bad}{micro}"])
         p.grad, before = torch.ones(2), p.detach().clone()
         guard.before_update(optimizer, 0)
         optimizer.step()
         assert torch.equal(p, before) == bad
     guard.check("nowhere")
     assert guard.skipped == 1
+
+
+def test_each_loss_stands_by_its_name_in_the_message():
+    guard, p = NonFiniteGuard(False), torch.nn.Parameter(torch.ones(2))
+    optimizer, p.grad = torch.optim.Adam([p], fused=True), torch.ones(2)
+    guard.see({"answer": torch.tensor(1.5)}, ["a"])
+    guard.see({"detection": torch.tensor(torch.nan), "answer": torch.tensor(2.5)}, ["b"])
+    guard.before_update(optimizer, 7)
+    said = r"step 7: .*samples a, b; answer loss 1\.5, detection loss nan, answer loss 2\.5, gradient norm 1\.414"
+    with pytest.raises(UserError, match=said):
+        guard.check("nowhere")
 
 
 class Recorder(GuardedModule):
@@ -110,7 +121,7 @@ class Accumulating(Recorder):
 
     def __init__(self, device):
         super().__init__(device)
-        self.guard, self.p = NonFiniteGuard(False, ("loss",)), torch.nn.Parameter(torch.ones(1))
+        self.guard, self.p = NonFiniteGuard(False), torch.nn.Parameter(torch.ones(1))
         self.due, self.after, self.of_lightning = [], [], []
 
     def training_step(self, batch, index):

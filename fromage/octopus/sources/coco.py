@@ -9,7 +9,7 @@ from fromage.checks import check_whole
 from fromage.octopus.boxes import reading_order
 from fromage.octopus.examples import Example
 from fromage.octopus.sources.instances import Instances
-from fromage.octopus.sources.refcoco import held_out
+from fromage.octopus.sources.references import held_out
 
 
 class CocoObjects(Instances):
@@ -22,6 +22,7 @@ class CocoObjects(Instances):
         self,
         instances: str,
         images: str,
+        *,
         instruction: str = "Detect all objects.",
         max_objects: int | None = None,
         apart_from: Sequence[str] = (),

@@ -13,7 +13,7 @@ from fromage.errors import BrokenSample
 from fromage.io import read_text
 from fromage.octopus.boxes import reading_order, relative
 from fromage.octopus.examples import Box, Example
-from fromage.octopus.sources.listed import LOST_ANSWERS, FileSource, check_question
+from fromage.octopus.sources.file_source import LOST_ANSWERS, FileSource, check_question
 
 PHRASE = re.compile(r"\[/EN#(\d+)/\S+ ([^\]]+)\]")
 GAP = re.compile(r"\s+([.,;:!?)%]|n't\b|'(?:s|re|ve|ll|d|m)\b)|(\()\s+")  # the sentences are in tokens
@@ -93,7 +93,7 @@ class Flickr30kEntities(EntitiesFolder):
     """Flickr30k Entities: one example per phrase with boxes; known boxes are all boxes of the image."""
 
     def __init__(
-        self, folder: str, images: str, split: str = "train", question: str = "where is {}?", limit: int | None = None
+        self, folder: str, images: str, *, split: str = "train", question: str = "where is {}?", limit: int | None = None
     ) -> None:
         """Set the files; nothing is read yet.
 
@@ -132,6 +132,7 @@ class Flickr30kSpotting(EntitiesFolder):
         self,
         folder: str,
         images: str,
+        *,
         split: str = "train",
         instruction: str = "Describe the image with positions.",
         limit: int | None = None,

@@ -6,13 +6,14 @@ from collections.abc import Container
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fromage.data.annotations import FILE, NUMBER, WHOLE, Wanted, by_id, optional, read_annotations
+from fromage.data.annotation_formats import read_annotations
+from fromage.data.annotations import FILE, NUMBER, WHOLE, Schema, by_id, optional
 from fromage.octopus.boxes import relative
 from fromage.octopus.examples import Box
-from fromage.octopus.sources.listed import HELD_OUT, SIDE, FileSource
+from fromage.octopus.sources.file_source import HELD_OUT, SIDE, FileSource
 
-IMAGE: Wanted = {"id": WHOLE, "file_name": FILE, "width": SIDE, "height": SIDE}
-INSTANCE: Wanted = {"id": WHOLE, "image_id": WHOLE, "bbox": (NUMBER,) * 4, "iscrowd": optional(WHOLE)}
+IMAGE: Schema = {"id": WHOLE, "file_name": FILE, "width": SIDE, "height": SIDE}
+INSTANCE: Schema = {"id": WHOLE, "image_id": WHOLE, "bbox": (NUMBER,) * 4, "iscrowd": optional(WHOLE)}
 
 
 class AnnotatedImage(NamedTuple):

@@ -8,22 +8,23 @@ from pathlib import Path
 
 from PIL import Image
 
-from fromage.data.annotations import FILE, TEXT, Wanted, read_annotations
+from fromage.data.annotation_formats import read_annotations
+from fromage.data.annotations import FILE, TEXT, Schema
 from fromage.images.codec import FORMATS
 from fromage.octopus.boxes import SPELLED, clipped, read_spelled, relative, spelled
 from fromage.octopus.examples import Box, Example
-from fromage.octopus.sources.listed import HELD_OUT, LOST_ANSWERS, ODD_TURNS, FileSource
-from fromage.octopus.sources.refcoco import held_out
+from fromage.octopus.sources.file_source import HELD_OUT, LOST_ANSWERS, ODD_TURNS, FileSource
+from fromage.octopus.sources.references import held_out
 
 COCO = re.compile(r"(?:^|_)(\d{12})$")  # the name of a photograph of COCO, without its ending
-TURNS: Wanted = {"conversations": [{"from": TEXT, "value": TEXT}]}  # image and id may be anything
+TURNS: Schema = {"conversations": [{"from": TEXT, "value": TEXT}]}  # image and id may be anything
 
 
 class Instructions(FileSource):
     """Instructions in LLaVA's JSON: one example per question and answer, also in conversations of several turns."""
 
     def __init__(
-        self, file: str, images: str, padded: bool = False, limit: int | None = None, apart_from: Sequence[str] = ()
+        self, file: str, images: str, *, padded: bool = False, apart_from: Sequence[str] = (), limit: int | None = None
     ) -> None:
         """Set the files; nothing is read yet.
 
@@ -32,9 +33,9 @@ class Instructions(FileSource):
             images: folder that image names are relative to.
             padded: whether boxes are relative to the image padded to a square, as in LLaVA-1.5's own files; false:
                 relative to the image itself.
-            limit: maximum number of examples, the first ones; null for all.
             apart_from: files of references, such as refs(unc).p; images of COCO in their splits other than train are left
                 out, by the number in the file's name.
+            limit: maximum number of examples, the first ones; null for all.
         """
         super().__init__(Path(file), limit)
         self.images, self.padded, self.apart_from = Path(images), padded, tuple(apart_from)

@@ -6,13 +6,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fromage.data.annotations import FILE, ID, TEXT, Wanted, optional, problem
+from fromage.data.annotations import FILE, ID, TEXT, Schema, optional, problem
 from fromage.errors import BrokenSample, UserError
 from fromage.io import parse_json, read_text
 from fromage.octopus.examples import Example
-from fromage.octopus.sources.listed import FileSource
+from fromage.octopus.sources.file_source import FileSource
 
-QUESTION: Wanted = {"question_id": ID, "image": FILE, "text": TEXT, "label": TEXT, "category": optional(TEXT)}
+QUESTION: Schema = {"question_id": ID, "image": FILE, "text": TEXT, "label": TEXT, "category": optional(TEXT)}
 
 
 class Pope(FileSource):
@@ -23,7 +23,7 @@ class Pope(FileSource):
             files have one, or else the file's name without its ending.
     """
 
-    def __init__(self, file: str, images: str, limit: int | None = None) -> None:
+    def __init__(self, file: str, images: str, *, limit: int | None = None) -> None:
         """Set the files; nothing is read yet.
 
         Args:

@@ -5,45 +5,26 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
-from fromage.checkpoints.safe_pickle import load_plain
-from fromage.data.annotations import TEXT, WHOLE, Wanted, fitting
+from fromage.data.annotations import TEXT, WHOLE, Schema
 from fromage.errors import UserError, reason
 from fromage.octopus.examples import Example
 from fromage.octopus.segments import Mask, OddMask, read_mask
+from fromage.octopus.sources.file_source import HELD_OUT, LOST_ANSWERS, check_question
 from fromage.octopus.sources.instances import AnnotatedImage, Instances
-from fromage.octopus.sources.listed import HELD_OUT, LOST_ANSWERS, check_question
+from fromage.octopus.sources.references import held_out, read_refs
 
-CATEGORY: Wanted = {"id": WHOLE}  # of instances.json
-EXPRESSION: Wanted = {"sent": TEXT, "sent_id": WHOLE}
+CATEGORY: Schema = {"id": WHOLE}  # of instances.json
+EXPRESSION: Schema = {"sent": TEXT, "sent_id": WHOLE}
 NUMBERS = dict.fromkeys(("ref_id", "image_id", "category_id", "ann_id"), WHOLE)
-REFERENCE: Wanted = {**NUMBERS, "split": TEXT, "sentences": [EXPRESSION]}
-SPLIT: Wanted = {"image_id": WHOLE, "split": TEXT}  # all that is asked of a reference that is held out
-
-
-def read_refs(path: Path) -> Any:
-    """What refs(unc).p or the like holds, unchecked. Raises UserError for a file that is missing or no plain pickle."""
-    try:
-        return load_plain(path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); name refs(unc).p or the like") from error
-    except Exception as error:  # a broken pickle can raise nearly anything
-        cause = f" ({error})" if isinstance(error, UnpicklingError) else ", or damaged"
-        raise UserError(f"{path}: is not a list of references{cause}; download it again") from error
-
-
-def held_out(files: Sequence[str], kept: str = "train") -> set[int]:
-    """The COCO ids of the images in all splits but one of refs(unc).p and the like. Raises UserError as read_refs does."""
-    refs = [ref for path in map(Path, files) for ref in fitting(path, "references", read_refs(path), SPLIT)]
-    return {ref["image_id"] for ref in refs if ref["split"] != kept}
+REFERENCE: Schema = {**NUMBERS, "split": TEXT, "sentences": [EXPRESSION]}
 
 
 class RefCOCO(Instances):
     """RefCOCO, RefCOCO+ and RefCOCOg: one example per referring expression; known boxes are the image's instances.
 
-    Where masks are read (fromage.octopus.sources.listed.with_masks), each example has that of its object.
+    Where masks are read (fromage.octopus.sources.file_source.with_masks), each example has that of its object.
     """
 
     def __init__(
@@ -51,11 +32,12 @@ class RefCOCO(Instances):
         refs: str,
         instances: str,
         images: str,
+        *,
         split: str = "train",
         question: str = "where is {}?",
-        limit: int | None = None,
         match: str | None = None,
         apart_from: Sequence[str] = (),
+        limit: int | None = None,
     ) -> None:
         """Set the files; nothing is read yet. Raises UserError for an invalid question or pattern.
 
@@ -65,10 +47,10 @@ class RefCOCO(Instances):
             images: folder of the images that instances.json names, COCO's train2014.
             split: train, val and, depending on the file, testA, testB or test.
             question: the instruction; {} stands for the expression.
-            limit: maximum number of examples, the first ones; null for all.
             match: regular expression; only expressions that contain it are used; null for all.
             apart_from: files of references, such as refs(unc).p of the other data sets, which split the same images of COCO
                 in other ways; images of their splits other than train are left out.
+            limit: maximum number of examples, the first ones; null for all.
         """
         super().__init__(Path(refs), instances, images, limit)
         self.split, self.question, self.apart_from = split, check_question(question), tuple(apart_from)

@@ -9,29 +9,30 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fromage.checks import check_whole
-from fromage.data.annotations import FILE, NUMBER, TEXT, WHOLE, Kind, Wanted, optional, problem, read_annotations
+from fromage.data.annotation_formats import read_annotations
+from fromage.data.annotations import FILE, NUMBER, TEXT, WHOLE, FieldType, Schema, optional, problem
 from fromage.octopus.boxes import reading_order, relative
 from fromage.octopus.examples import Example
-from fromage.octopus.sources.listed import HELD_OUT, LOST_ANSWERS, SIDE, FileSource, check_question
-from fromage.octopus.sources.refcoco import held_out
+from fromage.octopus.sources.file_source import HELD_OUT, LOST_ANSWERS, SIDE, FileSource, check_question
+from fromage.octopus.sources.references import held_out
 
 REGIONS, OBJECTS = "regions of Visual Genome", "objects of Visual Genome"
 ADDRESS = re.compile(r"(VG_100K(?:_2)?/[^/]+\.jpg)$")  # the end of an image's, which is its place in the unpacked archives
-URL = Kind(
+URL = FieldType(
     "an address that ends in VG_100K/ID.jpg or VG_100K_2/ID.jpg",
     lambda value: TEXT.fits(value) and all(map(FILE.fits, ADDRESS.findall(value) or [""])),
 )
-LIST = Kind("a list", lambda value: isinstance(value, list))
-IMAGE: Wanted = {"image_id": WHOLE, "url": URL, "width": SIDE, "height": SIDE, "coco_id": optional(WHOLE)}
-REGION: Wanted = {"phrase": TEXT, **dict.fromkeys(("x", "y", "width", "height"), NUMBER)}
-OBJECT: Wanted = {"names": [TEXT], **dict.fromkeys(("x", "y", "w", "h"), NUMBER)}
+LIST = FieldType("a list", lambda value: isinstance(value, list))
+IMAGE: Schema = {"image_id": WHOLE, "url": URL, "width": SIDE, "height": SIDE, "coco_id": optional(WHOLE)}
+REGION: Schema = {"phrase": TEXT, **dict.fromkeys(("x", "y", "width", "height"), NUMBER)}
+OBJECT: Schema = {"names": [TEXT], **dict.fromkeys(("x", "y", "w", "h"), NUMBER)}
 
 
 class Parts(NamedTuple):
     """One of the two files: where an image's entries are, their format, and the names of their sides."""
 
     list: str
-    wanted: Wanted
+    schema: Schema
     width: str
     height: str
 
@@ -47,6 +48,7 @@ class VisualGenome(FileSource):
         file: str,
         image_data: str,
         images: str,
+        *,
         question: str = "where is {}?",
         per_image: int | None = None,
         apart_from: Sequence[str] = (),
@@ -109,7 +111,7 @@ class VisualGenome(FileSource):
 
     def _fits(self, number: int, part: Parts, place: int, region: Any) -> bool:
         self.seen += 1
-        if odd := problem(region, part.wanted):
+        if odd := problem(region, part.schema):
             self.odd.append(f"{part.list}[{place}] of image {number}{odd}")
         return not odd
 

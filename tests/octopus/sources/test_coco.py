@@ -27,7 +27,7 @@ def test_every_object_of_cocos_own_instances(shared_data):
 
 def test_objects_of_one_image(one):
     file, _ = one((150, 50, 40, 40), (20, 10, 20, 20), (0, 0, 200, 100), (20, 50, 20, 20), crowds=[2])
-    (example,) = CocoObjects(file, "images", "What is here?")
+    (example,) = CocoObjects(file, "images", instruction="What is here?")
     assert (example.key, example.image, example.instruction) == ("7", str(Path("images", "seven.jpg")), "What is here?")
     assert example.boxes == ((0.75, 0.5, 0.95, 0.9), (0.1, 0.1, 0.2, 0.3), (0.1, 0.5, 0.2, 0.7))
     assert example.answer == (1, 2, 0), "from left to right, and nothing else"

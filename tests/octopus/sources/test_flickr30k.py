@@ -52,7 +52,7 @@ def annotate(folder: Path, *objects, size=(200, 100), said=SENTENCE, kind=Flickr
     width, height = size
     sides = f"<size><width>{width}</width><height>{height}</height><depth>3</depth></size>"
     (folder / "Annotations/12.xml").write_text(f"<annotation><filename>12.jpg</filename>{sides}{listed}</annotation>")
-    return kind(str(folder), "images", "val")
+    return kind(str(folder), "images", split="val")
 
 
 def test_entities_as_published(tmp_path):
@@ -89,7 +89,7 @@ def test_entities_that_are_wrong(world, tmp_path):
         list(annotate(tmp_path, ("1", 1, 1, 5, 5), size=(0, 100)))
     (tmp_path / "Annotations/12.xml").unlink()
     with pytest.raises(UserError, match=r"12\.xml: cannot be read.*Annotations"):
-        list(Flickr30kEntities(str(tmp_path), "images", "val"))
+        list(Flickr30kEntities(str(tmp_path), "images", split="val"))
     with pytest.raises(UserError, match="holds no example, but 4 phrases without a box"):
         list(annotate(tmp_path))
 
@@ -182,6 +182,6 @@ def test_sentences_that_are_wrong(tmp_path):
         list(spot(tmp_path, SENTENCE))
     (tmp_path / "Sentences/12.txt").unlink()
     with pytest.raises(UserError, match=r"12\.txt: cannot be read.*Sentences"):
-        list(Flickr30kSpotting(str(tmp_path), "images", "val"))
+        list(Flickr30kSpotting(str(tmp_path), "images", split="val"))
     with pytest.raises(UserError, match="limit"):
         Flickr30kSpotting(str(tmp_path), "images", limit=0)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fromage.checks import check_whole
-from fromage.data.annotations import NUMBER, Kind, Wanted, fitting, leave_out
+from fromage.data.annotations import NUMBER, FieldType, Schema, fitting, leave_out
 from fromage.errors import UserError
 from fromage.octopus.examples import Box, Example
 
@@ -21,7 +21,7 @@ HELD_OUT = "images that are held out"
 ODD_TURNS = "turns that are no question and answer"
 ODD = "odd entries"
 FAULTS = (LOST_BOXES, LOST_ANSWERS, ODD_TURNS)  # faults of the files, which are warned of; other omissions are intended
-SIDE = Kind("a number of pixels", lambda value: NUMBER.fits(value) and value > 0)
+SIDE = FieldType("a number of pixels", lambda value: NUMBER.fits(value) and value > 0)
 
 
 class FileSource:
@@ -68,9 +68,9 @@ class FileSource:
     def __len__(self) -> int:
         return len(self.examples)
 
-    def fitting(self, path: Path, name: str, entries: Any, wanted: Wanted) -> list[Any]:
+    def fitting(self, path: Path, name: str, entries: Any, schema: Schema) -> list[Any]:
         """As fromage.data.annotations.fitting; what is left out is counted."""
-        good = fitting(path, name, entries, wanted)
+        good = fitting(path, name, entries, schema)
         self.drop(ODD, len(entries) - len(good))
         return good
 
