@@ -27,7 +27,9 @@ from fromage.io import json_object
 
 Raw = dict[str, Any]  # a stored sample: '__key__', and the members' bytes by extension
 ATTEMPTS = 3  # to read a shard that comes over the network
+UNREAD = "unreadable"  # begins a cause that may be gone at another attempt, with no change to the shard or file
 KEYED = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)")  # webdataset's key: all before the first dot of the file's name
+BREAKS = (OSError, TimeoutExpired, tarfile.TarError, EOFError, zlib.error)  # what ends the reading of a shard
 MAX_CAPTION = 65536  # bytes; what is longer is a page that was taken for a caption
 
 
@@ -36,7 +38,7 @@ def read_shard(shard: str, lost: Callable[[str, str], None]) -> Iterator[Raw]:
 
     A shard that cannot be read to its end is reported to lost(shard's name, cause), after further attempts where it comes
     over the network; so is an empty one, and a member that cannot belong to a sample. The half sample at a break is not
-    yielded.
+    yielded. The cause begins with UNREAD unless it lies in a file's content.
     """
     done, cause = 0, ""
     told: set[tuple[str, str]] = set()
@@ -60,8 +62,10 @@ def read_shard(shard: str, lost: Callable[[str, str], None]) -> Iterator[Raw]:
             if not done:
                 lost(shard_name(shard), "empty: holds no sample")
             return
-        except (OSError, TimeoutExpired, tarfile.TarError, EOFError, zlib.error) as error:
-            cause = f"unreadable or truncated: after {done} samples, {reason(error)}"
+        except BREAKS as error:
+            lasting = isinstance(error, tarfile.TarError | EOFError | zlib.error) and not is_remote(shard)
+            kind = "truncated or damaged" if lasting else UNREAD
+            cause = f"{kind}: after {done} samples, {reason(error)}"
         finally:
             if stream is not None:
                 with suppress(OSError):

@@ -1,3 +1,4 @@
+import errno
 import io
 import json
 import os
@@ -314,3 +315,46 @@ def test_shards_that_are_newer_than_their_features_are_refused(tmp_path):
         store_features(source, out, Vision(), workers=0)
     (out / "00001.tar").unlink()
     assert store_features(source, out, vision := Vision(), workers=0) == vision.shown > 0
+
+
+class Breaks:
+    """A shard on a disk that fails after some bytes; None: that does not."""
+
+    def __init__(self, path, size):
+        self.file, self.whole = io.BytesIO(Path(path).read_bytes()[:size]), size is None
+
+    def read(self, size):
+        if (data := self.file.read(size)) or self.whole:
+            return data
+        raise OSError(errno.EIO, "Input/output error")
+
+    def close(self):
+        pass
+
+
+@pytest.mark.parametrize("stops", [False, True])
+def test_a_shard_whose_reading_broke_off_is_stored_and_done_again(tmp_path, monkeypatch, stops):
+    source, out = shards(tmp_path / "s"), tmp_path / "f"
+    (tmp_path / "s" / "sizes.json").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr("fromage.data.shards.open_shard", lambda shard: Breaks(shard, 9000 if "00001" in shard else None))
+        assert store_features(source, out, Vision(), workers=0, max_broken=0.2) == 4 + 2 + 2
+    if stops:  # the next run, when it has read the shard and not stored it yet
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr("fromage.data.features.StoredShard.close", stopped)
+            store_features(source, out, Vision(), workers=0)
+    assert store_features(source, out, vision := Vision(), workers=0) == vision.shown == 4
+    assert len(batch(out, Vision()).keys) == 10
+    assert store_features(source, out, Vision(), workers=0) == 0
+
+
+def stopped(*args):
+    raise KeyboardInterrupt
+
+
+def test_a_shard_that_is_damaged_is_done(tmp_path):
+    source, out = shards(tmp_path / "s"), tmp_path / "f"
+    (tmp_path / "s" / "sizes.json").unlink()
+    os.truncate(tmp_path / "s" / "00001.tar", 9000)
+    first = store_features(source, out, Vision(), workers=0, max_broken=0.2)
+    assert first == 4 + 2 + 2 and store_features(source, out, Vision(), workers=0, max_broken=0.2) == 0
