@@ -8,6 +8,7 @@ KEY.target.jpg, its second image.
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from functools import partial
@@ -24,9 +25,9 @@ from fromage.data.broken import Broken, decoded, read_shards
 from fromage.data.sample_images import TARGET_IMAGE, target_image, to_npy
 from fromage.data.shard_names import expand, shard_name
 from fromage.data.shard_sizes import read_sizes, sized, total
-from fromage.data.shard_streams import is_remote
+from fromage.data.shard_streams import is_remote, read_remote_json
 from fromage.data.shard_writer import ShardWriter
-from fromage.data.shards import Raw, captions_of, image_file
+from fromage.data.shards import Raw, captions_of, first_sample, image_file
 from fromage.data.workers import WorkerLoader, usual_workers, worker_share
 from fromage.errors import UserError
 from fromage.identity import FolderKind
@@ -116,7 +117,11 @@ def _lost(out: Path) -> dict[str, list[int]]:
 
 
 def _folders(sources: list[str]) -> list[str]:
-    return sorted({s.rpartition("/")[0] if is_remote(s) else str(Path(s).absolute().parent) for s in sources})
+    return sorted({*map(_folder, sources)})
+
+
+def _folder(shard: str) -> str:
+    return shard.rpartition("/")[0] if is_remote(shard) else str(Path(shard).absolute().parent)
 
 
 def _done(sources: list[str], out: Path, of: list[str], there: Any) -> list[str]:
@@ -199,10 +204,32 @@ class StoredShard:
 
 
 def check_features(shards: str | list[str], vision: VisionTower, decoding: JpegDecoding = "draft") -> None:
-    """Raise UserError where features beside any of the shards are not those this tower, preprocessing included, gives."""
-    for folder in dict.fromkeys(Path(shard).parent for shard in expand(shards) if "://" not in shard):
-        if (folder / FEATURES.file).exists():
-            FEATURES.require(folder, vision.fingerprint(decoding))
+    """Raise UserError where features in any of the shards are not those this tower, preprocessing included, gives.
+
+    features.json beside the shards says of which tower they are, also at a URL. A warning tells of features without it.
+    """
+    unnamed = []
+    for folder, shard in {_folder(shard): shard for shard in expand(shards)}.items():
+        if (there := _about(folder, shard)) is not None:
+            FEATURES.compare(folder, there, vision.fingerprint(decoding))
+        else:
+            unnamed.append(shard)
+    if unnamed and "npy" in first_sample(unnamed[0]):
+        told = f"no {FEATURES.file} beside these stored features says of which tower they are"
+        warnings.warn(f"{shard_name(unnamed[0])}: {told}; see that it is the model's", stacklevel=2)
+
+
+def _about(folder: str, shard: str) -> dict[str, Any] | None:
+    """What features.json beside a shard says; None where it cannot be had."""
+    if not is_remote(shard):
+        return FEATURES.read(Path(folder)) if (Path(folder) / FEATURES.file).exists() else None
+    if shard.startswith("pipe:") or "?" in shard:
+        return None
+    try:
+        found = read_remote_json(f"{folder}/{FEATURES.file}")
+    except (OSError, ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def _check_names(shards: list[str]) -> None:

@@ -11,7 +11,7 @@ import tarfile
 import time
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
 from itertools import islice
 from subprocess import TimeoutExpired
 from typing import Any
@@ -71,6 +71,13 @@ def read_shard(shard: str, lost: Callable[[str, str], None]) -> Iterator[Raw]:
                 with suppress(OSError):
                     stream.close()
     lost(shard_name(shard), cause)
+
+
+def first_sample(shard: str) -> Raw:
+    """The first sample of a shard, read without further attempts; empty where none comes."""
+    with suppress(*BREAKS), closing(open_shard(shard)) as stream:
+        return next(_samples(stream, shard, lambda name, why: None), {})
+    return {}
 
 
 def _samples(stream: Any, shard: str, lost: Callable[[str, str], None]) -> Iterator[Raw]:
