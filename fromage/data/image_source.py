@@ -23,7 +23,7 @@ from fromage.data.shard_sizes import sized, total
 from fromage.data.shards import UNREAD, Raw, captions_of, read_shard
 from fromage.data.workers import worker_share
 from fromage.errors import BrokenSample, UserError, reason
-from fromage.images.codec import SUFFIXES, image_files, is_image
+from fromage.images.codec import SUFFIXES, image_files
 from fromage.images.locators import locator
 from fromage.images.open import MAX_FILE, open_regular
 from fromage.images.transforms import Transform, read_image
@@ -263,7 +263,7 @@ def find_images(source: str, transform: Transform, captions: Path | None = None,
     Raises UserError if there are no images, and for a caption file that cannot be read or names none of them.
     """
     if is_shards(Path(source)):
-        if any(map(is_image, Path(source).rglob("*"))):
+        if image_files(Path(source)):
             raise UserError(
                 f"{source}: holds images and .tar shards; name the shards alone, {source}/*.tar, or move one of them"
             )
