@@ -56,8 +56,6 @@ def read_shard(shard: str, lost: Callable[[str, str], None]) -> Iterator[Raw]:
             for sample in islice(_samples(stream, shard, lost_once), done, None):
                 done += 1
                 yield sample
-            while stream.read(1 << 20):  # a command that is not read to its end would fail
-                pass
             stream.close()
             if not done:
                 lost(shard_name(shard), "empty: holds no sample")
