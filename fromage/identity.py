@@ -66,7 +66,10 @@ class FolderKind:
 
     def require(self, folder: Path, about: dict[str, Any]) -> dict[str, Any]:
         """What the file says. Raises UserError, beside that of read, where it belongs to another than `about`."""
-        there = self.read(folder)
+        return self.compare(folder, self.read(folder), about)
+
+    def compare(self, folder: str | Path, there: dict[str, Any], about: dict[str, Any]) -> dict[str, Any]:
+        """What the file of a folder, which may be a URL, says: `there`. Raises UserError where that is of another."""
         ignored = self.ignored | (OWN if self.format else set())
         for key in [key for key in (*about, *sorted(there.keys() - about.keys())) if key not in ignored]:
             if there.get(key) != about.get(key):

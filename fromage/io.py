@@ -10,6 +10,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import threading
 import time
@@ -24,6 +25,7 @@ from fromage.locks import LOCK, InUse, held
 WAIT = 0.5  # seconds between two looks at what another process makes
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 REFUSED = FULL | {errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
+NO_SYNC = {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP}  # of file systems that cannot be told to write at once
 
 
 def disk_error(error: OSError, path: Path | None = None, kept: str = "") -> UserError | None:
@@ -146,7 +148,8 @@ class WholeFile:
         self.path, self.part = path, path.with_name(f".{path.name}{own}.part")
 
     def keep(self) -> None:
-        """Give the part its name; it replaces a file that is there at once."""
+        """Give the part its name once it is on disk; it replaces a file that is there at once."""
+        sync(self.part)
         self.part.replace(self.path)
 
     def discard(self) -> None:
@@ -168,6 +171,18 @@ class WholeFile:
                     self.keep()
         finally:
             self.discard()
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or what names there are in a folder, is on disk: a loss of power leaves no file of zero bytes."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    except OSError as error:
+        if error.errno not in NO_SYNC:
+            raise
+    finally:
+        os.close(number)
 
 
 def digest_of(file: Path) -> str:
@@ -218,6 +233,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     A block that fails leaves the former folder. So does a kill, but for one between the two renames: then the former folder
     is at set_aside(folder). Raises UserError where another process is writing it.
     """
+    folder = folder.resolve()  # the folder that a link names is replaced, not the link
     folder.parent.mkdir(parents=True, exist_ok=True)
     with held(folder, beside=True):
         yield from _filled(folder)
@@ -237,11 +253,16 @@ def fill_once(folder: Path, fill: Callable[[Path], object]) -> None:
 
 def _filled(folder: Path) -> Iterator[Path]:
     new, old = folder.with_name(f".{folder.name}.{os.getpid()}.new"), set_aside(folder)
-    shutil.rmtree(new, ignore_errors=True)
+    for left in folder.parent.iterdir():
+        if re.fullmatch(re.escape(f".{folder.name}.") + r"\d+\.new", left.name):  # by a process that was killed
+            shutil.rmtree(left, ignore_errors=True)
     try:
         new.mkdir()
         yield new
+        for path in (*(path for path in new.rglob("*") if not path.is_symlink()), new):
+            sync(path)
         _swap(new, folder, old)
+        sync(folder.parent)
     finally:
         shutil.rmtree(new, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)

@@ -31,17 +31,17 @@ def held(folder: str | Path, beside: bool = False) -> Iterator[None]:
     beside: the folder is replaced as a whole, so that the lock must lie beside it. Blocks of one thread may be nested.
     Raises UserError, which names the process that writes the folder.
     """
-    folder = Path(folder).absolute()
-    path = (folder.with_name(f".{folder.name}.lock") if beside else folder / LOCK).resolve()
+    real = Path(folder).resolve()  # or a link and its folder would have a lock each
+    path = real.with_name(f".{real.name}.lock") if beside else real / LOCK
     key, me = (os.getpid(), path), threading.get_ident()  # a fork knows what its parent holds, but holds nothing
-    nested = key in _held
+    nested = _held.get(key) == me
     if _held.setdefault(key, me) != me:
-        raise _busy(folder, str(os.getpid()))
+        raise _busy(Path(folder), str(os.getpid()))
     if nested:
         yield
         return
     try:
-        with _locked(path, folder):
+        with _locked(path, Path(folder)):
             yield
     finally:
         del _held[key]

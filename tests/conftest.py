@@ -38,6 +38,14 @@ def state(tmp_path_factory):
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_wait_for_disks():
+    """What is written need not outlast a loss of power: forcing it to disk takes longer than most tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda number: None)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def threads():
     """One thread for each test, whatever another one set: with two, last bits depend on how busy the machine is."""

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from fromage import io
 from fromage.errors import UserError
 from fromage.io import WholeFile, check_new, fill_once, json_object, set_aside, whole_folder, write_files, writing
 from fromage.locks import LOCK
@@ -189,3 +190,70 @@ def test_a_folder_that_another_makes_is_waited_for(tmp_path, monkeypatch):
 def test_what_is_no_json_object_is_read_as_an_empty_one(data):
     assert json_object(data) == {}
     assert json_object('{"a": [1]}') == json_object(b'{"a": [1]}') == {"a": [1]}
+
+
+def test_a_link_to_a_folder_stays_a_link_to_the_one_that_replaces_it(tmp_path):
+    for path in (tmp_path / "real", tmp_path / "link"):
+        if path.name == "link":
+            path.symlink_to(tmp_path / "real")
+        with whole_folder(path) as new:
+            (new / path.name).touch()
+    assert (tmp_path / "link").is_symlink() and set(content(tmp_path / "real")) == {"link"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "real"]
+
+
+def test_what_killed_processes_left_of_a_folder_goes_and_that_of_others_stays(tmp_path):
+    for name in (".out.1.new", ".out.22.new", ".out.x.3.new", ".other.4.new"):
+        (tmp_path / name).mkdir()
+    with whole_folder(tmp_path / "out"):
+        pass
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".other.4.new", ".out.x.3.new", "out"]
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    """What is forced to disk, renamed and removed, in this order, by the name of the file or folder."""
+    done = []
+    fsync, rename, replace, rmtree = os.fsync, Path.rename, Path.replace, io.shutil.rmtree
+
+    def noted(what, act):
+        def step(path, *args, **kwargs):
+            named = Path(f"/proc/self/fd/{path}").readlink() if what == "disk" else Path(path)
+            done.append((what, named.name))
+            return act(path, *args, **kwargs)
+
+        return step
+
+    monkeypatch.setattr(os, "fsync", noted("disk", fsync))
+    monkeypatch.setattr(Path, "rename", noted("name", rename))
+    monkeypatch.setattr(Path, "replace", noted("name", replace))
+    monkeypatch.setattr(io.shutil, "rmtree", noted("gone", rmtree))
+    return done
+
+
+def test_a_file_is_on_disk_before_it_takes_its_name(tmp_path, steps):
+    with WholeFile(tmp_path / "a") as part:
+        part.write_bytes(b"new")
+    write_files(tmp_path, {"b": b"1"})
+    assert steps == [("disk", ".a.part"), ("name", ".a.part"), ("disk", ".b.part"), ("name", ".b.part")]
+
+
+def test_a_folder_is_on_disk_before_the_former_one_goes(tmp_path, steps):
+    (tmp_path / "out").mkdir()
+    with whole_folder(tmp_path / "out") as new:
+        (new / "deep").mkdir()
+        (new / "deep" / "a").write_bytes(b"new")
+        (new / "gone").symlink_to(tmp_path / "nowhere")
+    named = steps.index(("name", "out"))
+    assert {("disk", name) for name in ("a", "deep", new.name)} <= {*steps[:named]}
+    parent = steps.index(("disk", tmp_path.name))
+    assert steps.index(("name", new.name)) < parent < len(steps) - 1 - steps[::-1].index(("gone", ".out.old"))
+
+
+def test_a_file_system_that_cannot_be_told_to_write_is_written_all_the_same(tmp_path, monkeypatch):
+    def refuses(number):
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(os, "fsync", refuses)
+    write_files(tmp_path, {"a": b"1"})
+    assert content(tmp_path) == {"a": b"1"}

@@ -138,3 +138,28 @@ def test_a_folder_that_another_process_replaces_is_refused_and_stays(tmp_path, o
     with pytest.raises(UserError, match=f"process {pid}"), whole_folder(tmp_path / "out"):
         pytest.fail("entered")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["old"]
+
+
+def test_a_link_and_its_folder_have_one_lock(tmp_path, other_writer):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "out").symlink_to(tmp_path / "real")
+    pid = other_writer(tmp_path / "links" / "out", beside=True)
+    for folder in (tmp_path / "real", tmp_path / "links" / "out"):
+        with pytest.raises(UserError, match=rf"{folder}: is in use by process {pid}"), held(folder, beside=True):
+            pytest.fail("entered")
+
+
+def test_a_folder_that_another_thread_gives_up_meanwhile_is_locked_anew(tmp_path, monkeypatch):
+    class GivenUp(dict):
+        """Another thread holds the folder until this one asks whose it is."""
+
+        def setdefault(self, key, mine):
+            self.pop(key, None)
+            return super().setdefault(key, mine)
+
+    table = GivenUp({(os.getpid(), tmp_path / "out" / locks.LOCK): -1})
+    monkeypatch.setattr(locks, "_held", table)
+    with held(tmp_path / "out"):
+        assert (tmp_path / "out" / locks.LOCK).exists()
+    assert not table

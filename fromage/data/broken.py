@@ -9,7 +9,7 @@ from math import ceil
 from typing import TypeVar
 
 from fromage.data.shard_names import shard_name
-from fromage.data.shards import Raw, read_shard
+from fromage.data.shards import UNREAD, Raw, read_shard
 from fromage.errors import BrokenSample, UserError
 
 log = logging.getLogger(__name__)
@@ -31,6 +31,7 @@ class Broken:
         """
         self.limit, self.option = limit, option
         self.good, self.bad, self.lost, self.missing = good, bad, 0, 0
+        self.unread = 0  # of the lost: shards that another attempt may read to their end
         self.read = 0  # samples of all shards, where others use some of them
         self.last: deque[str] = deque(maxlen=5)
 
@@ -57,12 +58,14 @@ class Broken:
         """Add what another counted, of other shards."""
         self.good, self.bad = self.good + other.good, self.bad + other.bad
         self.lost, self.missing = self.lost + other.lost, self.missing + other.missing
+        self.unread += other.unread
         self.last.extend(other.last)
         self.check()
 
     def lose(self, shard: str, cause: str) -> None:
         """Count and log a shard that cannot be read to its end, or a member of it that belongs to no sample."""
         self.lost += 1
+        self.unread += cause.startswith(UNREAD)
         self._note(shard, cause)
 
     def lacks(self, shard: str, found: int, size: int) -> None:

@@ -8,6 +8,7 @@ KEY.target.jpg, its second image.
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from functools import partial
@@ -24,9 +25,9 @@ from fromage.data.broken import Broken, decoded, read_shards
 from fromage.data.sample_images import TARGET_IMAGE, target_image, to_npy
 from fromage.data.shard_names import expand, shard_name
 from fromage.data.shard_sizes import read_sizes, sized, total
-from fromage.data.shard_streams import is_remote
+from fromage.data.shard_streams import is_remote, read_remote_json
 from fromage.data.shard_writer import ShardWriter
-from fromage.data.shards import Raw, captions_of, image_file
+from fromage.data.shards import Raw, captions_of, first_sample, image_file
 from fromage.data.workers import WorkerLoader, usual_workers, worker_share
 from fromage.errors import UserError
 from fromage.identity import FolderKind
@@ -37,7 +38,8 @@ from fromage.locks import held
 if TYPE_CHECKING:
     from fromage.models.vision.base import VisionTower
 
-LOST = "broken.json"  # what of each finished shard could not be used
+LOST = "broken.json"  # what of each stored shard could not be used
+COUNTS = ("bad", "lost", "missing", "unread")  # of Broken, as LOST has them
 MOST = 8  # times as many samples as images in a chunk
 FEATURES = FolderKind(
     "features.json",
@@ -63,8 +65,9 @@ def store_features(
     """Encode the images of shards (a pattern, see expand) and write shards of features; returns how many were encoded.
 
     Each KEY.npy is a vector (m,) in the tower's dtype, bfloat16 as the uint16 of its bits. A run that was interrupted is
-    taken up by the next call: a shard that is finished is not done again. workers: processes that read;
-    None: usual_workers. decoding: as of fromage.data.datamodule.CC3M.
+    taken up by the next call: a shard that is finished is not done again. One whose reading broke off is stored as far as
+    it was read, and done again. workers: processes that read; None: usual_workers. decoding: as of
+    fromage.data.datamodule.CC3M.
 
     Raises:
         UserError: out holds the features of another tower or other shards, another process writes it, two shards share a
@@ -103,28 +106,33 @@ def _so_far(out: Path, done: set[str], limit: float) -> Broken:
     broken = Broken(limit)
     for name in done:
         broken.good += sizes.get(name, 0)
-        bad, lost, missing = said.get(name, (0, 0, 0))
-        broken.bad, broken.lost, broken.missing = broken.bad + bad, broken.lost + lost, broken.missing + missing
+        for count, number in zip(COUNTS, said.get(name, ()), strict=False):  # former versions have no `unread`
+            setattr(broken, count, getattr(broken, count) + number)
     return broken
 
 
-def _lost(out: Path) -> dict[str, Any]:
-    """By the name of a finished shard: samples that were broken, faults of the shard itself, samples it held too few."""
+def _lost(out: Path) -> dict[str, list[int]]:
+    """By the name of a stored shard: the COUNTS of what of it is broken."""
     return read_json(out / LOST, LOST) if (out / LOST).exists() else {}  # type: ignore[no-any-return]
 
 
 def _folders(sources: list[str]) -> list[str]:
-    return sorted({s.rpartition("/")[0] if is_remote(s) else str(Path(s).absolute().parent) for s in sources})
+    return sorted({*map(_folder, sources)})
+
+
+def _folder(shard: str) -> str:
+    return shard.rpartition("/")[0] if is_remote(shard) else str(Path(shard).absolute().parent)
 
 
 def _done(sources: list[str], out: Path, of: list[str], there: Any) -> list[str]:
     """The shards whose features are in a folder, which says that they are of the folders `there`. Raises as _to_do does."""
-    sizes = read_sizes(out)
-    done = [s for s in sources if shard_name(s) in sizes and (out / shard_name(s)).is_file()]
-    if done and there != of:
-        differs = f"{shard_name(done[0])} there is of {', '.join(map(str, there))}, here of {', '.join(of)}"
+    sizes, unread = read_sizes(out), {name for name, counts in _lost(out).items() if any(counts[COUNTS.index("unread") :])}
+    stored = [s for s in sources if shard_name(s) in sizes and (out / shard_name(s)).is_file()]
+    if stored and there != of:
+        differs = f"{shard_name(stored[0])} there is of {', '.join(map(str, there))}, here of {', '.join(of)}"
         moved = f"where shards have only moved, correct source in {FEATURES.file}"
         raise UserError(f"{out}: holds features of other shards ({differs}); name another folder; {moved}")
+    done = [s for s in stored if shard_name(s) not in unread]
     for source in done:
         made = out / shard_name(source)
         if not is_remote(source) and Path(source).is_file() and Path(source).stat().st_mtime > made.stat().st_mtime:
@@ -157,7 +165,8 @@ def _store(chunks: Iterable[Chunk], out: Path, vision: VisionTower, keep_images:
                 begun[name].add(chunk, vision, keep_images)
                 bar.update(len(chunk.samples))
             else:
-                counts, known = [chunk.broken.bad, chunk.broken.lost, chunk.broken.missing], _lost(out)
+                (out / name).unlink(missing_ok=True)  # one that broke off, to which the new counts would not belong
+                counts, known = [getattr(chunk.broken, count) for count in COUNTS], _lost(out)
                 if any(counts) or name in known:  # of a shard that was mended since
                     write_json(out / LOST, known | {name: counts})
                 encoded += begun[name].close()
@@ -195,10 +204,32 @@ class StoredShard:
 
 
 def check_features(shards: str | list[str], vision: VisionTower, decoding: JpegDecoding = "draft") -> None:
-    """Raise UserError where features beside any of the shards are not those this tower, preprocessing included, gives."""
-    for folder in dict.fromkeys(Path(shard).parent for shard in expand(shards) if "://" not in shard):
-        if (folder / FEATURES.file).exists():
-            FEATURES.require(folder, vision.fingerprint(decoding))
+    """Raise UserError where features in any of the shards are not those this tower, preprocessing included, gives.
+
+    features.json beside the shards says of which tower they are, also at a URL. A warning tells of features without it.
+    """
+    unnamed = []
+    for folder, shard in {_folder(shard): shard for shard in expand(shards)}.items():
+        if (there := _about(folder, shard)) is not None:
+            FEATURES.compare(folder, there, vision.fingerprint(decoding))
+        else:
+            unnamed.append(shard)
+    if unnamed and "npy" in first_sample(unnamed[0]):
+        told = f"no {FEATURES.file} beside these stored features says of which tower they are"
+        warnings.warn(f"{shard_name(unnamed[0])}: {told}; see that it is the model's", stacklevel=2)
+
+
+def _about(folder: str, shard: str) -> dict[str, Any] | None:
+    """What features.json beside a shard says; None where it cannot be had."""
+    if not is_remote(shard):
+        return FEATURES.read(Path(folder)) if (Path(folder) / FEATURES.file).exists() else None
+    if shard.startswith("pipe:") or "?" in shard:
+        return None
+    try:
+        found = read_remote_json(f"{folder}/{FEATURES.file}")
+    except (OSError, ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def _check_names(shards: list[str]) -> None:

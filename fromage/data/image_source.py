@@ -20,10 +20,10 @@ from fromage.data.caption_files import read_captions
 from fromage.data.sample_images import read_images
 from fromage.data.shard_names import expand
 from fromage.data.shard_sizes import sized, total
-from fromage.data.shards import Raw, captions_of, read_shard
+from fromage.data.shards import UNREAD, Raw, captions_of, read_shard
 from fromage.data.workers import worker_share
-from fromage.errors import BrokenSample, UserError
-from fromage.images.codec import SUFFIXES, image_files, is_image
+from fromage.errors import BrokenSample, UserError, reason
+from fromage.images.codec import SUFFIXES, image_files
 from fromage.images.locators import locator
 from fromage.images.open import MAX_FILE, open_regular
 from fromage.images.transforms import Transform
@@ -100,18 +100,19 @@ class ImageSample(NamedTuple):
 class ImageBatch(NamedTuple):
     """Some images of a part, grouped by the shape of their tensors. number: of the batch within its part.
 
-    The last batch of a part is empty and has last=True.
+    The last batch of a part is empty, has last=True, and the stamps of the part's files or shards as they were read.
     """
 
     part: int
     number: int
     groups: list[tuple[Tensor | None, list[ImageSample]]]
     last: bool
+    stamps: dict[str, str]  # by name
 
 
 Names = tuple[str, ...]  # names of a part: one shard, or some files
 Members = dict[str, bytes]  # suffix -> bytes of one sample
-OnLost = Callable[[str, str], None]  # is called with the name of a lost image and the cause
+OnLost = Callable[[str, str, str], None]  # of what is lost: its file or shard, its name for people, the cause
 Reader = Callable[[Names, OnLost], Iterator[tuple[Item, Members]]]  # part -> item and members of each of its images
 
 
@@ -177,15 +178,25 @@ class ImageSource(IterableDataset[ImageBatch]):
 
     def chunks(self, part: int, names: Names) -> Iterator[ImageBatch]:
         """The images of one part, in batches."""
-        samples, number = self._samples(names), 0
+        stamps = {name: self.stamp(name) for name in names}  # before they are read: a copy may still be under way
+        samples, number = self._samples(names, stamps), 0
         while batch := list(islice(samples, self.batch_size)):
-            yield ImageBatch(part, number, collate(batch), False)
+            yield ImageBatch(part, number, collate(batch), False, {})
             number += 1
-        yield ImageBatch(part, number, [], True)
+        yield ImageBatch(part, number, [], True, stamps)
 
-    def _samples(self, part: Names) -> Iterator[ImageSample]:
+    def _samples(self, part: Names, stamps: dict[str, str]) -> Iterator[ImageSample]:
+        """The images of a part. What could not be read gets the stamp UNREAD."""
         lost: list[str] = []
-        for place, (item, members) in enumerate(self.read(part, lambda name, cause: lost.append(f"{name}: {cause}"))):
+
+        def on_lost(name: str, shown: str, cause: str) -> None:
+            lost.append(f"{shown}: {cause}")
+            if cause.startswith(UNREAD):
+                stamps[name] = UNREAD
+
+        for place, (item, members) in enumerate(self.read(part, on_lost)):
+            if stamp := FileStamp.read(item.stamp):
+                stamps[item.path] = str(stamp._replace(digest=""))
             yield self._sample(place, item, members)
         yield from (ImageSample(0, Item(""), None, problem) for problem in lost)
 
@@ -204,7 +215,7 @@ def _read_files(part: Names, lost: OnLost, captions: dict[str, str]) -> Iterator
                 about = os.fstat(file.fileno())
                 data = file.read(MAX_FILE)
         except OSError as error:
-            lost(path, f"cannot be read ({error.strerror or error})")
+            lost(path, path, f"{UNREAD}: {reason(error)}")
         else:
             item = Item(path, captions.get(path, ""), "", str(FileStamp.of(about, data)))
             yield item, {Path(path).suffix[1:].lower(): data}
@@ -212,7 +223,7 @@ def _read_files(part: Names, lost: OnLost, captions: dict[str, str]) -> Iterator
 
 def _read_shard(part: Names, lost: OnLost) -> Iterator[tuple[Item, Members]]:
     for shard in part:
-        for sample in read_shard(shard, lost):
+        for sample in read_shard(shard, partial(lost, shard)):
             members = {k: v for k, v in sample.items() if isinstance(v, bytes)}
             yield Item(locator(shard, sample["__key__"]), _caption(sample), _meta(members.get("json", b""))), members
 
@@ -245,7 +256,7 @@ def find_images(source: str, transform: Transform, captions: Path | None = None,
     Raises UserError if there are no images, and for a caption file that cannot be read or names none of them.
     """
     if is_shards(Path(source)):
-        if any(map(is_image, Path(source).rglob("*"))):
+        if image_files(Path(source)):
             raise UserError(
                 f"{source}: holds images and .tar shards; name the shards alone, {source}/*.tar, or move one of them"
             )

@@ -11,7 +11,7 @@ import tarfile
 import time
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
 from itertools import islice
 from subprocess import TimeoutExpired
 from typing import Any
@@ -27,7 +27,9 @@ from fromage.io import json_object
 
 Raw = dict[str, Any]  # a stored sample: '__key__', and the members' bytes by extension
 ATTEMPTS = 3  # to read a shard that comes over the network
+UNREAD = "unreadable"  # begins a cause that may be gone at another attempt, with no change to the shard or file
 KEYED = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)")  # webdataset's key: all before the first dot of the file's name
+BREAKS = (OSError, TimeoutExpired, tarfile.TarError, EOFError, zlib.error)  # what ends the reading of a shard
 MAX_CAPTION = 65536  # bytes; what is longer is a page that was taken for a caption
 
 
@@ -36,7 +38,7 @@ def read_shard(shard: str, lost: Callable[[str, str], None]) -> Iterator[Raw]:
 
     A shard that cannot be read to its end is reported to lost(shard's name, cause), after further attempts where it comes
     over the network; so is an empty one, and a member that cannot belong to a sample. The half sample at a break is not
-    yielded.
+    yielded. The cause begins with UNREAD unless it lies in a file's content.
     """
     done, cause = 0, ""
     told: set[tuple[str, str]] = set()
@@ -54,19 +56,26 @@ def read_shard(shard: str, lost: Callable[[str, str], None]) -> Iterator[Raw]:
             for sample in islice(_samples(stream, shard, lost_once), done, None):
                 done += 1
                 yield sample
-            while stream.read(1 << 20):  # a command that is not read to its end would fail
-                pass
             stream.close()
             if not done:
                 lost(shard_name(shard), "empty: holds no sample")
             return
-        except (OSError, TimeoutExpired, tarfile.TarError, EOFError, zlib.error) as error:
-            cause = f"unreadable or truncated: after {done} samples, {reason(error)}"
+        except BREAKS as error:
+            lasting = isinstance(error, tarfile.TarError | EOFError | zlib.error) and not is_remote(shard)
+            kind = "truncated or damaged" if lasting else UNREAD
+            cause = f"{kind}: after {done} samples, {reason(error)}"
         finally:
             if stream is not None:
                 with suppress(OSError):
                     stream.close()
     lost(shard_name(shard), cause)
+
+
+def first_sample(shard: str) -> Raw:
+    """The first sample of a shard, read without further attempts; empty where none comes."""
+    with suppress(*BREAKS), closing(open_shard(shard)) as stream:
+        return next(_samples(stream, shard, lambda name, why: None), {})
+    return {}
 
 
 def _samples(stream: Any, shard: str, lost: Callable[[str, str], None]) -> Iterator[Raw]:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import io
+import os
 import re
+import warnings
 from contextlib import suppress
 from pathlib import Path
 
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from fromage.errors import BrokenSample, reason
+from fromage.errors import BrokenSample, UserError, first_few, reason
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")  # no other decoder of Pillow sees a file: some start programs or never end
 SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp", "gif")
@@ -30,8 +32,29 @@ def is_image(path: Path) -> bool:
 
 
 def image_files(folder: Path) -> list[Path]:
-    """The images in a folder and the folders in it, by their names, in order."""
-    return [path for path in sorted(folder.rglob("*")) if is_image(path) and path.is_file()]
+    """The images in a folder and the folders in it, by their names, in order; none where there is no folder.
+
+    Links to images are followed. Links to folders are not, since these may hold one another: a warning names them. Raises
+    UserError for a folder in it that cannot be listed, whose images would otherwise pass for deleted.
+    """
+    files: list[Path] = []
+    links: list[Path] = []
+    try:
+        for inside, folders, names in os.walk(folder, onerror=_unless_gone):
+            links += [path for path in (Path(inside, name) for name in folders) if path.is_symlink()]
+            files += [path for path in (Path(inside, name) for name in names) if is_image(path) and path.is_file()]
+    except OSError as error:
+        told = f"cannot be looked into ({reason(error)}); see to its permissions, or move it out of {folder}"
+        raise UserError(f"{error.filename}: {told}") from error
+    if links:
+        warnings.warn(f"links to other folders are not followed: {first_few(sorted(map(str, links)))}", stacklevel=2)
+    return sorted(files)
+
+
+def _unless_gone(error: OSError) -> None:
+    """Raise what keeps a folder from being listed, unless it is not there, or no folder."""
+    if not isinstance(error, FileNotFoundError | NotADirectoryError):
+        raise error
 
 
 def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:

@@ -16,17 +16,21 @@ MAX_FIELDS = 1 << 20  # bytes of a long name, or of pax's further fields, which 
 FIELDS = {tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK}
 META = re.compile(r"__[^/]*__($|/)")  # webdataset's own members
 DAMAGED = "a header is damaged"
+CHUNK = 1 << 20  # bytes of what is behind the end
 RAISED = (ValueError, LookupError, ArithmeticError, AttributeError, TypeError, RecursionError)  # by fields of any content
 Lost = Callable[[str, str], None]
 
 
 class _Header(tarfile.TarInfo):
-    """A header whose size is looked at before anything is read by it. tarfile itself takes a damaged one for the end."""
+    """A header whose size is looked at before anything is read by it. tarfile itself takes a damaged one for the end.
+
+    The end of a file is none: a tar ends with a block of zeros.
+    """
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Any:
-        if 0 < len(buf) < tarfile.BLOCKSIZE:
-            raise tarfile.ReadError("a header is cut off")
+        if len(buf) < tarfile.BLOCKSIZE:
+            raise tarfile.ReadError("a header is cut off" if buf else "its end is missing")
         try:
             header = super().frombuf(buf, encoding, errors)  # type: ignore[arg-type]
         except tarfile.InvalidHeaderError:  # type: ignore[attr-defined]
@@ -41,7 +45,8 @@ def plain_files(stream: Any, lost: Lost = lambda name, why: None, mode: Literal[
 ]:  # fmt: skip
     """(name, its reader) of each plain file of a tar, compressed or not; to be read before the next one is asked for.
 
-    A link, a device, a sparse file and a name that is no text go to lost(name, why). mode: 'r' for a stream that seeks.
+    The stream is read to its end. A link, a device, a sparse file and a name that is no text go to lost(name, why). mode:
+    'r' for a stream that seeks.
     Raises TarError, EOFError or OSError for what is no tar, or damaged, and for a member of more than MAX_MEMBER bytes: to
     pass over it, tarfile would count up to there.
     """
@@ -61,6 +66,9 @@ def plain_files(stream: Any, lost: Lost = lambda name, why: None, mode: Literal[
                 lost(_shown(member), "has a name that is not UTF-8")
             else:
                 yield member.name, partial(_read, tar, member)
+        while rest := tar.fileobj.read(CHUNK):
+            if rest.strip(b"\0"):  # a hole, with members after it
+                raise tarfile.ReadError("there is more behind its end")
 
 
 def _shown(member: tarfile.TarInfo) -> str:

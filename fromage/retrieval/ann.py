@@ -119,8 +119,14 @@ class ANNIndex:
 
     @classmethod
     def read(cls, path: Path, *known: Any, mapped: bool = True) -> ANNIndex:
-        """What write wrote; known: kind and all after it; mapped: from the disk as it is needed, and not to be changed."""
-        return cls(faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC if mapped else 0), *known)
+        """What write wrote. Raises UserError where it is damaged.
+
+        known: kind and all after it; mapped: from the disk as it is needed, and not to be changed.
+        """
+        try:
+            return cls(faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC if mapped else 0), *known)
+        except RuntimeError as error:
+            raise UserError(f"{path}: is damaged ({_cause(error)}); build the index again") from error
 
     def write(self, path: Path) -> None:
         """Write to a file."""
@@ -208,8 +214,12 @@ def _made(what: str) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        cause = str(error).strip().rpartition(": ")[2]
-        raise UserError(f"kind {what}: FAISS cannot make it ({cause}); try flat") from error
+        raise UserError(f"kind {what}: FAISS cannot make it ({_cause(error)}); try flat") from error
+
+
+def _cause(error: RuntimeError) -> str:
+    """What FAISS says, without the place in its source."""
+    return str(error).strip().rpartition(": ")[2]
 
 
 def _among(index: faiss.Index, chosen: Chosen, n: int) -> Any:

@@ -29,7 +29,7 @@ from fromage.models.prompts import encode_images
 from fromage.retrieval.image_root import ImageRoot
 from fromage.retrieval.item_table import Embedded, to_batch
 from fromage.retrieval.rerank import unit
-from fromage.retrieval.table_file import Table, kept_columns
+from fromage.retrieval.table_file import Table, as_keys, kept_columns
 
 PATHS = ("image_path", "path", "url")  # columns that say where an image is; the first that is there counts
 EMBEDDING = "embedding"
@@ -70,7 +70,7 @@ class EmbeddingFolder:
         whole = pa.concat_tables(self.tables, promote_options="permissive")
         first = np.unique(pc.rank(whole.column(self.path), tiebreaker="min").to_numpy(), return_index=True)[1]
         whole = whole.take(pa.array(np.sort(first)))
-        keys = whole.column(self.path).cast(pa.string()).cast(pa.binary()).combine_chunks()
+        keys = as_keys(whole.column(self.path).cast(pa.string()))
         return Table(keys, kept_columns(self.folder, whole.drop_columns([self.path])), str(self.folder))
 
     def features(self) -> Iterator[tuple[np.ndarray, list[Item]]]:

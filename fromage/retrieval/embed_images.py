@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import shutil
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -17,16 +18,19 @@ from fromage.checkpoints.format import CONFIG
 from fromage.checkpoints.run_folder import last_checkpoint
 from fromage.checks import check_whole
 from fromage.data.features import check_features
-from fromage.data.image_source import FileStamp, ImageBatch, ImageSample, ImageSource, find_images, is_shards
+from fromage.data.image_source import ImageBatch, ImageSample, ImageSource, find_images, is_shards
 from fromage.data.shard_names import expand
 from fromage.data.workers import WorkerLoader
 from fromage.errors import UserError, first_few
 from fromage.locks import held
 from fromage.retrieval.embedding_store import DTYPES, EmbeddingStore
+from fromage.retrieval.rerank import has_direction
 
 if TYPE_CHECKING:
     from fromage.models.fromage import Fromage
     from fromage.retrieval.embed_ray import ImageSide, RayJob
+
+UNSOUND = "its embedding is zero, infinite or NaN"
 
 
 def embed_images(
@@ -69,7 +73,13 @@ def embed_images(
         check_features(expand(str(source)), model.vision)
     with held(out):
         store = embed_source(model, images, out, workers=workers, checkpoint=checkpoint, dtype=dtype, ray=ray)
-        _report(store, source)
+        good, broken = len(store), store.broken()
+        if not good:
+            store.discard()  # or the next run would find all done
+    if not good:
+        with suppress(OSError):  # what else is there stays
+            Path(out).rmdir()
+    _report(good, broken, source)
     return store
 
 
@@ -104,11 +114,12 @@ class Done(NamedTuple):
     good: list[ImageSample]  # those of the rows
     broken: list[str]
     last: bool
+    stamps: dict[str, str]  # as of ImageBatch
 
 
 def embed_chunk(model: Fromage | ImageSide, chunk: ImageBatch) -> Done:
     """Embed the images of a chunk."""
-    done = Done(chunk.part, chunk.number, [], [], [], chunk.last)
+    done = Done(chunk.part, chunk.number, [], [], [], chunk.last, chunk.stamps)
     for tensor, samples in chunk.groups:
         if tensor is None:
             done.broken.extend(sample.problem for sample in samples)
@@ -116,8 +127,11 @@ def embed_chunk(model: Fromage | ImageSide, chunk: ImageBatch) -> Done:
             told = f"features {tensor.shape[1]} wide, not {model.vision.width} as the image tower's"
             done.broken.extend(f"{sample.item.path}: {told}" for sample in samples)
         else:
-            done.rows.append(_embed(model, tensor))
-            done.good.extend(samples)
+            rows = _embed(model, tensor)  # (n, q)
+            sound = has_direction(rows)  # (n,)
+            done.rows.append(rows[sound])
+            done.good.extend(compress(samples, sound))
+            done.broken.extend(f"{sample.item.path}: {UNSOUND}" for sample in compress(samples, ~sound))
     return done
 
 
@@ -138,25 +152,21 @@ def _fill(store: EmbeddingStore, chunks: Iterable[Done], images: ImageSource) ->
                 part[chunk.number] = chunk
                 bar.update(len(chunk.good) + len(chunk.broken))
                 if any(chunk.last and chunk.number + 1 == len(part) for chunk in part.values()):
-                    _write(store, images, chunk.part, [part[number] for number in sorted(part)])
+                    _write(store, chunk.part, [part[number] for number in sorted(part)])
                     del parts[chunk.part]
         except KeyboardInterrupt:
             raise KeyboardInterrupt("the same command goes on where it was") from None
 
 
-def _write(store: EmbeddingStore, images: ImageSource, number: int, chunks: Sequence[Done]) -> None:
+def _write(store: EmbeddingStore, number: int, chunks: Sequence[Done]) -> None:
     """Store a part, its rows in the order of the source."""
     good = [sample for chunk in chunks for sample in chunk.good]
     order = sorted(range(len(good)), key=lambda i: good[i].place)
     # (n, q)
     rows = np.concatenate([np.empty((0, store.about["width"]), np.float32), *(rows for c in chunks for rows in c.rows)])
     items = [good[i].item for i in order]
-    read = {item.path: FileStamp.read(item.stamp) for item in items}
-    names = {
-        name: str(stamp._replace(digest="")) if (stamp := read.get(name)) else images.stamp(name)
-        for name in images.parts[number]
-    }
-    store.write(number, rows[order], items, [line for chunk in chunks for line in chunk.broken], names)
+    broken = [line for chunk in chunks for line in chunk.broken]
+    store.write(number, rows[order], items, broken, chunks[-1].stamps)
 
 
 @torch.no_grad()
@@ -166,11 +176,12 @@ def _embed(model: Fromage | ImageSide, tensor: Tensor) -> np.ndarray:
     return model.embed_images(features).float().cpu().numpy()
 
 
-def _report(store: EmbeddingStore, source: str | Path) -> None:
-    good, broken = len(store), store.broken()
+def _report(good: int, broken: list[str], source: str | Path) -> None:
+    """Warn of what is left out. Raises UserError where nothing is left."""
     some = first_few(broken, "; ")
+    if not good and broken and all(line.endswith(UNSOUND) for line in broken):
+        raise UserError(f"{source}: every embedding is zero, infinite or NaN; embed it with a sound checkpoint")
     if not good:
-        shutil.rmtree(store.folder)  # or the next run would find all done
         raise UserError(f"{source}: no usable image is there. {some}")
     if broken:
         warnings.warn(f"{source}: {len(broken)} of {good + len(broken)} images are left out: {some}", stacklevel=3)

@@ -102,9 +102,9 @@ class EmbeddingStore:
         left += [()] * (len(free) - len(left))  # where parts have gone
         parts = {part: tuple(names) for part, names in kept.items()} | dict(zip(free, left, strict=True))
         self.about |= {"source": images.digest(), "root": images.root, "parts": count}
+        for path in self._files() - {self._path(part) for part in kept}:
+            path.unlink()  # first: a kill after the other step would leave them to be taken for parts of the new source
         write_files(self.folder, {ABOUT: as_json(self.about)})
-        for part in stale:
-            self._path(part).unlink()
         return [parts[part] for part in range(count)]
 
     def _has_captions(self, part: int, captions: Mapping[str, str]) -> bool:
@@ -145,6 +145,15 @@ class EmbeddingStore:
     def _path(self, part: int) -> Path:
         return self.folder / f"{part:05d}.parquet"
 
+    def _files(self) -> set[Path]:
+        """The files of parts, also of more than there should be."""
+        return {path for path in self.folder.glob("*.parquet") if path.stem.isdecimal()}
+
+    def discard(self) -> None:
+        """Remove the store; what else lies in its folder stays."""
+        for path in (*self._files(), self.folder / ABOUT):
+            path.unlink(missing_ok=True)
+
     def missing(self) -> list[int]:
         """Parts that are still to be embedded."""
         return [part for part in range(self.about["parts"]) if not self._path(part).exists()]
@@ -159,7 +168,8 @@ class EmbeddingStore:
     ) -> None:
         """Add a part: (n, q) rows and their items; broken says what was left out, a line each.
 
-        names: of the files or shards that it was made of, with their stamps.
+        names: of the files or shards that it was made of, with their stamps; one that no stamp of a file equals has it
+        embedded again.
         """
         values = pa.array(rows.astype(self.about["dtype"], copy=False).ravel())  # (n q)
         batch = to_batch(items)

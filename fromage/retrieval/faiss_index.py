@@ -183,7 +183,7 @@ class FaissIndex(ImageIndex):
 
     def table(self) -> Table | None:
         """The metadata by the paths of the images."""
-        return self.metadata.keyed(self.paths().combine_chunks()) if self.metadata else None
+        return self.metadata.keyed(self.paths()) if self.metadata else None
 
     # --- on disk ------------------------------------------------------------------------------------------------------
 

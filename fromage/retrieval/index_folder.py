@@ -119,8 +119,7 @@ def _spot_digest(path: Path) -> str:
 
 def read_about(folder: Path) -> dict[str, Any]:
     """What index.json says. Raises UserError where there is no index, one of another version, or one that makes no sense."""
-    if not folder.exists() and (aside := set_aside(folder)).exists():
-        raise UserError(f"{folder}: saving was interrupted; the former index is whole: rename {aside} to {folder}")
+    _check_not_interrupted(folder)
     about = INDEX.read(folder)
     for name, kind in KINDS.items():
         if not isinstance(about[name], kind) or (name == "width" and about[name] < 1):
@@ -133,6 +132,12 @@ def read_about(folder: Path) -> dict[str, Any]:
         if not isinstance(said, dict) or not all(isinstance(value, str) for value in said.values()):
             raise INDEX.unreadable(folder, f"{name} is no object of texts")
     return about
+
+
+def _check_not_interrupted(folder: Path) -> None:
+    """Raise UserError where an index was set aside and the one that replaces it did not get its name."""
+    if not folder.exists() and (aside := set_aside(folder)).exists():
+        raise UserError(f"{folder}: saving was interrupted; the former index is whole: rename {aside} to {folder}")
 
 
 def check_paths(kind: FolderKind, folder: Path, about: dict[str, Any]) -> None:
@@ -177,6 +182,8 @@ def check_files(folder: Path, about: dict[str, Any], full: bool | Container[str]
 def check_replaceable(folder: str | Path, overwrite: bool) -> None:
     """Raise UserError unless an index may be saved here: nothing is there, or an index alone, which may be replaced."""
     folder = Path(folder).resolve()
+    if not overwrite:
+        _check_not_interrupted(folder)
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     INDEX.require_own(folder)

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence, Set
 from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from fromage.data.image_source import Item
 from fromage.errors import UserError, first_line
@@ -117,15 +116,16 @@ def filled(batch: pa.RecordBatch) -> pa.RecordBatch:
     return pa.record_batch([batch.column(n) if n in batch.schema.names else empty for n in SCHEMA.names], schema=SCHEMA)
 
 
-def keep_mask(batch: pa.RecordBatch, barred: pa.ChunkedArray) -> np.ndarray:
+def keep_mask(batch: pa.RecordBatch, barred: Set[bytes]) -> np.ndarray:
     """Which items of a batch are at none of the barred paths: (n,) truth values."""
-    return np.asarray(pc.invert(pc.is_in(batch.column("path"), value_set=barred)))
+    return np.array([path not in barred for path in batch.column("path").to_pylist()], bool)
 
 
 def without(rows: Iterable[Embedded], barred: pa.ChunkedArray) -> Iterator[Embedded]:
     """The rows whose items are at none of the barred paths."""
+    paths = {path for chunk in barred.chunks for path in chunk.to_pylist()}  # Arrow would hash them anew for each batch
     for vectors, items in rows:
-        keep = keep_mask(items, barred)
+        keep = keep_mask(items, paths)  # (n,)
         yield vectors[keep], items.filter(pa.array(keep))
 
 

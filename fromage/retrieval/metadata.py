@@ -23,7 +23,7 @@ from fromage.images.locators import key_of, name_of
 from fromage.io import json_object
 from fromage.retrieval.image_root import to_bytes, to_text
 from fromage.retrieval.item_table import ItemTable, open_arrow, write_arrow
-from fromage.retrieval.table_file import KEPT, Table, in_calendar, kind_of
+from fromage.retrieval.table_file import KEPT, Table, as_keys, in_calendar, kind_of
 from fromage.retrieval.where import KINDS, Both, Comparison, Condition, bound, parse
 
 CHUNK = 1 << 16  # rows
@@ -52,10 +52,10 @@ class Metadata:
     def __len__(self) -> int:
         return self.table.num_rows
 
-    def keyed(self, paths: pa.Array) -> Table:
+    def keyed(self, paths: pa.ChunkedArray) -> Table:
         """The rows that say anything, by the paths (N) of their images."""
         said = reduce(pc.or_, (pc.is_valid(column) for column in self.table.columns)).combine_chunks()
-        return Table(paths.filter(said), self.table.filter(said))
+        return Table(as_keys(paths.filter(said)), self.table.filter(said))
 
     def over(self, meta: str, row: int) -> str:
         """The metadata of an image, JSON, with its row of the table over it."""
@@ -171,28 +171,29 @@ def _rows(items: ItemTable, table: Table) -> np.ndarray:
     for way in WAYS if table.whose else ():
         if (best >= 0).all():
             break
-        found = _found(pa.chunked_array([way(items)], pa.binary()), table.keys)
+        found = _found(way(items), table.keys)
         best = found if (found >= 0).sum() > (best >= 0).sum() else best
     return best
 
 
 def _found(names: pa.ChunkedArray, keys: pa.Array) -> np.ndarray:
-    return pc.fill_null(pc.index_in(names, value_set=keys), -1).to_numpy().astype(np.int64)
+    found = pc.index_in(names.cast(pa.large_binary()), value_set=keys.cast(pa.large_binary()))
+    return pc.fill_null(found, -1).to_numpy().astype(np.int64)
 
 
-def _named(name: Callable[[str], str]) -> Callable[[ItemTable], pa.Array]:
-    def way(items: ItemTable) -> pa.Array:
-        paths = items.paths().to_pylist()
-        return pa.array([to_bytes(name(to_text(path))) for path in paths], pa.binary())
+def _named(name: Callable[[str], str]) -> Callable[[ItemTable], pa.ChunkedArray]:
+    def way(items: ItemTable) -> pa.ChunkedArray:
+        named = ([to_bytes(name(to_text(path))) for path in chunk.to_pylist()] for chunk in items.paths().chunks)
+        return pa.chunked_array([pa.array(names, pa.binary()) for names in named], pa.binary())
 
     return way
 
 
-def _stored(items: ItemTable) -> pa.Array:
-    return pa.concat_arrays([batch.column("path") for batch in items.batches])
+def _stored(items: ItemTable) -> pa.ChunkedArray:
+    return pa.chunked_array([batch.column("path") for batch in items.batches], pa.binary())
 
 
-WAYS: Iterable[Callable[[ItemTable], pa.Array]] = (
+WAYS: Iterable[Callable[[ItemTable], pa.ChunkedArray]] = (
     _stored,  # within the folder of the images
     _named(name_of),
     _named(key_of),

@@ -226,7 +226,7 @@ class Collection:
         paths = [self.root.locate(to_bytes(_plain(entity["path"]))) for entity in entities]
         schema = pa.schema([field_of(name, kind) for name, kind in self.columns.items()])
         values = [self._told(entity) for entity in entities]
-        return Metadata(pa.Table.from_pylist(values, schema)).keyed(pa.array(paths, pa.binary()))
+        return Metadata(pa.Table.from_pylist(values, schema)).keyed(pa.chunked_array([paths], pa.binary()))
 
     def expression(self, condition: Condition) -> str:
         """A filter as Milvus writes it; nothing of it is a user's words, but for texts, which are quoted."""

@@ -172,8 +172,7 @@ class MilvusIndex(ImageIndex):
     def _fresh(self, vectors: np.ndarray, items: pa.RecordBatch, gone: pa.Array) -> Embedded:
         """What of some rows is not there yet, or goes."""
         paths = items.column("path").filter(pc.invert(pc.is_in(items.column("path"), value_set=gone)))
-        there = pa.array(list(self.collection.rows_of(paths.to_pylist())), pa.binary())
-        keep = keep_mask(items, pa.chunked_array([there]))
+        keep = keep_mask(items, {*self.collection.rows_of(paths.to_pylist())})
         return vectors[keep], items.filter(pa.array(keep))
 
     def add(

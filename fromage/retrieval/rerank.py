@@ -125,7 +125,12 @@ def unit(rows: np.ndarray, whose: str) -> np.ndarray:
         raise UserError(f"embeddings of {whose} are no numbers; search_index takes texts") from error
     if rows.ndim != 2:
         raise UserError(f"embeddings of {whose} have the shape {rows.shape}; expected (rows, width)")
-    lengths = np.linalg.norm(rows, axis=1, keepdims=True)  # (n, 1)
-    if not (np.isfinite(lengths).all() and (lengths > 0).all()):
+    if not has_direction(rows).all():
         raise UserError(f"embeddings of {whose} hold zero rows, infinities or NaN; make them again, from a sound checkpoint")
-    return rows / lengths  # (n, q)
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)  # (n, q)
+
+
+def has_direction(rows: np.ndarray) -> np.ndarray:
+    """(n,) truth values: which of (n, q) rows can be scaled to unit length; not zero rows, infinities and NaN."""
+    lengths = np.linalg.norm(rows, axis=1)  # (n,)
+    return np.isfinite(lengths) & (lengths > 0)

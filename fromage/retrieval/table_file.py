@@ -43,7 +43,7 @@ class Table(NamedTuple):
     """Columns for images.
 
     Attributes:
-        keys: as bytes, what names the image of each row.
+        keys: as bytes, what names the image of each row; large_binary, of which an array holds more than 2 GiB.
         columns: of the types in KEPT.
         whose: a file for messages; '' of an index, whose keys are paths.
     """
@@ -67,12 +67,17 @@ def read_table(path: str | Path, key: str) -> Table:
         raise UserError(f"{path}: has no column beside {key}; give it what is to be known of the images")
     table = table.filter(pc.is_valid(table.column(key)))
     columns = kept_columns(path, table.drop_columns([key]))
-    keys = _kept(path, key, table.column(key))[1].cast(pa.string()).cast(pa.binary()).combine_chunks()
+    keys = as_keys(_kept(path, key, table.column(key))[1].cast(pa.string()))
     if len(pc.unique(keys)) < len(keys):
         counts = pc.value_counts(keys)
         twice = counts.field("values").filter(pc.greater(counts.field("counts"), 1))[0].as_py()
         raise UserError(f"{path}: {key} is {twice.decode()[:60]!r} in several rows; it must name an image once")
     return Table(keys, columns, str(path))
+
+
+def as_keys(names: pa.ChunkedArray) -> pa.Array:
+    """Texts or bytes as the keys of a table."""
+    return names.cast(pa.binary()).cast(pa.large_binary()).combine_chunks()
 
 
 def kept_columns(path: Path, table: pa.Table) -> pa.Table:

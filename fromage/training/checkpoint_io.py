@@ -26,7 +26,7 @@ from fromage.checkpoints.format import GENERATION
 from fromage.checkpoints.run_folder import BEFORE, LAST, others_checkpoints
 from fromage.checkpoints.safe_pickle import read_pickle
 from fromage.errors import UserError
-from fromage.io import WholeFile, disk_error
+from fromage.io import WholeFile, disk_error, sync
 from fromage.locks import held
 
 TERMINATED, INTERRUPTED = 128 + signal.SIGTERM, 128 + signal.SIGINT  # exit codes of what these end
@@ -52,10 +52,8 @@ class SafeCheckpointIO(TorchCheckpointIO):
         torch.save(checkpoint, buffer)
         there = "the one before it is untouched" if path.exists() else "there is none before it"
         with WholeFile(path, kept=f"{there}; go on with --ckpt_path last") as part:
-            with part.open("wb") as file:
-                file.write(buffer.getbuffer())
-                file.flush()
-                os.fsync(file.fileno())
+            part.write_bytes(buffer.getbuffer())
+            sync(part)  # before another file gives up its name
             self._keep(path)
         self.damaged.discard(path)
         self.steps[path] = checkpoint.get("global_step")

@@ -1,9 +1,12 @@
+import errno
 import io
 import json
 import os
 import types
+import warnings
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 import torch
@@ -314,3 +317,84 @@ def test_shards_that_are_newer_than_their_features_are_refused(tmp_path):
         store_features(source, out, Vision(), workers=0)
     (out / "00001.tar").unlink()
     assert store_features(source, out, vision := Vision(), workers=0) == vision.shown > 0
+
+
+class Breaks:
+    """A shard on a disk that fails after some bytes; None: that does not."""
+
+    def __init__(self, path, size):
+        self.file, self.whole = io.BytesIO(Path(path).read_bytes()[:size]), size is None
+
+    def read(self, size):
+        if (data := self.file.read(size)) or self.whole:
+            return data
+        raise OSError(errno.EIO, "Input/output error")
+
+    def close(self):
+        pass
+
+
+@pytest.mark.parametrize("stops", [False, True])
+def test_a_shard_whose_reading_broke_off_is_stored_and_done_again(tmp_path, monkeypatch, stops):
+    source, out = shards(tmp_path / "s"), tmp_path / "f"
+    (tmp_path / "s" / "sizes.json").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr("fromage.data.shards.open_shard", lambda shard: Breaks(shard, 9000 if "00001" in shard else None))
+        assert store_features(source, out, Vision(), workers=0, max_broken=0.2) == 4 + 2 + 2
+    if stops:  # the next run, when it has read the shard and not stored it yet
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr("fromage.data.features.StoredShard.close", stopped)
+            store_features(source, out, Vision(), workers=0)
+    assert store_features(source, out, vision := Vision(), workers=0) == vision.shown == 4
+    assert len(batch(out, Vision()).keys) == 10
+    assert store_features(source, out, Vision(), workers=0) == 0
+
+
+def stopped(*args):
+    raise KeyboardInterrupt
+
+
+def test_a_shard_that_is_damaged_is_done(tmp_path):
+    source, out = shards(tmp_path / "s"), tmp_path / "f"
+    (tmp_path / "s" / "sizes.json").unlink()
+    os.truncate(tmp_path / "s" / "00001.tar", 9000)
+    first = store_features(source, out, Vision(), workers=0, max_broken=0.2)
+    assert first == 4 + 2 + 2 and store_features(source, out, Vision(), workers=0, max_broken=0.2) == 0
+
+
+@pytest.fixture
+def remote(tmp_path):
+    """Features of a tower called tiny: their folder here, and at a URL."""
+    store_features(shards(tmp_path / "s"), tmp_path / "f", Vision(), workers=0)
+    disk = fsspec.filesystem("memory")
+    disk.put(f"{tmp_path}/f", "/features", recursive=True)
+    yield tmp_path / "f", "memory://features"
+    disk.rm("/features", recursive=True)
+
+
+def test_features_of_another_tower_at_a_url_are_refused(remote):
+    _, url = remote
+    check_features(f"{url}/0000{{0..2}}.tar", Vision())
+    with pytest.raises(UserError, match="tower 'tiny' there, 'other' here"):
+        check_features(f"{url}/0000{{0..2}}.tar", Vision(name="other"))
+
+
+@pytest.mark.parametrize("damage", [None, b"<html>", b"[]"])
+def test_features_of_a_tower_that_is_not_known_are_told_once(remote, damage):
+    folder, url = remote
+    disk = fsspec.filesystem("memory")
+    disk.rm("/features/features.json")
+    if damage:
+        disk.pipe("/features/features.json", damage)
+    (folder / "features.json").unlink()
+    for source in (f"{url}/0000{{0..2}}.tar", str(folder), f"pipe:cat {folder}/00000.tar"):
+        with pytest.warns(UserWarning, match=r"0000.\.tar: no features\.json beside these stored features says") as told:
+            check_features(source, Vision())
+        assert len(told) == 1
+
+
+def test_nothing_is_told_of_images_and_of_shards_that_cannot_be_read(tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_features(shards(tmp_path / "s"), Vision())
+        check_features("memory://gone/00000.tar", Vision())

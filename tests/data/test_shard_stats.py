@@ -50,13 +50,13 @@ def test_every_kind_of_trouble_is_counted_and_named(mixed):
         "empty caption": 1,
         "caption is not UTF-8": 1,
         "no image": 1,
-        "unreadable or truncated": 1,
+        "truncated or damaged": 1,
     }
     assert found["shards"] == 3
     assert found["usable"] == 5 + kept
     assert found["samples"] == found["usable"] + found["broken"]
     assert found["causes"]["undecodable image"]["first"] == [f"{mixed}/a.tar#junk (not JPEG, PNG, WebP, BMP or GIF)"]
-    assert found["causes"]["unreadable or truncated"]["first"][0].startswith(f"{mixed}/c.tar (after")
+    assert found["causes"]["truncated or damaged"]["first"][0].startswith(f"{mixed}/c.tar (after")
     assert found["smallest_image"]["size"] == [4, 4]
     assert found["largest_image"] == {"name": f"{mixed}/b.tar#wide", "size": [60, 10]}
     assert found["caption_words"]["min"] == 1

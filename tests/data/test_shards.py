@@ -1,7 +1,10 @@
+import bz2
 import functools
+import gzip
 import http.server
 import io
 import json
+import lzma
 import os
 import socket
 import sys
@@ -246,12 +249,12 @@ def test_a_truncated_shard_ends_and_is_reported(tmp_path, keep):
     assert [name for name, _ in lost] == ["cut.tar"]
 
 
-def test_a_shard_cut_between_members_is_found_by_its_size(tmp_path):
+def test_a_shard_that_was_closed_too_early_is_found_by_its_size(tmp_path):
     write_shards(pairs(4), tmp_path / "s")
     shard = tmp_path / "s/00000.tar"
     with tarfile.open(shard) as members:
         end = next(m.offset for m in members if m.name.startswith("k002"))
-    shard.write_bytes(shard.read_bytes()[:end])
+    shard.write_bytes(shard.read_bytes()[:end] + bytes(1024))  # a tar's end
     broken = Broken(0.05)
     assert len(list(read_shards([(str(shard), *shard_sizes([str(shard)]))], broken))) == 2
     broken.used()
@@ -383,3 +386,40 @@ def test_shards_that_hold_more_than_sizes_json_says_are_told(tmp_path):
     (tmp_path / "sizes.json").write_text('{"00000.tar": 2}')
     with pytest.raises(UserError, match=r"00000.tar: holds more samples than the 2 that sizes.json beside it says; remove"):
         list(read_shards(sized(expand(str(tmp_path))), Broken(1.0)))
+
+
+def odd_end(data, end):
+    """A tar of samples of 2 KiB: whole, cut between samples, between members, or with a hole, of zeros."""
+    at = 5 * 2048
+    cut = {"whole": data, "between samples": data[:at], "between members": data[: at + 1024]}
+    return cut[end] if end in cut else data[:at] + bytes(512) + data[at + 512 :]
+
+
+@pytest.mark.parametrize("kind", ["", "gz", "bz2", "xz"])
+@pytest.mark.parametrize(
+    ("end", "why"),
+    [
+        ("whole", ""),
+        ("between samples", "its end is missing"),
+        ("between members", "its end is missing"),
+        ("hole", "there is more behind its end"),
+    ],
+)
+def test_a_shard_that_ends_too_early_is_told(tmp_path, kind, end, why):
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for i in range(10):
+            for suffix in ("jpg", "txt"):
+                member = tarfile.TarInfo(f"k{i}.{suffix}")
+                member.size = 3
+                tar.addfile(member, io.BytesIO(b"abc"))
+    data = odd_end(buffer.getvalue(), end)
+    compress = {"": bytes, "gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress}[kind]
+    (tmp_path / "0.tar").write_bytes(compress(data))
+    samples, lost = read(tmp_path / "0.tar")
+    if why:
+        sure = 5 if end == "between members" else 4  # only what follows shows that a sample is whole
+        assert [sample["__key__"] for sample in samples] == [f"k{i}" for i in range(sure)]
+        assert [cause for _, cause in lost] == [f"truncated or damaged: after {sure} samples, {why}"]
+    else:
+        assert len(samples) == 10 and not lost

@@ -1,4 +1,6 @@
+import errno
 import io
+import os
 import tarfile
 import tracemalloc
 from contextlib import suppress
@@ -8,7 +10,7 @@ from hostile import apng, encoded, gif, text_bomb, webp
 from PIL import Image, ImageFile
 
 from fromage.errors import BrokenSample, UserError
-from fromage.images.codec import MAX_ASPECT, decode_image, jpeg, small
+from fromage.images.codec import MAX_ASPECT, decode_image, image_files, jpeg, small
 from fromage.images.open import open_image
 
 RED, WHITE = (255, 0, 0), (255, 255, 255)
@@ -160,3 +162,47 @@ def test_a_jpeg_of_many_scans_is_refused_and_one_of_ten_is_not():
         decode_image(data[:2] + b"\xff\xfe\0\2" * 20_000 + data[2:])
     photo = encoded(image, "JPEG", exif=b"Exif\0\0" + b"\xff\xda" * 900)
     assert decode_image(photo).size == (64, 64), "a thumbnail in the metadata does not count"
+
+
+def test_a_folder_that_cannot_be_listed_is_no_empty_one(tmp_path, monkeypatch):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x.jpg").touch()
+    assert [path.parent.name for path in image_files(tmp_path)] == ["a", "b"]
+    real = os.scandir
+
+    def fails(path):
+        if str(path).endswith("b"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", fails)
+    with pytest.raises(UserError, match=r"/b: cannot be looked into \(Permission denied\); see to its permissions"):
+        image_files(tmp_path)
+
+
+def test_a_folder_whose_files_cannot_be_asked_for_is_no_empty_one(tmp_path, monkeypatch):
+    (tmp_path / "x.jpg").touch()
+
+    def fails(path, **how):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(tmp_path), "stat", fails)
+        with pytest.raises(UserError, match=r"x\.jpg: cannot be looked into"):
+            image_files(tmp_path)
+
+
+def test_links_to_images_are_followed_and_links_to_folders_are_named(tmp_path):
+    folder = tmp_path / "images"
+    (tmp_path / "out").mkdir()
+    folder.mkdir()
+    for path in (folder / "a.jpg", tmp_path / "out" / "b.jpg"):
+        path.touch()
+    (folder / "c.jpg").symlink_to(tmp_path / "out" / "b.jpg")
+    (folder / "d.jpg").symlink_to(tmp_path / "gone.jpg")
+    assert [path.name for path in image_files(folder)] == ["a.jpg", "c.jpg"]
+    (folder / "loop").symlink_to(folder)
+    with pytest.warns(UserWarning, match="links to other folders are not followed: .*/loop"):
+        assert [path.name for path in image_files(folder)] == ["a.jpg", "c.jpg"]
+    assert image_files(tmp_path / "gone") == image_files(folder / "a.jpg") == []

@@ -1,4 +1,5 @@
 import json
+import os
 
 import numpy as np
 import pytest
@@ -144,3 +145,16 @@ def test_kinds_by_size():
     assert default_kind(1_000_001) == lists_kind(1_000_000) == "IVF4096,SQ8"
     assert lists_kind(3_300_000) == "IVF8192,SQ8"
     assert FaissIndex.build(rows(3), items(3), "", kind="Flat").kind == "flat"
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+def test_a_file_that_faiss_cannot_read_is_damaged(tmp_path, mapped):
+    vectors = np.eye(4, dtype=np.float32)
+    ANNIndex.train("HNSW4", vectors).write(tmp_path / "index.faiss")
+    known = "HNSW4", "efSearch=16", 1.0
+    assert ANNIndex.read(tmp_path / "index.faiss", *known, mapped=mapped).setting == "efSearch=16"
+    with pytest.raises(UserError, match=r"index\.faiss: is damaged \(.*\); build the index again"):
+        ANNIndex.read(tmp_path / "index.faiss", "HNSW4", "nonsense=1", 1.0, mapped=mapped)
+    os.truncate(tmp_path / "index.faiss", 60)
+    with pytest.raises(UserError, match=r"index\.faiss: is damaged \(.*\); build the index again"):
+        ANNIndex.read(tmp_path / "index.faiss", *known, mapped=mapped)

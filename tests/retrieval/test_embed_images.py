@@ -1,3 +1,4 @@
+import errno
 import io
 import json
 import os
@@ -14,6 +15,7 @@ import colour_tower
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 from PIL import Image
 from test_codec import encoded, make_tar
 from test_faiss_index import COLOURS, Model, write_colours
@@ -527,8 +529,143 @@ def test_a_source_that_has_lost_shards_is_gone_on_with(tmp_path, monkeypatch):
         for _ in range(2):
             _, found = rows_and_items(module.embed_images(Model(), folder, tmp_path / "out"))
             assert [Path(item.path).name for item in found] == ["1.tar#1", "2.tar#2"][int(lost) :] and not seen
-    make_tar(folder / "2.tar", {"2.png": encoded(Image.new("RGB", (8, 8), "red")), "3.png": encoded(Image.new("L", (8, 8)))})
+    images = {f"{i}.png": encoded(Image.new("RGB", (8, 8), colour)) for i, colour in enumerate(("red", "blue"), 2)}
+    make_tar(folder / "2.tar", images)
     assert len(module.embed_images(Model(), folder, tmp_path / "out")) == 2, "an empty part stands for no shard"
+
+
+def test_a_file_that_could_not_be_read_is_read_again(tmp_path, monkeypatch):
+    """Neither its size nor its time of change shows that the disk is sound again."""
+    folder = write_colours(tmp_path / "images")
+    (folder / "odd.png").write_bytes(b"no image")
+    real = image_source.open_regular
+
+    def fails(path):
+        if path.parent.name == "red":
+            raise OSError(errno.EIO, "Input/output error")
+        return real(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(image_source, "open_regular", fails)
+        with pytest.warns(UserWarning, match=r"2 of 4 images .*red/a\.png: .*Input/output error"):
+            assert len(module.embed_images(Model(), folder, tmp_path / "e")) == 2
+    seen = counted(monkeypatch)
+    for _ in range(2):
+        with pytest.warns(UserWarning, match=r"1 of 4 images .*odd\.png"):
+            assert len(module.embed_images(Model(), folder, tmp_path / "e")) == 3
+    assert sum(seen) == 3, "what cannot be decoded is done"
+
+
+@pytest.mark.parametrize("command", [False, True])
+def test_a_shard_whose_reading_broke_off_is_read_again(tmp_path, monkeypatch, command):
+    shard = tmp_path / "0.tar"
+    make_tar(shard, {f"{i}.png": encoded(Image.effect_noise((32, 32), 50)) for i in range(9)})
+    (tmp_path / "down").touch()
+    if command:  # whose shard has no stamp
+        script = f"if [ -e {tmp_path}/down ]; then head -c 8000 {shard}; exit 7; fi; cat {shard}"
+        (tmp_path / "get.sh").write_text(script)
+        source = f"pipe:sh {tmp_path}/get.sh 0.tar"
+        monkeypatch.setattr("fromage.data.shards.ATTEMPTS", 1)
+    else:
+        source = shard
+        monkeypatch.setattr("fromage.data.shards.open_shard", lambda shard: Breaks(shard, tmp_path / "down"))
+    with pytest.warns(UserWarning, match=r"0\.tar: unreadable.*after \d samples"):
+        assert 0 < len(module.embed_images(Model(), source, tmp_path / "e")) < 9
+    (tmp_path / "down").unlink()
+    assert len(module.embed_images(Model(), source, tmp_path / "e")) == 9
+    seen = counted(monkeypatch)
+    assert len(module.embed_images(Model(), source, tmp_path / "e")) == 9 and not seen
+
+
+class Breaks(io.BytesIO):
+    """A shard on a disk that fails while there is the file `down`."""
+
+    def __init__(self, shard, down):
+        self.down = down.exists()
+        super().__init__(Path(shard).read_bytes()[: 8000 if self.down else None])
+
+    def read(self, size=-1):
+        if not (data := super().read(size)) and self.down:
+            raise OSError(errno.EIO, "Input/output error")
+        return data
+
+
+def test_a_shard_that_was_still_being_copied_is_read_again(tmp_path, monkeypatch):
+    shard = make_tar(tmp_path / "0.tar", {f"{i}.png": encoded(Image.effect_noise((32, 32), 50)) for i in range(9)})
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[: len(whole) // 2 + 100])
+    embed = module.embed_chunk
+
+    def ends(*args):
+        shard.write_bytes(whole)  # when it has been read
+        return embed(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "embed_chunk", ends)
+        with pytest.warns(UserWarning, match=r"0\.tar"):
+            assert len(module.embed_images(Model(), shard, tmp_path / "e")) < 9
+    assert len(module.embed_images(Model(), shard, tmp_path / "e")) == 9
+
+
+@pytest.mark.parametrize("at", ["unlink", "write_files"])
+def test_a_kill_while_a_source_is_taken_up_leaves_no_part_of_what_has_gone(tmp_path, monkeypatch, at):
+    folder, out = tmp_path / "images", tmp_path / "e"
+    folder.mkdir()
+    monkeypatch.setattr(image_source, "FILES_PER_PART", 2)
+
+    def make(*numbers):
+        for n in numbers:
+            Image.new("RGB", (4, 4), (20 * n, 9, 9)).save(folder / f"{n:02}.png")
+
+    def killed(path, *args, **kwargs):
+        if at == "write_files" or path.suffix == ".parquet":
+            raise Killed
+        unlink(path, *args, **kwargs)
+
+    make(*range(6))
+    module.embed_images(Model(), folder, out)
+    for n in range(2, 6):
+        (folder / f"{n:02}.png").unlink()
+    unlink = Path.unlink
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(*((Path, "unlink") if at == "unlink" else ("fromage.retrieval.embedding_store.write_files",)), killed)
+        module.embed_images(Model(), folder, out)
+    for new in ((), (10, 11, 12, 13)):
+        make(*new)
+        _, items = rows_and_items(module.embed_images(Model(), folder, out))
+        assert sorted(item.path for item in items) == sorted(map(str, folder.iterdir()))
+
+
+def test_what_else_lies_beside_embeddings_stays_when_nothing_was_usable(tmp_path):
+    folder, out = tmp_path / "images", tmp_path / "results"
+    folder.mkdir()
+    Image.new("RGB", (4, 4)).save(folder / "a.bmp")
+    with pytest.raises(UserError, match="every embedding is zero"):
+        module.embed_images(Model(), folder, out)
+    assert not out.exists()
+    Image.new("RGB", (4, 4), "red").save(folder / "a.bmp")
+    module.embed_images(Model(), folder, out)
+    (out / "notes.txt").write_text("mine")
+    (out / "thesis").mkdir()
+    (folder / "a.bmp").write_bytes(b"broken now")
+    with pytest.raises(UserError, match="no usable image"):
+        module.embed_images(Model(), folder, out)
+    assert sorted(path.name for path in out.iterdir()) == ["notes.txt", "thesis"]
+
+
+@pytest.mark.parametrize("odd", [0.0, 3e38])
+def test_an_image_whose_embedding_has_no_direction_is_left_out_and_named(tmp_path, odd):
+    rows = [np.full(3, odd if i == 2 else i + 1.0, np.float32) for i in range(4)]
+    shard = make_tar(tmp_path / "0.tar", {f"{i}.npy": encoded_npy(row) for i, row in enumerate(rows)})
+    with pytest.warns(UserWarning, match=r"1 of 4 images.*0\.tar#2: its embedding is zero, infinite or NaN"):
+        embeddings, found = embed_images(Model(), shard)
+    assert [item.path[-2:] for item in found] == ["#0", "#1", "#3"] and np.isfinite(embeddings).all()
+
+
+def test_a_model_that_gives_no_embedding_any_direction_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(Model, "embed_images", lambda self, features: torch.full((len(features), 3), torch.nan))
+    with pytest.raises(UserError, match="every embedding is zero, infinite or NaN; embed it with a sound checkpoint"):
+        embed_images(Model(), write_colours(tmp_path / "images"))
 
 
 @pytest.mark.filterwarnings("ignore:.*04.bmp")

@@ -168,7 +168,7 @@ def test_what_is_wrong_with_a_chunk_comes_through_as_it_is(monkeypatch):
     embedder = object.__new__(ray_embed.Embedder)
     embedder.model = ImageSide(Model())
     sample = ImageSample(0, Item("a"), None)
-    row = ray_embed._packed(ImageBatch(0, 0, [(torch.ones(1, 3), [sample])], True))
+    row = ray_embed._packed(ImageBatch(0, 0, [(torch.ones(1, 3), [sample])], True, {}))
 
     def refuse(*args):
         raise UserError("the disk is full; make room")

@@ -286,6 +286,17 @@ def test_a_process_killed_between_the_renames_is_explained_and_mended(tmp_path):
     assert not aside.exists()
 
 
+def test_an_index_that_is_set_aside_is_not_built_over(tmp_path):
+    folder, aside = tmp_path / "index", tmp_path / ".index.old"
+    FaissIndex.build(rows(2), items(2), "old").save(folder)
+    folder.rename(aside)
+    with pytest.raises(UserError, match=r"the former index is whole: rename .*\.index\.old"):
+        FaissIndex.build(rows(3), items(3), "new").save(folder)
+    assert len(load_index(aside, "old")) == 2
+    FaissIndex.build(rows(3), items(3), "new").save(folder, overwrite=True)
+    assert len(load_index(folder, "new")) == 3 and not aside.exists()
+
+
 def test_a_large_file_that_is_torn_is_noticed_at_once_and_any_damage_by_the_full_check(tmp_path, monkeypatch):
     monkeypatch.setattr(index_folder, "BLOCK", 64)
     monkeypatch.setattr(index_folder, "BLOCKS", 4)

@@ -9,7 +9,7 @@ import pytest
 from fromage.data.image_source import Item
 from fromage.errors import UserError
 from fromage.retrieval.image_root import ImageRoot
-from fromage.retrieval.item_table import SCHEMA, ItemTable, to_batch, write_items
+from fromage.retrieval.item_table import SCHEMA, ItemTable, to_batch, without, write_items
 
 ITEMS = [Item(f"/a/{i}.jpg", f"image {i}", '{"n": 1}' * (i % 2), "1 2 3") for i in range(40)]
 
@@ -80,3 +80,18 @@ def test_a_table_of_a_former_version_has_neither_metadata_nor_stamps(path):
     with pa.ipc.new_file(str(path), former) as writer:
         writer.write_batch(pa.record_batch([pa.array([b"/a.jpg"]), pa.array([b"b"])], schema=former))
     assert ItemTable.open(path) == [Item("/a.jpg", "b")]
+
+
+def test_the_paths_that_are_barred_are_gone_through_once():
+    class Barred:
+        seen = 0
+
+        @property
+        def chunks(self):
+            self.seen += 1
+            return [pa.array([b"/1", b"/7"]), pa.array([b"/4"])]
+
+    batches = [(np.arange(3 * i, 3 * i + 3), to_batch([Item(f"/{3 * i + j}") for j in range(3)])) for i in range(3)]
+    left = list(without(batches, barred := Barred()))
+    assert np.concatenate([rows for rows, _ in left]).tolist() == [0, 2, 3, 5, 6, 8] and barred.seen == 1
+    assert [item.path for item in ItemTable([items for _, items in left])] == ["/0", "/2", "/3", "/5", "/6", "/8"]

@@ -17,8 +17,8 @@ from fromage.retrieval import chosen
 from fromage.retrieval.build import add, build, describe, merge, remove, write_index
 from fromage.retrieval.faiss_index import FaissIndex
 from fromage.retrieval.index_spec import IndexSpec
-from fromage.retrieval.item_table import to_batch
-from fromage.retrieval.metadata import Metadata
+from fromage.retrieval.item_table import SCHEMA, ItemTable, to_batch
+from fromage.retrieval.metadata import Joined, Metadata
 from fromage.retrieval.open_index import load_index
 from fromage.retrieval.rerank import unit
 from fromage.retrieval.table_file import Table, read_table
@@ -207,3 +207,15 @@ def test_the_command_line(tmp_path, capsys, described):
     assert "--table and --key go together" in capsys.readouterr().err and not (tmp_path / "two").exists()
     assert main(["index", "build", *both, "--table", str(tmp_path / "t.jsonl"), "--key", "f"]) == 0
     assert read_table(tmp_path / "t.jsonl", "f").columns.num_rows == 20 == len(load_index(tmp_path / "two").metadata)
+
+
+def test_more_paths_than_one_array_of_arrow_holds():
+    """2 GiB of them, in memory once."""
+    none = pa.array([b""])
+    long = pa.record_batch([pa.array([bytes(1 << 26)]), *[none] * (len(SCHEMA) - 1)], schema=SCHEMA)
+    things = ItemTable([*[long] * 32, to_batch([Item("/a.jpg")])])
+    metadata = Metadata(pa.table({"year": pa.array([*[None] * 32, 1999])}))
+    keys, columns, _ = FaissIndex(np.zeros((33, 2), np.float32), things, "f00d", metadata=metadata).table()
+    assert keys.to_pylist() == [b"/a.jpg"] and columns.to_pylist() == [{"year": 1999}]
+    stored = Joined([Table(keys, columns)]).of(ItemTable([to_batch([Item("/b.jpg"), Item("/a.jpg")])]))
+    assert stored.table.to_pylist() == [{"year": None}, {"year": 1999}]

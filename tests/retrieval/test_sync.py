@@ -219,3 +219,16 @@ def test_an_index_of_a_former_version_without_stamps_is_embedded_once_more(index
     from_elsewhere(index)
     assert sync(index, photos, Model)[1][:4] == (0, 3, 0, 0)
     assert sync(index, photos, never)[1][:4] == (0, 0, 0, 3) and len(COLOURS) == 3
+
+
+def test_a_folder_that_cannot_be_listed_takes_no_image_away(index, photos, monkeypatch):
+    before, real = (index / "index.json").read_bytes(), os.scandir
+
+    def fails(path="."):
+        return _raise(OSError(5, "Input/output error", str(path))) if str(path).endswith("red") else real(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "scandir", fails)
+        with pytest.raises(UserError, match=r"photos/red: cannot be looked into \(Input/output error\)"):
+            sync(index, photos, never)
+    assert (index / "index.json").read_bytes() == before
