@@ -52,7 +52,7 @@ class Pretrained(VisualPrefixLM, ModelHubMixin):
 
         dtype: dtype of the towers (overrides the one of training). options: further arguments of `load` to override
         (quantize; lm, vision and vision_weights if the towers have moved), and revision, token, cache_dir, force_download
-        and local_files_only of the hub. Raises UserError for missing or damaged files and for an unknown device.
+        and local_files_only of the hub. Raises UserError for missing or damaged files, and for an unknown device or option.
         """
         hub = {key: options.pop(key) for key in HUB_OPTIONS & options.keys()}
         return build(cls, read_saved(name, **hub), device, dtype=dtype, **options)
@@ -107,8 +107,8 @@ class Pretrained(VisualPrefixLM, ModelHubMixin):
 def build(cls: type[Any], saved: Saved, device: str = "cpu", **options: Any) -> Any:
     """Load the towers and the saved parameters of a Pretrained; options override the saved arguments of cls.load.
 
-    Raises UserError for an unknown device, for parameters of another kind of model or architecture, and for settings that
-    are not of their type.
+    Raises UserError for an unknown device or option, for parameters of another kind of model or architecture, and for
+    settings that are not of their type.
     """
     if saved.format != cls.kind:
         is_of, wanted = LAYOUTS[saved.format].name, LAYOUTS[cls.kind].name
@@ -117,6 +117,10 @@ def build(cls: type[Any], saved: Saved, device: str = "cpu", **options: Any) -> 
     saved = cls.present(saved)
     options = {name: value for name, value in options.items() if value is not None}
     dtype = str(options.get("dtype", saved.settings.get("dtype", "float32"))).removeprefix("torch.")
+    known = parameters_of(cls)
+    if unknown := sorted(options.keys() - known.keys()):
+        names = ", ".join(sorted({"device", *known, *HUB_OPTIONS}))
+        raise UserError(f"{unknown[0]}: no option of {cls.__name__}.from_pretrained; there are {names}")
     elsewhere = {"vision_weights": None} if "vision" in options else {}
     device = find_device(device)
     settings = _arguments(cls, saved.settings) | elsewhere | options
