@@ -57,8 +57,10 @@ def unpack(file: Path, folder: Path) -> None:
     try:
         place: Any = file.parent, {"gguf_file": file.name}
         tokenizer: Any = AutoTokenizer.from_pretrained(place[0], **place[1])
-        read: Any = {"dtype": torch.float32, "output_loading_info": True}
-        lm, found = AutoModelForCausalLM.from_pretrained(place[0], **read, **place[1])
+        whole: Any = AutoModelForCausalLM.from_pretrained(
+            place[0], dtype=torch.float32, output_loading_info=True, **place[1]
+        )
+        lm, found = whole
         require_weights(str(file), found["missing_keys"])
         lm.config.__dict__.pop("quantization_config", None)
         plain: Any = AutoModelForCausalLM.from_config(lm.config, dtype=torch.float16)  # a model that may be saved

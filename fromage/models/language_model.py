@@ -255,7 +255,9 @@ def load_lm(
     """
     if quantize and random_weights:
         raise UserError("quantize needs weights to quantise: leave out random_weights, or quantize")
-    options = {"dtype": DTYPES[dtype]} | ({"quantization_config": _quantization(quantize, dtype)} if quantize else {})
+    options: dict[str, Any] = {"dtype": DTYPES[dtype], "output_loading_info": True}
+    options |= {"quantization_config": _quantization(quantize, dtype)} if quantize else {}
+    auto: Any = AutoModelForCausalLM
     if name == "toy":
         disable_progress_bar()  # its weights load at once
     folder = _folder(name)
@@ -264,10 +266,9 @@ def load_lm(
     try:
         if random_weights:
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-            hf, found = AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype]), {"missing_keys": ()}
+            hf, found = auto.from_config(config, dtype=DTYPES[dtype]), {"missing_keys": ()}
         else:
-            options |= {"output_loading_info": True}
-            hf, found = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, **options)
+            hf, found = auto.from_pretrained(folder, trust_remote_code=False, **options)
     except Exception as error:
         raise UserError(
             f"language model {name}: no weights on disk or within reach ({first_line(error)}); "
