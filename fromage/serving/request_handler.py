@@ -21,7 +21,7 @@ from fromage.generation.preset import Preset
 from fromage.generation.retrieved import RetrievedImages
 from fromage.images.codec import jpeg
 from fromage.images.decode_process import decode_apart
-from fromage.images.fetch import fetch_image
+from fromage.images.fetch import FRESH, fetch_image
 from fromage.models.fromage import Fromage
 from fromage.models.prompts import RET, Part
 from fromage.retrieval.base import ImageIndex
@@ -206,7 +206,7 @@ class RequestHandler:
 
 def _opened(part: ImagePart | Address) -> Image.Image:
     if isinstance(part, Address):
-        return fetch_image(part.url)
+        return fetch_image(part.url, max_age=FRESH)
     try:
         return decode_apart(base64.b64decode(part.data, validate=True))
     except ValueError as error:

@@ -129,7 +129,7 @@ def test_an_image_asked_for_by_its_id_has_a_time_out_and_makes_no_other_wait(mod
 def test_a_host_that_is_slow_makes_only_those_wait_who_ask_for_it(model, index, monkeypatch):
     app, go, asked = create_app(model, index, "plain", Capacity(timeout=20)), threading.Event(), []
 
-    def fetch(url):
+    def fetch(url, max_age):
         asked.append(url)
         assert go.wait(20)
         raise UserError(f"{url}: too slow")

@@ -291,9 +291,9 @@ def test_addresses_are_fetched_under_the_guard(official, monkeypatch, folder):
     from PIL import Image
 
     asked = []
-    monkeypatch.setattr(
-        "fromage.serving.request_handler.fetch_image", lambda url: asked.append(url) or Image.open(folder / "red.png")
-    )
+    red = Image.open(folder / "red.png")
+    fetched = "fromage.serving.request_handler.fetch_image"
+    monkeypatch.setattr(fetched, lambda url, max_age: asked.append(url) or red)
     message = {"role": "user", "content": [image_part("https://images.example/a.png"), {"type": "text", "text": "what?"}]}
     assert ask(official, [message]).choices[0].message.content and asked == ["https://images.example/a.png"]
     assert fetch.fetch_image is not None
