@@ -54,11 +54,10 @@ DOCS = "/docs"  # the page that says what the server can do
 def serve(
     model: Fromage,
     index: ImageIndex | None,
-    style: str | None,
+    preset: Preset,
     host: str,
     port: int,
     capacity: Capacity | None = None,
-    preset: Preset | None = None,
     access: Access = EVERYBODY,
 ) -> None:
     """Answer requests until SIGTERM or Ctrl-C; then running requests are finished and waiting ones refused.
@@ -67,7 +66,7 @@ def serve(
     """
     capacity = capacity or Capacity()
     listening = open_port(host, port)
-    app = create_app(model, index, style, capacity, preset, access)
+    app = create_app(model, index, preset, capacity, access)
     config = guarded(app, host, capacity.timeout, access.origins, timeout_graceful_shutdown=int(capacity.timeout) + 1)
     print(f"{address(host, listening)}  (what it can do: {DOCS})", flush=True)
     with suppress(KeyboardInterrupt):
@@ -89,24 +88,21 @@ class _Server(uvicorn.Server):
 def create_app(
     model: Fromage,
     index: ImageIndex | None = None,
-    style: str | None = None,
-    capacity: Capacity | None = None,
     preset: Preset | None = None,
+    capacity: Capacity | None = None,
     access: Access = EVERYBODY,
 ) -> FastAPI:
     """The application; its model thread runs between startup and shutdown of its lifespan.
 
     Args:
         index: index of the images to retrieve, built with the same model; None for text-only answers.
-        style: prompt style of conversations, see fromage.generation.styles; None: the preset's.
-        preset: what requests leave open; None: the model's generation.json.
+        preset: what requests leave open, and the style of prompts; None: the model's generation.json.
         access: keys that requests must have, and origins of web pages that may read the answers.
 
     Raises:
         UserError: unknown style, or an index built with another model.
     """
-    preset = (preset or read_preset(model.generation)).over(style)
-    handler = RequestHandler(model, index, preset, capacity or Capacity())
+    handler = RequestHandler(model, index, preset or read_preset(model.generation), capacity or Capacity())
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

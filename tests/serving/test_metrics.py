@@ -7,6 +7,7 @@ from fastapi.testclient import TestClient
 from prometheus_client.parser import text_string_to_metric_families
 from served import SAY, held, running, until
 
+from fromage.generation.preset import Preset
 from fromage.models.prompts import prompt_length
 from fromage.serving.app import create_app
 from fromage.serving.batching import Capacity
@@ -14,7 +15,7 @@ from fromage.serving.batching import Capacity
 
 @pytest.fixture
 def fresh(model, index):
-    return create_app(model, index, "plain", Capacity(timeout=20))
+    return create_app(model, index, Preset(style="plain"), Capacity(timeout=20))
 
 
 def samples(page):

@@ -13,6 +13,7 @@ import uvicorn
 from fastapi.testclient import TestClient
 from served import SAY
 
+from fromage.generation.preset import Preset
 from fromage.images import fetch
 from fromage.models.prompts import Starts, prompt_length
 from fromage.retrieval.queries import embed_queries
@@ -28,7 +29,7 @@ IMAGES = {"max_new_tokens": 6, "min_tokens": 2, "ret_bias": 1e4}
 
 @pytest.fixture(scope="module")
 def app_on_port(model, index):
-    return create_app(model, index, "plain", Capacity(timeout=20))
+    return create_app(model, index, Preset(style="plain"), Capacity(timeout=20))
 
 
 @pytest.fixture(scope="module")
