@@ -49,7 +49,7 @@ REFUSALS: dict[int | str, dict[str, Any]] = {
     400: {"model": Problem, "description": "The request is well-formed, but cannot be answered."},
     401: {"model": Problem, "description": "The server wants a key, and there is none or a wrong one."},
     408: {"model": Problem, "description": "The request took too long to arrive."},
-    413: {"model": Problem, "description": f"The request is larger than {BODY >> 20} MiB."},
+    413: {"model": Problem, "description": f"The request is larger than {BODY >> 20} MiB, or has too many values."},
     422: {"model": Faults, "description": "The request is not of the form described here."},
     429: {"model": Problem, "description": "Too many requests wait; try later."},
     503: {"model": Problem, "description": "The server is shutting down, or short of memory."},

@@ -251,13 +251,13 @@ def test_what_cannot_be_honoured_is_refused_by_name(client, body, param):
     [
         ("chat/completions", {"messages": STAR, "metadata": dict.fromkeys(map(str, range(200_000)), 1)}),
         ("chat/completions", {"messages": STAR} | dict.fromkeys(map(str, range(200_000)), 1)),
-        ("chat/completions", {"messages": [1] * 1_000_000}),
-        ("chat/completions", {"messages": [{"role": "user", "content": [1] * 1_000_000}]}),
-        ("embeddings", {"input": [1] * 1_000_000}),
-        ("embeddings", {"input": [[1] * 1_000_000]}),
+        ("chat/completions", {"messages": [1] * 400_000}),
+        ("chat/completions", {"messages": [{"role": "user", "content": [1] * 400_000}]}),
+        ("embeddings", {"input": [1] * 400_000}),
+        ("embeddings", {"input": [[1] * 400_000]}),
     ],
 )
-def test_a_million_faults_are_one(client, path, body):
+def test_any_number_of_faults_is_one(client, path, body):
     content = json.dumps({"model": NAME} | body)
     begun = time.process_time()
     reply = client.post(f"/v1/{path}", content=content, headers={"content-type": "application/json"})
