@@ -40,6 +40,7 @@ STATUS: dict[type[Exception], tuple[int, str]] = {
     torch.OutOfMemoryError: (503, "not enough memory; send less at a time"),
     TimeoutError: (504, "took too long; ask for less, or try later"),
 }
+STREAMED = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # no proxy keeps events, or holds them up
 T = TypeVar("T")
 Piece = str | RetrievedImages | Usage
 log = logging.getLogger("uvicorn.error")
@@ -88,7 +89,7 @@ async def chat(body: ChatRequest, request: Request) -> Any:
     handler: RequestHandler = request.app.state.handler
     if not body.stream:
         return await attended(request, handler.chat(body), handler.capacity.timeout)
-    return StreamingResponse(_events(handler, await begun(request, body)), media_type="text/event-stream")
+    return event_stream(_events(handler, await begun(request, body)))
 
 
 @router.post("/search", responses=REFUSALS)
@@ -176,6 +177,11 @@ async def begun(request: Request, body: ChatRequest) -> AsyncIterator[Piece]:
             piece = await following()
 
     return all_pieces()
+
+
+def event_stream(events: AsyncIterator[str]) -> StreamingResponse:
+    """A response of server-sent events."""
+    return StreamingResponse(events, media_type="text/event-stream", headers=STREAMED)
 
 
 async def _events(handler: RequestHandler, pieces: AsyncIterator[Piece]) -> AsyncIterator[str]:

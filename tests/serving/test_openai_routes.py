@@ -147,6 +147,7 @@ def test_a_stream_is_the_answer_in_chunks(official, server):
         assert deltas[0].role == "assistant" and chunks[-2].choices[0].finish_reason == whole.choices[0].finish_reason
     assert images and all(chunk.choices for chunk in ask(official, stream=True))
     raw = httpx.post(f"{server}/v1/chat/completions", json={"model": NAME, "messages": STAR, "stream": True})
+    assert (raw.headers["cache-control"], raw.headers["x-accel-buffering"]) == ("no-cache", "no")
     assert raw.headers["content-type"].startswith("text/event-stream") and raw.text.endswith("\n\ndata: [DONE]\n\n")
 
 

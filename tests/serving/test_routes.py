@@ -36,6 +36,7 @@ load_all_checks()
 
 def events(reply):
     assert reply.status_code == 200 and reply.headers["content-type"].startswith("text/event-stream")
+    assert (reply.headers["cache-control"], reply.headers["x-accel-buffering"]) == ("no-cache", "no")
     blocks = [block.splitlines() for block in reply.text.strip().split("\n\n")]
     return [(name.removeprefix("event: "), json.loads(data.removeprefix("data: "))) for name, data in blocks]
 
