@@ -37,6 +37,7 @@ try:
 
     from fromage.serving.body_limit import BodyLimit
     from fromage.serving.connections import address, guarded, open_port
+    from fromage.serving.error_guard import ErrorGuard
     from fromage.serving.key_guard import KeyGuard
     from fromage.serving.metrics import Measured
     from fromage.serving.openai_routes import UnknownModel
@@ -121,6 +122,7 @@ def create_app(
     app.add_middleware(BodyLimit, requests=handler.capacity.requests, seconds=handler.capacity.timeout)
     if access.keys:
         app.add_middleware(KeyGuard, keys=access.keys)
+    app.add_middleware(ErrorGuard)
     if access.origins:
         app.add_middleware(CORSMiddleware, allow_origins=access.origins, allow_methods=["GET", "POST"],
                            allow_headers=["*"], expose_headers=["Retry-After"])  # fmt: skip

@@ -67,6 +67,10 @@ EVENT = {
 EVENTS = {"text/event-stream": {"schema": EVENT, "example": 'event: text\ndata: {"text": "a red star"}\n\n'}}
 
 
+class ClientGone(Exception):
+    """The client has left before its answer began."""
+
+
 def status_of(error: Exception) -> tuple[int, str]:
     """HTTP status and message for an exception."""
     for kind, (status, detail) in STATUS.items():
@@ -138,12 +142,12 @@ async def metrics(request: Request) -> Response:
 
 
 async def attended(request: Request, work: Coroutine[Any, Any, T], seconds: float) -> T:
-    """The result of some work; it is cancelled at the time limit or when the client has left."""
+    """The result of some work; it is cancelled at the time limit (TimeoutError), or when the client leaves (ClientGone)."""
     task, gone = asyncio.create_task(work), asyncio.create_task(_gone(request))
     try:
         await asyncio.wait({task, gone}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
-            raise TimeoutError  # not read if the client has left
+            raise ClientGone if gone.done() else TimeoutError
         return task.result()
     finally:
         task.cancel()
