@@ -20,6 +20,7 @@ from fromage.retrieval.queries import embed_queries
 from fromage.serving.app import create_app
 from fromage.serving.batching import Capacity
 from fromage.serving.connections import guarded, open_port
+from fromage.serving.openai_schema import ChatCompletionRequest, EmbeddingRequest
 from fromage.serving.schema import PIXEL
 
 NAME, STAR = "fromage", [{"role": "user", "content": "a red star"}]
@@ -268,6 +269,28 @@ def test_any_number_of_faults_is_one(client, path, body):
 def test_what_asks_for_nothing_is_accepted(official):
     neutral = {"n": 1, "presence_penalty": 0, "frequency_penalty": 0, "response_format": {"type": "text"}, "user": "me"}
     assert ask(official, **neutral, tools=[], store=False, logprobs=False, seed=1, top_p=1).choices[0].message.content
+
+
+NULL = dict.fromkeys(["top_logprobs", "functions", "reasoning_effort", "prediction", "verbosity", "audio"])
+
+
+@pytest.mark.parametrize(
+    ("field", "decoding"),
+    [
+        (NULL | {"logit_bias": {}, "functions": [], "web_search_options": None}, {}),
+        ({"function_call": "none", "service_tier": "auto", "safety_identifier": "me", "prompt_cache_key": "a"}, {}),
+        ({"top_p": 0}, {"top_p": 1e-6}),
+        ({"seed": -1}, {"seed": 2**32 - 1}),
+        ({"seed": 2**40 + 5}, {"seed": 5}),
+        ({"temperature": 1e-7}, {"temperature": 0}),
+        ({"temperature": 0.5, "top_p": 0.5, "seed": 7}, {"temperature": 0.5, "top_p": 0.5, "seed": 7}),
+    ],
+)
+def test_what_openais_protocol_allows_is_taken_as_ours(field, decoding):
+    body = {"model": NAME, "messages": [STAR[0] | {"reasoning_content": None}]} | field
+    asked = ChatCompletionRequest.model_validate(body).chat("http://a/images/", 64)
+    assert asked.decoding.model_dump(exclude_unset=True) == decoding
+    assert EmbeddingRequest.model_validate({"model": NAME, "input": "a", "extra": None}).input == "a"
 
 
 def test_messages_that_are_no_conversation_are_refused(client):
