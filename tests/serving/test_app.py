@@ -204,6 +204,31 @@ def test_closing_a_stream_stops_its_decoding(app, address, monkeypatch):
     assert over.wait(20) and len(put) < 400
 
 
+def test_an_answer_nobody_waits_for_is_not_decoded_to_its_end(app, address, monkeypatch):
+    worker, asked, tokens, begun, over = app.state.handler.worker, [], [], threading.Event(), threading.Event()
+    work = worker.chat
+
+    def chat(requests):
+        asked.extend(requests)
+        try:
+            return work(requests)
+        finally:
+            over.set()
+
+    def between():
+        tokens.append(1)
+        if len(tokens) == 3:
+            begun.set()
+            assert asked[0].gone.wait(10)
+
+    monkeypatch.setattr(worker, "chat", chat)
+    monkeypatch.setattr(worker, "between", between)
+    connection, _ = post(address, "/chat", SAY | {"decoding": LONG})
+    assert begun.wait(10)
+    connection.close()
+    assert over.wait(20) and len(tokens) == 3
+
+
 def test_who_has_gone_is_not_answered(app, address, monkeypatch):
     with held(app, monkeypatch) as (given, begun, go):
         first = post(address, "/search", {"query": "a"})

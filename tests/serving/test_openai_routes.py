@@ -83,6 +83,10 @@ def test_an_answer_of_words_is_a_string(official, server, model):
     (said,) = parts(server, WORDS)
     assert reply.choices[0].message.content == said["text"] and reply.choices[0].message.role == "assistant"
     assert (reply.usage.completion_tokens, reply.choices[0].finish_reason) == (6, "length")
+    for streamed in (False, True):
+        ended = ask(official, stop=said["text"][-1], max_tokens=6, stream=streamed)  # met at the last token, if not before
+        last = list(ended)[-1] if streamed else ended
+        assert last.choices[0].finish_reason == "stop"
     assert reply.usage.prompt_tokens == prompt_length(model, "a red star") == reply.usage.total_tokens - 6
     first = ask(official, stop=said["text"][3:6], max_tokens=5000, temperature=0, decoding={"max_images": 0})
     assert first.choices[0].message.content == said["text"][:3] and first.choices[0].finish_reason == "stop"
@@ -305,7 +309,7 @@ def test_other_refusals_have_openais_form_too(client, model, index):
                   client.post("/v1/embeddings", content=b" " * (33 << 20))):  # fmt: skip
         assert reply.status_code in (400, 404, 405, 413) and reply.json()["error"]["message"]
     assert client.get("/nothing").json() == {"detail": "Not Found"}
-    with TestClient(create_app(model, index, "plain", Capacity(batch_size=1, queue=1))) as full:
+    with TestClient(create_app(model, index, Preset(style="plain"), Capacity(batch_size=1, queue=1))) as full:
         full.app.state.handler.batcher.close()
         refused = full.post("/v1/chat/completions", json={"model": NAME, "messages": STAR})
         assert refused.status_code == 503 and refused.json()["error"]["type"] == "server_error"
