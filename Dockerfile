@@ -17,10 +17,10 @@ RUN pip install --constraint constraints.txt ${TORCH_INDEX:+--extra-index-url "$
 COPY setup.cfg pyproject.toml README.md LICENSE ./
 COPY lightning_configs lightning_configs
 COPY fromage fromage
-RUN pip install --constraint constraints.txt '.[serve]'
+RUN pip install --constraint constraints.txt '.[serve,gguf]'
 
 RUN useradd --create-home --uid 10001 fromage && install --directory --owner fromage /data
-ENV XDG_STATE_HOME=/data/state
+ENV XDG_STATE_HOME=/data/state FROMAGE_CACHE=/data/cache HF_HOME=/data/huggingface
 USER 10001
 WORKDIR /data
 EXPOSE 8000

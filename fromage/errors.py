@@ -1,4 +1,4 @@
-"""Errors of what is outside the program: files, options, data."""
+"""Errors of what is outside the program: files, options, data, signals."""
 
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
@@ -17,6 +17,10 @@ OUT_OF_REACH = "the index of images is out of reach; try later"  # what stranger
 
 class BrokenSample(Exception):
     """A sample, or its image, that cannot be used; the message is 'cause' or 'cause: detail', without a name."""
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: the process ends, also where Ctrl-C stops something within it alone."""
 
 
 def first_line(error: BaseException) -> str:

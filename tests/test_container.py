@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from fromage.cli.main import parse
+from fromage.models import gguf
+from fromage.models.towers import KNOWN
 from fromage.serving.routes import router
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -51,6 +53,16 @@ def test_it_installs_extras_that_exist_by_the_pinned_versions():
     assert set(extras.split(",")) <= set(config["options.extras_require"])
     minor = re.fullmatch(r"python:(3\.\d+)-slim", only("FROM"))[1]
     assert f"Programming Language :: Python :: {minor}" in config["metadata"]["classifiers"]
+
+
+def test_what_is_fetched_or_made_once_lies_in_the_volume():
+    kept = dict(word.split("=", 1) for step, value in steps() if step == "ENV" for word in value.split())
+    for name in ("FROMAGE_CACHE", "HF_HOME", "XDG_STATE_HOME"):
+        assert kept[name].startswith("/data/"), name
+    text = (ROOT / "docs" / "tutorials" / "serve.md").read_text("utf-8")
+    (name,) = re.findall(r"`towers get ([\w.-]+)` once with `-v fromage:/data`", text)
+    extras = re.findall(r"'\.\[([\w,]+)\]'", TEXT)[-1].split(",")
+    assert KNOWN[name].source.unpack is not gguf.unpack or "gguf" in extras, "what the tower needs is installed"
 
 
 def test_the_index_of_pytorchs_wheels_is_a_build_argument():

@@ -32,6 +32,7 @@ from typing import Any
 
 import numpy as np
 
+from fromage.generation.preset import Preset
 from fromage.io import write_json
 
 HOST, TOKENS, ROWS, FOUND = "127.0.0.1", 32, 1000, 5
@@ -69,7 +70,7 @@ def run_server(port: int, index: str | None, threads: int, batch_size: int) -> N
 
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # its log
     os.dup2(sys.stdout.fileno(), sys.stderr.fileno())
-    serve(*served(index, threads), "plain", HOST, port, Capacity(batch_size=batch_size))
+    serve(*served(index, threads), Preset(style="plain"), HOST, port, Capacity(batch_size=batch_size))
 
 
 def search_directly(index: str | None, threads: int, numbers: range) -> dict[str, list[float]]:

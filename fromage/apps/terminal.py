@@ -3,7 +3,8 @@
     > Which of these is a star? @sky.jpg or @"my other image.png"
     > /save page.png
 
-Text appears while it is decoded; Ctrl-C stops an answer. An error is printed as one line, and the conversation continues.
+Text appears while it is decoded; Ctrl-C stops an answer, SIGTERM the program. An error is one line, and the
+conversation continues.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from fromage.apps.screen import Screen
-from fromage.errors import UserError
+from fromage.errors import Terminated, UserError
 from fromage.generation.chat import Chat, Turn
 from fromage.generation.options import HELP, LIMITS, is_whole
 from fromage.generation.retrieved import RetrievedImages
@@ -63,6 +64,8 @@ def _loop(session: Session, read: Callable[[str], str], prompt: str) -> None:
             break
         except UserError as error:
             screen.complain(str(error))
+        except Terminated:
+            raise
         except KeyboardInterrupt:
             interrupts += 1
             screen.line("(stopped; the turn is forgotten)" if interrupts < 2 else "")

@@ -18,7 +18,7 @@ from fromage.cli import data, evals, find, index, talk, tuples
 from fromage.cli.command import Function, call, options_of, parser_of, speaks, tell, with_dashes
 from fromage.cli.options import HERE, check_out
 from fromage.distribution import pip_install
-from fromage.errors import UserError, near
+from fromage.errors import Terminated, UserError, near
 from fromage.io import disk_error
 from fromage.printable import PrintableStream, one_line
 from fromage.training.fit import FITTING, run_lightning
@@ -192,12 +192,16 @@ def run(words: list[str]) -> None:
         _check_said(words[0], words[1:])
         run_lightning(words)  # whose trainer has its own ways with signals
     else:
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as by Ctrl-C: what is temporary goes
+        signal.signal(signal.SIGTERM, _terminate)  # ends as by Ctrl-C: what is temporary goes
         function, values = parse(words)
         said = call(function, values)
         if speaks(function):
             tell(said, values["json"])
     sys.stdout.flush()
+
+
+def _terminate(number: int, frame: Any) -> None:
+    raise Terminated
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -214,7 +214,7 @@ def demo(*, opening: Opening, octopus: str | None = None, address: ServerAddress
 
     model, index, preset = opening.open()
     preset = preset.over(decoding=decoding.options())
-    launch(model, index, None, address.host, address.port, opening.octopus(octopus), preset)
+    launch(model, index, preset, address.host, address.port, opening.octopus(octopus))
 
 
 def serve(
@@ -233,4 +233,4 @@ def serve(
     access = Access(read_keys(api_key_file) if api_key_file else (), cors)
     model, index, preset = opening.open()
     preset = preset.over(decoding=decoding.options())
-    serve(model, index, None, address.host, address.port, capacity, preset, access)
+    serve(model, index, preset, address.host, address.port, capacity, access)

@@ -74,13 +74,19 @@ def decode(
 
 
 class Draft:
-    """One answer while it is decoded. It emits text as soon as it is final, and the hidden states (r, d) of each [RET]."""
+    """One answer while it is decoded. It emits text as soon as it is final, and the hidden states (r, d) of each [RET].
+
+    Attributes:
+        ids: the tokens so far.
+        done: whether it has ended; set from outside, it ends after the next token.
+        cut: whether it ended for its length alone: at no end token, stop text or last image.
+    """
 
     def __init__(self, model: Fromage, decoding: Decoding, emit: Callable[[str | Tensor], Any]) -> None:
         self.tokenizer, self.decoding, self.emit = model.tokenizer, decoding, emit
         self.ends = end_ids(model, decoding.stop)
         self.ids: list[int] = []
-        self.done = False
+        self.done = self.cut = False
         self._states: list[Tensor] = []  # hidden states (d,) at the tokens of a [RET], until there are r
         self._words: list[int] = []  # tokens since the last [RET]
         self._said = 0  # characters of them that have been emitted
@@ -98,7 +104,7 @@ class Draft:
                 return
         if token in self.ends or self._full:
             self._say(everything=True)
-            self.done = True
+            self.done, self.cut = True, self._full
             return
         self.ids.append(token)
         if token in rets:
@@ -106,8 +112,8 @@ class Draft:
             return
         self._words.append(token)
         self._say(everything=self._full)
-        if self._full:  # never set to False: another thread may have set it to True
-            self.done = True
+        if self._full and not self.done:  # done is never set to False: another thread may have set it to True
+            self.done = self.cut = True
 
     @property
     def _full(self) -> bool:

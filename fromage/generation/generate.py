@@ -30,19 +30,26 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Answer:
-    """Text and retrieved images in the order of decoding, and the token ids, without a final </s>."""
+    """An answer.
+
+    Attributes:
+        parts: text and retrieved images in the order of decoding.
+        ids: the tokens, without a final </s>.
+        cut: whether it ended only because it had as many tokens as it may.
+    """
 
     parts: list[str | RetrievedImages]
     ids: list[int]
+    cut: bool = False
 
     @classmethod
-    def of(cls, pieces: Iterable[str | RetrievedImages], ids: Iterable[int] = ()) -> Answer:
+    def of(cls, pieces: Iterable[str | RetrievedImages], ids: Iterable[int] = (), cut: bool = False) -> Answer:
         """Build an answer from the pieces of `stream`; adjacent texts are joined."""
         parts: list[str | RetrievedImages] = []
         for is_text, group in groupby(pieces, lambda piece: isinstance(piece, str)):
             same: list[Any] = list(group)
             parts += ["".join(same)] if is_text else same
-        return cls(parts, list(ids))
+        return cls(parts, list(ids), cut)
 
     @property
     def text(self) -> str:
@@ -57,10 +64,20 @@ class Answer:
 
 
 class AnswerStream(Generator[str | RetrievedImages]):
-    """The pieces of an answer while it is decoded; closing it stops decoding. ids: the tokens so far."""
+    """The pieces of an answer while it is decoded; closing it stops decoding."""
 
-    def __init__(self, pieces: Generator[str | RetrievedImages], ids: list[int]) -> None:
-        self._pieces, self.ids = pieces, ids
+    def __init__(self, pieces: Generator[str | RetrievedImages], draft: Draft) -> None:
+        self._pieces, self._draft = pieces, draft
+
+    @property
+    def ids(self) -> list[int]:
+        """The tokens so far."""
+        return self._draft.ids
+
+    @property
+    def cut(self) -> bool:
+        """Whether it has ended only because it had as many tokens as it may."""
+        return self._draft.cut
 
     def send(self, value: None) -> str | RetrievedImages:
         """The next piece; that of the generator's protocol."""
@@ -79,6 +96,7 @@ def generate(
     resolve: Resolve | None = None,
     batch_size: int = 64,
     between: Callable[[], object] = lambda: None,
+    wanted: Callable[[int], bool] = lambda number: True,
 ) -> list[Answer]:
     """Answer each prompt.
 
@@ -88,6 +106,7 @@ def generate(
             by the next best, with a note. If None, images stay unopened, and RetrievedImages.rest has the hits that follow.
         batch_size: prompts decoded at a time.
         between: called after each token, by the thread that decodes; see fromage.generation.decoding.decode.
+        wanted: asked after each token for the number of each prompt; an answer that is not wanted any more ends there.
 
     Raises:
         UserError: a prompt and its answer do not fit the language model's positions, an image cannot be opened or fetched,
@@ -102,11 +121,17 @@ def generate(
         embedded = embed_prompts(model, batch, decoding.max_new_tokens)
         pieces: list[list[Any]] = [[] for _ in batch]
         drafts = [Draft(model, decoding, row.append) for row in pieces]
-        decode(model, embedded, decoding, drafts, start, between)
+
+        def after_each(start: int = start, drafts: Sequence[Draft] = drafts) -> None:
+            between()
+            for number, draft in enumerate(drafts, start):
+                draft.done = draft.done or not wanted(number)
+
+        decode(model, embedded, decoding, drafts, start, after_each)
         for row, prompt in enumerate(batch):
             features = embedded.features[embedded.shown[row]]  # (images of the prompt, m)
             retriever = ImageRetriever(model, index, resolve, decoding.images_per_ret, prompt, features)
-            answers.append(Answer.of(map(retriever.piece, pieces[row]), drafts[row].ids))
+            answers.append(Answer.of(map(retriever.piece, pieces[row]), drafts[row].ids, drafts[row].cut))
     return answers
 
 
@@ -149,7 +174,7 @@ def stream(
             draft.done = True
             thread.join()
 
-    return AnswerStream(read(), draft.ids)
+    return AnswerStream(read(), draft)
 
 
 def caption(model: Fromage, images: str | ImageInput | Sequence[str | ImageInput], max_new_tokens: int = 32) -> list[str]:

@@ -22,6 +22,7 @@ from fromage.images.guarded_transport import CONNECTION_ERRORS, GuardedTransport
 from fromage.io import WholeFile
 from fromage.places import cache_folder
 
+FRESH = 3600.0  # seconds for which an image that a user names is not fetched again
 TRANSIENT = {408, 425, 429, 500, 502, 503, 504}  # answers after which another attempt may succeed
 HEADERS = {"User-Agent": "fromage (image retrieval)", "Accept": "image/*", "Accept-Encoding": "identity"}
 
@@ -40,13 +41,18 @@ class FetchLimits:
 
 
 def fetch_image(
-    url: str, limits: FetchLimits | None = None, cache: Path | None = None, allow_private: bool = False
+    url: str,
+    limits: FetchLimits | None = None,
+    cache: Path | None = None,
+    allow_private: bool = False,
+    max_age: float | None = None,
 ) -> Image.Image:
     """The RGB image at an http or https address.
 
     Args:
-        cache: folder in which images are kept, the oldest making room; None for images in cache_folder().
+        cache: folder in which images are kept, those used longest ago making room; None for images in cache_folder().
         allow_private: also fetch from this machine and its network.
+        max_age: seconds after which an image that is kept is fetched again; None: never, as for those of an index.
 
     Raises:
         UserError: the address is not allowed, does not answer in time, or answers with anything but an image.
@@ -54,9 +60,11 @@ def fetch_image(
     limits, folder = limits or FetchLimits(), cache or cache_folder() / "images"
     kept = folder / hashlib.sha256(f"{allow_private} {url}".encode("utf-8", "replace")).hexdigest()
     with suppress(OSError, BrokenSample):
-        image = decode_apart(kept.read_bytes(), limits.pixels)
-        os.utime(kept)  # used lately
-        return image
+        now, fetched = time.time(), kept.stat().st_mtime
+        if max_age is None or abs(now - fetched) < max_age:
+            image = decode_apart(kept.read_bytes(), limits.pixels)
+            os.utime(kept, (now, fetched))  # used lately
+            return image
     try:
         data = _attempts(url, limits, allow_private)
         image = decode_apart(data, limits.pixels)
@@ -71,7 +79,7 @@ def _keep(path: Path, data: bytes, limit: int) -> None:
     """Write a file of the cache, whole or not at all, and remove the ones used longest ago beyond the limit."""
     with WholeFile(path, shared=True) as part:
         part.write_bytes(data)
-    files = sorted((entry.stat().st_mtime, entry.stat().st_size, entry.path) for entry in os.scandir(path.parent))
+    files = sorted((entry.stat().st_atime, entry.stat().st_size, entry.path) for entry in os.scandir(path.parent))
     excess = sum(size for _, size, _ in files) - limit
     for _, size, name in files:
         if excess <= 0:

@@ -6,9 +6,12 @@ Contract: a tower is always in eval mode, its parameters have no gradients, and 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Collection
 from pathlib import Path
 
 from torch import nn
+
+from fromage.errors import UserError
 
 TOY = Path(__file__).parents[1] / "toy" / "backbones"  # the pair that ships with the package
 
@@ -32,6 +35,15 @@ def hold(owner: nn.Module, name: str, module: nn.Module) -> None:
     owner.parameters(), state_dict() and to() do not reach it; the module that it belongs to takes care of that.
     """
     object.__setattr__(owner, name, module)
+
+
+def require_weights(tower: str, missing: Collection[str]) -> None:
+    """Raise UserError where weights lack parameters of their model: transformers would fill them with random numbers.
+
+    missing: `missing_keys` of from_pretrained(..., output_loading_info=True); tied parameters are not among them.
+    """
+    if missing:
+        raise UserError(f"{tower}: its weights lack {min(missing)} ({len(missing)} in all); fetch it again")
 
 
 def digest_of_samples(module: nn.Module) -> str:

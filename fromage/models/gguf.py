@@ -19,6 +19,7 @@ from fromage.distribution import pip_install
 from fromage.errors import UserError, first_line, reason
 from fromage.identity import FolderKind
 from fromage.io import digest_of, fill_once
+from fromage.models.frozen import require_weights
 from fromage.places import cache_folder
 
 log = logging.getLogger(__name__)
@@ -31,8 +32,8 @@ UNPACKED = FolderKind(
 def unpacked(file: Path) -> Path:
     """The folder of a GGUF file's model; made where it is not there yet.
 
-    Raises UserError for a file that is no GGUF, is damaged, or holds what transformers does not know; without the package
-    gguf; and for a folder in the cache that was changed.
+    Raises UserError for a file that is no GGUF, is damaged, lacks tensors, or holds what transformers does not know; without
+    the package gguf; and for a folder in the cache that was changed.
     """
     folder = cache_folder() / "gguf" / _digest_of_gguf(file)[:16]
     if not folder.exists():
@@ -56,11 +57,17 @@ def unpack(file: Path, folder: Path) -> None:
     try:
         place: Any = file.parent, {"gguf_file": file.name}
         tokenizer: Any = AutoTokenizer.from_pretrained(place[0], **place[1])
-        lm: Any = AutoModelForCausalLM.from_pretrained(place[0], dtype=torch.float32, **place[1])
+        whole: Any = AutoModelForCausalLM.from_pretrained(
+            place[0], dtype=torch.float32, output_loading_info=True, **place[1]
+        )
+        lm, found = whole
+        require_weights(str(file), found["missing_keys"])
         lm.config.__dict__.pop("quantization_config", None)
         plain: Any = AutoModelForCausalLM.from_config(lm.config, dtype=torch.float16)  # a model that may be saved
         plain.load_state_dict(lm.state_dict())
         plain.generation_config = lm.generation_config
+    except UserError:
+        raise
     except Exception as error:
         raise UserError(
             f"{file}: a GGUF file that is damaged or of an architecture that transformers does not read "

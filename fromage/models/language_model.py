@@ -26,7 +26,7 @@ from fromage.distribution import pip_install
 from fromage.errors import UserError, first_line
 from fromage.models import gguf, towers
 from fromage.models.cpu_linear import cpu_linears
-from fromage.models.frozen import TOY, FrozenTower, hold
+from fromage.models.frozen import TOY, FrozenTower, hold, require_weights
 from fromage.models.options import Quantized
 from fromage.models.packed_attention import Attend, attending, distances, route
 from fromage.models.special_tokens import AddedTokens, ExtendedEmbedding, ExtendedHead
@@ -259,11 +259,13 @@ def load_lm(
 
     random_weights: build the architecture from its configuration alone, for tests and timing. quantize: store the linear
     layers, except the head, in int8 (LLM.int8) or in 4 bits (NF4, QLoRA) by bitsandbytes; they compute in dtype. Raises
-    UserError for an unknown name and for weights that are neither on disk nor on the hub.
+    UserError for an unknown name, and for weights that are incomplete or neither on disk nor on the hub.
     """
     if quantize and random_weights:
         raise UserError("quantize needs weights to quantise: leave out random_weights, or quantize")
-    options = {"dtype": DTYPES[dtype]} | ({"quantization_config": _quantization(quantize, dtype)} if quantize else {})
+    options: dict[str, Any] = {"dtype": DTYPES[dtype], "output_loading_info": True}
+    options |= {"quantization_config": _quantization(quantize, dtype)} if quantize else {}
+    auto: Any = AutoModelForCausalLM
     if name == "toy":
         disable_progress_bar()  # its weights load at once
     folder = _folder(name)
@@ -272,14 +274,15 @@ def load_lm(
     try:
         if random_weights:
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-            hf = AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype])
+            hf, found = auto.from_config(config, dtype=DTYPES[dtype]), {"missing_keys": ()}
         else:
-            hf = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, **options)
+            hf, found = auto.from_pretrained(folder, trust_remote_code=False, **options)
     except Exception as error:
         raise UserError(
             f"language model {name}: no weights on disk or within reach ({first_line(error)}); "
             "give a folder, or fetch it where there is a network: hf download " + name
         ) from error
+    require_weights(f"language model {name}", found["missing_keys"])
     for module in hf.modules():
         # gradients do not pass through 4-bit weights repacked by bitsandbytes
         if hasattr(module, "support_avx512bf16_for_cpu"):

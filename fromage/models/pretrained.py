@@ -53,7 +53,7 @@ class Pretrained(VisualPrefixLM, ModelHubMixin):
         dtype: dtype of the towers (overrides the one of training). options: further arguments of `load` to override
         (lm, vision and vision_weights if the towers have moved; quantize: int8, nf4, or 'none' where training quantised),
         and revision, token, cache_dir, force_download and local_files_only of the hub. None is what training had. Raises
-        UserError for missing or damaged files and for an unknown device.
+        UserError for missing or damaged files, and for an unknown device or option.
         """
         hub = {key: options.pop(key) for key in HUB_OPTIONS & options.keys()}
         return build(cls, read_saved(name, **hub), device, dtype=dtype, **options)
@@ -108,8 +108,8 @@ class Pretrained(VisualPrefixLM, ModelHubMixin):
 def build(cls: type[Any], saved: Saved, device: str = "cpu", **options: Any) -> Any:
     """Load the towers and the saved parameters of a Pretrained; options override the saved arguments of cls.load.
 
-    Raises UserError for an unknown device, for parameters of another kind of model or architecture, and for settings that
-    are not of their type.
+    Raises UserError for an unknown device or option, for parameters of another kind of model or architecture, and for
+    settings that are not of their type.
     """
     if saved.format != cls.kind:
         is_of, wanted = LAYOUTS[saved.format].name, LAYOUTS[cls.kind].name
@@ -120,6 +120,10 @@ def build(cls: type[Any], saved: Saved, device: str = "cpu", **options: Any) -> 
     if options.get("quantize") == "none":
         options["quantize"] = None
     dtype = str(options.get("dtype", saved.settings.get("dtype", "float32"))).removeprefix("torch.")
+    known = parameters_of(cls)
+    if unknown := sorted(options.keys() - known.keys()):
+        names = ", ".join(sorted({"device", *known, *HUB_OPTIONS}))
+        raise UserError(f"{unknown[0]}: no option of {cls.__name__}.from_pretrained; there are {names}")
     elsewhere = {"vision_weights": None} if "vision" in options else {}
     device = find_device(device)
     settings = _arguments(cls, saved.settings) | elsewhere | options

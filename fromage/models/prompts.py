@@ -264,9 +264,9 @@ def _open(image: Image.Image | Path | Url) -> Image.Image:
     if isinstance(image, Path):
         return open_image(str(image))
     if isinstance(image, Url):
-        from fromage.images.fetch import fetch_image  # not open_image, which would also read local files
+        from fromage.images.fetch import FRESH, fetch_image  # not open_image, which would also read local files
 
-        return fetch_image(image)
+        return fetch_image(image, max_age=FRESH)
     try:
         return take_in(image)
     except BrokenSample as error:

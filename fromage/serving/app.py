@@ -37,6 +37,7 @@ try:
 
     from fromage.serving.body_limit import BodyLimit
     from fromage.serving.connections import address, guarded, open_port
+    from fromage.serving.error_guard import ErrorGuard
     from fromage.serving.key_guard import KeyGuard
     from fromage.serving.metrics import Measured
     from fromage.serving.openai_routes import UnknownModel
@@ -54,11 +55,10 @@ DOCS = "/docs"  # the page that says what the server can do
 def serve(
     model: Fromage,
     index: ImageIndex | None,
-    style: str | None,
+    preset: Preset,
     host: str,
     port: int,
     capacity: Capacity | None = None,
-    preset: Preset | None = None,
     access: Access = EVERYBODY,
 ) -> None:
     """Answer requests until SIGTERM or Ctrl-C; then running requests are finished and waiting ones refused.
@@ -67,7 +67,7 @@ def serve(
     """
     capacity = capacity or Capacity()
     listening = open_port(host, port)
-    app = create_app(model, index, style, capacity, preset, access)
+    app = create_app(model, index, preset, capacity, access)
     config = guarded(app, host, capacity.timeout, access.origins, timeout_graceful_shutdown=int(capacity.timeout) + 1)
     print(f"{address(host, listening)}  (what it can do: {DOCS})", flush=True)
     with suppress(KeyboardInterrupt):
@@ -89,24 +89,21 @@ class _Server(uvicorn.Server):
 def create_app(
     model: Fromage,
     index: ImageIndex | None = None,
-    style: str | None = None,
-    capacity: Capacity | None = None,
     preset: Preset | None = None,
+    capacity: Capacity | None = None,
     access: Access = EVERYBODY,
 ) -> FastAPI:
     """The application; its model thread runs between startup and shutdown of its lifespan.
 
     Args:
         index: index of the images to retrieve, built with the same model; None for text-only answers.
-        style: prompt style of conversations, see fromage.generation.styles; None: the preset's.
-        preset: what requests leave open; None: the model's generation.json.
+        preset: what requests leave open, and the style of prompts; None: the model's generation.json.
         access: keys that requests must have, and origins of web pages that may read the answers.
 
     Raises:
         UserError: unknown style, or an index built with another model.
     """
-    preset = (preset or read_preset(model.generation)).over(style)
-    handler = RequestHandler(model, index, preset, capacity or Capacity())
+    handler = RequestHandler(model, index, preset or read_preset(model.generation), capacity or Capacity())
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -125,6 +122,7 @@ def create_app(
     app.add_middleware(BodyLimit, requests=handler.capacity.requests, seconds=handler.capacity.timeout)
     if access.keys:
         app.add_middleware(KeyGuard, keys=access.keys)
+    app.add_middleware(ErrorGuard)
     if access.origins:
         app.add_middleware(CORSMiddleware, allow_origins=access.origins, allow_methods=["GET", "POST"],
                            allow_headers=["*"], expose_headers=["Retry-After"])  # fmt: skip

@@ -1,4 +1,4 @@
-"""Limits of HTTP requests: their size, the time in which they must arrive, and the number of open ones."""
+"""Limits of HTTP requests: their size and structure, the time in which they must arrive, and the number of open ones."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from fromage.serving.refusals import refusal
 
 BODY = 32 << 20  # bytes of a request
+MARKS = b",:[{"  # of JSON's structure; base64 has none of them
+MOST_MARKS = 500_000  # of a request, since all others wait while it is parsed
 SLOW = 2.0  # seconds after which a body that is still arriving gives its place to the next request, if all are taken
 BUSY = "too many requests wait; try later"
 
@@ -70,7 +72,7 @@ class BodyLimit:
         return await self.app(scope, replay, send)
 
     async def _read(self, scope: Scope, receive: Receive) -> Message:
-        """The body as one message, or the message that the client has left. Raises ValueError for too large a body."""
+        """The body as one message, or the message that the client has left. Raises ValueError for one beyond the limits."""
         announced = dict(scope["headers"]).get(b"content-length", b"")
         size, parts = int(announced) if announced.isdigit() else 0, []
         left = self.size
@@ -81,5 +83,8 @@ class BodyLimit:
             parts.append(message.get("body", b""))
             left -= len(parts[-1])
             if left >= 0 and not message.get("more_body"):
-                return {"type": "http.request", "body": b"".join(parts), "more_body": False}
+                body = b"".join(parts)
+                if len(body) - len(body.translate(None, MARKS)) > MOST_MARKS:
+                    raise ValueError("a request has too many values; send fewer, and images as base64")
+                return {"type": "http.request", "body": body, "more_body": False}
         raise ValueError(f"a request may be {self.size >> 20} MiB large; send smaller images")

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
+from threading import Event
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +17,7 @@ from torch import Tensor
 from fromage.errors import UserError
 from fromage.generation.chat import Chat
 from fromage.generation.decoding import GREEDY
-from fromage.generation.generate import Answer, generate, stream
+from fromage.generation.generate import Answer, AnswerStream, generate, stream
 from fromage.generation.options import Decoding
 from fromage.generation.retrieved import RetrievedImages
 from fromage.generation.styles import find_style
@@ -25,7 +27,7 @@ from fromage.retrieval.base import ImageIndex
 from fromage.retrieval.queries import query_rows
 
 IMAGES = 32  # images encoded at a time
-Put = Callable[[str | RetrievedImages], bool]  # takes a piece of an answer; returns whether to continue
+Put = Callable[[str | RetrievedImages], None]  # takes a piece of an answer
 
 
 @dataclass(frozen=True)
@@ -37,12 +39,14 @@ class ModelRequest:
         decoding: options for the answer, without the stop texts of the style.
         k: number of images to find in a search.
         where: a filter over the metadata; '' for all images. Searches of a batch have the same.
+        gone: set when nobody waits for the answer any more; a conversation then ends at the next token.
     """
 
     messages: list[list[Part]]
     decoding: Decoding = GREEDY
     k: int = 1
     where: str = ""
+    gone: Event = field(default_factory=Event, compare=False)
 
     def group(self) -> Decoding | None:
         """Requests with equal groups can form a batch. None: alone, since rows of a batch have different seeds."""
@@ -56,7 +60,7 @@ class Usage:
     Attributes:
         prompt: tokens of the prompt, k for each image.
         answer: tokens of the answer.
-        cut: whether it has as many as it may.
+        cut: whether it ended only because it had as many as it may.
     """
 
     prompt: int
@@ -87,21 +91,24 @@ class ModelWorker:
     def chat(self, requests: list[ModelRequest]) -> list[tuple[Answer, Usage]]:
         """Answers to conversations with the same decoding options; retrieved images are not opened."""
         prompts, decoding = [self._prompt(request) for request in self._encoded(requests)], self._decoding(requests[0])
-        answers = generate(self.model, prompts, decoding, self.index, batch_size=len(prompts), between=self.between)
-        return [(answer, self._usage(prompt, decoding, answer.ids)) for prompt, answer in zip(prompts, answers, strict=True)]
+        how: dict[str, Any] = {"batch_size": len(prompts), "between": self.between}
+        how["wanted"] = lambda number: not requests[number].gone.is_set()
+        answers = generate(self.model, prompts, decoding, self.index, **how)
+        return [(answer, self._usage(prompt, answer)) for prompt, answer in zip(prompts, answers, strict=True)]
 
     def stream(self, requests: list[tuple[ModelRequest, Put]]) -> list[Usage]:
-        """The answer to one conversation, piece by piece, until `put` returns False."""
+        """The answer to one conversation, piece by piece, until nobody waits for it."""
         ((request, put),) = requests
         prompt, decoding = self._prompt(*self._encoded([request])), self._decoding(request)
         with closing(stream(self.model, prompt, decoding, self.index, between=self.between)) as pieces:
             for piece in pieces:
-                if not put(piece):
+                if request.gone.is_set():
                     break
-        return [self._usage(prompt, decoding, pieces.ids)]
+                put(piece)
+        return [self._usage(prompt, pieces)]
 
-    def _usage(self, prompt: list[Part], decoding: Decoding, ids: list[int]) -> Usage:
-        usage = Usage(prompt_length(self.model, prompt), len(ids), len(ids) >= decoding.max_new_tokens)
+    def _usage(self, prompt: list[Part], answer: Answer | AnswerStream) -> Usage:
+        usage = Usage(prompt_length(self.model, prompt), len(answer.ids), answer.cut)
         self.took(usage)
         return usage
 

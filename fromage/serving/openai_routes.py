@@ -9,7 +9,6 @@ from typing import Any
 from uuid import uuid4
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import StreamingResponse
 from pydantic import BaseModel
 
 from fromage.errors import UserError
@@ -39,7 +38,7 @@ from fromage.serving.openai_schema import (
 )
 from fromage.serving.refusals import OPENAI, openai_error
 from fromage.serving.request_handler import RequestHandler
-from fromage.serving.routes import REFUSALS, Piece, attended, begun, broken_off
+from fromage.serving.routes import REFUSALS, Piece, attended, begun, broken_off, event_stream
 
 router = APIRouter(prefix=OPENAI.rstrip("/"))
 STARTED = int(time.time())
@@ -81,7 +80,7 @@ async def chat_completions(body: ChatCompletionRequest, request: Request) -> Any
         return Response(made.model_dump_json(), media_type="application/json")
     wants_usage = bool(body.stream_options and body.stream_options.include_usage)
     chunks = _chunks(handler, about, own, wants_usage, await begun(request, asked))
-    return StreamingResponse(chunks, media_type="text/event-stream")
+    return event_stream(chunks)
 
 
 @router.post("/embeddings", responses=OPENAI_REFUSALS)

@@ -12,7 +12,7 @@ from pydantic import AfterValidator, ConfigDict, Discriminator, Field, Tag, Vali
 
 from fromage.checks import ADDRESSES
 from fromage.errors import UserError
-from fromage.generation.options import served
+from fromage.generation.options import LIMITS, served
 from fromage.serving.schema import (
     CHARACTERS,
     MESSAGES,
@@ -44,12 +44,18 @@ DATA = re.compile(r"data:image/[\w.+-]+;base64,")
 ModelName = Annotated[str, Field(max_length=256, description="A name of /v1/models.", json_schema_extra={"enum": [NAME]})]
 Nothing = Annotated[list[Any], Field(max_length=0)]
 Zero = Annotated[float, Field(ge=0, le=0)]
+NotRead = Annotated[str | None, Field(max_length=256, description="Not read.")]
 
 
-def _limits(option: str) -> Any:
-    """The limits of a field that is an option of ours."""
-    least, most = served(option)
-    return Field(ge=least, le=most)
+class Lenient(Strict):
+    """Unknown fields that ask for nothing (null, {}, []) are left out; others are refused."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_empty_fields(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return {name: said for name, said in value.items() if name in cls.model_fields or said not in (None, {}, [])}
 
 
 def _image_address(url: str) -> str:
@@ -103,12 +109,12 @@ TaggedParts = Annotated[list[OpenAIPart], Field(min_length=1, max_length=PARTS),
 OpenAIContent = Annotated[TaggedText | TaggedParts, _by_kind("a text or a list of parts")]
 
 
-class OpenAIMessage(Strict):
+class OpenAIMessage(Lenient):
     """One side's words and images. The message of a reply may be sent back as it came."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: OpenAIContent | None = None
-    name: Annotated[str | None, Field(max_length=256, description="Not read.")] = None
+    name: NotRead = None
     refusal: None = None
     annotations: Nothing | None = None
     audio: None = None
@@ -133,7 +139,7 @@ SAID: list[Any] = [{"role": "user", "content": [{"type": "text", "text": "a red 
                     {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{PIXEL}"}}]}]  # fmt: skip
 
 
-class ChatCompletionRequest(Strict):
+class ChatCompletionRequest(Lenient):
     """A conversation so far. Adjacent messages of one side are read as one; a system message stands in front.
 
     Fields of OpenAI's that this server cannot honour are refused unless they ask for nothing.
@@ -151,8 +157,8 @@ class ChatCompletionRequest(Strict):
     ] = None
     max_tokens: Annotated[int | None, Field(ge=1, description="The old name of max_completion_tokens.")] = None
     temperature: Annotated[float | None, Field(ge=0, le=2)] = None
-    top_p: Annotated[float | None, _limits("top_p")] = None
-    seed: Annotated[int | None, _limits("seed")] = None
+    top_p: Annotated[float | None, Field(ge=0, le=1)] = None
+    seed: Annotated[int | None, Field(description="Modulo 2 ** 32.")] = None
     stop: StopText | Stop | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -164,8 +170,12 @@ class ChatCompletionRequest(Strict):
     tools: Nothing | None = None
     tool_choice: Literal["none", "auto"] | None = None
     parallel_tool_calls: bool | None = None
+    function_call: Literal["none", "auto"] | None = None
+    service_tier: Literal["auto", "default"] | None = None
     modalities: Annotated[list[Literal["text"]], Field(max_length=1)] | None = None
-    user: Annotated[str | None, Field(max_length=256, description="Not read.")] = None
+    user: NotRead = None
+    safety_identifier: NotRead = None
+    prompt_cache_key: NotRead = None
     store: Literal[False] | None = None
     metadata: Annotated[dict[str, Any] | None, Field(max_length=16, description="Not read.")] = None
     decoding: Annotated[DecodingOptions, Field(description="Options of this server that OpenAI's protocol has not.")] = (
@@ -178,13 +188,24 @@ class ChatCompletionRequest(Strict):
 
         own: what addresses of this server's images begin with. longest: tokens of an answer, where more are asked for.
         """
-        given: dict[str, Any] = {"temperature": self.temperature, "top_p": self.top_p, "seed": self.seed}
+        given = self._sampling()
         given["max_new_tokens"] = min(self.max_completion_tokens or self.max_tokens or 0, longest) or None
         given["stop"] = [self.stop] if isinstance(self.stop, str) else self.stop
         decoding = self.decoding.model_dump(exclude_unset=True) | {k: v for k, v in given.items() if v is not None}
         with _ours():
             messages = _turns(self.messages, own)
             return ChatRequest(messages=messages, decoding=DecodingOptions(**decoding), images=self.images)
+
+    def _sampling(self) -> dict[str, Any]:
+        """Options of sampling, those of OpenAI's that ours do not reach replaced by the nearest one that they do."""
+        given: dict[str, Any] = {"temperature": self.temperature, "top_p": self.top_p, "seed": self.seed}
+        if self.temperature is not None and self.temperature < LIMITS["temperature"].least:
+            given["temperature"] = 0.0
+        if self.top_p is not None:
+            given["top_p"] = max(self.top_p, served("top_p")[0])
+        if self.seed is not None:
+            given["seed"] = self.seed % (served("seed")[1] + 1)
+        return given
 
 
 class EmbeddingInput(Strict):
@@ -200,7 +221,7 @@ class EmbeddingInput(Strict):
         return self
 
 
-class EmbeddingRequest(Strict):
+class EmbeddingRequest(Lenient):
     """Texts and images to embed: `input`, or `messages`, of which all contents are one input."""
 
     model_config = ConfigDict(
@@ -229,7 +250,7 @@ class EmbeddingRequest(Strict):
     messages: Annotated[list[OpenAIMessage] | None, Field(min_length=1, max_length=MESSAGES)] = None
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: Annotated[int | None, Field(ge=1, description="The width that the model has.")] = None
-    user: Annotated[str | None, Field(max_length=256, description="Not read.")] = None
+    user: NotRead = None
 
     @model_validator(mode="after")
     def _check(self) -> EmbeddingRequest:

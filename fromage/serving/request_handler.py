@@ -21,7 +21,7 @@ from fromage.generation.preset import Preset
 from fromage.generation.retrieved import RetrievedImages
 from fromage.images.codec import jpeg
 from fromage.images.decode_process import decode_apart
-from fromage.images.fetch import fetch_image
+from fromage.images.fetch import FRESH, fetch_image
 from fromage.models.fromage import Fromage
 from fromage.models.prompts import RET, Part
 from fromage.retrieval.base import ImageIndex
@@ -86,19 +86,21 @@ class RequestHandler:
         """The answer to a conversation, its images opened if they are wanted, and what it took."""
         prepared = await self._prepared(request)
         group = prepared.group() and ("chat", prepared.decoding)
-        answer, usage = await asyncio.wrap_future(self.batcher.submit(self.worker.chat, prepared, group))
+        try:
+            answer, usage = await asyncio.wrap_future(self.batcher.submit(self.worker.chat, prepared, group))
+        finally:  # decoding for nobody would keep the others waiting
+            prepared.gone.set()
         for shown in answer.shown:
             await self._illustrate(shown, request.images)
         return answer, usage
 
     async def pieces(self, request: ChatRequest) -> AsyncIterator[str | RetrievedImages | Usage]:
         """The answer to a conversation, piece by piece, and what it took; closing the iterator stops decoding."""
-        prepared, loop, wanted = await self._prepared(request), asyncio.get_running_loop(), True
+        prepared, loop = await self._prepared(request), asyncio.get_running_loop()
         queue: asyncio.Queue[str | RetrievedImages | None] = asyncio.Queue()
 
-        def put(piece: str | RetrievedImages | None) -> bool:
+        def put(piece: str | RetrievedImages | None) -> None:
             loop.call_soon_threadsafe(queue.put_nowait, piece)
-            return wanted
 
         future = self.batcher.submit(self.worker.stream, (prepared, put))
         future.add_done_callback(lambda _: put(None))
@@ -109,7 +111,7 @@ class RequestHandler:
                 yield piece
             yield future.result()
         finally:
-            wanted = False
+            prepared.gone.set()
             future.cancel()
 
     async def search(self, request: SearchRequest) -> SearchReply:
@@ -206,7 +208,7 @@ class RequestHandler:
 
 def _opened(part: ImagePart | Address) -> Image.Image:
     if isinstance(part, Address):
-        return fetch_image(part.url)
+        return fetch_image(part.url, max_age=FRESH)
     try:
         return decode_apart(base64.b64decode(part.data, validate=True))
     except ValueError as error:

@@ -40,6 +40,7 @@ STATUS: dict[type[Exception], tuple[int, str]] = {
     torch.OutOfMemoryError: (503, "not enough memory; send less at a time"),
     TimeoutError: (504, "took too long; ask for less, or try later"),
 }
+STREAMED = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # no proxy keeps events, or holds them up
 T = TypeVar("T")
 Piece = str | RetrievedImages | Usage
 log = logging.getLogger("uvicorn.error")
@@ -49,7 +50,7 @@ REFUSALS: dict[int | str, dict[str, Any]] = {
     400: {"model": Problem, "description": "The request is well-formed, but cannot be answered."},
     401: {"model": Problem, "description": "The server wants a key, and there is none or a wrong one."},
     408: {"model": Problem, "description": "The request took too long to arrive."},
-    413: {"model": Problem, "description": f"The request is larger than {BODY >> 20} MiB."},
+    413: {"model": Problem, "description": f"The request is larger than {BODY >> 20} MiB, or has too many values."},
     422: {"model": Faults, "description": "The request is not of the form described here."},
     429: {"model": Problem, "description": "Too many requests wait; try later."},
     503: {"model": Problem, "description": "The server is shutting down, or short of memory."},
@@ -64,6 +65,10 @@ EVENT = {
     },
 }
 EVENTS = {"text/event-stream": {"schema": EVENT, "example": 'event: text\ndata: {"text": "a red star"}\n\n'}}
+
+
+class ClientGone(Exception):
+    """The client has left before its answer began."""
 
 
 def status_of(error: Exception) -> tuple[int, str]:
@@ -88,7 +93,7 @@ async def chat(body: ChatRequest, request: Request) -> Any:
     handler: RequestHandler = request.app.state.handler
     if not body.stream:
         return await attended(request, handler.chat(body), handler.capacity.timeout)
-    return StreamingResponse(_events(handler, await begun(request, body)), media_type="text/event-stream")
+    return event_stream(_events(handler, await begun(request, body)))
 
 
 @router.post("/search", responses=REFUSALS)
@@ -137,12 +142,12 @@ async def metrics(request: Request) -> Response:
 
 
 async def attended(request: Request, work: Coroutine[Any, Any, T], seconds: float) -> T:
-    """The result of some work; it is cancelled at the time limit or when the client has left."""
+    """The result of some work; it is cancelled at the time limit (TimeoutError), or when the client leaves (ClientGone)."""
     task, gone = asyncio.create_task(work), asyncio.create_task(_gone(request))
     try:
         await asyncio.wait({task, gone}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
-            raise TimeoutError  # not read if the client has left
+            raise ClientGone if gone.done() else TimeoutError
         return task.result()
     finally:
         task.cancel()
@@ -176,6 +181,11 @@ async def begun(request: Request, body: ChatRequest) -> AsyncIterator[Piece]:
             piece = await following()
 
     return all_pieces()
+
+
+def event_stream(events: AsyncIterator[str]) -> StreamingResponse:
+    """A response of server-sent events."""
+    return StreamingResponse(events, media_type="text/event-stream", headers=STREAMED)
 
 
 async def _events(handler: RequestHandler, pieces: AsyncIterator[Piece]) -> AsyncIterator[str]:

@@ -15,6 +15,7 @@ from PIL import Image
 
 from fromage.apps.screen import Screen, iterm, kitty, protocol
 from fromage.apps.terminal import COMMANDS, parse, talk
+from fromage.errors import Terminated
 from fromage.generation.chat import Chat
 from fromage.generation.generate import Answer
 from fromage.generation.options import Decoding
@@ -186,6 +187,18 @@ def test_ctrl_c_at_the_prompt_leaves_the_second_time(model):
     chat = Chat(model, decoding=Decoding(max_new_tokens=2))
     shown = said(chat, KeyboardInterrupt, "a star", KeyboardInterrupt, KeyboardInterrupt, "never read")
     assert len(chat.turns) == 1 and shown.count("(stopped") == 2
+
+
+def test_sigterm_ends_the_conversation_the_first_time(model, monkeypatch):
+    def terminated(chat, *parts):
+        yield "thinking"
+        raise Terminated
+
+    monkeypatch.setattr(Chat, "stream", terminated)
+    asked = reading("a star", "never read")
+    with pytest.raises(Terminated):
+        talk(Chat(model), asked, io.StringIO())
+    assert asked("> ") == "never read"
 
 
 def test_nothing_foreign_reaches_the_terminal(model, index, monkeypatch):

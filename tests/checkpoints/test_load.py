@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -206,6 +207,14 @@ def test_towers_may_lie_elsewhere(model, folder):
     loaded = Fromage.from_pretrained(folder, lm=str(TOY / "opt"), vision=f"local-dir:{TOY / 'clip'}")
     assert torch.equal(loaded.embed_text(TEXTS), load_model(folder).embed_text(TEXTS))
     assert loaded.settings["lm"] == str(TOY / "opt")
+
+
+@pytest.mark.parametrize("name", ["torch_dtype", "device_map", "trust_remote_code", "subfolder"])
+def test_an_option_of_other_libraries_is_refused_in_one_line(folder, name):
+    with pytest.raises(UserError, match=f"^{name}: no option of Fromage.from_pretrained; there are ") as told:
+        Fromage.from_pretrained(folder, **{name: "auto"})
+    named = {*re.split(r"[ ,]+", str(told.value))}
+    assert {"device", "dtype", "quantize", "revision", "lm"} <= named and "self" not in named
 
 
 def test_a_tower_of_another_width_is_refused(folder):

@@ -10,10 +10,12 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
+from fromage.apps.terminal import talk
 from fromage.cli.command import options_of, parser_of
 from fromage.cli.main import COMMANDS, main
 from fromage.cli.options import FILES, in_image
 from fromage.errors import UserError
+from fromage.generation.chat import Chat
 from fromage.training.configs import config_folder, find_config
 
 CONFIGS = sorted(p.name for p in config_folder().glob("*.yaml"))
@@ -181,6 +183,14 @@ def test_ctrl_c_and_sigterm_are_one_line_and_a_code_of_their_own(monkeypatch, ca
         monkeypatch.setitem(COMMANDS, "plan", stopped(number))
         assert main(["plan"]) == 130
         assert capsys.readouterr().err == "fromage: stopped\n"
+
+
+def test_a_conversation_is_over_at_the_first_sigterm(monkeypatch, capsys, ctrl_c, toy_model):
+    lines = iter([lambda: signal.raise_signal(signal.SIGINT), lambda: signal.raise_signal(signal.SIGTERM), lambda: "late"])
+    monkeypatch.setitem(COMMANDS, "plan", lambda: talk(Chat(toy_model), lambda prompt: next(lines)()))
+    assert main(["plan"]) == 130 and next(lines)() == "late"
+    out = capsys.readouterr()
+    assert out.out.count("(stopped; the turn is forgotten)") == 1 and out.err.endswith("fromage: stopped\n")
 
 
 def test_a_file_that_is_there_is_replaced_only_where_that_is_said(tmp_path, capsys, monkeypatch):

@@ -246,6 +246,17 @@ def test_stop_texts_end_the_answer_and_are_no_part_of_it(toy_model):
     assert generate(toy_model, ["a"], Decoding(20, max_images=0, stop="never said"))[0].ids == free.ids
 
 
+def test_an_answer_is_cut_where_nothing_but_its_length_ends_it(toy_model, monkeypatch):
+    (free,) = generate(toy_model, ["a"], Decoding(6, max_images=0))
+    whole = free.parts[0]
+    assert free.cut and len(free.ids) == 6
+    (stopped,) = generate(toy_model, ["a"], Decoding(6, max_images=0, stop=whole[-4:]))
+    assert len(stopped.ids) == 6 and not stopped.cut and stopped.parts == [whole[:-4]], "met at the last token"
+    last = Decoding(6, min_tokens=5, ret_bias=60.0)
+    (pictured,), (ended,) = (generate(toy_model, ["a"], how) for how in (last, replace(last, end_at_image=True)))
+    assert pictured.ids == ended.ids and len(ended.ids) == 6 and pictured.cut and not ended.cut
+
+
 def test_one_row_that_stops_does_not_touch_the_others(toy_model):
     prompts = ["a", "a big heart and", "the small"]
     free = generate(toy_model, prompts, Decoding(16, max_images=0))

@@ -75,6 +75,18 @@ def test_batch_size_does_not_matter(toy_model, index, prompts):
     assert generate(toy_model, []) == []
 
 
+def test_an_answer_that_is_not_wanted_any_more_ends_and_the_others_are_as_before(toy_model, index, prompts):
+    asked, whole = [], [gist(answer) for answer in generate(toy_model, prompts, TWO, index)]
+
+    def wanted(number):
+        asked.append(number)
+        return number != 2 or asked.count(2) < 2
+
+    answers = generate(toy_model, prompts, TWO, index, batch_size=3, wanted=wanted)
+    assert [gist(answer) for number, answer in enumerate(answers) if number != 2] == [*whole[:2], *whole[3:]]
+    assert len(answers[2].ids) == 2 and set(asked) == {0, 1, 2, 3}
+
+
 def test_an_index_of_another_model_and_batches_of_nothing_are_refused(toy_model, index):
     with torch.no_grad():
         toy_model.logit_scale += 1

@@ -1,6 +1,7 @@
 """Images fetched from a server on this machine that does what servers do."""
 
 import gzip
+import os
 import socket
 import threading
 import time
@@ -16,7 +17,7 @@ from test_codec import encoded
 
 from fromage.errors import UserError
 from fromage.images.decode_process import DECODERS
-from fromage.images.fetch import FetchLimits, fetch_image
+from fromage.images.fetch import FRESH, FetchLimits, fetch_image
 from fromage.images.guarded_transport import GuardedBackend, GuardedTransport, is_public
 from fromage.images.open import open_image
 
@@ -387,6 +388,19 @@ def test_an_image_is_fetched_once(fetch, tmp_path):
     (kept,) = (tmp_path / "cache").iterdir()
     kept.write_bytes(b"torn")
     assert fetch("/red").size == (8, 6) and Server.seen == ["/red"]
+
+
+def test_an_image_that_a_user_names_is_fetched_again_after_a_while(fetch, tmp_path):
+    fetch("/red", max_age=FRESH)
+    (kept,) = (tmp_path / "cache").iterdir()
+    for age, asked in ((FRESH - 60, []), (FRESH + 60, ["/red"])):
+        os.utime(kept, (time.time() - age,) * 2)
+        fetch("/red")  # of an index: it stays, and its use makes it no younger
+        assert Server.seen == []
+        fetch("/red", max_age=FRESH)
+        assert Server.seen == asked
+    fetch("/red", max_age=FRESH)
+    assert Server.seen == []
 
 
 def test_the_cache_is_bounded(fetch, tmp_path):

@@ -104,3 +104,10 @@ def test_a_missing_file_and_package_are_one_line(file, cache, tmp_path, monkeypa
     monkeypatch.setitem(__import__("sys").modules, "gguf", None)
     with pytest.raises(UserError, match=r"pip install .*\[gguf\]"):
         load_lm(f"gguf:{file}")
+
+
+def test_a_file_that_lacks_tensors_is_refused_and_not_kept(cache, tmp_path):
+    write_gguf(tiny_llama(), tmp_path / "torn.gguf", without={"blk.1.ffn_up.weight"})
+    with pytest.raises(UserError, match=r"torn\.gguf: its weights lack model\.layers\.1\.mlp\.up_proj\.weight \(1 in all\)"):
+        load_lm(f"gguf:{tmp_path / 'torn.gguf'}")
+    assert not [path for path in (cache / "gguf").iterdir() if path.is_dir()]

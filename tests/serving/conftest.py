@@ -3,13 +3,14 @@
 import pytest
 from fastapi.testclient import TestClient
 
+from fromage.generation.preset import Preset
 from fromage.serving.app import create_app
 from fromage.serving.batching import Capacity
 
 
 @pytest.fixture(scope="module")
 def app(model, index):
-    return create_app(model, index, "plain", Capacity(timeout=20))
+    return create_app(model, index, Preset(style="plain"), Capacity(timeout=20))
 
 
 @pytest.fixture

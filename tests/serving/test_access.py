@@ -11,6 +11,7 @@ from fastapi.testclient import TestClient
 
 from fromage.cli.main import main, parse
 from fromage.errors import UserError
+from fromage.generation.preset import Preset
 from fromage.serving.access import Access, read_keys
 from fromage.serving.app import create_app
 from fromage.serving.connections import guarded, open_port
@@ -22,7 +23,7 @@ PAGE = "https://chat.example"
 
 @pytest.fixture
 def guarded_app(model, index):
-    return create_app(model, index, "plain", access=Access([KEY, OTHER], [PAGE]))
+    return create_app(model, index, Preset(style="plain"), access=Access([KEY, OTHER], [PAGE]))
 
 
 @pytest.fixture
@@ -69,7 +70,7 @@ def test_keys_are_compared_in_constant_time(monkeypatch):
 
 
 def test_the_official_client_sends_its_key_and_no_log_has_it(model, index, caplog, capfd):
-    app = create_app(model, index, "plain", access=Access([KEY]))
+    app = create_app(model, index, Preset(style="plain"), access=Access([KEY]))
     listening = open_port("127.0.0.1", 0)
     server = uvicorn.Server(guarded(app, "127.0.0.1", 20, log_level="debug"))
     thread = threading.Thread(target=server.run, args=([listening],))

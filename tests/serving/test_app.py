@@ -20,6 +20,7 @@ import uvicorn
 from served import SAY, captions, held, running, sent, until
 
 from fromage.errors import UserError
+from fromage.generation.preset import Preset
 from fromage.models.fromage import Fromage
 from fromage.serving.app import _Server, create_app, serve
 from fromage.serving.batching import Capacity
@@ -44,7 +45,7 @@ def test_requests_that_come_meanwhile_are_answered_together_as_alone(app, client
 
 
 def test_beyond_the_queue_it_is_429_and_in_time_504(model, index, monkeypatch):
-    app = create_app(model, index, "plain", Capacity(queue=2, timeout=1.0))
+    app = create_app(model, index, Preset(style="plain"), Capacity(queue=2, timeout=1.0))
 
     async def case(client):
         with held(app, monkeypatch) as (_, begun, _):
@@ -62,7 +63,7 @@ def test_beyond_the_queue_it_is_429_and_in_time_504(model, index, monkeypatch):
 
 
 def test_beyond_what_may_be_at_hand_no_request_is_read(model, index, monkeypatch):
-    app = create_app(model, index, "plain", Capacity(batch_size=1, queue=1))
+    app = create_app(model, index, Preset(style="plain"), Capacity(batch_size=1, queue=1))
 
     async def case(client):
         async def never():
@@ -86,7 +87,7 @@ def test_beyond_what_may_be_at_hand_no_request_is_read(model, index, monkeypatch
 
 def test_bodies_that_only_begin_keep_nobody_out(model, index, monkeypatch):
     monkeypatch.setattr("fromage.serving.body_limit.SLOW", 0.3)
-    app = create_app(model, index, "plain", Capacity(batch_size=1, queue=1))
+    app = create_app(model, index, Preset(style="plain"), Capacity(batch_size=1, queue=1))
 
     async def case(client):
         async def drip():
@@ -113,7 +114,7 @@ def test_bodies_that_only_begin_keep_nobody_out(model, index, monkeypatch):
 
 
 def test_an_image_asked_for_by_its_id_has_a_time_out_and_makes_no_other_wait(model, index, monkeypatch):
-    app, go = create_app(model, index, "plain", Capacity(timeout=1.0)), threading.Event()
+    app, go = create_app(model, index, Preset(style="plain"), Capacity(timeout=1.0)), threading.Event()
     monkeypatch.setattr(app.state.handler.ids, "open", lambda name: go.wait(30))
 
     async def case(client):
@@ -127,9 +128,9 @@ def test_an_image_asked_for_by_its_id_has_a_time_out_and_makes_no_other_wait(mod
 
 
 def test_a_host_that_is_slow_makes_only_those_wait_who_ask_for_it(model, index, monkeypatch):
-    app, go, asked = create_app(model, index, "plain", Capacity(timeout=20)), threading.Event(), []
+    app, go, asked = create_app(model, index, Preset(style="plain"), Capacity(timeout=20)), threading.Event(), []
 
-    def fetch(url):
+    def fetch(url, max_age):
         asked.append(url)
         assert go.wait(20)
         raise UserError(f"{url}: too slow")
@@ -203,6 +204,31 @@ def test_closing_a_stream_stops_its_decoding(app, address, monkeypatch):
     assert over.wait(20) and len(put) < 400
 
 
+def test_an_answer_nobody_waits_for_is_not_decoded_to_its_end(app, address, monkeypatch):
+    worker, asked, tokens, begun, over = app.state.handler.worker, [], [], threading.Event(), threading.Event()
+    work = worker.chat
+
+    def chat(requests):
+        asked.extend(requests)
+        try:
+            return work(requests)
+        finally:
+            over.set()
+
+    def between():
+        tokens.append(1)
+        if len(tokens) == 3:
+            begun.set()
+            assert asked[0].gone.wait(10)
+
+    monkeypatch.setattr(worker, "chat", chat)
+    monkeypatch.setattr(worker, "between", between)
+    connection, _ = post(address, "/chat", SAY | {"decoding": LONG})
+    assert begun.wait(10)
+    connection.close()
+    assert over.wait(20) and len(tokens) == 3
+
+
 def test_who_has_gone_is_not_answered(app, address, monkeypatch):
     with held(app, monkeypatch) as (given, begun, go):
         first = post(address, "/search", {"query": "a"})
@@ -218,9 +244,10 @@ def test_who_has_gone_is_not_answered(app, address, monkeypatch):
 
 
 SERVER = """
+from fromage.generation.preset import Preset
 from fromage.models.fromage import Fromage
 from fromage.serving.app import Capacity, serve
-serve(Fromage.load(k=2, q=32), None, "plain", "127.0.0.1", 0, Capacity(timeout=60))
+serve(Fromage.load(k=2, q=32), None, Preset(style="plain"), "127.0.0.1", 0, Capacity(timeout=60))
 """
 
 
@@ -249,7 +276,7 @@ def test_connections_are_limited_and_an_address_with_colons_stands_in_brackets(m
     monkeypatch.setattr(_Server, "run", lambda self, sockets: configs.append(self.config) or sockets[0].close())
     monkeypatch.setattr(socket, "create_server", lambda address, family: create(("127.0.0.1", 0)))
     for host in ("::1", "127.0.0.1"):
-        serve(model, None, "plain", host, 0)
+        serve(model, None, Preset(style="plain"), host, 0)
     shown = capsys.readouterr().out.split()
     assert shown[0].startswith("http://[::1]:") and "http://127.0.0.1:" in " ".join(shown)
     assert all(config.limit_concurrency for config in configs)
@@ -263,9 +290,9 @@ def test_an_address_that_cannot_be_had(model):
             ("nowhere.invalid", 0, "host"),
         ):
             with pytest.raises(UserError, match=f"give another --{other}"):
-                serve(model, None, "plain", host, port)
+                serve(model, None, Preset(style="plain"), host, port)
     with pytest.raises(UserError, match="dialogue, plain"):
-        create_app(model, style="verse")
+        create_app(model, preset=Preset(style="verse"))
 
 
 def test_an_index_of_another_model_is_refused(index):
@@ -293,7 +320,7 @@ def test_without_its_packages_it_says_what_to_install(monkeypatch):
 @pytest.mark.parametrize("streamed", [False, True])
 def test_a_search_passes_a_conversation_that_goes_on_as_if_alone(model, index, streamed, monkeypatch):
     """Searches arrive while an answer is decoded: each is answered before the answer ends, and neither changes."""
-    app, tokens = create_app(model, index, "plain"), 12
+    app, tokens = create_app(model, index, Preset(style="plain")), 12
     said = SAY | {"decoding": {"max_new_tokens": tokens, "min_new_tokens": tokens, "ret_bias": 2}, "stream": streamed}
     batcher_of, order, text = app.state.handler, [], {"query": "a red star", "k": 6}
 

@@ -126,6 +126,21 @@ def test_any_number_of_unknown_fields_is_one_fault(client):
     assert len(client.post("/search", json=many).json()["detail"]) == 8
 
 
+@pytest.mark.parametrize("value", [b"[]", b"{}", b'{"a":1}', b"1"])
+def test_a_body_of_many_values_is_refused_before_it_is_parsed(client, monkeypatch, value):
+    """Parsing one of 32 MiB takes ten seconds, in which nobody else is answered."""
+    monkeypatch.setattr("json.loads", lambda *_, **__: pytest.fail("it is parsed"))
+    content = b'{"query":[' + b",".join([value] * 600_000) + b"]}"
+    headers = {"content-type": "application/json"}
+    replies = {path: client.post(path, content=content, headers=headers) for path in ("/search", "/v1/embeddings")}
+    monkeypatch.undo()
+    assert all(reply.status_code == 413 and "too many values" in reply.text for reply in replies.values())
+    assert replies["/search"].json()["detail"] == replies["/v1/embeddings"].json()["error"]["message"]
+    assert client.post("/search", json={"query": ",:[{" * 8000}).status_code == 400, (
+        "a text of marks is parsed, and too long"
+    )
+
+
 def test_work_keeps_its_thread_when_its_client_has_gone(app, client, folder, monkeypatch):
     """Four threads open what is sent, however many clients hang up meanwhile."""
     running, most, go = [], [0], threading.Event()

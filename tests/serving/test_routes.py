@@ -21,6 +21,7 @@ from fromage.data.image_source import Item
 from fromage.errors import OutOfReach, UserError
 from fromage.generation.chat import Chat
 from fromage.generation.options import Decoding
+from fromage.generation.preset import Preset
 from fromage.retrieval.build import describe
 from fromage.retrieval.faiss_index import FaissIndex
 from fromage.retrieval.table_file import Table
@@ -35,6 +36,7 @@ load_all_checks()
 
 def events(reply):
     assert reply.status_code == 200 and reply.headers["content-type"].startswith("text/event-stream")
+    assert (reply.headers["cache-control"], reply.headers["x-accel-buffering"]) == ("no-cache", "no")
     blocks = [block.splitlines() for block in reply.text.strip().split("\n\n")]
     return [(name.removeprefix("event: "), json.loads(data.removeprefix("data: "))) for name, data in blocks]
 
@@ -144,7 +146,7 @@ def test_the_next_best_takes_the_place_of_what_has_gone(model, index, folder, tm
     items = [Item(str(tmp_path / f"{i}.png"), "gone") for i in range(9)] + [Item(str(folder / "red.png"), "red")]
     odd = FaissIndex.build(torch.randn(10, 32).numpy(), items, model.fingerprint())
     asked = SAY | {"decoding": IMAGES_PLEASE, "images": True}
-    with TestClient(create_app(model, odd, "plain")) as client:
+    with TestClient(create_app(model, odd, Preset(style="plain"))) as client:
         assert captions(client.post("/search", json={"query": "a", "k": 1, "images": True})) == ["red"]
         message = client.post("/chat", json=asked).json()["message"]
         assert [[hit["caption"] for hit in part["hits"]] for part in message["content"] if "hits" in part] == [["red"]]
@@ -284,7 +286,7 @@ def test_large_bodies_are_refused_whether_announced_or_not(client):
 
 
 def test_without_an_index_there_are_words(model):
-    with TestClient(create_app(model, None, "plain")) as client:
+    with TestClient(create_app(model, None, Preset(style="plain"))) as client:
         assert client.get("/healthz").json() == {"status": "ok", "images": 0, "waiting": 0}
         assert "--index" in client.post("/search", json={"query": "a"}).json()["detail"]
         reply = client.post("/chat", json=SAY | {"decoding": IMAGES_PLEASE}).json()
@@ -376,7 +378,7 @@ def described(model, index, tmp_path_factory):
     index.save(folder / "index")
     columns = pa.table({"letters": [len(path.stem) for path in map(Path, index_paths(index))], "tags": ["a"] * len(index)})
     known = Table(pa.array([path.encode() for path in index_paths(index)]), columns, "t")
-    with TestClient(create_app(model, describe(folder / "index", [known]), "plain")) as client:
+    with TestClient(create_app(model, describe(folder / "index", [known]), Preset(style="plain"))) as client:
         yield client
 
 

@@ -77,14 +77,13 @@ NO_INDEX = " It was started without an index of images, so it answers in text al
 def launch(
     model: Fromage,
     index: ImageIndex | None,
-    style: str | None,
+    preset: Preset,
     host: str,
     port: int,
     octopus: Octopus | None = None,
-    preset: Preset | None = None,
 ) -> None:
-    """Serve the demo until Ctrl-C; style and preset as of Sessions. Raises UserError where the port is taken."""
-    with running(model, index, style, host, port, octopus, preset) as address:
+    """Serve the demo until Ctrl-C. Raises UserError where the port is taken."""
+    with running(model, index, preset, host, port, octopus) as address:
         print(f"the demo is at {address} (Ctrl-C ends it)", flush=True)
         try:
             Event().wait()
@@ -96,15 +95,14 @@ def launch(
 def running(
     model: Fromage,
     index: ImageIndex | None,
-    style: str | None,
+    preset: Preset,
     host: str,
     port: int,
     octopus: Octopus | None = None,
-    preset: Preset | None = None,
 ) -> Iterator[str]:
     """The demo, served in the background; yields its address."""
     with open_port(host, port) as listening, _cache() as folder:
-        sessions = Sessions(model, index, style, preset)
+        sessions = Sessions(model, index, preset)
         blocks = page(sessions, Pointing(octopus, sessions.lock) if octopus else None)
         shelf = shelf_at(str(folder))
         shelf.forget = blocks.upload_file_set.discard

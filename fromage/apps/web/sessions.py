@@ -22,7 +22,7 @@ from fromage.errors import OUT_OF_REACH, BrokenSample, OutOfReach, UserError
 from fromage.generation.chat import Chat, Turn
 from fromage.generation.generate import Answer
 from fromage.generation.options import is_whole
-from fromage.generation.preset import Preset, read_preset
+from fromage.generation.preset import Preset
 from fromage.generation.retrieved import RetrievedImages
 from fromage.generation.styles import Exchange
 from fromage.images.codec import jpeg
@@ -68,12 +68,9 @@ Turns = list[PageTurn]
 class Sessions:
     """One model and its index, used by one visitor at a time. The turns are kept by Gradio, not here."""
 
-    def __init__(
-        self, model: Fromage, index: ImageIndex | None, style: str | None = None, preset: Preset | None = None
-    ) -> None:
-        """preset: the model's, if None. style: the preset's. Raises UserError for an index of another model."""
-        self.preset = (preset or read_preset(model.generation)).over(style)
-        self.model, self.index, self.lock = model, index, Lock()
+    def __init__(self, model: Fromage, index: ImageIndex | None, preset: Preset) -> None:
+        """Raises UserError for an unknown style of the preset, and for an index of another model."""
+        self.model, self.index, self.preset, self.lock = model, index, preset, Lock()
         self._chat()
 
     def model_line(self) -> str:

@@ -19,7 +19,7 @@ from fromage.checkpoints.format import DTYPES
 from fromage.checkpoints.hub import stay_offline_without_hub
 from fromage.errors import UserError, first_line
 from fromage.images.transforms import halves, scaling
-from fromage.models.frozen import hold
+from fromage.models.frozen import hold, require_weights
 from fromage.models.vision.base import TextTower, VisionTower, quiet
 
 PAIRS = ("clip", "siglip")  # architectures with a text tower; SigLIP 2 of a fixed resolution calls itself siglip
@@ -210,11 +210,11 @@ def load_whole(name: str, dtype: str = "float32", random_weights: bool = False) 
         except Exception as error:
             told = f"no weights that fit it on disk or within reach ({first_line(error).rstrip(':')})"
             raise UserError(f"vision tower {name}: {told}; fetch it again, or name another") from error
-    missing = sorted(found["missing_keys"])
+    missing = found["missing_keys"]
     if missing and all(key.startswith("pooler.") for key in missing):
         whole.pooler = None  # trained as a classifier, which reads the class token
-    elif missing:
-        raise UserError(f"vision tower {name}: its weights lack {missing[0]} ({len(missing)} in all); fetch it again")
+    else:
+        require_weights(f"vision tower {name}", missing)
     return whole.eval()
 
 

@@ -26,6 +26,7 @@ from fromage.apps.web.demo import launch, running
 from fromage.apps.web.sessions import SIDE, Sessions, contents, conversation, read
 from fromage.errors import UserError
 from fromage.generation.chat import Chat
+from fromage.generation.preset import Preset, read_preset
 from fromage.generation.retrieved import RetrievedImages
 from fromage.octopus.model import Octopus
 from fromage.retrieval.build import describe
@@ -62,7 +63,7 @@ def octopus():
 
 @pytest.fixture(scope="module")
 def address(model, index, octopus):
-    with running(model, index, "plain", "127.0.0.1", free_port(), octopus) as address:
+    with running(model, index, Preset(style="plain"), "127.0.0.1", free_port(), octopus) as address:
         yield address
 
 
@@ -250,7 +251,7 @@ def test_only_what_the_page_asks_for_is_there(address):
 
 def test_a_connection_without_a_request_is_cut_off(model, monkeypatch):
     monkeypatch.setattr("fromage.apps.web.demo.SECONDS", 0.3)
-    with running(model, None, "plain", "127.0.0.1", port := free_port()):
+    with running(model, None, Preset(style="plain"), "127.0.0.1", port := free_port()):
         half = socket.create_connection(("127.0.0.1", port))
         half.sendall(b"GET / HTTP/1.1\r\nX: ")
         half.settimeout(5)
@@ -312,7 +313,7 @@ def test_a_search_is_filtered_where_the_index_has_metadata(model, index, folder,
     paths = [item.path for item in index.items]
     columns = pa.table({"letters": [len(Path(path).stem) for path in paths]})
     described = describe(tmp_path / "index", [Table(pa.array([path.encode() for path in paths]), columns, "t")])
-    with running(model, described, "plain", "127.0.0.1", free_port()) as address:
+    with running(model, described, Preset(style="plain"), "127.0.0.1", free_port()) as address:
         visitor, sent = Visitor(address, "filters"), {"text": "a star", "files": []}
         for where, count in (("", 6), ("letters <= 4", 2), (" ", 6)):
             messages = visitor.call("search", sent, 6, where)
@@ -342,7 +343,7 @@ def test_an_image_comes_back_with_boxes_drawn(address, folder):
 
 def talk(model, index, folder, count):
     """So many turns with an image each way; conversation and turns at the end."""
-    sessions, turns = Sessions(model, index, "plain"), []
+    sessions, turns = Sessions(model, index, Preset(style="plain")), []
     for _ in range(count):
         sent = {"text": "a star", "files": [str(folder / "red.png")]}
         *_, (_, shown, turns) = sessions.answer(sent, turns, *SETTINGS)
@@ -379,7 +380,7 @@ def test_a_conversation_takes_so_much_memory(model, index, folder, tmp_path, mon
 
 
 def test_an_answer_that_is_broken_off_leaves_no_turn_and_no_lock(model, index):
-    sessions, turns = Sessions(model, index, "plain"), []
+    sessions, turns = Sessions(model, index, Preset(style="plain")), []
     answer = sessions.answer({"text": "a star", "files": []}, turns, -20, 0, 1, 30)
     for _ in range(3):
         next(answer)
@@ -389,10 +390,10 @@ def test_an_answer_that_is_broken_off_leaves_no_turn_and_no_lock(model, index):
 
 
 def test_without_an_index_there_is_text(model):
-    sessions, turns = Sessions(model, None, "dialogue"), []
+    sessions, turns = Sessions(model, None, Preset(style="dialogue")), []
     *_, (_, shown, turns) = sessions.answer({"text": "a star", "files": []}, turns, 20, 0, 1, 4)
     assert "[an image; there is no index to find one in]" in shown[1]["content"] and len(turns) == 1
-    with running(model, None, "dialogue", "127.0.0.1", free_port()) as address:
+    with running(model, None, Preset(style="dialogue"), "127.0.0.1", free_port()) as address:
         page = httpx.get(f"{address}/config").text
         assert "There is no index" in page and "text alone" in page and '"gallery"' not in page and '"Point"' not in page
 
@@ -400,7 +401,7 @@ def test_without_an_index_there_is_text(model):
 def test_the_page_is_closed_to_elsewhere_and_leaves_nothing(model, index, monkeypatch):
     before, port, called, connect = dict(os.environ), free_port(), [], socket.socket.connect
     monkeypatch.setattr(socket.socket, "connect", lambda self, to: (called.append(to), connect(self, to))[1])
-    with running(model, index, "plain", "127.0.0.1", port) as address:
+    with running(model, index, Preset(style="plain"), "127.0.0.1", port) as address:
         page = httpx.get(address)
         assert "default-src 'self'" in page.headers["content-security-policy"]
         config = httpx.get(f"{address}/config").json()
@@ -408,7 +409,8 @@ def test_the_page_is_closed_to_elsewhere_and_leaves_nothing(model, index, monkey
         assert "google" not in httpx.get(f"{address}/theme.css").text
         inside = Path(os.environ["GRADIO_TEMP_DIR"])
         for bad in (port, 99_999):
-            with pytest.raises(UserError, match=f"{bad}.*--port"), running(model, index, "plain", "127.0.0.1", bad):
+            how = model, index, Preset(style="plain"), "127.0.0.1", bad
+            with pytest.raises(UserError, match=f"{bad}.*--port"), running(*how):
                 pass
     assert {to[0] for to in called if isinstance(to, tuple)} == {"127.0.0.1"}
     assert not inside.exists() and dict(os.environ) == before
@@ -420,7 +422,7 @@ def test_the_demo_ends_with_ctrl_c(model, monkeypatch, capsys):
             raise KeyboardInterrupt
 
     monkeypatch.setattr("fromage.apps.web.demo.Event", Interrupted)
-    launch(model, None, "plain", "127.0.0.1", port := free_port())
+    launch(model, None, Preset(style="plain"), "127.0.0.1", port := free_port())
     assert f"http://127.0.0.1:{port}" in capsys.readouterr().out
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"http://127.0.0.1:{port}")
@@ -515,11 +517,10 @@ def point_in_browser(page, folder):
     page.wait_for_function("[...document.images].some(image => image.checkVisibility() && image.naturalWidth > 600)")
 
 
-def test_the_page_names_the_model_and_begins_with_its_preset(model, index, folder, monkeypatch):
+def test_the_page_names_the_model_and_begins_with_its_preset(model, index, folder):
     about = {"style": "plain", "name": EVIL, "about": "It knows six colours.", "examples": ["a red star", EVIL],
              "decoding": {"ret_bias": 30, "images_per_ret": 3, "max_new_tokens": 4, "end_at_image": True}}  # fmt: skip
-    monkeypatch.setattr(model, "generation", about)
-    with running(model, index, None, "127.0.0.1", free_port()) as address, browser() as opened:
+    with running(model, index, read_preset(about), "127.0.0.1", free_port()) as address, browser() as opened:
         config = httpx.get(f"{address}/config").json()
         sliders = [block["props"]["value"] for block in config["components"] if block["type"] == "slider"]
         assert sliders[:4] == [30, 0, 3, 4]
