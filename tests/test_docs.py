@@ -72,6 +72,12 @@ def test_files_that_are_named_are_there(page):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_lines_are_short(page):
+    lines = [line for line in text(page).splitlines() if not line.startswith(("|", "!["))]  # tables and images go on
+    assert page.name == "CHANGELOG.md" or not [line for line in lines if len(line) > 125]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
 def test_words_are_plain(page):
     told = " ".join(text(page).lower().split())
     assert not [words for words in ODD if words in told]
@@ -85,7 +91,12 @@ def commands(lines):
     return {line.partition(" > ")[0] for line in lines if re.match(r"(fromage|lightning) (?!.* \| )\S", line)}
 
 
-SHELL = [line.split("  #")[0].strip() for page in PAGES for code, _ in blocks(page, "sh") for line in code.splitlines()]
+SHELL = [
+    line.split("  #")[0].strip()
+    for page in PAGES
+    for code, _ in blocks(page, "sh")
+    for line in re.sub(r" \\\n *", " ", code).splitlines()  # a command may go on in the next line
+]
 NAMED = [" ".join(span.split()) for page in PAGES for span in re.findall(r"`([^`]+)`", prose(page))]
 WHOLE = commands(SHELL)  # those in prose may be without what they need
 COMMANDS = sorted(WHOLE | commands(NAMED))

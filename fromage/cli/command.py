@@ -1,9 +1,9 @@
 """Commands from signatures: parameters, types, defaults and docstring of a function become arguments, options and --help.
 
 A parameter before the `*` is a positional argument, one after it an option. A bool is a switch: `--name`, or `--no-name`
-where the default is True. A sequence of texts is an option to repeat, one of numbers an option that takes several. A
-dataclass stands for options of its fields. What a docstring does not say of a parameter, fromage.cli.options does; a path
-without more is a file to read.
+where the default is True; the docstring says after "--no-name: " what that does. A sequence of texts is an option to repeat,
+one of numbers an option that takes several. A dataclass stands for options of its fields. What a docstring does not say of a
+parameter, fromage.cli.options does; a path without more is a file to read.
 
 A command returns what it has to say, a `Result` or several one after another: text for people, data for programs. Such a
 command has the option --json, and one that writes a file by name has --overwrite. What goes wrong is for standard error.
@@ -58,8 +58,11 @@ def parser_of(name: str, function: Function) -> ArgumentParser:
     for names, settings in arguments(function):
         parser.add_argument(*names, **settings)
     known = options_of(function)
-    if "--overwrite" not in known and any(f"--{name}" in known for name in FILES):
-        parser.add_argument("--overwrite", action="store_true", help="replace the file that an option names")
+    files = [dashed for name in FILES if (dashed := _dashed(name)) in known]
+    if files and "--overwrite" not in known:
+        kept = "; --out is not affected" if "--out" in known else ""
+        text = f"replace the file of {' or '.join(files)} if it is there{kept}"
+        parser.add_argument("--overwrite", action="store_true", help=text)
     return parser
 
 
@@ -141,10 +144,11 @@ def _positional(name: str, hint: Any, default: Any, text: str, check: Any) -> Ar
 
 
 def _option(name: str, hint: Any, default: Any, text: str, check: Any) -> Argument:
-    dashed = ("--" if name[1:] else "-") + name.replace("_", "-")
+    dashed = _dashed(name)
     if hint is bool:
-        switch = {"action": "store_false" if default else "store_true", "dest": name, "help": _plain(text)}
-        return ["--no-" + dashed[2:] if default else dashed], switch
+        dashed = f"--no-{dashed[2:]}" if default else dashed
+        text = text.rpartition(f"{dashed}: ")[2]
+        return [dashed], {"action": "store_false" if default else "store_true", "dest": name, "help": _plain(text)}
     kind, several = _kind(hint)
     required = default is Parameter.empty
     if not required and default not in (None, (), ""):
@@ -156,6 +160,11 @@ def _option(name: str, hint: Any, default: Any, text: str, check: Any) -> Argume
     if name in BARE:
         settings |= {"nargs": "?", "const": BARE[name]}
     return [*([SHORT[name]] if name in SHORT else []), dashed], settings
+
+
+def _dashed(name: str) -> str:
+    """An option as it is typed."""
+    return ("--" if name[1:] else "-") + name.replace("_", "-")
 
 
 def _kind(hint: Any) -> tuple[Any, bool]:

@@ -27,7 +27,7 @@ def toy_make(*, out: Path, seed: int = 0, train: int = 8192, val: int = 1000, re
         seed: seed of the scenes
         train: training pairs
         val: validation pairs, scenes never seen in training
-        refs: images of several objects with words for each, per split
+        refs: images per split of the referring-expression data (RefCOCO and others)
     """
     from fromage.toy.world import make_world
 

@@ -97,7 +97,7 @@ class RetrievalOptions(ImageOptions):
     """What a retrieval table takes.
 
     Attributes:
-        clip: give the frozen CLIP's figures too; --no-clip leaves them out (a tower without a text tower has none)
+        clip: give the frozen CLIP's figures too. --no-clip: leave out the frozen CLIP's figures (none without a text tower)
     """
 
     clip: bool = True
@@ -179,7 +179,7 @@ def visdial(
     Args:
         annotations: visdial_1.0_val.json
         dense: visdial_1.0_val_dense_annotations.json
-        answers: rank answers too; --no-answers only finds the image from the dialogue
+        answers: rank answers too. --no-answers: only find the image by the dialogue; do not rank answers
     """
     from fromage.evals.dialogues import read_dialogues
     from fromage.evals.visdial import evaluate

@@ -104,9 +104,7 @@ COMMANDS: dict[str, Function] = {
 
 def usage(group: str = "") -> str:
     """The help of everything, or of the commands that begin with a word."""
-    lines = {name: f"Lightning's {name}" for name in FITTING} | {
-        name: (run.__doc__ or "").splitlines()[0].rstrip(".") for name, run in COMMANDS.items()
-    }
+    lines = FITTING | {name: (run.__doc__ or "").splitlines()[0].rstrip(".") for name, run in COMMANDS.items()}
     listed = [f"  {name:20} {does}" for name, does in lines.items() if name.startswith(group)]
     return "\n".join(listed) if group else USAGE.format(commands="\n".join(listed))
 

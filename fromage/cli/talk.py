@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 
 from fromage.cli.command import Result
 from fromage.errors import UserError, first_few
-from fromage.generation.options import DEFAULTS, Decoding, StyleName
+from fromage.generation.options import DEFAULTS, HELP, LIMITS, Decoding, StyleName
 from fromage.models.options import AsLoaded
 from fromage.serving.batching import Capacity
 from fromage.serving.ports import listen
@@ -138,6 +138,13 @@ class _Given:
         return {name: value for name, value in vars(self).items() if value not in (None, [], _UNSAID[name])}
 
 
+def _told(name: str) -> str:
+    """What --help says of an option of an answer."""
+    if name not in LIMITS or DEFAULTS[name] is None:
+        return HELP[name]
+    return f"{HELP[name].rstrip('.')} (default: the model's generation.json, else {DEFAULTS[name]:g})"
+
+
 _UNSAID = {name: value if isinstance(value, (bool, tuple)) else None for name, value in DEFAULTS.items()}
 if TYPE_CHECKING:
     Given = _Given
@@ -150,7 +157,7 @@ else:
         ],
         bases=(_Given,),
         kw_only=True,
-        namespace={"__doc__": Decoding.__doc__},
+        namespace={"__doc__": "\n    ".join(["Options.\n\nAttributes:", *(f"{name}: {_told(name)}" for name in DEFAULTS)])},
     )
 
 

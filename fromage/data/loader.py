@@ -1,4 +1,9 @@
-"""From the streams of fromage.data.streams to a run: workers, epochs, and going on in the middle of one."""
+"""From the streams of fromage.data.streams to a run: workers, epochs, and going on in the middle of one.
+
+torchdata's StatefulDataLoader (0.11) gives the same rest of an epoch, but decodes every batch before it again, keeps the
+position of one device alone, and accepts another batch size in the middle of an epoch: `ResumeState`, its gathering and the
+check of the layout would all remain under it.
+"""
 
 from __future__ import annotations
 

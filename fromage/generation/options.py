@@ -61,7 +61,7 @@ class Decoding:
         max_images: [RET] in an answer at most; 0 for text alone.
         images_per_ret: images for each [RET].
         end_at_image: the answer ends at its last [RET]; training shows no text after it.
-        use_cache: keep keys and values; without them (--no-use-cache) the whole sequence runs again for every token.
+        use_cache: keep keys and values. --no-use-cache: run the whole sequence again for every token, with nothing cached.
         half_weights: on a CPU, generate faster with a float16 copy of the language model's weights, which takes half their
             memory; tokens may change. Nothing where PyTorch has no kernel for it.
     """

@@ -18,7 +18,12 @@ from fromage.training.option_errors import told as told_of_option
 if TYPE_CHECKING:
     import pytorch_lightning as pl
 
-FITTING = ("fit", "validate", "test", "predict")
+FITTING = {  # Lightning's commands, and what each does
+    "fit": "Train by a configuration (Lightning's fit)",
+    "validate": "Losses and recalls of a checkpoint on the validation data (Lightning's validate)",
+    "test": "Evaluate a checkpoint as a configuration such as coco_val.yaml says (Lightning's test)",
+    "predict": "Write captions and embeddings of the validation data (Lightning's predict)",
+}
 HELP = """{command}: run a configuration; options after it override its values
 
     lightning {command} --config cc3m.yaml --model.lr 1e-4 --trainer.max_steps 1000

@@ -129,6 +129,25 @@ def test_help_explains_every_option(name, capsys):
             assert "  " in row.strip() or after.startswith("      "), f"{row}: not explained"
 
 
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("--help", "fit Train by a configuration (Lightning's fit)"),
+        ("toy make --help", "--overwrite replace the file of --json if it is there; --out is not affected"),
+        ("search --help", "--overwrite replace the file of --json or --png if it is there"),
+        ("eval coco --help", "--no-clip leave out the frozen CLIP's figures"),
+        ("eval visdial --help", "--no-answers only find the image by the dialogue"),
+        ("chat --help", "--no-use-cache run the whole sequence again for every token"),
+        ("serve --help", "in tokens, with all tokens of each [RET] (default: the model's generation.json, else 32)"),
+        ("demo --help", "--ret-bias RET_BIAS added to the logit of [RET]; higher gives more images (default: the model's"),
+    ],
+)
+def test_help_says_what_an_option_does_and_what_holds_without_it(line, told, capsys):
+    with pytest.raises(SystemExit):
+        main(line.split())
+    assert told in " ".join(capsys.readouterr().out.split())
+
+
 def test_a_function_gets_what_was_said(monkeypatch):
     def command(*, opening: Opening, decoding: Decoding, top: int = 5) -> None:
         """Do nothing."""
