@@ -22,8 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from study import Run, begin, every, measured, table
+from study import Run, begin, configs, every, measured, table, trained
 
+from fromage.apps.tours import CHECKPOINT
 from fromage.apps.toy_demo import name_things, train
 from fromage.data.features import store_features
 from fromage.data.tuple_packing import pack_tuples
@@ -121,16 +122,21 @@ def judge(model: Fromage, world: Path, answers: int) -> dict[str, float]:
 def run(name: str, seed: int, out: Path, prepared: tuple[Path, Path], answers: int, options: list[str]) -> Run:
     """Train and judge one configuration with one seed, unless that is done. All figures stay in the folder of the run."""
     folder = out / name / f"seed{seed}"
+    path, last = folder / "figures.json", folder / CHECKPOINT
+    words = [] if name == BASE else ["--config", f"ablations/{name}.yaml"]
+    of = {"options": options, "configs": configs("toy.yaml", *words[1:])}
+    if name.startswith(COMPOSITION):
+        words += [f"--data.train_tuples={out / 'tuples' / 'features'}", f"--data.tuple_shuffle={BUFFER}"]
+    words += [f"--seed_everything={seed}", f"--model.seed={seed}", *options]
+    ended = path.exists() and last.exists()
 
-    def measure() -> dict[str, float]:
+    def fit() -> Path:
         print(f"\n== {name}, seed {seed}", flush=True)
-        words = [] if name == BASE else ["--config", f"ablations/{name}.yaml"]
-        if name.startswith(COMPOSITION):
-            words += [f"--data.train_tuples={out / 'tuples' / 'features'}", f"--data.tuple_shuffle={BUFFER}"]
-        words += [f"--seed_everything={seed}", f"--model.seed={seed}", *options]
-        return judge(load_model(train(folder, 1, *prepared, words)), prepared[0], answers)
+        return train(folder, 1, *prepared, words)
 
-    made = measured(folder / "figures.json", measure, answers=answers, options=options)
+    checkpoint, origin = trained(folder, (lambda: last) if ended else fit, ended, [path], **of)
+    judged = lambda: judge(load_model(checkpoint), prepared[0], answers)  # noqa: E731
+    made = origin | measured(path, judged, origin["checkpoint"], answers=answers, **of)
     kept = {name: value for name, value in made["figures"].items() if name in SHOWN or ".composed." in name}
     return made | {"figures": kept}
 

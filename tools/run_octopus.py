@@ -20,13 +20,14 @@ machine, or to the file --json. A row takes one to two hours of a core per seed.
 from __future__ import annotations
 
 import argparse
+import inspect
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
-from study import Run, begin, every, measured, table, trained_at
+from study import Run, begin, configs, every, measured, table, trained
 
 from fromage.apps import octopus_demo as octopus_tour
 from fromage.evals import instructions, pope, refcoco
@@ -34,7 +35,7 @@ from fromage.evals.options import Options
 from fromage.models.vision.registry import load_patches
 from fromage.octopus import Flickr30kSpotting, Instructions, Pope, RefCOCO, load_octopus, model, recognition
 from fromage.octopus.patch_store import PatchStore
-from fromage.toy.world import make_world
+from fromage.toy.world import VERSION, make_world
 
 ROWS: dict[str, list[str]] = {  # of Octopus: what is changed
     "octopus": [],
@@ -103,7 +104,7 @@ def train(name: str, out: Path, seed: int, options: list[str]) -> Path:
     """Train one row, unless it is there; returns its checkpoint."""
     folder, seeded = out / f"seed{seed}", [f"--{what}={seed}" for what in ("seed_everything", "model.seed", "data.seed")]
     first = octopus_tour.tour(folder, [*seeded, *options], out, stages=1)
-    changed = [*seeded, *(ROWS | COUNTERPARTS).get(name, []), *options]
+    changed = [*seeded, *([] if name in TRIED else words_of(name)), *options]
     if name in COUNTERPARTS:
         return octopus_tour.sequential(folder / name, changed, out, first)
     return octopus_tour.tour(folder / name, changed, out, first=first)
@@ -133,19 +134,30 @@ def judge(checkpoint: Path, world: Path, limit: int) -> dict[str, float]:
     }
 
 
+def words_of(name: str) -> list[str]:
+    """What a row changes: words for `lightning fit`, or the source of what stands in for a part of Octopus."""
+    if name not in TRIED:
+        return (ROWS | COUNTERPARTS)[name]
+    module, what, other = TRIED[name]
+    return [f"{module.__name__}.{what}: {inspect.getsource(other).strip() if callable(other) else other}"]
+
+
 def run(name: str, out: Path, seed: int, judged: str, limit: int, options: list[str]) -> Run:
     """Train and judge one row with one seed, unless that is done."""
-
-    def measure() -> dict[str, float]:
-        print(f"== {name}, seed {seed}", flush=True)
-        with patch.object(*TRIED[name]) if name in TRIED else nullcontext():
-            checkpoint = train(name, out, seed, options)
-            return judge(checkpoint, out / ("test_world" if judged == "test" else "world"), limit)
-
-    folder = out / f"seed{seed}" / name
-    ended = octopus_tour.trained(folder, "sequential" if name in COUNTERPARTS else "stage3") is not None
-    trained = trained_at(folder, ended)
-    return measured(folder / f"{judged}.json", measure, limit=limit, options=options) | trained
+    folder, counterpart = out / f"seed{seed}" / name, name in COUNTERPARTS
+    path = folder / f"{judged}.json"
+    print(f"== {name}, seed {seed}", flush=True)
+    of = {
+        "words": words_of(name),
+        "options": options,
+        "world": VERSION,
+        "configs": configs(*octopus_tour.STAGES, *octopus_tour.SEQUENTIAL[1:] * counterpart),
+    }
+    ended = octopus_tour.trained(folder, "sequential" if counterpart else "stage3") is not None
+    with patch.object(*TRIED[name]) if name in TRIED else nullcontext():
+        checkpoint, origin = trained(folder, lambda: train(name, out, seed, options), ended, [path], **of)
+        world = out / ("test_world" if judged == "test" else "world")
+        return origin | measured(path, lambda: judge(checkpoint, world, limit), origin["checkpoint"], limit=limit, **of)
 
 
 def main() -> None:

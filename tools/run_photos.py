@@ -18,6 +18,7 @@ import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from photo_figures import (
@@ -35,10 +36,10 @@ from photo_figures import (
     read,
     recalls,
 )
-from study import Run, Runs, begin, collect, every, measured, table, trained_at
+from study import Run, Runs, begin, collect, configs, every, measured, table, trained
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from fromage.apps.photos import train
+from fromage.apps.photos import CONFIG, source_of, train
 from fromage.apps.tours import draw_searches, finished
 from fromage.data.features import store_features
 from fromage.data.packing import is_packed, pack_coco
@@ -70,6 +71,7 @@ SOME = {"1000 photographs": 1, "2000 photographs": 2, "4000 photographs": 4}  # 
 LM, VISION = "smollm2", "efficientnet-lite2"
 EXAMPLES = (0, 2, 4)  # photographs with their questions and answers that stand before a question
 STYLES = ("alone", "dialogue", "template")  # in which an image is asked for
+COCO_CAPTIONS = "captions_val2017_sample.json"
 OF_JUDGED = {"photographs", "captions", "growing", "few shot"}  # what is measured on the photographs that judge
 SOURCE = FolderKind("source.json", "photographs", of="source", remedy="name another folder: --out")
 RIDGE = (0.001, 0.01, 0.1)  # weights of the linear baseline, the best of which is taken on photographs held out
@@ -119,7 +121,7 @@ def prepare(args: argparse.Namespace) -> None:
     if not args.choose:
         sets[judges(args)] = args.judged, args.images
     if args.coco:
-        sets["coco"] = args.coco / "captions_val2017_sample.json", args.coco / "val2017"
+        sets["coco"] = args.coco / COCO_CAPTIONS, args.coco / "val2017"
     for name, (captions_file, images) in sets.items():
         shards, held_out = args.out / "shards" / name, args.held_out if name == "train" else 0.0
         of = {"captions": str(captions_file.resolve()), "images": str(images.resolve()), "held_out": held_out}
@@ -138,20 +140,43 @@ def prepare(args: argparse.Namespace) -> None:
         AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source)).save_pretrained(args.out / "untrained")
 
 
-def words_of(name: str, args: argparse.Namespace, seed: int) -> list[str]:
-    """The words of a row for `lightning fit --config photos.yaml`."""
-    features, lm = args.out / "features", args.out / "untrained" if name == BLIND else LM
-    shards = [str(features / "train" / "*.tar"), *([] if args.choose else [str(features / "held_out" / "*.tar")])]
+def changes(name: str) -> list[str]:
+    """What a row changes of base, in words for `lightning fit`."""
+    return ALONE if name in SOME else ROWS[name]
+
+
+def words_of(name: str, out: Path, choose: bool) -> list[str]:
+    """The words of a row for `lightning fit --config photos.yaml`, without its seed; features are in the folder `out`."""
+    features, lm = out / "features", out / "untrained" if name == BLIND else LM
+    shards = [str(features / "train" / "*.tar"), *([] if choose else [str(features / "held_out" / "*.tar")])]
     if name in SOME:
         shards = [str(features / "train" / f"{i:05d}.tar") for i in range(SOME[name])]
-    words = [
+    return [
         f"--model.lm={lm}",
         f"--model.vision={VISION}",
         f"--data.train_shards={json.dumps(shards)}",
-        f"--data.val_shards={features / 'held_out' if args.choose else 'null'}",  # else they are trained on
+        f"--data.val_shards={features / 'held_out' if choose else 'null'}",  # else they are trained on
+        *changes(name),
     ]
-    words += [f"--{what}={seed}" for what in ("seed_everything", "model.seed", "data.seed")]
-    return [*words, *(ALONE if name in SOME else ROWS[name])]
+
+
+def trained_on(args: argparse.Namespace) -> dict[str, Any]:
+    """What all trainings depend on: the photographs of the training, and what share of them is held out."""
+    return {"train": source(args.train, args.images), "held_out": args.held_out}
+
+
+def source(captions_file: Path, images: Path) -> dict[str, str]:
+    """Captions and photographs: the file's name, and digests of both."""
+    return {"file": captions_file.name, **source_of(captions_file, images)}
+
+
+def judged_on(part: str, args: argparse.Namespace) -> dict[str, Any]:
+    """What a part's figures depend on beside the training: the photographs that judge, those of COCO, or none."""
+    if part in OF_JUDGED:
+        return {"judged": "held out" if args.choose else source(args.judged, args.images)}
+    if part.startswith("asking"):
+        return {}
+    return {"coco": source(args.coco / COCO_CAPTIONS, args.coco / "val2017")}
 
 
 def judges(args: argparse.Namespace) -> str:
@@ -161,7 +186,7 @@ def judges(args: argparse.Namespace) -> str:
 
 def parts(name: str, args: argparse.Namespace, model: Fromage) -> dict[str, Callable[[], Figures]]:
     """What is measured of a row: of each pass that was trained, requests of ASKED, what takes long of base alone."""
-    features, words = args.out / "features", words_of(name, args, 0)
+    features, words = args.out / "features", changes(name)
     judged, todo = read([features / judges(args)]), dict[str, Callable[[], Figures]]()
     if not {*CAPTIONING} & {*words}:
         todo["photographs"] = partial(recalls, model, judged)
@@ -187,28 +212,45 @@ def run(name: str, args: argparse.Namespace, seed: int) -> Run:
     """Train and judge a row with one seed; what was measured before is not measured again."""
     folder = args.out / ("chosen" if args.choose else "runs") / name.replace(" ", "_") / f"seed{seed}"
     print(f"\n== {name}, seed {seed}", flush=True)
-    trained = trained_at(folder, finished(folder / "run") is not None)
-    checkpoint = train(folder, words_of(name, args, seed), args.options)
+    of = {
+        "words": words_of(name, Path(), args.choose),
+        "options": args.options,
+        "configs": configs(CONFIG),
+        **trained_on(args),
+    }
+    words = words_of(name, args.out, args.choose)
+    words += [f"--{what}={seed}" for what in ("seed_everything", "model.seed", "data.seed")]
+    checkpoint, origin = trained(
+        folder,
+        lambda: train(folder, words, args.options),
+        finished(folder / "run") is not None,
+        folder.glob("figures/**/*.json"),
+        **of,
+    )
     model = load_model(checkpoint)
     made: dict[str, Run] = {}
     for part, measure in parts(name, args, model).items():
-        place = folder / "figures" / (judges(args) if part in OF_JUDGED else "")
-        made[part] = measured(place / f"{part.replace(' ', '_')}.json", measure, options=args.options)
+        place = folder / "figures" / (judges(args) if part in OF_JUDGED else "") / f"{part.replace(' ', '_')}.json"
+        made[part] = measured(place, measure, origin["checkpoint"], **of, **judged_on(part, args))
         print(part, flush=True)
     if "coco" in made and not (sheet := folder / "coco_searches.png").exists():
         index = build_index(
             model, str(args.out / "shards" / "coco"), folder / "coco_index", checkpoint=checkpoint, overwrite=True
         )
         draw_searches(model, index, SEARCHES, sheet)
-    return together(made) | trained
+    return together(made) | origin
 
 
 def together(parts: dict[str, Run]) -> Run:
-    """All figures of a run, PART.FIGURE, with commit and machine of its first part; the commits of later ones, if others."""
+    """All figures of a run, PART.FIGURE, with commit and machine of its first part; the commits of later ones, if others.
+
+    The setting is of all parts together.
+    """
     first = next(iter(parts.values()))
     figures = {f"{part}.{what}": value for part, run in parts.items() for what, value in run["figures"].items()}
     later = {part: run["commit"] for part, run in parts.items() if run["commit"] != first["commit"]}
-    return first | ({"later": later} if later else {}) | {"figures": figures}
+    setting = {what: value for run in parts.values() for what, value in run["setting"].items()}
+    return first | ({"later": later} if later else {}) | {"setting": setting, "figures": figures}
 
 
 def baselines(args: argparse.Namespace) -> Runs:
@@ -228,7 +270,8 @@ def baselines(args: argparse.Namespace) -> Runs:
 
     made = {"linear": linear, "chance": lambda: named(chance(len(read([features / judges(args)]).names)))}
     beside = args.out / "baselines" / judges(args)
-    return {name: {"none": measured(beside / f"{name}.json", measure)} for name, measure in made.items()}
+    of = {"lm": LM, "vision": VISION, **trained_on(args), **judged_on("photographs", args)}
+    return {name: {"none": measured(beside / f"{name}.json", measure, **of)} for name, measure in made.items()}
 
 
 def main() -> None:
@@ -250,7 +293,12 @@ def main() -> None:
     args = parser.parse_args()
     begin(args.threads)
     prepare(args)
-    setting = {"judged": "held out" if args.choose else args.judged.name}
+    setting = {
+        "judged": "held out" if args.choose else args.judged.name,
+        "train": args.train.name,
+        "held_out": args.held_out,
+        "coco": args.coco and args.coco.name,
+    }
     first: Runs = {} if args.choose else baselines(args)
     collect(args.json, first, **setting)
     runs = first | every(args.only, args.seeds, lambda name, seed: run(name, args, seed), args.json, **setting)

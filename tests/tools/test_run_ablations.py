@@ -47,6 +47,14 @@ def tool(monkeypatch):
     return run_ablations
 
 
+def saved(out):
+    """A checkpoint in a run's folder."""
+    checkpoint = out / "checkpoints" / "last.ckpt"
+    checkpoint.parent.mkdir(parents=True)
+    checkpoint.write_bytes(b"")
+    return checkpoint
+
+
 def test_each_configuration_changes_one_thing_of_the_toy_one(tool):
     def read(name):
         return yaml.safe_load(Path(find_config(name)).read_text())
@@ -66,10 +74,9 @@ def test_every_seed_is_trained_and_judged_once_and_a_killed_run_taken_up(tool, t
         trained.append((out.relative_to(tmp_path).as_posix(), *words))
         if len(trained) == 3:
             raise UserError("killed")
-        out.mkdir(parents=True)
-        return out
+        return saved(out)
 
-    seed = lambda model: float(str(model)[-1])  # noqa: E731
+    seed = lambda model: float(model.parents[1].name[-1])  # noqa: E731
     monkeypatch.setattr(tool, "prepare", lambda out: (out, out))
     monkeypatch.setattr(tool, "train", train)
     monkeypatch.setattr(tool, "load_model", lambda path: path)
@@ -99,7 +106,7 @@ def test_the_configurations_of_composition_learning(tool, tmp_path, monkeypatch)
         assert read.get("data", {}).get("init_args", {}) == ({"target_images": False} if name == "clip" else {})
     trained = []
     monkeypatch.setattr(tool, "prepare", lambda out: (out, out))
-    monkeypatch.setattr(tool, "train", lambda out, k, world, features, words: trained.append(words[:4]) or out)
+    monkeypatch.setattr(tool, "train", lambda out, k, world, features, words: trained.append(words[:4]) or saved(out))
     monkeypatch.setattr(tool, "load_model", lambda path: path)
     monkeypatch.setattr(tool, "judge", lambda model, world, answers: {"fromage.composed.r1": 50.0})
     monkeypatch.setattr(sys, "argv", ["x", "--out", str(tmp_path), "--only", "composition", "--seeds", "0"])

@@ -9,6 +9,7 @@ from unittest.mock import patch
 import pytest
 import torch
 
+from fromage.errors import UserError
 from fromage.octopus import model as octopus_model
 from fromage.octopus.model import Octopus
 from fromage.training.configs import find_config
@@ -49,9 +50,15 @@ def test_a_table_of_runs_and_no_run_twice(tool, world, tmp_path, monkeypatch, ca
     assert "refcoco.val.head_recall_top1" not in figures["sequential"]
     kept = [path for path in tmp_path.rglob("last.ckpt") if "stage1" in path.parts]
     assert len(kept) == 1, "stage 1 is one for all rows"
+    run = written["runs"]["no_relay"]["1"]
+    assert run["setting"]["words"] == ["--model.relay=false"] and run["checkpoint"] and run["trained"]
     monkeypatch.setattr(tool.octopus_tour, "train", None)
+    monkeypatch.setattr(tool, "judge", None)
     tool.main()
-    assert "==" not in capsys.readouterr().out
+    assert json.loads((tmp_path / "a.json").read_text()) == written
+    monkeypatch.setitem(tool.ROWS, "no_relay", ["--model.num_queries=4"])
+    with pytest.raises(UserError, match="holds a training of"):
+        tool.main()
 
 
 @pytest.mark.parametrize(
@@ -66,6 +73,7 @@ def test_a_table_of_runs_and_no_run_twice(tool, world, tmp_path, monkeypatch, ca
 def test_what_is_ours_can_be_undone(tool, name, holds):
     sizes = {"num_queries": 4, "decoder_width": 16, "decoder_layers": 1, "heads": 2}
     assert not holds(Octopus.load(**sizes))
+    assert f".{tool.TRIED[name][1]}: " in tool.words_of(name)[0]
     with patch.object(*tool.TRIED[name]):
         assert holds(Octopus.load(**sizes))
 

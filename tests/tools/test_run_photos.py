@@ -118,7 +118,8 @@ def test_requests_are_measured_beside_base(model, monkeypatch):
     monkeypatch.setattr(run_photos, "read", lambda places: None)
     asked = {name: [part for part in run_photos.parts(name, args, model) if "asking" in part] for name in run_photos.ROWS}
     assert {name for name, some in asked.items() if some} == run_photos.ASKED and asked["base"] == asked["requests"]
-    changed = {*run_photos.words_of("requests", args, 0)} - {*run_photos.words_of("base", args, 0)}
+    requests, base = (run_photos.words_of(name, args.out, args.choose) for name in ("requests", "base"))
+    changed = {*requests} - {*base}
     assert changed == {"--data.requests=0.2"}
     columns = [name.partition(".") for name in run_photos.COMES]
     assert {part for part, _, _ in columns} == set(asked["base"])
@@ -167,7 +168,7 @@ def test_a_row_is_trained_and_judged_once(world, tmp_path, monkeypatch, capsys):
     assert json.loads((tmp_path / "f.json").read_text()) == told
 
     monkeypatch.setattr("sys.argv", [*sys.argv, "--model.lr=1e-4"])
-    with pytest.raises(UserError, match="begun with other options"):
+    with pytest.raises(UserError, match="holds a training of"):
         run_photos.main()
 
     content, other = json.loads(listed.read_text()), tmp_path / "five.json"
@@ -184,7 +185,7 @@ def test_a_row_is_trained_and_judged_once(world, tmp_path, monkeypatch, capsys):
     run_photos.main()
     of_five = json.loads((tmp_path / "g.json").read_text())
     assert of_five["figures"]["chance"]["photographs.t2i_r1"]["mean"] == 20, "figures of the other file's photographs"
-    assert of_five["setting"] == {"judged": "five.json"}
+    assert of_five["setting"] == told["setting"] | {"judged": "five.json"}
 
     same_name = tmp_path / "elsewhere" / "five.json"
     same_name.parent.mkdir()
@@ -209,6 +210,14 @@ def test_a_choice_is_judged_on_photographs_held_out_of_training(world, tmp_path,
 
 
 def test_a_run_names_the_commits_of_parts_that_were_measured_later():
-    parts = {"a": {"commit": "1", "figures": {"x": 1.0}}, "b": {"commit": "2", "figures": {"y": 2.0}}}
-    assert run_photos.together(parts) == {"commit": "1", "later": {"b": "2"}, "figures": {"a.x": 1.0, "b.y": 2.0}}
+    parts = {
+        "a": {"commit": "1", "setting": {"train": 1, "judged": 2}, "figures": {"x": 1.0}},
+        "b": {"commit": "2", "setting": {"train": 1, "coco": 3}, "figures": {"y": 2.0}},
+    }
+    assert run_photos.together(parts) == {
+        "commit": "1",
+        "later": {"b": "2"},
+        "setting": {"train": 1, "judged": 2, "coco": 3},
+        "figures": {"a.x": 1.0, "b.y": 2.0},
+    }
     assert "later" not in run_photos.together({"a": parts["a"]})
