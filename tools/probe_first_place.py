@@ -4,9 +4,8 @@
 
 A word stands where an image would, a text follows, and the word's own likelihood after it is asked for: "dog", "The word
 is:", and then "dog" again. A model that makes the first place an attention sink cannot repeat a word that stands there.
-Printed is the mean log-likelihood of 24 nouns, in nats, for three texts: with the word before the start token (`after_images`,
-the paper's), after it (`first`), and without it. A language model of instructions may need its chat template to do this at
-all; then all three are low.
+Printed is the mean log-likelihood of 24 nouns, in nats, for three texts: with the word before the start token
+(`after_images`, the paper's), after it (`first`), and without it.
 """
 
 from __future__ import annotations
@@ -17,10 +16,10 @@ import torch
 
 from fromage.models.language_model import LanguageModel, load_lm
 
-NOUNS = (
-    "dog cat horse car boat bird tree child man woman girl boy ball bike beach snow water grass mountain street train cow "
-    "sheep house"
-).split()
+NOUNS = [
+    "dog", "cat", "horse", "car", "boat", "bird", "tree", "child", "man", "woman", "girl", "boy", "ball", "bike", "beach",
+    "snow", "water", "grass", "mountain", "street", "train", "cow", "sheep", "house",
+]  # fmt: skip
 TEXTS = (" A picture of a", " There is a", " is a word. The word is:")
 
 
