@@ -9,8 +9,8 @@ DISTRIBUTION = "fromage-torch"
 
 
 def pip_install(extra: str) -> str:
-    """The command that installs what an extra of setup.cfg names."""
-    return f"pip install '{DISTRIBUTION}[{extra}]'"
+    """The command that installs what an extra of setup.cfg names; the project is installed from a clone."""
+    return f"pip install '.[{extra}]' in FROMAGe's folder"
 
 
 def versions(packages: Iterable[str]) -> dict[str, str]:

@@ -48,7 +48,7 @@ tags:
 - arxiv:2301.13823"""
     lead = f"""Embeds texts, images and interleaved lists of both in one space of {q} dimensions
 ([FROMAGe](https://arxiv.org/abs/2301.13823)). The towers are fetched by their names in config.json."""
-    use = f"""It needs `{pip_install("sentence-transformers")}`.
+    use = f"""It needs the package: {pip_install("sentence-transformers")}.
 
     from PIL import Image
     from sentence_transformers import SentenceTransformer

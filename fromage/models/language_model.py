@@ -288,7 +288,7 @@ def load_lm(
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     lm = LanguageModel(hf, tokenizer, name, quantize)
-    if not quantize:
+    if getattr(hf, "hf_quantizer", None) is None:  # quantised layers may run on a GPU alone
         check_parts(lm)
     return lm
 

@@ -161,7 +161,7 @@ def test_towers_of_timm_and_their_projections(name, width):
 def test_captioning_says_what_is_not_installed(toy_model, data, monkeypatch):
     monkeypatch.setitem(sys.modules, "pycocoevalcap.bleu.bleu", None)
     monkeypatch.setitem(sys.modules, "pycocoevalcap", None)
-    with pytest.raises(UserError, match="pip install 'fromage"):
+    with pytest.raises(UserError, match=r"pip install '\.\[evals\]' in FROMAGe's folder, or leave them out"):
         evaluate(toy_model, data, captioning=True)
 
 

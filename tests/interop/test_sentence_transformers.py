@@ -140,5 +140,5 @@ def test_octopus_has_nothing_to_embed_and_what_is_there_is_not_replaced(exported
 def test_without_the_package_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "sentence_transformers.base.modality", None)
     monkeypatch.delitem(sys.modules, "fromage.interop.sentence_transformers", raising=False)
-    with pytest.raises(UserError, match=r"pip install 'fromage-torch\[sentence-transformers\]'"):
+    with pytest.raises(UserError, match=r"pip install '\.\[sentence-transformers\]'"):
         importlib.import_module("fromage.interop.sentence_transformers")

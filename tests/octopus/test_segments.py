@@ -104,5 +104,5 @@ def test_without_pycocotools_the_extra_is_named(monkeypatch):
         return imported(name, *rest)
 
     monkeypatch.setattr(builtins, "__import__", missing)
-    with pytest.raises(UserError, match=r"pip install 'fromage-torch\[masks\]', or leave masks out"):
+    with pytest.raises(UserError, match=r"pip install '\.\[masks\]' in FROMAGe's folder, or leave masks out"):
         read_mask([SQUARE], 10, 8)

@@ -189,5 +189,5 @@ def test_the_image_side_embeds_as_the_model_does(model):
 
 def test_without_ray_it_says_what_to_install(shards, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray.exceptions", None)
-    with pytest.raises(UserError, match=r"fromage-torch\[ray\]"):
+    with pytest.raises(UserError, match=r"\.\[ray\]"):
         embed_images(Model(), shards, tmp_path / "out", ray=RayJob())

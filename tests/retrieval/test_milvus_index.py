@@ -328,7 +328,7 @@ def test_what_is_wrong_is_one_line(ckpt, db, tmp_path, capsys, client):
 
 def test_without_pymilvus_it_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pymilvus", None)
-    with pytest.raises(UserError, match=r"fromage-torch\[milvus\]"):
+    with pytest.raises(UserError, match=r"\.\[milvus\]"):
         in_milvus(tmp_path / "index", str(tmp_path / "a.db"), rows(3), items(3))
 
 

@@ -431,7 +431,7 @@ def test_the_demo_ends_with_ctrl_c(model, monkeypatch, capsys):
 def test_without_gradio_the_remedy_is_told(monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)
     monkeypatch.delitem(sys.modules, "fromage.apps.web.demo")
-    with pytest.raises(UserError, match=r"pip install 'fromage-torch\[demo\]'"):
+    with pytest.raises(UserError, match=r"pip install '\.\[demo\]'"):
         importlib.import_module("fromage.apps.web.demo")
 
 
