@@ -14,7 +14,7 @@ from fromage.errors import UserError, reason
 from fromage.octopus.examples import Example
 from fromage.octopus.segments import Mask, OddMask, read_mask
 from fromage.octopus.sources.instances import AnnotatedImage, Instances
-from fromage.octopus.sources.listed import HELD_OUT, LOST_ANSWERS, check_question
+from fromage.octopus.sources.listed import HELD_OUT, LOST_ANSWERS, NO_MASK, ODD_MASK, check_question
 
 CATEGORY: Wanted = {"id": WHOLE}  # of instances.json
 EXPRESSION: Wanted = {"sent": TEXT, "sent_id": WHOLE}
@@ -34,10 +34,10 @@ def read_refs(path: Path) -> Any:
         raise UserError(f"{path}: is not a list of references{cause}; download it again") from error
 
 
-def held_out(files: Sequence[str], kept: str = "train") -> set[int]:
-    """The COCO ids of the images in all splits but one of refs(unc).p and the like. Raises UserError as read_refs does."""
+def held_out(files: Sequence[str]) -> set[int]:
+    """The COCO ids of the images in all splits but train of refs(unc).p and the like. Raises UserError as read_refs does."""
     refs = [ref for path in map(Path, files) for ref in fitting(path, "references", read_refs(path), SPLIT)]
-    return {ref["image_id"] for ref in refs if ref["split"] != kept}
+    return {ref["image_id"] for ref in refs if ref["split"] != "train"}
 
 
 class RefCOCO(Instances):
@@ -116,15 +116,12 @@ class RefCOCO(Instances):
     def _examples(self, ref: dict[str, Any], image: AnnotatedImage) -> Iterator[Example]:
         masks: tuple[Mask, ...] = ()
         if self.masks and (segmentation := image.segments.get(ref["ann_id"])) is None:
-            self.drop("masks that are not there")
+            self.drop(NO_MASK)
         elif self.masks:
             try:
                 masks = (read_mask(segmentation, *image.size),)
-            except OddMask as odd:
-                self.odd.append(
-                    f"reference {ref['ref_id']}: in {self.instances}, annotation {ref['ann_id']}.segmentation{odd}"
-                )
-                return
+            except OddMask:
+                self.drop(ODD_MASK)
         yield from self._sentences(ref, image, masks)
 
     def _sentences(self, ref: dict[str, Any], image: AnnotatedImage, masks: tuple[Mask, ...]) -> Iterator[Example]:
