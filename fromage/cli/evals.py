@@ -82,14 +82,22 @@ class OctopusOptions(ImageOptions):
 
     features: Path | None = None
 
-    def point(self, evaluate: Callable[..., dict[str, Any]], data: Sequence[Any]) -> Result:
-        """Evaluate an Octopus on data sets."""
+    def point(self, evaluate: Callable[..., dict[str, Any]], data: Sequence[Any], masks: bool = False) -> Result:
+        """Evaluate an Octopus on data sets. masks: read their masks, where the model has some."""
         from fromage.octopus.model import load_octopus
+        from fromage.octopus.sources.file_source import with_masks
 
+        self._read(data)  # what is wrong with the files is told before towers are loaded
+        model = load_octopus(self.ckpt, self.device, quantize=self.quantize)
+        if masks and model.masks:
+            with_masks(data)
+            self._read(data)
+        return self.told(evaluate(model, data, self.options()))
+
+    def _read(self, data: Sequence[Any]) -> None:
         with self.reading():
             for each in data:
-                len(each)  # what is wrong with the files is told before towers are loaded
-        return self.told(evaluate(load_octopus(self.ckpt, self.device, quantize=self.quantize), data, self.options()))
+                len(each)
 
 
 @dataclass(kw_only=True)
@@ -308,7 +316,7 @@ def refcoco(
 
     named = str(refs), str(instances), str(run.images)
     sources = [RefCOCO(*named, split=each, question=question, match=match, limit=run.limit) for each in dict.fromkeys(split)]
-    return run.point(evaluate, sources)
+    return run.point(evaluate, sources, masks=True)
 
 
 def pope(files: Sequence[Path], *, run: OctopusOptions) -> Result:
@@ -360,7 +368,7 @@ def answers(
 ) -> Result:  # fmt: skip
     """Octopus or FROMAGe: answers to questions about images, in a file for the official scorers of VQAv2, GQA and others.
 
-    A run that was killed goes on where it stopped; --overwrite replaces a finished file, and the part of another run.
+    A run that was killed goes on where it stopped; --overwrite begins again, and replaces the file.
 
     Args:
         questions: lines of JSON {question_id, image, text} as in LLaVA's evaluations, or ScienceQA's JSON

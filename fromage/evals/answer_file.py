@@ -14,20 +14,21 @@ from fromage.io import WholeFile, check_new, parse_json, writing
 from fromage.locks import held
 
 RECORD: Schema = {"question_id": ID, "text": TEXT}
-KEPT = "the answers that are there are kept, and the same command goes on"
+KEPT = "the answers that are there are kept, and the same command goes on, without --overwrite"
 
 
 class AnswerFile:
     """FILE, lines of JSON in the order of their questions; FILE.part has those that are there while a run goes on.
 
-    The first line of FILE.part says what it belongs to. Used as a context, which keeps other processes away.
+    The first line of FILE.part says what it belongs to; while there is one, a FILE beside it is to be replaced.
+    Used as a context, which keeps other processes away.
 
     Attributes:
         answered: the answers that are there, by question_id.
     """
 
     def __init__(self, path: Path, about: Mapping[str, Any], overwrite: bool = False) -> None:
-        """about: what the answers belong to. overwrite: replace FILE, and FILE.part of another run."""
+        """about: what the answers belong to. overwrite: begin again, and replace FILE."""
         self.path, self.about, self.overwrite = path, dict(about), overwrite
         self.part = path.with_name(f"{path.name}.part")
         self.answered: dict[int | str, dict[str, Any]] = {}
@@ -36,11 +37,13 @@ class AnswerFile:
 
     def __enter__(self) -> Self:
         """Raises UserError where FILE is there, or FILE.part of another run, and where another process writes it."""
-        check_new(self.path, self.overwrite)
         with self._stack:
+            if not self.part.exists():
+                check_new(self.path, self.overwrite)
             self._stack.enter_context(held(self.path, beside=True))
             with writing(self.part):
-                good = self._read()
+                good = 0 if self.overwrite else self._read()
+                check_new(self.path, self.overwrite or good > 0)
                 self._file = self._stack.enter_context(self.part.open("ab"))
                 self._file.truncate(good)
                 if not good:
@@ -61,9 +64,7 @@ class AnswerFile:
         there = _parsed(first)
         there = there.get("about") if isinstance(there, dict) else None
         if there != self.about and first.endswith(b"\n"):
-            if not self.overwrite:
-                raise self._of_another(there)
-            return 0
+            raise self._of_another(there)
         if there != self.about:
             return 0  # killed at its first line
         good = len(first)

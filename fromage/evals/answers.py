@@ -20,7 +20,7 @@ from tqdm import tqdm
 from fromage.checkpoints.format import OCTOPUS
 from fromage.errors import UserError
 from fromage.evals.answer_file import AnswerFile
-from fromage.evals.base import make_report, quantized
+from fromage.evals.base import made_by, make_report, quantized
 from fromage.evals.options import Options
 from fromage.evals.predict import SECONDS, ImageStream
 from fromage.evals.questions import Question, Questions
@@ -42,6 +42,7 @@ PROTOCOL = {
     "accuracy": "VQA's, against ten people's answers, in percent; all, and by the kind of answer that the annotations name",
 }
 FROMAGE_PROMPT = "Q: {}\nA:"  # as in its chats
+FORMAT = 1  # of the prompts; another one where their words change
 
 
 @singledispatch
@@ -74,8 +75,8 @@ def evaluate(
 ) -> Report:
     """Answer questions into the file `out`, and report; what a killed run of the same answered is not answered again.
 
-    model_id: name of the model in the file (default: its kind and fingerprint). overwrite: replace `out`, and what another
-    run began. Raises UserError for a file that is there, an unfinished one of another model, of other questions or another
+    model_id: name of the model in the file (default: its kind and fingerprint). overwrite: begin again, and replace `out`.
+    Raises UserError for a file that is there, an unfinished one of another model, of other questions, images or another
     length, for too many images lost, and for annotations of other questions.
     """
     options = options or Options()
@@ -83,10 +84,10 @@ def evaluate(
     if annotations is not None and not known:
         raise UserError(f"{data.file}: none of its questions is in the annotations; name those of the same split")
     kind = "sequential" if model.kind == OCTOPUS and not model.num_queries else model.kind
-    held = quantized(model)
-    name = model_id or "-".join([kind, model.fingerprint(), *held.values()])
-    about = {"checkpoint": model.fingerprint(), "questions": digest_of(data.questions), "length": max_new_tokens}
-    with AnswerFile(out, about | {"model_id": name} | held, overwrite) as file:
+    made = made_by(model, [question.image for question in data.questions if question.image])
+    name = model_id or "-".join([kind, made["checkpoint"], *quantized(model).values()])
+    about = {"questions": digest_of(data.questions), **made, "length": max_new_tokens, "prompts": FORMAT, "model_id": name}
+    with AnswerFile(out, about, overwrite) as file:
         todo = [question for question in data.questions if question.key not in file.answered]
         whole = len({question.image for question in data.questions if question.image})
         stream = ImageStream(model, [question.image for question in todo], options, whole)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import platform
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
@@ -14,7 +16,6 @@ from tqdm import tqdm
 
 from fromage.distribution import versions
 from fromage.errors import UserError
-from fromage.evals.clip import load_clip_baseline, no_baseline
 from fromage.evals.options import Options
 from fromage.evals.report import SYSTEMS, Report, System
 from fromage.images.regions import Place
@@ -22,6 +23,7 @@ from fromage.images.transforms import Framing
 from fromage.models.base import VisualPrefixLM
 from fromage.models.encode_files import encode_files, lost_counts
 from fromage.models.fromage import Fromage
+from fromage.models.frozen import digest_of_samples
 from fromage.models.prompts import batches_by_length
 from fromage.retrieval.metrics import chance
 
@@ -129,6 +131,23 @@ def quantized(model: VisualPrefixLM) -> dict[str, str]:
     return {"quantized": model.lm.quantized} if model.lm.quantized else {}
 
 
+def made_by(model: VisualPrefixLM, images: Sequence[Path]) -> dict[str, str]:
+    """What stored answers and scores depend on: the model, its language model's weights, and where the images are."""
+    folders = {folder: folder.resolve() for folder in {image.parent for image in images}}
+    listed = [str(folders[image.parent] / image.name) for image in images]
+    return {
+        "checkpoint": model.fingerprint(),
+        "language_model": digest_of_samples(model.lm),
+        "images": hashlib.sha256("\0".join(listed).encode("utf-8", "surrogatepass")).hexdigest()[:16],
+        **quantized(model),
+    }
+
+
+def no_baseline(model: VisualPrefixLM) -> str:
+    """What a table says in place of the baseline of a vision tower without text tower."""
+    return f"{model.vision.name} has no text tower: no CLIP baseline"
+
+
 def _rounded(figures: Mapping[str, float]) -> dict[str, float]:
     return {name: round(value, 4) for name, value in figures.items()}
 
@@ -175,7 +194,7 @@ class RetrievalRun(EvaluationRun):
         self.systems = [Retriever("fromage", partial(model.embed_text, batch_size=size), model.embed_images, size, "prompt")]
         self.told: dict[str, str] = {}
         if options.clip:
-            clip = load_clip_baseline(model)
+            clip = model.vision.text_tower()
             if clip:
                 self.systems.append(Retriever("clip", clip.embed_text, clip.embed_features, size))
             else:

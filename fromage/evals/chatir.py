@@ -107,7 +107,7 @@ def evaluate(model: Fromage, data: Chats, options: Options | None = None) -> Rep
     figures["chance"] = chance_by_round(len(pool.items), data.rounds)
     sizes = {"gallery": len(pool.items), "queries": len(talks)}
     skipped = {"dialogues with a lost image": len(data.dialogues) - len(talks)}
-    return run.report("chatir", figures, sizes, skipped, PROTOCOL, published(data), list(tasks))
+    return run.report("chatir", figures, sizes, skipped, PROTOCOL, {} if run.encoded.lost else published(data), list(tasks))
 
 
 def hits_by_round(places: list[Tensor]) -> System:

@@ -15,7 +15,7 @@ from fromage.evals.caption_sets import CaptionSet
 from fromage.evals.captioning import caption_figures, check_installed
 from fromage.evals.options import Options
 from fromage.evals.report import Report, System
-from fromage.generation.generate import caption_images
+from fromage.generation.generate import caption_decoding, caption_images
 from fromage.models.fromage import Fromage
 from fromage.retrieval.metrics import rank_figures, ranks
 
@@ -70,7 +70,9 @@ def evaluate(model: Fromage, data: CaptionSet, options: Options | None = None, c
     protocol, listed = (PROTOCOL | LISTED_BY, LISTED) if whole else (dict(PROTOCOL), {})
     if captioning:
         after = f" after {model.input_prompt!r}, which is not part of them" if model.input_prompt else ""
-        protocol |= {"captioning": f"greedy captions{after}, against all of the image's"}
+        how = caption_decoding(model)
+        ends = f"of at most {how.max_new_tokens} tokens, which end at {', '.join(map(repr, how.stop))}"
+        protocol |= {"captioning": f"greedy captions{after}, {ends}, against all of the image's"}
     if data.numbers:
         protocol |= eccv.PROTOCOL if numbers else {"eccv": "left out, since some of its images were lost"}
     return run.report(data.dataset, figures, sizes, data.dropped, protocol, listed, HEADLINE)

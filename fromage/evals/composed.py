@@ -32,7 +32,8 @@ WORDS = FieldType("a text that is not empty", lambda value: TEXT.fits(value) and
 PROTOCOL = {
     "query": "the image, </s>, the words, [RET]",
     "..." + ASKED: "the words within MCL's prompt: 'Q:words.', a new line, 'A:it becomes a photo of'",
-    "images": "as the tower takes them, resized and cropped in the middle",
+    "images": "as the tower takes them, resized and cropped in the middle, where MCL's published rows have the query's "
+    "image pressed into the tower's square; words as the file has them, where MCL has CIRR's in lower case",
     "clip": "the mean of the unit rows of image and words; 'clip image' and 'clip text' have one of them alone",
     "ranks": "exact; ties count against the model",
 }
@@ -142,7 +143,8 @@ class ComposedRun(ContextualRun):
         """Raises UserError for too many images lost."""
         images = [image for some in sets for image in some.gallery]
         images += [image for some in sets for query in some.queries for image in (query.reference, *query.members)]
-        super().__init__(model, name, images, options, apart=True)
+        super().__init__(model, name, images, options)
+        self.set_apart()
         self.sets = sets
         self.parts = [
             ComposedQueries(
@@ -184,12 +186,12 @@ def write_server_files(folder: Path, files: Mapping[str, Any], overwrite: bool =
     return f"{', '.join(files)} in {folder}"
 
 
-def with_mean(figures: Mapping[str, System], settings: Sequence[str], name: str = "mean") -> dict[str, System]:
+def with_mean(figures: Mapping[str, System], settings: Sequence[str]) -> dict[str, System]:
     """The same with the mean over some settings as one more, for systems that have them."""
 
     def mean(system: System, ending: str) -> System:
         some = [system[at + ending] for at in settings if at + ending in system]
         names = [key for key in some[0] if key != "median_rank"] if some else []
-        return {name + ending: {key: sum(each[key] for each in some) / len(some) for key in names}} if some else {}
+        return {"mean" + ending: {key: sum(each[key] for each in some) / len(some) for key in names}} if some else {}
 
     return {who: {**system, **mean(system, ""), **mean(system, ASKED)} for who, system in figures.items()}

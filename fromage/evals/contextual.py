@@ -21,12 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fromage.evals.base import RetrievalRun, Retriever
-from fromage.evals.options import Options
 from fromage.evals.report import Figures, System
 from fromage.images.regions import Place
 from fromage.images.transforms import Framing
 from fromage.models.encode_files import Encoded
-from fromage.models.fromage import Fromage
 from fromage.models.prompts import Special
 from fromage.retrieval.metrics import (
     WHOLE,
@@ -141,23 +139,13 @@ class RetrievalTask:
 
 
 class ContextualRun(RetrievalRun):
-    """A run of tasks; with `apart`, the images alone and the words alone are systems too, of CLIP."""
+    """A run of tasks."""
 
-    def __init__(
-        self,
-        model: Fromage,
-        data: str,
-        images: Sequence[Place],
-        options: Options | None,
-        framings: Sequence[Framing] = ("own",),
-        apart: bool = False,
-    ) -> None:
-        """As of RetrievalRun."""
-        super().__init__(model, data, images, options, framings)
-        if apart:
-            clip = [system for system in self.systems if system.name == "clip"]
-            parts: tuple[Literal["image", "text"], ...] = ("image", "text")
-            self.systems += [system._replace(name=f"clip {part}", sees=part) for part in parts for system in clip]
+    def set_apart(self) -> None:
+        """Make the images alone and the words alone systems too, of CLIP."""
+        clip = [system for system in self.systems if system.name == "clip"]
+        parts: tuple[Literal["image", "text"], ...] = ("image", "text")
+        self.systems += [system._replace(name=f"clip {part}", sees=part) for part in parts for system in clip]
 
     def images(self, images: Sequence[Place], framing: Framing = "own") -> Side:
         """A gallery of those of the images that were encoded, each once."""

@@ -48,13 +48,18 @@ def scorer() -> Any:
 def read_test(annotations: Path, images: Path) -> CaptionSet:
     """The test images and their captions, with their numbers, out of captions_val2014.json.
 
+    They are in the order of the package's list of captions, whose thousands are the folds of the 1k protocol.
     Raises UserError for a file that lacks some of them, and as read_caption_set does.
     """
     _, content = read_annotations(annotations, ("captions of COCO",), NAMED)
     shown = fitting(annotations, "images", content["images"], {"id": ID, "file_name": FILE})
     said = fitting(annotations, "annotations", content["annotations"], {"id": ID, "caption": TEXT})
     files, texts = {each["id"]: each["file_name"] for each in shown}, {each["id"]: each["caption"] for each in said}
-    listed = scorer().coco_gts["i2t"]
+    metrics = scorer()
+    image_of, order = metrics.coco_gts["t2i"], metrics.coco_ids.tolist()  # captions
+    listed: dict[int, list[int]] = {}  # captions of each image
+    for text in order:
+        listed.setdefault(image_of[text][0], []).append(text)
     lacking = sum(i not in files for i in listed) + sum(i not in texts for own in listed.values() for i in own)
     if lacking:
         raise UserError(f"{annotations}: lacks {lacking} images and captions of COCO's test split; name {NAMED}")

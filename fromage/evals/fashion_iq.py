@@ -29,25 +29,24 @@ PROTOCOL = {
 }
 
 
-def read_fashion_iq(folder: Path, images: Path, split: str = "val", limit: int | None = None) -> list[ComposedSet]:
-    """A set for each kind that the folder has, with images/B0084Y8XIU.jpg (.png ...).
+def read_fashion_iq(folder: Path, images: Path, limit: int | None = None) -> list[ComposedSet]:
+    """The validation set of each kind that the folder has, with images/B0084Y8XIU.jpg (.png ...).
 
     Args:
-        folder: FashionIQ's, with captions/cap.KIND.SPLIT.json and image_splits/split.KIND.SPLIT.json.
+        folder: FashionIQ's, with captions/cap.KIND.val.json and image_splits/split.KIND.val.json.
         images: folder of the images.
-        split: val or train; test has no answers.
         limit: queries of each kind at most; None for all.
 
     Raises UserError for a folder without such files, and for files that are broken or of another kind.
     """
     sets = []
     for kind in KINDS:
-        captions, listed = folder / f"captions/cap.{kind}.{split}.json", folder / f"image_splits/split.{kind}.{split}.json"
+        captions, listed = folder / f"captions/cap.{kind}.val.json", folder / f"image_splits/split.{kind}.val.json"
         if captions.is_file():
             sets.append(_read_kind(kind, captions, listed, images, limit))
     if not sets:
         remedy = "a folder of FashionIQ, with captions and image_splits"
-        raise UserError(f"{folder}: holds no captions/cap.{KINDS[0]}.{split}.json; name {remedy}")
+        raise UserError(f"{folder}: holds no captions/cap.{KINDS[0]}.val.json; name {remedy}")
     return sets
 
 

@@ -20,6 +20,7 @@ from fromage.images.regions import Place
 from fromage.models.base import VisualPrefixLM
 from fromage.models.encode_files import Encoded, check_lost, encode_batches
 from fromage.octopus.answers import Grounded, answer_ids
+from fromage.octopus.boxes import spelled
 from fromage.octopus.decoding import ground
 from fromage.octopus.examples import Example
 from fromage.octopus.model import Octopus
@@ -29,6 +30,7 @@ from fromage.octopus.sources import FileSource
 Source = TypeVar("Source", bound=FileSource)
 
 LENGTH = "greedy, and at most as long as the longest right answer of the data is in the model's tokens"
+SPELLED_BOX = "a box that is spelled may have a token for each of its characters"
 SECONDS = "of one example, from image file to answer, on {device}, {batch_size} at a time"
 
 
@@ -147,7 +149,7 @@ def predict(
         raise UserError(
             f"{sources[0].file}: every answer points at more objects than the model's {model.num_queries} object queries"
         )
-    longest = max(least, *(len(answer_ids(example, model.tokenizer, model.num_queries)) for _, example in few))
+    longest = max(least, *(room(example, model) for _, example in few))
     stream = ImageStream(model, [Path(example.image) for _, example in few], options)
     answers: dict[int, Grounded] = {}
     looked = 0.0
@@ -169,6 +171,15 @@ def predict(
     skipped["examples with a lost image"] = len(few) - len(answers)
     skipped["examples of more objects than queries"] = len(every) - len(few)
     return Predictions(model, sources, pairs, skipped, stream.images, stream.lost, seconds, options)
+
+
+def room(example: Example, model: Octopus) -> int:
+    """Tokens of the right answer; of a box that is spelled as many as any box can have: one for each character."""
+    count = len(answer_ids(example, model.tokenizer, model.num_queries))
+    if model.num_queries:
+        return count
+    texts = [spelled(example.boxes[piece]) for piece in example.answer if isinstance(piece, int)]
+    return count + sum(len(text) - len(model.tokenizer.encode(text)) for text in texts)
 
 
 def listed(data: Source | Sequence[Source]) -> list[Source]:
@@ -193,7 +204,7 @@ def report(
     skipped = {what: sum(part.skipped.get(what, 0) for part in parts) for part in parts for what in part.skipped}
     lost = list(dict.fromkeys(each for part in parts for each in part.lost))
     data = ", ".join(dict.fromkeys(source.file.name for part in parts for source in part.sources))
-    told = {"answers": LENGTH, **protocol}
+    told = {"answers": LENGTH + f"; {SPELLED_BOX}" * (not model.num_queries), **protocol}
     if any("seconds" in some for some in figures.values()):
         told["seconds"] = SECONDS.format(device=model.device, batch_size=options.batch_size)
         told["seconds"] += ", patches stored before" * (options.features is not None)

@@ -5,7 +5,7 @@ Protocol: an answer is right where the first box that it points at has an IoU of
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from fromage.evals.options import Options
 from fromage.evals.predict import listed, predict, report
@@ -24,7 +24,7 @@ from fromage.octopus.metrics import (
 )
 from fromage.octopus.model import Octopus
 from fromage.octopus.sources import RefCOCO
-from fromage.octopus.sources.file_source import LOST_ANSWERS, with_masks
+from fromage.octopus.sources.file_source import LOST_ANSWERS, NO_MASK, ODD_MASK, with_masks
 
 PROTOCOL = {
     "acc_iou50, mean_iou": "of the first box that the answer points at; acc_iou50 counts it from an IoU of 0.5 on",
@@ -87,7 +87,8 @@ def evaluate(model: Octopus, data: RefCOCO | Sequence[RefCOCO], options: Options
     if splits[0].match.pattern:
         protocol |= {"expressions": f"those alone in which {splits[0].match.pattern!r} is found"}
     sizes = {f"examples_{split.split}": len(part.pairs[0]) for split, part in zip(splits, parts, strict=True)}
-    return report("refcoco", parts, own, protocol, chance, sizes if len(splits) > 1 else {}, published(names, model.masks))
+    masked = {s.split for s in splits if model.masks and not s.dropped[NO_MASK] + s.dropped[ODD_MASK]}
+    return report("refcoco", parts, own, protocol, chance, sizes if len(splits) > 1 else {}, published(names, masked))
 
 
 class Masks:
@@ -119,10 +120,10 @@ def official(split: RefCOCO) -> str:
     return OFFICIAL.get((split.split, len(split) + left_out), "")
 
 
-def published(names: dict[str, str], masks: bool = False) -> dict[str, System]:
+def published(names: dict[str, str], masked: Collection[str] = ()) -> dict[str, System]:
     """The paper's figures of splits, by system and split; names: of the data set of each split, '' for an unknown one.
 
-    masks: those of masks too.
+    masked: splits all of whose masks are known and measured: their figures of masks too.
     """
     boxes = {
         who: {
@@ -132,5 +133,7 @@ def published(names: dict[str, str], masks: bool = False) -> dict[str, System]:
         }
         for who, figures in ACCURACY.items()
     }
-    segmented = {split: {"mask_ciou": CIOU[name, split]} for split, name in names.items() if (name, split) in CIOU}
-    return boxes | ({"Octopus, masks": segmented} if masks and segmented else {})
+    segmented = {
+        split: {"mask_ciou": CIOU[name, split]} for split, name in names.items() if split in masked and (name, split) in CIOU
+    }
+    return boxes | ({"Octopus, masks": segmented} if segmented else {})

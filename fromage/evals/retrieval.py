@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fromage.data.batches import Batch, FurtherTexts
 from fromage.errors import UserError
-from fromage.evals.clip import load_clip_baseline, no_baseline
+from fromage.evals.base import no_baseline
 from fromage.models.fromage import Fromage
 from fromage.retrieval.metrics import Gallery, joined, retrieval_recalls
 from fromage.training.step import image_features, text_embeddings
@@ -25,7 +25,7 @@ def evaluate_clip(model: Fromage, batches: Iterable[Batch]) -> dict[str, float]:
 
     Raises UserError for a vision tower without text tower.
     """
-    clip = load_clip_baseline(model)
+    clip = model.vision.text_tower()
     if clip is None:
         raise UserError(no_baseline(model))
     return _recalls(model, batches, lambda texts: clip.embed_text(texts.captions), clip.embed_features)

@@ -11,18 +11,21 @@ from typing import Any
 import numpy as np
 
 from fromage.errors import UserError
-from fromage.evals.base import quantized
+from fromage.evals.base import made_by
 from fromage.evals.dialogues import Dialogue
 from fromage.identity import FolderKind
 from fromage.images.transforms import Framing
 from fromage.io import write_files
 from fromage.models.fromage import Fromage
 
+FORMAT = 1  # of the prompts; another one where their words change
+
 
 def identity(model: Fromage, dialogues: Sequence[Dialogue], protocols: Mapping[str, Framing]) -> dict[str, Any]:
-    """What scores belong to: a model, dialogues in order, and the protocols, each with the framing of its images."""
+    """What scores belong to: a model, dialogues in order, their images, and the protocols, each with its framing."""
     digest = hashlib.sha256(repr([(talk.image.name, talk.rounds) for talk in dialogues]).encode()).hexdigest()[:16]
-    return {"checkpoint": model.fingerprint(), "dialogues": digest, "protocols": dict(protocols)} | quantized(model)
+    made = made_by(model, [talk.image for talk in dialogues])
+    return {"prompts": FORMAT, "dialogues": digest, "protocols": dict(protocols), **made}
 
 
 SCORES = FolderKind(

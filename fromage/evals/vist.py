@@ -134,7 +134,8 @@ class Stories:
 def read_stories(annotations: Path, images: Path, limit: int | None = None) -> Stories:
     """Stories in sequence (SIS) as VIST publishes them, their images as images/NUMBER.jpg (.png, .gif ...).
 
-    The text is the one the released code uses: lower case, tokens apart. limit: stories at most; None for all.
+    The text is the one the released code uses: lower case, tokens apart. limit: stories at most, of which the images are
+    all the same those of the whole file; None for all.
     Raises UserError for a file that is missing, broken or of another kind.
     """
     wanted, remedy = ("stories in sequence of VIST",), "val.story-in-sequence.json of VIST's SIS-with-labels"
@@ -143,9 +144,9 @@ def read_stories(annotations: Path, images: Path, limit: int | None = None) -> S
     for (note,) in fitting(annotations, "annotations", content["annotations"], (NOTE,)):
         line = int(note["worker_arranged_photo_order"]), note["text"], str(note["photo_flickr_id"])
         noted.setdefault(str(note["story_id"]), []).append(line)
-    some = dict(list(noted.items())[:limit])
-    places = {photo: named(images, photo) for lines in some.values() for _, _, photo in lines}
-    stories = [_story(lines, places) for lines in some.values() if len(lines) == LENGTH]
+    places = {photo: named(images, photo) for lines in noted.values() for _, _, photo in lines}
+    some = list(noted.values())[:limit]
+    stories = [_story(lines, places) for lines in some if len(lines) == LENGTH]
     if not stories:
         raise UserError(f"{annotations}: holds no story of {LENGTH} images; fetch the file again")
     return Stories(annotations.name, stories, list(places.values()), len(some) - len(stories))

@@ -27,6 +27,8 @@ from fromage.retrieval.results import POOL
 if TYPE_CHECKING:
     from fromage.retrieval.base import ImageIndex
 
+CAPTION_LENGTH = 32  # tokens of a caption, at most
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -207,14 +209,20 @@ def _pixels(model: Fromage, name: str) -> Tensor | UserError:
         return error
 
 
-def caption_images(model: Fromage, features: Tensor, max_new_tokens: int = 32, batch_size: int = 128) -> list[str]:
+def caption_images(
+    model: Fromage, features: Tensor, max_new_tokens: int = CAPTION_LENGTH, batch_size: int = 128
+) -> list[str]:
     """Greedy captions of (N, m) image features: continuations of [W_c v(x)] [</s> input_prompt], without [RET].
 
     max_new_tokens: maximum length of a caption, in tokens. A caption ends at </s>, at a line break, and at the texts at
     which the model's answers stop (`model.generation`): captioning is not trained to end. As in training, </s>
     follows the image. The model's input_prompt, if it has one, stands after it and is not part of the captions.
     """
-    stop = (*read_preset(model.generation).decoding.stop, "\n")
-    decoding = Decoding(max_new_tokens, stop=stop, max_images=0)
     prompts = [[row, model.input_prompt] for row in features]  # an empty text is none
-    return [answer.text.strip() for answer in generate(model, prompts, decoding, batch_size=batch_size)]
+    found = generate(model, prompts, caption_decoding(model, max_new_tokens), batch_size=batch_size)
+    return [answer.text.strip() for answer in found]
+
+
+def caption_decoding(model: Fromage, max_new_tokens: int = CAPTION_LENGTH) -> Decoding:
+    """How `caption_images` decodes."""
+    return Decoding(max_new_tokens, stop=(*read_preset(model.generation).decoding.stop, "\n"), max_images=0)

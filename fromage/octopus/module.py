@@ -26,6 +26,8 @@ from fromage.training.layers import checkpoint_blocks
 from fromage.training.nonfinite import NonFiniteGuard
 from fromage.training.schedule import Schedule
 
+ExampleKey = tuple[str, str, str]  # image, name in its source, and instruction
+
 
 class OctopusModule(GuardedModule):
     """The stages of the paper (section 4.1): 1 visual prefix, on captions; 2 the DETR part; 3 everything and the LM.
@@ -110,7 +112,7 @@ class OctopusModule(GuardedModule):
         dtype_name(dtype)
         check_run(stage, self.hparams["num_queries"], quantize, self.hparams["lora_rank"])
         self.guard = NonFiniteGuard(nonfinite == "skip")
-        self._metrics: list[dict[str, float]] = []
+        self._metrics: list[tuple[ExampleKey, dict[str, float]]] = []
         self._taken: set[str] = set()  # names of parameters that earlier stages trained
 
     @property
@@ -187,11 +189,14 @@ class OctopusModule(GuardedModule):
             figures = box_metrics(answer, wanted, due)
             if self.model.masks and len(example.masks) == 1 and example.masks[0]:
                 figures["mask_mean_iou"] = mask_areas(answer, example.masks[0]).iou
-            self._metrics.append(figures)
+            self._metrics.append(((example.image, example.key, example.instruction), figures))
 
     def on_validation_epoch_end(self) -> None:
-        """Means over the validation set, in percent, of the examples of all devices, which may be of other kinds on each."""
-        figures = mean_percent(gathered(self._metrics))
+        """Means over the validation set, in percent, of the examples of all devices, which may be of other kinds on each.
+
+        Lightning's sampler repeats some examples so that all devices have equally many; each counts once.
+        """
+        figures = mean_percent([*dict(gathered(self._metrics)).values()])
         self.log_dict({f"val/{name}": value for name, value in figures.items()}, sync_dist=True)
         if "acc_iou50" in figures:
             self.log("val/acc", figures["acc_iou50"], prog_bar=True, sync_dist=True)

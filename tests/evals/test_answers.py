@@ -1,9 +1,11 @@
 """Answers for official scorers: the file, runs that are killed and go on, what is refused, VQA accuracy."""
 
 import json
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch
 from PIL import Image
 from tiny_octopus import save_untrained
 
@@ -139,6 +141,38 @@ def test_what_another_run_began_is_refused_without_overwrite(octopus, data, dyin
     (tmp_path / "b.jsonl.part").write_text("a shopping list\n")
     with pytest.raises(UserError, match="is no file of answers that a run was writing"):
         evaluate(octopus, data, tmp_path / "b.jsonl", Options(3), 4)
+
+
+@pytest.mark.parametrize("other", ["images", "language_model"])
+def test_answers_of_other_images_or_another_language_model_are_refused(data, dying, tmp_path, monkeypatch, other):
+    model, out = Fromage.load(k=1, q=8), tmp_path / "answers.jsonl"
+    dying(1)
+    with pytest.raises(Killed):
+        evaluate(model, data, out, Options(3), 4)
+    name = model.fingerprint()
+    if other == "images":
+        shutil.copytree(tmp_path, tmp_path / "elsewhere", ignore=shutil.ignore_patterns("elsewhere"))
+        data = read_questions(data.file, tmp_path / "elsewhere")
+    else:
+        with torch.no_grad():
+            next(model.lm.parameters()).add_(1)
+    assert model.fingerprint() == name
+    dying(-1)
+    with pytest.raises(UserError, match=rf"another run \({other} "):
+        evaluate(model, data, out, Options(3), 4)
+
+
+def test_overwrite_begins_again_and_without_it_that_run_goes_on(octopus, data, dying, tmp_path):
+    out = tmp_path / "answers.jsonl"
+    evaluate(octopus, data, out, Options(3), 4)
+    asked = dying(1)
+    for _ in range(2):
+        asked.clear()
+        with pytest.raises(Killed):
+            evaluate(octopus, data, out, Options(3), 4, overwrite=True)
+        assert sum(map(len, asked)) == 3, "from the first question on"
+    dying(-1).clear()
+    assert evaluate(octopus, data, out, Options(3), 4)["answered_before"] == 3 and len(lines(out)) == 10
 
 
 def test_a_file_belongs_to_the_run_that_writes_it(tmp_path):

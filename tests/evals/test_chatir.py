@@ -9,7 +9,6 @@ import torch
 from fromage.errors import UserError
 from fromage.evals import base, chatir
 from fromage.evals.chatir import chance_by_round, evaluate, hits_by_round, read_chats
-from fromage.evals.clip import load_clip_baseline
 from fromage.evals.options import Options
 from fromage.models.encode_files import encode_files
 
@@ -35,7 +34,7 @@ def test_rounds_are_evaluated_as_the_authors_do(toy_model, files, tmp_path, monk
     (tmp_path / "talks.json").write_text(json.dumps(talks))
     report = evaluate(toy_model, read_chats(tmp_path / "talks.json", pool, images))
     features = encode_files(toy_model, [images / name for name in names], Options()).features
-    clip = load_clip_baseline(toy_model)
+    clip = toy_model.vision.text_tower()
     for who, text, image in (
         ("fromage", toy_model.embed_text, toy_model.embed_images),
         ("clip", clip.embed_text, clip.embed_features),
@@ -82,6 +81,15 @@ def test_published_figures_stand_beside_the_published_files(files, monkeypatch):
     rows = chatir.published(read_chats(*files))["ChatIR BLIP"]
     assert rows == {"round_0": {"hits10_cumulative": 64.0}, "round_5": {"hits10_cumulative": 75.0}}
     assert chatir.published(read_chats(*files, limit=2)) == {}
+
+
+def test_published_figures_are_of_the_whole_pool(toy_model, files, monkeypatch, tmp_path):
+    monkeypatch.setattr(chatir, "published", lambda data: {"ChatIR BLIP": {"round_0": {"hits10_cumulative": 64.0}}})
+    data = read_chats(*files, limit=2)
+    assert evaluate(toy_model, data, Options(clip=False))["paper"]
+    data.pool.append(tmp_path / "missing.jpg")
+    report = evaluate(toy_model, data, Options(clip=False, max_lost=0.5))
+    assert report["queries"] == 2 and not report["paper"], "no dialogue is lost, but an image of the pool"
 
 
 def test_what_does_not_fit_together_is_refused(files, tmp_path):

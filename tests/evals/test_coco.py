@@ -20,7 +20,6 @@ from fromage.errors import UserError
 from fromage.evals import coco
 from fromage.evals.caption_sets import CaptionSet, read_caption_set
 from fromage.evals.captioning import caption_figures
-from fromage.evals.clip import load_clip_baseline
 from fromage.evals.coco import both_ways, evaluate, gallery_of
 from fromage.evals.coco_lightning import CocoCaptions, CocoModule
 from fromage.evals.options import Options
@@ -129,7 +128,7 @@ def test_workers_and_batches_change_nothing(toy_model, data):
 def test_clip_by_its_projection_is_clip_whole(toy_model, data):
     whole, transform, tokenize = load_clip("toy")
     pixels = torch.stack([transform(open_image(str(path))) for path in data.images[:4]])
-    clip = load_clip_baseline(toy_model)
+    clip = toy_model.vision.text_tower()
     torch.testing.assert_close(
         clip.embed_features(toy_model.vision(pixels)), F.normalize(whole.encode_image(pixels), dim=-1), atol=1e-5, rtol=1e-4
     )
@@ -195,12 +194,14 @@ def test_captioning_hands_captions_to_the_scorers(toy_model, data, monkeypatch):
     monkeypatch.setattr("shutil.which", lambda name: f"/bin/{name}")
     few = CaptionSet("few", data.images[:3], data.captions[:3])
     monkeypatch.setattr(toy_model, "input_prompt", "a red")
+    monkeypatch.setattr(toy_model, "generation", {"decoding": {"stop": [";"]}})
     report = evaluate(toy_model, few, options=Options(clip=False), captioning=True)
     figures = report["fromage"]["captioning"]
     made = [texts[0] for texts in seen["given"].values()]
     assert (
         made == [text.lower() for text in caption(toy_model, few.images)] and "'a red'" in report["protocol"]["captioning"]
     )
+    assert "at most 32 tokens, which end at ';', '\\n'," in report["protocol"]["captioning"]
     assert "captioning" not in evaluate(toy_model, few, options=Options(clip=False))["protocol"]
     assert figures == {"bleu1": 40, "bleu2": 30, "bleu3": 20, "bleu4": 10, "meteor": 25, "rouge_l": 25, "cider": 25}
     assert [len(texts) for texts in seen["wanted"].values()] == [5, 5, 5] and len(seen["given"]) == 3

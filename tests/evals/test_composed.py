@@ -14,7 +14,6 @@ from fromage.errors import UserError
 from fromage.evals import base, circo, cirr, fashion_iq, genecis
 from fromage.evals.circo import read_circo
 from fromage.evals.cirr import read_cirr
-from fromage.evals.clip import load_clip_baseline
 from fromage.evals.composed import Composed, ComposedSet
 from fromage.evals.fashion_iq import read_fashion_iq
 from fromage.evals.genecis import dilated, read_genecis
@@ -58,7 +57,7 @@ def ranked(query, rows, left):
 def embedded(model, places, asked):
     """Rows of the gallery and queries of every system, straight from the towers. asked: (number of an image, words)."""
     features = encode_files(model, places, Options()).features
-    clip = load_clip_baseline(model)
+    clip = model.vision.text_tower()
     own, theirs = model.embed_images(features), clip.embed_features(features)
     numbers, words = [i for i, _ in asked], [text for _, text in asked]
     texts = clip.embed_text(words)

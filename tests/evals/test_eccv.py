@@ -3,6 +3,7 @@
 import json
 import warnings
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -63,6 +64,7 @@ def small(monkeypatch, world, tmp_path):
     first, some = images[0], images[1:5]
     more = {"i2t": {i: own[i] + own[first] for i in some}, "t2i": {own[i][0]: [i, first] for i in some}}
     metrics = scorer()
+    metrics.coco_ids = np.array([text for image in images[::-1] for text in own[image]])
     metrics.coco_gts, metrics.eccv_gts, metrics.cxc_gts = {"i2t": own, "t2i": back}, more, {"i2t": own, "t2i": back}
     monkeypatch.setattr(eccv, "scorer", lambda: metrics)
     path = tmp_path / "captions_val2014.json"
@@ -73,6 +75,7 @@ def small(monkeypatch, world, tmp_path):
 def test_figures_stand_beside_those_of_coco(small, world, toy_model, tmp_path):
     data = read_test(small, world / "coco" / "val2017")
     assert len(data.images) == 10 and list(map(len, data.captions)) == [5] * 10
+    assert data.numbers.images == [*eccv.scorer().coco_gts["i2t"]][::-1], "in the order of the list of captions"
     report = evaluate(toy_model, data, Options(clip=False))
     for who in ("fromage", "chance"):
         for way in SHORT.values():

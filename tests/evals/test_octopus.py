@@ -1,6 +1,7 @@
 """Evaluations of Octopus: figures of answers that are known, and the verbs from files to a table and JSON."""
 
 import json
+import pickle
 
 import pytest
 import torch
@@ -20,7 +21,8 @@ from fromage.evals.predict import ImageStream, listed, predict
 from fromage.evals.refcoco import evaluate as evaluate_refcoco
 from fromage.evals.report import table
 from fromage.models.fromage import Fromage
-from fromage.octopus.answers import Grounded
+from fromage.octopus.answers import Grounded, answer_ids
+from fromage.octopus.boxes import spelled
 from fromage.octopus.decoding import ground
 from fromage.octopus.metrics import chance_metrics
 from fromage.octopus.model import Octopus, load_octopus
@@ -142,9 +144,44 @@ def test_published_figures_of_masks_stand_beside_masks_of_refcoco_alone(octopus,
         answering(data, right)
         report = evaluate_refcoco(model, data)
         assert report["paper"].get("Octopus, masks") == published and ("(63.6)" in table(report)) == bool(published)
-    named = evaluating_refcoco.published({"testA": "RefCOCO", "testB": "RefCOCO"}, masks=True)["Octopus, masks"]
+    splits = {"testA": "RefCOCO", "testB": "RefCOCO"}
+    named = evaluating_refcoco.published(splits, {*splits})["Octopus, masks"]
     assert named == {"testA": {"mask_ciou": 66.6}, "testB": {"mask_ciou": 61.3}}
-    assert "Octopus, masks" not in evaluating_refcoco.published({"val": "RefCOCO+"}, masks=True)
+    assert "Octopus, masks" not in evaluating_refcoco.published({"val": "RefCOCO+"}, {"val"})
+
+
+def test_a_damaged_mask_costs_the_published_figures_of_masks_alone(segmenting, world, answering, monkeypatch, tmp_path):
+    content = json.loads((world / "refcoco" / "instances.json").read_text())
+    for note in content["annotations"]:
+        note["segmentation"] = {"size": [1, 1], "counts": [7]}
+    (tmp_path / "instances.json").write_text(json.dumps(content))
+    whole = refcoco(world)
+    data = RefCOCO(str(whole.file), str(tmp_path / "instances.json"), str(world / "refcoco" / "images"), split="val")
+    monkeypatch.setitem(evaluating_refcoco.OFFICIAL, ("val", len(whole)), "RefCOCO")
+    answering(whole, right)
+    with pytest.warns(UserWarning, match="masks that are damaged"):
+        report = evaluate_refcoco(segmenting, data)
+    assert report["examples"] == len(whole) and report["octopus"]["val"]["acc_iou50"] == 100
+    assert "Octopus, 224 px" in report["paper"] and "Octopus, masks" not in report["paper"]
+
+
+def test_masks_are_read_as_the_boxes_are_with_as_many_odd_entries(checkpoints, verbs, world, tmp_path, capsys):
+    refs = pickle.loads((world / "refcoco" / "refs(unc).p").read_bytes())
+    for ref in refs[::3]:
+        ref["sentences"] = "none"
+    (tmp_path / "refs(unc).p").write_bytes(pickle.dumps(refs, protocol=2))
+    words = [tmp_path / "refs(unc).p", *verbs["refcoco"][1:], "--ckpt", checkpoints["masks"], "--limit", "2"]
+    assert main(["eval", "refcoco", *map(str, words), "--max-lost", "0.6", "--json", str(tmp_path / "a.json")]) == 0
+    assert json.loads((tmp_path / "a.json").read_text())["skipped"]["odd entries"] == len(refs[::3])
+    assert "mask_ciou" in capsys.readouterr().out
+
+
+def test_a_spelled_box_has_room_whatever_the_right_ones_of_a_few_examples(checkpoints, world, monkeypatch):
+    sequential, (example,) = load_octopus(checkpoints["sequential"]), list(refcoco(world, limit=1))
+    encode, text = sequential.tokenizer.encode, spelled(example.boxes[example.answer[0]])
+    monkeypatch.setattr(type(sequential.tokenizer), "encode", lambda self, text: encode(text)[:3])
+    ids = len(answer_ids(example, sequential.tokenizer, 0))
+    assert predicting.room(example, sequential) == ids - 3 + len(text) > ids, "a short box, and another could be longer"
 
 
 def test_published_figures_stand_beside_official_splits_alone(octopus, world, answering, monkeypatch):

@@ -12,7 +12,6 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from fromage.errors import UserError
 from fromage.evals import contextual, visdial
-from fromage.evals.clip import load_clip_baseline
 from fromage.evals.dialogues import Dialogue, Dialogues, Round, read_dialogues
 from fromage.evals.options import Options
 from fromage.evals.visdial import (
@@ -105,7 +104,7 @@ def test_a_run_that_was_killed_goes_on_and_gives_the_same(toy_model, data, tmp_p
             score_answers(toy_model, data.dialogues, features, folder)
 
 
-def test_scores_of_another_model_or_of_other_dialogues_are_refused(toy_model, data, tmp_path):
+def test_scores_of_another_model_or_of_other_dialogues_are_refused(toy_model, data, tmp_path, monkeypatch):
     features, folder = features_of(toy_model, data), tmp_path / "scores"
     score_answers(toy_model, data.dialogues[:1], features, folder)
     (tmp_path / "file").touch()
@@ -113,6 +112,13 @@ def test_scores_of_another_model_or_of_other_dialogues_are_refused(toy_model, da
         score_answers(toy_model, data.dialogues, features, tmp_path / "file")
     with pytest.raises(UserError, match="name another --scores"):
         score_answers(toy_model, data.dialogues, features, folder)
+    elsewhere = [replace(talk, image=tmp_path / talk.image.name) for talk in data.dialogues[:1]]
+    with pytest.raises(UserError, match=r"another checkpoint.*\(images "):
+        score_answers(toy_model, elsewhere, features, folder)
+    with monkeypatch.context() as patch:
+        patch.setattr("fromage.evals.base.digest_of_samples", lambda lm: "another")
+        with pytest.raises(UserError, match=r"another checkpoint.*\(language_model "):
+            score_answers(toy_model, data.dialogues[:1], features, folder)
     with torch.no_grad():
         toy_model.logit_scale += 1
     with pytest.raises(UserError, match="another checkpoint"):
@@ -181,7 +187,7 @@ def test_the_authors_protocols_see_the_image_pressed_into_a_square(toy_model, da
     report = evaluate(toy_model, data)
     for name, features in (("our_prompt", own), ("authors_prompt", squares)):
         torch.testing.assert_close(torch.stack(asked[name]), features.repeat_interleave(2, 0))
-    clip = load_clip_baseline(toy_model)
+    clip = toy_model.vision.text_tower()
     tasks = image_tasks(data.dialogues)
     assert len(found) == 2 * len(tasks)
     for (queries, gallery, *_), (name, embed) in zip(

@@ -11,7 +11,6 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from fromage.errors import UserError
 from fromage.evals import vist
-from fromage.evals.clip import load_clip_baseline
 from fromage.evals.options import Options
 from fromage.evals.vist import KEPT, SETTINGS, Stories, Story, evaluate, read_stories, story_prompt
 from fromage.models.encode_files import encode_files
@@ -21,6 +20,11 @@ from fromage.models.prompts import RET, START, prompt_ids
 @pytest.fixture
 def data(world):
     return read_stories(world / "vist" / "sis" / "val.story-in-sequence.json", world / "vist" / "images" / "val")
+
+
+def test_few_stories_search_all_images(data, world):
+    few = read_stories(world / "vist" / "sis" / data.name, world / "vist" / "images" / "val", limit=2)
+    assert few.stories == data.stories[:2] and few.images == data.images and len(data.stories) > 2
 
 
 def test_prompts_are_in_the_order_of_the_story(toy_model):
@@ -65,7 +69,7 @@ def test_recalls_are_as_counted_with_the_context_excluded_and_kept(toy_model, da
     report = evaluate(toy_model, data)
     assert report["gallery"] == 25 and report["queries"] == 5
     encoded = encode_files(toy_model, data.images, Options())
-    gallery, clip = toy_model.embed_images(encoded.features), load_clip_baseline(toy_model)
+    gallery, clip = toy_model.embed_images(encoded.features), toy_model.vision.text_tower()
     theirs = clip.embed_features(encoded.features)
     for name, setting in SETTINGS.items():
         said, shown, _ = setting
@@ -127,7 +131,7 @@ def test_the_authors_protocol_has_squares_in_the_order_of_the_file_for_both_syst
 
     monkeypatch.setattr("fromage.evals.contextual.places", note)
     evaluate(toy_model, wide)
-    vision, clip = toy_model.vision, load_clip_baseline(toy_model)
+    vision, clip = toy_model.vision, toy_model.vision.text_tower()
     squares = torch.stack([pil_to_tensor(Image.open(path).resize(vision.image_size[::-1])) for path in wide.images])
     pixels = {"own": torch.stack([vision.transform(Image.open(path)) for path in wide.images]), "square": squares}
     number = {path: i for i, path in enumerate(wide.images)}

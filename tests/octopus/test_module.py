@@ -60,6 +60,16 @@ def test_the_model_is_made_on_the_host_whatever_device_lightning_asks_for():
     assert {tensor.device.type for tensor in (*module.parameters(), *module.buffers())} == {"cpu"}
 
 
+def test_an_example_that_two_devices_have_counts_once(monkeypatch):
+    module, logged = OctopusModule(stage=2, num_queries=8, **SMALL), {}
+    monkeypatch.setattr(module, "log_dict", lambda figures, **how: logged.update(figures))
+    right, wrong = (("1.jpg", "1", "where?"), {"words": 1.0}), (("2.jpg", "1", "where?"), {"words": 0.0})
+    module._metrics = [right]
+    monkeypatch.setattr("fromage.octopus.module.gathered", lambda items: [*items, wrong, *items])
+    module.on_validation_epoch_end()
+    assert logged == {"val/words": 50.0}
+
+
 def test_each_stage_trains_its_part_and_keeps_what_came_before(trained):
     parts = {s: {name.split(".")[1] for name in state(trained, s)} for s in ("stage1", "stage2", "stage3", "sequential")}
     assert parts["stage1"] == {"visual_prefix"}

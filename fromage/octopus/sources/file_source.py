@@ -19,8 +19,10 @@ LOST_BOXES = "boxes of no area in their image"
 LOST_ANSWERS = "examples that point at such a box"
 HELD_OUT = "images that are held out"
 ODD_TURNS = "turns that are no question and answer"
+NO_MASK, ODD_MASK = "masks that are not there", "masks that are damaged"
 ODD = "odd entries"
-FAULTS = (LOST_BOXES, LOST_ANSWERS, ODD_TURNS)  # faults of the files, which are warned of; other omissions are intended
+# Faults of the files, which are warned of; other omissions are intended.
+FAULTS = (LOST_BOXES, LOST_ANSWERS, ODD_TURNS, ODD_MASK)
 SIDE = FieldType("a number of pixels", lambda value: NUMBER.fits(value) and value > 0)
 
 

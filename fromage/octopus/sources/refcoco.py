@@ -11,7 +11,7 @@ from fromage.data.annotations import TEXT, WHOLE, Schema
 from fromage.errors import UserError, reason
 from fromage.octopus.examples import Example
 from fromage.octopus.segments import Mask, OddMask, read_mask
-from fromage.octopus.sources.file_source import HELD_OUT, LOST_ANSWERS, check_question
+from fromage.octopus.sources.file_source import HELD_OUT, LOST_ANSWERS, NO_MASK, ODD_MASK, check_question
 from fromage.octopus.sources.instances import AnnotatedImage, Instances
 from fromage.octopus.sources.references import held_out, read_refs
 
@@ -98,15 +98,12 @@ class RefCOCO(Instances):
     def _examples(self, ref: dict[str, Any], image: AnnotatedImage) -> Iterator[Example]:
         masks: tuple[Mask, ...] = ()
         if self.masks and (segmentation := image.segments.get(ref["ann_id"])) is None:
-            self.drop("masks that are not there")
+            self.drop(NO_MASK)
         elif self.masks:
             try:
                 masks = (read_mask(segmentation, *image.size),)
-            except OddMask as odd:
-                self.odd.append(
-                    f"reference {ref['ref_id']}: in {self.instances}, annotation {ref['ann_id']}.segmentation{odd}"
-                )
-                return
+            except OddMask:
+                self.drop(ODD_MASK)
         yield from self._sentences(ref, image, masks)
 
     def _sentences(self, ref: dict[str, Any], image: AnnotatedImage, masks: tuple[Mask, ...]) -> Iterator[Example]:
