@@ -1,4 +1,4 @@
-"""Reading texts of any Unicode encoding, writing whole or not at all (a part takes the name when it is on disk), and ports.
+"""Reading texts of any Unicode encoding, and writing whole or not at all: a part takes the name when it is on disk.
 
 What a disk refuses, since it is full or may not be written to, is a UserError.
 """
@@ -23,6 +23,7 @@ from fromage.errors import UserError, reason
 from fromage.locks import LOCK, InUse, held
 
 WAIT = 0.5  # seconds between two looks at what another process makes
+ABANDONED = 86400.0  # seconds without a new file, after which a folder that is being made is taken for left over
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 REFUSED = FULL | {errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
 NO_SYNC = {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP}  # of file systems that cannot be told to write at once
@@ -255,7 +256,9 @@ def _filled(folder: Path) -> Iterator[Path]:
     new, old = folder.with_name(f".{folder.name}.{os.getpid()}.new"), set_aside(folder)
     for left in folder.parent.iterdir():
         if re.fullmatch(re.escape(f".{folder.name}.") + r"\d+\.new", left.name):  # by a process that was killed
-            shutil.rmtree(left, ignore_errors=True)
+            with suppress(OSError):  # it went meanwhile
+                if left == new or time.time() - left.stat().st_mtime > ABANDONED:  # not every file system has locks
+                    shutil.rmtree(left, ignore_errors=True)
     try:
         new.mkdir()
         yield new

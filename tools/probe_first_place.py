@@ -20,7 +20,7 @@ NOUNS = [
     "dog", "cat", "horse", "car", "boat", "bird", "tree", "child", "man", "woman", "girl", "boy", "ball", "bike", "beach",
     "snow", "water", "grass", "mountain", "street", "train", "cow", "sheep", "house",
 ]  # fmt: skip
-TEXTS = (" A picture of a", " There is a", " is a word. The word is:")
+TEXTS = (" A photo of a", " There is a", " is a word. The word is:")
 
 
 @torch.no_grad()

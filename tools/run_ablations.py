@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from study import Run, begin, configs, every, measured, table, trained
 
-from fromage.apps.tours import CHECKPOINT
+from fromage.apps.tours import CHECKPOINT, finished, once
 from fromage.apps.toy_demo import name_things, train
 from fromage.data.features import store_features
 from fromage.data.tuple_packing import pack_tuples
@@ -124,15 +124,16 @@ def run(name: str, seed: int, out: Path, prepared: tuple[Path, Path], answers: i
     folder = out / name / f"seed{seed}"
     path, last = folder / "figures.json", folder / CHECKPOINT
     words = [] if name == BASE else ["--config", f"ablations/{name}.yaml"]
-    of = {"options": options, "configs": configs("toy.yaml", *words[1:])}
+    world = json.loads((prepared[0] / "world.json").read_text("utf-8"))["version"]
+    of = {"options": options, "configs": configs("toy.yaml", *words[1:]), "world": world}
     if name.startswith(COMPOSITION):
         words += [f"--data.train_tuples={out / 'tuples' / 'features'}", f"--data.tuple_shuffle={BUFFER}"]
     words += [f"--seed_everything={seed}", f"--model.seed={seed}", *options]
-    ended = path.exists() and last.exists()
+    ended = finished(folder) is not None or (path.exists() and last.exists())
 
     def fit() -> Path:
         print(f"\n== {name}, seed {seed}", flush=True)
-        return train(folder, 1, *prepared, words)
+        return once(folder, options, lambda again: train(folder, 1, *prepared, [*words, *again]))
 
     checkpoint, origin = trained(folder, (lambda: last) if ended else fit, ended, [path], **of)
     judged = lambda: judge(load_model(checkpoint), prepared[0], answers)  # noqa: E731

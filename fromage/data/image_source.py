@@ -23,7 +23,7 @@ from fromage.data.shard_sizes import sized, total
 from fromage.data.shards import UNREAD, Raw, captions_of, read_shard
 from fromage.data.workers import worker_share
 from fromage.errors import BrokenSample, UserError, reason
-from fromage.images.codec import SUFFIXES, image_files
+from fromage.images.codec import SUFFIXES, image_files, is_image
 from fromage.images.locators import locator
 from fromage.images.open import MAX_FILE, open_regular
 from fromage.images.transforms import Transform
@@ -154,8 +154,9 @@ class ImageSource(IterableDataset[ImageBatch]):
         return [tuple(names[start : start + self.per_part]) for start in range(0, len(names), self.per_part)]
 
     def stamp(self, name: str) -> str:
-        """The stamp of a file or shard as it is now, without a digest; '' for what is no file."""
-        return str(FileStamp.at(name) or "")
+        """The stamp of a file or shard as it is now, without a digest; UNREAD where it may not be read; '' for no file."""
+        at = FileStamp.at(name)
+        return UNREAD if at and not os.access(name, os.R_OK) else str(at or "")
 
     def goes_on(self, root: str | None, names: Set[str]) -> bool:
         """Whether this source may be one that has changed since. root, names: the folder and the files or shards it had.
@@ -256,7 +257,7 @@ def find_images(source: str, transform: Transform, captions: Path | None = None,
     Raises UserError if there are no images, and for a caption file that cannot be read or names none of them.
     """
     if is_shards(Path(source)):
-        if image_files(Path(source)):
+        if any(is_image(path) for path in Path(source).glob("*")):
             raise UserError(
                 f"{source}: holds images and .tar shards; name the shards alone, {source}/*.tar, or move one of them"
             )

@@ -12,8 +12,8 @@ Where to look:
     caption_sets, dialogues, questions  readers of published files that several benchmarks take
     captioning          generated captions compared with those of people
     retrieval           recall on validation batches; coco_lightning: COCO as a test run of Lightning
-    clip                the baseline of retrieval
-    base                what the benchmarks share, and what a report holds; contextual: queries, galleries, right items
+    base                what the benchmarks share, CLIP's baseline too, and what a report holds
+    contextual          queries, galleries, right items
     options             how an evaluation runs
     report              reports printed
 """

@@ -169,7 +169,9 @@ class ComposedRun(ContextualRun):
         whole = all(some.published for some in self.sets) and kept == count and not self.encoded.lost
         sizes = {"gallery": sum(len(part.gallery.items) for part in self.parts), "queries": kept}
         skipped = {"queries with a lost image": count - kept}
-        protocol = {**PROTOCOL, **protocol, "published rows": published if whole else f"none on these data; {published}"}
+        form = {"query": "</s>, the image, the words, [RET]"} if self.model.start_first else {}
+        rows = published if whole else f"none on these data; {published}"
+        protocol = {**PROTOCOL, **form, **protocol, "published rows": rows}
         return self.report(
             name, figures, sizes, skipped, protocol, paper if whole else {}, headline if figures or whole else []
         )

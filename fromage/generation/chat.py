@@ -107,7 +107,7 @@ class Chat:
             for piece in found:
                 pieces.append(piece)
                 yield piece
-        answer = Answer.of(pieces, found.ids)
+        answer = Answer.of(pieces, found.ids, found.cut)
         self.turns.append(Turn(list(parts), answer, (said, self._answered(answer))))
 
     def prompt(self, said: Prompt) -> list[Part]:

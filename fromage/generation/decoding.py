@@ -104,7 +104,7 @@ class Draft:
                 return
         if token in self.ends or self._full:
             self._say(everything=True)
-            self.done, self.cut = True, self._full
+            self.done, self.cut = True, token not in self.ends
             return
         self.ids.append(token)
         if token in rets:

@@ -34,13 +34,21 @@ def is_image(path: Path) -> bool:
 def image_files(folder: Path) -> list[Path]:
     """The images in a folder and the folders in it, by their names, in order; none where there is no folder.
 
-    Links to images are followed. Links to folders are not, since these may hold one another: a warning names them. Raises
-    UserError for a folder in it that cannot be listed, whose images would otherwise pass for deleted.
+    Links to images are followed. Links to folders are not, since these may hold one another: a warning names them, and
+    folders that may not be listed (lost+found). Raises UserError where a folder cannot be listed for another reason.
     """
     files: list[Path] = []
     links: list[Path] = []
+    closed: list[str] = []
+
+    def unlisted(error: OSError) -> None:
+        if isinstance(error, PermissionError):
+            closed.append(str(error.filename))
+        elif not isinstance(error, FileNotFoundError | NotADirectoryError):
+            raise error
+
     try:
-        for inside, folders, names in os.walk(folder, onerror=_unless_gone):
+        for inside, folders, names in os.walk(folder, onerror=unlisted):
             links += [path for path in (Path(inside, name) for name in folders) if path.is_symlink()]
             files += [path for path in (Path(inside, name) for name in names) if is_image(path) and path.is_file()]
     except OSError as error:
@@ -48,13 +56,9 @@ def image_files(folder: Path) -> list[Path]:
         raise UserError(f"{error.filename}: {told}") from error
     if links:
         warnings.warn(f"links to other folders are not followed: {first_few(sorted(map(str, links)))}", stacklevel=2)
+    if closed:
+        warnings.warn(f"folders that may not be listed are left out: {first_few(sorted(closed))}", stacklevel=2)
     return sorted(files)
-
-
-def _unless_gone(error: OSError) -> None:
-    """Raise what keeps a folder from being listed, unless it is not there, or no folder."""
-    if not isinstance(error, FileNotFoundError | NotADirectoryError):
-        raise error
 
 
 def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:

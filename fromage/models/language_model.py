@@ -297,23 +297,27 @@ def load_lm(
 def check_parts(lm: LanguageModel) -> None:
     """Raise UserError unless embedding, layers and head, run one after another, give the logits of the whole model.
 
-    They do not where a family does more with words than to embed them (Falcon-H1 scales them, Gemma 3n gives each layer
-    embeddings of its own), or has more in its head than a linear map and a soft cap (the decoders of ModernBERT).
+    They do not where a family does more with words than to embed them (Falcon-H1 scales them), or has more in its head than
+    a linear map and a soft cap (the decoders of ModernBERT).
     """
     device, V = lm.hf.get_input_embeddings().weight.device, lm.added.vocab_size
     ids = torch.arange(5, device=device).unsqueeze(0) * (V - 1) // 4  # (1, 5), spread over the vocabulary
     mask = torch.ones_like(ids, dtype=torch.bool)
+    odd: Exception | None = None
     whole = lm.hf(input_ids=ids, attention_mask=mask.long(), use_cache=False).logits[..., :V].float()  # (1, 5, V)
     try:
         parts = lm.logits(lm(lm.embed(ids), mask))[..., :V]
         same = bool((parts - whole).abs().max() <= ROUNDING[lm.dtype] * whole.std())
-    except (RuntimeError, ValueError):
-        same = False  # it does not run without ids
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError) as error:  # it does not run without ids
+        same, odd = False, error
     if not same:
         raise UserError(
             f"language model {lm.name}: {lm.hf.config.model_type} does more with words than to embed them, or has more than "
             "a linear head, so images cannot be read and [RET] cannot be trained as they are; choose another"
-        )
+            + (f" ({first_line(odd)})" if odd else "")
+        ) from odd
 
 
 def _quantization(kind: Quantized, dtype: str) -> BitsAndBytesConfig:

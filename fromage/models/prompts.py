@@ -140,7 +140,9 @@ def started(parts: Sequence[Part], starts: Starts, first: bool = False) -> list[
     first: whether the model's start token stands in front of all, and nowhere else.
     """
     if first and not any(isinstance(part, Token) for part in parts):
-        return [START, *(part for part in parts if part is not START)]
+        kept = [part for part in parts if part is not START]
+        pairs = zip([START, *kept], kept, strict=False)  # texts that START stood between get a space there
+        return [START, *(f" {part}" if is_text(part) and is_text(before) else part for before, part in pairs)]
     if any(part is START or isinstance(part, Token) for part in parts):
         return list(parts)
     out: list[Part] = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -147,6 +148,9 @@ class OctopusData(pl.LightningDataModule):
                 with odd_allowed(self.max_lost):
                     listed = [example for source in sources for example in source]
                 self.examples[part] = self._present(listed)
+                if part == "val":  # keys of several sources may be equal, and results are told apart by them
+                    numbered = enumerate(self.examples[part])
+                    self.examples[part] = [replace(example, key=f"{i}:{example.key}") for i, example in numbered]
         if stage == "fit" and not self.examples["train"]:
             raise UserError("data.train: there is no example; name sources that hold some")
 

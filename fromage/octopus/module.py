@@ -26,8 +26,6 @@ from fromage.training.layers import checkpoint_blocks
 from fromage.training.nonfinite import NonFiniteGuard
 from fromage.training.schedule import Schedule
 
-ExampleKey = tuple[str, str, str]  # image, name in its source, and instruction
-
 
 class OctopusModule(GuardedModule):
     """The stages of the paper (section 4.1): 1 visual prefix, on captions; 2 the DETR part; 3 everything and the LM.
@@ -112,7 +110,7 @@ class OctopusModule(GuardedModule):
         dtype_name(dtype)
         check_run(stage, self.hparams["num_queries"], quantize, self.hparams["lora_rank"])
         self.guard = NonFiniteGuard(nonfinite == "skip")
-        self._metrics: list[tuple[ExampleKey, dict[str, float]]] = []
+        self._metrics: list[tuple[str, dict[str, float]]] = []
         self._taken: set[str] = set()  # names of parameters that earlier stages trained
 
     @property
@@ -189,7 +187,7 @@ class OctopusModule(GuardedModule):
             figures = box_metrics(answer, wanted, due)
             if self.model.masks and len(example.masks) == 1 and example.masks[0]:
                 figures["mask_mean_iou"] = mask_areas(answer, example.masks[0]).iou
-            self._metrics.append(((example.image, example.key, example.instruction), figures))
+            self._metrics.append((example.key, figures))
 
     def on_validation_epoch_end(self) -> None:
         """Means over the validation set, in percent, of the examples of all devices, which may be of other kinds on each.

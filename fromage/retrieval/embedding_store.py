@@ -24,6 +24,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from fromage.data.image_source import ImageSource, Item, Names, is_absolute
+from fromage.data.shards import UNREAD
 from fromage.errors import UserError, reason
 from fromage.identity import FolderKind
 from fromage.images.locators import MEMBER, split_locator
@@ -88,7 +89,12 @@ class EmbeddingStore:
         made = {part: self._made_of(part, planned[part] if part < len(planned) else ()) for part in self._parts()}
         if not same and not images.goes_on(self.about.get("root"), {name for names in made.values() for name in names}):
             return None
-        stale = {part for part, names in made.items() if any(n not in now or (s and s != now[n]) for n, s in names.items())}
+        later = {UNREAD} if self.missing() else set()  # stamps of what is read again when all else is there
+        stale = {
+            part
+            for part, names in made.items()
+            if any(n not in now or (s and s != now[n] and s not in later) for n, s in names.items())
+        }
         if images.captions is not None:
             stale |= {part for part in made.keys() - stale if not self._has_captions(part, images.captions)}
         whole = same and not stale and self.about["parts"] == len(images.parts)
@@ -147,7 +153,8 @@ class EmbeddingStore:
 
     def _files(self) -> set[Path]:
         """The files of parts, also of more than there should be."""
-        return {path for path in self.folder.glob("*.parquet") if path.stem.isdecimal()}
+        found = (path for path in self.folder.glob("*.parquet") if path.stem.isdecimal())
+        return {path for path in found if path == self._path(int(path.stem))}
 
     def discard(self) -> None:
         """Remove the store; what else lies in its folder stays."""

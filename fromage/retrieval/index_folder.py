@@ -136,6 +136,7 @@ def read_about(folder: Path) -> dict[str, Any]:
 
 def _check_not_interrupted(folder: Path) -> None:
     """Raise UserError where an index was set aside and the one that replaces it did not get its name."""
+    folder = folder.resolve()  # what was set aside lies beside the index, not beside a link to it
     if not folder.exists() and (aside := set_aside(folder)).exists():
         raise UserError(f"{folder}: saving was interrupted; the former index is whole: rename {aside} to {folder}")
 

@@ -125,12 +125,16 @@ def unit(rows: np.ndarray, whose: str) -> np.ndarray:
         raise UserError(f"embeddings of {whose} are no numbers; search_index takes texts") from error
     if rows.ndim != 2:
         raise UserError(f"embeddings of {whose} have the shape {rows.shape}; expected (rows, width)")
-    if not has_direction(rows).all():
+    lengths = np.linalg.norm(rows, axis=1, keepdims=True)  # (n, 1)
+    if not _are_lengths(lengths).all():
         raise UserError(f"embeddings of {whose} hold zero rows, infinities or NaN; make them again, from a sound checkpoint")
-    return rows / np.linalg.norm(rows, axis=1, keepdims=True)  # (n, q)
+    return rows / lengths  # (n, q)
 
 
 def has_direction(rows: np.ndarray) -> np.ndarray:
     """(n,) truth values: which of (n, q) rows can be scaled to unit length; not zero rows, infinities and NaN."""
-    lengths = np.linalg.norm(rows, axis=1)  # (n,)
+    return _are_lengths(np.linalg.norm(rows, axis=1))  # (n,)
+
+
+def _are_lengths(lengths: np.ndarray) -> np.ndarray:
     return np.isfinite(lengths) & (lengths > 0)

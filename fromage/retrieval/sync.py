@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import chain
@@ -21,7 +22,7 @@ import pyarrow as pa
 from fromage.checks import ADDRESSES
 from fromage.data.caption_files import read_captions
 from fromage.data.image_source import FileStamp, Item, find_images, is_shards
-from fromage.errors import UserError
+from fromage.errors import UserError, reason
 from fromage.images.codec import image_files
 from fromage.images.locators import split_locator
 from fromage.images.open import read_file
@@ -164,9 +165,23 @@ def _difference(index: ImageIndex, where: Path, said: dict[str, str]) -> _Differ
             elif not item.path.startswith(ADDRESSES):
                 inside = item.path.startswith(within) and split_locator(item.path)[1] is None
                 found.strange += not inside
-                found.deleted += [item.path] * inside
+                if inside:
+                    _check_gone(item.path)
+                    found.deleted.append(item.path)
     found.new = [path for path in files if path not in seen]
     return found
+
+
+def _check_gone(path: str) -> None:
+    """Raise UserError for an image that is not listed and may be there all the same, in a folder that is closed to us."""
+    try:
+        there = stat.S_ISREG(os.stat(path).st_mode)  # noqa: PTH116 (a name in an index may hold half a character)
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return
+    except OSError as error:
+        raise UserError(f"{path}: cannot be looked for ({reason(error)}); see to its permissions") from error
+    if there:
+        raise UserError(f"{path}: its folder cannot be listed; see to its permissions")
 
 
 def _compare(item: Item, caption: str, found: _Difference) -> None:

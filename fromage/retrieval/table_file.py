@@ -77,7 +77,7 @@ def read_table(path: str | Path, key: str) -> Table:
 
 def as_keys(names: pa.ChunkedArray) -> pa.Array:
     """Texts or bytes as the keys of a table."""
-    return names.cast(pa.binary()).cast(pa.large_binary()).combine_chunks()
+    return names.cast(pa.large_binary()).combine_chunks()
 
 
 def kept_columns(path: Path, table: pa.Table) -> pa.Table:

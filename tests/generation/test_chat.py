@@ -23,7 +23,8 @@ def words(model, chat, said="a star"):
 def test_an_answer_has_its_token_ids(model):
     chat = Chat(model, decoding=Decoding(max_new_tokens=4, min_tokens=2, ret_bias=1e4, max_images=1))
     prompt = chat.prompt(["a ring"])
-    assert chat.say("a ring").ids == generate(model, [prompt], chat._decoding())[0].ids != []
+    answer, (same,) = chat.say("a ring"), generate(model, [prompt], chat._decoding())
+    assert answer.ids == same.ids != [] and answer.cut == same.cut is True
 
 
 def test_turns_examples_and_system_stand_in_the_prompt_in_their_order(model):

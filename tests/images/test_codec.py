@@ -164,7 +164,8 @@ def test_a_jpeg_of_many_scans_is_refused_and_one_of_ten_is_not():
     assert decode_image(photo).size == (64, 64), "a thumbnail in the metadata does not count"
 
 
-def test_a_folder_that_cannot_be_listed_is_no_empty_one(tmp_path, monkeypatch):
+@pytest.mark.parametrize("cause", [errno.EACCES, errno.EIO])
+def test_a_folder_that_cannot_be_listed_is_no_empty_one(tmp_path, monkeypatch, cause):
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "x.jpg").touch()
@@ -173,11 +174,15 @@ def test_a_folder_that_cannot_be_listed_is_no_empty_one(tmp_path, monkeypatch):
 
     def fails(path):
         if str(path).endswith("b"):
-            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+            raise OSError(cause, os.strerror(cause), str(path))
         return real(path)
 
     monkeypatch.setattr(os, "scandir", fails)
-    with pytest.raises(UserError, match=r"/b: cannot be looked into \(Permission denied\); see to its permissions"):
+    if cause == errno.EACCES:  # such as lost+found
+        with pytest.warns(UserWarning, match=r"folders that may not be listed are left out: .*/b$"):
+            assert [path.parent.name for path in image_files(tmp_path)] == ["a"]
+        return
+    with pytest.raises(UserError, match=r"/b: cannot be looked into \(Input/output error\); see to its permissions"):
         image_files(tmp_path)
 
 

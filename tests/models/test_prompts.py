@@ -103,6 +103,7 @@ def test_a_captioned_image_stands_as_in_training(toy_model, images):
         (["a", "A", " star", RET], "<a## star@"),
         (["A", "a", "B", "star"], "<##a##star"),
         (["A", START, "a", START], "<##a"),
+        ([START, "a", START, "star"], "<a star"),
         ([START, "A", "a"], "<##a"),
         ([], "<"),
     ],

@@ -63,11 +63,19 @@ def test_the_model_is_made_on_the_host_whatever_device_lightning_asks_for():
 def test_an_example_that_two_devices_have_counts_once(monkeypatch):
     module, logged = OctopusModule(stage=2, num_queries=8, **SMALL), {}
     monkeypatch.setattr(module, "log_dict", lambda figures, **how: logged.update(figures))
-    right, wrong = (("1.jpg", "1", "where?"), {"words": 1.0}), (("2.jpg", "1", "where?"), {"words": 0.0})
+    right, wrong = ("0:1", {"words": 1.0}), ("1:1", {"words": 0.0})
     module._metrics = [right]
     monkeypatch.setattr("fromage.octopus.module.gathered", lambda items: [*items, wrong, *items])
     module.on_validation_epoch_end()
     assert logged == {"val/words": 50.0}
+
+
+def test_examples_of_two_sources_that_have_one_name_are_two(trained):
+    world = trained / "world"
+    files = [str(world / "refcoco" / name) for name in ("refs(unc).p", "instances.json", "images")]
+    data = OctopusData(val=[RefCOCO(*files, split="val", limit=3)] * 2, batch_size=4)
+    data.setup("validate")
+    assert len({example.key for example in data.examples["val"]}) == 6
 
 
 def test_each_stage_trains_its_part_and_keeps_what_came_before(trained):

@@ -556,6 +556,29 @@ def test_a_file_that_could_not_be_read_is_read_again(tmp_path, monkeypatch):
     assert sum(seen) == 3, "what cannot be decoded is done"
 
 
+def test_a_file_that_may_not_be_read_holds_nothing_up(tmp_path, monkeypatch):
+    """Its part is not embedded again at each call, nor before the parts that are missing."""
+    folder, closed = write_colours(tmp_path / "images"), tmp_path / "images" / "red"
+    allowed, real = os.access, image_source.open_regular
+
+    def fails(path):
+        return real(path) if path.parent != closed else _refuse(path)
+
+    monkeypatch.setattr(image_source, "open_regular", fails)
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).parent != closed and allowed(path, mode))
+    seen = counted(monkeypatch)
+    for _ in range(2):
+        with pytest.warns(UserWarning, match=r"1 of 3 images .*red/a\.png: .*Permission denied"):
+            assert len(module.embed_images(Model(), folder, tmp_path / "e")) == 2
+    assert sum(seen) == 2, "the second call had nothing to do"
+    monkeypatch.undo()
+    assert len(module.embed_images(Model(), folder, tmp_path / "e")) == 3
+
+
+def _refuse(path):
+    raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+
 @pytest.mark.parametrize("command", [False, True])
 def test_a_shard_whose_reading_broke_off_is_read_again(tmp_path, monkeypatch, command):
     shard = tmp_path / "0.tar"
@@ -647,10 +670,11 @@ def test_what_else_lies_beside_embeddings_stays_when_nothing_was_usable(tmp_path
     module.embed_images(Model(), folder, out)
     (out / "notes.txt").write_text("mine")
     (out / "thesis").mkdir()
+    (out / "2024.parquet").write_text("mine too")
     (folder / "a.bmp").write_bytes(b"broken now")
     with pytest.raises(UserError, match="no usable image"):
         module.embed_images(Model(), folder, out)
-    assert sorted(path.name for path in out.iterdir()) == ["notes.txt", "thesis"]
+    assert sorted(path.name for path in out.iterdir()) == ["2024.parquet", "notes.txt", "thesis"]
 
 
 @pytest.mark.parametrize("odd", [0.0, 3e38])

@@ -292,6 +292,9 @@ def test_an_index_that_is_set_aside_is_not_built_over(tmp_path):
     folder.rename(aside)
     with pytest.raises(UserError, match=r"the former index is whole: rename .*\.index\.old"):
         FaissIndex.build(rows(3), items(3), "new").save(folder)
+    (tmp_path / "link").symlink_to(folder)
+    with pytest.raises(UserError, match=r"the former index is whole: rename .*\.index\.old"):
+        load_index(tmp_path / "link", "old")
     assert len(load_index(aside, "old")) == 2
     FaissIndex.build(rows(3), items(3), "new").save(folder, overwrite=True)
     assert len(load_index(folder, "new")) == 3 and not aside.exists()

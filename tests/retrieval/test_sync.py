@@ -1,5 +1,6 @@
 """An index follows its folder."""
 
+import errno
 import json
 import os
 
@@ -221,14 +222,22 @@ def test_an_index_of_a_former_version_without_stamps_is_embedded_once_more(index
     assert sync(index, photos, never)[1][:4] == (0, 0, 0, 3) and len(COLOURS) == 3
 
 
-def test_a_folder_that_cannot_be_listed_takes_no_image_away(index, photos, monkeypatch):
+@pytest.mark.parametrize(
+    ("cause", "told"),
+    [
+        (errno.EIO, r"photos/red: cannot be looked into \(Input/output error\)"),
+        (errno.EACCES, r"photos/red/\w+\.\w+: its folder cannot be listed"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:folders that may not be listed")
+def test_a_folder_that_cannot_be_listed_takes_no_image_away(index, photos, monkeypatch, cause, told):
     before, real = (index / "index.json").read_bytes(), os.scandir
 
     def fails(path="."):
-        return _raise(OSError(5, "Input/output error", str(path))) if str(path).endswith("red") else real(path)
+        return _raise(OSError(cause, os.strerror(cause), str(path))) if str(path).endswith("red") else real(path)
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "scandir", fails)
-        with pytest.raises(UserError, match=r"photos/red: cannot be looked into \(Input/output error\)"):
+        with pytest.raises(UserError, match=told):
             sync(index, photos, never)
     assert (index / "index.json").read_bytes() == before
