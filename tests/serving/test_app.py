@@ -205,8 +205,8 @@ def test_closing_a_stream_stops_its_decoding(app, address, monkeypatch):
 
 
 def test_an_answer_nobody_waits_for_is_not_decoded_to_its_end(app, address, monkeypatch):
-    worker, asked, tokens, begun, over = app.state.handler.worker, [], [], threading.Event(), threading.Event()
-    work = worker.chat
+    worker, begun, over = app.state.handler.worker, threading.Event(), threading.Event()
+    work, asked, tokens, left = worker.chat, [], [], []
 
     def chat(requests):
         asked.extend(requests)
@@ -219,14 +219,14 @@ def test_an_answer_nobody_waits_for_is_not_decoded_to_its_end(app, address, monk
         tokens.append(1)
         if len(tokens) == 3:
             begun.set()
-            assert asked[0].gone.wait(10)
+            left.append(asked[0].gone.wait(10))
 
     monkeypatch.setattr(worker, "chat", chat)
     monkeypatch.setattr(worker, "between", between)
     connection, _ = post(address, "/chat", SAY | {"decoding": LONG})
     assert begun.wait(10)
     connection.close()
-    assert over.wait(20) and len(tokens) == 3
+    assert over.wait(20) and left == [True] and len(tokens) == 3
 
 
 def test_who_has_gone_is_not_answered(app, address, monkeypatch):
