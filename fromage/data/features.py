@@ -214,9 +214,9 @@ def check_features(shards: str | list[str], vision: VisionTower, decoding: JpegD
             FEATURES.compare(folder, there, vision.fingerprint(decoding))
         else:
             unnamed.append(shard)
-    if (shard := next((shard for shard in unnamed if "npy" in first_sample(shard)), None)) is not None:
+    if (first := next((shard for shard in unnamed if "npy" in first_sample(shard)), None)) is not None:
         told = f"no {FEATURES.file} beside these stored features says of which tower they are"
-        warnings.warn(f"{shard_name(shard)}: {told}; see that it is the model's", stacklevel=2)
+        warnings.warn(f"{shard_name(first)}: {told}; see that it is the model's", stacklevel=2)
 
 
 def _about(folder: str, shard: str) -> dict[str, Any] | None:
