@@ -182,8 +182,9 @@ class OctopusData(pl.LightningDataModule):
         return {"layout": self.layout}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """The layout of the run that goes on."""
+        """The layout of the run that goes on. Its place in the epoch the sampler knows, which Lightning does not look at."""
         self.former = state_dict["layout"]
+        warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch ended")
 
     def _loader(self, part: str, batch_size: int, shuffle: bool) -> DataLoader[Any]:
         module: Any = self.trainer.lightning_module  # type: ignore[union-attr]

@@ -226,7 +226,7 @@ class Seen(pl.Callback):
         self.keys.append(batch.keys)
 
 
-@pytest.mark.filterwarnings("ignore")
+@pytest.mark.filterwarnings("ignore", "error:You're resuming from a checkpoint")
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_run_that_goes_on_sees_what_it_would_have_seen(world, tmp_path, workers):
     def fit(out, steps, resume=None, batch_size=4, epochs=None):
