@@ -66,6 +66,12 @@ class ImageOptions(EvalOptions):
             yield
         self.odd = allowed.count
 
+    def judged(self, read: Callable[[], Any], evaluate: Callable[..., Any], *more: Any) -> Result:
+        """Read data and evaluate the model on them; what is wrong with the files is told before towers are loaded."""
+        with self.reading():
+            data = read()
+        return self.told(evaluate(self.model(), data, self.options(), *more))
+
     def told(self, report: Any) -> Result:
         """As of EvalOptions, with the entries that were left out in reading."""
         odd = getattr(self, "odd", 0)
@@ -138,13 +144,13 @@ class CaptionOptions(RetrievalOptions):
 
         if eccv and self.limit:
             raise UserError("--eccv counts over the whole test split; leave out --limit")
-        with self.reading():
-            data = (
-                read_test(annotations, self.images)
-                if eccv
-                else read_caption_set(annotations, self.images, name, self.split, self.limit)
-            )
-        return self.told(evaluate(self.model(), data, self.options(), self.captioning))
+
+        def read() -> Any:
+            if eccv:
+                return read_test(annotations, self.images)
+            return read_caption_set(annotations, self.images, name, self.split, self.limit)
+
+        return self.judged(read, evaluate, self.captioning)
 
 
 def coco(annotations: Path, *, eccv: bool = False, run: CaptionOptions) -> Result:
@@ -174,9 +180,7 @@ def vist(annotations: Path, *, run: RetrievalOptions) -> Result:
     """
     from fromage.evals.vist import evaluate, read_stories
 
-    with run.reading():
-        data = read_stories(annotations, run.images, run.limit)
-    return run.told(evaluate(run.model(), data, run.options()))
+    return run.judged(lambda: read_stories(annotations, run.images, run.limit), evaluate)
 
 
 def visdial(
@@ -192,9 +196,7 @@ def visdial(
     from fromage.evals.dialogues import read_dialogues
     from fromage.evals.visdial import evaluate
 
-    with run.reading():
-        data = read_dialogues(annotations, dense, run.images, run.limit)
-    return run.told(evaluate(run.model(), data, run.options(), answers, scores))
+    return run.judged(lambda: read_dialogues(annotations, dense, run.images, run.limit), evaluate, answers, scores)
 
 
 @dataclass(kw_only=True)
@@ -227,9 +229,12 @@ def circo(annotations: Path, *, gallery: Path, run: ServedOptions) -> Result:
     """
     from fromage.evals.circo import evaluate, read_circo
 
-    with run.reading():
-        data = run.check(read_circo(annotations, gallery, run.images, run.limit), "circo_*.json")
-    return run.told(evaluate(run.model(), data, run.options(), run.server_files, run.overwrite))
+    return run.judged(
+        lambda: run.check(read_circo(annotations, gallery, run.images, run.limit), "circo_*.json"),
+        evaluate,
+        run.server_files,
+        run.overwrite,
+    )
 
 
 def cirr(annotations: Path, *, gallery: Path, run: ServedOptions) -> Result:
@@ -241,9 +246,12 @@ def cirr(annotations: Path, *, gallery: Path, run: ServedOptions) -> Result:
     """
     from fromage.evals.cirr import evaluate, read_cirr
 
-    with run.reading():
-        data = run.check(read_cirr(annotations, gallery, run.images, run.limit), "cirr_*.json")
-    return run.told(evaluate(run.model(), data, run.options(), run.server_files, run.overwrite))
+    return run.judged(
+        lambda: run.check(read_cirr(annotations, gallery, run.images, run.limit), "cirr_*.json"),
+        evaluate,
+        run.server_files,
+        run.overwrite,
+    )
 
 
 def fashioniq(dataset: Path, *, run: RetrievalOptions) -> Result:
@@ -254,9 +262,7 @@ def fashioniq(dataset: Path, *, run: RetrievalOptions) -> Result:
     """
     from fromage.evals.fashion_iq import evaluate, read_fashion_iq
 
-    with run.reading():
-        data = read_fashion_iq(dataset, run.images, limit=run.limit)
-    return run.told(evaluate(run.model(), data, run.options()))
+    return run.judged(lambda: read_fashion_iq(dataset, run.images, limit=run.limit), evaluate)
 
 
 def genecis(files: Sequence[Path], *, run: RetrievalOptions) -> Result:
@@ -267,9 +273,7 @@ def genecis(files: Sequence[Path], *, run: RetrievalOptions) -> Result:
     """
     from fromage.evals.genecis import evaluate, read_genecis
 
-    with run.reading():
-        data = read_genecis(files, run.images, run.limit)
-    return run.told(evaluate(run.model(), data, run.options()))
+    return run.judged(lambda: read_genecis(files, run.images, run.limit), evaluate)
 
 
 def chatir(annotations: Path, *, gallery: Path, run: RetrievalOptions) -> Result:
@@ -281,9 +285,7 @@ def chatir(annotations: Path, *, gallery: Path, run: RetrievalOptions) -> Result
     """
     from fromage.evals.chatir import evaluate, read_chats
 
-    with run.reading():
-        data = read_chats(annotations, gallery, run.images, run.limit)
-    return run.told(evaluate(run.model(), data, run.options()))
+    return run.judged(lambda: read_chats(annotations, gallery, run.images, run.limit), evaluate)
 
 
 def few_shot(*, world: Path, shots: Sequence[int] = (0, 1, 2, 4), run: EvalOptions) -> Result:
