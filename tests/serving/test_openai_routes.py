@@ -83,8 +83,10 @@ def test_an_answer_of_words_is_a_string(official, server, model):
     (said,) = parts(server, WORDS)
     assert reply.choices[0].message.content == said["text"] and reply.choices[0].message.role == "assistant"
     assert (reply.usage.completion_tokens, reply.choices[0].finish_reason) == (6, "length")
+    text = said["text"]
+    stop = next(text[start:] for start in range(len(text) - 1, -1, -1) if text.index(text[start:]) == start)
     for streamed in (False, True):
-        ended = ask(official, stop=said["text"][-4:], max_tokens=6, stream=streamed)  # met at the last token
+        ended = ask(official, stop=stop, max_tokens=6, stream=streamed)  # met at the last token
         last = list(ended)[-1] if streamed else ended
         assert last.choices[0].finish_reason == "stop"
     assert reply.usage.prompt_tokens == prompt_length(model, "a red star") == reply.usage.total_tokens - 6
