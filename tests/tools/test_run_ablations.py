@@ -55,6 +55,12 @@ def saved(out):
     return checkpoint
 
 
+def prepare(out):
+    """A world of which the version alone is looked at."""
+    (out / "world.json").write_text('{"version": 1}')
+    return out, out
+
+
 def test_each_configuration_changes_one_thing_of_the_toy_one(tool):
     def read(name):
         return yaml.safe_load(Path(find_config(name)).read_text())
@@ -77,7 +83,7 @@ def test_every_seed_is_trained_and_judged_once_and_a_killed_run_taken_up(tool, t
         return saved(out)
 
     seed = lambda model: float(model.parents[1].name[-1])  # noqa: E731
-    monkeypatch.setattr(tool, "prepare", lambda out: (out, out))
+    monkeypatch.setattr(tool, "prepare", prepare)
     monkeypatch.setattr(tool, "train", train)
     monkeypatch.setattr(tool, "load_model", lambda path: path)
     monkeypatch.setattr(tool, "judge", lambda model, world, answers: {"fromage.5_captions.r1": 50 + seed(model)})
@@ -95,6 +101,10 @@ def test_every_seed_is_trained_and_judged_once_and_a_killed_run_taken_up(tool, t
     assert trained == [*options[:3], *options[2:]]  # the third began again, the first two did not
     assert json.loads(out.read_text())["figures"]["k4"]["fromage.5_captions.r1"] == {"mean": 51.0, "deviation": 1.0}
     assert "| base |  |  |  | 51.0 ± 1.0 |" in capsys.readouterr().out
+    (tmp_path / "base" / "seed0" / "figures.json").unlink()  # as after a kill between training and judging
+    out.unlink()
+    tool.main()
+    assert len(trained) == len(options) + 1, "a run that came to its end was trained again"
 
 
 def test_the_configurations_of_composition_learning(tool, tmp_path, monkeypatch):
@@ -105,7 +115,7 @@ def test_the_configurations_of_composition_learning(tool, tmp_path, monkeypatch)
         assert read["model"] == {"class_path": "fromage.FromageModule", "init_args": change}
         assert read.get("data", {}).get("init_args", {}) == ({"target_images": False} if name == "clip" else {})
     trained = []
-    monkeypatch.setattr(tool, "prepare", lambda out: (out, out))
+    monkeypatch.setattr(tool, "prepare", prepare)
     monkeypatch.setattr(tool, "train", lambda out, k, world, features, words: trained.append(words[:4]) or saved(out))
     monkeypatch.setattr(tool, "load_model", lambda path: path)
     monkeypatch.setattr(tool, "judge", lambda model, world, answers: {"fromage.composed.r1": 50.0})
