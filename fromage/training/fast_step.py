@@ -122,7 +122,7 @@ def captioning(model: Fromage, batch: Batch, features: Tensor, paired: bool) -> 
     Where the start token stands first, of [</s>] [W_c v(x)] [y_1 ... y_n], and of a pair that shares it.
     """
     k, r, first = model.k, model.r, int(model.start_first)
-    targets = [n - r - first for n in batch.lengths]  # of each caption: without [RET]
+    targets = [n - r - first for n in batch.lengths]  # how many each caption has: without [RET], and a start token in front
     words = PackedLayout(batch.lengths, batch.ids.device)
     packed = words.pack(batch.ids)  # (sum of lengths,)
     places = packed.new_full((k,), model.tokenizer.image_id)  # (k,)

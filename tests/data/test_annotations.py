@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 
-from fromage.cli.evals import ImageOptions
+from fromage.cli.eval_options import ImageOptions
 from fromage.data.annotation_formats import coco_captions, format_of
 from fromage.data.annotations import DIGITS, ID, TEXT, WHOLE, fitting, odd_allowed, problem
 from fromage.errors import UserError

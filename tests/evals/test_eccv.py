@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fromage.cli.evals import CaptionOptions
+from fromage.cli.eval_options import CaptionOptions
 from fromage.errors import UserError
 from fromage.evals import eccv
 from fromage.evals.caption_sets import Numbers

@@ -5,7 +5,7 @@ import torch
 from test_fast_step import make_batch, run
 from transformers import AutoTokenizer, OPTConfig, OPTForCausalLM
 
-from fromage.cli.evals import EvalOptions
+from fromage.cli.eval_options import EvalOptions
 from fromage.cli.models import load_any
 from fromage.cli.talk import Opening
 from fromage.data.tokenizer import PromptTokenizer
