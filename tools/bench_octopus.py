@@ -75,7 +75,7 @@ def one_stage(model: Octopus, stage: int, rank: int, size: int, rounds: int) -> 
     held = torch.cuda.memory_allocated() if gpu else 0
     step()
     peak = torch.cuda.max_memory_allocated() - held if gpu else None
-    many, tokens = sum(p.numel() for p in trained), batch.ids.shape[1] + batch.answers.shape[1]
+    many, tokens = sum(p.numel() for p in trained), (len(batch.prompts.ids) + len(batch.fed.ids)) // size
     return {"seconds": statistics.median(times[1:]), "peak_memory_bytes": peak, "trained": many, "tokens": tokens}
 
 
@@ -92,7 +92,7 @@ def rows(model: Octopus, rounds: int) -> dict[str, Any]:
     batches = {"together": lesson(model, ROW, True, per_image=ROW), "alone": lesson(model, ROW, True)}
     calls = {name: partial(train, model, batch, optimizer) for name, batch in batches.items()}
     taken = seconds_of(calls, rounds, model.device)
-    tokens = {name: batch.ids.numel() + batch.fed.numel() for name, batch in batches.items()}
+    tokens = {name: len(batch.prompts.ids) + len(batch.fed.ids) for name, batch in batches.items()}
     return {"examples": ROW, "seconds": taken, "tokens": tokens, "ratio": round(taken["alone"] / taken["together"], 2)}
 
 

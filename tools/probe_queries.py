@@ -34,6 +34,7 @@ from fromage.octopus.model import Octopus, load_octopus
 from fromage.octopus.module import load_trained
 from fromage.octopus.patch_store import PatchStore
 from fromage.octopus.recognition import Recognizer
+from fromage.octopus.step import read_prompts
 from fromage.toy.scenes import COLOURS, SHAPES
 from fromage.training.configs import find_config
 from fromage.training.planning import options_of
@@ -62,8 +63,7 @@ def see(model: Octopus, examples: Sequence[Example], store: PatchStore) -> Seen:
     with torch.no_grad():
         for start in range(0, len(examples), 100):
             batch = collate([([[each]], store[each.image]) for each in examples[start : start + 100]])
-            embeds = model.embed(batch.ids, model.prefix(batch.patches))  # type: ignore[arg-type]
-            model.read(batch.ids, batch.branch, embeds, batch.patches, batch.queries)  # type: ignore[arg-type]
+            read_prompts(model, batch, batch.patches)  # type: ignore[arg-type]
     handle.remove()
     images = {image: i for i, image in enumerate(dict.fromkeys(each.image for each in examples))}
     return Seen(

@@ -50,7 +50,7 @@ ROWS: dict[str, list[str]] = {  # of Octopus: what is changed
 TRIED: dict[str, tuple[Any, str, Any]] = {  # what of Octopus is another one, and what it is then
     "far_queries": (model, "APART", 1.0),
     "random_queries": (model, "_start", lambda lm, n: torch.randn(n, lm.width) * lm.added.mean_norm.cpu() / lm.width**0.5),
-    "blind_queries": (model, "among", lambda places, n: torch.zeros(*places.shape, places.shape[1], dtype=torch.bool)),
+    "blind_queries": (model, "among", lambda back, queries, layout: back),
     "no_points": (recognition, "_spread", lambda n: torch.zeros(n, 2)),
 }
 COUNTERPARTS: dict[str, list[str]] = {

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig
-from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import is_bitsandbytes_available
 from transformers.utils.logging import disable_progress_bar
@@ -127,13 +126,6 @@ class LanguageModel(FrozenTower):
         return zeros.masked_fill_(~sees, torch.finfo(self.dtype).min)
 
     @property
-    def _has_alibi(self) -> bool:
-        """Whether attention falls with the distance of tokens, which is counted in places of the row."""
-        config = self.hf.config.get_text_config()
-        inner = getattr(config, "attn_config", None)  # of MPT
-        return config.model_type == "bloom" or bool(getattr(config, "alibi", False) or getattr(inner, "alibi", False))
-
-    @property
     def _kind(self) -> str:
         return self.hf.config.get_text_config().model_type
 
@@ -142,20 +134,6 @@ class LanguageModel(FrozenTower):
         window = getattr(self.hf.config.get_text_config(), "sliding_window", None)
         if window is not None and tokens > window:
             raise UserError(f"{tokens} tokens in a row: {self.name} looks back {window} in places; shorten the rows")
-
-    def cached(self, embeds: Tensor, mask: Tensor, positions: Tensor, cache: Cache) -> Tensor:
-        """(B, T, d) input embeddings at positions (B, T), which follow the cached tokens -> (B, T, d) hidden states.
-
-        mask: (B, 1, T, S + T) bool, which of S cached and T new tokens each new token sees. The cache grows by T tokens.
-        Raises UserError where that is more than a sliding window, and for a family that has positions of its own (ALiBi).
-        """
-        if self._has_alibi:
-            told = f"{self._kind} counts positions by itself (ALiBi), which branches of a row cannot have"
-            raise UserError(f"{self.name}: {told}")
-        self._check_window(mask.shape[-1])
-        attention = self.additive(mask)  # numbers: eager attention (Gemma 2, gpt-oss) would add a bool as 0 and 1
-        output = self._run(embeds, attention_mask=attention, position_ids=positions, past_key_values=cache, use_cache=True)
-        return output.last_hidden_state  # (B, T, d)
 
     def packed(self, embeds: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """(1, N, d) packed input embeddings at positions (N,) -> (N, d) hidden states; see packed_attention for attend.
@@ -171,7 +149,8 @@ class LanguageModel(FrozenTower):
         if not self._routes or kinds or len(attend.layers) < config.num_hidden_layers:
             raise UserError(
                 f"{self.name}: {config.model_type} has an attention of its own, which cannot run packed sequences, as the "
-                "fast step and scores do; train with --model.step reference, or choose another language model"
+                "fast step, scores and Octopus do; train FROMAGe with --model.step reference, or choose another language "
+                "model"
             )
         return output.last_hidden_state[0]  # (1, N, d) -> (N, d)
 

@@ -4,7 +4,8 @@ A Hugging Face model calls a registered function for its attention. Ours stands 
 and asks in each call whether this thread runs packed sequences (`attending`); if not, the model's own answers, so that
 one thread can decode while another scores. For packed sequences ours pads queries, keys and values to (S, T), computes
 causal attention (the padding comes last, so no mask is needed) and removes the padding again. What the tokens attend to
-is an Attend: Causal, More (r new tokens after cached ones: the one-token backward) or Continuations.
+is an Attend: Causal, More (r new tokens after cached ones: the one-token backward), Continuations, or Visible, which is told
+(Octopus).
 
 A token sees itself and the tokens at earlier positions, so tokens that share a position do not see one another: this is all
 that stacked [RET] tokens are (`distances`). A sequence may also end in several branches, each of which goes on from the
@@ -63,6 +64,7 @@ class PackedLayout:
         max_seqlen: T, tokens of the longest sequence.
         positions: (N,) position of each token within its sequence.
         indices: (N,) place of each token among the S T places of the padded batch.
+        lengths: tokens of each sequence.
         starts: offset of each sequence among the packed tokens.
         shared: whether tokens share positions.
         branches: (N,) where sequences have branches: 0 for the trunk, else the branch a token is in.
@@ -72,7 +74,7 @@ class PackedLayout:
         self, lengths: list[int], device: torch.device, positions: Tensor | None = None, branches: Tensor | None = None
     ) -> None:
         """lengths: tokens of each sequence, at least one. positions: (N,), where tokens share some. branches: as above."""
-        self.count, self.max_seqlen = len(lengths), max(lengths)
+        self.count, self.max_seqlen, self.lengths = len(lengths), max(lengths), lengths
         places = [t for n in lengths for t in range(n)]
         flat = [s * self.max_seqlen + t for s, n in enumerate(lengths) for t in range(n)]
         self.positions, self.indices = to_device([places, flat], device)  # (2, N) -> (N,) each
@@ -233,6 +235,33 @@ class More(Attend):
         keys, values = (torch.cat([old, new], 2) for old, new in zip(self.kept.pop(layer), (k, v), strict=True))
         seen = weighting.seen(self.back)  # (S, 1, r, T + r); keys and values are (S, H', T + r, e)
         return weighting.attention(q, keys, values, seen).transpose(1, 2).flatten(0, 1)  # (S, H, r, e) -> (N, H, e)
+
+
+class Visible(Attend):
+    """Each token attends to what it is told, among its own tokens and those of an earlier pass in the same rows (Octopus).
+
+    Attributes:
+        kept: layer -> keys, values (S, H', S' + T, e), of the earlier tokens and these; for a later pass.
+    """
+
+    def __init__(self, layout: PackedLayout, back: Tensor, before: Visible | None = None) -> None:
+        """back: (S, T, S' + T), how many positions before each token another one stands; below 0: hidden.
+
+        before: the pass over the S' tokens, padded. Without gradients its keys and values are given up, layer by layer.
+        """
+        super().__init__()
+        self.layout, self.back, self.past = layout, back, None if before is None else before.kept
+        self.kept: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, weighting: Weighting) -> Tensor:
+        """See Attend. A layer may run again in the backward (activation checkpointing): what is kept then stays the same."""
+        q, k, v = (self.layout.pad_input(x).transpose(1, 2) for x in (q, k, v))  # (S, H, T, e)
+        if self.past is not None:
+            past = self.past[layer] if torch.is_grad_enabled() else self.past.pop(layer)
+            k, v = (torch.cat([old, new], 2) for old, new in zip(past, (k, v), strict=True))  # (S, H', S' + T, e)
+        self.kept.setdefault(layer, (k, v))
+        seen = weighting.seen(self.back.unsqueeze(1))  # (S, 1, T, S' + T)
+        return self.layout.unpad_input(weighting.attention(q, k, v, seen).transpose(1, 2))  # (S, T, H, e) -> (N, H, e)
 
 
 class Continuations(Attend):

@@ -14,7 +14,7 @@ from fromage.data.padding import pad
 from fromage.data.tokenizer import PromptTokenizer
 from fromage.models.prompts import part_ids
 from fromage.octopus.answers import answer_ids
-from fromage.octopus.branches import query_places
+from fromage.octopus.branches import Rows, query_places
 from fromage.octopus.examples import Conversation, Example, Row
 from fromage.octopus.matching import Objects
 from fromage.octopus.model import QUERY, Octopus, query_tokens
@@ -46,29 +46,27 @@ class Collate:
         """Conversations with the pixels (3, H, W) or patches (P, m) of their image -> a batch."""
         tokenizer, num_queries = self.layout.tokenizer, self.layout.num_queries
         laid = [self._lay(row) for row, _ in rows]
-        (ids, real), (fed, _) = pad([one.ids for one in laid], tokenizer.pad_id, "left"), pad([one.fed for one in laid], 0)
-        T, F = ids.shape[1], fed.shape[1]
-        branch = pad([one.branch for one in laid], 0, "left")[0].masked_fill(~real, -1)  # (B, T)
+        prompts = _rows([one.prompts for one in laid])
         answers, kept = pad([answer for one in laid for answer in one.answers], tokenizer.pad_id)  # (E, A)
-        queries = query_places(ids == tokenizer.added[QUERY], num_queries)  # (E, N)
-        A, first, places = answers.shape[1], 0, []
-        for number, one in enumerate(laid):
-            shift = T - len(one.ids)  # padding before the row's tokens
-            places += [number * (T + F) + (T + col if after else shift + col) for at in one.at for after, col in at]
-            fed[number, : len(one.fed)] = torch.tensor([(first + turn) * A + place for turn, place in one.fed_from])
-            first += len(one.answers)
+        queries = query_places(prompts.ids == tokenizer.added[QUERY], num_queries)  # (E, N)
+        A, turns_before, before, fed_before = answers.shape[1], 0, 0, len(prompts.ids)
+        fed, at = [], []
+        for one in laid:
+            at += [(fed_before if after else before) + place for each in one.at for after, place in each]
+            fed.append(one.fed._replace(ids=[(turns_before + turn) * A + place for turn, place in one.fed_from]))
+            turns_before, before = turns_before + len(one.answers), before + len(one.prompts.ids)
+            fed_before += len(one.fed_from)
         shown = torch.stack([tensor for _, tensor in rows])
         examples = [turn for row, _ in rows for turns in row for turn in turns]
         return GroundingBatch(
             examples=examples,
-            ids=ids,
-            branch=branch,
+            prompts=prompts,
             answers=answers,
             targets=kept.flatten().nonzero().flatten(),
-            fed=fed,
-            fed_branch=pad([one.fed for one in laid], -1)[0],
-            at=torch.tensor(places, dtype=torch.long),
+            fed=_rows(fed),
+            at=torch.tensor(at, dtype=torch.long),
             queries=queries,
+            images=torch.tensor([number for number, one in enumerate(laid) for _ in one.answers])[: len(queries)],
             objects=objects_of(examples, num_queries, self.layout.mask_size),
             pixels=None if self.stored else shown,
             patches=shown if self.stored else None,
@@ -76,24 +74,22 @@ class Collate:
 
     def _lay(self, row: Row) -> _Laid:
         """The tokens of a row: the shared part, then each conversation as a branch."""
-        laid = _Laid([], [], [], [], [], [])
+        laid = _Laid(_Row([], [], []), _Row([], [], []), [], [], [], {})
         for number, turns in enumerate(row, 1):
             for turn in turns:
                 answer = answer_ids(turn, self.layout.tokenizer, self.layout.num_queries)
                 prompt, cut = self._prompt(turn, first=turn is turns[0]), 0
                 if turn is turns[0]:
                     cut = len(prompt) - prompt[::-1].index(self.layout.tokenizer.image_id)  # after the image
-                if not laid.ids:
-                    laid.add(prompt[:cut], 0)
-                laid.add(prompt[cut:], number)
-                at, turn_number = [(False, len(laid.ids) - 1)], len(laid.answers)
-                if turn is turns[-1]:
-                    at += [(True, len(laid.fed) + place) for place in range(len(answer) - 1)]
-                    laid.fed.extend([number] * (len(answer) - 1))
+                if not laid.prompts.ids:
+                    laid.add(laid.prompts, prompt[:cut], 0)
+                laid.add(laid.prompts, prompt[cut:], number)
+                at, turn_number = [(False, len(laid.prompts.ids) - 1)], len(laid.answers)
+                if last := turn is turns[-1]:
                     laid.fed_from.extend((turn_number, place) for place in range(len(answer) - 1))
-                else:
-                    at += [(False, len(laid.ids) + place) for place in range(len(answer) - 1)]
-                    laid.add(answer, number)
+                rows = laid.fed if last else laid.prompts
+                at += [(last, len(rows.ids) + place) for place in range(len(answer) - 1)]
+                laid.add(rows, answer[:-1] if last else answer, number)
                 laid.answers.append(answer)
                 laid.at.append(at)
         return laid
@@ -117,7 +113,7 @@ class Collate:
             if fixed + sum(_most_tokens(turn, spelled) for turn in some) <= longest:
                 return some
             laid = self._lay([some])
-            if len(laid.ids) + len(laid.fed) <= longest:
+            if len(laid.prompts.ids) + len(laid.fed.ids) <= longest:
                 return some
         return []
 
@@ -131,20 +127,39 @@ def _most_tokens(turn: Example, box: int) -> int:
     return len(turn.instruction.encode()) + sum(pieces)
 
 
-class _Laid(NamedTuple):
-    """The tokens of a row, before padding."""
+class _Row(NamedTuple):
+    """The tokens of one row, as of Rows."""
 
     ids: list[int]
+    positions: list[int]
     branch: list[int]
+
+
+class _Laid(NamedTuple):
+    """One row, laid out."""
+
+    prompts: _Row
+    fed: _Row  # the tokens after the prompts
     answers: list[list[int]]  # of each turn
     at: list[list[tuple[bool, int]]]  # where each token of an answer is predicted: after the prompts or in them; the place
-    fed: list[int]  # branches of the tokens after the prompts
-    fed_from: list[tuple[int, int]]  # the turn and the place in its answer of each
+    fed_from: list[tuple[int, int]]  # the turn and the place in its answer of each token after the prompts
+    ends: dict[int, int]  # the next position of each branch
 
-    def add(self, ids: list[int], branch: int) -> None:
-        """More tokens of a branch."""
-        self.ids.extend(ids)
-        self.branch.extend([branch] * len(ids))
+    def add(self, to: _Row, ids: list[int], branch: int) -> None:
+        """More tokens of a branch, which begins after the shared part."""
+        first = self.ends.get(branch, self.ends.get(0, 0))
+        self.ends[branch] = first + len(ids)
+        to.ids.extend(ids)
+        to.positions.extend(range(first, first + len(ids)))
+        to.branch.extend([branch] * len(ids))
+
+
+def _rows(rows: Sequence[_Row]) -> Rows:
+    """Rows laid end to end."""
+    ids, positions, branch = (
+        torch.tensor([*chain.from_iterable(each)], dtype=torch.long) for each in zip(*rows, strict=True)
+    )
+    return Rows(ids, [len(row.ids) for row in rows], positions, branch)
 
 
 def objects_of(examples: Sequence[Example], num_queries: int, mask_size: tuple[int, int] | None = None) -> Objects:

@@ -6,12 +6,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from fromage.checks import check_whole
 from fromage.errors import UserError
-from fromage.models.prompts import ImageInput, embed_prompts
+from fromage.models.packed_attention import PackedLayout
+from fromage.models.prompts import ImageInput, Prompts, embed_prompts
 from fromage.octopus.answers import Grounded, read_indexed, read_text
-from fromage.octopus.branches import alone
+from fromage.octopus.branches import query_places
 from fromage.octopus.model import Octopus, Prefill
 from fromage.octopus.sources import check_question
 
@@ -52,9 +54,17 @@ def ground(
             prompts = [model.prompt(*asked[i], ask) for i in some]
             embedded = embed_prompts(model, prompts, max_new_tokens)
             patches = embedded.features[[shown[-1] for shown in embedded.shown if shown]]  # (B, P, m), or of no prompt
-            prefill = model.read(embedded.ids, alone(embedded.mask), embedded.embeds, patches)
+            prefill = read_batch(model, embedded, patches)
             answers |= zip(some, grounded(model, prefill, decode(model, prefill, max_new_tokens)), strict=True)
     return [answers[i] for i in range(len(asked))]
+
+
+def read_batch(model: Octopus, prompts: Prompts, patches: Tensor) -> Prefill:
+    """Run prompts, one a row, about images with patch features (B, P, m); of prompts without images (0, P, m)."""
+    ids, layout = prompts.ids[prompts.mask], PackedLayout(prompts.mask.sum(1).tolist(), model.device)  # (M,)
+    queries = query_places(model.is_query(ids), model.num_queries)  # (E, N)
+    images = torch.arange(len(queries), device=model.device)  # (E,)
+    return model.read(layout, prompts.embeds[prompts.mask], patches, queries, images)
 
 
 def decode(model: Octopus, prefill: Prefill, max_new_tokens: int) -> list[list[int]]:
@@ -69,7 +79,7 @@ def decode(model: Octopus, prefill: Prefill, max_new_tokens: int) -> list[list[i
             if token == model.tokenizer.eos_id or len(out[row]) == max_new_tokens:
                 open_.discard(row)
         if open_:
-            hidden = model.extend(prefill, ids.unsqueeze(1))[:, -1]  # (B, 1, d) -> (B, d)
+            hidden = model.extend(prefill, ids)  # (B, d)
     return out
 
 

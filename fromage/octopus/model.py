@@ -26,7 +26,6 @@ from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
 
 from fromage.checkpoints.format import OCTOPUS, TOWERS, Saved, dtype_name
 from fromage.data.tokenizer import IMAGE_TOKEN, PromptTokenizer
@@ -35,11 +34,12 @@ from fromage.models.base import digest
 from fromage.models.frozen import digest_of_samples, hold
 from fromage.models.language_model import LanguageModel, load_lm
 from fromage.models.options import Quantized
+from fromage.models.packed_attention import PackedLayout, Visible, to_device
 from fromage.models.pretrained import Pretrained, parameters_of
 from fromage.models.prompts import ImageInput, Part, Token
 from fromage.models.vision.base import VisionTower
 from fromage.models.vision.registry import load_patches
-from fromage.octopus.branches import among, positions, query_places, seen
+from fromage.octopus.branches import Known, among
 from fromage.octopus.checkpoint import check_kinds, check_names, present
 from fromage.octopus.lora import add_lora
 from fromage.octopus.masks import SCALES
@@ -65,21 +65,23 @@ class Prefill:
     """Prompts after their forward pass, ready for answers.
 
     Attributes:
-        states: (B, T, d) hidden states of the prompts.
-        cache: keys and values of every layer.
-        branch: (B, S) of the cached tokens.
+        states: (M, d) hidden states of the prompts' tokens.
+        ends: (B,) which of them is each row's last.
+        known: the tokens so far.
+        seen: their keys and values.
         found: the detections of E prompts; None if they have no queries.
     """
 
     states: Tensor
-    cache: DynamicCache
-    branch: Tensor
+    ends: Tensor
+    known: Known
+    seen: Visible
     found: Detections | None
 
     @property
     def hidden(self) -> Tensor:
         """(B, d) hidden states of the rows' last tokens: of one prompt a row, they predict the answers' first tokens."""
-        return self.states[:, -1]
+        return self.states.index_select(0, self.ends)
 
 
 class Octopus(Pretrained):
@@ -220,36 +222,36 @@ class Octopus(Pretrained):
         embeds, places = super().embed(ids, prefix), self.is_query(ids)
         if not self.num_queries:
             return embeds
-        number = (places.cumsum(1) - 1) % self.num_queries  # (B, T)
-        rows = self.queries.index_select(0, number.flatten()).view_as(embeds)  # (B, T, d)
+        number = (places.flatten().cumsum(0) - 1) % self.num_queries  # (B T,)
+        rows = self.queries.index_select(0, number).view_as(embeds)  # (B, T, d)
         return torch.where(places.unsqueeze(-1), rows.to(embeds.dtype), embeds)  # (B, T, d)
 
     def is_query(self, ids: Tensor) -> Tensor:
-        """(B, T) bool: whether a token is an object query."""
+        """Ids of any shape -> bool: whether a token is an object query."""
         return ids == self.tokenizer.added[QUERY]
 
-    def read(self, ids: Tensor, branch: Tensor, embeds: Tensor, patches: Tensor, queries: Tensor | None = None) -> Prefill:
+    def read(self, layout: PackedLayout, embeds: Tensor, patches: Tensor, queries: Tensor, images: Tensor) -> Prefill:
         """Run prompts through both halves of the language model, with the decoder and the relay between them.
 
-        ids, branch (B, T); embeds (B, T, d); patches (B, P, m), which the decoder attends to. queries: (E, N) of
-        `query_places`; None to look for them, for which the host waits. Either all prompts have queries, or none.
+        layout: of the M tokens of B rows, with their branches. embeds (M, d); patches (B, P, m), which the decoder attends
+        to. queries: (E, N) of `query_places`; images: (E,), the rows of these prompts. Either all have queries, or none.
         """
-        queries = query_places(self.is_query(ids), self.num_queries) if queries is None else queries  # (E, N)
-        sees, cache = seen(branch, branch), DynamicCache()  # (B, T, T); full cache in every layer, masks say what is seen
-        mask = (sees | among(self.is_query(ids), self.num_queries)).unsqueeze(1)  # (B, 1, T, T)
-        with self._recognising(queries, patches) as found:
-            states = self.lm.cached(embeds, mask, positions(sees), cache)  # (B, T, d)
-        return Prefill(states, cache, branch, found[0] if found else None)
+        seen = Visible(layout, among(layout.distances, queries, layout))
+        with self._recognising(queries, images, patches) as found:
+            states = self.lm.packed(embeds.unsqueeze(0), layout.positions, seen)  # (M, d)
+        ends = [start + count - 1 for start, count in zip(layout.starts, layout.lengths, strict=True)]
+        return Prefill(states, to_device(ends, states.device), Known.of(layout), seen, found[0] if found else None)
 
-    def extend(self, prefill: Prefill, ids: Tensor, branch: Tensor | None = None) -> Tensor:
-        """(B, A) tokens that continue a prefill -> (B, A, d) hidden states. The prefill grows by these tokens.
+    def extend(self, prefill: Prefill, ids: Tensor, layout: PackedLayout | None = None) -> Tensor:
+        """(F,) tokens that continue the rows of a prefill -> (F, d) hidden states. The prefill grows by these tokens.
 
-        branch: (B, A) of the tokens; None for that of each row's last token.
+        layout: of the tokens; None for one in each row.
         """
-        branch = prefill.branch[:, -1:].expand_as(ids) if branch is None else branch
-        prefill.branch = torch.cat([prefill.branch, branch], 1)  # (B, S + A)
-        sees = seen(branch, prefill.branch)  # (B, A, S + A)
-        return self.lm.cached(self.lm.embed(ids), sees.unsqueeze(1), positions(sees), prefill.cache)  # (B, A, d)
+        layout = prefill.known.next() if layout is None else layout
+        new = Known.of(layout)
+        prefill.known = prefill.known.followed_by(new)
+        prefill.seen = Visible(layout, prefill.known.back(new), prefill.seen)
+        return self.lm.packed(self.lm.embed(ids.unsqueeze(0)), layout.positions, prefill.seen)  # (F, d)
 
     def logits(self, hidden: Tensor, prefill: Prefill) -> Tensor:
         """(..., d) hidden states after a prefill -> (..., V + 2 + N) logits in float32 (equation 5).
@@ -267,23 +269,23 @@ class Octopus(Pretrained):
         return self.recognizer.masks.size if self.masks else None  # type: ignore[union-attr, return-value]
 
     @contextmanager
-    def _recognising(self, places: Tensor, patches: Tensor) -> Iterator[list[Detections]]:
+    def _recognising(self, places: Tensor, images: Tensor, patches: Tensor) -> Iterator[list[Detections]]:
         """The relay: within this context the language model runs in two halves, with the decoder between them.
 
         The list receives the detections of the forward pass. The decoder's output, plus the embedding of <di>, replaces the
-        hidden states of the queries. places (E, N) of `query_places`; patches (B, P, m).
+        hidden states of the queries. places, images, patches: as of `read`.
         """
         found: list[Detections] = []
 
         def between(block: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            (_, T, _), flat = args[0].shape, args[0].flatten(0, 1)  # (B, T, d) -> (B T, d)
+            flat = args[0][0]  # (1, M, d) -> (M, d)
             queries = flat.index_select(0, places.flatten()).unflatten(0, places.shape)  # (E, N, d)
-            recognised = self.recognizer(queries, patches, places[:, 0] // T)
+            recognised = self.recognizer(queries, patches, images)
             found.append(recognised)
             relayed = recognised.relay if self.relay else queries
             rows = (relayed + self.index_tokens.input).to(flat.dtype)  # (E, N, d) + (N, d)
-            hidden = flat.index_copy(0, places.flatten(), rows.flatten(0, 1))  # (B T, d)
-            return hidden.view_as(args[0]), *args[1:]  # (B, T, d)
+            hidden = flat.index_copy(0, places.flatten(), rows.flatten(0, 1))  # (M, d)
+            return hidden.unsqueeze(0), *args[1:]  # (1, M, d)
 
         if not len(places):
             yield found

@@ -19,7 +19,7 @@ from fromage.octopus.checkpoint import MASKS, check_names, check_run, check_shap
 from fromage.octopus.decoding import decode, grounded
 from fromage.octopus.metrics import box_metrics, mask_areas, mean_percent
 from fromage.octopus.model import Octopus
-from fromage.octopus.step import GroundingBatch, image_patches, octopus_step
+from fromage.octopus.step import GroundingBatch, image_patches, octopus_step, read_prompts
 from fromage.training.gather import gathered
 from fromage.training.guarded_module import GuardedModule
 from fromage.training.layers import checkpoint_blocks
@@ -174,10 +174,8 @@ class OctopusModule(GuardedModule):
         self.log_dict(named, batch_size=len(batch.examples), sync_dist=True)
         if self.h.stage == 1:
             return
-        patches = image_patches(self.model, batch)
-        embeds = self.model.embed(batch.ids, self.model.prefix(patches))
-        prefill = self.model.read(batch.ids, batch.branch, embeds, patches, batch.queries)
-        room = (self.model.lm.max_length or inf) - batch.ids.shape[1]
+        prefill = read_prompts(self.model, batch, image_patches(self.model, batch))
+        room = (self.model.lm.max_length or inf) - max(batch.prompts.lengths)
         answers = grounded(
             self.model, prefill, decode(self.model, prefill, max(1, int(min(batch.answers.shape[1] + 1, room))))
         )

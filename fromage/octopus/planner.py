@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import AutoModelForCausalLM
 
 from fromage.checkpoints.format import DTYPES, dtype_name
@@ -242,7 +242,7 @@ def count(run: Run, model: Octopus, batch: GroundingBatch, weights: Sequence[Wei
     grads = [torch.zeros_like(p) for p in model.parameters() if p.requires_grad]
     for p, grad in zip((p for p in model.parameters() if p.requires_grad), grads, strict=True):
         p.grad = grad  # as in the second of several steps of an update
-    given = [t for t in (*batch, *vars(batch.objects).values()) if isinstance(t, Tensor)]
+    given = [t for t in tree_leaves((batch, vars(batch.objects))) if isinstance(t, Tensor)]
     meter = Meter([*model.parameters(), *model.buffers(), *given, *grads])
     if batch.pixels is not None:
         batch = batch._replace(pixels=None, patches=meter.run("the image tower", lambda: image_patches(model, batch)))
@@ -293,7 +293,7 @@ def heading(run: Run, batch: GroundingBatch) -> str:
     return (
         f"{run.lm} and {run.vision} in {run.dtype}, stage {run.stage}{more}; {run.batch_size} rows of {shown} and "
         f"{run.per_image} conversations, instructions of {run.instruction_tokens} tokens, answers of {run.answer_tokens} "
-        f"with {run.objects} {pointed}: {batch.ids.shape[1] + batch.fed.shape[1]} tokens a row"
+        f"with {run.objects} {pointed}: {(len(batch.prompts.ids) + len(batch.fed.ids)) // run.batch_size} tokens a row"
     )
 
 

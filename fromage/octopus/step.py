@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fromage.octopus.branches import Rows
 from fromage.octopus.examples import Example
 from fromage.octopus.matching import Matcher, Objects, detection_loss, match, nearest
-from fromage.octopus.model import Octopus
+from fromage.octopus.model import Octopus, Prefill
 from fromage.training.losses import device_weight
 
 
@@ -23,14 +24,13 @@ class GroundingBatch(NamedTuple):
     """
 
     examples: list[Example]  # E, row by row
-    ids: Tensor  # (B, T) int64, left-padded; includes <|image|> and <|query|> tokens
-    branch: Tensor  # (B, T) int64
+    prompts: Rows  # M tokens; includes <|image|> and <|query|> tokens
     answers: Tensor  # (E, A) int64, right-padded: text, <di> for the i-th object, </s>
-    targets: Tensor  # (M,) int64: which of the E A tokens of answers are predicted, all but padding
-    fed: Tensor  # (B, F) int64: which of the E A tokens of answers stand after the prompts
-    fed_branch: Tensor  # (B, F) int64
-    at: Tensor  # (M,) int64: which of B (T + F) hidden states predicts each
-    queries: Tensor  # (E, N) int64: which of the B T tokens are the object queries of each prompt; E = 0: there are none
+    targets: Tensor  # (W,) int64: which of the E A tokens of answers are predicted, all but padding
+    fed: Rows  # F tokens after the prompts; as ids which of the E A tokens of answers they are
+    at: Tensor  # (W,) int64: which of M + F hidden states predicts each target
+    queries: Tensor  # (E, N) int64: which of the M tokens are the object queries of each prompt; E = 0: there are none
+    images: Tensor  # (E,) int64: the row of each prompt that has queries
     objects: Objects
     pixels: Tensor | None  # (B, 3, H, W) uint8
     patches: Tensor | None  # (B, P, m) stored patch features
@@ -40,7 +40,7 @@ class GroundingBatch(NamedTuple):
         moved: Any = {
             name: field.to(device, non_blocking=True)
             for name, field in self._asdict().items()
-            if isinstance(field, Tensor | Objects)
+            if isinstance(field, Tensor | Objects | Rows)
         }
         return self._replace(**moved)
 
@@ -77,6 +77,12 @@ def image_patches(model: Octopus, batch: GroundingBatch) -> Tensor:
     return batch.patches.to(model.device) if batch.patches is not None else model.vision(batch.pixels)
 
 
+def read_prompts(model: Octopus, batch: GroundingBatch, patches: Tensor) -> Prefill:
+    """Run the prompts of a batch about images with patch features (B, P, m)."""
+    embeds = model.embed(batch.prompts.ids.unsqueeze(0), model.prefix(patches))[0]  # (M, d)
+    return model.read(batch.prompts.layout, embeds, patches, batch.queries, batch.images)
+
+
 def octopus_step(model: Octopus, batch: GroundingBatch, matcher: Matcher = match) -> GroundingOutput:
     """Read the prompts, and score answers that point at the queries with the nearest boxes (equation 4).
 
@@ -85,20 +91,18 @@ def octopus_step(model: Octopus, batch: GroundingBatch, matcher: Matcher = match
     waits for the device in matcher alone.
     """
     patches = image_patches(model, batch)
-    embeds = model.embed(batch.ids, model.prefix(patches))  # (B, T, d)
-    prefill = model.read(batch.ids, batch.branch, embeds, patches, batch.queries)
-    recognition, answers = embeds.new_zeros((), dtype=torch.float32), batch.answers
+    prefill = read_prompts(model, batch, patches)
+    recognition, answers = prefill.states.new_zeros((), dtype=torch.float32), batch.answers
     parts: dict[str, Tensor] = {}
     if prefill.found is not None:
         recognition, parts = detection_loss(prefill.found, batch.objects, matcher)
         answers = point_at_queries(answers, nearest(prefill.found.boxes[-1], batch.objects), model.tokenizer.row_ids[0])
-    hidden = prefill.states  # (B, T, d)
-    if batch.fed.shape[1]:
-        after = model.extend(prefill, answers.flatten()[batch.fed], batch.fed_branch)  # (B, F, d)
-        hidden = torch.cat([hidden, after], 1)  # (B, T + F, d)
-    hidden = hidden.flatten(0, 1)  # (B (T + F), d)
-    logits = model.logits(hidden.index_select(0, batch.at), prefill)  # (M, V + 2 + N)
-    wanted = answers.flatten()[batch.targets]  # (M,)
+    hidden = prefill.states  # (M, d)
+    if len(batch.fed.ids):
+        after = model.extend(prefill, answers.flatten()[batch.fed.ids], batch.fed.layout)  # (F, d)
+        hidden = torch.cat([hidden, after])  # (M + F, d)
+    logits = model.logits(hidden.index_select(0, batch.at), prefill)  # (W, V + 2 + N)
+    wanted = answers.flatten()[batch.targets]  # (W,)
     token_accuracy = (logits.argmax(-1) == wanted).float().mean()
     answer_loss = F.cross_entropy(logits, wanted) * device_weight(len(wanted), logits.device)
     return GroundingOutput(answer_loss, recognition, parts, token_accuracy)

@@ -9,11 +9,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.utils.checkpoint import checkpoint
-from transformers import Cache
 
 from fromage.models.cpu_linear import cpu_linears
 from fromage.models.language_model import LanguageModel
@@ -28,47 +27,21 @@ def compile_blocks(lm: LanguageModel) -> None:
 
 def checkpoint_blocks(lm: LanguageModel) -> None:
     """Activation checkpointing (Chen et al., 2016): a layer keeps its input only and runs again in the backward."""
-    for number, block in enumerate(lm.blocks):
-        block.forward = partial(_recomputed, block.forward, number)  # type: ignore[method-assign]
+    for block in lm.blocks:
+        block.forward = partial(_recomputed, block.forward)  # type: ignore[method-assign]
 
 
-def _recomputed(forward: Callable[..., Any], number: int, *args: Any, **named: Any) -> Any:
+def _recomputed(forward: Callable[..., Any], *args: Any, **named: Any) -> Any:
     attend = current_attention()
     if not torch.is_grad_enabled() or isinstance(attend, More):  # few tokens, and More has removed its cache
         return forward(*args, **named)
 
-    cached = {name: value for name, value in named.items() if isinstance(value, Cache)}
-    cache = next(iter(cached.values()), None)
-
-    def run(past: tuple[Tensor, Tensor] | None, *args: Any, **named: Any) -> Any:
-        """Again in the backward, outside of the caller's `attending`, and on the keys and values of the first time."""
-        layer = _LayerCache(past)
+    def run(*args: Any, **named: Any) -> Any:
+        """Again in the backward, outside of the caller's `attending`."""
         with nullcontext() if attend is None else attending(attend), cpu_linears():
-            return forward(*args, **named, **dict.fromkeys(cached, layer)), layer.states
+            return forward(*args, **named)
 
-    layers: Any = [] if cache is None else cache.layers
-    past = (layers[number].keys, layers[number].values) if number < len(layers) else None
-    rest = {name: value for name, value in named.items() if name not in cached}
-    out, states = checkpoint(run, past, *args, use_reentrant=False, preserve_rng_state=False, **rest)
-    if cache is not None and past is None:
-        cache.update(*states, number)
-    elif cache is not None:
-        layers[number].keys, layers[number].values = states
-    return out
-
-
-class _LayerCache:
-    """The keys and values of one layer, in place of the cache: running the layer again does not make it grow again."""
-
-    def __init__(self, states: tuple[Tensor, Tensor] | None) -> None:
-        self.states = states
-
-    def update(self, keys: Tensor, values: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-        """New keys and values, (B, H, A, e) each -> those of all tokens, (B, H, S + A, e) each."""
-        if self.states is not None:
-            keys, values = (torch.cat(pair, -2) for pair in zip(self.states, (keys, values), strict=True))
-        self.states = keys, values
-        return self.states
+    return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False, **named)
 
 
 def shard_blocks(lm: LanguageModel, device_type: str) -> None:

@@ -6,14 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from tiny_octopus import FAMILIES, WITH_ALIBI, NoTower, build
-from torch.nn import functional as F
+from tiny_octopus import FAMILIES, OWN, NoTower, build
 
 from fromage.data.padding import pad
 from fromage.errors import UserError
+from fromage.models.packed_attention import PackedLayout
 from fromage.models.prompts import START, Starts, Token, embed_prompts, prompt_ids, started
-from fromage.octopus.branches import alone, among, positions, query_places, seen
-from fromage.octopus.decoding import ground
+from fromage.octopus.branches import Known, among, query_places
+from fromage.octopus.decoding import ground, read_batch
 from fromage.octopus.model import Octopus
 from fromage.octopus.template import fill_template, parts_of
 from fromage.training.configs import find_config
@@ -29,7 +29,7 @@ def embedded(model, asked=ASKED):
 
 def read(model, asked=ASKED):
     prompts, patches = embedded(model, asked)
-    return model.read(prompts.ids, alone(prompts.mask), prompts.embeds, patches)
+    return read_batch(model, prompts, patches)
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
@@ -45,10 +45,10 @@ def test_a_prompt_of_full_size_has_one_start_token_at_its_front(stage):
 def test_a_batch_reads_as_single_prompts_do(family):
     model = build(family)
     prompts, patches = embedded(model)
-    together = model.read(prompts.ids, alone(prompts.mask), prompts.embeds, patches)
+    together = read_batch(model, prompts, patches)
     for row, length in enumerate(prompts.mask.sum(1)):
         ids, mask, embeds = (x[row : row + 1, -length:] for x in (prompts.ids, prompts.mask, prompts.embeds))
-        single = model.read(ids, alone(mask), embeds, patches[row : row + 1])
+        single = read_batch(model, replace(prompts, ids=ids, mask=mask, embeds=embeds), patches[row : row + 1])
         for name in ("boxes", "logits"):
             torch.testing.assert_close(getattr(together.found, name)[:, row], getattr(single.found, name)[:, 0])
         torch.testing.assert_close(together.hidden[row], single.hidden[0], rtol=1e-4, atol=1e-4)
@@ -59,74 +59,104 @@ def test_answers_behind_a_reading_are_those_of_one_pass_over_all(family):
     model = build(family)
     prompts, patches = embedded(model)
     answers = torch.tensor([[5, 9, model.tokenizer.row_ids[1]], [model.tokenizer.row_ids[0], 7, 8], [3, 4, 5]])
-    prefill = model.read(prompts.ids, alone(prompts.mask), prompts.embeds, patches)
-    first, rest = prefill.hidden, model.extend(prefill, answers)
-    ids, mask = torch.cat([prompts.ids, answers], 1), F.pad(prompts.mask, (0, 3), value=True)
-    embeds = torch.cat([prompts.embeds, model.embed(answers)], 1)
-    places = model.is_query(ids)
-    sees = seen(alone(mask), alone(mask))
-    visible = (sees | among(places, model.num_queries)).unsqueeze(1)
-    with model._recognising(query_places(places, model.num_queries), patches):
-        whole = model.lm.hf.base_model(
-            inputs_embeds=embeds, attention_mask=model.lm.additive(visible), position_ids=positions(sees), use_cache=False
-        ).last_hidden_state
-    torch.testing.assert_close(torch.cat([first.unsqueeze(1), rest], 1), whole[:, -4:], rtol=1e-4, atol=1e-4)
+    prefill = read_batch(model, prompts, patches)
+    first, rest = prefill.hidden, [model.extend(prefill, some) for some in answers.T]  # (B, d) each
+    lengths = prompts.mask.sum(1).tolist()
+    ids = [torch.cat([row[-n:], more]) for row, more, n in zip(prompts.ids, answers, lengths, strict=True)]
+    rows = zip(prompts.embeds, model.embed(answers), lengths, strict=True)
+    embeds = [torch.cat([row[-n:], more]) for row, more, n in rows]
+    layout = PackedLayout([len(row) for row in ids], model.device)
+    queries = query_places(model.is_query(torch.cat(ids)), model.num_queries)
+    whole = model.read(layout, torch.cat(embeds), patches, queries, torch.arange(3)).states.split(layout.lengths)
+    for row, states in enumerate(whole):
+        found = torch.stack([first[row], *(some[row] for some in rest)])
+        torch.testing.assert_close(found, states[-4:], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("family", WITH_ALIBI.values(), ids=WITH_ALIBI)
-def test_a_family_that_counts_positions_by_itself_is_refused(family):
-    with pytest.raises(UserError, match=r"counts positions by itself \(ALiBi\)"):
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prompts_read_as_by_the_language_models_own_attention(family):
+    """Hugging Face's attention, with a mask of our own, gives the same states as ours over rows without padding."""
+    model = build(family)
+    prompts, patches = embedded(model)
+    prefill = read_batch(model, prompts, patches)
+    queries, T = model.is_query(prompts.ids), prompts.ids.shape[1]
+    later = torch.ones(T, T, dtype=torch.bool).tril() | queries.unsqueeze(1) & queries.unsqueeze(2)  # (B, T, T)
+    sees = (later & prompts.mask.unsqueeze(1) | torch.eye(T, dtype=torch.bool)).unsqueeze(1)
+    places = prompts.mask.cumsum(1) - 1
+    at = queries.flatten().nonzero().view(-1, model.num_queries)
+
+    def between(block, args):
+        rows = model.recognizer(args[0].flatten(0, 1)[at], patches, torch.arange(3)).relay + model.index_tokens.input
+        return args[0].flatten(0, 1).index_copy(0, at.flatten(), rows.flatten(0, 1)).view_as(args[0]), *args[1:]
+
+    handle = model._above.register_forward_pre_hook(between)
+    named = {"attention_mask": model.lm.additive(sees), "position_ids": places.clamp(min=0), "use_cache": False}
+    whole = model.lm.hf.base_model(inputs_embeds=prompts.embeds, **named).last_hidden_state
+    handle.remove()
+    torch.testing.assert_close(prefill.states, whole[prompts.mask], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", OWN.values(), ids=OWN)
+def test_a_family_with_an_attention_of_its_own_is_refused(family):
+    with pytest.raises(UserError, match="has an attention of its own"):
         read(build(family))
 
 
+def seen(layout, places=(), num_queries=2):
+    """(B, T, T) 0 and 1: which token sees which, the queries at `places`."""
+    is_query = torch.zeros(len(layout.positions), dtype=torch.bool)
+    is_query[list(places)] = True
+    return (among(layout.distances, query_places(is_query, num_queries), layout) >= 0).int()
+
+
 def test_queries_see_each_other_both_ways_and_nothing_sees_what_comes_later():
-    branch = alone(torch.tensor([[False, True, True, True, True, True]]))
-    places = torch.tensor([[False, False, False, True, True, False]])
-    sees = seen(branch, branch)
-    assert (sees | among(places, 2))[0].int().tolist() == [
-        [1, 0, 0, 0, 0, 0],  # padding: itself
-        [0, 1, 0, 0, 0, 0],
-        [0, 1, 1, 0, 0, 0],
-        [0, 1, 1, 1, 1, 0],  # queries
-        [0, 1, 1, 1, 1, 0],
-        [0, 1, 1, 1, 1, 1],
+    layout = PackedLayout([5, 2], torch.device("cpu"))
+    assert layout.positions.tolist() == [0, 1, 2, 3, 4, 0, 1]
+    long, short = seen(layout, [2, 3])
+    assert long.tolist() == [
+        [1, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0],
+        [1, 1, 1, 1, 0],  # queries
+        [1, 1, 1, 1, 0],
+        [1, 1, 1, 1, 1],
     ]
-    assert positions(sees).tolist() == [[0, 0, 1, 2, 3, 4]]
+    assert short[:2].tolist() == [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0]]
+    assert short.any(1).all(), "padding sees something: no NaN"
 
 
 def test_a_branch_sees_the_shared_part_and_itself():
-    branch = torch.tensor([[-1, 0, 0, 1, 1, 2, 2]])
-    places = torch.tensor([[False, False, False, True, True, True, True]])
-    sees = seen(branch, branch)
-    assert (sees | among(places, 2))[0].int().tolist() == [
-        [1, 0, 0, 0, 0, 0, 0],
-        [0, 1, 0, 0, 0, 0, 0],
-        [0, 1, 1, 0, 0, 0, 0],
-        [0, 1, 1, 1, 1, 0, 0],  # two queries of the first branch
-        [0, 1, 1, 1, 1, 0, 0],
-        [0, 1, 1, 0, 0, 1, 1],  # and of the second
-        [0, 1, 1, 0, 0, 1, 1],
+    branch, positions = torch.tensor([0, 0, 1, 1, 2, 2]), torch.tensor([0, 1, 2, 3, 2, 3])
+    layout = PackedLayout([6], torch.device("cpu"), positions, branch)
+    assert seen(layout, [2, 3, 4, 5])[0].tolist() == [
+        [1, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0],
+        [1, 1, 1, 1, 0, 0],  # two queries of the first branch
+        [1, 1, 1, 1, 0, 0],
+        [1, 1, 0, 0, 1, 1],  # and of the second
+        [1, 1, 0, 0, 1, 1],
     ]
-    assert positions(sees).tolist() == [[0, 0, 1, 2, 3, 2, 3]]
-    assert seen(torch.tensor([[2, 1]]), torch.tensor([[-1, 0, 1, 2, 2, 1]]))[0].int().tolist() == [
-        [0, 1, 0, 1, 1, 0],
-        [0, 1, 1, 0, 0, 1],
-    ]
+    known = Known.of(
+        PackedLayout([5, 1], torch.device("cpu"), torch.tensor([0, 1, 2, 1, 2, 0]), torch.tensor([0, 1, 1, 2, 2, 0]))
+    )
+    new = Known.of(PackedLayout([2, 0], torch.device("cpu"), torch.tensor([3, 3]), torch.tensor([2, 1])))
+    assert known.back(new)[0].tolist() == [[3, -1, -1, 2, 1], [3, 2, 1, -1, -1]]
+    last = known.next()
+    assert (last.positions.tolist(), last.branches.tolist()) == ([3, 1], [2, 0])
 
 
 def test_the_queries_hidden_states_depend_on_the_last_one_and_the_words_do_not():
     model = build("llama")
     prompts, patches = embedded(model, ASKED[:1])
     prompts.embeds.requires_grad_()
-    seen = {}
+    states = {}
     block = model.lm.blocks[model.split_layer - 1]
     handle = block.register_forward_hook(
-        lambda *call: seen.update(hidden=call[2][0] if isinstance(call[2], tuple) else call[2])
+        lambda *call: states.update(hidden=call[2][0] if isinstance(call[2], tuple) else call[2])
     )
-    model.read(prompts.ids, alone(prompts.mask), prompts.embeds, patches)
+    read_batch(model, prompts, patches)
     handle.remove()
     at = model.is_query(prompts.ids)[0].nonzero().flatten().tolist()
-    hidden = seen["hidden"].view(1, prompts.ids.shape[1], -1)
+    hidden = states["hidden"].view(1, prompts.ids.shape[1], -1)
     from_first = torch.autograd.grad(hidden[0, at[0]].sum(), prompts.embeds, retain_graph=True)[0][0]
     from_word = torch.autograd.grad(hidden[0, at[0] - 1].sum(), prompts.embeds)[0][0]
     assert from_first[at[-1]].abs().sum() > 0 and from_first[at[-1] + 1 :].abs().sum() == 0
@@ -147,9 +177,7 @@ def test_what_is_recognised_depends_on_instruction_and_image():
     boxes = read(model, ["where is the red star?", "where is the blue star?"]).found.boxes[-1]
     assert not torch.allclose(boxes[0], boxes[1])
     same = embed_prompts(model, [model.prompt(torch.ones(4, 20), "star")] * 2)
-    boxes = model.read(
-        same.ids, alone(same.mask), same.embeds, torch.stack([torch.ones(4, 20), torch.randn(4, 20)])
-    ).found.boxes[-1]
+    boxes = read_batch(model, same, torch.stack([torch.ones(4, 20), torch.randn(4, 20)])).found.boxes[-1]
     assert not torch.allclose(boxes[0], boxes[1])
 
 
@@ -158,7 +186,7 @@ def test_an_index_token_is_a_word_like_any_other(dtype):
     model = build("llama")
     model.lm.hf.to(dtype)
     prompts, patches = embedded(model)
-    prefill = model.read(prompts.ids, alone(prompts.mask), prompts.embeds, patches.to(dtype))
+    prefill = read_batch(model, prompts, patches.to(dtype))
     logits = model.logits(prefill.hidden.unsqueeze(1), prefill)[:, 0]  # (B, V + 2 + N)
     rows = model.index_tokens.output.to(dtype)  # (N, d)
     want = (prefill.hidden @ rows.T).float()

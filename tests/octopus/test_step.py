@@ -9,7 +9,7 @@ from tiny_octopus import FAMILIES, build
 from fromage.octopus.collate import Collate
 from fromage.octopus.examples import Example, conversations, rows_of
 from fromage.octopus.segments import read_mask
-from fromage.octopus.step import octopus_step
+from fromage.octopus.step import octopus_step, read_prompts
 from fromage.training.layers import checkpoint_blocks
 
 BOXES = ((0.1, 0.1, 0.4, 0.5), (0.5, 0.2, 0.9, 0.6), (0.2, 0.6, 0.5, 0.9))
@@ -74,7 +74,7 @@ def test_examples_that_share_their_image_have_the_gradients_of_examples_on_their
     together = rows_of(examples, 8, 0)
     alone = [[turns] for row in together for turns in row]
     (batch, out, grads), (_, one_by_one, wanted) = step(model, together, ask), step(model, alone, ask)
-    assert len(batch.ids) == 2 and batch.keys == [turns[0].key for row in together for turns in row]
+    assert len(batch.prompts.lengths) == 2 and batch.keys == [turns[0].key for row in together for turns in row]
     torch.testing.assert_close(out.answer_loss, one_by_one.answer_loss, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(out.detection_loss, one_by_one.detection_loss, rtol=1e-5, atol=1e-6)
     assert (out.detection_loss > 0) == ask
@@ -140,6 +140,17 @@ def test_masks_are_asked_for_by_a_model_that_has_them_alone():
     assert heads and not any(grad.any() for grad in heads), "a zero gradient, since DDP waits for one"
 
 
+def test_a_sliding_window_counts_positions_and_not_places_of_the_row():
+    kind, sizes = FAMILIES["mistral"]
+    model = build((kind, sizes | {"sliding_window": 6}))
+    together, alone = [[[ALONE[0]], [ALONE[2]]]], [[[ALONE[0]]], [[ALONE[2]]]]
+    (_, out, grads), (_, single, wanted) = step(model, together), step(model, alone)
+    torch.testing.assert_close(out.answer_loss, single.answer_loss, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(grads["queries"], wanted["queries"], rtol=1e-4, atol=1e-6)
+    wide = build("mistral")
+    assert (step(wide, alone)[1].answer_loss - single.answer_loss).abs() > 1e-3, "it matters"
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_layers_that_run_again_in_the_backward_give_the_same_gradients(family):
     rows = rows_of(ALONE, 8, 0)
@@ -147,7 +158,7 @@ def test_layers_that_run_again_in_the_backward_give_the_same_gradients(family):
     runs = []
     for block in model.lm.blocks:
         block.register_forward_hook(lambda *_: runs.append("forward"))
-        attention = getattr(block, {"pythia": "attention", "falcon": "self_attention"}.get(family, "self_attn"))
+        attention = getattr(block, "attention" if family == "pythia" else "self_attn")
         attention.register_forward_hook(lambda *_: runs.append("attention"))
     checkpoint_blocks(model.lm)
     _, again, same = step(model, rows)
@@ -181,8 +192,8 @@ def test_an_earlier_turn_does_not_depend_on_later_ones():
     early, late = (step(model, [[turns]])[0] for turns in (TALK[:2], [TALK[0], example("9", ("no",), "why?", dialogue="x")]))
     hidden = []
     for batch in (early, late):
-        prefill = model.read(batch.ids, batch.branch, model.embed(batch.ids, model.prefix(batch.patches)), batch.patches)
-        hidden.append(prefill.states.flatten(0, 1)[batch.at[batch.targets < batch.answers.shape[1]]])
+        prefill = read_prompts(model, batch, batch.patches)
+        hidden.append(prefill.states[batch.at[batch.targets < batch.answers.shape[1]]])
         assert len(prefill.found.boxes[-1]) == 2  # queries of each turn
     torch.testing.assert_close(*hidden, rtol=1e-4, atol=1e-4)
 
@@ -190,16 +201,16 @@ def test_an_earlier_turn_does_not_depend_on_later_ones():
 def test_later_turns_have_the_template_without_image_and_start():
     model = build("llama", template="{start}USER: {image}\n{instruction}{queries} ASSISTANT:")
     batch = Collate(model, stored=True, ask=True)(list(zip([[TALK]], patches([[TALK]]), strict=True)))
-    shown = model.tokenizer.decode([i for i in batch.ids[0].tolist() if i != model.tokenizer.image_id])
+    shown = model.tokenizer.decode([i for i in batch.prompts.ids.tolist() if i != model.tokenizer.image_id])
     assert shown.count("USER: ") == 3 and shown.count("ASSISTANT:") == 3
     for turn in TALK[1:]:
         assert f"USER: {turn.instruction}" in shown, "no line break, which is the image's"
-    assert batch.ids[0].tolist().count(model.tokenizer.bos_id) == 3, "at the beginning, and as </s> of two answers"
+    assert batch.prompts.ids.tolist().count(model.tokenizer.bos_id) == 3, "at the beginning, and as </s> of two answers"
 
 
 def test_a_conversation_is_cut_behind_the_last_turn_that_has_positions():
     model = build()
     collate = Collate(model, stored=True, ask=True)
-    ends = [len(laid.ids) + len(laid.fed) for laid in (collate._lay([TALK[:n]]) for n in (1, 2, 3))]
+    ends = [len(laid.prompts.ids) + len(laid.fed.ids) for laid in (collate._lay([TALK[:n]]) for n in (1, 2, 3))]
     for longest, turns in ((ends[0] - 1, 0), (ends[0], 1), (ends[1] - 1, 1), (ends[1], 2), (ends[2], 3), (10**6, 3)):
         assert collate.fitting(TALK, longest) == TALK[:turns]

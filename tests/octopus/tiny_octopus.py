@@ -20,12 +20,11 @@ FAMILIES = {
     "qwen2": (hf.Qwen2Config, GROUPED),
     "pythia": (hf.GPTNeoXConfig, SIZES),
     "gemma2, eager": (hf.Gemma2Config, GROUPED),
-    "falcon": (hf.FalconConfig, SIZES | {"alibi": False}),
 }
 
 
-WITH_ALIBI = {
-    "falcon": (hf.FalconConfig, SIZES | {"alibi": True}),
+OWN = {  # an attention of their own
+    "falcon": (hf.FalconConfig, SIZES | {"alibi": False}),
     "bloom": (hf.BloomConfig, {"hidden_size": 32, "n_layer": 4, "n_head": 4}),
 }
 

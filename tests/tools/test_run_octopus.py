@@ -10,11 +10,13 @@ import pytest
 import torch
 
 from fromage.errors import UserError
+from fromage.models.packed_attention import PackedLayout
 from fromage.octopus import model as octopus_model
 from fromage.octopus.model import Octopus
 from fromage.training.configs import find_config
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
+FOUR = PackedLayout([4], torch.device("cpu"))  # tokens
 
 
 @pytest.fixture
@@ -66,7 +68,7 @@ def test_a_table_of_runs_and_no_run_twice(tool, world, tmp_path, monkeypatch, ca
     [
         ("far_queries", lambda model: torch.pdist(model.queries).min() > 0.5 * model.queries.norm(dim=1).mean()),
         ("random_queries", lambda model: (model.queries.mean(0) / model.queries.norm(dim=1).mean()).norm() < 0.9),
-        ("blind_queries", lambda model: not octopus_model.among(torch.ones(1, 4, dtype=torch.bool), 4).any()),
+        ("blind_queries", lambda model: octopus_model.among(FOUR.distances, torch.arange(4).view(1, 4), FOUR)[0, 0, 3] < 0),
         ("no_points", lambda model: not model.recognizer.points.any()),
     ],
 )
