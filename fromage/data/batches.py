@@ -20,7 +20,7 @@ from fromage.data.shards import Raw, captions_of
 from fromage.data.tokenizer import PromptTokenizer
 
 if TYPE_CHECKING:
-    from fromage.data.tuples import Tuples
+    from fromage.data.tuples import TupleBatch
 
 EPOCH = "__epoch__"  # of a stored sample, set by the training stream: the pass that it is read in
 
@@ -50,7 +50,7 @@ class Batch(NamedTuple):
     features: Tensor | None  # (B, m) stored pooled features, in the dtype of their tower
     more: FurtherTexts | None = None  # of validation: the images' other captions
     requests: FurtherTexts | None = None  # of training: B texts, some of them captions framed as requests (data.requests)
-    tuples: Tuples | None = None  # of training: a batch of tuples, for the composition losses of the same step
+    tuples: TupleBatch | None = None  # of training: a batch of tuples, for the composition losses of the same step
 
     @property
     def queries(self) -> Batch:

@@ -175,7 +175,7 @@ class WithTuples:
 
     def __init__(self, pairs: TrainLoader, tuples: TrainLoader) -> None:
         self.pairs = pairs
-        self.tuples: Any = tuples  # whose batches are fromage.data.tuples.Tuples
+        self.tuples: Any = tuples  # whose batches are fromage.data.tuples.TupleBatch
 
     def __len__(self) -> int:
         return len(self.pairs)

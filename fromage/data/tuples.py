@@ -28,7 +28,7 @@ NO_IMAGE = "no target image is read, and a caption alone is learned in CLIP's sp
 OTHER = "no tuple: no {} in member json; pack tuples with fromage shards tuples"
 
 
-class Tuples(NamedTuple):
+class TupleBatch(NamedTuple):
     """B reference images, each with a condition and the caption of the target. They have either pixels or features."""
 
     keys: list[str]
@@ -42,7 +42,7 @@ class Tuples(NamedTuple):
     rows: list[int]  # n: which tuples have a target image
     shown: Images | None  # those n target images; None where there is none
 
-    def part(self, start: int, stop: int) -> Tuples:
+    def part(self, start: int, stop: int) -> TupleBatch:
         """The tuples from start to stop, without target images; padding stays."""
         cut: dict[str, Any] = {
             name: None if field is None else field[start:stop] for name, field in self._replace(shown=None)._asdict().items()
@@ -94,13 +94,13 @@ class DecodeTuple:
             raise BrokenSample(NO_IMAGE)
         return TupleSample(raw["__key__"], target, ids, following, self.read(raw), self.read(shown) if shown else None)
 
-    def collate(self, samples: list[TupleSample]) -> Tuples:
+    def collate(self, samples: list[TupleSample]) -> TupleBatch:
         """Rows -> a batch, padded with the tokenizer's pad. Raises UserError for features beside images without them."""
         keys, targets, conditions, captions, images, shown = zip(*samples, strict=True)
         pad_id, rows = self.tokenizer.pad_id, [i for i, image in enumerate(shown) if image is not None]
         texts = *padded(list(conditions), pad_id), *padded(list(captions), pad_id)
         targets_shown = stacked([shown[i] for i in rows], keys[0], "tuples") if rows else None
-        return Tuples(list(keys), list(targets), *texts, *stacked(images, keys[0], "tuples"), rows, targets_shown)
+        return TupleBatch(list(keys), list(targets), *texts, *stacked(images, keys[0], "tuples"), rows, targets_shown)
 
 
 def texts_of(raw: Raw) -> tuple[str, str]:

@@ -27,7 +27,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fromage.data.tuples import Tuples
+from fromage.data.tuples import TupleBatch
 from fromage.models.fromage import Fromage
 from fromage.models.packed_attention import Causal, PackedLayout, offsets, to_device
 from fromage.models.vision.base import TextTower
@@ -40,7 +40,7 @@ TRUNK, OF_RET, OF_CAPTION = 0, 1, 2  # numbers of the branches
 
 
 def fast_composition(
-    model: Fromage, tuples: Tuples, weights: LossWeights, text_tower: TextTower | None = None, chunk: int = 0
+    model: Fromage, tuples: TupleBatch, weights: LossWeights, text_tower: TextTower | None = None, chunk: int = 0
 ) -> CompositionOutput:
     """The output of reference_composition, up to rounding.
 
@@ -73,7 +73,7 @@ class PartComposed(NamedTuple):
     queries: Tensor
 
 
-def composed(model: Fromage, tuples: Tuples, features: Tensor, weights: LossWeights) -> PartComposed:
+def composed(model: Fromage, tuples: TupleBatch, features: Tensor, weights: LossWeights) -> PartComposed:
     """The losses of a part of a batch's tuples."""
     k, device = model.k, tuples.conditions.device
     trunk = [k + n - model.r for n in tuples.lengths]  # tokens of each
@@ -112,7 +112,7 @@ def _layout(model: Fromage, trunk: list[int], ret: int, words: list[int], device
     return PackedLayout(each, device, positions, branches if branching else None)
 
 
-def _ids(model: Fromage, tuples: Tuples, trunk: list[int], ret: int, words: list[int]) -> Tensor:
+def _ids(model: Fromage, tuples: TupleBatch, trunk: list[int], ret: int, words: list[int]) -> Tensor:
     """(N,) ids of the sequences image, condition, [RET], caption."""
     device, tokenizer = tuples.conditions.device, model.tokenizer
     # (k,), (r,)

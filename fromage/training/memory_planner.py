@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM
 from fromage.checkpoints.format import DTYPES, dtype_name
 from fromage.data.batches import Batch
 from fromage.data.sample_images import Images
-from fromage.data.tuples import Tuples
+from fromage.data.tuples import TupleBatch
 from fromage.errors import UserError
 from fromage.models.fromage import Fromage
 from fromage.models.language_model import LanguageModel
@@ -252,7 +252,7 @@ def _batch(run: Run, model: Fromage) -> Batch:
     return Batch([], [], ids, lengths, torch.zeros(B, 3, *model.vision.image_size, dtype=torch.uint8), None)
 
 
-def _tuples(run: Run, model: Fromage) -> Tuples:
+def _tuples(run: Run, model: Fromage) -> TupleBatch:
     """Tuples with target images; with those of stored features, features."""
     run = replace(run, batch_size=run.tuple_batch_size or run.batch_size)
     batch, lengths = _batch(run, model), caption_lengths(run)
@@ -260,4 +260,4 @@ def _tuples(run: Run, model: Fromage) -> Tuples:
     shown = Images(batch.pixels, batch.features)
     captions = torch.zeros(len(said), max(said), dtype=torch.long)  # (B, T')
     keys, rows = [""] * len(said), [*range(len(said))]
-    return Tuples(keys, keys, batch.ids, lengths, captions, said, batch.pixels, batch.features, rows, shown)
+    return TupleBatch(keys, keys, batch.ids, lengths, captions, said, batch.pixels, batch.features, rows, shown)

@@ -16,7 +16,7 @@ from torch import Tensor
 from fromage.checkpoints.format import FORMAT, LAYOUTS
 from fromage.checkpoints.lightning import PREFIX, trained_state, warn_of_other_towers
 from fromage.data.batches import Batch
-from fromage.data.tuples import Tuples
+from fromage.data.tuples import TupleBatch
 from fromage.errors import UserError
 from fromage.generation.generate import caption_images
 from fromage.models.fromage import Fromage
@@ -209,7 +209,7 @@ class FromageModule(GuardedModule):
             return reference_step(self.model, batch, paired, self.weights, dropout)
         return fast_step(self.model, batch, paired, self.weights, self.h.chunk, dropout)
 
-    def composition(self, tuples: Tuples | None) -> CompositionOutput | None:
+    def composition(self, tuples: TupleBatch | None) -> CompositionOutput | None:
         """The losses of a batch of tuples; None where both weigh 0. Raises UserError where the data has none."""
         weights = self.weights
         if not weights.composes:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from fromage.data.padding import pad
-from fromage.data.tuples import NO_IMAGE, Tuples
+from fromage.data.tuples import NO_IMAGE, TupleBatch
 from fromage.errors import UserError, first_few
 from fromage.models.fromage import Fromage
 from fromage.models.packed_attention import to_device
@@ -62,7 +62,7 @@ class CompositionOutput:
 
 
 def reference_composition(
-    model: Fromage, tuples: Tuples, weights: LossWeights, text_tower: TextTower | None = None
+    model: Fromage, tuples: TupleBatch, weights: LossWeights, text_tower: TextTower | None = None
 ) -> CompositionOutput:
     """Losses of a batch of tuples, by the two passes above.
 
@@ -105,7 +105,7 @@ def _after(ids: Tensor, starts: list[int], mask: Tensor) -> Tensor:
     return ids.masked_fill(~mask | (torch.arange(ids.shape[1], device=ids.device) < begins), -100)
 
 
-def wanted(model: Fromage, tuples: Tuples, text_tower: TextTower | None) -> Tensor:
+def wanted(model: Fromage, tuples: TupleBatch, text_tower: TextTower | None) -> Tensor:
     """(B, q) unit rows of what tuples ask for: the target image, or else CLIP's text embedding of the target caption.
 
     The gradient reaches W_i where the space is learned. Raises UserError as reference_composition does.

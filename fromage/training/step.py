@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fromage.data.batches import Batch, FurtherTexts
 from fromage.data.sample_images import Images
-from fromage.data.tuples import Tuples
+from fromage.data.tuples import TupleBatch
 from fromage.errors import UserError, first_few
 from fromage.models.fromage import Fromage
 from fromage.models.packed_attention import to_device
@@ -87,7 +87,7 @@ class StepOutput:
         return self.weights.captioning * self.captioning_loss + self.weights.retrieval * retrieval
 
 
-def image_features(model: Fromage, batch: Batch | Tuples | Images) -> Tensor:
+def image_features(model: Fromage, batch: Batch | TupleBatch | Images) -> Tensor:
     """(B, m) image features: the stored ones if the batch has them, else computed by the tower."""
     return batch.features.to(model.device) if batch.features is not None else model.vision(batch.pixels)
 

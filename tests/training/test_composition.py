@@ -10,7 +10,7 @@ from test_fast_step import M, build
 from torch import nn
 
 from fromage.data.sample_images import Images
-from fromage.data.tuples import Tuples
+from fromage.data.tuples import TupleBatch
 from fromage.errors import UserError
 from fromage.models.prompts import RET, Starts, embed_prompts
 from fromage.training.fast_composition import fast_composition
@@ -55,7 +55,7 @@ def make_tuples(model, lengths, seed=0, shown=None):
     images = Images(None, torch.randn(len(rows), M, generator=draw)) if rows else None
     keys = [str(i) for i in range(len(lengths))]
     features = torch.randn(len(lengths), M, generator=draw)
-    return Tuples(keys, keys, conditions, [m + 1 + model.r for m in words], captions, said, None, features, rows, images)
+    return TupleBatch(keys, keys, conditions, [m + 1 + model.r for m in words], captions, said, None, features, rows, images)
 
 
 def run(step, model, tuples, weights, tower=None):
