@@ -82,7 +82,7 @@ class CC3M(pl.LightningDataModule):
                 the caption alone, and validation and evaluation do throughout. 0 is the paper's training.
             train_tuples: Training shards of tuples, in the same forms; null for none. An epoch goes through them as often as
                 through the pairs takes.
-            tuple_batch_size: TupleBatch per training step on each device; null for batch_size.
+            tuple_batch_size: Tuples per training step on each device; null for batch_size.
             tuple_shuffle: Size of the shuffle buffer in tuples per worker; null for shuffle. Where the tuples of an image
                 follow one another, a small one leaves several in a batch, each other's negatives.
             target_images: Whether the target images of tuples are read; false leaves what is asked for to their captions.

@@ -14,13 +14,29 @@ from fromage.models.language_model import LanguageModel
 from fromage.models.vision.base import VisionTower
 
 
+class VisualPrefix(nn.Linear):
+    """W_c: features of an image become input embeddings, W_c v(x) + b, in float32.
+
+    FROMAGe (section 3.1) makes k of an image's one feature; Octopus (section 4.1) one of each of its P patches.
+    """
+
+    def __init__(self, m: int, d: int, k: int = 1) -> None:
+        """m: width of a feature. d: width of an embedding. k: embeddings of a feature."""
+        super().__init__(m, k * d)
+        self.d = d
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(B, m) -> (B, k, d); (B, P, m) -> (B, P k, d)."""
+        return super().forward(features.float()).unflatten(-1, (-1, self.d)).flatten(1, -2)
+
+
 class VisualPrefixLM(nn.Module):
     """A language model and a vision tower, joined by a visual prefix: each image becomes k input embeddings.
 
-    A subclass defines k and the map: visual_prefix (the layer) and prefix (features -> embeddings).
+    A subclass makes the visual prefix.
     """
 
-    visual_prefix: nn.Linear
+    visual_prefix: VisualPrefix
     start_first = False  # whether a prompt has one start token, in front of all, images included
 
     def __init__(self, lm: LanguageModel, vision: VisionTower, k: int) -> None:
@@ -42,10 +58,6 @@ class VisualPrefixLM(nn.Module):
 
         trained: values to use in place of the model's own, such as the values after rounding to a file's dtype.
         """
-        raise NotImplementedError
-
-    def prefix(self, features: Tensor) -> Tensor:
-        """(B, *vision.shape) features of images -> (B, k, d) input embeddings."""
         raise NotImplementedError
 
     def embed(self, ids: Tensor, prefix: Tensor | None = None) -> Tensor:

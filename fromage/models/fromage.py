@@ -34,7 +34,7 @@ from fromage.checks import check_whole
 from fromage.data.padding import token_mask
 from fromage.data.tokenizer import ret_tokens
 from fromage.errors import UserError
-from fromage.models.base import digest
+from fromage.models.base import VisualPrefix, digest
 from fromage.models.fusion import make_fusion
 from fromage.models.language_model import LanguageModel, load_lm
 from fromage.models.options import CHOICES, Pooling, Quantized, RetAttention, RetFusion, Space, Start
@@ -98,7 +98,7 @@ class Fromage(Pretrained):
         self.space, self.start, self.start_first = space, start, start == "first"
         self.stacked = ret_attention == "stacked" and self.r > 1
         self.ret_offsets = [0 if self.stacked else i for i in range(self.r)]  # positions of [RET] after a text's end
-        self.visual_prefix = nn.Linear(vision.width, k * lm.width)  # W_c: (B, m) -> (B, k d)
+        self.visual_prefix = VisualPrefix(vision.width, lm.width, k)  # W_c: (B, m) -> (B, k, d)
         self.text_head = nn.Linear(lm.width, q)  # W_t: (B, d) -> (B, q)
         self.image_head = nn.Linear(vision.width, q)  # W_i: (B, m) -> (B, q)
         if space == "clip":
@@ -165,10 +165,6 @@ class Fromage(Pretrained):
         from fromage.generation.generate import caption  # stands above this module: an exception named in setup.cfg
 
         return caption(self, images, max_new_tokens)
-
-    def prefix(self, features: Tensor) -> Tensor:
-        """(B, m) image features -> (B, k, d) input embeddings: W_c v(x) + b (section 3.1)."""
-        return self.visual_prefix(features.float()).unflatten(-1, (self.k, self.lm.width))  # (B, k d) -> (B, k, d)
 
     def embed_images(self, features: Tensor) -> Tensor:
         """(B, m) image features -> (B, q) unit rows of the retrieval space: W_i v(x) + b, normalised (section 3.2)."""

@@ -224,7 +224,7 @@ def embed_prompts(model: VisualPrefixLM, prompts: Sequence[Prompt], room: int = 
     number = {key: i for i, key in enumerate(distinct)}
     shown = [[number[_key(image)] for image in row] for row in images]
     features = encode_images(model, list(distinct.values()))  # (n, m)
-    prefix = model.prefix(features)[list(chain.from_iterable(shown))]  # (n, k, d) -> (images in all prompts, k, d)
+    prefix = model.visual_prefix(features)[list(chain.from_iterable(shown))]  # (n, k, d) -> (images in all prompts, k, d)
     ids = ids.to(model.device)  # (B, T)
     return Prompts(ids, mask.to(model.device), model.embed(ids, prefix), features, shown)
 

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from fromage.checkpoints.format import OCTOPUS, TOWERS, Saved, dtype_name
 from fromage.data.tokenizer import IMAGE_TOKEN, PromptTokenizer
 from fromage.errors import UserError
-from fromage.models.base import digest
+from fromage.models.base import VisualPrefix, digest
 from fromage.models.frozen import digest_of_samples, hold
 from fromage.models.language_model import LanguageModel, load_lm
 from fromage.models.options import Quantized
@@ -127,7 +127,7 @@ class Octopus(Pretrained):
             _check_queries(lm, vision, self.split_layer, decoder_width, decoder_layers, heads)
         _check_masks(mask_scale, num_queries)
         check_template(self.template)
-        self.visual_prefix = nn.Linear(vision.width, lm.width)  # W_c: (B, P, m) -> (B, P, d)
+        self.visual_prefix = VisualPrefix(vision.width, lm.width)  # W_c: (B, P, m) -> (B, P, d)
         self.index_tokens = lm.added  # (N, d), rows of <d0> ... <dN-1>
         if num_queries:
             self.queries = nn.Parameter(_start(lm, num_queries))  # (N, d)
@@ -208,10 +208,6 @@ class Octopus(Pretrained):
         own = {name: p for name, p in (trained or self.trained()).items() if not name.startswith(TOWERS)}
         named = {name.replace("index_tokens.", "index."): p for name, p in own.items()}  # as in old reports
         return digest("|".join(map(str, (*built, digest_of_samples(self.lm)))), named)
-
-    def prefix(self, features: Tensor) -> Tensor:
-        """(B, P, m) patch features -> (B, P, d) input embeddings (one linear layer: section 4.1)."""
-        return self.visual_prefix(features.float())  # (B, P, d)
 
     def prompt(self, image: ImageInput | None, instruction: str, ask: bool = True) -> list[Part]:
         """The prompt of an instruction about an image, from the template. ask: include the object queries."""

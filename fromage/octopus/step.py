@@ -79,7 +79,7 @@ def image_patches(model: Octopus, batch: GroundingBatch) -> Tensor:
 
 def read_prompts(model: Octopus, batch: GroundingBatch, patches: Tensor) -> Prefill:
     """Run the prompts of a batch about images with patch features (B, P, m)."""
-    embeds = model.embed(batch.prompts.ids.unsqueeze(0), model.prefix(patches))[0]  # (M, d)
+    embeds = model.embed(batch.prompts.ids.unsqueeze(0), model.visual_prefix(patches))[0]  # (M, d)
     return model.read(batch.prompts.layout, embeds, patches, batch.queries, batch.images)
 
 

@@ -81,7 +81,7 @@ def composed(model: Fromage, tuples: TupleBatch, features: Tensor, weights: Loss
     words = [n - 1 if weights.composition_captioning else 0 for n in tuples.caption_lengths]
     each = [t + ret + n for t, n in zip(trunk, words, strict=True)]
     layout = _layout(model, trunk, ret, words, device)
-    embeds = model.embed(_ids(model, tuples, trunk, ret, words).unsqueeze(0), model.prefix(features))  # (1, N, d)
+    embeds = model.embed(_ids(model, tuples, trunk, ret, words).unsqueeze(0), model.visual_prefix(features))  # (1, N, d)
     hidden = model.lm.packed(embeds, layout.positions, Causal(layout))  # (N, d)
 
     begins = offsets(each)

@@ -132,7 +132,7 @@ def captioning(model: Fromage, batch: Batch, features: Tensor, paired: bool) -> 
     ids = torch.cat(list(chain.from_iterable(parts)))  # (N,)
     each = [s + k + n for s, n in zip(starts, targets, strict=True)]
     rows = PackedLayout([sum(each[i : i + 2]) for i in range(0, len(each), 2)] if paired else each, ids.device)
-    embeds = model.embed(ids.unsqueeze(0), model.prefix(features))  # (1, N, d)
+    embeds = model.embed(ids.unsqueeze(0), model.visual_prefix(features))  # (1, N, d)
     hidden = model.lm.packed(embeds, rows.positions, Causal(rows))  # (N, d)
     ends = accumulate(each)
     at = [end - n - 1 + t for end, n in zip(ends, targets, strict=True) for t in range(n)]

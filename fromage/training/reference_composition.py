@@ -70,7 +70,7 @@ def reference_composition(
     """
     nothing = torch.zeros((), device=model.device)
     captioning_loss, caption_accuracy, contrastive_loss, retrieval_accuracy = [nothing] * 4
-    prefix = model.prefix(image_features(model, tuples))  # (B, m) -> (B, k, d)
+    prefix = model.visual_prefix(image_features(model, tuples))  # (B, m) -> (B, k, d)
     first = int(model.start_first)
     trunks = [
         [*row[:first], *[model.tokenizer.image_id] * model.k, *row[first : n - model.r]]

@@ -68,7 +68,7 @@ def _token_mask(batch: Batch, without: int) -> Tensor:
 
 def _captioning(model: Fromage, batch: Batch, paired: bool) -> tuple[Tensor, Tensor]:
     """Next-token loss of [W_c v(x)] [</s> y_1 ... y_n], padded, and its token accuracy (equation 1)."""
-    prefix = model.prefix(image_features(model, batch))  # (B, k, d)
+    prefix = model.visual_prefix(image_features(model, batch))  # (B, k, d)
     ids, mask = captioning_ids(model, batch, paired)
     hidden = model.lm(model.embed(ids, prefix), mask)  # (B, k + T, d)
     labels = ids.masked_fill(~mask | (ids == model.tokenizer.image_id), -100)  # (B, k + T)

@@ -68,7 +68,7 @@ def test_octopus_reads_patches_of_each(towers, kind):
     torch.manual_seed(0)
     model = Octopus.load(vision=towers[kind], num_queries=4, decoder_layers=1, decoder_width=32, heads=2)
     patches = model.vision(torch.zeros(2, 3, *model.vision.image_size, dtype=torch.uint8))
-    assert patches.shape == (2, *model.vision.shape) and model.prefix(patches).shape == (2, model.k, model.lm.width)
+    assert patches.shape == (2, *model.vision.shape) and model.visual_prefix(patches).shape == (2, model.k, model.lm.width)
 
 
 @pytest.mark.parametrize("where", ["fit", "index"])

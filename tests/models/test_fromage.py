@@ -32,7 +32,7 @@ def test_full_size_trains_5513729_parameters():
 def test_interleaved_ids_embed_as_a_concatenation_by_hand(toy_model):
     tokenizer, lm = toy_model.tokenizer, toy_model.lm
     features = torch.randn(3, toy_model.vision.width)
-    prefix = toy_model.prefix(features)
+    prefix = toy_model.visual_prefix(features)
     image = [tokenizer.image_id] * 2
     one, two = tokenizer.encode("a red star"), tokenizer.encode("at night")
     ids = torch.tensor([[2, *one, *image, *two, *image], [2, *image, *one, *two, 1, 1]])
@@ -61,7 +61,7 @@ def test_plain_step_is_the_paper_sequence_by_sequence(toy_model, batch, paired):
     """Each sequence run alone, without padding, and each loss written out."""
     lm, tokenizer, n = toy_model.lm, toy_model.tokenizer, len(batch.keys)
     features = toy_model.vision(batch.pixels)
-    prefix = toy_model.prefix(features)
+    prefix = toy_model.visual_prefix(features)
     captions = [row[:length].tolist() for row, length in zip(batch.ids, batch.lengths, strict=True)]
 
     def run(embeds):

@@ -162,7 +162,7 @@ def test_embeddings_are_the_parts_own(toy_model, images):
     features = toy_model.vision(torch.stack([toy_model.vision.transform(Image.open(p)) for p in images[:2]]))
     batch = embed_prompts(toy_model, [[images[0], "a", images[1]]])
     words = toy_model.lm.embed(batch.ids)
-    prefix = toy_model.prefix(features)
+    prefix = toy_model.visual_prefix(features)
     want = torch.cat([prefix[0], words[0, 2:-3], prefix[1], words[0, -1:]])
     torch.testing.assert_close(batch.embeds[0], want)
     torch.testing.assert_close(batch.features, features)
