@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fromage.checkpoints.format import (
-    FORMAT,
+    FROMAGE,
     GENERATION,
     LAYOUTS,
     PAPER,
@@ -61,8 +61,8 @@ class System(NamedTuple):
         return names | {"ret.input": "ret_input_embeddings.weight", "logit_scale": "model.logit_scale"}
 
 
-FROMAGE = System("FROMAGe", "model.text_hidden_fcs.0.0", "shared_emb_dim", "mean")
-GILL = System("GILL", "model.ret_text_hidden_fcs.0.model", "ret_emb_dim", "first")
+FROMAGE_FILES = System("FROMAGe", "model.text_hidden_fcs.0.0", "shared_emb_dim", "mean")
+GILL_FILES = System("GILL", "model.ret_text_hidden_fcs.0.model", "ret_emb_dim", "first")
 FROZEN = ("model.lm.", "model.visual_model.", "model.input_embeddings.")  # copies of the towers, where they were left in
 TABLES = ("model.input_embeddings.weight", "model.lm.model.decoder.embed_tokens.weight")  # the row of [RET] is in them too
 OF_GILL = {"gen_emb_dim", "ret_emb_dim", "num_clip_tokens", "gen_token_idx"}  # keys of its model_args.json
@@ -105,7 +105,7 @@ def read_authors(
     settings |= {"input_prompt": args["input_prompt"]}
     settings |= {"r": len(ret), "ret_attention": "sequential", "ret_fusion": system.fusion}
     tensors, generation = _read_tensors(file, system, **sizes, ret=ret), read_generation(file.parent)
-    if system is GILL:
+    if system is GILL_FILES:
         warnings.warn(f"{file}: is of GILL; what generates images is left out, its [IMG] tokens become [RET]", stacklevel=2)
     added = {IMAGE_TOKEN: ret[0] - 1, **dict(zip(ret_tokens(len(ret)), ret, strict=True))}
     about = {"source": f"files of the released code of {system.name}, which do not say what they were trained on"}
@@ -126,7 +126,7 @@ def _read_args(path: Path) -> tuple[dict[str, Any], System]:
     """model_args.json, its fields checked, retrieval_token_idx as a list; and whose it is."""
     try:
         args = read_json(path, "the file that came with the weights")
-        system = GILL if isinstance(args, dict) and args.keys() & OF_GILL else FROMAGE
+        system = GILL_FILES if isinstance(args, dict) and args.keys() & OF_GILL else FROMAGE_FILES
         ret = args["retrieval_token_idx"]
         args["retrieval_token_idx"] = ret = [ret] if type(ret) is int else ret
         args["input_prompt"] = args.get("input_prompt") or ""
@@ -135,7 +135,7 @@ def _read_args(path: Path) -> tuple[dict[str, Any], System]:
             if not isinstance(args[name], kind):
                 raise ValueError(f"{name} cannot be {args[name]!r}")
         consecutive = isinstance(ret, list) and ret and type(ret[0]) is int and ret == [ret[0] + i for i in range(len(ret))]
-        if not consecutive or (system is FROMAGE and len(ret) > 1):
+        if not consecutive or (system is FROMAGE_FILES and len(ret) > 1):
             raise ValueError(f"retrieval_token_idx cannot be {ret!r}")
         for name, only in (("text_emb_layers", [-1]), ("ret_text_fc_mode", "linear")):
             if args.get(name, only) != only:
@@ -157,19 +157,19 @@ def _read_tensors(file: Path, system: System, k: int, q: int, ret: list[int]) ->
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"{file}: not a checkpoint of the authors: no 'state_dict' of tensors in it")
     state = {str(name).removeprefix("module."): value for name, value in state.items()}
-    for other in (FROMAGE, GILL):
+    for other in (FROMAGE_FILES, GILL_FILES):
         if other is not system and f"{other.text_head}.weight" in state:
             raise UserError(f"{file}: is of {other.name}, and {ARGS} beside it of {system.name}; give the one it came with")
     theirs = system.theirs
     row, scale = theirs["ret.input"], theirs["logit_scale"]
     table = next((state[name] for name in TABLES if name in state), None)  # (V, d), or of GILL (r, d) where it was pruned
     if row not in state and table is not None:
-        pruned = system is GILL and table.ndim == 2 and len(table) == len(ret)
+        pruned = system is GILL_FILES and table.ndim == 2 and len(table) == len(ret)
         if not pruned and not (table.ndim == 2 and 0 <= ret[0] <= ret[-1] < len(table)):
             has = f"its embedding of {tuple(table.shape)} has no row {ret[-1]}"
             raise UserError(f"{file}: {has} for [RET], which {ARGS} names")
         state[row] = (table if pruned else table[ret[0] : ret[-1] + 1]).clone()  # (r, d)
-    unused = FROZEN + (GENERATES,) * (system is GILL)
+    unused = FROZEN + (GENERATES,) * (system is GILL_FILES)
     state = {name: value for name, value in state.items() if not name.startswith(unused)}
     if row in state and state[row].ndim == 1:
         state[row] = state[row].unsqueeze(0)  # (d) -> (1, d)
@@ -193,15 +193,15 @@ def write_authors(saved: Saved, folder: str | Path, visual_encoder: str | None =
     the format has no room for, for an image tower without such a name, and where such files are there already, unless
     overwrite is true.
     """
-    if saved.format != FORMAT:
-        name = LAYOUTS[saved.format].name
+    if saved.kind != FROMAGE:
+        name = LAYOUTS[saved.kind].name
         raise UserError(f"{saved.source}: is of {name}, and the authors' files are of FROMAGe; export it with --format ours")
     for name in (PICKLE, ARGS):
         check_new(Path(folder) / name, overwrite)
     if saved.settings.get("r", 1) > 1 or saved.settings.get("ret_fusion", "mean") == "transformer":
         has = f"its [RET] is {saved.settings['r']} tokens, fused by {saved.settings['ret_fusion']}"
         raise UserError(f"{saved.source}: {has}, the authors' one as it is; export it with --format ours")
-    theirs = FROMAGE.theirs
+    theirs = FROMAGE_FILES.theirs
     if saved.tensors.keys() != theirs.keys():
         raise UserError(
             f"{saved.source}: the head of {saved.settings['lm']} is not tied to its embedding; the authors' format has no "

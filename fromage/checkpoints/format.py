@@ -36,7 +36,7 @@ from fromage.processor import multiplies_bfloat16
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 AUTO = "auto"  # a dtype that the machine decides
 TOWERS = ("lm.", "vision.")  # prefixes of parameters that are never saved
-FORMAT, OCTOPUS = "fromage", "octopus"  # kinds of models that a folder may hold
+FROMAGE, OCTOPUS = "fromage", "octopus"  # kinds of models that a folder may hold
 VERSION = 1
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 GENERATION = "generation.json"  # how to talk with the model, beside any kind of weights; see fromage.generation.preset
@@ -70,7 +70,7 @@ PAPER: dict[str, Any] = {
 }  # fmt: skip
 TOWER_KINDS: dict[str, Any] = {"lm": str, "vision": str, "vision_weights": str | None, "dtype": str}
 LAYOUTS = {
-    FORMAT: ConfigLayout(
+    FROMAGE: ConfigLayout(
         "FROMAGe",
         TOWER_KINDS | {"k": int, "q": int, "pooling": str, "input_prompt": str} | {key: type(PAPER[key]) for key in PAPER},
         {"pooling": "ret", "input_prompt": "", **PAPER},
@@ -92,7 +92,7 @@ class Saved:
         added_tokens: ids of <|image|>, [RET] and the like; empty in a Lightning checkpoint.
         fingerprint: of the model with these parameters; None where it was written without its towers.
         generation: content of generation.json, not checked; None where there is none.
-        format: kind of the model, one of LAYOUTS.
+        kind: of the model, one of LAYOUTS.
         about: what is known of their training, for the model card; see fromage.checkpoints.card.
     """
 
@@ -102,7 +102,7 @@ class Saved:
     added_tokens: dict[str, int]
     fingerprint: str | None = None
     generation: dict[str, Any] | None = None
-    format: str = FORMAT
+    kind: str = FROMAGE
     about: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -122,7 +122,7 @@ def read_folder(folder: Path) -> Saved:
     except (OSError, ValueError, BrokenSample, SafetensorError) as error:
         raise UserError(f"{folder / WEIGHTS}: missing or damaged ({reason(error)}); fetch or export it again") from error
     settings = {name: config[name] for name in config if name not in OWN | BESIDE.keys()}
-    settings = settings if LAYOUTS[config["format"]].others else {name: settings[name] for name in LAYOUTS[FORMAT].kinds}
+    settings = settings if LAYOUTS[config["format"]].others else {name: settings[name] for name in LAYOUTS[FROMAGE].kinds}
     beside = config["added_tokens"], config["fingerprint"], read_generation(folder), config["format"]
     return Saved(str(folder), tensors, settings, *beside, about=checked(config["about"]))
 
@@ -178,8 +178,8 @@ def write_folder(
         check_new(folder / name, overwrite)
     count = sum(value.numel() for value in saved.tensors.values())
     content = safetensors.torch.save(saved.tensors, {"format": "pt"})
-    layout = LAYOUTS[saved.format]
-    config = {"format": saved.format, "version": VERSION} | layout.not_said
+    layout = LAYOUTS[saved.kind]
+    config = {"format": saved.kind, "version": VERSION} | layout.not_said
     config |= {name: value for name, value in saved.settings.items() if layout.others or name in layout.kinds}
     config |= {"added_tokens": saved.added_tokens, "fingerprint": saved.fingerprint}
     config |= {"about": saved.about} if saved.about else {}

@@ -10,7 +10,7 @@ from huggingface_hub import snapshot_download
 from fromage.checkpoints.card import about_run
 from fromage.checkpoints.format import (
     CONFIG,
-    FORMAT,
+    FROMAGE,
     GENERATION,
     LAYOUTS,
     OCTOPUS,
@@ -66,7 +66,7 @@ def _from_lightning(path: str | Path) -> Saved:
     checkpoint = read_checkpoint(path)
     tensors = {name.removeprefix(PREFIX): value for name, value in checkpoint.get("state_dict", {}).items()}
     settings, generation = dict(checkpoint["hyper_parameters"]), read_generation(Path(path).parent)
-    kind = checkpoint.get("kind") or (OCTOPUS if "stage" in settings else FORMAT)  # older files do not say it
+    kind = checkpoint.get("kind") or (OCTOPUS if "stage" in settings else FROMAGE)  # older files do not say it
     if kind not in [*LAYOUTS]:
         raise UserError(f"checkpoint {path}: a model of kind {kind!r}, which this version does not know; update fromage")
-    return Saved(str(path), tensors, settings, {}, generation=generation, format=kind, about=about_run(checkpoint))
+    return Saved(str(path), tensors, settings, {}, generation=generation, kind=kind, about=about_run(checkpoint))

@@ -332,7 +332,7 @@ def export_weights(
     saved = replace(saved, about=licensed(saved.about, license))
     if dtype is None and format == "sentence-transformers" and not saved.added_tokens:  # rows as the checkpoint has them
         dtype = "float32"
-    saved = for_disk(model_class(saved.format), saved, dtype)
+    saved = for_disk(model_class(saved.kind), saved, dtype)
     if format == "ours":
         write_folder(saved, out, overwrite)
     elif format == "sentence-transformers":

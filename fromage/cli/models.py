@@ -16,7 +16,7 @@ def model_class(kind: str) -> Any:
 def load_any(ckpt: str, device: str, **options: Any) -> Any:
     """The model of a checkpoint, folder or hub name, of whichever kind it is. options: as of from_pretrained."""
     from fromage.checkpoints.load import read_saved
-    from fromage.models.pretrained import build
+    from fromage.models.pretrained import from_saved
 
     saved = read_saved(ckpt)
-    return build(model_class(saved.format), saved, device, **options)
+    return from_saved(model_class(saved.kind), saved, device, **options)

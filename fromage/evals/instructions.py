@@ -30,9 +30,7 @@ def evaluate(model: Octopus, data: Instructions | Flickr30kSpotting, options: Op
     predictions = predict(model, [data], options)
     metrics: dict[str, list[Figures]] = defaultdict(list)
     for example, answer in sorted(predictions.pairs[0], key=lambda pair: len(pair[0].meant)):
-        words = " ".join(piece for piece in example.answer if isinstance(piece, str))
-        wanted = [example.boxes[piece] for piece in example.answer if isinstance(piece, int)]
-        found = box_metrics(answer, wanted, words)
+        found = box_metrics(answer, example.target_boxes, example.words)
         metrics[setting(example)].append({name: found[name] for name in found if name in PROTOCOL})
     figures = {name: mean_percent(some) for name, some in metrics.items()} | {"all": {"seconds": predictions.seconds}}
     sizes = {f"answers_{name}": len(some) for name, some in metrics.items()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from fromage.checkpoints.card import FROMAGE_LIMITS, write_card
-from fromage.checkpoints.format import CARD, FORMAT, LAYOUTS, Saved, write_folder
+from fromage.checkpoints.format import CARD, FROMAGE, LAYOUTS, Saved, write_folder
 from fromage.distribution import DISTRIBUTION, pip_install
 from fromage.errors import UserError
 from fromage.io import as_json
@@ -20,8 +20,8 @@ def write_sentence_transformers(saved: Saved, folder: str | Path, overwrite: boo
 
     Raises UserError for a model without a retrieval space, and where write_folder does.
     """
-    if saved.format != FORMAT:
-        raise UserError(f"{saved.source}: {LAYOUTS[saved.format].name} embeds no texts; give a checkpoint of FROMAGe")
+    if saved.kind != FROMAGE:
+        raise UserError(f"{saved.source}: {LAYOUTS[saved.kind].name} embeds no texts; give a checkpoint of FROMAGe")
     beside = {
         MODULES: as_json([{"idx": 0, "name": "0", "path": "", "type": ENCODER}]),
         CONFIG: as_json(

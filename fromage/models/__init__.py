@@ -32,5 +32,6 @@ The legend of shapes, for all packages:
     packed attention: S sequences, H attention heads (H' of keys and values), e width of a head, T' keys per query
     CLIP: e width of the space that images and texts share
     Octopus: N object queries, P patches per image, A tokens of an answer, L layers and c width of the DETR decoder,
-        K objects per image at most, M objects or tokens of a batch in a list without padding, S cached tokens
+        K objects per image at most, E prompts with queries, S tokens of a row so far; in lists without padding M objects, or
+        M tokens of prompts and F after them, Y of which are predicted
 """

@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fromage.checkpoints.format import FORMAT, PAPER, Saved, differences, dtype_name, parameter_shapes
+from fromage.checkpoints.format import FROMAGE, PAPER, Saved, differences, dtype_name, parameter_shapes
 from fromage.checks import check_whole
 from fromage.data.padding import token_mask
 from fromage.data.tokenizer import ret_tokens
@@ -53,7 +53,7 @@ class Fromage(Pretrained):
         input_prompt: text in front of every caption that is generated, not part of it.
     """
 
-    kind = FORMAT
+    kind = FROMAGE
 
     def __init__(
         self,
@@ -236,7 +236,7 @@ class Fromage(Pretrained):
         if differs := differences({name: value for name, value in saved.tensors.items() if name in want}, want):
             raise UserError(OTHER.format(source=saved.source, differs=differs))
 
-    def take(self, tensors: Mapping[str, Tensor], source: str) -> None:
+    def load_parameters(self, tensors: Mapping[str, Tensor], source: str) -> None:
         """Load trained parameters. Raises UserError unless they are this model's, by name and shape."""
         self.check_trained(tensors, source)
         self.load_state_dict(dict(tensors), strict=False)

@@ -27,7 +27,7 @@ from fromage.models import gguf, towers
 from fromage.models.cpu_linear import cpu_linears
 from fromage.models.frozen import TOY, FrozenTower, hold, require_weights
 from fromage.models.options import Quantized
-from fromage.models.packed_attention import Attend, attending, distances, route
+from fromage.models.packed_attention import Attend, additive, attending, distances, route
 from fromage.models.special_tokens import AddedTokens, ExtendedEmbedding, ExtendedHead
 
 log = logging.getLogger(__name__)
@@ -107,33 +107,20 @@ class LanguageModel(FrozenTower):
         return _moved(output.last_hidden_state, order.argsort(dim=1))  # (B, T, d)
 
     def visible(self, positions: Tensor, mask: Tensor) -> Tensor:
-        """Positions (B, T), of which tokens share some, and bool mask (B, T) -> (B, 1, T, T), 0 where a token sees another.
+        """Positions (B, T), of which tokens share some, and bool mask (B, T) -> (B, 1, T, T), the mask of attention.
 
-        Elsewhere the least number of the dtype, to be added to products of queries and keys. As in packed_attention, a
-        token sees itself and earlier positions. Raises UserError for a family that has positions of its own (ALiBi), and
-        for rows beyond a sliding window, which counts places.
+        It is `additive`. As in packed_attention, a token sees itself and earlier positions. Raises UserError for a family
+        that has positions of its own (ALiBi), and for rows beyond a sliding window, which counts places.
         """
+        config, T = self.hf.config.get_text_config(), mask.shape[1]
         if not self._routes:
-            raise UserError(
-                f"{self.name}: {self._kind} counts positions by itself, so [RET] cannot be stacked; choose sequential"
-            )
-        self._check_window(mask.shape[1])
-        return self.additive((distances(positions) >= 0) & mask.unsqueeze(1)).unsqueeze(1)  # (B, 1, T, T)
-
-    def additive(self, sees: Tensor) -> Tensor:
-        """Which token sees which, bool -> what is added to products of queries and keys: 0, or the least number."""
-        zeros = torch.zeros(sees.shape, dtype=self.dtype, device=sees.device)
-        return zeros.masked_fill_(~sees, torch.finfo(self.dtype).min)
-
-    @property
-    def _kind(self) -> str:
-        return self.hf.config.get_text_config().model_type
-
-    def _check_window(self, tokens: int) -> None:
-        """Raise UserError for rows longer than a sliding window, where a mask of our own has no room for it."""
-        window = getattr(self.hf.config.get_text_config(), "sliding_window", None)
-        if window is not None and tokens > window:
-            raise UserError(f"{tokens} tokens in a row: {self.name} looks back {window} in places; shorten the rows")
+            told = f"{config.model_type} counts positions by itself, so [RET] cannot be stacked; choose sequential"
+            raise UserError(f"{self.name}: {told}")
+        window = getattr(config, "sliding_window", None)
+        if window is not None and window < T:
+            raise UserError(f"{T} tokens in a row: {self.name} looks back {window} in places; shorten the rows")
+        seen = (distances(positions) >= 0) & mask.unsqueeze(1)  # (B, T, T)
+        return additive(seen, self.dtype).unsqueeze(1)  # (B, 1, T, T)
 
     def packed(self, embeds: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """(1, N, d) packed input embeddings at positions (N,) -> (N, d) hidden states; see packed_attention for attend.

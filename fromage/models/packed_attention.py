@@ -73,7 +73,7 @@ class PackedLayout:
     def __init__(
         self, lengths: list[int], device: torch.device, positions: Tensor | None = None, branches: Tensor | None = None
     ) -> None:
-        """lengths: tokens of each sequence, at least one. positions: (N,), where tokens share some. branches: as above."""
+        """lengths: tokens of each sequence; some may be 0. positions: (N,), where tokens share some. branches: as above."""
         self.count, self.max_seqlen, self.lengths = len(lengths), max(lengths), lengths
         places = [t for n in lengths for t in range(n)]
         flat = [s * self.max_seqlen + t for s, n in enumerate(lengths) for t in range(n)]
@@ -167,7 +167,10 @@ class Weighting(NamedTuple):
         return back >= 0 if self.window is None else (back >= 0) & (back < self.window)
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        """q (S, H, T, e), k and v (S, H', T', e), bool mask (None: causal) -> (S, H, T, e)."""
+        """q (S, H, T, e), k and v (S, H', T', e) -> (S, H, T, e).
+
+        mask: bool, what a token sees, or `additive`; None: causal.
+        """
         if self.cap is None and not slow_kernel(q):
             causal, grouped = mask is None, q.shape[1] != k.shape[1]
             if grouped and not causal and q.is_cuda:  # its fast kernels take a mask or shared keys, not both
@@ -179,8 +182,14 @@ class Weighting(NamedTuple):
         queries = q.float().reshape(len(q), *rows, e) * (self.scale or e**-0.5)  # (S, H', H / H' T, e)
         products = (queries @ k.float().transpose(2, 3)).view(len(q), H, T, -1)  # -> (S, H, T, T')
         capped = products if self.cap is None else torch.tanh(products / self.cap) * self.cap
-        weights = capped.masked_fill(~mask, -torch.inf).softmax(-1).to(v.dtype)  # (S, H, T, T')
+        hidden = capped.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else capped + mask
+        weights = hidden.softmax(-1).to(v.dtype)  # (S, H, T, T')
         return (weights.view(len(q), *rows, k.shape[2]) @ v).view(q.shape)  # (S, H, T, T') (S, H', T', e) -> (S, H, T, e)
+
+
+def additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """Which token sees which, bool -> what is added to the products of queries and keys: 0, or the least number."""
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min)
 
 
 def slow_kernel(q: Tensor) -> bool:
@@ -244,14 +253,16 @@ class Visible(Attend):
         kept: layer -> keys, values (S, H', S' + T, e), of the earlier tokens and these; for a later pass.
     """
 
-    def __init__(self, layout: PackedLayout, back: Tensor, before: Visible | None = None) -> None:
+    def __init__(self, layout: PackedLayout, back: Tensor, before: Visible | None = None, keep: bool = True) -> None:
         """back: (S, T, S' + T), how many positions before each token another one stands; below 0: hidden.
 
         before: the pass over the S' tokens, padded. Without gradients its keys and values are given up, layer by layer.
+        keep: whether a later pass follows.
         """
         super().__init__()
-        self.layout, self.back, self.past = layout, back, None if before is None else before.kept
+        self.layout, self.back, self.keep, self.past = layout, back, keep, None if before is None else before.kept
         self.kept: dict[int, tuple[Tensor, Tensor]] = {}
+        self._masks: dict[int | None, Tensor] = {}  # by window; one for all layers, since each keeps it for the backward
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, weighting: Weighting) -> Tensor:
         """See Attend. A layer may run again in the backward (activation checkpointing): what is kept then stays the same."""
@@ -259,9 +270,12 @@ class Visible(Attend):
         if self.past is not None:
             past = self.past[layer] if torch.is_grad_enabled() else self.past.pop(layer)
             k, v = (torch.cat([old, new], 2) for old, new in zip(past, (k, v), strict=True))  # (S, H', S' + T, e)
-        self.kept.setdefault(layer, (k, v))
-        seen = weighting.seen(self.back.unsqueeze(1))  # (S, 1, T, S' + T)
-        return self.layout.unpad_input(weighting.attention(q, k, v, seen).transpose(1, 2))  # (S, T, H, e) -> (N, H, e)
+        if self.keep:
+            self.kept.setdefault(layer, (k, v))
+        if weighting.window not in self._masks:
+            self._masks[weighting.window] = additive(weighting.seen(self.back.unsqueeze(1)), q.dtype)  # (S, 1, T, S' + T)
+        out = weighting.attention(q, k, v, self._masks[weighting.window])  # (S, H, T, e)
+        return self.layout.unpad_input(out.transpose(1, 2))  # (S, T, H, e) -> (N, H, e)
 
 
 class Continuations(Attend):

@@ -56,7 +56,7 @@ class Pretrained(VisualPrefixLM, ModelHubMixin):
         UserError for missing or damaged files, and for an unknown device or option.
         """
         hub = {key: options.pop(key) for key in HUB_OPTIONS & options.keys()}
-        return build(cls, read_saved(name, **hub), device, dtype=dtype, **options)
+        return from_saved(cls, read_saved(name, **hub), device, dtype=dtype, **options)
 
     def save_pretrained(  # type: ignore[override]
         self,
@@ -72,7 +72,7 @@ class Pretrained(VisualPrefixLM, ModelHubMixin):
         license: of the parameters, as the hub names it, such as apache-2.0; for push_to_hub model_card_kwargs={"license":
         ...}, which ModelHubMixin passes. The model card is written where there is none. config is ignored.
         """
-        saved = describe(self, dtype)
+        saved = to_saved(self, dtype)
         about = licensed(saved.about, license or (model_card_kwargs or {}).get("license"))
         write_folder(replace(saved, about=about), save_directory, overwrite=True)
 
@@ -87,12 +87,12 @@ class Pretrained(VisualPrefixLM, ModelHubMixin):
                 f"{repo_id}: not uploaded ({first_line(error)}); name a repository of your own, and log in by hf auth login"
             ) from error
 
-    def kept(self) -> dict[str, nn.Parameter]:
+    def saved_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters that are saved, by name."""
         return self.trained()
 
     @classmethod
-    def present(cls, saved: Saved) -> Saved:
+    def upgraded(cls, saved: Saved) -> Saved:
         """Saved parameters and settings under today's names. Raises UserError for those that make no whole model."""
         return saved
 
@@ -100,27 +100,27 @@ class Pretrained(VisualPrefixLM, ModelHubMixin):
     def check_settings(cls, settings: Mapping[str, Any], saved: Saved) -> None:
         """Raise UserError for settings that saved parameters do not fit, before a tower is loaded."""
 
-    def take(self, tensors: Mapping[str, Tensor], source: str) -> None:
+    def load_parameters(self, tensors: Mapping[str, Tensor], source: str) -> None:
         """Load saved parameters. Raises UserError for those of another architecture; source: where they are from."""
         raise NotImplementedError
 
 
-def build(cls: type[Any], saved: Saved, device: str = "cpu", **options: Any) -> Any:
+def from_saved(cls: type[Any], saved: Saved, device: str = "cpu", **options: Any) -> Any:
     """Load the towers and the saved parameters of a Pretrained; options override the saved arguments of cls.load.
 
     Raises UserError for an unknown device or option, for parameters of another kind of model or architecture, and for
     settings that are not of their type.
     """
-    if saved.format != cls.kind:
-        is_of, wanted = LAYOUTS[saved.format].name, LAYOUTS[cls.kind].name
+    if saved.kind != cls.kind:
+        is_of, wanted = LAYOUTS[saved.kind].name, LAYOUTS[cls.kind].name
         remedy = f"give a checkpoint of {wanted}, or a folder that `fromage export` made of one"
         raise UserError(f"{saved.source}: is of {is_of}, and not of {wanted}; {remedy}")
-    saved = cls.present(saved)
+    saved = cls.upgraded(saved)
     options = {name: value for name, value in options.items() if value is not None}
     if options.get("quantize") == "none":
         options["quantize"] = None
     dtype = str(options.get("dtype", saved.settings.get("dtype", "float32"))).removeprefix("torch.")
-    known = parameters_of(cls)
+    known = load_options(cls)
     if unknown := sorted(options.keys() - known.keys()):
         names = ", ".join(sorted({"device", *known, *HUB_OPTIONS}))
         raise UserError(f"{unknown[0]}: no option of {cls.__name__}.from_pretrained; there are {names}")
@@ -130,7 +130,7 @@ def build(cls: type[Any], saved: Saved, device: str = "cpu", **options: Any) -> 
     check_numbers(saved.tensors, saved.source)
     cls.check_settings(settings, saved)
     model = cls.load(**(settings | {"dtype": dtype}))
-    model.take(saved.tensors, saved.source)
+    model.load_parameters(saved.tensors, saved.source)
     if saved.added_tokens and (missing := sorted(model.trained().keys() - saved.tensors.keys())):
         raise UserError(f"{saved.source}: lacks {missing[0]}; fetch or export it again")
     own = model.tokenizer.added
@@ -155,13 +155,13 @@ def check_numbers(tensors: Mapping[str, Tensor], source: str) -> None:
             raise UserError(f"{source}: {name} holds no finite numbers ({value.dtype}); fetch it again, or train again")
 
 
-def describe(model: Pretrained, dtype: str | None = None) -> Saved:
+def to_saved(model: Pretrained, dtype: str | None = None) -> Saved:
     """What is saved of a model: trained parameters rounded to dtype (None: the model's stored_dtype), settings, ids."""
     if not model.settings or model.settings["random_weights"]:
         told = f"build it by {type(model).__name__}.load"
         raise UserError(f"a model whose towers cannot be loaded by name cannot be saved: {told}")
     kept = DTYPES[dtype_name(dtype or model.stored_dtype)]
-    tensors = {name: p.detach().to("cpu", kept).contiguous() for name, p in model.kept().items()}
+    tensors = {name: p.detach().to("cpu", kept).contiguous() for name, p in model.saved_parameters().items()}
     # The digest of a tower is of samples in bfloat16: rounding to float16 before changes it.
     exact = kept is not torch.float16 or not any(name.startswith(TOWERS) for name in tensors)
     fingerprint = model.fingerprint(tensors) if exact else None
@@ -176,7 +176,7 @@ def for_disk(cls: type[Pretrained], saved: Saved, dtype: str | None = None) -> S
     A Lightning checkpoint holds neither ids nor fingerprint: its towers are loaded to get them, and None means bfloat16.
     """
     if not saved.added_tokens:
-        return replace(describe(build(cls, saved), dtype), source=saved.source)
+        return replace(to_saved(from_saved(cls, saved), dtype), source=saved.source)
     if dtype is None:
         return saved
     tensors = {name: value.to(DTYPES[dtype_name(dtype)]) for name, value in saved.tensors.items()}
@@ -191,10 +191,10 @@ def from_hyperparameters(cls: type[Any], h: Mapping[str, Any]) -> Any:
 
 def _arguments(cls: type[Any], settings: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that are arguments of cls.load."""
-    return {name: settings[name] for name in parameters_of(cls) if name in settings}
+    return {name: settings[name] for name in load_options(cls) if name in settings}
 
 
-def parameters_of(cls: type[Any]) -> dict[str, inspect.Parameter]:
+def load_options(cls: type[Any]) -> dict[str, inspect.Parameter]:
     """What cls.load takes, by name: its own parameters, and where it passes others on, those of the class."""
     own = inspect.signature(cls.load).parameters
     passed = {name: p for name, p in own.items() if p.kind is not p.VAR_KEYWORD}

@@ -41,7 +41,6 @@ class Rows(NamedTuple):
         ids, positions, branch = (x.to(device, non_blocking=non_blocking) for x in (self.ids, self.positions, self.branch))
         return Rows(ids, self.lengths, positions, branch)
 
-    @property
     def layout(self) -> PackedLayout:
         """Where the tokens are, on their device."""
         return PackedLayout(self.lengths, self.ids.device, self.positions, self.branch)
@@ -92,4 +91,4 @@ def among(back: Tensor, queries: Tensor, layout: PackedLayout) -> Tensor:
     numbers = torch.arange(1, len(queries) + 1, device=queries.device).unsqueeze(1).expand_as(queries)  # (E, N)
     prompt = layout.pad_input(prompt.index_copy(0, queries.flatten(), numbers.flatten()))  # (B, T)
     together = (prompt.unsqueeze(1) == prompt.unsqueeze(2)) & (prompt.unsqueeze(1) > 0)  # (B, T, T)
-    return back.where(~together, back.clamp(min=0))
+    return back.masked_fill(together, 0)

@@ -54,7 +54,7 @@ def check_run(stage: int, num_queries: int, quantize: str | None, lora_rank: int
         raise UserError("model.quantize: a quantised language model is trained by adapters only; give model.lora_rank")
 
 
-def present(saved: Saved) -> Saved:
+def upgraded(saved: Saved) -> Saved:
     """Saved parameters and settings under today's names; see Pretrained.present."""
     settings = current_names(saved.settings)
     if "stage" in settings:  # of a run

@@ -31,7 +31,7 @@ from fromage.octopus.sources.file_source import with_masks
 from fromage.octopus.step import GroundingBatch
 from fromage.octopus.template import image_first
 
-AT_ONCE = 5000  # images whose patches one device encodes while the others wait, which they do for half an hour at most
+AT_ONCE = 5000  # images that one device encodes before the others wait for it; they wait half an hour at most
 
 
 class GroundingDataset(Dataset[Any]):

@@ -72,7 +72,7 @@ def decode(model: Octopus, prefill: Prefill, max_new_tokens: int) -> list[list[i
     out: list[list[int]] = [[] for _ in prefill.hidden]
     open_, hidden = set(range(len(out))), prefill.hidden  # (B, d)
     while open_:
-        ids = model.logits(hidden.unsqueeze(1), prefill)[:, 0].argmax(-1)  # (B, V + 2 + N) -> (B,)
+        ids = model.logits(hidden, prefill).argmax(-1)  # (B, V + 2 + N) -> (B,)
         for row, token in enumerate(ids.tolist()):
             if row in open_ and token != model.tokenizer.eos_id:
                 out[row].append(token)

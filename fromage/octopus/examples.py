@@ -24,7 +24,7 @@ class Example:
         answer: text of the model in pieces; an integer is an index into boxes, where the answer points at that box.
         boxes: all known objects of the image, including those the answer points at, in any order.
         dialogue: the name of the conversation it is a turn of, whose examples follow one another; '': it stands alone.
-        masks: of the boxes that the answer points at, in the order of `meant`, None where it is not known; empty: none is.
+        masks: those of the boxes `meant`, in the same order; None where a mask is not known. Empty: no mask is known.
     """
 
     key: str
@@ -39,6 +39,16 @@ class Example:
     def meant(self) -> tuple[int, ...]:
         """The numbers of the boxes that the answer points at, in its order, without repetitions."""
         return tuple(dict.fromkeys(piece for piece in self.answer if isinstance(piece, int)))
+
+    @property
+    def target_boxes(self) -> list[Box]:
+        """The boxes that the answer points at, in its order, as often as it does."""
+        return [self.boxes[piece] for piece in self.answer if isinstance(piece, int)]
+
+    @property
+    def words(self) -> str:
+        """The answer without its boxes."""
+        return " ".join(piece for piece in self.answer if isinstance(piece, str))
 
 
 Conversation = list[Example]  # turns about one image, in order; only the last answer may point at boxes

@@ -60,7 +60,7 @@ def match(logits: Tensor, boxes: Tensor, objects: Objects) -> Tensor:
 
     logits (..., B, N), boxes (..., B, N, 4). Padding holds 0. The assignment runs on the host, which waits once.
     """
-    l1, giou = distances(boxes.float(), objects.boxes)  # (..., B, N, K) each
+    l1, giou = pairwise_distances(boxes.float(), objects.boxes)  # (..., B, N, K) each
     cost = L1 * l1 + GIOU * giou - SCORE * logits.float().sigmoid().unsqueeze(-1)  # (..., B, N, K)
     cost = cost.nan_to_num(FAR, FAR, -FAR).cpu()  # NaN if training diverged
     found = torch.zeros(*cost.shape[:-2], cost.shape[-1], dtype=torch.long)  # (..., B, K)
@@ -74,7 +74,7 @@ def match(logits: Tensor, boxes: Tensor, objects: Objects) -> Tensor:
 Matcher = Callable[[Tensor, Tensor, Objects], Tensor]  # as `match`
 
 
-def apart(ours: Tensor, theirs: Tensor) -> tuple[Tensor, Tensor]:
+def box_distances(ours: Tensor, theirs: Tensor) -> tuple[Tensor, Tensor]:
     """(..., 4) and (..., 4) boxes, broadcast -> L1 distance and 1 - GIoU (Rezatofighi et al., CVPR 2019), (...) each.
 
     torchvision's is of all pairs within one image; this one serves whole batches, and pairs alone.
@@ -92,9 +92,9 @@ def _area(sides: Tensor) -> Tensor:
     return sides[..., 0] * sides[..., 1]
 
 
-def distances(ours: Tensor, theirs: Tensor) -> tuple[Tensor, Tensor]:
+def pairwise_distances(ours: Tensor, theirs: Tensor) -> tuple[Tensor, Tensor]:
     """(..., N, 4) and (..., K, 4) boxes -> L1 distances and 1 - GIoU, (..., N, K) each."""
-    return apart(ours.unsqueeze(-2), theirs.unsqueeze(-3))
+    return box_distances(ours.unsqueeze(-2), theirs.unsqueeze(-3))
 
 
 @torch.no_grad()
@@ -103,7 +103,7 @@ def nearest(boxes: Tensor, objects: Objects) -> Tensor:
 
     boxes (B, N, 4) of this step. Two objects can have the same query.
     """
-    l1, giou = distances(boxes.float(), objects.boxes)  # (B, N, K) each
+    l1, giou = pairwise_distances(boxes.float(), objects.boxes)  # (B, N, K) each
     return (l1 + giou).argmin(-2)  # (B, K)
 
 
@@ -143,7 +143,7 @@ def _losses(logits: Tensor, boxes: Tensor, matched: Tensor, objects: Objects) ->
     queries = matched[:, rows, places]  # (L, M)
     foreground = torch.zeros_like(logits, dtype=torch.float32)  # (L, B, N)
     foreground[layers, rows, queries] = 1.0
-    l1, giou = apart(boxes[layers, rows, queries].float(), objects.boxes[rows, places])  # (L, M) each
+    l1, giou = box_distances(boxes[layers, rows, queries].float(), objects.boxes[rows, places])  # (L, M) each
     score = F.binary_cross_entropy_with_logits(
         logits[:, known].float(), foreground[:, known], reduction="none"
     )  # (L, B', N)

@@ -35,12 +35,12 @@ from fromage.models.frozen import digest_of_samples, hold
 from fromage.models.language_model import LanguageModel, load_lm
 from fromage.models.options import Quantized
 from fromage.models.packed_attention import PackedLayout, Visible, to_device
-from fromage.models.pretrained import Pretrained, parameters_of
+from fromage.models.pretrained import Pretrained, load_options
 from fromage.models.prompts import ImageInput, Part, Token
 from fromage.models.vision.base import VisionTower
 from fromage.models.vision.registry import load_patches
 from fromage.octopus.branches import Known, among
-from fromage.octopus.checkpoint import check_kinds, check_names, present
+from fromage.octopus.checkpoint import check_kinds, check_names, upgraded
 from fromage.octopus.lora import add_lora
 from fromage.octopus.masks import SCALES
 from fromage.octopus.recognition import Detections, Recognizer
@@ -170,26 +170,26 @@ class Octopus(Pretrained):
         model.settings = {"lm": lm, "vision": vision, "vision_weights": vision_weights, "vision_layer": vision_layer}
         model.settings |= {"num_queries": num_queries, "dtype": dtype, "random_weights": random_weights}
         model.settings |= {"quantize": quantize, "lora_rank": lora_rank}
-        others = {name: p for name, p in parameters_of(cls).items() if name not in {"seed", *model.settings}}
+        others = {name: p for name, p in load_options(cls).items() if name not in {"seed", *model.settings}}
         model.settings |= {name: options.get(name, p.default) for name, p in others.items()}
         return model
 
-    def kept(self) -> dict[str, nn.Parameter]:
+    def saved_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters that are saved: those outside the towers, and what was trained of the language model."""
         of_lm = {name: p for name, p in self.named_parameters() if name.startswith("lm.")}
         return self.trained() | {name: p for name, p in of_lm.items() if p.requires_grad or name in self.tuned}
 
     @classmethod
-    def present(cls, saved: Saved) -> Saved:
+    def upgraded(cls, saved: Saved) -> Saved:
         """As of Pretrained. Raises UserError for a checkpoint of stage 1, which has trained no object queries."""
-        return present(saved)
+        return upgraded(saved)
 
     @classmethod
     def check_settings(cls, settings: Mapping[str, Any], saved: Saved) -> None:
         """Raise UserError for settings that this version does not know, or that are not of their type."""
         check_kinds(saved, get_type_hints(cls.__init__) | get_type_hints(cls.load))
 
-    def take(self, tensors: Mapping[str, Tensor], source: str) -> None:
+    def load_parameters(self, tensors: Mapping[str, Tensor], source: str) -> None:
         """Load saved parameters. Raises UserError for those of another architecture, or of layers quantised here."""
         whole = any(name.startswith("lm.") and "lora_" not in name for name in tensors)
         if whole and self.lm.quantized:
@@ -214,7 +214,7 @@ class Octopus(Pretrained):
         return fill_template(self.template, image, instruction, query_tokens(self.tokenizer, self.num_queries * ask))
 
     def embed(self, ids: Tensor, prefix: Tensor | None = None) -> Tensor:
-        """(B, T) ids -> (B, T, d); <|image|> tokens take the rows of prefix (B, P, d), <|query|> tokens the queries."""
+        """(B, T) ids -> (B, T, d); <|image|> tokens take rows of prefix (n, P, d) in order, <|query|> tokens the queries."""
         embeds, places = super().embed(ids, prefix), self.is_query(ids)
         if not self.num_queries:
             return embeds
@@ -232,21 +232,23 @@ class Octopus(Pretrained):
         layout: of the M tokens of B rows, with their branches. embeds (M, d); patches (B, P, m), which the decoder attends
         to. queries: (E, N) of `query_places`; images: (E,), the rows of these prompts. Either all have queries, or none.
         """
-        seen = Visible(layout, among(layout.distances, queries, layout))
-        with self._recognising(queries, images, patches) as found:
+        known = Known.of(layout)
+        seen = Visible(layout, among(known.back(known), queries, layout))
+        with self._relaying(queries, images, patches) as found:
             states = self.lm.packed(embeds.unsqueeze(0), layout.positions, seen)  # (M, d)
         ends = [start + count - 1 for start, count in zip(layout.starts, layout.lengths, strict=True)]
-        return Prefill(states, to_device(ends, states.device), Known.of(layout), seen, found[0] if found else None)
+        return Prefill(states, to_device(ends, states.device), known, seen, found[0] if found else None)
 
     def extend(self, prefill: Prefill, ids: Tensor, layout: PackedLayout | None = None) -> Tensor:
-        """(F,) tokens that continue the rows of a prefill -> (F, d) hidden states. The prefill grows by these tokens.
+        """(F,) tokens that continue the rows of a prefill -> (F, d) hidden states.
 
-        layout: of the tokens; None for one in each row.
+        layout: of the tokens, after which none follow; None for one in each row, by which the prefill grows.
         """
+        further = layout is None
         layout = prefill.known.next() if layout is None else layout
         new = Known.of(layout)
         prefill.known = prefill.known.followed_by(new)
-        prefill.seen = Visible(layout, prefill.known.back(new), prefill.seen)
+        prefill.seen = Visible(layout, prefill.known.back(new), prefill.seen, keep=further)
         return self.lm.packed(self.lm.embed(ids.unsqueeze(0)), layout.positions, prefill.seen)  # (F, d)
 
     def logits(self, hidden: Tensor, prefill: Prefill) -> Tensor:
@@ -265,7 +267,7 @@ class Octopus(Pretrained):
         return self.recognizer.masks.size if self.masks else None  # type: ignore[union-attr, return-value]
 
     @contextmanager
-    def _recognising(self, places: Tensor, images: Tensor, patches: Tensor) -> Iterator[list[Detections]]:
+    def _relaying(self, places: Tensor, images: Tensor, patches: Tensor) -> Iterator[list[Detections]]:
         """The relay: within this context the language model runs in two halves, with the decoder between them.
 
         The list receives the detections of the forward pass. The decoder's output, plus the embedding of <di>, replaces the

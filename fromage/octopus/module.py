@@ -108,7 +108,7 @@ class OctopusModule(GuardedModule):
             if self.hparams[name] is not None:
                 check_real(f"model.{name}", self.hparams[name], 0, inf)
         dtype_name(dtype)
-        check_run(stage, self.hparams["num_queries"], quantize, self.hparams["lora_rank"])
+        check_run(stage, num_queries, quantize, lora_rank)
         self.guard = NonFiniteGuard(nonfinite == "skip")
         self._metrics: list[tuple[str, dict[str, float]]] = []
         self._taken: set[str] = set()  # names of parameters that earlier stages trained
@@ -121,7 +121,7 @@ class OctopusModule(GuardedModule):
     @property
     def trains_masks(self) -> bool:
         """Whether the masks of objects are trained."""
-        return self.with_queries and bool(self.hparams["mask_scale"])
+        return self.with_queries and bool(self.h.mask_scale)
 
     def configure_model(self) -> None:
         """Load the towers, once, and the parameters of the stage before; freeze what this stage does not train."""
@@ -131,8 +131,8 @@ class OctopusModule(GuardedModule):
             self.model = from_hyperparameters(Octopus, of_stage(self.h))
         if self.h.init:
             self._taken = load_trained(self.model, self.h.init)
-        choose_trained(self.model, self.h.stage, whole=not self.hparams["lora_rank"])
-        if self.hparams["activation_checkpointing"]:
+        choose_trained(self.model, self.h.stage, whole=not self.h.lora_rank)
+        if self.h.activation_checkpointing:
             checkpoint_blocks(self.model.lm)
 
     def configure_optimizers(self) -> Any:
@@ -180,9 +180,7 @@ class OctopusModule(GuardedModule):
             self.model, prefill, decode(self.model, prefill, max(1, int(min(batch.answers.shape[1] + 1, room))))
         )
         for example, answer in zip(batch.examples, answers, strict=True):
-            due = "" if example.meant else "".join(piece for piece in example.answer if isinstance(piece, str))
-            wanted = [example.boxes[piece] for piece in example.answer if isinstance(piece, int)]
-            figures = box_metrics(answer, wanted, due)
+            figures = box_metrics(answer, example.target_boxes, "" if example.meant else example.words)
             if self.model.masks and len(example.masks) == 1 and example.masks[0]:
                 figures["mask_mean_iou"] = mask_areas(answer, example.masks[0]).iou
             self._metrics.append((example.key, figures))
@@ -238,5 +236,5 @@ def load_trained(model: Octopus, path: str) -> set[str]:
     check_shaped(model, current_names(saved.settings), state, path)
     if "queries" in state and not any(name.startswith(MASKS) for name in state):  # the mask head begins again
         state |= {name: value for name, value in model.state_dict().items() if name.startswith(MASKS)}
-    model.take(state, path)
+    model.load_parameters(state, path)
     return set(state)

@@ -26,9 +26,9 @@ class GroundingBatch(NamedTuple):
     examples: list[Example]  # E, row by row
     prompts: Rows  # M tokens; includes <|image|> and <|query|> tokens
     answers: Tensor  # (E, A) int64, right-padded: text, <di> for the i-th object, </s>
-    targets: Tensor  # (W,) int64: which of the E A tokens of answers are predicted, all but padding
+    targets: Tensor  # (Y,) int64: which of the E A tokens of answers are predicted, all but padding
     fed: Rows  # F tokens after the prompts; as ids which of the E A tokens of answers they are
-    at: Tensor  # (W,) int64: which of M + F hidden states predicts each target
+    at: Tensor  # (Y,) int64: which of M + F hidden states predicts each target
     queries: Tensor  # (E, N) int64: which of the M tokens are the object queries of each prompt; E = 0: there are none
     images: Tensor  # (E,) int64: the row of each prompt that has queries
     objects: Objects
@@ -80,7 +80,7 @@ def image_patches(model: Octopus, batch: GroundingBatch) -> Tensor:
 def read_prompts(model: Octopus, batch: GroundingBatch, patches: Tensor) -> Prefill:
     """Run the prompts of a batch about images with patch features (B, P, m)."""
     embeds = model.embed(batch.prompts.ids.unsqueeze(0), model.visual_prefix(patches))[0]  # (M, d)
-    return model.read(batch.prompts.layout, embeds, patches, batch.queries, batch.images)
+    return model.read(batch.prompts.layout(), embeds, patches, batch.queries, batch.images)
 
 
 def octopus_step(model: Octopus, batch: GroundingBatch, matcher: Matcher = match) -> GroundingOutput:
@@ -99,10 +99,10 @@ def octopus_step(model: Octopus, batch: GroundingBatch, matcher: Matcher = match
         answers = point_at_queries(answers, nearest(prefill.found.boxes[-1], batch.objects), model.tokenizer.row_ids[0])
     hidden = prefill.states  # (M, d)
     if len(batch.fed.ids):
-        after = model.extend(prefill, answers.flatten()[batch.fed.ids], batch.fed.layout)  # (F, d)
+        after = model.extend(prefill, answers.flatten()[batch.fed.ids], batch.fed.layout())  # (F, d)
         hidden = torch.cat([hidden, after])  # (M + F, d)
-    logits = model.logits(hidden.index_select(0, batch.at), prefill)  # (W, V + 2 + N)
-    wanted = answers.flatten()[batch.targets]  # (W,)
+    logits = model.logits(hidden.index_select(0, batch.at), prefill)  # (Y, V + 2 + N)
+    wanted = answers.flatten()[batch.targets]  # (Y,)
     token_accuracy = (logits.argmax(-1) == wanted).float().mean()
     answer_loss = F.cross_entropy(logits, wanted) * device_weight(len(wanted), logits.device)
     return GroundingOutput(answer_loss, recognition, parts, token_accuracy)

@@ -1,4 +1,4 @@
-"""Options of a run of FROMAGe that no model can have, told before a tower is loaded."""
+"""Checks of the options of FromageModule, before a tower is loaded."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ COMPOSITION = ("composition_captioning_weight", "composition_retrieval_weight")
 
 
 def check(h: Any) -> None:
-    """Raise UserError for options that no model can have, before a tower is loaded."""
+    """Raise UserError for options that are not of their range, or contradict one another."""
     for name, least in {"k": 1, "q": 1, "r": 1, "warmup_steps": 0, "decay_steps": 0, "shown": 0}.items():
         check_whole(f"model.{name}", h[name], least)
     weights = ("captioning_weight", "retrieval_weight", *COMPOSITION)

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fromage.checkpoints.format import FORMAT, LAYOUTS
+from fromage.checkpoints.format import FROMAGE, LAYOUTS
 from fromage.checkpoints.lightning import PREFIX, trained_state, warn_of_other_towers
 from fromage.data.batches import Batch
 from fromage.data.tuples import TupleBatch
@@ -369,7 +369,7 @@ class FromageModule(GuardedModule):
         Warns where it names other towers.
         """
         state, then = checkpoint.get("state_dict", {}), dict(checkpoint.get("hyper_parameters", self.h))
-        for name, before in LAYOUTS[FORMAT].not_said.items():
+        for name, before in LAYOUTS[FROMAGE].not_said.items():
             was = then.get(name, before)
             if was != (now := self.h.get(name, was)):
                 raise UserError(f"checkpoint: trained with model.{name} {was}, not {now}; give it as it was then")

@@ -21,7 +21,7 @@ from fromage.cli.main import main
 from fromage.errors import UserError
 from fromage.models.fromage import Fromage, load_model
 from fromage.models.frozen import TOY
-from fromage.models.pretrained import build, describe
+from fromage.models.pretrained import from_saved, to_saved
 
 TEXTS = ["a red star on the left.", "a ring"]
 
@@ -150,10 +150,10 @@ def test_a_folder_and_a_checkpoint_from_before_have_one_ret_token(model, tmp_pat
 
 
 def test_ret_options_that_mean_nothing_are_named(tmp_path):
-    saved = describe(Fromage.load(q=8))
+    saved = to_saved(Fromage.load(q=8))
     for name in ("ret_attention", "ret_fusion"):
         with pytest.raises(UserError, match=f"{name} odd: must be "):
-            build(Fromage, replace(saved, settings=saved.settings | {name: "odd"}))
+            from_saved(Fromage, replace(saved, settings=saved.settings | {name: "odd"}))
     with pytest.raises(UserError, match=r"r 2: with pooling 'last'.*use r 1"):
         Fromage.load(q=8, r=2, pooling="last")
 
@@ -346,7 +346,7 @@ def test_what_a_file_claims_is_compared_with_its_tensors_before_it_is_built(save
     monkeypatch.setattr("fromage.models.fromage.load_vision", lambda *_: pytest.fail("built"))
     wrong = replace(saved_model, settings=saved_model.settings | {key: value})
     with pytest.raises(UserError, match=r"of another architecture|is not a number from 1"):
-        build(Fromage, wrong)
+        from_saved(Fromage, wrong)
 
 
 @pytest.mark.parametrize(
@@ -354,12 +354,12 @@ def test_what_a_file_claims_is_compared_with_its_tensors_before_it_is_built(save
 )
 def test_weights_are_finite_floating_point_numbers(saved_model, spoil):
     with pytest.raises(UserError, match="holds no finite numbers"):
-        build(Fromage, replace(saved_model, tensors={name: spoil(v) for name, v in saved_model.tensors.items()}))
+        from_saved(Fromage, replace(saved_model, tensors={name: spoil(v) for name, v in saved_model.tensors.items()}))
 
 
 @pytest.fixture(scope="module")
 def saved_model():
-    return describe(Fromage.load(q=8))
+    return to_saved(Fromage.load(q=8))
 
 
 def test_a_checkpoint_whose_tensor_claims_more_numbers_than_it_holds_is_refused_before_they_are_made(model, tmp_path):
@@ -378,7 +378,7 @@ def test_a_checkpoint_says_its_kind_and_an_older_one_is_known_by_its_stage(model
     for kind, stage, want in ((None, {}, "fromage"), (None, {"stage": 2}, "octopus"), ("octopus", {}, "octopus")):
         options = checkpoint["hyper_parameters"] | stage
         torch.save(checkpoint | {"hyper_parameters": options} | ({"kind": kind} if kind else {}), tmp_path / "a.ckpt")
-        assert read_saved(tmp_path / "a.ckpt").format == want
+        assert read_saved(tmp_path / "a.ckpt").kind == want
     torch.save(checkpoint | {"kind": "squid"}, tmp_path / "a.ckpt")
     with pytest.raises(UserError, match=r"a\.ckpt: a model of kind 'squid'.*update fromage"):
         read_saved(tmp_path / "a.ckpt")

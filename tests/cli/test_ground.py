@@ -18,8 +18,7 @@ from fromage.cli.talk import Opening
 from fromage.errors import UserError
 from fromage.models.prompts import embed_prompts
 from fromage.octopus.answers import Grounded, read_text
-from fromage.octopus.branches import alone
-from fromage.octopus.decoding import grounded, instruction
+from fromage.octopus.decoding import grounded, instruction, read_batch
 from fromage.octopus.drawing import COLOURS, OTHERS, SIDE, draw_answer
 from fromage.octopus.model import load_octopus
 
@@ -161,7 +160,7 @@ def test_ground_with_masks(segmenting, photo, tmp_path, monkeypatch, capsys):
 def test_masks_are_those_of_the_queries_pointed_at(segmenting, photo):
     model = load_octopus(segmenting)
     prompts = embed_prompts(model, [model.prompt(Image.open(photo), "where is the star?")], 4)
-    prefill = model.read(prompts.ids, alone(prompts.mask), prompts.embeds, prompts.features)
+    prefill = read_batch(model, prompts, prompts.features)
     first = model.tokenizer.row_ids[0]
     (answer,) = grounded(model, prefill, [[first + 3, first + 1]])
     for mask, query in zip(answer.masks, (3, 1), strict=True):

@@ -8,7 +8,7 @@ from fromage.errors import UserError
 from fromage.models import fromage
 from fromage.models.base import fill
 from fromage.models.fromage import Fromage
-from fromage.models.pretrained import build, describe, parameters_of
+from fromage.models.pretrained import from_saved, load_options, to_saved
 from fromage.training.reference_step import captioning_ids, reference_step
 
 
@@ -139,17 +139,17 @@ def test_fingerprint_follows_the_trained_parameters():
 
 
 def test_every_argument_of_load_is_on_record(toy_model):
-    assert parameters_of(Fromage).keys() - toy_model.settings.keys() == {"seed", "quantize"}
+    assert load_options(Fromage).keys() - toy_model.settings.keys() == {"seed", "quantize"}
 
 
 def test_a_model_that_was_trained_quantised_can_be_loaded_otherwise(toy_model, monkeypatch):
     held = []
     load = lambda name, dtype, random_weights, quantize, rows: held.append(quantize) or toy_model.lm  # noqa: E731
     monkeypatch.setattr(fromage, "load_lm", load)
-    saved = describe(toy_model)
+    saved = to_saved(toy_model)
     saved = replace(saved, settings=saved.settings | {"quantize": "int8"})
     for given in (None, "none", "nf4"):
-        build(Fromage, saved, quantize=given)
+        from_saved(Fromage, saved, quantize=given)
     assert held == ["int8", None, "nf4"]
 
 

@@ -12,7 +12,7 @@ from fromage.checkpoints.format import CARD, CONFIG, WEIGHTS, read_folder
 from fromage.cli.main import main
 from fromage.errors import UserError
 from fromage.models.fromage import Fromage
-from fromage.models.pretrained import parameters_of
+from fromage.models.pretrained import load_options
 from fromage.octopus import Octopus, ground, load_octopus
 from fromage.octopus.checkpoint import check_shaped
 
@@ -74,7 +74,7 @@ def test_a_bfloat16_folder_rounds_once_and_holds_no_tower(model, folder, tmp_pat
 
 def test_every_setting_is_on_record(folder):
     config = json.loads((folder / CONFIG).read_text())
-    assert config["format"] == "octopus" and parameters_of(Octopus).keys() - config.keys() == {"seed", "random_weights"}
+    assert config["format"] == "octopus" and load_options(Octopus).keys() - config.keys() == {"seed", "random_weights"}
     assert config["num_queries"] == 3 and config["relay"] is True and config["lora_rank"] == 0
 
 
@@ -141,7 +141,7 @@ def test_parameters_that_are_missing_or_no_numbers_are_named(model, tmp_path):
         ("queries", torch.full((3, 192), torch.nan), "no finite numbers"),
     ):
         there = dict(model.trained()) | {name: change}
-        model.kept = lambda there=there: {name: p for name, p in there.items() if p is not None}
+        model.saved_parameters = lambda there=there: {name: p for name, p in there.items() if p is not None}
         model.save_pretrained(tmp_path / "torn")
         with pytest.raises(UserError, match=said):
             Octopus.from_pretrained(tmp_path / "torn")

@@ -6,7 +6,7 @@ import torch
 from torchvision.ops import box_convert, generalized_box_iou
 
 from fromage.octopus.masks import DICE, MASK, mask_losses
-from fromage.octopus.matching import GIOU, L1, SCORE, Objects, apart, detection_loss, match, nearest
+from fromage.octopus.matching import GIOU, L1, SCORE, Objects, box_distances, detection_loss, match, nearest
 from fromage.octopus.recognition import Detections, Recognizer
 
 
@@ -47,7 +47,7 @@ def test_all_layers_are_matched_at_once_as_each_alone():
 @pytest.mark.parametrize("theirs", [[0.5, 0.5, 0.2, 0.2], [0.52, 0.5, 0.2, 0.4], [0.9, 0.1, 0.1, 0.1], [0.5, 0.5, 0.1, 0.1]])
 def test_pairs_are_as_far_apart_as_torchvision_has_them(theirs):
     ours, theirs = torch.tensor([0.5, 0.5, 0.2, 0.2]), torch.tensor(theirs)
-    l1, giou = apart(ours, theirs)
+    l1, giou = box_distances(ours, theirs)
     pair = (box_convert(box[None], "cxcywh", "xyxy") for box in (ours, theirs))
     torch.testing.assert_close(giou, 1 - generalized_box_iou(*pair)[0, 0], atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(l1, torch.nn.functional.l1_loss(ours, theirs, reduction="sum"))

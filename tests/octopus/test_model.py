@@ -10,7 +10,7 @@ from tiny_octopus import FAMILIES, OWN, NoTower, build
 
 from fromage.data.padding import pad
 from fromage.errors import UserError
-from fromage.models.packed_attention import PackedLayout
+from fromage.models.packed_attention import PackedLayout, additive
 from fromage.models.prompts import START, Starts, Token, embed_prompts, prompt_ids, started
 from fromage.octopus.branches import Known, among, query_places
 from fromage.octopus.decoding import ground, read_batch
@@ -90,7 +90,7 @@ def test_prompts_read_as_by_the_language_models_own_attention(family):
         return args[0].flatten(0, 1).index_copy(0, at.flatten(), rows.flatten(0, 1)).view_as(args[0]), *args[1:]
 
     handle = model._above.register_forward_pre_hook(between)
-    named = {"attention_mask": model.lm.additive(sees), "position_ids": places.clamp(min=0), "use_cache": False}
+    named = {"attention_mask": additive(sees, torch.float32), "position_ids": places.clamp(min=0), "use_cache": False}
     whole = model.lm.hf.base_model(inputs_embeds=prompts.embeds, **named).last_hidden_state
     handle.remove()
     torch.testing.assert_close(prefill.states, whole[prompts.mask], rtol=1e-4, atol=1e-4)
@@ -106,7 +106,8 @@ def seen(layout, places=(), num_queries=2):
     """(B, T, T) 0 and 1: which token sees which, the queries at `places`."""
     is_query = torch.zeros(len(layout.positions), dtype=torch.bool)
     is_query[list(places)] = True
-    return (among(layout.distances, query_places(is_query, num_queries), layout) >= 0).int()
+    known = Known.of(layout)
+    return (among(known.back(known), query_places(is_query, num_queries), layout) >= 0).int()
 
 
 def test_queries_see_each_other_both_ways_and_nothing_sees_what_comes_later():
@@ -140,6 +141,7 @@ def test_a_branch_sees_the_shared_part_and_itself():
     )
     new = Known.of(PackedLayout([2, 0], torch.device("cpu"), torch.tensor([3, 3]), torch.tensor([2, 1])))
     assert known.back(new)[0].tolist() == [[3, -1, -1, 2, 1], [3, 2, 1, -1, -1]]
+    assert (known.back(new)[1] >= 0).any(1).all(), "padding sees something: no NaN"
     last = known.next()
     assert (last.positions.tolist(), last.branches.tolist()) == ([3, 1], [2, 0])
 

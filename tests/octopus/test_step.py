@@ -6,6 +6,7 @@ import pytest
 import torch
 from tiny_octopus import FAMILIES, build
 
+from fromage.models.packed_attention import Visible
 from fromage.octopus.collate import Collate
 from fromage.octopus.examples import Example, conversations, rows_of
 from fromage.octopus.segments import read_mask
@@ -149,6 +150,17 @@ def test_a_sliding_window_counts_positions_and_not_places_of_the_row():
     torch.testing.assert_close(grads["queries"], wanted["queries"], rtol=1e-4, atol=1e-6)
     wide = build("mistral")
     assert (step(wide, alone)[1].answer_loss - single.answer_loss).abs() > 1e-3, "it matters"
+
+
+def test_a_step_keeps_one_mask_for_all_layers_and_no_keys_of_its_last_pass(monkeypatch):
+    made = []
+    monkeypatch.setattr(
+        "fromage.octopus.model.Visible", lambda *args, **named: made.append(Visible(*args, **named)) or made[-1]
+    )
+    step(build("gemma2, eager"), rows_of(ALONE, 8, 0))
+    prompts, answers = made
+    assert len(prompts._masks) == len(answers._masks) == 2, "with and without a window"
+    assert prompts.kept.keys() == {0, 1, 2, 3} and not answers.kept
 
 
 @pytest.mark.parametrize("family", FAMILIES)
