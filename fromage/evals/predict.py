@@ -61,7 +61,7 @@ class ImageStream:
         self.batches = [order[start : start + size] for start in range(0, len(order), size)]
 
     def __iter__(self) -> Iterator[tuple[list[int], list[Tensor | None]]]:
-        """Numbers of items, and their features, (m,) or (P, m) in the dtype of tower or store; None of an item without an image.
+        """Numbers of items, and their features, (m,) or (P, m) in the dtype of tower or store; None where there is no image.
 
         Items whose image is lost are left out. Raises UserError where more than options.max_lost of the images are.
         """
