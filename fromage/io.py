@@ -30,11 +30,13 @@ NO_SYNC = {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP}  # of file systems that
 
 
 def disk_error(error: OSError, path: Path | None = None, kept: str = "") -> UserError | None:
-    """What to tell of a disk that is full, fails, or may not be written to; None for an error of another kind.
+    """What to tell of a disk that is full, fails or may not be written to, or of a name too long; None for other errors.
 
     path: what was being written; where the error names a file elsewhere, this one is named. kept: what is there still, and
     how to go on.
     """
+    if error.errno == errno.ENAMETOOLONG:
+        return UserError(f"{str(error.filename or path or 'a name')[:60]}...: the name is too long; give a shorter one")
     if error.errno not in REFUSED:
         return None
     named, did = error.filename, "opened"

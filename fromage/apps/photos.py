@@ -5,7 +5,9 @@ Each part leaves its result in the folder and is not done again: after a kill, t
 
 from __future__ import annotations
 
+import glob
 import hashlib
+import math
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
@@ -34,10 +36,11 @@ from fromage.images.codec import decode_image, to_png
 from fromage.images.contact_sheet import contact_sheet
 from fromage.io import as_json, digest_of, write_files, write_json
 from fromage.models.fromage import Fromage, load_model
+from fromage.models.prompts import RET, prompt_length
 from fromage.models.towers import get, is_own
 from fromage.models.vision.registry import load_vision
 from fromage.retrieval.build import build_index
-from fromage.retrieval.open_index import open_index
+from fromage.retrieval.open_index import load_index, open_index
 from fromage.training.configs import find_config
 from fromage.training.fit import run_lightning
 from fromage.training.planning import options_of
@@ -112,11 +115,15 @@ def photos(
         batches: list[Batch] = list(data.val_dataloader())  # type: ignore[arg-type]
         held_out = sum(len(batch.keys) for batch in batches)
         report: dict[str, Any] = {"held_out": held_out, "fromage": evaluate(model, batches)}
+        write_json(out / "report.json", report)
         write_files(out, {"captions.png": to_png(draw_captions(model, stored / "val"))})
     with timed("index", seconds):
-        if not (out / "index").exists():
-            build_index(model, str(stored / "*" / "*.tar"), out / "index", checkpoint=checkpoint)
-        asked = batches[0].captions[:SEARCHES]
+        there = (out / "index").exists()
+        if not there or load_index(out / "index").fingerprint != model.fingerprint():  # of a run that was removed
+            encoded = str(Path(glob.escape(str(stored)), "*", "*.tar"))
+            build_index(model, encoded, out / "index", checkpoint=checkpoint, overwrite=there)
+        most = model.lm.max_length or math.inf
+        asked = [text for text in batches[0].captions if prompt_length(model, [text, RET]) <= most][:SEARCHES]
         model, index = open_index(out / "index")
         draw_searches(model, index, asked, out / "searches.png")
     report["seconds"] = {name: round(value, 1) for name, value in seconds.items()}

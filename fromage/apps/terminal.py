@@ -25,7 +25,7 @@ from fromage.generation.chat import Chat, Turn
 from fromage.generation.options import HELP, LIMITS, is_whole
 from fromage.generation.retrieved import RetrievedImages
 from fromage.images.codec import to_png
-from fromage.io import write_files
+from fromage.io import write_files, writing
 from fromage.models.prompts import Part, Url, path_or_url
 from fromage.retrieval.results import Opened, draw_hits
 
@@ -173,7 +173,9 @@ class Session:
         pages = [(_said(turn.said), opened) for turn in self.chat.turns if (opened := _opened(turn))]
         if not pages:
             raise UserError(f"{name}: no image has been shown yet; ask for one, or raise /ret-bias")
-        if path.exists():
+        with writing(path):
+            there = path.exists()
+        if there:
             raise UserError(f"{name} {words}: is there already; name another file")
         write_files(
             path.parent, {path.name: to_png(draw_hits([said for said, _ in pages], [opened for _, opened in pages]))}

@@ -248,7 +248,10 @@ def _members(raw: Raw, keep_images: bool) -> dict[str, bytes]:
 def _encode(vision: VisionTower, pixels: Tensor) -> Tensor:
     """(b, 3, H, W) -> (b, m) on the CPU."""
     device = next(vision.parameters()).device
-    return vision(pixels.to(device)).to("cpu", vision.dtype)
+    features = vision(pixels.to(device)).to("cpu", vision.dtype)
+    if len(features) and not features.isfinite().any():
+        raise UserError(f"image tower {vision.name}: its features are not finite; its weights are damaged, fetch them again")
+    return features
 
 
 class Chunk(NamedTuple):

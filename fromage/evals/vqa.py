@@ -11,6 +11,7 @@ counts as wrong. LLaVA's scripts take one step more before they hand in, which s
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -58,6 +59,10 @@ def read_vqa(path: Path) -> dict[int | str, HumanAnswers]:
         key, notes = "question_id", fitting(path, "annotations", content["annotations"], SAID | {"question_id": ID})
     else:
         raise UserError(f"{path}: has no annotations; name {FILE}")
+    few = sum(len(note["answers"]) <= ENOUGH for note in notes)
+    if few:
+        told = f"{few} of {len(notes)} questions have at most {ENOUGH} answers, of which none can reach an accuracy of 1"
+        warnings.warn(f"{path}: {told}; VQA accuracy is meant for ten answers", stacklevel=2)
     return {
         note[key]: HumanAnswers([each["answer"] for each in note["answers"]], note.get("answer_type") or "")
         for note in notes

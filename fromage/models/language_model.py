@@ -271,6 +271,9 @@ def check_parts(lm: LanguageModel) -> None:
     mask = torch.ones_like(ids, dtype=torch.bool)
     odd: Exception | None = None
     whole = lm.hf(input_ids=ids, attention_mask=mask.long(), use_cache=False).logits[..., :V].float()  # (1, 5, V)
+    if not whole.isfinite().all():
+        told = "its logits are not finite: its weights are damaged, or too large for its dtype"
+        raise UserError(f"language model {lm.name}: {told}; fetch it again, or choose another dtype")
     try:
         parts = lm.logits(lm(lm.embed(ids), mask))[..., :V]
         same = bool((parts - whole).abs().max() <= ROUNDING[lm.dtype] * whole.std())

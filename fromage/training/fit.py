@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import logging
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -55,7 +57,7 @@ def run_lightning(argv: list[str]) -> None:
     for name in ("utilities.rank_zero", "trainer.connectors.signal_connector"):
         logging.getLogger(f"pytorch_lightning.{name}").addFilter(_is_told)
     trainers: list[pl.Trainer] = []
-    with _errors_told(argv[0], trainers):
+    with _lightnings_signals(), _errors_told(argv[0], trainers):
         CommandLine(
             trainers,
             pl.LightningModule,
@@ -68,6 +70,19 @@ def run_lightning(argv: list[str]) -> None:
             parser_kwargs={name: {"exit_on_error": False} for name in FITTING} | {"exit_on_error": False},
             args=words,
         )
+
+
+@contextmanager
+def _lightnings_signals() -> Iterator[None]:
+    """Leave SIGTERM to the trainer, which saves a checkpoint; a handler that is there would be called first, and end it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    former = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, former or signal.SIG_DFL)
 
 
 @contextmanager

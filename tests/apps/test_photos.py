@@ -11,6 +11,8 @@ from fromage.apps.tours import CHECKPOINT, FINISHED, once
 from fromage.checkpoints.run_folder import BEFORE
 from fromage.cli.main import main
 from fromage.errors import UserError
+from fromage.models.fromage import load_model
+from fromage.retrieval.open_index import load_index
 
 FEW = ["--trainer.max_steps=4", "--trainer.val_check_interval=4", "--trainer.callbacks.init_args.every_n_train_steps=2"]
 FEW += ["--data.batch_size=8", "--trainer.enable_progress_bar=false", "--model.q=16"]
@@ -23,7 +25,7 @@ def coco(world):
 
 @pytest.fixture(scope="module")
 def made(coco, tmp_path_factory):
-    out = tmp_path_factory.mktemp("photos") / "tour"
+    out = tmp_path_factory.mktemp("photos") / "tour [1]"  # no pattern
     return out, tour.photos(*coco, out, "toy", "toy", FEW)
 
 
@@ -43,6 +45,18 @@ def test_nothing_is_done_twice(made, coco, monkeypatch):
     assert tour.photos(*coco, out, "toy", "toy")["fromage"] == report["fromage"], "without options any will do"
     with pytest.raises(UserError, match=r"begun with other options.*max_steps=4.*give the same"):
         tour.photos(*coco, out, "toy", "toy", [*FEW, "--model.lr=1e-4"])
+
+
+def test_a_run_that_was_removed_is_made_again_with_its_index(made, coco, tmp_path):
+    out = tmp_path / "again"
+    shutil.copytree(made[0], out)
+    former = load_index(out / "index").fingerprint
+    shutil.rmtree(out / "run")
+    for part in ("train", "val"):  # where the copy's features are from
+        about = out / "features" / part / "features.json"
+        about.write_text(about.read_text().replace(str(made[0]), str(out)))
+    tour.photos(*coco, out, "toy", "toy", [*FEW, "--seed_everything=5", "--model.seed=5"])
+    assert load_index(out / "index").fingerprint == load_model(out / "run" / CHECKPOINT).fingerprint() != former
 
 
 def test_photographs_that_judge_are_a_share_that_stays(made, coco, tmp_path):

@@ -17,6 +17,7 @@ from fromage.cli.options import FILES, in_image
 from fromage.errors import UserError
 from fromage.generation.chat import Chat
 from fromage.training.configs import config_folder, find_config
+from fromage.training.fit import run_lightning
 
 CONFIGS = sorted(p.name for p in config_folder().glob("*.yaml"))
 
@@ -326,3 +327,23 @@ def test_files_with_a_hash_in_their_names_are_files(tmp_path):
     for gone in ("photo#2.jpg", "b.tar#key", "photo"):
         with pytest.raises(UserError, match="no such file"):
             in_image(str(tmp_path / gone))
+
+
+def test_a_name_that_is_too_long_is_one_line(capsys):
+    for words in (["caption", "a" * 300, "--ckpt", "x"], ["photos", "a.json", "--images", "b" * 300]):
+        assert main(words) == 2
+        told = capsys.readouterr().err
+        assert "the name is too long" in told and told.count("\n") == 1
+
+
+def test_training_within_a_command_gets_the_signals_that_it_saves_at(monkeypatch):
+    """The command's own handler would end the run before the trainer has saved."""
+    seen, mine = [], lambda *_: None
+    note = lambda *_, **__: seen.append(signal.getsignal(signal.SIGTERM))  # noqa: E731
+    monkeypatch.setattr("fromage.training.lightning_cli.CommandLine", note)
+    former = signal.signal(signal.SIGTERM, mine)
+    try:
+        run_lightning(["fit"])
+        assert seen == [signal.SIG_DFL] and signal.getsignal(signal.SIGTERM) is mine
+    finally:
+        signal.signal(signal.SIGTERM, former)

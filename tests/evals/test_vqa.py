@@ -74,3 +74,11 @@ def test_annotations_are_read_and_odd_ones_named(tmp_path):
         path.write_text(content)
         with pytest.raises(UserError, match=said):
             read_vqa(path)
+
+
+def test_a_question_with_few_answers_is_told_of(tmp_path):
+    notes = [{"question_id": i, "answers": [{"answer": "cat"}] * n} for i, n in enumerate((3, 4, 10))]
+    (tmp_path / "a.json").write_text(json.dumps({"annotations": notes}))
+    with pytest.warns(UserWarning, match="1 of 3 questions have at most 3 answers"):
+        found = read_vqa(tmp_path / "a.json")
+    assert accuracy("cat", found[0].answers) < 1 == accuracy("cat", found[1].answers)

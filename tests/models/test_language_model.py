@@ -225,6 +225,15 @@ def test_a_family_that_is_more_than_embedding_layers_and_head_is_refused(tmp_pat
         load_lm(str(tmp_path), random_weights=True)
 
 
+def test_damaged_weights_are_told_as_such(tmp_path):
+    shutil.copytree(TOY / "opt", tmp_path, dirs_exist_ok=True)
+    weights = load_file(tmp_path / "model.safetensors")
+    name = next(name for name in weights if "fc1.weight" in name)
+    save_file(weights | {name: torch.full_like(weights[name], torch.nan)}, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match="its logits are not finite: its weights are damaged"):
+        load_lm(str(tmp_path))
+
+
 @pytest.mark.parametrize("kind", ["opt", "llama"])
 def test_weights_that_lack_parameters_are_refused_and_a_tied_head_is_none(kind, tokenizer, tmp_path):
     """Transformers fills what is missing with random numbers, and only prints that it did."""
