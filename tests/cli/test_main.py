@@ -330,7 +330,7 @@ def test_files_with_a_hash_in_their_names_are_files(tmp_path):
 
 
 def test_a_name_that_is_too_long_is_one_line(capsys):
-    for words in (["caption", "a" * 300, "--ckpt", "x"], ["photos", "a.json", "--images", "b" * 300]):
+    for words in (["caption", "a" * 300, "--ckpt", "x"], ["photos", __file__, "--images", "b" * 300]):
         assert main(words) == 2
         told = capsys.readouterr().err
         assert "the name is too long" in told and told.count("\n") == 1

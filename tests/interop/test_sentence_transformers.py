@@ -129,7 +129,7 @@ def test_octopus_has_nothing_to_embed_and_what_is_there_is_not_replaced(exported
     from fromage.interop.sentence_transformers_folder import write_sentence_transformers
 
     saved = read_folder(exported)
-    octopus = type(saved)(**vars(saved) | {"format": "octopus"})
+    octopus = type(saved)(**vars(saved) | {"kind": "octopus"})
     with pytest.raises(UserError, match="Octopus embeds no texts"):
         write_sentence_transformers(octopus, tmp_path / "o")
     words = ["export", "--ckpt", str(exported), "--format", "sentence-transformers", "--out", str(exported)]

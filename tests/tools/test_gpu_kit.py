@@ -75,8 +75,7 @@ def test_the_dry_run_does_every_part(dry):
     assert found["3"]["seconds"].keys() == found["3"]["peak_memory_bytes"].keys() == kinds
     assert found["3"]["max_rel_grad_error"] < 1e-4 and found["3"]["peak_memory_ratio"] < 0.4
     errors = found["3"]["max_rel_grad_error_bfloat16"]
-    # of the temperature, whose gradient is near zero here; all others are below 0.1
-    assert 0 < errors["reference"] < 1 and 0 < errors["fast"] < 2 * errors["reference"]
+    assert 0 < errors["reference"] < 0.3 and 0 < errors["fast"] < 0.3
     assert found["5"]["flop"] > 1e9 and 0.5 < found["5"]["share_of_products"] <= 1
     assert found["6"]["same_tokens"] and found["6"]["static_cache"]["same_tokens"]
     assert found["7"]["on_device"]["same_as_cpu"] == 1 and found["7"]["recall_at_10"] > 0.8
