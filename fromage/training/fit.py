@@ -142,4 +142,6 @@ def _stopped(trainer: pl.Trainer) -> str:
         return "no checkpoint was written"
     step = getattr(trainer.strategy.checkpoint_io, "steps", {}).get(found)
     what = f"saved {found}" if step == trainer.global_step else f"the last checkpoint is {found}"
-    return f"{what}{'' if step is None else f' (step {step})'}; the same command with --ckpt_path last goes on"
+    return (
+        f"{what}{'' if step is None else f' (step {step})'}; the same command goes on, lightning fit with --ckpt_path last"
+    )

@@ -247,6 +247,8 @@ def test_images_shown_are_saved_as_a_page(model, index, folder, tmp_path, capsys
     assert "(drawn:" in shown and "no folder /dev/null" in capsys.readouterr().err
     said(chat, f"/save {tmp_path / 'the page.png'}")
     assert "is there already" in capsys.readouterr().err, "it may be the user's own photograph"
+    said(chat, "a star", f"/save {'a' * 300}.png")
+    assert "the name is too long" in capsys.readouterr().err
     page = Image.open(tmp_path / "the page.png")
     assert page.format == "PNG" and len(list(tmp_path.iterdir())) == 1
     assert len({page.getpixel((x, y)) for x in range(0, page.width, 9) for y in range(0, page.height, 9)}) > 2

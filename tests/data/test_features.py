@@ -98,6 +98,14 @@ def test_stored_features_are_those_of_the_images(tmp_path, dtype, workers):
     assert json.loads(first["json"]) == {"n": 0}
 
 
+def test_a_tower_of_damaged_weights_stores_nothing(tmp_path):
+    vision = Vision()
+    vision.scale.data.fill_(torch.nan)
+    with pytest.raises(UserError, match="image tower tiny: its features are not finite; its weights are damaged"):
+        store_features(shards(tmp_path / "s"), tmp_path / "f", vision)
+    assert not list((tmp_path / "f").glob("*.tar"))
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("batch_size", [1, 3, 100])
 def test_an_image_of_several_samples_is_decoded_and_encoded_once(tmp_path, batch_size, workers):

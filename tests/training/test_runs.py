@@ -162,7 +162,7 @@ def test_what_is_stopped_is_saved_and_says_where_and_how_to_go_on(number, code, 
     said = run.communicate(timeout=100)[1]
     assert run.returncode == code and "Traceback" not in said
     saved = step(last)
-    line = f"saved {folder(0) / LAST} (step {saved}); the same command with --ckpt_path last goes on"
+    line = f"saved {folder(0) / LAST} (step {saved}); the same command goes on, lightning fit with --ckpt_path last"
     assert said.strip().splitlines()[-1].endswith(line)
     assert fit("--ckpt_path=last", f"--trainer.max_steps={saved + 1}") == 0 and step(last) == saved + 1
 
