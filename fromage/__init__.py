@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 from fromage.distribution import versions
 
 if TYPE_CHECKING:
+    from fromage.config import FromageConfig as FromageConfig
+    from fromage.config import OctopusConfig as OctopusConfig
     from fromage.data.datamodule import CC3M as CC3M
     from fromage.errors import UserError as UserError
     from fromage.generation.chat import Chat as Chat
@@ -51,11 +53,13 @@ _MODULES = {  # public name: its module; a test holds it equal to the imports ab
     "Decoding": "fromage.generation.options",
     "FaissIndex": "fromage.retrieval.faiss_index",
     "Fromage": "fromage.models.fromage",
+    "FromageConfig": "fromage.config",
     "FromageModule": "fromage.training.module",
     "Hit": "fromage.retrieval.results",
     "ImageIndex": "fromage.retrieval.base",
     "LRFinder": "fromage.training.lr_finder",
     "Octopus": "fromage.octopus.model",
+    "OctopusConfig": "fromage.config",
     "OctopusData": "fromage.octopus.data",
     "OctopusModule": "fromage.octopus.module",
     "RET": "fromage.models.prompts",

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from own_process import allocated_as_asked, measured, tell, used
 
+from fromage.config import FromageConfig
 from fromage.io import write_json
 
 WORDS = "a dog runs through the snow with a red ball in its mouth"
@@ -62,7 +63,7 @@ def talker(repeats: int, generating: bool) -> Callable[[], Any]:
 
     tokenizer = load_tokenizer("toy")
     config = OPTConfig(vocab_size=tokenizer.vocab_size, num_hidden_layers=12, dropout=0.0)
-    model = Fromage(LanguageModel(OPTForCausalLM(config), tokenizer, "random"), load_vision("toy")).eval()
+    model = Fromage(LanguageModel(OPTForCausalLM(config), tokenizer, "random"), load_vision("toy"), FromageConfig()).eval()
     features = torch.randn(8, model.vision.width)
     if generating:
         return lambda: [caption_images(model, features, 24) for _ in range(repeats)]

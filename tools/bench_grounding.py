@@ -31,6 +31,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig
 
 from fromage.checkpoints.format import DTYPES
+from fromage.config import OctopusConfig
 from fromage.data.tokenizer import IMAGE_TOKEN, PromptTokenizer
 from fromage.errors import UserError
 from fromage.evals.options import Options
@@ -72,7 +73,7 @@ def build(preset: dict[str, Any], n: int, device: str) -> Octopus:
     with torch.device(device):
         hf = AutoModelForCausalLM.from_config(config, dtype=DTYPES[preset["dtype"]])
     tower = load_patches(preset["vision"], dtype=preset["dtype"], random_weights=True)
-    return Octopus(LanguageModel(hf, tokenizer, "random"), tower, n).to(device).eval()
+    return Octopus(LanguageModel(hf, tokenizer, "random"), tower, OctopusConfig(num_queries=n)).to(device).eval()
 
 
 def forced(model: Octopus, count: int, words: str = "") -> list[int]:

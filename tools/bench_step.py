@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig
 
 from fromage.checkpoints.format import DTYPES
+from fromage.config import FromageConfig
 from fromage.data.batches import Batch
 from fromage.io import write_json
 from fromage.models.fromage import Fromage
@@ -100,7 +101,7 @@ def build(preset: dict[str, Any], device: str) -> Fromage:
     finally:
         torch.set_default_dtype(before)
     tower = OpenClipTower(clip.to(dtype), None, preset["vision"])
-    return Fromage(LanguageModel(hf, ids, "random"), tower).to(device)  # type: ignore[arg-type]
+    return Fromage(LanguageModel(hf, ids, "random"), tower, FromageConfig()).to(device)  # type: ignore[arg-type]
 
 
 def make_batch(model: Fromage, size: int, seed: int, pixels: bool) -> Batch:

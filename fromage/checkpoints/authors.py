@@ -23,7 +23,6 @@ from fromage.checkpoints.format import (
     FROMAGE,
     GENERATION,
     LAYOUTS,
-    PAPER,
     Saved,
     differences,
     dtype_name,
@@ -31,6 +30,7 @@ from fromage.checkpoints.format import (
     read_generation,
 )
 from fromage.checkpoints.safe_pickle import read_pickle
+from fromage.config import FromageConfig
 from fromage.data.tokenizer import IMAGE_TOKEN, RET_TOKEN, ret_tokens
 from fromage.errors import UserError, first_line
 from fromage.io import as_json, check_new, read_json, write_files
@@ -211,7 +211,7 @@ def write_authors(saved: Saved, folder: str | Path, visual_encoder: str | None =
         raise UserError(
             f"{saved.source}: reads texts at their last word, the authors' at [RET]; export it with --format ours"
         )
-    if saved.settings.get("start", PAPER["start"]) != PAPER["start"]:
+    if saved.settings.get("start", FromageConfig.start) != FromageConfig.start:
         raise UserError(
             f"{saved.source}: its start token stands before an image, the authors' after it; export it with --format ours"
         )

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import reduce
 from pathlib import Path
 from types import MappingProxyType
@@ -27,6 +27,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from fromage.checkpoints.card import checked, fromage_card, octopus_card
+from fromage.config import FromageConfig, ModelConfig, OctopusConfig, check_kind, kinds
 from fromage.errors import BrokenSample, UserError, reason
 from fromage.identity import OWN, FolderKind
 from fromage.io import as_json, check_new, decode_text, parse_json, write_files
@@ -51,33 +52,24 @@ class ConfigLayout:
 
     Attributes:
         name: the model's, for people.
-        kinds: types of the settings that every folder has.
-        not_said: values of those that older folders lack.
-        others: whether further settings are kept as they are; what they may be, the model's class knows.
+        config: its settings, and their values where an older folder does not name them.
         card: text of the model card, for the config and the number of parameters; see fromage.checkpoints.card.
     """
 
     name: str
-    kinds: dict[str, Any]
-    not_said: dict[str, Any]
-    others: bool
+    config: type[ModelConfig]
     card: Callable[[Mapping[str, Any], int], str]
 
+    @property
+    def not_said(self) -> dict[str, Any]:
+        """The settings that a folder need not name."""
+        return {f.name: f.default for f in fields(self.config) if f.name not in {*self.config.NEEDED, *NOT_KEPT}}
 
-# Settings of the paper's model, and of older files, which do not name them.
-PAPER: dict[str, Any] = {
-    "r": 1, "ret_attention": "sequential", "ret_fusion": "mean", "space": "learned", "start": "after_images",
-}  # fmt: skip
-TOWER_KINDS: dict[str, Any] = {"lm": str, "vision": str, "vision_weights": str | None, "dtype": str}
+
+NOT_KEPT = {"random_weights"}  # settings that no folder holds, since what has them cannot be loaded again
 LAYOUTS = {
-    FROMAGE: ConfigLayout(
-        "FROMAGe",
-        TOWER_KINDS | {"k": int, "q": int, "pooling": str, "input_prompt": str} | {key: type(PAPER[key]) for key in PAPER},
-        {"pooling": "ret", "input_prompt": "", **PAPER},
-        False,
-        fromage_card,
-    ),
-    OCTOPUS: ConfigLayout("Octopus", TOWER_KINDS, {}, True, octopus_card),
+    FROMAGE: ConfigLayout("FROMAGe", FromageConfig, fromage_card),
+    OCTOPUS: ConfigLayout("Octopus", OctopusConfig, octopus_card),
 }
 
 
@@ -122,7 +114,6 @@ def read_folder(folder: Path) -> Saved:
     except (OSError, ValueError, BrokenSample, SafetensorError) as error:
         raise UserError(f"{folder / WEIGHTS}: missing or damaged ({reason(error)}); fetch or export it again") from error
     settings = {name: config[name] for name in config if name not in OWN | BESIDE.keys()}
-    settings = settings if LAYOUTS[config["format"]].others else {name: settings[name] for name in LAYOUTS[FROMAGE].kinds}
     beside = config["added_tokens"], config["fingerprint"], read_generation(folder), config["format"]
     return Saved(str(folder), tensors, settings, *beside, about=checked(config["about"]))
 
@@ -153,11 +144,17 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if layout is None or config.get("version") != VERSION:
         raise kind.unreadable(folder, "of another format or version")
     config = {"about": {}} | layout.not_said | config
-    for name, wanted in (layout.kinds | BESIDE).items():
-        if name not in config:
-            raise kind.unreadable(folder, f"no {name!r}")
-        if not isinstance(config[name], wanted):
-            raise kind.unreadable(folder, f"{name} cannot be {config[name]!r}")
+    if missing := [name for name in (*layout.config.NEEDED, *BESIDE) if name not in config]:
+        raise kind.unreadable(folder, f"no {missing[0]!r}")
+    known = kinds(layout.config) | BESIDE
+    if unknown := sorted(config.keys() - known.keys() - OWN):
+        told = f"has the setting {unknown[0]!r}, which this version does not know"
+        raise replace(kind, again="update fromage").unreadable(folder, told)
+    for name in config.keys() - OWN:
+        try:
+            check_kind(name, config[name], known[name])
+        except UserError as error:
+            raise kind.unreadable(folder, str(error)) from error
     return config
 
 
@@ -180,7 +177,7 @@ def write_folder(
     content = safetensors.torch.save(saved.tensors, {"format": "pt"})
     layout = LAYOUTS[saved.kind]
     config = {"format": saved.kind, "version": VERSION} | layout.not_said
-    config |= {name: value for name, value in saved.settings.items() if layout.others or name in layout.kinds}
+    config |= {name: value for name, value in saved.settings.items() if name in kinds(layout.config).keys() - NOT_KEPT}
     config |= {"added_tokens": saved.added_tokens, "fingerprint": saved.fingerprint}
     config |= {"about": saved.about} if saved.about else {}
     config |= {"sha256": hashlib.sha256(content).hexdigest()}

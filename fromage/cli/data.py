@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from fromage.checks import check_real, check_whole
 from fromage.cli.command import Result
 from fromage.cli.options import DType, check_free, save_png
+from fromage.config import Quantized
 from fromage.errors import UserError
-from fromage.models.options import Quantized
 
 if TYPE_CHECKING:
     from fromage.checkpoints.format import Saved

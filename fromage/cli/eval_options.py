@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fromage.cli.command import Result
+from fromage.config import AsLoaded
 from fromage.errors import UserError
-from fromage.models.options import AsLoaded
 
 
 @dataclass(kw_only=True)

@@ -15,7 +15,7 @@ from fromage.cli.eval_options import (
     RetrievalOptions,
     ServedOptions,
 )
-from fromage.models.options import AsLoaded
+from fromage.config import AsLoaded
 
 QUESTION = "where is {}?"
 Split = Literal["val", "testA", "testB", "test", "train"]

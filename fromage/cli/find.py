@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from fromage.cli.command import Result
 from fromage.cli.evals import QUESTION
 from fromage.cli.options import save_png
+from fromage.config import AsLoaded
 from fromage.errors import UserError
-from fromage.models.options import AsLoaded
 
 if TYPE_CHECKING:
     from fromage.octopus.answers import Grounded

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
 
 from fromage.cli.command import Result
+from fromage.config import AsLoaded
 from fromage.errors import UserError, first_few
 from fromage.generation.options import DEFAULTS, HELP, LIMITS, Decoding, StyleName
-from fromage.models.options import AsLoaded
 from fromage.serving.batching import Capacity
 from fromage.serving.ports import listen
 

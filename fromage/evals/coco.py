@@ -69,7 +69,7 @@ def evaluate(model: Fromage, data: CaptionSet, options: Options | None = None, c
     whole = data.dataset == "coco" and len(kept) == WHOLE
     protocol, listed = (PROTOCOL | LISTED_BY, LISTED) if whole else (dict(PROTOCOL), {})
     if captioning:
-        after = f" after {model.input_prompt!r}, which is not part of them" if model.input_prompt else ""
+        after = f" after {model.config.input_prompt!r}, which is not part of them" if model.config.input_prompt else ""
         how = caption_decoding(model)
         ends = f"of at most {how.max_new_tokens} tokens, which end at {', '.join(map(repr, how.stop))}"
         protocol |= {"captioning": f"greedy captions{after}, {ends}, against all of the image's"}

@@ -57,7 +57,7 @@ def decode(
     steps = Steps(drafts, between)
     with ExitStack() as hooks:
         hooks.enter_context(hf.get_output_embeddings().register_forward_pre_hook(steps.look))
-        if model.stacked or not decoding.use_cache:
+        if model.config.stacked or not decoding.use_cache:
             sequences = Sequences(model, prompts, decoding.use_cache)
             hooks.enter_context(hf.register_forward_pre_hook(sequences, with_kwargs=True))
         hf.generate(

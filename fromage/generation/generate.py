@@ -218,7 +218,7 @@ def caption_images(
     which the model's answers stop (`model.generation`): captioning is not trained to end. As in training, </s>
     follows the image. The model's input_prompt, if it has one, stands after it and is not part of the captions.
     """
-    prompts = [[row, model.input_prompt] for row in features]  # an empty text is none
+    prompts = [[row, model.config.input_prompt] for row in features]  # an empty text is none
     found = generate(model, prompts, caption_decoding(model, max_new_tokens), batch_size=batch_size)
     return [answer.text.strip() for answer in found]
 

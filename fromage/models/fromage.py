@@ -29,15 +29,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fromage.checkpoints.format import FROMAGE, PAPER, Saved, differences, dtype_name, parameter_shapes
+from fromage.checkpoints.format import FROMAGE, Saved, differences, dtype_name, parameter_shapes
 from fromage.checks import check_whole
+from fromage.config import FromageConfig
 from fromage.data.padding import token_mask
 from fromage.data.tokenizer import ret_tokens
 from fromage.errors import UserError
 from fromage.models.base import VisualPrefix, digest
 from fromage.models.fusion import make_fusion
 from fromage.models.language_model import LanguageModel, load_lm
-from fromage.models.options import CHOICES, Pooling, Quantized, RetAttention, RetFusion, Space, Start
 from fromage.models.pretrained import Pretrained
 from fromage.models.prompts import RET, ImageInput, Prompt, Starts, batches_by_length, embed_prompts, listed, parts_of
 from fromage.models.vision.base import VisionTower
@@ -50,115 +50,58 @@ class Fromage(Pretrained):
     """The model. Trained parameters are float32 whatever the dtype of the towers.
 
     Attributes:
-        input_prompt: text in front of every caption that is generated, not part of it.
+        k, q, r: as of the configuration.
     """
 
     kind = FROMAGE
+    config_class = FromageConfig
+    config: FromageConfig
 
-    def __init__(
-        self,
-        lm: LanguageModel,
-        vision: VisionTower,
-        k: int = 1,
-        q: int = 256,
-        pooling: Pooling = "ret",
-        ret_attention: RetAttention = "sequential",
-        ret_fusion: RetFusion = "mean",
-        space: Space = "learned",
-        start: Start = "after_images",
-    ) -> None:
-        """k: input embeddings per image. q: width of the retrieval space. r: as many [RET] as the tokenizer has.
+    def __init__(self, lm: LanguageModel, vision: VisionTower, config: FromageConfig) -> None:
+        """Of two towers, whatever the configuration calls them.
 
-        space: with 'clip' images are compared where CLIP has them: the image head is CLIP's own projection, frozen, and q is
+        With space 'clip' images are compared where CLIP has them: the image head is CLIP's own projection, frozen, and q is
         its width; W_t maps text there. Raises UserError for a tower without text tower, or another q.
 
-        pooling: which hidden state embeds a text. With 'last' the model never answers with images, and "at [RET]" below
-        means at the last token before it. Raises UserError where 'last' is impossible: an empty text would have no token,
-        or several [RET] tokens would stand for nothing.
+        With pooling 'last' the model never answers with images, and "at [RET]" below means at the last token before it.
+        Raises UserError where an empty text would have no token.
 
-        start: where the start token stands in a sequence that an image leads: 'after_images', as in the paper, or 'first'.
         Many language models, LLaMA and its like, make the first place of a sequence an attention sink, whose content later
-        tokens hardly see ("Efficient Streaming Language Models with Attention Sinks", Xiao et al., ICLR 2024). With 'first'
-        that place is the start token's, and not an image's. Raises UserError for 'first' without a start token.
+        tokens hardly see ("Efficient Streaming Language Models with Attention Sinks", Xiao et al., ICLR 2024). With start
+        'first' that place is the start token's, and not an image's. Raises UserError without a start token.
         """
-        super().__init__(lm, vision, k)
-        chosen: dict[str, str] = {"pooling": pooling, "ret_attention": ret_attention, "ret_fusion": ret_fusion}
-        chosen |= {"space": space, "start": start}
-        for name, known in CHOICES.items():
-            if chosen[name] not in known:  # of a file, say
-                raise UserError(f"{name} {chosen[name]}: must be {' or '.join(known)}")
-        self.r = len(lm.tokenizer.ret_ids)
-        if pooling == "last" and not lm.tokenizer.start():
-            raise UserError(f"{lm.name}: its texts have no start token, so an empty one has no last word; use pooling 'ret'")
-        if pooling == "last" and self.r > 1:
-            raise UserError(f"r {self.r}: with pooling 'last' no text is read at [RET]; use r 1, or pooling 'ret'")
-        if start == "first" and not lm.tokenizer.start():
-            raise UserError(f"{lm.name}: its texts have no start token; use start 'after_images'")
-        self.q, self.pooling, self.ret_attention, self.ret_fusion = q, pooling, ret_attention, ret_fusion
-        self.space, self.start, self.start_first = space, start, start == "first"
-        self.stacked = ret_attention == "stacked" and self.r > 1
-        self.ret_offsets = [0 if self.stacked else i for i in range(self.r)]  # positions of [RET] after a text's end
-        self.visual_prefix = VisualPrefix(vision.width, lm.width, k)  # W_c: (B, m) -> (B, k, d)
-        self.text_head = nn.Linear(lm.width, q)  # W_t: (B, d) -> (B, q)
-        self.image_head = nn.Linear(vision.width, q)  # W_i: (B, m) -> (B, q)
-        if space == "clip":
+        super().__init__(lm, vision, config.k)
+        self.config, self.q, self.r = config, config.q, len(lm.tokenizer.ret_ids)
+        self.start_first = config.start == "first"
+        if self.r != config.r:
+            raise UserError(f"{lm.name}: its tokenizer has {self.r} [RET] tokens, and r is {config.r}; give that as r")
+        if not lm.tokenizer.start():
+            if self.pools_last_word:
+                told = "its texts have no start token, so an empty one has no last word; use pooling 'ret'"
+                raise UserError(f"{lm.name}: {told}")
+            if self.start_first:
+                raise UserError(f"{lm.name}: its texts have no start token; use start 'after_images'")
+        self.ret_offsets = [0 if config.stacked else i for i in range(self.r)]  # positions of [RET] after a text's end
+        self.visual_prefix = VisualPrefix(vision.width, lm.width, self.k)  # W_c: (B, m) -> (B, k, d)
+        self.text_head = nn.Linear(lm.width, self.q)  # W_t: (B, d) -> (B, q)
+        self.image_head = nn.Linear(vision.width, self.q)  # W_i: (B, m) -> (B, q)
+        if config.space == "clip":
             take_projection(self.image_head, vision)
         self.ret = lm.added  # e_RET (r, d)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
-        self.fusion = make_fusion(ret_fusion, q)  # (B, r, q) -> (B, q)
-        self.settings: dict[str, Any] = {}
-        self.input_prompt = ""
+        self.fusion = make_fusion(config.ret_fusion, self.q)  # (B, r, q) -> (B, q)
 
     @classmethod
-    def load(  # type: ignore[override]
-        cls,
-        lm: str = "toy",
-        vision: str = "toy",
-        vision_weights: str | None = None,
-        k: int = 1,
-        q: int = 256,
-        pooling: Pooling = "ret",
-        dtype: str = "float32",
-        random_weights: bool = False,
-        quantize: Quantized | None = None,
-        seed: int = 0,
-        input_prompt: str = "",
-        r: int = 1,
-        ret_attention: RetAttention = "sequential",
-        ret_fusion: RetFusion = "mean",
-        space: Space = "learned",
-        start: Start = "after_images",
-    ) -> Fromage:
-        """Build from names, with newly initialised trained parameters; load_lm and load_vision say what a name may be.
+    def load_towers(cls, config: FromageConfig) -> tuple[LanguageModel, VisionTower]:
+        """The two frozen towers of a configuration; the tokenizer has its [RET] tokens."""
+        dtype = dtype_name(config.dtype)
+        vision = load_vision(config.vision, config.vision_weights, dtype, config.random_weights)
+        return load_lm(config.lm, dtype, config.random_weights, config.quantize, ret_tokens(config.r)), vision
 
-        The same seed gives the same trained parameters, and the same towers where they have random weights. input_prompt:
-        text that captions are generated after, such as the released model's "A picture of". r, ret_attention, ret_fusion:
-        number of [RET] tokens, what they see, and how their hidden states become one. space: where images and texts are
-        compared; 'clip' wants a vision tower with a text tower, and q of its width. start: where the start token stands, as
-        of the class.
-        """
-        here = dtype_name(dtype)
-        check_whole("r", r, 1)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            tower = load_vision(vision, vision_weights, here, random_weights)
-            language_model = load_lm(lm, here, random_weights, quantize, ret_tokens(r))
-            model = cls(
-                lm=language_model,
-                vision=tower,
-                k=k,
-                q=q,
-                pooling=pooling,
-                ret_attention=ret_attention,
-                ret_fusion=ret_fusion,
-                space=space,
-                start=start,
-            )
-        model.settings = {"lm": lm, "vision": vision, "vision_weights": vision_weights, "k": k, "q": q, "dtype": dtype}
-        model.settings |= {"pooling": pooling, "random_weights": random_weights, "input_prompt": input_prompt}
-        model.settings |= {"r": r, "ret_attention": ret_attention, "ret_fusion": ret_fusion, "space": space, "start": start}
-        model.input_prompt = input_prompt
-        return model
+    @property
+    def pools_last_word(self) -> bool:
+        """Whether the state at its last word embeds a text, and no state at [RET]."""
+        return self.config.pooling == "last"
 
     def caption(self, images: str | ImageInput | Sequence[str | ImageInput], max_new_tokens: int = 32) -> list[str]:
         """Greedy captions of images, as fromage.caption gives them."""
@@ -179,15 +122,10 @@ class Fromage(Pretrained):
 
         The r tokens of a stacked [RET] share one position, and the token after them has the next: it sees all of them.
         """
-        if not self.stacked:
+        if not self.config.stacked:
             return None
         follows = torch.isin(ids, torch.tensor(self.tokenizer.ret_ids[1:], device=ids.device))  # (B, T)
         return ((mask & ~follows).cumsum(1) - 1).clamp(min=0)  # (B, T)
-
-    @property
-    def pools_last_word(self) -> bool:
-        """Whether the state at its last word embeds a text, and no state at [RET]: pooling 'last'."""
-        return self.pooling == "last"
 
     def at_ret(self, hidden: Tensor, ends: Tensor) -> Tensor:
         """(B, T, d) hidden states of texts -> (B, r, d), those that embed them: at [RET], or at the last word before it.
@@ -226,13 +164,9 @@ class Fromage(Pretrained):
         return rows
 
     @classmethod
-    def check_settings(cls, settings: Mapping[str, Any], saved: Saved) -> None:
+    def check_sizes(cls, config: FromageConfig, saved: Saved) -> None:
         """Raise UserError unless saved parameters are of the k, q and r on record."""
-        sizes = {"k": settings.get("k"), "q": settings.get("q"), "r": settings.get("r", 1)}
-        for name, value in sizes.items():
-            if type(value) is not int or value < 1:
-                raise UserError(f"{saved.source}: {name} {value!r} is not a number from 1; give the one it was trained with")
-        want = parameter_shapes(saved.tensors, **sizes)  # type: ignore[arg-type]
+        want = parameter_shapes(saved.tensors, config.k, config.q, config.r)
         if differs := differences({name: value for name, value in saved.tensors.items() if name in want}, want):
             raise UserError(OTHER.format(source=saved.source, differs=differs))
 
@@ -257,8 +191,8 @@ class Fromage(Pretrained):
 
         trained: values to use in place of the model's own, such as the values after rounding to a file's dtype.
         """
-        built = f"{self.lm.name}|{self.vision.fingerprint()}|{self.k}|{self.q}" + self.pooling * (self.pooling != "ret")
-        built += "".join(f"|{name} {value}" for name in PAPER if (value := getattr(self, name)) != PAPER[name])
+        built = f"{self.lm.name}|{self.vision.fingerprint()}|{self.k}|{self.q}" + "last" * self.pools_last_word
+        built += "".join(f"|{name} {value}" for name, value in self.config.unlike_paper.items())
         return digest(built, trained or self.trained())
 
 

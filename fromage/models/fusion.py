@@ -13,7 +13,7 @@ import math
 
 from torch import Tensor, nn
 
-from fromage.models.options import RetFusion
+from fromage.config import RetFusion
 
 
 class Mean(nn.Module):

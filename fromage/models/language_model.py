@@ -20,13 +20,13 @@ from transformers.utils.logging import disable_progress_bar
 
 from fromage.checkpoints.format import DTYPES
 from fromage.checkpoints.hub import stay_offline_without_hub
+from fromage.config import Quantized
 from fromage.data.tokenizer import IMAGE_TOKEN, RET_TOKEN, PromptTokenizer
 from fromage.distribution import pip_install
 from fromage.errors import UserError, first_line
 from fromage.models import gguf, towers
 from fromage.models.cpu_linear import cpu_linears
 from fromage.models.frozen import TOY, FrozenTower, hold, require_weights
-from fromage.models.options import Quantized
 from fromage.models.packed_attention import Attend, additive, attending, distances, route
 from fromage.models.special_tokens import AddedTokens, ExtendedEmbedding, ExtendedHead
 

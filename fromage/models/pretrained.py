@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
@@ -15,10 +14,13 @@ from huggingface_hub import ModelHubMixin
 from torch import Tensor, nn
 
 from fromage.checkpoints.card import licensed
-from fromage.checkpoints.format import DTYPES, LAYOUTS, TOWERS, Saved, dtype_name, write_folder
+from fromage.checkpoints.format import DTYPES, LAYOUTS, NOT_KEPT, TOWERS, Saved, dtype_name, write_folder
 from fromage.checkpoints.load import HUB_OPTIONS, read_saved
+from fromage.config import ModelConfig, kinds
 from fromage.errors import UserError, first_line
 from fromage.models.base import VisualPrefixLM
+from fromage.models.language_model import LanguageModel
+from fromage.models.vision.base import VisionTower
 from fromage.processor import find_device
 
 
@@ -27,21 +29,52 @@ class Pretrained(VisualPrefixLM, ModelHubMixin):
 
     Attributes:
         kind: what folders call this kind of model, one of fromage.checkpoints.format.LAYOUTS.
-        settings: the arguments of `load`; empty if the model was built from modules.
+        config_class: its options (fromage.config).
+        config: what it was built from.
+        loaded: whether its towers are those that the configuration names; a model of modules of one's own cannot be saved.
         generation: content of generation.json, how to talk with the model (fromage.generation.preset); None: nothing said.
         about: what is known of its training, for the model card (fromage.checkpoints.card).
         stored_dtype: dtype to which save_pretrained and push_to_hub round; after loading, the dtype of the file.
     """
 
     kind: ClassVar[str]
-    settings: dict[str, Any]
+    config_class: ClassVar[type[ModelConfig]]
+    config: Any
+    loaded = False
     generation: dict[str, Any] | None = None
     about: Mapping[str, Any] = MappingProxyType({})
     stored_dtype = "bfloat16"
 
     @classmethod
-    def load(cls, lm: str = "toy", vision: str = "toy", vision_weights: str | None = None, **options: Any) -> Self:
-        """Build from names, with newly initialised trained parameters."""
+    def load(
+        cls,
+        lm: str = "toy",
+        vision: str = "toy",
+        vision_weights: str | None = None,
+        dtype: str = "float32",
+        seed: int = 0,
+        **options: Any,
+    ) -> Self:
+        """Build from names, as from_config does. options: further fields of its configuration, such as k and q."""
+        towers: dict[str, Any] = {"lm": lm, "vision": vision, "vision_weights": vision_weights, "dtype": dtype}
+        return cls.from_config(cls.config_class(**towers, **options), seed)
+
+    @classmethod
+    def from_config(cls, config: Any, seed: int = 0) -> Self:
+        """Load the towers, and initialise the trained parameters anew.
+
+        The same seed gives the same trained parameters, and the same towers where they have random weights. Raises UserError
+        for towers that cannot be found, and for options that do not fit them.
+        """
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = cls(*cls.load_towers(config), config)
+        model.loaded = True
+        return model
+
+    @classmethod
+    def load_towers(cls, config: Any) -> tuple[LanguageModel, VisionTower]:
+        """The two frozen towers of a configuration."""
         raise NotImplementedError
 
     @classmethod
@@ -50,7 +83,7 @@ class Pretrained(VisualPrefixLM, ModelHubMixin):
     ) -> Self:
         """The model of a folder, of a name on the Hugging Face hub or of a Lightning checkpoint, in eval mode.
 
-        dtype: dtype of the towers (overrides the one of training). options: further arguments of `load` to override
+        dtype: dtype of the towers (overrides the one of training). options: further fields of the configuration to override
         (lm, vision and vision_weights if the towers have moved; quantize: int8, nf4, or 'none' where training quantised),
         and revision, token, cache_dir, force_download and local_files_only of the hub. None is what training had. Raises
         UserError for missing or damaged files, and for an unknown device or option.
@@ -97,8 +130,8 @@ class Pretrained(VisualPrefixLM, ModelHubMixin):
         return saved
 
     @classmethod
-    def check_settings(cls, settings: Mapping[str, Any], saved: Saved) -> None:
-        """Raise UserError for settings that saved parameters do not fit, before a tower is loaded."""
+    def check_sizes(cls, config: Any, saved: Saved) -> None:
+        """Raise UserError for a configuration that saved parameters do not fit, before a tower is loaded."""
 
     def load_parameters(self, tensors: Mapping[str, Tensor], source: str) -> None:
         """Load saved parameters. Raises UserError for those of another architecture; source: where they are from."""
@@ -106,7 +139,7 @@ class Pretrained(VisualPrefixLM, ModelHubMixin):
 
 
 def from_saved(cls: type[Any], saved: Saved, device: str = "cpu", **options: Any) -> Any:
-    """Load the towers and the saved parameters of a Pretrained; options override the saved arguments of cls.load.
+    """Load the towers and the saved parameters of a Pretrained; options override fields of the saved configuration.
 
     Raises UserError for an unknown device or option, for parameters of another kind of model or architecture, and for
     settings that are not of their type.
@@ -117,19 +150,15 @@ def from_saved(cls: type[Any], saved: Saved, device: str = "cpu", **options: Any
         raise UserError(f"{saved.source}: is of {is_of}, and not of {wanted}; {remedy}")
     saved = cls.upgraded(saved)
     options = {name: value for name, value in options.items() if value is not None}
-    if options.get("quantize") == "none":
-        options["quantize"] = None
-    dtype = str(options.get("dtype", saved.settings.get("dtype", "float32"))).removeprefix("torch.")
-    known = load_options(cls)
+    known = kinds(cls.config_class)
     if unknown := sorted(options.keys() - known.keys()):
         names = ", ".join(sorted({"device", *known, *HUB_OPTIONS}))
         raise UserError(f"{unknown[0]}: no option of {cls.__name__}.from_pretrained; there are {names}")
-    elsewhere = {"vision_weights": None} if "vision" in options else {}
     device = find_device(device)
-    settings = _arguments(cls, saved.settings) | elsewhere | options
+    config = _config(cls, saved, options)
     check_numbers(saved.tensors, saved.source)
-    cls.check_settings(settings, saved)
-    model = cls.load(**(settings | {"dtype": dtype}))
+    cls.check_sizes(config, saved)
+    model = cls.from_config(config, saved.settings.get("seed", 0))  # a run's, for towers with random weights
     model.load_parameters(saved.tensors, saved.source)
     if saved.added_tokens and (missing := sorted(model.trained().keys() - saved.tensors.keys())):
         raise UserError(f"{saved.source}: lacks {missing[0]}; fetch or export it again")
@@ -157,7 +186,7 @@ def check_numbers(tensors: Mapping[str, Tensor], source: str) -> None:
 
 def to_saved(model: Pretrained, dtype: str | None = None) -> Saved:
     """What is saved of a model: trained parameters rounded to dtype (None: the model's stored_dtype), settings, ids."""
-    if not model.settings or model.settings["random_weights"]:
+    if not model.loaded or model.config.random_weights:
         told = f"build it by {type(model).__name__}.load"
         raise UserError(f"a model whose towers cannot be loaded by name cannot be saved: {told}")
     kept = DTYPES[dtype_name(dtype or model.stored_dtype)]
@@ -165,7 +194,7 @@ def to_saved(model: Pretrained, dtype: str | None = None) -> Saved:
     # The digest of a tower is of samples in bfloat16: rounding to float16 before changes it.
     exact = kept is not torch.float16 or not any(name.startswith(TOWERS) for name in tensors)
     fingerprint = model.fingerprint(tensors) if exact else None
-    settings = {name: value for name, value in model.settings.items() if name != "random_weights"}
+    settings = {name: value for name, value in vars(model.config).items() if name not in NOT_KEPT}
     beside = dict(model.tokenizer.added), fingerprint, model.generation, model.kind
     return Saved("this model", tensors, settings, *beside, about=dict(model.about))
 
@@ -184,21 +213,14 @@ def for_disk(cls: type[Pretrained], saved: Saved, dtype: str | None = None) -> S
     return replace(saved, tensors=tensors, fingerprint=saved.fingerprint if exact else None)
 
 
-def from_hyperparameters(cls: type[Any], h: Mapping[str, Any]) -> Any:
-    """A newly initialised model, from the hyperparameters of a Lightning module."""
-    return cls.load(**_arguments(cls, h))
-
-
-def _arguments(cls: type[Any], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that are arguments of cls.load."""
-    return {name: settings[name] for name in load_options(cls) if name in settings}
-
-
-def load_options(cls: type[Any]) -> dict[str, inspect.Parameter]:
-    """What cls.load takes, by name: its own parameters, and where it passes others on, those of the class."""
-    own = inspect.signature(cls.load).parameters
-    passed = {name: p for name, p in own.items() if p.kind is not p.VAR_KEYWORD}
-    if passed.keys() != own.keys():
-        further = inspect.signature(cls.__init__).parameters
-        passed |= {name: p for name, p in further.items() if name != "self" and name not in passed}
-    return passed
+def _config(cls: type[Pretrained], saved: Saved, options: Mapping[str, Any]) -> ModelConfig:
+    """The configuration of saved parameters, under options that override it. Raises UserError for impossible values."""
+    known = kinds(cls.config_class)
+    settings = {name: value for name, value in saved.settings.items() if name in known}
+    elsewhere = {"vision_weights": None} if "vision" in options else {}
+    given = settings | elsewhere | dict(options)
+    given["quantize"] = None if given.get("quantize") == "none" else given.get("quantize")
+    try:
+        return cls.config_class(**given | {"dtype": str(given.get("dtype", "float32")).removeprefix("torch.")})
+    except UserError as error:
+        raise UserError(f"{saved.source}: {error}") from error

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from types import UnionType
-from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor
 
 from fromage.checkpoints.format import Saved
 from fromage.checkpoints.lightning import warn_of_other_towers
+from fromage.config import OctopusConfig
 from fromage.errors import UserError
 
 if TYPE_CHECKING:
     from fromage.octopus.model import Octopus
 
+ConfigT = TypeVar("ConfigT", bound=OctopusConfig)
 RENAMED = {"n": "num_queries", "after": "split_layer", "c": "decoder_width", "low_rank": "lora_rank"}  # in files of 0.1
 FORMER_INDEX = "index."  # former prefix of the index tokens' parameters
 PARTS = ("queries", "recognizer.", "index_tokens.")  # parameters trained from stage 2 on
@@ -39,18 +40,18 @@ def current_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def of_stage(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Hyperparameters of a run as settings of the model: adapters are there in stage 3 alone."""
-    return {**settings, "lora_rank": settings.get("lora_rank") or 0 if settings["stage"] == 3 else 0}
+def of_stage(config: ConfigT, stage: int) -> ConfigT:
+    """The model of a stage: adapters are there in stage 3 alone."""
+    return config if stage == 3 else replace(config, lora_rank=0)
 
 
-def check_run(stage: int, num_queries: int, quantize: str | None, lora_rank: int) -> None:
-    """Raise UserError for a run that no model can have; lora_rank as it was given, though it counts in stage 3 alone."""
+def check_run(stage: int, config: OctopusConfig) -> None:
+    """Raise UserError for a run that no model can have."""
     if stage not in (1, 2, 3):
         raise UserError(f"model.stage {stage}: choose 1, 2 or 3")
-    if stage == 2 and not num_queries:
+    if stage == 2 and not config.num_queries:
         raise UserError("model.stage 2 trains the object queries, and model.num_queries is 0: choose stage 1 or 3")
-    if quantize and stage == 3 and not lora_rank:
+    if config.quantize and stage == 3 and not config.lora_rank:
         raise UserError("model.quantize: a quantised language model is trained by adapters only; give model.lora_rank")
 
 
@@ -61,25 +62,8 @@ def upgraded(saved: Saved) -> Saved:
         if settings["stage"] == 1 and settings["num_queries"]:
             told = "of stage 1, which trains no object queries; give a checkpoint of stage 2 or 3"
             raise UserError(f"{saved.source}: {told}")
-        settings = of_stage(settings)
+        settings |= {} if settings["stage"] == 3 else {"lora_rank": 0}
     return replace(saved, settings=settings, tensors=current_state(saved.tensors))
-
-
-def check_kinds(saved: Saved, hints: Mapping[str, Any]) -> None:
-    """Raise UserError for a folder's settings that are none of the model, or not of their type; hints: type by name."""
-    for name, value in saved.settings.items() if saved.added_tokens else ():  # Lightning has checked its own
-        if name not in hints:
-            raise UserError(f"{saved.source}: has the setting {name!r}, which this version does not know; update fromage")
-        if not _fits(value, hints[name]):
-            raise UserError(f"{saved.source}: {name} cannot be {value!r}; fetch it or export it again")
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    if get_origin(hint) in (Union, UnionType):
-        return any(_fits(value, each) for each in get_args(hint))
-    if get_origin(hint) is Literal:
-        return value in get_args(hint)
-    return isinstance(value, hint) and not (hint is int and isinstance(value, bool))
 
 
 def check_names(model: Octopus, state: Mapping[str, Tensor], source: str) -> None:
@@ -102,11 +86,11 @@ def check_shaped(model: Octopus, theirs: Mapping[str, Any], state: Mapping[str, 
 
     Warns where parameters of any stage were trained around other towers.
     """
-    warn_of_other_towers(source, theirs, model.settings)
+    warn_of_other_towers(source, theirs, vars(model.config))
     if not any(name.startswith("recognizer.") for name in state):
         return
     usual = {"split_layer": len(model.lm.blocks) // 2}  # of those that are None
-    ours = {name: usual.get(name) if value is None else value for name, value in model.settings.items()}
+    ours = {name: usual.get(name) if value is None else value for name, value in vars(model.config).items()}
     theirs = {name: usual.get(name) if value is None else value for name, value in theirs.items()}
     changed = [name for name, value in ours.items() if name in SHAPED and theirs.get(name, value) != value]
     if changed:

@@ -22,25 +22,25 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, get_type_hints
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fromage.checkpoints.format import OCTOPUS, TOWERS, Saved, dtype_name
+from fromage.config import OctopusConfig
 from fromage.data.tokenizer import IMAGE_TOKEN, PromptTokenizer
 from fromage.errors import UserError
 from fromage.models.base import VisualPrefix, digest
 from fromage.models.frozen import digest_of_samples, hold
 from fromage.models.language_model import LanguageModel, load_lm
-from fromage.models.options import Quantized
 from fromage.models.packed_attention import PackedLayout, Visible, to_device
-from fromage.models.pretrained import Pretrained, load_options
+from fromage.models.pretrained import Pretrained
 from fromage.models.prompts import ImageInput, Part, Token
 from fromage.models.vision.base import VisionTower
 from fromage.models.vision.registry import load_patches
 from fromage.octopus.branches import Known, among
-from fromage.octopus.checkpoint import check_kinds, check_names, upgraded
+from fromage.octopus.checkpoint import check_names, upgraded
 from fromage.octopus.lora import add_lora
 from fromage.octopus.masks import SCALES
 from fromage.octopus.recognition import Detections, Recognizer
@@ -95,84 +95,47 @@ class Octopus(Pretrained):
     """
 
     kind = OCTOPUS
+    config_class = OctopusConfig
+    config: OctopusConfig
     vision: VisionTower
     _above: nn.Module
 
-    def __init__(
-        self,
-        lm: LanguageModel,
-        vision: VisionTower,
-        num_queries: int = 64,
-        split_layer: int | None = None,
-        decoder_width: int = 256,
-        decoder_layers: int = 4,
-        heads: int = 8,
-        relay: bool = True,
-        template: str = "{image}{instruction}{queries}{start}",
-        mask_scale: int = 0,
-    ) -> None:
-        """num_queries: N. split_layer: layers below the decoder; None for half. decoder_width: c.
+    def __init__(self, lm: LanguageModel, vision: VisionTower, config: OctopusConfig) -> None:
+        """Of two towers, whatever the configuration calls them. With lora_rank the language model gets its adapters here.
 
-        relay: whether the decoder's output replaces the queries in the top layers (False: an ablation). template: the
-        prompt around image, instruction and queries; {start} is the language model's start token. mask_scale: cells of a
-        mask per patch and side; 0 for no masks. Raises UserError for impossible numbers or templates, for masks without
-        queries, and for a language model with a projection between embeddings and layers (OPT-350m).
+        Raises UserError for impossible numbers or templates, for masks without queries, and for a language model with a
+        projection between embeddings and layers (OPT-350m).
         """
         super().__init__(lm, vision, vision.shape[0])
-        self.num_queries, self.relay = num_queries, relay
-        self.split_layer = len(lm.blocks) // 2 if split_layer is None else split_layer
-        self.template = parts_of(template)
-        self.masks = mask_scale > 0
-        if num_queries:
-            _check_queries(lm, vision, self.split_layer, decoder_width, decoder_layers, heads)
-        _check_masks(mask_scale, num_queries)
+        self.config, self.num_queries, self.relay = config, config.num_queries, config.relay
+        self.split_layer = len(lm.blocks) // 2 if config.split_layer is None else config.split_layer
+        self.template = parts_of(config.template)
+        self.masks = config.mask_scale > 0
+        if self.num_queries:
+            _check_queries(lm, vision, self.split_layer, config)
+        _check_masks(config)
         check_template(self.template)
         self.visual_prefix = VisualPrefix(vision.width, lm.width)  # W_c: (B, P, m) -> (B, P, d)
         self.index_tokens = lm.added  # (N, d), rows of <d0> ... <dN-1>
-        if num_queries:
-            self.queries = nn.Parameter(_start(lm, num_queries))  # (N, d)
+        if self.num_queries:
+            self.queries = nn.Parameter(_start(lm, self.num_queries))  # (N, d)
             grid: Any = vision.grid
             self.recognizer = Recognizer(
-                lm.width, vision.width, grid, num_queries, decoder_width, decoder_layers, heads, mask_scale
-            )
+                lm.width, vision.width, grid, self.num_queries, config.decoder_width, config.decoder_layers, config.heads,
+                config.mask_scale,
+            )  # fmt: skip
             hold(self, "_above", lm.blocks[self.split_layer])  # first layer above the decoder; the LM registers it
-        self.settings: dict[str, Any] = {}
+        if config.lora_rank:
+            add_lora(lm, config.lora_rank)
         self.tuned: set[str] = set()
 
     @classmethod
-    def load(  # type: ignore[override]
-        cls,
-        lm: str = "toy",
-        vision: str = "toy",
-        vision_weights: str | None = None,
-        vision_layer: int = -2,
-        num_queries: int = 64,
-        dtype: str = "float32",
-        random_weights: bool = False,
-        quantize: Quantized | None = None,
-        lora_rank: int = 0,
-        seed: int = 0,
-        **options: Any,
-    ) -> Octopus:
-        """Build from names, with newly initialised trained parameters; load_lm and load_patches say what a name may be.
-
-        lora_rank: rank of low-rank adapters in the language model; 0 for none. options: further arguments of Octopus. The
-        same seed gives the same parameters.
-        """
-        here = dtype_name(dtype)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            tower = load_patches(vision, vision_weights, vision_layer, here, random_weights)
-            tokens = {"rows": index_token_names(num_queries), "places": (IMAGE_TOKEN, QUERY)}
-            model = cls(load_lm(lm, here, random_weights, quantize, **tokens), tower, num_queries, **options)
-            if lora_rank:
-                add_lora(model.lm, lora_rank)
-        model.settings = {"lm": lm, "vision": vision, "vision_weights": vision_weights, "vision_layer": vision_layer}
-        model.settings |= {"num_queries": num_queries, "dtype": dtype, "random_weights": random_weights}
-        model.settings |= {"quantize": quantize, "lora_rank": lora_rank}
-        others = {name: p for name, p in load_options(cls).items() if name not in {"seed", *model.settings}}
-        model.settings |= {name: options.get(name, p.default) for name, p in others.items()}
-        return model
+    def load_towers(cls, config: OctopusConfig) -> tuple[LanguageModel, VisionTower]:
+        """The two frozen towers of a configuration; the tokenizer has its index tokens."""
+        dtype = dtype_name(config.dtype)
+        vision = load_patches(config.vision, config.vision_weights, config.vision_layer, dtype, config.random_weights)
+        tokens = {"rows": index_token_names(config.num_queries), "places": (IMAGE_TOKEN, QUERY)}
+        return load_lm(config.lm, dtype, config.random_weights, config.quantize, **tokens), vision
 
     def saved_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters that are saved: those outside the towers, and what was trained of the language model."""
@@ -183,11 +146,6 @@ class Octopus(Pretrained):
     def upgraded(cls, saved: Saved) -> Saved:
         """As of Pretrained. Raises UserError for a checkpoint of stage 1, which has trained no object queries."""
         return upgraded(saved)
-
-    @classmethod
-    def check_settings(cls, settings: Mapping[str, Any], saved: Saved) -> None:
-        """Raise UserError for settings that this version does not know, or that are not of their type."""
-        check_kinds(saved, get_type_hints(cls.__init__) | get_type_hints(cls.load))
 
     def load_parameters(self, tensors: Mapping[str, Tensor], source: str) -> None:
         """Load saved parameters. Raises UserError for those of another architecture, or of layers quantised here."""
@@ -295,9 +253,7 @@ class Octopus(Pretrained):
             handle.remove()
 
 
-def _check_queries(
-    lm: LanguageModel, vision: VisionTower, split_layer: int, decoder_width: int, decoder_layers: int, heads: int
-) -> None:
+def _check_queries(lm: LanguageModel, vision: VisionTower, split_layer: int, config: OctopusConfig) -> None:
     """Raise UserError for a decoder that has no place in the language model, no patches, or impossible numbers."""
     if not 0 < split_layer < len(lm.blocks):
         raise UserError(
@@ -305,18 +261,19 @@ def _check_queries(
         )
     if (inner := getattr(lm.hf.config, "hidden_size", lm.width)) != lm.width:
         raise UserError(f"model.lm: its layers are {inner} wide and its embeddings {lm.width}; choose one of equal widths")
-    if decoder_width % 8 or decoder_width % heads or decoder_layers < 1:
-        told = f"model.decoder_width {decoder_width}, heads {heads}, decoder_layers {decoder_layers}"
-        raise UserError(f"{told}: decoder_width must be a multiple of 8 and of heads, and the layers at least 1")
+    width, heads = config.decoder_width, config.heads
+    if width % 8 or width % heads:
+        told = f"model.decoder_width {width}, heads {heads}"
+        raise UserError(f"{told}: decoder_width must be a multiple of 8 and of heads")
     if vision.grid is None:
         raise UserError(f"vision tower {vision.name}: gives no patches; load it by load_patches")
 
 
-def _check_masks(mask_scale: int, num_queries: int) -> None:
-    if mask_scale and not num_queries:
+def _check_masks(config: OctopusConfig) -> None:
+    if config.mask_scale and not config.num_queries:
         raise UserError("model.mask_scale: masks are of object queries, and model.num_queries is 0; leave it out")
-    if mask_scale and mask_scale not in SCALES:
-        raise UserError(f"model.mask_scale {mask_scale}: choose {', '.join(map(str, SCALES))}, or 0 for no masks")
+    if config.mask_scale and config.mask_scale not in SCALES:
+        raise UserError(f"model.mask_scale {config.mask_scale}: choose {', '.join(map(str, SCALES))}, or 0 for no masks")
 
 
 def _start(lm: LanguageModel, n: int) -> Tensor:

@@ -12,9 +12,8 @@ from fromage.checkpoints.format import dtype_name
 from fromage.checkpoints.lightning import PREFIX
 from fromage.checkpoints.load import read_saved
 from fromage.checks import check_real, check_whole
+from fromage.config import OctopusConfig
 from fromage.errors import UserError
-from fromage.models.options import Quantized
-from fromage.models.pretrained import from_hyperparameters
 from fromage.octopus.checkpoint import MASKS, check_names, check_run, check_shaped, current_names, current_state, of_stage
 from fromage.octopus.decoding import decode, grounded
 from fromage.octopus.metrics import box_metrics, mask_areas, mean_percent
@@ -41,22 +40,6 @@ class OctopusModule(GuardedModule):
         self,
         stage: Literal[1, 2, 3] = 1,
         init: str | None = None,
-        lm: str = "lmsys/vicuna-7b-v1.5",
-        vision: str = "ViT-L-14-336",
-        vision_weights: str | None = "openai",
-        vision_layer: int = -2,
-        num_queries: int = 64,
-        split_layer: int | None = None,
-        decoder_width: int = 256,
-        decoder_layers: int = 4,
-        heads: int = 8,
-        relay: bool = True,
-        template: str = "{image}{instruction}{queries}{start}",
-        mask_scale: int = 0,
-        lora_rank: int = 0,
-        dtype: str = "bfloat16",
-        random_weights: bool = False,
-        quantize: Quantized | None = None,
         activation_checkpointing: bool = False,
         lr: float = 1e-4,
         new_lr: float | None = None,
@@ -64,30 +47,13 @@ class OctopusModule(GuardedModule):
         warmup_steps: int = 100,
         nonfinite: Literal["stop", "skip"] = "stop",
         seed: int = 0,
+        **model: Any,
     ) -> None:
         """Set model and optimiser.
 
         Args:
             stage: which parameters are trained: 1 visual prefix; 2 queries, recognizer, index tokens; 3 all and LM.
             init: checkpoint of the stage before, with the trained parameters to start from.
-            lm: causal language model: a name on the Hugging Face hub, a folder, or 'toy'.
-            vision: image tower: a name of open_clip, local-dir:FOLDER, hf-hub:ORG/NAME, timm:NAME, hf:NAME, or 'toy'.
-            vision_weights: open_clip's tag of the pretrained weights, or a file; a tag is ignored for other names.
-            vision_layer: layer of the tower at which patches are read; -1 is the last.
-            num_queries: number of object queries; 0 for the sequential counterpart, which spells boxes as text.
-            split_layer: layers of the language model below the DETR decoder; null for half.
-            decoder_width: width of the DETR decoder.
-            decoder_layers: layers of the DETR decoder.
-            heads: attention heads of the DETR decoder.
-            relay: whether the decoder's output replaces the queries in the top layers.
-            template: text around {image}, {instruction} and {queries}; {start} is the start token.
-            mask_scale: cells of a mask per patch and side, 2, 4, 8 or 16; 0 for no masks. With masks, those of RefCOCO are
-                read (extra [masks]). The head begins again where the checkpoint of `init` has none.
-            lora_rank: rank of LoRA adapters in the language model's layers in stage 3 (extra [lora]); 0 trains all of it.
-            dtype: dtype of the frozen towers: float32, bfloat16, float16, or auto: bfloat16 where this machine multiplies
-                in it, and float32 elsewhere.
-            random_weights: build the towers without weights, for tests and timing.
-            quantize: hold the language model's layers in int8 or nf4 (4 bits); extra [quant], and lora_rank in stage 3.
             activation_checkpointing: keep only the inputs, keys and values of the language model's layers; run layers again
                 in the backward.
             lr: learning rate of AdamW after warm-up.
@@ -96,19 +62,19 @@ class OctopusModule(GuardedModule):
             warmup_steps: steps over which the learning rate rises from lr / warmup_steps; then it falls to 0 along a cosine.
             nonfinite: on a NaN or infinite loss or gradient: stop the run, or skip the update.
             seed: seed of the trained parameters.
+            model: the model's own options, fields of fromage.config.OctopusConfig.
         """
         super().__init__()
+        self.config = OctopusConfig(**model)
         self.save_hyperparameters()
+        self.save_hyperparameters(vars(self.config))
         self.h: Any = self.hparams
-        for name, least in {
-            "num_queries": 0, "decoder_width": 1, "decoder_layers": 1, "heads": 1, "lora_rank": 0, "warmup_steps": 0
-        }.items():  # fmt: skip
-            check_whole(f"model.{name}", self.hparams[name], least)
+        check_whole("model.warmup_steps", warmup_steps, 0)
         for name in ("lr", "new_lr", "weight_decay"):
             if self.hparams[name] is not None:
                 check_real(f"model.{name}", self.hparams[name], 0, inf)
-        dtype_name(dtype)
-        check_run(stage, num_queries, quantize, lora_rank)
+        dtype_name(self.config.dtype)
+        check_run(stage, self.config)
         self.guard = NonFiniteGuard(nonfinite == "skip")
         self._metrics: list[tuple[str, dict[str, float]]] = []
         self._taken: set[str] = set()  # names of parameters that earlier stages trained
@@ -128,7 +94,7 @@ class OctopusModule(GuardedModule):
         if hasattr(self, "model"):
             return
         with torch.device("cpu"):  # as of FromageModule
-            self.model = from_hyperparameters(Octopus, of_stage(self.h))
+            self.model = Octopus.from_config(of_stage(self.config, self.h.stage), self.h.seed)
         if self.h.init:
             self._taken = load_trained(self.model, self.h.init)
         choose_trained(self.model, self.h.stage, whole=not self.h.lora_rank)

@@ -10,9 +10,9 @@ own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, get_args
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,13 +21,13 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import AutoModelForCausalLM
 
 from fromage.checkpoints.format import DTYPES, dtype_name
+from fromage.config import OctopusConfig
 from fromage.data.tokenizer import IMAGE_TOKEN
 from fromage.errors import UserError
 from fromage.models.language_model import LanguageModel
-from fromage.models.options import Quantized
 from fromage.models.vision.base import VisionTower
 from fromage.models.vision.registry import plan_vision
-from fromage.octopus.checkpoint import check_run
+from fromage.octopus.checkpoint import check_run, of_stage
 from fromage.octopus.collate import Collate
 from fromage.octopus.examples import Example
 from fromage.octopus.lora import add_lora
@@ -59,25 +59,15 @@ MODEL, TOWERS, COPIES = "ShardedModel", "ShardedTowers", "ddp"  # how devices sh
 SPELLED = 25  # tokens of a box in text, as in the paper
 
 
-@dataclass(frozen=True)
-class Run:
+@dataclass(frozen=True, kw_only=True)
+class Run(OctopusConfig):
     """The run to plan: options of a configuration, with the defaults of OctopusModule and OctopusData, and lengths."""
 
+    LEAST: ClassVar[Mapping[str, int]] = {
+        **OctopusConfig.LEAST, "batch_size": 1, "per_image": 1, "devices": 1, "instruction_tokens": 0, "objects": 0,
+    }  # fmt: skip
+
     stage: int = 1
-    lm: str = "lmsys/vicuna-7b-v1.5"
-    vision: str = "ViT-L-14-336"
-    vision_layer: int = -2
-    num_queries: int = 64
-    split_layer: int | None = None
-    decoder_width: int = 256
-    decoder_layers: int = 4
-    heads: int = 8
-    relay: bool = True
-    mask_scale: int = 0
-    template: str = "{image}{instruction}{queries}{start}"
-    lora_rank: int = 0
-    dtype: str = "bfloat16"
-    quantize: str | None = None
     activation_checkpointing: bool = False
     batch_size: int = 16  # rows on each device
     per_image: int = 1
@@ -112,14 +102,9 @@ def read_run(config: str | Sequence[str], **options: Any) -> Run:
     run = replace(run, dtype=dtype_name(run.dtype))
     if run.stage == 1:
         run = replace(run, objects=0)
-    run = run if run.stage == 3 else replace(run, lora_rank=0)
-    kinds = (None, *get_args(Quantized))
-    check_choices(run, {"quantize": kinds, "layers_dtype": (None, *DTYPES)})
-    least = {"batch_size": 1, "per_image": 1, "devices": 1, "instruction_tokens": 0, "objects": 0, "lora_rank": 0}
-    for name, value in least.items():
-        if getattr(run, name) < value:
-            raise UserError(f"{name} {getattr(run, name)}: give a whole number from {value} on")
-    check_run(run.stage, run.num_queries, run.quantize, run.lora_rank)
+    run = of_stage(run, run.stage)
+    check_choices(run, {"layers_dtype": (None, *DTYPES)})
+    check_run(run.stage, run)
     if run.answer_tokens < run.objects + 1 or (run.num_queries and run.objects > run.num_queries):
         raise UserError(
             f"answers of {run.answer_tokens} tokens with {run.objects} boxes and </s>, {run.num_queries} object queries: "
@@ -152,8 +137,7 @@ def build(run: Run, tower: VisionTower) -> Octopus:
     hf = AutoModelForCausalLM.from_config(lm_config(run.lm), dtype=DTYPES[run.dtype])
     words: Any = Words(len(hf.get_input_embeddings().weight), run.num_queries)
     tower.to_empty(device="cpu").normalise = None  # it looks at values
-    names = ("num_queries", "split_layer", "decoder_width", "decoder_layers", "heads", "relay", "template", "mask_scale")
-    return Octopus(LanguageModel(hf, words, run.lm), tower, **{name: getattr(run, name) for name in names})
+    return Octopus(LanguageModel(hf, words, run.lm), tower, replace(run, lora_rank=0))
 
 
 def prepare(run: Run, model: Octopus) -> None:

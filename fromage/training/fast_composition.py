@@ -101,7 +101,7 @@ def _layout(model: Fromage, trunk: list[int], ret: int, words: list[int], device
     """The sequences trunk, [RET], caption, packed; positions and branches only where they say more than the order does."""
     each = [t + ret + n for t, n in zip(trunk, words, strict=True)]
     branching = ret > 0 and any(words)
-    if not branching and not (ret and model.stacked):
+    if not branching and not (ret and model.config.stacked):
         return PackedLayout(each, device)
     places = [
         (*range(t), *(t + further for further in model.ret_offsets[:ret]), *range(t, t + n))

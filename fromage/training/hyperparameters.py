@@ -14,7 +14,7 @@ COMPOSITION = ("composition_captioning_weight", "composition_retrieval_weight")
 
 def check(h: Any) -> None:
     """Raise UserError for options that are not of their range, or contradict one another."""
-    for name, least in {"k": 1, "q": 1, "r": 1, "warmup_steps": 0, "decay_steps": 0, "shown": 0}.items():
+    for name, least in {"warmup_steps": 0, "decay_steps": 0, "shown": 0}.items():
         check_whole(f"model.{name}", h[name], least)
     weights = ("captioning_weight", "retrieval_weight", *COMPOSITION)
     shares = {"pairing": 1, "image_dropout": 0.99, "captioned_share": 1}

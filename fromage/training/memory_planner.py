@@ -12,24 +12,24 @@ planned with target images; where CLIP's text embeddings stand for these, its te
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from types import SimpleNamespace
-from typing import Any, get_args
+from typing import Any, ClassVar
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM
 
 from fromage.checkpoints.format import DTYPES, dtype_name
+from fromage.config import FromageConfig
 from fromage.data.batches import Batch
 from fromage.data.sample_images import Images
 from fromage.data.tuples import TupleBatch
 from fromage.errors import UserError
 from fromage.models.fromage import Fromage
 from fromage.models.language_model import LanguageModel
-from fromage.models.options import CHOICES, Quantized
 from fromage.models.vision.base import VisionTower
 from fromage.models.vision.registry import plan_vision
 from fromage.training.fast_composition import fast_composition
@@ -58,20 +58,12 @@ PARTS = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Run:
+@dataclass(frozen=True, kw_only=True)
+class Run(FromageConfig):
     """The run to plan: options of a configuration, with the defaults of FromageModule and CC3M, and caption lengths."""
 
-    lm: str = "facebook/opt-6.7b"
-    vision: str = "ViT-L-14"
-    k: int = 1
-    q: int = 256
-    r: int = 1
-    ret_attention: str = "sequential"
-    ret_fusion: str = "mean"
-    space: str = "learned"
-    start: str = "after_images"
-    dtype: str = "bfloat16"
+    LEAST: ClassVar[Mapping[str, int]] = {**FromageConfig.LEAST, "batch_size": 1}
+
     step: str = "fast"
     batch_size: int = 180
     max_tokens: int = 24  # length of the longest caption, including </s> and all [RET]
@@ -80,8 +72,6 @@ class Run:
     stored_features: bool = False
     chunk: int = 0
     activation_checkpointing: bool = False
-    quantize: str | None = None
-    pooling: str = "ret"
     freeze_temperature: bool = False
     captioning_weight: float = 1.0
     captioned_share: float = 1.0
@@ -107,12 +97,9 @@ def read_run(config: str | Sequence[str], **options: Any) -> Run:
     found = options_of(config) | {name: value for name, value in options.items() if value is not None}
     run = run_of(Run, found, config)
     run = replace(run, dtype=dtype_name(run.dtype))
-    check_choices(run, {"step": ("fast", "reference"), "quantize": (None, *get_args(Quantized)), **CHOICES})
-    if min(run.batch_size, run.r) < 1 or not 1 <= run.tokens <= run.max_tokens - run.r:
-        raise UserError(
-            f"batches of {run.batch_size}, {_captions(run)}: "
-            "give a batch size and r from 1 on, and tokens from 1 to max_tokens without [RET]"
-        )
+    check_choices(run, {"step": ("fast", "reference")})
+    if not 1 <= run.tokens <= run.max_tokens - run.r:
+        raise UserError(f"{_captions(run)}: give tokens from 1 to max_tokens without [RET]")
     if run.chunk and run.step == "reference":
         raise UserError("step reference: does not run in chunks; leave out model.chunk, or take step fast")
     if run.weights.composes and run.step == "reference":
@@ -229,10 +216,8 @@ def _model(run: Run, tower: VisionTower) -> Fromage:
         vocab_size=rows, image_id=rows, ret_id=ret[0], ret_ids=ret, row_ids=ret, pad_id=0, start=lambda: [0]
     )
     tower.to_empty(device="cpu").normalise = None  # it looks at values
-    options: Any = {"pooling": run.pooling, "ret_attention": run.ret_attention, "ret_fusion": run.ret_fusion}
-    options["start"] = run.start
-    model = Fromage(LanguageModel(hf, tokens, run.lm), tower, run.k, run.q, **options)
-    model.space = run.space  # type: ignore[assignment]  # where it is CLIP's, the projection has no weights here
+    model = Fromage(LanguageModel(hf, tokens, run.lm), tower, replace(run, space="learned"))
+    model.config = run  # where the space is CLIP's, the projection has no weights here
     freeze_unused(model, run.weights, run.freeze_temperature)
     return model
 

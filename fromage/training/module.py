@@ -15,13 +15,12 @@ from torch import Tensor
 
 from fromage.checkpoints.format import FROMAGE, LAYOUTS
 from fromage.checkpoints.lightning import PREFIX, trained_state, warn_of_other_towers
+from fromage.config import FromageConfig
 from fromage.data.batches import Batch
 from fromage.data.tuples import TupleBatch
 from fromage.errors import UserError
 from fromage.generation.generate import caption_images
 from fromage.models.fromage import Fromage
-from fromage.models.options import Pooling, Quantized, RetAttention, RetFusion, Space, Start
-from fromage.models.pretrained import from_hyperparameters
 from fromage.models.vision.base import TextTower
 from fromage.training.fast_composition import fast_composition
 from fromage.training.fast_step import fast_step
@@ -51,19 +50,6 @@ class FromageModule(GuardedModule):
 
     def __init__(
         self,
-        lm: str = "facebook/opt-6.7b",
-        vision: str = "ViT-L-14",
-        vision_weights: str | None = "openai",
-        k: int = 1,
-        q: int = 256,
-        pooling: Pooling = "ret",
-        r: int = 1,
-        ret_attention: RetAttention = "sequential",
-        ret_fusion: RetFusion = "mean",
-        space: Space = "learned",
-        start: Start = "after_images",
-        dtype: str = "bfloat16",
-        random_weights: bool = False,
         lr: float = 3e-4,
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
@@ -84,32 +70,14 @@ class FromageModule(GuardedModule):
         chunk: int = 0,
         activation_checkpointing: bool = False,
         compile_blocks: bool = False,
-        quantize: Quantized | None = None,
         nonfinite: Literal["stop", "skip"] = "stop",
         shown: int = 4,
         seed: int = 0,
+        **model: Any,
     ) -> None:
         """Set model and optimiser.
 
         Args:
-            lm: causal language model: a name on the Hugging Face hub, a folder, or 'toy'.
-            vision: image tower: a name of open_clip, local-dir:FOLDER, hf-hub:ORG/NAME, timm:NAME, hf:NAME, or 'toy'.
-            vision_weights: open_clip's tag of the pretrained weights, or a file; a tag is ignored for other names.
-            k: input embeddings per image, in tokens.
-            q: width of the retrieval space.
-            pooling: which hidden state embeds a text: ret, the one at [RET], or last, at its last word.
-            r: [RET] tokens at the end of a caption or query, in tokens; the paper's FROMAGe has 1, its successors 4 to 8.
-            ret_attention: what they see: sequential, also their predecessors (GILL), or stacked, the context alone, all at
-                one position (MCL).
-            ret_fusion: how their hidden states become one embedding: mean, transformer (one small layer, then the mean), or
-                first, as GILL's retrieval head.
-            space: where images and texts are compared: learned, q numbers of the model's own (the paper), or clip, CLIP's
-                joint space with its frozen projection of images (MCL); q is then its width.
-            start: where the start token stands in a sequence that an image leads: after_images, as in the paper, or first,
-                for language models that hardly see what stands at the first place (LLaMA and its like).
-            dtype: dtype of the frozen towers: float32, bfloat16, float16, or auto: bfloat16 where this machine multiplies
-                in it, and float32 elsewhere.
-            random_weights: build the towers without weights, for tests and timing.
             lr: learning rate of Adam after warm-up.
             betas: Adam's decay rates of its two moments.
             eps: Adam's epsilon.
@@ -137,13 +105,15 @@ class FromageModule(GuardedModule):
                 for all at once. Only for the fast step.
             activation_checkpointing: keep only the inputs of the language model's layers; run layers again in the backward.
             compile_blocks: compile the language model's layers with torch.compile.
-            quantize: hold the language model's layers in int8 or nf4 (4 bits); needs the extra [quant].
             nonfinite: on a NaN or infinite loss or gradient: stop the run, or skip the update.
             shown: examples whose images are logged per validation.
             seed: seed of the trained parameters and of the pairing.
+            model: the model's own options, fields of fromage.config.FromageConfig.
         """
         super().__init__()
+        self.config = FromageConfig(**model)
         self.save_hyperparameters()
+        self.save_hyperparameters(vars(self.config))
         self.h: Any = self.hparams
         check(self.h)
         self.guard = NonFiniteGuard(nonfinite == "skip")
@@ -154,7 +124,7 @@ class FromageModule(GuardedModule):
         """Load the towers, once."""
         if not hasattr(self, "model"):
             with torch.device("cpu"):  # Lightning asks for the device; what is read there at the start belongs on the host
-                self.model = from_hyperparameters(Fromage, self.h)
+                self.model = Fromage.from_config(self.config, self.h.seed)
             freeze_unused(self.model, self.weights, self.h.freeze_temperature)
             if self.h.compile_blocks:
                 compile_blocks(self.model.lm)

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import torch
 import yaml
@@ -116,8 +116,15 @@ def run_of(kind: type[RunT], found: Mapping[str, Any], configs: str | Sequence[s
     """A dataclass from those options that are its fields. Raises UserError for values of another type."""
     named = "configuration " + (configs if isinstance(configs, str) else ", ".join(configs))
     hints = get_type_hints(kind)
-    kinds = {f.name: next(t for t in (*get_args(hints[f.name]), hints[f.name]) if t is not type(None)) for f in fields(kind)}  # type: ignore[arg-type]
-    return kind(**{name: _as(kinds[name], found[name], f"{named}: {name}") for name in kinds if found.get(name) is not None})
+    given = {f.name: found[f.name] for f in fields(kind) if found.get(f.name) is not None}  # type: ignore[arg-type]
+    return kind(**{name: _as(_plain(hints[name]), value, f"{named}: {name}") for name, value in given.items()})
+
+
+def _plain(kind: Any) -> Any:
+    """The type of an option, without None; str for a choice of texts."""
+    if get_origin(kind) is Literal:
+        return str
+    return next((_plain(part) for part in get_args(kind) if part is not type(None)), kind)
 
 
 def check_known(kind: type, given: Iterable[str], configs: Sequence[str]) -> None:

@@ -111,7 +111,7 @@ def wanted(model: Fromage, tuples: TupleBatch, text_tower: TextTower | None) -> 
     The gradient reaches W_i where the space is learned. Raises UserError as reference_composition does.
     """
     without = sorted(set(range(len(tuples.keys))) - set(tuples.rows))
-    if without and (text_tower is None or model.space != "clip"):
+    if without and (text_tower is None or model.config.space != "clip"):
         raise UserError(f"{first_few([tuples.keys[i] for i in without])}: {NO_IMAGE}")
     rows = torch.zeros(len(tuples.keys), model.q, device=model.device)  # (B, q)
     if tuples.shown is not None:

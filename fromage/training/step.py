@@ -56,7 +56,7 @@ def freeze_unused(model: Fromage, weights: LossWeights, freeze_temperature: bool
     model.visual_prefix.requires_grad_(weights.captioning > 0 or weights.composes)
     for part in (model.text_head, model.image_head, model.fusion):
         part.requires_grad_(finding)
-    if model.space == "clip":
+    if model.config.space == "clip":
         model.image_head.requires_grad_(False)
     model.logit_scale.requires_grad_(finding and not freeze_temperature)
     model.ret.input.requires_grad_(not model.pools_last_word or model.ret.tied)  # with pooling last no input is [RET]

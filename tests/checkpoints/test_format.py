@@ -14,7 +14,7 @@ from fromage.errors import UserError
 from fromage.models.frozen import TOY
 
 SETTINGS = {"lm": "facebook/opt-125m", "vision": "ViT-B-32", "vision_weights": "openai", "k": 1, "q": 8}
-SETTINGS |= {"pooling": "ret", "dtype": "bfloat16", "input_prompt": "A picture of"}
+SETTINGS |= {"pooling": "ret", "dtype": "bfloat16", "input_prompt": "A picture of", "quantize": None}
 SETTINGS |= {"r": 1, "ret_attention": "sequential", "ret_fusion": "mean", "space": "learned", "start": "after_images"}
 
 

@@ -39,7 +39,7 @@ def test_from_features_to_search(towers, kind, small, tmp_path, monkeypatch, cap
     with_features = [f"--model.vision={towers[kind]}", "--data.train_shards=features"]
     do(capsys, "fit", *SHORT, *with_features, "--model.vision_weights=openai")  # the default; a tag means nothing here
     do(capsys, "export", "--ckpt", "runs/toy", "--out", "model")
-    assert load_model("model").vision.name == towers[kind] == load_model("runs/toy").settings["vision"]
+    assert load_model("model").vision.name == towers[kind] == load_model("runs/toy").config.vision
     do(capsys, "index", "build", "--images", images, "--ckpt", "model", "--out", "index")
     found = json.loads(do(capsys, "search", "a red circle", "--index", "index", "-k", "2", "--json").out)
     assert [hit["rank"] for hit in found["hits"]] == [1, 2]

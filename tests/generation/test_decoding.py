@@ -17,6 +17,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from fromage.config import FromageConfig
 from fromage.data.tokenizer import PromptTokenizer, ret_tokens
 from fromage.errors import UserError
 from fromage.generation import decoding
@@ -51,7 +52,7 @@ def model(request):
             for p in hf.parameters():
                 p.mul_(3 if p.ndim > 1 else 1)
         lm = LanguageModel(hf, lm.tokenizer, request.param)
-    return Fromage(lm, load_vision("toy"), k=2, q=16)
+    return Fromage(lm, load_vision("toy"), FromageConfig(k=2, q=16))
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +107,7 @@ def test_text_prompts_continue_as_hugging_face_does(model):
 def test_the_language_models_own_generation_config_changes_no_answer(toy_model, options):
     hf = OPTForCausalLM.from_pretrained(TOY / "opt")
     hf.generation_config.update(do_sample=True, temperature=0.6, repetition_penalty=1.3, eos_token_id=[2, 9], **options)
-    model = Fromage(LanguageModel(hf, toy_model.tokenizer, "toy"), toy_model.vision, k=2, q=32)
+    model = Fromage(LanguageModel(hf, toy_model.tokenizer, "toy"), toy_model.vision, FromageConfig(k=2, q=32))
     text = Decoding(12, max_images=0)
     assert generate(model, ["a big heart and"], text)[0].ids == generate(toy_model, ["a big heart and"], text)[0].ids
     assert end_ids(model) == [2, 9]
@@ -145,7 +146,8 @@ def three(request, model):
     for layer in hf.base_model.modules():
         if getattr(layer, "sliding_window", None):
             layer.sliding_window = 64
-    return Fromage(lm, load_vision("toy"), k=2, q=16, ret_attention=request.param, ret_fusion="transformer").eval()
+    config = FromageConfig(k=2, q=16, r=3, ret_attention=request.param, ret_fusion="transformer")
+    return Fromage(lm, load_vision("toy"), config).eval()
 
 
 @torch.no_grad()

@@ -196,10 +196,10 @@ def test_captions_of_a_model_with_a_prompt_are_what_follows_it(toy_model, images
     prompts = [[path, "a red"] for path in images[:3]]
     assert made == [answer.text for answer in generate(model, prompts, Decoding(10, stop="\n", max_images=0))]
     assert made == caption(model, images[:3], max_new_tokens=10) and not any(text.startswith("a red") for text in made)
-    assert without.input_prompt == "" and caption_images(without, features, max_new_tokens=10) != made
+    assert without.config.input_prompt == "" and caption_images(without, features, max_new_tokens=10) != made
     assert prompt_ids(model, prompts[0])[: model.k + 1] == [model.tokenizer.image_id] * model.k + model.tokenizer.start()
     model.save_pretrained(tmp_path / "again", "float32")
-    assert load_model(tmp_path / "again").input_prompt == "a red" and model.fingerprint() == without.fingerprint()
+    assert load_model(tmp_path / "again").config.input_prompt == "a red" and model.fingerprint() == without.fingerprint()
 
 
 def test_neighbouring_texts_of_an_answer_become_one():

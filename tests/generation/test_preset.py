@@ -90,7 +90,7 @@ def test_it_is_kept_wherever_the_weights_go(talker, tmp_path):
 
 def test_beside_a_lightning_checkpoint(talker, tmp_path):
     state = {f"model.{name}": value for name, value in talker.trained().items()}
-    torch.save({"state_dict": state, "hyper_parameters": dict(talker.settings), "pytorch-lightning_version": "2.5.0"},
+    torch.save({"state_dict": state, "hyper_parameters": {**vars(talker.config)}, "pytorch-lightning_version": "2.5.0"},
                tmp_path / "last.ckpt")  # fmt: skip
     assert load_model(tmp_path / "last.ckpt").generation is None
     (tmp_path / GENERATION).write_text(json.dumps(SAID))

@@ -116,7 +116,7 @@ def test_beside_a_runs_checkpoint(model, parted, tmp_path, capsys):
     place = tmp_path / "run" / "checkpoints"
     place.mkdir(parents=True)
     state = {f"model.{name}": value for name, value in model.trained().items()}
-    torch.save({"state_dict": state, "hyper_parameters": dict(model.settings), "pytorch-lightning_version": "2.5.0"},
+    torch.save({"state_dict": state, "hyper_parameters": {**vars(model.config)}, "pytorch-lightning_version": "2.5.0"},
                place / "last.ckpt")  # fmt: skip
     (tmp_path / "asked.json").write_text(json.dumps(parted))
     for ckpt in (tmp_path / "run", place / "last.ckpt"):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from fromage.config import FromageConfig
 from fromage.data.batches import Batch
 from fromage.errors import UserError
 from fromage.generation.generate import stream
@@ -32,7 +33,7 @@ def model(request):
                              num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
                              max_position_embeddings=128)  # fmt: skip
         lm = LanguageModel(LlamaForCausalLM(config), lm.tokenizer, "llama")
-    return Fromage(lm, load_vision("toy"), k=2, q=16)
+    return Fromage(lm, load_vision("toy"), FromageConfig(k=2, q=16))
 
 
 @pytest.fixture

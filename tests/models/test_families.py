@@ -6,6 +6,7 @@ import transformers as hf
 from test_fast_step import NoTower, compare, make_batch, run
 from test_score import whole_pass
 
+from fromage.config import FromageConfig
 from fromage.data.tokenizer import PromptTokenizer, ret_tokens
 from fromage.errors import UserError
 from fromage.generation.generate import generate
@@ -82,7 +83,7 @@ def build(family, start=STARTS[0], k=1, r=1, sees="sequential", **more):
         tokenizer.pad_id = tokenizer.eos_id
     if start == STARTS[2]:
         tokenizer.bos_id = None
-    return Fromage(LanguageModel(lm, tokenizer, family), NoTower(), k, q=16, ret_attention=sees)
+    return Fromage(LanguageModel(lm, tokenizer, family), NoTower(), FromageConfig(k=k, q=16, r=r, ret_attention=sees))
 
 
 @pytest.mark.parametrize("start", STARTS)

@@ -4,11 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from fromage.config import FromageConfig, kinds
 from fromage.errors import UserError
 from fromage.models import fromage
 from fromage.models.base import fill
 from fromage.models.fromage import Fromage
-from fromage.models.pretrained import from_saved, load_options, to_saved
+from fromage.models.pretrained import from_saved, to_saved
 from fromage.training.reference_step import captioning_ids, reference_step
 
 
@@ -138,8 +139,8 @@ def test_fingerprint_follows_the_trained_parameters():
     assert model.fingerprint() != before
 
 
-def test_every_argument_of_load_is_on_record(toy_model):
-    assert load_options(Fromage).keys() - toy_model.settings.keys() == {"seed", "quantize"}
+def test_every_option_is_on_record(toy_model):
+    assert kinds(FromageConfig).keys() - to_saved(toy_model).settings.keys() == {"random_weights"}
 
 
 def test_a_model_that_was_trained_quantised_can_be_loaded_otherwise(toy_model, monkeypatch):

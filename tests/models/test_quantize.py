@@ -8,6 +8,7 @@ from transformers import AutoTokenizer, OPTConfig, OPTForCausalLM
 from fromage.cli.eval_options import EvalOptions
 from fromage.cli.models import load_any
 from fromage.cli.talk import Opening
+from fromage.config import FromageConfig
 from fromage.data.tokenizer import PromptTokenizer
 from fromage.errors import UserError
 from fromage.evals.scores import identity
@@ -41,7 +42,7 @@ def opt(tmp_path_factory):
 
 def model_of(opt, **options):
     torch.manual_seed(0)
-    return Fromage(load_lm(str(opt), **options), NoTower(), 1, q=16)
+    return Fromage(load_lm(str(opt), **options), NoTower(), FromageConfig(q=16))
 
 
 def block_bytes(model):

@@ -10,9 +10,9 @@ from tiny_octopus import save_untrained
 
 from fromage.checkpoints.format import CARD, CONFIG, WEIGHTS, read_folder
 from fromage.cli.main import main
+from fromage.config import OctopusConfig, kinds
 from fromage.errors import UserError
 from fromage.models.fromage import Fromage
-from fromage.models.pretrained import load_options
 from fromage.octopus import Octopus, ground, load_octopus
 from fromage.octopus.checkpoint import check_shaped
 
@@ -49,14 +49,14 @@ def stage3(path, trained, **hyperparameters):
                 p.add_(torch.randn(p.shape) * 0.02)
     kept = {name for name, _ in model.named_parameters() if trained(name)} | model.trained().keys()
     state = {f"model.{name}": p.detach() for name, p in model.named_parameters() if name in kept}
-    torch.save({"state_dict": state, "hyper_parameters": {**model.settings, "stage": 3, **hyperparameters}}, path)
+    torch.save({"state_dict": state, "hyper_parameters": {**vars(model.config), "stage": 3, **hyperparameters}}, path)
     return model
 
 
 def test_a_float32_folder_gives_the_model_back_bit_for_bit(model, tmp_path):
     model.save_pretrained(tmp_path / "saved", dtype="float32")
     loaded = Octopus.from_pretrained(tmp_path / "saved")
-    assert same(model, loaded) and loaded.settings == model.settings and not loaded.training
+    assert same(model, loaded) and loaded.config == model.config and not loaded.training
     assert loaded.fingerprint() == model.fingerprint() == read_folder(tmp_path / "saved").fingerprint
     image = [(torch.ones(16, 384), "where is the star?")]
     assert ground(loaded, image, 4) == ground(model.eval(), image, 4)
@@ -74,14 +74,14 @@ def test_a_bfloat16_folder_rounds_once_and_holds_no_tower(model, folder, tmp_pat
 
 def test_every_setting_is_on_record(folder):
     config = json.loads((folder / CONFIG).read_text())
-    assert config["format"] == "octopus" and load_options(Octopus).keys() - config.keys() == {"seed", "random_weights"}
+    assert config["format"] == "octopus" and kinds(OctopusConfig).keys() - config.keys() == {"random_weights"}
     assert config["num_queries"] == 3 and config["relay"] is True and config["lora_rank"] == 0
 
 
 def test_parameters_trained_around_other_towers_are_told_of(model):
     told = r"a.ckpt: .*other towers \(model.lm was vicuna and is toy; model.vision_weights was openai and is None"
     with pytest.warns(UserWarning, match=told):
-        check_shaped(model, model.settings | {"lm": "vicuna", "vision_weights": "openai"}, {}, "a.ckpt")
+        check_shaped(model, {**vars(model.config)} | {"lm": "vicuna", "vision_weights": "openai"}, {}, "a.ckpt")
 
 
 def test_the_sequential_counterpart_comes_back_too(tmp_path):
@@ -114,7 +114,7 @@ def test_adapters_of_an_earlier_stage_are_none(tmp_path):
     stored = torch.load(tmp_path / "last.ckpt", weights_only=True)
     stored["hyper_parameters"] |= {"stage": 2, "lora_rank": 4}
     torch.save(stored, tmp_path / "last.ckpt")
-    assert load_octopus(str(tmp_path / "last.ckpt")).settings["lora_rank"] == 0
+    assert load_octopus(str(tmp_path / "last.ckpt")).config.lora_rank == 0
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,7 @@ def test_adapters_of_an_earlier_stage_are_none(tmp_path):
         ({"format": "other"}, "another format"), ({"version": 2}, "another format"), ({"format": []}, "another format"),
         ({"without": "lm"}, "no 'lm'"), ({"num_queries": "3"}, "num_queries cannot be '3'"),
         ({"num_queries": True}, "num_queries cannot be True"), ({"split_layer": 1.5}, "split_layer cannot be 1.5"),
-        ({"quantize": "int4"}, "quantize cannot be 'int4'"), ({"depths": True}, "setting 'depths', which this version"),
+        ({"quantize": "int4"}, "quantize int4: must be int8 or nf4"), ({"depths": True}, "setting 'depths', which this version"),
         ({"mask_scale": 4}, r"of another architecture or version \(recognizer.masks"), ({"mask_scale": 3}, "choose 2, 4, 8"),
         ({"mask_scale": True}, "mask_scale cannot be True"),
         ({"num_queries": 4}, "of another architecture"), ({"added_tokens": {"<d0>": 1}}, "made for {'<d0>': 1}"),
@@ -185,7 +185,7 @@ def test_masks_are_stored_and_the_option_with_them(tmp_path):
     model = Octopus.load(**SMALL, mask_scale=4)
     model.save_pretrained(tmp_path / "saved", dtype="float32")
     loaded = Octopus.from_pretrained(tmp_path / "saved")
-    assert loaded.masks and loaded.settings["mask_scale"] == 4 and same(model, loaded)
+    assert loaded.masks and loaded.config.mask_scale == 4 and same(model, loaded)
     assert loaded.fingerprint() == model.fingerprint() != Octopus.load(**SMALL).fingerprint()
     config = json.loads((tmp_path / "saved" / CONFIG).read_text())
     del config["mask_scale"]  # as of a folder that was written before there were masks
@@ -196,4 +196,4 @@ def test_masks_are_stored_and_the_option_with_them(tmp_path):
 
 def test_a_folder_of_before_there_were_masks_has_none(folder, model):
     loaded = Octopus.from_pretrained(altered(folder, without="mask_scale"))
-    assert not loaded.masks and loaded.settings["mask_scale"] == 0 and loaded.mask_size is None
+    assert not loaded.masks and loaded.config.mask_scale == 0 and loaded.mask_size is None

@@ -179,7 +179,7 @@ def test_the_verb_plans_what_lies_behind_one_another(tmp_path, capsys):
         (["toy.yaml", "--devices", "2"], "--devices"),
         (["octopus_toy3.yaml", "--answer-tokens", "1"], "</s>"),
         (["octopus_toy3.yaml", "--objects", "9", "--answer-tokens", "30"], "8 object queries"),
-        (["octopus_toy3.yaml", "--batch-size", "0"], "batch_size 0"),
+        (["octopus_toy3.yaml", "--batch-size", "0"], "batch_size is 0"),
         (["octopus_toy2.yaml", "--config", "octopus_sequential.yaml"], "stage 2"),
     ],
 )

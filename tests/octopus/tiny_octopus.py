@@ -3,6 +3,7 @@
 import torch
 import transformers as hf
 
+from fromage.config import OctopusConfig
 from fromage.data.tokenizer import IMAGE_TOKEN, PromptTokenizer
 from fromage.models.frozen import TOY
 from fromage.models.language_model import LanguageModel
@@ -41,7 +42,8 @@ def build(family="opt", num_queries=3, **options):
     kind, sizes = family if isinstance(family, tuple) else FAMILIES[family]
     config = kind(vocab_size=tokenizer.vocab_size + 7, pad_token_id=1, bos_token_id=2, eos_token_id=2, **sizes)
     lm = LanguageModel(hf.AutoModelForCausalLM.from_config(config), tokenizer, str(family))
-    return Octopus(lm, NoTower(), num_queries, **{"decoder_width": 16, "decoder_layers": 2, "heads": 2} | options)
+    sizes = {"decoder_width": 16, "decoder_layers": 2, "heads": 2} | options
+    return Octopus(lm, NoTower(), OctopusConfig(num_queries=num_queries, **sizes))
 
 
 def save_untrained(path, num_queries=4, mask_scale=0):

@@ -144,7 +144,7 @@ def test_a_query_is_read_as_it_was_trained(models, which, monkeypatch):
     fast_composition(model, tuples, BOTH)
     ids = tuples.conditions[0, 1:5].tolist()
     monkeypatch.setattr(model.tokenizer, "encode", lambda text: ids)
-    parts = [tuples.features[0], "but at night", *([RET] if model.pooling == "ret" else [])]
+    parts = [tuples.features[0], "but at night", *([RET] if model.config.pooling == "ret" else [])]
     batch = embed_prompts(model, [parts], starts=Starts.ONCE)
     hidden = model.lm(batch.embeds, batch.mask, model.positions(batch.ids, batch.mask))
     torch.testing.assert_close(seen[0], hidden[:, -model.r :].detach(), atol=1e-5, rtol=1e-4)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
+from fromage.config import FromageConfig
 from fromage.data.batches import Batch, FurtherTexts
 from fromage.data.tokenizer import PromptTokenizer, ret_tokens
 from fromage.errors import UserError
@@ -60,7 +61,7 @@ def build(kind, k, dtype=torch.float32, r=1, **options):
             initializer_range=0.3,
         )
         hf = LlamaForCausalLM(config)
-    return Fromage(LanguageModel(hf.to(dtype), tokenizer, kind), NoTower(), k, q=16, **options)
+    return Fromage(LanguageModel(hf.to(dtype), tokenizer, kind), NoTower(), FromageConfig(k=k, q=16, r=r, **options))
 
 
 @pytest.fixture(scope="module")
