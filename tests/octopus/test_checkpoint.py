@@ -123,7 +123,7 @@ def test_adapters_of_an_earlier_stage_are_none(tmp_path):
         ({"format": "other"}, "another format"), ({"version": 2}, "another format"), ({"format": []}, "another format"),
         ({"without": "lm"}, "no 'lm'"), ({"num_queries": "3"}, "num_queries cannot be '3'"),
         ({"num_queries": True}, "num_queries cannot be True"), ({"split_layer": 1.5}, "split_layer cannot be 1.5"),
-        ({"quantize": "int4"}, "quantize int4: must be int8 or nf4"), ({"depths": True}, "setting 'depths', which this version"),
+        ({"quantize": "int4"}, "quantize int4: must be int8 or nf4"), ({"depths": True}, "setting 'depths', which this"),
         ({"mask_scale": 4}, r"of another architecture or version \(recognizer.masks"), ({"mask_scale": 3}, "choose 2, 4, 8"),
         ({"mask_scale": True}, "mask_scale cannot be True"),
         ({"num_queries": 4}, "of another architecture"), ({"added_tokens": {"<d0>": 1}}, "made for {'<d0>': 1}"),
