@@ -17,8 +17,11 @@ import torch
 
 from fromage.apps.tours import CHECKPOINT, draw_searches, once, placed, timed
 from fromage.checkpoints.format import GENERATION
+from fromage.checkpoints.run_folder import last_checkpoint
+from fromage.data.annotation_formats import read_coco_captions
 from fromage.data.batches import Batch
 from fromage.data.broken import Broken, read_shards
+from fromage.data.caption_files import Skipped
 from fromage.data.datamodule import CC3M
 from fromage.data.features import store_features
 from fromage.data.packing import is_packed, pack_coco
@@ -48,9 +51,8 @@ from fromage.training.planning import options_of
 if TYPE_CHECKING:
     from PIL import Image
 
-TOUR = FolderKind(
-    "photos.json", "a tour", of="photographs", remedy="name another folder: --out", again="name another folder: --out"
-)
+ELSEWHERE = "name another folder: --out"
+TOUR = FolderKind("photos.json", "a tour", of="pair of towers", remedy=ELSEWHERE, again=ELSEWHERE)
 SOURCE = FolderKind("source.json", "shards", of="captions or photographs", remedy="they have changed: give another --out")
 CONFIG = "photos.yaml"
 HELD_OUT = 0.1  # share of the photographs that are not trained on
@@ -83,8 +85,9 @@ def photos(
     """
     if not 0 < val_fraction < 1:
         raise UserError(f"val_fraction {val_fraction}: photographs held out judge the model; give a share, as {HELD_OUT}")
-    of = {"captions": str(captions.resolve()), "images": str(images.resolve()), "lm": lm, "vision": vision}
-    TOUR.begin(out, of | {"val_fraction": val_fraction})
+    if (out / TOUR.file).exists() and not last_checkpoint((out / "run" / CHECKPOINT).parent):
+        write_files(out, {TOUR.file: as_json({"lm": lm, "vision": vision})})  # none is trained on: a name may be corrected
+    TOUR.begin(out, {"lm": lm, "vision": vision})
     seconds: dict[str, float] = {}
     with timed("towers", seconds):
         for name in filter(is_own, (lm, vision)):
@@ -92,9 +95,13 @@ def photos(
     shards, stored = out / "shards", out / "features"
     with timed("shards", seconds):
         source = source_of(captions, images)
-        if source and (shards / SOURCE.file).exists() and is_packed(shards):
-            SOURCE.require(shards, source)
-        if not is_packed(shards):
+        if is_packed(shards):
+            if source:
+                SOURCE.require(shards, source | {"val_fraction": val_fraction})
+            else:
+                print(f"{captions} or {images} is not there: going on with what was packed from them")
+        else:
+            source |= {"val_fraction": val_fraction}
             write_files(shards, {SOURCE.file: as_json(source)})
             print(pack_coco(captions, images, shards, val_fraction=val_fraction, overwrite=True).text())
     with timed("features", seconds):
@@ -131,13 +138,25 @@ def photos(
     return report
 
 
-def source_of(captions: Path, images: Path) -> dict[str, str]:
-    """Digests of the captions, and of names and sizes of the photographs; nothing where one of the two is missing."""
+def source_of(captions: Path, images: Path) -> dict[str, Any]:
+    """Digests of the captions, and of paths and sizes of the photographs they name; {} where one of the two is missing.
+
+    Other files in the folder count for nothing. Raises UserError where the captions are not in COCO's format.
+    """
     if not captions.is_file() or not images.is_dir():
         return {}
-    files = sorted((each.name, each.stat().st_size) for each in images.iterdir() if each.is_file())
+    named = {*read_coco_captions(captions, Skipped().skip).files.values()}
+    files = sorted((name, size) for name in named if (size := _size(images / name)) is not None)
     listed = hashlib.sha256(repr(files).encode("utf-8", "surrogatepass")).hexdigest()
     return {"captions": digest_of(captions)[:16], "photographs": listed[:16]}
+
+
+def _size(file: Path) -> int | None:
+    """Bytes of a file; None where it is none."""
+    try:
+        return file.stat().st_size if file.is_file() else None
+    except OSError:  # a name that is too long, say
+        return None
 
 
 def train(out: Path, words: Sequence[str], options: Sequence[str] | None = None) -> Path:

@@ -99,6 +99,12 @@ class CaptionedImages(NamedTuple):
     captions: dict[Any, list[str]]
 
 
+def read_coco_captions(path: Path, skip: Skip | None = None) -> CaptionedImages:
+    """A caption file in COCO's format, read. Raises UserError as read_annotations and coco_captions do."""
+    _, content = read_annotations(path, ("captions of COCO",), "COCO's caption file, as captions_train2017.json")
+    return coco_captions(path, content, skip)
+
+
 def coco_captions(path: Path, content: Any, skip: Skip | None = None) -> CaptionedImages:
     """The content of a caption file in COCO's format, checked; skip: as of fitting."""
     images = fitting(path, "images", content["images"], {"id": ID, "file_name": FILE}, skip)

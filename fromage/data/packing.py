@@ -17,7 +17,7 @@ from typing import Any, Literal, Protocol, TypeVar
 from tqdm import tqdm
 
 from fromage.checks import check_real
-from fromage.data.annotation_formats import coco_captions, read_annotations
+from fromage.data.annotation_formats import read_coco_captions
 from fromage.data.caption_files import Captioned, Pair, Reader, Skipped, by_image, check_there, jsonl_pairs, tsv_pairs
 from fromage.data.shard_writer import check_no_shards, members_of, own_shards, remove_shards, write_members
 from fromage.errors import BrokenSample, UserError, first_few
@@ -145,8 +145,7 @@ def pack_coco(
         UserError: the file is missing or of another format, and as pack_tsv does.
     """
     report = PackReport()
-    _, content = read_annotations(annotations, ("captions of COCO",), "COCO's caption file, as captions_train2017.json")
-    names, texts = coco_captions(annotations, content, report.skip)
+    names, texts = read_coco_captions(annotations, report.skip)
     rows = [
         Pair(str(key), text, images / names[key], {"source": names[key], "image_id": key})
         for key, said in texts.items()

@@ -64,15 +64,52 @@ def test_photographs_that_judge_are_a_share_that_stays(made, coco, tmp_path):
         with pytest.raises(UserError, match="val_fraction"):
             tour.photos(*coco, tmp_path / "new", "toy", "toy", val_fraction=odd)
     assert not (tmp_path / "new").exists()
-    with pytest.raises(UserError, match=r"of another photographs \(val_fraction 0\.1 there, 0\.2 here"):
+    with pytest.raises(UserError, match=r"of another captions or photographs \(val_fraction 0\.1 there, 0\.2 here"):
         tour.photos(*coco, made[0], "toy", "toy", FEW, val_fraction=0.2)
 
 
 def test_options_that_were_wrong_can_be_corrected(coco, tmp_path):
-    words = [*coco, tmp_path / "tour", "toy", "toy"]
-    with pytest.raises((UserError, SystemExit)):
-        tour.photos(*words, [*FEW, "--trainer.steps=3"])
-    assert tour.photos(*words, FEW)["held_out"]
+    out = tmp_path / "tour"
+    for given in (
+        (tmp_path / "none.json", coco[1], out, "toy", "toy", FEW),
+        (coco[0], tmp_path, out, "toy", "toy", FEW),
+        (*coco, out, "toy", "toy2", FEW),
+        (*coco, out, "toy2", "toy", FEW),
+        (*coco, out, "toy", "toy", [*FEW, "--trainer.steps=3"]),
+    ):
+        with pytest.raises((UserError, SystemExit)):
+            tour.photos(*given)
+    assert tour.photos(*coco, out, "toy", "toy", FEW)["held_out"]
+    with pytest.raises(UserError, match=r"of another pair of towers \(lm 'toy' there, 'toy2' here"):
+        tour.photos(*coco, out, "toy2", "toy", FEW)
+
+
+def test_only_the_photographs_that_are_named_count(coco, tmp_path):
+    folder = tmp_path / "images"
+    (folder / "deep").mkdir(parents=True)
+    content = json.loads(coco[0].read_text())
+    for image in content["images"]:
+        (folder / "deep" / image["file_name"]).symlink_to(coco[1] / image["file_name"])
+        image["file_name"] = f"deep/{image['file_name']}"
+    captions = tmp_path / "captions.json"
+    captions.write_text(json.dumps(content))
+    before = tour.source_of(captions, folder)
+    for stray in (folder / ".DS_Store", folder / "deep" / "Thumbs.db"):
+        stray.touch()
+    assert tour.source_of(captions, folder) == before
+    file = folder / content["images"][3]["file_name"]
+    file.unlink()
+    assert tour.source_of(captions, folder) != before
+    file.write_bytes(b"another")
+    assert tour.source_of(captions, folder)["captions"] == before["captions"] and tour.source_of(captions, folder) != before
+    assert tour.source_of(tmp_path / "none.json", folder) == tour.source_of(captions, tmp_path / "none") == {}
+
+
+def test_a_tour_goes_on_where_its_photographs_are_gone_or_have_moved(made, coco, tmp_path, capsys):
+    shutil.copytree(coco[1], tmp_path / "moved")
+    for images, told in ((tmp_path / "moved", False), (tmp_path / "none", True)):
+        assert tour.photos(coco[0], images, made[0], "toy", "toy", FEW)["fromage"] == made[1]["fromage"]
+        assert ("going on with what was packed" in capsys.readouterr().out) == told
 
 
 def test_a_study_takes_no_run_of_other_options(tmp_path):
