@@ -7,6 +7,7 @@ metadata. VQA accuracy where annotations are given; see fromage.evals.vqa.
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from functools import singledispatch
@@ -18,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fromage.checkpoints.format import OCTOPUS
-from fromage.errors import UserError
+from fromage.errors import UserError, first_few
 from fromage.evals.answer_file import AnswerFile
 from fromage.evals.base import made_by, make_report, quantized
 from fromage.evals.options import Options
@@ -30,7 +31,7 @@ from fromage.generation.generate import generate
 from fromage.generation.options import Decoding
 from fromage.models.fromage import Fromage
 from fromage.models.pretrained import Pretrained
-from fromage.models.prompts import Part
+from fromage.models.prompts import ImageInput, Part, prompt_length
 from fromage.octopus.decoding import MAX_NEW_TOKENS, ground
 from fromage.octopus.model import Octopus
 
@@ -58,9 +59,38 @@ def _(model: Octopus, asked: Asked, max_new_tokens: int) -> list[str]:
 
 @answer.register
 def _(model: Fromage, asked: Asked, max_new_tokens: int) -> list[str]:
-    prompts: list[list[Part]] = [[*([] if image is None else [image]), FROMAGE_PROMPT.format(text)] for image, text in asked]
+    prompts = [prompt_of(model, *each) for each in asked]
     found = generate(model, prompts, Decoding(max_new_tokens, stop=("\n",), max_images=0), batch_size=len(asked))
     return [each.text for each in found]
+
+
+@singledispatch
+def prompt_of(model: Pretrained, image: ImageInput | None, text: str) -> list[Part]:
+    """What a question becomes, of any kind of model."""
+    raise NotImplementedError(type(model))
+
+
+@prompt_of.register
+def _(model: Octopus, image: ImageInput | None, text: str) -> list[Part]:
+    return model.prompt(image, text, ask=image is not None)
+
+
+@prompt_of.register
+def _(model: Fromage, image: ImageInput | None, text: str) -> list[Part]:
+    return [*([] if image is None else [image]), FROMAGE_PROMPT.format(text)]
+
+
+def too_long(model: Pretrained, questions: Sequence[Question], max_new_tokens: int) -> set[int | str]:
+    """The keys of questions that, with an answer, have more tokens than the language model takes; warns of them."""
+    if (limit := model.lm.max_length) is None:
+        return set()
+    lengths = {q.key: prompt_length(model, prompt_of(model, q.image, q.asked)) + max_new_tokens for q in questions}
+    found = {key for key, length in lengths.items() if length > limit}
+    if found:
+        some = first_few([str(key) for key in lengths if key in found])
+        told = f"{model.lm.name} takes {limit} tokens, answer included; {len(found)} questions are longer ({some})"
+        warnings.warn(f"{told}, and left out", stacklevel=3)
+    return found
 
 
 def evaluate(
@@ -88,7 +118,8 @@ def evaluate(
     name = model_id or "-".join([kind, made["checkpoint"], *quantized(model).values()])
     about = {"questions": digest_of(data.questions), **made, "length": max_new_tokens, "prompts": FORMAT, "model_id": name}
     with AnswerFile(out, about, overwrite) as file:
-        todo = [question for question in data.questions if question.key not in file.answered]
+        long = too_long(model, data.questions, max_new_tokens)
+        todo = [question for question in data.questions if question.key not in file.answered.keys() | long]
         whole = len({question.image for question in data.questions if question.image})
         stream = ImageStream(model, [question.image for question in todo], options, whole)
         start = perf_counter()
@@ -101,16 +132,19 @@ def evaluate(
     texts = {key: record["text"] for key, record in file.answered.items()}
     lost = sum(question.key not in texts for question in todo)
     if not texts:
-        raise UserError(f"{data.file}: no question has its image; name the right --images")
+        told = "name the right --images, or a language model that takes more tokens" if long else "name the right --images"
+        raise UserError(f"{data.file}: no question has its image{' and is short enough' if long else ''}; {told}")
     figures: System = {"all": {"words": sum(len(text.split()) for text in texts.values()) / len(texts)}}
     if len(todo) > lost:
         figures["all"]["seconds"] = seconds / (len(todo) - lost)
     figures |= _accuracies(figures["all"], texts, known)
-    sizes = {"questions": len(data.questions), "answers": len(texts), "answered_before": len(data.questions) - len(todo)}
+    before = len(data.questions) - len(long) - len(todo)
+    sizes = {"questions": len(data.questions), "answers": len(texts), "answered_before": before}
     sizes |= {"images": len(stream.images)} | ({"annotated": len(known)} if annotations is not None else {})
     protocol = {**PROTOCOL, "answers": PROTOCOL["answers"].format(length=max_new_tokens)}
     protocol["seconds"] = SECONDS.format(device=model.device, batch_size=options.batch_size)
     skipped = {"odd entries": data.odd, "questions with a lost image": lost}
+    skipped |= {"questions too long": len(long)} if long else {}
     return make_report(model, "answers", data.file.name, {kind: figures}, sizes, skipped, protocol, stream.lost)
 
 

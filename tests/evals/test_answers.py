@@ -3,6 +3,7 @@
 import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
@@ -273,3 +274,18 @@ def test_lost_images_are_a_share_of_all_images_however_often_it_is_killed(octopu
     assert report["answered_before"] == 6 and report["answers"] == 7
     with pytest.raises(UserError, match="1 of 3 images"):
         evaluate(octopus, data, tmp_path / "b.jsonl", Options(4, max_lost=0.3), 4)
+
+
+@pytest.mark.parametrize("kind", [Fromage, load_octopus])
+def test_questions_that_are_too_long_are_left_out_and_told(kind, ckpt, rows, data, tmp_path):
+    model = Fromage.load(q=8) if kind is Fromage else kind(ckpt)
+    rows[2]["text"] += " star" * 3000
+    (tmp_path / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    long = read_questions(tmp_path / "questions.jsonl", tmp_path)
+    with pytest.warns(UserWarning, match=r"answer included; 1 questions are longer \(2\), and left out"):
+        report = evaluate(model, long, tmp_path / "answers.jsonl", Options(4), 4)
+    assert [line["question_id"] for line in lines(tmp_path / "answers.jsonl")] == [0, 1, 3, "text-only", *range(4, 9)]
+    assert report["skipped"]["questions too long"] == 1 and report["answers"] == 9
+    only = replace(long, questions=[long.questions[2]])
+    with pytest.warns(UserWarning), pytest.raises(UserError, match=r"short enough; .*takes more tokens"):
+        evaluate(model, only, tmp_path / "none.jsonl", Options(4), 4)
