@@ -14,7 +14,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from typing import TYPE_CHECKING, Any, Literal
 
 from fromage.allocator import keep_freed_memory
-from fromage.cli import data, evals, find, index, talk, tuples
+from fromage.cli import evals, find, index, plan, shards, talk, tours, towers, tuples, weights
 from fromage.cli.command import Function, call, options_of, parser_of, speaks, tell, with_dashes
 from fromage.cli.options import HERE, check_out
 from fromage.distribution import pip_install
@@ -49,22 +49,22 @@ def completion(shell: Literal["bash", "zsh", "tcsh"]) -> None:
 
 
 COMMANDS: dict[str, Function] = {
-    "toy make": data.toy_make,
-    "toy demo": data.toy_demo,
-    "shards tsv": data.shards_tsv,
-    "shards jsonl": data.shards_jsonl,
-    "shards coco": data.shards_coco,
+    "toy make": tours.toy_make,
+    "toy demo": tours.toy_demo,
+    "shards tsv": shards.shards_tsv,
+    "shards jsonl": shards.shards_jsonl,
+    "shards coco": shards.shards_coco,
     "shards tuples": tuples.shards_tuples,
-    "shards check": data.shards_check,
+    "shards check": shards.shards_check,
     "tuples toy": tuples.tuples_toy,
     "tuples make": tuples.tuples_make,
-    "photos": data.photos,
-    "features": data.features,
-    "towers list": data.towers_list,
-    "towers get": data.towers_get,
-    "plan": data.plan,
-    "import": data.import_weights,
-    "export": data.export_weights,
+    "photos": tours.photos,
+    "features": shards.features,
+    "towers list": towers.towers_list,
+    "towers get": towers.towers_get,
+    "plan": plan.plan,
+    "import": weights.import_weights,
+    "export": weights.export_weights,
     "index embed": index.embed,
     "index build": index.build,
     "index add": index.add,

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Literal
 
 from fromage.cli.command import Result
-from fromage.cli.data import Packing
 from fromage.cli.options import DType, check_free
+from fromage.cli.shards import Packing
 
 
 def shards_tuples(jsonl: Path, *, images: Path | None = None, packing: Packing) -> Result:

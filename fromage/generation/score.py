@@ -18,7 +18,8 @@ from fromage.checks import as_list, check_whole
 from fromage.errors import UserError
 from fromage.models.fromage import Fromage
 from fromage.models.language_model import LanguageModel
-from fromage.models.packed_attention import Causal, Continuations, PackedLayout, to_device
+from fromage.models.packed_attention import Causal, Continuations
+from fromage.models.packed_layout import PackedLayout, to_device
 from fromage.models.prompts import Prompt, embed_prompts, listed
 
 CHUNK = 512  # tokens of continuations that run at a time; a longer continuation runs alone

@@ -27,7 +27,8 @@ from fromage.errors import UserError, first_line
 from fromage.models import gguf, towers
 from fromage.models.cpu_linear import cpu_linears
 from fromage.models.frozen import TOY, FrozenTower, hold, require_weights
-from fromage.models.packed_attention import Attend, additive, attending, distances, route
+from fromage.models.packed_attention import Attend, additive, attending, route
+from fromage.models.packed_layout import distances
 from fromage.models.special_tokens import AddedTokens, ExtendedEmbedding, ExtendedHead
 
 log = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ Where to look:
     matching            Hungarian matching and the detection loss
     step                the training step; module: the three stages; planner: what they take
     decoding, answers   answers with boxes; metrics judges them
-    sources, data       data sets in their published files, mixed; collate: batches of them
+    sources, data       data sets in their published files, mixed; dataset: their images; collate: batches
 """
 
 from __future__ import annotations

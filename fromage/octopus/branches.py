@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fromage.models.packed_attention import PackedLayout
+from fromage.models.packed_layout import PackedLayout
 
 PADDING = -1  # in place of the branch of a token
 

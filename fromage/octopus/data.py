@@ -11,19 +11,16 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from fromage.checks import check_real, check_whole
 from fromage.data.annotations import odd_allowed
-from fromage.data.broken import Broken
 from fromage.data.loader import no_loaders
 from fromage.data.workers import WorkerLoader
-from fromage.errors import BrokenSample, UserError, first_few
-from fromage.images.open import file_bytes
-from fromage.images.transforms import Transform, read_image
+from fromage.errors import UserError, first_few
 from fromage.models.encode_files import check_lost
 from fromage.octopus.collate import Collate
+from fromage.octopus.dataset import GroundingDataset, collated
 from fromage.octopus.examples import Example, Row, Source, rows_of
 from fromage.octopus.patch_store import PatchStore
 from fromage.octopus.sampler import ResumableSampler
@@ -32,68 +29,6 @@ from fromage.octopus.step import GroundingBatch
 from fromage.octopus.template import image_first
 
 AT_ONCE = 5000  # images that one device encodes before the others wait for it; they wait half an hour at most
-
-
-class GroundingDataset(Dataset[Any]):
-    """Rows with the pixels or patches of their image. If it cannot be decoded, the next row takes its place.
-
-    Each worker counts the images it has seen, and names those it could not decode. Where more than max_lost of them are
-    broken, as of fromage.data.broken.Broken, or of all there are, it stops the run.
-    """
-
-    def __init__(
-        self,
-        rows: Sequence[Row],
-        transform: Transform,
-        store: PatchStore | None,
-        max_lost: float = 0.05,
-        replace: bool = True,
-    ) -> None:
-        """replace: whether the next row stands for one whose image is broken, as in training; else there is None."""
-        self.replace = replace
-        self.rows, self.transform, self.store = rows, transform, store
-        self.images, self.broken = len({row[0][0].image for row in rows}), Broken(max_lost, "data.max_lost")
-        self.seen: set[str] = set()
-        self.lost: list[tuple[str, Path]] = []
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, number: int) -> tuple[Row, Tensor] | None:
-        """Raises UserError if no image can be decoded, or too many cannot."""
-        for place in range(len(self.rows)):
-            row = self.rows[(number + place) % len(self.rows)]
-            example = row[0][0]
-            if self.store is not None:
-                return row, self.store[example.image]
-            try:
-                pixels = read_image(file_bytes(Path(example.image)), self.transform)
-            except BrokenSample as error:
-                self._count(example, str(error))
-                if not self.replace:
-                    return None
-            else:
-                self._count(example)
-                return row, pixels
-        raise UserError(f"no image can be decoded: {', '.join(self.broken.last)}")
-
-    def _count(self, example: Example, cause: str = "") -> None:
-        """Count an example's image, once."""
-        if example.image in self.seen:
-            return
-        self.seen.add(example.image)
-        if cause:
-            self.broken.add(f"{example.key} {example.image}", cause)
-            self.lost.append(("broken", Path(example.image)))
-            check_lost(self.lost, self.images, self.broken.limit)
-        else:
-            self.broken.used()
-
-
-def collated(collate: Collate, found: Sequence[tuple[Row, Tensor] | None]) -> GroundingBatch | None:
-    """A batch of the rows that are not broken; None where all are."""
-    rows = [row for row in found if row is not None]
-    return collate(rows) if rows else None
 
 
 class OctopusData(pl.LightningDataModule):

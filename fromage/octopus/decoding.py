@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fromage.checks import check_whole
 from fromage.errors import UserError
-from fromage.models.packed_attention import PackedLayout
+from fromage.models.packed_layout import PackedLayout
 from fromage.models.prompts import ImageInput, Prompts, embed_prompts
 from fromage.octopus.answers import Grounded, read_indexed, read_text
 from fromage.octopus.branches import query_places

@@ -16,7 +16,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torchvision.ops import box_convert
 
-from fromage.models.packed_attention import to_device
+from fromage.models.packed_layout import to_device
 from fromage.octopus.masks import DICE, MASK, mask_losses
 from fromage.octopus.recognition import Detections
 from fromage.training.losses import device_weight

@@ -34,7 +34,8 @@ from fromage.errors import UserError
 from fromage.models.base import VisualPrefix, digest
 from fromage.models.frozen import digest_of_samples, hold
 from fromage.models.language_model import LanguageModel, load_lm
-from fromage.models.packed_attention import PackedLayout, Visible, to_device
+from fromage.models.packed_attention import Visible
+from fromage.models.packed_layout import PackedLayout, to_device
 from fromage.models.pretrained import Pretrained
 from fromage.models.prompts import ImageInput, Part, Token
 from fromage.models.vision.base import VisionTower

@@ -29,7 +29,8 @@ from torch import Tensor
 
 from fromage.data.tuples import TupleBatch
 from fromage.models.fromage import Fromage
-from fromage.models.packed_attention import Causal, PackedLayout, offsets, to_device
+from fromage.models.packed_attention import Causal
+from fromage.models.packed_layout import PackedLayout, offsets, to_device
 from fromage.models.vision.base import TextTower
 from fromage.training.fast_step import mean_over_parts
 from fromage.training.losses import device_weight, frozen_head_loss

@@ -32,7 +32,8 @@ from torch import Tensor
 
 from fromage.data.batches import Batch
 from fromage.models.fromage import Fromage
-from fromage.models.packed_attention import Causal, More, PackedLayout, offsets, to_device
+from fromage.models.packed_attention import Causal, More
+from fromage.models.packed_layout import PackedLayout, offsets, to_device
 from fromage.training.losses import device_weight, frozen_head_loss, frozen_log_sum_exp, info_nce
 from fromage.training.step import (
     ALL,

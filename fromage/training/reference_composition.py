@@ -25,7 +25,7 @@ from fromage.data.padding import pad
 from fromage.data.tuples import NO_IMAGE, TupleBatch
 from fromage.errors import UserError, first_few
 from fromage.models.fromage import Fromage
-from fromage.models.packed_attention import to_device
+from fromage.models.packed_layout import to_device
 from fromage.models.vision.base import TextTower
 from fromage.training.losses import device_weight, info_nce, next_token_loss
 from fromage.training.step import LossWeights, image_features

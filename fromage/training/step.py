@@ -16,7 +16,7 @@ from fromage.data.sample_images import Images
 from fromage.data.tuples import TupleBatch
 from fromage.errors import UserError, first_few
 from fromage.models.fromage import Fromage
-from fromage.models.packed_attention import to_device
+from fromage.models.packed_layout import to_device
 
 T = TypeVar("T")
 

@@ -14,7 +14,8 @@ from fromage.generation.options import Decoding
 from fromage.generation.score import score, score_prompts
 from fromage.models.fromage import Fromage
 from fromage.models.language_model import LanguageModel, load_lm
-from fromage.models.packed_attention import Causal, PackedLayout, attending, route
+from fromage.models.packed_attention import Causal, attending, route
+from fromage.models.packed_layout import PackedLayout
 from fromage.models.prompts import RET, embed_prompts, encode_images
 from fromage.models.vision.registry import load_vision
 from fromage.training.fast_step import fast_step

@@ -11,7 +11,8 @@ from tiny_octopus import FAMILIES, OWN, NoTower, build
 from fromage.config import OctopusConfig
 from fromage.data.padding import pad
 from fromage.errors import UserError
-from fromage.models.packed_attention import PackedLayout, additive
+from fromage.models.packed_attention import additive
+from fromage.models.packed_layout import PackedLayout
 from fromage.models.prompts import START, Starts, Token, embed_prompts, prompt_ids, started
 from fromage.octopus.branches import Known, among, query_places
 from fromage.octopus.decoding import ground, read_batch

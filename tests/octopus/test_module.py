@@ -18,7 +18,7 @@ from fromage.errors import UserError
 from fromage.models.vision.registry import load_patches
 from fromage.octopus import Flickr30kEntities, OctopusData, OctopusModule, RefCOCO, load_octopus
 from fromage.octopus.checkpoint import RENAMED
-from fromage.octopus.data import GroundingDataset, collated
+from fromage.octopus.dataset import GroundingDataset, collated
 from fromage.octopus.decoding import ground
 from fromage.octopus.examples import Example
 from fromage.octopus.lora import add_lora

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fromage.errors import UserError
-from fromage.models.packed_attention import PackedLayout
+from fromage.models.packed_layout import PackedLayout
 from fromage.octopus import model as octopus_model
 from fromage.octopus.model import Octopus
 from fromage.training.configs import find_config
