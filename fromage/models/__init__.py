@@ -6,7 +6,7 @@ Where to look:
     base                the visual prefix as FROMAGe and Octopus share it
     special_tokens      the [RET] rows: trained rows beside a frozen vocabulary
     fusion              one embedding from the states at several [RET] tokens
-    language_model      the frozen language model; packed_attention runs it without padding, packed_layout says where tokens are
+    language_model      the frozen language model; packed_attention, packed_layout: without padding
     vision              the frozen vision towers
     prompts             interleaved text and images -> input embeddings
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import re
 from importlib import import_module
-from inspect import signature
 from typing import Any
 
 from fromage.errors import UserError, near
@@ -79,4 +78,7 @@ def _no_class(module: str, name: str) -> str:
 
 
 def _options(class_path: str) -> list[str]:
-    return list(signature(class_of(class_path)).parameters)
+    """The options of a class, those included that it passes on."""
+    from jsonargparse import ArgumentParser
+
+    return ArgumentParser().add_class_arguments(class_of(class_path), fail_untyped=False)
