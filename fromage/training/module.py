@@ -13,9 +13,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fromage.checkpoints.format import FROMAGE, LAYOUTS
 from fromage.checkpoints.lightning import PREFIX, trained_state, warn_of_other_towers
-from fromage.config import FromageConfig
+from fromage.config import FromageConfig, ModelConfig, kinds
 from fromage.data.batches import Batch
 from fromage.data.tuples import TupleBatch
 from fromage.errors import UserError
@@ -339,8 +338,9 @@ class FromageModule(GuardedModule):
         Warns where it names other towers.
         """
         state, then = checkpoint.get("state_dict", {}), dict(checkpoint.get("hyper_parameters", self.h))
-        for name, before in LAYOUTS[FROMAGE].not_said.items():
-            was = then.get(name, before)
+        shaped = {*kinds(ModelConfig), "k", "q"}  # of these the parameters' shapes tell, and the warning below
+        for name in (name for name in kinds(FromageConfig) if name not in shaped):
+            was = then.get(name, getattr(FromageConfig, name))
             if was != (now := self.h.get(name, was)):
                 raise UserError(f"checkpoint: trained with model.{name} {was}, not {now}; give it as it was then")
         warn_of_other_towers("checkpoint", then, self.h)

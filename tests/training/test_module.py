@@ -194,7 +194,7 @@ def test_several_ret_tokens_train_and_resume(stacked, world, tmp_path):
     for name, value in start.model.trained().items():
         assert not torch.equal(value, model.trained()[name]), f"{name} was not trained"
     loaded = load_model(out / "last.ckpt")
-    assert loaded.fingerprint() == model.fingerprint() and (loaded.r, loaded.stacked) == (4, True)
+    assert loaded.fingerprint() == model.fingerprint() and (loaded.r, loaded.config.stacked) == (4, True)
     first, _ = run(world, tmp_path, 2, **SEVERAL)
     resumed, _ = run(world, tmp_path, 3, ckpt_path="last", **SEVERAL)
     assert resumed.model.fingerprint() == model.fingerprint() != first.model.fingerprint()
