@@ -45,7 +45,8 @@ from fromage.models.vision.registry import load_patches
 from fromage.octopus.answers import Grounded, answer_ids
 from fromage.octopus.decoding import ground
 from fromage.octopus.examples import Example
-from fromage.octopus.model import QUERY, Octopus, index_token_names, load_octopus
+from fromage.octopus.model import Octopus, load_octopus
+from fromage.octopus.queries import QUERY, index_token_names
 from fromage.octopus.sources import RefCOCO
 
 BOXES = (1, 2, 3, 4, 8)

@@ -30,7 +30,7 @@ from PIL import Image
 from profile_step import profiled
 
 from fromage.training.memory_planner import Run, plan
-from fromage.training.planning import LM, TOWER, Plan
+from fromage.training.plan import LM, TOWER, Plan
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = (

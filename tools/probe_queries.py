@@ -36,8 +36,8 @@ from fromage.octopus.patch_store import PatchStore
 from fromage.octopus.recognition import Recognizer
 from fromage.octopus.step import read_prompts
 from fromage.toy.scenes import COLOURS, SHAPES
+from fromage.training.config_options import options_of
 from fromage.training.configs import find_config
-from fromage.training.planning import options_of
 from fromage.training.schedule import Schedule
 
 SIZES = {"num_queries": 8, "decoder_width": 96, "decoder_layers": 4, "heads": 4}

@@ -13,8 +13,7 @@ from on_device import Save, elapsed, keep_nothing
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from fromage.training.meter import Meter
-from fromage.training.planning import attention_in_parts
+from fromage.training.meter import Meter, attention_in_parts
 
 PRODUCT = re.compile(r"gemm|gemv|cutlass|nvjet|xmma|wgmma|matmul|splitk|\bmm\b|\bbmm\b|addmm", re.IGNORECASE)
 ATTENTION = re.compile(r"flash|fmha|attention|sdpa", re.IGNORECASE)

@@ -33,7 +33,7 @@ from fromage.apps import octopus_demo as octopus_tour
 from fromage.evals import instructions, pope, refcoco
 from fromage.evals.options import Options
 from fromage.models.vision.registry import load_patches
-from fromage.octopus import Flickr30kSpotting, Instructions, Pope, RefCOCO, load_octopus, model, recognition
+from fromage.octopus import Flickr30kSpotting, Instructions, Pope, RefCOCO, load_octopus, model, queries, recognition
 from fromage.octopus.patch_store import PatchStore
 from fromage.toy.world import VERSION, make_world
 
@@ -48,8 +48,12 @@ ROWS: dict[str, list[str]] = {  # of Octopus: what is changed
     "masks": ["--model.mask_scale=4"],
 }
 TRIED: dict[str, tuple[Any, str, Any]] = {  # what of Octopus is another one, and what it is then
-    "far_queries": (model, "APART", 1.0),
-    "random_queries": (model, "_start", lambda lm, n: torch.randn(n, lm.width) * lm.added.mean_norm.cpu() / lm.width**0.5),
+    "far_queries": (queries, "APART", 1.0),
+    "random_queries": (
+        model,
+        "initial_queries",
+        lambda lm, n: torch.randn(n, lm.width) * lm.added.mean_norm.cpu() / lm.width**0.5,
+    ),
     "blind_queries": (model, "among", lambda back, queries, layout: back),
     "no_points": (recognition, "_spread", lambda n: torch.zeros(n, 2)),
 }

@@ -44,9 +44,9 @@ from fromage.models.towers import get, is_own
 from fromage.models.vision.registry import load_vision
 from fromage.retrieval.build import build_index
 from fromage.retrieval.open_index import load_index, open_index
+from fromage.training.config_options import options_of
 from fromage.training.configs import find_config
 from fromage.training.fit import run_lightning
-from fromage.training.planning import options_of
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -65,8 +65,9 @@ def plan(*, config: Sequence[str], overrides: Overrides, device_tflops: float = 
     """
     from fromage.octopus import planner as of_octopus
     from fromage.training import memory_planner as of_fromage
+    from fromage.training.config_options import check_known, model_of
     from fromage.training.configs import find_config
-    from fromage.training.planning import as_json, check_known, model_of, report
+    from fromage.training.plan_report import as_json, report
 
     files = [find_config(name) for name in config]
     planners: dict[str, Any] = {"FromageModule": of_fromage, "OctopusModule": of_octopus}

@@ -7,6 +7,7 @@ Where to look:
 
     model               the two halves of the language model and the relay between them
     template, branches  the prompt; several prompts about one image in one row
+    queries             the object queries: where they begin, and the tokens that point at them
     recognition         the DETR decoder: object queries -> boxes and scores; masks: the mask head, an option
     matching            Hungarian matching and the detection loss
     step                the training step; module: the three stages; planner: what they take

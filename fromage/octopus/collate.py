@@ -17,7 +17,8 @@ from fromage.octopus.answers import answer_ids
 from fromage.octopus.branches import Rows, query_places
 from fromage.octopus.examples import Conversation, Example, Row
 from fromage.octopus.matching import Objects
-from fromage.octopus.model import QUERY, Octopus, query_tokens
+from fromage.octopus.model import Octopus
+from fromage.octopus.queries import QUERY, query_tokens
 from fromage.octopus.step import GroundingBatch
 from fromage.octopus.template import fill_further_turn, fill_template
 

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from fromage.checkpoints.format import OCTOPUS, TOWERS, Saved, dtype_name
 from fromage.config import OctopusConfig
-from fromage.data.tokenizer import IMAGE_TOKEN, PromptTokenizer
+from fromage.data.tokenizer import IMAGE_TOKEN
 from fromage.errors import UserError
 from fromage.models.base import VisualPrefix, digest
 from fromage.models.frozen import digest_of_samples, hold
@@ -37,28 +37,16 @@ from fromage.models.language_model import LanguageModel, load_lm
 from fromage.models.packed_attention import Visible
 from fromage.models.packed_layout import PackedLayout, to_device
 from fromage.models.pretrained import Pretrained
-from fromage.models.prompts import ImageInput, Part, Token
+from fromage.models.prompts import ImageInput, Part
 from fromage.models.vision.base import VisionTower
 from fromage.models.vision.registry import load_patches
 from fromage.octopus.branches import Known, among
 from fromage.octopus.checkpoint import check_names, upgraded
 from fromage.octopus.lora import add_lora
 from fromage.octopus.masks import SCALES
+from fromage.octopus.queries import QUERY, index_token_names, initial_queries, query_tokens
 from fromage.octopus.recognition import Detections, Recognizer
 from fromage.octopus.template import check_template, fill_template, parts_of
-
-QUERY = "<|query|>"  # a place of its own in the tokenizer, which the embeddings of the object queries take
-APART = 0.1  # of the length of an embedding, between the beginnings of queries
-
-
-def index_token_names(num_queries: int) -> list[str]:
-    """<d0> ... <dN-1>."""
-    return [f"<d{i}>" for i in range(num_queries)]
-
-
-def query_tokens(tokenizer: PromptTokenizer, num_queries: int) -> list[Part]:
-    """The object queries as parts of a prompt."""
-    return [Token(tokenizer.added[QUERY])] * num_queries
 
 
 @dataclass
@@ -119,7 +107,7 @@ class Octopus(Pretrained):
         self.visual_prefix = VisualPrefix(vision.width, lm.width)  # W_c: (B, P, m) -> (B, P, d)
         self.index_tokens = lm.added  # (N, d), rows of <d0> ... <dN-1>
         if self.num_queries:
-            self.queries = nn.Parameter(_start(lm, self.num_queries))  # (N, d)
+            self.queries = nn.Parameter(initial_queries(lm, self.num_queries))  # (N, d)
             grid: Any = vision.grid
             self.recognizer = Recognizer(
                 lm.width, vision.width, grid, self.num_queries, config.decoder_width, config.decoder_layers, config.heads,
@@ -275,17 +263,6 @@ def _check_masks(config: OctopusConfig) -> None:
         raise UserError("model.mask_scale: masks are of object queries, and model.num_queries is 0; leave it out")
     if config.mask_scale and config.mask_scale not in SCALES:
         raise UserError(f"model.mask_scale {config.mask_scale}: choose {', '.join(map(str, SCALES))}, or 0 for no masks")
-
-
-def _start(lm: LanguageModel, n: int) -> Tensor:
-    """(n, d): where queries begin, at the embedding of '.', and a tenth of a random embedding each.
-
-    At '.' a language model has gathered what was said.
-    """
-    device = lm.hf.get_input_embeddings().frozen.weight.device
-    full_stop = lm.embed(torch.tensor(lm.tokenizer.encode("."), device=device))[-1].detach().float().cpu()  # (d,)
-    scale: Any = lm.added.mean_norm.cpu() / lm.width**0.5
-    return full_stop + APART * torch.randn(n, lm.width) * scale
 
 
 def load_octopus(path: str, device: str = "cpu", **options: Any) -> Octopus:

@@ -32,23 +32,15 @@ from fromage.octopus.collate import Collate
 from fromage.octopus.examples import Example
 from fromage.octopus.lora import add_lora
 from fromage.octopus.matching import Objects
-from fromage.octopus.model import QUERY, Octopus
+from fromage.octopus.model import Octopus
 from fromage.octopus.module import choose_trained
+from fromage.octopus.queries import QUERY
 from fromage.octopus.step import GroundingBatch, image_patches, octopus_step
+from fromage.training.config_options import check_choices, options_of, run_of
 from fromage.training.layers import checkpoint_blocks
-from fromage.training.meter import Meter
-from fromage.training.planning import (
-    LM,
-    TOWER,
-    Plan,
-    attention_in_parts,
-    check_choices,
-    lm_config,
-    of_training,
-    options_of,
-    quantized_bytes,
-    run_of,
-)
+from fromage.training.meter import Meter, attention_in_parts
+from fromage.training.plan import LM, TOWER, Plan, of_training, quantized_bytes
+from fromage.training.published_sizes import lm_config
 
 PARTS = {
     "lm": LM, "vision": TOWER, "visual_prefix": "W_c", "queries": "queries", "recognizer": "DETR decoder",

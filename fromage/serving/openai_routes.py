@@ -27,6 +27,7 @@ from fromage.serving.openai_replies import (
     found_part,
     packed,
 )
+from fromage.serving.openai_requests import as_chat, as_inputs
 from fromage.serving.openai_schema import (
     MOST_TOKENS,
     NAME,
@@ -69,7 +70,7 @@ async def chat_completions(body: ChatCompletionRequest, request: Request) -> Any
     """
     handler, own = _handler(request, body.model), _own(request)
     fits = (handler.model.lm.max_length or 2 * MOST_TOKENS) // 2  # of a conversation, older turns give way
-    asked = body.chat(own, min(MOST_TOKENS, fits))
+    asked = as_chat(body, own, min(MOST_TOKENS, fits))
     about: dict[str, Any] = {"id": f"chatcmpl-{uuid4().hex}", "created": int(time.time())}
     if not body.stream:
         answer, usage = await attended(request, handler.answer(asked), handler.capacity.timeout)
@@ -89,7 +90,7 @@ async def embeddings(body: EmbeddingRequest, request: Request) -> Embeddings:
     handler = _handler(request, body.model)
     if body.dimensions not in (None, handler.model.q):
         raise UserError(f"dimensions {body.dimensions}: the model has {handler.model.q}; leave dimensions out")
-    contents = body.contents(_own(request))
+    contents = as_inputs(body, _own(request))
     rows, tokens = await attended(request, handler.embed(contents), handler.capacity.timeout)  # (B, q)
     data = [
         Embedding(index=i, embedding=packed(row) if body.encoding_format == "base64" else row.tolist())

@@ -12,11 +12,13 @@ Where to look:
     schedule            the learning rate; a run that goes on has its own
     validation          recalls and contact sheets of a validation; gather puts together what several devices have
     nonfinite           losses and gradients that are not finite
-    fit, lightning_cli  `lightning fit` and its kin; configs finds configurations, option_errors tells what is wrong in one
+    fit, lightning_cli  `lightning fit` and its kin; configs finds configurations, config_options reads
+                        a run's options from them, option_errors tells what is wrong in one
     runs                folders of runs; run_report and predictions are what a run leaves in one
     checkpoint_io       checkpoints that survive a kill; exact resume is in fromage.data.loader
     lr_finder           a learning rate
-    memory_planner      memory and work of a run, before it starts; meter counts them; Octopus' shares planning with it
+    memory_planner      memory and work of a run, before it starts; meter counts them
+    plan, plan_report   what it found, also of Octopus, and as text; published_sizes: language models' configurations
     layers              the frozen layers: compiled, recomputed, sharded
     strategy            several devices: the frozen language model spread over them, or all that is trained
 """

@@ -32,23 +32,14 @@ from fromage.models.fromage import Fromage
 from fromage.models.language_model import LanguageModel
 from fromage.models.vision.base import VisionTower
 from fromage.models.vision.registry import plan_vision
+from fromage.training.config_options import check_choices, options_of, run_of
 from fromage.training.fast_composition import fast_composition
 from fromage.training.fast_step import captioning, fast_step, retrieval_text
 from fromage.training.layers import checkpoint_blocks
 from fromage.training.losses import info_nce, positions_at_a_time
-from fromage.training.meter import Meter
-from fromage.training.planning import (
-    LM,
-    TOWER,
-    Plan,
-    attention_in_parts,
-    check_choices,
-    lm_config,
-    of_training,
-    options_of,
-    quantized_bytes,
-    run_of,
-)
+from fromage.training.meter import Meter, attention_in_parts
+from fromage.training.plan import LM, TOWER, Plan, of_training, quantized_bytes
+from fromage.training.published_sizes import lm_config
 from fromage.training.reference_step import reference_step
 from fromage.training.step import LossWeights, count_targets, freeze_unused, image_features
 

@@ -147,3 +147,14 @@ def _running_modules() -> Iterator[list[str]]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+@contextmanager
+def attention_in_parts() -> Iterator[None]:
+    """Within, torch.nn's attention runs as several operations; its fast path is one, which hides its work and memory."""
+    fastpath = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fastpath)

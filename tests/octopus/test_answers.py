@@ -10,7 +10,7 @@ from fromage.octopus.answers import answer_ids, read_indexed, read_text
 from fromage.octopus.boxes import spelled
 from fromage.octopus.collate import objects_of
 from fromage.octopus.examples import Example
-from fromage.octopus.model import QUERY, index_token_names
+from fromage.octopus.queries import QUERY, index_token_names
 from fromage.octopus.step import point_at_queries
 
 A, B, C = (0.1, 0.2, 0.3, 0.4), (0.5, 0.5, 1.0, 0.75), (0.0, 0.0, 0.25, 0.125)

@@ -15,13 +15,13 @@ from fromage.models import cpu_linear
 from fromage.models.vision.registry import plan_vision
 from fromage.octopus import planner
 from fromage.octopus.data import OctopusData
-from fromage.octopus.model import QUERY
 from fromage.octopus.module import OctopusModule
 from fromage.octopus.planner import Run, build, count, in_order, lay_out, prepare, read_run
+from fromage.octopus.queries import QUERY
 from fromage.octopus.step import octopus_step
 from fromage.training.configs import find_config
-from fromage.training.meter import Meter
-from fromage.training.planning import LM, TOWER, attention_in_parts
+from fromage.training.meter import Meter, attention_in_parts
+from fromage.training.plan import LM, TOWER
 
 GIB = 2**30
 plan = cache(planner.plan)  # of one run, several tests ask

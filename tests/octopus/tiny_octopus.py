@@ -7,8 +7,9 @@ from fromage.config import OctopusConfig
 from fromage.data.tokenizer import IMAGE_TOKEN, PromptTokenizer
 from fromage.models.frozen import TOY
 from fromage.models.language_model import LanguageModel
-from fromage.octopus.model import QUERY, Octopus, index_token_names
+from fromage.octopus.model import Octopus
 from fromage.octopus.module import OctopusModule
+from fromage.octopus.queries import QUERY, index_token_names
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
 SIZES |= {"max_position_embeddings": 128, "initializer_range": 0.3}

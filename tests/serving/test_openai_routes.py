@@ -20,6 +20,7 @@ from fromage.retrieval.queries import embed_queries
 from fromage.serving.app import create_app
 from fromage.serving.batching import Capacity
 from fromage.serving.connections import guarded, open_port
+from fromage.serving.openai_requests import as_chat
 from fromage.serving.openai_schema import ChatCompletionRequest, EmbeddingRequest
 from fromage.serving.schema import PIXEL
 
@@ -294,7 +295,7 @@ NULL = dict.fromkeys(["top_logprobs", "functions", "reasoning_effort", "predicti
 )
 def test_what_openais_protocol_allows_is_taken_as_ours(field, decoding):
     body = {"model": NAME, "messages": [STAR[0] | {"reasoning_content": None}]} | field
-    asked = ChatCompletionRequest.model_validate(body).chat("http://a/images/", 64)
+    asked = as_chat(ChatCompletionRequest.model_validate(body), "http://a/images/", 64)
     assert asked.decoding.model_dump(exclude_unset=True) == decoding
     assert EmbeddingRequest.model_validate({"model": NAME, "input": "a", "extra": None}).input == "a"
 

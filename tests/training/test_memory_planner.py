@@ -22,9 +22,11 @@ from fromage.training.fast_composition import fast_composition
 from fromage.training.fast_step import captioning, fast_step
 from fromage.training.layers import checkpoint_blocks
 from fromage.training.memory_planner import Run, _model, _tuples, caption_lengths, count, read_run
-from fromage.training.meter import Meter
+from fromage.training.meter import Meter, attention_in_parts
 from fromage.training.module import FromageModule
-from fromage.training.planning import LM, OPT, as_json, attention_in_parts, lm_config
+from fromage.training.plan import LM
+from fromage.training.plan_report import as_json
+from fromage.training.published_sizes import OPT, lm_config
 
 GIB = 2**30
 plan = cache(memory_planner.plan)  # of one run, several tests ask
