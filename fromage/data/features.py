@@ -10,28 +10,26 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from functools import partial
-from hashlib import blake2b
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import IterableDataset
 from tqdm import tqdm
 
-from fromage.data.broken import Broken, decoded, read_shards
-from fromage.data.sample_images import TARGET_IMAGE, target_image, to_npy
+from fromage.data.broken import Broken
+from fromage.data.feature_chunks import Chunk, ChunkStream
+from fromage.data.sample_images import TARGET_IMAGE, to_npy
 from fromage.data.shard_names import expand, shard_name
-from fromage.data.shard_sizes import read_sizes, sized, total
+from fromage.data.shard_sizes import read_sizes, total
 from fromage.data.shard_streams import is_remote, read_remote_json
 from fromage.data.shard_writer import ShardWriter
-from fromage.data.shards import Raw, captions_of, first_sample, image_file
-from fromage.data.workers import WorkerLoader, usual_workers, worker_share
+from fromage.data.shards import Raw, first_sample
+from fromage.data.workers import WorkerLoader, usual_workers
 from fromage.errors import UserError
 from fromage.identity import FolderKind
-from fromage.images.transforms import JpegDecoding, Transform, decoding_as, read_image
+from fromage.images.transforms import JpegDecoding, decoding_as
 from fromage.io import read_json, write_json
 from fromage.locks import held
 
@@ -40,7 +38,6 @@ if TYPE_CHECKING:
 
 LOST = "broken.json"  # what of each stored shard could not be used
 COUNTS = ("bad", "lost", "missing", "unread")  # of Broken, as LOST has them
-MOST = 8  # times as many samples as images in a chunk
 FEATURES = FolderKind(
     "features.json",
     "features",
@@ -252,61 +249,3 @@ def _encode(vision: VisionTower, pixels: Tensor) -> Tensor:
     if len(features) and not features.isfinite().any():
         raise UserError(f"image tower {vision.name}: its features are not finite; its weights are damaged, fetch them again")
     return features
-
-
-class Chunk(NamedTuple):
-    """Part of a shard on its way to the tower. At the shard's end comes one without samples, with what of it is broken."""
-
-    shard: str
-    samples: list[Raw]
-    images: list[list[int]]  # of each sample: numbers of its images, one or two, in the order in which they come
-    pixels: Tensor | None  # (n, 3, H, W), of the images that come first in this chunk; None where there is none
-    broken: Broken | None = None
-
-
-class Row(NamedTuple):
-    """A sample on its way into a chunk."""
-
-    raw: Raw
-    images: list[int]
-    new: list[Tensor]  # (3, H, W), of those of its images that came in no sample before
-
-
-class ChunkStream(IterableDataset[Chunk]):
-    """The images of shards, preprocessed. Worker w of W takes the shards w, w + W, ...; each comes whole and in order.
-
-    An image that several samples of a shard have, byte by byte, as those of a photograph with several captions, comes once.
-    """
-
-    def __init__(self, shards: list[str], transform: Transform, batch_size: int) -> None:
-        self.shards, self.transform, self.batch_size = sized(shards), transform, batch_size
-
-    def decode(self, known: dict[bytes, int], raw: Raw) -> Row:
-        """A stored sample as a row; known: numbers of the images before it, by their digest, to which its own are added.
-
-        Raises BrokenSample, for its captions as well.
-        """
-        captions_of(raw)
-        files = [image_file(image) for image in filter(None, (raw, target_image(raw)))]
-        keys = [blake2b(file, digest_size=16).digest() for file in files]
-        new = {key: read_image(file, self.transform) for key, file in zip(keys, files, strict=True) if key not in known}
-        known |= {key: len(known) + i for i, key in enumerate(new)}
-        return Row(raw, [known[key] for key in keys], list(new.values()))
-
-    def __iter__(self) -> Iterator[Chunk]:
-        worker, workers = worker_share()
-        for shard in self.shards[worker::workers]:
-            broken, chunk = Broken(limit=1.0), list[Row]()  # counted here, judged where all are put together
-            for row in decoded(read_shards([shard], broken), partial(self.decode, {}), broken):
-                chunk.append(row)
-                if sum(len(one.new) for one in chunk) >= self.batch_size or len(chunk) == MOST * self.batch_size:
-                    yield self.chunk(shard[0], chunk)
-                    chunk = []
-            if chunk:
-                yield self.chunk(shard[0], chunk)
-            yield Chunk(shard[0], [], [], None, broken)
-
-    def chunk(self, shard: str, rows: list[Row]) -> Chunk:
-        """Rows -> a chunk."""
-        new = [pixels for row in rows for pixels in row.new]
-        return Chunk(shard, [row.raw for row in rows], [row.images for row in rows], torch.stack(new) if new else None)

@@ -1,1 +1,1 @@
-"""Vision towers: the contract (base), one file per library (open_clip, timm), and the registry of names (registry)."""
+"""Vision towers: the contract (base), one file per library (open_clip, timm, huggingface), and their names (registry)."""
