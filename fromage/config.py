@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from types import UnionType
-from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, Self, Union, get_args, get_origin, get_type_hints
 
 from fromage.checks import check_whole
 from fromage.errors import UserError
@@ -55,6 +55,14 @@ class ModelConfig:
             check_kind(name, getattr(self, name), kind)
         for name, least in self.LEAST.items():
             check_whole(name, getattr(self, name), least)
+
+    @classmethod
+    def of_options(cls, **options: Any) -> Self:
+        """From the options of a run. Raises UserError, which names an option as the command line does: model.NAME."""
+        try:
+            return cls(**options)
+        except UserError as error:
+            raise UserError(f"model.{error}") from None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -65,7 +65,7 @@ class OctopusModule(GuardedModule):
             model: the model's own options, fields of fromage.config.OctopusConfig.
         """
         super().__init__()
-        self.config = OctopusConfig(**model)
+        self.config = OctopusConfig.of_options(**model)
         self.save_hyperparameters()
         self.save_hyperparameters(vars(self.config))
         self.h: Any = self.hparams

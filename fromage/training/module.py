@@ -110,7 +110,7 @@ class FromageModule(GuardedModule):
             model: the model's own options, fields of fromage.config.FromageConfig.
         """
         super().__init__()
-        self.config = FromageConfig(**model)
+        self.config = FromageConfig.of_options(**model)
         self.save_hyperparameters()
         self.save_hyperparameters(vars(self.config))
         self.h: Any = self.hparams

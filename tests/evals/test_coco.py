@@ -193,7 +193,7 @@ def test_captioning_hands_captions_to_the_scorers(toy_model, data, monkeypatch):
     monkeypatch.setitem(sys.modules, fake.__name__, fake)
     monkeypatch.setattr("shutil.which", lambda name: f"/bin/{name}")
     few = CaptionSet("few", data.images[:3], data.captions[:3])
-    monkeypatch.setattr(toy_model, "input_prompt", "a red")
+    monkeypatch.setattr(toy_model, "config", replace(toy_model.config, input_prompt="a red"))
     monkeypatch.setattr(toy_model, "generation", {"decoding": {"stop": [";"]}})
     report = evaluate(toy_model, few, options=Options(clip=False), captioning=True)
     figures = report["fromage"]["captioning"]

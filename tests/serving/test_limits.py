@@ -85,15 +85,16 @@ WHOLE = b"GET / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
 
 def test_one_address_has_so_many_connections_and_gets_them_back():
     async def later(scope, receive, send):
-        await asyncio.to_thread(go.wait, 10)
+        begun.release()
+        await asyncio.to_thread(go.wait, 30)
         await answer(scope, receive, send)
 
-    go = threading.Event()
+    go, begun = threading.Event(), threading.Semaphore(0)
     with listening(later, seconds=30, per_address=3) as address:
         held = [socket.create_connection(address) for _ in range(3)]
         for each in held:
             each.sendall(WHOLE)
-        time.sleep(0.2)
+        assert all(begun.acquire(timeout=10) for _ in held)
         assert said(socket.create_connection(address)) == b"", "those that are being answered keep their places"
         go.set()
         assert all(b"here" in said(each) for each in held)

@@ -3,12 +3,14 @@
 import inspect
 import json
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
+from fromage.config import FromageConfig
 from fromage.errors import UserError
 from fromage.training.configs import find_config
 from fromage.training.module import FromageModule
@@ -65,7 +67,8 @@ def test_each_configuration_changes_one_thing_of_the_toy_one(tool):
     def read(name):
         return yaml.safe_load(Path(find_config(name)).read_text())
 
-    known = {name: p.default for name, p in inspect.signature(FromageModule).parameters.items()}
+    known = {f.name: f.default for f in fields(FromageConfig)}
+    known |= {name: p.default for name, p in inspect.signature(FromageModule).parameters.items()}
     base = known | read("toy.yaml")["model"]["init_args"]
     assert tool.names() == ["base", *CHANGES]
     for name, change in CHANGES.items():

@@ -1,5 +1,6 @@
 """Composition losses: the fast step against the reference, what they reach, and queries read as they were trained."""
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -35,7 +36,7 @@ def models():
     made = {(kind, r, sees): build(kind, 2, r=r, ret_attention=sees, ret_fusion="transformer") for kind, r, sees in KINDS}
     last = build("tied", 1, pooling="last")
     clip = build("tied", 1, r=4, ret_attention="stacked")
-    clip.space = "clip"
+    clip.config = replace(clip.config, space="clip")
     clip.image_head.requires_grad_(False)
     first = build("untied", 2, r=4, ret_attention="stacked", start="first")
     return made | {"last": last, "clip": clip, "first": first}

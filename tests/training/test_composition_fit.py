@@ -80,10 +80,10 @@ def test_in_the_space_of_clip_images_stay_where_clip_has_them(world, tuples, tmp
     features = torch.randn(5, model.vision.width)
     torch.testing.assert_close(model.embed_images(features), clip.embed_features(features))
     loaded = load_model(tmp_path / "last.ckpt")
-    assert loaded.space == "clip" and loaded.fingerprint() == model.fingerprint()
+    assert loaded.config.space == "clip" and loaded.fingerprint() == model.fingerprint()
     loaded.save_pretrained(tmp_path / "folder", dtype="float32")
     again = Fromage.from_pretrained(tmp_path / "folder")
-    assert again.space == "clip" and torch.equal(again.embed_images(features), model.embed_images(features))
+    assert again.config.space == "clip" and torch.equal(again.embed_images(features), model.embed_images(features))
     with pytest.raises(UserError, match=r"trained with model\.space clip, not learned"):
         run(world, tuples / "whole", tmp_path, 3, ckpt_path="last", r=2, ret_attention="stacked")
 

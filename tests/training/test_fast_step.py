@@ -249,7 +249,8 @@ def test_dropout_of_image_features_is_the_retrieval_passs_alone(models, chunk):
     compare(model, batch, True, *steps)
     out, plain = steps[0](model, batch, True), fast_step(model, batch, True)
     torch.testing.assert_close(out.images, model.embed_images(batch.features * dropout))
-    assert out.captioning_loss == plain.captioning_loss and out.contrastive_loss != plain.contrastive_loss
+    torch.testing.assert_close(out.captioning_loss, plain.captioning_loss)
+    assert (out.contrastive_loss - plain.contrastive_loss).abs() > 1e-3
 
 
 @pytest.mark.parametrize("chunk", [0, 2])
