@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import chain
 from typing import NamedTuple
 
@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torchvision.ops import box_convert
 
-from fromage.data.padding import pad
 from fromage.data.tokenizer import PromptTokenizer
+from fromage.models.packed_layout import offsets
 from fromage.models.prompts import part_ids
 from fromage.octopus.answers import answer_ids
 from fromage.octopus.branches import Rows, query_places
@@ -45,54 +45,50 @@ class Collate:
 
     def __call__(self, rows: list[tuple[Row, Tensor]]) -> GroundingBatch:
         """Conversations with the pixels (3, H, W) or patches (P, m) of their image -> a batch."""
-        tokenizer, num_queries = self.layout.tokenizer, self.layout.num_queries
-        laid = [self._lay(row) for row, _ in rows]
-        prompts = _rows([one.prompts for one in laid])
-        answers, kept = pad([answer for one in laid for answer in one.answers], tokenizer.pad_id)  # (E, A)
-        queries = query_places(prompts.ids == tokenizer.added[QUERY], num_queries)  # (E, N)
-        A, turns_before, before, fed_before = answers.shape[1], 0, 0, len(prompts.ids)
-        fed, at = [], []
-        for one in laid:
-            at += [(fed_before if after else before) + place for each in one.at for after, place in each]
-            fed.append(one.fed._replace(ids=[(turns_before + turn) * A + place for turn, place in one.fed_from]))
-            turns_before, before = turns_before + len(one.answers), before + len(one.prompts.ids)
-            fed_before += len(one.fed_from)
+        num_queries, laid, said = self.layout.num_queries, list[_LaidRow](), 0
+        for row, _ in rows:
+            laid.append(self._lay(row, said))
+            said += sum(map(len, laid[-1].answers))
+        prompts, fed = _rows([row.prompts for row in laid]), _rows([row.fed for row in laid])
+        answers = [answer for row in laid for answer in row.answers]  # E of them
+        first = zip(laid, offsets(prompts.lengths), offsets(fed.lengths), strict=True)
+        at = [len(prompts.ids) + f + place if is_fed else p + place for row, p, f in first for is_fed, place in row.at]
+        queries = query_places(prompts.ids == self.layout.tokenizer.added[QUERY], num_queries)  # (E, N)
         shown = torch.stack([tensor for _, tensor in rows])
         examples = [turn for row, _ in rows for turns in row for turn in turns]
         return GroundingBatch(
             examples=examples,
             prompts=prompts,
-            answers=answers,
-            targets=kept.flatten().nonzero().flatten(),
-            fed=_rows(fed),
-            at=torch.tensor(at, dtype=torch.long),
+            answers=_long(token for answer in answers for token in answer),
+            owners=_long(number for number, answer in enumerate(answers) for _ in answer),
+            at=_long(at),
+            fed=fed,
             queries=queries,
-            images=torch.tensor([number for number, one in enumerate(laid) for _ in one.answers])[: len(queries)],
+            images=_long(number for number, row in enumerate(laid) for _ in row.answers)[: len(queries)],
             objects=objects_of(examples, num_queries, self.layout.mask_size),
             pixels=None if self.stored else shown,
             patches=shown if self.stored else None,
         )
 
-    def _lay(self, row: Row) -> _Laid:
-        """The tokens of a row: the shared part, then each conversation as a branch."""
-        laid = _Laid(_Row([], [], []), _Row([], [], []), [], [], [], {})
-        for number, turns in enumerate(row, 1):
+    def _lay(self, row: Row, said: int = 0) -> _LaidRow:
+        """The tokens of a row: the shared part, then each conversation as a branch. said: answer tokens before it."""
+        laid = _LaidRow(_RowTokens([], [], []), _RowTokens([], [], []), [], [], {})
+        for branch, turns in enumerate(row, 1):
             for turn in turns:
                 answer = answer_ids(turn, self.layout.tokenizer, self.layout.num_queries)
-                prompt, cut = self._prompt(turn, first=turn is turns[0]), 0
+                prompt, shared = self._prompt(turn, first=turn is turns[0]), 0
                 if turn is turns[0]:
-                    cut = len(prompt) - prompt[::-1].index(self.layout.tokenizer.image_id)  # after the image
+                    shared = len(prompt) - prompt[::-1].index(self.layout.tokenizer.image_id)  # up to the image
                 if not laid.prompts.ids:
-                    laid.add(laid.prompts, prompt[:cut], 0)
-                laid.add(laid.prompts, prompt[cut:], number)
-                at, turn_number = [(False, len(laid.prompts.ids) - 1)], len(laid.answers)
-                if last := turn is turns[-1]:
-                    laid.fed_from.extend((turn_number, place) for place in range(len(answer) - 1))
-                rows = laid.fed if last else laid.prompts
-                at += [(last, len(rows.ids) + place) for place in range(len(answer) - 1)]
-                laid.add(rows, answer[:-1] if last else answer, number)
+                    laid.add(laid.prompts, prompt[:shared], 0)
+                laid.add(laid.prompts, prompt[shared:], branch)
+                laid.at.append((False, len(laid.prompts.ids) - 1))  # the prompt's last token predicts the answer's first
+                last = turn is turns[-1]
+                tokens, ids = (laid.fed, [*range(said, said + len(answer))]) if last else (laid.prompts, answer)
+                laid.at.extend((last, len(tokens.ids) + place) for place in range(len(answer) - 1))
+                laid.add(tokens, ids[:-1] if last else ids, branch)
                 laid.answers.append(answer)
-                laid.at.append(at)
+                said += len(answer)
         return laid
 
     def _prompt(self, example: Example, first: bool) -> list[int]:
@@ -128,7 +124,7 @@ def _most_tokens(turn: Example, box: int) -> int:
     return len(turn.instruction.encode()) + sum(pieces)
 
 
-class _Row(NamedTuple):
+class _RowTokens(NamedTuple):
     """The tokens of one row, as of Rows."""
 
     ids: list[int]
@@ -136,17 +132,16 @@ class _Row(NamedTuple):
     branch: list[int]
 
 
-class _Laid(NamedTuple):
-    """One row, laid out."""
+class _LaidRow(NamedTuple):
+    """One row, laid out; its fields are those of GroundingBatch."""
 
-    prompts: _Row
-    fed: _Row  # the tokens after the prompts
+    prompts: _RowTokens
+    fed: _RowTokens
     answers: list[list[int]]  # of each turn
-    at: list[list[tuple[bool, int]]]  # where each token of an answer is predicted: after the prompts or in them; the place
-    fed_from: list[tuple[int, int]]  # the turn and the place in its answer of each token after the prompts
+    at: list[tuple[bool, int]]  # where each token of the answers is predicted: whether in fed, else in prompts; the place
     ends: dict[int, int]  # the next position of each branch
 
-    def add(self, to: _Row, ids: list[int], branch: int) -> None:
+    def add(self, to: _RowTokens, ids: list[int], branch: int) -> None:
         """More tokens of a branch, which begins after the shared part."""
         first = self.ends.get(branch, self.ends.get(0, 0))
         self.ends[branch] = first + len(ids)
@@ -155,12 +150,14 @@ class _Laid(NamedTuple):
         to.branch.extend([branch] * len(ids))
 
 
-def _rows(rows: Sequence[_Row]) -> Rows:
+def _rows(rows: Sequence[_RowTokens]) -> Rows:
     """Rows laid end to end."""
-    ids, positions, branch = (
-        torch.tensor([*chain.from_iterable(each)], dtype=torch.long) for each in zip(*rows, strict=True)
-    )
+    ids, positions, branch = (_long(chain.from_iterable(each)) for each in zip(*rows, strict=True))
     return Rows(ids, [len(row.ids) for row in rows], positions, branch)
+
+
+def _long(values: Iterable[int]) -> Tensor:
+    return torch.tensor([*values], dtype=torch.long)
 
 
 def objects_of(examples: Sequence[Example], num_queries: int, mask_size: tuple[int, int] | None = None) -> Objects:

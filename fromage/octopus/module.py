@@ -142,9 +142,8 @@ class OctopusModule(GuardedModule):
             return
         prefill = read_prompts(self.model, batch, image_patches(self.model, batch))
         room = (self.model.lm.max_length or inf) - max(batch.prompts.lengths)
-        answers = grounded(
-            self.model, prefill, decode(self.model, prefill, max(1, int(min(batch.answers.shape[1] + 1, room))))
-        )
+        longest = int(batch.owners.bincount().max())  # tokens of an answer
+        answers = grounded(self.model, prefill, decode(self.model, prefill, max(1, int(min(longest + 1, room)))))
         for example, answer in zip(batch.examples, answers, strict=True):
             figures = box_metrics(answer, example.target_boxes, "" if example.meant else example.words)
             if self.model.masks and len(example.masks) == 1 and example.masks[0]:

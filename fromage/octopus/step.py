@@ -25,10 +25,10 @@ class GroundingBatch(NamedTuple):
 
     examples: list[Example]  # E, row by row
     prompts: Rows  # M tokens; includes <|image|> and <|query|> tokens
-    answers: Tensor  # (E, A) int64, right-padded: text, <di> for the i-th object, </s>
-    targets: Tensor  # (Y,) int64: which of the E A tokens of answers are predicted, all but padding
-    fed: Rows  # F tokens after the prompts; as ids which of the E A tokens of answers they are
-    at: Tensor  # (Y,) int64: which of M + F hidden states predicts each target
+    answers: Tensor  # (Y,) int64, the tokens of all answers, one after another: text, <di> for the i-th object, </s>
+    owners: Tensor  # (Y,) int64: the example of each
+    at: Tensor  # (Y,) int64: which of M + F hidden states predicts each
+    fed: Rows  # F tokens after the prompts; their ids say which of the Y tokens of answers they are
     queries: Tensor  # (E, N) int64: which of the M tokens are the object queries of each prompt; E = 0: there are none
     images: Tensor  # (E,) int64: the row of each prompt that has queries
     objects: Objects
@@ -96,22 +96,24 @@ def octopus_step(model: Octopus, batch: GroundingBatch, matcher: Matcher = match
     parts: dict[str, Tensor] = {}
     if prefill.found is not None:
         recognition, parts = detection_loss(prefill.found, batch.objects, matcher)
-        answers = point_at_queries(answers, nearest(prefill.found.boxes[-1], batch.objects), model.tokenizer.row_ids[0])
+        best = nearest(prefill.found.boxes[-1], batch.objects)  # (E, K)
+        answers = point_at_queries(answers, batch.owners, best, model.tokenizer.row_ids[0])
     hidden = prefill.states  # (M, d)
     if len(batch.fed.ids):
-        after = model.extend(prefill, answers.flatten()[batch.fed.ids], batch.fed.layout())  # (F, d)
+        after = model.extend(prefill, answers[batch.fed.ids], batch.fed.layout())  # (F, d)
         hidden = torch.cat([hidden, after])  # (M + F, d)
     logits = model.logits(hidden.index_select(0, batch.at), prefill)  # (Y, V + 2 + N)
-    wanted = answers.flatten()[batch.targets]  # (Y,)
-    token_accuracy = (logits.argmax(-1) == wanted).float().mean()
-    answer_loss = F.cross_entropy(logits, wanted) * device_weight(len(wanted), logits.device)
+    token_accuracy = (logits.argmax(-1) == answers).float().mean()
+    answer_loss = F.cross_entropy(logits, answers) * device_weight(len(answers), logits.device)
     return GroundingOutput(answer_loss, recognition, parts, token_accuracy)
 
 
-def point_at_queries(answers: Tensor, queries: Tensor, first: int) -> Tensor:
-    """(E, A) answers in which <di> is object i -> answers in which <dj> is its query j = queries[i], queries (E, K)."""
+def point_at_queries(answers: Tensor, owners: Tensor, queries: Tensor, first: int) -> Tensor:
+    """(Y,) tokens of answers in which <di> is object i -> the same in which <dj> is its query j.
+
+    owners: (Y,), the example of each token. queries: (E, K), the query of each object. first: the id of <d0>.
+    """
     if not queries.shape[1]:
         return answers
-    pointing = answers >= first  # (E, A)
-    places = (answers - first).clamp(0, queries.shape[1] - 1)  # (E, A)
-    return torch.where(pointing, first + queries.gather(1, places), answers)  # (E, A)
+    objects = (answers - first).clamp(0, queries.shape[1] - 1)  # (Y,); of no meaning where a token is text
+    return torch.where(answers >= first, first + queries[owners, objects], answers)  # (Y,)

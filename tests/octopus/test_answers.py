@@ -85,6 +85,7 @@ def test_no_box():
 
 
 def test_objects_become_the_queries_matched_with_them():
-    answers, matched = torch.tensor([[5, 100, 101, 2], [101, 7, 2, 1]]), torch.tensor([[3, 0], [1, 2]])
-    assert point_at_queries(answers, matched, 100).tolist() == [[5, 103, 100, 2], [102, 7, 2, 1]]
-    assert point_at_queries(answers, torch.zeros(2, 0, dtype=torch.long), 200).tolist() == answers.tolist()
+    answers, owners = torch.tensor([5, 100, 101, 2, 101, 7, 2]), torch.tensor([0, 0, 0, 0, 1, 1, 1])
+    matched = torch.tensor([[3, 0], [1, 2]])
+    assert point_at_queries(answers, owners, matched, 100).tolist() == [5, 103, 100, 2, 102, 7, 2]
+    assert point_at_queries(answers, owners, torch.zeros(2, 0, dtype=torch.long), 200).tolist() == answers.tolist()

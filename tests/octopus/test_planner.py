@@ -50,7 +50,7 @@ def test_the_layout_is_that_of_the_run():
     assert len(batch.examples) == 6 and batch.objects.counts == [1] * 6
     assert batch.prompts.lengths == [model.k + 3 * (12 + 4 + 1)] * 2
     assert (batch.prompts.ids == model.tokenizer.added[QUERY]).sum() == 24
-    assert batch.fed.lengths == [3 * 23] * 2 and len(batch.targets) == 6 * 24
+    assert batch.fed.lengths == [3 * 23] * 2 and len(batch.answers) == 6 * 24
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])

@@ -189,9 +189,9 @@ def test_a_turn_sees_those_before_it_and_each_answer_has_its_loss():
     counts, losses = [], []
     for turn in range(3):
         part, alone, _ = step(model, [[TALK[: turn + 1]]])
-        counts.append(len(part.targets))
+        counts.append(len(part.answers))
         losses.append(float(alone.answer_loss) * counts[-1])
-    assert counts[0] < counts[1] < counts[2] == len(batch.targets)
+    assert counts[0] < counts[1] < counts[2] == len(batch.answers)
     first = [step(model, [[[turn]]])[1].answer_loss for turn in TALK]
     own = counts[0], counts[1] - counts[0]
     assert abs(losses[0] - float(first[0]) * own[0]) < 1e-3  # nothing stands before the first
@@ -205,7 +205,7 @@ def test_an_earlier_turn_does_not_depend_on_later_ones():
     hidden = []
     for batch in (early, late):
         prefill = read_prompts(model, batch, batch.patches)
-        hidden.append(prefill.states[batch.at[batch.targets < batch.answers.shape[1]]])
+        hidden.append(prefill.states[batch.at[batch.owners == 0]])
         assert len(prefill.found.boxes[-1]) == 2  # queries of each turn
     torch.testing.assert_close(*hidden, rtol=1e-4, atol=1e-4)
 
