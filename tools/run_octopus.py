@@ -85,6 +85,10 @@ FURTHER = {
     },
     "a random object is right": {f"chance.{name}.val.acc_iou50": told for name, told in SETS.items()},
     "questions about attributes": {f"attributes.val/{kind}.accuracy": kind for kind in ("colour", "shape", "size", "place")},
+    "POPE: questions about objects, accuracy of the three splits, and their mean F1": {
+        **{f"pope.{name}.accuracy": name.removeprefix("coco_pope_") for name in pope.OFFICIAL},
+        "pope.mean.f1": "mean F1",
+    },
     "captions in which each phrase points at its own object": {
         f"spotting.{n}_objects.in_order": f"{n} boxes" for n in (2, 3, 4)
     },
@@ -115,7 +119,7 @@ def train(name: str, out: Path, seed: int, options: list[str]) -> Path:
 
 
 def judge(checkpoint: Path, world: Path, limit: int) -> dict[str, float]:
-    """Figures on scenes never trained on: so many expressions, captions with boxes, instructions and yes-or-no questions."""
+    """Figures on scenes never trained on: so many expressions, captions with boxes, instructions and questions."""
     octopus, options = load_octopus(str(checkpoint)), Options(batch_size=100)
     instances, images = str(world / "refcoco" / "instances.json"), str(world / "refcoco" / "images")
     reports: dict[str, Any] = {}
@@ -129,6 +133,8 @@ def judge(checkpoint: Path, world: Path, limit: int) -> dict[str, float]:
     reports["instructions"] = instructions.evaluate(octopus, told, options)
     questions = Pope(str(world / "attributes" / "val.json"), images, limit=limit)
     reports["attributes"] = pope.evaluate(octopus, questions, options)
+    splits = [Pope(str(world / "pope" / f"{name}.json"), images, limit=limit) for name in pope.OFFICIAL]
+    reports["pope"] = pope.evaluate(octopus, splits, options)
     return {
         f"{prefix}{name}.{setting}.{what}": value
         for name, report in reports.items()
