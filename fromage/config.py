@@ -32,7 +32,7 @@ class ModelConfig:
 
     Attributes:
         lm: causal language model: a name on the Hugging Face hub, a folder, or 'toy'.
-        vision: image tower: a name of open_clip, local-dir:FOLDER, hf-hub:ORG/NAME, timm:NAME, hf:NAME, or 'toy'.
+        vision: vision tower: a name of open_clip, local-dir:FOLDER, hf-hub:ORG/NAME, timm:NAME, hf:NAME, or 'toy'.
         vision_weights: open_clip's tag of the pretrained weights, or a file; a tag is ignored for other names.
         dtype: dtype of the frozen towers: float32, bfloat16, float16, or auto: bfloat16 where this machine multiplies in it,
             and float32 elsewhere.
@@ -120,10 +120,10 @@ class FromageConfig(ModelConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class OctopusConfig(ModelConfig):
-    """Octopus. The defaults are the paper's model with pictures of 336 pixels.
+    """Octopus. The defaults are the paper's model with 336-pixel images.
 
     Attributes:
-        vision_layer: layer of the image tower at which patches are read; -1 is the last.
+        vision_layer: layer of the vision tower at which patches are read; -1 is the last.
         num_queries: number of object queries; 0 for the sequential counterpart, which spells boxes as text.
         split_layer: layers of the language model below the DETR decoder; null for half.
         decoder_width: width of the DETR decoder.

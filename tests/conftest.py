@@ -178,7 +178,7 @@ def other_writer():
 
 @pytest.fixture(scope="session")
 def hf_folders(tmp_path_factory):
-    """Image towers in transformers' own layout, tiny and random, each with its family's image processor: name -> folder."""
+    """Vision towers in transformers' own layout, tiny and random, each with its family's image processor: name -> folder."""
     import transformers as hf
 
     vit = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}

@@ -48,14 +48,14 @@ ROWS: dict[str, list[str]] = {  # of Octopus: what is changed
     "masks": ["--model.mask_scale=4"],
 }
 TRIED: dict[str, tuple[Any, str, Any]] = {  # what of Octopus is another one, and what it is then
-    "far_queries": (queries, "APART", 1.0),
+    "far_queries": (queries, "NOISE", 1.0),
     "random_queries": (
         model,
         "initial_queries",
         lambda lm, n: torch.randn(n, lm.width) * lm.added.mean_norm.cpu() / lm.width**0.5,
     ),
     "blind_queries": (model, "among", lambda back, queries, layout: back),
-    "no_points": (recognition, "_spread", lambda n: torch.zeros(n, 2)),
+    "no_points": (recognition, "initial_reference_points", lambda n: torch.zeros(n, 2)),
 }
 COUNTERPARTS: dict[str, list[str]] = {
     "sequential": [],

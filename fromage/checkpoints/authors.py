@@ -96,7 +96,7 @@ def read_authors(
     args, system = _read_args(file.parent / ARGS)
     ret = args["retrieval_token_idx"]
     if vision is None and args["visual_encoder"] not in CLIPS:
-        raise UserError(f"{file.parent / ARGS}: unknown image tower {args['visual_encoder']}; name it by --vision")
+        raise UserError(f"{file.parent / ARGS}: unknown vision tower {args['visual_encoder']}; name it by --vision")
     clip: dict[str, Any] = {"vision": vision, "vision_weights": vision_weights}
     if vision is None:
         clip = {"vision": CLIPS[args["visual_encoder"]], "vision_weights": vision_weights or "openai"}
@@ -189,8 +189,8 @@ def _read_tensors(file: Path, system: System, k: int, q: int, ret: list[int]) ->
 def write_authors(saved: Saved, folder: str | Path, visual_encoder: str | None = None, overwrite: bool = False) -> None:
     """Write pretrained_ckpt.pth.tar and model_args.json into a folder, in the dtypes saved holds.
 
-    visual_encoder: the image tower's name on the Hugging Face hub; known for OpenAI's CLIPs. Raises UserError for a model
-    the format has no room for, for an image tower without such a name, and where such files are there already, unless
+    visual_encoder: the vision tower's name on the Hugging Face hub; known for OpenAI's CLIPs. Raises UserError for a model
+    the format has no room for, for an vision tower without such a name, and where such files are there already, unless
     overwrite is true.
     """
     if saved.kind != FROMAGE:
@@ -232,4 +232,4 @@ def _clip_name(settings: dict[str, Any]) -> str:
         if name == ours and settings["vision_weights"] == "openai":
             return theirs
     shown = f"{settings['vision']} ({settings['vision_weights']})"
-    raise UserError(f"image tower {shown}: has no name the authors' code could load; give one by --visual-encoder")
+    raise UserError(f"vision tower {shown}: has no name the authors' code could load; give one by --visual-encoder")

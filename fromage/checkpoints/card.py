@@ -116,7 +116,7 @@ def write_card(config: Mapping[str, Any], front: str, title: str, lead: str, use
 def fromage_card(config: Mapping[str, Any], count: int) -> str:
     """Of FROMAGe with so many trained parameters."""
     lead = f"""The {count:,} trained parameters of [FROMAGe](https://arxiv.org/abs/2301.13823) between a frozen language
-model and a frozen image tower, with {config["k"]} input embeddings per image and {config["q"]} dimensions of retrieval.
+model and a frozen vision tower, with {config["k"]} input embeddings per image and {config["q"]} dimensions of retrieval.
 The towers are fetched by their names in config.json."""
     use = """    from pathlib import Path
     from fromage import Fromage
@@ -143,13 +143,13 @@ tower are fetched by their names in config.json."""
 
 
 FROMAGE_LIMITS = """- It answers with images of an index alone. It makes no image, and shows whatever the index holds.
-- Captions and answers may be wrong, and repeat the biases of the frozen language model and image tower. Nothing was done
+- Captions and answers may be wrong, and repeat the biases of the frozen language model and vision tower. Nothing was done
   against that in training. Check answers before anyone relies on them.
 - It was trained on single captions, and on image and words together where the recipe has composition weights. Several images
   in a prompt, long dialogues and instructions go beyond that.
 - A score is a cosine between a query and an image, and no probability."""
 OCTOPUS_LIMITS = """- A reconstruction: no code and no weights of Octopus were published.
-- Boxes and answers may be wrong, and repeat the biases of the language model and the image tower. Check them before anyone
+- Boxes and answers may be wrong, and repeat the biases of the language model and the vision tower. Check them before anyone
   relies on them.
 - At most one box for each object query, and none of a kind of object that the training data do not name."""
 

@@ -17,7 +17,7 @@ class Overrides:
     """What to plan in place of what the configuration says.
 
     Attributes:
-        vision: image tower (overrides the config)
+        vision: vision tower (overrides the config)
         dtype: number type of the frozen towers (overrides the config)
         step: training step, fast or reference (overrides the config)
         batch_size: pairs, or for Octopus rows, per step and device (overrides the config)

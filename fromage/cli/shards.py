@@ -109,7 +109,7 @@ def features(
 
     Args:
         shards: folder, pattern or brace expression of shards
-        dtype: number type in which the image tower runs
+        dtype: number type in which the vision tower runs
         decoding: how JPEGs are decoded, as in a configuration
         keep_images: keep the images beside their features
         workers: processes that read images (default: for half of the cores, 4 at most)

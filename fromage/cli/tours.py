@@ -43,7 +43,7 @@ def photos(
         captions: caption file in COCO's format
         images: folder of its photographs
         lm: language model
-        vision: image tower
+        vision: vision tower
         val_fraction: share of the photographs that are held out
         options: a further option of `lightning fit`, as --options=--trainer.max_steps=100
     """

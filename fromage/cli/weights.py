@@ -25,7 +25,7 @@ def import_weights(
     Args:
         source: folder of pretrained_ckpt.pth.tar (or another checkpoint of theirs) and model_args.json, or the former
         lm: language model (overrides model_args.json)
-        vision: image tower, as in a configuration (overrides model_args.json)
+        vision: vision tower, as in a configuration (overrides model_args.json)
         dtype: number type of the towers when the folder is loaded
     """
     check_free(out, overwrite, *FOLDER)
@@ -49,7 +49,7 @@ def export_weights(
         format: a folder for from_pretrained, the same for SentenceTransformer too, or the authors' files
         dtype: number type of the parameters (default: a folder's own; for a Lightning checkpoint bfloat16, or float32 with
             --format sentence-transformers)
-        visual_encoder: with --format authors: the image tower's name on the Hugging Face hub
+        visual_encoder: with --format authors: the vision tower's name on the Hugging Face hub
         license: licence of the parameters for the model card, as the hub names it, such as apache-2.0
     """
     check_free(out, overwrite, *(AUTHORS if format == "authors" else FOLDER))

@@ -8,7 +8,7 @@ Where to look:
     shard_writer        writing shards
     shard_stats         statistics of shards, before a run, from the shard_records of their samples
     broken              samples that cannot be used: left out, counted, limited
-    features            the frozen image tower's features, stored in shards of their own; feature_chunks: images on their way
+    features            the frozen vision tower's features, stored in shards; feature_chunks: the images on their way
     datamodule          the Lightning data module: shards -> batches
     streams             the order of samples: by device and worker, shuffled, one caption per image and epoch
     loader              worker processes, epochs, and going on in the middle of one; workers starts and ends them

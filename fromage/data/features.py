@@ -247,5 +247,7 @@ def _encode(vision: VisionTower, pixels: Tensor) -> Tensor:
     device = next(vision.parameters()).device
     features = vision(pixels.to(device)).to("cpu", vision.dtype)
     if len(features) and not features.isfinite().any():
-        raise UserError(f"image tower {vision.name}: its features are not finite; its weights are damaged, fetch them again")
+        raise UserError(
+            f"vision tower {vision.name}: its features are not finite; its weights are damaged, fetch them again"
+        )
     return features

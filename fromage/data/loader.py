@@ -11,6 +11,7 @@ import logging
 import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator
+from math import inf
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -120,14 +121,18 @@ class TrainLoader(Loader):
     def state_dict(self) -> dict[str, Any]:
         """Where the stream stands, for all devices, each of which has to ask. Lightning keeps it in the checkpoint."""
         newest = self.states[-1] if self.states else self.start  # none: no batch was asked for yet
-        length = min(x for x in (self.dataset.batches, self.loop and self.loop.max_batches, float("inf")) if x is not None)
+        lengths = self.dataset.batches, self.loop and self.loop.max_batches
+        epoch_length = min((n for n in lengths if n is not None), default=inf)
 
         def ends(state: ResumeState) -> bool:
-            return state.given >= length or (self.ended and state is newest)
+            return state.given >= epoch_length or (self.ended and state is newest)
 
         state = newest
-        if self.loop is not None and self.states and not (ends(newest) and self.loop.batch_idx < 0):  # then the next begins
-            state = max((s for s in self.states if s.given <= self.loop.batch_idx + 1), default=self.states[0])
+        # Lightning sets batch_idx to -1 when it closes an epoch: then all of its batches were trained on
+        closed = self.loop is not None and ends(newest) and self.loop.batch_idx < 0
+        if self.loop is not None and self.states and not closed:
+            trained = self.loop.batch_idx + 1  # Lightning may have asked for one batch more
+            state = max((s for s in self.states if s.given <= trained), default=self.states[0])
         mine: dict[str, Any] = {"rank": self.dataset.rank, **state._asdict()}
         devices = [mine]
         if self.dataset.world > 1 and dist.is_initialized():
@@ -191,4 +196,5 @@ class WithTuples:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where both stood. Raises UserError as TrainLoader does, and in an epoch that had no tuples."""
         self.pairs.load_state_dict(state)
-        self.tuples.load_state_dict(state.get("tuples", state | {"layout": {}}))
+        without = state | {"layout": {}}  # of an epoch without tuples: another layout than any, refused in mid-epoch
+        self.tuples.load_state_dict(state.get("tuples", without))

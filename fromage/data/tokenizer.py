@@ -25,15 +25,15 @@ class PromptTokenizer:
     A place is replaced by other embeddings, as <|image|> by the k embeddings of an image; it has no embedding of its own. A
     row has a trained embedding (fromage.models.special_tokens), as [RET]. FROMAGe's two have the ids of the released code
     (50265 and 50266 for OPT). With r > 1, [RET] stands for r tokens in a row, of which the first is chosen and the others
-    follow it: `ret_tokens`. Here alone is known which they are.
+    follow it: `ret_tokens`. Only this class knows which they are.
 
     Attributes:
         added: ids of the added tokens, by text.
         row_ids: consecutive ids of the rows among them.
         ret_ids: ids of the r [RET] tokens, in order; empty for a tokenizer without [RET].
         vocab_size: V, tokens of the frozen LM, with ids below V.
-        bos_id: first token of every text (OPT: 2, </s>), or None. Where the one of an instruct model opens turns
-            (<|im_start|>), it is <|endoftext|>, which such families were pretrained with between their texts.
+        bos_id: first token of every text (OPT: 2, </s>), or None. If the tokenizer's own opens chat turns (<|im_start|>),
+            <|endoftext|> is used instead: in pretraining it stood between texts.
         pad_id: id of padding, which is always masked; the end-of-text id if the LM has no padding token.
     """
 
@@ -102,7 +102,7 @@ class PromptTokenizer:
         return "".join(templates.values()) if isinstance(templates, dict) else templates
 
     def _name_special(self, source: str) -> None:
-        """Have every token special that a chat template names, so that no text can become one (`encode`)."""
+        """Mark as special every token that a chat template names, so that no text can become one (`encode`)."""
         for token in self.hf.added_tokens_decoder.values():
             if not token.special and token.content.strip() and token.content in source:
                 sides = {"lstrip": token.lstrip, "rstrip": token.rstrip, "normalized": token.normalized}

@@ -21,7 +21,7 @@ def evaluate(model: Fromage, batches: Iterable[Batch]) -> dict[str, float]:
 
 
 def evaluate_clip(model: Fromage, batches: Iterable[Batch]) -> dict[str, float]:
-    """The same figures for the frozen CLIP whose image tower the model has; captions beyond its limit are cut.
+    """The same figures for the frozen CLIP whose vision tower the model has; captions beyond its limit are cut.
 
     Raises UserError for a vision tower without text tower.
     """

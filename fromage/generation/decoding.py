@@ -163,7 +163,7 @@ def processors(model: Fromage, decoding: Decoding, rows: range) -> Iterator[Logi
 
 
 class RetRules(LogitsProcessor):
-    """The [RET] bias, where [RET] is not allowed, and the r - 1 tokens that follow the first one of it.
+    """Three rules for [RET]: its bias; where it may not be generated; and that its other r - 1 tokens follow the first.
 
     The released code multiplies the logit by a factor, which moves a negative logit the wrong way. Here a bias is added; the
     factor is available as authors_ret_scale. [RET] does not begin where the answer has no room for all r.

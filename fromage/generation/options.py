@@ -47,8 +47,8 @@ class Decoding:
 
     Attributes:
         max_new_tokens: length of the answer at most, in tokens, with all tokens of each [RET].
-        min_tokens: tokens before which no [RET] comes.
-        min_new_tokens: tokens before which no </s> comes, as in Hugging Face's `generate`.
+        min_tokens: no [RET] is generated before so many tokens.
+        min_new_tokens: no </s> is generated before so many tokens, as in Hugging Face's `generate`.
         temperature: temperature of sampling; 0 is greedy, and top_p and top_k then count for nothing.
         top_p: sample among the likeliest tokens that together have this probability.
         top_k: sample among this many tokens; 0 for all.
@@ -63,7 +63,7 @@ class Decoding:
         end_at_image: the answer ends at its last [RET]; training shows no text after it.
         use_cache: keep keys and values. --no-use-cache: run the whole sequence again for every token, with nothing cached.
         half_weights: on a CPU, generate faster with a float16 copy of the language model's weights, which takes half their
-            memory; tokens may change. Nothing where PyTorch has no kernel for it.
+            memory; tokens may change. No effect where PyTorch has no kernel for it.
     """
 
     max_new_tokens: int = _number(32, 1, served=(1, 512), slider=(1, 128, 1), label="Length")

@@ -101,12 +101,12 @@ class ImageRetriever:
 
     @cached_property
     def barred(self) -> set[str]:
-        """Paths of images that must not be retrieved: initially the prompt's."""
+        """Paths of images that must not be retrieved: the prompt's, and after each search what was found."""
         parts = parts_of(self.prompt)
         paths = {str(path) for part in parts if isinstance(part, Path) for path in (part, part.absolute(), part.resolve())}
         return paths | {str(part) for part in parts if isinstance(part, Url)}
 
     @cached_property
     def seen(self) -> np.ndarray:
-        """Embeddings (s, q) of images that must not be retrieved: initially the prompt's."""
+        """Embeddings (s, q) of images that must not be retrieved: the prompt's, and after each search what was found."""
         return self.model.embed_images(self.features).float().cpu().numpy()  # (n, m) -> (n, q)

@@ -18,7 +18,7 @@ from fromage.checks import as_list, check_whole
 from fromage.errors import UserError
 from fromage.models.fromage import Fromage
 from fromage.models.language_model import LanguageModel
-from fromage.models.packed_attention import Causal, Continuations
+from fromage.models.packed_attention import CausalAttention, Continuations
 from fromage.models.packed_layout import PackedLayout, to_device
 from fromage.models.prompts import Prompt, embed_prompts, listed
 
@@ -43,8 +43,7 @@ def score(model: Fromage, prompt: Prompt, continuations: Sequence[str], unshifte
     """log p(continuation | prompt) of each continuation, in nats, over the vocabulary with [RET].
 
     Prompt and continuation are tokenised separately. unshifted: score the logits at each token with this token itself, not
-    with the next one. That is no likelihood, but it is how the released code ranks VisDial's answers. starts: where </s>
-    stands in the prompt.
+    with the next one. That is no likelihood, but it is how the released code ranks VisDial's answers.
 
     Raises:
         UserError: a continuation is empty, or prompt and continuation do not fit the language model's positions.
@@ -57,7 +56,7 @@ def score(model: Fromage, prompt: Prompt, continuations: Sequence[str], unshifte
     prompted = embed_prompts(model, [prompt], max(map(len, rows), default=0))
     shared = model.positions(prompted.ids, prompted.mask)  # (1, T)
     layout = PackedLayout([prompted.ids.shape[1]], model.device, None if shared is None else shared[0])
-    prefix = Causal(layout, keep=True)  # one sequence, S = 1
+    prefix = CausalAttention(layout, keep=True)  # one sequence, S = 1
     last = model.lm.packed(prompted.embeds, layout.positions, prefix)[-1:]  # (1, T, d) -> (1, d)
     if unshifted:
         return LogLikelihoods(continuation_totals(model.lm, prefix, rows, rows), counts)
@@ -81,7 +80,7 @@ def score_prompts(model: Fromage, prompts: Sequence[Prompt], batch_size: int = 6
         batch = embed_prompts(model, prompts[begin : begin + batch_size])
         shared = model.positions(batch.ids, batch.mask)  # (B, T)
         layout = PackedLayout(batch.mask.sum(1).tolist(), model.device, None if shared is None else shared[batch.mask])
-        hidden = model.lm.packed(batch.embeds[batch.mask].unsqueeze(0), layout.positions, Causal(layout))  # (N, d)
+        hidden = model.lm.packed(batch.embeds[batch.mask].unsqueeze(0), layout.positions, CausalAttention(layout))  # (N, d)
         given = torch.tensor(model.tokenizer.never_chosen, device=model.device)
         scored = ~torch.isin(batch.ids, given)[:, 1:] & batch.mask[:, :-1]  # (B, T - 1): a token after another
         if not bool((tokens := scored.sum(1)).all()):
@@ -94,7 +93,9 @@ def score_prompts(model: Fromage, prompts: Sequence[Prompt], batch_size: int = 6
     return LogLikelihoods(torch.cat(totals), torch.cat(counts))  # (C,) each
 
 
-def continuation_totals(lm: LanguageModel, prefix: Causal, rows: list[list[int]], targets: list[list[int]]) -> Tensor:
+def continuation_totals(
+    lm: LanguageModel, prefix: CausalAttention, rows: list[list[int]], targets: list[list[int]]
+) -> Tensor:
     """(C,) sums of the log-likelihoods of each row's targets; target i is predicted after token i of the row."""
     device = prefix.layout.positions.device
     total = torch.zeros(len(rows), device=device)  # (C,)

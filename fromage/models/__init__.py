@@ -25,7 +25,7 @@ The legend of shapes, for all packages:
     f   trained rows that are never chosen, but follow another: r - 1
     c   positions whose logits are computed at a time
     C   continuations that are scored
-    W   devices
+    D   devices
     b, t, s: part of a batch, tokens of an answer so far, images seen so far
     H, W in (3, H, W): height and width of an image in pixels
 

@@ -13,7 +13,7 @@ The released code, and so this one, adds a bias to each of the three maps, which
 
 The paper has r = 1. With r > 1, as in its successors GILL and MCL, [RET] is r tokens in a row, [RET], [RET2] ... [RETr], at
 the end of every caption and query. Sequential ones see their predecessors (GILL); stacked ones share one position, and each
-sees what stands before and itself alone (MCL). Which ids they are, only the tokenizer knows.
+sees what stands before and itself alone (MCL). Only PromptTokenizer knows their ids (`ret_ids`).
 
 Source: Koh, Salakhutdinov, Fried, "Grounding Language Models to Images for Multimodal Inputs and Outputs", ICML 2023.
 """
@@ -58,7 +58,7 @@ class Fromage(Pretrained):
     config: FromageConfig
 
     def __init__(self, lm: LanguageModel, vision: VisionTower, config: FromageConfig) -> None:
-        """Of two towers, whatever the configuration calls them.
+        """Build from two loaded towers; those that config names are not loaded.
 
         With space 'clip' images are compared where CLIP has them: the image head is CLIP's own projection, frozen, and q is
         its width; W_t maps text there. Raises UserError for a tower without text tower, or another q.
@@ -100,7 +100,7 @@ class Fromage(Pretrained):
 
     @property
     def pools_last_word(self) -> bool:
-        """Whether the state at its last word embeds a text, and no state at [RET]."""
+        """Whether a text's embedding is read at its last word instead of at [RET]."""
         return self.config.pooling == "last"
 
     def caption(self, images: str | ImageInput | Sequence[str | ImageInput], max_new_tokens: int = 32) -> list[str]:
@@ -127,7 +127,7 @@ class Fromage(Pretrained):
         follows = torch.isin(ids, torch.tensor(self.tokenizer.ret_ids[1:], device=ids.device))  # (B, T)
         return ((mask & ~follows).cumsum(1) - 1).clamp(min=0)  # (B, T)
 
-    def at_ret(self, hidden: Tensor, ends: Tensor) -> Tensor:
+    def text_states(self, hidden: Tensor, ends: Tensor) -> Tensor:
         """(B, T, d) hidden states of texts -> (B, r, d), those that embed them: at [RET], or at the last word before it.
 
         ends: (B,) places of the first [RET], which are the numbers of tokens in front of it. Of packed texts hidden is
@@ -140,11 +140,11 @@ class Fromage(Pretrained):
         at = first.unsqueeze(1) + torch.arange(self.r, device=ends.device)  # (B, r)
         return hidden.index_select(0, at.flatten()).unflatten(0, at.shape)  # (B r, d) -> (B, r, d)
 
-    def hidden_at_ret(self, ids: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor]:
+    def hidden_of_texts(self, ids: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor]:
         """Run right-padded texts (B, T) that end in [RET]: hidden states (B, T, d), and those at [RET] (B, r, d)."""
         mask = token_mask(lengths, ids.shape[1], ids.device)  # (B, T)
         hidden = self.lm(self.embed(ids), mask, self.positions(ids, mask))  # (B, T, d)
-        return hidden, self.at_ret(hidden, mask.sum(1) - self.r)  # (B, T, d) -> (B, r, d)
+        return hidden, self.text_states(hidden, mask.sum(1) - self.r)  # (B, T, d) -> (B, r, d)
 
     @torch.no_grad()
     def embed_text(self, prompts: Sequence[Prompt], batch_size: int = 128) -> Tensor:
@@ -160,7 +160,7 @@ class Fromage(Pretrained):
             batch = embed_prompts(self, [[*parts_of(prompts[i]), RET] for i in at], starts=Starts.ONCE)
             hidden = self.lm(batch.embeds, batch.mask, self.positions(batch.ids, batch.mask))  # (b, T, d)
             ends = torch.full((len(at),), hidden.shape[1] - self.r, device=self.device)  # (b,), since padding is on the left
-            rows[at] = self.embed_ret(self.at_ret(hidden, ends))  # (b, T, d) -> (b, r, d) -> (b, q)
+            rows[at] = self.embed_ret(self.text_states(hidden, ends))  # (b, T, d) -> (b, r, d) -> (b, q)
         return rows
 
     @classmethod

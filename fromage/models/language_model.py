@@ -27,7 +27,7 @@ from fromage.errors import UserError, first_line
 from fromage.models import gguf, towers
 from fromage.models.cpu_linear import cpu_linears
 from fromage.models.frozen import TOY, FrozenTower, hold, require_weights
-from fromage.models.packed_attention import Attend, additive, attending, route
+from fromage.models.packed_attention import PackedAttention, additive, attending, route
 from fromage.models.packed_layout import distances
 from fromage.models.special_tokens import AddedTokens, ExtendedEmbedding, ExtendedHead
 
@@ -123,7 +123,7 @@ class LanguageModel(FrozenTower):
         seen = (distances(positions) >= 0) & mask.unsqueeze(1)  # (B, T, T)
         return additive(seen, self.dtype).unsqueeze(1)  # (B, 1, T, T)
 
-    def packed(self, embeds: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+    def packed(self, embeds: Tensor, positions: Tensor, attend: PackedAttention) -> Tensor:
         """(1, N, d) packed input embeddings at positions (N,) -> (N, d) hidden states; see packed_attention for attend.
 
         Raises UserError for a family with layers that have an attention of their own, or none: ALiBi, sinks, chunks, states.

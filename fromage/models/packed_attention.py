@@ -4,8 +4,8 @@ A Hugging Face model calls a registered function for its attention. Ours stands 
 and asks in each call whether this thread runs packed sequences (`attending`); if not, the model's own answers, so that
 one thread can decode while another scores. For packed sequences ours pads queries, keys and values to (S, T), computes
 causal attention (the padding comes last, so no mask is needed) and removes the padding again. What the tokens attend to
-is an Attend: Causal, More (r new tokens after cached ones: the one-token backward), Continuations, or Visible, which is told
-(Octopus).
+is a PackedAttention: CausalAttention; AppendedTokens, r new ones after cached ones (the one-token backward);
+Continuations of one prefix; or MaskedAttention, whose mask the caller gives (Octopus).
 
 The layout of the sequences is in fromage.models.packed_layout.
 
@@ -33,7 +33,7 @@ from fromage.processor import on_cpu
 PREFIX = "fromage_packed_or_"  # before the name of the attention that a model was loaded with
 
 
-class Attend:
+class PackedAttention:
     """Attention of the packed tokens of one forward pass, called by each layer.
 
     Attributes:
@@ -43,12 +43,12 @@ class Attend:
     def __init__(self) -> None:
         self.layers = set[int]()
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, weighting: Weighting) -> Tensor:
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, params: AttentionParams) -> Tensor:
         """q (N, H, e), k and v (N, H', e) with H' <= H -> (N, H, e)."""
         raise NotImplementedError
 
 
-class Weighting(NamedTuple):
+class AttentionParams(NamedTuple):
     """How a layer turns products of queries and keys into weights.
 
     Attributes:
@@ -61,7 +61,7 @@ class Weighting(NamedTuple):
     cap: float | None
     window: int | None
 
-    def seen(self, back: Tensor) -> Tensor:
+    def visible(self, back: Tensor) -> Tensor:
         """How many tokens before the query each key stands, negative where it is hidden -> bool, the keys that are seen."""
         return back >= 0 if self.window is None else (back >= 0) & (back < self.window)
 
@@ -96,10 +96,10 @@ def slow_kernel(q: Tensor) -> bool:
     return on_cpu(q) and q.dtype in (torch.bfloat16, torch.float16)
 
 
-class Causal(Attend):
+class CausalAttention(PackedAttention):
     """Each token attends to itself and to those before it in its sequence.
 
-    keep: cache keys and values, for More or Continuations.
+    keep: cache keys and values, for AppendedTokens or Continuations.
     """
 
     def __init__(self, layout: PackedLayout, keep: bool = False) -> None:
@@ -107,27 +107,27 @@ class Causal(Attend):
         self.layout, self.keep = layout, keep
         self.kept: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> keys, values (S, H', T, e)
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, weighting: Weighting) -> Tensor:
-        """See Attend."""
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, params: AttentionParams) -> Tensor:
+        """See PackedAttention."""
         q, k, v = (self.layout.pad_input(x).transpose(1, 2) for x in (q, k, v))  # (S, H, T, e)
         if self.keep:
             self.kept[layer] = k, v
         mask = None
         if self.layout.shared:
-            mask = weighting.seen(self.layout.distances.unsqueeze(1))  # (S, 1, T, T)
-        elif weighting.window is not None and weighting.window < self.layout.max_seqlen:
-            mask = weighting.seen(distances(torch.arange(self.layout.max_seqlen, device=q.device)))  # (T, T)
-        return self.layout.unpad_input(weighting.attention(q, k, v, mask).transpose(1, 2))  # (S, T, H, e) -> (N, H, e)
+            mask = params.visible(self.layout.distances.unsqueeze(1))  # (S, 1, T, T)
+        elif params.window is not None and params.window < self.layout.max_seqlen:
+            mask = params.visible(distances(torch.arange(self.layout.max_seqlen, device=q.device)))  # (T, T)
+        return self.layout.unpad_input(params.attention(q, k, v, mask).transpose(1, 2))  # (S, T, H, e) -> (N, H, e)
 
 
-class More(Attend):
-    """r new tokens after each of S sequences, whose keys and values an earlier Causal pass cached.
+class AppendedTokens(PackedAttention):
+    """r new tokens after each of S sequences, whose keys and values an earlier CausalAttention pass cached.
 
     Each layer removes its keys and values from the cache once it has used them. This is the second half of the one-token
     backward (fromage.training.fast_step).
     """
 
-    def __init__(self, before: Causal, lengths: list[int], offsets: list[int], device: torch.device) -> None:
+    def __init__(self, before: CausalAttention, lengths: list[int], offsets: list[int], device: torch.device) -> None:
         """lengths: tokens of each sequence. offsets: r, the positions of the new tokens after a sequence's end."""
         super().__init__()
         self.kept, self.r = before.kept, len(offsets)
@@ -137,22 +137,22 @@ class More(Attend):
         among = distances(further).expand(len(lengths), -1, -1)  # (S, r, r)
         self.back = to_device(torch.cat([back, among], 2).unsqueeze(1), device)  # (S, 1, r, T + r)
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, weighting: Weighting) -> Tensor:
-        """See Attend; here N = S r, the new tokens of one sequence after those of another."""
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, params: AttentionParams) -> Tensor:
+        """See PackedAttention; here N = S r, the new tokens of one sequence after those of another."""
         q, k, v = (x.unflatten(0, (-1, self.r)).transpose(1, 2) for x in (q, k, v))  # (S, H, r, e)
         keys, values = (torch.cat([old, new], 2) for old, new in zip(self.kept.pop(layer), (k, v), strict=True))
-        seen = weighting.seen(self.back)  # (S, 1, r, T + r); keys and values are (S, H', T + r, e)
-        return weighting.attention(q, keys, values, seen).transpose(1, 2).flatten(0, 1)  # (S, H, r, e) -> (N, H, e)
+        seen = params.visible(self.back)  # (S, 1, r, T + r); keys and values are (S, H', T + r, e)
+        return params.attention(q, keys, values, seen).transpose(1, 2).flatten(0, 1)  # (S, H, r, e) -> (N, H, e)
 
 
-class Visible(Attend):
+class MaskedAttention(PackedAttention):
     """Each token attends to what it is told, among its own tokens and those of an earlier pass in the same rows (Octopus).
 
     Attributes:
         kept: layer -> keys, values (S, H', S' + T, e), of the earlier tokens and these; for a later pass.
     """
 
-    def __init__(self, layout: PackedLayout, back: Tensor, before: Visible | None = None, keep: bool = True) -> None:
+    def __init__(self, layout: PackedLayout, back: Tensor, before: MaskedAttention | None = None, keep: bool = True) -> None:
         """back: (S, T, S' + T), how many positions before each token another one stands; below 0: hidden.
 
         before: the pass over the S' tokens, padded. Without gradients its keys and values are given up, layer by layer.
@@ -163,21 +163,21 @@ class Visible(Attend):
         self.kept: dict[int, tuple[Tensor, Tensor]] = {}
         self._masks: dict[int | None, Tensor] = {}  # by window; one for all layers, since each keeps it for the backward
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, weighting: Weighting) -> Tensor:
-        """See Attend. A layer may run again in the backward (activation checkpointing): what is kept then stays the same."""
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, params: AttentionParams) -> Tensor:
+        """See PackedAttention. Where a layer runs again in the backward (activation checkpointing), what is kept stays."""
         q, k, v = (self.layout.pad_input(x).transpose(1, 2) for x in (q, k, v))  # (S, H, T, e)
         if self.past is not None:
             past = self.past[layer] if torch.is_grad_enabled() else self.past.pop(layer)
             k, v = (torch.cat([old, new], 2) for old, new in zip(past, (k, v), strict=True))  # (S, H', S' + T, e)
         if self.keep:
             self.kept.setdefault(layer, (k, v))
-        if weighting.window not in self._masks:
-            self._masks[weighting.window] = additive(weighting.seen(self.back.unsqueeze(1)), q.dtype)  # (S, 1, T, S' + T)
-        out = weighting.attention(q, k, v, self._masks[weighting.window])  # (S, H, T, e)
+        if params.window not in self._masks:
+            self._masks[params.window] = additive(params.visible(self.back.unsqueeze(1)), q.dtype)  # (S, 1, T, S' + T)
+        out = params.attention(q, k, v, self._masks[params.window])  # (S, H, T, e)
         return self.layout.unpad_input(out.transpose(1, 2))  # (S, T, H, e) -> (N, H, e)
 
 
-class Continuations(Attend):
+class Continuations(PackedAttention):
     """Sequences that continue one prefix, whose keys and values an earlier pass over the prefix cached.
 
     One attention over the prefix and all N tokens: each token sees the prefix, and its own sequence up to itself.
@@ -186,7 +186,7 @@ class Continuations(Attend):
         positions: (N,) of the tokens, after the prefix.
     """
 
-    def __init__(self, prefix: Causal, lengths: list[int], device: torch.device) -> None:
+    def __init__(self, prefix: CausalAttention, lengths: list[int], device: torch.device) -> None:
         super().__init__()
         self.kept = prefix.kept
         owner = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))  # (N,)
@@ -197,20 +197,20 @@ class Continuations(Attend):
         before = self.positions[:, None] - positions  # (N, T)
         self.back = torch.cat([before, to_device(own, device)], 1)  # (N, T + N)
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, weighting: Weighting) -> Tensor:
-        """See Attend."""
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, params: AttentionParams) -> Tensor:
+        """See PackedAttention."""
         q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))  # (1, H, N, e)
         # (1, H', T + N, e)
         keys, values = (torch.cat([old, new], 2) for old, new in zip(self.kept[layer], (k, v), strict=True))
-        seen = weighting.seen(self.back)  # (N, T + N)
-        return weighting.attention(q, keys, values, seen)[0].transpose(0, 1)  # (1, H, N, e) -> (N, H, e)
+        seen = params.visible(self.back)  # (N, T + N)
+        return params.attention(q, keys, values, seen)[0].transpose(0, 1)  # (1, H, N, e) -> (N, H, e)
 
 
-_attend: ContextVar[Attend | None] = ContextVar("attend", default=None)
+_attend: ContextVar[PackedAttention | None] = ContextVar("attend", default=None)
 
 
-def current_attention() -> Attend | None:
-    """The Attend set by `attending`; None outside of it, where Hugging Face's own attention runs."""
+def current_attention() -> PackedAttention | None:
+    """The PackedAttention set by `attending`; None outside of it, where Hugging Face's own attention runs."""
     return _attend.get()
 
 
@@ -245,13 +245,13 @@ def _attention(own: str, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mas
     layer: Any = module.layer_idx
     if mask is None and options.get("s_aux") is None:  # a bias of the model's own, or its sinks: left out, so it is refused
         attend.layers.add(layer)
-    weighting = Weighting(options.get("scaling"), options.get("softcap"), options.get("sliding_window"))
-    out = attend(layer, q, k, v, weighting)  # (N, H, e)
+    params = AttentionParams(options.get("scaling"), options.get("softcap"), options.get("sliding_window"))
+    out = attend(layer, q, k, v, params)  # (N, H, e)
     return out.unsqueeze(0), None
 
 
 @contextmanager
-def attending(attend: Attend) -> Iterator[None]:
+def attending(attend: PackedAttention) -> Iterator[None]:
     """Use this attention in the calls within, those of this thread, of models that `route` has seen."""
     token = _attend.set(attend)
     try:

@@ -38,6 +38,11 @@ def distances(positions: Tensor) -> Tensor:
     return back.where((back != 0) | itself, -1)
 
 
+def branch_visible(own: Tensor, theirs: Tensor) -> Tensor:
+    """Whether a token of branch `own` sees earlier ones of branch `theirs`: those of the trunk (0), and its own."""
+    return (theirs == 0) | (theirs == own)
+
+
 class PackedLayout:
     """Where the tokens of S sequences are, packed (N, ...) and padded (S, T, ...). Built from lengths known on the host.
 
@@ -73,8 +78,7 @@ class PackedLayout:
         if self.branches is None:
             return back
         branch = self.pad_input(self.branches)  # (S, T)
-        seen = (branch.unsqueeze(1) == 0) | (branch.unsqueeze(1) == branch.unsqueeze(2))  # (S, T, T)
-        return back.where(seen, -1)
+        return back.where(branch_visible(branch.unsqueeze(2), branch.unsqueeze(1)), -1)
 
     def pad_input(self, packed: Tensor) -> Tensor:
         """(N, ...) -> (S, T, ...), zeros after each sequence."""

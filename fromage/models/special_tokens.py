@@ -110,7 +110,9 @@ class ExtendedHead(nn.Module):
         added = self.added
         frozen = self.frozen(hidden)[..., : added.vocab_size]  # (..., V)
         new = hidden @ added.output.to(hidden.dtype).T  # (..., n - f)
-        gap, never = (
-            new.new_full((*new.shape[:-1], count), -torch.inf) for count in (added.first - added.vocab_size, added.followers)
-        )  # (..., first - V), (..., f)
-        return torch.cat([frozen, gap, new, never], dim=-1)  # (..., first + n)
+
+        def barred(count: int) -> Tensor:  # (..., count)
+            return new.new_full((*new.shape[:-1], count), -torch.inf)
+
+        placeholders = barred(added.first - added.vocab_size)  # such as <|image|>
+        return torch.cat([frozen, placeholders, new, barred(added.followers)], dim=-1)  # (..., first + n)

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fromage.models.packed_layout import PackedLayout
+from fromage.models.packed_layout import PackedLayout, branch_visible
 
 PADDING = -1  # in place of the branch of a token
 
@@ -62,11 +62,10 @@ class Known(NamedTuple):
         """With the tokens (B, A) of `new` after them: (B, S + A)."""
         return Known(torch.cat([self.positions, new.positions], 1), torch.cat([self.branch, new.branch], 1))
 
-    def back(self, new: Known) -> Tensor:
+    def distances_to(self, new: Known) -> Tensor:
         """(B, A, S), how many positions before each token (B, A) of `new` each of these stands; below 0: it is not seen."""
-        theirs, own = self.branch.unsqueeze(1), new.branch.unsqueeze(2)
         distance = new.positions.unsqueeze(2) - self.positions.unsqueeze(1)  # (B, A, S)
-        return distance.where((theirs == 0) | (theirs == own) & (theirs != PADDING), -1)
+        return distance.where(branch_visible(new.branch.unsqueeze(2), self.branch.unsqueeze(1)), -1)
 
     def next(self) -> PackedLayout:
         """One more token in each row, after the last of its last branch."""

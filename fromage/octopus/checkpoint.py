@@ -56,7 +56,7 @@ def check_run(stage: int, config: OctopusConfig) -> None:
 
 
 def upgraded(saved: Saved) -> Saved:
-    """Saved parameters and settings under today's names; see Pretrained.present."""
+    """Saved parameters and settings under today's names; see Pretrained.upgraded."""
     settings = current_names(saved.settings)
     if "stage" in settings:  # of a run
         if settings["stage"] == 1 and settings["num_queries"]:

@@ -53,7 +53,7 @@ class Collate:
         answers = [answer for row in laid for answer in row.answers]  # E of them
         first = zip(laid, offsets(prompts.lengths), offsets(fed.lengths), strict=True)
         at = [len(prompts.ids) + f + place if is_fed else p + place for row, p, f in first for is_fed, place in row.at]
-        queries = query_places(prompts.ids == self.layout.tokenizer.added[QUERY], num_queries)  # (E, N)
+        query_index = query_places(prompts.ids == self.layout.tokenizer.added[QUERY], num_queries)  # (E, N)
         shown = torch.stack([tensor for _, tensor in rows])
         examples = [turn for row, _ in rows for turns in row for turn in turns]
         return GroundingBatch(
@@ -63,8 +63,8 @@ class Collate:
             owners=_long(number for number, answer in enumerate(answers) for _ in answer),
             at=_long(at),
             fed=fed,
-            queries=queries,
-            images=_long(number for number, row in enumerate(laid) for _ in row.answers)[: len(queries)],
+            query_index=query_index,
+            row_of_prompt=_long(number for number, row in enumerate(laid) for _ in row.answers)[: len(query_index)],
             objects=objects_of(examples, num_queries, self.layout.mask_size),
             pixels=None if self.stored else shown,
             patches=shown if self.stored else None,
@@ -161,9 +161,9 @@ def _long(values: Iterable[int]) -> Tensor:
 
 
 def objects_of(examples: Sequence[Example], num_queries: int, mask_size: tuple[int, int] | None = None) -> Objects:
-    """The objects that the answers point at, at most num_queries per image; their masks too where a size (H, W) is given."""
+    """The objects that the answers point at, at most num_queries per example; with a size (H, W) their masks too."""
     rows = [[example.boxes[i] for i in example.meant][:num_queries] for example in examples]
-    boxes = torch.zeros(len(rows), max(map(len, rows)), 4)  # (B, K, 4)
+    boxes = torch.zeros(len(rows), max(map(len, rows)), 4)  # (E, K, 4)
     for row, theirs in zip(boxes, rows, strict=True):
         if theirs:
             row[: len(theirs)] = box_convert(torch.tensor(theirs), "xyxy", "cxcywh")

@@ -130,7 +130,7 @@ class OctopusData(pl.LightningDataModule):
         rows = rows_of(examples, self.per_image, self.seed) if shuffle else [[[example]] for example in examples]
         collate = Collate(module.model, store is not None, module.with_queries)
         rows = self._fitting(part, rows, collate, module.model.lm.max_length)
-        if any(len(turns) + len(row) > 2 for row in rows for turns in row) and not image_first(module.model.template):
+        if any(len(row) > 1 or len(turns) > 1 for row in rows for turns in row) and not image_first(module.model.template):
             raise UserError("model.template: the image must come first where prompts share it; or set data.per_image to 1")
         dataset = GroundingDataset(rows, module.model.vision.transform, store, self.max_lost, replace=shuffle)
         return WorkerLoader(

@@ -62,9 +62,9 @@ def ground(
 def read_batch(model: Octopus, prompts: Prompts, patches: Tensor) -> Prefill:
     """Run prompts, one a row, about images with patch features (B, P, m); of prompts without images (0, P, m)."""
     ids, layout = prompts.ids[prompts.mask], PackedLayout(prompts.mask.sum(1).tolist(), model.device)  # (M,)
-    queries = query_places(model.is_query(ids), model.num_queries)  # (E, N)
-    images = torch.arange(len(queries), device=model.device)  # (E,)
-    return model.read(layout, prompts.embeds[prompts.mask], patches, queries, images)
+    query_index = query_places(model.is_query(ids), model.num_queries)  # (E, N)
+    rows = torch.arange(len(query_index), device=model.device)  # (E,)
+    return model.read(layout, prompts.embeds[prompts.mask], patches, query_index, rows)
 
 
 def decode(model: Octopus, prefill: Prefill, max_new_tokens: int) -> list[list[int]]:
@@ -79,7 +79,7 @@ def decode(model: Octopus, prefill: Prefill, max_new_tokens: int) -> list[list[i
             if token == model.tokenizer.eos_id or len(out[row]) == max_new_tokens:
                 open_.discard(row)
         if open_:
-            hidden = model.extend(prefill, ids)  # (B, d)
+            hidden = model.next_token(prefill, ids)  # (B, d)
     return out
 
 

@@ -30,10 +30,10 @@ class Objects:
     """The objects that the prompts of a batch are about: the foreground.
 
     Attributes:
-        boxes: (B, K, 4) centre x, centre y, width, height, relative to the image; zeros at padding.
-        counts: B integers, objects per image; at most as many as there are queries. 0: they are not known.
+        boxes: (E, K, 4) centre x, centre y, width, height, relative to the image; zeros at padding.
+        counts: E integers, objects per prompt; at most as many as there are queries. 0: they are not known.
         masks: (M, H, W), of those objects whose mask is known the share of each cell that it covers; None: not asked for.
-        masked: (2, M) int64, their image and their place among its objects.
+        masked: (2, M) int64, their prompt and their place among its objects.
     """
 
     boxes: Tensor
@@ -56,15 +56,15 @@ class Objects:
 
 @torch.no_grad()
 def match(logits: Tensor, boxes: Tensor, objects: Objects) -> Tensor:
-    """Match each layer's queries to the objects, one to one, at the lowest cost (Hungarian): (..., B, K) query numbers.
+    """Match each layer's queries to the objects, one to one, at the lowest cost (Hungarian): (..., E, K) query numbers.
 
-    logits (..., B, N), boxes (..., B, N, 4). Padding holds 0. The assignment runs on the host, which waits once.
+    logits (..., E, N), boxes (..., E, N, 4). Padding holds 0. The assignment runs on the host, which waits once.
     """
-    l1, giou = pairwise_distances(boxes.float(), objects.boxes)  # (..., B, N, K) each
-    cost = L1 * l1 + GIOU * giou - SCORE * logits.float().sigmoid().unsqueeze(-1)  # (..., B, N, K)
+    l1, giou = pairwise_distances(boxes.float(), objects.boxes)  # (..., E, N, K) each
+    cost = L1 * l1 + GIOU * giou - SCORE * logits.float().sigmoid().unsqueeze(-1)  # (..., E, N, K)
     cost = cost.nan_to_num(FAR, FAR, -FAR).cpu()  # NaN if training diverged
-    found = torch.zeros(*cost.shape[:-2], cost.shape[-1], dtype=torch.long)  # (..., B, K)
-    rows = zip(cost.flatten(0, -3), found.flatten(0, -2), cycle(objects.counts))  # (N, K), (K,), of each layer and image
+    found = torch.zeros(*cost.shape[:-2], cost.shape[-1], dtype=torch.long)  # (..., E, K)
+    rows = zip(cost.flatten(0, -3), found.flatten(0, -2), cycle(objects.counts))  # (N, K), (K,), of each layer and prompt
     for of_row, found_row, count in rows:
         queries, numbers = linear_sum_assignment(of_row[:, :count])
         found_row[torch.from_numpy(numbers)] = torch.from_numpy(queries)
@@ -99,23 +99,23 @@ def pairwise_distances(ours: Tensor, theirs: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def nearest(boxes: Tensor, objects: Objects) -> Tensor:
-    """The query with the nearest box to each object, by L1 + 1 - GIoU (equation 4): (B, K) int64; padding holds any.
+    """The query with the nearest box to each object, by L1 + 1 - GIoU (equation 4): (E, K) int64; padding holds any.
 
-    boxes (B, N, 4) of this step. Two objects can have the same query.
+    boxes (E, N, 4) of this step. Two objects can have the same query.
     """
-    l1, giou = pairwise_distances(boxes.float(), objects.boxes)  # (B, N, K) each
-    return (l1 + giou).argmin(-2)  # (B, K)
+    l1, giou = pairwise_distances(boxes.float(), objects.boxes)  # (E, N, K) each
+    return (l1 + giou).argmin(-2)  # (E, K)
 
 
 def detection_loss(found: Detections, objects: Objects, matcher: Matcher = match) -> tuple[Tensor, dict[str, Tensor]]:
     """The detection loss (equation 3), summed over the decoder layers, each with its own matching by matcher.
 
     Returns the loss, and the last layer's parts by name: score, l1, giou; where there are masks, mask and dice too, of the
-    last layer alone. Images whose objects are not known are left out, and objects whose mask is not known. As in DETR it is
+    last layer alone. Prompts whose objects are not known are left out, and objects whose mask is not known. As in DETR it is
     divided by the number of objects on all devices that train together (`device_weight`); batches whose gradients are
     accumulated have means of their own. The paper does not say whether inner layers have a loss.
     """
-    matched = matcher(found.logits, found.boxes, objects)  # (L, B, K)
+    matched = matcher(found.logits, found.boxes, objects)  # (L, E, K)
     of_layers = _losses(found.logits, found.boxes, matched, objects)
     weight = device_weight(sum(objects.counts), found.logits.device)
     of_layers = {name: weight * each for name, each in of_layers.items()}
@@ -131,20 +131,20 @@ def detection_loss(found: Detections, objects: Objects, matcher: Matcher = match
 
 
 def _losses(logits: Tensor, boxes: Tensor, matched: Tensor, objects: Objects) -> dict[str, Tensor]:
-    """(L, B, N), (L, B, N, 4), (L, B, K) -> score, l1 and giou, (L,) each."""
+    """(L, E, N), (L, E, N, 4), (L, E, K) -> score, l1 and giou, (L,) each."""
     device = logits.device
     listed = [(row, place) for row, count in enumerate(objects.counts) for place in range(count)]
     if not listed:
         nothing = 0 * (logits.sum((1, 2)) + boxes.sum((1, 2, 3)))  # a zero gradient, since DDP waits for one
         return {"score": nothing, "l1": nothing, "giou": nothing}
-    rows, places = to_device(torch.tensor(listed).T, device)  # (M,) each: the image of an object, and its place there
+    rows, places = to_device(torch.tensor(listed).T, device)  # (M,) each: the prompt of an object, and its place there
     known = to_device([row for row, count in enumerate(objects.counts) if count], device)
     layers = torch.arange(len(logits), device=device).unsqueeze(1)  # (L, 1)
     queries = matched[:, rows, places]  # (L, M)
-    foreground = torch.zeros_like(logits, dtype=torch.float32)  # (L, B, N)
+    foreground = torch.zeros_like(logits, dtype=torch.float32)  # (L, E, N)
     foreground[layers, rows, queries] = 1.0
     l1, giou = box_distances(boxes[layers, rows, queries].float(), objects.boxes[rows, places])  # (L, M) each
     score = F.binary_cross_entropy_with_logits(
         logits[:, known].float(), foreground[:, known], reduction="none"
-    )  # (L, B', N)
+    )  # (L, E', N)
     return {"score": score.sum((1, 2)) / len(listed), "l1": l1.mean(1), "giou": giou.mean(1)}

@@ -34,7 +34,7 @@ from fromage.errors import UserError
 from fromage.models.base import VisualPrefix, digest
 from fromage.models.frozen import digest_of_samples, hold
 from fromage.models.language_model import LanguageModel, load_lm
-from fromage.models.packed_attention import Visible
+from fromage.models.packed_attention import MaskedAttention
 from fromage.models.packed_layout import PackedLayout, to_device
 from fromage.models.pretrained import Pretrained
 from fromage.models.prompts import ImageInput, Part
@@ -64,7 +64,7 @@ class Prefill:
     states: Tensor
     ends: Tensor
     known: Known
-    seen: Visible
+    seen: MaskedAttention
     found: Detections | None
 
     @property
@@ -90,7 +90,7 @@ class Octopus(Pretrained):
     _above: nn.Module
 
     def __init__(self, lm: LanguageModel, vision: VisionTower, config: OctopusConfig) -> None:
-        """Of two towers, whatever the configuration calls them. With lora_rank the language model gets its adapters here.
+        """Build from two loaded towers; those that config names are not loaded. With lora_rank come adapters.
 
         Raises UserError for impossible numbers or templates, for masks without queries, and for a language model with a
         projection between embeddings and layers (OPT-350m).
@@ -173,29 +173,35 @@ class Octopus(Pretrained):
         """Ids of any shape -> bool: whether a token is an object query."""
         return ids == self.tokenizer.added[QUERY]
 
-    def read(self, layout: PackedLayout, embeds: Tensor, patches: Tensor, queries: Tensor, images: Tensor) -> Prefill:
+    def read(
+        self, layout: PackedLayout, embeds: Tensor, patches: Tensor, query_index: Tensor, row_of_prompt: Tensor
+    ) -> Prefill:
         """Run prompts through both halves of the language model, with the decoder and the relay between them.
 
         layout: of the M tokens of B rows, with their branches. embeds (M, d); patches (B, P, m), which the decoder attends
-        to. queries: (E, N) of `query_places`; images: (E,), the rows of these prompts. Either all have queries, or none.
+        to. query_index: (E, N) of `query_places`. row_of_prompt: (E,), the rows of these prompts. Either all have
+        queries, or none.
         """
         known = Known.of(layout)
-        seen = Visible(layout, among(known.back(known), queries, layout))
-        with self._relaying(queries, images, patches) as found:
+        seen = MaskedAttention(layout, among(known.distances_to(known), query_index, layout))
+        with self._relaying(query_index, row_of_prompt, patches) as found:
             states = self.lm.packed(embeds.unsqueeze(0), layout.positions, seen)  # (M, d)
         ends = [start + count - 1 for start, count in zip(layout.starts, layout.lengths, strict=True)]
         return Prefill(states, to_device(ends, states.device), known, seen, found[0] if found else None)
 
-    def extend(self, prefill: Prefill, ids: Tensor, layout: PackedLayout | None = None) -> Tensor:
-        """(F,) tokens that continue the rows of a prefill -> (F, d) hidden states.
+    def next_token(self, prefill: Prefill, ids: Tensor) -> Tensor:
+        """One more token of each row, ids (B,) -> hidden states (B, d). The prefill grows by them."""
+        return self._after(prefill, ids, prefill.known.next(), keep=True)
 
-        layout: of the tokens, after which none follow; None for one in each row, by which the prefill grows.
-        """
-        further = layout is None
-        layout = prefill.known.next() if layout is None else layout
+    def read_answers(self, prefill: Prefill, ids: Tensor, layout: PackedLayout) -> Tensor:
+        """All tokens of answers at once, ids (F,) of a layout -> hidden states (F, d). None can follow them."""
+        return self._after(prefill, ids, layout, keep=False)
+
+    def _after(self, prefill: Prefill, ids: Tensor, layout: PackedLayout, keep: bool) -> Tensor:
+        """Tokens (F,) after those of a prefill -> (F, d). keep: their keys and values, for tokens after them."""
         new = Known.of(layout)
         prefill.known = prefill.known.followed_by(new)
-        prefill.seen = Visible(layout, prefill.known.back(new), prefill.seen, keep=further)
+        prefill.seen = MaskedAttention(layout, prefill.known.distances_to(new), prefill.seen, keep=keep)
         return self.lm.packed(self.lm.embed(ids.unsqueeze(0)), layout.positions, prefill.seen)  # (F, d)
 
     def logits(self, hidden: Tensor, prefill: Prefill) -> Tensor:
@@ -214,25 +220,25 @@ class Octopus(Pretrained):
         return self.recognizer.masks.size if self.masks else None  # type: ignore[union-attr, return-value]
 
     @contextmanager
-    def _relaying(self, places: Tensor, images: Tensor, patches: Tensor) -> Iterator[list[Detections]]:
+    def _relaying(self, query_index: Tensor, row_of_prompt: Tensor, patches: Tensor) -> Iterator[list[Detections]]:
         """The relay: within this context the language model runs in two halves, with the decoder between them.
 
         The list receives the detections of the forward pass. The decoder's output, plus the embedding of <di>, replaces the
-        hidden states of the queries. places, images, patches: as of `read`.
+        hidden states of the queries. Arguments: as of `read`.
         """
         found: list[Detections] = []
 
         def between(block: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             flat = args[0][0]  # (1, M, d) -> (M, d)
-            queries = flat.index_select(0, places.flatten()).unflatten(0, places.shape)  # (E, N, d)
-            recognised = self.recognizer(queries, patches, images)
-            found.append(recognised)
-            relayed = recognised.relay if self.relay else queries
+            query_states = flat.index_select(0, query_index.flatten()).unflatten(0, query_index.shape)  # (E, N, d)
+            detections = self.recognizer(query_states, patches, row_of_prompt)
+            found.append(detections)
+            relayed = detections.relay if self.relay else query_states
             rows = (relayed + self.index_tokens.input).to(flat.dtype)  # (E, N, d) + (N, d)
-            hidden = flat.index_copy(0, places.flatten(), rows.flatten(0, 1))  # (M, d)
+            hidden = flat.index_copy(0, query_index.flatten(), rows.flatten(0, 1))  # (M, d)
             return hidden.unsqueeze(0), *args[1:]  # (1, M, d)
 
-        if not len(places):
+        if not len(query_index):
             yield found
             return
         handle = self._above.register_forward_pre_hook(between)

@@ -125,7 +125,7 @@ def plan(run: Run) -> Plan:
 
 
 def build(run: Run, tower: VisionTower) -> Octopus:
-    """The model of a run, from an image tower on the meta device, without adapters."""
+    """The model of a run, from an vision tower on the meta device, without adapters."""
     hf = AutoModelForCausalLM.from_config(lm_config(run.lm), dtype=DTYPES[run.dtype])
     words: Any = Words(len(hf.get_input_embeddings().weight), run.num_queries)
     tower.to_empty(device="cpu").normalise = None  # it looks at values
@@ -176,7 +176,7 @@ def lay_out(run: Run, model: Octopus) -> GroundingBatch:
 
 
 def in_order(logits: Tensor, boxes: Tensor, objects: Objects) -> Tensor:
-    """A matching (L, B, K) without a look at values: object i has query i."""
+    """A matching (L, E, K) without a look at values: object i has query i."""
     return torch.arange(objects.boxes.shape[1], device=logits.device).expand(*logits.shape[:-1], -1)
 
 
@@ -221,7 +221,7 @@ def count(run: Run, model: Octopus, batch: GroundingBatch, weights: Sequence[Wei
     given = [t for t in tree_leaves((batch, vars(batch.objects))) if isinstance(t, Tensor)]
     meter = Meter([*model.parameters(), *model.buffers(), *given, *grads])
     if batch.pixels is not None:
-        batch = batch._replace(pixels=None, patches=meter.run("the image tower", lambda: image_patches(model, batch)))
+        batch = batch._replace(pixels=None, patches=meter.run("the vision tower", lambda: image_patches(model, batch)))
     loss = meter.run("the forward", lambda: octopus_step(model, batch, in_order).loss)
     meter.run("the backward", loss.backward)
     many, trained_bytes = sum(w.numbers for w in trained), sum(w.size for w in trained)

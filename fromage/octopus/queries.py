@@ -18,7 +18,7 @@ from fromage.models.language_model import LanguageModel
 from fromage.models.prompts import Part, Token
 
 QUERY = "<|query|>"  # a place of its own in the tokenizer, which the embeddings of the object queries take
-APART = 0.1  # of the length of an embedding, between the beginnings of queries
+NOISE = 0.1  # its norm in an initial query, in mean norms of an embedding
 
 
 def index_token_names(num_queries: int) -> list[str]:
@@ -32,11 +32,8 @@ def query_tokens(tokenizer: PromptTokenizer, num_queries: int) -> list[Part]:
 
 
 def initial_queries(lm: LanguageModel, n: int) -> Tensor:
-    """(n, d): where queries begin, at the embedding of '.', and a tenth of a random embedding each.
-
-    At '.' a language model has gathered what was said.
-    """
+    """Initial queries (n, d): the embedding of '.', where a language model has gathered what was said, plus noise."""
     device = lm.hf.get_input_embeddings().frozen.weight.device
     full_stop = lm.embed(torch.tensor(lm.tokenizer.encode("."), device=device))[-1].detach().float().cpu()  # (d,)
     scale: Any = lm.added.mean_norm.cpu() / lm.width**0.5
-    return full_stop + APART * torch.randn(n, lm.width) * scale
+    return full_stop + NOISE * torch.randn(n, lm.width) * scale

@@ -72,7 +72,7 @@ class Recognizer(nn.Module):
         c = decoder_width
         self.enter = nn.Sequential(nn.LayerNorm(d), nn.Linear(d, c))  # a language model has a few large dimensions
         self.look = nn.Linear(m, c)
-        self.points = nn.Parameter(_spread(num_queries))  # (N, 2), before the sigmoid
+        self.points = nn.Parameter(initial_reference_points(num_queries))  # (N, 2), before the sigmoid
         self.layers = nn.ModuleList(
             nn.TransformerDecoderLayer(c, heads, 4 * c, 0.0, "gelu", batch_first=True, norm_first=True)
             for _ in range(layers)
@@ -81,24 +81,23 @@ class Recognizer(nn.Module):
         self.score = nn.Linear(c, 1)
         self.box = MLP(c, [c, c, 4])
         self.leave = nn.Linear(c, d)
-        self.grid = grid
-        self.register_buffer("places", waves(_centres(grid), c), persistent=False)  # (P, c)
+        self.register_buffer("patch_encoding", sinusoidal_encoding(_centres(grid), c), persistent=False)  # (P, c)
         self.masks = MaskHead(c, m, grid, mask_scale) if mask_scale else None  # last: the others begin as without it
 
-    def forward(self, hidden: Tensor, patches: Tensor, rows: Tensor) -> Detections:
+    def forward(self, hidden: Tensor, patches: Tensor, row_of_prompt: Tensor) -> Detections:
         """hidden (E, N, d) of the queries after the bottom layers, patches (B, P, m) -> what they found.
 
-        rows: (E,), whose patches each prompt's queries look at.
+        row_of_prompt: (E,), whose patches each prompt's queries look at.
         """
         c = self.look.out_features
-        x = self.enter(hidden.float()) + waves(self.points.sigmoid(), c)  # (E, N, c)
-        memory = (self.look(patches.float()) + self.places)[rows]  # (B, P, c) -> (E, P, c)
+        x = self.enter(hidden.float()) + sinusoidal_encoding(self.points.sigmoid(), c)  # (E, N, c)
+        memory = (self.look(patches.float()) + self.patch_encoding)[row_of_prompt]  # (B, P, c) -> (E, P, c)
         states = []
         for layer in self.layers:
             x = layer(x, memory)  # (E, N, c)
             states.append(x)
         read = self.norm(torch.stack(states))  # (L, E, N, c)
-        masks = self.masks(read[-1], patches, rows) if self.masks else None  # (E, N, H, W)
+        masks = self.masks(read[-1], patches, row_of_prompt) if self.masks else None  # (E, N, H, W)
         return Detections(self.score(read).squeeze(-1), self._boxes(read), self.leave(read[-1]), masks)
 
     def _boxes(self, read: Tensor) -> Tensor:
@@ -107,7 +106,7 @@ class Recognizer(nn.Module):
         return torch.cat([moved[..., :2] + self.points, moved[..., 2:]], -1).sigmoid()
 
 
-def _spread(n: int) -> Tensor:
+def initial_reference_points(n: int) -> Tensor:
     """(N, 2): points spread evenly over the image (Fibonacci's lattice), before the sigmoid."""
     i = torch.arange(n) + 0.5
     points = torch.stack([i * (math.sqrt(5) - 1) / 2 % 1, i / n], -1)
@@ -120,7 +119,7 @@ def _centres(grid: tuple[int, int]) -> Tensor:
     return torch.stack([x.flatten(), y.flatten()], -1)
 
 
-def waves(points: Tensor, c: int) -> Tensor:
+def sinusoidal_encoding(points: Tensor, c: int) -> Tensor:
     """(..., 2) numbers from 0 to 1 -> (..., c): sines and cosines of half a wave to six octaves more, c / 2 for each."""
     octaves = torch.logspace(0, 6, c // 4, base=2, device=points.device)  # (c / 4,)
     phase = math.pi * points.unsqueeze(-1) * octaves  # (..., 2, c / 4)

@@ -29,8 +29,8 @@ class GroundingBatch(NamedTuple):
     owners: Tensor  # (Y,) int64: the example of each
     at: Tensor  # (Y,) int64: which of M + F hidden states predicts each
     fed: Rows  # F tokens after the prompts; their ids say which of the Y tokens of answers they are
-    queries: Tensor  # (E, N) int64: which of the M tokens are the object queries of each prompt; E = 0: there are none
-    images: Tensor  # (E,) int64: the row of each prompt that has queries
+    query_index: Tensor  # (E, N) int64: which of the M tokens are the object queries of each prompt; E = 0: there are none
+    row_of_prompt: Tensor  # (E,) int64: the row of each prompt that has queries
     objects: Objects
     pixels: Tensor | None  # (B, 3, H, W) uint8
     patches: Tensor | None  # (B, P, m) stored patch features
@@ -80,7 +80,7 @@ def image_patches(model: Octopus, batch: GroundingBatch) -> Tensor:
 def read_prompts(model: Octopus, batch: GroundingBatch, patches: Tensor) -> Prefill:
     """Run the prompts of a batch about images with patch features (B, P, m)."""
     embeds = model.embed(batch.prompts.ids.unsqueeze(0), model.visual_prefix(patches))[0]  # (M, d)
-    return model.read(batch.prompts.layout(), embeds, patches, batch.queries, batch.images)
+    return model.read(batch.prompts.layout(), embeds, patches, batch.query_index, batch.row_of_prompt)
 
 
 def octopus_step(model: Octopus, batch: GroundingBatch, matcher: Matcher = match) -> GroundingOutput:
@@ -100,7 +100,7 @@ def octopus_step(model: Octopus, batch: GroundingBatch, matcher: Matcher = match
         answers = point_at_queries(answers, batch.owners, best, model.tokenizer.row_ids[0])
     hidden = prefill.states  # (M, d)
     if len(batch.fed.ids):
-        after = model.extend(prefill, answers[batch.fed.ids], batch.fed.layout())  # (F, d)
+        after = model.read_answers(prefill, answers[batch.fed.ids], batch.fed.layout())  # (F, d)
         hidden = torch.cat([hidden, after])  # (M + F, d)
     logits = model.logits(hidden.index_select(0, batch.at), prefill)  # (Y, V + 2 + N)
     token_accuracy = (logits.argmax(-1) == answers).float().mean()
@@ -108,12 +108,12 @@ def octopus_step(model: Octopus, batch: GroundingBatch, matcher: Matcher = match
     return GroundingOutput(answer_loss, recognition, parts, token_accuracy)
 
 
-def point_at_queries(answers: Tensor, owners: Tensor, queries: Tensor, first: int) -> Tensor:
+def point_at_queries(answers: Tensor, owners: Tensor, query_of_object: Tensor, first: int) -> Tensor:
     """(Y,) tokens of answers in which <di> is object i -> the same in which <dj> is its query j.
 
-    owners: (Y,), the example of each token. queries: (E, K), the query of each object. first: the id of <d0>.
+    owners: (Y,), the example of each token. query_of_object: (E, K). first: the id of <d0>.
     """
-    if not queries.shape[1]:
+    if not query_of_object.shape[1]:
         return answers
-    objects = (answers - first).clamp(0, queries.shape[1] - 1)  # (Y,); of no meaning where a token is text
-    return torch.where(answers >= first, first + queries[owners, objects], answers)  # (Y,)
+    objects = (answers - first).clamp(0, query_of_object.shape[1] - 1)  # (Y,); of no meaning where a token is text
+    return torch.where(answers >= first, first + query_of_object[owners, objects], answers)  # (Y,)

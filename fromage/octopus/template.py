@@ -35,7 +35,7 @@ def fill_template(
 
 
 def fill_further_turn(template: Sequence[str], instruction: str, queries: Sequence[Part]) -> list[Part]:
-    """A question after an answer: as fill_template, without the image, the white space after it, and START before it.
+    """The prompt of a later turn: as fill_template, without the image, the white space after it, and START before it.
 
     Of "{start}USER: {image}\\n{instruction} ASSISTANT:" that is "USER: {instruction} ASSISTANT:", as LLaVA has it.
     """

@@ -124,7 +124,7 @@ def embed_chunk(model: Fromage | ImageSide, chunk: ImageBatch) -> Done:
         if tensor is None:
             done.broken.extend(sample.problem for sample in samples)
         elif tensor.ndim == 2 and tensor.shape[1] != model.vision.width:
-            told = f"features {tensor.shape[1]} wide, not {model.vision.width} as the image tower's"
+            told = f"features {tensor.shape[1]} wide, not {model.vision.width} as the vision tower's"
             done.broken.extend(f"{sample.item.path}: {told}" for sample in samples)
         else:
             rows = _embed(model, tensor)  # (n, q)

@@ -1,7 +1,7 @@
 """Embedding images as a Ray Data job: for more of them than one machine reads in the time there is.
 
     parts -> read: one task per part, on any core   -> chunks of decoded images
-          -> embed: actors that hold the image tower -> chunks of rows, a kilobyte per image
+          -> embed: actors that hold the vision tower -> chunks of rows, a kilobyte per image
           -> this process, which stores each part when it is whole
 
 Ray runs a task again whose worker or node is lost, and starts an actor again that died. What is stored are the parts of
@@ -59,7 +59,7 @@ class RayJob:
 
     Attributes:
         address: 'auto' or ray://host:port of a cluster; 'local' starts Ray on this machine, for this job.
-        actors: copies of the image tower.
+        actors: copies of the vision tower.
         gpus: of each actor, also a fraction of one; 0 embeds on a core.
         readers: tasks that read and decode at a time; 0 is one per core that is free.
     """
@@ -149,7 +149,7 @@ def _reach(address: str) -> None:
 
 
 class Embedder:
-    """Holds the image tower, and embeds chunk after chunk."""
+    """Holds the vision tower, and embeds chunk after chunk."""
 
     def __init__(self, tower: list[ray.ObjectRef], device: str) -> None:
         """tower: within a list, so that Ray does not fetch it for an actor's description."""

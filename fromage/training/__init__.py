@@ -8,8 +8,8 @@ Where to look:
     reference_composition, fast_composition     the losses of composition learning, both ways
     losses              next-token cross-entropy and InfoNCE
     module              the Lightning module: optimiser, pairing, validation; guarded_module is shared with Octopus'
-    hyperparameters     options that no model can have
-    schedule            the learning rate; a run that goes on has its own
+    hyperparameters     checks of the module's options
+    schedule            the learning rate; a resumed run has its own
     validation          recalls and contact sheets of a validation; gather puts together what several devices have
     nonfinite           losses and gradients that are not finite
     fit, lightning_cli  `lightning fit` and its kin; configs finds configurations, config_options reads

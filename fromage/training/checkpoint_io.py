@@ -96,8 +96,8 @@ class SafeCheckpointIO(TorchCheckpointIO):
 class SafeCheckpoint(ModelCheckpoint):
     """A ModelCheckpoint that saves by SafeCheckpointIO, at the end of training too, and when SIGTERM or Ctrl-C ends it.
 
-    On SIGTERM the step under way is finished and saved, and the exit code is 143; on the first Ctrl-C too, and it is 130; a
-    second Ctrl-C ends at once. In the middle of a step of several batches (accumulate_grad_batches), or of a validation,
+    SIGTERM and the first Ctrl-C let the current step finish and be saved (exit codes 143 and 130); a second Ctrl-C ends at
+    once. In the middle of a step of several batches (accumulate_grad_batches), or of a validation,
     nothing is saved: resuming goes on from the checkpoint before. Where a validation ends in the middle of a step, its
     checkpoint is of that step's end, one update later than its figures; validate every so many whole steps to avoid that.
 

@@ -7,12 +7,12 @@ The image stands in front. What runs without gradient follows from that:
 2.  With gradient: every state of the language model. State h^0 of an image is W_c v(x) + b, and under causal attention
     each later token reads it in every layer, so d h(c) / d W_c is 0 for no condition, target word or [RET]. There is no
     one-token backward here: the backward of the loss at the target caption and at [RET] passes through the whole trunk,
-    [W_c v(x)] [</s> c_1 ... c_m], to W_c. The weights of the language model get no gradient all the same.
+    [W_c v(x)] [</s> c_1 ... c_a], to W_c. The weights of the language model get no gradient all the same.
 3.  Both passes of the reference begin with that trunk, and causal attention makes its states the same in both. It runs
     once, and after it come two branches: the r [RET] tokens, and the target caption. Both begin at the position after
     the trunk; neither sees the other (PackedLayout). The gradients of both losses meet in the trunk, and their sum passes
-    through it once. Of k + m + 1 + n and k + m + 1 + r tokens, k + m + n + r remain.
-4.  The last word of a caption predicts nothing, so it is not run: n - 1 words predict, with the trunk's last token, n.
+    through it once. Of k + a + 1 + b and k + a + 1 + r tokens, k + a + b + r remain.
+4.  The last word of a caption predicts nothing, so it is not run: b - 1 words predict, with the trunk's last token, b.
 5.  Sequences are packed end to end, cross-entropy runs at the target captions alone and in chunks, and the layout comes from
     lengths known on the host, as in fromage.training.fast_step.
 
@@ -29,12 +29,12 @@ from torch import Tensor
 
 from fromage.data.tuples import TupleBatch
 from fromage.models.fromage import Fromage
-from fromage.models.packed_attention import Causal
+from fromage.models.packed_attention import CausalAttention
 from fromage.models.packed_layout import PackedLayout, offsets, to_device
 from fromage.models.vision.base import TextTower
 from fromage.training.fast_step import mean_over_parts
 from fromage.training.losses import device_weight, frozen_head_loss
-from fromage.training.reference_composition import CompositionOutput, composed_nce, wanted
+from fromage.training.reference_composition import CompositionOutput, composition_info_nce, target_embeddings
 from fromage.training.step import LossWeights, image_features, recomputed
 
 TRUNK, OF_RET, OF_CAPTION = 0, 1, 2  # numbers of the branches
@@ -49,7 +49,7 @@ def fast_composition(
     (GradCache, as in fast_step).
     """
     nothing = torch.zeros((), device=model.device)
-    rows = wanted(model, tuples, text_tower) if weights.composition_retrieval else None  # (B, q)
+    rows = target_embeddings(model, tuples, text_tower) if weights.composition_retrieval else None  # (B, q)
     features = image_features(model, tuples)  # (B, m)
     B = len(tuples.keys)
     size = chunk or B
@@ -62,7 +62,7 @@ def fast_composition(
     if rows is None:
         return CompositionOutput(captioning_loss, nothing, caption_accuracy, nothing, weights)
     queries = torch.cat([one.queries for one in done])  # (B, q)
-    contrastive_loss, retrieval_accuracy = composed_nce(model, queries, rows, weights)
+    contrastive_loss, retrieval_accuracy = composition_info_nce(model, queries, rows, weights)
     return CompositionOutput(captioning_loss, contrastive_loss, caption_accuracy, retrieval_accuracy, weights)
 
 
@@ -81,9 +81,9 @@ def composed(model: Fromage, tuples: TupleBatch, features: Tensor, weights: Loss
     ret = model.r if weights.composition_retrieval and not model.pools_last_word else 0
     words = [n - 1 if weights.composition_captioning else 0 for n in tuples.caption_lengths]
     each = [t + ret + n for t, n in zip(trunk, words, strict=True)]
-    layout = _layout(model, trunk, ret, words, device)
+    layout = _layout(model, trunk, ret, words, each, device)
     embeds = model.embed(_ids(model, tuples, trunk, ret, words).unsqueeze(0), model.visual_prefix(features))  # (1, N, d)
-    hidden = model.lm.packed(embeds, layout.positions, Causal(layout))  # (N, d)
+    hidden = model.lm.packed(embeds, layout.positions, CausalAttention(layout))  # (N, d)
 
     begins = offsets(each)
     loss, accuracy, queries = features.new_zeros((), dtype=torch.float32), features.new_zeros(()), features.new_zeros(0)
@@ -94,13 +94,14 @@ def composed(model: Fromage, tuples: TupleBatch, features: Tensor, weights: Loss
         loss, accuracy = frozen_head_loss(hidden.index_select(0, to_device(at, device)), targets, model.lm)
     if weights.composition_retrieval:
         ends = to_device([start + t for start, t in zip(begins, trunk, strict=True)], device)  # (B,)
-        queries = model.embed_ret(model.at_ret(hidden, ends))  # (N, d) -> (B, r, d) -> (B, q)
+        queries = model.embed_ret(model.text_states(hidden, ends))  # (N, d) -> (B, r, d) -> (B, q)
     return PartComposed(loss, accuracy.float(), queries)
 
 
-def _layout(model: Fromage, trunk: list[int], ret: int, words: list[int], device: torch.device) -> PackedLayout:
+def _layout(
+    model: Fromage, trunk: list[int], ret: int, words: list[int], each: list[int], device: torch.device
+) -> PackedLayout:
     """The sequences trunk, [RET], caption, packed; positions and branches only where they say more than the order does."""
-    each = [t + ret + n for t, n in zip(trunk, words, strict=True)]
     branching = ret > 0 and any(words)
     if not branching and not (ret and model.config.stacked):
         return PackedLayout(each, device)

@@ -10,7 +10,7 @@ Why each shortcut is exact:
 
     where h^0(i) is row i of e_RET; so d h(c) / d e = 0, and all gradients pass through states of the r tokens alone. The
     captions run once without gradient, and their keys and values are cached; then the B r [RET] tokens run with gradient,
-    packed, attending to the cache and to one another (More).
+    packed, attending to the cache and to one another (AppendedTokens).
 2.  Its next-token loss trains only the first [RET] row of the head, the only one there is. With h the frozen hidden states,
     loss = logaddexp(lse, h . e_RET) - z, where lse, the log-sum-exp over the frozen vocabulary, and z, the target's
     logit, carry no gradient. The last caption token predicts the first [RET]; what stands after that has no target.
@@ -32,11 +32,11 @@ from torch import Tensor
 
 from fromage.data.batches import Batch
 from fromage.models.fromage import Fromage
-from fromage.models.packed_attention import Causal, More
+from fromage.models.packed_attention import AppendedTokens, CausalAttention
 from fromage.models.packed_layout import PackedLayout, offsets, to_device
 from fromage.training.losses import device_weight, frozen_head_loss, frozen_log_sum_exp, info_nce
 from fromage.training.step import (
-    ALL,
+    PAPER_WEIGHTS,
     LossWeights,
     StepOutput,
     check_captions,
@@ -50,7 +50,12 @@ from fromage.training.step import (
 
 
 def fast_step(
-    model: Fromage, batch: Batch, paired: bool, weights: LossWeights = ALL, chunk: int = 0, dropout: Tensor | None = None
+    model: Fromage,
+    batch: Batch,
+    paired: bool,
+    weights: LossWeights = PAPER_WEIGHTS,
+    chunk: int = 0,
+    dropout: Tensor | None = None,
 ) -> StepOutput:
     """The output of reference_step, up to rounding.
 
@@ -93,7 +98,10 @@ def _of_first(parts: list[Batch], n: int) -> list[int]:
 
 
 def chunks(model: Fromage, batch: Batch, size: int) -> list[Batch]:
-    """Parts of `size` examples; one without any token but [RET], which no language model can run on, joins that before."""
+    """Parts of `size` examples. One without any token but [RET] cannot run alone.
+
+    It joins the part before it; the first one joins the next.
+    """
     B = len(batch.lengths)
     begins = [i for i in range(0, B, size) if count_text_targets(model, batch.part(i, i + size))]
     return [batch.part(i, j) for i, j in pairwise([0, *begins[1:], B])]
@@ -113,8 +121,8 @@ def part_losses(model: Fromage, batch: Batch, features: Tensor, paired: bool, we
     captioning_loss, caption_accuracy = no_captioning(model.device)
     if weights.captioning and n and count_targets(model, some := batch.part(0, n)):
         captioning_loss, caption_accuracy = captioning(model, some, features[:n], paired)
-    text_loss, at_ret = retrieval_text(model, batch.queries)
-    return PartLosses(captioning_loss, caption_accuracy, text_loss, model.embed_ret(at_ret))
+    text_loss, text_states = retrieval_text(model, batch.queries)
+    return PartLosses(captioning_loss, caption_accuracy, text_loss, model.embed_ret(text_states))
 
 
 def captioning(model: Fromage, batch: Batch, features: Tensor, paired: bool) -> tuple[Tensor, Tensor]:
@@ -134,7 +142,7 @@ def captioning(model: Fromage, batch: Batch, features: Tensor, paired: bool) -> 
     each = [s + k + n for s, n in zip(starts, targets, strict=True)]
     rows = PackedLayout([sum(each[i : i + 2]) for i in range(0, len(each), 2)] if paired else each, ids.device)
     embeds = model.embed(ids.unsqueeze(0), model.visual_prefix(features))  # (1, N, d)
-    hidden = model.lm.packed(embeds, rows.positions, Causal(rows))  # (N, d)
+    hidden = model.lm.packed(embeds, rows.positions, CausalAttention(rows))  # (N, d)
     ends = accumulate(each)
     at = [end - n - 1 + t for end, n in zip(ends, targets, strict=True) for t in range(n)]
     before = to_device(at, ids.device)  # (sum of targets,), the position before each
@@ -149,7 +157,7 @@ def retrieval_text(model: Fromage, batch: Batch) -> tuple[Tensor, Tensor]:
     device, r, lengths = batch.ids.device, model.r, [n - model.r for n in batch.lengths]
     rows = PackedLayout(lengths, device)
     ids = rows.pack(batch.ids)  # (N,), without [RET]
-    before = Causal(rows, keep=True)
+    before = CausalAttention(rows, keep=True)
     with torch.no_grad():
         hidden = model.lm.packed(model.lm.embed(ids.unsqueeze(0)), rows.positions, before)  # (N, d)
         targets = rows.pack(batch.ids[:, 1:])  # (N,): y_1 ... y_n [RET]
@@ -159,8 +167,8 @@ def retrieval_text(model: Fromage, batch: Batch) -> tuple[Tensor, Tensor]:
     text_loss = (torch.logaddexp(lse, ret_logit) - torch.where(is_ret, ret_logit, z)).mean()
 
     if model.pools_last_word:
-        return text_loss, model.at_ret(hidden, to_device(list(accumulate(lengths)), device))  # (N, d) -> (B, 1, d)
+        return text_loss, model.text_states(hidden, to_device(list(accumulate(lengths)), device))  # (N, d) -> (B, 1, d)
     ret = model.lm.embed(to_device(model.tokenizer.ret_ids * len(lengths), device).unsqueeze(0))  # (1, B r, d)
     positions = to_device([n + further for n in lengths for further in model.ret_offsets], device)  # (B r,)
-    at_ret = model.lm.packed(ret, positions, More(before, lengths, model.ret_offsets, device))  # (B r, d)
-    return text_loss, at_ret.unflatten(0, (-1, r))  # (B, r, d)
+    text_states = model.lm.packed(ret, positions, AppendedTokens(before, lengths, model.ret_offsets, device))  # (B r, d)
+    return text_loss, text_states.unflatten(0, (-1, r))  # (B, r, d)

@@ -27,7 +27,7 @@ class GuardedModule(pl.LightningModule):
     _began: tuple[float, int]  # seconds of a clock, and steps made, when this run began or went on
 
     def setup(self, stage: str) -> None:
-        """Raise UserError for another precision than Lightning's own: the frozen towers' is the model's dtype."""
+        """Raise UserError where trainer.precision is set: frozen towers run in model.dtype, what is trained in float32."""
         if stage == "fit" and self.trainer.precision != "32-true":
             told = f"trainer.precision {self.trainer.precision}: the towers compute in model.dtype"
             raise UserError(f"{told}, trained parameters in float32; leave it out")
@@ -46,7 +46,7 @@ class GuardedModule(pl.LightningModule):
             self.log(name, on_host, prog_bar=name in shown, **how)
 
     def on_train_start(self) -> None:
-        """Start the clock of the time left. A run that goes on has the optimiser options that it was given.
+        """Start the clock of the time left. A resumed run has the optimiser options that it is given.
 
         PyTorch restores those of the checkpoint.
         """

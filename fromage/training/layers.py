@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fromage.models.cpu_linear import cpu_linears
 from fromage.models.language_model import LanguageModel
-from fromage.models.packed_attention import More, attending, current_attention
+from fromage.models.packed_attention import AppendedTokens, attending, current_attention
 
 
 def compile_blocks(lm: LanguageModel) -> None:
@@ -33,7 +33,8 @@ def checkpoint_blocks(lm: LanguageModel) -> None:
 
 def _recomputed(forward: Callable[..., Any], *args: Any, **named: Any) -> Any:
     attend = current_attention()
-    if not torch.is_grad_enabled() or isinstance(attend, More):  # few tokens, and More has removed its cache
+    last = isinstance(attend, AppendedTokens)  # few tokens, whose cache is gone by the backward
+    if last or not torch.is_grad_enabled():
         return forward(*args, **named)
 
     def run(*args: Any, **named: Any) -> Any:

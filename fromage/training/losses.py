@@ -52,26 +52,29 @@ class _FrozenHeadLoss(torch.autograd.Function):
         grad_hidden, grad_rows = torch.empty_like(hidden), torch.zeros_like(rows)
         loss, accuracy = hidden.new_zeros((), dtype=torch.float32), hidden.new_zeros((), dtype=torch.float32)
         chunk = positions_at_a_time(len(hidden), on_cpu(hidden))
-        for h, t, out in zip(*(x.split(chunk) for x in (hidden, targets, grad_hidden)), strict=True):
-            e, z = lm.frozen_logits(h), lm.capped((h @ rows.to(h.dtype).T).float())  # (c, V), (c, n)
-            slopes = None if lm.cap is None else [1 - (x / lm.cap) ** 2 for x in (e, z)]
-            t, is_added = t.unsqueeze(1), t.unsqueeze(1) >= first  # (c, 1) each
-            of_frozen, of_added = t.clamp(max=V - 1), (t - first).clamp(min=0)  # columns
-            target = torch.where(is_added, z.gather(1, of_added), e.gather(1, of_frozen))  # (c, 1)
-            top = torch.maximum(e.amax(1, keepdim=True), z.amax(1, keepdim=True))  # (c, 1)
-            e, z = e.sub_(top).exp_(), z.sub_(top).exp_()  # in place: passes over (c, V) are limited by memory bandwidth
-            s = e.sum(1, keepdim=True) + z.sum(1, keepdim=True)  # (c, 1), so that p = e / s
-            loss += (s.log() + top - target).sum()
-            accuracy += (target >= top).sum()
+        for h, ids, out in zip(*(x.split(chunk) for x in (hidden, targets, grad_hidden)), strict=True):
+            frozen, added = lm.frozen_logits(h), lm.capped((h @ rows.to(h.dtype).T).float())  # (c, V), (c, n - f)
+            # derivatives of the soft cap, before the logits are overwritten
+            slopes = None if lm.cap is None else [1 - (x / lm.cap) ** 2 for x in (frozen, added)]
+            ids, is_added = ids.unsqueeze(1), ids.unsqueeze(1) >= first  # (c, 1) each
+            in_frozen, in_added = ids.clamp(max=V - 1), (ids - first).clamp(min=0)  # (c, 1) each, columns
+            target_logit = torch.where(is_added, added.gather(1, in_added), frozen.gather(1, in_frozen))  # (c, 1)
+            top = torch.maximum(frozen.amax(1, keepdim=True), added.amax(1, keepdim=True))  # (c, 1)
+            # from here exp(logit - top); in place, since passes over (c, V) are limited by memory bandwidth
+            frozen, added = frozen.sub_(top).exp_(), added.sub_(top).exp_()
+            total = frozen.sum(1, keepdim=True) + added.sum(1, keepdim=True)  # (c, 1), so that p = frozen / total
+            loss += (total.log() + top - target_logit).sum()
+            accuracy += (target_logit >= top).sum()
             if hidden.requires_grad:
-                e.scatter_add_(1, of_frozen, -s * ~is_added)
-                z.scatter_add_(1, of_added, -s * is_added)  # now e and z are s (p - onehot)
+                # from here total * (p - onehot)
+                frozen.scatter_add_(1, in_frozen, -total * ~is_added)
+                added.scatter_add_(1, in_added, -total * is_added)
                 if slopes:
-                    e, z = e.mul_(slopes[0]), z.mul_(slopes[1])
-                scale = lm.factor / (s * len(hidden))  # (c, 1)
-                back = cpu_linear(e.to(h.dtype), weight.T).add_(z.to(h.dtype) @ rows.to(h.dtype))  # (c, d)
-                torch.mul(back, scale, out=out)  # (c, d), a view of grad_hidden
-                grad_rows += ((z * scale).to(h.dtype).T @ h).to(rows.dtype)  # (n, d)
+                    frozen, added = frozen.mul_(slopes[0]), added.mul_(slopes[1])
+                scale = lm.factor / (total * len(hidden))  # (c, 1)
+                grad = cpu_linear(frozen.to(h.dtype), weight.T).add_(added.to(h.dtype) @ rows.to(h.dtype))  # (c, d)
+                torch.mul(grad, scale, out=out)  # (c, d), a view of grad_hidden
+                grad_rows += ((added * scale).to(h.dtype).T @ h).to(rows.dtype)  # (n - f, d)
         ctx.save_for_backward(grad_hidden, grad_rows)
         accuracy /= len(hidden)
         ctx.mark_non_differentiable(accuracy)
@@ -106,18 +109,18 @@ def info_nce(images: Tensor, texts: Tensor, logit_scale: Tensor, features: Tenso
     """InfoNCE in both directions, averaged: equations 2 to 4 of the paper, with its learned temperature.
 
     images, texts: (B, q) unit rows; row i of both is a pair. logit_scale: scalar, log of 1 / temperature. The negatives are
-    those of all W devices. Returns the loss and the share of pairs that rank first, averaged over directions. (In the
+    those of all D devices. Returns the loss and the share of pairs that rank first, averaged over directions. (In the
     released run logit_scale was bfloat16, too coarse to move at this learning rate; here it is float32 and learns.)
 
     features: (B, m) of the images; where rows are equal it is one image, whose other captions are no negatives. None, as in
     the paper: all of the batch are.
     """
-    images, texts = gather_with_gradient(images), gather_with_gradient(texts)  # (W B, q) on W devices
-    logits = logit_scale.exp() * images @ texts.T  # (W B, W B)
-    target = torch.arange(len(logits), device=logits.device)  # (W B,)
+    images, texts = gather_with_gradient(images), gather_with_gradient(texts)  # (D B, q) on D devices
+    logits = logit_scale.exp() * images @ texts.T  # (D B, D B)
+    target = torch.arange(len(logits), device=logits.device)  # (D B,)
     if features is not None:
-        of = row_hashes(gather_with_gradient(features))  # (W B,): which image a row is of
-        same = (of.unsqueeze(0) == of.unsqueeze(1)) & (target.unsqueeze(0) != target.unsqueeze(1))  # (W B, W B)
+        of = row_hashes(gather_with_gradient(features))  # (D B,): which image a row is of
+        same = (of.unsqueeze(0) == of.unsqueeze(1)) & (target.unsqueeze(0) != target.unsqueeze(1))  # (D B, D B)
         logits = logits.masked_fill(same, -torch.inf)
     loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
     accuracy = ((logits.argmax(1) == target).float().mean() + (logits.argmax(0) == target).float().mean()) / 2
@@ -141,12 +144,12 @@ def devices() -> int:
 
 
 def gather_with_gradient(rows: Tensor) -> Tensor:
-    """(B, q) on each of W devices -> (W B, q) on all of them, in rank order, with gradients to every device's own rows.
+    """(B, q) on each of D devices -> (D B, q) on all of them, in rank order, with gradients to every device's own rows.
 
     The backward sums what all devices send, so that the mean over devices that DDP takes afterwards is the gradient of
     one process with the whole batch. PyTorch has no public function for it that serves here: all_gather of
     torch.distributed.nn.functional is deprecated in 2.14, and what replaces it is in a private module whose names differ
-    between 2.5 and 2.14.
+    between versions.
     """
     return rows if devices() == 1 else _Gather.apply(rows)
 
@@ -166,7 +169,7 @@ class _Gather(torch.autograd.Function):
 
 
 def device_weight(count: int, device: torch.device) -> Tensor | float:
-    """Weight of this device's mean over `count` targets, so that DDP's mean over W devices is the mean over all targets.
+    """Weight of this device's mean over `count` targets, so that DDP's mean over D devices is the mean over all targets.
 
     It is W count / (sum of counts over the devices), and 0 where no device has a target. All devices must call it together.
     """

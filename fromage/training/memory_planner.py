@@ -171,15 +171,15 @@ def _composition(meter: Meter, model: Fromage, batch: Batch, weights: LossWeight
 
 def _fast(meter: Meter, model: Fromage, batch: Batch, weights: LossWeights) -> None:
     """The parts of fast_step, unpaired; paired captions need no more memory."""
-    features = meter.run("the image tower", lambda: image_features(model, batch))
+    features = meter.run("the vision tower", lambda: image_features(model, batch))
     loss: Any = 0.0
     if weights.captioning:
         n = weights.captioned(model, batch)
         loss = meter.run("captioning", lambda: captioning(model, batch.part(0, n), features[:n], paired=False)[0])
-    text_loss, at_ret = meter.run("the text pass", lambda: retrieval_text(model, batch))
+    text_loss, text_states = meter.run("the text pass", lambda: retrieval_text(model, batch))
     contrastive = meter.run(
         "the contrastive loss",
-        lambda: info_nce(model.embed_images(features), model.embed_ret(at_ret), model.logit_scale)[0],
+        lambda: info_nce(model.embed_images(features), model.embed_ret(text_states), model.logit_scale)[0],
     )
     loss = loss + weights.retrieval * (text_loss + contrastive) + _composition(meter, model, batch, weights)
     meter.run("the backward", loss.backward)

@@ -84,10 +84,12 @@ class FromageModule(GuardedModule):
             warmup_from_zero: warm up one step later, with a first step of learning rate 0, as the released code does.
             decay_steps: steps of a cosine decay to zero after warm-up; 0 keeps the learning rate constant.
             pairing: probability that the captioning sequences of a batch contain two examples each.
-            captioning_weight: weight of the captioning loss; with 0 its pass is not run, and the prefix is not trained.
+            captioning_weight: weight of the captioning loss; with 0 its pass is not run, and the prefix is
+                trained by composition losses alone.
             captioned_share: share of a step's examples that the captioning pass reads, the first ones; below 1 where large
                 batches are for the contrastive loss alone. Validation reads all.
-            retrieval_weight: weight of the two losses of the retrieval pass; with 0 both heads are not trained.
+            retrieval_weight: weight of the two losses of the retrieval pass; with 0 it still runs, for its figures, and
+                the heads are trained by composition retrieval alone.
             composition_captioning_weight: weight of captioning the target of a tuple after image and condition (MCL); tuples
                 are data.train_tuples. With 0 its pass is not run.
             composition_retrieval_weight: weight of finding it: the target image or, with space clip and without such an
@@ -225,6 +227,9 @@ class FromageModule(GuardedModule):
         """Raise UserError where captions may be longer than the language model has positions for."""
         most = getattr(getattr(self.trainer, "datamodule", None), "max_tokens", 0)
         tokens = (2 if self.h.pairing else 1) * (self.h.k + most - self.model.r)  # of a captioning sequence
+        if self.weights.composes:  # image, condition, and the target caption or [RET]
+            after = most if self.weights.composition_captioning else self.model.r
+            tokens = max(tokens, self.h.k + most - self.model.r + after)
         if (longest := self.model.lm.max_length) and max(tokens, most) > longest:
             raise UserError(
                 f"data.max_tokens {most}: a sequence may have {max(tokens, most)} tokens, and {self.model.lm.name} has "

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fromage.training.meter import Pass
 
-LM, TOWER = "language model", "image tower"
+LM, TOWER = "language model", "vision tower"
 
 
 @dataclass

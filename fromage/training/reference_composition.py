@@ -2,8 +2,8 @@
 
 An image and a condition ask for another image. Two padded passes through the language model, both with a full backward:
 
-    captioning   [W_c v(x)] [</s> c_1 ... c_m] [y_1 ... y_n]     next-token loss on the target caption alone
-    retrieval    [W_c v(x)] [</s> c_1 ... c_m] [RET]             InfoNCE of W_t h_[RET] with what is asked for
+    captioning   [W_c v(x)] [</s> c_1 ... c_a] [y_1 ... y_b]     next-token loss on the target caption alone
+    retrieval    [W_c v(x)] [</s> c_1 ... c_a] [RET]             InfoNCE of W_t h_[RET] with what is asked for
 
 What is asked for is the target image where a tuple has one, W_i v(x'). Where it has none, CLIP's text embedding of the
 target caption stands for it; that lies in CLIP's joint space, so the model must have space 'clip'. The sequence is that of
@@ -86,9 +86,11 @@ def reference_composition(
     if weights.composition_retrieval:
         ids, mask = _padded(model, [trunk + model.tokenizer.ret_ids for trunk in trunks])  # (B, k + T)
         hidden = model.lm(model.embed(ids, prefix), mask, model.positions(ids, mask))  # (B, k + T, d)
-        at_ret = model.at_ret(hidden, torch.tensor([len(trunk) for trunk in trunks], device=ids.device))  # (B, r, d)
-        contrastive_loss, retrieval_accuracy = composed_nce(
-            model, model.embed_ret(at_ret), wanted(model, tuples, text_tower), weights
+        text_states = model.text_states(
+            hidden, torch.tensor([len(trunk) for trunk in trunks], device=ids.device)
+        )  # (B, r, d)
+        contrastive_loss, retrieval_accuracy = composition_info_nce(
+            model, model.embed_ret(text_states), target_embeddings(model, tuples, text_tower), weights
         )
     return CompositionOutput(captioning_loss, contrastive_loss, caption_accuracy, retrieval_accuracy, weights)
 
@@ -105,7 +107,7 @@ def _after(ids: Tensor, starts: list[int], mask: Tensor) -> Tensor:
     return ids.masked_fill(~mask | (torch.arange(ids.shape[1], device=ids.device) < begins), -100)
 
 
-def wanted(model: Fromage, tuples: TupleBatch, text_tower: TextTower | None) -> Tensor:
+def target_embeddings(model: Fromage, tuples: TupleBatch, text_tower: TextTower | None) -> Tensor:
     """(B, q) unit rows of what tuples ask for: the target image, or else CLIP's text embedding of the target caption.
 
     The gradient reaches W_i where the space is learned. Raises UserError as reference_composition does.
@@ -123,7 +125,7 @@ def wanted(model: Fromage, tuples: TupleBatch, text_tower: TextTower | None) -> 
     return rows
 
 
-def composed_nce(model: Fromage, queries: Tensor, rows: Tensor, weights: LossWeights) -> tuple[Tensor, Tensor]:
+def composition_info_nce(model: Fromage, queries: Tensor, rows: Tensor, weights: LossWeights) -> tuple[Tensor, Tensor]:
     """InfoNCE of queries (B, q), read at [RET], with what they ask for (B, q), and its accuracy.
 
     Without weights.same_image_negatives, rows that are equal are no negatives of one another.

@@ -28,7 +28,7 @@ from fromage.data.padding import token_mask
 from fromage.models.fromage import Fromage
 from fromage.training.losses import device_weight, info_nce, next_token_loss
 from fromage.training.step import (
-    ALL,
+    PAPER_WEIGHTS,
     LossWeights,
     StepOutput,
     check_captions,
@@ -77,7 +77,7 @@ def _captioning(model: Fromage, batch: Batch, paired: bool) -> tuple[Tensor, Ten
 
 
 def reference_step(
-    model: Fromage, batch: Batch, paired: bool, weights: LossWeights = ALL, dropout: Tensor | None = None
+    model: Fromage, batch: Batch, paired: bool, weights: LossWeights = PAPER_WEIGHTS, dropout: Tensor | None = None
 ) -> StepOutput:
     """Losses of one batch, by the two passes above.
 
@@ -91,13 +91,13 @@ def reference_step(
     captioning_loss, caption_accuracy = _captioning(model, captioned, paired) if run else no_captioning(model.device)
 
     queries = batch.queries
-    hidden, at_ret = model.hidden_at_ret(queries.ids, queries.lengths)  # (B, T, d), (B, r, d)
+    hidden, text_states = model.hidden_of_texts(queries.ids, queries.lengths)  # (B, T, d), (B, r, d)
     labels = queries.ids.masked_fill(~_token_mask(queries, without=model.r - 1), -100)  # (B, T): of r [RET] tokens the first
     text_loss, _ = next_token_loss(model.lm.logits(hidden), labels)
 
     features = image_features(model, batch)  # (B, m); as in the released code, images are encoded twice
     images = model.embed_images(dropped(features, dropout))  # (B, q)
-    texts = model.embed_ret(at_ret)  # (B, q)
+    texts = model.embed_ret(text_states)  # (B, q)
     apart = None if weights.same_image_negatives else features
     contrastive_loss, retrieval_accuracy = info_nce(images, texts, model.logit_scale, apart)
     counts = count_targets(model, captioned), count_text_targets(model, queries)

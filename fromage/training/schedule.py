@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 def factor(step: int, warmup: int = 0, first: int = 1, decay: int = 0) -> float:
     """The factor of the learning rate in step n = 0, 1 ...: (n + first) / warmup, at most 1, for `warmup` steps.
 
-    After them it is 1, or falls along a cosine to 0 in `decay` steps and stays there; decay 0 is without one.
+    After them it is 1, or falls along a cosine to 0 in `decay` steps and stays there; decay 0: no decay.
     """
     if step < warmup or not decay:
         return min(1.0, (step + first) / max(1, warmup))
@@ -22,7 +22,8 @@ def factor(step: int, warmup: int = 0, first: int = 1, decay: int = 0) -> float:
 
 
 class Schedule(LambdaLR):
-    """Learning rates times a factor that depends on the step alone. A run that goes on has its own rates and its own length.
+    """Learning rates times a factor that depends on the step alone. A resumed run
+    has the rates and the length of its own options.
 
     PyTorch's schedulers take these from the checkpoint, so that a lower --model.lr would do nothing.
     """

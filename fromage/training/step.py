@@ -47,11 +47,11 @@ class LossWeights(NamedTuple):
         return self.composition_captioning != 0 or self.composition_retrieval != 0
 
 
-ALL = LossWeights()
+PAPER_WEIGHTS = LossWeights()
 
 
 def freeze_unused(model: Fromage, weights: LossWeights, freeze_temperature: bool = False) -> None:
-    """Freeze the parameters that no loss of these weights reaches, and train the others."""
+    """Freeze the prefix, heads, fusion and temperature that no loss of these weights trains, and train the others."""
     finding = weights.retrieval + weights.composition_retrieval > 0
     model.visual_prefix.requires_grad_(weights.captioning > 0 or weights.composes)
     for part in (model.text_head, model.image_head, model.fusion):
@@ -64,7 +64,7 @@ def freeze_unused(model: Fromage, weights: LossWeights, freeze_temperature: bool
 
 @dataclass
 class StepOutput:
-    """The three losses and accuracies (0 to 1), all scalars; image and text embeddings, (B, q) unit rows.
+    """Three losses and two accuracies (0 to 1), all scalars; image and text embeddings, (B, q) unit rows.
 
     Attributes:
         caption_accuracy: token accuracy of captioning.
@@ -94,7 +94,7 @@ def image_features(model: Fromage, batch: Batch | TupleBatch | Images) -> Tensor
 
 def text_embeddings(model: Fromage, texts: Batch | FurtherTexts) -> Tensor:
     """(B, q) unit rows of captions, read at [RET]."""
-    return model.embed_ret(model.hidden_at_ret(texts.ids.to(model.device), texts.lengths)[1])  # (B, T) -> (B, q)
+    return model.embed_ret(model.hidden_of_texts(texts.ids.to(model.device), texts.lengths)[1])  # (B, T) -> (B, q)
 
 
 def count_targets(model: Fromage, batch: Batch) -> int:

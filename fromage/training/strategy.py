@@ -20,7 +20,7 @@ from fromage.training.layers import gather_blocks, shard_all, shard_blocks
 class ShardedTowers(DDPStrategy):
     """FSDP for the frozen layers of the language model, DDP for the trained parameters.
 
-    Each of W devices holds 1 / W of every layer and gathers a layer while it runs. Each device has all trained parameters,
+    Each of D devices holds 1 / D of every layer and gathers a layer while it runs. Each device has all trained parameters,
     so checkpoints, clipping and the optimiser are those of one device. (Lightning's own FSDPStrategy would flatten trained
     and frozen parameters together, which their dtypes do not allow, and does not support clipping by norm.)
 

@@ -57,7 +57,7 @@ def test_plans_are_of_the_tower(towers, kind, capsys):
         words = ["plan", "--config", config, "--lm", "toy", "--vision", towers[kind], "--batch-size", "2", "--json"]
         planned = json.loads(do(capsys, *words).out)
         tower = (load_patches if config.startswith("octopus") else load_vision)(towers[kind])
-        assert planned["parameters"]["image tower"] == sum(p.numel() for p in tower.parameters())
+        assert planned["parameters"]["vision tower"] == sum(p.numel() for p in tower.parameters())
         assert planned["flop"] > 0
     told = do(capsys, "plan", "--config", "cc3m.yaml", "--vision", f"{kind}:none/such", code=2).err
     assert re.fullmatch(f"fromage: vision tower {kind}:none/such.*\n", told)

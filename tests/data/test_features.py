@@ -101,7 +101,7 @@ def test_stored_features_are_those_of_the_images(tmp_path, dtype, workers):
 def test_a_tower_of_damaged_weights_stores_nothing(tmp_path):
     vision = Vision()
     vision.scale.data.fill_(torch.nan)
-    with pytest.raises(UserError, match="image tower tiny: its features are not finite; its weights are damaged"):
+    with pytest.raises(UserError, match="vision tower tiny: its features are not finite; its weights are damaged"):
         store_features(shards(tmp_path / "s"), tmp_path / "f", vision)
     assert not list((tmp_path / "f").glob("*.tar"))
 

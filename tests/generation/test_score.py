@@ -14,7 +14,7 @@ from fromage.generation.options import Decoding
 from fromage.generation.score import score, score_prompts
 from fromage.models.fromage import Fromage
 from fromage.models.language_model import LanguageModel, load_lm
-from fromage.models.packed_attention import Causal, attending, route
+from fromage.models.packed_attention import CausalAttention, attending, route
 from fromage.models.packed_layout import PackedLayout
 from fromage.models.prompts import RET, embed_prompts, encode_images
 from fromage.models.vision.registry import load_vision
@@ -173,6 +173,6 @@ def test_a_model_keeps_the_attention_it_was_loaded_with():
         route(config)
         torch.testing.assert_close(hf.model(inputs_embeds=embeds).last_hidden_state, alone, rtol=0, atol=0)
         layout = PackedLayout([6], embeds.device)
-        with attending(Causal(layout)):
+        with attending(CausalAttention(layout)):
             packed = hf.model(inputs_embeds=embeds, position_ids=layout.positions[None], use_cache=False).last_hidden_state
     torch.testing.assert_close(packed, alone, rtol=1e-4, atol=1e-5)

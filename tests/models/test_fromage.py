@@ -104,9 +104,9 @@ def test_the_states_that_embed_texts_are_those_behind_the_ends_or_one_before(poo
     model = Fromage.load(k=1, q=4, r=r, pooling=pooling)
     hidden, ends = torch.randn(3, 9, 5), [4, 1, 6]
     want = torch.stack([hidden[row, [end + i for i in offsets]] for row, end in enumerate(ends)])  # (B, r, d)
-    assert torch.equal(model.at_ret(hidden, torch.tensor(ends)), want)
+    assert torch.equal(model.text_states(hidden, torch.tensor(ends)), want)
     packed = [9 * row + end for row, end in enumerate(ends)]
-    assert torch.equal(model.at_ret(hidden.flatten(0, 1), torch.tensor(packed)), want)
+    assert torch.equal(model.text_states(hidden.flatten(0, 1), torch.tensor(packed)), want)
     assert model.pools_last_word == (pooling == "last")
 
 

@@ -115,7 +115,7 @@ def test_the_text_tower_is_the_librarys(hf_folders, family):
 
 
 def as_hf(state, layers):
-    """Tensors of an open_clip ViT by transformers' names for a CLIP's image tower."""
+    """Tensors of an open_clip ViT by transformers' names for a CLIP's vision tower."""
     said = {
         "embeddings.class_embedding": state["class_embedding"],
         "embeddings.patch_embedding.weight": state["conv1.weight"],
@@ -181,7 +181,7 @@ CONFIG, PROCESSOR, WEIGHTS = "config.json", "preprocessor_config.json", "model.s
         (CONFIG, "", r"no folder with a config\.json of transformers"),
         (CONFIG, '{"model_type": "nonesuch"}', "knows no architecture 'nonesuch'"),
         (CONFIG, "{", r"its config\.json is damaged"),
-        (CONFIG, '{"model_type": "opt"}', "of type opt has no image tower of its own"),
+        (CONFIG, '{"model_type": "opt"}', "of type opt has no vision tower of its own"),
         (CONFIG, '{"model_type": "vit", "hidden_size": 32, "num_attention_heads": 4}', "no weights that fit it"),
         (WEIGHTS, "", "no weights that fit it on disk"),
         (WEIGHTS, "damaged", "no weights that fit it on disk"),

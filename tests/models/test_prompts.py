@@ -269,7 +269,7 @@ def test_retrieval_of_text_is_as_in_training(toy_model):
     texts = ["a red star.", "a small blue ring on the left and a big green square at the top, on the sea at night.", ""]
     rows = [torch.tensor(toy_model.tokenizer.caption(text, 99)) for text in texts]
     ids = pad_sequence(rows, batch_first=True, padding_value=toy_model.tokenizer.pad_id)
-    want = toy_model.embed_ret(toy_model.hidden_at_ret(ids, [len(row) for row in rows])[1])
+    want = toy_model.embed_ret(toy_model.hidden_of_texts(ids, [len(row) for row in rows])[1])
     torch.testing.assert_close(toy_model.embed_text(texts), want, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(toy_model.embed_text(texts), want, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(toy_model.embed_text(texts, batch_size=2), want, atol=1e-5, rtol=1e-4)
@@ -300,7 +300,7 @@ def test_several_ret_tokens_of_queries_and_captions_are_by_definition(sees):
         states.append(torch.cat(ends))  # (3, d)
     want = model.embed_ret(torch.stack(states))
     ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=model.tokenizer.pad_id)
-    got = model.hidden_at_ret(ids, [len(row) for row in rows])[1]
+    got = model.hidden_of_texts(ids, [len(row) for row in rows])[1]
     torch.testing.assert_close(got, torch.stack(states), atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(model.embed_text(texts), want, atol=1e-5, rtol=1e-4)
     assert prompt_ids(model, ["a red star.", RET]) == rows[0]
@@ -317,7 +317,7 @@ def test_a_model_that_reads_the_last_word_does_so_in_prompts_and_folders_too(tmp
     texts = ["a red star", "it is night, and the ring is small."]
     rows = [torch.tensor(model.tokenizer.caption(text, 40)) for text in texts]
     ids = pad_sequence(rows, batch_first=True, padding_value=model.tokenizer.pad_id)
-    want = model.embed_ret(model.hidden_at_ret(ids, [len(row) for row in rows])[1])
+    want = model.embed_ret(model.hidden_of_texts(ids, [len(row) for row in rows])[1])
     torch.testing.assert_close(model.embed_text(texts), want, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(model.embed_text([f"{text} \n" for text in texts]), want, atol=1e-5, rtol=1e-4)
     assert read_as(model, "a red star ") == "</s> a red star"

@@ -62,7 +62,7 @@ def test_answers_behind_a_reading_are_those_of_one_pass_over_all(family):
     prompts, patches = embedded(model)
     answers = torch.tensor([[5, 9, model.tokenizer.row_ids[1]], [model.tokenizer.row_ids[0], 7, 8], [3, 4, 5]])
     prefill = read_batch(model, prompts, patches)
-    first, rest = prefill.hidden, [model.extend(prefill, some) for some in answers.T]  # (B, d) each
+    first, rest = prefill.hidden, [model.next_token(prefill, some) for some in answers.T]  # (B, d) each
     lengths = prompts.mask.sum(1).tolist()
     ids = [torch.cat([row[-n:], more]) for row, more, n in zip(prompts.ids, answers, lengths, strict=True)]
     rows = zip(prompts.embeds, model.embed(answers), lengths, strict=True)
@@ -109,7 +109,7 @@ def seen(layout, places=(), num_queries=2):
     is_query = torch.zeros(len(layout.positions), dtype=torch.bool)
     is_query[list(places)] = True
     known = Known.of(layout)
-    return (among(known.back(known), query_places(is_query, num_queries), layout) >= 0).int()
+    return (among(known.distances_to(known), query_places(is_query, num_queries), layout) >= 0).int()
 
 
 def test_queries_see_each_other_both_ways_and_nothing_sees_what_comes_later():
@@ -142,8 +142,8 @@ def test_a_branch_sees_the_shared_part_and_itself():
         PackedLayout([5, 1], torch.device("cpu"), torch.tensor([0, 1, 2, 1, 2, 0]), torch.tensor([0, 1, 1, 2, 2, 0]))
     )
     new = Known.of(PackedLayout([2, 0], torch.device("cpu"), torch.tensor([3, 3]), torch.tensor([2, 1])))
-    assert known.back(new)[0].tolist() == [[3, -1, -1, 2, 1], [3, 2, 1, -1, -1]]
-    assert (known.back(new)[1] >= 0).any(1).all(), "padding sees something: no NaN"
+    assert known.distances_to(new)[0].tolist() == [[3, -1, -1, 2, 1], [3, 2, 1, -1, -1]]
+    assert (known.distances_to(new)[1] >= 0).any(1).all(), "padding sees something: no NaN"
     last = known.next()
     assert (last.positions.tolist(), last.branches.tolist()) == ([3, 1], [2, 0])
 

@@ -101,7 +101,7 @@ def test_the_paper_configurations_are_counted_without_their_weights():
     trained = ("queries", "DETR decoder", "index tokens")
     assert two.trained == sum(two.parameters[part] for part in trained) and two.parameters["queries"] == 64 * 4096
     tokens = 576 + 12 + 24  # and the words of the template; two FLOP a weight, forward and, for inputs alone, backward
-    assert one.flop / one.examples == pytest.approx(tokens * 4 * 6.6e9 + one.passes["the image tower"].flop / 16, rel=0.1)
+    assert one.flop / one.examples == pytest.approx(tokens * 4 * 6.6e9 + one.passes["the vision tower"].flop / 16, rel=0.1)
     for counted in (one, two):
         assert sum(counted.peak.values()) < 75 * GIB
 

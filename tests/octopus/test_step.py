@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny_octopus import FAMILIES, build
 
-from fromage.models.packed_attention import Visible
+from fromage.models.packed_attention import MaskedAttention
 from fromage.octopus.collate import Collate
 from fromage.octopus.examples import Example, conversations, rows_of
 from fromage.octopus.segments import read_mask
@@ -155,7 +155,8 @@ def test_a_sliding_window_counts_positions_and_not_places_of_the_row():
 def test_a_step_keeps_one_mask_for_all_layers_and_no_keys_of_its_last_pass(monkeypatch):
     made = []
     monkeypatch.setattr(
-        "fromage.octopus.model.Visible", lambda *args, **named: made.append(Visible(*args, **named)) or made[-1]
+        "fromage.octopus.model.MaskedAttention",
+        lambda *args, **named: made.append(MaskedAttention(*args, **named)) or made[-1],
     )
     step(build("gemma2, eager"), rows_of(ALONE, 8, 0))
     prompts, answers = made

@@ -21,13 +21,13 @@ from fromage.training.fast_step import fast_step, retrieval_text
 from fromage.training.losses import frozen_head_loss, positions_at_a_time
 from fromage.training.meter import Meter
 from fromage.training.reference_step import reference_step
-from fromage.training.step import ALL, LossWeights
+from fromage.training.step import PAPER_WEIGHTS, LossWeights
 
 M = 20  # width of the image features
 
 
 class NoTower(nn.Module):
-    """Stands where the image tower does; the batches here bring their features."""
+    """Stands where the vision tower does; the batches here bring their features."""
 
     shape, width = (M,), M
 
@@ -202,7 +202,7 @@ def test_sequential_ret_tokens_see_their_predecessors_and_stacked_ones_do_not(ki
         batch, states = make_batch(model, [5, 12, 3]), []
         for _ in range(2):
             states.append(fast_step_states(model, batch))
-            torch.testing.assert_close(states[-1], model.hidden_at_ret(batch.ids, batch.lengths)[1], atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(states[-1], model.hidden_of_texts(batch.ids, batch.lengths)[1], atol=1e-5, rtol=1e-4)
             with torch.no_grad():
                 model.ret.input[0].mul_(-1)  # the first [RET]
         changed = (states[0] - states[1]).abs().amax((0, 2)) > 1e-4
@@ -221,7 +221,7 @@ def fast_step_states(model, batch):
 def test_of_several_ret_tokens_the_first_alone_is_a_target():
     model = build("untied", 1, r=4)
     batch = make_batch(model, [5, 12, 3])
-    hidden, _ = model.hidden_at_ret(batch.ids, batch.lengths)
+    hidden, _ = model.hidden_of_texts(batch.ids, batch.lengths)
     logits = model.lm.logits(hidden)
     assert logits.shape[-1] == model.tokenizer.ret_ids[-1] + 1 and logits[..., model.tokenizer.ret_ids[1:]].isneginf().all()
     assert model.ret.output.shape == (1, 32) and model.ret.input.shape == (4, 32)
@@ -294,7 +294,9 @@ def test_captioning_may_read_a_share_of_the_examples(models, paired, chunk):
     model, some = models["untied", 4], LossWeights(captioned_share=0.5)
     batch = make_batch(model, [5, 12, 3, 24, 9, 7, 2])  # half of 7 examples is 4, two pairs
     compare(model, batch, paired, partial(fast_step, weights=some, chunk=chunk), partial(reference_step, weights=some))
-    out, whole, first = (fast_step(model, b, paired, w) for b, w in ((batch, some), (batch, ALL), (batch.part(0, 4), ALL)))
+    out, whole, first = (
+        fast_step(model, b, paired, w) for b, w in ((batch, some), (batch, PAPER_WEIGHTS), (batch.part(0, 4), PAPER_WEIGHTS))
+    )
     torch.testing.assert_close(out.captioning_loss, first.captioning_loss)
     torch.testing.assert_close(out.contrastive_loss, whole.contrastive_loss)
     assert out.captioning_loss != whole.captioning_loss
@@ -318,7 +320,7 @@ def test_texts_read_at_their_last_word(kind):
     other = words.clone()
     other[words == model.tokenizer.ret_id] = 7  # not looked at
     for ids in (words, other):
-        torch.testing.assert_close(model.hidden_at_ret(ids, [5, 12, 3])[1], model.hidden_at_ret(words, [5, 12, 3])[1])
+        torch.testing.assert_close(model.hidden_of_texts(ids, [5, 12, 3])[1], model.hidden_of_texts(words, [5, 12, 3])[1])
 
 
 def test_padding_beyond_the_longest_changes_nothing(models):

@@ -76,5 +76,5 @@ def vision_part(name: str, whole: Any) -> Any:
     part = getattr(whole, "vision_model", whole)
     if not isinstance(part, nn.Module) or getattr(part, "main_input_name", None) != "pixel_values":
         kind = whole.config.model_type
-        raise UserError(f"vision tower {name}: a model of type {kind} has no image tower of its own; name one that has")
+        raise UserError(f"vision tower {name}: a model of type {kind} has no vision tower of its own; name one that has")
     return part

@@ -71,7 +71,7 @@ class HfTower(VisionTower):
             vision_part(name, load_whole(name, "float32", random_weights=True))
 
     def text_tower(self) -> HfText | None:
-        """CLIP's or SigLIP's own text tower; it is loaded by this call. None for others, and for an image tower alone."""
+        """CLIP's or SigLIP's own text tower; it is loaded by this call. None for others, and for an vision tower alone."""
         if read_config(self.source[0]).model_type not in PAIRS:
             return None
         text: Any = HfText(*self.source)
@@ -153,5 +153,5 @@ class HfText(TextTower, nn.Module):
 
 
 def _projection(pair: Any) -> nn.Module:
-    """(N, m) -> (N, e): what a CLIP has after its image tower; SigLIP has nothing there."""
+    """(N, m) -> (N, e): what a CLIP has after its vision tower; SigLIP has nothing there."""
     return getattr(pair, "visual_projection", nn.Identity()).float().requires_grad_(False)
