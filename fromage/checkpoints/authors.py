@@ -190,7 +190,7 @@ def write_authors(saved: Saved, folder: str | Path, visual_encoder: str | None =
     """Write pretrained_ckpt.pth.tar and model_args.json into a folder, in the dtypes saved holds.
 
     visual_encoder: the vision tower's name on the Hugging Face hub; known for OpenAI's CLIPs. Raises UserError for a model
-    the format has no room for, for an vision tower without such a name, and where such files are there already, unless
+    the format has no room for, for a vision tower without such a name, and where such files are there already, unless
     overwrite is true.
     """
     if saved.kind != FROMAGE:

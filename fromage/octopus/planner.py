@@ -125,7 +125,7 @@ def plan(run: Run) -> Plan:
 
 
 def build(run: Run, tower: VisionTower) -> Octopus:
-    """The model of a run, from an vision tower on the meta device, without adapters."""
+    """The model of a run, from a vision tower on the meta device, without adapters."""
     hf = AutoModelForCausalLM.from_config(lm_config(run.lm), dtype=DTYPES[run.dtype])
     words: Any = Words(len(hf.get_input_embeddings().weight), run.num_queries)
     tower.to_empty(device="cpu").normalise = None  # it looks at values

@@ -1,4 +1,4 @@
-"""Octopuses of other families, random and tiny, without an vision tower; and checkpoints of the toy towers, untrained."""
+"""Octopuses of other families, random and tiny, without a vision tower; and checkpoints of the toy towers, untrained."""
 
 import torch
 import transformers as hf

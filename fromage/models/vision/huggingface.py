@@ -71,7 +71,7 @@ class HfTower(VisionTower):
             vision_part(name, load_whole(name, "float32", random_weights=True))
 
     def text_tower(self) -> HfText | None:
-        """CLIP's or SigLIP's own text tower; it is loaded by this call. None for others, and for an vision tower alone."""
+        """CLIP's or SigLIP's own text tower; it is loaded by this call. None for others, and for a vision tower alone."""
         if read_config(self.source[0]).model_type not in PAIRS:
             return None
         text: Any = HfText(*self.source)
