@@ -24,6 +24,7 @@ RetAttention = Literal["sequential", "stacked"]
 RetFusion = Literal["mean", "transformer", "first"]
 Start = Literal["after_images", "first"]
 Space = Literal["learned", "clip"]
+CAPTION_LENGTH = 32  # tokens of a generated caption, at most
 
 
 @dataclass(frozen=True, kw_only=True)

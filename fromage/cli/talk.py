@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
 
 from fromage.cli.command import Result
-from fromage.config import AsLoaded
+from fromage.config import CAPTION_LENGTH, AsLoaded
 from fromage.errors import UserError, first_few
 from fromage.generation.options import DEFAULTS, HELP, LIMITS, Decoding, StyleName
 from fromage.serving.batching import Capacity
@@ -94,7 +94,7 @@ def caption(
     image: Sequence[str],
     *,
     ckpt: str | None = None,
-    max_new_tokens: int = 32,
+    max_new_tokens: int = CAPTION_LENGTH,
     batch_size: int = 32,
     device: str = "auto",
     quantize: AsLoaded | None = None,

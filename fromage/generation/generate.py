@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fromage.checks import check_whole
+from fromage.config import CAPTION_LENGTH
 from fromage.errors import UserError
 from fromage.generation.decoding import GREEDY, Draft, decode
 from fromage.generation.options import Decoding
@@ -26,8 +27,6 @@ from fromage.retrieval.results import POOL
 
 if TYPE_CHECKING:
     from fromage.retrieval.base import ImageIndex
-
-CAPTION_LENGTH = 32  # tokens of a caption, at most
 
 
 @dataclass(frozen=True)
@@ -179,7 +178,9 @@ def stream(
     return AnswerStream(read(), draft)
 
 
-def caption(model: Fromage, images: str | ImageInput | Sequence[str | ImageInput], max_new_tokens: int = 32) -> list[str]:
+def caption(
+    model: Fromage, images: str | ImageInput | Sequence[str | ImageInput], max_new_tokens: int = CAPTION_LENGTH
+) -> list[str]:
     """Greedy captions of images: opened ones, paths, addresses or features (m,). One image is a list of one.
 
     max_new_tokens: maximum length of a caption, in tokens. Raises UserError for an image that cannot be opened.
@@ -189,7 +190,7 @@ def caption(model: Fromage, images: str | ImageInput | Sequence[str | ImageInput
 
 
 def caption_files(
-    model: Fromage, names: Sequence[str], max_new_tokens: int = 32, batch_size: int = 32
+    model: Fromage, names: Sequence[str], max_new_tokens: int = CAPTION_LENGTH, batch_size: int = 32
 ) -> Iterator[tuple[str, str | UserError]]:
     """Each name, a file's or an http(s) address, with the greedy caption of its image, or why it has none; in order."""
     for start in range(0, len(names), batch_size):

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from fromage.checkpoints.format import FROMAGE, Saved, differences, dtype_name, parameter_shapes
 from fromage.checks import check_whole
-from fromage.config import FromageConfig
+from fromage.config import CAPTION_LENGTH, FromageConfig
 from fromage.data.padding import token_mask
 from fromage.data.tokenizer import ret_tokens
 from fromage.errors import UserError
@@ -103,7 +103,9 @@ class Fromage(Pretrained):
         """Whether a text's embedding is read at its last word instead of at [RET]."""
         return self.config.pooling == "last"
 
-    def caption(self, images: str | ImageInput | Sequence[str | ImageInput], max_new_tokens: int = 32) -> list[str]:
+    def caption(
+        self, images: str | ImageInput | Sequence[str | ImageInput], max_new_tokens: int = CAPTION_LENGTH
+    ) -> list[str]:
         """Greedy captions of images, as fromage.caption gives them."""
         from fromage.generation.generate import caption  # stands above this module: an exception named in setup.cfg
 
