@@ -42,7 +42,7 @@ from fromage.models.frozen import TOY
 from fromage.models.language_model import LanguageModel
 from fromage.models.prompts import ImageInput
 from fromage.models.vision.registry import load_patches
-from fromage.octopus.answers import Grounded, answer_ids
+from fromage.octopus.answers import GroundedAnswer, answer_ids
 from fromage.octopus.decoding import ground
 from fromage.octopus.examples import Example
 from fromage.octopus.model import Octopus, load_octopus
@@ -100,7 +100,7 @@ def saying(model: Octopus, ids: Sequence[int]) -> Iterator[None]:
         handle.remove()
 
 
-def answer(model: Octopus, image: ImageInput, count: int, words: str = "") -> Grounded:
+def answer(model: Octopus, image: ImageInput, count: int, words: str = "") -> GroundedAnswer:
     """An answer of so many boxes; with none, the prompt is read and one token chosen: the prefill."""
     ids = forced(model, count, words) if count else [0]
     with saying(model, ids):

@@ -89,7 +89,7 @@ def build(preset: dict[str, Any], device: str) -> Fromage:
     dtype, config = DTYPES[preset["dtype"]], lm_config(preset)
     first = preset.get("tokens", 50265)  # of the added tokens: <|image|>, then [RET]
     ids = SimpleNamespace(
-        vocab_size=first, image_id=first, ret_id=first + 1, ret_ids=[first + 1], row_ids=[first + 1], pad_id=1, bos_id=2,
+        vocab_size=first, image_id=first, ret_id=first + 1, ret_ids=[first + 1], trained_ids=[first + 1], pad_id=1, bos_id=2,
         eos_id=2, start=lambda: [2],
     )  # fmt: skip
     before = torch.get_default_dtype()

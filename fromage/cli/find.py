@@ -14,7 +14,7 @@ from fromage.config import AsLoaded
 from fromage.errors import UserError
 
 if TYPE_CHECKING:
-    from fromage.octopus.answers import Grounded
+    from fromage.octopus.answers import GroundedAnswer
 
 TRAINED = "name the checkpoint of a training with model.mask_scale by --ckpt"
 TOY = Path("runs/octopus")  # where the toy Octopus is trained, in one to two hours
@@ -107,7 +107,7 @@ def _toy() -> str:
     return str(toy_checkpoint(TOY))
 
 
-def as_json(answer: Grounded, size: tuple[int, int], masks: bool = False) -> dict[str, Any]:
+def as_json(answer: GroundedAnswer, size: tuple[int, int], masks: bool = False) -> dict[str, Any]:
     """An answer about an image of that width and height, its boxes in pixels: left, top, right, bottom.
 
     candidates: all, the best first; an answer whose boxes are spelled has neither candidates nor scores. masks: each box

@@ -90,7 +90,7 @@ class Sample(NamedTuple):
 
 
 @dataclass
-class Decode:
+class SamplePreprocessor:
     """A stored sample -> a row of a batch.
 
     Attributes:

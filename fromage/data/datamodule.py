@@ -13,13 +13,13 @@ import pytorch_lightning as pl
 import webdataset as wds
 
 from fromage.checks import check_real, check_whole
-from fromage.data.batches import Decode
+from fromage.data.batches import SamplePreprocessor
 from fromage.data.features import check_features
-from fromage.data.loader import Loader, Plain, TrainLoader, WithTuples, no_loaders
+from fromage.data.loader import BatchIterable, Loader, TrainLoader, WithTuples, no_loaders
 from fromage.data.sample_images import ImageReader
 from fromage.data.shard_names import expand
 from fromage.data.streams import Decoder, TrainStream, ValidationStream
-from fromage.data.tuples import DecodeTuple
+from fromage.data.tuples import TuplePreprocessor
 from fromage.errors import UserError
 from fromage.images.transforms import JpegDecoding, Transform, decoding_as
 
@@ -153,14 +153,14 @@ class CC3M(pl.LightningDataModule):
 
     test_dataloader = val_dataloader
 
-    def predict_dataloader(self) -> Plain:
+    def predict_dataloader(self) -> BatchIterable:
         """The validation samples. Not a DataLoader, since Lightning would replace its sampler.
 
         Raises UserError without validation shards.
         """
         if self.val_shards is None:
             raise UserError("data.val_shards: is null, and these are what is predicted; name shards")
-        return Plain(self.val_dataloader())  # type: ignore[arg-type]
+        return BatchIterable(self.val_dataloader())  # type: ignore[arg-type]
 
     def _shards(self, urls: str | list[str]) -> list[str]:
         """Expand patterns; check that stored features are of the model's vision tower."""
@@ -176,12 +176,12 @@ class CC3M(pl.LightningDataModule):
         """Rank and world size, from the trainer or else from the environment."""
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else wds.utils.pytorch_worker_info()[:2]
 
-    def _decode(self) -> Decode:
-        return Decode(*self._reading(), self.max_tokens, self.captions_per_image, self.seed, self.requests)
+    def _decode(self) -> SamplePreprocessor:
+        return SamplePreprocessor(*self._reading(), self.max_tokens, self.captions_per_image, self.seed, self.requests)
 
-    def _decode_tuple(self) -> DecodeTuple:
+    def _decode_tuple(self) -> TuplePreprocessor:
         needed = getattr(getattr(self.trainer, "lightning_module", None), "needs_target_images", False)
-        return DecodeTuple(*self._reading(), self.max_tokens, self.target_images, all_shown=needed)
+        return TuplePreprocessor(*self._reading(), self.max_tokens, self.target_images, all_shown=needed)
 
     def _reading(self) -> tuple[ImageReader, PromptTokenizer]:
         """What reads a sample's image, features of the width that is known, and the tokenizer."""

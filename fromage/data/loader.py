@@ -42,7 +42,7 @@ class Loader(WorkerLoader):
         warnings.filterwarnings("ignore", r".*IterableDataset. has .__len__")  # the stream shares out its length
 
 
-class Plain:
+class BatchIterable:
     """An iterable and nothing more."""
 
     def __init__(self, batches: Iterable[Batch]) -> None:

@@ -29,7 +29,7 @@ class PromptTokenizer:
 
     Attributes:
         added: ids of the added tokens, by text.
-        row_ids: consecutive ids of the rows among them.
+        trained_ids: consecutive ids of the rows among them.
         ret_ids: ids of the r [RET] tokens, in order; empty for a tokenizer without [RET].
         vocab_size: V, tokens of the frozen LM, with ids below V.
         bos_id: first token of every text (OPT: 2, </s>), or None. If the tokenizer's own opens chat turns (<|im_start|>),
@@ -52,7 +52,7 @@ class PromptTokenizer:
         self.hf.add_tokens([*places, *rows], special_tokens=True)
         convert: Any = self.hf.convert_tokens_to_ids
         self.added = {token: int(convert(token)) for token in (*places, *rows)}
-        self.row_ids = [self.added[token] for token in rows]
+        self.trained_ids = [self.added[token] for token in rows]
         self.ret_ids = [self.added[token] for token in ret_tokens(len(rows)) if token in self.added]
         opens_turns = self.hf.bos_token is not None and self.hf.bos_token in source
         self.bos_id: int | None = self.special_id("<|endoftext|>") if opens_turns else self.hf.bos_token_id
@@ -71,7 +71,7 @@ class PromptTokenizer:
         return self.added[RET_TOKEN]
 
     @property
-    def never_chosen(self) -> list[int]:
+    def never_predicted(self) -> list[int]:
         """Ids that no model predicts: <|image|>, and the [RET] tokens after the first, which follow it by rule."""
         return [self.image_id, *self.ret_ids[1:]]
 

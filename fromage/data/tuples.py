@@ -62,7 +62,7 @@ class TupleSample(NamedTuple):
 
 
 @dataclass
-class DecodeTuple:
+class TuplePreprocessor:
     """A stored tuple -> a row of a batch; max_tokens is the limit of a condition with [RET], and of a target caption.
 
     Attributes:

@@ -19,7 +19,7 @@ from fromage.evals.report import Report, System
 from fromage.images.regions import Place
 from fromage.models.base import VisualPrefixLM
 from fromage.models.encode_files import Encoded, check_lost, encode_batches
-from fromage.octopus.answers import Grounded, answer_ids
+from fromage.octopus.answers import GroundedAnswer, answer_ids
 from fromage.octopus.boxes import spelled
 from fromage.octopus.decoding import ground
 from fromage.octopus.examples import Example
@@ -121,7 +121,7 @@ class Predictions:
 
     model: Octopus
     sources: Sequence[FileSource]
-    pairs: list[list[tuple[Example, Grounded]]]
+    pairs: list[list[tuple[Example, GroundedAnswer]]]
     skipped: Mapping[str, int]
     images: set[Place]
     lost: list[tuple[str, Place]]
@@ -133,7 +133,7 @@ def predict(
     model: Octopus,
     sources: Sequence[FileSource],
     options: Options | None = None,
-    look: Callable[[Example, Grounded], None] | None = None,
+    look: Callable[[Example, GroundedAnswer], None] | None = None,
     least: int = 1,
 ) -> Predictions:
     """Answers to all examples whose image is there and that point at no more objects than the model has queries.
@@ -151,7 +151,7 @@ def predict(
         )
     longest = max(least, *(room(example, model) for _, example in few))
     stream = ImageStream(model, [Path(example.image) for _, example in few], options)
-    answers: dict[int, Grounded] = {}
+    answers: dict[int, GroundedAnswer] = {}
     looked = 0.0
     stream.store_features()
     start = perf_counter()
@@ -164,7 +164,7 @@ def predict(
                 looked += perf_counter() - began
             answers[i] = replace(answer, masks=[])
     seconds = (perf_counter() - start - looked) / max(1, len(answers))
-    pairs: list[list[tuple[Example, Grounded]]] = [[] for _ in sources]
+    pairs: list[list[tuple[Example, GroundedAnswer]]] = [[] for _ in sources]
     for i in sorted(answers):
         pairs[few[i][0]].append((few[i][1], answers[i]))
     skipped = {what: sum(source.dropped[what] for source in sources) for source in sources for what in source.dropped}

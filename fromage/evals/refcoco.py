@@ -10,7 +10,7 @@ from collections.abc import Collection, Sequence
 from fromage.evals.options import Options
 from fromage.evals.predict import listed, predict, report
 from fromage.evals.report import Report, System
-from fromage.octopus.answers import Grounded
+from fromage.octopus.answers import GroundedAnswer
 from fromage.octopus.examples import Example
 from fromage.octopus.metrics import (
     TOP,
@@ -98,7 +98,7 @@ class Masks:
         self.masks: list[Areas] = []
         self.boxes: list[Areas] = []
 
-    def look(self, example: Example, answer: Grounded) -> None:
+    def look(self, example: Example, answer: GroundedAnswer) -> None:
         """Measure one answer."""
         for wanted in filter(None, example.masks):
             self.masks.append(mask_areas(answer, wanted))

@@ -1,8 +1,9 @@
 """Decoding: the decoding loop, the [RET] bias and sampling; their options are in fromage.generation.options.
 
-The loop is Hugging Face's `generate` with its key-value cache. We add rules for the [RET] logit (RetRules), sampling with a
-random generator per row (GumbelSampler), and hooks that read each step's tokens and the hidden state at each [RET]. A prompt
-has the same answer in a batch as alone. Of r [RET] tokens the first is chosen, and the others follow it by rule.
+The loop is Hugging Face's `generate` with its key-value cache. We add rules for the [RET] logit (RetLogitsProcessor),
+sampling with a random generator per row (GumbelSampler), and hooks that read each step's tokens and the hidden state at each
+[RET]. A prompt has the same answer in a batch as alone. Of r [RET] tokens the first is chosen, and the others follow it by
+rule.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def decode(
     model: Fromage,
     prompts: Prompts,
     decoding: Decoding,
-    drafts: Sequence[Draft],
+    drafts: Sequence[PartialAnswer],
     first: int = 0,
     between: Callable[[], object] = lambda: None,
 ) -> None:
@@ -73,7 +74,7 @@ def decode(
         )
 
 
-class Draft:
+class PartialAnswer:
     """One answer while it is decoded. It emits text as soon as it is final, and the hidden states (r, d) of each [RET].
 
     Attributes:
@@ -151,8 +152,8 @@ def processors(model: Fromage, decoding: Decoding, rows: range) -> Iterator[Logi
     if decoding.repetition_penalty != 1:
         yield RepetitionPenaltyLogitsProcessor(float(decoding.repetition_penalty))
     if model.lm.cap is not None:  # Hugging Face caps the head's -inf too
-        yield SuppressTokensLogitsProcessor(model.tokenizer.never_chosen, str(model.device))
-    yield RetRules(model.tokenizer.ret_ids, replace(decoding, max_images=0) if model.pools_last_word else decoding)
+        yield SuppressTokensLogitsProcessor(model.tokenizer.never_predicted, str(model.device))
+    yield RetLogitsProcessor(model.tokenizer.ret_ids, replace(decoding, max_images=0) if model.pools_last_word else decoding)
     if decoding.temperature > 0:
         yield TemperatureLogitsWarper(float(decoding.temperature))
         if decoding.top_k:
@@ -162,7 +163,7 @@ def processors(model: Fromage, decoding: Decoding, rows: range) -> Iterator[Logi
         yield GumbelSampler(decoding.seed, rows, model.device)
 
 
-class RetRules(LogitsProcessor):
+class RetLogitsProcessor(LogitsProcessor):
     """Three rules for [RET]: its bias; where it may not be generated; and that its other r - 1 tokens follow the first.
 
     The released code multiplies the logit by a factor, which moves a negative logit the wrong way. Here a bias is added; the
@@ -207,7 +208,7 @@ class GumbelSampler(LogitsProcessor):
 class Steps(StoppingCriteria):
     """Passes each step's tokens and hidden states to the drafts; the device is read once per step, for the tokens."""
 
-    def __init__(self, drafts: Sequence[Draft], between: Callable[[], object] = lambda: None) -> None:
+    def __init__(self, drafts: Sequence[PartialAnswer], between: Callable[[], object] = lambda: None) -> None:
         self.drafts, self.between, self.thread, self.hidden = drafts, between, get_ident(), torch.empty(0)
 
     def look(self, head: torch.nn.Module, inputs: tuple[Tensor]) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from fromage.checks import check_whole
 from fromage.config import CAPTION_LENGTH
 from fromage.errors import UserError
-from fromage.generation.decoding import GREEDY, Draft, decode
+from fromage.generation.decoding import GREEDY, PartialAnswer, decode
 from fromage.generation.options import Decoding
 from fromage.generation.preset import read_preset
 from fromage.generation.retrieved import ImageRetriever, Resolve, RetrievedImages
@@ -67,7 +67,7 @@ class Answer:
 class AnswerStream(Generator[str | RetrievedImages]):
     """The pieces of an answer while it is decoded; closing it stops decoding."""
 
-    def __init__(self, pieces: Generator[str | RetrievedImages], draft: Draft) -> None:
+    def __init__(self, pieces: Generator[str | RetrievedImages], draft: PartialAnswer) -> None:
         self._pieces, self._draft = pieces, draft
 
     @property
@@ -121,9 +121,9 @@ def generate(
         batch = prompts[start : start + batch_size]
         embedded = embed_prompts(model, batch, decoding.max_new_tokens)
         pieces: list[list[Any]] = [[] for _ in batch]
-        drafts = [Draft(model, decoding, row.append) for row in pieces]
+        drafts = [PartialAnswer(model, decoding, row.append) for row in pieces]
 
-        def after_each(start: int = start, drafts: Sequence[Draft] = drafts) -> None:
+        def after_each(start: int = start, drafts: Sequence[PartialAnswer] = drafts) -> None:
             between()
             for number, draft in enumerate(drafts, start):
                 draft.done = draft.done or not wanted(number)
@@ -154,7 +154,7 @@ def stream(
     embedded = embed_prompts(model, [prompt], decoding.max_new_tokens)
     retriever = ImageRetriever(model, index, resolve, decoding.images_per_ret, prompt, embedded.features)
     pieces: SimpleQueue[Any] = SimpleQueue()
-    draft = Draft(model, decoding, pieces.put)
+    draft = PartialAnswer(model, decoding, pieces.put)
 
     def work() -> None:
         try:

@@ -81,7 +81,7 @@ def score_prompts(model: Fromage, prompts: Sequence[Prompt], batch_size: int = 6
         shared = model.positions(batch.ids, batch.mask)  # (B, T)
         layout = PackedLayout(batch.mask.sum(1).tolist(), model.device, None if shared is None else shared[batch.mask])
         hidden = model.lm.packed(batch.embeds[batch.mask].unsqueeze(0), layout.positions, CausalAttention(layout))  # (N, d)
-        given = torch.tensor(model.tokenizer.never_chosen, device=model.device)
+        given = torch.tensor(model.tokenizer.never_predicted, device=model.device)
         scored = ~torch.isin(batch.ids, given)[:, 1:] & batch.mask[:, :-1]  # (B, T - 1): a token after another
         if not bool((tokens := scored.sum(1)).all()):
             raise UserError("a prompt to score has no text after its first token; write at least one word")

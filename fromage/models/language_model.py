@@ -65,7 +65,7 @@ class LanguageModel(FrozenTower):
         self._routes = hasattr(sys.modules[type(hf.base_model).__module__], "ALL_ATTENTION_FUNCTIONS")
         tied = head.weight is embedding.weight
         followers = len(tokenizer.ret_ids[1:])
-        added = AddedTokens(embedding, head, tokenizer.row_ids, tokenizer.vocab_size, tied, followers)
+        added = AddedTokens(embedding, head, tokenizer.trained_ids, tokenizer.vocab_size, tied, followers)
         hold(self, "added", added)
         hf.set_input_embeddings(ExtendedEmbedding(embedding, added))
         hf.set_output_embeddings(ExtendedHead(head, added))

@@ -28,7 +28,7 @@ class AddedTokens(nn.Module):
         Ids between vocab_size and the first of them (<|image|>) have no row and are never emitted.
         """
         super().__init__()
-        self.followers = followers
+        self.num_followers = followers
         self.first, self.vocab_size, self.tied = ids[0] if ids else vocab_size, vocab_size, tied
         if ids != list(range(self.first, self.first + len(ids))) or self.first < vocab_size:
             raise ValueError(f"added ids must be consecutive and at least {vocab_size}, not {ids}")
@@ -43,7 +43,7 @@ class AddedTokens(nn.Module):
     @property
     def output(self) -> Tensor:
         """The rows of the output head, (n - f, d): the input rows where the LM ties them."""
-        return self.input[: len(self.input) - self.followers] if self.tied else self.output_rows
+        return self.input[: len(self.input) - self.num_followers] if self.tied else self.output_rows
 
     @torch.no_grad()
     def rescale_(self) -> None:
@@ -115,4 +115,4 @@ class ExtendedHead(nn.Module):
             return new.new_full((*new.shape[:-1], count), -torch.inf)
 
         placeholders = barred(added.first - added.vocab_size)  # such as <|image|>
-        return torch.cat([frozen, placeholders, new, barred(added.followers)], dim=-1)  # (..., first + n)
+        return torch.cat([frozen, placeholders, new, barred(added.num_followers)], dim=-1)  # (..., first + n)

@@ -19,7 +19,7 @@ from fromage.octopus.examples import Box, Example
 
 
 @dataclass(frozen=True)
-class Grounded:
+class GroundedAnswer:
     """An answer.
 
     Attributes:
@@ -72,13 +72,13 @@ def answer_ids(example: Example, tokenizer: PromptTokenizer, num_queries: int) -
         if isinstance(piece, str):
             ids += tokenizer.encode(piece)
         elif num_queries:
-            ids.append(tokenizer.row_ids[place[piece]])
+            ids.append(tokenizer.trained_ids[place[piece]])
         else:
             ids += tokenizer.encode(spelled(example.boxes[piece]))
     return [*ids, *([] if tokenizer.eos_id is None else [tokenizer.eos_id])]
 
 
-def read_text(text: str) -> Grounded:
+def read_text(text: str) -> GroundedAnswer:
     """Read an answer with spelled boxes. Boxes without area, and anything else in brackets, stay text."""
     pieces: list[str | Box] = []
     end = 0
@@ -87,17 +87,19 @@ def read_text(text: str) -> Grounded:
         if None not in boxes:
             pieces += [text[end : found.start()], *(box for box in boxes if box)]
             end = found.end()
-    return Grounded(text, [piece for piece in [*pieces, text[end:]] if piece != ""])
+    return GroundedAnswer(text, [piece for piece in [*pieces, text[end:]] if piece != ""])
 
 
-def read_indexed(ids: Sequence[int], tokenizer: PromptTokenizer, boxes: Sequence[Box], scores: Sequence[float]) -> Grounded:
+def read_indexed(
+    ids: Sequence[int], tokenizer: PromptTokenizer, boxes: Sequence[Box], scores: Sequence[float]
+) -> GroundedAnswer:
     """Read an answer with index tokens, given the boxes and scores of all queries.
 
     Raises UserError for an index token without a query.
     """
     pieces: list[str | Box] = []
     text, queries = "", []
-    first = tokenizer.row_ids[0] if tokenizer.row_ids else tokenizer.vocab_size
+    first = tokenizer.trained_ids[0] if tokenizer.trained_ids else tokenizer.vocab_size
     for pointing, some in groupby(ids, lambda token: token >= first):
         if not pointing:
             words = tokenizer.decode(list(some))
@@ -111,4 +113,4 @@ def read_indexed(ids: Sequence[int], tokenizer: PromptTokenizer, boxes: Sequence
             text, pieces = text + f"<d{query}>", [*pieces, boxes[query]]
             queries.append(query)
     ranked = sorted(zip(boxes, scores, strict=True), key=lambda candidate: -candidate[1])
-    return Grounded(text, pieces, ranked, queries, [scores[query] for query in queries])
+    return GroundedAnswer(text, pieces, ranked, queries, [scores[query] for query in queries])

@@ -12,7 +12,7 @@ from fromage.checks import check_whole
 from fromage.errors import UserError
 from fromage.models.packed_layout import PackedLayout
 from fromage.models.prompts import ImageInput, Prompts, embed_prompts
-from fromage.octopus.answers import Grounded, read_indexed, read_text
+from fromage.octopus.answers import GroundedAnswer, read_indexed, read_text
 from fromage.octopus.branches import query_places
 from fromage.octopus.model import Octopus, Prefill
 from fromage.octopus.sources import check_question
@@ -37,7 +37,7 @@ def ground(
     asked: Sequence[tuple[ImageInput | None, str]],
     max_new_tokens: int = MAX_NEW_TOKENS,
     batch_size: int = 32,
-) -> list[Grounded]:
+) -> list[GroundedAnswer]:
     """Greedy answers to (image, instruction) pairs.
 
     An image can be given as its patch features (P, m); without one (None), nothing is looked for. Prompts are read once;
@@ -46,7 +46,7 @@ def ground(
     """
     check_whole("batch_size", batch_size, 1)
     check_whole("max_new_tokens", max_new_tokens, 1)
-    answers: dict[int, Grounded] = {}
+    answers: dict[int, GroundedAnswer] = {}
     for ask in (True, False):  # either all prompts of a batch have queries, or none
         numbers = [i for i, (image, _) in enumerate(asked) if (image is not None) == ask]
         for start in range(0, len(numbers), batch_size):
@@ -83,7 +83,7 @@ def decode(model: Octopus, prefill: Prefill, max_new_tokens: int) -> list[list[i
     return out
 
 
-def grounded(model: Octopus, prefill: Prefill, out: Sequence[list[int]]) -> list[Grounded]:
+def grounded(model: Octopus, prefill: Prefill, out: Sequence[list[int]]) -> list[GroundedAnswer]:
     """Tokens after a prefill -> answers."""
     if prefill.found is None:
         return [read_text(model.tokenizer.decode(ids)) for ids in out]

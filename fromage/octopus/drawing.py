@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from fromage.images.contact_sheet import INK, WHITE
-from fromage.octopus.answers import Grounded
+from fromage.octopus.answers import GroundedAnswer
 from fromage.octopus.examples import Box
 from fromage.octopus.masks import at_size
 
@@ -18,7 +18,7 @@ TINT = 0.5  # of a mask's colour over the image
 FOREGROUND = 0.5  # score from which a query is drawn, as in the paper (figure 3)
 
 
-def draw_answer(image: Image.Image, answer: Grounded, top: int | None = None, masks: bool = False) -> Image.Image:
+def draw_answer(image: Image.Image, answer: GroundedAnswer, top: int | None = None, masks: bool = False) -> Image.Image:
     """An image with the boxes pointed at, numbered in the answer's order, and all other foreground in thin lines.
 
     So one sees recognition and answer apart. Boxes are labelled with their scores, if any; foreground are queries with a

@@ -10,7 +10,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torchvision.ops import box_iou
 
-from fromage.octopus.answers import Grounded
+from fromage.octopus.answers import GroundedAnswer
 from fromage.octopus.examples import Box
 from fromage.octopus.masks import at_size
 from fromage.octopus.segments import Mask
@@ -19,7 +19,7 @@ FOUND = 0.5  # IoU from which a box counts as found, as in RefCOCO's measure
 TOP = 5  # of the head's candidates
 
 
-def box_metrics(answer: Grounded, wanted: Sequence[Box], words: str = "") -> dict[str, float]:
+def box_metrics(answer: GroundedAnswer, wanted: Sequence[Box], words: str = "") -> dict[str, float]:
     """Metrics of one answer that ought to point at the wanted boxes, 0 to 1.
 
     With one wanted box, as RefCOCO measures it:
@@ -70,13 +70,13 @@ class Areas(NamedTuple):
         return self.both / self.either
 
 
-def mask_areas(answer: Grounded, wanted: Mask) -> Areas:
+def mask_areas(answer: GroundedAnswer, wanted: Mask) -> Areas:
     """Of the mask of the first box pointed at; none covers nothing."""
     height, width = wanted.size
     return _areas(at_size(answer.masks[0], width, height) if answer.masks else None, wanted)
 
 
-def box_areas(answer: Grounded, wanted: Mask) -> Areas:
+def box_areas(answer: GroundedAnswer, wanted: Mask) -> Areas:
     """The same of the first box pointed at, filled, as a mask: what a head has to surpass."""
     height, width = wanted.size
     filled = torch.zeros(wanted.size, dtype=torch.bool)

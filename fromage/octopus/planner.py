@@ -148,7 +148,7 @@ class Words:
         self.vocab_size = vocab_size
         self.added = {IMAGE_TOKEN: vocab_size, QUERY: vocab_size + 1}
         self.image_id = vocab_size
-        self.row_ids = [vocab_size + 2 + i for i in range(num_queries)]
+        self.trained_ids = [vocab_size + 2 + i for i in range(num_queries)]
 
     def encode(self, text: str) -> list[int]:
         """As PromptTokenizer."""

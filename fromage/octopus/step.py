@@ -97,7 +97,7 @@ def octopus_step(model: Octopus, batch: GroundingBatch, matcher: Matcher = match
     if prefill.found is not None:
         recognition, parts = detection_loss(prefill.found, batch.objects, matcher)
         best = nearest(prefill.found.boxes[-1], batch.objects)  # (E, K)
-        answers = point_at_queries(answers, batch.owners, best, model.tokenizer.row_ids[0])
+        answers = point_at_queries(answers, batch.owners, best, model.tokenizer.trained_ids[0])
     hidden = prefill.states  # (M, d)
     if len(batch.fed.ids):
         after = model.read_answers(prefill, answers[batch.fed.ids], batch.fed.layout())  # (F, d)

@@ -204,7 +204,7 @@ def _model(run: Run, tower: VisionTower) -> Fromage:
     rows = len(hf.get_input_embeddings().weight)
     ret = [rows + 1 + i for i in range(run.r)]
     tokens: Any = SimpleNamespace(
-        vocab_size=rows, image_id=rows, ret_id=ret[0], ret_ids=ret, row_ids=ret, pad_id=0, start=lambda: [0]
+        vocab_size=rows, image_id=rows, ret_id=ret[0], ret_ids=ret, trained_ids=ret, pad_id=0, start=lambda: [0]
     )
     tower.to_empty(device="cpu").normalise = None  # it looks at values
     model = Fromage(LanguageModel(hf, tokens, run.lm), tower, replace(run, space="learned"))

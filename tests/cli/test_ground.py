@@ -17,7 +17,7 @@ from fromage.cli.main import main
 from fromage.cli.talk import Opening
 from fromage.errors import UserError
 from fromage.models.prompts import embed_prompts
-from fromage.octopus.answers import Grounded, read_text
+from fromage.octopus.answers import GroundedAnswer, read_text
 from fromage.octopus.decoding import grounded, instruction, read_batch
 from fromage.octopus.drawing import COLOURS, OTHERS, SIDE, draw_answer
 from fromage.octopus.model import load_octopus
@@ -65,7 +65,7 @@ def test_a_folder_of_export_is_read_as_its_checkpoint(ckpt, photo, tmp_path, cap
 @pytest.mark.parametrize("size", [(200, 100), (30, 90), (1200, 900), (1, 1)])
 def test_a_drawing_shows_each_box_where_it_is_and_leaves_the_image(size):
     image = Image.new("RGB", size, "navy")
-    page = draw_answer(image, Grounded("", [LEFT, " and ", RIGHT], FOUND, [1, 0], [0.8, 0.9]), top=1)
+    page = draw_answer(image, GroundedAnswer("", [LEFT, " and ", RIGHT], FOUND, [1, 0], [0.8, 0.9]), top=1)
     assert colours(image) == {(0, 0, 128)} and max(page.size) >= SIDE and page.size[0] * size[1] == page.size[1] * size[0]
     assert COLOURS[0] in pixel(page, 0.1, 0.6) and COLOURS[1] in pixel(page, 0.9, 0.6)
     assert COLOURS[0] not in pixel(page, 0.6, 0.6) and OTHERS in pixel(page, 1, 0.5)
@@ -78,16 +78,16 @@ def test_other_candidates_are_thin_and_as_many_as_asked():
     def grey(top, answer):
         return int((np.asarray(draw_answer(image, answer, top)) == OTHERS).all(-1).sum())
 
-    answer = Grounded("", [LEFT], FOUND, [1], [0.8])
+    answer = GroundedAnswer("", [LEFT], FOUND, [1], [0.8])
     assert [OTHERS in colours(draw_answer(image, answer, top)) for top in (0, 1)] == [False, True]
     assert grey(1, answer) < grey(2, answer) < grey(3, answer) == grey(9, answer) == grey(None, answer)
-    assert grey(9, Grounded("", [], FOUND)) > grey(9, answer), "where nothing is pointed at there are candidates still"
-    assert OTHERS not in colours(draw_answer(image, Grounded("", [LEFT], [(LEFT, 0.99), (ALL, 0.49)], [0], [0.99])))
+    assert grey(9, GroundedAnswer("", [], FOUND)) > grey(9, answer), "where nothing is pointed at there are candidates still"
+    assert OTHERS not in colours(draw_answer(image, GroundedAnswer("", [LEFT], [(LEFT, 0.99), (ALL, 0.49)], [0], [0.99])))
     assert OTHERS not in colours(draw_answer(image, read_text("[0.100,0.250,0.400,0.750]")))
 
 
 def test_boxes_in_pixels():
-    told = as_json(Grounded("a star<d1>", ["a star", LEFT], FOUND, [1], [0.8]), (200, 100))
+    told = as_json(GroundedAnswer("a star<d1>", ["a star", LEFT], FOUND, [1], [0.8]), (200, 100))
     assert told["boxes"] == [{"box": [20, 25, 80, 75], "score": 0.8}] and told["words"] == "a star"
     assert [each["score"] for each in told["candidates"]] == [0.9, 0.8, 0.7, 0.6]
     assert told["candidates"][2]["box"] == [0, 0, 200, 100]
@@ -127,18 +127,18 @@ def test_an_answer_is_printed_drawn_and_written(ckpt, photo, tmp_path, capsys):
 
 def test_masks_are_drawn_over_the_image_in_the_colours_of_their_boxes():
     image, half = Image.new("RGB", (200, 100), "navy"), torch.tensor([[1.0, -1.0], [1.0, -1.0]]).half()
-    answer = Grounded("", [LEFT, RIGHT], FOUND, [1, 0], [0.8, 0.9], [half, -half])
+    answer = GroundedAnswer("", [LEFT, RIGHT], FOUND, [1, 0], [0.8, 0.9], [half, -half])
     page, plain = draw_answer(image, answer, 0, masks=True), draw_answer(image, answer, 0)
     tints = [tuple((a + b) // 2 for a, b in zip(colour, (0, 0, 128), strict=True)) for colour in COLOURS[:2]]
     for x, tint in ((0.05, tints[0]), (0.95, tints[1])):
         (colour,) = pixel(page, x, 0.9)
         assert np.abs(np.subtract(colour, tint)).max() <= 1 and pixel(plain, x, 0.9) == {(0, 0, 128)}
-    assert colours(draw_answer(image, Grounded("", [], []), 0, masks=True)) == {(0, 0, 128)}
+    assert colours(draw_answer(image, GroundedAnswer("", [], []), 0, masks=True)) == {(0, 0, 128)}
 
 
 def test_masks_are_written_as_run_lengths_at_the_size_of_the_image():
     half = torch.tensor([[1.0, -1.0], [1.0, -1.0]])
-    answer = Grounded("<d1>", [LEFT], FOUND, [1], [0.8], [half])
+    answer = GroundedAnswer("<d1>", [LEFT], FOUND, [1], [0.8], [half])
     told = as_json(answer, (200, 100), masks=True)
     assert told["boxes"][0]["mask"] == {"size": [100, 200], "counts": [0, 100 * 100, 100 * 100]}
     assert "mask" not in as_json(answer, (200, 100))["boxes"][0]
@@ -149,7 +149,7 @@ def test_ground_with_masks(segmenting, photo, tmp_path, monkeypatch, capsys):
     from fromage.octopus import decoding
 
     asked = ["ground", photo, "the star", "--ckpt", segmenting, "--max-new-tokens", "2"]
-    monkeypatch.setattr(decoding, "decode", lambda model, *_: [[model.tokenizer.row_ids[2]]])
+    monkeypatch.setattr(decoding, "decode", lambda model, *_: [[model.tokenizer.trained_ids[2]]])
     assert main([*asked, "--mask", "--png", str(tmp_path / "a.png"), "--json"]) == 0
     (box,) = json.loads(capsys.readouterr().out)["boxes"]
     assert box["mask"]["size"] == [100, 200] and sum(box["mask"]["counts"]) == 20_000
@@ -161,7 +161,7 @@ def test_masks_are_those_of_the_queries_pointed_at(segmenting, photo):
     model = load_octopus(segmenting)
     prompts = embed_prompts(model, [model.prompt(Image.open(photo), "where is the star?")], 4)
     prefill = read_batch(model, prompts, prompts.features)
-    first = model.tokenizer.row_ids[0]
+    first = model.tokenizer.trained_ids[0]
     (answer,) = grounded(model, prefill, [[first + 3, first + 1]])
     for mask, query in zip(answer.masks, (3, 1), strict=True):
         torch.testing.assert_close(mask, prefill.found.masks[0, query].half())

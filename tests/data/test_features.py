@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from fromage.data.batches import Decode, collate
+from fromage.data.batches import SamplePreprocessor, collate
 from fromage.data.broken import Broken, decoded
 from fromage.data.datamodule import CC3M
 from fromage.data.features import check_features, check_source, store_features
@@ -256,7 +256,7 @@ def test_features_of_another_width_are_skipped_and_named():
     tokenizer = PromptTokenizer(str(TOY / "opt"))
     for width in (None, 12):
         broken = Broken(0.5)
-        decode = Decode(ImageReader(lambda image: image, width), tokenizer, 40)
+        decode = SamplePreprocessor(ImageReader(lambda image: image, width), tokenizer, 40)
         rows = list(decoded([stored(12), stored(5), stored(12)], decode, broken))
         assert collate(rows, 0).features.shape == (2, 12)
         assert broken.bad == 1 and broken.last[0] == "k5 (features of another width: 5, not 12)"

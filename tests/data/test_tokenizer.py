@@ -35,8 +35,8 @@ def test_a_cut_caption_keeps_ret(opt):
 def test_several_ret_tokens_end_a_caption_and_count_within_its_length():
     words, folder = "a small red star at night.", str(TOY / "opt")
     one, four = PromptTokenizer(folder), PromptTokenizer(folder, ret_tokens(4))
-    assert ret_tokens(3) == ["[RET]", "[RET2]", "[RET3]"] and one.ret_ids == [one.ret_id] == one.row_ids
-    assert four.ret_ids == [one.ret_id + i for i in range(4)] == four.row_ids
+    assert ret_tokens(3) == ["[RET]", "[RET2]", "[RET3]"] and one.ret_ids == [one.ret_id] == one.trained_ids
+    assert four.ret_ids == [one.ret_id + i for i in range(4)] == four.trained_ids
     whole = one.caption(words, 24)
     assert four.caption(words, 24) == [*whole[:-1], *four.ret_ids]
     assert four.caption(words, 8) == [*whole[:4], *four.ret_ids]

@@ -21,7 +21,7 @@ from fromage.evals.predict import ImageStream, listed, predict
 from fromage.evals.refcoco import evaluate as evaluate_refcoco
 from fromage.evals.report import table
 from fromage.models.fromage import Fromage
-from fromage.octopus.answers import Grounded, answer_ids
+from fromage.octopus.answers import GroundedAnswer, answer_ids
 from fromage.octopus.boxes import spelled
 from fromage.octopus.decoding import ground
 from fromage.octopus.metrics import chance_metrics
@@ -69,7 +69,7 @@ def pieces(example, box=lambda box: box):
 
 def test_right_answers_are_worth_a_hundred_and_the_head_is_measured_apart(octopus, world, answering):
     data = refcoco(world, limit=12)
-    answering(data, lambda e: Grounded("", pieces(e), [(FAR, 0.9), (e.boxes[e.meant[0]], 0.5)], [1]))
+    answering(data, lambda e: GroundedAnswer("", pieces(e), [(FAR, 0.9), (e.boxes[e.meant[0]], 0.5)], [1]))
     report = evaluate_refcoco(octopus, data, Options(5))
     own, chance = report["octopus"]["val"], report["chance"]["val"]
     assert own["acc_iou50"] == own["head_recall_top5"] == own["all_found"] == 100 and own["head_recall_top1"] == 0
@@ -81,26 +81,26 @@ def test_right_answers_are_worth_a_hundred_and_the_head_is_measured_apart(octopu
 
 def test_wrong_answers_are_worth_nothing(octopus, world, answering):
     data = refcoco(world, limit=6)
-    answering(data, lambda e: Grounded("", [], [(e.boxes[e.meant[0]], 0.9)]))
+    answering(data, lambda e: GroundedAnswer("", [], [(e.boxes[e.meant[0]], 0.9)]))
     own = evaluate_refcoco(octopus, data)["octopus"]["val"]
     assert own["acc_iou50"] == own["mean_iou"] == own["all_found"] == 0 and own["head_recall_top1"] == 100
 
 
 def test_a_report_names_the_pattern_it_is_of(octopus, world, answering):
     data = refcoco(world, limit=6, match="left of|above")
-    answering(data, lambda e: Grounded("", pieces(e), [(FAR, 0.9)], [0]))
+    answering(data, lambda e: GroundedAnswer("", pieces(e), [(FAR, 0.9)], [0]))
     report = evaluate_refcoco(octopus, data)
     assert "'left of|above'" in report["protocol"]["expressions"] and report["octopus"]["val"]["acc_iou50"] == 100
     assert report["skipped"]["expressions that do not match"] > 0
 
 
 def right(example):
-    return Grounded("", pieces(example), [(example.boxes[example.meant[0]], 0.9)], [0])
+    return GroundedAnswer("", pieces(example), [(example.boxes[example.meant[0]], 0.9)], [0])
 
 
 def test_splits_of_one_run_have_figures_of_their_own(octopus, world, answering):
     splits = [refcoco(world, split, limit=count) for split, count in (("val", 4), ("train", 6))]
-    answering(splits, lambda e: right(e) if e.image.endswith(("0.jpg", "1.jpg")) else Grounded("", []))
+    answering(splits, lambda e: right(e) if e.image.endswith(("0.jpg", "1.jpg")) else GroundedAnswer("", []))
     report = evaluate_refcoco(octopus, splits, Options(4))
     assert [*report["octopus"]] == [*report["chance"]] == ["val", "train"]
     assert (report["examples"], report["examples_val"], report["examples_train"]) == (10, 4, 6)
@@ -118,7 +118,7 @@ def test_masks_are_measured_at_the_size_of_the_image_and_not_kept(segmenting, wo
     every = [example.masks[0].pixels() for example in known]
     left = [torch.arange(w).repeat(h, 1) < w // 2 for h, w in (mask.shape for mask in every)]
     half = torch.tensor([[1.0, -1.0]])  # what is left of the middle
-    answering(known, lambda e: Grounded("", pieces(e), queries=[0], masks=[half]))
+    answering(known, lambda e: GroundedAnswer("", pieces(e), queries=[0], masks=[half]))
     kept = []
     monkeypatch.setattr(evaluating_refcoco, "predict", lambda *given: kept.append(predict(*given)) or kept[-1])
     figures = evaluate_refcoco(segmenting, data)["octopus"]["val"]
@@ -126,7 +126,7 @@ def test_masks_are_measured_at_the_size_of_the_image_and_not_kept(segmenting, wo
     assert figures["mask_ciou"] == pytest.approx(100 * sum(b for b, _ in areas) / sum(e for _, e in areas), abs=1e-3)
     assert figures["mask_mean_iou"] == pytest.approx(100 * sum(b / e for b, e in areas) / 12, abs=1e-3)
     assert 30 < figures["box_ciou"] < 100 and all(not answer.masks for _, answer in kept[0].pairs[0])
-    answering(known, lambda e: Grounded("", []))
+    answering(known, lambda e: GroundedAnswer("", []))
     nothing = evaluate_refcoco(segmenting, data)["octopus"]["val"]
     assert nothing["mask_ciou"] == nothing["mask_mean_iou"] == nothing["box_ciou"] == 0
 
@@ -229,7 +229,7 @@ def test_answers_do_not_depend_on_the_batch_and_images_are_encoded_once(octopus,
 def test_several_objects_must_all_be_found(octopus, world, answering, wrong):
     data = Instructions(str(world / "llava/instruct_val.json"), str(world))
     last = lambda e: [*pieces(e)[:-1], FAR]  # noqa: E731
-    answering(data, lambda e: Grounded("", last(e) if wrong else pieces(e)))
+    answering(data, lambda e: GroundedAnswer("", last(e) if wrong else pieces(e)))
     report = evaluate_instructions(octopus, data, Options(64))
     found = report["octopus"]
     assert {"text", "1_object", "2_objects"} <= found.keys() and next(iter(found)) == "text"
@@ -252,7 +252,7 @@ def test_pope_counts_what_does_not_say_no():
 def test_pope_of_right_and_of_wrong_answers(octopus, world, answering):
     data = Pope(str(world / "pope/coco_pope_random.json"), str(world / "refcoco/images"), limit=8)
     for yes, no, share in (("yes", "no", 100), ("no", "yes", 0)):
-        answering(data, lambda e, yes=yes, no=no: Grounded("", [yes if e.answer == ("yes",) else no]))
+        answering(data, lambda e, yes=yes, no=no: GroundedAnswer("", [yes if e.answer == ("yes",) else no]))
         report = evaluate_pope(octopus, data)
         own, chance = (report[who]["coco_pope_random"] for who in ("octopus", "chance"))
         assert own["accuracy"] == own["f1"] == share and own["yes"] == 50 == chance["accuracy"] and own["neither"] == 0
@@ -270,7 +270,7 @@ def three(world, tmp_path):
 def test_popes_splits_are_one_run_with_a_mean(octopus, three, answering, monkeypatch):
     encoded, vision = [], octopus.vision.forward
     monkeypatch.setattr(octopus.vision, "forward", lambda pixels: encoded.append(len(pixels)) or vision(pixels))
-    answering(three, lambda e: Grounded("", [e.answer[0] if e.key.endswith(("0", "1", "2")) else "yes"]))
+    answering(three, lambda e: GroundedAnswer("", [e.answer[0] if e.key.endswith(("0", "1", "2")) else "yes"]))
     report = evaluate_pope(octopus, three, Options(5))
     own = report["octopus"]
     assert [*own] == [*evaluating_pope.OFFICIAL, "mean"] and own["mean"].keys() == {"f1"}
@@ -283,7 +283,7 @@ def test_popes_splits_are_one_run_with_a_mean(octopus, three, answering, monkeyp
 def test_questions_of_several_kinds_have_figures_by_kind(octopus, world, answering):
     data = Pope(str(world / "attributes/val.json"), str(world / "refcoco/images"), limit=40)
     wrong = sorted({data.kinds[example.key] for example in data})[0]
-    answering(data, lambda e: Grounded("", [e.answer[0] if data.kinds[e.key] != wrong else "neither"]))
+    answering(data, lambda e: GroundedAnswer("", [e.answer[0] if data.kinds[e.key] != wrong else "neither"]))
     report = evaluate_pope(octopus, data)
     own = report["octopus"]
     assert report["evaluation"] == "yes-or-no questions" and len(own) > 2 and own.keys() == report["chance"].keys()
@@ -298,7 +298,7 @@ def test_answers_count_as_yes_or_no_by_popes_rule():
 
 def test_popes_published_figures_stand_beside_its_three_files_alone(octopus, three, answering, monkeypatch):
     monkeypatch.setattr(evaluating_pope, "OFFICIAL", {name: {12} for name in evaluating_pope.OFFICIAL})
-    answering(three, lambda e: Grounded("", ["yes"]))
+    answering(three, lambda e: GroundedAnswer("", ["yes"]))
     report = evaluate_pope(octopus, three)
     assert report["paper"] == evaluating_pope.PAPER and "(84.8)" in table(report)
     assert evaluating_pope.official(three) and not evaluating_pope.official(three[:2])

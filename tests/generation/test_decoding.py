@@ -21,7 +21,7 @@ from fromage.config import FromageConfig
 from fromage.data.tokenizer import PromptTokenizer, ret_tokens
 from fromage.errors import UserError
 from fromage.generation import decoding
-from fromage.generation.decoding import Draft, certain, end_ids
+from fromage.generation.decoding import PartialAnswer, certain, end_ids
 from fromage.generation.generate import generate
 from fromage.generation.options import Decoding
 from fromage.generation.score import score, score_prompts
@@ -343,7 +343,7 @@ def test_an_answer_must_have_room(toy_model):
 def test_a_draft_that_another_thread_ends_meanwhile_stays_ended():
     """It is only ever set to True: False may be what it was before the other thread set it."""
 
-    class Watched(Draft):
+    class Watched(PartialAnswer):
         def __setattr__(self, name, value):
             assert name != "done" or value or not self.ids
             super().__setattr__(name, value)

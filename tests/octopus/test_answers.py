@@ -27,7 +27,7 @@ def example(*answer, boxes=(A, B, C)):
 def test_index_tokens_number_the_objects_meant_in_the_answers_order():
     t = tokenizer(4)
     ids = answer_ids(example("a star", 2, " and ", 0, 2), t, 4)
-    d = t.row_ids
+    d = t.trained_ids
     assert ids == [*t.encode("a star"), d[0], *t.encode(" and "), d[1], d[0], 2]
     objects = objects_of([example("a star", 2, " and ", 0)], 4)
     torch.testing.assert_close(objects.boxes[0, 0], torch.tensor([0.125, 0.0625, 0.25, 0.125]))
@@ -59,20 +59,20 @@ def test_what_is_no_box_stays_text(text):
 
 def test_pieces_and_candidates_of_index_tokens():
     t = tokenizer(3)
-    answer = read_indexed([*t.encode("a star"), t.row_ids[1], t.row_ids[2]], t, [A, B, C], [0.1, 0.7, 0.2])
+    answer = read_indexed([*t.encode("a star"), t.trained_ids[1], t.trained_ids[2]], t, [A, B, C], [0.1, 0.7, 0.2])
     assert answer.text == "a star<d1><d2>" and answer.pieces == ["a star", B, C] and answer.queries == [1, 2]
     assert answer.candidates == [(B, 0.7), (C, 0.2), (A, 0.1)] and answer.pointed == [(B, 0.7), (C, 0.2)]
 
 
 def test_two_queries_with_the_same_box_keep_their_scores():
     t = tokenizer(2)
-    assert [read_indexed([t.row_ids[i]], t, [A, A], [0.9, 0.1]).pointed for i in (0, 1)] == [[(A, 0.9)], [(A, 0.1)]]
+    assert [read_indexed([t.trained_ids[i]], t, [A, A], [0.9, 0.1]).pointed for i in (0, 1)] == [[(A, 0.9)], [(A, 0.1)]]
 
 
 def test_an_index_out_of_range_is_an_error():
     t = tokenizer(3)
     with pytest.raises(UserError, match="<d2>, but only 2"):
-        read_indexed([t.row_ids[2]], t, [A, B], [0.5, 0.5])
+        read_indexed([t.trained_ids[2]], t, [A, B], [0.5, 0.5])
 
 
 def test_more_boxes_than_queries():

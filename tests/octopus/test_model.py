@@ -60,7 +60,7 @@ def test_a_batch_reads_as_single_prompts_do(family):
 def test_answers_behind_a_reading_are_those_of_one_pass_over_all(family):
     model = build(family)
     prompts, patches = embedded(model)
-    answers = torch.tensor([[5, 9, model.tokenizer.row_ids[1]], [model.tokenizer.row_ids[0], 7, 8], [3, 4, 5]])
+    answers = torch.tensor([[5, 9, model.tokenizer.trained_ids[1]], [model.tokenizer.trained_ids[0], 7, 8], [3, 4, 5]])
     prefill = read_batch(model, prompts, patches)
     first, rest = prefill.hidden, [model.next_token(prefill, some) for some in answers.T]  # (B, d) each
     lengths = prompts.mask.sum(1).tolist()
@@ -267,7 +267,7 @@ def test_there_is_nothing_to_point_at_where_nothing_was_recognised():
     prefill = read(model)
     hidden = prefill.hidden.detach().unsqueeze(1)  # (B, 1, d)
     logits, plain = model.logits(hidden, prefill), model.lm.logits(hidden)
-    first = model.tokenizer.row_ids[0]
+    first = model.tokenizer.trained_ids[0]
     torch.testing.assert_close(logits[..., :first], plain[..., :first])
     unasked = replace(prefill, found=None)
     assert (model.logits(hidden, unasked)[..., first:] == -torch.inf).all()

@@ -168,7 +168,7 @@ def test_sentences_read_back_from_their_tokens(queries):
     if queries:
         found = [boxes[number] for number in example.meant]
         answer = read_indexed(ids, tokenizer, [*found, (0.0, 0.0, 1.0, 1.0)], [1.0, 1.0, 1.0, 0.0])
-        words = [token for token in ids if token not in tokenizer.row_ids]
+        words = [token for token in ids if token not in tokenizer.trained_ids]
         assert words == tokenizer.encode("two stars and a small ring, on the sand.")
     else:
         answer = read_text(tokenizer.decode(ids))
