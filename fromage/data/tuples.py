@@ -39,15 +39,14 @@ class TupleBatch(NamedTuple):
     caption_lengths: list[int]  # B
     pixels: Tensor | None  # (B, 3, H, W), as of Batch
     features: Tensor | None  # (B, m)
-    rows: list[int]  # n: which tuples have a target image
-    shown: Images | None  # those n target images; None where there is none
+    target_rows: list[int]  # n: which tuples have a target image
+    target_images: Images | None  # those n target images; None where there is none
 
     def part(self, start: int, stop: int) -> TupleBatch:
         """The tuples from start to stop, without target images; padding stays."""
-        cut: dict[str, Any] = {
-            name: None if field is None else field[start:stop] for name, field in self._replace(shown=None)._asdict().items()
-        }
-        return self._replace(**{**cut, "rows": []})
+        fields = self._replace(target_images=None)._asdict()
+        cut: dict[str, Any] = {name: None if field is None else field[start:stop] for name, field in fields.items()}
+        return self._replace(**{**cut, "target_rows": []})
 
 
 class TupleSample(NamedTuple):
@@ -58,7 +57,7 @@ class TupleSample(NamedTuple):
     condition: list[int]  # bos c_1 ... c_m [RET]
     caption: list[int]  # y_1 ... y_n
     image: Images  # (3, H, W) or (m,)
-    shown: Images | None  # the target image
+    target_image: Images | None
 
 
 @dataclass
@@ -96,11 +95,11 @@ class TuplePreprocessor:
 
     def collate(self, samples: list[TupleSample]) -> TupleBatch:
         """Rows -> a batch, padded with the tokenizer's pad. Raises UserError for features beside images without them."""
-        keys, targets, conditions, captions, images, shown = zip(*samples, strict=True)
-        pad_id, rows = self.tokenizer.pad_id, [i for i, image in enumerate(shown) if image is not None]
+        keys, targets, conditions, captions, images, found = zip(*samples, strict=True)
+        pad_id, rows = self.tokenizer.pad_id, [i for i, image in enumerate(found) if image is not None]
         texts = *padded(list(conditions), pad_id), *padded(list(captions), pad_id)
-        targets_shown = stacked([shown[i] for i in rows], keys[0], "tuples") if rows else None
-        return TupleBatch(list(keys), list(targets), *texts, *stacked(images, keys[0], "tuples"), rows, targets_shown)
+        target_images = stacked([found[i] for i in rows], keys[0], "tuples") if rows else None
+        return TupleBatch(list(keys), list(targets), *texts, *stacked(images, keys[0], "tuples"), rows, target_images)
 
 
 def texts_of(raw: Raw) -> tuple[str, str]:

@@ -130,7 +130,7 @@ def generate(
 
         decode(model, embedded, decoding, drafts, start, after_each)
         for row, prompt in enumerate(batch):
-            features = embedded.features[embedded.shown[row]]  # (images of the prompt, m)
+            features = embedded.features[embedded.image_rows[row]]  # (images of the prompt, m)
             retriever = ImageRetriever(model, index, resolve, decoding.images_per_ret, prompt, features)
             answers.append(Answer.of(map(retriever.piece, pieces[row]), drafts[row].ids, drafts[row].cut))
     return answers

@@ -89,14 +89,14 @@ class Prompts:
         mask: (B, T) bool, False at padding.
         embeds: (B, T, d).
         features: (n, m) of the distinct images of the batch.
-        shown: for each prompt, the rows of features of its images, in order.
+        image_rows: for each prompt, the rows of features of its images, in order.
     """
 
     ids: Tensor
     mask: Tensor
     embeds: Tensor
     features: Tensor
-    shown: list[list[int]]
+    image_rows: list[list[int]]
 
 
 def parts_of(prompt: Prompt) -> list[Part]:
@@ -222,11 +222,12 @@ def embed_prompts(model: VisualPrefixLM, prompts: Sequence[Prompt], room: int = 
     images = [[part for part in parts_of(prompt) if isinstance(part, ImageInput)] for prompt in prompts]
     distinct = {_key(image): image for row in images for image in row}
     number = {key: i for i, key in enumerate(distinct)}
-    shown = [[number[_key(image)] for image in row] for row in images]
+    image_rows = [[number[_key(image)] for image in row] for row in images]
     features = encode_images(model, list(distinct.values()))  # (n, m)
-    prefix = model.visual_prefix(features)[list(chain.from_iterable(shown))]  # (n, k, d) -> (images in all prompts, k, d)
+    rows = [*chain.from_iterable(image_rows)]  # of all images in all prompts
+    prefix = model.visual_prefix(features)[rows]  # (n, k, d) -> (images in all prompts, k, d)
     ids = ids.to(model.device)  # (B, T)
-    return Prompts(ids, mask.to(model.device), model.embed(ids, prefix), features, shown)
+    return Prompts(ids, mask.to(model.device), model.embed(ids, prefix), features, image_rows)
 
 
 def _key(image: ImageInput) -> int | str:

@@ -53,7 +53,7 @@ def ground(
             some = numbers[start : start + batch_size]
             prompts = [model.prompt(*asked[i], ask) for i in some]
             embedded = embed_prompts(model, prompts, max_new_tokens)
-            patches = embedded.features[[shown[-1] for shown in embedded.shown if shown]]  # (B, P, m), or of no prompt
+            patches = embedded.features[[rows[-1] for rows in embedded.image_rows if rows]]  # (B, P, m), or of no prompt
             prefill = read_batch(model, embedded, patches)
             answers |= zip(some, grounded(model, prefill, decode(model, prefill, max_new_tokens)), strict=True)
     return [answers[i] for i in range(len(asked))]

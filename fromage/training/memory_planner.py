@@ -124,7 +124,7 @@ def count(run: Run, model: Fromage, batch: Batch) -> Plan:
     weights[LM] += sum(quantized_bytes(p, run.quantize) - p.nbytes for p in linear)
     given = [t for t in (batch.ids, batch.pixels, batch.features) if t is not None]
     if batch.tuples is not None:
-        given += [t for t in (*batch.tuples, *(batch.tuples.shown or ())) if isinstance(t, torch.Tensor)]
+        given += [t for t in (*batch.tuples, *(batch.tuples.target_images or ())) if isinstance(t, torch.Tensor)]
     meter = Meter([*model.parameters(), *model.buffers(), *given])
     transient = {}
     if run.step == "fast" and not run.chunk:

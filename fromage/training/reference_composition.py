@@ -112,13 +112,13 @@ def target_embeddings(model: Fromage, tuples: TupleBatch, text_tower: TextTower 
 
     The gradient reaches W_i where the space is learned. Raises UserError as reference_composition does.
     """
-    without = sorted(set(range(len(tuples.keys))) - set(tuples.rows))
+    without = sorted(set(range(len(tuples.keys))) - set(tuples.target_rows))
     if without and (text_tower is None or model.config.space != "clip"):
         raise UserError(f"{first_few([tuples.keys[i] for i in without])}: {NO_IMAGE}")
     rows = torch.zeros(len(tuples.keys), model.q, device=model.device)  # (B, q)
-    if tuples.shown is not None:
-        images = model.embed_images(image_features(model, tuples.shown))  # (n, m) -> (n, q)
-        rows = rows.index_copy(0, to_device(tuples.rows, model.device), images)
+    if tuples.target_images is not None:
+        images = model.embed_images(image_features(model, tuples.target_images))  # (n, m) -> (n, q)
+        rows = rows.index_copy(0, to_device(tuples.target_rows, model.device), images)
     if without and text_tower is not None:
         texts = text_tower.embed_text([tuples.targets[i] for i in without])  # (B - n, q)
         rows = rows.index_copy(0, to_device(without, model.device), texts.to(rows.device))

@@ -105,14 +105,14 @@ def test_a_step_has_a_batch_of_pairs_and_one_of_tuples(packed, tokenizer):
     assert [len(batch.keys) for batch in batches] == [4, 4, 4] and [len(b.tuples.keys) for b in batches] == [3, 3, 3]
     tuples = batches[1].tuples
     assert tuples.targets == [f"a red {i} at night." for i in (3, 4, 5)]
-    assert tuples.rows == [0, 2] and len(tuples.shown.pixels) == 2
-    assert (tuples.shown.pixels[:, 0, 0, 0] > tuples.pixels[[0, 2], 0, 0, 0] + 0.3).all()
+    assert tuples.target_rows == [0, 2] and len(tuples.target_images.pixels) == 2
+    assert (tuples.target_images.pixels[:, 0, 0, 0] > tuples.pixels[[0, 2], 0, 0, 0] + 0.3).all()
     condition, caption = tuples.conditions[0, : tuples.lengths[0]], tuples.captions[0, : tuples.caption_lengths[0]]
     assert condition.tolist() == tokenizer.caption("but at night.", 12)
     assert caption.tolist() == tokenizer.encode(" a red 3 at night.")[:12]
-    assert next(iter(loader(packed, tokenizer, packed, target_images=False, shuffle=0))).tuples.rows == []
+    assert next(iter(loader(packed, tokenizer, packed, target_images=False, shuffle=0))).tuples.target_rows == []
     part = tuples.part(1, 3)
-    assert part.keys == tuples.keys[1:] and part.caption_lengths == tuples.caption_lengths[1:] and part.shown is None
+    assert part.keys == tuples.keys[1:] and part.caption_lengths == tuples.caption_lengths[1:] and part.target_images is None
 
 
 def test_an_epoch_goes_through_the_tuples_as_often_as_it_takes(tmp_path, packed, tokenizer):
@@ -138,9 +138,9 @@ def test_stored_features_of_both_images(packed, tokenizer, tmp_path):
     one, stored = (
         next(iter(loader(folder, tokenizer, packed, shuffle=0))).tuples for folder in (packed, tmp_path / "stored")
     )
-    assert stored.pixels is None and stored.rows == one.rows == [1, 3]
+    assert stored.pixels is None and stored.target_rows == one.target_rows == [1, 3]
     torch.testing.assert_close(stored.features, vision(one.pixels))
-    torch.testing.assert_close(stored.shown.features, vision(one.shown.pixels))
+    torch.testing.assert_close(stored.target_images.features, vision(one.target_images.pixels))
 
 
 def test_captions_are_no_tuples(tmp_path, tokenizer):

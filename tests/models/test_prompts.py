@@ -167,7 +167,7 @@ def test_embeddings_are_the_parts_own(toy_model, images):
     want = torch.cat([prefix[0], words[0, 2:-3], prefix[1], words[0, -1:]])
     torch.testing.assert_close(batch.embeds[0], want)
     torch.testing.assert_close(batch.features, features)
-    assert batch.shown == [[0, 1]]
+    assert batch.image_rows == [[0, 1]]
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "I;16"])
@@ -240,7 +240,7 @@ def test_each_distinct_image_runs_once_and_all_in_one_call(toy_model, mixed, mon
     monkeypatch.setattr(toy_model.vision, "forward", lambda pixels: calls.append(len(pixels)) or forward(pixels))
     batch = embed_prompts(toy_model, mixed)
     assert calls == [3]  # two of them twice
-    assert batch.shown == [[0, 1], [0, 0], [], [], [2]] and len(batch.features) == 3
+    assert batch.image_rows == [[0, 1], [0, 0], [], [], [2]] and len(batch.features) == 3
 
 
 def test_features_stand_for_their_image(toy_model, images):

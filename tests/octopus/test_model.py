@@ -26,7 +26,7 @@ ASKED = ["where is the red star?", "where are the rings by the small blue moon?"
 def embedded(model, asked=ASKED):
     torch.manual_seed(1)
     prompts = embed_prompts(model, [model.prompt(torch.randn(4, 20), text) for text in asked])
-    return prompts, prompts.features[[shown[-1] for shown in prompts.shown]]
+    return prompts, prompts.features[[rows[-1] for rows in prompts.image_rows]]
 
 
 def read(model, asked=ASKED):

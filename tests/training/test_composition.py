@@ -154,6 +154,6 @@ def test_a_query_is_read_as_it_was_trained(models, which, monkeypatch):
 def test_equal_targets_are_no_negatives_where_that_is_asked_for(models):
     model = models["tied", 1, "sequential"]
     tuples = make_tuples(model, LENGTHS)
-    same = tuples._replace(shown=Images(None, tuples.shown.features[[0, 1, 0, 1]]))
+    same = tuples._replace(target_images=Images(None, tuples.target_images.features[[0, 1, 0, 1]]))
     apart = LossWeights(same_image_negatives=False, composition_retrieval=1.0)
     assert compare(model, same, apart)[0].contrastive_loss < compare(model, same)[0].contrastive_loss
