@@ -60,6 +60,8 @@ class ModelConfig:
     @classmethod
     def of_options(cls, **options: Any) -> Self:
         """From the options of a run. Raises UserError, which names an option as the command line does: model.NAME."""
+        if unknown := sorted(options.keys() - kinds(cls).keys()):
+            raise UserError(f"model.{unknown[0]}: no option of this model; leave it out")
         try:
             return cls(**options)
         except UserError as error:

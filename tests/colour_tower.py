@@ -1,4 +1,4 @@
-"""An vision tower that is quick to import in another process: it sees the mean colour, and can be slow and watched."""
+"""A vision tower that is quick to import in another process: it sees the mean colour, and can be slow and watched."""
 
 import os
 import time

@@ -60,7 +60,7 @@ def test_what_is_fetched_or_made_once_lies_in_the_volume():
     for name in ("FROMAGE_CACHE", "HF_HOME", "XDG_STATE_HOME"):
         assert kept[name].startswith("/data/"), name
     text = (ROOT / "docs" / "tutorials" / "serve.md").read_text("utf-8")
-    (name,) = re.findall(r"`towers get ([\w.-]+)` once with `-v fromage:/data`", text)
+    (name,) = re.findall(r"`docker run --rm -v fromage:/data fromage towers get ([\w.-]+)` once", text)
     extras = re.findall(r"'\.\[([\w,]+)\]'", TEXT)[-1].split(",")
     assert KNOWN[name].source.unpack is not gguf.unpack or "gguf" in extras, "what the tower needs is installed"
 

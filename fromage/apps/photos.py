@@ -52,8 +52,9 @@ if TYPE_CHECKING:
     from PIL import Image
 
 ELSEWHERE = "name another folder: --out"
-TOUR = FolderKind("photos.json", "a tour", of="pair of towers", remedy=ELSEWHERE, again=ELSEWHERE)
-SOURCE = FolderKind("source.json", "shards", of="captions or photographs", remedy="they have changed: give another --out")
+FORMER = frozenset({"captions", "images", "val_fraction"})  # what a tour of an earlier version says beside its towers
+TOUR = FolderKind("photos.json", "a tour", of="pair of towers", remedy=ELSEWHERE, again=ELSEWHERE, ignored=FORMER)
+SOURCE = FolderKind("source.json", "shards", of="source", remedy=ELSEWHERE, again=ELSEWHERE)
 CONFIG = "photos.yaml"
 HELD_OUT = 0.1  # share of the photographs that are not trained on
 SHOWN, SEARCHES = 12, 5  # captioned photographs, and searches, that are drawn
@@ -85,9 +86,14 @@ def photos(
     """
     if not 0 < val_fraction < 1:
         raise UserError(f"val_fraction {val_fraction}: photographs held out judge the model; give a share, as {HELD_OUT}")
-    if (out / TOUR.file).exists() and not last_checkpoint((out / "run" / CHECKPOINT).parent):
-        write_files(out, {TOUR.file: as_json({"lm": lm, "vision": vision})})  # none is trained on: a name may be corrected
-    TOUR.begin(out, {"lm": lm, "vision": vision})
+    towers = {"lm": lm, "vision": vision}
+    if (out / TOUR.file).exists():
+        about = TOUR.read(out)
+        if not about.keys() >= towers.keys() or about.keys() - towers.keys() - FORMER:
+            raise TOUR.something_else(out)
+        if not last_checkpoint((out / "run" / CHECKPOINT).parent):  # none is trained on: a name may be corrected
+            write_files(out, {TOUR.file: as_json(towers)})
+    TOUR.begin(out, towers)
     seconds: dict[str, float] = {}
     with timed("towers", seconds):
         for name in filter(is_own, (lm, vision)):
@@ -96,9 +102,11 @@ def photos(
     with timed("shards", seconds):
         source = source_of(captions, images)
         if is_packed(shards):
-            if source:
-                SOURCE.require(shards, source | {"val_fraction": val_fraction})
-            else:
+            noted = SOURCE.read(shards)
+            if "val_fraction" not in noted:
+                raise SOURCE.unreadable(shards, "of an earlier version")
+            SOURCE.compare(shards, noted, (source or noted) | {"val_fraction": val_fraction})
+            if not source:
                 print(f"{captions} or {images} is not there: going on with what was packed from them")
         else:
             source |= {"val_fraction": val_fraction}

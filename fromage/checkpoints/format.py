@@ -146,11 +146,11 @@ def _read_config(folder: Path) -> dict[str, Any]:
     config = {"about": {}} | layout.not_said | config
     if missing := [name for name in (*layout.config.NEEDED, *BESIDE) if name not in config]:
         raise kind.unreadable(folder, f"no {missing[0]!r}")
-    known = kinds(layout.config) | BESIDE
+    known = {name: kind for name, kind in kinds(layout.config).items() if name not in NOT_KEPT} | BESIDE
     if unknown := sorted(config.keys() - known.keys() - OWN):
         told = f"has the setting {unknown[0]!r}, which this version does not know"
-        raise replace(kind, again="update fromage").unreadable(folder, told)
-    for name in config.keys() - OWN:
+        raise replace(kind, again="update fromage, or remove that line").unreadable(folder, told)
+    for name in (name for name in known if name in config):
         try:
             check_kind(name, config[name], known[name])
         except UserError as error:

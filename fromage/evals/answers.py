@@ -128,12 +128,12 @@ def evaluate(
             said = answer(model, asked, max_new_tokens) if asked else []
             file.add([_record(todo[i], text, name) for i, text in zip(numbers, said, strict=True)])
         seconds = perf_counter() - start
+        if not file.answered:
+            told = "name the right --images" + ", or a smaller --max-new-tokens" * bool(long)
+            raise UserError(f"{data.file}: no question has its image{' and is short enough' if long else ''}; {told}")
         file.finish(question.key for question in data.questions)
     texts = {key: record["text"] for key, record in file.answered.items()}
     lost = sum(question.key not in texts for question in todo)
-    if not texts:
-        told = "name the right --images, or a language model that takes more tokens" if long else "name the right --images"
-        raise UserError(f"{data.file}: no question has its image{' and is short enough' if long else ''}; {told}")
     figures: System = {"all": {"words": sum(len(text.split()) for text in texts.values()) / len(texts)}}
     if len(todo) > lost:
         figures["all"]["seconds"] = seconds / (len(todo) - lost)

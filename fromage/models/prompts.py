@@ -224,8 +224,8 @@ def embed_prompts(model: VisualPrefixLM, prompts: Sequence[Prompt], room: int = 
     number = {key: i for i, key in enumerate(distinct)}
     image_rows = [[number[_key(image)] for image in row] for row in images]
     features = encode_images(model, list(distinct.values()))  # (n, m)
-    rows = [*chain.from_iterable(image_rows)]  # of all images in all prompts
-    prefix = model.visual_prefix(features)[rows]  # (n, k, d) -> (images in all prompts, k, d)
+    every_row = list(chain.from_iterable(image_rows))  # of all images in all prompts
+    prefix = model.visual_prefix(features)[every_row]  # (n, k, d) -> (images in all prompts, k, d)
     ids = ids.to(model.device)  # (B, T)
     return Prompts(ids, mask.to(model.device), model.embed(ids, prefix), features, image_rows)
 

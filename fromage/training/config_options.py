@@ -61,8 +61,11 @@ def check_choices(run: Any, choices: Mapping[str, Iterable[str | None]]) -> None
 
 def _as(kind: type, value: Any, name: str) -> Any:
     """A value of a configuration as a kind of number, or a text."""
+    wanted = {bool: "true or false", int: "a whole number", float: "a number"}.get(kind, "a text")
     try:
-        return kind(value)
+        found = kind(value)
+        if found != value and (kind is bool or (kind is int and not isinstance(value, str))):
+            raise ValueError(value)  # 2.9 is no 2, and "no" is not true
     except (TypeError, ValueError, OverflowError) as error:
-        wanted = {int: "a whole number", float: "a number"}.get(kind, "a text")
         raise UserError(f"{name} is {str(value)[:40]!r}, not {wanted}") from error
+    return found

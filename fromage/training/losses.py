@@ -171,7 +171,7 @@ class _Gather(torch.autograd.Function):
 def device_weight(count: int, device: torch.device) -> Tensor | float:
     """Weight of this device's mean over `count` targets, so that DDP's mean over D devices is the mean over all targets.
 
-    It is W count / (sum of counts over the devices), and 0 where no device has a target. All devices must call it together.
+    It is D count / (sum of counts over the devices), and 0 where no device has a target. All devices must call it together.
     """
     if devices() == 1:
         return 1.0

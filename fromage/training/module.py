@@ -343,8 +343,9 @@ class FromageModule(GuardedModule):
         Warns where it names other towers.
         """
         state, then = checkpoint.get("state_dict", {}), dict(checkpoint.get("hyper_parameters", self.h))
-        shaped = {*kinds(ModelConfig), "k", "q"}  # of these the parameters' shapes tell, and the warning below
-        for name in (name for name in kinds(FromageConfig) if name not in shaped):
+        # of the towers the warning below tells, of k and q the shapes; input_prompt shapes no parameter
+        others = {*kinds(ModelConfig), "k", "q", "input_prompt"}
+        for name in (name for name in kinds(FromageConfig) if name not in others):
             was = then.get(name, getattr(FromageConfig, name))
             if was != (now := self.h.get(name, was)):
                 raise UserError(f"checkpoint: trained with model.{name} {was}, not {now}; give it as it was then")

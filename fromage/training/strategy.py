@@ -56,7 +56,7 @@ class ShardedTowers(DDPStrategy):
 
 
 class ShardedModel(ModelParallelStrategy):
-    """FSDP2 for a run that trains its language model: W devices hold 1 / W of every parameter, gradient and moment each.
+    """FSDP2 for a run that trains its language model: D devices hold 1 / D of every parameter, gradient and moment each.
 
     Parameters are sharded one by one, so frozen and trained ones may stand in one layer, gradients are clipped by their norm
     over all devices, and checkpoints are those of one device: whole, in one file. (Lightning's FSDPStrategy does not clip by

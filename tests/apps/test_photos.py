@@ -64,7 +64,7 @@ def test_photographs_that_judge_are_a_share_that_stays(made, coco, tmp_path):
         with pytest.raises(UserError, match="val_fraction"):
             tour.photos(*coco, tmp_path / "new", "toy", "toy", val_fraction=odd)
     assert not (tmp_path / "new").exists()
-    with pytest.raises(UserError, match=r"of another captions or photographs \(val_fraction 0\.1 there, 0\.2 here"):
+    with pytest.raises(UserError, match=r"of another source \(val_fraction 0\.1 there, 0\.2 here"):
         tour.photos(*coco, made[0], "toy", "toy", FEW, val_fraction=0.2)
 
 
@@ -200,5 +200,26 @@ def test_captions_or_photographs_that_changed_are_not_passed_over(made, coco, tm
     corrected = tour.source_of(captions, images)
     assert touched["captions"] == before["captions"] != corrected["captions"]
     assert before["photographs"] != touched["photographs"]
-    with pytest.raises(UserError, match="they have changed: give another --out"):
+    with pytest.raises(UserError, match=r"another source.*name another folder: --out"):
         tour.SOURCE.require(made[0] / "shards", corrected)
+
+
+def test_a_file_of_the_same_name_is_kept(coco, tmp_path):
+    own = tmp_path / "photos.json"
+    shutil.copy(coco[0], own)
+    before = own.read_bytes()
+    with pytest.raises(UserError, match="something else than a tour"):
+        tour.photos(own, coco[1], tmp_path, "toy", "toy", FEW)
+    assert own.read_bytes() == before
+
+
+def test_a_tour_of_an_earlier_version_says_so(made, coco, tmp_path):
+    out = tmp_path / "tour"
+    shutil.copytree(made[0], out)
+    former = {"lm": "toy", "vision": "toy", "captions": "c", "images": "i", "val_fraction": 0.1}
+    (out / "photos.json").write_text(json.dumps(former))
+    told = json.loads((out / "shards" / "source.json").read_text())
+    del told["val_fraction"]
+    (out / "shards" / "source.json").write_text(json.dumps(told))
+    with pytest.raises(UserError, match=r"of an earlier version\); name another folder: --out"):
+        tour.photos(*coco, out, "toy", "toy", FEW)

@@ -287,5 +287,6 @@ def test_questions_that_are_too_long_are_left_out_and_told(kind, ckpt, rows, dat
     assert [line["question_id"] for line in lines(tmp_path / "answers.jsonl")] == [0, 1, 3, "text-only", *range(4, 9)]
     assert report["skipped"]["questions too long"] == 1 and report["answers"] == 9
     only = replace(long, questions=[long.questions[2]])
-    with pytest.warns(UserWarning), pytest.raises(UserError, match=r"short enough; .*takes more tokens"):
+    with pytest.warns(UserWarning), pytest.raises(UserError, match=r"short enough; .*max-new-tokens"):
         evaluate(model, only, tmp_path / "none.jsonl", Options(4), 4)
+    assert not (tmp_path / "none.jsonl").exists()

@@ -5,7 +5,7 @@ import torch
 from torch.testing import assert_close
 
 from fromage.models import packed_attention
-from fromage.models.packed_attention import Weighting
+from fromage.models.packed_attention import AttentionParams
 
 S, T = 3, 7
 
@@ -33,7 +33,7 @@ def test_products_of_our_own_give_what_the_kernel_gives(name, heads, scale, monk
     slope, found = torch.randn(S, heads[0], T, 8), []
     for ours in (False, True):
         monkeypatch.setattr(packed_attention, "slow_kernel", lambda q, ours=ours: ours)
-        out = Weighting(scale, None, None).attention(*given, mask)
+        out = AttentionParams(scale, None, None).attention(*given, mask)
         found.append((out, *torch.autograd.grad(out, given, slope)))
     for kernel, own in zip(*found, strict=True):
         assert_close(own, kernel, atol=1e-5, rtol=1e-5)
@@ -48,9 +48,9 @@ def test_the_kernel_is_left_for_half_precision_on_a_cpu():
 def test_bfloat16_is_as_near_to_float32_as_the_kernel_is(monkeypatch):
     torch.manual_seed(0)
     given = [torch.randn(8, h, 30, 64) for h in (6, 2, 2)]
-    exact, low = Weighting(None, None, None).attention(*given, None), [x.bfloat16() for x in given]
-    own = Weighting(None, None, None).attention(*low, None)
+    exact, low = AttentionParams(None, None, None).attention(*given, None), [x.bfloat16() for x in given]
+    own = AttentionParams(None, None, None).attention(*low, None)
     monkeypatch.setattr(packed_attention, "slow_kernel", lambda q: False)
-    kernel = Weighting(None, None, None).attention(*low, None)
+    kernel = AttentionParams(None, None, None).attention(*low, None)
     error = lambda found: (found - exact).square().mean().sqrt()  # noqa: E731
     assert error(own) <= 1.2 * error(kernel)

@@ -149,7 +149,7 @@ def test_boxes_lie_in_the_image_and_start_from_the_queries_points(grid):
 
 
 def test_the_places_of_patches_tell_them_apart():
-    places = Recognizer(8, 6, (3, 5), 2, decoder_width=32, layers=1, heads=2).places
+    places = Recognizer(8, 6, (3, 5), 2, decoder_width=32, layers=1, heads=2).patch_encoding
     assert torch.cdist(places, places).add(torch.eye(15) * 9).min() > 0.3
 
 
