@@ -86,14 +86,7 @@ def photos(
     """
     if not 0 < val_fraction < 1:
         raise UserError(f"val_fraction {val_fraction}: photographs held out judge the model; give a share, as {HELD_OUT}")
-    towers = {"lm": lm, "vision": vision}
-    if (out / TOUR.file).exists():
-        about = TOUR.read(out)
-        if not about.keys() >= towers.keys() or about.keys() - towers.keys() - FORMER:
-            raise TOUR.something_else(out)
-        if not last_checkpoint((out / "run" / CHECKPOINT).parent):  # none is trained on: a name may be corrected
-            write_files(out, {TOUR.file: as_json(towers)})
-    TOUR.begin(out, towers)
+    _take_up(out, {"lm": lm, "vision": vision})
     seconds: dict[str, float] = {}
     with timed("towers", seconds):
         for name in filter(is_own, (lm, vision)):
@@ -144,6 +137,20 @@ def photos(
     report["seconds"] = {name: round(value, 1) for name, value in seconds.items()}
     write_json(out / "report.json", report)
     return report
+
+
+def _take_up(out: Path, towers: dict[str, str]) -> None:
+    """Begin a tour in a folder, or go on with the one that is there. Raises UserError where it is of other towers, or none.
+
+    Without a checkpoint no tower is trained on, so a name may be corrected.
+    """
+    if (out / TOUR.file).exists():
+        about = TOUR.read(out)
+        if not about.keys() >= towers.keys() or about.keys() - towers.keys() - FORMER:
+            raise TOUR.something_else(out)
+        if not last_checkpoint((out / "run" / CHECKPOINT).parent):
+            write_files(out, {TOUR.file: as_json(towers)})
+    TOUR.begin(out, towers)
 
 
 def source_of(captions: Path, images: Path) -> dict[str, Any]:

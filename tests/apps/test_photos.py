@@ -110,6 +110,8 @@ def test_a_tour_goes_on_where_its_photographs_are_gone_or_have_moved(made, coco,
     for images, told in ((tmp_path / "moved", False), (tmp_path / "none", True)):
         assert tour.photos(coco[0], images, made[0], "toy", "toy", FEW)["fromage"] == made[1]["fromage"]
         assert ("going on with what was packed" in capsys.readouterr().out) == told
+    with pytest.raises(UserError, match=r"val_fraction 0\.1 there, 0\.4 here"):
+        tour.photos(coco[0], tmp_path / "none", made[0], "toy", "toy", FEW, val_fraction=0.4)
 
 
 def test_a_study_takes_no_run_of_other_options(tmp_path):
