@@ -253,6 +253,7 @@ def test_another_vocabulary_is_refused(folder):
     [
         ({"format": "other"}, "another format"), ({"version": 2}, "another format"), ({"k": "1"}, "k cannot be '1'"),
         ({"without": "lm"}, "no 'lm'"), ({"without": "sha256"}, "no 'sha256'"), ({"added_tokens": []}, "added_tokens"),
+        ({"random_weights": True}, "the setting 'random_weights'.*remove that line"),
         ({"dtype": "int8"}, "int8"), ({"k": 4}, r"visual_prefix.bias is \(384,\), wanted \(768,\)"),
     ],
 )  # fmt: skip

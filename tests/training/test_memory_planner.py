@@ -275,9 +275,11 @@ def test_what_cannot_be_planned_is_one_line(options, capsys):
     assert capsys.readouterr().err.strip().count("\n") == 0
 
 
-def test_a_value_of_the_wrong_kind_names_the_configuration(tmp_path):
-    (tmp_path / "bad.yaml").write_text("data: {init_args: {batch_size: many}}")
-    with pytest.raises(UserError, match=r"bad.yaml.*many"):
+@pytest.mark.parametrize("wrong", ["batch_size: many", "batch_size: 2.9", "random_weights: 'no'"])
+def test_a_value_of_the_wrong_kind_names_the_configuration(wrong, tmp_path):
+    (tmp_path / "bad.yaml").write_text(f"data: {{init_args: {{{wrong}}}}}")
+    name, value = wrong.replace("'", "").split(": ")
+    with pytest.raises(UserError, match=rf"bad.yaml: {name} is '{value}', not "):
         read_run(str(tmp_path / "bad.yaml"))
 
 

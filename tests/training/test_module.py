@@ -282,6 +282,19 @@ def test_resuming_with_other_parameters_trained_is_one_line(fitted, world, tmp_p
         run(world, tmp_path, 9, ckpt_path=last, freeze_temperature=True)
 
 
+def test_a_checkpoint_may_be_captioned_after_another_prompt(fitted):
+    checkpoint = torch.load(fitted[3] / "last.ckpt", weights_only=True)
+    module = FromageModule(**TOY, input_prompt="A picture of")
+    module.configure_model()
+    module.on_load_checkpoint(checkpoint)  # refuses what shapes parameters
+    assert module.model.config.input_prompt == "A picture of"
+
+
+def test_an_option_that_no_model_has_is_one_line():
+    with pytest.raises(UserError, match=r"^model\.whiten: no option of this model"):
+        FromageModule(**TOY, whiten=1)
+
+
 def test_resuming_with_another_place_to_read_a_text_at_is_one_line(fitted, world, tmp_path):
     with pytest.raises(UserError, match=r"trained with model.pooling ret, not last; give it"):
         run(world, tmp_path, 9, ckpt_path=str(fitted[3] / "last.ckpt"), pooling="last")
