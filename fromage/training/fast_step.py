@@ -34,17 +34,17 @@ from fromage.data.batches import Batch
 from fromage.models.fromage import Fromage
 from fromage.models.packed_attention import AppendedTokens, CausalAttention
 from fromage.models.packed_layout import PackedLayout, offsets, to_device
-from fromage.training.losses import device_weight, frozen_head_loss, frozen_log_sum_exp, info_nce
+from fromage.training.losses import device_weight, frozen_head_loss, frozen_log_sum_exp
 from fromage.training.step import (
     PAPER_WEIGHTS,
     LossWeights,
     StepOutput,
     check_captions,
+    contrast,
     count_targets,
     count_text_targets,
-    dropped,
     image_features,
-    no_captioning,
+    not_run,
     recomputed,
 )
 
@@ -78,9 +78,7 @@ def fast_step(
     query_words = [count_text_targets(model, part.queries) for part in parts]
     text_loss = mean_over_parts(query_words, [one.text for one in done])
     texts, v = torch.cat([one.texts for one in done]), torch.cat(features)  # (B, q), (B, m)
-    images = model.embed_images(dropped(v, dropout))  # (B, q)
-    apart = None if weights.same_image_negatives else v
-    contrastive_loss, retrieval_accuracy = info_nce(images, texts, model.logit_scale, apart)
+    contrastive_loss, retrieval_accuracy, images = contrast(model, v, texts, weights, dropout)
     scales = [device_weight(sum(counts), batch.ids.device) for counts in (words, query_words)]
     losses = captioning_loss * scales[0], text_loss * scales[1], contrastive_loss
     return StepOutput(*losses, caption_accuracy, retrieval_accuracy, images, texts, weights)
@@ -108,7 +106,10 @@ def chunks(model: Fromage, batch: Batch, size: int) -> list[Batch]:
 
 
 class PartLosses(NamedTuple):
-    """Captioning loss and its token accuracy, text loss, all scalars, and text embeddings (B, q), of a part of a batch."""
+    """Captioning loss and its token accuracy, text loss, all scalars, and text embeddings (B, q), of a part of a batch.
+
+    Of a pass that is not run, losses are 0, and embeddings have no rows.
+    """
 
     captioning: Tensor
     accuracy: Tensor
@@ -118,9 +119,11 @@ class PartLosses(NamedTuple):
 
 def part_losses(model: Fromage, batch: Batch, features: Tensor, paired: bool, weights: LossWeights, n: int) -> PartLosses:
     """The losses of a part of a batch; captioning is of its first n examples."""
-    captioning_loss, caption_accuracy = no_captioning(model.device)
+    captioning_loss, caption_accuracy = not_run(model.device)
     if weights.captioning and n and count_targets(model, some := batch.part(0, n)):
         captioning_loss, caption_accuracy = captioning(model, some, features[:n], paired)
+    if not weights.runs_retrieval:
+        return PartLosses(captioning_loss, caption_accuracy, not_run(model.device)[0], features.new_zeros(0, model.q))
     text_loss, text_states = retrieval_text(model, batch.queries)
     return PartLosses(captioning_loss, caption_accuracy, text_loss, model.embed_ret(text_states))
 

@@ -36,12 +36,12 @@ from fromage.training.config_options import check_choices, options_of, run_of
 from fromage.training.fast_composition import fast_composition
 from fromage.training.fast_step import captioning, fast_step, retrieval_text
 from fromage.training.layers import checkpoint_blocks
-from fromage.training.losses import info_nce, positions_at_a_time
+from fromage.training.losses import positions_at_a_time
 from fromage.training.meter import Meter, attention_in_parts
 from fromage.training.plan import LM, TOWER, Plan, of_training, quantized_bytes
 from fromage.training.published_sizes import lm_config
 from fromage.training.reference_step import reference_step
-from fromage.training.step import LossWeights, count_targets, freeze_unused, image_features
+from fromage.training.step import LossWeights, contrast, count_targets, freeze_unused, image_features
 
 PARTS = {
     "lm": LM, "vision": TOWER, "visual_prefix": "W_c", "text_head": "W_t", "image_head": "W_i", "ret": "[RET]",
@@ -129,10 +129,9 @@ def count(run: Run, model: Fromage, batch: Batch) -> Plan:
     transient = {}
     if run.step == "fast" and not run.chunk:
         _fast(meter, model, batch, run.weights)
-        transient = {
-            "keys and values of the text pass": _keys_and_values(model, batch),
-            "a chunk of logits": _logits(model, batch),
-        }
+        transient = {"a chunk of logits": _logits(model, batch)}
+        if run.weights.runs_retrieval:
+            transient["keys and values of the text pass"] = _keys_and_values(model, batch)
     else:
         step = reference_step if run.step == "reference" else partial(fast_step, chunk=run.chunk)
         loss = meter.run("the forward", lambda: step(model, batch, paired=False, weights=run.weights).loss)
@@ -176,12 +175,14 @@ def _fast(meter: Meter, model: Fromage, batch: Batch, weights: LossWeights) -> N
     if weights.captioning:
         n = weights.captioned(model, batch)
         loss = meter.run("captioning", lambda: captioning(model, batch.part(0, n), features[:n], paired=False)[0])
-    text_loss, text_states = meter.run("the text pass", lambda: retrieval_text(model, batch))
-    contrastive = meter.run(
-        "the contrastive loss",
-        lambda: info_nce(model.embed_images(features), model.embed_ret(text_states), model.logit_scale)[0],
-    )
-    loss = loss + weights.retrieval * (text_loss + contrastive) + _composition(meter, model, batch, weights)
+    if weights.runs_retrieval:
+        text_loss, text_states = meter.run("the text pass", lambda: retrieval_text(model, batch))
+        contrastive = meter.run(
+            "the contrastive loss",
+            lambda: contrast(model, features, model.embed_ret(text_states), weights, dropout=None)[0],
+        )
+        loss = loss + weights.retrieval * (text_loss + contrastive)
+    loss = loss + _composition(meter, model, batch, weights)
     meter.run("the backward", loss.backward)
 
 

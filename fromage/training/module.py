@@ -88,8 +88,8 @@ class FromageModule(GuardedModule):
                 trained by composition losses alone.
             captioned_share: share of a step's examples that the captioning pass reads, the first ones; below 1 where large
                 batches are for the contrastive loss alone. Validation reads all.
-            retrieval_weight: weight of the two losses of the retrieval pass; with 0 it still runs, for its figures, and
-                the heads are trained by composition retrieval alone.
+            retrieval_weight: weight of the two losses of the retrieval pass; with 0 it is run in validations alone, for
+                their figures, and the heads are trained by composition retrieval alone.
             composition_captioning_weight: weight of captioning the target of a tuple after image and condition (MCL); tuples
                 are data.train_tuples. With 0 its pass is not run.
             composition_retrieval_weight: weight of finding it: the target image or, with space clip and without such an

@@ -26,17 +26,17 @@ from torch import Tensor
 from fromage.data.batches import Batch
 from fromage.data.padding import token_mask
 from fromage.models.fromage import Fromage
-from fromage.training.losses import device_weight, info_nce, next_token_loss
+from fromage.training.losses import device_weight, next_token_loss
 from fromage.training.step import (
     PAPER_WEIGHTS,
     LossWeights,
     StepOutput,
     check_captions,
+    contrast,
     count_targets,
     count_text_targets,
-    dropped,
     image_features,
-    no_captioning,
+    not_run,
 )
 
 
@@ -76,6 +76,14 @@ def _captioning(model: Fromage, batch: Batch, paired: bool) -> tuple[Tensor, Ten
     return next_token_loss(model.lm.logits(hidden), labels)  # (B, k + T, V + 1 + r)
 
 
+def _retrieval_text(model: Fromage, queries: Batch) -> tuple[Tensor, Tensor]:
+    """Next-token loss of [</s> y_1 ... y_n [RET]], padded, and the text embeddings (B, q)."""
+    hidden, text_states = model.hidden_of_texts(queries.ids, queries.lengths)  # (B, T, d), (B, r, d)
+    labels = queries.ids.masked_fill(~_token_mask(queries, without=model.r - 1), -100)  # (B, T): of r [RET] tokens the first
+    text_loss, _ = next_token_loss(model.lm.logits(hidden), labels)
+    return text_loss, model.embed_ret(text_states)
+
+
 def reference_step(
     model: Fromage, batch: Batch, paired: bool, weights: LossWeights = PAPER_WEIGHTS, dropout: Tensor | None = None
 ) -> StepOutput:
@@ -88,19 +96,14 @@ def reference_step(
     """
     check_captions(model, batch)
     run, captioned = weights.captioning != 0, batch.part(0, weights.captioned(model, batch))
-    captioning_loss, caption_accuracy = _captioning(model, captioned, paired) if run else no_captioning(model.device)
-
-    queries = batch.queries
-    hidden, text_states = model.hidden_of_texts(queries.ids, queries.lengths)  # (B, T, d), (B, r, d)
-    labels = queries.ids.masked_fill(~_token_mask(queries, without=model.r - 1), -100)  # (B, T): of r [RET] tokens the first
-    text_loss, _ = next_token_loss(model.lm.logits(hidden), labels)
+    captioning_loss, caption_accuracy = _captioning(model, captioned, paired) if run else not_run(model.device)
 
     features = image_features(model, batch)  # (B, m); as in the released code, images are encoded twice
-    images = model.embed_images(dropped(features, dropout))  # (B, q)
-    texts = model.embed_ret(text_states)  # (B, q)
-    apart = None if weights.same_image_negatives else features
-    contrastive_loss, retrieval_accuracy = info_nce(images, texts, model.logit_scale, apart)
-    counts = count_targets(model, captioned), count_text_targets(model, queries)
+    text_loss, texts = not_run(model.device)[0], features.new_zeros(0, model.q)
+    if weights.runs_retrieval:
+        text_loss, texts = _retrieval_text(model, batch.queries)  # the latter (B, q)
+    contrastive_loss, retrieval_accuracy, images = contrast(model, features, texts, weights, dropout)
+    counts = count_targets(model, captioned), count_text_targets(model, batch.queries)
     scales = [device_weight(count, batch.ids.device) for count in counts]
     losses = captioning_loss * scales[0], text_loss * scales[1], contrastive_loss
     return StepOutput(*losses, caption_accuracy, retrieval_accuracy, images, texts, weights)

@@ -17,14 +17,15 @@ from fromage.data.tuples import TupleBatch
 from fromage.errors import UserError, first_few
 from fromage.models.fromage import Fromage
 from fromage.models.packed_layout import to_device
+from fromage.training.losses import info_nce
 
 T = TypeVar("T")
 
 
 class LossWeights(NamedTuple):
-    """Weights of the losses of the two passes, and what counts in them. A captioning pass of weight 0 is not run.
+    """Weights of the losses, and what counts in them. A pass of weight 0 is not run; see `runs_retrieval`.
 
-    The losses of composition learning (fromage.training.reference_composition) have no pass at weight 0 either.
+    Those of composition learning are losses of fromage.training.reference_composition.
     """
 
     captioning: float = 1.0
@@ -40,6 +41,11 @@ class LossWeights(NamedTuple):
         worded = next(i for i, length in enumerate(batch.lengths) if length > len(model.tokenizer.start()) + model.r)
         n = max(n, worded + 1)
         return min(n + n % 2, B)
+
+    @property
+    def runs_retrieval(self) -> bool:
+        """Whether the retrieval pass is run: at weight 0 only without gradients, for the figures of a validation."""
+        return self.retrieval != 0 or not torch.is_grad_enabled()
 
     @property
     def composes(self) -> bool:
@@ -59,7 +65,8 @@ def freeze_unused(model: Fromage, weights: LossWeights, freeze_temperature: bool
     if model.config.space == "clip":
         model.image_head.requires_grad_(False)
     model.logit_scale.requires_grad_(finding and not freeze_temperature)
-    model.ret.input.requires_grad_(not model.pools_last_word or model.ret.tied)  # with pooling last no input is [RET]
+    reads_ret = finding and not model.pools_last_word  # whether [RET] is an input; if tied, it is a row of the head too
+    model.ret.input.requires_grad_(reads_ret or model.ret.tied)
 
 
 @dataclass
@@ -69,6 +76,8 @@ class StepOutput:
     Attributes:
         caption_accuracy: token accuracy of captioning.
         retrieval_accuracy: share of pairs that rank first within the batch, averaged over both directions.
+
+    Of a pass that was not run, losses and accuracy are 0, and embeddings have no rows.
     """
 
     captioning_loss: Tensor
@@ -114,9 +123,23 @@ def check_captions(model: Fromage, batch: Batch) -> None:
         raise UserError(f"no caption of this batch has a word (samples {first_few(batch.keys)}): {remedy}")
 
 
-def no_captioning(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Loss and token accuracy of a captioning pass that is not run: 0."""
+def not_run(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Loss and accuracy of a pass that is not run: 0."""
     return torch.zeros((), device=device), torch.zeros((), device=device)
+
+
+def contrast(
+    model: Fromage, features: Tensor, texts: Tensor, weights: LossWeights, dropout: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """InfoNCE of image features (B, m) and text embeddings (B, q), its accuracy, and the image embeddings (B, q).
+
+    dropout: factors on the features that the image head reads.
+    """
+    if not weights.runs_retrieval:
+        return *not_run(model.device), texts
+    images = model.embed_images(dropped(features, dropout))  # (B, q)
+    apart = None if weights.same_image_negatives else features
+    return *info_nce(images, texts, model.logit_scale, apart), images
 
 
 def dropped(features: Tensor, factors: Tensor | None) -> Tensor:

@@ -38,8 +38,8 @@ def listening(app, **how):
         thread.join(10)
 
 
-def said(connection, seconds=5.0):
-    """What comes until the server closes; None if it does not within so many seconds."""
+def said(connection, seconds=15.0):
+    """What comes until the server closes; None if it does not within so many seconds, fewer than connections.HEAD."""
     connection.settimeout(seconds)
     got = b""
     try:
