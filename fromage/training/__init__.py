@@ -13,7 +13,7 @@ Where to look:
     validation          recalls and contact sheets of a validation; gather puts together what several devices have
     nonfinite           losses and gradients that are not finite
     fit, lightning_cli  `lightning fit` and its kin; configs finds configurations, config_options reads
-                        a run's options from them, option_errors tells what is wrong in one
+                        a run's options from them, option_errors tells what is wrong in one; progress_bar
     runs                folders of runs; run_report and predictions are what a run leaves in one
     checkpoint_io       checkpoints that survive a kill; exact resume is in fromage.data.loader
     lr_finder           a learning rate

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
-from math import inf
 from typing import Any
 
 import pytorch_lightning as pl
@@ -24,7 +22,6 @@ class GuardedModule(pl.LightningModule):
 
     guard: NonFiniteGuard
     figures_due = True  # whether the figures of this step are logged
-    _began: tuple[float, int]  # seconds of a clock, and steps made, when this run began or went on
 
     def setup(self, stage: str) -> None:
         """Raise UserError where trainer.precision is set: frozen towers run in model.dtype, what is trained in float32."""
@@ -46,23 +43,11 @@ class GuardedModule(pl.LightningModule):
             self.log(name, on_host, prog_bar=name in shown, **how)
 
     def on_train_start(self) -> None:
-        """Start the clock of the time left. A resumed run has the optimiser options that it is given.
-
-        PyTorch restores those of the checkpoint.
-        """
+        """A resumed run has the optimiser options that it is given; PyTorch restores those of the checkpoint."""
         if self.global_step:
             own: Any = self.configure_optimizers()
             for group, mine in zip(self.trainer.optimizers[0].param_groups, own["optimizer"].param_groups, strict=True):
                 group |= {name: value for name, value in mine.items() if name not in ("params", "lr", "initial_lr")}
-        self._began = time.monotonic(), self.global_step
-
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Tell the progress bar how many minutes of the run are left: an estimate from its pace so far."""
-        (began, first), steps = self._began, float(self.trainer.estimated_stepping_batches)
-        if 0 < steps < inf and self.global_step > first:  # -1 where Lightning does not know
-            pace = (time.monotonic() - began) / (self.global_step - first)
-            left = {"minutes_left": pace * max(0.0, steps - self.global_step) / 60}
-            self.log_figures(left, ["minutes_left"], logger=False)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Decide whether the figures of this step are logged; tell of an update that was not finite.

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from math import inf
 from typing import Any
 
 import pytorch_lightning as pl
+from pytorch_lightning.callbacks import ProgressBar
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
@@ -17,6 +19,7 @@ from fromage.errors import UserError
 from fromage.training import runs
 from fromage.training.checkpoint_io import saved_checkpoint
 from fromage.training.option_errors import class_of
+from fromage.training.progress_bar import RunProgressBar
 from fromage.training.run_report import RunReport
 
 UNTRAINED = "no --ckpt_path is given: trained parameters are as they begin, and so are the figures"
@@ -53,10 +56,15 @@ class CommandLine(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """As of LightningCLI; trainer.strategy may name a class. Raises MisconfigurationException for a bad option."""
+        options = self.config_init[self.subcommand].trainer
         try:
-            named = self.config_init[self.subcommand].trainer.strategy
-            if isinstance(named, str) and "." in named:  # which Lightning would take for a name of its own
+            if (
+                isinstance(named := options.strategy, str) and "." in named
+            ):  # which Lightning would take for a name of its own
                 kwargs["strategy"] = class_of(named)()
+            given = options.callbacks if isinstance(options.callbacks, list) else [options.callbacks]
+            callbacks: list[Any] = [each for each in given if each is not None]
+            kwargs["callbacks"] = callbacks + progress_bars(options, callbacks)
             return super().instantiate_trainer(**kwargs)
         except (TypeError, ValueError) as error:  # of an option of the trainer
             raise MisconfigurationException(str(error)) from error
@@ -72,6 +80,13 @@ class CommandLine(LightningCLI):
         """Print what the run has left."""
         if self.trainer.is_global_zero:
             print("\n".join(_left(self.trainer)))
+
+
+def progress_bars(options: Any, callbacks: Sequence[Any]) -> list[ProgressBar]:
+    """Ours, unless the trainer's options want none, or its callbacks have another one."""
+    if options.enable_progress_bar is False or any(isinstance(each, ProgressBar) for each in callbacks):
+        return []
+    return [RunProgressBar(options.log_every_n_steps or 1)]
 
 
 def check_trainer(options: Any) -> None:

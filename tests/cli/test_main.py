@@ -1,10 +1,14 @@
 """The command line as a user meets it: what works, and what bad input gets."""
 
+import os
+import pty
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import termios
+from contextlib import suppress
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -16,6 +20,7 @@ from fromage.cli.main import COMMANDS, main
 from fromage.cli.options import FILES, in_image
 from fromage.errors import UserError
 from fromage.generation.chat import Chat
+from fromage.printable import MARK
 from fromage.training.configs import config_folder, find_config
 from fromage.training.fit import run_lightning
 
@@ -93,6 +98,32 @@ def test_lightnings_other_verbs_take_a_checkpoint(verb, checkpoint, fast, capsys
         table = pq.read_table(re.search("predictions -> (.*)", out)[1])
         assert table.column_names == ["keys", "captions", "images", "texts"] and len(set(table["keys"].to_pylist())) == 60
         assert all(len(row) == 256 for row in table["images"].to_pylist() + table["texts"].to_pylist())
+
+
+def on_terminal(words):
+    """What a terminal gets of a command, in a process of its own."""
+    ours, its = pty.openpty()
+    termios.tcsetwinsize(its, (30, 120))
+    running = subprocess.Popen([sys.executable, "-m", "fromage.cli.main", *words], stdin=its, stdout=its, stderr=its)
+    os.close(its)
+    got = b""
+    with suppress(OSError):  # it has ended
+        while data := os.read(ours, 4096):
+            got += data
+    os.close(ours)
+    assert running.wait() == 0, got.decode()
+    return got.decode()
+
+
+def test_a_progress_bar_is_drawn_on_a_terminal_and_written_to_a_file(fast, capsys):
+    barred = [*fast[:-1], "--trainer.max_steps=4"]
+    shown = on_terminal(["fit", *barred])
+    assert re.search(r"\rEpoch 0: .*█+.* 4/4 .*step=4/4, left=00:00, loss=", shown)
+    assert MARK not in shown, "what a bar draws passes"
+    capsys.readouterr()
+    assert main(["fit", *barred, "--trainer.log_every_n_steps=2"]) == 0
+    said = capsys.readouterr().out
+    assert "2/4" in said and "4/4" in said and "3/4" not in said, "in steps that are logged"
 
 
 def test_predictions_are_not_replaced_without_a_word(fast, tmp_path, monkeypatch, capsys):

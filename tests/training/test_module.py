@@ -1,7 +1,6 @@
 """The life cycle: fit, what stays frozen, what a checkpoint holds, resuming."""
 
 import json
-import time
 import warnings
 from dataclasses import replace
 from math import cos, pi
@@ -312,19 +311,6 @@ def test_a_checkpoint_of_other_towers_is_taken_with_a_warning():
         module.on_load_checkpoint({"hyper_parameters": then, "state_dict": state})
     with pytest.raises(UserError, match=r"trained with model.pooling last, not ret; give it"):
         module.on_load_checkpoint({"hyper_parameters": then | {"pooling": "last"}, "state_dict": state})
-
-
-def test_the_time_left_is_told(world, tmp_path):
-    class Left(pl.Callback):
-        seen = []
-
-        def on_train_batch_end(self, trainer, module, *_):
-            time.sleep(0.1)
-            self.seen.append(trainer.progress_bar_metrics.get("minutes_left"))
-
-    _, trainer = run(world, tmp_path, 4, callbacks=[Left()])
-    seen = [*Left.seen[1:], trainer.progress_bar_metrics["minutes_left"]]
-    assert seen[-1] == 0 and all(2 / 600 < left < 1 for left in seen[:2]) and "minutes_left" not in trainer.logged_metrics
 
 
 class Rates(pl.Callback):
