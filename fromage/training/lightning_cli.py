@@ -58,9 +58,8 @@ class CommandLine(LightningCLI):
         """As of LightningCLI; trainer.strategy may name a class. Raises MisconfigurationException for a bad option."""
         options = self.config_init[self.subcommand].trainer
         try:
-            if (
-                isinstance(named := options.strategy, str) and "." in named
-            ):  # which Lightning would take for a name of its own
+            named = options.strategy
+            if isinstance(named, str) and "." in named:  # which Lightning would take for a name of its own
                 kwargs["strategy"] = class_of(named)()
             given = options.callbacks if isinstance(options.callbacks, list) else [options.callbacks]
             callbacks: list[Any] = [each for each in given if each is not None]
