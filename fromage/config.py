@@ -17,6 +17,8 @@ from typing import Any, ClassVar, Literal, Self, Union, get_args, get_origin, ge
 from fromage.checks import check_whole
 from fromage.errors import UserError
 
+DType = Literal["float32", "bfloat16", "float16"]
+AutoDType = Literal["float32", "bfloat16", "float16", "auto"]
 Quantized = Literal["int8", "nf4"]  # number type that the language model's layers are held in
 AsLoaded = Literal["int8", "nf4", "none"]  # as Quantized, of a checkpoint; none undoes what it was trained with
 Pooling = Literal["ret", "last"]
@@ -47,7 +49,7 @@ class ModelConfig:
     lm: str = "facebook/opt-6.7b"
     vision: str = "ViT-L-14"
     vision_weights: str | None = "openai"
-    dtype: str = "bfloat16"
+    dtype: AutoDType = "bfloat16"
     random_weights: bool = False
     quantize: Quantized | None = None
 

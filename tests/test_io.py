@@ -171,12 +171,12 @@ def test_a_folder_that_another_makes_is_waited_for(tmp_path, monkeypatch):
     def fill(folder):
         made.append(folder)
         begun.set()
-        go.wait(10)
+        go.wait(60)
         (folder / "a").write_text("x")
 
     threads = [threading.Thread(target=fill_once, args=(tmp_path / "out", fill)) for _ in range(3)]
     threads[0].start()
-    assert begun.wait(10)
+    assert begun.wait(60)
     for thread in threads[1:]:
         thread.start()
     go.set()

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, fields, replace
 from functools import reduce
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 import safetensors.torch
 import torch
@@ -27,7 +27,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from fromage.checkpoints.card import checked, fromage_card, octopus_card
-from fromage.config import FromageConfig, ModelConfig, OctopusConfig, check_kind, kinds
+from fromage.config import DType, FromageConfig, ModelConfig, OctopusConfig, check_kind, kinds
 from fromage.errors import BrokenSample, UserError, reason
 from fromage.identity import OWN, FolderKind
 from fromage.io import as_json, check_new, decode_text, parse_json, write_files
@@ -188,13 +188,13 @@ def write_folder(
     write_files(folder, kept, remove=() if saved.generation else [GENERATION])  # of the model that is replaced
 
 
-def dtype_name(name: str) -> str:
+def dtype_name(name: str) -> DType:
     """A name of DTYPES, or UserError; auto is bfloat16 where this machine multiplies in it, and float32 elsewhere."""
     if name == AUTO:
         return "bfloat16" if multiplies_bfloat16() else "float32"
     if name not in DTYPES:
         raise UserError(f"dtype {name}: must be one of {', '.join((*DTYPES, AUTO))}")
-    return name
+    return cast(DType, name)
 
 
 def parameter_shapes(tensors: Mapping[str, Tensor], k: int, q: int, r: int = 1) -> dict[str, tuple[int, ...]]:

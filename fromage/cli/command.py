@@ -185,10 +185,10 @@ def _plain(text: str) -> str:
 
 
 def with_dashes(words: Sequence[str]) -> list[str]:
-    """Words of a command line, options with dashes in place of underscores."""
+    """Words of a command line, options with dashes in place of underscores; --trainer.max_steps and the like stay."""
     out = list(words)
     for i, word in enumerate(words[: words.index("--") if "--" in words else None]):
         name, equals, value = word.partition("=")
-        if name.startswith("--"):
+        if name.startswith("--") and "." not in name:
             out[i] = name.replace("_", "-") + equals + value
     return out

@@ -142,8 +142,10 @@ def parse(words: list[str]) -> tuple[Function, dict[str, Any]]:
         check_out(values)
         return COMMANDS[name], values
     except argparse.ArgumentError as error:
-        unknown = re.search(r"unrecognized arguments: (--[\w-]+)", str(error))
-        meant = near(unknown[1], options_of(COMMANDS[name])) if unknown else ""
+        unknown, options = re.search(r"unrecognized arguments: (--[\w.-]+)", str(error)), options_of(COMMANDS[name])
+        meant = near(unknown[1], options) if unknown else ""
+        if unknown and "." in unknown[1] and "--options" in options:
+            meant = f"; give it to the training as --options={unknown[1]}=VALUE"
         raise UserError(f"{name}: {_plainly(error)}{meant} (fromage {name} --help)") from error
 
 

@@ -8,14 +8,13 @@ import re
 from argparse import ArgumentTypeError
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from fromage.checks import ADDRESSES
 from fromage.errors import UserError, reason
 from fromage.images.locators import split_locator
 from fromage.io import set_aside, write_files
 
-DType = Literal["float32", "bfloat16", "float16"]
 Check = Callable[[str], Any]
 
 

@@ -7,8 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
 from fromage.cli.command import Result
-from fromage.cli.options import DType
-from fromage.config import Quantized
+from fromage.config import DType, Quantized
 from fromage.errors import UserError
 
 

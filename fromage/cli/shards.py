@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from fromage.checks import check_real, check_whole
 from fromage.cli.command import Result
-from fromage.cli.options import DType, check_free, save_png
+from fromage.cli.options import check_free, save_png
+from fromage.config import DType
 
 if TYPE_CHECKING:
     from fromage.data.packing import PackReport

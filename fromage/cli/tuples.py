@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Literal
 
 from fromage.cli.command import Result
-from fromage.cli.options import DType, check_free
+from fromage.cli.options import check_free
 from fromage.cli.shards import Packing
+from fromage.config import DType
 
 
 def shards_tuples(jsonl: Path, *, images: Path | None = None, packing: Packing) -> Result:

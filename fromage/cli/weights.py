@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from fromage.cli.command import Result
-from fromage.cli.options import DType, check_free
+from fromage.cli.options import check_free
+from fromage.config import DType
 
 if TYPE_CHECKING:
     from fromage.checkpoints.format import Saved

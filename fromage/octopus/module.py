@@ -8,7 +8,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fromage.checkpoints.format import dtype_name
 from fromage.checkpoints.lightning import PREFIX
 from fromage.checkpoints.load import read_saved
 from fromage.checks import check_real, check_whole
@@ -73,7 +72,6 @@ class OctopusModule(GuardedModule):
         for name in ("lr", "new_lr", "weight_decay"):
             if self.hparams[name] is not None:
                 check_real(f"model.{name}", self.hparams[name], 0, inf)
-        dtype_name(self.config.dtype)
         check_run(stage, self.config)
         self.guard = NonFiniteGuard(nonfinite == "skip")
         self._metrics: list[tuple[str, dict[str, float]]] = []

@@ -5,7 +5,6 @@ from __future__ import annotations
 from math import inf
 from typing import Any
 
-from fromage.checkpoints.format import dtype_name
 from fromage.checks import check_real, check_whole
 from fromage.errors import UserError
 
@@ -28,7 +27,6 @@ def check(h: Any) -> None:
         check_real("model.betas", beta, 0, 1)
     if not any(h[name] for name in weights):
         raise UserError("model.captioning_weight, model.retrieval_weight: choose numbers from 0 on, not all of them 0")
-    dtype_name(h.dtype)
     if h.step not in ("fast", "reference"):
         raise UserError(f"model.step {h.step}: choose fast or reference")
     if h.chunk < 0:

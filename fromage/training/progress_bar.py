@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from math import inf
 from typing import Any
 
 from pytorch_lightning import LightningModule, Trainer
@@ -32,10 +33,10 @@ class RunProgressBar(TQDMProgressBar):
         """What stands behind the bar: step, time left, and the module's figures by the last parts of their names."""
         figures = dict(super().get_metrics(trainer, pl_module))
         figures.pop("v_num", None)
-        step, steps = trainer.global_step, trainer.max_steps
-        whole: dict[str, Any] = {"step": f"{step}/{steps}" if steps > 0 else step}
+        step, steps = trainer.global_step, trainer.estimated_stepping_batches  # infinite for a run without an end
+        whole: dict[str, Any] = {"step": f"{step}/{steps}" if steps < inf else step}
         began, first = self._began
-        if steps > 0 and step > first:
+        if steps < inf and step > first:
             left = (time.monotonic() - began) / (step - first) * max(0, steps - step)
             whole["left"] = tqdm.format_interval(left)
         return whole | {name.rpartition("/")[2]: value for name, value in figures.items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map_only
 
 from fromage.checkpoints.format import DTYPES, TOWERS
+from fromage.config import DType
 from fromage.errors import UserError
 from fromage.training.layers import gather_blocks, shard_all, shard_blocks
 
@@ -67,7 +68,7 @@ class ShardedModel(ModelParallelStrategy):
         lightning fit --config octopus_stage3.yaml --config octopus_stage3_8gpu.yaml
     """
 
-    def __init__(self, dtype: Literal["float32", "bfloat16", "float16"] | None = None) -> None:
+    def __init__(self, dtype: DType | None = None) -> None:
         """dtype: in which the language model's layers are gathered and run; null for that of their weights.
 
         What is held stays in the dtype of the weights, and gradients are summed in float32. Lightning's bf16-mixed is no

@@ -171,6 +171,10 @@ def test_a_function_gets_what_was_said(monkeypatch):
         (["fit", "--config", "toy.yaml", "--trainer.strategy=nowhere.DDP"], "no module nowhere"),
         (["fit", "--config", "toy.yaml", "--model.K=3"], "did you mean --model.k?"),
         (["eval", "vost"], "did you mean eval vist?"),
+        (
+            ["photos", __file__, "--images", ".", "--trainer.max_steps=3"],
+            "give it to the training as --options=--trainer.max_steps=",
+        ),
         (["serch"], "did you mean search?"),
         (["index"], "name a command: index embed"),
         ([], "name a command"),

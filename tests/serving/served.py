@@ -28,7 +28,7 @@ def held(app, monkeypatch, name="search"):
     def wait(asked):
         given.append(len(asked))
         begun.set()
-        assert go.wait(10)
+        assert go.wait(60)
         return work(asked)
 
     monkeypatch.setattr(app.state.handler.worker, name, wait)

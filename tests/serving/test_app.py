@@ -219,12 +219,12 @@ def test_an_answer_nobody_waits_for_is_not_decoded_to_its_end(app, address, monk
         tokens.append(1)
         if len(tokens) == 3:
             begun.set()
-            left.append(asked[0].gone.wait(10))
+            left.append(asked[0].gone.wait(60))
 
     monkeypatch.setattr(worker, "chat", chat)
     monkeypatch.setattr(worker, "between", between)
     connection, _ = post(address, "/chat", SAY | {"decoding": LONG})
-    assert begun.wait(10)
+    assert begun.wait(60)
     connection.close()
     assert over.wait(20) and left == [True] and len(tokens) == 3
 
@@ -232,7 +232,7 @@ def test_an_answer_nobody_waits_for_is_not_decoded_to_its_end(app, address, monk
 def test_who_has_gone_is_not_answered(app, address, monkeypatch):
     with held(app, monkeypatch) as (given, begun, go):
         first = post(address, "/search", {"query": "a"})
-        assert begun.wait(10)
+        assert begun.wait(60)
         gone = [post(address, "/search", {"query": "a"})[0], post(address, "/chat", SAY)[0]]
         gone.append(post(address, "/chat", SAY | {"stream": True})[0])
         asyncio.run(until(lambda: app.state.handler.batcher.waiting == 3))
@@ -332,7 +332,7 @@ def test_a_search_passes_a_conversation_that_goes_on_as_if_alone(model, index, s
         def between():
             if next(calls) < 2:
                 loop.call_soon_threadsafe(begun.set)
-                deadline = time.monotonic() + 10
+                deadline = time.monotonic() + 60
                 while not batcher_of.batcher.waiting and time.monotonic() < deadline:
                     time.sleep(0.001)
             pass_by()

@@ -20,7 +20,7 @@ class Gate:
     def __call__(self, items):
         self.batches.append(items)
         self.begun.set()
-        assert self.open.wait(10)
+        assert self.open.wait(60)
         return [item * 10 for item in items]
 
 
@@ -40,7 +40,7 @@ def batcher():
 def begin(batcher, gate, item=0, group="g"):
     """The first request, which finds the thread idle."""
     future = batcher.submit(gate, item, group)
-    assert gate.begun.wait(10)
+    assert gate.begun.wait(60)
     return future
 
 
@@ -173,7 +173,7 @@ def test_quick_requests_pass_work_that_lets_them(batcher, gate):
         return [(result, done, [future.done() for future in passing], threading.get_ident())]
 
     running = batcher.submit(slow, 1, "slow")
-    assert gate.begun.wait(10)
+    assert gate.begun.wait(60)
     waiting = batcher.submit(gate, 2, "slow")
     passing = [batcher.submit(quick, i, i > 2, quick=True) for i in (1, 2, 3)]
     assert passing[1].cancel()
@@ -193,7 +193,7 @@ def test_a_quick_request_that_fails_harms_nothing_that_it_passes(batcher, gate):
         return results
 
     running = batcher.submit(slow, 1)
-    assert gate.begun.wait(10)
+    assert gate.begun.wait(60)
     passing = batcher.submit(fail, 1, "quick", quick=True)
     gate.open.set()
     assert running.result(10) == 10
@@ -216,7 +216,7 @@ def test_neither_kind_starves_the_other(batcher, gate):
     for kind in done:
         batcher.submit(work, kind, kind, quick=kind == "quick")
     gate.open.set()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while min(done.values()) < 5 and time.monotonic() < deadline:
         time.sleep(0.01)
     busy = False

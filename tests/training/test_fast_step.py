@@ -123,6 +123,25 @@ def test_any_lengths_batch_sizes_and_chunks(models, lengths, paired, which, chun
     compare(models[which], make_batch(models[which], lengths, seed), paired, partial(fast_step, chunk=chunk))
 
 
+@pytest.mark.parametrize("chunk", [0, 3])
+@pytest.mark.parametrize("kind", ["tied", "untied"])
+def test_a_retrieval_pass_of_weight_0_is_run_for_figures_alone(models, kind, chunk):
+    """In training it is not run, and captioning has the gradients it always has; without gradients its figures are there."""
+    model, weights = models[kind, 1], LossWeights(retrieval=0.0)
+    batch = make_batch(model, [5, 12, 3, 24, 7, 2])
+    fast = partial(fast_step, chunk=chunk, weights=weights)
+    compare(model, batch, True, fast, partial(reference_step, weights=weights))
+    out, grads = run(fast, model, batch, True)
+    assert (out.text_loss, out.contrastive_loss, len(out.texts), len(out.images)) == (0, 0, 0, 0)
+    whole, _ = run(reference_step, model, batch, True)
+    torch.testing.assert_close(out.captioning_loss, whole.captioning_loss)
+    assert grads["visual_prefix.weight"].norm() > 0 and not grads["text_head.weight"].any()
+    with torch.no_grad():
+        shown = fast(model, batch, True)
+    torch.testing.assert_close(shown.contrastive_loss, whole.contrastive_loss.detach())
+    torch.testing.assert_close(shown.texts, whole.texts.detach(), rtol=1e-5, atol=1e-6)
+
+
 @pytest.fixture(scope="module")
 def first():
     """Models whose start token stands in front of the image."""

@@ -11,7 +11,7 @@ OPTIONS = {
     "--model.q -1": "model.q is -1; it must be a whole number from 1 on",
     "--model.lr -1": "model.lr is -1.0; it must be a number from 0 on",
     "--model.pairing 2": "model.pairing is 2.0; it must be a number from 0 to 1",
-    "--model.dtype evil": "dtype evil: must be one of float32, bfloat16, float16, auto",
+    "--model.dtype evil": "model.dtype is evil; it must be float32 or bfloat16 or float16 or auto",
     "--model.step zz": "model.step is zz; it must be fast or reference",
     "--model.quantize x": "model.quantize is x; it must be int8 or nf4 or null",
     "--model.betas [1]": "model.betas is [1]; it must be 2 values",
