@@ -102,6 +102,7 @@ def profile(found: Figures) -> Iterator[str]:
     bound = {None: "-", True: "yes", False: "no"}[found.get("launch_bound")]
     rows = {
         "s/step": number(found.get("seconds")),
+        **{f"of it in {name}": number(seconds) for name, seconds in found.get("parts", {}).items()},
         "time in matrix products": percent(found.get("share_of_products")),
         "time in attention": percent(found.get("share_of_attention")),
         "card busy": percent(found.get("busy_share")),

@@ -25,35 +25,41 @@ BUSY = 0.8  # a card that computes less of a step's time waits for the host: the
 
 
 class Event(NamedTuple):
-    """One entry of a trace: on the device a kernel or a copy, on the host a call or an operation. Microseconds."""
+    """One entry of a trace: on the device a kernel or a copy, on the host a call or an operation. Microseconds.
+
+    Or a part: a stretch of the step that record_function names, on both.
+    """
 
     name: str
     on_device: bool
     start: float
     taken: float  # of an operation on the host, without those within it
+    part: bool = False
 
 
 def summarise(events: Iterable[Event], seconds: float) -> dict[str, Any]:
     """Figures of one step from its trace.
 
     seconds: of a step without the profiler, which slows the host down. Where no kernel ran, as on a CPU, operations of the
-    host stand for kernels. Calls of the host count within the event named STEP only, since the profiler waits itself.
+    host stand for kernels. Calls of the host count within the part named STEP only, since the profiler waits itself.
     """
     events = list(events)
-    spans = [e for e in events if e.name == STEP and not e.on_device]
+    named = [e for e in events if e.part]
+    events = [e for e in events if not e.part]
+    spans = [e for e in named if e.name == STEP and not e.on_device]
     begin, end = (spans[0].start, spans[0].start + spans[0].taken) if spans else (0.0, float("inf"))
     calls = [e.name for e in events if not e.on_device and begin <= e.start <= end]
     copies = ("Memcpy", "Memset")
-    kernels = [e for e in events if e.on_device and e.name != STEP and not e.name.startswith(copies)]
+    kernels = [e for e in events if e.on_device and not e.name.startswith(copies)]
     on_card = bool(kernels)
     kernels = kernels or [e for e in events if not e.on_device and e.name.startswith("aten::")]
-    total, times, counts = sum(e.taken for e in kernels) or 1.0, Counter[str](), Counter(e.name for e in kernels)
-    for e in kernels:
-        times[e.name] += e.taken
+    total, counts = sum(e.taken for e in kernels) or 1.0, Counter(e.name for e in kernels)
+    times = _taken(kernels)
     share = lambda wanted: sum(t for name, t in times.items() if wanted(name)) / total  # noqa: E731
     attention = lambda name: bool(ATTENTION.search(name))  # noqa: E731
     busy = total / 1e6 / seconds if on_card else None
     return {
+        "parts": {n: t / 1e6 for n, t in _taken(e for e in named if e.on_device == on_card).items() if n != STEP},
         "kernels": [{"name": n[:90], "calls": counts[n], "share": t / total} for n, t in times.most_common(TOP)],
         "share_of_products": share(lambda name: PRODUCT.search(name) and not attention(name)),
         "share_of_attention": share(attention),
@@ -63,6 +69,13 @@ def summarise(events: Iterable[Event], seconds: float) -> dict[str, Any]:
         "busy_share": busy,
         "launch_bound": None if busy is None else busy < BUSY,
     }
+
+
+def _taken(events: Iterable[Event]) -> Counter[str]:
+    times = Counter[str]()
+    for e in events:
+        times[e.name] += e.taken
+    return times
 
 
 def traced(step: Callable[[], Any], device: torch.device) -> list[Event]:
@@ -77,9 +90,9 @@ def traced(step: Callable[[], Any], device: torch.device) -> list[Event]:
     events = []
     for e in prof.events():
         on_device = e.device_type != DeviceType.CPU
-        whole = on_device or e.name == STEP
+        whole = on_device or e.is_user_annotation
         taken = e.time_range.elapsed_us() if whole else e.self_cpu_time_total
-        events.append(Event(e.name, on_device, e.time_range.start, taken))
+        events.append(Event(e.name, on_device, e.time_range.start, taken, e.is_user_annotation))
     return events
 
 

@@ -29,6 +29,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from fromage.data.batches import Batch
 from fromage.models.fromage import Fromage
@@ -128,6 +129,7 @@ def part_losses(model: Fromage, batch: Batch, features: Tensor, paired: bool, we
     return PartLosses(captioning_loss, caption_accuracy, text_loss, model.embed_ret(text_states))
 
 
+@record_function("captioning")
 def captioning(model: Fromage, batch: Batch, features: Tensor, paired: bool) -> tuple[Tensor, Tensor]:
     """Next-token loss of [W_c v(x)] [</s> y_1 ... y_n], packed, and its token accuracy (equation 1): shortcuts 3, 4, 6.
 
@@ -152,6 +154,7 @@ def captioning(model: Fromage, batch: Batch, features: Tensor, paired: bool) -> 
     return frozen_head_loss(hidden.index_select(0, before), ids[before + 1], model.lm)  # (N, d) -> (sum of targets, d)
 
 
+@record_function("the text pass")
 def retrieval_text(model: Fromage, batch: Batch) -> tuple[Tensor, Tensor]:
     """Next-token loss of [</s> y_1 ... y_n [RET]], and the hidden states (B, r, d) at [RET]: shortcuts 1 and 2.
 

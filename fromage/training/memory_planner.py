@@ -34,14 +34,14 @@ from fromage.models.vision.base import VisionTower
 from fromage.models.vision.registry import plan_vision
 from fromage.training.config_options import check_choices, options_of, run_of
 from fromage.training.fast_composition import fast_composition
-from fromage.training.fast_step import captioning, fast_step, retrieval_text
+from fromage.training.fast_step import fast_step
 from fromage.training.layers import checkpoint_blocks
 from fromage.training.losses import positions_at_a_time
 from fromage.training.meter import Meter, attention_in_parts
 from fromage.training.plan import LM, TOWER, Plan, of_training, quantized_bytes
 from fromage.training.published_sizes import lm_config
 from fromage.training.reference_step import reference_step
-from fromage.training.step import LossWeights, contrast, count_targets, freeze_unused, image_features
+from fromage.training.step import LossWeights, count_targets, freeze_unused
 
 PARTS = {
     "lm": LM, "vision": TOWER, "visual_prefix": "W_c", "text_head": "W_t", "image_head": "W_i", "ret": "[RET]",
@@ -126,17 +126,16 @@ def count(run: Run, model: Fromage, batch: Batch) -> Plan:
     if batch.tuples is not None:
         given += [t for t in (*batch.tuples, *(batch.tuples.target_images or ())) if isinstance(t, torch.Tensor)]
     meter = Meter([*model.parameters(), *model.buffers(), *given])
-    transient = {}
-    if run.step == "fast" and not run.chunk:
-        _fast(meter, model, batch, run.weights)
-        transient = {"a chunk of logits": _logits(model, batch)}
-        if run.weights.runs_retrieval:
-            transient["keys and values of the text pass"] = _keys_and_values(model, batch)
-    else:
-        step = reference_step if run.step == "reference" else partial(fast_step, chunk=run.chunk)
-        loss = meter.run("the forward", lambda: step(model, batch, paired=False, weights=run.weights).loss)
-        loss = loss + _composition(meter, model, batch, run.weights, run.chunk)
-        meter.run("the backward", loss.backward)
+    in_parts = run.step == "fast" and not run.chunk  # of a chunked step the backward runs each part again
+    step = reference_step if run.step == "reference" else partial(fast_step, chunk=run.chunk)
+    forward = partial(step, model, batch, paired=False, weights=run.weights)  # pairs need no more memory
+    loss = meter.run(None if in_parts else "the forward", lambda: forward().loss)
+    if (tuples := batch.tuples) is not None:
+        loss = loss + meter.run("the tuples", lambda: fast_composition(model, tuples, run.weights, chunk=run.chunk).loss)
+    meter.run("the backward", loss.backward)
+    transient = {"a chunk of logits": _logits(model, batch)} if in_parts else {}
+    if in_parts and run.weights.runs_retrieval:
+        transient["keys and values of the text pass"] = _keys_and_values(model, batch)
     largest = max((p.nbytes for p in linear), default=0)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     held = {part: weights[part] for part in (LM, TOWER)} | of_training(4 * trained)  # trained parameters are float32
@@ -158,32 +157,6 @@ def _heading(run: Run) -> str:
 def _captions(run: Run) -> str:
     several = f"{run.r} {run.ret_attention} " * (run.r > 1)
     return f"captions of {run.tokens:g} tokens and {several}[RET], the longest {run.max_tokens}"
-
-
-def _composition(meter: Meter, model: Fromage, batch: Batch, weights: LossWeights, chunk: int = 0) -> torch.Tensor | float:
-    """The loss of the batch's tuples; 0 without any."""
-    tuples = batch.tuples
-    if tuples is None:
-        return 0.0
-    return meter.run("the tuples", lambda: fast_composition(model, tuples, weights, chunk=chunk).loss)
-
-
-def _fast(meter: Meter, model: Fromage, batch: Batch, weights: LossWeights) -> None:
-    """The parts of fast_step, unpaired; paired captions need no more memory."""
-    features = meter.run("the vision tower", lambda: image_features(model, batch))
-    loss: Any = 0.0
-    if weights.captioning:
-        n = weights.captioned(model, batch)
-        loss = meter.run("captioning", lambda: captioning(model, batch.part(0, n), features[:n], paired=False)[0])
-    if weights.runs_retrieval:
-        text_loss, text_states = meter.run("the text pass", lambda: retrieval_text(model, batch))
-        contrastive = meter.run(
-            "the contrastive loss",
-            lambda: contrast(model, features, model.embed_ret(text_states), weights, dropout=None)[0],
-        )
-        loss = loss + weights.retrieval * (text_loss + contrastive)
-    loss = loss + _composition(meter, model, batch, weights)
-    meter.run("the backward", loss.backward)
 
 
 def _keys_and_values(model: Fromage, batch: Batch) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import weakref
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -53,9 +52,12 @@ FLOP |= {
 }
 
 
+PART_BEGINS: Any = torch.ops.profiler._record_function_enter_new.default  # of torch.profiler.record_function
+
+
 @dataclass
 class Pass:
-    """FLOP and memory, in bytes, of one call.
+    """FLOP and memory, in bytes, of one call, or of a part of it.
 
     Attributes:
         before: live bytes at its start.
@@ -79,8 +81,10 @@ class Meter(TorchDispatchMode):
 
     def __init__(self, held: Iterable[Tensor]) -> None:
         super().__init__()
-        self.flop = self.live = self.peak = 0
+        self.flop = self.live = 0
         self.passes: dict[str, Pass] = {}
+        self.by_parts = False
+        self._begin()
         self.storages: dict[int, Any] = {}
         for tensor in held:
             self._see(tensor, counted=False)
@@ -88,14 +92,19 @@ class Meter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
+        if func is PART_BEGINS and self.by_parts:
+            self._begin()
+            self.passes[args[0]] = self.now
         if func is torch.ops.prim.device.default:
             return out
         if func.overloadpacket in FLOP:
-            self.flop += FLOP[func.overloadpacket](*args, **(kwargs or {}), out_val=out)
+            flop = FLOP[func.overloadpacket](*args, **(kwargs or {}), out_val=out)
+            self.flop += flop
+            self.now.flop += flop
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
                 self._see(tensor)
-        self.peak = max(self.peak, self.live)
+        self.now.peak = max(self.now.peak, self.live)
         return out
 
     def _see(self, tensor: Tensor, counted: bool = True) -> None:
@@ -111,23 +120,31 @@ class Meter(TorchDispatchMode):
         self.live += size
         self.storages[key] = weakref.ref(storage, gone)
 
-    def run(self, name: str, call: Callable[[], Any]) -> Any:
-        """Run a call and store its counts in `passes` under a name."""
-        kept = Counter[str]()
-        flop, before, self.peak = self.flop, self.live, self.live
+    def run(self, name: str | None, call: Callable[[], Any]) -> Any:
+        """Run a call and store its counts in `passes` under a name.
+
+        name: None makes a pass of each part that torch.profiler.record_function names, until the next one begins. Each name
+        stands for one part; what comes before the first is in none.
+        """
+        self.by_parts = name is None
+        self._begin()
+        if name is not None:
+            self.passes[name] = self.now
         with _running_modules() as stack:
 
             def keep(tensor: Tensor) -> Tensor:
                 storage = tensor.untyped_storage()
                 if storage._cdata not in self.held:
                     self.held.add(storage._cdata)
-                    kept[stack[-1]] += storage.nbytes()
+                    self.now.kept[stack[-1]] = self.now.kept.get(stack[-1], 0) + storage.nbytes()
                 return tensor
 
             with saved_tensors_hooks(keep, lambda tensor: tensor), self:
                 out = call()
-        self.passes[name] = Pass(self.flop - flop, before, self.peak, dict(kept.most_common()))
         return out
+
+    def _begin(self) -> None:
+        self.now = Pass(0, self.live, self.live, {})  # of what runs
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict
+from operator import itemgetter
 from typing import Any
 
 from fromage.training.plan import Plan
@@ -11,7 +12,12 @@ from fromage.training.plan import Plan
 
 def report(plan: Plan, tflops: float, share: float) -> str:
     """The plan as text. tflops: peak rate of the device; share: the part of it (0 to 1) that training reaches."""
-    kept = {f"{name}: {module}": n for name, p in plan.passes.items() for module, n in p.kept.items() if n >= 2**20}
+    kept = [
+        (f"{name}: {module}", n)
+        for name, p in plan.passes.items()
+        for module, n in sorted(p.kept.items(), key=itemgetter(1), reverse=True)
+        if n >= 2**20
+    ]
     within = {f"  of this, {name}": n for name, n in plan.transient.items()}
     each = f" of each of {plan.devices} devices" * (plan.devices > 1)
     lines = [
@@ -21,7 +27,7 @@ def report(plan: Plan, tflops: float, share: float) -> str:
         _row("all", f"{sum(plan.parameters.values()):,}", sum(plan.weights.values())),
         _row("trained", f"{plan.trained:,}", plan.trained_bytes),
         _row("\nKEPT FOR THE BACKWARD", "", "GiB"),
-        *(_row(name, "", n) for name, n in kept.items()),
+        *(_row(name, "", n) for name, n in kept),
         _row("all", "", sum(plan.activations.values())),
         _row("\nPASSES OF A STEP, and what they need beside", "TFLOP", "GiB"),
         *(_row(name, f"{p.flop / 1e12:.3g}", p.transient) for name, p in plan.passes.items()),

@@ -9,6 +9,7 @@ from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 from torch.utils.checkpoint import checkpoint
 
 from fromage.data.batches import Batch, FurtherTexts
@@ -96,6 +97,7 @@ class StepOutput:
         return self.weights.captioning * self.captioning_loss + self.weights.retrieval * retrieval
 
 
+@record_function("the vision tower")
 def image_features(model: Fromage, batch: Batch | TupleBatch | Images) -> Tensor:
     """(B, m) image features: the stored ones if the batch has them, else computed by the tower."""
     return batch.features.to(model.device) if batch.features is not None else model.vision(batch.pixels)
@@ -137,9 +139,10 @@ def contrast(
     """
     if not weights.runs_retrieval:
         return *not_run(model.device), texts
-    images = model.embed_images(dropped(features, dropout))  # (B, q)
-    apart = None if weights.same_image_negatives else features
-    return *info_nce(images, texts, model.logit_scale, apart), images
+    with record_function("the contrastive loss"):
+        images = model.embed_images(dropped(features, dropout))  # (B, q)
+        apart = None if weights.same_image_negatives else features
+        return *info_nce(images, texts, model.logit_scale, apart), images
 
 
 def dropped(features: Tensor, factors: Tensor | None) -> Tensor:

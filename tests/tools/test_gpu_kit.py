@@ -285,7 +285,9 @@ def test_a_trace_is_summed_up(monkeypatch):
     from profile_step import STEP, Event, summarise
 
     events = [
-        Event(STEP, False, 100, 1000),
+        Event(STEP, False, 100, 1000, part=True),
+        Event("captioning", False, 105, 30, part=True),
+        Event("captioning", True, 300, 800, part=True),
         Event("cudaStreamSynchronize", False, 50, 5),  # before the step: the profiler's own
         Event("cudaLaunchKernel", False, 110, 5),
         Event("cudaLaunchKernelExC", False, 120, 5),
@@ -297,7 +299,7 @@ def test_a_trace_is_summed_up(monkeypatch):
         Event("elementwise", True, 1100, 200),
     ]
     found = summarise(events, 2e-3)
-    assert found["launches"] == 2 and found["waits"] == 1
+    assert found["launches"] == 2 and found["waits"] == 1 and found["parts"] == {"captioning": 8e-4}
     assert found["share_of_products"] == pytest.approx(0.6) and found["share_of_attention"] == pytest.approx(0.2)
     assert found["busy_share"] == pytest.approx(0.5) and found["launch_bound"] is True
     assert found["kernels"][0]["name"] == "sm90_xmma_gemm_bf16"
