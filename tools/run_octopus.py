@@ -1,11 +1,11 @@
 """Octopus on the toy world: the published model, its sequential counterpart, and what each part of it does.
 
-    python tools/run_octopus.py --out runs/octopus_study                        # all: 13 rows of three seeds, days of a core
+    python tools/run_octopus.py --out runs/octopus_study                        # 9 rows of three seeds, days of a core
     python tools/run_octopus.py --out runs/octopus_study --only octopus sequential --seeds 0
     python tools/run_octopus.py --out runs/octopus_study --only slow fast --seeds 0 --judged val
 
 octopus is trained as lightning_configs/octopus_toy1.yaml to 3 say, sequential as octopus_sequential.yaml; slow and fast are
-sequential with other learning rates, by which its own was chosen. The other rows change one thing of octopus each, in
+sequential with other learning rates, to search its own by. The other rows change one thing of octopus each, in
 stages 2 and 3, at the same length; four of them undo what is ours, not the paper's: how far apart queries begin
 (far_queries) and where (random_queries), that they see one another (blind_queries), and that their reference points begin
 spread over the image (no_points: all in its middle). Stage 1 is one for all rows of a seed. Figures are of scenes that no
@@ -175,7 +175,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of the worlds and the runs")
     known = [*ROWS, *TRIED, *COUNTERPARTS]
-    usual = [*ROWS, *COUNTERPARTS]
+    usual = [*ROWS, "sequential"]
     parser.add_argument("--only", nargs="+", choices=known, default=usual, metavar="NAME", help=", ".join(known))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--judged", choices=("test", "val"), default="test", help="scenes that figures are of")
