@@ -21,6 +21,9 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import json
+import math
+from collections import defaultdict
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -32,9 +35,16 @@ from study import Run, begin, configs, every, measured, table, trained
 from fromage.apps import octopus_demo as octopus_tour
 from fromage.evals import instructions, pope, refcoco
 from fromage.evals.options import Options
+from fromage.evals.predict import predict
+from fromage.evals.report import Figures
 from fromage.models.vision.registry import load_patches
 from fromage.octopus import Flickr30kSpotting, Instructions, Pope, RefCOCO, load_octopus, model, queries, recognition
+from fromage.octopus.examples import Box
+from fromage.octopus.metrics import all_found
+from fromage.octopus.model import Octopus
 from fromage.octopus.patch_store import PatchStore
+from fromage.toy.expressions import describes
+from fromage.toy.scenes import PLACES, Scene, Thing
 from fromage.toy.world import VERSION, make_world
 
 ROWS: dict[str, list[str]] = {  # of Octopus: what is changed
@@ -89,7 +99,10 @@ FURTHER = {
         **{f"pope.{name}.accuracy": name.removeprefix("coco_pope_") for name in pope.OFFICIAL},
         "pope.mean.f1": "mean F1",
     },
-    "captions in which each phrase points at its own object": {
+    "captions that point at every object and at no other, by phrases that describe what they point at": {
+        f"spotting.{n}_objects.described": f"{n} boxes" for n in (2, 3, 4)
+    },
+    "captions whose boxes come in the order of the data, which is a random one": {
         f"spotting.{n}_objects.in_order": f"{n} boxes" for n in (2, 3, 4)
     },
     "masks, cIoU (the paper's table 6), and that of the box filled": {
@@ -135,13 +148,35 @@ def judge(checkpoint: Path, world: Path, limit: int) -> dict[str, float]:
     reports["attributes"] = pope.evaluate(octopus, questions, options)
     splits = [Pope(str(world / "pope" / f"{name}.json"), images, limit=limit) for name in pope.OFFICIAL]
     reports["pope"] = pope.evaluate(octopus, splits, options)
-    return {
+    return described(octopus, spotting, world, options) | {
         f"{prefix}{name}.{setting}.{what}": value
         for name, report in reports.items()
         for who, prefix in (("octopus", ""), ("sequential", ""), ("chance", "chance."))
         for setting, figures in report.get(who, {}).items()
         for what, value in figures.items()
     }
+
+
+def described(octopus: Octopus, spotting: Flickr30kSpotting, world: Path, options: Options) -> Figures:
+    """Share of captions, in %, that find every object by a phrase which describes it, by the number of objects."""
+    listed = json.loads((world / "refcoco" / "instances.json").read_text())["images"]
+    scenes = {image["file_name"]: Scene.parse(image["scene"]) for image in listed}
+    right: dict[str, list[bool]] = defaultdict(list)
+    for example, answer in predict(octopus, [spotting], options).pairs[0]:
+        fits, phrase = all_found(answer.boxes, example.target_boxes), ""
+        for piece in answer.pieces:
+            if isinstance(piece, str):
+                phrase = piece  # several boxes may follow it
+            else:
+                fits &= describes(phrase, nearest(scenes[Path(example.image).name], piece))
+        right[f"spotting.{instructions.setting(example)}.described"].append(fits)
+    return {name: 100 * sum(fits) / len(fits) for name, fits in right.items()}
+
+
+def nearest(scene: Scene, box: Box) -> Thing:
+    """The object whose place is nearest to the middle of a box."""
+    middle = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
+    return min(scene.things, key=lambda thing: math.dist(PLACES[thing.place], middle))
 
 
 def words_of(name: str) -> list[str]:

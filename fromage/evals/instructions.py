@@ -17,7 +17,7 @@ from fromage.octopus.sources import Flickr30kSpotting, Instructions
 
 PROTOCOL = {
     "all_found": "as many boxes as there ought to be, and each the partner of one of these with an IoU from 0.5 on",
-    "in_order": "the same, where the first box is the partner of the first one, and so on: each phrase has its own object",
+    "in_order": "the same, in the order of the data: the first box is the partner of the first one, and so on",
     "words": "whether the answer's words, boxes left out, are exactly those of the data",
 }
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
 
-from fromage.toy.scenes import PLACES, SIZES, Scene, Thing
+from fromage.toy.scenes import COLOURS, PLACES, SHAPES, SIZES, Scene, Thing
 
 CLEARLY = 0.25  # relative to the image; two places differ by 0.3 or not at all, and jitter changes that by at most 0.05
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}  # y grows downwards
@@ -78,6 +79,14 @@ def words(meaning: Meaning, article: str = "the", plural: bool = False) -> str:
     parts += [meaning.relation, words(meaning.anchor) if meaning.anchor else None]
     text = " ".join(part for part in parts if part)
     return " ".join(filter(None, ["an" if article == "a" and text[0] in "aeiou" else article, text]))
+
+
+def describes(phrase: str, thing: Thing) -> bool:
+    """Whether a phrase of attributes, as captions have them, names a thing's shape and no attribute that it lacks."""
+    shapes = {words(Meaning(shape), "", plural): shape for shape in SHAPES for plural in (False, True)}
+    read = [shapes.get(word, word) for word in re.findall(r"\w+", phrase)]
+    named = {word for word in read if word in {*SHAPES, *COLOURS, *SIZES, *PLACES}}
+    return thing.shape in named and named <= {thing.shape, thing.colour, thing.size, thing.place}
 
 
 def expression(scene: Scene, index: int, rng: random.Random) -> str:

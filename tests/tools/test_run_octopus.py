@@ -50,6 +50,7 @@ def test_a_table_of_runs_and_no_run_twice(tool, world, tmp_path, monkeypatch, ca
     assert "== sequential, seed 1" in told and "| no_relay |" in told
     assert figures["no_relay"]["refcoco.val.head_recall_top1"]["mean"] >= 0
     assert "refcoco.val.head_recall_top1" not in figures["sequential"]
+    assert any(name.endswith("objects.described") for name in figures["no_relay"])
     kept = [path for path in tmp_path.rglob("last.ckpt") if "stage1" in path.parts]
     assert len(kept) == 1, "stage 1 is one for all rows"
     run = written["runs"]["no_relay"]["1"]

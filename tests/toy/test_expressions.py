@@ -10,6 +10,7 @@ from fromage.toy.expressions import (
     MOST,
     RELATIONS,
     Meaning,
+    describes,
     expression,
     is_exact,
     meaning_of,
@@ -121,6 +122,24 @@ def test_words():
     assert words(Meaning(colour="red", most="leftmost")) == "the leftmost red one"
     assert words(Meaning("arrow", place="top"), "a") == "an arrow at the top"
     assert words(Meaning("cross", "red"), "", plural=True) == "red crosses"
+
+
+@pytest.mark.parametrize(
+    ("phrase", "right"),
+    [
+        ("a small star", True),
+        (" and a red star at the left", True),
+        ("two stars", True),
+        ("a star", True),
+        ("a big star", False),
+        ("a red ring", False),
+        ("a star at the top", False),
+        ("a red one", False),
+        ("", False),
+    ],
+)
+def test_a_phrase_describes_what_has_all_it_names(phrase, right):
+    assert describes(phrase, Thing("star", "red", "small", "left")) is right
 
 
 def test_what_is_absent_is_absent_and_nearly_there():
